@@ -1,0 +1,59 @@
+//! Trust bundles. A foreign bundle vouches for its own trust domain and for nothing else.
+
+use crate::id::{SpiffeId, TrustDomain};
+use crate::refusal::{Code, Refusal};
+use serde::{Deserialize, Serialize};
+use std::marker::PhantomData;
+
+/// Marks the bundle of a cell's own trust domain.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Own {}
+/// Marks the bundle of another trust domain.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Foreign {}
+
+/// The roots of one trust domain.
+///
+/// ```compile_fail,E0308
+/// use ambit_model::bundle::{Bundle, Foreign, Own};
+/// fn issue_under(_: &Bundle<Own>) {}
+/// fn wrong(peer: &Bundle<Foreign>) { issue_under(peer) }
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(bound = "")]
+pub struct Bundle<Whose> {
+    trust_domain: TrustDomain,
+    /// `epoch << 40 | counter`, of that trust domain, never a cell's index (SPIFFE bundle `spiffe_sequence`).
+    sequence: u64,
+    /// Root certificates, DER.
+    roots: Vec<Vec<u8>>,
+    #[serde(skip)]
+    whose: PhantomData<fn() -> Whose>,
+}
+
+impl<Whose> Bundle<Whose> {
+    /// A bundle of `roots` (DER). An empty bundle is legal and means that everything is revoked.
+    pub fn new(trust_domain: TrustDomain, sequence: u64, roots: Vec<Vec<u8>>) -> Self {
+        Self { trust_domain, sequence, roots, whose: PhantomData }
+    }
+    /// The trust domain that these roots vouch for.
+    pub fn trust_domain(&self) -> &TrustDomain {
+        &self.trust_domain
+    }
+    /// See the field's source.
+    pub fn sequence(&self) -> u64 {
+        self.sequence
+    }
+    /// Roots that may vouch for `id`, or a refusal where `id` lies in another trust domain.
+    pub fn roots_for(&self, id: &SpiffeId) -> Result<&[Vec<u8>], Refusal> {
+        if id.trust_domain() == self.trust_domain {
+            Ok(&self.roots)
+        } else {
+            Err(Refusal::new(Code::TrustDomainUnknown, format!("an identity of {}", self.trust_domain), id.as_str()))
+        }
+    }
+    /// All roots, DER, for publication.
+    pub fn roots(&self) -> &[Vec<u8>] {
+        &self.roots
+    }
+}

@@ -1,0 +1,23 @@
+//! The words of Ambit as types: identities, clusters, nodes, entries, policies, bundles, time and refusals.
+//!
+//! Pure: this crate never does IO, never reads a clock, never draws randomness and depends on no other Ambit crate.
+//! Everything is parsed strictly at the edge and never normalised afterwards.
+#![forbid(unsafe_code)]
+#![warn(missing_docs)]
+
+pub mod bundle;
+pub mod entry;
+pub mod id;
+pub mod policy;
+pub mod record;
+pub mod refusal;
+pub mod time;
+
+pub use bundle::{Bundle, Foreign, Own};
+pub use entry::{Entry, EntryId, Selector};
+pub use id::{
+    ClusterId, Generation, NodeId, NumericIdentity, ObjectName, RaftIndex, ReplicaId, Revision, SpiffeId, TrustDomain,
+};
+pub use policy::{Action, Endpoint, Peers, Policy, Service};
+pub use refusal::{Code, Refusal};
+pub use time::{Lifetime, Stamp, SvidTtl};

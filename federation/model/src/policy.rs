@@ -1,0 +1,88 @@
+//! Policies after parsing: what may speak to what. The YAML form and its meaning are `ambit-policy`'s.
+
+use crate::id::{ClusterId, ObjectName, SpiffeId, TrustDomain};
+use serde::{Deserialize, Serialize};
+use std::net::Ipv4Addr;
+
+/// What a policy does when it matches. Deny wins over allow; without an allow the answer is deny.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Action {
+    /// Let the connection pass.
+    Allow,
+    /// Refuse the connection, whatever else allows it.
+    Deny,
+}
+
+/// A set of SPIFFE identities.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Peers {
+    /// Exactly one identity.
+    Id(SpiffeId),
+    /// `spiffe://td/prefix/*`: every identity of the trust domain below the path, which ends in `/`.
+    Below(TrustDomain, String),
+    /// `spiffe://td/*`: every identity of the trust domain.
+    Domain(TrustDomain),
+}
+
+impl Peers {
+    /// The trust domain that the set lies in; a set never spans two.
+    pub fn trust_domain(&self) -> TrustDomain {
+        match self {
+            Self::Id(id) => id.trust_domain(),
+            Self::Below(td, _) | Self::Domain(td) => td.clone(),
+        }
+    }
+    /// Whether `id` is in the set.
+    pub fn contains(&self, id: &SpiffeId) -> bool {
+        match self {
+            Self::Id(mine) => mine == id,
+            Self::Below(td, path) => id.trust_domain() == *td && id.path().starts_with(path.as_str()),
+            Self::Domain(td) => id.trust_domain() == *td,
+        }
+    }
+}
+
+/// A normalised policy. Written by one cell (its origin); only that cell changes it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Policy {
+    /// Its name, unique within its origin.
+    pub name: ObjectName,
+    /// Which workloads it protects (the destination of a connection).
+    pub target: Peers,
+    /// What it does.
+    pub action: Action,
+    /// Which callers it speaks of; never empty.
+    pub from: Vec<Peers>,
+    /// Destination TCP ports; empty means every port.
+    pub ports: Vec<u16>,
+}
+
+/// A virtual service: one address in front of endpoints in several clusters.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Service {
+    /// Its name, unique within its origin.
+    pub name: ObjectName,
+    /// The virtual address that workloads call.
+    pub address: Ipv4Addr,
+    /// The TCP port of the virtual address and of every endpoint.
+    pub port: u16,
+    /// Whose endpoints serve it, in any cluster. Local endpoints are chosen before remote ones.
+    pub backends: Vec<Peers>,
+}
+
+/// Where an enrolled workload listens.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Endpoint {
+    /// Who answers there.
+    pub spiffe_id: SpiffeId,
+    /// The workload's own address.
+    pub address: Ipv4Addr,
+    /// The cluster that it runs in.
+    pub cluster: ClusterId,
+    /// Where tunnels to it end: the node's address (the HBONE port is 15008).
+    pub node_address: Ipv4Addr,
+    /// The node that runs it.
+    pub node: crate::id::NodeId,
+    /// The node's generation when it was reported.
+    pub generation: crate::id::Generation,
+}

@@ -1,0 +1,176 @@
+//! Refusals: every "no" names a stable code, what was expected, what was found and what to do.
+
+use serde::{Deserialize, Serialize};
+use std::fmt;
+
+macro_rules! codes {
+    ($($(#[$m:meta])* $name:ident = $text:literal, $class:ident, $remedy:literal;)*) => {
+        /// A stable denial or error code. The text never changes once released.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        pub enum Code { $( #[doc = $remedy] $name, )* }
+
+        impl Code {
+            /// Every code, for documentation and tests.
+            pub const ALL: &'static [Code] = &[$(Code::$name),*];
+            /// The stable text, `lower_snake_case`.
+            pub fn as_str(self) -> &'static str { match self { $(Code::$name => $text),* } }
+            /// What the reader should do next.
+            pub fn remedy(self) -> &'static str { match self { $(Code::$name => $remedy),* } }
+            /// The kind of failure, for mapping to a transport's status.
+            pub fn class(self) -> Class { match self { $(Code::$name => Class::$class),* } }
+            /// The code with this stable text.
+            pub fn from_text(s: &str) -> Option<Code> { match s { $($text => Some(Code::$name),)* _ => None } }
+        }
+    };
+}
+
+/// What kind of failure a code is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Class {
+    /// The request itself is wrong.
+    Invalid,
+    /// The caller may not do this.
+    Denied,
+    /// The caller did not prove who it is.
+    Unauthenticated,
+    /// The thing asked for does not exist.
+    Missing,
+    /// The thing exists already or was changed meanwhile.
+    Conflict,
+    /// Try again later.
+    Unavailable,
+    /// Not built.
+    Unimplemented,
+    /// The state of the system does not permit it.
+    Precondition,
+}
+
+codes! {
+    BadRequest = "bad_request", Invalid, "correct the field named and send the request again";
+    Unauthenticated = "unauthenticated", Unauthenticated, "present a certificate of this trust domain";
+    PermissionDenied = "permission_denied", Denied, "use an identity whose role may call this method";
+    NotFound = "not_found", Missing, "list the objects and check the name";
+    AlreadyExists = "already_exists", Conflict, "choose another name, or update the object";
+    StaleRevision = "stale_revision", Conflict, "read the object again and repeat the change on the new revision";
+    RequestIdReused = "request_id_reused", Conflict, "use a new request id for a new request";
+    Busy = "busy", Unavailable, "wait a moment and retry with the same request id";
+    Unavailable = "unavailable", Unavailable, "retry with the same request id; check that a majority of replicas is up";
+    Unimplemented = "unimplemented", Unimplemented, "this part is not built yet; see the limits in README.md";
+    Internal = "internal", Unavailable, "read the server's log for this code; retry with the same request id";
+    ConfigUnknownKey = "config_unknown_key", Invalid, "remove the key or correct its spelling";
+    ConfigInvalid = "config_invalid", Invalid, "correct the configuration value named";
+    NeedsRoot = "needs_root", Denied, "run the command as root";
+    KernelFeatureMissing = "kernel_feature_missing", Precondition, "use a kernel with the feature named (6.1 or newer)";
+    EkNotExpected = "ek_not_expected", Denied, "add the EK to the cluster's allow-list, or give the node an unused join token";
+    EkChainUntrusted = "ek_chain_untrusted", Denied, "add the manufacturer's root to the cluster's EK roots, if you trust it";
+    EkMalformed = "ek_malformed", Invalid, "send the EK certificate as read from NV, and the EK public as TPMT_PUBLIC";
+    EkMismatch = "ek_mismatch", Denied, "send the certificate of the very EK whose public area is sent";
+    AkAttributes = "ak_attributes", Denied, "create the AK restricted, signing, fixedTPM, fixedParent, with a fixed scheme";
+    AkWeak = "ak_weak", Denied, "use a P-256, P-384 or RSA >= 2048 AK with SHA-256 or better";
+    EvidenceMalformed = "evidence_malformed", Invalid, "send the raw TPM structures untouched";
+    EvidenceTooLarge = "evidence_too_large", Invalid, "a boot log is at most 2 MiB, an IMA log at most 64 MiB";
+    TicketInvalid = "ticket_invalid", Denied, "begin again: the ticket was not sealed by this cell or not for this node";
+    TicketExpired = "ticket_expired", Denied, "begin again and answer within the deadline";
+    ActivationFailed = "activation_failed", Denied, "the TPM that holds the EK must also hold the AK; begin again";
+    QuoteSignature = "quote_signature", Denied, "quote with the AK that was sent";
+    QuoteMagic = "quote_magic", Denied, "only structures made by a TPM are accepted";
+    QuoteType = "quote_type", Denied, "send TPM2_Quote output, not another attestation type";
+    QuoteSigner = "quote_signer", Denied, "quote with the AK under the EK that was sent";
+    QuoteNonce = "quote_nonce", Denied, "quote over the qualifying data of this very session and key";
+    QuoteSelection = "quote_selection", Denied, "quote exactly the bank and the PCRs that the challenge names";
+    QuotePcrDigest = "quote_pcr_digest", Denied, "send the PCR values that the quote covers";
+    ClockStepBack = "clock_step_back", Denied, "two holders of one TPM state, or a rollback: investigate the machine before re-enrolling";
+    BootLogMissing = "boot_log_missing", Denied, "boot with firmware that hands over its TCG2 event log";
+    BootLogMalformed = "boot_log_malformed", Denied, "send binary_bios_measurements as the kernel shows it";
+    BootLogEventAltered = "boot_log_event_altered", Denied, "the boot log was changed after boot: investigate the machine";
+    BootLogPcrMismatch = "boot_log_pcr_mismatch", Denied, "the boot log does not lead to the quoted PCRs: investigate the machine";
+    ImaLogMalformed = "ima_log_malformed", Denied, "send binary_runtime_measurements as the kernel shows it";
+    ImaLogMismatch = "ima_log_mismatch", Denied, "the IMA log does not lead to the quoted PCR 10: investigate the machine";
+    NonceConsumed = "nonce_consumed", Denied, "evidence is accepted once; begin again";
+    StaleAppraisal = "stale_appraisal", Conflict, "begin again: the rules changed while the evidence was judged";
+    CsrMalformed = "csr_malformed", Invalid, "send a PKCS#10 request that carries a P-256 key and nothing else";
+    JoinTokenInvalid = "join_token_invalid", Denied, "ask the operator for a new join token of this cluster";
+    JoinTokenUsed = "join_token_used", Denied, "a join token works once; ask the operator for a new one";
+    NodeUntrusted = "node_untrusted", Denied, "the node must be admitted again by a fresh quote";
+    NodeUnknown = "node_unknown", Denied, "enrol the node first";
+    EntryNotOnNode = "entry_not_on_node", Denied, "name this node in the entry, or run the workload where the entry says";
+    AuthorityMismatch = "authority_mismatch", Precondition, "send the request again: the committed issuance names another authority";
+    IssuerUnavailable = "issuer_unavailable", Unavailable, "retry: this replica has no valid intermediate at the moment";
+    SvidMalformed = "svid_malformed", Denied, "present an X.509-SVID with exactly one URI SAN, issued by this mesh";
+    SvidUntrusted = "svid_untrusted", Denied, "present an X.509-SVID that chains to the trust domain's bundle and is in time";
+    TrustDomainUnknown = "trust_domain_unknown", Precondition, "register the peer cell of that trust domain";
+    FingerprintMismatch = "fingerprint_mismatch", Denied, "compare the fingerprints out of band; do not go on if they differ";
+    ClusterTokenInvalid = "cluster_token_invalid", Denied, "ask the other cell's operator for a new cluster token";
+    ClusterTokenUsed = "cluster_token_used", Denied, "a cluster token works once; ask for a new one";
+    PossessionUnproved = "possession_unproved", Denied, "sign the transcript with the record key that the root certified";
+    PeerNotActive = "peer_not_active", Precondition, "approve the peer on both sides first";
+    RecordChainBroken = "record_chain_broken", Precondition, "the origin's records do not chain: stop, compare heads, then re-import";
+    RecordEquivocation = "record_equivocation", Precondition, "the origin signed two histories: suspend the peer and investigate";
+    RecordSignature = "record_signature", Denied, "only heads signed by the origin's root-certified record keys are imported";
+    NotOwner = "not_owner", Denied, "a cell speaks only for its own identities; change the object at its origin";
+    PolicyMalformed = "policy_malformed", Invalid, "correct the document at the place shown";
+    PolicyLayer7 = "policy_layer7", Invalid, "Ambit decides on identity and port; use a waypoint of your own for HTTP rules";
+    PolicyDenied = "policy_denied", Denied, "add an allow policy for this caller, target and port";
+    MapFull = "map_full", Unavailable, "raise the map's capacity in the agent's configuration";
+    DrillGuard = "drill_guard", Precondition, "the drill's guard refused: mend what it names, then run it again";
+    DrillReportInvalid = "drill_report_invalid", Denied, "the report was altered, or is of another trust domain";
+}
+
+impl fmt::Display for Code {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// One refusal. `expected` and `found` are for operators; see [`Refusal::for_node`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refusal {
+    /// The stable code.
+    pub code: Code,
+    /// What would have been accepted.
+    pub expected: String,
+    /// What came instead.
+    pub found: String,
+}
+
+impl Refusal {
+    /// A refusal of `code`.
+    pub fn new(code: Code, expected: impl Into<String>, found: impl Into<String>) -> Self {
+        Self { code, expected: expected.into(), found: found.into() }
+    }
+    /// The same refusal without what it would teach an attacker (design.md section 3): the code and its remedy only.
+    #[must_use]
+    pub fn for_node(&self) -> Refusal {
+        Refusal { code: self.code, expected: String::new(), found: String::new() }
+    }
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.code)?;
+        if !self.expected.is_empty() {
+            write!(f, ": expected {}", self.expected)?;
+        }
+        if !self.found.is_empty() {
+            write!(f, ", found {}", self.found)?;
+        }
+        write!(f, "; try: {}", self.code.remedy())
+    }
+}
+
+impl std::error::Error for Refusal {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codes_are_unique_and_round_trip() {
+        let mut seen = std::collections::BTreeSet::new();
+        for code in Code::ALL {
+            assert!(seen.insert(code.as_str()), "{code} twice");
+            assert_eq!(Code::from_text(code.as_str()), Some(*code));
+            assert!(code.remedy().len() > 10);
+        }
+    }
+}

@@ -1,0 +1,183 @@
+//! Messages to model types, strictly; model types to messages, totally.
+
+use crate::v1;
+use ambit_model::bundle::Bundle;
+use ambit_model::policy::{Action, Endpoint, Peers, Policy, Service};
+use ambit_model::{Code, Entry, Generation, Refusal, SpiffeId, SvidTtl, TrustDomain};
+use std::str::FromStr;
+
+fn all<T: FromStr<Err = Refusal>, C: FromIterator<T>>(texts: &[String]) -> Result<C, Refusal> {
+    texts.iter().map(|t| t.parse()).collect()
+}
+
+fn port(n: u32) -> Result<u16, Refusal> {
+    match u16::try_from(n) {
+        Ok(p) if p > 0 => Ok(p),
+        _ => Err(Refusal::new(Code::BadRequest, "a port of 1-65535", n.to_string())),
+    }
+}
+
+fn address(s: &str) -> Result<std::net::Ipv4Addr, Refusal> {
+    s.parse().map_err(|_| Refusal::new(Code::BadRequest, "an IPv4 address", s))
+}
+
+/// `spiffe://td/path`, `spiffe://td/prefix/*` or `spiffe://td/*`.
+pub fn peers(s: &str) -> Result<Peers, Refusal> {
+    match s.strip_suffix("/*") {
+        None => Ok(Peers::Id(s.parse()?)),
+        Some(head) => {
+            let rest = head.strip_prefix("spiffe://").ok_or_else(|| {
+                Refusal::new(Code::BadRequest, "spiffe://td/path, spiffe://td/prefix/* or spiffe://td/*", s)
+            })?;
+            match rest.split_once('/') {
+                None => Ok(Peers::Domain(rest.parse()?)),
+                Some((td, _)) => {
+                    let prefix: SpiffeId = head.parse()?;
+                    Ok(Peers::Below(TrustDomain::from_str(td)?, format!("{}/", prefix.path())))
+                }
+            }
+        }
+    }
+}
+
+/// The text of a set of identities, as [`peers`] reads it.
+pub fn peers_text(p: &Peers) -> String {
+    match p {
+        Peers::Id(id) => id.to_string(),
+        Peers::Below(td, path) => format!("spiffe://{td}{path}*"),
+        Peers::Domain(td) => format!("spiffe://{td}/*"),
+    }
+}
+
+impl TryFrom<&v1::Entry> for Entry {
+    type Error = Refusal;
+    fn try_from(m: &v1::Entry) -> Result<Self, Refusal> {
+        if m.selectors.is_empty() {
+            return Err(Refusal::new(Code::BadRequest, "at least one selector", "none"));
+        }
+        Ok(Entry {
+            id: m.id.parse()?,
+            spiffe_id: m.spiffe_id.parse()?,
+            cluster: m.cluster.parse()?,
+            nodes: all(&m.nodes)?,
+            selectors: all(&m.selectors)?,
+            ttl: if m.ttl_seconds == 0 { SvidTtl::DEFAULT } else { m.ttl_seconds.try_into()? },
+            federates_with: all(&m.federates_with)?,
+        })
+    }
+}
+
+impl From<&Entry> for v1::Entry {
+    fn from(e: &Entry) -> Self {
+        v1::Entry {
+            id: e.id.to_string(),
+            spiffe_id: e.spiffe_id.to_string(),
+            cluster: e.cluster.to_string(),
+            nodes: e.nodes.iter().map(ToString::to_string).collect(),
+            selectors: e.selectors.iter().map(ToString::to_string).collect(),
+            ttl_seconds: e.ttl.seconds(),
+            federates_with: e.federates_with.iter().map(ToString::to_string).collect(),
+        }
+    }
+}
+
+impl TryFrom<&v1::Policy> for Policy {
+    type Error = Refusal;
+    fn try_from(m: &v1::Policy) -> Result<Self, Refusal> {
+        let from = m.from.iter().map(|f| peers(f)).collect::<Result<Vec<_>, _>>()?;
+        if from.is_empty() {
+            return Err(Refusal::new(Code::BadRequest, "at least one caller in 'from'", "none"));
+        }
+        Ok(Policy {
+            name: m.name.parse()?,
+            target: peers(&m.target)?,
+            action: match m.action() {
+                v1::Action::Allow => Action::Allow,
+                v1::Action::Deny => Action::Deny,
+                v1::Action::Unspecified => {
+                    return Err(Refusal::new(Code::BadRequest, "action allow or deny", "none"));
+                }
+            },
+            from,
+            ports: m.ports.iter().map(|p| port(*p)).collect::<Result<_, _>>()?,
+        })
+    }
+}
+
+/// A policy as a message. `resolved`, `written_by` and `revision` are the caller's to fill.
+pub fn policy_message(origin: &TrustDomain, p: &Policy) -> v1::Policy {
+    v1::Policy {
+        origin: origin.to_string(),
+        name: p.name.to_string(),
+        target: peers_text(&p.target),
+        action: match p.action {
+            Action::Allow => v1::Action::Allow,
+            Action::Deny => v1::Action::Deny,
+        } as i32,
+        from: p.from.iter().map(peers_text).collect(),
+        ports: p.ports.iter().map(|p| u32::from(*p)).collect(),
+        resolved: true,
+        written_by: String::new(),
+        revision: 0,
+    }
+}
+
+impl TryFrom<&v1::Service> for Service {
+    type Error = Refusal;
+    fn try_from(m: &v1::Service) -> Result<Self, Refusal> {
+        Ok(Service {
+            name: m.name.parse()?,
+            address: address(&m.address)?,
+            port: port(m.port)?,
+            backends: m.backends.iter().map(|b| peers(b)).collect::<Result<_, _>>()?,
+        })
+    }
+}
+
+/// A service as a message.
+pub fn service_message(origin: &TrustDomain, s: &Service) -> v1::Service {
+    v1::Service {
+        origin: origin.to_string(),
+        name: s.name.to_string(),
+        address: s.address.to_string(),
+        port: u32::from(s.port),
+        backends: s.backends.iter().map(peers_text).collect(),
+    }
+}
+
+impl TryFrom<&v1::Endpoint> for Endpoint {
+    type Error = Refusal;
+    fn try_from(m: &v1::Endpoint) -> Result<Self, Refusal> {
+        Ok(Endpoint {
+            spiffe_id: m.spiffe_id.parse()?,
+            address: address(&m.address)?,
+            cluster: m.cluster.parse()?,
+            node_address: address(&m.node_address)?,
+            node: m.node.parse()?,
+            generation: Generation(m.generation),
+        })
+    }
+}
+
+impl From<&Endpoint> for v1::Endpoint {
+    fn from(e: &Endpoint) -> Self {
+        v1::Endpoint {
+            spiffe_id: e.spiffe_id.to_string(),
+            address: e.address.to_string(),
+            cluster: e.cluster.to_string(),
+            node_address: e.node_address.to_string(),
+            node: e.node.to_string(),
+            generation: e.generation.0,
+        }
+    }
+}
+
+/// A bundle from its message. The caller says whose it is by the type it asks for.
+pub fn bundle<Whose>(m: &v1::Bundle) -> Result<Bundle<Whose>, Refusal> {
+    Ok(Bundle::new(m.trust_domain.parse()?, m.sequence, m.roots_der.clone()))
+}
+
+/// A bundle as a message.
+pub fn bundle_message<Whose>(b: &Bundle<Whose>) -> v1::Bundle {
+    v1::Bundle { trust_domain: b.trust_domain().to_string(), sequence: b.sequence(), roots_der: b.roots().to_vec() }
+}

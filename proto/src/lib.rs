@@ -1,0 +1,24 @@
+//! The wire: generated messages and stubs of `ambit/v1`, the SPIFFE Workload API, and conversions to model types.
+//!
+//! Never: decisions, IO, or kernel layouts. What cannot be converted strictly is refused here.
+#![forbid(unsafe_code)]
+
+pub mod convert;
+pub mod status;
+
+/// `ambit.v1`.
+pub mod v1 {
+    #![allow(missing_docs, clippy::all, unreachable_pub, reason = "generated code")]
+    tonic::include_proto!("ambit.v1");
+}
+
+/// The SPIFFE Workload API (it has no package name).
+pub mod workload {
+    #![allow(missing_docs, clippy::all, unreachable_pub, reason = "generated code")]
+    tonic::include_proto!("_");
+}
+
+/// Descriptor sets for gRPC reflection.
+pub const AMBIT_DESCRIPTORS: &[u8] = tonic::include_file_descriptor_set!("ambit");
+/// See [`AMBIT_DESCRIPTORS`].
+pub const SPIFFE_DESCRIPTORS: &[u8] = tonic::include_file_descriptor_set!("spiffe");
