@@ -3,7 +3,7 @@
 use crate::v1;
 use ambit_model::bundle::Bundle;
 use ambit_model::policy::{Action, Endpoint, Peers, Policy, Service};
-use ambit_model::{Code, Entry, Generation, Refusal, SpiffeId, SvidTtl, TrustDomain};
+use ambit_model::{Code, Entry, Generation, Refusal, SvidTtl, TrustDomain};
 use std::str::FromStr;
 
 fn all<T: FromStr<Err = Refusal>, C: FromIterator<T>>(texts: &[String]) -> Result<C, Refusal> {
@@ -23,30 +23,12 @@ fn address(s: &str) -> Result<std::net::Ipv4Addr, Refusal> {
 
 /// `spiffe://td/path`, `spiffe://td/prefix/*` or `spiffe://td/*`.
 pub fn peers(s: &str) -> Result<Peers, Refusal> {
-    match s.strip_suffix("/*") {
-        None => Ok(Peers::Id(s.parse()?)),
-        Some(head) => {
-            let rest = head.strip_prefix("spiffe://").ok_or_else(|| {
-                Refusal::new(Code::BadRequest, "spiffe://td/path, spiffe://td/prefix/* or spiffe://td/*", s)
-            })?;
-            match rest.split_once('/') {
-                None => Ok(Peers::Domain(rest.parse()?)),
-                Some((td, _)) => {
-                    let prefix: SpiffeId = head.parse()?;
-                    Ok(Peers::Below(TrustDomain::from_str(td)?, format!("{}/", prefix.path())))
-                }
-            }
-        }
-    }
+    s.parse()
 }
 
 /// The text of a set of identities, as [`peers`] reads it.
 pub fn peers_text(p: &Peers) -> String {
-    match p {
-        Peers::Id(id) => id.to_string(),
-        Peers::Below(td, path) => format!("spiffe://{td}{path}*"),
-        Peers::Domain(td) => format!("spiffe://{td}/*"),
-    }
+    p.to_string()
 }
 
 impl TryFrom<&v1::Entry> for Entry {

@@ -1,8 +1,11 @@
 //! Policies after parsing: what may speak to what. The YAML form and its meaning are `ambit-policy`'s.
 
 use crate::id::{ClusterId, ObjectName, SpiffeId, TrustDomain};
+use crate::refusal::{Code, Refusal};
 use serde::{Deserialize, Serialize};
+use std::fmt;
 use std::net::Ipv4Addr;
+use std::str::FromStr;
 
 /// What a policy does when it matches. Deny wins over allow; without an allow the answer is deny.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -38,6 +41,34 @@ impl Peers {
             Self::Id(mine) => mine == id,
             Self::Below(td, path) => id.trust_domain() == *td && id.path().starts_with(path.as_str()),
             Self::Domain(td) => id.trust_domain() == *td,
+        }
+    }
+}
+
+/// `spiffe://td/path`, `spiffe://td/prefix/*` or `spiffe://td/*`.
+impl FromStr for Peers {
+    type Err = Refusal;
+    fn from_str(s: &str) -> Result<Self, Refusal> {
+        let Some(head) = s.strip_suffix("/*") else { return Ok(Self::Id(s.parse()?)) };
+        let rest = head.strip_prefix("spiffe://").ok_or_else(|| {
+            Refusal::new(Code::BadRequest, "spiffe://td/path, spiffe://td/prefix/* or spiffe://td/*", s)
+        })?;
+        match rest.split_once('/') {
+            None => Ok(Self::Domain(rest.parse()?)),
+            Some(_) => {
+                let prefix: SpiffeId = head.parse()?;
+                Ok(Self::Below(prefix.trust_domain(), format!("{}/", prefix.path())))
+            }
+        }
+    }
+}
+
+impl fmt::Display for Peers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Id(id) => write!(f, "{id}"),
+            Self::Below(td, path) => write!(f, "spiffe://{td}{path}*"),
+            Self::Domain(td) => write!(f, "spiffe://{td}/*"),
         }
     }
 }
