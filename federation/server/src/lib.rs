@@ -1,0 +1,7 @@
+//! ambitd as a library: one replica of a cell. `main.rs` only reads the command line.
+//!
+//! Never here: decisions about identity or policy (`ambit-state`, `ambit-policy`), evidence checks (`ambit-verify`), or a
+//! signature without a committed entry.
+
+pub mod raft;
+pub mod store;
