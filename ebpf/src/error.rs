@@ -1,0 +1,121 @@
+//! Why an operation on the kernel side failed. Each variant names its subject; nothing was half-made visible.
+
+use std::path::PathBuf;
+
+/// An operation that failed.
+#[derive(Debug, thiserror::Error)]
+pub enum KernelError {
+    /// The process lacks the rights to load and attach programs.
+    #[error("needs root (CAP_BPF, CAP_NET_ADMIN and CAP_SYS_ADMIN)")]
+    NeedsRoot,
+    /// A kernel feature without which nothing can be enforced.
+    #[error("this kernel lacks {feature}: {cost}")]
+    FeatureMissing {
+        /// What is missing.
+        feature: &'static str,
+        /// What cannot be done without it.
+        cost: &'static str,
+    },
+    /// The tables, or one more workload, do not fit. The generation in force is unchanged.
+    #[error("map `{map}` holds {capacity} entries, {needed} are needed")]
+    MapFull {
+        /// Which map.
+        map: &'static str,
+        /// Its capacity, in entries.
+        capacity: u32,
+        /// How many entries were asked for.
+        needed: usize,
+    },
+    /// The tables contradict themselves (a duplicate key, identity 0, too many endpoints).
+    #[error("tables are inconsistent: {0}")]
+    BadTables(String),
+    /// What was read back from the idle generation is not what was written; it was not put in force.
+    #[error("map `{map}` read back differs from what was written")]
+    ReadBack {
+        /// Which map.
+        map: &'static str,
+    },
+    /// The pins were made by a version with other map layouts.
+    #[error("pins at {dir} have map layout {found}, this version has {expected}: drain the node, then remove them")]
+    LayoutChanged {
+        /// The pin directory.
+        dir: PathBuf,
+        /// This version's layout hash.
+        expected: String,
+        /// The one found.
+        found: String,
+    },
+    /// A pin is missing, or is not what it should be.
+    #[error("pin {path}: expected {expected}, found {found}")]
+    PinUnexpected {
+        /// The pin.
+        path: PathBuf,
+        /// What should be there.
+        expected: String,
+        /// What is there.
+        found: String,
+    },
+    /// The cgroup directory is not a directory of a cgroup2 mount.
+    #[error("{path} is not a cgroup2 directory")]
+    NotCgroup {
+        /// The path.
+        path: PathBuf,
+    },
+    /// A pod name that cannot be a pin.
+    #[error("pod name `{0}` is not 1-63 characters of a-z 0-9 -")]
+    BadPodName(String),
+    /// A service or endpoint that the tables in force do not have.
+    #[error("the tables in force have no {0}")]
+    NotInstalled(String),
+    /// A system call.
+    #[error("{what}")]
+    Io {
+        /// What was tried.
+        what: String,
+        /// Why it failed.
+        #[source]
+        source: std::io::Error,
+    },
+    /// libbpf or the kernel's bpf() refused.
+    #[error("{what}: {detail}")]
+    Bpf {
+        /// What was tried, and on what.
+        what: String,
+        /// The loader's text, with the errno.
+        detail: String,
+    },
+}
+
+impl KernelError {
+    /// The refusal code that an agent reports for this error, in the words of `ambit_model::Code`. Whatever is not
+    /// known to be something else is `internal`: no error ever means "go on".
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::NeedsRoot => "needs_root",
+            Self::FeatureMissing { .. } => "kernel_feature_missing",
+            Self::MapFull { .. } => "map_full",
+            Self::BadTables(_) | Self::BadPodName(_) => "bad_request",
+            Self::NotCgroup { .. } => "config_invalid",
+            Self::NotInstalled(_) => "not_found",
+            Self::ReadBack { .. }
+            | Self::LayoutChanged { .. }
+            | Self::PinUnexpected { .. }
+            | Self::Io { .. }
+            | Self::Bpf { .. } => "internal",
+        }
+    }
+
+    pub(crate) fn io(what: impl Into<String>, source: std::io::Error) -> Self {
+        if source.raw_os_error() == Some(libc::EPERM) {
+            return Self::NeedsRoot;
+        }
+        Self::Io { what: what.into(), source }
+    }
+
+    pub(crate) fn bpf(what: impl Into<String>, source: libbpf_rs::Error) -> Self {
+        if source.kind() == libbpf_rs::ErrorKind::PermissionDenied && !crate::sys::is_root() {
+            return Self::NeedsRoot;
+        }
+        Self::Bpf { what: what.into(), detail: format!("{source:#}") }
+    }
+}
