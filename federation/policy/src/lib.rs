@@ -1,1 +1,21 @@
-//! stub
+//! What may speak to what: policy documents parsed, owned, evaluated, explained and cut to what one node needs.
+//!
+//! [`PolicySet::evaluate`] is the oracle: the kernel's verdict must equal it for every connection (I18).
+//! Pure: this crate never does IO, never reads a clock or the environment, and never decides by anything but
+//! identity and port. A document that it does not fully understand is refused, never half-read.
+#![forbid(unsafe_code)]
+#![warn(missing_docs)]
+
+mod document;
+mod explain;
+mod owner;
+mod parse;
+mod ports;
+mod set;
+
+pub use document::Document;
+pub use explain::{Difference, Explanation, Nearest};
+pub use owner::check_owner;
+pub use parse::{BACKENDS_MAX, BYTES_MAX, DOCUMENTS_MAX, FROM_MAX, PORTS_MAX, parse};
+pub use ports::PortSet;
+pub use set::{PolicySet, Reason, RuleRef, Unresolved, Verdict};

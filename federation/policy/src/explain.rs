@@ -1,0 +1,115 @@
+//! Why a connection is denied, and what is missing.
+
+use crate::owner::speaks_for;
+use crate::set::{PolicySet, RuleRef, Verdict, has_caller, has_port, rule_ref};
+use ambit_model::policy::{Action, Peers, Policy};
+use ambit_model::{SpiffeId, TrustDomain};
+use std::collections::BTreeSet;
+use std::fmt;
+
+/// In what an allow policy falls short of allowing a connection.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Difference {
+    /// It matches, but the deny policy named in the verdict wins.
+    Overruled,
+    /// It names trust domains that are not known, so it is not in force.
+    Unresolved(BTreeSet<TrustDomain>),
+    /// It is about these ports.
+    OtherPort(Vec<u16>),
+    /// It is about these callers.
+    OtherCaller(Vec<Peers>),
+}
+
+/// The allow policy for the same target that falls short in the least.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Nearest {
+    /// The policy.
+    pub rule: RuleRef,
+    /// In what it falls short; never empty.
+    pub differs: Vec<Difference>,
+}
+
+/// A verdict and what would change it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Explanation {
+    /// As [`PolicySet::evaluate`] gives it.
+    pub verdict: Verdict,
+    /// Where denied: the nearest allow policy for this target, if any is for it.
+    pub nearest: Option<Nearest>,
+}
+
+impl PolicySet {
+    /// The verdict, the policy behind it and, where it is a denial, the nearest policy that would allow.
+    pub fn explain(&self, src: &SpiffeId, dst: &SpiffeId, port: u16) -> Explanation {
+        let verdict = self.evaluate(src, dst, port);
+        let nearest = if verdict.allowed { None } else { self.nearest(src, dst, port) };
+        Explanation { verdict, nearest }
+    }
+
+    fn nearest(&self, src: &SpiffeId, dst: &SpiffeId, port: u16) -> Option<Nearest> {
+        self.iter()
+            .filter(|(origin, p)| p.action == Action::Allow && speaks_for(origin, p) && p.target.contains(dst))
+            .map(|(origin, p)| Nearest { rule: rule_ref(origin, p), differs: self.differences(p, src, port) })
+            .min_by_key(|near| near.differs.iter().map(distance).sum::<u32>())
+    }
+
+    fn differences(&self, policy: &Policy, src: &SpiffeId, port: u16) -> Vec<Difference> {
+        let mut differs = Vec::new();
+        let unknown: BTreeSet<_> = policy
+            .from
+            .iter()
+            .chain([&policy.target])
+            .map(Peers::trust_domain)
+            .filter(|td| !self.known().contains(td))
+            .collect();
+        if !unknown.is_empty() {
+            differs.push(Difference::Unresolved(unknown));
+        }
+        if !has_port(policy, port) {
+            differs.push(Difference::OtherPort(policy.ports.clone()));
+        }
+        if !has_caller(policy, src) {
+            differs.push(Difference::OtherCaller(policy.from.clone()));
+        }
+        if differs.is_empty() {
+            differs.push(Difference::Overruled);
+        }
+        differs
+    }
+}
+
+/// Nearer is what an operator more likely meant: a policy that is overruled, then one for another port, then one
+/// that waits for a peer, then one for another caller. Powers of two, so that sums keep that order.
+fn distance(difference: &Difference) -> u32 {
+    match difference {
+        Difference::Overruled => 0,
+        Difference::OtherPort(_) => 1,
+        Difference::Unresolved(_) => 2,
+        Difference::OtherCaller(_) => 4,
+    }
+}
+
+impl fmt::Display for Difference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Overruled => f.write_str("a deny policy wins over it"),
+            Self::Unresolved(domains) => write!(f, "it names trust domains that are not known: {}", list(domains)),
+            Self::OtherPort(ports) => write!(f, "it is for ports {}", list(ports)),
+            Self::OtherCaller(from) => write!(f, "it is for callers {}", list(from)),
+        }
+    }
+}
+
+impl fmt::Display for Nearest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: ", self.rule)?;
+        for (i, difference) in self.differs.iter().enumerate() {
+            write!(f, "{}{difference}", if i == 0 { "" } else { "; " })?;
+        }
+        Ok(())
+    }
+}
+
+fn list<T: fmt::Display>(items: impl IntoIterator<Item = T>) -> String {
+    items.into_iter().map(|item| item.to_string()).collect::<Vec<_>>().join(", ")
+}

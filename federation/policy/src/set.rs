@@ -1,0 +1,189 @@
+//! All policies that a cell knows, and the verdict they give.
+
+use crate::owner::speaks_for;
+use ambit_model::policy::{Action, Policy};
+use ambit_model::{ObjectName, SpiffeId, TrustDomain};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
+/// Which policy: its origin and its name.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct RuleRef {
+    /// The trust domain whose cell wrote it.
+    pub origin: TrustDomain,
+    /// Its name, unique within the origin.
+    pub name: ObjectName,
+}
+
+impl fmt::Display for RuleRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.origin, self.name)
+    }
+}
+
+/// Why a verdict is what it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Reason {
+    /// An allow policy of the target's trust domain matches and no deny policy does.
+    Allowed,
+    /// A deny policy matches; it wins over every allow.
+    Denied,
+    /// No allow policy of the target's trust domain matches: deny by default.
+    NoAllow,
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Allowed => "allowed by policy",
+            Self::Denied => "denied by policy",
+            Self::NoAllow => "denied by default: no policy allows it",
+        })
+    }
+}
+
+/// The answer for one connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Verdict {
+    /// Whether the connection may pass.
+    pub allowed: bool,
+    /// The policy that decided; none where the default did.
+    pub rule: Option<RuleRef>,
+    /// Why.
+    pub reason: Reason,
+}
+
+/// A policy that names trust domains which nobody known vouches for.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Unresolved {
+    /// The policy.
+    pub rule: RuleRef,
+    /// The trust domains that are not known; never empty.
+    pub trust_domains: BTreeSet<TrustDomain>,
+}
+
+/// Policies by origin and name, together with the trust domains that are known (the own one and those of peers).
+///
+/// An *allow* policy that names an unknown trust domain matches nothing until the peer is registered. A *deny*
+/// policy keeps denying the callers it names: losing a peer must never open a door.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PolicySet {
+    policies: BTreeMap<(TrustDomain, ObjectName), Policy>,
+    known: BTreeSet<TrustDomain>,
+}
+
+impl PolicySet {
+    /// An empty set. `known`: the own trust domain and those of the peers; on a node, those it has bundles of.
+    pub fn new(known: BTreeSet<TrustDomain>) -> Self {
+        Self { policies: BTreeMap::new(), known }
+    }
+    /// Replaces the known trust domains, after a peer was registered or removed.
+    pub fn set_known(&mut self, known: BTreeSet<TrustDomain>) {
+        self.known = known;
+    }
+    /// The known trust domains.
+    pub fn known(&self) -> &BTreeSet<TrustDomain> {
+        &self.known
+    }
+    /// Adds or replaces a policy of `origin`; returns the one replaced. Call [`crate::check_owner`] first: a policy
+    /// that `origin` may not write is kept but decides nothing.
+    pub fn insert(&mut self, origin: TrustDomain, policy: Policy) -> Option<Policy> {
+        self.policies.insert((origin, policy.name.clone()), policy)
+    }
+    /// Removes a policy and returns it.
+    pub fn remove(&mut self, origin: &TrustDomain, name: &ObjectName) -> Option<Policy> {
+        self.policies.remove(&(origin.clone(), name.clone()))
+    }
+    /// Removes every policy of `origin`, after its peer was removed.
+    pub fn remove_origin(&mut self, origin: &TrustDomain) {
+        self.policies.retain(|(from, _), _| from != origin);
+    }
+    /// The policy of that origin and name.
+    pub fn get(&self, origin: &TrustDomain, name: &ObjectName) -> Option<&Policy> {
+        self.policies.get(&(origin.clone(), name.clone()))
+    }
+    /// All policies with their origins, in the order of origin and name.
+    pub fn iter(&self) -> impl Iterator<Item = (&TrustDomain, &Policy)> {
+        self.policies.iter().map(|((origin, _), policy)| (origin, policy))
+    }
+    /// How many policies there are.
+    pub fn len(&self) -> usize {
+        self.policies.len()
+    }
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.policies.is_empty()
+    }
+
+    /// Whether `src` may connect to `port` of `dst`: deny wins; then an allow of the target's own trust domain; else
+    /// deny. Of several policies that decide alike, the first by origin and name is named.
+    pub fn evaluate(&self, src: &SpiffeId, dst: &SpiffeId, port: u16) -> Verdict {
+        let decided = |action| {
+            self.in_force()
+                .find(|(_, p)| p.action == action && speaks_of(p, src, dst) && has_port(p, port))
+                .map(|(origin, p)| rule_ref(origin, p))
+        };
+        if let Some(rule) = decided(Action::Deny) {
+            return Verdict { allowed: false, rule: Some(rule), reason: Reason::Denied };
+        }
+        match decided(Action::Allow) {
+            Some(rule) => Verdict { allowed: true, rule: Some(rule), reason: Reason::Allowed },
+            None => Verdict { allowed: false, rule: None, reason: Reason::NoAllow },
+        }
+    }
+
+    /// Policies that name trust domains outside `known`. Pass [`PolicySet::known`] for those not in force now.
+    pub fn unresolved(&self, known: &BTreeSet<TrustDomain>) -> Vec<Unresolved> {
+        let missing = |policy: &Policy| named(policy).filter(|td| !known.contains(td)).collect::<BTreeSet<_>>();
+        self.iter()
+            .map(|(origin, policy)| Unresolved { rule: rule_ref(origin, policy), trust_domains: missing(policy) })
+            .filter(|found| !found.trust_domains.is_empty())
+            .collect()
+    }
+
+    /// What a node that runs `local` needs: every policy whose target or one of whose callers is local.
+    ///
+    /// For every connection from or to an identity of `local`, the slice gives the verdict of the whole set.
+    #[must_use]
+    pub fn slice(&self, local: &BTreeSet<SpiffeId>) -> PolicySet {
+        let concerns = |policy: &Policy| {
+            local.iter().any(|id| policy.target.contains(id) || policy.from.iter().any(|set| set.contains(id)))
+        };
+        let policies = self
+            .in_force()
+            .filter(|(_, policy)| concerns(policy))
+            .map(|(origin, policy)| ((origin.clone(), policy.name.clone()), policy.clone()))
+            .collect();
+        PolicySet { policies, known: self.known.clone() }
+    }
+
+    /// Policies that can decide: written by one who may, and, for an allow, with every trust domain known.
+    pub(crate) fn in_force(&self) -> impl Iterator<Item = (&TrustDomain, &Policy)> {
+        self.iter().filter(|(origin, policy)| speaks_for(origin, policy) && self.is_resolved(policy))
+    }
+
+    fn is_resolved(&self, policy: &Policy) -> bool {
+        policy.action == Action::Deny || named(policy).all(|td| self.known.contains(&td))
+    }
+}
+
+pub(crate) fn rule_ref(origin: &TrustDomain, policy: &Policy) -> RuleRef {
+    RuleRef { origin: origin.clone(), name: policy.name.clone() }
+}
+
+pub(crate) fn speaks_of(policy: &Policy, src: &SpiffeId, dst: &SpiffeId) -> bool {
+    policy.target.contains(dst) && has_caller(policy, src)
+}
+
+pub(crate) fn has_caller(policy: &Policy, src: &SpiffeId) -> bool {
+    policy.from.iter().any(|set| set.contains(src))
+}
+
+/// No ports in a policy means every port.
+pub(crate) fn has_port(policy: &Policy, port: u16) -> bool {
+    policy.ports.is_empty() || policy.ports.contains(&port)
+}
+
+fn named(policy: &Policy) -> impl Iterator<Item = TrustDomain> {
+    policy.from.iter().chain([&policy.target]).map(|set| set.trust_domain())
+}
