@@ -1,0 +1,148 @@
+//! The chain of proofs. Each type is made only by consuming the one before it.
+//!
+//! | step | made by | proves |
+//! |---|---|---|
+//! | [`PresentedEk`] | [`PresentedEk::parse`] | the public areas are well formed and the AK is one that cannot lie |
+//! | [`EndorsedEk`] | [`PresentedEk::endorse`] | a trusted maker vouches for the EK and this cluster expects it |
+//! | [`ActivatedAk`] | [`ActivatedAk::open`] | the TPM that holds the EK holds the AK, and it answered in time |
+//! | [`FreshQuote`] | [`ActivatedAk::quote`] | the AK quoted exactly these PCRs for this session and this CSR key |
+//! | [`Verified`] | [`FreshQuote::appraise`] | the logs lead to those PCRs and no event of them was altered |
+//!
+//! No `Verified` without an appraisal, outside of this crate or in any other module of it:
+//!
+//! ```compile_fail,E0423
+//! fn forge(evidence: ambit_verify::NodeEvidence) -> ambit_verify::Verified<ambit_verify::NodeEvidence> {
+//!     ambit_verify::Verified(evidence)
+//! }
+//! ```
+//!
+//! No `FreshQuote` from anything but an `ActivatedAk`, which is consumed by it:
+//!
+//! ```compile_fail,E0599
+//! fn skip(ek: ambit_verify::EndorsedEk) {
+//!     let _ = ek.quote();
+//! }
+//! ```
+//! ```compile_fail,E0382
+//! fn twice(ak: ambit_verify::ActivatedAk) {
+//!     let _ = ak.quote();
+//!     let _ = ak.quote();
+//! }
+//! ```
+//!
+//! And no copy of a proof:
+//!
+//! ```compile_fail,E0599
+//! fn copy(v: ambit_verify::Verified<ambit_verify::NodeEvidence>) -> ambit_verify::Verified<ambit_verify::NodeEvidence> {
+//!     v.clone()
+//! }
+//! ```
+
+mod begin;
+mod evidence;
+
+pub use begin::{BeginInput, Challenge, EndorsedEk, Entropy, Expected, PresentedEk, Terms};
+pub use evidence::{ActivatedAk, EvidenceHeader, FreshQuote, LogExtent, Session};
+
+use crate::bootlog::BootFacts;
+use crate::ek::EkClass;
+use crate::hash::Bank;
+use crate::ima::ImaFacts;
+use ambit_model::{ClusterId, NodeId, Refusal, Revision};
+use std::collections::BTreeMap;
+use std::ops::Deref;
+
+/// Something this crate verified. No constructor, no `Clone`, no way to decode one from bytes.
+#[derive(Debug)]
+pub struct Verified<T>(T);
+
+impl<T> Deref for Verified<T> {
+    type Target = T;
+    fn deref(&self) -> &T {
+        &self.0
+    }
+}
+
+/// What a verified quote and its logs say about a node at one instant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodeEvidence {
+    /// SHA-256 of the EK's SubjectPublicKeyInfo.
+    pub node: NodeId,
+    /// The cluster it enrols in.
+    pub cluster: ClusterId,
+    /// What vouches for the EK.
+    pub ek_class: EkClass,
+    /// SHA-256 of the EK's TPMT_PUBLIC.
+    pub ek_public_sha256: [u8; 32],
+    /// The AK's name: algorithm identifier, then digest (TPM 2.0 Part 1, section 16).
+    pub ak_name: Vec<u8>,
+    /// SubjectPublicKeyInfo (DER) of the one key that this evidence may certify.
+    pub csr_spki: Vec<u8>,
+    /// The server's nonce, to be consumed by the entry that admits the node.
+    pub nonce: [u8; 32],
+    /// Until when the consumed nonce is remembered, and the deadline the answer kept.
+    pub deadline: ambit_model::Stamp,
+    /// The bank quoted.
+    pub bank: Bank,
+    /// The quoted PCRs, exactly those asked for.
+    pub pcrs: BTreeMap<u32, Vec<u8>>,
+    /// The TPM's clock and counters at the quote.
+    pub counters: Counters,
+    /// The TPM's firmware version, as it reports it.
+    pub firmware_version: u64,
+    /// What the boot log says, where it is authenticated by the quote.
+    pub boot: BootFacts,
+    /// What the IMA log says.
+    pub ima: ImaFacts,
+    /// SHA-256 of the join token to burn, if the EK was expected because of one.
+    pub join_token: Option<[u8; 32]>,
+    /// The revision of roots, allow-list and deny-list that the EK was judged under.
+    pub endorsement_revision: Revision,
+    /// The revision of appraisal policies that it was judged under.
+    pub policy_revision: Revision,
+    /// SHA-256 over all that was judged: the name of the evidence in the audit log.
+    pub evidence_sha256: [u8; 32],
+}
+
+/// The TPM's clock and counters in a quote (TPMS_CLOCK_INFO).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Counters {
+    /// TPM resets since manufacture: rises with each boot.
+    pub reset: u32,
+    /// TPM restarts or resumes since the last reset.
+    pub restart: u32,
+    /// Milliseconds of power-on time.
+    pub clock_ms: u64,
+    /// Whether the clock surely never showed a later value before.
+    pub safe: bool,
+}
+
+impl Counters {
+    /// Whether `self` may follow `stored` on one TPM: both counts lexicographically, the clock only when both are
+    /// equal (after a crash clock and restart count may go back while the reset count rises: honest).
+    pub fn may_follow(&self, stored: &Counters) -> bool {
+        let (now, then) = ((self.reset, self.restart), (stored.reset, stored.restart));
+        now > then || (now == then && self.clock_ms >= stored.clock_ms)
+    }
+}
+
+/// A refusal after a good HMAC: with where the evidence diverged, which the node may be told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Denial {
+    /// Code, expected and found. The last two are for operators only.
+    pub refusal: Refusal,
+    /// The place: an event, a PCR or an IMA entry; never what was expected there.
+    pub diverged: Option<String>,
+}
+
+impl Denial {
+    pub(crate) fn at(refusal: Refusal, place: impl Into<String>) -> Denial {
+        Denial { refusal, diverged: Some(place.into()) }
+    }
+}
+
+impl From<Refusal> for Denial {
+    fn from(refusal: Refusal) -> Self {
+        Denial { refusal, diverged: None }
+    }
+}

@@ -1,0 +1,149 @@
+//! The plain text of a ticket: what one replica promised a node, so that any replica can take the answer.
+//!
+//! Sealing (AEAD under a key of the cell) is the server's. A [`TicketBody`] made by [`TicketBody::decode`] is only as
+//! true as the seal it was opened from: decode nothing that an AEAD of this cell did not authenticate.
+
+use crate::ek::EkClass;
+use crate::hash::Bank;
+use crate::wire::{Malformed, Reader};
+use ambit_model::{ClusterId, Code, NodeId, Refusal, Revision, Stamp};
+use std::fmt;
+use zeroize::Zeroizing;
+
+const VERSION: u8 = 1;
+
+/// What a ticket says.
+pub struct TicketBody {
+    pub(crate) cluster: ClusterId,
+    pub(crate) node: NodeId,
+    pub(crate) ek_class: EkClass,
+    pub(crate) ek_public_sha256: [u8; 32],
+    pub(crate) ak_public_sha256: [u8; 32],
+    pub(crate) secret: Zeroizing<[u8; 32]>,
+    pub(crate) agent_nonce: [u8; 32],
+    pub(crate) server_nonce: [u8; 32],
+    pub(crate) bank: Bank,
+    pub(crate) pcr_mask: u32,
+    pub(crate) ima_offset: u64,
+    pub(crate) deadline: Stamp,
+    pub(crate) endorsement_revision: Revision,
+    pub(crate) policy_revision: Revision,
+    pub(crate) join_token: Option<[u8; 32]>,
+}
+
+impl TicketBody {
+    /// The cluster that the node asked to enrol in.
+    pub fn cluster(&self) -> &ClusterId {
+        &self.cluster
+    }
+    /// The node.
+    pub fn node(&self) -> NodeId {
+        self.node
+    }
+    /// The server's nonce: what is consumed, once.
+    pub fn nonce(&self) -> [u8; 32] {
+        self.server_nonce
+    }
+    /// After this instant the ticket is refused, and the consumed nonce may be forgotten.
+    pub fn deadline(&self) -> Stamp {
+        self.deadline
+    }
+    /// SHA-256 of the join token that made the EK expected, if it was one.
+    pub fn join_token(&self) -> Option<[u8; 32]> {
+        self.join_token
+    }
+
+    /// The body as bytes to seal.
+    pub fn encode(&self) -> Zeroizing<Vec<u8>> {
+        let mut out = Zeroizing::new(Vec::with_capacity(400));
+        out.push(VERSION);
+        let cluster = self.cluster.as_str().as_bytes();
+        // A cluster name has at most 63 bytes, by its grammar.
+        out.push(u8::try_from(cluster.len()).unwrap_or(u8::MAX));
+        out.extend_from_slice(cluster);
+        out.extend_from_slice(&self.node.0);
+        out.push(self.ek_class.wire());
+        for part in
+            [&self.ek_public_sha256, &self.ak_public_sha256, &*self.secret, &self.agent_nonce, &self.server_nonce]
+        {
+            out.extend_from_slice(part);
+        }
+        out.extend_from_slice(&self.bank.hash().id().to_be_bytes());
+        out.extend_from_slice(&self.pcr_mask.to_be_bytes());
+        for number in [self.ima_offset, self.deadline.0, self.endorsement_revision.0, self.policy_revision.0] {
+            out.extend_from_slice(&number.to_be_bytes());
+        }
+        match &self.join_token {
+            None => out.push(0),
+            Some(hash) => {
+                out.push(1);
+                out.extend_from_slice(hash);
+            }
+        }
+        out
+    }
+
+    /// Reads a body that an AEAD of this cell opened. Strict: one encoding for each body.
+    pub fn decode(bytes: &[u8]) -> Result<TicketBody, Refusal> {
+        Self::read(bytes).map_err(|e| e.refuse(Code::TicketInvalid, "ticket of this version"))
+    }
+
+    fn read(bytes: &[u8]) -> Result<TicketBody, Malformed> {
+        let mut r = Reader::new(bytes);
+        if r.u8("version")? != VERSION {
+            return Err(Malformed::new("version", 0));
+        }
+        let n = usize::from(r.u8("cluster")?);
+        let cluster = std::str::from_utf8(r.take(n, "cluster")?)
+            .ok()
+            .and_then(|s| s.parse().ok())
+            .ok_or(Malformed::new("cluster", 1))?;
+        let node = NodeId(r.array("node")?);
+        let ek_class = EkClass::from_wire(r.u8("EK class")?).ok_or(Malformed::new("EK class", r.at()))?;
+        let ek_public_sha256 = r.array("EK hash")?;
+        let ak_public_sha256 = r.array("AK hash")?;
+        let secret = Zeroizing::new(r.array("secret")?);
+        let agent_nonce = r.array("agent nonce")?;
+        let server_nonce = r.array("server nonce")?;
+        let bank = match r.u16("bank")? {
+            0x000b => Bank::Sha256,
+            0x000c => Bank::Sha384,
+            _ => return Err(Malformed::new("bank", r.at())),
+        };
+        let pcr_mask = r.u32("PCR mask")?;
+        let ima_offset = r.u64("IMA offset")?;
+        let deadline = Stamp(r.u64("deadline")?);
+        let endorsement_revision = Revision(r.u64("endorsement revision")?);
+        let policy_revision = Revision(r.u64("policy revision")?);
+        let join_token = match r.u8("join token")? {
+            0 => None,
+            1 => Some(r.array("join token")?),
+            _ => return Err(Malformed::new("join token", r.at())),
+        };
+        r.end("trailing bytes")?;
+        Ok(TicketBody {
+            cluster,
+            node,
+            ek_class,
+            ek_public_sha256,
+            ak_public_sha256,
+            secret,
+            agent_nonce,
+            server_nonce,
+            bank,
+            pcr_mask,
+            ima_offset,
+            deadline,
+            endorsement_revision,
+            policy_revision,
+            join_token,
+        })
+    }
+}
+
+impl fmt::Debug for TicketBody {
+    /// Never the secret.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TicketBody").field("cluster", &self.cluster).field("node", &self.node).finish_non_exhaustive()
+    }
+}
