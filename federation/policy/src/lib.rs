@@ -11,6 +11,7 @@ mod explain;
 mod owner;
 mod parse;
 mod ports;
+mod scalar;
 mod set;
 
 pub use document::Document;

@@ -1,12 +1,12 @@
 //! YAML text to documents. Strict: an unknown field, kind, or anything beyond identity and port is refused in its place.
 
 use crate::document::Document;
+use crate::scalar::{Listed, Port, Text, UnicastAddress};
 use ambit_model::policy::{Action, Peers, Policy, Service};
 use ambit_model::{Code, ObjectName, Refusal};
-use serde::de::{DeserializeOwned, Error as _};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
 use std::collections::BTreeSet;
-use std::net::Ipv4Addr;
 
 /// Bytes of one request's YAML: 1 MiB, so that one write stays small beside a Raft entry's limit.
 pub const BYTES_MAX: usize = 1 << 20;
@@ -18,6 +18,12 @@ pub const FROM_MAX: usize = 256;
 pub const PORTS_MAX: usize = 64;
 /// Backend sets of one service.
 pub const BACKENDS_MAX: usize = 64;
+
+/// Brackets open at once. Documents need three; the YAML scanner's time grows with the square of the depth.
+const NESTING_MAX: usize = 64;
+
+/// Characters of a refusal's `found`: the reader quotes what it met, which may be the whole text.
+const FOUND_MAX: usize = 300;
 
 /// What people who know HTTP meshes write; Ambit decides on identity and port, so it must not seem to accept these.
 const LAYER7_FIELDS: &[&str] = &[
@@ -55,6 +61,7 @@ pub fn parse(text: &str) -> Result<Vec<Document>, Refusal> {
     if text.len() > BYTES_MAX {
         return Err(malformed(format!("at most {BYTES_MAX} bytes"), format!("{} bytes", text.len())));
     }
+    refuse_deep_nesting(text)?;
     let mut documents = Vec::new();
     let mut seen = BTreeSet::new();
     // The same document is read twice in step: for its kind, then as that kind. One pass over an internally tagged
@@ -72,6 +79,27 @@ pub fn parse(text: &str) -> Result<Vec<Document>, Refusal> {
         documents.push(document);
     }
     Ok(documents)
+}
+
+/// Counts brackets as bytes, comments and quoted text included: no document has a use for unbalanced ones there.
+fn refuse_deep_nesting(text: &str) -> Result<(), Refusal> {
+    let mut depth = 0_usize;
+    let mut line = 1_usize;
+    for byte in text.bytes() {
+        match byte {
+            b'[' | b'{' => depth += 1,
+            b']' | b'}' => depth = depth.saturating_sub(1),
+            b'\n' => line += 1,
+            _ => {}
+        }
+        if depth > NESTING_MAX {
+            return Err(malformed(
+                format!("at most {NESTING_MAX} brackets open at once"),
+                format!("line {line}: more"),
+            ));
+        }
+    }
+    Ok(())
 }
 
 fn document<'de, D>(head: D, body: D) -> Result<Option<Document>, Refusal>
@@ -100,16 +128,20 @@ fn malformed(expected: impl Into<String>, found: impl Into<String>) -> Refusal {
 fn refusal(error: serde_norway::Error) -> Refusal {
     let text = error.to_string();
     let found = match error.location() {
-        Some(place) => format!("line {} column {}: {text}", place.line(), place.column()),
+        Some(place) => {
+            let text = text.rsplit_once(" at line ").map_or(text.as_str(), |(message, _)| message);
+            format!("line {} column {}: {text}", place.line(), place.column())
+        }
         None => text.clone(),
     };
+    let found = found.chars().take(FOUND_MAX).collect::<String>();
     // serde's derived code is the only source of this sentence; a test holds it to it.
     let unknown = text.split_once("unknown field `").and_then(|(_, rest)| rest.split_once('`'));
     match unknown {
         Some((field, _)) if LAYER7_FIELDS.contains(&field) => {
             Refusal::new(Code::PolicyLayer7, "a rule on identity and port only", found)
         }
-        Some(_) | None => malformed("a document as the policy reference describes it", found),
+        Some(_) | None => malformed("a well-formed Policy or Service document", found),
     }
 }
 
@@ -136,20 +168,17 @@ struct Written<Spec> {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Metadata {
-    #[serde(deserialize_with = "from_text")]
-    name: ObjectName,
+    name: Text<ObjectName>,
 }
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct PolicySpec {
-    #[serde(deserialize_with = "from_text")]
-    target: Peers,
+    target: Text<Peers>,
     action: WrittenAction,
-    #[serde(deserialize_with = "callers")]
-    from: Vec<Peers>,
-    #[serde(default, deserialize_with = "ports")]
-    ports: Vec<u16>,
+    from: Listed<Text<Peers>, FROM_MAX>,
+    /// An empty list is refused: it would read as "no port" and mean "every port".
+    ports: Option<Listed<Port, PORTS_MAX>>,
 }
 
 #[derive(Deserialize)]
@@ -162,12 +191,9 @@ enum WrittenAction {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct ServiceSpec {
-    #[serde(deserialize_with = "virtual_address")]
-    address: Ipv4Addr,
-    #[serde(deserialize_with = "port")]
-    port: u16,
-    #[serde(deserialize_with = "backends")]
-    backends: Vec<Peers>,
+    address: UnicastAddress,
+    port: Port,
+    backends: Listed<Text<Peers>, BACKENDS_MAX>,
 }
 
 impl Written<PolicySpec> {
@@ -177,79 +203,16 @@ impl Written<PolicySpec> {
             WrittenAction::Allow => Action::Allow,
             WrittenAction::Deny => Action::Deny,
         };
-        Policy { name: self.metadata.name, target, action, from, ports }
+        let from = from.0.into_iter().map(|set| set.0).collect();
+        let ports = ports.into_iter().flat_map(|list| list.0).map(|port| port.0).collect();
+        Policy { name: self.metadata.name.0, target: target.0, action, from, ports }
     }
 }
 
 impl Written<ServiceSpec> {
     fn into_service(self) -> Service {
         let ServiceSpec { address, port, backends } = self.spec;
-        Service { name: self.metadata.name, address, port, backends }
+        let backends = backends.0.into_iter().map(|set| set.0).collect();
+        Service { name: self.metadata.name.0, address: address.0, port: port.0, backends }
     }
-}
-
-/// A model type from its text, its refusal kept as the message; the YAML reader adds the place.
-fn from_text<'de, T, D>(d: D) -> Result<T, D::Error>
-where
-    T: std::str::FromStr<Err = Refusal>,
-    D: Deserializer<'de>,
-{
-    text(&String::deserialize(d)?)
-}
-
-fn text<T: std::str::FromStr<Err = Refusal>, E: serde::de::Error>(s: &str) -> Result<T, E> {
-    s.parse().map_err(|r: Refusal| E::custom(format_args!("expected {}, found '{}'", r.expected, r.found)))
-}
-
-/// One set of identities in a list, parsed as it is read, so that a bad one is refused in its own line.
-#[derive(Deserialize)]
-struct WrittenPeers(#[serde(deserialize_with = "from_text")] Peers);
-
-fn callers<'de, D: Deserializer<'de>>(d: D) -> Result<Vec<Peers>, D::Error> {
-    sets(d, FROM_MAX)
-}
-
-fn backends<'de, D: Deserializer<'de>>(d: D) -> Result<Vec<Peers>, D::Error> {
-    sets(d, BACKENDS_MAX)
-}
-
-/// Sorted and without repetition, so that equal documents give equal policies.
-fn sets<'de, D: Deserializer<'de>>(d: D, max: usize) -> Result<Vec<Peers>, D::Error> {
-    let written = Vec::<WrittenPeers>::deserialize(d)?;
-    if written.is_empty() || written.len() > max {
-        let found = written.len();
-        return Err(D::Error::custom(format_args!("expected 1-{max} sets of identities, found {found}")));
-    }
-    Ok(written.into_iter().map(|w| w.0).collect::<BTreeSet<_>>().into_iter().collect())
-}
-
-/// An empty list is refused: it would read as "no port" and mean "every port".
-fn ports<'de, D: Deserializer<'de>>(d: D) -> Result<Vec<u16>, D::Error> {
-    #[derive(Deserialize)]
-    struct Port(#[serde(deserialize_with = "port")] u16);
-    let written = Vec::<Port>::deserialize(d)?;
-    if written.is_empty() || written.len() > PORTS_MAX {
-        let found = written.len();
-        let expected = format_args!("expected 1-{PORTS_MAX} ports, or no 'ports' for every port, found {found}");
-        return Err(D::Error::custom(expected));
-    }
-    Ok(written.into_iter().map(|w| w.0).collect::<BTreeSet<_>>().into_iter().collect())
-}
-
-fn port<'de, D: Deserializer<'de>>(d: D) -> Result<u16, D::Error> {
-    match u16::deserialize(d)? {
-        0 => Err(D::Error::custom("expected a port of 1-65535, found 0")),
-        n => Ok(n),
-    }
-}
-
-/// Loopback is where captured connections go, and nobody can be called at the others.
-fn virtual_address<'de, D: Deserializer<'de>>(d: D) -> Result<Ipv4Addr, D::Error> {
-    let written = String::deserialize(d)?;
-    let expected = "expected a unicast IPv4 address that is not loopback";
-    let bad = || D::Error::custom(format_args!("{expected}, found '{written}'"));
-    let address: Ipv4Addr = written.parse().map_err(|_| bad())?;
-    let is_callable =
-        !(address.is_unspecified() || address.is_loopback() || address.is_multicast() || address.is_broadcast());
-    if is_callable { Ok(address) } else { Err(bad()) }
 }

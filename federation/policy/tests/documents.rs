@@ -1,0 +1,170 @@
+//! What parses, what is refused, and where the refusal points.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test says that it failed by panicking")]
+
+use ambit_model::policy::Action;
+use ambit_model::{Code, Refusal};
+use ambit_policy::{BYTES_MAX, DOCUMENTS_MAX, Document, FROM_MAX, PORTS_MAX, parse};
+
+const WEB_TO_DB: &str = "\
+kind: Policy
+metadata: {name: web-to-db}
+spec:
+  target: spiffe://west/db
+  action: allow
+  from: [spiffe://east/web]
+  ports: [8080]
+---
+kind: Service
+metadata: {name: shop}
+spec: {address: 10.96.0.10, port: 8080, backends: [spiffe://west/shop, spiffe://east/shop]}
+";
+
+fn refused(text: &str) -> Refusal {
+    match parse(text) {
+        Ok(documents) => panic!("accepted: {documents:?}"),
+        Err(refusal) => refusal,
+    }
+}
+
+#[test]
+fn the_reference_documents_parse() {
+    let documents = parse(WEB_TO_DB).unwrap();
+    let [Document::Policy(policy), Document::Service(service)] = documents.as_slice() else {
+        panic!("{documents:?}");
+    };
+    assert_eq!(policy.name.as_str(), "web-to-db");
+    assert_eq!(policy.action, Action::Allow);
+    assert_eq!(policy.target.to_string(), "spiffe://west/db");
+    assert_eq!(policy.ports, [8080]);
+    assert_eq!((service.address.to_string().as_str(), service.port), ("10.96.0.10", 8080));
+    assert_eq!(service.backends.len(), 2);
+}
+
+#[test]
+fn equal_meaning_gives_equal_policies() {
+    let policy = |from: &str, ports: &str| {
+        parse(&format!(
+            "kind: Policy\nmetadata: {{name: p}}\nspec: {{target: spiffe://w/*, action: deny, from: {from}{ports}}}\n"
+        ))
+        .unwrap()
+    };
+    assert_eq!(
+        policy("[spiffe://e/a, spiffe://e/b/*]", ", ports: [2, 1]"),
+        policy("[spiffe://e/b/*, spiffe://e/a, spiffe://e/a]", ", ports: [1, 2, 2]")
+    );
+    assert_ne!(policy("[spiffe://e/a]", ""), policy("[spiffe://e/a]", ", ports: [1]"));
+}
+
+#[test]
+fn empty_documents_are_skipped() {
+    for (text, count) in [("", 0), ("---\n", 0), ("# nothing\n", 0), ("---\n---\n", 0)] {
+        assert_eq!(parse(text).unwrap().len(), count, "{text:?}");
+    }
+    assert_eq!(parse(&format!("---\n{WEB_TO_DB}---\n# end\n")).unwrap().len(), 2);
+}
+
+/// Each row: what is replaced in [`WEB_TO_DB`], by what, the code, and words that the refusal's `found` must hold.
+#[test]
+fn what_is_wrong_is_refused_in_its_place() {
+    use Code::{PolicyLayer7, PolicyMalformed};
+    let rows: &[(&str, &str, Code, &[&str])] = &[
+        ("  ports: [8080]", "  port: [8080]", PolicyMalformed, &["line 7 column 3", "unknown field `port`"]),
+        ("  ports: [8080]", "  paths: [/a]", PolicyLayer7, &["line 7 column 3", "`paths`"]),
+        ("  ports: [8080]", "  methods: [GET]", PolicyLayer7, &["line 7", "`methods`"]),
+        ("  ports: [8080]", "  headers: {a: b}", PolicyLayer7, &["line 7", "`headers`"]),
+        ("  ports: [8080]", "  hosts: [a.example]", PolicyLayer7, &["line 7", "`hosts`"]),
+        ("port: 8080,", "port: 8080, hosts: [a],", PolicyLayer7, &["line 11", "`hosts`"]),
+        ("kind: Policy", "kind: Polcy", PolicyMalformed, &["line 1", "Polcy"]),
+        ("kind: Policy\n", "", PolicyMalformed, &["line 1", "missing field `kind`"]),
+        ("kind: Policy", "kind: Policy\nstatus: x", PolicyMalformed, &["line 2", "unknown field `status`"]),
+        ("web-to-db", "Web_To_DB", PolicyMalformed, &["line 2", "expected a name of 1-63", "Web_To_DB"]),
+        ("{name: web-to-db}", "{name: a, labels: {}}", PolicyMalformed, &["line 2", "`labels`"]),
+        ("spiffe://west/db", "spiffe://West/db", PolicyMalformed, &["line 4 column 11", "spec.target", "West"]),
+        ("spiffe://west/db", "spiffe://west/a/../b", PolicyMalformed, &["line 4", "'..'"]),
+        ("spiffe://west/db", "spiffe://*/db", PolicyMalformed, &["line 4"]),
+        ("spiffe://west/db", "spiffe://west/d*", PolicyMalformed, &["line 4"]),
+        ("spiffe://west/db", "'*'", PolicyMalformed, &["line 4"]),
+        ("action: allow", "action: Allow", PolicyMalformed, &["line 5", "Allow"]),
+        ("action: allow", "action: audit", PolicyMalformed, &["line 5", "audit"]),
+        ("  action: allow\n", "", PolicyMalformed, &["missing field `action`"]),
+        ("[spiffe://east/web]", "[\n spiffe://east/web,\n east/web]", PolicyMalformed, &["line 8 column 2", "from[1]"]),
+        ("[spiffe://east/web]", "[]", PolicyMalformed, &["line 6 column 9", "1-256", "length 0"]),
+        ("[spiffe://east/web]", "spiffe://east/web", PolicyMalformed, &["line 6", "list of"]),
+        ("  from: [spiffe://east/web]\n", "", PolicyMalformed, &["missing field `from`"]),
+        ("[8080]", "[]", PolicyMalformed, &["line 7", "list of 1-64"]),
+        ("[8080]", "[0]", PolicyMalformed, &["line 7", "1-65535"]),
+        ("[8080]", "[65536]", PolicyMalformed, &["line 7", "65536"]),
+        ("[8080]", "[-1]", PolicyMalformed, &["line 7"]),
+        ("[8080]", "['8080']", PolicyMalformed, &["line 7"]),
+        ("  ports: [8080]", "  action: deny", PolicyMalformed, &["line 4", "duplicate field `action`"]),
+        ("10.96.0.10", "127.0.0.1", PolicyMalformed, &["line 11", "column 17", "not loopback"]),
+        ("10.96.0.10", "0.0.0.0", PolicyMalformed, &["line 11"]),
+        ("10.96.0.10", "::1", PolicyMalformed, &["line 11"]),
+        ("backends: [spiffe://west/shop, spiffe://east/shop]", "backends: []", PolicyMalformed, &["line 11", "1-64"]),
+        ("kind: Service", "kind: [", PolicyMalformed, &["line 1"]),
+    ];
+    for (old, new, code, words) in rows {
+        assert!(WEB_TO_DB.contains(old), "{old}");
+        let refusal = refused(&WEB_TO_DB.replacen(old, new, 1));
+        assert_eq!(refusal.code, *code, "{new}: {refusal}");
+        for word in *words {
+            assert!(refusal.found.contains(word), "{new}: '{word}' is missing in: {refusal}");
+        }
+    }
+}
+
+#[test]
+fn one_bad_document_refuses_all() {
+    let text = format!("{WEB_TO_DB}---\nkind: Policy\n");
+    assert_eq!(refused(&text).code, Code::PolicyMalformed);
+}
+
+#[test]
+fn a_name_twice_is_refused() {
+    assert!(refused(&format!("{WEB_TO_DB}---\n{WEB_TO_DB}")).found.contains("Policy web-to-db twice"));
+}
+
+#[test]
+fn sizes_are_bounded() {
+    let policy = |name: usize, from: usize, ports: usize| {
+        let from = vec!["spiffe://e/a"; from].join(", ");
+        let ports: Vec<_> = (1..=ports).map(|p| p.to_string()).collect();
+        let spec = format!("{{target: spiffe://w/b, action: allow, from: [{from}], ports: [{}]}}", ports.join(", "));
+        format!("---\nkind: Policy\nmetadata: {{name: p{name}}}\nspec: {spec}\n")
+    };
+    let many = |count: usize| (0..count).map(|n| policy(n, 1, 1)).collect::<String>();
+    assert_eq!(parse(&many(DOCUMENTS_MAX)).unwrap().len(), DOCUMENTS_MAX);
+    assert!(refused(&many(DOCUMENTS_MAX + 1)).expected.contains("1000 documents"));
+    assert!(refused(&"#".repeat(BYTES_MAX + 1)).expected.contains("1048576 bytes"));
+    assert!(parse(&policy(0, FROM_MAX, PORTS_MAX)).is_ok());
+    assert!(refused(&policy(0, FROM_MAX + 1, 1)).found.contains("257"));
+    assert!(refused(&policy(0, 1, PORTS_MAX + 1)).found.contains("65"));
+}
+
+/// What an attacker would send: each must come back as a refusal, and soon.
+#[test]
+fn hostile_text_is_refused() {
+    let bomb = {
+        let mut text = String::from("a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n");
+        for n in 1..12 {
+            let alias = format!("*a{}, ", n - 1).repeat(10);
+            text.push_str(&format!("a{n}: &a{n} [{alias}]\n"));
+        }
+        text + "kind: Policy\nmetadata: *a11\nspec: *a11\n"
+    };
+    // A reader whose time grows with the square of the size would take minutes on any of these.
+    let long = |piece: &str| piece.repeat(BYTES_MAX / piece.len());
+    let long_spec = |piece: &str| {
+        let head = "kind: Policy\nmetadata: {name: p}\nspec: ";
+        format!("{head}{}", piece.repeat((BYTES_MAX - head.len()) / piece.len()))
+    };
+    let mut cases = vec![bomb];
+    cases.extend(["[", "{", "- ", "? ", "a: ", "&a ", "!", "'", "\"\\", "|\n", "a\n", "a,", "*a ", "%"].map(long));
+    cases.extend(["[]{}", "{a: ", "- ", "? ", "a:\n ", "[a]"].map(long_spec));
+    cases.extend(["\u{0}", "%YAML 9.9\n---\n", "kind: *nobody", "\t", "{", "- a", "42"].map(String::from));
+    for text in &cases {
+        let refusal = refused(text);
+        assert_eq!(refusal.code, Code::PolicyMalformed, "{text:.60}");
+        assert!(refusal.to_string().len() < 2_000, "{text:.60}");
+    }
+}
