@@ -101,7 +101,7 @@ fn what_is_wrong_is_refused_in_its_place() {
         ("10.96.0.10", "0.0.0.0", PolicyMalformed, &["line 11"]),
         ("10.96.0.10", "::1", PolicyMalformed, &["line 11"]),
         ("backends: [spiffe://west/shop, spiffe://east/shop]", "backends: []", PolicyMalformed, &["line 11", "1-64"]),
-        ("kind: Service", "kind: [", PolicyMalformed, &["line 1"]),
+        ("kind: Service", "kind: [", PolicyMalformed, &["line 9 column 7"]),
     ];
     for (old, new, code, words) in rows {
         assert!(WEB_TO_DB.contains(old), "{old}");
