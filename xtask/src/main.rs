@@ -1,1 +1,85 @@
-fn main() {}
+//! The project's chores: `cargo xtask <verb>`.
+//!
+//! It only starts other programs (apt-get, cargo, ambit-lab) and sums up what they say. It never downloads anything
+//! but Debian packages by name and, for `deny`, cargo-deny from the registry; it has no dependencies, so that it
+//! builds in a second.
+#![forbid(unsafe_code)]
+
+mod cargo;
+mod counts;
+mod deny;
+mod deps;
+mod lab;
+mod test;
+mod unbuilt;
+
+use std::process::ExitCode;
+
+const USAGE: &str = "\
+usage: cargo xtask <verb>
+
+  deps                  install the Debian packages that building and testing need; says which and why
+  demo [--json FILE] [--keep]
+                        two attested clusters on this machine, the whole way through (root; Linux namespaces)
+  test                  format, lints, every test of the workspace; last line: N passed, N failed, N skipped
+  lab up|down|status    the one-machine lab that demo uses, to explore by hand (root)
+  chaos --smoke         kill each process of a lab in turn; last line: N lost, N duplicated, N non-linearizable
+  build-bpf [--check]   compile the kernel programs again; --check compares with the committed objects
+  deny                  licences, bans and sources of all dependencies (cargo-deny)
+
+not built yet; these say so, prove nothing and therefore end with 1:
+  sim --seeds N         last line: 0 seeds, 0 violations
+  bench NAME            last line: 0 figures, 0 met
+  chaos                 (without --smoke) last line: 0 lost, 0 duplicated, 0 non-linearizable
+  fuzz                  last line: 0 executions, 0 crashes
+
+Ends with 0 only where all holds, with 1 where something failed or nothing was proven, with 2 on wrong usage.";
+
+/// Why a verb did not end well.
+enum Stop {
+    /// The arguments make no sense: what is wrong with them.
+    Usage(String),
+    /// Something was done and failed, or nothing was proven: what to tell, if it was not told yet.
+    Failed(String),
+}
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    match run(&args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Stop::Failed(why)) => {
+            if !why.is_empty() {
+                eprintln!("xtask: {why}");
+            }
+            ExitCode::from(1)
+        }
+        Err(Stop::Usage(why)) => {
+            eprintln!("xtask: {why}\n\n{USAGE}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run(args: &[&str]) -> Result<(), Stop> {
+    match args {
+        ["help" | "--help" | "-h"] => {
+            println!("{USAGE}");
+            Ok(())
+        }
+        ["deps"] => deps::install(deps::Say::All),
+        ["demo", options @ ..] => lab::demo(options),
+        ["test"] => test::run(),
+        ["lab", verb @ ("up" | "down" | "status"), options @ ..] => lab::run(&[&[*verb], options].concat()),
+        ["chaos", "--smoke"] => lab::run(&["chaos", "--smoke"]),
+        ["build-bpf"] => cargo::program("sh", &["ebpf/build-objects.sh"]),
+        ["build-bpf", "--check"] => cargo::program("sh", &["ebpf/build-objects.sh", "--check"]),
+        ["deny"] => deny::run(),
+        ["sim", "--seeds", n] if n.parse::<u64>().is_ok() => unbuilt::sim(),
+        ["bench", name] if !name.starts_with('-') => unbuilt::bench(name),
+        ["chaos"] => unbuilt::chaos(),
+        ["fuzz"] => unbuilt::fuzz(),
+        [] => Err(Stop::Usage("which verb?".into())),
+        _ => Err(Stop::Usage(format!("'{}' is not a verb with these arguments", args.join(" ")))),
+    }
+}

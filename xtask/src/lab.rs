@@ -1,0 +1,31 @@
+//! What `ambit-lab` does, started from here: build first, then become it.
+
+use crate::{Stop, cargo, deps};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+/// The whole way through on this machine. Its options are checked here too: a typing mistake should not cost a build.
+pub(crate) fn demo(options: &[&str]) -> Result<(), Stop> {
+    let mut rest = options.iter();
+    while let Some(option) = rest.next() {
+        let takes_file = match *option {
+            "--keep" => false,
+            "--json" => true,
+            other => return Err(Stop::Usage(format!("'{other}' is not an option of demo"))),
+        };
+        if takes_file && rest.next().is_none_or(|file| file.starts_with('-')) {
+            return Err(Stop::Usage("--json wants a file".into()));
+        }
+    }
+    deps::install(deps::Say::Missing)?;
+    run(&[&["demo"], options].concat())
+}
+
+/// Builds every binary (the lab starts them) and replaces this process by `ambit-lab` with `args`, so that a
+/// terminal's interrupt, the exit code and the last line are the lab's own.
+pub(crate) fn run(args: &[&str]) -> Result<(), Stop> {
+    cargo::build_binaries()?;
+    let lab = cargo::binary("ambit-lab")?;
+    let error = Command::new(&lab).args(args).exec();
+    Err(Stop::Failed(format!("{}: {error}", lab.display())))
+}
