@@ -1,1 +1,29 @@
-//! stub
+//! The replicated state machine: (state, command) -> state, outcome, table writes.
+//!
+//! Pure and deterministic: it never does IO, never reads a clock (time is the leader's stamp in the entry, I15), never
+//! draws randomness and never iterates over an unordered map. The server and the simulator run this very code.
+#![forbid(unsafe_code)]
+#![warn(missing_docs)]
+
+mod apply;
+pub mod command;
+pub mod committed;
+pub mod objects;
+pub mod slice;
+mod state;
+mod table;
+
+pub use command::{Command, LogEntry, Reply};
+pub use committed::{Committed, Issuance, Subject};
+pub use slice::Slice;
+pub use state::{Applied, OwnedName, State};
+pub use table::TableWrite;
+
+/// An SVID is never valid longer than this after the last good verdict on its node (I6), milliseconds.
+pub const UNATTESTED_MAX_MS: u64 = 3_600_000;
+/// A leaf ends at least this long before its issuer does (I6), milliseconds.
+pub const ISSUER_MARGIN_MS: u64 = 300_000;
+/// How far before the entry's stamp a leaf becomes valid (I6 allows 60 s), milliseconds.
+pub const NOT_BEFORE_SLACK_MS: u64 = 30_000;
+/// Outcomes of requests are remembered this long, milliseconds; a client gives up retrying well before.
+pub const DEDUPE_MS: u64 = 600_000;

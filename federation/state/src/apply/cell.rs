@@ -1,0 +1,162 @@
+//! The cell itself: founding, replicas, tokens, clusters, ticks.
+
+use super::{At, cell_row, export, payload, touch};
+use crate::command::Reply;
+use crate::committed::{ReplicaAdmission, SealedReport};
+use crate::objects::{CellRow, ClusterRow, KeySetRow, Member, TicketKeyRow, TokenRow, TokenScope};
+use crate::state::State;
+use ambit_model::record::Kind;
+use ambit_model::{ClusterId, Code, Lifetime, Refusal, ReplicaId, Revision};
+use std::collections::BTreeMap;
+
+/// Replica certificates last this long; renewed by joining again until issue D rotates them.
+const REPLICA_MS: u64 = 7 * 24 * 3_600_000;
+/// Tokens, spent or not, are forgotten this long after they end, so that "used" can still be told from "unknown".
+const TOKEN_KEEP_MS: u64 = 3_600_000;
+/// Ticket keys kept: the sealing one and the one before, whose tickets may still be open.
+const TICKET_KEYS: usize = 2;
+const REPORTS_MAX: usize = 1_000;
+
+pub(super) fn found(
+    s: &mut State,
+    row: &CellRow,
+    id: u64,
+    member: &Member,
+    keys: &KeySetRow,
+) -> Result<Reply, Refusal> {
+    if s.cell().is_some() {
+        return Err(Refusal::new(Code::AlreadyExists, "an empty cell", "a founded one"));
+    }
+    s.cell.put(&mut s.journal, 0, row.clone());
+    s.members.put(&mut s.journal, id, member.clone());
+    s.key_set.put(&mut s.journal, 0, keys.clone());
+    Ok(Reply::Done)
+}
+
+pub(super) fn tick(s: &mut State, at: At) -> Result<Reply, Refusal> {
+    let now = at.stamp;
+    s.nonces.prune(&mut s.journal, |_, deadline| *deadline < now);
+    s.tokens.prune(&mut s.journal, |_, t| t.expires.plus_ms(TOKEN_KEEP_MS) < now);
+    s.issued.prune(&mut s.journal, |_, i| i.lifetime.not_after.plus_ms(crate::ISSUER_MARGIN_MS) < now);
+    s.dedupe.prune(&mut s.journal, |_, d| d.stamp.plus_ms(crate::DEDUPE_MS) < now);
+    Ok(Reply::Done)
+}
+
+pub(super) fn create_token(s: &mut State, sha256: &[u8; 32], row: &TokenRow) -> Result<Reply, Refusal> {
+    if let TokenScope::Node(cluster) = &row.scope {
+        if !s.clusters.contains(cluster) {
+            return Err(Refusal::new(Code::NotFound, "a cluster of this cell", cluster.as_str()));
+        }
+    }
+    s.tokens.put(&mut s.journal, *sha256, row.clone());
+    Ok(Reply::Done)
+}
+
+/// Burns a token whose scope is accepted by `fits`, or says why not. The caller has made all other checks before.
+pub(super) fn burn(
+    s: &mut State,
+    at: At,
+    sha256: &[u8; 32],
+    invalid: Code,
+    used: Code,
+    fits: impl Fn(&TokenScope) -> bool,
+) -> Result<(), Refusal> {
+    let row = s.tokens.get(sha256).filter(|t| fits(&t.scope) && t.expires >= at.stamp).cloned();
+    let Some(mut row) = row else {
+        return Err(Refusal::new(invalid, "a known, unexpired token of this scope", "another"));
+    };
+    if row.used {
+        return Err(Refusal::new(used, "an unused token", "one that was used"));
+    }
+    row.used = true;
+    s.tokens.put(&mut s.journal, *sha256, row);
+    Ok(())
+}
+
+pub(super) fn admit_replica(
+    s: &mut State,
+    at: At,
+    token: &[u8; 32],
+    replica: u64,
+    issuer_key_hash: &[u8; 32],
+    tls_key_hash: &[u8; 32],
+) -> Result<Reply, Refusal> {
+    let cell = cell_row(s)?;
+    if s.members.contains(&replica) {
+        return Err(Refusal::new(Code::AlreadyExists, "a replica number not in use", replica.to_string()));
+    }
+    burn(
+        s,
+        at,
+        token,
+        Code::JoinTokenInvalid,
+        Code::JoinTokenUsed,
+        |scope| matches!(scope, TokenScope::Replica(n, _) if *n == replica),
+    )?;
+    let admission = ReplicaAdmission {
+        replica: ReplicaId(replica),
+        issuer_key_hash: *issuer_key_hash,
+        tls_key_hash: *tls_key_hash,
+        serial: super::issue::serial(cell.epoch, at, 0),
+        lifetime: Lifetime {
+            not_before: at.stamp.minus_ms(crate::NOT_BEFORE_SLACK_MS),
+            not_after: at.stamp.plus_ms(REPLICA_MS),
+        },
+    };
+    s.admissions.put(&mut s.journal, replica, admission.clone());
+    Ok(Reply::Replica(admission))
+}
+
+pub(super) fn put_member(s: &mut State, id: u64, member: &Member, keys: &KeySetRow) -> Result<Reply, Refusal> {
+    if !s.admissions.contains(&id) && !s.members.contains(&id) {
+        return Err(Refusal::new(Code::NotFound, "an admitted replica", id.to_string()));
+    }
+    s.members.put(&mut s.journal, id, member.clone());
+    s.key_set.put(&mut s.journal, 0, keys.clone());
+    Ok(Reply::Done)
+}
+
+pub(super) fn remove_member(s: &mut State, id: u64) -> Result<Reply, Refusal> {
+    s.admissions.remove(&mut s.journal, &id);
+    match s.members.remove(&mut s.journal, &id) {
+        Some(_) => Ok(Reply::Done),
+        None => Err(Refusal::new(Code::NotFound, "a replica of this cell", id.to_string())),
+    }
+}
+
+pub(super) fn rotate_ticket_key(s: &mut State, at: At, wrapped: &BTreeMap<u64, Vec<u8>>) -> Result<Reply, Refusal> {
+    s.ticket_keys.put(&mut s.journal, at.index.0, TicketKeyRow { made: at.stamp, wrapped: wrapped.clone() });
+    while s.ticket_keys.len() > TICKET_KEYS {
+        let Some(oldest) = s.ticket_keys.iter().next().map(|(k, _)| *k) else { break };
+        s.ticket_keys.remove(&mut s.journal, &oldest);
+    }
+    Ok(Reply::Done)
+}
+
+pub(super) fn register_cluster(
+    s: &mut State,
+    at: At,
+    id: &ClusterId,
+    roots: &[(Vec<u8>, String)],
+) -> Result<Reply, Refusal> {
+    if s.clusters.contains(id) || s.foreign_clusters.contains(id) {
+        return Err(Refusal::new(Code::AlreadyExists, "a cluster name not in use", id.as_str()));
+    }
+    let mut cell = cell_row(s)?;
+    cell.endorsement_revision = Revision(at.index.0);
+    s.cell.put(&mut s.journal, 0, cell.clone());
+    s.clusters.put(&mut s.journal, id.clone(), ClusterRow { ek_roots: roots.to_vec() });
+    export(s, Kind::Cluster, id.to_string(), payload(&cell.trust_domain)?);
+    touch(s, at);
+    Ok(Reply::Done)
+}
+
+pub(super) fn seal_report(s: &mut State, at: At, drill: &str, sha256: [u8; 32]) -> Result<Reply, Refusal> {
+    let report = SealedReport { drill: drill.to_owned(), sha256, stamp: at.stamp, index: at.index };
+    s.reports.put(&mut s.journal, at.index.0, report.clone());
+    while s.reports.len() > REPORTS_MAX {
+        let Some(oldest) = s.reports.iter().next().map(|(k, _)| *k) else { break };
+        s.reports.remove(&mut s.journal, &oldest);
+    }
+    Ok(Reply::Report(report))
+}

@@ -1,0 +1,211 @@
+//! Peers and what they tell us. A peer speaks only for its own identities and never widens what we allow.
+
+use super::{At, cell::burn, cell_row, touch};
+use crate::command::Reply;
+use crate::objects::{ForeignCluster, Owned, PeerRow, PeerState, TokenScope};
+use crate::state::State;
+use ambit_model::policy::{Endpoint, Policy, Service};
+use ambit_model::record::{Head, Kind, Record};
+use ambit_model::{Code, Generation, NodeId, ObjectName, Refusal, Revision, TrustDomain};
+use ambit_policy::Document;
+use serde::de::DeserializeOwned;
+use std::net::Ipv4Addr;
+
+const PEERS_MAX: usize = 1_000;
+/// Records in one import; a puller asks for no more.
+pub(crate) const IMPORT_MAX: usize = 1_000;
+
+pub(super) fn put_peer(
+    s: &mut State,
+    at: At,
+    td: &TrustDomain,
+    row: &PeerRow,
+    token: Option<&[u8; 32]>,
+) -> Result<Reply, Refusal> {
+    let own = cell_row(s)?.trust_domain;
+    if *td == own {
+        return Err(Refusal::new(Code::AlreadyExists, "another trust domain", td.as_str()));
+    }
+    if s.peers.len() >= PEERS_MAX && !s.peers.contains(td) {
+        return Err(Refusal::new(Code::Busy, format!("at most {PEERS_MAX} peers"), "one more"));
+    }
+    if let Some(known) = s.peer(td) {
+        if known.fingerprint != row.fingerprint {
+            let (then, now) = (hex::encode(known.fingerprint), hex::encode(row.fingerprint));
+            return Err(Refusal::new(Code::FingerprintMismatch, then, now));
+        }
+    }
+    if let Some(sha256) = token {
+        burn(
+            s,
+            at,
+            sha256,
+            Code::ClusterTokenInvalid,
+            Code::ClusterTokenUsed,
+            |scope| matches!(scope, TokenScope::Peer(domain, print) if domain == td && *print == row.fingerprint),
+        )?;
+    }
+    let row = match s.peer(td) {
+        // Registering again refreshes addresses and keys, never what was imported.
+        Some(known) => PeerRow { addresses: row.addresses.clone(), key_set: row.key_set.clone(), ..known.clone() },
+        None => row.clone(),
+    };
+    s.peers.put(&mut s.journal, td.clone(), row);
+    touch(s, at);
+    Ok(Reply::Done)
+}
+
+pub(super) fn approve(s: &mut State, at: At, td: &TrustDomain, fingerprint: &[u8; 32]) -> Result<Reply, Refusal> {
+    let Some(mut row) = s.peer(td).cloned() else {
+        return Err(Refusal::new(Code::NotFound, "a registered peer", td.as_str()));
+    };
+    if row.fingerprint != *fingerprint {
+        return Err(Refusal::new(Code::FingerprintMismatch, hex::encode(row.fingerprint), hex::encode(fingerprint)));
+    }
+    row.state = PeerState::Active;
+    row.trouble = String::new();
+    s.peers.put(&mut s.journal, td.clone(), row);
+    touch(s, at);
+    Ok(Reply::Done)
+}
+
+pub(super) fn stop(s: &mut State, td: &TrustDomain, trouble: &str) -> Result<Reply, Refusal> {
+    let Some(mut row) = s.peer(td).cloned() else {
+        return Err(Refusal::new(Code::NotFound, "a registered peer", td.as_str()));
+    };
+    row.state = PeerState::Stopped;
+    row.trouble = trouble.to_owned();
+    s.peers.put(&mut s.journal, td.clone(), row);
+    Ok(Reply::Done)
+}
+
+/// Re-checks the chain against what was imported before, then takes all records or none (I9).
+pub(super) fn import(s: &mut State, at: At, head: &Head, records: &[Record]) -> Result<Reply, Refusal> {
+    let Some(mut peer) = s.peer(&head.origin).cloned() else {
+        return Err(Refusal::new(Code::PeerNotActive, "a registered peer", head.origin.as_str()));
+    };
+    if peer.state != PeerState::Active {
+        return Err(Refusal::new(Code::PeerNotActive, "an active peer", format!("{:?}", peer.state)));
+    }
+    if records.is_empty() || records.len() > IMPORT_MAX {
+        return Err(Refusal::new(Code::BadRequest, format!("1-{IMPORT_MAX} records"), records.len().to_string()));
+    }
+    // A batch that another replica imported meanwhile is no fault of the peer.
+    if records.last().is_some_and(|r| r.seq <= peer.seq) {
+        return Ok(Reply::Done);
+    }
+    let broken = |expected: String, found: String| Refusal::new(Code::RecordChainBroken, expected, found);
+    for record in records {
+        let want = (&head.origin, peer.epoch.max(record.epoch), peer.seq + 1, peer.hash);
+        let have = (&record.origin, record.epoch, record.seq, record.prev_hash);
+        if want != have {
+            let show =
+                |(o, e, n, h): (&TrustDomain, u64, u64, [u8; 32])| format!("{o}/{e}/{n} after {}", hex::encode(h));
+            return Err(broken(show(want), show(have)));
+        }
+        peer.epoch = record.epoch;
+        peer.seq = record.seq;
+        peer.hash = record.hash();
+    }
+    if peer.seq == head.seq && peer.hash != head.hash {
+        return Err(broken(hex::encode(head.hash), hex::encode(peer.hash)));
+    }
+    let decoded: Vec<Imported> = records.iter().map(decode).collect::<Result<_, _>>()?;
+    for (record, object) in records.iter().zip(decoded) {
+        take(s, at, &record.origin, object);
+    }
+    s.peers.put(&mut s.journal, head.origin.clone(), peer);
+    touch(s, at);
+    Ok(Reply::Done)
+}
+
+/// A record whose object may be taken, or may not: then the sequence moves on and the object is ignored.
+enum Imported {
+    Cluster(ambit_model::ClusterId),
+    Policy(ObjectName, Option<Policy>),
+    Service(ObjectName, Option<Service>),
+    Endpoint(Ipv4Addr, Option<Endpoint>),
+    NodeDenial(NodeId, Generation),
+    Ignored,
+}
+
+fn decode(r: &Record) -> Result<Imported, Refusal> {
+    let address =
+        || r.key.parse::<Ipv4Addr>().map_err(|_| Refusal::new(Code::RecordChainBroken, "an IPv4 key", r.key.clone()));
+    Ok(match r.kind {
+        Kind::Cluster => Imported::Cluster(r.key.parse()?),
+        Kind::Bundle => Imported::Ignored,
+        Kind::Policy => {
+            let policy: Option<Policy> = object(r)?;
+            let ours =
+                policy.clone().is_none_or(|p| ambit_policy::check_owner(&Document::Policy(p), &r.origin).is_ok());
+            if ours { Imported::Policy(r.key.parse()?, policy) } else { Imported::Ignored }
+        }
+        Kind::Service => {
+            let service: Option<Service> = object(r)?;
+            let ours =
+                service.clone().is_none_or(|v| ambit_policy::check_owner(&Document::Service(v), &r.origin).is_ok());
+            if ours { Imported::Service(r.key.parse()?, service) } else { Imported::Ignored }
+        }
+        Kind::Endpoint => {
+            let endpoint: Option<Endpoint> = object(r)?;
+            let ours = endpoint.as_ref().is_none_or(|e| e.spiffe_id.trust_domain() == r.origin);
+            if ours { Imported::Endpoint(address()?, endpoint) } else { Imported::Ignored }
+        }
+        Kind::NodeDenial => {
+            let generation = object(r)?.unwrap_or_default();
+            Imported::NodeDenial(r.key.parse()?, generation)
+        }
+    })
+}
+
+fn object<T: DeserializeOwned>(r: &Record) -> Result<Option<T>, Refusal> {
+    if r.payload.is_empty() {
+        return Ok(None);
+    }
+    postcard::from_bytes(&r.payload)
+        .map(Some)
+        .map_err(|e| Refusal::new(Code::RecordChainBroken, format!("a readable {:?}", r.kind), e.to_string()))
+}
+
+fn take(s: &mut State, at: At, origin: &TrustDomain, object: Imported) {
+    let revision = Revision(at.index.0);
+    let by = format!("peer {origin}");
+    match object {
+        Imported::Cluster(id) => {
+            if !s.clusters.contains(&id) {
+                s.foreign_clusters.put(&mut s.journal, id, ForeignCluster { origin: origin.clone() });
+            }
+        }
+        Imported::Policy(name, Some(object)) => {
+            s.policies.put(&mut s.journal, (origin.clone(), name), Owned { object, revision, written_by: by });
+        }
+        Imported::Policy(name, None) => {
+            s.policies.remove(&mut s.journal, &(origin.clone(), name));
+        }
+        Imported::Service(name, Some(object)) => {
+            // The first to claim a virtual address keeps it; a peer cannot take over one that is in use.
+            let key = (origin.clone(), name);
+            let taken = s.services().any(|(k, row)| *k != key && row.object.address == object.address);
+            if !taken {
+                s.services.put(&mut s.journal, key, Owned { object, revision, written_by: by });
+            }
+        }
+        Imported::Service(name, None) => {
+            s.services.remove(&mut s.journal, &(origin.clone(), name));
+        }
+        Imported::Endpoint(address, Some(object)) => {
+            super::objects::number(s, &object.spiffe_id);
+            s.endpoints.put(&mut s.journal, (origin.clone(), address), Owned { object, revision, written_by: by });
+        }
+        Imported::Endpoint(address, None) => {
+            s.endpoints.remove(&mut s.journal, &(origin.clone(), address));
+        }
+        Imported::NodeDenial(node, generation) => {
+            let key = (origin.clone(), node);
+            let known = s.node_denials.get(&key).copied().unwrap_or_default();
+            s.node_denials.put(&mut s.journal, key, known.max(generation));
+        }
+        Imported::Ignored => {}
+    }
+}

@@ -1,0 +1,154 @@
+//! Issuance records: what may be signed, by whom, for how long.
+
+use super::{At, cell_row};
+use crate::command::{LeafRequest, Reply};
+use crate::committed::{Issuance, Subject};
+use crate::objects::{NodeRow, NodeState};
+use crate::state::State;
+use ambit_model::{Code, Generation, Lifetime, NodeId, Refusal, Stamp, SvidTtl};
+
+/// Administrators' certificates last 8 h (design.md section 4).
+const ADMIN_MS: u64 = 8 * 3_600_000;
+
+/// Epoch (4 bytes, top bit clear so that the DER integer is positive), index (8), position (4).
+pub(super) fn serial(epoch: u64, at: At, position: u32) -> [u8; 16] {
+    let mut out = [0u8; 16];
+    let epoch = (epoch as u32) & 0x3fff_ffff | 0x4000_0000;
+    out[..4].copy_from_slice(&epoch.to_be_bytes());
+    out[4..12].copy_from_slice(&at.index.0.to_be_bytes());
+    out[12..].copy_from_slice(&position.to_be_bytes());
+    out
+}
+
+/// When the authority's intermediate ends, or a refusal where no replica holds it.
+fn authority_ends(s: &State, authority: &str) -> Result<Stamp, Refusal> {
+    s.members()
+        .find(|(_, m)| m.authority == authority)
+        .map(|(_, m)| m.authority_not_after)
+        .ok_or_else(|| Refusal::new(Code::AuthorityMismatch, "the intermediate of a replica of this cell", authority))
+}
+
+/// I6: the earliest of the TTL, the issuer's end less a margin, and the last verdict plus the unattested maximum.
+fn lifetime(s: &State, at: At, authority: &str, ttl_ms: u64, verdict: Option<Stamp>) -> Result<Lifetime, Refusal> {
+    let issuer = authority_ends(s, authority)?.minus_ms(crate::ISSUER_MARGIN_MS);
+    let mut not_after = at.stamp.plus_ms(ttl_ms).min(issuer);
+    if let Some(verdict) = verdict {
+        not_after = not_after.min(verdict.plus_ms(crate::UNATTESTED_MAX_MS));
+    }
+    if not_after <= at.stamp {
+        return Err(Refusal::new(Code::IssuerUnavailable, "an issuer with time left", "one that ends"));
+    }
+    Ok(Lifetime { not_before: at.stamp.minus_ms(crate::NOT_BEFORE_SLACK_MS), not_after })
+}
+
+/// I4: the node as it stands at this index, if it may be issued anything at all.
+fn trusted_node<'a>(s: &'a State, at: At, id: &NodeId, generation: Generation) -> Result<&'a NodeRow, Refusal> {
+    let node = s.node(id).ok_or_else(|| Refusal::new(Code::NodeUnknown, "an enrolled node", id.to_string()))?;
+    if node.state != NodeState::Admitted {
+        return Err(Refusal::new(Code::NodeUntrusted, "an admitted node", format!("{:?}", node.state)));
+    }
+    if node.generation < generation || s.denied(id).is_some_and(|g| generation <= g) {
+        return Err(Refusal::new(
+            Code::NodeUntrusted,
+            format!("generation {}", node.generation),
+            generation.to_string(),
+        ));
+    }
+    if node.last_verdict.plus_ms(crate::UNATTESTED_MAX_MS) <= at.stamp {
+        return Err(Refusal::new(Code::NodeUntrusted, "a verdict within the last hour", "an older one"));
+    }
+    Ok(node)
+}
+
+/// The record of a node's own leaf; called by `admit` once everything else held.
+pub(super) fn node_leaf(
+    s: &mut State,
+    at: At,
+    id: &NodeId,
+    generation: Generation,
+    authority: &str,
+    key_hash: [u8; 32],
+) -> Result<Issuance, Refusal> {
+    let cell = cell_row(s)?;
+    let issuance = Issuance {
+        authority: authority.to_owned(),
+        serial: serial(cell.epoch, at, 0),
+        spiffe_id: cell.trust_domain.member(&format!("/ambit/node/{id}"))?,
+        subject: Subject::Node,
+        binding: Some((*id, generation)),
+        epoch: cell.epoch,
+        key_hash,
+        lifetime: lifetime(s, at, authority, SvidTtl::DEFAULT.ms(), Some(at.stamp))?,
+        index: at.index,
+    };
+    Ok(issuance)
+}
+
+pub(super) fn keep(s: &mut State, issuance: &Issuance) {
+    s.issued.put(&mut s.journal, issuance.serial, issuance.clone());
+}
+
+pub(super) fn leaves(
+    s: &mut State,
+    at: At,
+    node: &NodeId,
+    generation: Generation,
+    authority: &str,
+    requests: &[LeafRequest],
+) -> Result<Reply, Refusal> {
+    let row = trusted_node(s, at, node, generation)?.clone();
+    authority_ends(s, authority)?;
+    let mut out = Vec::with_capacity(requests.len());
+    for (position, request) in requests.iter().enumerate() {
+        let leaf = leaf(s, at, node, &row, authority, request, position as u32);
+        if let Ok(issuance) = &leaf {
+            keep(s, issuance);
+        }
+        out.push(leaf);
+    }
+    Ok(Reply::Leaves(out))
+}
+
+fn leaf(
+    s: &State,
+    at: At,
+    node: &NodeId,
+    row: &NodeRow,
+    authority: &str,
+    request: &LeafRequest,
+    position: u32,
+) -> Result<Issuance, Refusal> {
+    let cell = cell_row(s)?;
+    let entry = s
+        .entry(&request.entry)
+        .filter(|e| e.entry.may_run_on(&row.cluster, node))
+        .ok_or_else(|| Refusal::new(Code::EntryNotOnNode, "an entry that names this node", request.entry.as_str()))?;
+    Ok(Issuance {
+        authority: authority.to_owned(),
+        serial: serial(cell.epoch, at, position),
+        spiffe_id: entry.entry.spiffe_id.clone(),
+        subject: Subject::Workload(request.entry.clone(), entry.revision),
+        binding: Some((*node, row.generation)),
+        epoch: cell.epoch,
+        key_hash: request.key_hash,
+        lifetime: lifetime(s, at, authority, entry.entry.ttl.ms(), Some(row.last_verdict))?,
+        index: at.index,
+    })
+}
+
+pub(super) fn admin(s: &mut State, at: At, name: &str, key_hash: [u8; 32], authority: &str) -> Result<Reply, Refusal> {
+    let cell = cell_row(s)?;
+    let issuance = Issuance {
+        authority: authority.to_owned(),
+        serial: serial(cell.epoch, at, 0),
+        spiffe_id: cell.trust_domain.member(&format!("/ambit/admin/{name}"))?,
+        subject: Subject::Admin,
+        binding: None,
+        epoch: cell.epoch,
+        key_hash,
+        lifetime: lifetime(s, at, authority, ADMIN_MS, None)?,
+        index: at.index,
+    };
+    keep(s, &issuance);
+    Ok(Reply::Leaves(vec![Ok(issuance)]))
+}

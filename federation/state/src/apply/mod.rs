@@ -1,0 +1,92 @@
+//! One function per command. Each either refuses before its first change or changes everything it names.
+
+mod cell;
+mod federation;
+mod issue;
+mod node;
+mod objects;
+
+use crate::command::{Command, Reply};
+use crate::objects::CellRow;
+use crate::state::State;
+use ambit_model::record::{Kind, Record};
+use ambit_model::{Code, RaftIndex, Refusal, Revision, Stamp};
+
+/// What every command is applied under.
+#[derive(Clone, Copy)]
+pub(crate) struct At {
+    pub(crate) index: RaftIndex,
+    pub(crate) stamp: Stamp,
+}
+
+pub(crate) fn apply(s: &mut State, index: RaftIndex, stamp: Stamp, command: &Command) -> Result<Reply, Refusal> {
+    let at = At { index, stamp };
+    match command {
+        Command::FoundCell(row, id, member, keys) => cell::found(s, row, *id, member, keys),
+        Command::Tick => cell::tick(s, at),
+        Command::CreateToken(sha256, row) => cell::create_token(s, sha256, row),
+        Command::AdmitReplica { token, replica, issuer_key_hash, tls_key_hash } => {
+            cell::admit_replica(s, at, token, *replica, issuer_key_hash, tls_key_hash)
+        }
+        Command::PutMember(id, member, keys) => cell::put_member(s, *id, member, keys),
+        Command::RemoveMember(id) => cell::remove_member(s, *id),
+        Command::RotateTicketKey(wrapped) => cell::rotate_ticket_key(s, at, wrapped),
+        Command::RegisterCluster(id, roots) => cell::register_cluster(s, at, id, roots),
+        Command::AllowEk(cluster, nodes) => node::allow_ek(s, at, cluster, nodes),
+        Command::AdmitNode(admission) => node::admit(s, at, admission),
+        Command::DenyNode(nonce, deadline, row) => node::deny(s, at, nonce, *deadline, row),
+        Command::BanNode(id) => node::ban(s, at, id),
+        Command::EvictNode(id) => node::evict(s, at, id),
+        Command::CreateEntries(entries) => objects::create_entries(s, at, entries),
+        Command::DeleteEntries(ids) => objects::delete_entries(s, at, ids),
+        Command::Issue { node, generation, authority, leaves } => {
+            issue::leaves(s, at, node, *generation, authority, leaves)
+        }
+        Command::IssueAdmin { name, key_hash, authority } => issue::admin(s, at, name, *key_hash, authority),
+        Command::ApplyDocuments { policies, services, by } => objects::apply_documents(s, at, policies, services, by),
+        Command::DeletePolicy(name) => objects::delete_policy(s, at, name),
+        Command::DeleteService(name) => objects::delete_service(s, at, name),
+        Command::ReportEndpoints(node, endpoints) => objects::report_endpoints(s, at, node, endpoints),
+        Command::PutPeer(td, row, token) => federation::put_peer(s, at, td, row, token.as_ref()),
+        Command::ApprovePeer(td, fingerprint) => federation::approve(s, at, td, fingerprint),
+        Command::Import(head, records) => federation::import(s, at, head, records),
+        Command::StopPeer(td, trouble) => federation::stop(s, td, trouble),
+        Command::SealReport(drill, sha256) => cell::seal_report(s, at, drill, *sha256),
+    }
+}
+
+/// The cell's own row, or a refusal while it is not founded.
+pub(crate) fn cell_row(s: &State) -> Result<CellRow, Refusal> {
+    s.cell().cloned().ok_or_else(|| Refusal::new(Code::Unavailable, "a founded cell", "an empty one"))
+}
+
+/// Marks that slices may have changed.
+pub(crate) fn touch(s: &mut State, at: At) {
+    if let Some(mut row) = s.cell().cloned() {
+        row.revision = Revision(at.index.0);
+        s.cell.put(&mut s.journal, 0, row);
+    }
+}
+
+/// Appends a record to the chain that peers pull.
+pub(crate) fn export(s: &mut State, kind: Kind, key: String, payload: Vec<u8>) {
+    let Some(mut row) = s.cell().cloned() else { return };
+    let record = Record {
+        origin: row.trust_domain.clone(),
+        epoch: row.epoch,
+        seq: row.export_seq + 1,
+        prev_hash: row.export_hash,
+        kind,
+        key,
+        payload,
+    };
+    row.export_seq = record.seq;
+    row.export_hash = record.hash();
+    s.records.put(&mut s.journal, record.seq, record);
+    s.cell.put(&mut s.journal, 0, row);
+}
+
+/// The payload of a record.
+pub(crate) fn payload<T: serde::Serialize>(object: &T) -> Result<Vec<u8>, Refusal> {
+    postcard::to_stdvec(object).map_err(|e| Refusal::new(Code::Internal, "an object that encodes", e.to_string()))
+}

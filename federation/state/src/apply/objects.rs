@@ -1,0 +1,224 @@
+//! Entries, policies, services and endpoints of this cell.
+
+use super::{At, cell_row, export, payload, touch};
+use crate::command::Reply;
+use crate::objects::{EntryRow, NodeState, Owned};
+use crate::state::State;
+use ambit_model::policy::{Endpoint, Policy, Service};
+use ambit_model::record::Kind;
+use ambit_model::{Code, Entry, EntryId, NodeId, ObjectName, Refusal, Revision, SpiffeId, TrustDomain};
+use ambit_policy::Document;
+use std::net::Ipv4Addr;
+
+/// Bounds on what one cell holds; past them a write is refused, never memory exhausted (I17).
+const ENTRIES_MAX: usize = 200_000;
+const POLICIES_MAX: usize = 50_000;
+const SERVICES_MAX: usize = 10_000;
+const ENDPOINTS_PER_NODE_MAX: usize = 1_000;
+
+pub(super) fn create_entries(s: &mut State, at: At, entries: &[Entry]) -> Result<Reply, Refusal> {
+    let cell = cell_row(s)?;
+    let mut out = Vec::with_capacity(entries.len());
+    let mut changed = false;
+    for entry in entries {
+        let result = check_entry(s, &cell.trust_domain, entry);
+        if result.is_ok() {
+            number(s, &entry.spiffe_id);
+            let row = EntryRow { entry: entry.clone(), revision: Revision(at.index.0) };
+            s.entries.put(&mut s.journal, entry.id.clone(), row);
+            changed = true;
+        }
+        out.push(result);
+    }
+    if changed {
+        touch(s, at);
+    }
+    Ok(Reply::Items(out))
+}
+
+fn check_entry(s: &State, own: &TrustDomain, entry: &Entry) -> Result<(), Refusal> {
+    if s.entries.contains(&entry.id) {
+        return Err(Refusal::new(Code::AlreadyExists, "an entry id not in use", entry.id.as_str()));
+    }
+    if s.entries.len() >= ENTRIES_MAX {
+        return Err(Refusal::new(Code::Busy, format!("at most {ENTRIES_MAX} entries"), "one more"));
+    }
+    if entry.spiffe_id.trust_domain() != *own || entry.spiffe_id.path().starts_with("/ambit/") {
+        let expected = format!("an identity of {own} outside /ambit/");
+        return Err(Refusal::new(Code::NotOwner, expected, entry.spiffe_id.as_str()));
+    }
+    if !s.clusters.contains(&entry.cluster) {
+        return Err(Refusal::new(Code::NotFound, "a cluster of this cell", entry.cluster.as_str()));
+    }
+    Ok(())
+}
+
+pub(super) fn delete_entries(s: &mut State, at: At, ids: &[EntryId]) -> Result<Reply, Refusal> {
+    let mut out = Vec::with_capacity(ids.len());
+    for id in ids {
+        out.push(match s.entries.remove(&mut s.journal, id) {
+            Some(_) => Ok(()),
+            None => Err(Refusal::new(Code::NotFound, "an entry of this cell", id.as_str())),
+        });
+    }
+    if out.iter().any(Result::is_ok) {
+        touch(s, at);
+    }
+    Ok(Reply::Items(out))
+}
+
+/// Numbers are handed out in log order and never twice.
+pub(super) fn number(s: &mut State, id: &SpiffeId) {
+    if s.identities.contains(id) {
+        return;
+    }
+    if let Some(mut cell) = s.cell().cloned() {
+        s.identities.put(&mut s.journal, id.clone(), cell.next_identity);
+        cell.next_identity += 1;
+        s.cell.put(&mut s.journal, 0, cell);
+    }
+}
+
+/// All documents or none: every one is checked before the first is written.
+pub(super) fn apply_documents(
+    s: &mut State,
+    at: At,
+    policies: &[Policy],
+    services: &[Service],
+    by: &str,
+) -> Result<Reply, Refusal> {
+    let cell = cell_row(s)?;
+    let own = cell.trust_domain.clone();
+    for policy in policies {
+        ambit_policy::check_owner(&Document::Policy(policy.clone()), &own)?;
+    }
+    for service in services {
+        ambit_policy::check_owner(&Document::Service(service.clone()), &own)?;
+        let taken = s.services().find(|((origin, name), row)| {
+            row.object.address == service.address && (*origin != own || *name != service.name)
+        });
+        if let Some(((origin, name), _)) = taken {
+            let found = format!("{} is {name} of {origin}", service.address);
+            return Err(Refusal::new(Code::AlreadyExists, "a virtual address not in use", found));
+        }
+    }
+    if s.policies.len() + policies.len() > POLICIES_MAX || s.services.len() + services.len() > SERVICES_MAX {
+        return Err(Refusal::new(
+            Code::Busy,
+            format!("at most {POLICIES_MAX} policies and {SERVICES_MAX} services"),
+            "more",
+        ));
+    }
+    let mut changed = Vec::new();
+    for policy in policies {
+        let key = (own.clone(), policy.name.clone());
+        let new = s.policies.get(&key).is_none_or(|row| row.object != *policy);
+        if new {
+            let row = Owned { object: policy.clone(), revision: Revision(at.index.0), written_by: by.to_owned() };
+            s.policies.put(&mut s.journal, key, row);
+            export(s, Kind::Policy, policy.name.to_string(), payload(policy)?);
+        }
+        changed.push(new);
+    }
+    for service in services {
+        let key = (own.clone(), service.name.clone());
+        let new = s.services.get(&key).is_none_or(|row| row.object != *service);
+        if new {
+            let row = Owned { object: service.clone(), revision: Revision(at.index.0), written_by: by.to_owned() };
+            s.services.put(&mut s.journal, key, row);
+            export(s, Kind::Service, service.name.to_string(), payload(service)?);
+        }
+        changed.push(new);
+    }
+    if changed.contains(&true) {
+        touch(s, at);
+    }
+    Ok(Reply::Documents(changed, cell_row(s)?.export_seq))
+}
+
+pub(super) fn delete_policy(s: &mut State, at: At, name: &ObjectName) -> Result<Reply, Refusal> {
+    let own = cell_row(s)?.trust_domain;
+    if s.policies.remove(&mut s.journal, &(own, name.clone())).is_none() {
+        return Err(Refusal::new(Code::NotFound, "a policy of this cell", name.as_str()));
+    }
+    export(s, Kind::Policy, name.to_string(), Vec::new());
+    touch(s, at);
+    Ok(Reply::Documents(vec![true], cell_row(s)?.export_seq))
+}
+
+pub(super) fn delete_service(s: &mut State, at: At, name: &ObjectName) -> Result<Reply, Refusal> {
+    let own = cell_row(s)?.trust_domain;
+    if s.services.remove(&mut s.journal, &(own, name.clone())).is_none() {
+        return Err(Refusal::new(Code::NotFound, "a service of this cell", name.as_str()));
+    }
+    export(s, Kind::Service, name.to_string(), Vec::new());
+    touch(s, at);
+    Ok(Reply::Documents(vec![true], cell_row(s)?.export_seq))
+}
+
+pub(super) fn report_endpoints(s: &mut State, at: At, id: &NodeId, reported: &[Endpoint]) -> Result<Reply, Refusal> {
+    let Some(node) = s.node(id).filter(|n| n.state == NodeState::Admitted).cloned() else {
+        return Err(Refusal::new(Code::NodeUntrusted, "an admitted node", id.to_string()));
+    };
+    if reported.len() > ENDPOINTS_PER_NODE_MAX {
+        let expected = format!("at most {ENDPOINTS_PER_NODE_MAX} endpoints a node");
+        return Err(Refusal::new(Code::Busy, expected, reported.len().to_string()));
+    }
+    let own = cell_row(s)?.trust_domain;
+    for endpoint in reported {
+        let entitled =
+            s.entries().any(|row| row.entry.spiffe_id == endpoint.spiffe_id && row.entry.may_run_on(&node.cluster, id));
+        if !entitled {
+            return Err(Refusal::new(
+                Code::EntryNotOnNode,
+                "an identity this node may run",
+                endpoint.spiffe_id.as_str(),
+            ));
+        }
+        let taken = s.endpoints.get(&(own.clone(), endpoint.address)).is_some_and(|row| row.object.node != *id);
+        if taken {
+            return Err(Refusal::new(Code::AlreadyExists, "an address of this node", endpoint.address.to_string()));
+        }
+    }
+    let mine: Vec<Endpoint> = reported
+        .iter()
+        .map(|e| Endpoint { cluster: node.cluster.clone(), node: *id, generation: node.generation, ..e.clone() })
+        .collect();
+    replace_endpoints(s, at, id, &mine)?;
+    Ok(Reply::Done)
+}
+
+/// The node's endpoints become exactly these; only differences are written and exported.
+pub(super) fn replace_endpoints(s: &mut State, at: At, id: &NodeId, wanted: &[Endpoint]) -> Result<(), Refusal> {
+    let own = cell_row(s)?.trust_domain;
+    let gone: Vec<Ipv4Addr> = s
+        .endpoints()
+        .filter(|(_, row)| row.object.node == *id && !wanted.iter().any(|e| e.address == row.object.address))
+        .map(|(_, row)| row.object.address)
+        .collect();
+    let mut changed = !gone.is_empty();
+    for address in gone {
+        s.endpoints.remove(&mut s.journal, &(own.clone(), address));
+        export(s, Kind::Endpoint, address.to_string(), Vec::new());
+    }
+    for endpoint in wanted {
+        let key = (own.clone(), endpoint.address);
+        // A new generation alone moves nothing: denials name generations, endpoints only say where.
+        let same = s.endpoints.get(&key).is_some_and(|row| {
+            let mut known = row.object.clone();
+            known.generation = endpoint.generation;
+            known == *endpoint
+        });
+        if same {
+            continue;
+        }
+        changed = true;
+        let row = Owned { object: endpoint.clone(), revision: Revision(at.index.0), written_by: id.to_string() };
+        s.endpoints.put(&mut s.journal, key, row);
+        export(s, Kind::Endpoint, endpoint.address.to_string(), payload(endpoint)?);
+    }
+    if changed {
+        touch(s, at);
+    }
+    Ok(())
+}

@@ -1,0 +1,198 @@
+//! Commands: the only ways the state changes. Their encoding is versioned; a log entry is never reinterpreted.
+
+use crate::committed::{Issuance, ReplicaAdmission, SealedReport};
+use crate::objects::{CellRow, Counters, DenialRow, KeySetRow, Member, PeerRow, TokenRow};
+use ambit_model::policy::{Endpoint, Policy, Service};
+use ambit_model::record::{Head, Record};
+use ambit_model::{
+    ClusterId, Code, Entry, EntryId, Generation, NodeId, ObjectName, Refusal, Revision, Stamp, TrustDomain,
+};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// First byte of every encoded entry.
+pub const ENTRY_VERSION: u8 = 1;
+
+/// What one log entry carries.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogEntry {
+    /// The leader's time (I15).
+    pub stamp: Stamp,
+    /// SHA-256 of the caller's identity: request ids are the caller's own.
+    pub client: [u8; 32],
+    /// The caller's request id (I10). Zeros where no retry can happen (ticks).
+    pub request: [u8; 16],
+    /// What to do.
+    pub command: Command,
+}
+
+impl LogEntry {
+    /// Version byte and postcard.
+    pub fn encode(&self) -> Result<Vec<u8>, Refusal> {
+        postcard::to_extend(self, vec![ENTRY_VERSION])
+            .map_err(|e| Refusal::new(Code::Internal, "a command that encodes", e.to_string()))
+    }
+    /// Strict: another version or trailing bytes are refused.
+    pub fn decode(bytes: &[u8]) -> Result<Self, Refusal> {
+        let bad =
+            |found: String| Refusal::new(Code::Internal, format!("a log entry of version {ENTRY_VERSION}"), found);
+        match bytes.split_first() {
+            Some((&ENTRY_VERSION, rest)) => match postcard::take_from_bytes(rest) {
+                Ok((entry, [])) => Ok(entry),
+                Ok((_, more)) => Err(bad(format!("{} trailing bytes", more.len()))),
+                Err(e) => Err(bad(e.to_string())),
+            },
+            Some((v, _)) => Err(bad(format!("version {v}"))),
+            None => Err(bad("nothing".to_owned())),
+        }
+    }
+}
+
+/// A leaf asked for by a node for one of its workloads.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeafRequest {
+    /// Under which entry.
+    pub entry: EntryId,
+    /// SHA-256 of the key's SPKI.
+    pub key_hash: [u8; 32],
+}
+
+/// Evidence that was verified, as it is admitted. Made by the server from `Verified<NodeEvidence>` only.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Admission {
+    /// Who.
+    pub node: NodeId,
+    /// Into which cluster.
+    pub cluster: ClusterId,
+    /// The server's nonce, consumed here.
+    pub nonce: [u8; 32],
+    /// The ticket's deadline.
+    pub deadline: Stamp,
+    /// SHA-256 of the join token, or none for an allow-listed EK.
+    pub join_token: Option<[u8; 32]>,
+    /// Judged under.
+    pub endorsement_revision: Revision,
+    /// TPM name of the AK.
+    pub ak_name: Vec<u8>,
+    /// As quoted.
+    pub counters: Counters,
+    /// hardware, virtual, lab or listed.
+    pub ek_class: String,
+    /// SHA-256 of the SPKI of the node's key.
+    pub key_hash: [u8; 32],
+    /// The intermediate that will sign.
+    pub authority: String,
+    /// EAR-shaped claims.
+    pub claims: String,
+    /// SHA-256 over the evidence.
+    pub evidence_sha256: [u8; 32],
+}
+
+/// The only ways the state changes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(clippy::large_enum_variant, reason = "commands are encoded at once, never kept")]
+pub enum Command {
+    /// First entry of a cell.
+    FoundCell(CellRow, u64, Member, KeySetRow),
+    /// One a second from the leader: deadlines and retention run on it.
+    Tick,
+    /// A one-time token by its SHA-256.
+    CreateToken([u8; 32], TokenRow),
+    /// Burns a replica token and reserves the replica's place.
+    AdmitReplica {
+        /// SHA-256 of the token.
+        token: [u8; 32],
+        /// Its number.
+        replica: u64,
+        /// SHA-256 of SPKI of the issuing key.
+        issuer_key_hash: [u8; 32],
+        /// SHA-256 of SPKI of the TLS key.
+        tls_key_hash: [u8; 32],
+    },
+    /// Records a replica whose intermediate was signed, with the new key set.
+    PutMember(u64, Member, KeySetRow),
+    /// Forgets a removed replica.
+    RemoveMember(u64),
+    /// A new ticket key, wrapped to each replica.
+    RotateTicketKey(BTreeMap<u64, Vec<u8>>),
+    /// Registers a cluster with its EK roots (DER, class).
+    RegisterCluster(ClusterId, Vec<(Vec<u8>, String)>),
+    /// Puts EKs on a cluster's allow-list.
+    AllowEk(ClusterId, Vec<NodeId>),
+    /// Admits a node: consumes the nonce, burns the token, records the issuance. One entry (I5).
+    AdmitNode(Admission),
+    /// A failure after a good HMAC: consumes the nonce and keeps the reason for operators.
+    DenyNode([u8; 32], Stamp, DenialRow),
+    /// An operator's ban.
+    BanNode(NodeId),
+    /// An operator's eviction.
+    EvictNode(NodeId),
+    /// Entries, each with its own outcome.
+    CreateEntries(Vec<Entry>),
+    /// See `CreateEntries`.
+    DeleteEntries(Vec<EntryId>),
+    /// Leaves for workloads of one node.
+    Issue {
+        /// On whose stream.
+        node: NodeId,
+        /// The generation in the caller's certificate.
+        generation: Generation,
+        /// The intermediate that will sign.
+        authority: String,
+        /// What for.
+        leaves: Vec<LeafRequest>,
+    },
+    /// A fresh certificate for an administrator who holds one.
+    IssueAdmin {
+        /// The name after /ambit/admin/.
+        name: String,
+        /// SHA-256 of the key's SPKI.
+        key_hash: [u8; 32],
+        /// The intermediate that will sign.
+        authority: String,
+    },
+    /// All or none.
+    ApplyDocuments {
+        /// Policies to write.
+        policies: Vec<Policy>,
+        /// Services to write.
+        services: Vec<Service>,
+        /// Who asked.
+        by: String,
+    },
+    /// Removes a policy of this cell.
+    DeletePolicy(ObjectName),
+    /// Removes a service of this cell.
+    DeleteService(ObjectName),
+    /// The full set of a node's endpoints.
+    ReportEndpoints(NodeId, Vec<Endpoint>),
+    /// A peer whose possession was proved; burns the token where one was needed.
+    PutPeer(TrustDomain, PeerRow, Option<[u8; 32]>),
+    /// The operator confirms the fingerprint.
+    ApprovePeer(TrustDomain, [u8; 32]),
+    /// Records under a verified head.
+    Import(Head, Vec<Record>),
+    /// What a peer sent did not chain.
+    StopPeer(TrustDomain, String),
+    /// A drill's report.
+    SealReport(String, [u8; 32]),
+}
+
+/// What a command answers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Reply {
+    /// Done.
+    Done,
+    /// Per item: done, or why not.
+    Items(Vec<Result<(), Refusal>>),
+    /// Leaves to sign, or why not, per item.
+    Leaves(Vec<Result<Issuance, Refusal>>),
+    /// A node was admitted; its leaf is to be signed.
+    Admitted(Generation, Issuance),
+    /// A replica was admitted.
+    Replica(ReplicaAdmission),
+    /// Documents: for each whether it changed anything, and the export sequence after.
+    Documents(Vec<bool>, u64),
+    /// A report was sealed.
+    Report(SealedReport),
+}

@@ -1,0 +1,91 @@
+//! Proof that something was committed and applied. No commit, no certificate (I5, design.md section 2).
+
+use ambit_model::{EntryId, Generation, Lifetime, NodeId, RaftIndex, Revision, SpiffeId};
+use serde::{Deserialize, Serialize};
+
+/// A `T` that the state machine applied from a committed entry. Only `apply` makes one; it is used once.
+///
+/// ```compile_fail,E0451
+/// use ambit_state::{Committed, Issuance};
+/// fn forge(inner: Issuance) -> Committed<Issuance> { Committed { inner } }
+/// ```
+/// ```compile_fail,E0599
+/// use ambit_state::{Committed, Issuance};
+/// fn twice(one: &Committed<Issuance>) -> Committed<Issuance> { Committed::clone(one) }
+/// ```
+#[derive(Debug)]
+pub struct Committed<T> {
+    inner: T,
+}
+
+impl<T> Committed<T> {
+    pub(crate) fn new(inner: T) -> Self {
+        Self { inner }
+    }
+    /// What was committed.
+    pub fn get(&self) -> &T {
+        &self.inner
+    }
+}
+
+/// For whom a leaf is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Subject {
+    /// The node itself.
+    Node,
+    /// A workload by its entry at a revision.
+    Workload(EntryId, Revision),
+    /// An administrator.
+    Admin,
+}
+
+/// The compact record of one leaf, many to a log entry. The leaf itself never enters the log.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Issuance {
+    /// Subject key identifier (hex) of the intermediate that must sign it; another authority refuses.
+    pub authority: String,
+    /// 16 bytes: epoch, log index, position. Unique for ever, across failover (I6).
+    pub serial: [u8; 16],
+    /// The identity certified.
+    pub spiffe_id: SpiffeId,
+    /// For whom.
+    pub subject: Subject,
+    /// Through which admission of which node; none for an administrator.
+    pub binding: Option<(NodeId, Generation)>,
+    /// The authority's epoch.
+    pub epoch: u64,
+    /// SHA-256 of the key's SubjectPublicKeyInfo (DER).
+    pub key_hash: [u8; 32],
+    /// From when to when.
+    pub lifetime: Lifetime,
+    /// Where it was committed.
+    pub index: RaftIndex,
+}
+
+/// A replica's place in the cell, committed before its intermediate is signed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReplicaAdmission {
+    /// Which replica.
+    pub replica: ambit_model::ReplicaId,
+    /// SHA-256 of the SPKI of its issuing key.
+    pub issuer_key_hash: [u8; 32],
+    /// SHA-256 of the SPKI of its TLS key.
+    pub tls_key_hash: [u8; 32],
+    /// Serial of the intermediate; the TLS leaf's differs in its last byte.
+    pub serial: [u8; 16],
+    /// How long both are valid.
+    pub lifetime: Lifetime,
+}
+
+/// A digest that a record key may sign: of a drill's report.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SealedReport {
+    /// The drill's name.
+    pub drill: String,
+    /// SHA-256 of the report's bytes.
+    pub sha256: [u8; 32],
+    /// When it was committed.
+    pub stamp: ambit_model::Stamp,
+    /// Where it was committed.
+    pub index: RaftIndex,
+}

@@ -1,0 +1,99 @@
+//! What one node needs, computed from the state: nothing about workloads it may not run or reach.
+
+use crate::objects::PeerState;
+use crate::state::State;
+use ambit_model::policy::{Endpoint, Policy, Service};
+use ambit_model::{ClusterId, Entry, Generation, NodeId, Revision, SpiffeId, Stamp, TrustDomain};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// A node's slice.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Slice {
+    /// The cell's revision it was made from.
+    pub revision: Revision,
+    /// The cell's time.
+    pub stamp: Stamp,
+    /// The cell's own trust domain.
+    pub trust_domain: TrustDomain,
+    /// The node's cluster.
+    pub cluster: ClusterId,
+    /// Roots by trust domain: (sequence, DER certificates).
+    pub bundles: BTreeMap<TrustDomain, (u64, Vec<Vec<u8>>)>,
+    /// Entries that this node may run.
+    pub entries: Vec<Entry>,
+    /// Policies that concern them, by origin.
+    pub policies: Vec<(TrustDomain, Policy)>,
+    /// Services whose backends they may reach, by origin.
+    pub services: Vec<(TrustDomain, Service)>,
+    /// Endpoints that they may reach.
+    pub endpoints: Vec<Endpoint>,
+    /// Numbers of every identity named above.
+    pub identities: BTreeMap<SpiffeId, u32>,
+    /// Leaves of these nodes up to the generation are refused.
+    pub denials: BTreeMap<NodeId, Generation>,
+    /// How far each peer was imported.
+    pub imported: BTreeMap<TrustDomain, u64>,
+}
+
+impl State {
+    /// The slice of an enrolled node, or `None` where the node is unknown.
+    pub fn slice(&self, id: &NodeId) -> Option<Slice> {
+        let cell = self.cell()?;
+        let node = self.node(id)?;
+        let entries: Vec<Entry> =
+            self.entries().filter(|r| r.entry.may_run_on(&node.cluster, id)).map(|r| r.entry.clone()).collect();
+        let local: BTreeSet<SpiffeId> = entries.iter().map(|e| e.spiffe_id.clone()).collect();
+        let policies = self.policy_set().slice(&local);
+        let endpoints: Vec<Endpoint> = self
+            .endpoints()
+            .map(|(_, row)| &row.object)
+            .filter(|e| e.node == *id || local.iter().any(|src| !policies.ports(src, &e.spiffe_id).is_empty()))
+            .cloned()
+            .collect();
+        let services: Vec<(TrustDomain, Service)> = self
+            .services()
+            .filter(|(_, row)| endpoints.iter().any(|e| row.object.backends.iter().any(|b| b.contains(&e.spiffe_id))))
+            .map(|((origin, _), row)| (origin.clone(), row.object.clone()))
+            .collect();
+        let named = local.iter().chain(endpoints.iter().map(|e| &e.spiffe_id));
+        let identities = named.filter_map(|id| self.identities.get(id).map(|n| (id.clone(), *n))).collect();
+        Some(Slice {
+            revision: cell.revision,
+            stamp: self.stamp(),
+            trust_domain: cell.trust_domain.clone(),
+            cluster: node.cluster.clone(),
+            bundles: self.bundles(),
+            policies: policies.iter().map(|(origin, p)| (origin.clone(), p.clone())).collect(),
+            entries,
+            services,
+            endpoints,
+            identities,
+            denials: self.all_denials(),
+            imported: self.imported(),
+        })
+    }
+
+    /// Own roots and those of active peers. A stopped peer's identities keep verifying: only news from it is refused.
+    pub fn bundles(&self) -> BTreeMap<TrustDomain, (u64, Vec<Vec<u8>>)> {
+        let own = self.cell().map(|c| (c.trust_domain.clone(), (c.bundle_sequence, vec![c.root_der.clone()])));
+        let peers = self
+            .peers()
+            .filter(|(_, p)| p.state != PeerState::Pending)
+            .map(|(td, p)| (td.clone(), (p.bundle_sequence, vec![p.root_der.clone()])));
+        own.into_iter().chain(peers).collect()
+    }
+
+    fn all_denials(&self) -> BTreeMap<NodeId, Generation> {
+        let mut out = BTreeMap::new();
+        for ((_, node), generation) in self.node_denials.iter() {
+            let known: &mut Generation = out.entry(*node).or_default();
+            *known = (*known).max(*generation);
+        }
+        out
+    }
+
+    /// How far each peer was imported.
+    pub fn imported(&self) -> BTreeMap<TrustDomain, u64> {
+        self.peers().map(|(td, p)| (td.clone(), p.seq)).collect()
+    }
+}

@@ -1,0 +1,364 @@
+//! The state: typed tables, and how an entry is taken in.
+
+use crate::apply;
+use crate::command::{Command, LogEntry, Reply};
+use crate::committed::{Committed, Issuance, ReplicaAdmission, SealedReport};
+use crate::objects::*;
+use crate::table::{Journal, Table, TableWrite};
+use ambit_model::record::Record;
+use ambit_model::{
+    ClusterId, Code, EntryId, Generation, NodeId, ObjectName, RaftIndex, Refusal, SpiffeId, Stamp, TrustDomain,
+};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+use std::net::Ipv4Addr;
+
+/// An object's key: whose it is and its name.
+pub type OwnedName = (TrustDomain, ObjectName);
+
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Clock {
+    pub(crate) stamp: Stamp,
+    pub(crate) applied: u64,
+}
+
+/// Everything a cell has agreed on. Iteration order is key order everywhere.
+pub struct State {
+    pub(crate) journal: Journal,
+    pub(crate) clock: Table<u8, Clock>,
+    pub(crate) cell: Table<u8, CellRow>,
+    pub(crate) members: Table<u64, Member>,
+    pub(crate) admissions: Table<u64, ReplicaAdmission>,
+    pub(crate) tokens: Table<[u8; 32], TokenRow>,
+    pub(crate) key_set: Table<u8, KeySetRow>,
+    pub(crate) ticket_keys: Table<u64, TicketKeyRow>,
+    pub(crate) clusters: Table<ClusterId, ClusterRow>,
+    pub(crate) allowed_eks: Table<(ClusterId, NodeId), bool>,
+    pub(crate) nonces: Table<[u8; 32], Stamp>,
+    pub(crate) nodes: Table<NodeId, NodeRow>,
+    pub(crate) denials: Table<u64, DenialRow>,
+    pub(crate) entries: Table<EntryId, EntryRow>,
+    pub(crate) issued: Table<[u8; 16], Issuance>,
+    pub(crate) policies: Table<OwnedName, PolicyRow>,
+    pub(crate) services: Table<OwnedName, ServiceRow>,
+    pub(crate) endpoints: Table<(TrustDomain, Ipv4Addr), EndpointRow>,
+    pub(crate) identities: Table<SpiffeId, u32>,
+    pub(crate) node_denials: Table<(TrustDomain, NodeId), Generation>,
+    pub(crate) foreign_clusters: Table<ClusterId, ForeignCluster>,
+    pub(crate) peers: Table<TrustDomain, PeerRow>,
+    pub(crate) records: Table<u64, Record>,
+    pub(crate) reports: Table<u64, SealedReport>,
+    pub(crate) dedupe: Table<([u8; 32], [u8; 16]), DedupeRow>,
+}
+
+/// Calls a macro with every table of the state, in table-id order.
+macro_rules! each_table {
+    ($s:expr, $f:ident) => {
+        $f!(
+            $s.clock,
+            $s.cell,
+            $s.members,
+            $s.admissions,
+            $s.tokens,
+            $s.key_set,
+            $s.ticket_keys,
+            $s.clusters,
+            $s.allowed_eks,
+            $s.nonces,
+            $s.nodes,
+            $s.denials,
+            $s.entries,
+            $s.issued,
+            $s.policies,
+            $s.services,
+            $s.endpoints,
+            $s.identities,
+            $s.node_denials,
+            $s.foreign_clusters,
+            $s.peers,
+            $s.records,
+            $s.reports,
+            $s.dedupe
+        )
+    };
+}
+
+/// What applying one entry gave.
+#[derive(Debug)]
+pub struct Applied {
+    /// Where.
+    pub index: RaftIndex,
+    /// Whose request.
+    pub client: [u8; 32],
+    /// Which request.
+    pub request: [u8; 16],
+    /// What it answered.
+    pub outcome: Result<Reply, Refusal>,
+}
+
+impl Applied {
+    /// The leaves that this entry permits to be signed, each once.
+    pub fn into_issuances(self) -> Result<Vec<Result<Committed<Issuance>, Refusal>>, Refusal> {
+        match self.outcome? {
+            Reply::Leaves(items) => Ok(items.into_iter().map(|i| i.map(Committed::new)).collect()),
+            Reply::Admitted(_, one) => Ok(vec![Ok(Committed::new(one))]),
+            _ => Err(Refusal::new(Code::Internal, "an issuance", "another outcome")),
+        }
+    }
+    /// The replica whose intermediate may be signed.
+    pub fn into_replica(self) -> Result<Committed<ReplicaAdmission>, Refusal> {
+        match self.outcome? {
+            Reply::Replica(one) => Ok(Committed::new(one)),
+            _ => Err(Refusal::new(Code::Internal, "a replica's admission", "another outcome")),
+        }
+    }
+    /// The report that may be signed.
+    pub fn into_report(self) -> Result<Committed<SealedReport>, Refusal> {
+        match self.outcome? {
+            Reply::Report(one) => Ok(Committed::new(one)),
+            _ => Err(Refusal::new(Code::Internal, "a sealed report", "another outcome")),
+        }
+    }
+}
+
+impl Default for State {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl State {
+    /// The state before the first entry.
+    pub fn new() -> Self {
+        let mut next = 0u8;
+        let mut id = || {
+            next += 1;
+            next
+        };
+        Self {
+            journal: Journal::default(),
+            clock: Table::new(id()),
+            cell: Table::new(id()),
+            members: Table::new(id()),
+            admissions: Table::new(id()),
+            tokens: Table::new(id()),
+            key_set: Table::new(id()),
+            ticket_keys: Table::new(id()),
+            clusters: Table::new(id()),
+            allowed_eks: Table::new(id()),
+            nonces: Table::new(id()),
+            nodes: Table::new(id()),
+            denials: Table::new(id()),
+            entries: Table::new(id()),
+            issued: Table::new(id()),
+            policies: Table::new(id()),
+            services: Table::new(id()),
+            endpoints: Table::new(id()),
+            identities: Table::new(id()),
+            node_denials: Table::new(id()),
+            foreign_clusters: Table::new(id()),
+            peers: Table::new(id()),
+            records: Table::new(id()),
+            reports: Table::new(id()),
+            dedupe: Table::new(id()),
+        }
+    }
+
+    /// Takes in one committed entry. Never fails: a refused command is an outcome, the same on every replica.
+    pub fn apply(&mut self, index: RaftIndex, entry: &LogEntry) -> Applied {
+        let clock = self.clock_row();
+        // Stamps never go backwards, whatever a leader wrote (I15).
+        let stamp = entry.stamp.max(clock.stamp);
+        self.clock.put(&mut self.journal, 0, Clock { stamp, applied: index.0 });
+        let outcome = self.once(index, stamp, entry);
+        Applied { index, client: entry.client, request: entry.request, outcome }
+    }
+
+    /// Exactly once per (client, request): a repeated request is answered from memory (I10).
+    fn once(&mut self, index: RaftIndex, stamp: Stamp, entry: &LogEntry) -> Result<Reply, Refusal> {
+        if entry.request == [0u8; 16] {
+            return apply::apply(self, index, stamp, &entry.command);
+        }
+        let key = (entry.client, entry.request);
+        let command_sha256 = command_hash(&entry.command);
+        if let Some(row) = self.dedupe.get(&key) {
+            if row.command_sha256 == command_sha256 {
+                return row.outcome.clone();
+            }
+            return Err(Refusal::new(Code::RequestIdReused, "the same command under the same request id", "another"));
+        }
+        let outcome = apply::apply(self, index, stamp, &entry.command);
+        let row = DedupeRow { stamp, command_sha256, outcome: outcome.clone() };
+        self.dedupe.put(&mut self.journal, key, row);
+        outcome
+    }
+
+    /// Notes that `index` was taken in without a command (an empty Raft entry).
+    pub fn skip(&mut self, index: RaftIndex) {
+        let stamp = self.clock_row().stamp;
+        self.clock.put(&mut self.journal, 0, Clock { stamp, applied: index.0 });
+    }
+
+    fn clock_row(&self) -> Clock {
+        self.clock.get(&0).copied().unwrap_or_default()
+    }
+    /// The last entry taken in.
+    pub fn applied(&self) -> RaftIndex {
+        RaftIndex(self.clock_row().applied)
+    }
+    /// The time of the last entry taken in.
+    pub fn stamp(&self) -> Stamp {
+        self.clock_row().stamp
+    }
+    /// Changes since the last call, for the table store.
+    pub fn take_writes(&mut self) -> Vec<TableWrite> {
+        self.journal.take()
+    }
+    /// SHA-256 over all rows; equal on every replica at the same index.
+    pub fn digest(&self) -> [u8; 32] {
+        self.journal.digest()
+    }
+    /// The whole state, table by table in key order.
+    pub fn export(&self) -> Vec<TableWrite> {
+        let mut out = Vec::new();
+        macro_rules! export {
+            ($($t:expr),*) => {{ $( $t.export(&mut out); )* }};
+        }
+        each_table!(self, export);
+        out
+    }
+    /// The state with these rows. A row that is not readable refuses the whole.
+    pub fn import(rows: Vec<TableWrite>) -> Result<State, Refusal> {
+        let mut state = State::new();
+        for row in rows {
+            let Some(value) = row.value else { continue };
+            let mut n = 0u8;
+            let mut found = false;
+            macro_rules! load {
+                ($($t:expr),*) => {{ $(
+                    n += 1;
+                    if row.table == n { $t.load(&mut state.journal, &row.key, &value)?; found = true; }
+                )* }};
+            }
+            each_table!(state, load);
+            if !found {
+                return Err(Refusal::new(Code::Internal, format!("a table of 1-{n}"), row.table.to_string()));
+            }
+        }
+        state.journal.take();
+        Ok(state)
+    }
+
+    /// The cell, once founded.
+    pub fn cell(&self) -> Option<&CellRow> {
+        self.cell.get(&0)
+    }
+    /// All replicas.
+    pub fn members(&self) -> impl Iterator<Item = (u64, &Member)> {
+        self.members.iter().map(|(k, v)| (*k, v))
+    }
+    /// One replica.
+    pub fn member(&self, id: u64) -> Option<&Member> {
+        self.members.get(&id)
+    }
+    /// The root-certified record keys.
+    pub fn key_set(&self) -> Option<&KeySetRow> {
+        self.key_set.get(&0)
+    }
+    /// Ticket keys by number; the highest seals, the others open until their tickets end.
+    pub fn ticket_keys(&self) -> impl DoubleEndedIterator<Item = (u64, &TicketKeyRow)> {
+        self.ticket_keys.iter().map(|(k, v)| (*k, v))
+    }
+    /// A token by its SHA-256.
+    pub fn token(&self, sha256: &[u8; 32]) -> Option<&TokenRow> {
+        self.tokens.get(sha256)
+    }
+    /// Clusters served by this cell.
+    pub fn clusters(&self) -> impl Iterator<Item = (&ClusterId, &ClusterRow)> {
+        self.clusters.iter()
+    }
+    /// One cluster.
+    pub fn cluster(&self, id: &ClusterId) -> Option<&ClusterRow> {
+        self.clusters.get(id)
+    }
+    /// Clusters of peers.
+    pub fn foreign_clusters(&self) -> impl Iterator<Item = (&ClusterId, &ForeignCluster)> {
+        self.foreign_clusters.iter()
+    }
+    /// Whether the EK is on the cluster's allow-list.
+    pub fn ek_allowed(&self, cluster: &ClusterId, node: &NodeId) -> bool {
+        self.allowed_eks.contains(&(cluster.clone(), *node))
+    }
+    /// All nodes.
+    pub fn nodes(&self) -> impl Iterator<Item = (&NodeId, &NodeRow)> {
+        self.nodes.iter()
+    }
+    /// One node.
+    pub fn node(&self, id: &NodeId) -> Option<&NodeRow> {
+        self.nodes.get(id)
+    }
+    /// Refused enrolments, oldest first.
+    pub fn denials(&self) -> impl DoubleEndedIterator<Item = (&u64, &DenialRow)> {
+        self.denials.iter()
+    }
+    /// All entries.
+    pub fn entries(&self) -> impl Iterator<Item = &EntryRow> {
+        self.entries.iter().map(|(_, v)| v)
+    }
+    /// One entry.
+    pub fn entry(&self, id: &EntryId) -> Option<&EntryRow> {
+        self.entries.get(id)
+    }
+    /// Records of leaves that may still be valid.
+    pub fn issued(&self) -> impl DoubleEndedIterator<Item = &Issuance> {
+        self.issued.iter().map(|(_, v)| v)
+    }
+    /// Policies of this cell and its peers.
+    pub fn policies(&self) -> impl Iterator<Item = (&OwnedName, &PolicyRow)> {
+        self.policies.iter()
+    }
+    /// Services of this cell and its peers.
+    pub fn services(&self) -> impl Iterator<Item = (&OwnedName, &ServiceRow)> {
+        self.services.iter()
+    }
+    /// Endpoints of this cell and its peers.
+    pub fn endpoints(&self) -> impl Iterator<Item = (&TrustDomain, &EndpointRow)> {
+        self.endpoints.iter().map(|((td, _), v)| (td, v))
+    }
+    /// Peers.
+    pub fn peers(&self) -> impl Iterator<Item = (&TrustDomain, &PeerRow)> {
+        self.peers.iter()
+    }
+    /// One peer.
+    pub fn peer(&self, td: &TrustDomain) -> Option<&PeerRow> {
+        self.peers.get(td)
+    }
+    /// Exported records after `seq`.
+    pub fn records_after(&self, seq: u64) -> impl Iterator<Item = &Record> {
+        self.records.from(seq.saturating_add(1)).map(|(_, r)| r)
+    }
+    /// Sealed drill reports.
+    pub fn reports(&self) -> impl Iterator<Item = &SealedReport> {
+        self.reports.iter().map(|(_, v)| v)
+    }
+    /// Trust domains that this cell can verify: its own and its active peers'.
+    pub fn known_domains(&self) -> std::collections::BTreeSet<TrustDomain> {
+        let own = self.cell().map(|c| c.trust_domain.clone());
+        let peers = self.peers().filter(|(_, p)| p.state != PeerState::Pending).map(|(td, _)| td.clone());
+        own.into_iter().chain(peers).collect()
+    }
+    /// All policies as one set to evaluate.
+    pub fn policy_set(&self) -> ambit_policy::PolicySet {
+        let mut set = ambit_policy::PolicySet::new(self.known_domains());
+        for ((origin, _), row) in self.policies() {
+            set.insert(origin.clone(), row.object.clone());
+        }
+        set
+    }
+}
+
+fn command_hash(command: &Command) -> [u8; 32] {
+    // An unencodable command cannot have come out of the log.
+    let bytes = postcard::to_stdvec(command).unwrap_or_default();
+    Sha256::digest(bytes).into()
+}

@@ -1,0 +1,246 @@
+//! The state machine by its invariants: exactly once, deterministic, restorable, tokens once, issuance fenced.
+
+use ambit_model::policy::{Action, Endpoint, Peers, Policy};
+use ambit_model::record::{Head, Kind};
+use ambit_model::{ClusterId, Code, Entry, Generation, NodeId, RaftIndex, Refusal, Revision, Selector, Stamp, SvidTtl};
+use ambit_state::command::{Admission, LeafRequest};
+use ambit_state::objects::*;
+use ambit_state::{Command, LogEntry, Reply, State};
+
+struct Cell {
+    state: State,
+    index: u64,
+    log: Vec<LogEntry>,
+}
+
+impl Cell {
+    fn founded(td: &str) -> Cell {
+        let mut cell = Cell { state: State::new(), index: 0, log: Vec::new() };
+        let row = CellRow {
+            trust_domain: td.parse().unwrap(),
+            epoch: 1,
+            root_der: td.as_bytes().to_vec(),
+            root_form: "file".into(),
+            bundle_sequence: 1 << 40 | 1,
+            next_identity: 256,
+            revision: Revision(0),
+            endorsement_revision: Revision(0),
+            export_seq: 0,
+            export_hash: [0; 32],
+        };
+        let member = Member {
+            address: "127.0.0.1:1".into(),
+            authority: "a1".into(),
+            authority_not_after: Stamp(1_000_000_000),
+            wrap_key: vec![],
+            record_key: [1; 32],
+        };
+        cell.run(Command::FoundCell(row, 1, member, KeySetRow::default())).unwrap();
+        cell.run(Command::RegisterCluster(cluster(td), vec![])).unwrap();
+        cell
+    }
+    fn at(&mut self, stamp: u64, request: u8, command: Command) -> Result<Reply, Refusal> {
+        self.index += 1;
+        let entry = LogEntry { stamp: Stamp(stamp), client: [9; 32], request: [request; 16], command };
+        let entry = LogEntry::decode(&entry.encode().unwrap()).unwrap();
+        self.log.push(entry.clone());
+        self.state.apply(RaftIndex(self.index), &entry).outcome
+    }
+    fn run(&mut self, command: Command) -> Result<Reply, Refusal> {
+        self.at(1_000_000, 0, command)
+    }
+}
+
+fn cluster(td: &str) -> ClusterId {
+    td.parse().unwrap()
+}
+fn node(n: u8) -> NodeId {
+    NodeId([n; 32])
+}
+fn entry(id: &str, td: &str) -> Entry {
+    Entry {
+        id: id.parse().unwrap(),
+        spiffe_id: format!("spiffe://{td}/{id}").parse().unwrap(),
+        cluster: cluster(td),
+        nodes: Default::default(),
+        selectors: [Selector::UnixUid(1000)].into(),
+        ttl: SvidTtl::DEFAULT,
+        federates_with: Default::default(),
+    }
+}
+fn admission(cell: &Cell, n: u8, nonce: u8, token: Option<[u8; 32]>) -> Admission {
+    Admission {
+        node: node(n),
+        cluster: cluster("west"),
+        nonce: [nonce; 32],
+        deadline: Stamp(1_060_000),
+        join_token: token,
+        endorsement_revision: cell.state.cell().unwrap().endorsement_revision,
+        ak_name: vec![n],
+        counters: Counters { resets: 1, restarts: 0, clock: u64::from(nonce) },
+        ek_class: "lab".into(),
+        key_hash: [n; 32],
+        authority: "a1".into(),
+        claims: "{}".into(),
+        evidence_sha256: [n; 32],
+    }
+}
+fn code<T: std::fmt::Debug>(r: Result<T, Refusal>) -> Code {
+    r.unwrap_err().code
+}
+
+#[test]
+fn a_request_has_its_effect_once_and_its_id_is_not_reused() {
+    let mut west = Cell::founded("west");
+    let create = Command::CreateEntries(vec![entry("db", "west")]);
+    let first = west.at(1_000_000, 7, create.clone()).unwrap();
+    let revision = west.state.cell().unwrap().revision;
+    assert_eq!(west.at(1_000_001, 7, create).unwrap(), first);
+    assert_eq!(west.state.cell().unwrap().revision, revision, "the repeat changed nothing");
+    assert_eq!(code(west.at(1_000_002, 7, Command::Tick)), Code::RequestIdReused);
+}
+
+#[test]
+fn a_join_token_admits_one_node_and_a_nonce_one_admission() {
+    let mut west = Cell::founded("west");
+    let token = TokenRow { scope: TokenScope::Node(cluster("west")), expires: Stamp(2_000_000), used: false };
+    west.run(Command::CreateToken([5; 32], token)).unwrap();
+    let nobody = admission(&west, 1, 1, None);
+    assert_eq!(code(west.run(Command::AdmitNode(nobody))), Code::EkNotExpected);
+    let first = admission(&west, 1, 1, Some([5; 32]));
+    assert!(matches!(west.run(Command::AdmitNode(first.clone())), Ok(Reply::Admitted(Generation(1), _))));
+    assert_eq!(code(west.run(Command::AdmitNode(first))), Code::NonceConsumed);
+    let second = admission(&west, 2, 2, Some([5; 32]));
+    assert_eq!(code(west.run(Command::AdmitNode(second))), Code::JoinTokenUsed);
+    assert_eq!(west.state.nodes().count(), 1);
+    // The same node comes again without a token, with later counters and a higher generation.
+    let again = admission(&west, 1, 3, None);
+    assert!(matches!(west.run(Command::AdmitNode(again)), Ok(Reply::Admitted(Generation(2), _))));
+    let back = Admission { nonce: [9; 32], ..admission(&west, 1, 2, None) };
+    assert_eq!(code(west.run(Command::AdmitNode(back))), Code::ClockStepBack);
+    let late = admission(&west, 1, 8, None);
+    assert_eq!(code(west.at(1_060_001, 0, Command::AdmitNode(late))), Code::TicketExpired);
+}
+
+#[test]
+fn a_changed_endorsement_makes_a_judgement_stale() {
+    let mut west = Cell::founded("west");
+    let a = admission(&west, 1, 1, None);
+    west.run(Command::AllowEk(cluster("west"), vec![node(1)])).unwrap();
+    assert_eq!(code(west.run(Command::AdmitNode(a))), Code::StaleAppraisal);
+    let a = admission(&west, 1, 1, None);
+    assert!(west.run(Command::AdmitNode(a)).is_ok());
+}
+
+#[test]
+fn no_leaf_for_a_banned_unknown_or_foreign_node_and_none_past_its_bounds() {
+    let mut west = Cell::founded("west");
+    west.run(Command::AllowEk(cluster("west"), vec![node(1)])).unwrap();
+    west.run(Command::CreateEntries(vec![entry("db", "west")])).unwrap();
+    let ask = |n: u8, authority: &str, id: &str| Command::Issue {
+        node: node(n),
+        generation: Generation(1),
+        authority: authority.into(),
+        leaves: vec![LeafRequest { entry: id.parse().unwrap(), key_hash: [3; 32] }],
+    };
+    assert_eq!(code(west.run(ask(1, "a1", "db"))), Code::NodeUnknown);
+    let a = admission(&west, 1, 1, None);
+    west.run(Command::AdmitNode(a)).unwrap();
+    let Ok(Reply::Leaves(leaves)) = west.run(ask(1, "a1", "db")) else { panic!("leaves") };
+    let leaf = leaves[0].as_ref().unwrap();
+    assert!(leaf.lifetime.not_after <= Stamp(1_000_000).plus_ms(ambit_state::UNATTESTED_MAX_MS));
+    assert!(leaf.lifetime.not_before.plus_ms(60_000) >= Stamp(1_000_000));
+    assert_eq!(code(west.run(ask(1, "other", "db"))), Code::AuthorityMismatch);
+    let Ok(Reply::Leaves(none)) = west.run(ask(1, "a1", "nope")) else { panic!("leaves") };
+    assert_eq!(none[0].as_ref().unwrap_err().code, Code::EntryNotOnNode);
+    let late = 1_000_000 + ambit_state::UNATTESTED_MAX_MS;
+    assert_eq!(code(west.at(late, 0, ask(1, "a1", "db"))), Code::NodeUntrusted);
+    west.run(Command::BanNode(node(1))).unwrap();
+    assert_eq!(code(west.run(ask(1, "a1", "db"))), Code::NodeUntrusted);
+}
+
+#[test]
+fn export_import_and_replay_give_the_same_digest() {
+    let mut west = Cell::founded("west");
+    west.run(Command::AllowEk(cluster("west"), vec![node(1), node(2)])).unwrap();
+    west.run(Command::CreateEntries(vec![entry("db", "west"), entry("web", "west")])).unwrap();
+    west.run(Command::DeleteEntries(vec!["web".parse().unwrap()])).unwrap();
+    let restored = State::import(west.state.export()).unwrap();
+    assert_eq!(restored.digest(), west.state.digest());
+    assert_eq!(restored.applied(), west.state.applied());
+    let mut replayed = State::new();
+    for (i, entry) in west.log.iter().enumerate() {
+        replayed.apply(RaftIndex(i as u64 + 1), entry);
+    }
+    assert_eq!(replayed.digest(), west.state.digest());
+    west.run(Command::DeleteEntries(vec!["db".parse().unwrap()])).unwrap();
+    assert_ne!(replayed.digest(), west.state.digest());
+}
+
+fn policy(name: &str, target: &str) -> Policy {
+    Policy {
+        name: name.parse().unwrap(),
+        target: Peers::Id(target.parse().unwrap()),
+        action: Action::Allow,
+        from: vec![Peers::Domain("east".parse().unwrap())],
+        ports: vec![80],
+    }
+}
+
+#[test]
+fn a_peer_is_heard_in_sequence_and_only_about_itself() {
+    let (mut west, mut east) = (Cell::founded("west"), Cell::founded("east"));
+    let documents = |p| Command::ApplyDocuments { policies: vec![p], services: vec![], by: "me".into() };
+    west.run(documents(policy("ok", "spiffe://west/db"))).unwrap();
+    assert_eq!(code(west.run(documents(policy("no", "spiffe://east/db")))), Code::NotOwner);
+    let peer = PeerRow {
+        state: PeerState::Pending,
+        fingerprint: [7; 32],
+        addresses: vec![],
+        root_der: vec![1],
+        bundle_sequence: 1,
+        key_set: KeySetRow::default(),
+        epoch: 0,
+        seq: 0,
+        hash: [0; 32],
+        trouble: String::new(),
+    };
+    let td = "west".parse().unwrap();
+    east.run(Command::PutPeer("west".parse().unwrap(), peer, None)).unwrap();
+    let mut records: Vec<_> = west.state.records_after(0).cloned().collect();
+    let head = Head {
+        origin: "west".parse().unwrap(),
+        epoch: 1,
+        seq: records.len() as u64,
+        hash: records.last().unwrap().hash(),
+        stamp: Stamp(1),
+        nonce: [0; 16],
+    };
+    let import = |r: &[_]| Command::Import(head.clone(), r.to_vec());
+    assert_eq!(code(east.run(import(&records))), Code::PeerNotActive);
+    assert_eq!(code(east.run(Command::ApprovePeer("west".parse().unwrap(), [8; 32]))), Code::FingerprintMismatch);
+    east.run(Command::ApprovePeer("west".parse().unwrap(), [7; 32])).unwrap();
+    assert_eq!(code(east.run(import(&records[1..]))), Code::RecordChainBroken, "a gap");
+    let mut forged = records.clone();
+    forged[0].payload = vec![1, 2, 3];
+    assert_eq!(code(east.run(import(&forged))), Code::RecordChainBroken, "altered");
+    east.run(import(&records)).unwrap();
+    assert_eq!(east.state.policies().count(), 1);
+    assert_eq!(east.state.peer(&td).unwrap().seq, head.seq);
+    east.run(import(&records)).unwrap();
+    // A record in sequence about somebody else's identity moves the sequence and changes nothing.
+    let mut more = records.pop().unwrap();
+    (more.seq, more.prev_hash, more.kind, more.key) = (head.seq + 1, more.hash(), Kind::Endpoint, "10.0.0.1".into());
+    let endpoint = Endpoint {
+        spiffe_id: "spiffe://east/db".parse().unwrap(),
+        address: "10.0.0.1".parse().unwrap(),
+        cluster: cluster("west"),
+        node_address: "10.0.0.2".parse().unwrap(),
+        node: node(1),
+        generation: Generation(1),
+    };
+    more.payload = postcard::to_stdvec(&endpoint).unwrap();
+    let next = Head { seq: more.seq, hash: more.hash(), ..head };
+    east.run(Command::Import(next, vec![more])).unwrap();
+    assert_eq!(east.state.endpoints().count(), 0);
+}
