@@ -10,7 +10,10 @@
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 #![warn(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
-#![cfg_attr(test, allow(clippy::indexing_slicing, clippy::arithmetic_side_effects, reason = "tests build inputs by hand"))]
+#![cfg_attr(
+    test,
+    allow(clippy::indexing_slicing, clippy::arithmetic_side_effects, reason = "tests build inputs by hand")
+)]
 
 pub mod attest;
 pub mod bootlog;
@@ -23,6 +26,8 @@ pub mod hash;
 pub mod ima;
 pub mod public;
 pub mod signature;
+#[cfg(test)]
+mod testdata;
 pub mod ticket;
 pub mod transcript;
 mod wire;

@@ -50,8 +50,9 @@ pub struct PresentedEk {
 impl PresentedEk {
     /// Parses what a node presented: sizes, both public areas, the EK's kind, the AK's attributes, scheme and strength.
     pub fn parse(input: BeginInput) -> Result<PresentedEk, Refusal> {
-        let too_large =
-            |what: &str, n: usize| Refusal::new(Code::EvidenceTooLarge, format!("{what} within its limit"), n.to_string());
+        let too_large = |what: &str, n: usize| {
+            Refusal::new(Code::EvidenceTooLarge, format!("{what} within its limit"), n.to_string())
+        };
         if input.ek_intermediates.len() > INTERMEDIATES_MAX {
             return Err(too_large("EK intermediates", input.ek_intermediates.len()));
         }
@@ -180,11 +181,7 @@ impl EndorsedEk {
     /// Makes the credential that only the TPM with both keys can open, and the ticket body to seal.
     pub fn challenge(self, entropy: Entropy, terms: Terms) -> Result<(Challenge, TicketBody), Refusal> {
         if terms.pcr_mask == 0 || terms.pcr_mask & !PCR_MASK_ALL != 0 {
-            return Err(Refusal::new(
-                Code::BadRequest,
-                "a PCR mask over PCRs 0-23",
-                format!("{:#x}", terms.pcr_mask),
-            ));
+            return Err(Refusal::new(Code::BadRequest, "a PCR mask over PCRs 0-23", format!("{:#x}", terms.pcr_mask)));
         }
         let PresentedEk { input, agent_nonce, ek, ak, node } = self.presented;
         let credential = credential::make(&ek, &ak.public().name(), &entropy.secret[..], &entropy.seed)?;

@@ -149,7 +149,8 @@ impl ActivatedAk {
 }
 
 fn sizes(header: &EvidenceHeader) -> Result<(), Refusal> {
-    let refuse = |what: &str, n: u64| Refusal::new(Code::EvidenceTooLarge, format!("{what} within its limit"), n.to_string());
+    let refuse =
+        |what: &str, n: u64| Refusal::new(Code::EvidenceTooLarge, format!("{what} within its limit"), n.to_string());
     for (what, object) in [
         ("HMAC", &header.hmac),
         ("CSR", &header.csr),
@@ -188,8 +189,8 @@ pub(crate) struct Quote<'a> {
 
 impl Quote<'_> {
     pub(crate) fn judge(&self, ak: &AttestationKey) -> Result<(Attest, BTreeMap<u32, Vec<u8>>), Refusal> {
-        let signature = Signature::parse(self.signature)
-            .map_err(|e| e.refuse(Code::EvidenceMalformed, "TPMT_SIGNATURE"))?;
+        let signature =
+            Signature::parse(self.signature).map_err(|e| e.refuse(Code::EvidenceMalformed, "TPMT_SIGNATURE"))?;
         signature.verify(ak, self.attest)?;
         let attest = Attest::parse(self.attest)?;
         if attest.qualified_signer != self.signer {
