@@ -1,1 +1,20 @@
-//! stub
+//! X.509-SVIDs: strict verification, issuance from committed records only, and the TLS configurations built on them.
+//!
+//! Never: IO, a clock (time is an argument, or rustls' own), or a leaf without a `Committed<Issuance>`.
+#![forbid(unsafe_code)]
+#![warn(missing_docs)]
+
+pub mod authority;
+pub mod csr;
+pub mod keys;
+pub mod record;
+pub mod svid;
+pub mod tls;
+pub mod wrap;
+
+pub use authority::{IssuingKey, Root, issue};
+pub use csr::Csr;
+pub use keys::{SvidKey, fingerprint};
+pub use record::{KeySet, RecordKey};
+pub use svid::{NodeBinding, PeerSvid, TrustStore, verify_svid};
+pub use tls::{Expect, SharedTrust, Trust};

@@ -1,0 +1,248 @@
+//! Roots, intermediates and leaves. `issue` is the only way to a leaf, and it takes a committed issuance.
+
+use crate::csr::Csr;
+use crate::keys::{SvidKey, internal};
+use ambit_model::{Code, Generation, Lifetime, NodeId, Refusal, SpiffeId, Stamp, TrustDomain};
+use ambit_state::committed::ReplicaAdmission;
+use ambit_state::{Committed, Issuance};
+use rcgen::{
+    BasicConstraints, CertificateParams, CustomExtension, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
+    Issuer, KeyIdMethod, KeyUsagePurpose, SanType, SerialNumber, SubjectPublicKeyInfo,
+};
+use rustls_pki_types::CertificateDer;
+use sha2::{Digest, Sha256};
+use time::OffsetDateTime;
+
+/// The node a leaf was issued through: SEQUENCE { OCTET STRING node id (32), OCTET STRING generation (8), OCTET STRING
+/// epoch (8) }, numbers big-endian, not critical. The arc is private and not registered.
+pub const NODE_BINDING_OID: &[u64] = &[1, 3, 6, 1, 4, 1, 61999, 1, 1];
+/// As text, for parsers.
+pub const NODE_BINDING_OID_TEXT: &str = "1.3.6.1.4.1.61999.1.1";
+const ROOT_MS: u64 = 10 * 365 * 24 * 3_600_000;
+
+fn date(stamp: Stamp) -> Result<OffsetDateTime, Refusal> {
+    i64::try_from(stamp.0 / 1000)
+        .ok()
+        .and_then(|s| OffsetDateTime::from_unix_timestamp(s).ok())
+        .ok_or_else(|| Refusal::new(Code::Internal, "a time within the calendar", stamp.0.to_string()))
+}
+
+fn name(common: &str) -> DistinguishedName {
+    let mut dn = DistinguishedName::new();
+    dn.push(DnType::OrganizationName, "Ambit");
+    dn.push(DnType::CommonName, common);
+    dn
+}
+
+fn key_id(spki: &[u8]) -> Vec<u8> {
+    Sha256::digest(spki).iter().take(20).copied().collect()
+}
+
+fn base(lifetime: Lifetime, serial: &[u8; 16]) -> Result<CertificateParams, Refusal> {
+    let mut params = CertificateParams::default();
+    params.not_before = date(lifetime.not_before)?;
+    params.not_after = date(lifetime.not_after)?;
+    params.serial_number = Some(SerialNumber::from_slice(serial));
+    params.use_authority_key_identifier_extension = true;
+    params.distinguished_name = DistinguishedName::new();
+    Ok(params)
+}
+
+/// A trust domain's root in the form `file`: its key lies in a file of mode 0600 and is shown as unsealed.
+pub struct Root {
+    key: SvidKey,
+    der: CertificateDer<'static>,
+    trust_domain: TrustDomain,
+}
+
+impl Root {
+    /// A new self-signed root.
+    pub fn create(trust_domain: &TrustDomain, now: Stamp, serial: [u8; 16]) -> Result<Self, Refusal> {
+        let key = SvidKey::generate()?;
+        let lifetime = Lifetime { not_before: now.minus_ms(60_000), not_after: now.plus_ms(ROOT_MS) };
+        let mut params = base(lifetime, &serial)?;
+        params.distinguished_name = name(&format!("{trust_domain} root {}", hex::encode(&serial[12..])));
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        params.subject_alt_names = vec![uri(&format!("spiffe://{trust_domain}"))?];
+        params.key_identifier_method = KeyIdMethod::PreSpecified(key_id(&spki_of(&key)));
+        let cert = params.self_signed(&key.pair).map_err(|e| internal("a root", e))?;
+        Ok(Self { der: cert.der().clone(), key, trust_domain: trust_domain.clone() })
+    }
+    /// From its files.
+    pub fn load(trust_domain: &TrustDomain, der: CertificateDer<'static>, key: SvidKey) -> Self {
+        Self { key, der, trust_domain: trust_domain.clone() }
+    }
+    /// The certificate.
+    pub fn der(&self) -> &CertificateDer<'static> {
+        &self.der
+    }
+    /// The key, for its file.
+    pub fn key(&self) -> &SvidKey {
+        &self.key
+    }
+    fn issuer(&self) -> Result<Issuer<'_, &rcgen::KeyPair>, Refusal> {
+        Issuer::from_ca_cert_der(&self.der, &self.key.pair).map_err(|e| internal("a readable root", e))
+    }
+
+    /// A replica's intermediate: pathLen 0, its own subject and key identifier.
+    pub fn intermediate(&self, admission: &Committed<ReplicaAdmission>, csr: &Csr) -> Result<CertificateDer<'static>, Refusal> {
+        let a = admission.get();
+        if csr.spki_sha256() != a.issuer_key_hash {
+            return Err(Refusal::new(Code::AuthorityMismatch, "the issuing key that was admitted", "another"));
+        }
+        self.sign_intermediate(a.replica.0, csr, a.lifetime, &a.serial)
+    }
+
+    /// The first replica's intermediate: there is no log to commit to before it.
+    pub fn found(&self, replica: u64, csr: &Csr, lifetime: Lifetime) -> Result<CertificateDer<'static>, Refusal> {
+        let mut serial = [0u8; 16];
+        serial[0] = 0x7f;
+        serial[8..].copy_from_slice(&replica.to_be_bytes());
+        self.sign_intermediate(replica, csr, lifetime, &serial)
+    }
+
+    fn sign_intermediate(
+        &self,
+        replica: u64,
+        csr: &Csr,
+        lifetime: Lifetime,
+        serial: &[u8; 16],
+    ) -> Result<CertificateDer<'static>, Refusal> {
+        let mut params = base(lifetime, serial)?;
+        let id = hex::encode(&key_id(csr.spki())[..8]);
+        params.distinguished_name = name(&format!("{} replica {replica} {id}", self.trust_domain));
+        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        params.subject_alt_names = vec![uri(&format!("spiffe://{}", self.trust_domain))?];
+        params.key_identifier_method = KeyIdMethod::PreSpecified(key_id(csr.spki()));
+        let spki = SubjectPublicKeyInfo::from_der(csr.spki()).map_err(|e| internal("a key", e))?;
+        let cert = params.signed_by(&spki, &self.issuer()?).map_err(|e| internal("an intermediate", e))?;
+        Ok(cert.der().clone())
+    }
+
+    /// Signs a statement (a key set) as the root.
+    pub(crate) fn sign(&self, bytes: &[u8]) -> Result<Vec<u8>, Refusal> {
+        use rcgen::SigningKey;
+        self.key.pair.sign(bytes).map_err(|e| internal("a signature", e))
+    }
+}
+
+fn spki_of(key: &SvidKey) -> Vec<u8> {
+    use rcgen::PublicKeyData;
+    key.pair.subject_public_key_info()
+}
+
+fn uri(text: &str) -> Result<SanType, Refusal> {
+    Ok(SanType::URI(text.try_into().map_err(|e| internal("an IA5 URI", e))?))
+}
+
+/// A replica's issuing key with its intermediate. It never leaves the replica.
+pub struct IssuingKey {
+    key: SvidKey,
+    intermediate: CertificateDer<'static>,
+    authority: String,
+    not_after: Stamp,
+}
+
+impl IssuingKey {
+    /// Pairs the key with its intermediate, which must certify it.
+    pub fn new(key: SvidKey, intermediate: CertificateDer<'static>) -> Result<Self, Refusal> {
+        use x509_parser::prelude::{FromDer, X509Certificate};
+        let (_, cert) = X509Certificate::from_der(&intermediate).map_err(|e| internal("a readable intermediate", e))?;
+        let spki = spki_of(&key);
+        if cert.public_key().raw != spki.as_slice() {
+            return Err(Refusal::new(Code::AuthorityMismatch, "an intermediate of this key", "of another"));
+        }
+        let not_after = Stamp(u64::try_from(cert.validity().not_after.timestamp()).unwrap_or(0).saturating_mul(1000));
+        Ok(Self { authority: hex::encode(key_id(&spki)), key, not_after, intermediate })
+    }
+    /// Subject key identifier (hex): the name of this authority in every issuance.
+    pub fn authority(&self) -> &str {
+        &self.authority
+    }
+    /// When the intermediate ends.
+    pub fn not_after(&self) -> Stamp {
+        self.not_after
+    }
+    /// The intermediate, DER.
+    pub fn intermediate(&self) -> &CertificateDer<'static> {
+        &self.intermediate
+    }
+    /// The key, for its file.
+    pub fn key(&self) -> &SvidKey {
+        &self.key
+    }
+
+    fn leaf(
+        &self,
+        id: &SpiffeId,
+        binding: Option<(NodeId, Generation, u64)>,
+        lifetime: Lifetime,
+        serial: &[u8; 16],
+        csr: &Csr,
+    ) -> Result<Vec<CertificateDer<'static>>, Refusal> {
+        let mut params = base(lifetime, serial)?;
+        // SPIFFE X509-SVID 2: the SAN is critical because the subject is empty (RFC 5280 4.2.1.6); rcgen does so.
+        params.subject_alt_names = vec![uri(id.as_str())?];
+        params.is_ca = IsCa::ExplicitNoCa;
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        params.key_identifier_method = KeyIdMethod::PreSpecified(key_id(csr.spki()));
+        if let Some((node, generation, epoch)) = binding {
+            let content = binding_der(&node, generation, epoch);
+            params.custom_extensions.push(CustomExtension::from_oid_content(NODE_BINDING_OID, content));
+        }
+        let issuer = Issuer::from_ca_cert_der(&self.intermediate, &self.key.pair).map_err(|e| internal("an issuer", e))?;
+        let spki = SubjectPublicKeyInfo::from_der(csr.spki()).map_err(|e| internal("a key", e))?;
+        let cert = params.signed_by(&spki, &issuer).map_err(|e| internal("a leaf", e))?;
+        Ok(vec![cert.der().clone(), self.intermediate.clone()])
+    }
+
+    /// This replica's own TLS leaf, under the admission that gave it the intermediate.
+    pub fn replica_leaf(&self, replica: u64, td: &TrustDomain, lifetime: Lifetime, csr: &Csr) -> Result<Vec<CertificateDer<'static>>, Refusal> {
+        let mut serial = [0u8; 16];
+        serial[0] = 0x7e;
+        serial[1..9].copy_from_slice(&lifetime.not_before.0.to_be_bytes());
+        serial[15] = replica as u8;
+        self.leaf(&td.member(&format!("/ambit/replica/{replica}"))?, None, lifetime, &serial, csr)
+    }
+
+    /// The founding administrator's leaf; there is no log to commit to before it.
+    pub fn founding_admin(&self, name: &str, td: &TrustDomain, lifetime: Lifetime, csr: &Csr) -> Result<Vec<CertificateDer<'static>>, Refusal> {
+        let mut serial = [0u8; 16];
+        serial[0] = 0x7d;
+        serial[15] = 1;
+        self.leaf(&td.member(&format!("/ambit/admin/{name}"))?, None, lifetime, &serial, csr)
+    }
+}
+
+fn binding_der(node: &NodeId, generation: Generation, epoch: u64) -> Vec<u8> {
+    let mut body = vec![0x04, 32];
+    body.extend(node.0);
+    body.extend([0x04, 8]);
+    body.extend(generation.0.to_be_bytes());
+    body.extend([0x04, 8]);
+    body.extend(epoch.to_be_bytes());
+    let mut out = vec![0x30, body.len() as u8];
+    out.extend(body);
+    out
+}
+
+/// Signs the leaf that was committed: leaf and intermediate, leaf first. Refuses another authority or another key.
+///
+/// ```compile_fail,E0308
+/// use ambit_identity::{issue, Csr, IssuingKey};
+/// fn uncommitted(i: ambit_state::Issuance, csr: &Csr, key: &IssuingKey) { let _ = issue(i, csr, key); }
+/// ```
+pub fn issue(committed: Committed<Issuance>, csr: &Csr, key: &IssuingKey) -> Result<Vec<CertificateDer<'static>>, Refusal> {
+    let i = committed.get();
+    if i.authority != key.authority {
+        return Err(Refusal::new(Code::AuthorityMismatch, key.authority.clone(), i.authority.clone()));
+    }
+    if csr.spki_sha256() != i.key_hash {
+        return Err(Refusal::new(Code::AuthorityMismatch, "the key that was committed", "another"));
+    }
+    let binding = i.binding.map(|(node, generation)| (node, generation, i.epoch));
+    key.leaf(&i.spiffe_id, binding, i.lifetime, &i.serial, csr)
+}

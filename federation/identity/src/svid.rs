@@ -1,0 +1,209 @@
+//! Verification of X.509-SVIDs to the letter of the SPIFFE standard (X509-SVID.md sections 2-5).
+
+use ambit_model::bundle::{Bundle, Foreign, Own};
+use ambit_model::{Code, Generation, NodeId, Refusal, SpiffeId, Stamp, TrustDomain};
+use rustls_pki_types::{CertificateDer, TrustAnchor, UnixTime};
+use std::collections::BTreeMap;
+use std::time::Duration;
+use x509_parser::extensions::{GeneralName, ParsedExtension};
+use x509_parser::prelude::{FromDer, X509Certificate};
+
+/// Leaf, intermediate and perhaps the root: nobody needs more, and each costs a signature check.
+const CHAIN_MAX: usize = 4;
+/// Certificates are a few hundred bytes.
+const CERTIFICATE_MAX_BYTES: usize = 8 * 1024;
+
+/// The node that a leaf was issued through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NodeBinding {
+    /// Which node.
+    pub node: NodeId,
+    /// Which of its admissions.
+    pub generation: Generation,
+    /// The authority's epoch.
+    pub epoch: u64,
+}
+
+/// A verified peer: made by [`verify_svid`] only.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PeerSvid {
+    id: SpiffeId,
+    binding: Option<NodeBinding>,
+    serial: Vec<u8>,
+    not_after: Stamp,
+}
+
+impl PeerSvid {
+    /// Who it is.
+    pub fn id(&self) -> &SpiffeId {
+        &self.id
+    }
+    /// Through which node it was issued; foreign authorities carry none.
+    pub fn binding(&self) -> Option<NodeBinding> {
+        self.binding
+    }
+    /// Serial number, big-endian.
+    pub fn serial(&self) -> &[u8] {
+        &self.serial
+    }
+    /// Last instant of validity.
+    pub fn not_after(&self) -> Stamp {
+        self.not_after
+    }
+}
+
+/// Roots by trust domain. Each vouches for its own domain only: bundles are never pooled.
+#[derive(Clone, Debug, Default)]
+pub struct TrustStore {
+    roots: BTreeMap<TrustDomain, Vec<TrustAnchor<'static>>>,
+}
+
+impl TrustStore {
+    /// The own bundle; foreign ones are added one by one.
+    pub fn new(own: &Bundle<Own>) -> Result<Self, Refusal> {
+        let mut store = Self::default();
+        store.put(own.trust_domain(), own.roots())?;
+        Ok(store)
+    }
+    /// Adds or replaces the bundle of another trust domain.
+    pub fn add_foreign(&mut self, bundle: &Bundle<Foreign>) -> Result<(), Refusal> {
+        self.put(bundle.trust_domain(), bundle.roots())
+    }
+    fn put(&mut self, td: &TrustDomain, roots: &[Vec<u8>]) -> Result<(), Refusal> {
+        let anchors = roots.iter().map(|der| anchor(der)).collect::<Result<_, _>>()?;
+        self.roots.insert(td.clone(), anchors);
+        Ok(())
+    }
+    /// The trust domains known.
+    pub fn domains(&self) -> impl Iterator<Item = &TrustDomain> {
+        self.roots.keys()
+    }
+}
+
+pub(crate) fn anchor(der: &[u8]) -> Result<TrustAnchor<'static>, Refusal> {
+    let der = CertificateDer::from(der);
+    webpki::anchor_from_trusted_cert(&der)
+        .map(|a| a.to_owned())
+        .map_err(|e| Refusal::new(Code::BadRequest, "a root certificate", e.to_string()))
+}
+
+/// Verifies a chain (leaf first) at `now`. Errors: `svid_malformed`, `trust_domain_unknown`, `svid_untrusted`.
+pub fn verify_svid(chain: &[CertificateDer<'_>], trust: &TrustStore, now: Stamp) -> Result<PeerSvid, Refusal> {
+    let peer = parse_leaf(chain)?;
+    let domain = peer.id.trust_domain();
+    let Some(anchors) = trust.roots.get(&domain) else {
+        return Err(Refusal::new(Code::TrustDomainUnknown, "a trust domain with a bundle here", domain.to_string()));
+    };
+    verify_path(chain, anchors, now)?;
+    Ok(peer)
+}
+
+/// Verifies a chain whose last certificate is the root with this fingerprint: first contact, pinned out of band.
+pub fn verify_pinned(
+    chain: &[CertificateDer<'_>],
+    td: &TrustDomain,
+    fingerprint: &[u8; 32],
+    now: Stamp,
+) -> Result<PeerSvid, Refusal> {
+    let peer = parse_leaf(chain)?;
+    let root = chain.last().filter(|der| crate::keys::fingerprint(der) == *fingerprint);
+    let Some(root) = root else {
+        let found = chain.last().map(|der| hex::encode(crate::keys::fingerprint(der))).unwrap_or_default();
+        return Err(Refusal::new(Code::FingerprintMismatch, hex::encode(fingerprint), found));
+    };
+    if peer.id.trust_domain() != *td {
+        return Err(Refusal::new(Code::SvidUntrusted, format!("an identity of {td}"), peer.id.as_str()));
+    }
+    verify_path(chain, &[anchor(root)?], now)?;
+    Ok(peer)
+}
+
+fn verify_path(chain: &[CertificateDer<'_>], anchors: &[TrustAnchor<'static>], now: Stamp) -> Result<(), Refusal> {
+    let untrusted = |e: webpki::Error| Refusal::new(Code::SvidUntrusted, "a chain to the bundle, in time", e.to_string());
+    let [leaf, rest @ ..] = chain else {
+        return Err(Refusal::new(Code::SvidMalformed, "a certificate", "none"));
+    };
+    let leaf = webpki::EndEntityCert::try_from(leaf).map_err(untrusted)?;
+    let algorithms = &[webpki::aws_lc_rs::ECDSA_P256_SHA256, webpki::aws_lc_rs::ECDSA_P384_SHA384];
+    let at = UnixTime::since_unix_epoch(Duration::from_millis(now.0));
+    leaf.verify_for_usage(algorithms, anchors, rest, at, webpki::KeyUsage::client_auth(), None, None)
+        .map(|_| ())
+        .map_err(untrusted)
+}
+
+fn parse_leaf(chain: &[CertificateDer<'_>]) -> Result<PeerSvid, Refusal> {
+    let bad = |expected: &str, found: String| Refusal::new(Code::SvidMalformed, expected, found);
+    if chain.len() > CHAIN_MAX || chain.iter().any(|c| c.len() > CERTIFICATE_MAX_BYTES) {
+        return Err(bad("a short chain of small certificates", format!("{} certificates", chain.len())));
+    }
+    let leaf = chain.first().ok_or_else(|| bad("a certificate", "none".into()))?;
+    let (rest, cert) = X509Certificate::from_der(leaf).map_err(|e| bad("a certificate", e.to_string()))?;
+    if !rest.is_empty() {
+        return Err(bad("a certificate", "trailing bytes".into()));
+    }
+    let id = spiffe_id(&cert)?;
+    usages(&cert)?;
+    Ok(PeerSvid {
+        id,
+        binding: binding(&cert)?,
+        serial: cert.raw_serial().to_vec(),
+        not_after: Stamp(u64::try_from(cert.validity().not_after.timestamp()).unwrap_or(0).saturating_mul(1000)),
+    })
+}
+
+/// Exactly one URI SAN (X509-SVID section 2), parsed strictly; a second one of any scheme refuses the certificate.
+fn spiffe_id(cert: &X509Certificate<'_>) -> Result<SpiffeId, Refusal> {
+    let bad = |found: String| Refusal::new(Code::SvidMalformed, "exactly one URI SAN, a SPIFFE ID with a path", found);
+    let san = cert.subject_alternative_name().map_err(|e| bad(e.to_string()))?.ok_or_else(|| bad("no SAN".into()))?;
+    let uris: Vec<&str> =
+        san.value.general_names.iter().filter_map(|n| if let GeneralName::URI(u) = n { Some(*u) } else { None }).collect();
+    match uris.as_slice() {
+        [one] => one.parse().map_err(|_| bad((*one).to_owned())),
+        many => Err(bad(format!("{} URI SANs", many.len()))),
+    }
+}
+
+/// X509-SVID section 4.2-4.4: an end entity that signs, and nothing more.
+fn usages(cert: &X509Certificate<'_>) -> Result<(), Refusal> {
+    let bad = |expected: &str, found: &str| Err(Refusal::new(Code::SvidMalformed, expected, found));
+    if cert.basic_constraints().ok().flatten().is_some_and(|b| b.value.ca) {
+        return bad("cA=false", "cA=true");
+    }
+    let Ok(Some(ku)) = cert.key_usage() else { return bad("a KeyUsage extension", "none") };
+    if !ku.critical || !ku.value.digital_signature() || ku.value.key_cert_sign() || ku.value.crl_sign() {
+        return bad("critical KeyUsage digitalSignature without keyCertSign or cRLSign", "another");
+    }
+    match cert.extended_key_usage() {
+        Ok(None) => Ok(()),
+        Ok(Some(eku)) if eku.value.server_auth && eku.value.client_auth => Ok(()),
+        Ok(Some(_)) | Err(_) => bad("serverAuth and clientAuth", "another ExtendedKeyUsage"),
+    }
+}
+
+fn binding(cert: &X509Certificate<'_>) -> Result<Option<NodeBinding>, Refusal> {
+    let mut found = None;
+    for ext in cert.extensions() {
+        if ext.oid.to_id_string() != crate::authority::NODE_BINDING_OID_TEXT {
+            continue;
+        }
+        debug_assert!(matches!(ext.parsed_extension(), ParsedExtension::UnsupportedExtension { .. }));
+        let parsed = parse_binding(ext.value);
+        match parsed {
+            Some(b) if found.is_none() => found = Some(b),
+            _ => return Err(Refusal::new(Code::SvidMalformed, "one well-formed node binding", "another")),
+        }
+    }
+    Ok(found)
+}
+
+fn parse_binding(der: &[u8]) -> Option<NodeBinding> {
+    let rest = der.strip_prefix(&[0x30, 54, 0x04, 32])?;
+    let (node, rest) = rest.split_first_chunk::<32>()?;
+    let (generation, rest) = rest.strip_prefix(&[0x04, 8])?.split_first_chunk::<8>()?;
+    let (epoch, rest) = rest.strip_prefix(&[0x04, 8])?.split_first_chunk::<8>()?;
+    rest.is_empty().then(|| NodeBinding {
+        node: NodeId(*node),
+        generation: Generation(u64::from_be_bytes(*generation)),
+        epoch: u64::from_be_bytes(*epoch),
+    })
+}

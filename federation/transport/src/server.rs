@@ -1,0 +1,119 @@
+//! Serving gRPC over mutual TLS.
+
+use ambit_identity::svid::PeerSvid;
+use ambit_identity::tls::SharedTrust;
+use ambit_model::{Refusal, Stamp};
+use rustls::ServerConfig;
+use std::future::Future;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, mpsc};
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::server::{Connected, Router};
+
+/// Slow handshakes are cut, so that they cannot hold their places (Keylime CVE-2023-38200).
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Handshakes under way at once; more wait in the listener's backlog.
+const HANDSHAKES_MAX: usize = 256;
+
+/// Who is at the far end of a connection: a request extension.
+#[derive(Clone, Debug)]
+pub struct Caller {
+    /// The verified SVID, or none for a client without a certificate.
+    pub svid: Option<PeerSvid>,
+    /// Where it comes from.
+    pub remote: SocketAddr,
+}
+
+/// An accepted, verified stream.
+struct Accepted {
+    stream: TlsStream<TcpStream>,
+    caller: Caller,
+}
+
+impl Connected for Accepted {
+    type ConnectInfo = Caller;
+    fn connect_info(&self) -> Caller {
+        self.caller.clone()
+    }
+}
+impl AsyncRead for Accepted {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+impl AsyncWrite for Accepted {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<std::io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+/// Serves `router` on `listener` until `shutdown`. The [`Caller`] is an extension of every request.
+pub async fn serve(
+    listener: TcpListener,
+    config: ServerConfig,
+    trust: SharedTrust,
+    router: Router,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), tonic::transport::Error> {
+    // Handshakes are done aside and handed over here; the bound is the number of connections not yet taken in.
+    let (ready, accepted) = mpsc::channel::<Result<Accepted, std::io::Error>>(HANDSHAKES_MAX);
+    let acceptor = TlsAcceptor::from(Arc::new(config));
+    let accepting = async move {
+        let places = Arc::new(Semaphore::new(HANDSHAKES_MAX));
+        while let Ok(place) = places.clone().acquire_owned().await {
+            let Ok((tcp, remote)) = listener.accept().await else {
+                // Out of descriptors, most likely: wait for some to close.
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                continue;
+            };
+            let (acceptor, trust, ready) = (acceptor.clone(), trust.clone(), ready.clone());
+            tokio::spawn(async move {
+                match tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake(acceptor, trust, tcp, remote)).await {
+                    Ok(Ok(stream)) => drop(ready.send(Ok(stream)).await),
+                    Ok(Err(error)) => tracing::debug!(%remote, %error, "handshake refused"),
+                    Err(_) => tracing::debug!(%remote, "handshake too slow"),
+                }
+                drop(place);
+            });
+        }
+    };
+    let serving = router.serve_with_incoming_shutdown(ReceiverStream::new(accepted), shutdown);
+    tokio::select! {
+        biased;
+        served = serving => served,
+        () = accepting => Ok(()),
+    }
+}
+
+async fn handshake(
+    acceptor: TlsAcceptor,
+    trust: SharedTrust,
+    tcp: TcpStream,
+    remote: SocketAddr,
+) -> Result<Accepted, std::io::Error> {
+    tcp.set_nodelay(true)?;
+    let stream = acceptor.accept(tcp).await?;
+    let svid = match stream.get_ref().1.peer_certificates() {
+        None => None,
+        Some(chain) => Some(trust.current().verify(chain, now()).map_err(|r: Refusal| std::io::Error::other(r))?),
+    };
+    Ok(Accepted { stream, caller: Caller { svid, remote } })
+}
+
+fn now() -> Stamp {
+    Stamp(SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64))
+}
