@@ -1,0 +1,211 @@
+//! Issuance and verification against each other and against OpenSSL, which nobody here wrote.
+
+use ambit_identity::keys::{fingerprint, certificates_from_pem, certificates_to_pem};
+use ambit_identity::svid::verify_pinned;
+use ambit_identity::wrap::{self, WrapKey};
+use ambit_identity::{Csr, IssuingKey, KeySet, RecordKey, Root, SvidKey, TrustStore, issue, verify_svid};
+use ambit_model::bundle::{Bundle, Foreign, Own};
+use ambit_model::record::Head;
+use ambit_model::{Code, Lifetime, NodeId, RaftIndex, Revision, Stamp, TrustDomain};
+use ambit_state::command::{Admission, LogEntry};
+use ambit_state::objects::*;
+use ambit_state::{Command, State};
+use rustls_pki_types::CertificateDer;
+
+const NOW: Stamp = Stamp(1_800_000_000_000);
+
+struct Fixture {
+    td: TrustDomain,
+    root: Root,
+    issuer: IssuingKey,
+}
+
+fn fixture(td: &str) -> Fixture {
+    let td: TrustDomain = td.parse().unwrap();
+    let root = Root::create(&td, NOW, [1; 16]).unwrap();
+    let key = SvidKey::generate().unwrap();
+    let csr = Csr::parse(&key.csr().unwrap()).unwrap();
+    let lifetime = Lifetime { not_before: NOW.minus_ms(60_000), not_after: NOW.plus_ms(7 * 86_400_000) };
+    let issuer = IssuingKey::new(key, root.found(1, &csr, lifetime).unwrap()).unwrap();
+    Fixture { td, root, issuer }
+}
+
+fn store(f: &Fixture) -> TrustStore {
+    TrustStore::new(&Bundle::<Own>::new(f.td.clone(), 1, vec![f.root.der().to_vec()])).unwrap()
+}
+
+/// A node's leaf through the state machine, the only way there is.
+fn node_leaf(f: &Fixture, authority: &str, key: &SvidKey, csr: &Csr) -> Result<Vec<CertificateDer<'static>>, Code> {
+    let mut state = State::new();
+    let mut index = 0;
+    let mut run = |command| {
+        index += 1;
+        let entry = LogEntry { stamp: NOW, client: [0; 32], request: [0; 16], command };
+        state.apply(RaftIndex(index), &entry)
+    };
+    let row = CellRow {
+        trust_domain: f.td.clone(),
+        epoch: 1,
+        root_der: f.root.der().to_vec(),
+        root_form: "file".into(),
+        bundle_sequence: 1,
+        next_identity: 256,
+        revision: Revision(0),
+        endorsement_revision: Revision(0),
+        export_seq: 0,
+        export_hash: [0; 32],
+    };
+    let member = Member {
+        address: String::new(),
+        authority: authority.into(),
+        authority_not_after: f.issuer.not_after(),
+        wrap_key: vec![],
+        record_key: [0; 32],
+    };
+    let cluster: ambit_model::ClusterId = "c".parse().unwrap();
+    run(Command::FoundCell(row, 1, member, KeySetRow::default())).outcome.unwrap();
+    run(Command::RegisterCluster(cluster.clone(), vec![])).outcome.unwrap();
+    run(Command::AllowEk(cluster.clone(), vec![NodeId([7; 32])])).outcome.unwrap();
+    let admission = Admission {
+        node: NodeId([7; 32]),
+        cluster,
+        nonce: [1; 32],
+        deadline: NOW.plus_ms(1000),
+        join_token: None,
+        endorsement_revision: Revision(3),
+        ak_name: vec![1],
+        counters: Counters::default(),
+        ek_class: "lab".into(),
+        key_hash: key.spki_sha256(),
+        authority: authority.into(),
+        claims: String::new(),
+        evidence_sha256: [0; 32],
+    };
+    let mut issuances = run(Command::AdmitNode(admission)).into_issuances().unwrap();
+    issue(issuances.remove(0).unwrap(), csr, &f.issuer).map_err(|r| r.code)
+}
+
+#[test]
+fn a_committed_leaf_verifies_here_and_in_openssl() {
+    let f = fixture("west");
+    let key = SvidKey::generate().unwrap();
+    let csr = Csr::parse(&key.csr().unwrap()).unwrap();
+    let chain = node_leaf(&f, f.issuer.authority(), &key, &csr).unwrap();
+    let peer = verify_svid(&chain, &store(&f), NOW).unwrap();
+    assert_eq!(peer.id().as_str(), format!("spiffe://west/ambit/node/{}", NodeId([7; 32])));
+    assert_eq!(peer.binding().unwrap().node, NodeId([7; 32]));
+    assert_eq!(peer.binding().unwrap().generation.0, 1);
+
+    let x509 = |der: &[u8]| openssl::x509::X509::from_der(der).unwrap();
+    let mut roots = openssl::x509::store::X509StoreBuilder::new().unwrap();
+    roots.add_cert(x509(f.root.der())).unwrap();
+    let mut param = openssl::x509::verify::X509VerifyParam::new().unwrap();
+    param.set_time((NOW.0 / 1000) as i64);
+    param.set_flags(openssl::x509::verify::X509VerifyFlags::X509_STRICT).unwrap();
+    roots.set_param(&param).unwrap();
+    let mut between = openssl::stack::Stack::new().unwrap();
+    between.push(x509(&chain[1])).unwrap();
+    let leaf = x509(&chain[0]);
+    let mut context = openssl::x509::X509StoreContext::new().unwrap();
+    let good = context.init(&roots.build(), &leaf, &between, |c| c.verify_cert()).unwrap();
+    assert!(good, "{}", context.error());
+    assert_eq!(certificates_from_pem(&certificates_to_pem(chain.iter().map(AsRef::as_ref))).unwrap(), chain);
+}
+
+#[test]
+fn issue_refuses_another_authority_and_another_key() {
+    let f = fixture("west");
+    let key = SvidKey::generate().unwrap();
+    let csr = Csr::parse(&key.csr().unwrap()).unwrap();
+    assert_eq!(node_leaf(&f, "another", &key, &csr).unwrap_err(), Code::AuthorityMismatch);
+    let other = Csr::parse(&SvidKey::generate().unwrap().csr().unwrap()).unwrap();
+    assert_eq!(node_leaf(&f, f.issuer.authority(), &key, &other).unwrap_err(), Code::AuthorityMismatch);
+}
+
+#[test]
+fn verification_refuses_foreign_roots_other_times_and_broken_chains() {
+    let (west, east) = (fixture("west"), fixture("east"));
+    let key = SvidKey::generate().unwrap();
+    let csr = Csr::parse(&key.csr().unwrap()).unwrap();
+    let lifetime = Lifetime { not_before: NOW.minus_ms(1000), not_after: NOW.plus_ms(60_000) };
+    let chain = west.issuer.replica_leaf(1, &west.td, lifetime, &csr).unwrap();
+    // East's authority signs an identity of west: the per-domain bundle refuses what a pooled one would accept.
+    let forged = east.issuer.replica_leaf(1, &west.td, lifetime, &csr).unwrap();
+    let mut both = store(&west);
+    both.add_foreign(&Bundle::<Foreign>::new(east.td.clone(), 1, vec![east.root.der().to_vec()])).unwrap();
+    let code = |chain: &[CertificateDer<'_>], store: &TrustStore, at| verify_svid(chain, store, at).unwrap_err().code;
+    assert!(verify_svid(&chain, &both, NOW).is_ok());
+    assert_eq!(code(&forged, &both, NOW), Code::SvidUntrusted);
+    assert_eq!(code(&chain, &store(&east), NOW), Code::TrustDomainUnknown);
+    assert_eq!(code(&chain, &both, NOW.plus_ms(61_000)), Code::SvidUntrusted);
+    assert_eq!(code(&chain, &both, NOW.minus_ms(3_000)), Code::SvidUntrusted);
+    assert_eq!(code(&chain[..1], &both, NOW), Code::SvidUntrusted);
+    assert_eq!(code(&chain[1..], &both, NOW), Code::SvidMalformed, "an intermediate is nobody");
+    assert_eq!(code(&[], &both, NOW), Code::SvidMalformed);
+    let mut flipped = chain[0].to_vec();
+    let last = flipped.len() - 1;
+    flipped[last] ^= 1;
+    assert_eq!(code(&[flipped.into(), chain[1].clone()], &both, NOW), Code::SvidUntrusted);
+
+    let mut pinned = chain.clone();
+    pinned.push(west.root.der().clone());
+    let print = fingerprint(west.root.der());
+    assert!(verify_pinned(&pinned, &west.td, &print, NOW).is_ok());
+    let wrong = verify_pinned(&pinned, &west.td, &fingerprint(east.root.der()), NOW).unwrap_err();
+    assert_eq!(wrong.code, Code::FingerprintMismatch);
+    pinned[2] = east.root.der().clone();
+    assert!(verify_pinned(&pinned, &west.td, &print, NOW).is_err());
+}
+
+#[test]
+fn a_request_carries_a_key_and_nothing_else() {
+    use openssl::{ec, hash, nid, pkey, x509};
+    let make = |curve, subject: Option<&str>| {
+        let group = ec::EcGroup::from_curve_name(curve).unwrap();
+        let key = pkey::PKey::from_ec_key(ec::EcKey::generate(&group).unwrap()).unwrap();
+        let mut req = x509::X509ReqBuilder::new().unwrap();
+        req.set_pubkey(&key).unwrap();
+        if let Some(cn) = subject {
+            let mut name = x509::X509NameBuilder::new().unwrap();
+            name.append_entry_by_text("CN", cn).unwrap();
+            req.set_subject_name(&name.build()).unwrap();
+        }
+        req.sign(&key, hash::MessageDigest::sha256()).unwrap();
+        req.build().to_der().unwrap()
+    };
+    let plain = make(nid::Nid::X9_62_PRIME256V1, None);
+    assert!(Csr::parse(&plain).is_ok());
+    let mut flipped = plain.clone();
+    *flipped.last_mut().unwrap() ^= 1;
+    let mut long = plain.clone();
+    long.push(0);
+    for bad in [make(nid::Nid::X9_62_PRIME256V1, Some("me")), make(nid::Nid::SECP384R1, None), flipped, long, vec![]] {
+        assert_eq!(Csr::parse(&bad).unwrap_err().code, Code::CsrMalformed);
+    }
+}
+
+#[test]
+fn key_sets_heads_and_wrapped_keys_hold_or_are_refused() {
+    let (west, east) = (fixture("west"), fixture("east"));
+    let key = RecordKey::from_pkcs8(RecordKey::generate().unwrap().pkcs8()).unwrap();
+    let (statement, signature) = KeySet::certify(&west.root, &west.td, 1, vec![key.public()]).unwrap();
+    let set = KeySet::verify(&west.td, west.root.der(), &statement, &signature).unwrap();
+    assert!(KeySet::verify(&west.td, east.root.der(), &statement, &signature).is_err());
+    assert!(KeySet::verify(&east.td, west.root.der(), &statement, &signature).is_err());
+    let head =
+        Head { origin: west.td.clone(), epoch: 1, seq: 2, hash: [3; 32], stamp: NOW, nonce: [4; 16] };
+    let signed = key.sign_head(&head);
+    assert!(set.verify_head(&head, &signed).is_ok());
+    assert!(set.verify_head(&Head { seq: 3, ..head.clone() }, &signed).is_err());
+    assert!(set.verify_head(&head, &RecordKey::generate().unwrap().sign_head(&head)).is_err());
+    assert!(set.verify_possession(b"t", &key.prove(b"t")).is_ok());
+    assert!(set.verify_possession(b"u", &key.prove(b"t")).is_err());
+
+    let holder = WrapKey::from_der(&WrapKey::generate().unwrap().der().unwrap()).unwrap();
+    let wrapped = wrap::wrap(&holder.public().unwrap(), &[5; 32]).unwrap();
+    assert_eq!(holder.unwrap(&wrapped).unwrap().as_slice(), &[5; 32]);
+    assert!(WrapKey::generate().unwrap().unwrap(&wrapped).is_err());
+    let sealed = wrap::seal(&[6; 32], b"ticket").unwrap();
+    assert_eq!(wrap::open(&[6; 32], &sealed).unwrap().as_slice(), b"ticket");
+    assert!(wrap::open(&[7; 32], &sealed).is_err());
+}
