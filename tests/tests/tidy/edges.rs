@@ -75,7 +75,7 @@ const ACTS: &[&str] = &[
     "sled",
     "socket2",
     "tempfile",
-    "time",
+   
     "tokio",
     "tokio-rustls",
     "tokio-stream",
