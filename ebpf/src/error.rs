@@ -106,7 +106,7 @@ impl KernelError {
     }
 
     pub(crate) fn io(what: impl Into<String>, source: std::io::Error) -> Self {
-        if source.raw_os_error() == Some(libc::EPERM) {
+        if source.raw_os_error() == Some(libc::EPERM) && !crate::sys::is_root() {
             return Self::NeedsRoot;
         }
         Self::Io { what: what.into(), source }

@@ -1,7 +1,5 @@
 //! What the agent installs: verdicts, who is behind an address, and services. Plain data, parsed before it gets here.
 
-use crate::error::KernelError;
-use crate::kernel::Capacity;
 use std::net::{Ipv4Addr, SocketAddrV4};
 
 /// Endpoints per service: the connect program looks at each, and eight keep it short for the verifier.

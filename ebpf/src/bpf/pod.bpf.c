@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+/* The program on one pod's network namespace: what may reach a listening socket there. SK_DROP answers as if nothing
+ * listened, so a TCP client is refused at once. */
+#include "ambit.h"
+
+/* Set by the agent for this pod before the program is loaded; network order. */
+const volatile u32 pod_address;
+
+/* The agent's capture listener in this namespace. The kernel empties the slot when the agent's socket closes. */
+struct {
+	MAP_INT(type, BPF_MAP_TYPE_SOCKMAP);
+	MAP_INT(max_entries, 1);
+	MAP_TYPE(key, u32);
+	MAP_TYPE(value, u64);
+} listener SEC(".maps");
+
+INLINE int refuse(struct bpf_sk_lookup *ctx, u32 reason)
+{
+	struct event *e;
+
+	count(reason);
+	/* Anyone outside can cause these, so they may use half of the ring: denials of our own workloads keep the rest. */
+	if (bpf_ringbuf_query(&events, BPF_RB_AVAIL_DATA) > bpf_ringbuf_query(&events, BPF_RB_RING_SIZE) / 2) {
+		count(EVENT_LOST);
+		return SK_DROP;
+	}
+	e = bpf_ringbuf_reserve(&events, sizeof(*e), 0);
+	if (!e) {
+		count(EVENT_LOST);
+		return SK_DROP;
+	}
+	e->time_ns = bpf_ktime_get_boot_ns();
+	e->cgroup = 0;
+	e->source = 0;
+	e->destination = 0;
+	e->source_address = ctx->remote_ip4;
+	e->address = ctx->local_ip4;
+	e->port = (u16)ctx->local_port;
+	e->pad = 0;
+	e->rule = 0;
+	e->reason = reason;
+	e->pad2 = 0;
+	bpf_ringbuf_submit(e, BPF_RB_NO_WAKEUP);
+	return SK_DROP;
+}
+
+INLINE int capture(struct bpf_sk_lookup *ctx)
+{
+	u32 slot = 0;
+	void *sk = bpf_map_lookup_elem(&listener, &slot);
+	long failed;
+
+	if (!sk)
+		return refuse(ctx, AGENT_ABSENT);
+	failed = bpf_sk_assign(ctx, sk, 0);
+	bpf_sk_release(sk);
+	return failed ? refuse(ctx, AGENT_ABSENT) : SK_PASS;
+}
+
+INLINE int is_loopback6(const struct bpf_sk_lookup *ctx)
+{
+	return ctx->local_ip6[0] == 0 && ctx->local_ip6[1] == 0 && ctx->local_ip6[2] == 0 &&
+	       ctx->local_ip6[3] == htonl(1);
+}
+
+SEC("sk_lookup")
+int ambit_inbound(struct bpf_sk_lookup *ctx)
+{
+	if (ctx->family != AF_INET)
+		return is_loopback6(ctx) ? SK_PASS : refuse(ctx, PLAIN_INBOUND);
+	/* The wire cannot carry 127/8 (RFC 1122 3.2.1.3; the kernel drops it as martian): these come from within. */
+	if (in_loopback(ctx->local_ip4)) {
+		if (ctx->local_port == CAPTURE_PORT && ctx->protocol == IPPROTO_TCP)
+			return capture(ctx);
+		return SK_PASS;
+	}
+	/* The agent's last leg: a socket in this namespace, source 127.x.y.z, to the pod's own address. */
+	if (ctx->local_ip4 == pod_address && in_loopback(ctx->remote_ip4))
+		return SK_PASS;
+	return refuse(ctx, PLAIN_INBOUND);
+}
+
+char _license[] SEC("license") = "Dual BSD/GPL";

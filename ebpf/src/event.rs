@@ -1,0 +1,184 @@
+//! What the programs tell: counters, and an event for each refusal.
+
+use crate::error::KernelError;
+use crate::kernel::Kernel;
+use crate::layout::{Layout, REASONS, RawEvent};
+use libbpf_rs::{MapCore, MapFlags, RingBufferBuilder};
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::{Ipv4Addr, SocketAddrV4};
+use std::time::Duration;
+
+macro_rules! reasons {
+    ($($(#[$m:meta])* $name:ident = $number:literal $text:literal;)*) => {
+        /// Why a program refused. The numbers are those of `ambit.h`.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub enum Reason { $($(#[$m])* $name = $number),* }
+
+        impl Reason {
+            /// All of them, in the order of their numbers.
+            pub const ALL: &'static [Reason] = &[$(Reason::$name),*];
+            /// Its name in metrics, logs and refusals.
+            pub fn as_str(self) -> &'static str { match self { $(Self::$name => $text),* } }
+            fn from_number(number: u32) -> Option<Self> { match number { $($number => Some(Self::$name),)* _ => None } }
+        }
+    };
+}
+
+reasons! {
+    /// The caller's cgroup is not enrolled.
+    UnknownSource = 2 "unknown_source";
+    /// The agent did not renew the lease in time.
+    LeaseExpired = 3 "lease_expired";
+    /// Nobody known is behind the address.
+    UnknownDestination = 4 "unknown_destination";
+    /// No policy speaks of this caller, callee and port.
+    NoVerdict = 5 "no_verdict";
+    /// A policy denies it.
+    PolicyDeny = 6 "policy_deny";
+    /// The service has no healthy endpoint (the application sees ECONNREFUSED).
+    NoHealthyEndpoint = 7 "no_healthy_endpoint";
+    /// Not TCP, beyond loopback.
+    NotTcp = 8 "not_tcp";
+    /// IPv6 that is not v4-mapped.
+    NativeIpv6 = 9 "native_ipv6";
+    /// The capture port was dialled on purpose.
+    CaptureAddress = 10 "capture_address";
+    /// The socket is bound to a device other than lo.
+    BoundDevice = 11 "bound_device";
+    /// Nothing was installed yet.
+    NoTables = 12 "no_tables";
+    /// The kernel had no memory to keep the flow.
+    NoMemory = 13 "no_memory";
+    /// A connection from outside, around the tunnel.
+    PlainInbound = 14 "plain_inbound";
+    /// A captured connection found no agent.
+    AgentAbsent = 15 "agent_absent";
+}
+
+const ALLOWED: usize = 0;
+const LOOPBACK: usize = 1;
+const EVENT_LOST: usize = 16;
+const FLOW_LOST: usize = 17;
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// Totals since the maps were made; they survive the agent.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Connections captured.
+    pub allowed: u64,
+    /// Connections and datagrams left alone because they stay in the pod's loopback.
+    pub loopback: u64,
+    /// Refusals by reason; every reason is there.
+    pub denied: BTreeMap<Reason, u64>,
+    /// Events that found the ring full.
+    pub events_lost: u64,
+    /// Captured flows that found the flow map full; the agent resets them.
+    pub flows_lost: u64,
+}
+
+/// One refusal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Event {
+    /// Since boot, suspend included.
+    pub time: Duration,
+    /// The caller's cgroup; 0 for inbound.
+    pub cgroup: u64,
+    /// The caller's identity, 0 if unknown.
+    pub source: u32,
+    /// The callee's identity, 0 if not resolved.
+    pub destination: u32,
+    /// For inbound: where it came from (unspecified for IPv6).
+    pub from: Option<Ipv4Addr>,
+    /// The address asked for (unspecified for native IPv6).
+    pub address: SocketAddrV4,
+    /// The rule of the verdict, 0 for none.
+    pub rule: u32,
+    /// Why.
+    pub reason: Reason,
+}
+
+impl Event {
+    /// `None` for bytes that this version did not write.
+    fn parse(bytes: &[u8]) -> Option<Self> {
+        let raw = RawEvent::from_bytes(bytes)?;
+        let reason = Reason::from_number(raw.reason)?;
+        Some(Self {
+            time: Duration::from_nanos(raw.time_ns),
+            cgroup: raw.cgroup,
+            source: raw.source,
+            destination: raw.destination,
+            from: (reason == Reason::PlainInbound).then(|| Ipv4Addr::from(raw.source_address)),
+            address: SocketAddrV4::new(Ipv4Addr::from(raw.address), raw.port),
+            rule: raw.rule,
+            reason,
+        })
+    }
+}
+
+impl Kernel {
+    /// Reads all counters.
+    pub fn counters(&self) -> Result<Counters, KernelError> {
+        let mut totals = [0u64; REASONS as usize];
+        for (index, total) in (0u32..).zip(totals.iter_mut()) {
+            let per_cpu = self
+                .maps()
+                .counters
+                .lookup_percpu(&index.to_ne_bytes(), MapFlags::ANY)
+                .map_err(|e| KernelError::bpf("read map counters", e))?
+                .unwrap_or_default();
+            *total = per_cpu
+                .iter()
+                .filter_map(|value| Some(u64::from_ne_bytes(*value.first_chunk()?)))
+                .fold(0, u64::wrapping_add);
+        }
+        let denied = Reason::ALL.iter().filter_map(|r| Some((*r, *totals.get(*r as usize)?))).collect();
+        Ok(Counters {
+            allowed: totals[ALLOWED],
+            loopback: totals[LOOPBACK],
+            denied,
+            events_lost: totals[EVENT_LOST],
+            flows_lost: totals[FLOW_LOST],
+        })
+    }
+
+    /// Hands every waiting event to `take`, oldest first, and returns. The ring holds about 4,600; programs wake nobody,
+    /// so call this on a timer (100 ms is plenty). One caller at a time.
+    pub fn drain_events(&self, take: &mut dyn FnMut(Event)) -> Result<(), KernelError> {
+        let mut builder = RingBufferBuilder::new();
+        builder
+            .add(&self.maps().events, |bytes| {
+                if let Some(event) = Event::parse(bytes) {
+                    take(event);
+                }
+                0
+            })
+            .map_err(|e| KernelError::bpf("open map events", e))?;
+        let ring = builder.build().map_err(|e| KernelError::bpf("open map events", e))?;
+        ring.consume().map_err(|e| KernelError::bpf("read map events", e))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_those_of_the_header() {
+        let header = include_str!("bpf/ambit.h");
+        for reason in Reason::ALL {
+            let line = format!("{} = {},", reason.as_str().to_uppercase(), *reason as u32);
+            assert!(header.contains(&line), "ambit.h lacks `{line}`");
+            assert_eq!(Reason::from_number(*reason as u32), Some(*reason));
+        }
+        assert!(header.contains(&format!("REASONS = {REASONS},")));
+        assert!(header.contains(&format!("#define CAPTURE_PORT {}", crate::CAPTURE_PORT)));
+        assert!(header.contains(&format!("#define SERVICE_ENDPOINTS {}", crate::MAX_SERVICE_ENDPOINTS)));
+        assert_eq!(Event::parse(&[0; 48]), None);
+    }
+}

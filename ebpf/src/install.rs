@@ -1,0 +1,223 @@
+//! Putting tables in force: filled aside, read back, compared, swapped in one step.
+
+use crate::error::KernelError;
+use crate::kernel::{Kernel, Maps};
+use crate::layout::{self, CONFIG_GENERATION, Field, Layout, RawEndpoint, RawService, RawVerdict, RawVerdictKey, ServiceKey};
+use crate::pins::create_map;
+use crate::tables::{Action, MAX_SERVICE_ENDPOINTS, Service, Tables, Tier};
+use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType};
+use sha2::{Digest, Sha256};
+use std::net::SocketAddrV4;
+use std::os::fd::{AsFd, AsRawFd};
+
+/// Entries of one table as the kernel keeps them, sorted by key, each key once.
+type Rows = Vec<(Vec<u8>, Vec<u8>)>;
+
+/// One table of a generation, ready to be written.
+struct Table {
+    name: &'static str,
+    key: u32,
+    value: u32,
+    rows: Rows,
+}
+
+impl Kernel {
+    /// Puts tables in force and returns the digest of what was read back from the kernel: SHA-256 over the sorted
+    /// entries, equal for equal tables. On any error the tables in force stay as they were.
+    ///
+    /// Connections are judged by the old tables or by the new ones, never by a mixture: the swap is one number, and
+    /// maps of a former generation are replaced only after every program that may read them has ended.
+    pub fn install(&self, tables: &Tables) -> Result<[u8; 32], KernelError> {
+        let encoded = self.admit(tables)?;
+        let _change = self.lock();
+        let idle = 1 - self.live()?;
+        let mut digest = Sha256::new();
+        digest.update(b"ambit-tables 1\n");
+        let mut filled = Vec::with_capacity(encoded.len());
+        for table in &encoded {
+            filled.push(fill(table)?);
+        }
+        for (table, inner) in encoded.iter().zip(&filled) {
+            let found = read_back(inner, table)?;
+            hash_rows(&mut digest, table.name, &found);
+            self.put(table.name, idle, inner)?;
+        }
+        self.set_config(CONFIG_GENERATION, u64::from(idle))?;
+        // Writing a slot of a map of maps returns only after every running program has ended (the kernel's
+        // maybe_wait_bpf_programs). Without this the next install could replace maps that a program still reads.
+        if let (Some(table), Some(inner)) = (encoded.first(), filled.first()) {
+            self.put(table.name, idle, inner)?;
+        }
+        Ok(digest.finalize().into())
+    }
+
+    /// Marks one endpoint of a service in force healthy or not, for connections from now on. A later `install` brings its
+    /// own idea of health.
+    pub fn set_service_health(
+        &self,
+        service: SocketAddrV4,
+        endpoint: SocketAddrV4,
+        healthy: bool,
+    ) -> Result<(), KernelError> {
+        let _change = self.lock();
+        let missing = || KernelError::NotInstalled(format!("service {service} with endpoint {endpoint}"));
+        let table = self.live_table("services")?.ok_or_else(missing)?;
+        let key = service_key(service).to_bytes();
+        let found = table.lookup(&key, MapFlags::ANY).map_err(|e| KernelError::bpf("read map services", e))?;
+        let mut value = found.as_deref().and_then(RawService::from_bytes).ok_or_else(missing)?;
+        let (ip, port) = (layout::address(*endpoint.ip()), endpoint.port());
+        let count = value.count as usize;
+        let slot = value.endpoints.iter_mut().take(count).find(|e| e.address == ip && e.port == port);
+        slot.ok_or_else(missing)?.healthy = u8::from(healthy);
+        table.update(&key, &value.to_bytes(), MapFlags::EXIST).map_err(|e| KernelError::bpf("write map services", e))
+    }
+
+    fn admit(&self, tables: &Tables) -> Result<[Table; 3], KernelError> {
+        let capacity = self.capacity();
+        let sizes = [
+            ("verdicts", capacity.verdicts, tables.verdicts.len()),
+            ("endpoints", capacity.endpoints, tables.endpoints.len()),
+            ("services", capacity.services, tables.services.len()),
+        ];
+        for (map, capacity, needed) in sizes {
+            if needed > capacity as usize {
+                return Err(KernelError::MapFull { map, capacity, needed });
+            }
+        }
+        Ok([verdict_table(tables)?, endpoint_table(tables)?, service_table(tables)?])
+    }
+
+    /// Which of the two generations is in force.
+    fn live(&self) -> Result<u32, KernelError> {
+        Ok(if self.config(CONFIG_GENERATION)? == 0 { 0 } else { 1 })
+    }
+
+    fn put(&self, name: &'static str, generation: u32, inner: &MapHandle) -> Result<(), KernelError> {
+        outer(self.maps(), name)
+            .update(&generation.to_ne_bytes(), &inner.as_fd().as_raw_fd().to_ne_bytes(), MapFlags::ANY)
+            .map_err(|e| KernelError::bpf(format!("write map {name}"), e))
+    }
+
+    /// The inner map in force; `None` before the first install.
+    fn live_table(&self, name: &'static str) -> Result<Option<MapHandle>, KernelError> {
+        let what = || format!("read map {name}");
+        let id = outer(self.maps(), name).lookup(&self.live()?.to_ne_bytes(), MapFlags::ANY);
+        let id = id.map_err(|e| KernelError::bpf(what(), e))?;
+        let Some(id) = id.as_deref().and_then(|bytes| bytes.first_chunk().copied()) else { return Ok(None) };
+        MapHandle::from_map_id(u32::from_ne_bytes(id)).map(Some).map_err(|e| KernelError::bpf(what(), e))
+    }
+}
+
+fn outer<'k>(maps: &'k Maps, name: &'static str) -> &'k MapHandle {
+    match name {
+        "verdicts" => &maps.verdicts,
+        "endpoints" => &maps.endpoints,
+        _ => &maps.services,
+    }
+}
+
+fn verdict_table(tables: &Tables) -> Result<Table, KernelError> {
+    let mut rows = Rows::with_capacity(tables.verdicts.len());
+    for (key, verdict) in &tables.verdicts {
+        require_identity(key.source, "a verdict's source")?;
+        require_identity(key.destination, "a verdict's destination")?;
+        let raw = RawVerdictKey { source: key.source, destination: key.destination, port: key.port, pad: 0 };
+        let action = match verdict.action {
+            Action::Deny => 0,
+            Action::Allow => 1,
+        };
+        rows.push((raw.to_bytes(), RawVerdict { action, rule: verdict.rule }.to_bytes()));
+    }
+    table("verdicts", RawVerdictKey::SIZE, RawVerdict::SIZE, rows)
+}
+
+fn endpoint_table(tables: &Tables) -> Result<Table, KernelError> {
+    let mut rows = Rows::with_capacity(tables.endpoints.len());
+    for (address, identity) in &tables.endpoints {
+        require_identity(*identity, "an endpoint")?;
+        rows.push((layout::address(*address).to_vec(), identity.to_ne_bytes().to_vec()));
+    }
+    table("endpoints", 4, 4, rows)
+}
+
+fn service_table(tables: &Tables) -> Result<Table, KernelError> {
+    let mut rows = Rows::with_capacity(tables.services.len());
+    for service in &tables.services {
+        rows.push((service_key(service.address).to_bytes(), raw_service(service)?.to_bytes()));
+    }
+    table("services", ServiceKey::SIZE, RawService::SIZE, rows)
+}
+
+fn raw_service(service: &Service) -> Result<RawService, KernelError> {
+    if service.endpoints.len() > MAX_SERVICE_ENDPOINTS {
+        let (address, count) = (service.address, service.endpoints.len());
+        return Err(KernelError::BadTables(format!("service {address} has {count} endpoints, not {MAX_SERVICE_ENDPOINTS}")));
+    }
+    let mut raw = RawService { count: service.endpoints.len() as u32, ..Default::default() };
+    for (slot, endpoint) in raw.endpoints.iter_mut().zip(&service.endpoints) {
+        require_identity(endpoint.identity, "a service's endpoint")?;
+        *slot = RawEndpoint {
+            address: layout::address(*endpoint.address.ip()),
+            identity: endpoint.identity,
+            port: endpoint.address.port(),
+            tier: match endpoint.tier {
+                Tier::Local => 0,
+                Tier::Remote => 1,
+            },
+            healthy: u8::from(endpoint.healthy),
+        };
+    }
+    Ok(raw)
+}
+
+fn service_key(address: SocketAddrV4) -> ServiceKey {
+    ServiceKey { address: layout::address(*address.ip()), port: address.port(), pad: 0 }
+}
+
+fn require_identity(identity: u32, of: &str) -> Result<(), KernelError> {
+    if identity == 0 { Err(KernelError::BadTables(format!("identity 0 for {of}"))) } else { Ok(()) }
+}
+
+/// Sorts, and refuses a key that comes twice: the last one would win silently.
+fn table(name: &'static str, key: usize, value: usize, mut rows: Rows) -> Result<Table, KernelError> {
+    rows.sort();
+    if rows.windows(2).any(|pair| matches!(pair, [a, b] if a.0 == b.0)) {
+        return Err(KernelError::BadTables(format!("a key of {name} comes twice")));
+    }
+    Ok(Table { name, key: key as u32, value: value as u32, rows })
+}
+
+/// A fresh inner map of exactly the size needed (a hash in a map of maps may differ in that from its template).
+fn fill(table: &Table) -> Result<MapHandle, KernelError> {
+    let count = table.rows.len() as u32;
+    let inner = create_map(MapType::Hash, table.name, table.key, table.value, count.max(1))
+        .map_err(|e| KernelError::bpf(format!("make map {}", table.name), e))?;
+    if count > 0 {
+        let keys: Vec<u8> = table.rows.iter().flat_map(|row| row.0.iter().copied()).collect();
+        let values: Vec<u8> = table.rows.iter().flat_map(|row| row.1.iter().copied()).collect();
+        inner
+            .update_batch(&keys, &values, count, MapFlags::ANY, MapFlags::ANY)
+            .map_err(|e| KernelError::bpf(format!("fill map {}", table.name), e))?;
+    }
+    Ok(inner)
+}
+
+fn read_back(inner: &MapHandle, table: &Table) -> Result<Rows, KernelError> {
+    // One batch with a place to spare: the kernel refuses a batch that cannot hold a whole bucket.
+    let count = table.rows.len() as u32 + 1;
+    let mut found: Rows = inner
+        .lookup_batch(count, MapFlags::ANY, MapFlags::ANY)
+        .map_err(|e| KernelError::bpf(format!("read map {}", table.name), e))?
+        .take(count as usize)
+        .collect();
+    found.sort();
+    if found == table.rows { Ok(found) } else { Err(KernelError::ReadBack { map: table.name }) }
+}
+
+fn hash_rows(digest: &mut Sha256, name: &str, rows: &Rows) {
+    digest.update(format!("{name} {}\n", rows.len()));
+    for (key, value) in rows {
+        digest.update(key);
+        digest.update(value);
+    }
+}

@@ -1,0 +1,216 @@
+//! The structures of `bpf/ambit.h` in Rust, and the hash that tells one version's maps from another's.
+//!
+//! Values cross as bytes through `to_bytes` and `from_bytes`, so nothing here is unsafe. A structure with hidden padding
+//! does not compile, and a test compares every field's place with the type information in the committed object.
+
+use sha2::{Digest, Sha256};
+use std::net::Ipv4Addr;
+
+/// A value with one representation as bytes, the kernel's.
+pub(crate) trait Field: Sized {
+    const SIZE: usize;
+    fn put(&self, out: &mut Vec<u8>);
+    /// Reads itself from the front of `bytes` and moves past; `None` if they are too few.
+    fn take(bytes: &mut &[u8]) -> Option<Self>;
+}
+
+macro_rules! integer_field {
+    ($($t:ty),*) => {$(
+        impl Field for $t {
+            const SIZE: usize = size_of::<$t>();
+            fn put(&self, out: &mut Vec<u8>) { out.extend_from_slice(&self.to_ne_bytes()); }
+            fn take(bytes: &mut &[u8]) -> Option<Self> {
+                let (head, rest) = bytes.split_first_chunk()?;
+                *bytes = rest;
+                Some(<$t>::from_ne_bytes(*head))
+            }
+        }
+    )*};
+}
+integer_field!(u8, u16, u32, u64);
+
+impl<T: Field, const N: usize> Field for [T; N] {
+    const SIZE: usize = T::SIZE * N;
+    fn put(&self, out: &mut Vec<u8>) {
+        self.iter().for_each(|item| item.put(out));
+    }
+    fn take(bytes: &mut &[u8]) -> Option<Self> {
+        let items: Option<Vec<T>> = (0..N).map(|_| T::take(bytes)).collect();
+        items?.try_into().ok()
+    }
+}
+
+/// A structure of `ambit.h`.
+pub(crate) trait Layout: Field {
+    /// Its name in C.
+    #[cfg_attr(not(test), allow(dead_code, reason = "compared with the object's type information in a test"))]
+    const C_NAME: &'static str;
+    /// Name and size of each field in order; without padding these are its places.
+    const FIELDS: &'static [(&'static str, usize)];
+
+    fn to_bytes(&self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(Self::SIZE);
+        self.put(&mut out);
+        out
+    }
+    /// `None` if `bytes` is not exactly one of them.
+    fn from_bytes(mut bytes: &[u8]) -> Option<Self> {
+        let value = Self::take(&mut bytes)?;
+        bytes.is_empty().then_some(value)
+    }
+}
+
+macro_rules! layout {
+    ($($(#[$m:meta])* struct $name:ident = $c:literal { $($field:ident: $t:ty),* $(,)? })*) => {$(
+        $(#[$m])*
+        #[repr(C)]
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+        pub(crate) struct $name { $(pub(crate) $field: $t),* }
+
+        const _: () = assert!(size_of::<$name>() == 0 $(+ <$t as Field>::SIZE)*, "hidden padding");
+
+        impl Field for $name {
+            const SIZE: usize = size_of::<$name>();
+            fn put(&self, out: &mut Vec<u8>) { $(self.$field.put(out);)* }
+            fn take(bytes: &mut &[u8]) -> Option<Self> { Some(Self { $($field: Field::take(bytes)?),* }) }
+        }
+
+        impl Layout for $name {
+            const C_NAME: &'static str = $c;
+            const FIELDS: &'static [(&'static str, usize)] = &[$((stringify!($field), <$t as Field>::SIZE)),*];
+        }
+    )*};
+}
+
+/// An IPv4 address as the kernel keeps it: four bytes in network order.
+pub(crate) type Address = [u8; 4];
+
+layout! {
+    /// Who a cgroup is.
+    struct Workload = "workload" { identity: u32, flags: u32 }
+    struct RawVerdictKey = "verdict_key" { source: u32, destination: u32, port: u16, pad: u16 }
+    struct RawVerdict = "verdict" { action: u32, rule: u32 }
+    struct ServiceKey = "service_key" { address: Address, port: u16, pad: u16 }
+    struct RawEndpoint = "service_endpoint" { address: Address, identity: u32, port: u16, tier: u8, healthy: u8 }
+    struct RawService = "service" { count: u32, pad: u32, endpoints: [RawEndpoint; crate::MAX_SERVICE_ENDPOINTS] }
+    struct FlowKey = "flow_key" {
+        netns_cookie: u64, client_address: Address, capture_address: Address, client_port: u16, pad: [u16; 3],
+    }
+    struct Flow = "flow" {
+        asked_address: Address, endpoint_address: Address, asked_port: u16, endpoint_port: u16, identity: u32,
+        closed_ns: u64,
+    }
+    struct SocketFlow = "socket_flow" { flow: Flow, key: FlowKey }
+    struct RawEvent = "event" {
+        time_ns: u64, cgroup: u64, source: u32, destination: u32, source_address: Address, address: Address,
+        port: u16, pad: u16, rule: u32, reason: u32, pad2: u32,
+    }
+}
+
+/// Places in the `config` map.
+pub(crate) const CONFIG_LEASE_NS: u32 = 0;
+pub(crate) const CONFIG_GENERATION: u32 = 1;
+/// Entries of `counters`: one for each reason of `ambit.h`.
+pub(crate) const REASONS: u32 = 18;
+
+pub(crate) fn address(ip: Ipv4Addr) -> Address {
+    ip.octets()
+}
+
+/// Tells whether pinned maps can be used by this version: over the name, type and sizes of each map (`maps`, in a fixed
+/// order) and the fields of each structure in them.
+pub(crate) fn layout_hash(maps: &[(&str, u32, usize, usize)]) -> [u8; 32] {
+    let mut hash = Sha256::new();
+    hash.update(b"ambit-ebpf layout 1\n");
+    for (name, kind, key, value) in maps {
+        hash.update(format!("map {name} {kind} {key} {value}\n"));
+    }
+    let structs: [(&str, &[(&str, usize)]); 10] = [
+        (Workload::C_NAME, Workload::FIELDS),
+        (RawVerdictKey::C_NAME, RawVerdictKey::FIELDS),
+        (RawVerdict::C_NAME, RawVerdict::FIELDS),
+        (ServiceKey::C_NAME, ServiceKey::FIELDS),
+        (RawEndpoint::C_NAME, RawEndpoint::FIELDS),
+        (RawService::C_NAME, RawService::FIELDS),
+        (FlowKey::C_NAME, FlowKey::FIELDS),
+        (Flow::C_NAME, Flow::FIELDS),
+        (SocketFlow::C_NAME, SocketFlow::FIELDS),
+        (RawEvent::C_NAME, RawEvent::FIELDS),
+    ];
+    for (name, fields) in structs {
+        hash.update(format!("struct {name}"));
+        for (field, size) in fields {
+            hash.update(format!(" {field}:{size}"));
+        }
+        hash.update("\n");
+    }
+    hash.finalize().into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_those_of_the_header() {
+        let sizes = [
+            (Workload::SIZE, 8),
+            (RawVerdictKey::SIZE, 12),
+            (RawVerdict::SIZE, 8),
+            (ServiceKey::SIZE, 8),
+            (RawEndpoint::SIZE, 12),
+            (RawService::SIZE, 104),
+            (FlowKey::SIZE, 24),
+            (Flow::SIZE, 24),
+            (SocketFlow::SIZE, 48),
+            (RawEvent::SIZE, 48),
+        ];
+        sizes.iter().for_each(|(ours, header)| assert_eq!(ours, header));
+    }
+
+    #[test]
+    fn bytes_come_back_and_wrong_lengths_do_not() {
+        let key = RawVerdictKey { source: 256, destination: 257, port: 80, pad: 0 };
+        let bytes = key.to_bytes();
+        assert_eq!(RawVerdictKey::from_bytes(&bytes), Some(key));
+        assert_eq!(RawVerdictKey::from_bytes(&bytes[1..]), None);
+        assert_eq!(RawVerdictKey::from_bytes(&[bytes.clone(), vec![0]].concat()), None);
+    }
+
+    /// Every field of every structure lies where the object's own type information (BTF) says.
+    #[test]
+    fn fields_lie_where_the_object_has_them() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/objects/mesh.bpf.o");
+        let btf = libbpf_rs::btf::Btf::from_path(path).unwrap();
+        let mut seen = 0;
+        let mut check = |name: &str, fields: &[(&str, usize)], required: bool| {
+            let Some(found) = btf.type_by_name::<libbpf_rs::btf::types::Struct<'_>>(name) else {
+                assert!(!required, "the object has no struct {name}");
+                return;
+            };
+            let mut place = 0;
+            let mut members = found.iter();
+            for (field, size) in fields {
+                let member = members.next().unwrap_or_else(|| panic!("{name}.{field} is not in C"));
+                assert_eq!(member.name.unwrap().to_str().unwrap(), *field, "in {name}");
+                let libbpf_rs::btf::types::MemberAttr::Normal { offset } = member.attr else { panic!("bit field") };
+                assert_eq!(offset as usize, place * 8, "place of {name}.{field}");
+                place += size;
+            }
+            assert!(members.next().is_none(), "{name} has more fields in C");
+            seen += 1;
+        };
+        check(Workload::C_NAME, Workload::FIELDS, true);
+        check(RawVerdictKey::C_NAME, RawVerdictKey::FIELDS, true);
+        check(RawVerdict::C_NAME, RawVerdict::FIELDS, true);
+        check(ServiceKey::C_NAME, ServiceKey::FIELDS, true);
+        check(RawEndpoint::C_NAME, RawEndpoint::FIELDS, true);
+        check(RawService::C_NAME, RawService::FIELDS, true);
+        check(FlowKey::C_NAME, FlowKey::FIELDS, true);
+        check(Flow::C_NAME, Flow::FIELDS, true);
+        check(SocketFlow::C_NAME, SocketFlow::FIELDS, true);
+        // A ring buffer has no value type, so BTF may not name its record; the denial test reads real ones.
+        check(RawEvent::C_NAME, RawEvent::FIELDS, false);
+        assert!(seen >= 9);
+    }
+}

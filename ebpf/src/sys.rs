@@ -1,0 +1,92 @@
+//! The few system calls that neither std nor libbpf-rs has.
+#![allow(unsafe_code, reason = "getsockopt, statfs, mount, clock_gettime and geteuid by libc; no pointer outlives its call")]
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
+const CGROUP2_SUPER_MAGIC: i64 = 0x6367_7270;
+/// asm-generic/socket.h; libc does not name it for every target.
+const SO_NETNS_COOKIE: libc::c_int = 71;
+/// Where bpffs belongs when a node has none yet.
+const BPFFS: &str = "/sys/fs/bpf";
+
+pub(crate) fn is_root() -> bool {
+    // SAFETY: takes nothing and cannot fail.
+    unsafe { libc::geteuid() == 0 }
+}
+
+fn get_option<T: Copy + Default>(fd: impl AsFd, option: libc::c_int) -> io::Result<T> {
+    let mut value = T::default();
+    let mut len = size_of::<T>() as libc::socklen_t;
+    // SAFETY: `value` and `len` live through the call and `len` is the size of `value`, an integer.
+    let result = unsafe {
+        libc::getsockopt(fd.as_fd().as_raw_fd(), libc::SOL_SOCKET, option, (&raw mut value).cast(), &raw mut len)
+    };
+    if result == 0 { Ok(value) } else { Err(io::Error::last_os_error()) }
+}
+
+/// The cookie of the network namespace that a socket belongs to: part of the key of a captured flow.
+pub fn netns_cookie(socket: impl AsFd) -> io::Result<u64> {
+    get_option(socket, SO_NETNS_COOKIE)
+}
+
+/// Whether a socket is a listening TCP socket.
+pub(crate) fn is_tcp_listener(socket: impl AsFd) -> io::Result<bool> {
+    let listening: libc::c_int = get_option(&socket, libc::SO_ACCEPTCONN)?;
+    let protocol: libc::c_int = get_option(&socket, libc::SO_PROTOCOL)?;
+    Ok(listening == 1 && protocol == libc::IPPROTO_TCP)
+}
+
+fn filesystem(path: &Path) -> io::Result<i64> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut stat = std::mem::MaybeUninit::<libc::statfs>::zeroed();
+    // SAFETY: the path ends in NUL; an all-zero statfs is a valid one, and the kernel overwrites it.
+    let (result, stat) = unsafe { (libc::statfs(path.as_ptr(), stat.as_mut_ptr()), stat.assume_init()) };
+    if result == 0 { Ok(stat.f_type) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Whether `path` lies on a BPF file system.
+pub(crate) fn is_bpffs(path: &Path) -> io::Result<bool> {
+    Ok(filesystem(path)? == BPF_FS_MAGIC)
+}
+
+/// Mounts bpffs on its usual place if `below` lies there and nothing is mounted yet.
+pub(crate) fn mount_bpffs_for(below: &Path) -> io::Result<()> {
+    let place = Path::new(BPFFS);
+    if !below.starts_with(place) {
+        return Ok(());
+    }
+    // Two agents that start at once must not mount twice: the second mount would hide the first one's pins.
+    let guard = std::fs::File::open(place)?;
+    guard.lock()?;
+    if is_bpffs(place)? {
+        return Ok(());
+    }
+    let (name, target, kind) = (c"bpf", CString::new(BPFFS)?, c"bpf");
+    // SAFETY: all strings end in NUL and live through the call; this file system needs no data.
+    let result = unsafe { libc::mount(name.as_ptr(), target.as_ptr(), kind.as_ptr(), 0, std::ptr::null()) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// The id of a cgroup2 directory, as the programs see it: its inode number.
+pub fn cgroup_id(path: &Path) -> io::Result<u64> {
+    if filesystem(path)? != CGROUP2_SUPER_MAGIC {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a cgroup2 directory"));
+    }
+    Ok(std::fs::metadata(path)?.ino())
+}
+
+/// Nanoseconds since boot, suspend included: the clock of the lease.
+pub(crate) fn boot_time_ns() -> io::Result<u64> {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `time` lives through the call.
+    if unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &raw mut time) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok((time.tv_sec as u64).saturating_mul(1_000_000_000).saturating_add(time.tv_nsec as u64))
+}

@@ -1,0 +1,215 @@
+//! Tables in force: swaps under load, what is refused, the digest; and the pins that outlive an agent.
+
+use ambit_ebpf::{
+    Action, Capacity, Kernel, KernelError, Options, Service, ServiceEndpoint, Tables, Tier, Verdict, VerdictKey,
+};
+use libbpf_rs::{Link, MapHandle};
+use std::io::Read;
+use std::net::Ipv4Addr;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+use crate::support::{Node, at, try_accept};
+
+const CLIENT: u32 = 300;
+const LEASE: Duration = Duration::from_secs(600);
+
+fn verdict(destination: u32, action: Action) -> (VerdictKey, Verdict) {
+    (VerdictKey { source: CLIENT, destination, port: 80 }, Verdict { action, rule: 1 })
+}
+
+/// Both generations allow 10.1.0.1 and deny 10.1.0.2, but under other identities: verdicts of one with endpoints of the
+/// other would deny the first address or allow the second.
+fn generation(odd: bool) -> Tables {
+    let (open, shut) = if odd { (401, 400) } else { (400, 401) };
+    let padding = (0..2000).map(|i| (VerdictKey { source: 9000 + i, destination: 1, port: u16::from(odd) }, Verdict {
+        action: Action::Allow,
+        rule: 2,
+    }));
+    Tables {
+        verdicts: [verdict(open, Action::Allow), verdict(shut, Action::Deny)].into_iter().chain(padding).collect(),
+        endpoints: vec![(Ipv4Addr::new(10, 1, 0, 1), open), (Ipv4Addr::new(10, 1, 0, 2), shut)],
+        services: vec![],
+    }
+}
+
+#[test]
+fn swaps_under_load_give_no_wrong_verdict() {
+    let node = Node::new();
+    let kernel = Kernel::open(&node.options()).unwrap();
+    kernel.install(&generation(false)).unwrap();
+    kernel.set_workload(node.cgroup("client"), CLIENT).unwrap();
+    kernel.renew_lease(LEASE).unwrap();
+    let listener = node.attach(&kernel);
+    let script = "
+right = wrong = 0
+end = time.monotonic() + 3
+while time.monotonic() < end:
+    for host, good in (('10.1.0.1', 0), ('10.1.0.2', errno.EPERM)):
+        s = socket.socket()
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+        if s.connect_ex((host, 80)) == good: right += 1
+        else: wrong += 1
+        s.close()
+print(right, wrong)";
+    let mut load = node.spawn("client", script);
+    let (done, installs) = (AtomicBool::new(false), AtomicU32::new(0));
+    let mut slowest = Duration::ZERO;
+    let counts = std::thread::scope(|scope| {
+        scope.spawn(|| while !done.load(Ordering::Relaxed) {
+            drop(try_accept(&listener, Duration::from_millis(20)));
+        });
+        let installer = scope.spawn(|| {
+            let mut slowest = Duration::ZERO;
+            while !done.load(Ordering::Relaxed) {
+                let start = Instant::now();
+                kernel.install(&generation(installs.fetch_add(1, Ordering::Relaxed) % 2 == 0)).unwrap();
+                slowest = slowest.max(start.elapsed());
+            }
+            slowest
+        });
+        let mut out = String::new();
+        load.stdout.take().unwrap().read_to_string(&mut out).unwrap();
+        assert!(load.wait().unwrap().success());
+        done.store(true, Ordering::Relaxed);
+        slowest = slowest.max(installer.join().unwrap());
+        out
+    });
+    let numbers: Vec<u64> = counts.split_whitespace().map(|n| n.parse().unwrap()).collect();
+    let swaps = installs.load(Ordering::Relaxed);
+    println!("{} right, {} wrong over {swaps} swaps; slowest install {slowest:?}", numbers[0], numbers[1]);
+    assert_eq!(numbers[1], 0, "wrong verdicts");
+    assert!(numbers[0] > 500 && swaps > 10, "too little load to tell");
+}
+
+#[test]
+fn equal_tables_have_equal_digests_and_bad_ones_change_nothing() {
+    let node = Node::new();
+    let capacity = Capacity { workloads: 2, verdicts: 3000, endpoints: 2, services: 1, flows: 64 };
+    let kernel = Kernel::open(&Options { capacity, ..node.options() }).unwrap();
+    let good = generation(false);
+    let digest = kernel.install(&good).unwrap();
+    let mut turned = good.clone();
+    turned.verdicts.reverse();
+    assert_eq!(kernel.install(&turned).unwrap(), digest);
+    assert_ne!(kernel.install(&generation(true)).unwrap(), digest);
+    assert_ne!(kernel.install(&Tables::default()).unwrap(), digest, "empty tables are tables");
+    assert_eq!(kernel.install(&good).unwrap(), digest);
+
+    let mut full = good.clone();
+    full.endpoints.push((Ipv4Addr::new(10, 1, 0, 3), 400));
+    let error = kernel.install(&full).unwrap_err();
+    assert!(matches!(error, KernelError::MapFull { map: "endpoints", capacity: 2, needed: 3 }), "{error}");
+    assert_eq!(error.code(), "map_full");
+    let mut twice = good.clone();
+    twice.verdicts.push(verdict(400, Action::Deny));
+    assert!(matches!(kernel.install(&twice), Err(KernelError::BadTables(_))));
+    let mut nobody = good.clone();
+    nobody.endpoints[0].1 = 0;
+    assert!(matches!(kernel.install(&nobody), Err(KernelError::BadTables(_))));
+    let endpoint = ServiceEndpoint { address: at([10, 1, 0, 1], 1), identity: 1, tier: Tier::Local, healthy: true };
+    let wide = Service { address: at([10, 2, 0, 1], 1), endpoints: vec![endpoint; 9] };
+    assert!(matches!(kernel.install(&Tables { services: vec![wide], ..good }), Err(KernelError::BadTables(_))));
+
+    kernel.set_workload(1, CLIENT).unwrap();
+    kernel.set_workload(2, CLIENT).unwrap();
+    kernel.set_workload(2, CLIENT + 1).unwrap();
+    let error = kernel.set_workload(3, CLIENT).unwrap_err();
+    assert!(matches!(error, KernelError::MapFull { map: "workloads", .. }), "{error}");
+    assert!(kernel.set_workload(1, 0).is_err());
+}
+
+#[test]
+fn a_full_capacity_of_verdicts_installs_within_a_second() {
+    let node = Node::new();
+    let kernel = Kernel::open(&node.options()).unwrap();
+    let many = (0..100_000u32).map(|i| (VerdictKey { source: 256 + i % 1000, destination: 256 + i / 1000, port: 443 }, Verdict {
+        action: Action::Allow,
+        rule: i,
+    }));
+    let tables = Tables { verdicts: many.collect(), ..Tables::default() };
+    let start = Instant::now();
+    kernel.install(&tables).unwrap();
+    println!("100,000 verdicts in force after {:?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_secs(10), "two noisy cores excuse much, not this");
+}
+
+#[test]
+fn a_second_agent_takes_over_the_same_links_with_new_programs() {
+    let node = Node::new();
+    let links = ["connect4", "connect6", "sendmsg4", "sendmsg6", "getpeername4", "getpeername6", "sockops"];
+    let ids = || links.map(|name| Link::open(node.pins.join("links").join(name)).unwrap().info().unwrap());
+    drop(Kernel::open(&node.options()).unwrap());
+    let first = ids();
+    for _ in 0..5 {
+        drop(Kernel::open(&node.options()).unwrap());
+    }
+    let last = ids();
+    for (before, after) in first.iter().zip(&last) {
+        assert_eq!(before.id, after.id, "the link itself stays");
+        assert_ne!(before.prog_id, after.prog_id, "its program is new");
+    }
+    // A link that is missing is made again.
+    std::fs::remove_file(node.pins.join("links/connect6")).unwrap();
+    drop(Kernel::open(&node.options()).unwrap());
+    ids();
+}
+
+#[test]
+fn a_pin_that_is_not_what_it_should_be_is_named() {
+    let node = Node::new();
+    let open = || Kernel::open(&node.options());
+    drop(open().unwrap());
+    let named = |expect: &str| match open() {
+        Err(error) => assert!(error.to_string().contains(expect), "{error} does not name {expect}"),
+        Ok(_) => panic!("opened in spite of {expect}"),
+    };
+    let other = Options { cgroup_root: node.mesh.join("..").canonicalize().unwrap(), ..node.options() };
+    assert!(matches!(Kernel::open(&other), Err(KernelError::PinUnexpected { .. })), "links of another cgroup");
+    let small = Options { capacity: Capacity { flows: 1, ..Capacity::default() }, ..node.options() };
+    assert!(matches!(Kernel::open(&small), Err(KernelError::PinUnexpected { .. })));
+
+    let config = node.pins.join("maps/config");
+    std::fs::remove_file(&config).unwrap();
+    named("maps/config");
+    let mut wrong = MapHandle::from_pinned_path(node.pins.join("maps/flows")).unwrap();
+    wrong.pin(&config).unwrap();
+    named("maps/config");
+    Kernel::remove(&node.pins).unwrap();
+    drop(open().unwrap());
+
+    // Another layout: no map of it is touched.
+    let layout = node.pins.join("maps/layout");
+    let map = MapHandle::from_pinned_path(&layout).unwrap();
+    libbpf_rs::MapCore::update(&map, &0u32.to_ne_bytes(), &[7; 32], libbpf_rs::MapFlags::ANY).unwrap();
+    named("layout 0707070707070707");
+
+    let elsewhere = Options { pin_dir: std::env::temp_dir().join("ambit-test-pins"), ..node.options() };
+    assert!(matches!(Kernel::open(&elsewhere), Err(KernelError::PinUnexpected { .. })), "not on bpffs");
+    let nowhere = Options { cgroup_root: std::env::temp_dir(), ..node.options() };
+    assert!(matches!(Kernel::open(&nowhere), Err(KernelError::NotCgroup { .. })));
+}
+
+#[test]
+fn removing_the_pins_detaches() {
+    let node = Node::new();
+    let _server = node.listen_in_pod(Ipv4Addr::LOCALHOST, 8080);
+    node.cgroup("client");
+    let to = at([127, 0, 0, 1], 8080);
+    drop(Kernel::open(&node.options()).unwrap());
+    assert_eq!(node.connect("client", to), "EPERM");
+    Kernel::remove(&node.pins).unwrap();
+    Kernel::remove(&node.pins).unwrap();
+    assert!(node.connect("client", to).starts_with("ok"));
+    drop(Kernel::open(&node.options()).unwrap());
+    assert_eq!(node.connect("client", to), "EPERM");
+    std::fs::remove_dir_all(&node.pins).unwrap();
+    std::thread::sleep(Duration::from_millis(200));
+    assert!(node.connect("client", to).starts_with("ok"), "a plain rm -r detaches too");
+}
+
+#[test]
+fn this_kernel_has_what_is_needed() {
+    for feature in ambit_ebpf::probe() {
+        assert!(feature.present, "{}: {}", feature.name, feature.cost);
+    }
+}

@@ -1,0 +1,154 @@
+//! What reaches a pod, and what happens when the agent is gone.
+
+use ambit_ebpf::{Action, Event, Kernel, KernelError, Reason, Tables, Verdict, VerdictKey, netns_cookie};
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::os::fd::AsFd;
+use std::time::Duration;
+use crate::support::{Node, OUTSIDE, POD, accept, at, try_accept};
+
+const CLIENT: u32 = 300;
+const SERVER: u32 = 301;
+const LEASE: Duration = Duration::from_secs(600);
+
+/// A workload that may call the outside address on every port.
+fn node() -> (Node, Kernel) {
+    let node = Node::new();
+    let kernel = Kernel::open(&node.options()).unwrap();
+    let key = VerdictKey { source: CLIENT, destination: SERVER, port: 0 };
+    kernel
+        .install(&Tables {
+            verdicts: vec![(key, Verdict { action: Action::Allow, rule: 1 })],
+            endpoints: vec![(OUTSIDE, SERVER)],
+            services: vec![],
+        })
+        .unwrap();
+    kernel.set_workload(node.cgroup("client"), CLIENT).unwrap();
+    kernel.renew_lease(LEASE).unwrap();
+    (node, kernel)
+}
+
+fn dial(to: SocketAddr) -> Result<TcpStream, ErrorKind> {
+    TcpStream::connect_timeout(&to, Duration::from_secs(2)).map_err(|e| e.kind())
+}
+
+#[test]
+fn plain_inbound_is_refused_the_last_leg_passes_and_loopback_is_the_pods_own() {
+    let (node, kernel) = node();
+    let server = node.listen_in_pod(Ipv4Addr::UNSPECIFIED, 8080);
+    let to = SocketAddr::from((POD, 8080));
+    assert!(node.outside(move || dial(to).is_ok()), "the way is there before the pod is attached");
+    drop(accept(&server));
+
+    let _listener = node.attach(&kernel);
+    assert_eq!(node.outside(move || dial(to).err()), Some(ErrorKind::ConnectionRefused));
+    assert!(try_accept(&server, Duration::from_millis(50)).is_none());
+    let mut events: Vec<Event> = Vec::new();
+    kernel.drain_events(&mut |event| events.push(event)).unwrap();
+    assert_eq!(events.len(), 1);
+    assert_eq!((events[0].reason, events[0].from), (Reason::PlainInbound, Some(OUTSIDE)));
+    assert_eq!(events[0].address, at(POD.octets(), 8080));
+
+    // The agent's last leg, as the agent makes it: a socket in the pod's namespace, source 127.x.y.z.
+    let script = |source: &str| {
+        format!("import socket\ns = socket.socket(); s.bind(('{source}', 0)); s.settimeout(2)\n\
+                 try: s.connect(('{POD}', 8080)); s.sendall(b'hello'); print('ok')\nexcept OSError as e: print(type(e).__name__)")
+    };
+    let agent = |source: &'static str| {
+        let script = script(source);
+        node.in_pod(move || {
+            crate::support::text(std::process::Command::new("python3").arg("-c").arg(script).output().unwrap())
+        })
+    };
+    assert_eq!(agent("127.44.5.6"), "ok");
+    let (mut stream, peer, _) = accept(&server);
+    assert_eq!(peer.ip().octets(), [127, 44, 5, 6]);
+    stream.set_nonblocking(false).unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    assert_eq!(text, "hello");
+    assert_eq!(agent(&POD_TEXT), "ConnectionRefusedError", "only 127.x.y.z is the last leg");
+
+    assert_eq!(node.connect("client", at([127, 0, 0, 1], 8080)), "ok 127.0.0.1:8080");
+    let (_, peer, local) = accept(&server);
+    assert_eq!((peer.ip().octets(), local), ([127, 0, 0, 1], at([127, 0, 0, 1], 8080)));
+}
+
+const POD_TEXT: &str = "10.99.0.1";
+
+#[test]
+fn udp_from_outside_does_not_reach_the_pod() {
+    let (node, kernel) = node();
+    let _listener = node.attach(&kernel);
+    let socket = node.in_pod(|| std::net::UdpSocket::bind(("0.0.0.0", 5353)).unwrap());
+    socket.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+    node.outside(|| {
+        let out = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
+        out.send_to(b"x", (POD, 5353)).unwrap();
+    });
+    assert!(socket.recv_from(&mut [0; 8]).is_err());
+    node.in_pod(|| {
+        let out = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        out.send_to(b"x", ("127.0.0.1", 5353)).unwrap();
+    });
+    assert!(socket.recv_from(&mut [0; 8]).is_ok());
+}
+
+#[test]
+fn without_an_agent_connections_are_refused_never_plain_and_a_new_agent_takes_over() {
+    let (node, kernel) = node();
+    let real = node.outside(|| std::net::TcpListener::bind((OUTSIDE, 8080)).unwrap());
+    let to = at(OUTSIDE.octets(), 8080);
+    let listener = node.attach(&kernel);
+    assert!(node.connect("client", to).starts_with("ok"));
+    drop(accept(&listener));
+
+    drop(listener);
+    drop(kernel);
+    assert_eq!(node.connect("client", to), "ECONNREFUSED", "captured, and nobody there");
+    assert_eq!(node.connect("client", at([10, 1, 0, 9], 8080)), "EPERM", "verdicts hold without an agent");
+    // Someone in the pod may try to be the agent: the slot stays empty.
+    let squatter = node.listen_in_pod(Ipv4Addr::UNSPECIFIED, ambit_ebpf::CAPTURE_PORT);
+    assert_eq!(node.connect("client", to), "ECONNREFUSED");
+    assert!(try_accept(&squatter, Duration::from_millis(50)).is_none());
+    assert!(try_accept(&real, Duration::from_millis(50)).is_none(), "plaintext reached the destination");
+    drop(squatter);
+
+    let kernel = Kernel::open(&node.options()).unwrap();
+    assert_eq!(kernel.workloads().unwrap().into_values().collect::<Vec<_>>(), [CLIENT], "maps were taken over");
+    assert_eq!(kernel.pods().unwrap(), ["pod"]);
+    let listener = node.attach(&kernel);
+    assert!(node.connect("client", to).starts_with("ok"));
+    let (mut stream, client, capture) = accept(&listener);
+    let found = kernel.original_destination(netns_cookie(&stream).unwrap(), client, capture).unwrap();
+    assert_eq!((found.asked, found.identity), (to, SERVER));
+    drop(stream.write_all(b"x"));
+    assert_eq!(kernel.counters().unwrap().denied[&Reason::AgentAbsent], 2);
+    assert!(try_accept(&real, Duration::from_millis(50)).is_none());
+}
+
+#[test]
+fn a_pod_is_let_go_and_only_a_listener_takes_its_slot() {
+    let (node, kernel) = node();
+    let netns = node.pod_netns();
+    let socket = node.in_pod(|| std::net::UdpSocket::bind("127.0.0.1:0").unwrap());
+    let refused = kernel.attach_pod("pod", netns.as_fd(), POD, socket.as_fd());
+    assert!(matches!(refused, Err(KernelError::BadTables(_))), "{refused:?}");
+    let listener = node.listen_in_pod(Ipv4Addr::LOCALHOST, 0);
+    let refused = kernel.attach_pod("../maps", netns.as_fd(), POD, listener.as_fd());
+    assert!(matches!(refused, Err(KernelError::BadPodName(_))), "{refused:?}");
+
+    kernel.attach_pod("pod", netns.as_fd(), POD, listener.as_fd()).unwrap();
+    // The name belongs to that namespace as long as it lives.
+    let elsewhere = std::fs::File::open("/proc/self/ns/net").unwrap();
+    let refused = kernel.attach_pod("pod", elsewhere.as_fd(), POD, listener.as_fd());
+    assert!(matches!(refused, Err(KernelError::PinUnexpected { .. })), "{refused:?}");
+
+    kernel.detach_pod("pod").unwrap();
+    kernel.detach_pod("pod").unwrap();
+    assert!(kernel.pods().unwrap().is_empty());
+    let server = node.listen_in_pod(POD, 8080);
+    let to = SocketAddr::from((POD, 8080));
+    assert!(node.outside(move || dial(to).is_ok()), "the pod is governed no more");
+    drop(server);
+}

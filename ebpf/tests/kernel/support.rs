@@ -1,0 +1,237 @@
+//! A node of our own for one test: a mesh cgroup with workloads, a pin directory, and a pod's network namespace.
+//! Everything is removed when the value is dropped, also after a panic.
+
+use ambit_ebpf::{Capacity, Kernel, Options, cgroup_id};
+use nix::sched::{CloneFlags, setns};
+use std::fs::{self, File};
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+/// The pod's address, and one outside, at the two ends of a veth pair.
+pub(crate) const POD: Ipv4Addr = Ipv4Addr::new(10, 99, 0, 1);
+pub(crate) const OUTSIDE: Ipv4Addr = Ipv4Addr::new(10, 99, 0, 2);
+
+static NEXT: AtomicU32 = AtomicU32::new(0);
+
+pub(crate) struct Node {
+    pub(crate) mesh: PathBuf,
+    base: PathBuf,
+    pub(crate) pins: PathBuf,
+    pod: Child,
+    outside: Child,
+}
+
+impl Node {
+    pub(crate) fn new() -> Self {
+        assert!(nix::unistd::geteuid().is_root(), "this test attaches programs to cgroups: run it as root");
+        let name = format!("ambit-test-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let base = cgroup_mount().join(&name);
+        let mesh = base.join("mesh");
+        fs::create_dir_all(&mesh).unwrap();
+        let node = Self {
+            mesh,
+            base,
+            pins: Path::new("/sys/fs/bpf").join(&name),
+            pod: namespace_holder(),
+            outside: namespace_holder(),
+        };
+        run(&format!(
+            "ip link add eth0 netns {} type veth peer name eth0 netns {}",
+            node.pod.id(),
+            node.outside.id()
+        ));
+        for (child, address) in [(&node.pod, POD), (&node.outside, OUTSIDE)] {
+            let enter = format!("nsenter --net=/proc/{}/ns/net", child.id());
+            run(&format!("{enter} ip link set lo up"));
+            run(&format!("{enter} ip addr add {address}/24 dev eth0"));
+            run(&format!("{enter} ip link set eth0 up"));
+        }
+        node
+    }
+
+    pub(crate) fn options(&self) -> Options {
+        Options { cgroup_root: self.mesh.clone(), pin_dir: self.pins.clone(), capacity: Capacity::default() }
+    }
+
+    /// A child of the mesh cgroup; gives its id.
+    pub(crate) fn cgroup(&self, name: &str) -> u64 {
+        let path = self.mesh.join(name);
+        fs::create_dir_all(&path).unwrap();
+        cgroup_id(&path).unwrap()
+    }
+
+    pub(crate) fn pod_netns(&self) -> File {
+        netns_of(&self.pod)
+    }
+
+    /// Runs `make` in the pod's namespace, on a thread of its own that ends with it.
+    pub(crate) fn in_pod<T: Send + 'static>(&self, make: impl FnOnce() -> T + Send + 'static) -> T {
+        in_netns(self.pod_netns(), make)
+    }
+
+    pub(crate) fn outside<T: Send + 'static>(&self, make: impl FnOnce() -> T + Send + 'static) -> T {
+        in_netns(netns_of(&self.outside), make)
+    }
+
+    pub(crate) fn listen_in_pod(&self, address: Ipv4Addr, port: u16) -> TcpListener {
+        self.in_pod(move || TcpListener::bind((address, port)).unwrap())
+    }
+
+    /// Attaches the pod with a capture listener of ours.
+    pub(crate) fn attach(&self, kernel: &Kernel) -> TcpListener {
+        let listener = self.listen_in_pod(Ipv4Addr::LOCALHOST, 0);
+        kernel.attach_pod("pod", self.pod_netns().as_fd(), POD, listener.as_fd()).unwrap();
+        listener
+    }
+
+    /// A Python program that lives in a cgroup of the mesh and in the pod's namespace.
+    pub(crate) fn spawn(&self, cgroup: &str, script: &str) -> Child {
+        self.command(cgroup, script).stdout(Stdio::piped()).spawn().unwrap()
+    }
+
+    pub(crate) fn python(&self, cgroup: &str, script: &str) -> String {
+        text(self.command(cgroup, script).output().unwrap())
+    }
+
+    fn command(&self, cgroup: &str, script: &str) -> Command {
+        let mut command = Command::new("sh");
+        command
+            .args(["-c", "echo $$ > \"$0/cgroup.procs\" && exec nsenter --net=\"$1\" python3 -c \"$2\""])
+            .arg(self.mesh.join(cgroup))
+            .arg(format!("/proc/{}/ns/net", self.pod.id()))
+            .arg(format!("{PRELUDE}\n{script}"))
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// One TCP connect by a workload: `ok <peer>` or the name of the error.
+    pub(crate) fn connect(&self, cgroup: &str, address: SocketAddrV4) -> String {
+        self.python(cgroup, &format!("print(tcp('{}', {}))", address.ip(), address.port()))
+    }
+}
+
+/// `tcp` gives the outcome of one connect and how the application sees its peer; denials must come at once.
+const PRELUDE: &str = r#"
+import errno, socket, struct, sys, time
+def outcome(s, to):
+    s.settimeout(5)
+    start = time.monotonic()
+    try:
+        s.connect(to)
+    except OSError as e:
+        took = time.monotonic() - start
+        name = errno.errorcode.get(e.errno, repr(e))
+        return name if took < 1 else name + ' late'
+    peer = s.getpeername()
+    return f'ok {peer[0]}:{peer[1]}'
+def tcp(host, port):
+    with socket.socket(socket.AF_INET6 if ':' in host else socket.AF_INET, socket.SOCK_STREAM) as s:
+        return outcome(s, (host, port))
+"#;
+
+pub(crate) fn text(output: Output) -> String {
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "a workload failed: {out}\n{err}");
+    out.trim().to_owned()
+}
+
+/// Accepts one connection, or fails after two seconds.
+pub(crate) fn accept(listener: &TcpListener) -> (TcpStream, SocketAddrV4, SocketAddrV4) {
+    let (stream, peer) = try_accept(listener, Duration::from_secs(2)).expect("nobody came to the listener");
+    let local = v4(stream.local_addr().unwrap());
+    (stream, v4(peer), local)
+}
+
+pub(crate) fn try_accept(listener: &TcpListener, within: Duration) -> Option<(TcpStream, SocketAddr)> {
+    listener.set_nonblocking(true).unwrap();
+    let end = std::time::Instant::now() + within;
+    loop {
+        match listener.accept() {
+            Ok(found) => return Some(found),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock && std::time::Instant::now() < end => {
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return None,
+            Err(e) => panic!("accept: {e}"),
+        }
+    }
+}
+
+pub(crate) fn v4(address: SocketAddr) -> SocketAddrV4 {
+    match address {
+        SocketAddr::V4(a) => a,
+        SocketAddr::V6(a) => panic!("{a} is not IPv4"),
+    }
+}
+
+pub(crate) fn at(ip: [u8; 4], port: u16) -> SocketAddrV4 {
+    SocketAddrV4::new(Ipv4Addr::from(ip), port)
+}
+
+fn cgroup_mount() -> PathBuf {
+    let mounts = fs::read_to_string("/proc/mounts").unwrap();
+    let line = mounts.lines().find(|line| line.split(' ').nth(2) == Some("cgroup2")).expect("no cgroup2 mount");
+    PathBuf::from(line.split(' ').nth(1).unwrap())
+}
+
+/// A process that holds a network namespace of its own; the namespace goes with it.
+fn namespace_holder() -> Child {
+    let ours = fs::read_link("/proc/self/ns/net").unwrap();
+    let mut child = Command::new("unshare").args(["--net", "sleep", "600"]).spawn().unwrap();
+    for _ in 0..500 {
+        if fs::read_link(format!("/proc/{}/ns/net", child.id())).is_ok_and(|link| link != ours) {
+            return child;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    end(&mut child);
+    panic!("unshare made no network namespace");
+}
+
+fn netns_of(child: &Child) -> File {
+    File::open(format!("/proc/{}/ns/net", child.id())).unwrap()
+}
+
+fn in_netns<T: Send + 'static>(netns: File, make: impl FnOnce() -> T + Send + 'static) -> T {
+    let thread = std::thread::spawn(move || {
+        setns(netns, CloneFlags::CLONE_NEWNET).unwrap();
+        make()
+    });
+    thread.join().unwrap()
+}
+
+fn run(command: &str) {
+    let status = Command::new("sh").args(["-c", command]).status().unwrap();
+    assert!(status.success(), "{command}");
+}
+
+fn end(child: &mut Child) {
+    drop(child.kill());
+    drop(child.wait());
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        end(&mut self.pod);
+        end(&mut self.outside);
+        if let Err(e) = Kernel::remove(&self.pins) {
+            eprintln!("left behind: {} ({e})", self.pins.display());
+        }
+        // A cgroup can be removed only when the kernel has let go of its last process.
+        for _ in 0..100 {
+            let children = fs::read_dir(&self.mesh).into_iter().flatten().flatten().map(|entry| entry.path());
+            children.filter(|path| path.is_dir()).for_each(|path| drop(fs::remove_dir(path)));
+            drop(fs::remove_dir(&self.mesh));
+            if fs::remove_dir(&self.base).is_ok() || !self.base.exists() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        eprintln!("left behind: {}", self.base.display());
+    }
+}
