@@ -1,0 +1,514 @@
+//! The one thread that owns core, log and state. Everything else talks to it through one bounded queue.
+//!
+//! Group commit: whatever was queued while the last sync ran goes into the next append. Any failure to write, and any
+//! panic, ends the process: a replica in doubt restarts from disk, it does not go on.
+
+use super::core::{Input, Outgoing, RaftCore, Rejected, Work};
+use super::machine::{Fatal, Machine};
+use super::metrics::Metrics;
+use super::status::{Role, Status};
+use super::transport::Outbox;
+use super::waiters::Waiters;
+use super::{Options, StartError, core};
+use crate::store::Change;
+use crate::store::log::LogStore;
+use ambit_model::{RaftIndex, ReplicaId, Stamp};
+use ambit_state::{LogEntry, State};
+use raft::StateRole;
+use std::collections::{HashMap, VecDeque};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use tokio::sync::{oneshot, watch};
+
+/// Requests in the queue. Proposals are bounded well below by their permits, so that raft's own messages find room.
+const QUEUE_MAX: usize = 4096;
+/// Requests taken in before the next append.
+const BATCH_MAX: usize = 1024;
+/// Ticks made up for after a stall; more would turn a pause of this process into an election.
+const TICKS_CAUGHT_UP_MAX: u32 = 2;
+/// A read that raft dropped (no leader, or none of its term committed yet) is asked again after this.
+const READ_RETRY: Duration = Duration::from_millis(100);
+/// A snapshot on its way for longer is taken for lost.
+const SNAPSHOT_IN_FLIGHT_MAX: Duration = Duration::from_secs(10);
+/// Parked proposals wait for a new leader to apply earlier terms; as many as a follower may hold anyway.
+const PARKED_MAX: usize = 1024;
+/// Read batches that wait for a quorum.
+const READS_MAX: usize = 1024;
+
+/// What the thread is asked.
+pub(super) enum Request {
+    /// The entry's stamp is filled in by the leader. Answers once appended.
+    Propose(LogEntry, oneshot::Sender<Result<u64, Rejected>>),
+    /// Answers once appended.
+    Change(Change, u64, oneshot::Sender<Result<u64, Rejected>>),
+    /// Answers the index at which the state is as new as this call.
+    Read(oneshot::Sender<u64>),
+    /// From a peer, or about one.
+    Core(Input),
+    /// Answers index and digest.
+    Snapshot(oneshot::Sender<(u64, [u8; 32])>),
+    /// Ends the thread.
+    Stop,
+}
+
+/// The sending side of the queue.
+#[derive(Clone)]
+pub(super) struct Queue(SyncSender<Request>);
+
+/// Why a request did not get into the queue.
+pub(super) enum QueueError {
+    Full,
+    Stopped,
+}
+
+impl Queue {
+    pub(super) fn push(&self, request: Request) -> Result<(), QueueError> {
+        self.0.try_send(request).map_err(|e| match e {
+            TrySendError::Full(_) => QueueError::Full,
+            TrySendError::Disconnected(_) => QueueError::Stopped,
+        })
+    }
+    /// Waits for room; only for [`Request::Stop`].
+    pub(super) fn push_last(&self, request: Request) {
+        let _ = self.0.send(request);
+    }
+}
+
+/// What callers share with the thread.
+pub(super) struct Shared {
+    pub(super) state: Arc<RwLock<State>>,
+    pub(super) waiters: Waiters,
+    pub(super) metrics: Metrics,
+    pub(super) incarnation: u64,
+}
+
+/// What the thread publishes.
+pub(super) struct Published {
+    pub(super) status: watch::Receiver<Status>,
+    pub(super) applied: watch::Receiver<u64>,
+}
+
+pub(super) fn queue() -> (Queue, Receiver<Request>) {
+    let (sender, receiver) = std::sync::mpsc::sync_channel(QUEUE_MAX);
+    (Queue(sender), receiver)
+}
+
+struct ReadBatch {
+    context: Vec<u8>,
+    asked: Instant,
+    /// Known once a quorum confirmed; then it waits for the state to get there.
+    index: Option<u64>,
+    callers: Vec<oneshot::Sender<u64>>,
+}
+
+pub(super) struct Driver {
+    options: Options,
+    core: RaftCore<LogStore>,
+    machine: Machine,
+    shared: Arc<Shared>,
+    outbox: Outbox,
+    inbox: Receiver<Request>,
+    status: watch::Sender<Status>,
+    applied: watch::Sender<u64>,
+    clock: Option<TermClock>,
+    parked: VecDeque<(LogEntry, oneshot::Sender<Result<u64, Rejected>>)>,
+    reads_new: Vec<oneshot::Sender<u64>>,
+    reads: VecDeque<ReadBatch>,
+    reads_made: u64,
+    snapshots_sent: HashMap<u64, Instant>,
+    /// Since when a snapshot is kept in memory for followers.
+    offered: Option<Instant>,
+    snapshot_asked: Vec<oneshot::Sender<(u64, [u8; 32])>>,
+}
+
+/// A leader's time: wall clock at the start of its term, then its monotonic clock, so that a stepped wall clock moves no
+/// deadline; never below the last stamp applied (I15, in part).
+struct TermClock {
+    term: u64,
+    start: Stamp,
+    since: Instant,
+    last: Stamp,
+}
+
+impl TermClock {
+    fn start(term: u64, floor: Stamp) -> Self {
+        let wall = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let start = floor.max(Stamp(u64::try_from(wall.as_millis()).unwrap_or(u64::MAX)));
+        Self { term, start, since: Instant::now(), last: start }
+    }
+    fn now(&mut self) -> Stamp {
+        let elapsed = u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.last = self.last.max(self.start.plus_ms(elapsed));
+        self.last
+    }
+}
+
+/// Opens the stores and makes the core; the thread starts with [`Driver::spawn`].
+pub(super) struct Opened {
+    core: RaftCore<LogStore>,
+    machine: Machine,
+    pub(super) shared: Arc<Shared>,
+}
+
+pub(super) fn open(options: &Options) -> Result<Opened, StartError> {
+    let tick = tick_of(options);
+    let ticks = |d: Duration| usize::try_from(d.as_millis() / tick.as_millis().max(1)).unwrap_or(usize::MAX);
+    let (machine, log) = Machine::open(options)?;
+    let incarnation = log.incarnation();
+    let config = core::Config {
+        id: options.id.0,
+        election_ticks: ticks(options.election_timeout),
+        heartbeat_ticks: ticks(options.heartbeat),
+        applied: machine.applied(),
+        seed: options.seed ^ options.id.0.rotate_left(32) ^ incarnation,
+    };
+    let core = RaftCore::new(&config, log).map_err(|e| StartError::Config(e.to_string()))?;
+    let state = machine.state().clone();
+    let shared = Shared { state, waiters: Waiters::default(), metrics: Metrics::default(), incarnation };
+    Ok(Opened { core, machine, shared: Arc::new(shared) })
+}
+
+/// A fifth of a heartbeat: timeouts are drawn in ticks, so a tick is the grain that keeps two campaigns apart.
+fn tick_of(options: &Options) -> Duration {
+    (options.heartbeat / 5).max(Duration::from_millis(1))
+}
+
+impl Driver {
+    pub(super) fn spawn(
+        options: Options,
+        opened: Opened,
+        inbox: Receiver<Request>,
+        outbox: Outbox,
+    ) -> Result<(std::thread::JoinHandle<()>, Published), StartError> {
+        let Opened { core, machine, shared } = opened;
+        let status = watch::Sender::new(status_of(&options, &core, &machine));
+        let applied = watch::Sender::new(machine.applied());
+        let published = Published { status: status.subscribe(), applied: applied.subscribe() };
+        let name = format!("raft-{}", options.id);
+        let driver = Self {
+            options,
+            core,
+            machine,
+            shared,
+            outbox,
+            inbox,
+            status,
+            applied,
+            clock: None,
+            parked: VecDeque::new(),
+            reads_new: Vec::new(),
+            reads: VecDeque::new(),
+            reads_made: 0,
+            snapshots_sent: HashMap::new(),
+            offered: None,
+            snapshot_asked: Vec::new(),
+        };
+        let run = move || {
+            let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| driver.run()));
+            match outcome {
+                Ok(Ok(())) => return,
+                Ok(Err(fatal)) => {
+                    tracing::error!(error = &fatal as &dyn std::error::Error, "raft cannot go on: the process ends");
+                }
+                Err(_) => tracing::error!("raft panicked: the process ends"),
+            }
+            std::process::abort();
+        };
+        let thread = std::thread::Builder::new().name(name).spawn(run).map_err(StartError::Thread)?;
+        Ok((thread, published))
+    }
+
+    fn run(mut self) -> Result<(), Fatal> {
+        let tick = tick_of(&self.options);
+        if self.machine.membership().voters.iter().eq([&self.options.id.0]) {
+            // The only voter need not wait for anyone.
+            let _ = self.core.step(Input::Campaign);
+        }
+        let mut next_tick = Instant::now() + tick;
+        loop {
+            self.work()?;
+            // A leader that just caught up with its term has parked proposals to append at once.
+            let parked = !self.parked.is_empty() && self.core.leads();
+            let wait = if parked { Duration::ZERO } else { next_tick.saturating_duration_since(Instant::now()) };
+            match self.inbox.recv_timeout(wait) {
+                Ok(Request::Stop) | Err(RecvTimeoutError::Disconnected) => break,
+                Ok(request) => self.take(request),
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            for _ in 1..BATCH_MAX {
+                match self.inbox.try_recv() {
+                    Ok(Request::Stop) => return self.stop(),
+                    Ok(request) => self.take(request),
+                    Err(_) => break,
+                }
+            }
+            // After the queue: a stalled process hears its leader's heartbeats before it counts the time without them.
+            let mut caught_up = 0;
+            while Instant::now() >= next_tick {
+                if caught_up == TICKS_CAUGHT_UP_MAX {
+                    next_tick = Instant::now();
+                    break;
+                }
+                let _ = self.core.step(Input::Tick);
+                next_tick += tick;
+                caught_up += 1;
+            }
+            self.housekeeping();
+        }
+        self.stop()
+    }
+
+    fn stop(mut self) -> Result<(), Fatal> {
+        self.machine.checkpoint();
+        Ok(())
+    }
+
+    fn take(&mut self, request: Request) {
+        match request {
+            Request::Propose(entry, answer) => self.propose(entry, answer),
+            Request::Change(change, version, answer) => {
+                let outcome = if self.machine.membership().permits(change, version) {
+                    self.core.step(Input::Change(change, version)).map(|()| self.core.term())
+                } else {
+                    Err(Rejected::Stale)
+                };
+                let _ = answer.send(outcome);
+            }
+            Request::Read(caller) => self.reads_new.push(caller),
+            Request::Core(input) => match self.core.step(input) {
+                Ok(()) => {}
+                Err(Rejected::OldIncarnation) => self.shared.metrics.frame_dropped(),
+                Err(e) => tracing::debug!(reason = ?e, "raft input without effect"),
+            },
+            Request::Snapshot(caller) => self.snapshot_asked.push(caller),
+            Request::Stop => {}
+        }
+    }
+
+    /// Appends with the leader's stamp. A new leader parks proposals until it has applied earlier terms, so that its
+    /// stamps continue theirs.
+    fn propose(&mut self, mut entry: LogEntry, answer: oneshot::Sender<Result<u64, Rejected>>) {
+        if self.core.role() != StateRole::Leader {
+            let _ = answer.send(Err(Rejected::NotLeader(self.core.leader())));
+            return;
+        }
+        if !self.core.leads() {
+            if self.parked.len() < PARKED_MAX {
+                self.parked.push_back((entry, answer));
+            } else {
+                let _ = answer.send(Err(Rejected::Busy));
+            }
+            return;
+        }
+        let term = self.core.term();
+        entry.stamp = self.clock(term).now();
+        let outcome = match entry.encode() {
+            Ok(bytes) => self.core.step(Input::Propose(bytes)).map(|()| term),
+            Err(_) => Err(Rejected::Malformed),
+        };
+        if outcome.is_ok() {
+            self.shared.metrics.proposal_appended();
+        }
+        let _ = answer.send(outcome);
+    }
+
+    fn clock(&mut self, term: u64) -> &mut TermClock {
+        if self.clock.as_ref().is_some_and(|c| c.term != term) {
+            self.clock = None;
+        }
+        let state = &self.shared.state;
+        self.clock.get_or_insert_with(|| {
+            let floor = state.read().unwrap_or_else(PoisonError::into_inner).stamp();
+            TermClock::start(term, floor)
+        })
+    }
+
+    /// What is due by time rather than by a message.
+    fn housekeeping(&mut self) {
+        if !self.parked.is_empty() && (self.core.leads() || self.core.role() != StateRole::Leader) {
+            for (entry, answer) in std::mem::take(&mut self.parked) {
+                self.propose(entry, answer);
+            }
+        }
+        let now = Instant::now();
+        for batch in &mut self.reads {
+            batch.callers.retain(|c| !c.is_closed());
+        }
+        self.reads.retain(|b| !b.callers.is_empty());
+        let overdue = |b: &ReadBatch| b.index.is_none() && now.duration_since(b.asked) >= READ_RETRY;
+        while let Some(at) = self.reads.iter().position(overdue) {
+            // Never confirmed under its old context any more: an answer that comes late finds no batch.
+            if let Some(batch) = self.reads.remove(at) {
+                self.reads_new.extend(batch.callers);
+            }
+        }
+        if !self.reads_new.is_empty() {
+            self.ask_read(now);
+        }
+        self.watch_snapshots(now);
+    }
+
+    fn ask_read(&mut self, now: Instant) {
+        if self.reads.len() >= READS_MAX {
+            // Callers whose sender is dropped answer busy.
+            self.reads_new.clear();
+            return;
+        }
+        self.reads_made += 1;
+        // Unique in the cell and across restarts: a leader keys its confirmations by it.
+        let mut context = self.options.id.0.to_le_bytes().to_vec();
+        context.extend(self.shared.incarnation.to_le_bytes());
+        context.extend(self.reads_made.to_le_bytes());
+        let callers = std::mem::take(&mut self.reads_new);
+        self.reads.push_back(ReadBatch { context: context.clone(), asked: now, index: None, callers });
+        let _ = self.core.step(Input::ReadIndex(context));
+    }
+
+    fn watch_snapshots(&mut self, now: Instant) {
+        let awaiting = self.core.awaiting_snapshot();
+        self.snapshots_sent.retain(|peer, _| awaiting.contains(peer));
+        for peer in awaiting {
+            let sent = *self.snapshots_sent.entry(peer).or_insert(now);
+            if now.duration_since(sent) >= SNAPSHOT_IN_FLIGHT_MAX {
+                self.snapshots_sent.remove(&peer);
+                let _ = self.core.step(Input::SnapshotFailed(peer));
+            }
+        }
+        if self.snapshots_sent.is_empty()
+            && self.offered.is_some_and(|at| now.duration_since(at) >= SNAPSHOT_IN_FLIGHT_MAX)
+        {
+            self.core.store().withdraw();
+            self.offered = None;
+        }
+    }
+
+    fn work(&mut self) -> Result<(), Fatal> {
+        while let Some(work) = self.core.ready() {
+            self.perform(work)?;
+        }
+        self.finish_reads();
+        self.snapshots()?;
+        self.publish();
+        Ok(())
+    }
+
+    fn perform(&mut self, work: Work) -> Result<(), Fatal> {
+        self.send(work.send);
+        if let Some((base, bytes)) = work.install {
+            self.machine.install(base, &bytes, self.core.store_mut())?;
+            self.shared.metrics.snapshot_made();
+        }
+        let receipt = self.core.store_mut().persist(work.batch)?;
+        match work.after_flush.open(&receipt) {
+            Ok(messages) => self.send(messages),
+            Err(_) => tracing::error!("a receipt of another batch: acknowledgements withheld"),
+        }
+        for (context, index) in work.reads {
+            if let Some(batch) = self.reads.iter_mut().find(|b| b.context == context) {
+                batch.index = Some(index);
+            }
+        }
+        self.apply(work.apply)?;
+        let released = self.core.persisted(&receipt);
+        self.send(released.send);
+        self.apply(released.apply)?;
+        self.core.applied(self.machine.applied());
+        Ok(())
+    }
+
+    fn apply(&mut self, entries: Vec<core::Ordered>) -> Result<(), Fatal> {
+        if entries.is_empty() {
+            return Ok(());
+        }
+        let outcomes = self.machine.apply(entries, &mut self.core)?;
+        self.applied.send_replace(self.machine.applied());
+        for outcome in outcomes {
+            self.shared.waiters.complete(outcome);
+        }
+        self.machine.store_writes();
+        Ok(())
+    }
+
+    fn finish_reads(&mut self) {
+        let applied = self.machine.applied();
+        let reached = |b: &ReadBatch| b.index.is_some_and(|i| i <= applied);
+        while let Some(at) = self.reads.iter().position(reached) {
+            for caller in self.reads.remove(at).map(|b| b.callers).unwrap_or_default() {
+                let _ = caller.send(applied);
+            }
+        }
+    }
+
+    /// Makes a snapshot where one is due, asked for, or needed by a follower; then drops what no one needs of the log.
+    fn snapshots(&mut self) -> Result<(), Fatal> {
+        let wanted = self.core.store().snapshot_wanted();
+        let due =
+            self.machine.applied().saturating_sub(self.machine.snapshot_index()) >= self.options.snapshot_after_entries;
+        if !wanted && !due && self.snapshot_asked.is_empty() {
+            return Ok(());
+        }
+        let applied = self.machine.applied();
+        let Some(term) = self.core.store().term_at(applied).filter(|_| applied > 0) else {
+            self.snapshot_asked.clear();
+            return Ok(());
+        };
+        let (snapshot, digest) = self.machine.snapshot(term)?;
+        self.shared.metrics.snapshot_made();
+        if wanted {
+            self.core.store().offer(snapshot);
+            self.offered = Some(Instant::now());
+        }
+        let keep_from = applied.saturating_sub(self.options.keep_entries);
+        self.core.store_mut().compact(keep_from)?;
+        for caller in std::mem::take(&mut self.snapshot_asked) {
+            let _ = caller.send((applied, digest));
+        }
+        Ok(())
+    }
+
+    fn send(&mut self, messages: Vec<Outgoing>) {
+        for message in &messages {
+            if message.snapshot {
+                self.snapshots_sent.insert(message.to, Instant::now());
+            }
+        }
+        if !messages.is_empty() {
+            self.outbox.send(messages, &self.shared.metrics);
+        }
+    }
+
+    fn publish(&mut self) {
+        let status = status_of(&self.options, &self.core, &self.machine);
+        let metrics = &self.shared.metrics;
+        metrics.set_position(status.term, status.commit.0, status.applied.0, status.leader.map_or(0, |l| l.0));
+        metrics.set_syncs(self.core.store().sync_time());
+        let changed = |old: &mut Status| {
+            let differs = *old != status;
+            *old = status;
+            differs
+        };
+        self.status.send_if_modified(changed);
+    }
+}
+
+fn status_of(options: &Options, core: &RaftCore<LogStore>, machine: &Machine) -> Status {
+    let membership = machine.membership();
+    let role = match core.role() {
+        StateRole::Leader => Role::Leader,
+        StateRole::Candidate | StateRole::PreCandidate => Role::Candidate,
+        StateRole::Follower if membership.voters.contains(&options.id.0) => Role::Follower,
+        StateRole::Follower => Role::Learner,
+    };
+    Status {
+        id: options.id,
+        leader: core.leader().map(ReplicaId),
+        term: core.term(),
+        commit: RaftIndex(core.commit()),
+        applied: RaftIndex(machine.applied()),
+        role,
+        voters: membership.voters.iter().copied().map(ReplicaId).collect(),
+        learners: membership.learners.iter().copied().map(ReplicaId).collect(),
+        membership_version: membership.version,
+    }
+}

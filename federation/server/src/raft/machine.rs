@@ -1,0 +1,285 @@
+//! The replicated state and everything it is rebuilt from: opening, applying, snapshots.
+
+use super::core::{Content, Ordered, RaftCore};
+use super::{Options, StartError};
+use crate::store::log::{Base, LogStore};
+use crate::store::snapshot::{self, Header, SnapshotDir};
+use crate::store::tables::{self, Tables};
+use crate::store::{Membership, StoreError};
+use ambit_model::{RaftIndex, Refusal};
+use ambit_state::{Applied, LogEntry, State};
+use raft::eraftpb;
+use std::path::Path;
+use std::sync::{Arc, PoisonError, RwLock, RwLockWriteGuard};
+
+/// Applied entries between two checkpoints of the tables: bounds what a restart replays from the log.
+const CHECKPOINT_ENTRIES: u64 = 5_000;
+
+/// What must stop the process: going on would serve or persist something wrong.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Fatal {
+    #[error("the store failed")]
+    Store(#[from] StoreError),
+    #[error("entry {index} is not readable by this version: {refusal}")]
+    Entry { index: u64, refusal: Refusal },
+    #[error("the leader's snapshot: {0}")]
+    Snapshot(String),
+}
+
+/// Owned by the driver thread; readers share the state through the lock.
+pub(super) struct Machine {
+    state: Arc<RwLock<State>>,
+    tables: Tables,
+    snapshots: SnapshotDir,
+    membership: Membership,
+    applied: u64,
+    snapshot_index: u64,
+    checkpoint_index: u64,
+}
+
+/// See [`super::found`].
+pub(super) fn found(options: &Options) -> Result<(), StartError> {
+    refuse_existing(&options.data_dir)?;
+    let mut state = State::new();
+    // Index 1 is the founding itself, so that every later replica begins with a snapshot that names its members.
+    state.skip(RaftIndex(1));
+    let header = Header {
+        index: 1,
+        term: 1,
+        membership: Membership::of_founder(options.id.0),
+        digest: state.digest(),
+        chunks: 0,
+    };
+    let bytes = snapshot::encode(header, state.export())?;
+    SnapshotDir::open(&options.data_dir)?.write(&bytes)?;
+    // The log's rename is the moment from which the store exists.
+    Ok(LogStore::create(&options.data_dir, options.id.0)?)
+}
+
+/// See [`super::prepare_join`].
+pub(super) fn prepare_join(options: &Options) -> Result<(), StartError> {
+    refuse_existing(&options.data_dir)?;
+    let stale = options.data_dir.join("snapshot");
+    if stale.exists() {
+        std::fs::remove_dir_all(&stale).map_err(crate::store::io("removing folder", &stale))?;
+    }
+    Ok(LogStore::create(&options.data_dir, options.id.0)?)
+}
+
+fn refuse_existing(data_dir: &Path) -> Result<(), StoreError> {
+    // Tables without a log are what is left of a replica that lost its disk in part: not a new one.
+    let found = ["log", "tables"].iter().any(|part| data_dir.join(part).exists());
+    if found { Err(StoreError::Exists(data_dir.to_owned())) } else { Ok(()) }
+}
+
+/// A state and where it stands.
+struct Start {
+    state: State,
+    membership: Membership,
+    index: u64,
+    from_tables: bool,
+}
+
+impl Machine {
+    /// Opens log, snapshot and tables, and starts from the newest state that all checks agree on. What follows it in the
+    /// log is applied again by raft itself.
+    pub(super) fn open(options: &Options) -> Result<(Self, LogStore), StartError> {
+        let mut log = LogStore::open(&options.data_dir, options.id.0)?;
+        let snapshots = SnapshotDir::open(&options.data_dir)?;
+        let snapshot = snapshots.load();
+        if let Ok(Some(found)) = &snapshot {
+            let base = Base { index: found.header.index, term: found.header.term };
+            if base.index > log.base().index && log.term_at(base.index) != Some(base.term) {
+                // The process ended between writing a leader's snapshot and emptying the log for it.
+                log.install(base)?;
+            }
+        }
+        let (mut tables, rows) = Tables::open(&options.data_dir)?;
+        let stored = match rows {
+            Some((applied, rows)) => match from_tables(applied, rows) {
+                Ok(start) => Some(start),
+                Err(e) => {
+                    tracing::warn!(error = %e, "tables damaged: moved aside, rebuilding from snapshot and log");
+                    tables.move_aside()?;
+                    None
+                }
+            },
+            None => None,
+        };
+        let snapshot_index = snapshot.as_ref().ok().and_then(Option::as_ref).map_or(0, |s| s.header.index);
+        let start = choose(&log, stored, snapshot)?;
+        if start.index > log.last().index {
+            let found = format!("the state is at {}, the log ends at {}", start.index, log.last().index);
+            return Err(StoreError::damaged("the log", found).into());
+        }
+        if !start.from_tables && start.index > 0 {
+            tables.replace(&position(&start.state, &start.membership, start.index), start.state.export());
+        }
+        log.start_from(start.index, start.membership.clone());
+        let machine = Self {
+            state: Arc::new(RwLock::new(start.state)),
+            tables,
+            snapshots,
+            membership: start.membership,
+            applied: start.index,
+            snapshot_index,
+            checkpoint_index: start.index,
+        };
+        Ok((machine, log))
+    }
+
+    pub(super) fn state(&self) -> &Arc<RwLock<State>> {
+        &self.state
+    }
+    pub(super) fn membership(&self) -> &Membership {
+        &self.membership
+    }
+    pub(super) fn applied(&self) -> u64 {
+        self.applied
+    }
+    pub(super) fn snapshot_index(&self) -> u64 {
+        self.snapshot_index
+    }
+
+    /// Applies entries in order; the outcomes are for whoever waits here. [`Machine::store_writes`] comes after.
+    pub(super) fn apply(
+        &mut self,
+        entries: Vec<Ordered>,
+        core: &mut RaftCore<LogStore>,
+    ) -> Result<Vec<Applied>, Fatal> {
+        let mut outcomes = Vec::new();
+        let shared = self.state.clone();
+        let mut state = write_lock(&shared);
+        for entry in entries {
+            if entry.index <= self.applied {
+                continue;
+            }
+            let index = RaftIndex(entry.index);
+            match entry.content {
+                Content::Command(bytes) => {
+                    let entry = LogEntry::decode(&bytes).map_err(|refusal| Fatal::Entry { index: index.0, refusal })?;
+                    outcomes.push(state.apply(index, &entry));
+                }
+                Content::Change(change, version) => {
+                    if self.membership.permits(change, version)
+                        && let Some(after) = core.apply_change(change, &self.membership)
+                    {
+                        tracing::info!(?change, voters = ?after.voters, learners = ?after.learners, "membership changed");
+                        self.membership = after;
+                    }
+                    state.skip(index);
+                }
+                Content::Empty => state.skip(index),
+            }
+            self.applied = entry.index;
+        }
+        Ok(outcomes)
+    }
+
+    /// Brings the tables up to what was applied.
+    pub(super) fn store_writes(&mut self) {
+        let (writes, position) = {
+            let mut state = write_lock(&self.state);
+            (state.take_writes(), position(&state, &self.membership, self.applied))
+        };
+        self.tables.write(&position, writes);
+        if self.applied.saturating_sub(self.checkpoint_index) >= CHECKPOINT_ENTRIES {
+            self.checkpoint();
+        }
+    }
+
+    pub(super) fn checkpoint(&mut self) {
+        self.tables.checkpoint();
+        self.checkpoint_index = self.applied;
+    }
+
+    /// Writes a snapshot of the state as applied; `term` is that of the last applied entry.
+    pub(super) fn snapshot(&mut self, term: u64) -> Result<(eraftpb::Snapshot, [u8; 32]), Fatal> {
+        let (rows, digest) = {
+            let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
+            (state.export(), state.digest())
+        };
+        let header = Header { index: self.applied, term, membership: self.membership.clone(), digest, chunks: 0 };
+        let bytes = snapshot::encode(header, rows)?;
+        self.snapshots.write(&bytes)?;
+        self.snapshot_index = self.applied;
+        self.checkpoint();
+        let mut wire = eraftpb::Snapshot::default();
+        wire.mut_metadata().index = self.applied;
+        wire.mut_metadata().term = term;
+        wire.mut_metadata().set_conf_state(self.membership.conf_state());
+        wire.data = bytes.into();
+        Ok((wire, digest))
+    }
+
+    /// Replaces the state by a leader's snapshot: file first, then the log's new beginning, then memory and tables.
+    pub(super) fn install(&mut self, base: Base, bytes: &[u8], log: &mut LogStore) -> Result<(), Fatal> {
+        let parsed = snapshot::decode(bytes)?;
+        if (parsed.header.index, parsed.header.term) != (base.index, base.term) {
+            return Err(Fatal::Snapshot(format!("is of {:?}, its message says {base:?}", parsed.header)));
+        }
+        let state = import(&parsed.header.digest, parsed.rows).map_err(|e| Fatal::Snapshot(e.to_string()))?;
+        self.snapshots.write(bytes)?;
+        log.install(base)?;
+        self.membership = parsed.header.membership;
+        (self.applied, self.snapshot_index, self.checkpoint_index) = (base.index, base.index, base.index);
+        self.tables.replace(&position(&state, &self.membership, base.index), state.export());
+        *write_lock(&self.state) = state;
+        Ok(())
+    }
+}
+
+fn write_lock(state: &RwLock<State>) -> RwLockWriteGuard<'_, State> {
+    // Poison means that apply panicked; the driver aborts the process then, so no one sees that state.
+    state.write().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn position(state: &State, membership: &Membership, index: u64) -> tables::Applied {
+    tables::Applied { index, membership: membership.clone(), digest: state.digest() }
+}
+
+/// The state of these rows, if it is the very state that the digest is of.
+fn import(digest: &[u8; 32], rows: Vec<ambit_state::TableWrite>) -> Result<State, StoreError> {
+    let state = State::import(rows).map_err(|refusal| StoreError::damaged("the state's rows", refusal.to_string()))?;
+    if state.digest() == *digest {
+        Ok(state)
+    } else {
+        Err(StoreError::damaged("the state's rows", "another digest than when they were written"))
+    }
+}
+
+fn from_tables(applied: tables::Applied, rows: Vec<ambit_state::TableWrite>) -> Result<Start, StoreError> {
+    let state = import(&applied.digest, rows)?;
+    Ok(Start { state, membership: applied.membership, index: applied.index, from_tables: true })
+}
+
+fn choose(
+    log: &LogStore,
+    stored: Option<Start>,
+    snapshot: Result<Option<snapshot::Snapshot>, StoreError>,
+) -> Result<Start, StoreError> {
+    let floor = log.base().index;
+    let newest_snapshot = snapshot.as_ref().ok().and_then(Option::as_ref).map_or(0, |s| s.header.index);
+    if let Some(start) = stored
+        && start.index >= floor.max(newest_snapshot)
+    {
+        if let Err(e) = &snapshot {
+            tracing::error!(error = %e, "snapshot damaged: the tables stand in, a new one is due");
+        }
+        return Ok(start);
+    }
+    match snapshot? {
+        Some(s) if s.header.index >= floor => {
+            let state = import(&s.header.digest, s.rows)?;
+            Ok(Start { state, membership: s.header.membership, index: s.header.index, from_tables: false })
+        }
+        Some(s) => Err(StoreError::damaged(
+            "the snapshot",
+            format!("it is of {}, the log begins after {floor}", s.header.index),
+        )),
+        None if floor == 0 => {
+            Ok(Start { state: State::new(), membership: Membership::default(), index: 0, from_tables: false })
+        }
+        None => Err(StoreError::damaged("the snapshot", format!("none, and the log begins after {floor}"))),
+    }
+}

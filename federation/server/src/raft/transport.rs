@@ -1,0 +1,339 @@
+//! Raft's messages between replicas: one ordered gRPC stream per peer, and proposals forwarded to the leader.
+//!
+//! Bytes only: nothing here reads a raft message. Raft sends again what is lost, so queues are short and drop when full;
+//! the core is told, and treats the peer as one to probe.
+
+use super::cell::Cell;
+use super::core::{Input, Outgoing, Rejected};
+use super::driver::{Queue, QueueError, Request};
+use super::metrics::Metrics;
+use super::peers::Connections;
+use crate::store::Change;
+use ambit_model::{Code, Refusal, ReplicaId};
+use ambit_proto::status::{from_status, to_status};
+use ambit_proto::v1::member_change::Step;
+use ambit_proto::v1::raft_client::RaftClient;
+use ambit_proto::v1::raft_server::{self, RaftServer};
+use ambit_proto::v1::{MemberChange, ProposeRequest, ProposeResponse, RaftAck, RaftFrame};
+use ambit_state::LogEntry;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Response, Status, Streaming};
+
+/// Frames that wait for one peer.
+const FRAMES_MAX: usize = 64;
+/// Messages of a Ready share a frame up to here; one message may be larger (a snapshot).
+const FRAME_BYTES: usize = 4 * 1024 * 1024;
+/// The largest message either side takes: a snapshot and its envelope.
+const MESSAGE_BYTES_MAX: usize = crate::store::snapshot::SNAPSHOT_BYTES_MAX + 1024 * 1024;
+/// Messages in one frame, against a peer gone mad.
+const FRAME_MESSAGES_MAX: usize = 4096;
+/// Between attempts to reach a peer: short, because a returning peer waits for it.
+const BACKOFF: std::ops::RangeInclusive<Duration> = Duration::from_millis(20)..=Duration::from_millis(200);
+/// How long an incoming frame waits for room in the queue before its stream is refused.
+const ROOM_WAIT: Duration = Duration::from_millis(200);
+/// The leader answers a forwarded proposal once it is appended, which is at once.
+const FORWARD_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Maps what the TLS layer proved about a caller to its replica id. A caller that is no replica is refused.
+pub type Authorise = Arc<dyn Fn(&tonic::Extensions) -> Result<ReplicaId, Refusal> + Send + Sync>;
+
+/// The `Raft` service of this replica, for the lead's router. Only other replicas may reach it.
+pub fn service(cell: Cell, authorise: Authorise) -> RaftServer<RaftService> {
+    RaftServer::new(RaftService { cell, authorise })
+        .max_decoding_message_size(MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(MESSAGE_BYTES_MAX)
+}
+
+/// The driver's way out. Owned by its thread; one task per peer carries the frames.
+pub(super) struct Outbox {
+    from: ReplicaId,
+    incarnation: u64,
+    connections: Connections,
+    queue: Queue,
+    runtime: tokio::runtime::Handle,
+    peers: HashMap<u64, mpsc::Sender<RaftFrame>>,
+}
+
+impl Outbox {
+    pub(super) fn new(
+        from: ReplicaId,
+        incarnation: u64,
+        connections: Connections,
+        queue: Queue,
+        runtime: tokio::runtime::Handle,
+    ) -> Self {
+        Self { from, incarnation, connections, queue, runtime, peers: HashMap::new() }
+    }
+
+    /// Queues all messages, in order per peer. Never waits.
+    pub(super) fn send(&mut self, messages: Vec<Outgoing>, metrics: &Metrics) {
+        let mut by_peer: BTreeMap<u64, Vec<Outgoing>> = BTreeMap::new();
+        for message in messages {
+            by_peer.entry(message.to).or_default().push(message);
+        }
+        for (to, messages) in by_peer {
+            let snapshot = messages.iter().any(|m| m.snapshot);
+            let mut lost = false;
+            for part in frames(messages) {
+                let frame = RaftFrame { from: self.from.0, incarnation: self.incarnation, messages: part };
+                lost |= self.peer(to).try_send(frame).is_err();
+            }
+            if lost {
+                metrics.frame_dropped();
+                report(&self.queue, to, snapshot);
+            }
+        }
+    }
+
+    fn peer(&mut self, to: u64) -> &mpsc::Sender<RaftFrame> {
+        self.peers.entry(to).or_insert_with(|| {
+            let (sender, frames) = mpsc::channel(FRAMES_MAX);
+            let courier =
+                Courier { peer: ReplicaId(to), connections: self.connections.clone(), queue: self.queue.clone() };
+            // Ends when the outbox, and with it the sender, is dropped.
+            self.runtime.spawn(courier.run(frames));
+            sender
+        })
+    }
+}
+
+fn frames(messages: Vec<Outgoing>) -> Vec<Vec<Vec<u8>>> {
+    let (mut out, mut part, mut size) = (Vec::new(), Vec::new(), 0);
+    for message in messages {
+        if !part.is_empty() && (size + message.bytes.len() > FRAME_BYTES || part.len() == FRAME_MESSAGES_MAX) {
+            out.push(std::mem::take(&mut part));
+            size = 0;
+        }
+        size += message.bytes.len();
+        part.push(message.bytes);
+    }
+    if !part.is_empty() {
+        out.push(part);
+    }
+    out
+}
+
+fn report(queue: &Queue, peer: u64, snapshot: bool) {
+    // A full queue means that raft hears of the peer's silence by itself, later.
+    let _ = queue.push(Request::Core(Input::Unreachable(peer)));
+    if snapshot {
+        let _ = queue.push(Request::Core(Input::SnapshotFailed(peer)));
+    }
+}
+
+/// Carries frames to one peer.
+struct Courier {
+    peer: ReplicaId,
+    connections: Connections,
+    queue: Queue,
+}
+
+/// How a stream ended.
+enum Ended {
+    /// This replica stops.
+    Closed,
+    /// The peer or the way to it failed.
+    Broken(Refusal),
+}
+
+impl Courier {
+    async fn run(self, mut frames: mpsc::Receiver<RaftFrame>) {
+        let mut backoff = *BACKOFF.start();
+        while let Some(first) = frames.recv().await {
+            let started = tokio::time::Instant::now();
+            match self.stream(first, &mut frames).await {
+                Ended::Closed => return,
+                Ended::Broken(why) => {
+                    tracing::debug!(peer = %self.peer, reason = %why, "stream to replica ended");
+                    self.connections.forget(self.peer);
+                    // Whether a snapshot was among what got lost is not known here: raft ignores the report if not.
+                    report(&self.queue, self.peer.0, true);
+                }
+            }
+            backoff =
+                if started.elapsed() > *BACKOFF.end() { *BACKOFF.start() } else { (backoff * 2).min(*BACKOFF.end()) };
+            tokio::time::sleep(backoff).await;
+            // Stale by now, and raft sends again.
+            while frames.try_recv().is_ok() {}
+        }
+    }
+
+    async fn stream(&self, first: RaftFrame, frames: &mut mpsc::Receiver<RaftFrame>) -> Ended {
+        let channel = match self.connections.channel(self.peer).await {
+            Ok(channel) => channel,
+            Err(refusal) => return Ended::Broken(refusal),
+        };
+        let mut client = RaftClient::new(channel).max_encoding_message_size(MESSAGE_BYTES_MAX);
+        // One place: the queue that counts is the one before it.
+        let (sender, receiver) = mpsc::channel(1);
+        let call = client.exchange(ReceiverStream::new(receiver));
+        tokio::pin!(call);
+        let mut next = Some(first);
+        loop {
+            let Some(frame) = next.take() else { return Ended::Closed };
+            tokio::select! {
+                ended = &mut call => return broken(ended),
+                sent = sender.send(frame) => if sent.is_err() {
+                    return broken(call.await);
+                }
+            }
+            tokio::select! {
+                ended = &mut call => return broken(ended),
+                frame = frames.recv() => next = frame,
+            }
+        }
+    }
+}
+
+fn broken(ended: Result<Response<RaftAck>, Status>) -> Ended {
+    Ended::Broken(match ended {
+        Ok(_) => Refusal::new(Code::Unavailable, "a stream that stays open", "the replica ended it"),
+        Err(status) => from_status(&status),
+    })
+}
+
+/// Asks the leader to append `request`; the term in which it did.
+pub(super) async fn forward(
+    connections: &Connections,
+    leader: ReplicaId,
+    request: ProposeRequest,
+) -> Result<u64, Refusal> {
+    let channel = connections.channel(leader).await?;
+    let mut client = RaftClient::new(channel).max_encoding_message_size(MESSAGE_BYTES_MAX);
+    let refusal = match tokio::time::timeout(FORWARD_TIMEOUT, client.propose(request)).await {
+        Ok(Ok(answer)) => return Ok(answer.into_inner().term),
+        Ok(Err(status)) => {
+            let refusal = from_status(&status);
+            if status.metadata().is_empty() || refusal.code == Code::Unavailable {
+                connections.forget(leader);
+            }
+            refusal
+        }
+        Err(_) => {
+            connections.forget(leader);
+            Refusal::new(Code::Unavailable, "an answer from the leader", format!("replica {leader} is silent"))
+        }
+    };
+    Err(refusal)
+}
+
+/// A change as it travels.
+pub(super) fn change_to_wire(change: Change, version: u64) -> MemberChange {
+    let step = match change {
+        Change::AddLearner(id) => Step::AddLearner(id),
+        Change::Promote(id) => Step::Promote(id),
+        Change::Remove(id) => Step::Remove(id),
+    };
+    MemberChange { version, step: Some(step) }
+}
+
+fn change_from_wire(wire: &MemberChange) -> Result<Change, Refusal> {
+    match wire.step {
+        Some(Step::AddLearner(id)) => Ok(Change::AddLearner(id)),
+        Some(Step::Promote(id)) => Ok(Change::Promote(id)),
+        Some(Step::Remove(id)) => Ok(Change::Remove(id)),
+        None => Err(Refusal::new(Code::BadRequest, "a step of membership", "none")),
+    }
+}
+
+/// Serves other replicas.
+pub struct RaftService {
+    cell: Cell,
+    authorise: Authorise,
+}
+
+#[tonic::async_trait]
+impl raft_server::Raft for RaftService {
+    async fn exchange(&self, request: tonic::Request<Streaming<RaftFrame>>) -> Result<Response<RaftAck>, Status> {
+        let peer = (self.authorise)(request.extensions()).map_err(|r| to_status(&r))?;
+        let mut frames = request.into_inner();
+        while let Some(frame) = frames.message().await? {
+            let input = input_of(peer, frame).map_err(|r| to_status(&r))?;
+            self.take(input).await.map_err(|r| to_status(&r))?;
+        }
+        Ok(Response::new(RaftAck {}))
+    }
+
+    async fn propose(&self, request: tonic::Request<ProposeRequest>) -> Result<Response<ProposeResponse>, Status> {
+        (self.authorise)(request.extensions()).map_err(|r| to_status(&r))?;
+        let id = self.cell.status().id;
+        let term = self.append(request.into_inner()).await.map_err(|r| to_status(&r))?;
+        Ok(Response::new(ProposeResponse { leader: id.0, term }))
+    }
+}
+
+impl RaftService {
+    /// Waits a little for room: refusing a whole stream costs more than a moment of back-pressure.
+    async fn take(&self, mut input: (u64, u64, Vec<bytes::Bytes>)) -> Result<(), Refusal> {
+        let deadline = tokio::time::Instant::now() + ROOM_WAIT;
+        loop {
+            let (from, incarnation, messages) = (input.0, input.1, std::mem::take(&mut input.2));
+            let again = messages.clone();
+            match self.cell.queue().push(Request::Core(Input::Frame { from, incarnation, messages })) {
+                Ok(()) => return Ok(()),
+                Err(QueueError::Stopped) => return Err(self.cell.stopped()),
+                Err(QueueError::Full) if tokio::time::Instant::now() >= deadline => return Err(self.cell.busy()),
+                Err(QueueError::Full) => tokio::time::sleep(Duration::from_millis(2)).await,
+            }
+            input.2 = again;
+        }
+    }
+
+    async fn append(&self, request: ProposeRequest) -> Result<u64, Refusal> {
+        let (answer, outcome) = oneshot::channel();
+        let _permit = self.cell.permit()?;
+        let asked = match &request.change {
+            Some(wire) => Request::Change(change_from_wire(wire)?, wire.version, answer),
+            None => {
+                let entry = LogEntry::decode(&request.command)?;
+                if entry.client[..] != request.client[..] || entry.request[..] != request.request_id[..] {
+                    return Err(Refusal::new(Code::BadRequest, "the ids of the entry itself", "others"));
+                }
+                Request::Propose(entry, answer)
+            }
+        };
+        self.cell.push(asked)?;
+        match outcome.await {
+            Ok(Ok(term)) => Ok(term),
+            Ok(Err(rejected)) => Err(self.cell.refusal_of(rejected)),
+            Err(_) => Err(self.cell.stopped()),
+        }
+    }
+}
+
+fn input_of(peer: ReplicaId, frame: RaftFrame) -> Result<(u64, u64, Vec<bytes::Bytes>), Refusal> {
+    if frame.from != peer.0 {
+        let found = format!("replica {} in a frame of replica {peer}", frame.from);
+        return Err(Refusal::new(Code::PermissionDenied, "frames of the caller itself", found));
+    }
+    if frame.messages.len() > FRAME_MESSAGES_MAX {
+        let found = frame.messages.len().to_string();
+        return Err(Refusal::new(Code::BadRequest, format!("at most {FRAME_MESSAGES_MAX} messages in a frame"), found));
+    }
+    Ok((frame.from, frame.incarnation, frame.messages.into_iter().map(bytes::Bytes::from).collect()))
+}
+
+/// What the core's answer means to a caller.
+pub(super) fn refusal_of(rejected: Rejected, id: ReplicaId) -> Refusal {
+    match rejected {
+        Rejected::NotLeader(leader) => {
+            let found = match leader {
+                Some(leader) => format!("replica {id}, which follows replica {leader}"),
+                None => format!("replica {id}, which knows no leader"),
+            };
+            Refusal::new(Code::Unavailable, "the leader", found)
+        }
+        Rejected::Busy => Refusal::new(Code::Busy, "room for a proposal", "too much that is not committed yet"),
+        Rejected::Stale => Refusal::new(Code::StaleRevision, "the membership it was asked on", "another one"),
+        Rejected::Behind(lag) => {
+            Refusal::new(Code::Unavailable, "a learner that has caught up", format!("{lag} entries to go"))
+        }
+        Rejected::Malformed | Rejected::OldIncarnation => {
+            Refusal::new(Code::BadRequest, "something raft can take", "something else")
+        }
+    }
+}

@@ -1,0 +1,493 @@
+//! The Raft log and hard state on raft-engine: one synced write per batch, verified whole at every open.
+
+use super::mark::{MarkFile, Position};
+use super::{FlushReceipt, Membership, StoreError, caught, io, sync_dir};
+use raft::eraftpb::{ConfState, Entry, HardState, Snapshot};
+use raft::{GetEntriesContext, RaftState, Storage, StorageError};
+use raft_engine::{Command, Config, Engine, LogBatch, MessageExt, ReadableSize, RecoveryMode};
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// raft-engine holds many groups; a replica has one.
+const GROUP: u64 = 1;
+const REPLICA: &[u8] = b"replica";
+const INCARNATION: &[u8] = b"incarnation";
+const HARD: &[u8] = b"hard";
+const BASE: &[u8] = b"base";
+/// Entries kept in memory, so that what was just appended is replicated and applied without reading the disk.
+const RECENT_ENTRIES: usize = 4096;
+/// As above, by size.
+const RECENT_BYTES: usize = 8 * 1024 * 1024;
+
+struct Codec;
+impl MessageExt for Codec {
+    type Entry = Entry;
+    fn index(e: &Entry) -> u64 {
+        e.index
+    }
+}
+
+/// What must be on disk before the messages of its batch leave.
+#[derive(Debug, Default)]
+pub struct Batch {
+    /// Rising number; the receipt names it.
+    pub number: u64,
+    /// To append; they replace what is at or after the first of them.
+    pub entries: Vec<Entry>,
+    /// Term, vote and commit, if any changed.
+    pub hard_state: Option<HardState>,
+    /// False only where nothing but the commit index changed.
+    pub must_sync: bool,
+}
+
+/// The log ends at least here: index and term of the last entry that was compacted away or replaced by a snapshot.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Base {
+    /// Index.
+    pub index: u64,
+    /// Term there.
+    pub term: u64,
+}
+
+/// How long syncs took, for the metrics page.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SyncTime {
+    /// How many.
+    pub count: u64,
+    /// Together.
+    pub total: Duration,
+}
+
+/// The log, open. Owned by the driver thread; [`Storage`] is how raft-rs reads it.
+pub struct LogStore {
+    engine: Engine,
+    mark: MarkFile,
+    incarnation: u64,
+    hard: HardState,
+    membership: Membership,
+    base: Base,
+    last: Base,
+    /// First index of each run of equal terms.
+    terms: VecDeque<Base>,
+    recent: VecDeque<Entry>,
+    recent_bytes: usize,
+    sync_time: SyncTime,
+    offer: RefCell<Option<Snapshot>>,
+    wanted: Cell<bool>,
+}
+
+impl LogStore {
+    /// Creates the log of `replica`, empty. Refuses where there is one.
+    pub fn create(data_dir: &Path, replica: u64) -> Result<(), StoreError> {
+        let dir = data_dir.join("log");
+        if dir.exists() {
+            return Err(StoreError::Exists(data_dir.to_owned()));
+        }
+        std::fs::create_dir_all(data_dir).map_err(io("creating folder", data_dir))?;
+        // Built beside and renamed, so that a half-made store is never taken for one.
+        let (temp, mark) = (data_dir.join("log.new"), data_dir.join("log.mark"));
+        for stale in [&temp, &mark] {
+            if stale.is_dir() {
+                std::fs::remove_dir_all(stale).map_err(io("removing folder", stale))?;
+            } else if stale.exists() {
+                std::fs::remove_file(stale).map_err(io("removing file", stale))?;
+            }
+        }
+        let engine = open_engine(&temp)?;
+        let mut batch = LogBatch::default();
+        put_u64(&mut batch, REPLICA, replica)?;
+        put_u64(&mut batch, INCARNATION, 0)?;
+        engine.write(&mut batch, true).map_err(engine_error("writing the new log"))?;
+        drop(engine);
+        MarkFile::create(&mark)?;
+        sync_dir(&temp)?;
+        std::fs::rename(&temp, &dir).map_err(io("renaming the new log", &dir))?;
+        sync_dir(data_dir)
+    }
+
+    /// Opens and verifies every record. The incarnation rises by one, durably, before this returns.
+    pub fn open(data_dir: &Path, replica: u64) -> Result<Self, StoreError> {
+        let dir = data_dir.join("log");
+        if !dir.is_dir() {
+            return Err(StoreError::Missing(data_dir.to_owned()));
+        }
+        let (mark, position) = MarkFile::open(&data_dir.join("log.mark"))?;
+        let engine = caught("the log", || open_engine(&dir))?;
+        let mut store = caught("the log", move || Self::read(engine, mark, replica))?;
+        if !store.position().covers(&position) {
+            let found = format!("the log ends at {:?}, but {position:?} was synced", store.position());
+            return Err(StoreError::damaged("the log", found));
+        }
+        store.incarnation += 1;
+        let mut batch = LogBatch::default();
+        put_u64(&mut batch, INCARNATION, store.incarnation)?;
+        store.write(&mut batch, true)?;
+        Ok(store)
+    }
+
+    fn read(engine: Engine, mark: MarkFile, replica: u64) -> Result<Self, StoreError> {
+        let found = get_u64(&engine, REPLICA)?.ok_or_else(|| StoreError::damaged("the log", "no replica number"))?;
+        if found != replica {
+            return Err(StoreError::OtherReplica { expected: replica, found });
+        }
+        let incarnation =
+            get_u64(&engine, INCARNATION)?.ok_or_else(|| StoreError::damaged("the log", "no incarnation"))?;
+        let hard = engine.get_message(GROUP, HARD).map_err(engine_error("reading the hard state"))?.unwrap_or_default();
+        let base = match engine.get(GROUP, BASE) {
+            Some(bytes) => Base::decode(&bytes)?,
+            None => Base::default(),
+        };
+        let mut store = Self {
+            engine,
+            mark,
+            incarnation,
+            hard,
+            membership: Membership::default(),
+            base,
+            last: base,
+            terms: VecDeque::new(),
+            recent: VecDeque::new(),
+            recent_bytes: 0,
+            sync_time: SyncTime::default(),
+            offer: RefCell::new(None),
+            wanted: Cell::new(false),
+        };
+        store.verify()?;
+        Ok(store)
+    }
+
+    /// Reads every entry: checksums, no gap, terms that never fall, a commit index that the log holds.
+    fn verify(&mut self) -> Result<(), StoreError> {
+        let bad = |found: String| StoreError::damaged("the log", found);
+        if let (Some(first), Some(last)) = (self.engine.first_index(GROUP), self.engine.last_index(GROUP))
+            && last > self.base.index
+        {
+            if first > self.base.index + 1 {
+                return Err(bad(format!("entries {} to {} are missing", self.base.index + 1, first - 1)));
+            }
+            let mut next = self.base.index + 1;
+            while next <= last {
+                let mut part = Vec::new();
+                let end = (next + 1024).min(last + 1);
+                self.engine
+                    .fetch_entries_to::<Codec>(GROUP, next, end, None, &mut part)
+                    .map_err(|e| bad(format!("entries {next} to {end}: {e}")))?;
+                for entry in part {
+                    if entry.index != next || entry.term < self.last.term {
+                        return Err(bad(format!("entry {} of term {} at {next}", entry.index, entry.term)));
+                    }
+                    self.remember(entry);
+                    next += 1;
+                }
+            }
+        }
+        if self.hard.commit > self.last.index {
+            return Err(bad(format!("entry {} was committed, the log ends at {}", self.hard.commit, self.last.index)));
+        }
+        if self.hard.term < self.last.term {
+            return Err(bad(format!("an entry of term {} in term {}", self.last.term, self.hard.term)));
+        }
+        Ok(())
+    }
+
+    /// How often this store was opened; a peer drops frames of an older one.
+    pub fn incarnation(&self) -> u64 {
+        self.incarnation
+    }
+    /// Where the log begins.
+    pub fn base(&self) -> Base {
+        self.base
+    }
+    /// Last index and its term.
+    pub fn last(&self) -> Base {
+        self.last
+    }
+    /// Syncs so far.
+    pub fn sync_time(&self) -> SyncTime {
+        self.sync_time
+    }
+    /// The term at `index`, if the log still knows it.
+    pub fn term_at(&self, index: u64) -> Option<u64> {
+        if index == self.base.index {
+            return Some(self.base.term);
+        }
+        if index < self.base.index || index > self.last.index {
+            return None;
+        }
+        let run = self.terms.partition_point(|run| run.index <= index);
+        run.checked_sub(1).and_then(|at| self.terms.get(at)).map(|run| run.term)
+    }
+    /// What raft starts from; set once, before the node is made. What was applied had been committed, also where the
+    /// commit index on disk lags (it is not synced on its own).
+    pub fn start_from(&mut self, applied: u64, membership: Membership) {
+        self.membership = membership;
+        self.hard.commit = self.hard.commit.max(applied);
+    }
+
+    /// Appends and syncs. The receipt opens the messages that waited. An error leaves the log in doubt: the caller must
+    /// stop the process, never retry (the kernel may have dropped the pages).
+    pub fn persist(&mut self, work: Batch) -> Result<FlushReceipt, StoreError> {
+        let mut batch = LogBatch::default();
+        if !work.entries.is_empty() {
+            batch.add_entries::<Codec>(GROUP, &work.entries).map_err(engine_error("encoding entries"))?;
+        }
+        if let Some(hard) = &work.hard_state {
+            batch.put_message(GROUP, HARD.to_vec(), hard).map_err(engine_error("encoding the hard state"))?;
+        }
+        if !batch.is_empty() {
+            self.write(&mut batch, work.must_sync)?;
+        }
+        if let Some(hard) = work.hard_state {
+            self.hard = hard;
+        }
+        if let Some(first) = work.entries.first() {
+            self.forget_from(first.index);
+        }
+        for entry in work.entries {
+            self.remember(entry);
+        }
+        if work.must_sync {
+            self.write_mark()?;
+        }
+        Ok(FlushReceipt::of(work.number))
+    }
+
+    /// Throws the log away and begins it after a snapshot that is on disk already.
+    pub fn install(&mut self, base: Base) -> Result<(), StoreError> {
+        let mut hard = self.hard.clone();
+        hard.commit = hard.commit.max(base.index);
+        if hard.term < base.term {
+            // No vote was ever given in a term that this store had not written down.
+            hard.term = base.term;
+            hard.vote = 0;
+        }
+        let replica = get_u64(&self.engine, REPLICA)?.unwrap_or_default();
+        let mut batch = LogBatch::default();
+        batch.add_command(GROUP, Command::Clean);
+        put_u64(&mut batch, REPLICA, replica)?;
+        put_u64(&mut batch, INCARNATION, self.incarnation)?;
+        put(&mut batch, BASE, base.encode())?;
+        batch.put_message(GROUP, HARD.to_vec(), &hard).map_err(engine_error("encoding the hard state"))?;
+        self.write(&mut batch, true)?;
+        self.hard = hard;
+        self.forget_from(0);
+        self.terms.clear();
+        (self.base, self.last) = (base, base);
+        self.write_mark()
+    }
+
+    /// Drops entries up to and with `index`; a snapshot at or after it must be on disk.
+    pub fn compact(&mut self, index: u64) -> Result<(), StoreError> {
+        if index <= self.base.index || index > self.last.index {
+            return Ok(());
+        }
+        let term = self.term_at(index).unwrap_or_default();
+        let base = Base { index, term };
+        let mut batch = LogBatch::default();
+        put(&mut batch, BASE, base.encode())?;
+        batch.add_command(GROUP, Command::Compact { index: index + 1 });
+        self.write(&mut batch, true)?;
+        self.base = base;
+        while self.recent.front().is_some_and(|e| e.index <= index) {
+            self.drop_oldest();
+        }
+        while self.terms.get(1).is_some_and(|run| run.index <= index + 1) {
+            self.terms.pop_front();
+        }
+        self.engine.purge_expired_files().map(drop).map_err(engine_error("purging log files"))
+    }
+
+    /// A snapshot for followers that need one, until [`LogStore::withdraw`].
+    pub fn offer(&self, snapshot: Snapshot) {
+        self.wanted.set(false);
+        *self.offer.borrow_mut() = Some(snapshot);
+    }
+    /// Frees the offered snapshot.
+    pub fn withdraw(&self) {
+        *self.offer.borrow_mut() = None;
+    }
+    /// Whether raft asked for a snapshot that is not there; asking clears it.
+    pub fn snapshot_wanted(&self) -> bool {
+        self.wanted.take()
+    }
+
+    fn write(&mut self, batch: &mut LogBatch, sync: bool) -> Result<(), StoreError> {
+        let start = Instant::now();
+        self.engine.write(batch, sync).map_err(engine_error("writing the log"))?;
+        if sync {
+            self.sync_time.count += 1;
+            self.sync_time.total += start.elapsed();
+        }
+        Ok(())
+    }
+
+    fn position(&self) -> Position {
+        Position { term: self.hard.term, vote: self.hard.vote, last_term: self.last.term, last_index: self.last.index }
+    }
+
+    fn write_mark(&self) -> Result<(), StoreError> {
+        self.mark.write(&self.position()).map_err(|source| StoreError::Io {
+            what: "writing mark",
+            path: "log.mark".into(),
+            source,
+        })
+    }
+
+    fn remember(&mut self, entry: Entry) {
+        if self.terms.back().is_none_or(|run| run.term != entry.term) {
+            self.terms.push_back(Base { index: entry.index, term: entry.term });
+        }
+        self.last = Base { index: entry.index, term: entry.term };
+        self.recent_bytes += entry.data.len();
+        self.recent.push_back(entry);
+        while self.recent.len() > RECENT_ENTRIES || self.recent_bytes > RECENT_BYTES {
+            self.drop_oldest();
+        }
+    }
+
+    fn drop_oldest(&mut self) {
+        if let Some(old) = self.recent.pop_front() {
+            self.recent_bytes = self.recent_bytes.saturating_sub(old.data.len());
+        }
+    }
+
+    fn forget_from(&mut self, index: u64) {
+        while self.recent.back().is_some_and(|e| e.index >= index) {
+            if let Some(old) = self.recent.pop_back() {
+                self.recent_bytes = self.recent_bytes.saturating_sub(old.data.len());
+            }
+        }
+        while self.terms.back().is_some_and(|run| run.index >= index) {
+            self.terms.pop_back();
+        }
+    }
+}
+
+impl Storage for LogStore {
+    fn initial_state(&self) -> raft::Result<RaftState> {
+        let conf: ConfState = self.membership.conf_state();
+        Ok(RaftState { hard_state: self.hard.clone(), conf_state: conf })
+    }
+
+    fn entries(
+        &self,
+        low: u64,
+        high: u64,
+        max_size: impl Into<Option<u64>>,
+        _context: GetEntriesContext,
+    ) -> raft::Result<Vec<Entry>> {
+        if low <= self.base.index {
+            return Err(raft::Error::Store(StorageError::Compacted));
+        }
+        if high > self.last.index + 1 {
+            return Err(raft::Error::Store(StorageError::Unavailable));
+        }
+        let max_size = max_size.into();
+        let mut out = match self.recent.front() {
+            Some(front) if front.index <= low => {
+                let from = (low - front.index) as usize;
+                self.recent.iter().skip(from).take((high - low) as usize).cloned().collect()
+            }
+            _ => {
+                let mut out = Vec::new();
+                self.engine
+                    .fetch_entries_to::<Codec>(GROUP, low, high, max_size.map(|m| m as usize), &mut out)
+                    .map_err(|e| raft::Error::Store(StorageError::Other(e.into())))?;
+                out
+            }
+        };
+        raft::util::limit_size(&mut out, max_size);
+        Ok(out)
+    }
+
+    fn term(&self, index: u64) -> raft::Result<u64> {
+        let missing = if index < self.base.index { StorageError::Compacted } else { StorageError::Unavailable };
+        self.term_at(index).ok_or(raft::Error::Store(missing))
+    }
+
+    fn first_index(&self) -> raft::Result<u64> {
+        Ok(self.base.index + 1)
+    }
+
+    fn last_index(&self) -> raft::Result<u64> {
+        Ok(self.last.index)
+    }
+
+    fn snapshot(&self, request_index: u64, to: u64) -> raft::Result<Snapshot> {
+        let usable = self
+            .offer
+            .borrow()
+            .as_ref()
+            .filter(|s| {
+                let meta = s.get_metadata();
+                let conf = meta.get_conf_state();
+                // A receiver drops a snapshot whose members do not include it; entries after it must still be here.
+                meta.index >= request_index
+                    && meta.index >= self.base.index
+                    && (conf.voters.contains(&to) || conf.learners.contains(&to))
+            })
+            .cloned();
+        usable.ok_or_else(|| {
+            self.wanted.set(true);
+            raft::Error::Store(StorageError::SnapshotTemporarilyUnavailable)
+        })
+    }
+}
+
+impl Base {
+    fn encode(self) -> Vec<u8> {
+        let mut out = self.index.to_le_bytes().to_vec();
+        out.extend(self.term.to_le_bytes());
+        out
+    }
+    fn decode(bytes: &[u8]) -> Result<Self, StoreError> {
+        let bad = || StoreError::damaged("the log", "a base that is not two numbers");
+        let (index, rest) = bytes.split_first_chunk::<8>().ok_or_else(bad)?;
+        let term = <[u8; 8]>::try_from(rest).map_err(|_| bad())?;
+        Ok(Self { index: u64::from_le_bytes(*index), term: u64::from_le_bytes(term) })
+    }
+}
+
+fn open_engine(dir: &Path) -> Result<Engine, StoreError> {
+    let config = Config {
+        dir: dir.to_string_lossy().into_owned(),
+        // A torn last record is cut; that nothing synced went with it is what the mark is for.
+        recovery_mode: RecoveryMode::TolerateTailCorruption,
+        // One: the machines of several threads merge across a gap that a snapshot left only by luck.
+        recovery_threads: 1,
+        target_file_size: ReadableSize::mb(16),
+        purge_threshold: ReadableSize::mb(64),
+        ..Config::default()
+    };
+    Engine::open(config).map_err(|e| match e {
+        raft_engine::Error::Io(_) => engine_error("opening the log")(e),
+        other => StoreError::damaged("the log", other.to_string()),
+    })
+}
+
+fn engine_error(what: &'static str) -> impl Fn(raft_engine::Error) -> StoreError {
+    move |e| StoreError::Engine { what, source: Box::new(e) }
+}
+
+fn put(batch: &mut LogBatch, key: &[u8], value: Vec<u8>) -> Result<(), StoreError> {
+    batch.put(GROUP, key.to_vec(), value).map_err(engine_error("encoding a value"))
+}
+
+fn put_u64(batch: &mut LogBatch, key: &[u8], value: u64) -> Result<(), StoreError> {
+    put(batch, key, value.to_le_bytes().to_vec())
+}
+
+fn get_u64(engine: &Engine, key: &[u8]) -> Result<Option<u64>, StoreError> {
+    match engine.get(GROUP, key) {
+        Some(bytes) => <[u8; 8]>::try_from(bytes.as_slice())
+            .map(|b| Some(u64::from_le_bytes(b)))
+            .map_err(|_| StoreError::damaged("the log", "a number of another length")),
+        None => Ok(None),
+    }
+}
+
+#[cfg(test)]
+#[path = "log_tests.rs"]
+mod tests;

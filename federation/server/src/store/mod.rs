@@ -1,0 +1,105 @@
+//! What a replica keeps on disk: the Raft log (synced, never lost silently), the snapshot file (checksummed), and the
+//! tables (rebuildable, never trusted).
+//!
+//! The log and the snapshot are the truth. Damage to the log is found at open and named; it is never served and never
+//! voted with (I14). Damage to the tables costs a rebuild and nothing else.
+
+mod flush;
+pub mod log;
+mod mark;
+pub mod membership;
+pub mod snapshot;
+pub mod tables;
+
+pub use flush::{AfterFlush, FlushReceipt};
+pub use membership::{Change, Membership};
+
+use std::path::{Path, PathBuf};
+
+/// Why a store does not open or does not write.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// Nothing was ever founded or joined here.
+    #[error("no store in {0}: run init or join first")]
+    Missing(PathBuf),
+    /// There is a store already.
+    #[error(
+        "there is a store in {0} already: a replica that lost its data must be removed and join under a new number"
+    )]
+    Exists(PathBuf),
+    /// Durable data fails its checksums or contradicts itself. The replica must not serve and must not vote (I14).
+    #[error("store damaged: {what}: {found}; restore it, or remove this replica from the cell and join it anew")]
+    Damaged {
+        /// Which part.
+        what: &'static str,
+        /// What was seen.
+        found: String,
+    },
+    /// The folder belongs to another replica.
+    #[error("the store is of replica {found}, not {expected}")]
+    OtherReplica {
+        /// As configured.
+        expected: u64,
+        /// As stored.
+        found: u64,
+    },
+    /// The file system said no.
+    #[error("{what} {path}")]
+    Io {
+        /// The operation.
+        what: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The log engine said no.
+    #[error("{what}")]
+    Engine {
+        /// The operation.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: Box<raft_engine::Error>,
+    },
+    /// The table store said no.
+    #[error("{what}")]
+    Tables {
+        /// The operation.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: Box<sled::Error>,
+    },
+}
+
+impl StoreError {
+    pub(crate) fn damaged(what: &'static str, found: impl Into<String>) -> Self {
+        Self::Damaged { what, found: found.into() }
+    }
+}
+
+pub(crate) fn io<'a>(what: &'static str, path: &'a Path) -> impl FnOnce(std::io::Error) -> StoreError + use<'a> {
+    move |source| StoreError::Io { what, path: path.to_owned(), source }
+}
+
+/// Runs `open` of an engine that panics on damaged bytes, and names the panic instead.
+pub(crate) fn caught<T>(what: &'static str, open: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreError> {
+    match std::panic::catch_unwind(std::panic::AssertUnwindSafe(open)) {
+        Ok(done) => done,
+        Err(panic) => {
+            let text = panic
+                .downcast_ref::<String>()
+                .cloned()
+                .or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned()))
+                .unwrap_or_else(|| "a panic without text".to_owned());
+            Err(StoreError::damaged(what, text))
+        }
+    }
+}
+
+/// Makes a rename or a new file in `dir` survive power loss.
+pub(crate) fn sync_dir(dir: &Path) -> Result<(), StoreError> {
+    std::fs::File::open(dir).and_then(|d| d.sync_all()).map_err(io("syncing folder", dir))
+}

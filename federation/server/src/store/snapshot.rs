@@ -1,0 +1,181 @@
+//! The snapshot file: the whole state as sorted rows in checksummed chunks. Raft ships the very same bytes.
+//!
+//! Layout: magic, framed header, framed chunks. A frame is length (u32 LE), CRC32 (u32 LE), postcard bytes.
+
+use super::{Membership, StoreError, io, sync_dir};
+use ambit_state::TableWrite;
+use serde::{Deserialize, Serialize};
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+const MAGIC: &[u8; 8] = b"AMBSNP01";
+/// A chunk ends once it holds this much: small enough that one bad sector names its place.
+const CHUNK_BYTES: usize = 256 * 1024;
+/// A larger state is refused: it would not fit a Raft message (bound of the transport) nor a replica's memory goal.
+pub const SNAPSHOT_BYTES_MAX: usize = 128 * 1024 * 1024;
+
+/// What a snapshot is of.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Header {
+    /// Applied index.
+    pub index: u64,
+    /// Term of the entry there.
+    pub term: u64,
+    /// The cell's members there.
+    pub membership: Membership,
+    /// `State::digest` there.
+    pub digest: [u8; 32],
+    /// Chunks that follow.
+    pub chunks: u32,
+}
+
+/// A snapshot, parsed: every checksum held.
+#[derive(Debug)]
+pub struct Snapshot {
+    /// Of what.
+    pub header: Header,
+    /// The rows, sorted.
+    pub rows: Vec<TableWrite>,
+}
+
+type Row = (u8, Vec<u8>, Vec<u8>);
+
+/// The bytes of a snapshot. `header.chunks` is filled in here. Rows without a value are left out: a snapshot has no deletions.
+pub fn encode(mut header: Header, rows: Vec<TableWrite>) -> Result<Vec<u8>, StoreError> {
+    let (mut chunks, mut chunk, mut size) = (Vec::new(), Vec::<Row>::new(), 0);
+    for row in rows {
+        let Some(value) = row.value else { continue };
+        size += row.key.len() + value.len();
+        chunk.push((row.table, row.key, value));
+        if size >= CHUNK_BYTES {
+            chunks.push(std::mem::take(&mut chunk));
+            size = 0;
+        }
+    }
+    if !chunk.is_empty() {
+        chunks.push(chunk);
+    }
+    header.chunks = chunks.len().try_into().unwrap_or(u32::MAX);
+    let mut out = MAGIC.to_vec();
+    frame(&mut out, &header)?;
+    for chunk in &chunks {
+        frame(&mut out, chunk)?;
+    }
+    if out.len() > SNAPSHOT_BYTES_MAX {
+        return Err(StoreError::damaged("a snapshot to write", format!("{} bytes, above the bound", out.len())));
+    }
+    Ok(out)
+}
+
+/// Strict: magic, every length, every checksum, the number of chunks, no trailing bytes.
+pub fn decode(bytes: &[u8]) -> Result<Snapshot, StoreError> {
+    let bad = |found: &str| StoreError::damaged("the snapshot", found);
+    let mut rest = bytes.strip_prefix(MAGIC).ok_or_else(|| bad("another magic"))?;
+    let header: Header = unframe(&mut rest)?;
+    let mut rows = Vec::new();
+    for _ in 0..header.chunks {
+        let chunk: Vec<Row> = unframe(&mut rest)?;
+        rows.extend(chunk.into_iter().map(|(table, key, value)| TableWrite { table, key, value: Some(value) }));
+    }
+    if rest.is_empty() { Ok(Snapshot { header, rows }) } else { Err(bad("trailing bytes")) }
+}
+
+fn frame<T: Serialize>(out: &mut Vec<u8>, value: &T) -> Result<(), StoreError> {
+    let body = postcard::to_stdvec(value).map_err(|e| StoreError::damaged("a snapshot to write", e.to_string()))?;
+    let len = u32::try_from(body.len()).map_err(|e| StoreError::damaged("a snapshot to write", e.to_string()))?;
+    out.extend(len.to_le_bytes());
+    out.extend(crc32fast::hash(&body).to_le_bytes());
+    out.extend(body);
+    Ok(())
+}
+
+fn unframe<T: for<'a> Deserialize<'a>>(rest: &mut &[u8]) -> Result<T, StoreError> {
+    let bad = |found: &str| StoreError::damaged("the snapshot", found);
+    let (len, after) = rest.split_first_chunk::<4>().ok_or_else(|| bad("a frame cut short"))?;
+    let (crc, after) = after.split_first_chunk::<4>().ok_or_else(|| bad("a frame cut short"))?;
+    let len = u32::from_le_bytes(*len) as usize;
+    let body = after.get(..len).ok_or_else(|| bad("a frame cut short"))?;
+    if crc32fast::hash(body) != u32::from_le_bytes(*crc) {
+        return Err(bad("a checksum that fails"));
+    }
+    *rest = after.get(len..).unwrap_or_default();
+    match postcard::take_from_bytes(body) {
+        Ok((value, [])) => Ok(value),
+        Ok(_) => Err(bad("trailing bytes in a frame")),
+        Err(e) => Err(bad(&e.to_string())),
+    }
+}
+
+/// The folder that holds the newest snapshot.
+#[derive(Debug)]
+pub struct SnapshotDir {
+    dir: PathBuf,
+}
+
+impl SnapshotDir {
+    /// Makes the folder where it is missing.
+    pub fn open(data_dir: &Path) -> Result<Self, StoreError> {
+        let dir = data_dir.join("snapshot");
+        fs::create_dir_all(&dir).map_err(io("creating folder", &dir))?;
+        Ok(Self { dir })
+    }
+
+    /// The newest snapshot; none where none was ever written. Damage is an error, never a shorter state.
+    pub fn load(&self) -> Result<Option<Snapshot>, StoreError> {
+        let path = self.current();
+        match fs::read(&path) {
+            Ok(bytes) => decode(&bytes).map(Some),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(source) => Err(StoreError::Io { what: "reading snapshot", path, source }),
+        }
+    }
+
+    /// Replaces the snapshot in one step: temporary file, sync, rename, sync of the folder.
+    pub fn write(&self, bytes: &[u8]) -> Result<(), StoreError> {
+        let (temp, path) = (self.dir.join("next.tmp"), self.current());
+        let mut file = fs::File::create(&temp).map_err(io("creating snapshot", &temp))?;
+        file.write_all(bytes).map_err(io("writing snapshot", &temp))?;
+        file.sync_all().map_err(io("syncing snapshot", &temp))?;
+        fs::rename(&temp, &path).map_err(io("renaming snapshot", &path))?;
+        sync_dir(&self.dir)
+    }
+
+    fn current(&self) -> PathBuf {
+        self.dir.join("current.snapshot")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample() -> Vec<u8> {
+        let rows = (0..3000u32)
+            .map(|n| TableWrite { table: (n % 7) as u8, key: n.to_be_bytes().to_vec(), value: Some(vec![7; 200]) })
+            .collect();
+        let header = Header { index: 9, term: 2, membership: Membership::of_founder(1), digest: [5; 32], chunks: 0 };
+        encode(header, rows).unwrap()
+    }
+
+    #[test]
+    fn a_snapshot_comes_back_whole() {
+        let parsed = decode(&sample()).unwrap();
+        assert_eq!((parsed.header.index, parsed.header.term, parsed.rows.len()), (9, 2, 3000));
+        assert!(parsed.header.chunks > 1);
+    }
+
+    #[test]
+    fn any_flipped_byte_and_any_cut_is_noticed() {
+        let good = sample();
+        for at in (0..good.len()).step_by(4099) {
+            let mut bad = good.clone();
+            bad[at] ^= 0x10;
+            assert!(decode(&bad).is_err(), "flip at {at}");
+            assert!(decode(&good[..at]).is_err(), "cut at {at}");
+        }
+        let mut longer = good;
+        longer.push(0);
+        assert!(decode(&longer).is_err());
+    }
+}
