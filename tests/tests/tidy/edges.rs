@@ -75,7 +75,6 @@ const ACTS: &[&str] = &[
     "sled",
     "socket2",
     "tempfile",
-   
     "tokio",
     "tokio-rustls",
     "tokio-stream",

@@ -4,7 +4,10 @@ use ambit_tests::{files, root, text};
 use std::collections::BTreeSet;
 
 /// Files that allow `unsafe`, each with its reason. The lint denies it everywhere else.
-const UNSAFE: &[(&str, &str)] = &[];
+const UNSAFE: &[(&str, &str)] = &[
+    ("deploy/lab/src/process.rs", "a child enters its namespace and cgroup between fork and exec"),
+    ("ebpf/src/sys.rs", "system calls that neither std nor libbpf-rs has"),
+];
 
 #[test]
 fn unsafe_is_only_in_files_of_the_list() {
@@ -75,6 +78,16 @@ fn every_crate_is_on_the_map() {
         let folder = member.as_str().unwrap();
         assert!(map.contains(&format!("`{folder}`")), "ARCHITECTURE.md: `{folder}` is not on the map");
     }
+}
+
+#[test]
+fn every_dependency_is_told() {
+    let told = text("ARCHITECTURE.md").unwrap();
+    let workspace: toml::Table = text("Cargo.toml").unwrap().parse().unwrap();
+    let all = workspace["workspace"]["dependencies"].as_table().unwrap().keys();
+    let untold: Vec<_> =
+        all.filter(|name| !name.starts_with("ambit-")).filter(|name| !told.contains(&format!("`{name}`"))).collect();
+    assert!(untold.is_empty(), "ARCHITECTURE.md, Dependencies: say why we need {untold:?}");
 }
 
 #[test]
