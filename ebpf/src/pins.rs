@@ -90,7 +90,7 @@ impl Pins {
         let pods = dir.join("pods");
         let pod_links = children(&pods)?.into_iter().map(|pod| pods.join(pod).join("link"));
         let mesh_links = LINKS.iter().map(|(_, name, _)| dir.join("links").join(name));
-        for link in pod_links.chain(mesh_links) {
+        for link in pod_links.chain(mesh_links).filter(|path| path.exists()) {
             // Removing the pin detaches too, but only once nobody else holds the link.
             if let Ok(link) = Link::open(&link) {
                 drop(link.detach());

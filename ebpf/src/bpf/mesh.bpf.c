@@ -19,12 +19,13 @@ struct {
 } workloads SEC(".maps");
 
 /* Two generations of each table; config[CONFIG_GENERATION] says which is in force. The agent fills fresh inner maps,
- * puts them into the idle slots, then flips the one number: no program ever mixes two sets. */
+ * puts them into the idle slots, then flips the one number: no program ever mixes two sets. (Sizes, not types: clang
+ * keeps no type that only an inner map names.) */
 struct verdict_table {
 	MAP_INT(type, BPF_MAP_TYPE_HASH);
 	MAP_INT(max_entries, 1);
-	MAP_TYPE(key, struct verdict_key);
-	MAP_TYPE(value, struct verdict);
+	MAP_INT(key_size, sizeof(struct verdict_key));
+	MAP_INT(value_size, sizeof(struct verdict));
 };
 struct {
 	MAP_INT(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
@@ -36,8 +37,8 @@ struct {
 struct endpoint_table {
 	MAP_INT(type, BPF_MAP_TYPE_HASH);
 	MAP_INT(max_entries, 1);
-	MAP_TYPE(key, u32);   /* address */
-	MAP_TYPE(value, u32); /* identity */
+	MAP_INT(key_size, sizeof(u32));   /* address */
+	MAP_INT(value_size, sizeof(u32)); /* identity */
 };
 struct {
 	MAP_INT(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
@@ -49,8 +50,8 @@ struct {
 struct service_table {
 	MAP_INT(type, BPF_MAP_TYPE_HASH);
 	MAP_INT(max_entries, 1);
-	MAP_TYPE(key, struct service_key);
-	MAP_TYPE(value, struct service);
+	MAP_INT(key_size, sizeof(struct service_key));
+	MAP_INT(value_size, sizeof(struct service));
 };
 struct {
 	MAP_INT(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
