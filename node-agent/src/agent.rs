@@ -1,0 +1,234 @@
+//! Puts the components together and runs them. What one of them knows, the others learn over `watch` channels only.
+
+use crate::attester::Attester;
+use crate::backoff::random;
+use crate::clock::Clock;
+use crate::config::Config;
+use crate::control::{self, Control};
+use crate::enrol::{self, Enrolled, NotEnrolled};
+use crate::health::Health;
+use crate::inbound::Inbound;
+use crate::issued::Issued;
+use crate::kernel::{KernelHandle, LEASE_EVERY};
+use crate::metrics::METRICS;
+use crate::netns::NetnsThread;
+use crate::outbound::Outbound;
+use crate::session::{self, Session};
+use crate::svids::{self, Issuance};
+use crate::workload_api::WorkloadApi;
+use crate::{hbone, telemetry};
+use ambit_identity::{SharedTrust, Trust, TrustStore};
+use ambit_model::{Code, Refusal};
+use ambit_transport::{Dialer, Identity};
+use std::future::Future;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::watch;
+
+/// A renewal that was refused is tried again this late: the operator may have released the node.
+const RENEW_RETRY: Duration = Duration::from_secs(30);
+/// Closed flows that no agent took only come from agents that died.
+const SWEEP_EVERY: u32 = 12;
+/// Refusals of the kernel are told to the log this often.
+const EVENTS_EVERY: Duration = Duration::from_secs(1);
+
+/// Why the agent ended.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// Something it needs to start is not there.
+    #[error(transparent)]
+    Start(#[from] Refusal),
+    /// The cell denied this machine.
+    #[error("the cell denied this node: {0}")]
+    Denied(#[from] NotEnrolled),
+    /// A component that must run for ever ended.
+    #[error("{component} ended: {why}")]
+    Ended {
+        /// Which.
+        component: &'static str,
+        /// Why.
+        why: String,
+    },
+}
+
+/// Runs the agent until it is told to stop. What is pinned in the kernel goes on enforcing afterwards.
+pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), AgentError> {
+    for component in ["kernel", "enrolment", "stream", "inbound", "pods", "workload_api"] {
+        METRICS.component.set([component], 0.0);
+    }
+    if !nix::unistd::geteuid().is_root() {
+        return Err(Refusal::new(Code::NeedsRoot, "root", format!("uid {}", nix::unistd::geteuid())).into());
+    }
+    let mesh = control::mesh_root(&config.cgroup_root)?;
+    std::fs::create_dir_all(&config.data_dir).map_err(|e| start("a writable 'data_dir'", e))?;
+    let clock = Arc::new(Clock::default());
+    let kernel = KernelHandle::open(&config.cgroup_root, &config.pin_dir)?;
+    kernel.renew_lease()?;
+    let metrics = telemetry::serve(config.metrics_listen, kernel.clone());
+    let hbone = TcpListener::bind(config.hbone_listen).await.map_err(|e| start("'hbone_listen' to be free", e))?;
+    let socket = workload_socket(&config.workload_socket).map_err(|e| start("a usable 'workload_socket'", e))?;
+    let netns = NetnsThread::start().map_err(|e| start("a thread for namespaces", e))?;
+
+    let trust = SharedTrust::new(Trust::Pinned(config.trust_domain.clone(), config.fingerprint.0));
+    let identity = Identity::default();
+    let issued = Issued::default();
+    let (desired, desired_rx) = watch::channel(None);
+    let (outcome, outcome_rx) = watch::channel(None);
+    let (endpoints, endpoints_rx) = watch::channel(Vec::new());
+    let (plane, plane_rx) = watch::channel(None);
+    let (node, node_rx) = watch::channel(None);
+    let (enrolled, enrolled_rx) = watch::channel(0);
+    let (channel, channel_rx) = watch::channel(None);
+    let health = Health::new(Some(kernel.clone()));
+
+    let membership = Membership { config: config.clone(), clock: clock.clone(), trust: trust.clone(), identity: identity.clone(), enrolled, node };
+    let session = Session {
+        dialer: Dialer::new(trust.clone(), identity),
+        servers: config.servers.clone(),
+        trust_domain: config.trust_domain.clone(),
+        cluster: config.cluster.clone(),
+        node_address: config.node_address,
+        clock: clock.clone(),
+        wires: session::Wires {
+            enrolled: enrolled_rx,
+            desired: Arc::new(desired),
+            outcome: outcome_rx,
+            endpoints: endpoints_rx,
+            channel: Arc::new(channel),
+        },
+    };
+    let issuance = Issuance { issued: issued.clone(), trust: trust.clone(), clock: clock.clone(), channel: channel_rx };
+    let control = Control {
+        pods_dir: config.pods_dir.clone(),
+        cgroup_root: config.cgroup_root.clone(),
+        node_address: config.node_address,
+        kernel: kernel.clone(),
+        netns: netns.clone(),
+        issued: issued.clone(),
+        trust,
+        health: health.clone(),
+        outbound: Outbound::new(plane_rx.clone(), health.clone(), hbone::PORT),
+        wires: control::Wires { desired: desired_rx, outcome, endpoints, plane, node: node_rx },
+    };
+    let inbound = Inbound::new(plane_rx.clone(), netns, clock);
+    METRICS.component.set(["inbound"], 1.0);
+    METRICS.component.set(["workload_api"], 1.0);
+    tracing::info!(cluster = %config.cluster, hbone = %config.hbone_listen, "agent started");
+    let ended = |component| move |why: String| AgentError::Ended { component, why };
+    let never = |component, task: tokio::task::JoinHandle<()>| async move {
+        let why = task.await.err().map_or("returned".to_owned(), |e| e.to_string());
+        Err(AgentError::Ended { component, why })
+    };
+    tokio::select! {
+        () = stop => Ok(()),
+        denied = membership.run() => Err(denied),
+        e = never("stream", tokio::spawn(session.run())) => e,
+        e = never("issuance", tokio::spawn(issuance.run())) => e,
+        e = never("control", tokio::spawn(control.run())) => e,
+        e = never("health", tokio::spawn(health.probe(plane_rx))) => e,
+        e = inbound.serve(hbone) => Err(ended("inbound")(text(e))),
+        e = WorkloadApi::new(issued).serve(socket, mesh) => Err(ended("workload api")(text(e))),
+        e = metrics => Err(ended("metrics")(text(e))),
+        e = watch_kernel(kernel) => Err(e.into()),
+    }
+}
+
+fn text<E: std::fmt::Display>(result: Result<(), E>) -> String {
+    result.err().map_or("returned".to_owned(), |e| e.to_string())
+}
+
+fn start(expected: &str, error: std::io::Error) -> Refusal {
+    Refusal::new(Code::ConfigInvalid, expected, error.to_string())
+}
+
+/// Renews the lease and tells refusals to the log. A kernel that cannot be told is a reason to end: the lease then runs
+/// out and everything new is refused.
+async fn watch_kernel(kernel: KernelHandle) -> Refusal {
+    let (mut lease, mut events) = (tokio::time::interval(LEASE_EVERY), tokio::time::interval(EVENTS_EVERY));
+    let mut renewals = 0u32;
+    loop {
+        let done = tokio::select! {
+            _ = lease.tick() => {
+                renewals = renewals.wrapping_add(1);
+                let swept = if renewals % SWEEP_EVERY == 0 { kernel.sweep().map(|_| ()) } else { Ok(()) };
+                swept.and_then(|()| kernel.renew_lease())
+            }
+            _ = events.tick() => kernel.events(&mut |event| {
+                tracing::debug!(reason = %event.reason, from = ?event.from, to = %event.address, cgroup = event.cgroup, "refused");
+            }),
+        };
+        if let Err(refusal) = done {
+            METRICS.component.set(["kernel"], 0.0);
+            return refusal;
+        }
+    }
+}
+
+/// The socket is for every workload: who may have what is decided by what the kernel says of the caller.
+fn workload_socket(path: &Path) -> std::io::Result<UnixListener> {
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e),
+        _ => {}
+    }
+    if let Some(parent) = path.parent() {
+        std::fs::create_dir_all(parent)?;
+    }
+    let listener = UnixListener::bind(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o777))?;
+    Ok(listener)
+}
+
+/// This node's membership: enrols, and enrols again at half-life.
+struct Membership {
+    config: Config,
+    clock: Arc<Clock>,
+    trust: SharedTrust,
+    identity: Identity,
+    enrolled: watch::Sender<u64>,
+    node: watch::Sender<Option<(ambit_model::NodeId, ambit_model::Generation)>>,
+}
+
+impl Membership {
+    /// Returns only where the first enrolment is denied; a later denial leaves what is held until it ends.
+    async fn run(self) -> AgentError {
+        let attester = match Attester::open(&self.config) {
+            Ok(attester) => attester,
+            Err(refusal) => return refusal.into(),
+        };
+        let mut first = true;
+        loop {
+            let wait = match enrol::enrol(&self.config, &attester, &self.clock).await {
+                Ok(enrolled) => match self.take(&enrolled, first) {
+                    Ok(()) => {
+                        first = false;
+                        let due = svids::renew_at(enrolled.since, enrolled.not_after, random());
+                        Duration::from_millis(due.0.saturating_sub(self.clock.now().0))
+                    }
+                    Err(refusal) => return refusal.into(),
+                },
+                Err(denied) if first => return denied.into(),
+                Err(denied) => {
+                    METRICS.component.set(["enrolment"], 0.0);
+                    tracing::error!(error = %denied, "node not renewed");
+                    RENEW_RETRY
+                }
+            };
+            tokio::time::sleep(wait).await;
+        }
+    }
+
+    fn take(&self, enrolled: &Enrolled, first: bool) -> Result<(), Refusal> {
+        self.identity.replace(enrolled.identity.clone());
+        if first {
+            // Later bundles come with the slices, which know more of them.
+            self.trust.replace(Trust::Bundles(TrustStore::new(&enrolled.bundle)?));
+        }
+        self.node.send_replace(Some((enrolled.node, enrolled.generation)));
+        self.enrolled.send_modify(|n| *n += 1);
+        METRICS.component.set(["enrolment"], 1.0);
+        Ok(())
+    }
+}

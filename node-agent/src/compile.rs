@@ -1,0 +1,194 @@
+//! From a view and the workloads that run here to the kernel's tables. Pure; what is not allowed is simply absent.
+
+use crate::view::{View, Workload};
+use ambit_ebpf::{
+    Action, MAX_SERVICE_ENDPOINTS, Service, ServiceEndpoint, Tables, Tier, Verdict, VerdictKey,
+};
+use ambit_model::policy::Endpoint;
+use ambit_model::{NumericIdentity, SpiffeId};
+use ambit_policy::PortSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{Ipv4Addr, SocketAddrV4};
+
+/// Addresses of endpoints that are avoided now.
+pub type Unhealthy = BTreeSet<Ipv4Addr>;
+
+/// What the kernel shall hold for these workloads.
+pub fn tables<'a>(view: &View, local: impl IntoIterator<Item = &'a Workload>, unhealthy: &Unhealthy) -> Tables {
+    let sources: BTreeMap<&SpiffeId, NumericIdentity> =
+        local.into_iter().map(|w| (&w.entry.spiffe_id, w.number)).collect();
+    let reachable = reachable(view);
+    let destinations: BTreeMap<&SpiffeId, NumericIdentity> =
+        reachable.iter().map(|(e, number)| (&e.spiffe_id, *number)).collect();
+    let mut verdicts = Vec::new();
+    for (source, from) in &sources {
+        for (destination, to) in &destinations {
+            verdicts.extend(pair(&view.policies.ports(source, destination), *from, *to));
+        }
+    }
+    Tables {
+        verdicts,
+        endpoints: reachable.iter().map(|(e, number)| (e.address, number.0)).collect(),
+        services: services(view, &reachable, unhealthy),
+    }
+}
+
+/// Endpoints whose identity has a number: without one the kernel cannot name them, so they stay unknown, hence refused.
+fn reachable(view: &View) -> Vec<(&Endpoint, NumericIdentity)> {
+    view.endpoints.values().filter_map(|e| Some((e, *view.numbers.get(&e.spiffe_id)?))).collect()
+}
+
+/// The verdicts of one pair. Port 0 stands for every port; deny wins where it and an exact port differ.
+fn pair(ports: &PortSet, from: NumericIdentity, to: NumericIdentity) -> Vec<(VerdictKey, Verdict)> {
+    let verdict = |port, action| {
+        (VerdictKey { source: from.0, destination: to.0, port }, Verdict { action, rule: 0 })
+    };
+    match ports {
+        PortSet::All => vec![verdict(0, Action::Allow)],
+        PortSet::List(ports) => ports.iter().map(|p| verdict(*p, Action::Allow)).collect(),
+        PortSet::AllBut(denied) => std::iter::once(verdict(0, Action::Allow))
+            .chain(denied.iter().map(|p| verdict(*p, Action::Deny)))
+            .collect(),
+    }
+}
+
+fn services(view: &View, reachable: &[(&Endpoint, NumericIdentity)], unhealthy: &Unhealthy) -> Vec<Service> {
+    let mut taken = BTreeSet::new();
+    let mut out = Vec::new();
+    for service in &view.services {
+        let address = SocketAddrV4::new(service.address, service.port);
+        // Two services at one address: the first by the cell's order stands, as a map holds one.
+        if !taken.insert(address) {
+            continue;
+        }
+        let mut endpoints: Vec<ServiceEndpoint> = reachable
+            .iter()
+            .filter(|(e, _)| service.backends.iter().any(|b| b.contains(&e.spiffe_id)))
+            .map(|(e, number)| ServiceEndpoint {
+                address: SocketAddrV4::new(e.address, service.port),
+                identity: number.0,
+                tier: tier(view, e),
+                healthy: !unhealthy.contains(&e.address),
+            })
+            .collect();
+        // Where there are more than the kernel looks at, the nearest and healthy ones are kept.
+        endpoints.sort_by_key(|e| (!e.healthy, e.tier, e.address));
+        endpoints.truncate(MAX_SERVICE_ENDPOINTS);
+        endpoints.sort_by_key(|e| (e.tier, e.address));
+        out.push(Service { address, endpoints });
+    }
+    out
+}
+
+/// The own cluster first.
+pub fn tier(view: &View, endpoint: &Endpoint) -> Tier {
+    if endpoint.cluster == view.cluster { Tier::Local } else { Tier::Remote }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::view::tests::{pod, slice, view};
+    use ambit_proto::v1;
+
+    fn endpoint(id: &str, address: &str, cluster: &str) -> v1::Endpoint {
+        v1::Endpoint {
+            spiffe_id: id.into(),
+            address: address.into(),
+            cluster: cluster.into(),
+            node_address: "10.72.0.21".into(),
+            node: "ab".repeat(32),
+            generation: 1,
+        }
+    }
+    fn policy(name: &str, target: &str, action: v1::Action, from: &str, ports: &[u32]) -> v1::Policy {
+        v1::Policy {
+            origin: target.split('/').nth(2).unwrap().into(),
+            name: name.into(),
+            target: target.into(),
+            action: action as i32,
+            from: vec![from.into()],
+            ports: ports.to_vec(),
+            resolved: true,
+            ..Default::default()
+        }
+    }
+    fn compiled(spoil: impl FnOnce(&mut v1::Slice), unhealthy: &[&str]) -> (View, Tables) {
+        let mut s = slice();
+        s.endpoints = vec![
+            endpoint("spiffe://east/db", "10.72.101.11", "east"),
+            endpoint("spiffe://west/web-root", "10.71.101.12", "west"),
+            endpoint("spiffe://east/unnumbered", "10.72.101.13", "east"),
+        ];
+        s.policies = vec![policy("a", "spiffe://east/db", v1::Action::Allow, "spiffe://west/*", &[5432])];
+        s.services = vec![v1::Service {
+            origin: "west".into(),
+            name: "db".into(),
+            address: "10.99.0.1".into(),
+            port: 5432,
+            backends: vec!["spiffe://east/db".into(), "spiffe://west/*".into()],
+        }];
+        spoil(&mut s);
+        let view = view(s).unwrap();
+        let local = view.workloads(&[pod("web", 1000, 11)]);
+        let unhealthy = unhealthy.iter().map(|a| a.parse().unwrap()).collect();
+        let tables = tables(&view, local.values(), &unhealthy);
+        (view, tables)
+    }
+    /// What the kernel's rule makes of the tables: deny wins over allow, nothing is deny.
+    fn allows(tables: &Tables, source: u32, destination: u32, port: u16) -> bool {
+        let found = |port| {
+            let key = VerdictKey { source, destination, port };
+            tables.verdicts.iter().find(|(k, _)| *k == key).map(|(_, v)| v.action)
+        };
+        let both = [found(port), found(0)];
+        both.contains(&Some(Action::Allow)) && !both.contains(&Some(Action::Deny))
+    }
+
+    #[test]
+    fn the_tables_say_what_evaluate_says() {
+        let deny = |p: &[u32]| policy("d", "spiffe://east/db", v1::Action::Deny, "spiffe://west/web", p);
+        let open = policy("o", "spiffe://east/db", v1::Action::Allow, "spiffe://west/web", &[]);
+        for (name, extra) in [
+            ("ports", vec![]),
+            ("deny one", vec![deny(&[5432])]),
+            ("open", vec![open.clone()]),
+            ("open but one", vec![open.clone(), deny(&[22])]),
+            ("deny all", vec![open, deny(&[])]),
+        ] {
+            let (view, tables) = compiled(|s| s.policies.extend(extra), &[]);
+            let source = "spiffe://west/web".parse().unwrap();
+            for destination in ["spiffe://east/db", "spiffe://west/web-root"] {
+                let destination = destination.parse().unwrap();
+                for port in [22, 80, 5432] {
+                    let said = allows(&tables, 256, view.numbers[&destination].0, port);
+                    assert_eq!(said, view.policies.evaluate(&source, &destination, port).allowed, "{name} {port}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn unnumbered_endpoints_are_unknown_to_the_kernel() {
+        let (_, tables) = compiled(|_| (), &[]);
+        assert_eq!(tables.endpoints.len(), 2);
+        assert!(!tables.endpoints.iter().any(|(a, _)| *a == Ipv4Addr::new(10, 72, 101, 13)));
+    }
+
+    #[test]
+    fn services_prefer_the_own_cluster_and_show_health() {
+        let (_, tables) = compiled(|_| (), &["10.71.101.12"]);
+        let shown: Vec<_> =
+            tables.services[0].endpoints.iter().map(|e| (e.address.to_string(), e.tier, e.healthy)).collect();
+        assert_eq!(
+            shown,
+            [("10.71.101.12:5432".into(), Tier::Local, false), ("10.72.101.11:5432".into(), Tier::Remote, true)]
+        );
+    }
+
+    #[test]
+    fn no_policy_compiles_to_no_verdict() {
+        let (_, tables) = compiled(|s| s.policies.clear(), &[]);
+        assert!(tables.verdicts.is_empty());
+    }
+}

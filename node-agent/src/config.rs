@@ -1,0 +1,167 @@
+//! The agent's configuration file: read once, refused whole if anything in it is unknown or wrong.
+
+use ambit_model::{ClusterId, Code, Refusal, TrustDomain};
+use serde::Deserialize;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+
+/// A configuration file is a page of text; more is a mistake.
+const FILE_BYTES_MAX: u64 = 64 * 1024;
+/// A cell has at most five replicas; room for a second cell's addresses.
+const SERVERS_MAX: usize = 16;
+
+/// Every key, so that an unknown one can be named.
+const KEYS: &[&str] = &[
+    "cluster",
+    "trust_domain",
+    "fingerprint",
+    "servers",
+    "node_address",
+    "data_dir",
+    "tcti",
+    "boot_log",
+    "ima_log",
+    "join_token_file",
+    "cgroup_root",
+    "pin_dir",
+    "pods_dir",
+    "workload_socket",
+    "metrics_listen",
+    "hbone_listen",
+];
+
+/// SHA-256 of the trust domain's root certificate, pinned out of band: there is no trust on first use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Fingerprint(pub [u8; 32]);
+
+impl TryFrom<String> for Fingerprint {
+    type Error = Refusal;
+    fn try_from(s: String) -> Result<Self, Refusal> {
+        let mut out = [0u8; 32];
+        hex::decode_to_slice(&s, &mut out)
+            .map_err(|_| Refusal::new(Code::ConfigInvalid, "a fingerprint of 64 hexadecimal digits", s))?;
+        Ok(Self(out))
+    }
+}
+
+/// What `ambit-agent run --config FILE` needs to know.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Config {
+    /// The cluster that the node belongs to.
+    pub cluster: ClusterId,
+    /// The cell's trust domain.
+    pub trust_domain: TrustDomain,
+    /// The cell's root.
+    pub fingerprint: Fingerprint,
+    /// The cell's replicas; any of them will do.
+    pub servers: Vec<SocketAddr>,
+    /// Where other nodes reach this one; what it registers on its stream.
+    pub node_address: Ipv4Addr,
+    /// The agent's own folder (the AK's blobs live there; no SVID key does).
+    pub data_dir: PathBuf,
+    /// How to reach the TPM (TCG TCTI string).
+    pub tcti: String,
+    /// `binary_bios_measurements`.
+    pub boot_log: PathBuf,
+    /// `binary_runtime_measurements`.
+    pub ima_log: PathBuf,
+    /// Where a one-time join token lies, for an EK that is on no allow-list.
+    pub join_token_file: Option<PathBuf>,
+    /// The node's `mesh` cgroup: everything below it is governed.
+    pub cgroup_root: PathBuf,
+    /// Below bpffs: where programs, links and maps are pinned.
+    pub pin_dir: PathBuf,
+    /// Where the CNI plugin leaves a file per pod.
+    pub pods_dir: PathBuf,
+    /// The SPIFFE Workload API's socket.
+    pub workload_socket: PathBuf,
+    /// Prometheus, `/healthz` and `/readyz`.
+    pub metrics_listen: SocketAddr,
+    /// Tunnels from other nodes.
+    pub hbone_listen: SocketAddr,
+}
+
+impl Config {
+    /// Reads and checks the file at `path`.
+    pub fn read(path: &Path) -> Result<Self, Refusal> {
+        let trouble = |e: std::io::Error| {
+            Refusal::new(Code::ConfigInvalid, format!("a readable file at {}", path.display()), e.to_string())
+        };
+        if std::fs::metadata(path).map_err(trouble)?.len() > FILE_BYTES_MAX {
+            return Err(Refusal::new(Code::ConfigInvalid, "a file of at most 64 KiB", path.display().to_string()));
+        }
+        Self::parse(&std::fs::read_to_string(path).map_err(trouble)?)
+    }
+
+    /// Checks a configuration text.
+    pub fn parse(text: &str) -> Result<Self, Refusal> {
+        let table: toml::Table =
+            text.parse().map_err(|e: toml::de::Error| Refusal::new(Code::ConfigInvalid, "TOML", e.message()))?;
+        if let Some(key) = table.keys().find(|k| !KEYS.contains(&k.as_str())) {
+            return Err(Refusal::new(Code::ConfigUnknownKey, format!("one of {}", KEYS.join(", ")), key.as_str()));
+        }
+        let config: Config = table
+            .try_into()
+            .map_err(|e: toml::de::Error| Refusal::new(Code::ConfigInvalid, "a value of the right form", e.to_string()))?;
+        if config.servers.is_empty() || config.servers.len() > SERVERS_MAX {
+            let found = config.servers.len().to_string();
+            return Err(Refusal::new(Code::ConfigInvalid, format!("'servers' with 1-{SERVERS_MAX} addresses"), found));
+        }
+        for (key, path) in [
+            ("data_dir", &config.data_dir),
+            ("cgroup_root", &config.cgroup_root),
+            ("pin_dir", &config.pin_dir),
+            ("pods_dir", &config.pods_dir),
+            ("workload_socket", &config.workload_socket),
+        ] {
+            if !path.is_absolute() {
+                let found = path.display().to_string();
+                return Err(Refusal::new(Code::ConfigInvalid, format!("'{key}' as an absolute path"), found));
+            }
+        }
+        Ok(config)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = r#"
+        cluster = "west"
+        trust_domain = "west"
+        fingerprint = "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"
+        servers = ["10.71.0.11:7443"]
+        node_address = "10.71.0.21"
+        data_dir = "/var/lib/ambit"
+        tcti = "swtpm:host=127.0.0.1,port=2321"
+        boot_log = "/b"
+        ima_log = "/i"
+        cgroup_root = "/sys/fs/cgroup/mesh"
+        pin_dir = "/sys/fs/bpf/ambit"
+        pods_dir = "/run/ambit/pods"
+        workload_socket = "/run/ambit/agent.sock"
+        metrics_listen = "10.71.0.21:9464"
+        hbone_listen = "10.71.0.21:15008"
+    "#;
+
+    #[test]
+    fn a_good_file_is_read_and_bad_ones_name_what_is_wrong() {
+        assert_eq!(Config::parse(GOOD).unwrap().cluster.as_str(), "west");
+        for (from, to, code, names) in [
+            ("tcti", "tctii", Code::ConfigUnknownKey, "tctii"),
+            ("\"west\"", "\"West!\"", Code::ConfigInvalid, "West!"),
+            ("aaaa\"", "zz\"", Code::ConfigInvalid, "fingerprint"),
+            ("[\"10.71.0.11:7443\"]", "[]", Code::ConfigInvalid, "servers"),
+            ("10.71.0.21:15008", "10.71.0.21", Code::ConfigInvalid, "hbone_listen"),
+            ("/run/ambit/pods", "pods", Code::ConfigInvalid, "pods"),
+            ("boot_log = \"/b\"", "", Code::ConfigInvalid, "boot_log"),
+            ("cluster =", "cluster", Code::ConfigInvalid, ""),
+        ] {
+            let refusal = Config::parse(&GOOD.replace(from, to)).unwrap_err();
+            assert_eq!(refusal.code, code, "{refusal}");
+            assert!(refusal.to_string().contains(names), "{refusal} should name {names}");
+        }
+    }
+}

@@ -1,0 +1,339 @@
+//! The agent's one decision loop: pods that are here, the view that the cell sent, the SVIDs that are held; from these
+//! it makes the kernel's tables and the plane that carries traffic, whole, each time one of them changes.
+
+use crate::caller::MeshRoot;
+use crate::compile;
+use crate::health::Health;
+use crate::issued::{Issued, Known};
+use crate::kernel::KernelHandle;
+use crate::metrics::METRICS;
+use crate::netns::{Netns, NetnsThread};
+use crate::outbound::Outbound;
+use crate::plane::{Credentials, LocalPod, Plane};
+use crate::pods::{self, Pod, Pods, Unusable};
+use crate::view::{View, Workload};
+use ambit_ebpf::{CAPTURE_PORT, Tables, netns_cookie};
+use ambit_identity::{SharedTrust, Trust, TrustStore};
+use ambit_model::policy::Endpoint;
+use ambit_model::{Code, EntryId, Generation, NodeId, Refusal, Revision};
+use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, SocketAddrV4};
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+/// How soon a pod is noticed.
+const POLL_EVERY: Duration = Duration::from_millis(100);
+
+/// What became of the newest view.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outcome {
+    /// Which one.
+    pub revision: Revision,
+    /// The digest of what was read back from the kernel, or why it is not there.
+    pub result: Result<[u8; 32], Refusal>,
+}
+
+/// Where the loop gets its facts and tells what it did.
+#[derive(Debug)]
+pub struct Wires {
+    /// The newest view from the cell.
+    pub desired: watch::Receiver<Option<Arc<View>>>,
+    /// What became of it.
+    pub outcome: watch::Sender<Option<Outcome>>,
+    /// The workloads that run here and can be reached.
+    pub endpoints: watch::Sender<Vec<Endpoint>>,
+    /// For tunnels.
+    pub plane: watch::Sender<Option<Arc<Plane>>>,
+    /// This node and its admission, for endpoint reports.
+    pub node: watch::Receiver<Option<(NodeId, Generation)>>,
+}
+
+/// The loop's parts.
+#[derive(Debug)]
+pub struct Control {
+    /// Where pod files are.
+    pub pods_dir: PathBuf,
+    /// The node's mesh cgroup.
+    pub cgroup_root: PathBuf,
+    /// Where tunnels to this node end.
+    pub node_address: Ipv4Addr,
+    /// The kernel side.
+    pub kernel: KernelHandle,
+    /// For capture listeners.
+    pub netns: NetnsThread,
+    /// Shared state.
+    pub issued: Issued,
+    /// Whom to trust.
+    pub trust: SharedTrust,
+    /// Avoided endpoints.
+    pub health: Health,
+    /// What captured connections are handed to.
+    pub outbound: Outbound,
+    /// Its wires.
+    pub wires: Wires,
+}
+
+/// A pod whose namespace is guarded.
+#[derive(Debug)]
+struct Guarded {
+    pod: Pod,
+    netns: Netns,
+    capture: JoinHandle<()>,
+    /// What capture runs as; it learns its identity when there is one.
+    identity: watch::Sender<Option<Arc<LocalPod>>>,
+    enrolled: Option<u32>,
+}
+
+impl Drop for Guarded {
+    fn drop(&mut self) {
+        self.capture.abort();
+    }
+}
+
+#[derive(Default)]
+struct State {
+    pods: Pods,
+    unusable: Vec<Unusable>,
+    guarded: BTreeMap<String, Guarded>,
+    view: Option<Arc<View>>,
+    installed: Option<(Arc<Tables>, [u8; 32])>,
+    credentials: BTreeMap<EntryId, Arc<Credentials>>,
+    reconciled: bool,
+}
+
+impl Control {
+    /// Runs until the process ends.
+    pub async fn run(mut self) {
+        let mut state = State::default();
+        let mut known = self.issued.watch();
+        let mut tick = tokio::time::interval(POLL_EVERY);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                _ = tick.tick() => {
+                    if self.look(&mut state).await {
+                        self.reconcile(&mut state).await;
+                    }
+                }
+                changed = self.wires.desired.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    self.reconcile(&mut state).await;
+                }
+                changed = known.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    let now = known.borrow_and_update().clone();
+                    self.publish(&mut state, &now);
+                }
+            }
+        }
+    }
+
+    /// Scans the pods; guards new ones at once, before anybody knows who they are. True where something changed.
+    async fn look(&self, state: &mut State) -> bool {
+        let (found, unusable) = match pods::scan(&self.pods_dir, &self.cgroup_root) {
+            Ok(found) => found,
+            Err(error) => {
+                METRICS.component.set(["pods"], 0.0);
+                tracing::debug!(%error, "pods not read");
+                return false;
+            }
+        };
+        METRICS.component.set(["pods"], 1.0);
+        if unusable != state.unusable {
+            for bad in &unusable {
+                tracing::warn!(error = %bad, "pod stays denied");
+            }
+            state.unusable = unusable;
+        }
+        let unguarded = found.values().any(|p| !state.guarded.contains_key(&p.name));
+        if found == state.pods && !unguarded {
+            return false;
+        }
+        let gone: Vec<String> =
+            state.guarded.values().filter(|g| found.get(&g.pod.name) != Some(&g.pod)).map(|g| g.pod.name.clone()).collect();
+        for name in gone {
+            self.release(state, &name);
+        }
+        for pod in found.values() {
+            if !state.guarded.contains_key(&pod.name) {
+                match self.guard(pod).await {
+                    Ok(guarded) => drop(state.guarded.insert(pod.name.clone(), guarded)),
+                    Err(refusal) => tracing::warn!(pod = %pod.name, %refusal, "pod not guarded, stays denied"),
+                }
+            }
+        }
+        state.pods = found;
+        true
+    }
+
+    /// Opens the pod's capture listener in its namespace and refuses plain inbound there.
+    async fn guard(&self, pod: &Pod) -> Result<Guarded, Refusal> {
+        let trouble = |e: std::io::Error| Refusal::new(Code::Internal, format!("a guard on pod {}", pod.name), e.to_string());
+        let netns = Netns::open(&pod.netns).map_err(trouble)?;
+        let at = SocketAddrV4::new(Ipv4Addr::LOCALHOST, CAPTURE_PORT);
+        let listener = self.netns.listen(&netns, at).await.map_err(trouble)?;
+        let cookie = netns_cookie(&listener).map_err(trouble)?;
+        self.kernel.attach(&pod.name, netns.as_fd(), pod.address, &listener)?;
+        let listener = tokio::net::TcpListener::from_std(listener).map_err(trouble)?;
+        let (identity, who) = watch::channel(None);
+        let capture = self.outbound.clone().serve(who, listener, cookie, self.kernel.clone());
+        Ok(Guarded { pod: pod.clone(), netns, capture: tokio::spawn(capture), identity, enrolled: None })
+    }
+
+    fn release(&self, state: &mut State, name: &str) {
+        let Some(gone) = state.guarded.remove(name) else { return };
+        for done in [self.kernel.forget(gone.pod.cgroup_id), self.kernel.detach(name)] {
+            if let Err(refusal) = done {
+                tracing::warn!(pod = name, %refusal, "pod not released");
+            }
+        }
+    }
+
+    /// Brings kernel and plane to the newest view and pods.
+    async fn reconcile(&mut self, state: &mut State) {
+        let desired = self.wires.desired.borrow_and_update().clone();
+        let Some(view) = desired else { return };
+        let begun = Instant::now();
+        let workloads = view.workloads(state.pods.values());
+        let result = self.install(state, &view, &workloads).await;
+        METRICS.component.set(["kernel"], f64::from(u8::from(result.is_ok())));
+        match &result {
+            Ok(_) => {
+                METRICS.apply.inc(["ok", "none"]);
+                METRICS.apply_time.observe(begun.elapsed());
+                METRICS.revision.set(["applied"], view.revision.0 as f64);
+            }
+            Err(refusal) => {
+                METRICS.apply.inc(["failed", refusal.code.as_str()]);
+                tracing::error!(revision = view.revision.0, %refusal, "slice not applied; the former one stays in force");
+            }
+        }
+        let outcome = Outcome { revision: view.revision, result };
+        if outcome.result.is_ok() {
+            self.replace_trust(&view);
+            state.view = Some(view.clone());
+            self.issued.set_pods(view.entries_of_pods(state.pods.values()));
+            self.issued.set_view(view);
+            self.publish(state, &self.issued.now());
+        }
+        self.wires.outcome.send_replace(Some(outcome));
+    }
+
+    async fn install(
+        &self,
+        state: &mut State,
+        view: &View,
+        workloads: &BTreeMap<String, Workload>,
+    ) -> Result<[u8; 32], Refusal> {
+        let tables = Arc::new(compile::tables(view, workloads.values(), &self.health.unhealthy()));
+        let digest = match &state.installed {
+            Some((installed, digest)) if *installed == tables => *digest,
+            _ => {
+                let digest = self.kernel.install(tables.clone()).await?;
+                state.installed = Some((tables, digest));
+                digest
+            }
+        };
+        self.enrol(state, workloads)?;
+        if !state.reconciled {
+            self.forget_the_former(state)?;
+            state.reconciled = true;
+        }
+        Ok(digest)
+    }
+
+    /// Tells the kernel who the guarded pods are. A pod that is nobody now is forgotten.
+    fn enrol(&self, state: &mut State, workloads: &BTreeMap<String, Workload>) -> Result<(), Refusal> {
+        for guarded in state.guarded.values_mut() {
+            let number = workloads.get(&guarded.pod.name).map(|w| w.number.0);
+            if number != guarded.enrolled {
+                match number {
+                    Some(number) => self.kernel.enrol(guarded.pod.cgroup_id, number)?,
+                    None => self.kernel.forget(guarded.pod.cgroup_id)?,
+                }
+                guarded.enrolled = number;
+            }
+            let workload = workloads.get(&guarded.pod.name);
+            let pod = workload.map(|w| Arc::new(LocalPod { workload: w.clone(), netns: guarded.netns.clone() }));
+            guarded.identity.send_replace(pod);
+        }
+        Ok(())
+    }
+
+    /// After the first view: cgroups and namespaces that a former agent left and that are no pods any more.
+    fn forget_the_former(&self, state: &State) -> Result<(), Refusal> {
+        let mine = |id| state.guarded.values().any(|g| g.enrolled.is_some() && g.pod.cgroup_id == id);
+        self.kernel.keep_only(&mine)?;
+        for name in self.kernel.attached()? {
+            if !state.pods.contains_key(&name) {
+                self.kernel.detach(&name)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn replace_trust(&self, view: &View) {
+        let store = TrustStore::new(&view.own).and_then(|mut store| {
+            view.foreign.iter().try_for_each(|bundle| store.add_foreign(bundle))?;
+            Ok(store)
+        });
+        match store {
+            Ok(store) => self.trust.replace(Trust::Bundles(store)),
+            Err(refusal) => tracing::error!(%refusal, "bundles not taken; the former ones stay in use"),
+        }
+    }
+
+    /// Publishes the plane and what the cell should know of it.
+    fn publish(&self, state: &mut State, known: &Known) {
+        let Some(view) = state.view.clone() else { return };
+        self.renew_credentials(state, known);
+        let pods: Vec<Arc<LocalPod>> = state.guarded.values().filter_map(|g| g.identity.borrow().clone()).collect();
+        let held = |pod: &LocalPod| state.credentials.contains_key(&pod.workload.entry.id);
+        let node = *self.wires.node.borrow();
+        let endpoints = pods.iter().filter(|pod| held(pod)).filter_map(|pod| {
+            let (node, generation) = node?;
+            Some(Endpoint {
+                spiffe_id: pod.id().clone(),
+                address: pod.workload.pod.address,
+                cluster: view.cluster.clone(),
+                node_address: self.node_address,
+                node,
+                generation,
+            })
+        });
+        let endpoints: Vec<Endpoint> = endpoints.collect();
+        self.wires.endpoints.send_if_modified(|old| {
+            let changed = *old != endpoints;
+            *old = endpoints;
+            changed
+        });
+        let plane = Plane::new(view, pods, state.credentials.values().cloned(), self.trust.clone());
+        self.wires.plane.send_replace(Some(Arc::new(plane)));
+    }
+
+    fn renew_credentials(&self, state: &mut State, known: &Known) {
+        let mut credentials = BTreeMap::new();
+        for (entry, svid) in known.svids.iter() {
+            let Ok(svid) = svid else { continue };
+            let former = state.credentials.get(entry).filter(|c| Arc::ptr_eq(c.svid(), svid)).cloned();
+            match former.map_or_else(|| Credentials::new(svid.clone(), self.trust.clone()).map(Arc::new), Ok) {
+                Ok(made) => drop(credentials.insert(entry.clone(), made)),
+                Err(refusal) => tracing::error!(%refusal, entry = %entry, "SVID not usable for tunnels"),
+            }
+        }
+        state.credentials = credentials;
+    }
+}
+
+/// Checks, before anything is attached, that the configured cgroup is one.
+pub fn mesh_root(cgroup_root: &std::path::Path) -> Result<MeshRoot, Refusal> {
+    MeshRoot::find(cgroup_root).map_err(|e| Refusal::new(Code::ConfigInvalid, "'cgroup_root' on a cgroup2 mount", e.to_string()))
+}

@@ -1,0 +1,229 @@
+//! HBONE: HTTP/2 CONNECT streams inside mutual TLS. One tunnel carries many connections of one pair of workloads.
+//!
+//! Knows nothing of policy: who may open a stream is decided by [`crate::inbound`], where to by [`crate::outbound`].
+
+use bytes::Bytes;
+use h2::client::SendRequest;
+use h2::{Ping, PingPong, RecvStream, SendStream};
+use http::{Method, Request, StatusCode, Version};
+use rustls::ClientConfig;
+use rustls_pki_types::ServerName;
+use std::net::{SocketAddr, SocketAddrV4};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+/// The registered HBONE port.
+pub const PORT: u16 = 15008;
+/// TCP, TLS and HTTP/2 preface together; a failover must fit twice into its target of 5 s.
+pub const DIAL_MAX: Duration = Duration::from_millis(1500);
+/// From CONNECT to its answer, which includes the far agent's connect to the pod ([`POD_CONNECT_MAX`]).
+const ANSWER_MAX: Duration = Duration::from_millis(2500);
+/// A pod on the far agent's own machine answers in microseconds or is stuck.
+pub const POD_CONNECT_MAX: Duration = Duration::from_millis(1000);
+/// Connections in one tunnel; the next one opens another tunnel.
+pub const STREAMS_MAX: usize = 100;
+/// Bytes in flight per connection: 256 KiB fills 1 Gbit/s at 2 ms.
+const STREAM_WINDOW: u32 = 256 * 1024;
+/// Bytes in flight per tunnel.
+const TUNNEL_WINDOW: u32 = 1024 * 1024;
+/// A peer that was killed sends no RST: only silence tells.
+const PING_EVERY: Duration = Duration::from_millis(500);
+/// An answer to a ping takes a round trip; on a loaded machine, a scheduling delay more.
+const PONG_MAX: Duration = Duration::from_millis(1000);
+/// An unused tunnel is closed after this.
+const IDLE_MAX: Duration = Duration::from_secs(60);
+
+/// Why a stream was not opened.
+#[derive(Debug, thiserror::Error)]
+pub enum TunnelError {
+    /// TCP to the node failed.
+    #[error("node {node} cannot be reached")]
+    Unreachable {
+        /// The node.
+        node: SocketAddr,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// TLS or HTTP/2 was not agreed.
+    #[error("handshake with {node} failed")]
+    Handshake {
+        /// The node.
+        node: SocketAddr,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// No answer in time.
+    #[error("no answer in time")]
+    Timeout,
+    /// The tunnel ended while we waited.
+    #[error("the tunnel broke")]
+    Broken(#[source] h2::Error),
+    /// The far agent said no: 403 by policy, 502 where its pod does not answer.
+    #[error("refused with {0}")]
+    Refused(StatusCode),
+    /// Too many tunnels to one peer.
+    #[error("too many connections to one peer")]
+    Busy,
+    /// We have nothing to show: no SVID for the caller.
+    #[error("no SVID for the calling workload")]
+    NoSvid,
+}
+
+impl TunnelError {
+    /// Whether the tunnel itself failed, so that the endpoint should be avoided until a probe succeeds.
+    pub fn is_tunnel(&self) -> bool {
+        matches!(self, Self::Unreachable { .. } | Self::Handshake { .. } | Self::Timeout | Self::Broken(_))
+    }
+    /// Whether another endpoint may succeed where this one failed. A refusal by policy stands.
+    pub fn is_retryable(&self) -> bool {
+        self.is_tunnel() || matches!(self, Self::Refused(code) if *code != StatusCode::FORBIDDEN)
+    }
+    /// A label for figures.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Unreachable { .. } => "unreachable",
+            Self::Handshake { .. } => "handshake",
+            Self::Timeout => "timeout",
+            Self::Broken(_) => "broken",
+            Self::Refused(code) if *code == StatusCode::FORBIDDEN => "denied",
+            Self::Refused(_) => "refused",
+            Self::Busy => "busy",
+            Self::NoSvid => "no_svid",
+        }
+    }
+}
+
+/// What a tunnel's users and its driver share.
+#[derive(Debug, Default)]
+pub struct Shared {
+    closed: AtomicBool,
+    streams: AtomicUsize,
+}
+
+/// An open tunnel of one pair of workloads.
+#[derive(Clone, Debug)]
+pub struct Tunnel {
+    requests: SendRequest<Bytes>,
+    shared: Arc<Shared>,
+}
+
+/// One connection's place in a tunnel; gives it back when dropped.
+#[derive(Debug)]
+pub struct Lease {
+    tunnel: Tunnel,
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.tunnel.shared.streams.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Opens a tunnel to `node`. The verifier in `config` accepts exactly one SPIFFE ID; `name` only selects it.
+pub async fn dial(
+    node: SocketAddr,
+    name: ServerName<'static>,
+    config: Arc<ClientConfig>,
+) -> Result<Tunnel, TunnelError> {
+    timeout(DIAL_MAX, connect(node, name, config)).await.map_err(|_| TunnelError::Timeout)?
+}
+
+async fn connect(node: SocketAddr, name: ServerName<'static>, config: Arc<ClientConfig>) -> Result<Tunnel, TunnelError> {
+    let tcp = TcpStream::connect(node).await.map_err(|source| TunnelError::Unreachable { node, source })?;
+    // A request's last bytes must not wait for an acknowledgement of the first.
+    let _ = tcp.set_nodelay(true);
+    let shake = |source| TunnelError::Handshake { node, source };
+    let tls = tokio_rustls::TlsConnector::from(config).connect(name, tcp).await.map_err(shake)?;
+    let (requests, mut connection) = h2::client::Builder::new()
+        .enable_push(false)
+        .initial_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(TUNNEL_WINDOW)
+        .max_send_buffer_size(STREAM_WINDOW as usize)
+        .handshake::<_, Bytes>(tls)
+        .await
+        .map_err(|e| shake(std::io::Error::other(e)))?;
+    let shared = Arc::new(Shared::default());
+    let ping = connection.ping_pong();
+    let tunnel = Tunnel { requests, shared: shared.clone() };
+    tokio::spawn(async move {
+        tokio::select! {
+            end = connection => if let Err(error) = end { tracing::debug!(%node, %error, "tunnel ended") },
+            () = silence(ping, Some(shared.clone())) => tracing::debug!(%node, "tunnel closed"),
+        }
+        shared.closed.store(true, Ordering::Relaxed);
+    });
+    Ok(tunnel)
+}
+
+/// Returns once the peer has stopped answering or, where `shared` is given, the tunnel has been idle too long.
+pub async fn silence(ping: Option<PingPong>, shared: Option<Arc<Shared>>) {
+    let Some(mut ping) = ping else { return };
+    let mut idle = Duration::ZERO;
+    loop {
+        tokio::time::sleep(PING_EVERY).await;
+        match timeout(PONG_MAX, ping.ping(Ping::opaque())).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(_)) | Err(_) => return,
+        }
+        idle = if shared.as_ref().is_some_and(|s| s.streams.load(Ordering::Relaxed) == 0) { idle + PING_EVERY } else { Duration::ZERO };
+        if idle >= IDLE_MAX {
+            return;
+        }
+    }
+}
+
+impl Tunnel {
+    /// Whether it can still be used.
+    pub fn is_open(&self) -> bool {
+        !self.shared.closed.load(Ordering::Relaxed)
+    }
+    /// Takes a place in the tunnel, if one is free.
+    pub fn lease(&self) -> Option<Lease> {
+        let taken = self.shared.streams.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| {
+            (n < STREAMS_MAX && self.is_open()).then_some(n + 1)
+        });
+        taken.ok().map(|_| Lease { tunnel: self.clone() })
+    }
+}
+
+impl Lease {
+    /// Asks the far agent to connect to `to`, an address of its pods.
+    pub async fn open(&self, to: SocketAddrV4) -> Result<(SendStream<Bytes>, RecvStream), TunnelError> {
+        let ask = async {
+            let request = Request::builder()
+                .method(Method::CONNECT)
+                .version(Version::HTTP_2)
+                .uri(to.to_string())
+                .body(())
+                .map_err(|_| TunnelError::Refused(StatusCode::BAD_REQUEST))?;
+            let mut requests = self.tunnel.requests.clone().ready().await.map_err(TunnelError::Broken)?;
+            let (answer, send) = requests.send_request(request, false).map_err(TunnelError::Broken)?;
+            let answer = answer.await.map_err(TunnelError::Broken)?;
+            match answer.status() {
+                StatusCode::OK => Ok((send, answer.into_body())),
+                code => Err(TunnelError::Refused(code)),
+            }
+        };
+        timeout(ANSWER_MAX, ask).await.map_err(|_| TunnelError::Timeout)?
+    }
+}
+
+/// The server's side of the HTTP/2 handshake, with the same bounds.
+pub async fn accept<T: AsyncRead + AsyncWrite + Unpin>(
+    io: T,
+) -> Result<h2::server::Connection<T, Bytes>, h2::Error> {
+    h2::server::Builder::new()
+        .initial_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(TUNNEL_WINDOW)
+        .max_concurrent_streams(STREAMS_MAX as u32 + 28)
+        .max_send_buffer_size(STREAM_WINDOW as usize)
+        .max_header_list_size(16 * 1024)
+        .handshake(io)
+        .await
+}

@@ -1,0 +1,114 @@
+//! Which endpoints are avoided: those whose tunnel failed, until a probe opens one again.
+
+use crate::compile::Unhealthy;
+use crate::hbone::{self, TunnelError};
+use crate::kernel::KernelHandle;
+use crate::metrics::METRICS;
+use crate::plane::Plane;
+use crate::{pool, sni};
+use ambit_model::SpiffeId;
+use ambit_model::policy::Endpoint;
+use rustls::ClientConfig;
+use rustls_pki_types::ServerName;
+use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::sync::watch;
+
+/// Fail-back comes within this and one handshake.
+const PROBE_EVERY: Duration = Duration::from_millis(500);
+/// Probes in flight at once: a dead cluster must not become a storm of handshakes.
+const PROBES_MAX: usize = 32;
+
+/// What failed, and as whom to try it again.
+#[derive(Clone, Debug)]
+struct Suspect {
+    endpoint: Endpoint,
+    source: SpiffeId,
+}
+
+/// The list. Cloning shares.
+#[derive(Clone, Debug)]
+pub struct Health {
+    suspects: Arc<Mutex<BTreeMap<Ipv4Addr, Suspect>>>,
+    kernel: Option<KernelHandle>,
+}
+
+impl Health {
+    /// A list that tells the kernel's services.
+    pub fn new(kernel: Option<KernelHandle>) -> Self {
+        METRICS.unhealthy.set([], 0.0);
+        Self { suspects: Arc::default(), kernel }
+    }
+
+    /// The addresses to avoid.
+    pub fn unhealthy(&self) -> Unhealthy {
+        self.lock().keys().copied().collect()
+    }
+
+    /// Avoid `endpoint`: the tunnel that `source` needs to it failed.
+    pub fn suspect(&self, plane: &Plane, endpoint: &Endpoint, source: &SpiffeId) {
+        let suspect = Suspect { endpoint: endpoint.clone(), source: source.clone() };
+        if self.lock().insert(endpoint.address, suspect).is_none() {
+            tracing::warn!(endpoint = %endpoint.address, node = %endpoint.node_address, "endpoint avoided: tunnel failed");
+        }
+        // Told again each time: an install under way may have brought the health of a moment ago.
+        self.tell(plane, endpoint.address, false);
+    }
+
+    /// Probes suspects until the process ends.
+    pub async fn probe(self, plane: watch::Receiver<Option<Arc<Plane>>>) {
+        let mut tick = tokio::time::interval(PROBE_EVERY);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tick.tick().await;
+            let Some(plane) = plane.borrow().clone() else { continue };
+            let suspects: Vec<Suspect> = self.lock().values().take(PROBES_MAX).cloned().collect();
+            let probes = suspects.into_iter().map(|suspect| self.probe_one(&plane, suspect));
+            futures::future::join_all(probes).await;
+        }
+    }
+
+    async fn probe_one(&self, plane: &Plane, suspect: Suspect) {
+        let address = suspect.endpoint.address;
+        // An endpoint that left the view, or moved, needs no health; neither does one that nobody here can call.
+        let known = plane.view.endpoints.get(&address) == Some(&suspect.endpoint);
+        let answers = match credentials(plane, &suspect.source, &suspect.endpoint.spiffe_id) {
+            Ok((name, config)) if known => pool::dial(node(&suspect.endpoint), name, config).await.is_ok(),
+            Ok(_) | Err(_) => true,
+        };
+        if answers && self.lock().remove(&address).is_some() {
+            tracing::info!(endpoint = %address, "endpoint in use again");
+            self.tell(plane, address, true);
+        }
+    }
+
+    fn tell(&self, plane: &Plane, address: Ipv4Addr, healthy: bool) {
+        METRICS.unhealthy.set([], self.lock().len() as f64);
+        if let Some(kernel) = &self.kernel {
+            kernel.set_health(&plane.view, address, healthy);
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<Ipv4Addr, Suspect>> {
+        self.suspects.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Where tunnels to `endpoint` end.
+pub fn node(endpoint: &Endpoint) -> SocketAddr {
+    SocketAddr::from((endpoint.node_address, hbone::PORT))
+}
+
+/// What `source` shows and asks for when it calls `destination`.
+pub fn credentials(
+    plane: &Plane,
+    source: &SpiffeId,
+    destination: &SpiffeId,
+) -> Result<(ServerName<'static>, Arc<ClientConfig>), TunnelError> {
+    let own = plane.credentials_of(source).map_err(|_| TunnelError::NoSvid)?;
+    let config = own.client(destination).map_err(|_| TunnelError::NoSvid)?;
+    let name = ServerName::try_from(sni::server_name(destination)).map_err(|_| TunnelError::NoSvid)?;
+    Ok((name, config))
+}

@@ -1,0 +1,253 @@
+//! The receiving end of tunnels: proves who calls, decides again, and connects to the pod.
+//!
+//! The far node is not relied on: its verdict is worth nothing here. What cannot be proved is refused.
+
+use crate::hbone::{self, POD_CONNECT_MAX};
+use crate::clock::Clock;
+use crate::metrics::METRICS;
+use crate::netns::NetnsThread;
+use crate::plane::{LocalPod, Plane};
+use crate::{pump, tls};
+use ambit_identity::PeerSvid;
+use ambit_model::{Code, Refusal, SpiffeId};
+use bytes::Bytes;
+use h2::RecvStream;
+use h2::server::SendResponse;
+use http::{Method, Request, Response, StatusCode};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, watch};
+use tokio::time::timeout;
+
+/// Tunnels at once; each is a TLS session and its windows.
+const TUNNELS_MAX: usize = 1024;
+/// Connections at once, over all tunnels.
+const FLOWS_MAX: usize = 16 * 1024;
+/// From accept to a finished handshake: silence and garbage hold a place no longer than this.
+const HANDSHAKE_MAX: Duration = Duration::from_secs(3);
+
+/// The listener's parts. Cloning shares.
+#[derive(Clone, Debug)]
+pub struct Inbound {
+    plane: watch::Receiver<Option<Arc<Plane>>>,
+    netns: NetnsThread,
+    clock: Arc<Clock>,
+    tunnels: Arc<Semaphore>,
+    flows: Arc<Semaphore>,
+}
+
+/// A proven caller and the identity it called.
+#[derive(Clone, Debug)]
+struct Call {
+    peer: Arc<PeerSvid>,
+    to: SpiffeId,
+}
+
+impl Inbound {
+    /// An inbound side that follows `plane`.
+    pub fn new(plane: watch::Receiver<Option<Arc<Plane>>>, netns: NetnsThread, clock: Arc<Clock>) -> Self {
+        let (tunnels, flows) = (Arc::new(Semaphore::new(TUNNELS_MAX)), Arc::new(Semaphore::new(FLOWS_MAX)));
+        Self { plane, netns, clock, tunnels, flows }
+    }
+
+    /// Accepts tunnels until the listener fails.
+    pub async fn serve(self, listener: TcpListener) -> std::io::Result<()> {
+        loop {
+            let (tcp, from) = match listener.accept().await {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    // Out of descriptors, say: wait instead of spinning.
+                    tracing::warn!(%error, "accept failed");
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                    continue;
+                }
+            };
+            let Ok(place) = self.tunnels.clone().try_acquire_owned() else {
+                METRICS.handshakes.inc(["failed", "busy"]);
+                continue;
+            };
+            let this = self.clone();
+            tokio::spawn(async move {
+                if let Err(error) = this.tunnel(tcp, from).await {
+                    tracing::debug!(%from, %error, "tunnel ended");
+                }
+                drop(place);
+            });
+        }
+    }
+
+    async fn tunnel(&self, tcp: TcpStream, from: SocketAddr) -> Result<(), Refusal> {
+        let _ = tcp.set_nodelay(true);
+        let shaken = timeout(HANDSHAKE_MAX, self.handshake(tcp)).await.unwrap_or_else(|_| {
+            Err(("timeout", Refusal::new(Code::Unauthenticated, "a handshake within 3 s", "silence")))
+        });
+        let (mut streams, call) = shaken.map_err(|(reason, refusal)| {
+            METRICS.handshakes.inc(["failed", reason]);
+            refusal
+        })?;
+        METRICS.handshakes.inc(["ok", "none"]);
+        tracing::debug!(%from, caller = %call.peer.id(), called = %call.to, "tunnel open");
+        let quiet = hbone::silence(streams.ping_pong(), None);
+        tokio::pin!(quiet);
+        loop {
+            let next = tokio::select! {
+                next = streams.accept() => next,
+                () = &mut quiet => return Ok(()),
+            };
+            let Some(Ok((request, respond))) = next else { return Ok(()) };
+            let (this, call) = (self.clone(), call.clone());
+            tokio::spawn(async move { this.stream(call, request, respond).await });
+        }
+    }
+
+    async fn handshake(
+        &self,
+        tcp: TcpStream,
+    ) -> Result<(h2::server::Connection<tokio_rustls::server::TlsStream<TcpStream>, Bytes>, Call), (&'static str, Refusal)>
+    {
+        let broken = |e: std::io::Error| ("tls", Refusal::new(Code::Unauthenticated, "a TLS handshake", e.to_string()));
+        let start = tokio_rustls::LazyConfigAcceptor::new(Default::default(), tcp).await.map_err(broken)?;
+        let name = start.client_hello().server_name().unwrap_or_default().to_owned();
+        let plane = self.plane.borrow().clone();
+        let called = plane.as_ref().and_then(|p| p.by_name.get(&name)).cloned().ok_or_else(|| {
+            ("unknown_name", Refusal::new(Code::NotFound, "the name of a workload of this node", name))
+        })?;
+        let stream = start.into_stream(called.server.clone()).await.map_err(broken)?;
+        let trust = plane.map(|p| p.trust.clone());
+        let (peer, trust) = (stream.get_ref().1.peer_certificates(), trust);
+        let peer = match (peer, trust) {
+            (Some(chain), Some(trust)) => tls::peer(chain, &trust, self.clock.now()).map_err(|r| ("svid", r))?,
+            _ => return Err(("svid", Refusal::new(Code::Unauthenticated, "an X.509-SVID", "none"))),
+        };
+        let h2 = hbone::accept(stream)
+            .await
+            .map_err(|e| ("http2", Refusal::new(Code::BadRequest, "HTTP/2", e.to_string())))?;
+        Ok((h2, Call { peer: Arc::new(peer), to: called.id.clone() }))
+    }
+
+    async fn stream(self, call: Call, request: Request<RecvStream>, mut respond: SendResponse<Bytes>) {
+        let Ok(_place) = self.flows.clone().try_acquire_owned() else {
+            return answer(&mut respond, StatusCode::SERVICE_UNAVAILABLE);
+        };
+        let begun = Instant::now();
+        let admitted = self.admit(&call, &request);
+        METRICS.authz.observe(begun.elapsed());
+        let (pod, to) = match admitted {
+            Ok(admitted) => admitted,
+            Err(refusal) => {
+                METRICS.connections.inc(["inbound", "denied"]);
+                tracing::info!(caller = %call.peer.id(), called = %call.to, %refusal, "inbound refused");
+                let malformed = refusal.code == Code::BadRequest;
+                return answer(&mut respond, if malformed { StatusCode::BAD_REQUEST } else { StatusCode::FORBIDDEN });
+            }
+        };
+        let tcp = match timeout(POD_CONNECT_MAX, self.last_leg(&pod, to, &call)).await {
+            Ok(Ok(tcp)) => tcp,
+            Ok(Err(error)) => {
+                METRICS.connections.inc(["inbound", "failed"]);
+                tracing::debug!(%to, %error, "pod does not answer");
+                return answer(&mut respond, StatusCode::BAD_GATEWAY);
+            }
+            Err(_) => {
+                METRICS.connections.inc(["inbound", "failed"]);
+                return answer(&mut respond, StatusCode::GATEWAY_TIMEOUT);
+            }
+        };
+        let mut ok = Response::new(());
+        *ok.status_mut() = StatusCode::OK;
+        let Ok(send) = respond.send_response(ok, false) else { return };
+        METRICS.connections.inc(["inbound", "ok"]);
+        METRICS.open.add(["inbound"], 1.0);
+        let cut = async {
+            let refusal = self.revoked(&call, to).await;
+            tracing::info!(caller = %call.peer.id(), called = %call.to, %refusal, "live connection cut");
+        };
+        pump::carry(tcp, send, request.into_body(), cut).await;
+        METRICS.open.add(["inbound"], -1.0);
+    }
+
+    /// The receiving node's own decision.
+    fn admit(&self, call: &Call, request: &Request<RecvStream>) -> Result<(Arc<LocalPod>, SocketAddrV4), Refusal> {
+        let bad = |found: String| Refusal::new(Code::BadRequest, "CONNECT <IPv4 address>:<port>", found);
+        if request.method() != Method::CONNECT {
+            return Err(bad(request.method().to_string()));
+        }
+        let authority = request.uri().authority().map(|a| a.as_str()).unwrap_or_default();
+        let to: SocketAddrV4 = authority.parse().map_err(|_| bad(authority.to_owned()))?;
+        let plane = self.plane.borrow().clone();
+        let plane = plane.ok_or_else(|| Refusal::new(Code::Unavailable, "a slice", "none yet"))?;
+        // Not-here and not-yours look alike from outside.
+        let pod = plane.pods.get(to.ip()).filter(|pod| *pod.id() == call.to).cloned().ok_or_else(|| {
+            Refusal::new(Code::PolicyDenied, format!("an address of {}", call.to), to.to_string())
+        })?;
+        judge(&plane, call, to, self.clock.now())?;
+        Ok((pod, to))
+    }
+
+    /// Returns the refusal once what was admitted would not be admitted any more.
+    async fn revoked(&self, call: &Call, to: SocketAddrV4) -> Refusal {
+        let mut plane = self.plane.clone();
+        loop {
+            if plane.changed().await.is_err() {
+                return Refusal::new(Code::Unavailable, "a running agent", "it is ending");
+            }
+            let now = plane.borrow_and_update().clone();
+            if let Some(Err(refusal)) = now.map(|p| judge(&p, call, to, self.clock.now())) {
+                // An SVID that ran out does not end a connection that it began; being denied does.
+                if refusal.code != Code::SvidUntrusted {
+                    return refusal;
+                }
+            }
+        }
+    }
+
+    /// The socket is made in the pod's namespace and comes from 127/8, which only the agent can send from there;
+    /// its goal is the pod's own address, so that services bound to loopback stay private.
+    async fn last_leg(&self, pod: &LocalPod, to: SocketAddrV4, call: &Call) -> std::io::Result<TcpStream> {
+        let source = SocketAddrV4::new(spread(call.peer.id()(), to), 0);
+        let socket = self.netns.socket(&pod.netns, source).await?;
+        let tcp = socket.connect(SocketAddr::V4(to)).await?;
+        tcp.set_nodelay(true)?;
+        Ok(tcp)
+    }
+}
+
+/// May this caller speak to that port of this workload now?
+fn judge(plane: &Plane, call: &Call, to: SocketAddrV4, now: ambit_model::Stamp) -> Result<(), Refusal> {
+    if call.peer.not_after() < now {
+        let found = format!("ended at {} ms", call.peer.not_after().0);
+        return Err(Refusal::new(Code::SvidUntrusted, "an SVID in time", found));
+    }
+    // Callers outside the mesh lack the binding; no policy can name such a caller yet, so they are refused.
+    let binding = call.peer.binding().ok_or_else(|| {
+        Refusal::new(Code::SvidUntrusted, "an SVID bound to a node", "none")
+    })?;
+    if plane.view.denies(&binding.node, binding.generation) {
+        return Err(Refusal::new(Code::NodeUntrusted, "a trusted node", binding.node.to_string()));
+    }
+    let verdict = plane.view.policies.evaluate(call.peer.id()(), &call.to, to.port());
+    if verdict.allowed {
+        return Ok(());
+    }
+    let found = format!("{} to {} port {}: {}", call.peer.id(), call.to, to.port(), verdict.reason);
+    Err(Refusal::new(Code::PolicyDenied, "an allowed connection", found))
+}
+
+/// One of 127.64.0.0/10 by hash: one address alone would have 28,000 ports for all callers of a pod.
+fn spread(caller: &SpiffeId, to: SocketAddrV4) -> Ipv4Addr {
+    use std::hash::{DefaultHasher, Hash, Hasher};
+    let mut h = DefaultHasher::new();
+    (caller, to).hash(&mut h);
+    let [_, _, _, _, _, a, b, c] = h.finish().to_be_bytes();
+    // Neither .0 nor .255, and at least 64 in the second place: away from what applications use on loopback.
+    Ipv4Addr::new(127, 64 + (a & 0x3f), b, 1 + c % 254)
+}
+
+fn answer(respond: &mut SendResponse<Bytes>, status: StatusCode) {
+    let mut response = Response::new(());
+    *response.status_mut() = status;
+    // The caller may be gone; then nobody needs the answer.
+    let _ = respond.send_response(response, true);
+}

@@ -1,0 +1,137 @@
+//! The kernel side in the agent's words. Every error is a refusal; none ever means "go on".
+
+use crate::outbound::Captured;
+use crate::view::View;
+use ambit_ebpf::{Capacity, Event, Kernel, KernelError, Options, Tables};
+use ambit_model::{Code, Refusal};
+use std::net::{Ipv4Addr, SocketAddrV4};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Without the agent, new connections are judged for this long, then refused: long enough for an upgrade.
+pub const LEASE: Duration = Duration::from_secs(60);
+/// How often the lease is renewed: eleven renewals may be lost.
+pub const LEASE_EVERY: Duration = Duration::from_secs(5);
+
+/// The handle. Cloning shares.
+#[derive(Clone)]
+pub struct KernelHandle(Arc<Kernel>);
+
+impl std::fmt::Debug for KernelHandle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("KernelHandle")
+    }
+}
+
+fn refusal(error: &KernelError) -> Refusal {
+    let code = Code::from_text(error.code()).unwrap_or(Code::Internal);
+    Refusal::new(code, "a kernel side that works", chain(error))
+}
+
+/// An error with its causes, on one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut out = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        out = format!("{out}: {cause}");
+        next = cause.source();
+    }
+    out
+}
+
+impl KernelHandle {
+    /// Attaches to the node's mesh cgroup, or takes over what a former agent pinned.
+    pub fn open(cgroup_root: &Path, pin_dir: &Path) -> Result<Self, Refusal> {
+        let options = Options {
+            cgroup_root: PathBuf::from(cgroup_root),
+            pin_dir: PathBuf::from(pin_dir),
+            capacity: Capacity::default(),
+        };
+        Kernel::open(&options).map(|k| Self(Arc::new(k))).map_err(|e| refusal(&e))
+    }
+
+    /// Puts tables in force and returns the digest of what was read back. Waits for running programs: tens of ms.
+    pub async fn install(&self, tables: Arc<Tables>) -> Result<[u8; 32], Refusal> {
+        let kernel = self.0.clone();
+        let done = tokio::task::spawn_blocking(move || kernel.install(&tables).map_err(|e| refusal(&e)));
+        done.await.map_err(|e| Refusal::new(Code::Internal, "an install that ends", e.to_string()))?
+    }
+
+    /// Says who a cgroup is.
+    pub fn enrol(&self, cgroup_id: u64, number: u32) -> Result<(), Refusal> {
+        self.0.set_workload(cgroup_id, number).map_err(|e| refusal(&e))
+    }
+
+    /// Forgets every enrolled cgroup but `keep`: what a former agent left.
+    pub fn keep_only(&self, keep: &dyn Fn(u64) -> bool) -> Result<(), Refusal> {
+        let found = self.0.workloads().map_err(|e| refusal(&e))?;
+        found.into_keys().filter(|id| !keep(*id)).try_for_each(|id| self.forget(id))
+    }
+
+    /// Forgets a cgroup: its processes may do nothing from now on.
+    pub fn forget(&self, cgroup_id: u64) -> Result<(), Refusal> {
+        self.0.remove_workload(cgroup_id).map_err(|e| refusal(&e))
+    }
+
+    /// Guards a pod's namespace and captures into `listener`.
+    pub fn attach(
+        &self,
+        name: &str,
+        netns: BorrowedFd<'_>,
+        address: Ipv4Addr,
+        listener: impl AsFd,
+    ) -> Result<(), Refusal> {
+        self.0.attach_pod(name, netns, address, listener.as_fd()).map_err(|e| refusal(&e))
+    }
+
+    /// Lets a pod go that ended.
+    pub fn detach(&self, name: &str) -> Result<(), Refusal> {
+        self.0.detach_pod(name).map_err(|e| refusal(&e))
+    }
+
+    /// Pods that are attached.
+    pub fn attached(&self) -> Result<Vec<String>, Refusal> {
+        self.0.pods().map_err(|e| refusal(&e))
+    }
+
+    /// Lets the kernel go on judging for [`LEASE`].
+    pub fn renew_lease(&self) -> Result<(), Refusal> {
+        self.0.renew_lease(LEASE).map_err(|e| refusal(&e))
+    }
+
+    /// Where a captured connection was going; asked once.
+    pub fn original_destination(&self, cookie: u64, client: SocketAddrV4, capture: SocketAddrV4) -> Option<Captured> {
+        let found = self.0.original_destination(cookie, client, capture)?;
+        Some(Captured { asked: found.asked, endpoint: found.endpoint })
+    }
+
+    /// Tells every service with an endpoint at `address` whether it may be chosen. A service that is not in the kernel
+    /// (any more) needs no telling: the next install brings the whole health.
+    pub fn set_health(&self, view: &View, address: Ipv4Addr, healthy: bool) {
+        let Some(endpoint) = view.endpoints.get(&address) else { return };
+        for service in view.services.iter().filter(|s| s.backends.iter().any(|b| b.contains(&endpoint.spiffe_id))) {
+            let (at, to) = (SocketAddrV4::new(service.address, service.port), SocketAddrV4::new(address, service.port));
+            if let Err(error) = self.0.set_service_health(at, to, healthy) {
+                tracing::debug!(service = %at, endpoint = %to, error = %chain(&error), "health not told");
+            }
+        }
+    }
+
+    /// Refusals since the last call, oldest first, to `take`.
+    pub fn events(&self, take: &mut dyn FnMut(Event)) -> Result<(), Refusal> {
+        self.0.drain_events(take).map_err(|e| refusal(&e))
+    }
+
+    /// Totals: allowed, and refused by reason.
+    pub fn totals(&self) -> Result<(u64, Vec<(&'static str, u64)>), Refusal> {
+        let counters = self.0.counters().map_err(|e| refusal(&e))?;
+        Ok((counters.allowed, counters.denied.iter().map(|(r, n)| (r.as_str(), *n)).collect()))
+    }
+
+    /// Drops records that no agent took.
+    pub fn sweep(&self) -> Result<usize, Refusal> {
+        self.0.sweep_closed_flows(Duration::from_secs(60)).map_err(|e| refusal(&e))
+    }
+}

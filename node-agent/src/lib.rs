@@ -1,0 +1,37 @@
+//! The node agent's user space: enrols the machine by its TPM, holds the SVIDs of the workloads that run here, tells the
+//! kernel who may speak to whom, and carries what the kernel lets through in tunnels between nodes.
+//!
+//! It must never let a connection pass because something is missing (no slice, no SVID, no record, no answer: refused),
+//! never write a workload's key to disk, never act on a slice older than the one in force, and never decide for a
+//! caller by anything but its proved identity. Deciding is in pure modules (`compile`, `view`, `sni`, `svids::renew_at`);
+//! everything else carries.
+#![warn(missing_docs)]
+
+pub mod agent;
+pub mod attester;
+pub mod backoff;
+pub mod caller;
+pub mod clock;
+pub mod compile;
+pub mod config;
+pub mod control;
+pub mod enrol;
+pub mod hbone;
+pub mod health;
+pub mod inbound;
+pub mod issued;
+pub mod kernel;
+pub mod metrics;
+pub mod netns;
+pub mod outbound;
+pub mod plane;
+pub mod pods;
+pub mod pool;
+pub mod pump;
+pub mod session;
+pub mod sni;
+pub mod svids;
+pub mod telemetry;
+pub mod tls;
+pub mod view;
+pub mod workload_api;

@@ -1,0 +1,107 @@
+//! Sockets that belong to a pod's network namespace. One thread of our own enters namespaces; no other ever does.
+//!
+//! A socket belongs to the namespace in which it was *created*, so it can be handed to the runtime afterwards.
+
+use nix::sched::{CloneFlags, setns};
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, SockaddrIn, bind, listen, setsockopt, socket, sockopt};
+use std::io;
+use std::net::SocketAddrV4;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+
+/// Jobs take microseconds; a longer queue than this means the thread is gone or the machine is.
+const QUEUE: usize = 256;
+/// Connections that wait for accept in one pod.
+const BACKLOG: i32 = 1024;
+
+/// An open namespace: holding it keeps the pod's name from being reused under us.
+#[derive(Clone, Debug)]
+pub struct Netns(Arc<OwnedFd>);
+
+impl Netns {
+    /// Opens the namespace at `path`.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        Ok(Self(Arc::new(std::fs::File::open(path)?.into())))
+    }
+}
+
+impl AsFd for Netns {
+    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+type Job = Box<dyn FnOnce() + Send>;
+
+/// Handle of the thread.
+#[derive(Clone, Debug)]
+pub struct NetnsThread {
+    jobs: SyncSender<Job>,
+}
+
+impl NetnsThread {
+    /// Starts the thread; it ends when the last handle is dropped.
+    pub fn start() -> io::Result<Self> {
+        let (jobs, queue): (SyncSender<Job>, Receiver<Job>) = sync_channel(QUEUE);
+        std::thread::Builder::new().name("ambit-netns".to_owned()).stack_size(256 * 1024).spawn(move || {
+            for job in queue {
+                job();
+            }
+        })?;
+        Ok(Self { jobs })
+    }
+
+    /// Runs `act` inside `ns`. If the namespace cannot be entered, `act` does not run at all.
+    pub async fn run<T: Send + 'static>(
+        &self,
+        ns: &Netns,
+        act: impl FnOnce() -> io::Result<T> + Send + 'static,
+    ) -> io::Result<T> {
+        let (reply, answer) = tokio::sync::oneshot::channel();
+        let ns = ns.clone();
+        let job: Job = Box::new(move || {
+            let entered = setns(&ns, CloneFlags::CLONE_NEWNET).map_err(io::Error::from);
+            // The caller may have given up meanwhile; then nobody wants the answer.
+            let _ = reply.send(entered.and_then(|()| act()));
+        });
+        self.jobs.try_send(job).map_err(|e| match e {
+            TrySendError::Full(_) => io::Error::new(io::ErrorKind::ResourceBusy, "too many sockets asked at once"),
+            TrySendError::Disconnected(_) => io::Error::other("the namespace thread has ended"),
+        })?;
+        answer.await.map_err(|_| io::Error::other("the namespace thread has ended"))?
+    }
+
+    /// A TCP listener in `ns`. The address need not exist there: what reaches it is steered by the kernel part.
+    pub async fn listen(&self, ns: &Netns, at: SocketAddrV4) -> io::Result<std::net::TcpListener> {
+        self.run(ns, move || {
+            let fd = tcp()?;
+            setsockopt(&fd, sockopt::ReuseAddr, &true)?;
+            setsockopt(&fd, sockopt::IpFreebind, &true)?;
+            bind(std::os::fd::AsRawFd::as_raw_fd(&fd), &SockaddrIn::from(at))?;
+            listen(&fd, Backlog::new(BACKLOG)?)?;
+            Ok(std::net::TcpListener::from(fd))
+        })
+        .await
+    }
+
+    /// A TCP socket in `ns`, bound to `source` (its port is chosen at connect: `IP_BIND_ADDRESS_NO_PORT`).
+    pub async fn socket(&self, ns: &Netns, source: SocketAddrV4) -> io::Result<tokio::net::TcpSocket> {
+        let fd = self
+            .run(ns, move || {
+                let fd = tcp()?;
+                setsockopt(&fd, sockopt::IpBindAddressNoPort, &true)?;
+                setsockopt(&fd, sockopt::IpFreebind, &true)?;
+                bind(std::os::fd::AsRawFd::as_raw_fd(&fd), &SockaddrIn::from(source))?;
+                Ok(fd)
+            })
+            .await?;
+        Ok(tokio::net::TcpSocket::from_std_stream(std::net::TcpStream::from(fd)))
+    }
+}
+
+fn tcp() -> io::Result<OwnedFd> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    Ok(socket(AddressFamily::Inet, SockType::Stream, flags, None)?)
+}

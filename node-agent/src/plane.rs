@@ -1,0 +1,93 @@
+//! What carrying traffic needs, of one instant: the view, the pods that are somebody, and their credentials.
+
+use crate::issued::Svid;
+use crate::netns::Netns;
+use crate::sni;
+use crate::view::{View, Workload};
+use ambit_identity::SharedTrust;
+use ambit_model::{Code, Refusal, SpiffeId};
+use rustls::sign::CertifiedKey;
+use rustls::{ClientConfig, ServerConfig};
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+use std::sync::Arc;
+
+/// A workload that runs here, and its namespace.
+#[derive(Clone, Debug)]
+pub struct LocalPod {
+    /// Which pod, and who it is.
+    pub workload: Workload,
+    /// Where its sockets live.
+    pub netns: Netns,
+}
+
+impl LocalPod {
+    /// Who it is.
+    pub fn id(&self) -> &SpiffeId {
+        &self.workload.entry.spiffe_id
+    }
+}
+
+/// What one local identity shows in tunnels.
+#[derive(Clone, Debug)]
+pub struct Credentials {
+    /// The identity.
+    pub id: SpiffeId,
+    /// As a server: shows the SVID, demands one of a known trust domain.
+    pub server: Arc<ServerConfig>,
+    svid: Arc<Svid>,
+    key: Arc<CertifiedKey>,
+    trust: SharedTrust,
+}
+
+impl Credentials {
+    /// Prepares `svid` for use against `trust`.
+    pub fn new(svid: Arc<Svid>, trust: SharedTrust) -> Result<Self, Refusal> {
+        let key = crate::tls::certified_key(&svid)?;
+        let server = Arc::new(crate::tls::server(key.clone(), trust.clone())?);
+        Ok(Self { id: svid.id.clone(), server, svid, key, trust })
+    }
+    /// As a client that accepts `expected` and nobody else.
+    pub fn client(&self, expected: &SpiffeId) -> Result<Arc<ClientConfig>, Refusal> {
+        crate::tls::client(self.key.clone(), self.trust.clone(), expected).map(Arc::new)
+    }
+    /// The certificate behind them.
+    pub fn svid(&self) -> &Arc<Svid> {
+        &self.svid
+    }
+}
+
+/// The whole, replaced on every change.
+#[derive(Clone, Debug)]
+pub struct Plane {
+    /// The view in the kernel.
+    pub view: Arc<View>,
+    /// Enrolled pods by address.
+    pub pods: BTreeMap<Ipv4Addr, Arc<LocalPod>>,
+    /// Credentials by identity.
+    pub credentials: BTreeMap<SpiffeId, Arc<Credentials>>,
+    /// The same by the name a dialer asks for.
+    pub by_name: BTreeMap<String, Arc<Credentials>>,
+    /// Whom to trust, by trust domain; always the newest bundles.
+    pub trust: SharedTrust,
+}
+
+impl Plane {
+    /// Puts the parts together.
+    pub fn new(
+        view: Arc<View>,
+        pods: impl IntoIterator<Item = Arc<LocalPod>>,
+        credentials: impl IntoIterator<Item = Arc<Credentials>>,
+        trust: SharedTrust,
+    ) -> Self {
+        let credentials: BTreeMap<_, _> = credentials.into_iter().map(|c| (c.id.clone(), c)).collect();
+        let by_name = credentials.values().map(|c| (sni::server_name(&c.id), c.clone())).collect();
+        let pods = pods.into_iter().map(|p| (p.workload.pod.address, p)).collect();
+        Self { view, pods, credentials, by_name, trust }
+    }
+    /// The credentials of `id`, or a refusal.
+    pub fn credentials_of(&self, id: &SpiffeId) -> Result<&Arc<Credentials>, Refusal> {
+        let none = || Refusal::new(Code::SvidUntrusted, format!("an SVID of {id}"), "none issued here");
+        self.credentials.get(id).ok_or_else(none)
+    }
+}

@@ -1,0 +1,239 @@
+//! Workload SVIDs: asked for when somebody here needs one, renewed at half-life, kept while the cell is away.
+//!
+//! Keys are made here and never leave this process but to their workload. A denial withdraws; an outage does not.
+
+use crate::backoff::random;
+use crate::clock::Clock;
+use crate::issued::{Issued, Svid, Svids};
+use crate::metrics::METRICS;
+use ambit_identity::{SharedTrust, SvidKey};
+use ambit_model::refusal::Class;
+use ambit_model::{Code, EntryId, Refusal, SpiffeId, Stamp};
+use ambit_proto::status::from_status;
+use ambit_proto::v1::svid_client::SvidClient;
+use ambit_proto::v1::{BatchNewX509SvidRequest, NewX509svid, X509svidResult};
+use rustls_pki_types::CertificateDer;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::watch;
+use tonic::transport::Channel;
+
+/// SVIDs asked for in one request.
+const BATCH_MAX: usize = 64;
+/// An answer takes one Raft commit; a cell that changes its leader takes a few elections.
+const ANSWER_MAX: Duration = Duration::from_secs(5);
+/// After a refusal or an outage the same entry is not asked for again for this long.
+const RETRY_MS: u64 = 1000;
+/// A denied entry is asked for again this late: an operator may have changed it.
+const DENIED_RETRY_MS: u64 = 5000;
+
+/// The component.
+#[derive(Debug)]
+pub struct Issuance {
+    /// Where SVIDs go, and what is wanted.
+    pub issued: Issued,
+    /// What they are checked against.
+    pub trust: SharedTrust,
+    /// The time.
+    pub clock: Arc<Clock>,
+    /// The way to the cell.
+    pub channel: watch::Receiver<Option<Channel>>,
+}
+
+#[derive(Default)]
+struct State {
+    svids: Svids,
+    /// When each is due next.
+    due: BTreeMap<EntryId, Stamp>,
+}
+
+impl Issuance {
+    /// Runs until the process ends.
+    pub async fn run(mut self) {
+        let mut wanted = self.issued.wanted();
+        let mut views = self.issued.watch();
+        let mut state = State::default();
+        loop {
+            let now = self.clock.now();
+            let want = wanted.borrow_and_update().clone();
+            self.forget(&mut state, &want, now);
+            let due: Vec<EntryId> =
+                want.iter().filter(|e| state.due.get(*e).is_none_or(|at| *at <= now)).take(BATCH_MAX).cloned().collect();
+            let channel = self.channel.borrow_and_update().clone();
+            if let (Some(channel), false) = (channel, due.is_empty()) {
+                self.ask(&mut state, channel, &due).await;
+                continue;
+            }
+            let next = state.due.values().min().map_or(60_000, |at| at.0.saturating_sub(now.0)).clamp(50, 60_000);
+            let next = if due.is_empty() { next } else { RETRY_MS };
+            tokio::select! {
+                changed = wanted.changed() => if changed.is_err() { return },
+                changed = self.channel.changed() => if changed.is_err() { return },
+                changed = views.changed() => if changed.is_err() { return },
+                () = tokio::time::sleep(Duration::from_millis(next)) => {}
+            }
+        }
+    }
+
+    /// Drops what is unwanted or over.
+    fn forget(&self, state: &mut State, want: &BTreeSet<EntryId>, now: Stamp) {
+        let before = state.svids.len();
+        state.due.retain(|entry, _| want.contains(entry));
+        state.svids.retain(|entry, svid| want.contains(entry) && svid.as_ref().map_or(true, |s| s.not_after > now));
+        // An entry whose SVID ran out is due at once, and so is one whose identity changed under its name.
+        let view = self.issued.now().view;
+        let changed: Vec<EntryId> = state.svids.iter().filter(|(e, s)| !still_of(view.as_deref(), e, s)).map(|(e, _)| e.clone()).collect();
+        for entry in changed {
+            state.svids.remove(&entry);
+            state.due.remove(&entry);
+        }
+        if state.svids.len() != before {
+            self.issued.set_svids(state.svids.clone());
+        }
+    }
+
+    async fn ask(&self, state: &mut State, channel: Channel, due: &[EntryId]) {
+        let answers = match self.request(channel, due).await {
+            Ok(answers) => answers,
+            Err(refusal) => {
+                // The cell is away: what is held stays good until it ends.
+                METRICS.svids.inc(["unavailable"]);
+                tracing::debug!(%refusal, "SVIDs not renewed now");
+                due.iter().map(|entry| (entry.clone(), Err(refusal.clone()))).collect()
+            }
+        };
+        let now = self.clock.now();
+        for (entry, answer) in answers {
+            match answer {
+                Ok(svid) => {
+                    METRICS.svids.inc(["ok"]);
+                    state.due.insert(entry.clone(), renew_at(svid.since, svid.not_after, random()));
+                    state.svids.insert(entry, Ok(Arc::new(svid)));
+                }
+                Err(refusal) if withdraws(&refusal) => {
+                    METRICS.svids.inc(["denied"]);
+                    tracing::warn!(entry = %entry, %refusal, "SVID denied");
+                    state.due.insert(entry.clone(), now.plus_ms(DENIED_RETRY_MS));
+                    state.svids.insert(entry, Err(refusal));
+                }
+                Err(refusal) => {
+                    tracing::debug!(entry = %entry, %refusal, "SVID not issued now");
+                    state.due.insert(entry, now.plus_ms(RETRY_MS));
+                }
+            }
+        }
+        self.issued.set_svids(state.svids.clone());
+    }
+
+    async fn request(
+        &self,
+        channel: Channel,
+        due: &[EntryId],
+    ) -> Result<Vec<(EntryId, Result<Svid, Refusal>)>, Refusal> {
+        let mut keys = BTreeMap::new();
+        let mut items = Vec::new();
+        for entry in due {
+            let key = SvidKey::generate()?;
+            items.push(NewX509svid { entry_id: entry.to_string(), csr: key.csr()? });
+            keys.insert(entry.clone(), key);
+        }
+        let mut request_id = [0u8; 16];
+        request_id[..8].copy_from_slice(&random().to_le_bytes());
+        request_id[8..].copy_from_slice(&random().to_le_bytes());
+        let request = BatchNewX509SvidRequest { request_id: request_id.to_vec(), items };
+        let mut client = SvidClient::new(channel);
+        let answer = tokio::time::timeout(ANSWER_MAX, client.batch_new_x509svid(request)).await;
+        let late = |_| Refusal::new(Code::Unavailable, "an answer", format!("none in {ANSWER_MAX:?}"));
+        let results = answer.map_err(late)?.map_err(|s| from_status(&s))?.into_inner().results;
+        let now = self.clock.now();
+        Ok(keys.into_iter().map(|(entry, key)| {
+            let result = results.iter().find(|r| r.entry_id == entry.as_str());
+            let made = self.accept(&entry, &key, result, now);
+            (entry, made)
+        }).collect())
+    }
+
+    /// Takes a leaf only if it is what was asked for: of the entry's identity, of the own key, good by the own bundle.
+    fn accept(
+        &self,
+        entry: &EntryId,
+        key: &SvidKey,
+        result: Option<&X509svidResult>,
+        now: Stamp,
+    ) -> Result<Svid, Refusal> {
+        let result = result.ok_or_else(|| Refusal::new(Code::Unavailable, "a result for the entry", "none"))?;
+        if result.code != "ok" {
+            let code = Code::from_text(&result.code).unwrap_or(Code::Internal);
+            return Err(Refusal::new(code, "an SVID", result.message.as_str()));
+        }
+        let expected = self.identity_of(entry)?;
+        let chain: Vec<CertificateDer<'_>> = result.chain_der.iter().map(|der| CertificateDer::from(der.as_slice())).collect();
+        let peer = self.trust.current().verify(&chain, now)?;
+        if *peer.id() != expected {
+            return Err(Refusal::new(Code::Internal, format!("a leaf of {expected}"), peer.id().as_str()));
+        }
+        Ok(Svid {
+            id: expected,
+            key_pkcs8: key.pkcs8(),
+            chain_der: result.chain_der.clone(),
+            since: now,
+            not_after: peer.not_after(),
+        })
+    }
+
+    fn identity_of(&self, entry: &EntryId) -> Result<SpiffeId, Refusal> {
+        let view = self.issued.now().view;
+        let found = view.as_ref().and_then(|v| v.entries.iter().find(|e| e.id == *entry)).map(|e| e.spiffe_id.clone());
+        found.ok_or_else(|| Refusal::new(Code::NotFound, "an entry of the slice", entry.as_str()))
+    }
+}
+
+fn still_of(view: Option<&crate::view::View>, entry: &EntryId, svid: &Result<Arc<Svid>, Refusal>) -> bool {
+    let Some(found) = view.and_then(|v| v.entries.iter().find(|e| e.id == *entry)) else { return false };
+    svid.as_ref().map_or(true, |svid| svid.id == found.spiffe_id)
+}
+
+/// "No" withdraws an SVID; "not now" does not.
+fn withdraws(refusal: &Refusal) -> bool {
+    match refusal.code.class() {
+        Class::Denied | Class::Unauthenticated | Class::Missing | Class::Invalid => true,
+        Class::Conflict | Class::Unavailable | Class::Unimplemented | Class::Precondition => false,
+    }
+}
+
+/// Half of the lifetime, ±10 %: renewals of one moment do not return as one.
+pub fn renew_at(since: Stamp, not_after: Stamp, random: u64) -> Stamp {
+    let life = not_after.0.saturating_sub(since.0);
+    let (base, jitter) = (life / 100 * 40, life / 100 * 20);
+    since.plus_ms(base + random % (jitter + 1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn renewal_falls_around_half_life() {
+        for random in [0, 1, 12_345, u64::MAX] {
+            let at = renew_at(Stamp(1_000_000), Stamp(1_000_000 + 3_600_000), random).0 - 1_000_000;
+            assert!((1_440_000..=2_160_000).contains(&at), "{at}");
+        }
+        assert_eq!(renew_at(Stamp(10), Stamp(5), 7), Stamp(10));
+    }
+
+    #[test]
+    fn only_a_no_withdraws() {
+        for (code, gone) in [
+            (Code::EntryNotOnNode, true),
+            (Code::NodeUntrusted, true),
+            (Code::NotFound, true),
+            (Code::Unavailable, false),
+            (Code::Busy, false),
+            (Code::AuthorityMismatch, false),
+            (Code::IssuerUnavailable, false),
+        ] {
+            assert_eq!(withdraws(&Refusal::new(code, "", "")), gone, "{code}");
+        }
+    }
+}

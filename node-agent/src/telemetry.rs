@@ -1,0 +1,66 @@
+//! What the agent tells its operators: logs on standard error, figures and health over HTTP.
+
+use crate::kernel::KernelHandle;
+use crate::metrics::METRICS;
+use axum::Router;
+use axum::http::{StatusCode, header};
+use axum::routing::get;
+use std::io::IsTerminal;
+use std::net::SocketAddr;
+use tracing_subscriber::EnvFilter;
+
+/// What must work before the node is ready for workloads.
+const NEEDED: [&str; 4] = ["kernel", "enrolment", "stream", "inbound"];
+
+/// Text on a terminal, one JSON object a line otherwise. `AMBIT_LOG` filters (`info` unless told).
+pub fn start_logging() {
+    let filter = EnvFilter::try_from_env("AMBIT_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    if std::io::stderr().is_terminal() {
+        log.init();
+    } else {
+        log.json().flatten_event(true).init();
+    }
+}
+
+/// Serves `/metrics`, `/healthz` (the process answers) and `/readyz` (every needed component is up) until it fails.
+pub async fn serve(at: SocketAddr, kernel: KernelHandle) -> std::io::Result<()> {
+    let text = [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
+    let app = Router::new()
+        .route("/metrics", get(move || async move { (text, page(&kernel)) }))
+        .route("/healthz", get(|| async { "ok\n" }))
+        .route("/readyz", get(|| async { ready() }));
+    axum::serve(tokio::net::TcpListener::bind(at).await?, app).await
+}
+
+/// The agent's own figures and the kernel's, which outlive the agent.
+fn page(kernel: &KernelHandle) -> String {
+    match kernel.totals() {
+        Ok((allowed, refused)) => METRICS.page() + &kernel_figures(allowed, &refused),
+        Err(refusal) => {
+            tracing::warn!(%refusal, "kernel counters not read");
+            METRICS.page()
+        }
+    }
+}
+
+fn kernel_figures(allowed: u64, refused: &[(&'static str, u64)]) -> String {
+    let mut out = String::from(
+        "# HELP ambit_kernel_decisions_total Decisions of the programs in the kernel.\n\
+         # TYPE ambit_kernel_decisions_total counter\n",
+    );
+    for (reason, n) in std::iter::once(&("allowed", allowed)).chain(refused) {
+        let result = if *reason == "allowed" { "allow" } else { "deny" };
+        out += &format!("ambit_kernel_decisions_total{{result=\"{result}\",reason=\"{reason}\"}} {n}\n");
+    }
+    out
+}
+
+fn ready() -> (StatusCode, String) {
+    let down: Vec<&str> = NEEDED.into_iter().filter(|c| METRICS.component.value([c]) < 1.0).collect();
+    if down.is_empty() {
+        (StatusCode::OK, "ready\n".to_owned())
+    } else {
+        (StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {}\n", down.join(", ")))
+    }
+}

@@ -1,0 +1,271 @@
+//! A slice after parsing: everything this node knows, of one revision, in types. Replaced whole, never edited.
+
+use crate::pods::Pod;
+use ambit_model::policy::{Endpoint, Policy, Service};
+use ambit_model::{
+    Bundle, ClusterId, Code, Entry, EntryId, Foreign, Generation, NodeId, NumericIdentity, Own, Refusal, Revision, Selector,
+    SpiffeId, Stamp, TrustDomain,
+};
+use ambit_policy::PolicySet;
+use ambit_proto::{convert, v1};
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::Ipv4Addr;
+
+/// What the slice of one revision says.
+#[derive(Clone, Debug)]
+pub struct View {
+    /// The cell's revision.
+    pub revision: Revision,
+    /// When it was made (the leader's time).
+    pub stamp: Stamp,
+    /// The own trust domain.
+    pub trust_domain: TrustDomain,
+    /// The own cluster.
+    pub cluster: ClusterId,
+    /// The own roots.
+    pub own: Bundle<Own>,
+    /// The roots of peers.
+    pub foreign: Vec<Bundle<Foreign>>,
+    /// What may run here.
+    pub entries: Vec<Entry>,
+    /// Who may speak to whom.
+    pub policies: PolicySet,
+    /// Virtual services.
+    pub services: Vec<Service>,
+    /// Who is behind which address.
+    pub endpoints: BTreeMap<Ipv4Addr, Endpoint>,
+    /// The kernel's names of identities.
+    pub numbers: BTreeMap<SpiffeId, NumericIdentity>,
+    /// Leaves of these nodes, up to and including the generation, are refused.
+    pub denials: BTreeMap<NodeId, Generation>,
+    /// How far peers' records are in, handed back in the acknowledgement.
+    pub imported: Vec<v1::ImportedSeq>,
+}
+
+impl View {
+    /// Parses a slice sent to a node of `cluster` in `trust_domain`. Anything unclear refuses the slice whole: what is
+    /// in force stays in force.
+    pub fn parse(slice: v1::Slice, trust_domain: &TrustDomain, cluster: &ClusterId) -> Result<Self, Refusal> {
+        let expect = |what: &str, expected: &str, found: &str| match expected == found {
+            true => Ok(()),
+            false => Err(Refusal::new(Code::BadRequest, format!("a slice of {what} {expected}"), found)),
+        };
+        expect("trust domain", trust_domain.as_str(), &slice.trust_domain)?;
+        expect("cluster", cluster.as_str(), &slice.cluster)?;
+        let (own, foreign) = bundles(&slice.bundles, trust_domain)?;
+        let known = foreign.iter().map(|b| b.trust_domain().clone()).chain([trust_domain.clone()]).collect();
+        Ok(Self {
+            revision: Revision(slice.revision),
+            stamp: Stamp(slice.stamp_ms),
+            trust_domain: trust_domain.clone(),
+            cluster: cluster.clone(),
+            own,
+            foreign,
+            entries: slice.entries.iter().map(Entry::try_from).collect::<Result<_, _>>()?,
+            policies: policies(&slice.policies, known)?,
+            services: slice.services.iter().map(Service::try_from).collect::<Result<_, _>>()?,
+            endpoints: endpoints(&slice.endpoints)?,
+            numbers: numbers(&slice.identities)?,
+            denials: denials(&slice.denials)?,
+            imported: slice.imported,
+        })
+    }
+
+    /// Whether leaves issued through this node and generation are refused now.
+    pub fn denies(&self, node: &NodeId, generation: Generation) -> bool {
+        self.denials.get(node).is_some_and(|to| generation <= *to)
+    }
+
+    /// The entry that a process or pod with the selectors `found` has in the mesh: the one that asks for most; of equals
+    /// the first by name, so that every agent decides alike.
+    pub fn entry_of(&self, found: &BTreeSet<Selector>) -> Option<&Entry> {
+        self.entries_of(found).max_by(|a, b| a.selectors.len().cmp(&b.selectors.len()).then_with(|| b.id.cmp(&a.id)))
+    }
+
+    /// Every entry that recognises the selectors `found` (SPIFFE: a workload may have several identities).
+    pub fn entries_of<'a>(&'a self, found: &'a BTreeSet<Selector>) -> impl Iterator<Item = &'a Entry> {
+        self.entries.iter().filter(|e| e.cluster == self.cluster && e.recognises(found))
+    }
+
+    /// Every entry that one of the pods can show (its Workload API answer), not only its entry in the mesh.
+    pub fn entries_of_pods<'a>(&self, pods: impl IntoIterator<Item = &'a Pod>) -> BTreeSet<EntryId> {
+        let of_pod = |pod: &Pod| self.entries_of(&pod.selectors()).map(|e| e.id.clone()).collect::<Vec<_>>();
+        pods.into_iter().flat_map(of_pod).collect()
+    }
+
+    /// The pods that are somebody, by pod name.
+    pub fn workloads<'a>(&self, pods: impl IntoIterator<Item = &'a Pod>) -> BTreeMap<String, Workload> {
+        pods.into_iter()
+            .filter_map(|pod| {
+                let entry = self.entry_of(&pod.selectors())?;
+                let number = *self.numbers.get(&entry.spiffe_id)?;
+                Some((pod.name.clone(), Workload { pod: pod.clone(), entry: entry.clone(), number }))
+            })
+            .collect()
+    }
+}
+
+/// A pod of this node that an entry recognises.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Workload {
+    /// The pod.
+    pub pod: Pod,
+    /// Who it is.
+    pub entry: Entry,
+    /// The kernel's name of that identity.
+    pub number: NumericIdentity,
+}
+
+fn bundles(found: &[v1::Bundle], own_name: &TrustDomain) -> Result<(Bundle<Own>, Vec<Bundle<Foreign>>), Refusal> {
+    let mut seen = BTreeSet::new();
+    let (mut own, mut foreign) = (None, Vec::new());
+    for message in found {
+        if !seen.insert(message.trust_domain.as_str()) {
+            return Err(Refusal::new(Code::BadRequest, "one bundle per trust domain", message.trust_domain.as_str()));
+        }
+        if message.trust_domain == own_name.as_str() {
+            own = Some(convert::bundle::<Own>(message)?);
+        } else {
+            foreign.push(convert::bundle::<Foreign>(message)?);
+        }
+    }
+    let own = own.ok_or_else(|| Refusal::new(Code::BadRequest, format!("the bundle of {own_name}"), "none"))?;
+    Ok((own, foreign))
+}
+
+fn policies(found: &[v1::Policy], known: BTreeSet<TrustDomain>) -> Result<PolicySet, Refusal> {
+    let mut set = PolicySet::new(known);
+    for message in found {
+        set.insert(message.origin.parse()?, Policy::try_from(message)?);
+    }
+    Ok(set)
+}
+
+fn endpoints(found: &[v1::Endpoint]) -> Result<BTreeMap<Ipv4Addr, Endpoint>, Refusal> {
+    let mut by_address = BTreeMap::new();
+    for message in found {
+        let endpoint = Endpoint::try_from(message)?;
+        let address = endpoint.address;
+        // Two identities behind one address: nobody can say who answers there, so nobody is reached there.
+        if by_address.insert(address, endpoint).is_some() {
+            return Err(Refusal::new(Code::BadRequest, "one endpoint per address", address.to_string()));
+        }
+    }
+    Ok(by_address)
+}
+
+fn numbers(found: &[v1::NumericIdentity]) -> Result<BTreeMap<SpiffeId, NumericIdentity>, Refusal> {
+    let (mut by_id, mut used) = (BTreeMap::new(), BTreeSet::new());
+    for message in found {
+        let number = NumericIdentity(message.number);
+        if number < NumericIdentity::FIRST || !used.insert(number) {
+            let expected = format!("numeric identities of {} or more, each once", NumericIdentity::FIRST.0);
+            return Err(Refusal::new(Code::BadRequest, expected, message.number.to_string()));
+        }
+        by_id.insert(message.spiffe_id.parse()?, number);
+    }
+    Ok(by_id)
+}
+
+fn denials(found: &[v1::NodeDenial]) -> Result<BTreeMap<NodeId, Generation>, Refusal> {
+    let mut by_node = BTreeMap::new();
+    for message in found {
+        let to: &mut Generation = by_node.entry(message.node.parse()?).or_default();
+        *to = (*to).max(Generation(message.generation));
+    }
+    Ok(by_node)
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    pub(crate) fn entry(id: &str, spiffe_id: &str, selectors: &[&str]) -> v1::Entry {
+        v1::Entry {
+            id: id.into(),
+            spiffe_id: spiffe_id.into(),
+            cluster: "west".into(),
+            selectors: selectors.iter().map(|s| (*s).to_owned()).collect(),
+            ..Default::default()
+        }
+    }
+
+    pub(crate) fn slice() -> v1::Slice {
+        let bundle = |td: &str| v1::Bundle { trust_domain: td.into(), sequence: 1, roots_der: vec![] };
+        let number = |id: &str, number| v1::NumericIdentity { spiffe_id: id.into(), number };
+        v1::Slice {
+            revision: 7,
+            trust_domain: "west".into(),
+            cluster: "west".into(),
+            bundles: vec![bundle("west"), bundle("east")],
+            entries: vec![
+                entry("web", "spiffe://west/web", &["cgroup:web"]),
+                entry("web-root", "spiffe://west/web-root", &["cgroup:web", "unix:uid:0"]),
+                entry("any", "spiffe://west/any", &["unix:uid:7"]),
+            ],
+            identities: vec![
+                number("spiffe://west/web", 256),
+                number("spiffe://west/web-root", 257),
+                number("spiffe://east/db", 258),
+            ],
+            ..Default::default()
+        }
+    }
+
+    pub(crate) fn pod(name: &str, uid: u32, cgroup_id: u64) -> Pod {
+        Pod {
+            name: name.into(),
+            cgroup: name.into(),
+            cgroup_id,
+            netns: "/run/netns/x".into(),
+            netns_id: (1, 2),
+            address: Ipv4Addr::new(10, 71, 101, u8::try_from(cgroup_id).unwrap()),
+            uid,
+        }
+    }
+
+    pub(crate) fn view(slice: v1::Slice) -> Result<View, Refusal> {
+        View::parse(slice, &"west".parse().unwrap(), &"west".parse().unwrap())
+    }
+
+    #[test]
+    fn the_most_specific_entry_wins_and_no_number_means_nobody() {
+        let view = view(slice()).unwrap();
+        let pods = [pod("web", 1000, 11), pod("other", 1000, 12), pod("numberless", 7, 13)];
+        let found = view.workloads(&pods);
+        assert_eq!(found.keys().collect::<Vec<_>>(), ["web"]);
+        assert_eq!((found["web"].entry.id.as_str(), found["web"].number), ("web", NumericIdentity(256)));
+        assert_eq!(view.workloads(&[pod("web", 0, 11)])["web"].entry.id.as_str(), "web-root");
+    }
+
+    #[test]
+    fn unclear_slices_are_refused_whole() {
+        type Spoil = fn(&mut v1::Slice);
+        let cases: &[(&str, Spoil)] = &[
+            ("another cell's", |s| s.trust_domain = "east".into()),
+            ("another cluster's", |s| s.cluster = "east".into()),
+            ("no own bundle", |s| drop(s.bundles.remove(0))),
+            ("two bundles of one", |s| s.bundles.push(s.bundles[1].clone())),
+            ("number twice", |s| s.identities[1].number = 256),
+            ("reserved number", |s| s.identities[1].number = 255),
+            ("bad entry", |s| s.entries[0].selectors.clear()),
+            ("bad denial", |s| s.denials.push(v1::NodeDenial { node: "aa".into(), generation: 1 })),
+        ];
+        for (name, spoil) in cases {
+            let mut slice = slice();
+            spoil(&mut slice);
+            assert!(view(slice).is_err(), "{name} was taken");
+        }
+    }
+
+    #[test]
+    fn denials_reach_up_to_their_generation() {
+        let node = "ab".repeat(32);
+        let mut s = slice();
+        s.denials = vec![v1::NodeDenial { node: node.clone(), generation: 2 }];
+        let view = view(s).unwrap();
+        let node = node.parse().unwrap();
+        assert!(view.denies(&node, Generation(2)) && !view.denies(&node, Generation(3)));
+        assert!(!view.denies(&"cd".repeat(32).parse().unwrap(), Generation(1)));
+    }
+}
