@@ -1,0 +1,398 @@
+//! The command tree. Everything a user can type is declared here and nowhere else.
+
+use crate::duration::Millis;
+use crate::output::Form;
+use clap::{Parser, Subcommand};
+use std::ffi::OsString;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+/// Ambit: an attested, federated ambient mesh.
+///
+/// Exit codes: 0 ok, 1 failed, 2 usage, 3 unreachable, 4 denied, 5 drift or guard.
+#[derive(Debug, Parser)]
+#[command(name = "ambit", version, disable_help_subcommand = true)]
+pub struct Args {
+    /// The administrator's context.json, with admin.pem and admin.key beside it
+    /// [env: AMBIT_CONTEXT] [default: ~/.config/ambit/context.json]
+    #[arg(long, global = true, value_name = "FILE")]
+    pub context: Option<PathBuf>,
+    /// The form of the answer
+    #[arg(short, long, global = true, value_enum, default_value = "table")]
+    pub output: Form,
+    /// How long to try, all replicas together
+    #[arg(long, global = true, default_value = "10s", value_name = "TIME")]
+    pub timeout: Millis,
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// One screen: the cell, its clusters, nodes, peers and drift
+    Status,
+    /// Checks the cell from outside, and says what to do about each finding
+    Check,
+    /// Clusters and the tokens by which cells register
+    #[command(subcommand)]
+    Cluster(Cluster),
+    /// Other cells
+    #[command(subcommand)]
+    Peer(Peer),
+    /// Machines enrolled by their TPM
+    #[command(subcommand)]
+    Node(Node),
+    /// Registrations of workloads
+    #[command(subcommand)]
+    Entry(Entry),
+    /// Certificates issued
+    #[command(subcommand)]
+    Identity(Identity),
+    /// The trust domain's bundle and fingerprint
+    #[command(subcommand)]
+    Trust(Trust),
+    /// What may speak to what
+    #[command(subcommand)]
+    Policy(Policy),
+    /// Why SRC may or may not reach DST:PORT
+    Explain(Explain),
+    /// The replicas of the cell
+    #[command(subcommand)]
+    Raft(Raft),
+    /// The one-machine lab (runs ambit-lab)
+    #[command(disable_help_flag = true)]
+    Lab {
+        /// Passed on to ambit-lab untouched
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<OsString>,
+    },
+    /// Rehearsed disaster, measured and sealed
+    #[command(subcommand)]
+    Drill(Drill),
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Cluster {
+    /// Registers a cluster with this cell as its home
+    Register {
+        name: String,
+        /// A manufacturer's EK root certificate (PEM) and its class: hardware, virtual or lab; repeat for more
+        #[arg(long = "ek-root", value_name = "FILE.pem:CLASS", required = true)]
+        ek_roots: Vec<EkRoot>,
+    },
+    /// Own and imported clusters with their states
+    List,
+    /// Makes a one-time token with which another cell may register here; prints it alone on standard output
+    Token {
+        /// The trust domain of the cell that will use it
+        #[arg(long)]
+        trust_domain: String,
+        /// The root fingerprint that the cell must prove
+        #[arg(long, value_name = "HEX")]
+        fingerprint: String,
+        /// How long the token may be used
+        #[arg(long, default_value = "10m", value_name = "TIME")]
+        ttl: Millis,
+    },
+}
+
+/// A root of EK certificates with its class.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EkRoot {
+    pub file: PathBuf,
+    pub class: String,
+}
+
+impl std::str::FromStr for EkRoot {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Self, String> {
+        match s.rsplit_once(':') {
+            Some((file, class @ ("hardware" | "virtual" | "lab"))) if !file.is_empty() => {
+                Ok(EkRoot { file: file.into(), class: class.to_owned() })
+            }
+            _ => Err("expected FILE.pem:hardware, FILE.pem:virtual or FILE.pem:lab".to_owned()),
+        }
+    }
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Peer {
+    /// Asks this cell to register with another, using that cell's token
+    Register {
+        /// The other cell's address; repeat for more
+        #[arg(long = "address", value_name = "IP:PORT", required = true)]
+        addresses: Vec<SocketAddr>,
+        #[arg(long)]
+        trust_domain: String,
+        /// The other cell's root fingerprint, learnt out of band
+        #[arg(long, value_name = "HEX")]
+        fingerprint: String,
+        #[arg(long)]
+        token: String,
+    },
+    /// Confirms a pending peer's fingerprint
+    Approve {
+        trust_domain: String,
+        #[arg(long, value_name = "HEX")]
+        fingerprint: String,
+    },
+    /// Peers, their states and the age of what they said
+    List,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Node {
+    /// Makes a one-time join token; prints it alone on standard output
+    Token {
+        #[arg(long)]
+        cluster: String,
+        /// How long the token may be used
+        #[arg(long, default_value = "1h", value_name = "TIME")]
+        ttl: Millis,
+    },
+    /// Puts EKs on a cluster's allow-list
+    Allow {
+        #[arg(long)]
+        cluster: String,
+        /// SHA-256 of the EK public key (SPKI DER), 64 hexadecimal digits
+        #[arg(required = true, value_name = "NODE_ID")]
+        nodes: Vec<String>,
+    },
+    /// Nodes, their verdicts and what they hold
+    List,
+    /// What the cell knows of a node: verdict, denials, expected and found
+    Explain {
+        /// The node id, or its first 8 digits or more
+        id: String,
+    },
+    /// Refuses a node for good
+    Ban { id: String },
+    /// Forgets a node, so that it may enrol afresh
+    Evict { id: String },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Entry {
+    /// Registers workloads, from a file or from options
+    Create(EntryCreate),
+    /// Entries of this cell
+    List,
+    /// Removes entries
+    Delete {
+        #[arg(required = true)]
+        ids: Vec<String>,
+    },
+}
+
+#[derive(Debug, clap::Args)]
+pub struct EntryCreate {
+    /// Documents `kind: Entry`, separated by `---`; `-` reads standard input
+    #[arg(short, long, value_name = "FILE.yaml", conflicts_with_all = ["id", "spiffe_id", "cluster", "selectors"])]
+    pub file: Option<PathBuf>,
+    #[arg(long, required_unless_present = "file")]
+    pub id: Option<String>,
+    #[arg(long, required_unless_present = "file", value_name = "SPIFFE_ID")]
+    pub spiffe_id: Option<String>,
+    #[arg(long, required_unless_present = "file")]
+    pub cluster: Option<String>,
+    /// unix:uid:N, unix:gid:N or cgroup:NAME; all must hold
+    #[arg(long = "selector", required_unless_present = "file", value_name = "SELECTOR")]
+    pub selectors: Vec<String>,
+    /// A node that may run it; none: every admitted node of the cluster
+    #[arg(long = "node", value_name = "NODE_ID", conflicts_with = "file")]
+    pub nodes: Vec<String>,
+    /// Lifetime of its SVIDs, 60s to 1h
+    #[arg(long, value_name = "TIME", conflicts_with = "file")]
+    pub ttl: Option<Millis>,
+    /// A trust domain whose bundle the workload also gets
+    #[arg(long = "federates-with", value_name = "TRUST_DOMAIN", conflicts_with = "file")]
+    pub federates_with: Vec<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Identity {
+    /// Records of certificates issued, newest first
+    List {
+        #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+        limit: u32,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Trust {
+    /// The bundle of a trust domain (default: the cell's own) with its fingerprint
+    Show {
+        trust_domain: Option<String>,
+        /// Print the roots as PEM, nothing else
+        #[arg(long)]
+        pem: bool,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Policy {
+    /// Checks documents without a cell
+    Lint {
+        /// The file; `-` reads standard input
+        file: PathBuf,
+    },
+    /// Sends documents to the cell; all or none take effect
+    Apply {
+        /// The file; `-` reads standard input
+        #[arg(short, long)]
+        file: PathBuf,
+    },
+    /// Removes one object
+    Delete {
+        name: String,
+        /// policy or service
+        #[arg(long, default_value = "policy", value_parser = ["policy", "service"])]
+        kind: String,
+    },
+    /// Policies and services that the cell knows, imported ones too
+    List,
+    /// Which agents hold the cell's revision in their kernel; ends 5 where one does not
+    Status {
+        /// Wait, at most --timeout, until all do
+        #[arg(long)]
+        wait: bool,
+    },
+    /// Why SRC may or may not reach DST:PORT
+    Explain(Explain),
+}
+
+#[derive(Debug, clap::Args)]
+pub struct Explain {
+    /// The caller's SPIFFE ID
+    #[arg(value_name = "SRC")]
+    pub source: String,
+    /// The target's SPIFFE ID (or address) and port
+    #[arg(value_name = "DST:PORT")]
+    pub destination: Destination,
+}
+
+/// What is called: a name and a port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Destination {
+    pub name: String,
+    pub port: u16,
+}
+
+impl std::str::FromStr for Destination {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Self, String> {
+        let bad = || "expected a SPIFFE ID or an address, a colon and a port of 1-65535".to_owned();
+        let (name, port) = s.rsplit_once(':').ok_or_else(bad)?;
+        let port: u16 = port.parse().map_err(|_| bad())?;
+        if name.is_empty() || port == 0 { Err(bad()) } else { Ok(Destination { name: name.to_owned(), port }) }
+    }
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Raft {
+    /// Replicas, leader, term and indexes as each replica sees them
+    Status,
+    /// Makes the one-time token of a new replica; prints it alone on standard output
+    Add {
+        #[arg(long, value_name = "N")]
+        replica: u64,
+        #[arg(long, value_name = "IP:PORT")]
+        address: SocketAddr,
+        /// How long the token may be used
+        #[arg(long, default_value = "10m", value_name = "TIME")]
+        ttl: Millis,
+    },
+    /// Takes a replica out of the cell
+    Remove {
+        #[arg(long, value_name = "N")]
+        replica: u64,
+    },
+    /// Hands leadership to another replica
+    Transfer {
+        #[arg(long, value_name = "N")]
+        to: u64,
+    },
+    /// Makes every replica's log shorter by a snapshot
+    Snapshot,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Drill {
+    /// Checks a drill file and prints its plan: who is touched, for how long, what is measured
+    Validate { file: PathBuf },
+    /// Runs a drill; ends 0 where every objective is met, 5 where its guard refuses
+    Run(DrillRun),
+    /// Reports of drills
+    #[command(subcommand)]
+    Report(Report),
+}
+
+#[derive(Debug, clap::Args)]
+pub struct DrillRun {
+    pub file: PathBuf,
+    /// Where the sealed report goes [default: drill-NAME.json]
+    #[arg(long, value_name = "OUT.json")]
+    pub report: Option<PathBuf>,
+    /// The lab that injects the faults and knows the contexts of its cells
+    #[arg(long, default_value = "demo")]
+    pub lab: String,
+    /// The context.json of one more cell that the drill names; repeat for more
+    #[arg(long = "cell", value_name = "FILE")]
+    pub cells: Vec<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Report {
+    /// Checks a report without a cell: its seal, its figures, whose it is
+    Verify {
+        file: PathBuf,
+        /// The trust domain's root certificate (PEM), from elsewhere than the report
+        #[arg(long, value_name = "root.pem", required_unless_present = "fingerprint")]
+        root: Option<PathBuf>,
+        /// The trust domain's root fingerprint, from elsewhere than the report
+        #[arg(long, value_name = "HEX", conflicts_with = "root")]
+        fingerprint: Option<String>,
+    },
+    /// Reports that the cell has sealed
+    List,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_tree_is_consistent() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn odd_lines_are_refused_and_good_ones_read() {
+        for (line, good) in [
+            ("ambit status -o json", true),
+            ("ambit cluster register west --ek-root ca.pem:lab --ek-root v.pem:hardware", true),
+            ("ambit cluster register west --ek-root ca.pem:unknown", false),
+            ("ambit cluster register west", false),
+            ("ambit explain spiffe://west/web spiffe://east/db:5432", true),
+            ("ambit explain spiffe://west/web spiffe://east/db", false),
+            ("ambit explain spiffe://west/web spiffe://east/db:0", false),
+            ("ambit node allow --cluster west", false),
+            ("ambit entry create -f e.yaml", true),
+            ("ambit entry create --id a", false),
+            ("ambit entry create --id a --spiffe-id spiffe://w/a --cluster c --selector unix:uid:1 --ttl 90s", true),
+            ("ambit entry create -f e.yaml --id a", false),
+            ("ambit policy status --wait --timeout 3s", true),
+            ("ambit policy status --timeout 3", false),
+            ("ambit lab up --sites 2 -o json --help", true),
+            ("ambit drill report verify r.json", false),
+            ("ambit drill report verify r.json --fingerprint 00", true),
+            ("ambit raft add --replica 2 --address 10.71.0.12:7443", true),
+            ("ambit raft add --replica 2 --address west-2", false),
+            ("ambit", false),
+        ] {
+            let read = Args::try_parse_from(line.split(' '));
+            assert_eq!(read.is_ok(), good, "{line}: {:?}", read.err().map(|e| e.to_string()));
+        }
+    }
+}

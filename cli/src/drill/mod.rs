@@ -1,0 +1,16 @@
+//! Drills: a declarative file, faults that end by themselves, outside probes, a ledger of acknowledged writes, and a
+//! report that anyone can check offline.
+//!
+//! `spec`, `figures`, `ledger` and `report` are pure. `run`, `writer`, `caller`, `guard` and `lab` act.
+
+pub mod caller;
+pub mod figures;
+pub mod guard;
+pub mod lab;
+pub mod ledger;
+pub mod report;
+pub mod run;
+pub mod seal;
+pub mod spec;
+pub mod watch;
+pub mod writer;

@@ -1,0 +1,536 @@
+//! The drill file, parsed strictly: what runs is what is written, and what is not understood does not run.
+
+use crate::duration::Millis;
+use ambit_model::{ClusterId, Code, ObjectName, Refusal};
+use serde::Deserialize;
+use std::collections::BTreeSet;
+use std::fmt;
+use std::str::FromStr;
+
+/// A drill file is a page or two.
+pub const FILE_BYTES_MAX: u64 = 64 * 1024;
+/// Phases of one drill; each takes time in front of people.
+const PHASES_MAX: usize = 16;
+/// A drill that runs longer is an outage. Leases and deadlines stay below it.
+const LENGTH_MS_MAX: u64 = 30 * 60 * 1000;
+/// Probes as fast as the machine still answers honestly.
+const EVERY_MS: std::ops::RangeInclusive<u64> = 1..=1000;
+
+/// A drill, checked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Drill {
+    /// Its name, also in the report and in the seal.
+    pub name: ObjectName,
+    /// Who answers for it.
+    pub owner: String,
+    /// What is believed before it runs.
+    pub hypothesis: String,
+    /// Clusters that may be harmed.
+    pub clusters: Vec<ClusterId>,
+    /// Clusters that must not be.
+    pub protected: Vec<ClusterId>,
+    /// What must hold before anything starts.
+    pub preconditions: Vec<Precondition>,
+    /// What must hold before the fault, and again after it is healed.
+    pub steady: Vec<Steady>,
+    /// Writes to a cell, each kept in the ledger.
+    pub writer: Option<Writer>,
+    /// Calls from a pod.
+    pub caller: Option<Caller>,
+    /// In order; the first injects nothing, one injects, one heals.
+    pub phases: Vec<Phase>,
+    /// What ends it early.
+    pub abort: Vec<Abort>,
+    /// What is promised.
+    pub objectives: Objectives,
+    /// The cell that seals the report; never one that is harmed as a whole.
+    pub seal_at: ClusterId,
+}
+
+/// One condition before the start.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Precondition {
+    /// The cell keeps a majority when one more replica is lost.
+    QuorumSurvives(ClusterId),
+    /// A majority of the cell's voters answers.
+    Quorum(ClusterId),
+    /// Every peer of the cell is active and was heard within the time.
+    PeersFresh(ClusterId, Millis),
+    /// Every agent of the cell holds the revision it should.
+    AgentsInStep(ClusterId),
+}
+
+/// Which probe.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Probe {
+    /// The writer.
+    Writer,
+    /// The caller.
+    Caller,
+}
+
+impl fmt::Display for Probe {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Probe::Writer => "writer",
+            Probe::Caller => "caller",
+        })
+    }
+}
+
+/// In the last `window` at least `ok_percent` of the probe's samples were good (and, where named, answered by
+/// somebody whose name starts with `by`).
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct Steady {
+    /// Which probe.
+    pub probe: Probe,
+    /// Whole percent.
+    pub ok_percent: u8,
+    /// The last so much time.
+    pub window: Millis,
+    /// The start of the answerer's name.
+    pub by: Option<String>,
+}
+
+/// The writer probe.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct Writer {
+    /// The cell written to.
+    pub cell: ClusterId,
+    /// One new write this often.
+    pub every: Millis,
+}
+
+/// The caller probe.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct Caller {
+    /// The lab's name of the pod that calls.
+    pub pod: String,
+    /// Address and port called.
+    pub target: std::net::SocketAddrV4,
+    /// One call this often.
+    pub every: Millis,
+}
+
+/// One phase.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Phase {
+    /// Its name.
+    pub name: String,
+    /// What happens when it begins.
+    pub action: Action,
+    /// How long it lasts at most.
+    pub length: Millis,
+    /// Whether it ends as soon as the steady state holds again.
+    pub until_steady: bool,
+}
+
+/// What a phase does.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Only watches.
+    Watch,
+    /// Injects a fault that reverts by itself when the lease ends.
+    Inject(Fault, Millis),
+    /// Reverts the fault now.
+    Heal,
+}
+
+/// A fault.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// `kill -9` of the replica that leads the cell.
+    KillLeader(ClusterId),
+    /// `kill -9` of one replica or node of the lab, by its role (`west-r2`).
+    KillMember(ClusterId, String),
+    /// `kill -9` of every replica and node of a site.
+    KillSite(ClusterId),
+}
+
+impl Fault {
+    /// Whom it harms.
+    pub fn cluster(&self) -> &ClusterId {
+        match self {
+            Fault::KillLeader(c) | Fault::KillMember(c, _) | Fault::KillSite(c) => c,
+        }
+    }
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Fault::KillLeader(c) => write!(f, "kill -9 of the leader of {c}"),
+            Fault::KillMember(_, role) => write!(f, "kill -9 of {role}"),
+            Fault::KillSite(c) => write!(f, "kill -9 of all of {c}, replicas and nodes"),
+        }
+    }
+}
+
+/// What ends a drill early; the fault is reverted at once.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Abort {
+    /// The probe had no success for so long.
+    FailingFor(Probe, Millis),
+    /// The whole drill takes longer.
+    Longer(Millis),
+}
+
+/// What is promised; at least one thing.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct Objectives {
+    /// Recovery time of each probe named.
+    #[serde(default)]
+    pub rto: Rto,
+    /// Acknowledged writes that are gone afterwards, at most.
+    pub acked_writes_lost: Option<u64>,
+    /// Writes that took effect twice, at most.
+    pub duplicated_writes: Option<u64>,
+    /// Calls that failed from the fault to the end, at most.
+    pub failed_calls: Option<u64>,
+    /// From the healing to the first call answered as before the fault.
+    pub failback: Option<Millis>,
+}
+
+/// Recovery time objectives, by probe.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rto {
+    /// The writer's.
+    pub writer: Option<Millis>,
+    /// The caller's.
+    pub caller: Option<Millis>,
+}
+
+impl FromStr for Drill {
+    type Err = Refusal;
+    fn from_str(text: &str) -> Result<Drill, Refusal> {
+        let file: File = serde_norway::from_str(text).map_err(|e| bad("a drill as in deploy/drills", e.to_string()))?;
+        if file.api_version != "ambit/v1" || file.kind != "Drill" {
+            let found = format!("{} {}", file.api_version, file.kind);
+            return Err(bad("apiVersion ambit/v1 and kind Drill", found));
+        }
+        checked(file)
+    }
+}
+
+impl Drill {
+    /// The fault of the drill, its lease and the phase it stands in.
+    pub fn fault(&self) -> Option<(&Fault, Millis, usize)> {
+        self.phases.iter().enumerate().find_map(|(at, p)| match &p.action {
+            Action::Inject(fault, lease) => Some((fault, *lease, at)),
+            Action::Watch | Action::Heal => None,
+        })
+    }
+
+    /// Every cell that the drill speaks to.
+    pub fn cells(&self) -> BTreeSet<ClusterId> {
+        let mut cells = BTreeSet::from([self.seal_at.clone()]);
+        cells.extend(self.writer.iter().map(|w| w.cell.clone()));
+        for p in &self.preconditions {
+            match p {
+                Precondition::QuorumSurvives(c)
+                | Precondition::Quorum(c)
+                | Precondition::PeersFresh(c, _)
+                | Precondition::AgentsInStep(c) => cells.insert(c.clone()),
+            };
+        }
+        if let Some((Fault::KillLeader(c), ..)) = self.fault() {
+            cells.insert(c.clone());
+        }
+        cells
+    }
+
+    /// From the healing to the end, at most.
+    pub fn healing_time(&self) -> Millis {
+        let heal = self.phases.iter().position(|p| p.action == Action::Heal).unwrap_or(0);
+        Millis(self.phases.iter().skip(heal).map(|p| p.length.0).sum())
+    }
+
+    /// At most so long, by its phases.
+    pub fn length(&self) -> Millis {
+        Millis(self.phases.iter().map(|p| p.length.0).sum())
+    }
+}
+
+fn bad(expected: impl Into<String>, found: impl Into<String>) -> Refusal {
+    Refusal::new(Code::ConfigInvalid, expected, found)
+}
+
+fn checked(file: File) -> Result<Drill, Refusal> {
+    let File { metadata, spec, .. } = file;
+    let phases = spec.phases.into_iter().map(phase).collect::<Result<Vec<_>, _>>()?;
+    let drill = Drill {
+        name: metadata.name,
+        owner: metadata.owner,
+        hypothesis: spec.hypothesis,
+        clusters: spec.scope.clusters,
+        protected: spec.scope.protected,
+        preconditions: spec.preconditions.into_iter().map(precondition).collect::<Result<_, _>>()?,
+        steady: spec.steady_state,
+        writer: spec.probes.writer,
+        caller: spec.probes.caller,
+        phases,
+        abort: spec.abort.into_iter().map(abort).collect::<Result<_, _>>()?,
+        objectives: spec.objectives,
+        seal_at: spec.report.seal_at,
+    };
+    check_phases(&drill)?;
+    check_scope(&drill)?;
+    check_probes(&drill)?;
+    check_times(&drill)?;
+    Ok(drill)
+}
+
+fn check_phases(drill: &Drill) -> Result<(), Refusal> {
+    let count = |f: fn(&Action) -> bool| drill.phases.iter().filter(|p| f(&p.action)).count();
+    let place = |f: fn(&Action) -> bool| drill.phases.iter().position(|p| f(&p.action));
+    let (injects, heals): (fn(&Action) -> bool, fn(&Action) -> bool) =
+        (|a| matches!(a, Action::Inject(..)), |a| matches!(a, Action::Heal));
+    let in_order = match (place(injects), place(heals)) {
+        (Some(inject), Some(heal)) => 0 < inject && inject < heal,
+        _ => false,
+    };
+    if drill.phases.len() > PHASES_MAX || count(injects) != 1 || count(heals) != 1 || !in_order {
+        let found = format!("{} phases, {} inject, {} heal", drill.phases.len(), count(injects), count(heals));
+        return Err(bad("a baseline phase, then one that injects, then one that heals", found));
+    }
+    let names: BTreeSet<&str> = drill.phases.iter().map(|p| p.name.as_str()).collect();
+    if names.len() != drill.phases.len() {
+        return Err(bad("each phase with a name of its own", "one twice"));
+    }
+    Ok(())
+}
+
+/// The blast radius: what is harmed lies in scope, is not protected, and does not seal its own report.
+fn check_scope(drill: &Drill) -> Result<(), Refusal> {
+    let Some((fault, ..)) = drill.fault() else { return Ok(()) };
+    let refused = |expected: String| Err(Refusal::new(Code::DrillGuard, expected, fault.to_string()));
+    if !drill.clusters.contains(fault.cluster()) {
+        return refused(format!("a fault within scope.clusters {:?}", names(&drill.clusters)));
+    }
+    if drill.protected.contains(fault.cluster()) {
+        return refused(format!("no fault in scope.protected {:?}", names(&drill.protected)));
+    }
+    if matches!(fault, Fault::KillSite(site) if *site == drill.seal_at) {
+        return refused("a report sealed at a cell that survives".to_owned());
+    }
+    Ok(())
+}
+
+fn names(clusters: &[ClusterId]) -> Vec<&str> {
+    clusters.iter().map(ClusterId::as_str).collect()
+}
+
+fn check_probes(drill: &Drill) -> Result<(), Refusal> {
+    let (writer, caller) = (drill.writer.is_some(), drill.caller.is_some());
+    let o = &drill.objectives;
+    let of_writer = o.rto.writer.is_some() || o.acked_writes_lost.is_some() || o.duplicated_writes.is_some();
+    let of_caller = o.rto.caller.is_some() || o.failed_calls.is_some() || o.failback.is_some();
+    if !of_writer && !of_caller {
+        return Err(bad("at least one objective", "none"));
+    }
+    let named = |probe| {
+        drill.steady.iter().any(|s| s.probe == probe)
+            || drill.abort.iter().any(|a| matches!(a, Abort::FailingFor(p, _) if *p == probe))
+    };
+    if (of_writer || named(Probe::Writer)) && !writer {
+        return Err(bad("probes.writer, which the drill speaks of", "none"));
+    }
+    if (of_caller || named(Probe::Caller)) && !caller {
+        return Err(bad("probes.caller, which the drill speaks of", "none"));
+    }
+    let unwatched = |probe| !drill.steady.iter().any(|s| s.probe == probe);
+    if (writer && unwatched(Probe::Writer)) || (caller && unwatched(Probe::Caller)) {
+        return Err(bad("a steadyState for each probe", "a probe without one"));
+    }
+    if let Some(s) = drill.steady.iter().find(|s| s.ok_percent == 0 || s.ok_percent > 100) {
+        return Err(bad("okPercent of 1-100", s.ok_percent.to_string()));
+    }
+    if let Some(caller) = &drill.caller {
+        let plain = !caller.pod.is_empty() && caller.pod.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
+        if !plain || caller.pod.starts_with('-') {
+            return Err(bad("a pod's name of a-z A-Z 0-9 -", caller.pod.as_str()));
+        }
+    }
+    Ok(())
+}
+
+fn check_times(drill: &Drill) -> Result<(), Refusal> {
+    if drill.length().0 > LENGTH_MS_MAX {
+        return Err(bad(format!("at most {} in all", Millis(LENGTH_MS_MAX)), drill.length().to_string()));
+    }
+    for every in drill.writer.iter().map(|w| w.every).chain(drill.caller.iter().map(|c| c.every)) {
+        if !EVERY_MS.contains(&every.0) {
+            return Err(bad("a probe every 1ms to 1s", every.to_string()));
+        }
+    }
+    if let Some((_, lease, at)) = drill.fault() {
+        let heal = drill.phases.iter().position(|p| p.action == Action::Heal).unwrap_or(at);
+        let harmed: u64 = drill.phases[at..heal].iter().map(|p| p.length.0).sum();
+        // A lease that ends first would revert the fault in the middle of what is measured.
+        if lease.0 <= harmed || lease.0 > LENGTH_MS_MAX || lease.0 % 1000 != 0 {
+            let expected = format!("a lease in whole seconds, longer than the {} until the healing", Millis(harmed));
+            return Err(bad(expected, lease.to_string()));
+        }
+    }
+    Ok(())
+}
+
+fn phase(written: WrittenPhase) -> Result<Phase, Refusal> {
+    let until_steady = written.until.is_some();
+    let action = match (written.inject, written.heal, written.lease) {
+        (None, None, None) => Action::Watch,
+        (None, Some(All::All), None) => Action::Heal,
+        (Some(inject), None, Some(lease)) => Action::Inject(fault(inject)?, lease),
+        (Some(_), None, None) => return Err(bad(format!("a lease in phase '{}'", written.name), "none")),
+        _ => return Err(bad(format!("either inject (with lease) or heal in phase '{}'", written.name), "another mix")),
+    };
+    Ok(Phase { name: written.name, action, length: written.length, until_steady })
+}
+
+fn fault(written: WrittenFault) -> Result<Fault, Refusal> {
+    match (written.kill, written.kill_site) {
+        (Some(kill), None) => match kill.strip_prefix("leader-of ") {
+            Some(cell) => Ok(Fault::KillLeader(cell.trim().parse()?)),
+            None => match kill.split_once('-') {
+                Some((site, _)) => Ok(Fault::KillMember(site.parse()?, kill.parse::<ObjectName>()?.to_string())),
+                None => Err(bad("kill: leader-of CELL, or kill: ROLE such as west-r2", kill)),
+            },
+        },
+        (None, Some(site)) => Ok(Fault::KillSite(site)),
+        _ => Err(bad("inject: {kill: ..} or inject: {kill-site: ..}", "another mix")),
+    }
+}
+
+fn precondition(w: WrittenPrecondition) -> Result<Precondition, Refusal> {
+    match (w.quorum_survives, w.quorum, w.peers_fresh, w.agents_in_step) {
+        (Some(c), None, None, None) => Ok(Precondition::QuorumSurvives(c)),
+        (None, Some(c), None, None) => Ok(Precondition::Quorum(c)),
+        (None, None, Some(p), None) => Ok(Precondition::PeersFresh(p.at, p.max)),
+        (None, None, None, Some(c)) => Ok(Precondition::AgentsInStep(c)),
+        _ => Err(bad("one of quorumSurvives, quorum, peersFresh, agentsInStep in each precondition", "another mix")),
+    }
+}
+
+fn abort(w: WrittenAbort) -> Result<Abort, Refusal> {
+    match (w.probe, w.failing_for, w.longer) {
+        (Some(probe), Some(time), None) => Ok(Abort::FailingFor(probe, time)),
+        (None, None, Some(time)) => Ok(Abort::Longer(time)),
+        _ => Err(bad("abort: {probe, failingFor} or {longer}", "another mix")),
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+struct File {
+    api_version: String,
+    kind: String,
+    metadata: Metadata,
+    spec: Spec,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Metadata {
+    name: ObjectName,
+    owner: String,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+struct Spec {
+    hypothesis: String,
+    scope: Scope,
+    preconditions: Vec<WrittenPrecondition>,
+    steady_state: Vec<Steady>,
+    probes: Probes,
+    phases: Vec<WrittenPhase>,
+    abort: Vec<WrittenAbort>,
+    objectives: Objectives,
+    report: WrittenReport,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Scope {
+    clusters: Vec<ClusterId>,
+    #[serde(default)]
+    protected: Vec<ClusterId>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+struct WrittenPrecondition {
+    quorum_survives: Option<ClusterId>,
+    quorum: Option<ClusterId>,
+    peers_fresh: Option<PeersFresh>,
+    agents_in_step: Option<ClusterId>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PeersFresh {
+    at: ClusterId,
+    max: Millis,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Probes {
+    writer: Option<Writer>,
+    caller: Option<Caller>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WrittenPhase {
+    name: String,
+    inject: Option<WrittenFault>,
+    lease: Option<Millis>,
+    heal: Option<All>,
+    #[serde(rename = "for")]
+    length: Millis,
+    until: Option<SteadyWord>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum All {
+    All,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum SteadyWord {
+    Steady,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct WrittenFault {
+    kill: Option<String>,
+    kill_site: Option<ClusterId>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+struct WrittenAbort {
+    probe: Option<Probe>,
+    failing_for: Option<Millis>,
+    longer: Option<Millis>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+struct WrittenReport {
+    seal_at: ClusterId,
+}
+
+#[cfg(test)]
+#[path = "spec_tests.rs"]
+mod tests;

@@ -1,0 +1,91 @@
+//! `ambit cluster`.
+
+use super::Session;
+use crate::args::{Cluster, EkRoot};
+use crate::ask;
+use crate::cell::{request_id, seconds};
+use crate::context::{fingerprint, read_bounded};
+use crate::output::{Answer, Form, Table, pretty};
+use crate::when::age;
+use ambit_identity::keys::certificates_from_pem;
+use ambit_model::{Code, Refusal};
+use ambit_proto::v1;
+use serde_json::json;
+
+/// A root certificate is a few kilobytes of PEM.
+const ROOT_BYTES_MAX: u64 = 256 * 1024;
+
+pub(super) async fn run(session: &Session, verb: Cluster) -> Result<Answer, Refusal> {
+    match verb {
+        Cluster::Register { name, ek_roots } => register(session, name, &ek_roots).await,
+        Cluster::List => list(session).await,
+        Cluster::Token { trust_domain, fingerprint, ttl } => {
+            token(session, trust_domain, &fingerprint, seconds(ttl)?).await
+        }
+    }
+}
+
+async fn register(session: &Session, name: String, ek_roots: &[EkRoot]) -> Result<Answer, Refusal> {
+    let mut request = v1::RegisterClusterRequest { request_id: request_id()?, name, ..Default::default() };
+    for root in ek_roots {
+        for der in certificates(&read_bounded(&root.file, ROOT_BYTES_MAX)?)? {
+            request.ek_roots_der.push(der);
+            request.ek_root_classes.push(root.class.clone());
+        }
+    }
+    let (cell, banner) = session.cell_to_change()?;
+    let cluster = ask!(cell, ClusterRegistry.register_cluster(request))?;
+    Ok(Answer::ok(table(&[cluster]).render_one(session.form)).note(banner))
+}
+
+/// Every certificate in a PEM text; none is an error.
+pub(super) fn certificates(pem: &str) -> Result<Vec<Vec<u8>>, Refusal> {
+    let bad = |found: String| Refusal::new(Code::BadRequest, "certificates in PEM form", found);
+    match certificates_from_pem(pem) {
+        Ok(ders) if !ders.is_empty() => Ok(ders.into_iter().map(|der| der.to_vec()).collect()),
+        Ok(_) => Err(bad("none".to_owned())),
+        Err(refusal) => Err(bad(refusal.found)),
+    }
+}
+
+async fn list(session: &Session) -> Result<Answer, Refusal> {
+    let cell = session.cell()?;
+    let reply = ask!(cell, ClusterRegistry.list_clusters(v1::ListClustersRequest {}))?;
+    Ok(Answer::ok(table(&reply.clusters).render(session.form)))
+}
+
+fn table(clusters: &[v1::Cluster]) -> Table {
+    const COLUMNS: &[&str] = &["name", "trust_domain", "home", "state", "nodes", "fingerprint", "age"];
+    let mut table = Table::new("cluster", COLUMNS);
+    for c in clusters {
+        table.row(vec![
+            json!(c.name),
+            json!(c.trust_domain),
+            json!(c.home),
+            json!(c.state),
+            json!(c.nodes),
+            json!(c.fingerprint),
+            json!(age(c.age_ms)),
+        ]);
+    }
+    table
+}
+
+async fn token(session: &Session, trust_domain: String, hex: &str, ttl_seconds: u32) -> Result<Answer, Refusal> {
+    fingerprint(hex)?;
+    let request = v1::CreateClusterTokenRequest {
+        request_id: request_id()?,
+        trust_domain,
+        fingerprint: hex.to_owned(),
+        ttl_seconds,
+    };
+    let (cell, banner) = session.cell_to_change()?;
+    let reply = ask!(cell, ClusterRegistry.create_cluster_token(request))?;
+    let text = match session.form {
+        Form::Table => reply.token,
+        Form::Json => pretty(&json!({"token": reply.token, "fingerprint": reply.fingerprint})),
+    };
+    Ok(Answer::ok(text)
+        .note(banner)
+        .note(format!("this cell's fingerprint, for the other side: {}", reply.fingerprint)))
+}

@@ -1,0 +1,192 @@
+//! `ambit entry`.
+
+use super::Session;
+use crate::args::{Entry, EntryCreate};
+use crate::ask;
+use crate::cell::{request_id, seconds};
+use crate::context::read_bounded;
+use crate::duration::Millis;
+use crate::exit::{Exit, refusal_text};
+use crate::output::{Answer, Table, counted};
+use ambit_model::{Code, Refusal};
+use ambit_proto::v1;
+use serde::Deserialize;
+use serde_json::json;
+
+/// Bytes of one entry file; as much as one policy request.
+const FILE_BYTES_MAX: u64 = 1 << 20;
+
+pub(super) async fn run(session: &Session, verb: Entry) -> Result<Answer, Refusal> {
+    match verb {
+        Entry::Create(written) => {
+            let entries = entries_of(written)?;
+            let (cell, banner) = session.cell_to_change()?;
+            let request = v1::BatchCreateEntryRequest { request_id: request_id()?, entries };
+            let reply = ask!(cell, EntryRegistry.batch_create_entry(request))?;
+            Ok(statuses(session, &reply, "created").note(banner))
+        }
+        Entry::Delete { ids } => {
+            let (cell, banner) = session.cell_to_change()?;
+            let request = v1::BatchDeleteEntryRequest { request_id: request_id()?, ids };
+            let reply = ask!(cell, EntryRegistry.batch_delete_entry(request))?;
+            Ok(statuses(session, &reply, "deleted").note(banner))
+        }
+        Entry::List => {
+            let cell = session.cell()?;
+            let reply = ask!(cell, EntryRegistry.list_entries(v1::ListEntriesRequest {}))?;
+            Ok(Answer::ok(table(&reply.entries).render(session.form)))
+        }
+    }
+}
+
+fn table(entries: &[v1::Entry]) -> Table {
+    const COLUMNS: &[&str] = &["id", "spiffe_id", "cluster", "selectors", "nodes", "ttl_seconds", "federates_with"];
+    let mut table = Table::new("entry", COLUMNS);
+    for e in entries {
+        table.row(vec![
+            json!(e.id),
+            json!(e.spiffe_id),
+            json!(e.cluster),
+            json!(e.selectors),
+            json!(e.nodes),
+            json!(e.ttl_seconds),
+            json!(e.federates_with),
+        ]);
+    }
+    table
+}
+
+/// One line per item; the worst item decides how the program ends.
+fn statuses(session: &Session, reply: &v1::BatchEntryResponse, done: &str) -> Answer {
+    let mut table = Table::new("entry", &["id", "status", "revision"]);
+    let mut notes = Vec::new();
+    let mut exit = Exit::Ok;
+    for item in &reply.results {
+        let good = item.code == "ok";
+        table.row(vec![json!(item.id), json!(if good { done } else { &item.code }), json!(reply.revision)]);
+        if !good {
+            let code = Code::from_text(&item.code).unwrap_or(Code::Internal);
+            let refusal = Refusal::new(code, "", format!("{}: {}", item.id, item.message));
+            exit = exit.max(Exit::of(&refusal));
+            notes.push(refusal_text(&refusal));
+        }
+    }
+    let mut answer = Answer::ok(table.render(session.form)).ending(exit);
+    answer.notes = notes;
+    answer
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Written {
+    #[serde(rename = "kind")]
+    _kind: EntryKind,
+    metadata: Metadata,
+    spec: Spec,
+}
+
+#[derive(Deserialize)]
+enum EntryKind {
+    Entry,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Metadata {
+    name: String,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+struct Spec {
+    spiffe_id: String,
+    cluster: String,
+    selectors: Vec<String>,
+    #[serde(default)]
+    nodes: Vec<String>,
+    ttl: Option<Millis>,
+    #[serde(default)]
+    federates_with: Vec<String>,
+}
+
+fn entries_of(written: EntryCreate) -> Result<Vec<v1::Entry>, Refusal> {
+    let entries = match &written.file {
+        Some(file) => documents(&read_bounded(file, FILE_BYTES_MAX)?)?,
+        None => vec![v1::Entry {
+            id: written.id.unwrap_or_default(),
+            spiffe_id: written.spiffe_id.unwrap_or_default(),
+            cluster: written.cluster.unwrap_or_default(),
+            nodes: written.nodes,
+            selectors: written.selectors,
+            ttl_seconds: written.ttl.map(seconds).transpose()?.unwrap_or(0),
+            federates_with: written.federates_with,
+        }],
+    };
+    // Refused here already, where the place is known; the cell checks again.
+    for entry in &entries {
+        ambit_model::Entry::try_from(entry)
+            .map_err(|r| Refusal::new(r.code, r.expected, format!("{} in entry '{}'", r.found, entry.id)))?;
+    }
+    Ok(entries)
+}
+
+fn documents(text: &str) -> Result<Vec<v1::Entry>, Refusal> {
+    let mut entries = Vec::new();
+    for document in serde_norway::Deserializer::from_str(text) {
+        let read = Option::<Written>::deserialize(document).map_err(|e| {
+            Refusal::new(Code::BadRequest, "documents of kind Entry with metadata.name and spec", e.to_string())
+        })?;
+        let Some(Written { metadata, spec, .. }) = read else { continue };
+        entries.push(v1::Entry {
+            id: metadata.name,
+            spiffe_id: spec.spiffe_id,
+            cluster: spec.cluster,
+            nodes: spec.nodes,
+            selectors: spec.selectors,
+            ttl_seconds: spec.ttl.map(seconds).transpose()?.unwrap_or(0),
+            federates_with: spec.federates_with,
+        });
+    }
+    if entries.is_empty() {
+        return Err(Refusal::new(Code::BadRequest, "at least one document of kind Entry", counted(0, "document")));
+    }
+    Ok(entries)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn documents_are_read_strictly() {
+        let good = "kind: Entry\nmetadata: {name: web}\nspec:\n  spiffeId: spiffe://west/web\n  cluster: west\n  \
+                    selectors: [\"unix:uid:1000\"]\n  ttl: 2m\n---\n# nothing\n---\nkind: Entry\nmetadata: {name: db}\n\
+                    spec: {spiffeId: spiffe://west/db, cluster: west, selectors: [\"cgroup:db\"]}\n";
+        let entries = documents(good).unwrap();
+        assert_eq!((entries.len(), entries[0].ttl_seconds, entries[1].id.as_str()), (2, 120, "db"));
+        for bad in [
+            "",
+            "kind: Policy\nmetadata: {name: web}\nspec: {spiffeId: a, cluster: b, selectors: []}",
+            "kind: Entry\nmetadata: {name: web, x: y}\nspec: {spiffeId: a, cluster: b, selectors: []}",
+            "kind: Entry\nmetadata: {name: web}\nspec: {spiffeId: a, cluster: b, selectors: [], ports: [1]}",
+            "{",
+        ] {
+            assert_eq!(documents(bad).unwrap_err().code, Code::BadRequest, "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_worst_item_decides_the_end() {
+        let session = Session { context: None, form: crate::output::Form::Table, timeout: std::time::Duration::ZERO };
+        let item = |id: &str, code: &str| v1::EntryStatus { id: id.into(), code: code.into(), message: "m".into() };
+        let results = vec![item("a", "ok"), item("b", "already_exists"), item("c", "permission_denied")];
+        let answer = statuses(&session, &v1::BatchEntryResponse { results, revision: 7 }, "created");
+        assert_eq!(answer.exit, Exit::Denied);
+        assert_eq!(answer.notes.len(), 2);
+        assert!(
+            answer.text.starts_with("ID  STATUS             REVISION\na   created            7\n"),
+            "{}",
+            answer.text
+        );
+    }
+}

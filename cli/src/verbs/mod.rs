@@ -1,0 +1,63 @@
+//! The verbs: each asks the cell and turns the answer into rows.
+
+mod check;
+mod cluster;
+mod drill;
+mod entry;
+mod lab;
+mod node;
+mod peer;
+mod policy;
+mod raft;
+mod status;
+mod trust;
+
+pub(crate) use policy::in_step;
+pub(crate) use raft::views;
+
+use crate::args::{Args, Verb};
+use crate::cell::Cell;
+use crate::context::Context;
+use crate::output::{Answer, Form};
+use ambit_model::Refusal;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// What every verb may need: the options that stand before it.
+pub(crate) struct Session {
+    context: Option<PathBuf>,
+    form: Form,
+    timeout: Duration,
+}
+
+impl Session {
+    fn cell(&self) -> Result<Cell, Refusal> {
+        Cell::open(Context::find(self.context.as_deref())?, self.timeout)
+    }
+    /// A cell whose context is to be changed, with the line that says which.
+    fn cell_to_change(&self) -> Result<(Cell, String), Refusal> {
+        let cell = self.cell()?;
+        let banner = cell.context().banner();
+        Ok((cell, banner))
+    }
+}
+
+/// Runs the verb that was typed.
+pub async fn run(args: Args) -> Result<Answer, Refusal> {
+    let session = Session { context: args.context, form: args.output, timeout: args.timeout.duration() };
+    match args.verb {
+        Verb::Status => status::status(&session).await,
+        Verb::Check => check::check(&session).await,
+        Verb::Cluster(verb) => cluster::run(&session, verb).await,
+        Verb::Peer(verb) => peer::run(&session, verb).await,
+        Verb::Node(verb) => node::run(&session, verb).await,
+        Verb::Entry(verb) => entry::run(&session, verb).await,
+        Verb::Identity(verb) => trust::identity(&session, verb).await,
+        Verb::Trust(verb) => trust::trust(&session, verb).await,
+        Verb::Policy(verb) => policy::run(&session, verb).await,
+        Verb::Explain(verb) => policy::explain(&session, verb).await,
+        Verb::Raft(verb) => raft::run(&session, verb).await,
+        Verb::Lab { args } => lab::run(args).await,
+        Verb::Drill(verb) => drill::run(&session, verb).await,
+    }
+}

@@ -1,0 +1,64 @@
+//! `ambit trust` and `ambit identity`.
+
+use super::Session;
+use crate::args::{Identity, Trust};
+use crate::ask;
+use crate::output::{Answer, Form, Table};
+use crate::when::utc;
+use ambit_identity::keys::certificates_to_pem;
+use ambit_model::Refusal;
+use ambit_proto::v1;
+use serde_json::json;
+use sha2::{Digest, Sha256};
+
+pub(super) async fn trust(session: &Session, verb: Trust) -> Result<Answer, Refusal> {
+    let Trust::Show { trust_domain, pem } = verb;
+    let cell = session.cell()?;
+    let own = cell.context().trust_domain.to_string();
+    let trust_domain = trust_domain.unwrap_or_else(|| own.clone());
+    let bundle = ask!(cell, BundleRegistry.get_bundle(v1::GetBundleRequest { trust_domain: trust_domain.clone() }))?;
+    if pem && session.form == Form::Table {
+        return Ok(Answer::ok(certificates_to_pem(bundle.roots_der.iter().map(Vec::as_slice))));
+    }
+    let (fingerprint, form) = if trust_domain == own {
+        let status = ask!(cell, Membership.status(v1::StatusRequest {}))?;
+        (status.fingerprint, status.root_form)
+    } else {
+        let peers = ask!(cell, ClusterRegistry.list_peers(v1::ListPeersRequest {}))?.peers;
+        let peer = peers.into_iter().find(|p| p.trust_domain == trust_domain).unwrap_or_default();
+        (peer.fingerprint, String::new())
+    };
+    let mut table =
+        Table::new("bundle", &["trust_domain", "fingerprint", "root_form", "sequence", "roots_sha256", "roots_pem"]);
+    table.row(vec![
+        json!(bundle.trust_domain),
+        json!(fingerprint),
+        json!(form),
+        json!(bundle.sequence),
+        json!(bundle.roots_der.iter().map(|der| hex::encode(Sha256::digest(der))).collect::<Vec<_>>()),
+        if pem { json!(certificates_to_pem(bundle.roots_der.iter().map(Vec::as_slice))) } else { json!(null) },
+    ]);
+    Ok(Answer::ok(table.render_one(session.form)))
+}
+
+pub(super) async fn identity(session: &Session, verb: Identity) -> Result<Answer, Refusal> {
+    let Identity::List { limit } = verb;
+    let cell = session.cell()?;
+    let reply = ask!(cell, Svid.list_issued(v1::ListIssuedRequest { limit }))?;
+    const COLUMNS: &[&str] =
+        &["spiffe_id", "serial", "node", "generation", "authority", "not_before", "not_after", "index"];
+    let mut table = Table::new("identity", COLUMNS);
+    for i in &reply.issued {
+        table.row(vec![
+            json!(i.spiffe_id),
+            json!(i.serial),
+            json!(i.node),
+            json!(i.generation),
+            json!(i.authority),
+            json!(utc(i.not_before_ms)),
+            json!(utc(i.not_after_ms)),
+            json!(i.index),
+        ]);
+    }
+    Ok(Answer::ok(table.render(session.form)))
+}
