@@ -29,7 +29,16 @@ const EDGES: &[(&str, &[&str])] = &[
     ),
     (
         "ambit-agent",
-        &["ambit-model", "ambit-policy", "ambit-identity", "ambit-proto", "ambit-tpm", "ambit-ebpf", "ambit-transport"],
+        &[
+            "ambit-model",
+            "ambit-policy",
+            "ambit-identity",
+            "ambit-proto", // What both ends hash, encode and bound comes from one place; the agent decides nothing with it.
+            "ambit-verify",
+            "ambit-tpm",
+            "ambit-ebpf",
+            "ambit-transport",
+        ],
     ),
     ("ambit", &["ambit-model", "ambit-policy", "ambit-identity", "ambit-proto", "ambit-transport"]),
     ("ambit-lab", &["ambit-model", "ambit-policy", "ambit-identity", "ambit-proto", "ambit-transport"]),
