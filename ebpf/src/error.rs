@@ -61,6 +61,9 @@ pub enum KernelError {
         /// The path.
         path: PathBuf,
     },
+    /// The socket given as a pod's capture listener is none.
+    #[error("the socket given for pod `{0}` is not a TCP listener")]
+    NotListener(String),
     /// A pod name that cannot be a pin.
     #[error("pod name `{0}` is not 1-63 characters of a-z 0-9 -")]
     BadPodName(String),
@@ -94,7 +97,7 @@ impl KernelError {
             Self::NeedsRoot => "needs_root",
             Self::FeatureMissing { .. } => "kernel_feature_missing",
             Self::MapFull { .. } => "map_full",
-            Self::BadTables(_) | Self::BadPodName(_) => "bad_request",
+            Self::BadTables(_) | Self::NotListener(_) | Self::BadPodName(_) => "bad_request",
             Self::NotCgroup { .. } => "config_invalid",
             Self::NotInstalled(_) => "not_found",
             Self::ReadBack { .. }
@@ -110,6 +113,11 @@ impl KernelError {
             return Self::NeedsRoot;
         }
         Self::Io { what: what.into(), source }
+    }
+
+    /// A committed object that lacks something this version needs.
+    pub(crate) fn absent(object: &str, part: &str) -> Self {
+        Self::Bpf { what: format!("use object {object}"), detail: format!("it has no {part}") }
     }
 
     pub(crate) fn bpf(what: impl Into<String>, source: libbpf_rs::Error) -> Self {

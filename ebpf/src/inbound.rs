@@ -29,7 +29,7 @@ impl Kernel {
         let name = pod_name(name)?;
         let listens = crate::sys::is_tcp_listener(listener).map_err(|e| KernelError::io("look at the listener", e))?;
         if !listens {
-            return Err(KernelError::BadTables(format!("the socket given for pod {name} is not a TCP listener")));
+            return Err(KernelError::NotListener(name.to_owned()));
         }
         let netns_inode = inode(netns)?;
         let _change = self.lock();
@@ -45,7 +45,7 @@ impl Kernel {
         self.fill_slot(&slot_pin, listener)?;
         let what = || format!("attach ambit_inbound to pod {name}");
         let program = object.progs_mut().find(|p| p.name() == "ambit_inbound");
-        let program = program.ok_or_else(|| KernelError::BadTables(format!("object {} has no program", POD.name)))?;
+        let program = program.ok_or_else(|| KernelError::absent(POD.name, "ambit_inbound"))?;
         match link {
             Some(mut link) => link.update_prog(&program).map_err(|e| KernelError::bpf(what(), e)),
             None => {
@@ -108,7 +108,7 @@ impl Kernel {
 }
 
 fn listener_map(object: &mut Object) -> Result<MapMut<'_>, KernelError> {
-    let missing = || KernelError::BadTables(format!("object {} has no map {}", POD.name, LISTENER.name));
+    let missing = || KernelError::absent(POD.name, LISTENER.name);
     object.maps_mut().find(|map| map.name() == LISTENER.name).ok_or_else(missing)
 }
 

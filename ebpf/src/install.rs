@@ -2,7 +2,9 @@
 
 use crate::error::KernelError;
 use crate::kernel::{Kernel, Maps};
-use crate::layout::{self, CONFIG_GENERATION, Field, Layout, RawEndpoint, RawService, RawVerdict, RawVerdictKey, ServiceKey};
+use crate::layout::{
+    self, CONFIG_GENERATION, Field, Layout, RawEndpoint, RawService, RawVerdict, RawVerdictKey, ServiceKey,
+};
 use crate::pins::create_map;
 use crate::tables::{Action, MAX_SERVICE_ENDPOINTS, Service, Tables, Tier};
 use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType};
@@ -151,7 +153,9 @@ fn service_table(tables: &Tables) -> Result<Table, KernelError> {
 fn raw_service(service: &Service) -> Result<RawService, KernelError> {
     if service.endpoints.len() > MAX_SERVICE_ENDPOINTS {
         let (address, count) = (service.address, service.endpoints.len());
-        return Err(KernelError::BadTables(format!("service {address} has {count} endpoints, not {MAX_SERVICE_ENDPOINTS}")));
+        return Err(KernelError::BadTables(format!(
+            "service {address} has {count} endpoints, not {MAX_SERVICE_ENDPOINTS}"
+        )));
     }
     let mut raw = RawService { count: service.endpoints.len() as u32, ..Default::default() };
     for (slot, endpoint) in raw.endpoints.iter_mut().zip(&service.endpoints) {

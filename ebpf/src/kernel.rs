@@ -112,7 +112,7 @@ impl Kernel {
         }
         let value = Workload { identity, flags: 0 };
         self.maps.workloads.update(&cgroup_id.to_ne_bytes(), &value.to_bytes(), MapFlags::ANY).map_err(|e| {
-            if e.kind() == ErrorKind::Other && format!("{e:#}").contains("os error 7") || e.kind() == ErrorKind::TooBig {
+            if e.kind() == ErrorKind::TooBig {
                 let capacity = self.maps.workloads.max_entries();
                 return KernelError::MapFull { map: "workloads", capacity, needed: capacity as usize + 1 };
             }
@@ -123,9 +123,7 @@ impl Kernel {
     /// Forgets a cgroup: its processes may do nothing from now on. Absent is fine.
     pub fn remove_workload(&self, cgroup_id: u64) -> Result<(), KernelError> {
         match self.maps.workloads.delete(&cgroup_id.to_ne_bytes()) {
-            Err(e) if e.kind() != ErrorKind::NotFound => {
-                Err(KernelError::bpf(format!("remove cgroup {cgroup_id}"), e))
-            }
+            Err(e) if e.kind() != ErrorKind::NotFound => Err(KernelError::bpf(format!("remove cgroup {cgroup_id}"), e)),
             _ => Ok(()),
         }
     }
@@ -134,10 +132,9 @@ impl Kernel {
     pub fn workloads(&self) -> Result<HashMap<u64, u32>, KernelError> {
         let mut found = HashMap::new();
         for key in self.maps.workloads.keys() {
-            let value = self.maps.workloads.lookup(&key, MapFlags::ANY).map_err(|e| KernelError::bpf("read workloads", e))?;
-            if let (Some(id), Some(workload)) =
-                (key.first_chunk(), value.as_deref().and_then(Workload::from_bytes))
-            {
+            let value =
+                self.maps.workloads.lookup(&key, MapFlags::ANY).map_err(|e| KernelError::bpf("read workloads", e))?;
+            if let (Some(id), Some(workload)) = (key.first_chunk(), value.as_deref().and_then(Workload::from_bytes)) {
                 found.insert(u64::from_ne_bytes(*id), workload.identity);
             }
         }
@@ -192,7 +189,8 @@ impl Kernel {
         for key in keys {
             let value = self.maps.flows.lookup(&key, MapFlags::ANY).map_err(|e| KernelError::bpf("read flows", e))?;
             let Some(flow) = value.as_deref().and_then(Flow::from_bytes) else { continue };
-            if flow.closed_ns != 0 && now.saturating_sub(flow.closed_ns) >= age && self.maps.flows.delete(&key).is_ok() {
+            if flow.closed_ns != 0 && now.saturating_sub(flow.closed_ns) >= age && self.maps.flows.delete(&key).is_ok()
+            {
                 removed += 1;
             }
         }
@@ -230,8 +228,10 @@ impl Kernel {
     }
 
     fn check_capacity(&self) -> Result<(), KernelError> {
-        let fixed =
-            [(&self.maps.workloads, "workloads", self.capacity.workloads), (&self.maps.flows, "flows", self.capacity.flows)];
+        let fixed = [
+            (&self.maps.workloads, "workloads", self.capacity.workloads),
+            (&self.maps.flows, "flows", self.capacity.flows),
+        ];
         for (map, name, wanted) in fixed {
             if map.max_entries() != wanted {
                 return Err(KernelError::PinUnexpected {
@@ -293,7 +293,7 @@ fn attach(object: &Object, pins: &Pins, cgroup: &File, cgroup_id: u64) -> Result
     for (program, name, kind) in LINKS {
         let what = || format!("attach {program}");
         let Some(loaded) = object.progs_mut().find(|p| p.name() == program) else {
-            return Err(KernelError::BadTables(format!("object {} has no program {program}", MESH.name)));
+            return Err(KernelError::absent(MESH.name, program));
         };
         if let Some(mut link) = pins.open_cgroup_link(name, cgroup_id, kind)? {
             link.update_prog(&loaded).map_err(|e| KernelError::bpf(format!("replace {program}"), e))?;
@@ -308,7 +308,7 @@ fn attach(object: &Object, pins: &Pins, cgroup: &File, cgroup_id: u64) -> Result
 fn open_maps(pins: &Pins) -> Result<Maps, KernelError> {
     let open = |name: &str| {
         let pin = MAPS.iter().find(|pin| pin.name == name);
-        let pin = pin.ok_or_else(|| KernelError::BadTables(format!("no map {name}")))?;
+        let pin = pin.ok_or_else(|| KernelError::absent(MESH.name, name))?;
         pins.open_map(&pins.map(name), pin)
     };
     Ok(Maps {

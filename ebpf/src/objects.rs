@@ -9,8 +9,7 @@ pub struct BuiltObject {
     pub bytes: &'static [u8],
 }
 
-pub(crate) const MESH: BuiltObject =
-    BuiltObject { name: "mesh.bpf.o", bytes: include_bytes!("../objects/mesh.bpf.o") };
+pub(crate) const MESH: BuiltObject = BuiltObject { name: "mesh.bpf.o", bytes: include_bytes!("../objects/mesh.bpf.o") };
 pub(crate) const POD: BuiltObject = BuiltObject { name: "pod.bpf.o", bytes: include_bytes!("../objects/pod.bpf.o") };
 
 /// All objects that this crate loads.

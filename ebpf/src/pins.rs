@@ -235,7 +235,13 @@ fn same(a: &ProgramAttachType, b: &ProgramAttachType) -> bool {
 }
 
 /// An anonymous map.
-pub(crate) fn create_map(kind: MapType, name: &str, key: u32, value: u32, entries: u32) -> libbpf_rs::Result<MapHandle> {
+pub(crate) fn create_map(
+    kind: MapType,
+    name: &str,
+    key: u32,
+    value: u32,
+    entries: u32,
+) -> libbpf_rs::Result<MapHandle> {
     let opts = bpf_map_create_opts { sz: size_of::<bpf_map_create_opts>() as _, ..Default::default() };
     MapHandle::create(kind, Some(name), key, value, entries, &opts)
 }

@@ -1,5 +1,8 @@
 //! The few system calls that neither std nor libbpf-rs has.
-#![allow(unsafe_code, reason = "getsockopt, statfs, mount, clock_gettime and geteuid by libc; no pointer outlives its call")]
+#![allow(
+    unsafe_code,
+    reason = "getsockopt, statfs, mount, clock_gettime and geteuid by libc; no pointer outlives its call"
+)]
 
 use std::ffi::CString;
 use std::io;

@@ -1,12 +1,12 @@
 //! What a workload gets from connect(), with real programs, sockets, cgroups and namespaces.
 
+use crate::support::{Node, accept, at, try_accept};
 use ambit_ebpf::{
     Action, Counters, Event, Kernel, Reason, Service, ServiceEndpoint, Tables, Tier, Verdict, VerdictKey, netns_cookie,
 };
 use std::io::{Read, Write};
 use std::net::Ipv4Addr;
 use std::time::Duration;
-use crate::support::{Node, accept, at, try_accept};
 
 const CLIENT: u32 = 300;
 const ALLOWED: u32 = 301;
@@ -129,6 +129,32 @@ def on_device(device, host, port):
     let Counters { denied, events_lost, loopback, .. } = kernel.counters().unwrap();
     assert_eq!(denied.values().sum::<u64>(), expected.len() as u64);
     assert_eq!((denied[&Reason::PolicyDeny], denied[&Reason::NativeIpv6], events_lost, loopback), (2, 3, 0, 1));
+}
+
+/// The kernel lets two connections share a source port if their destinations differ, and ours differ by design.
+#[test]
+fn two_flows_with_one_source_port_are_told_apart() {
+    let (node, kernel) = node();
+    let listener = node.attach(&kernel);
+    let mut more = tables();
+    more.endpoints.push((Ipv4Addr::new(10, 1, 0, 4), ALLOWED));
+    kernel.install(&more).unwrap();
+    node.python(
+        "client",
+        "
+held = []
+for host in ('10.1.0.1', '10.1.0.4'):
+    s = socket.socket(); s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    s.bind(('127.0.0.1', 4567)); s.connect((host, 8080)); held.append(s)",
+    );
+    let mut asked = Vec::new();
+    for _ in 0..2 {
+        let (stream, client, capture) = accept(&listener);
+        assert_eq!(client, at([127, 0, 0, 1], 4567));
+        let found = kernel.original_destination(netns_cookie(&stream).unwrap(), client, capture);
+        asked.push(found.expect("a record each").asked);
+    }
+    assert_eq!(asked, [at([10, 1, 0, 1], 8080), at([10, 1, 0, 4], 8080)]);
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Tables in force: swaps under load, what is refused, the digest; and the pins that outlive an agent.
 
+use crate::support::{Node, at, try_accept};
 use ambit_ebpf::{
     Action, Capacity, Kernel, KernelError, Options, Service, ServiceEndpoint, Tables, Tier, Verdict, VerdictKey,
 };
@@ -8,7 +9,6 @@ use std::io::Read;
 use std::net::Ipv4Addr;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
-use crate::support::{Node, at, try_accept};
 
 const CLIENT: u32 = 300;
 const LEASE: Duration = Duration::from_secs(600);
@@ -21,10 +21,12 @@ fn verdict(destination: u32, action: Action) -> (VerdictKey, Verdict) {
 /// other would deny the first address or allow the second.
 fn generation(odd: bool) -> Tables {
     let (open, shut) = if odd { (401, 400) } else { (400, 401) };
-    let padding = (0..2000).map(|i| (VerdictKey { source: 9000 + i, destination: 1, port: u16::from(odd) }, Verdict {
-        action: Action::Allow,
-        rule: 2,
-    }));
+    let padding = (0..2000).map(|i| {
+        (
+            VerdictKey { source: 9000 + i, destination: 1, port: u16::from(odd) },
+            Verdict { action: Action::Allow, rule: 2 },
+        )
+    });
     Tables {
         verdicts: [verdict(open, Action::Allow), verdict(shut, Action::Deny)].into_iter().chain(padding).collect(),
         endpoints: vec![(Ipv4Addr::new(10, 1, 0, 1), open), (Ipv4Addr::new(10, 1, 0, 2), shut)],
@@ -55,8 +57,10 @@ print(right, wrong)";
     let (done, installs) = (AtomicBool::new(false), AtomicU32::new(0));
     let mut slowest = Duration::ZERO;
     let counts = std::thread::scope(|scope| {
-        scope.spawn(|| while !done.load(Ordering::Relaxed) {
-            drop(try_accept(&listener, Duration::from_millis(20)));
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                drop(try_accept(&listener, Duration::from_millis(20)));
+            }
         });
         let installer = scope.spawn(|| {
             let mut slowest = Duration::ZERO;
@@ -122,10 +126,12 @@ fn equal_tables_have_equal_digests_and_bad_ones_change_nothing() {
 fn a_full_capacity_of_verdicts_installs_within_a_second() {
     let node = Node::new();
     let kernel = Kernel::open(&node.options()).unwrap();
-    let many = (0..100_000u32).map(|i| (VerdictKey { source: 256 + i % 1000, destination: 256 + i / 1000, port: 443 }, Verdict {
-        action: Action::Allow,
-        rule: i,
-    }));
+    let many = (0..100_000u32).map(|i| {
+        (
+            VerdictKey { source: 256 + i % 1000, destination: 256 + i / 1000, port: 443 },
+            Verdict { action: Action::Allow, rule: i },
+        )
+    });
     let tables = Tables { verdicts: many.collect(), ..Tables::default() };
     let start = Instant::now();
     kernel.install(&tables).unwrap();

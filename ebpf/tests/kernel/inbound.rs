@@ -1,11 +1,11 @@
 //! What reaches a pod, and what happens when the agent is gone.
 
+use crate::support::{Node, OUTSIDE, POD, accept, at, try_accept};
 use ambit_ebpf::{Action, Event, Kernel, KernelError, Reason, Tables, Verdict, VerdictKey, netns_cookie};
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::os::fd::AsFd;
 use std::time::Duration;
-use crate::support::{Node, OUTSIDE, POD, accept, at, try_accept};
 
 const CLIENT: u32 = 300;
 const SERVER: u32 = 301;
@@ -51,8 +51,10 @@ fn plain_inbound_is_refused_the_last_leg_passes_and_loopback_is_the_pods_own() {
 
     // The agent's last leg, as the agent makes it: a socket in the pod's namespace, source 127.x.y.z.
     let script = |source: &str| {
-        format!("import socket\ns = socket.socket(); s.bind(('{source}', 0)); s.settimeout(2)\n\
-                 try: s.connect(('{POD}', 8080)); s.sendall(b'hello'); print('ok')\nexcept OSError as e: print(type(e).__name__)")
+        format!(
+            "import socket\ns = socket.socket(); s.bind(('{source}', 0)); s.settimeout(2)\n\
+                 try: s.connect(('{POD}', 8080)); s.sendall(b'hello'); print('ok')\nexcept OSError as e: print(type(e).__name__)"
+        )
     };
     let agent = |source: &'static str| {
         let script = script(source);
@@ -133,7 +135,7 @@ fn a_pod_is_let_go_and_only_a_listener_takes_its_slot() {
     let netns = node.pod_netns();
     let socket = node.in_pod(|| std::net::UdpSocket::bind("127.0.0.1:0").unwrap());
     let refused = kernel.attach_pod("pod", netns.as_fd(), POD, socket.as_fd());
-    assert!(matches!(refused, Err(KernelError::BadTables(_))), "{refused:?}");
+    assert!(matches!(refused, Err(KernelError::NotListener(_))), "{refused:?}");
     let listener = node.listen_in_pod(Ipv4Addr::LOCALHOST, 0);
     let refused = kernel.attach_pod("../maps", netns.as_fd(), POD, listener.as_fd());
     assert!(matches!(refused, Err(KernelError::BadPodName(_))), "{refused:?}");

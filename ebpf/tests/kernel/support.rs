@@ -40,11 +40,7 @@ impl Node {
             pod: namespace_holder(),
             outside: namespace_holder(),
         };
-        run(&format!(
-            "ip link add eth0 netns {} type veth peer name eth0 netns {}",
-            node.pod.id(),
-            node.outside.id()
-        ));
+        run(&format!("ip link add eth0 netns {} type veth peer name eth0 netns {}", node.pod.id(), node.outside.id()));
         for (child, address) in [(&node.pod, POD), (&node.outside, OUTSIDE)] {
             let enter = format!("nsenter --net=/proc/{}/ns/net", child.id());
             run(&format!("{enter} ip link set lo up"));
