@@ -146,3 +146,6 @@ impl From<Refusal> for Denial {
         Denial { refusal, diverged: None }
     }
 }
+
+#[cfg(test)]
+mod tests;
