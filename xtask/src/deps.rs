@@ -6,6 +6,8 @@ use std::process::Command;
 /// Package and what needs it.
 const PACKAGES: &[(&str, &str)] = &[
     ("gcc", "linker, and C parts of crates"),
+    ("libc6-dev", "headers and start files of the C library; every link needs them"),
+    ("make", "libbpf's own build"),
     ("pkg-config", "finds the libraries below at build time"),
     ("protobuf-compiler", "protoc: our .proto files and raft's"),
     ("libssl-dev", "openssl crate: PKI off the hot path, EK certificate quirks"),
@@ -29,6 +31,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("nginx-light", "an unmodified server in the demo"),
     ("python3", "another unmodified server in the demo"),
     ("openssl", "checks issued certificates from outside"),
+    ("git", "tidy tests: which files are part of the project"),
     ("prometheus", "promtool: checks every metrics endpoint"),
 ];
 
