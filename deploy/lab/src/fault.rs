@@ -10,6 +10,7 @@ use ambit_model::{Refusal, refusal::Code};
 use nix::sys::signal::Signal;
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -44,6 +45,9 @@ pub struct Lease {
     pub ends_ms: u64,
 }
 
+/// The router as a target.
+const ROUTER: &str = "router";
+
 /// The links a cut takes down.
 enum Links {
     Member(Site, Member),
@@ -76,10 +80,9 @@ impl Lab {
         self.resolve(fault, target)?;
         let ends_ms = boot_ms() + u64::try_from(lease.as_millis()).unwrap_or(u64::MAX);
         let lease = Lease { fault, target: target.into(), ends_ms };
-        {
-            let _held = self.hold_faults()?;
-            self.write_lease(&lease)?;
-        }
+        // Held to the end, so that a short lease cannot be reverted before its fault is there.
+        let _held = self.hold_faults()?;
+        self.write_lease(&lease)?;
         self.start_keeper(&lease)?;
         self.act(&lease)
     }
@@ -100,7 +103,7 @@ impl Lab {
     /// Starts every dead process of a target again, in the order they were first started, and ends its kill leases.
     pub fn start_again(&self, target: &str) -> Result<(), LabError> {
         self.restore(target)?;
-        self.processes_of(target)?.iter().try_for_each(|process| self.restart(&process.name))
+        if target == ROUTER { self.set_router(true) } else { self.restart_all(&self.processes_of(target)?) }
     }
     /// The faults in force.
     pub fn leases(&self) -> Result<Vec<Lease>, LabError> {
@@ -134,10 +137,8 @@ impl Lab {
         let _held = self.hold_faults()?;
         let Some(lease) = self.read_lease(id) else { return Ok(()) };
         match (lease.fault, lease.target.as_str()) {
-            (Fault::Kill, "router") => self.set_router(true)?,
-            (Fault::Kill, target) => {
-                self.processes_of(target)?.iter().try_for_each(|process| self.restart(&process.name))?;
-            }
+            (Fault::Kill, ROUTER) => self.set_router(true)?,
+            (Fault::Kill, target) => self.restart_all(&self.processes_of(target)?)?,
             (Fault::Pause, target) => {
                 self.processes_of(target)?.iter().for_each(|p| {
                     let _ = p.id.signal(Signal::SIGCONT);
@@ -151,9 +152,25 @@ impl Lab {
         Ok(())
     }
 
+    /// Machines start side by side, as they do when power returns; the processes of one in their first order.
+    fn restart_all(&self, processes: &[Process]) -> Result<(), LabError> {
+        let machines: BTreeSet<_> = processes.iter().map(|p| p.member.as_deref()).collect();
+        std::thread::scope(|scope| {
+            let start = |machine| {
+                let mut own = processes.iter().filter(|p| p.member.as_deref() == machine);
+                own.try_for_each(|process| self.restart(&process.name))
+            };
+            let threads: Vec<_> = machines.into_iter().map(|machine| scope.spawn(move || start(machine))).collect();
+            let panicked = || Refusal::new(Code::Internal, "a machine started again", "its thread panicked");
+            // Every machine is waited for; the first failure is told.
+            let ends: Vec<_> = threads.into_iter().map(|t| t.join().map_err(|_| panicked())).collect();
+            ends.into_iter().try_for_each(|end| end?)
+        })
+    }
+
     fn act(&self, lease: &Lease) -> Result<(), LabError> {
         match (lease.fault, lease.target.as_str()) {
-            (Fault::Kill, "router") => self.set_router(false),
+            (Fault::Kill, ROUTER) => self.set_router(false),
             (Fault::Kill, target) => {
                 let processes = self.processes_of(target)?;
                 // All at once, as a machine loses power, then wait.
@@ -177,7 +194,7 @@ impl Lab {
 
     fn resolve(&self, fault: Fault, target: &str) -> Result<(), LabError> {
         match (fault, target) {
-            (Fault::Kill, "router") => Ok(()),
+            (Fault::Kill, ROUTER) => Ok(()),
             (Fault::Kill | Fault::Pause, target) => self.processes_of(target).map(drop),
             (Fault::Cut, target) => self.links(target).map(drop),
         }

@@ -242,7 +242,6 @@ impl Lab {
         };
         match &process.ready {
             Ready::Started => Ok(()),
-            Ready::Path(path) => wait(&mut || path.exists()),
             Ready::Tcp(address) => wait(&mut || crate::net::reachable(netns, *address, Duration::from_millis(200))),
             Ready::Tpm { boot_log, ima_log } => {
                 let machine = process.member.clone().unwrap_or_default();

@@ -9,6 +9,7 @@
 //! which hides the cgroup2 and bpf mounts.
 
 pub mod boot_log;
+pub mod cell;
 pub mod cgroup;
 pub mod down;
 pub mod fault;
@@ -18,7 +19,9 @@ pub mod lab;
 pub mod lock;
 pub mod measurer;
 pub mod net;
+pub mod node;
 pub mod preflight;
+pub mod probe;
 pub mod process;
 pub mod state;
 pub mod tool;
@@ -28,5 +31,7 @@ pub mod tpm_wire;
 pub mod up;
 pub mod workload;
 
-pub use lab::{Lab, LabError};
+pub use cell::Cell;
+pub use lab::{Lab, LabError, Place};
+pub use state::{Pod, Ready};
 pub use topology::{Member, Spec};

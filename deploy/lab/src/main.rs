@@ -2,7 +2,7 @@
 
 use ambit_lab::fault::Fault;
 use ambit_lab::lab::chain;
-use ambit_lab::{Lab, LabError, Spec, down, gate, measurer, process};
+use ambit_lab::{Lab, LabError, Place, Spec, down, gate, measurer, preflight, probe, process};
 use ambit_model::refusal::Class;
 use clap::{Parser, Subcommand, ValueEnum};
 use std::net::SocketAddrV4;
@@ -34,6 +34,9 @@ enum Verb {
         /// Federation replicas of each cell: 1, 3 or 5
         #[arg(long, default_value_t = 3)]
         replicas: u8,
+        /// Also form the cells, register the clusters and start the agents
+        #[arg(long)]
+        cells: bool,
         #[command(flatten)]
         lab: Name,
     },
@@ -67,9 +70,30 @@ enum Verb {
         action: Action,
         /// A process (`west-r1`, `west-n1-agent`), a machine, a site, `router`; a cut also takes `west:east`
         target: String,
-        /// When the fault reverts by itself, in seconds
-        #[arg(long, default_value = "60s", value_parser = seconds)]
+        /// When the fault reverts by itself, as 60s or 1500ms
+        #[arg(long, default_value = "60s", value_parser = duration)]
         lease: Duration,
+    },
+    /// Call a service from inside a pod at a fixed rate; one line of JSON per call
+    Probe {
+        #[command(flatten)]
+        lab: Name,
+        /// `east-n1-web`
+        #[arg(long)]
+        pod: String,
+        /// Address and port
+        #[arg(long)]
+        target: SocketAddrV4,
+        #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=60_000))]
+        interval_ms: u64,
+    },
+    /// (internal) The probe, once it is inside the pod
+    #[command(hide = true)]
+    ProbeInside {
+        target: SocketAddrV4,
+        interval_ms: u64,
+        /// The user to become
+        uid: Option<u32>,
     },
     /// (internal) Stand in for IMA on a node
     #[command(hide = true)]
@@ -102,7 +126,7 @@ enum Verb {
 #[derive(clap::Args)]
 struct Name {
     /// The lab's name
-    #[arg(long = "name", default_value = "demo")]
+    #[arg(long = "name", visible_alias = "lab", default_value = "demo")]
     name: String,
 }
 
@@ -120,9 +144,12 @@ enum Action {
     Restart,
 }
 
-fn seconds(text: &str) -> Result<Duration, String> {
-    let digits = text.strip_suffix('s').unwrap_or(text);
-    digits.parse().map(Duration::from_secs).map_err(|_| "a number of seconds, such as 60s".into())
+fn duration(text: &str) -> Result<Duration, String> {
+    let (digits, unit) = match text.strip_suffix("ms") {
+        Some(digits) => (digits, Duration::from_millis as fn(u64) -> Duration),
+        None => (text.strip_suffix('s').unwrap_or(text), Duration::from_secs as fn(u64) -> Duration),
+    };
+    digits.parse().map(unit).map_err(|_| "a time such as 60s or 1500ms".into())
 }
 
 fn main() -> ExitCode {
@@ -141,7 +168,9 @@ fn main() -> ExitCode {
 
 fn run(verb: Verb) -> Result<ExitCode, LabError> {
     match verb {
-        Verb::Up { clusters, nodes, replicas, lab } => up(&Spec::standard(&lab.name, clusters, nodes, replicas)?)?,
+        Verb::Up { clusters, nodes, replicas, cells, lab } => {
+            up(&Spec::standard(&lab.name, clusters, nodes, replicas)?, cells)?;
+        }
         Verb::Down { lab } => {
             let removed = down::down(&lab.name)?;
             eprintln!("lab {} is gone: {removed}", lab.name);
@@ -149,6 +178,10 @@ fn run(verb: Verb) -> Result<ExitCode, LabError> {
         Verb::Status { lab, json } => return status::show(&Lab::open(&lab.name)?, json),
         Verb::Exec { lab, place, command } => return Err(exec(&Lab::open(&lab.name)?, &place, &command)),
         Verb::Inject { lab, action, target, lease } => inject(&Lab::open(&lab.name)?, action, &target, lease)?,
+        Verb::Probe { lab, pod, target, interval_ms } => {
+            return Err(probe(&Lab::open(&lab.name)?, &pod, target, interval_ms));
+        }
+        Verb::ProbeInside { target, interval_ms, uid } => probe_inside(target, interval_ms, uid)?,
         Verb::Measurer { folder, ima_log, tpm } => measurer::Measurer::new(folder, ima_log, tpm)?.run(),
         Verb::TpmGate { listen, swtpm } => {
             let failed = |source| LabError::Io { path: PathBuf::from(listen.to_string()), source };
@@ -159,21 +192,53 @@ fn run(verb: Verb) -> Result<ExitCode, LabError> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn up(spec: &Spec) -> Result<(), LabError> {
+fn up(spec: &Spec, cells: bool) -> Result<(), LabError> {
     let start = Instant::now();
-    let lab = Lab::up(spec, &|line| eprintln!("  {line}"))?;
+    let tell = |line: &str| eprintln!("  {line}");
+    let lab = Lab::up(spec, &tell)?;
+    if cells {
+        lab.form_all(&tell)?;
+    }
     eprintln!("lab {} is up after {:.1} s; try: ambit-lab status", lab.name(), start.elapsed().as_secs_f32());
     Ok(())
 }
 
-/// Becomes the command; returns only if that fails.
 fn exec(lab: &Lab, place: &str, argv: &[String]) -> LabError {
     let argv: Vec<&str> = argv.iter().map(String::as_str).collect();
-    let place = match lab.place(place) {
-        Ok(place) => place,
-        Err(error) => return error,
+    match lab.place(place) {
+        Ok(place) => become_command(lab, &place, &argv),
+        Err(error) => error,
+    }
+}
+
+/// The probe enters the pod as root and takes the pod's user itself: its file may lie where that user cannot read.
+fn probe(lab: &Lab, pod: &str, target: SocketAddrV4, interval_ms: u64) -> LabError {
+    let inside = || -> Result<LabError, LabError> {
+        let mut place = lab.place(pod)?;
+        let program = preflight::own_binary("ambit-lab")?.display().to_string();
+        let (target, interval) = (target.to_string(), interval_ms.to_string());
+        let uid = place.uid.take().map(|uid| uid.to_string());
+        let mut argv = vec![program.as_str(), "probe-inside", &target, &interval];
+        argv.extend(uid.as_deref());
+        Ok(become_command(lab, &place, &argv))
     };
-    match process::command(lab.name(), &lab.launch(&place, &argv, Path::new("/dev/null"))) {
+    inside().unwrap_or_else(|error| error)
+}
+
+fn probe_inside(target: SocketAddrV4, interval_ms: u64, uid: Option<u32>) -> Result<(), LabError> {
+    let failed = |source: std::io::Error| LabError::Io { path: PathBuf::from(target.to_string()), source };
+    if let Some(uid) = uid {
+        nix::unistd::setgroups(&[])
+            .and_then(|()| nix::unistd::setgid(uid.into()))
+            .and_then(|()| nix::unistd::setuid(uid.into()))
+            .map_err(|e| failed(e.into()))?;
+    }
+    probe::run(target, Duration::from_millis(interval_ms)).map_err(failed)
+}
+
+/// Becomes the command; returns only if that fails.
+fn become_command(lab: &Lab, place: &Place, argv: &[&str]) -> LabError {
+    match process::command(lab.name(), &lab.launch(place, argv, Path::new("/dev/null"))) {
         Ok(mut command) => {
             let program = argv.first().copied().unwrap_or_default().to_owned();
             process::ProcessError::Start { program, source: command.exec() }.into()

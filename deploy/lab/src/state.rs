@@ -65,8 +65,6 @@ pub enum Ready {
     Started,
     /// Its namespace has a listener there.
     Tcp(SocketAddr),
-    /// This path exists.
-    Path(PathBuf),
     /// A TPM: extended with what these logs tell, as the machine's boot would do.
     Tpm {
         /// Boot log of the machine.

@@ -11,10 +11,12 @@ use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Mutex;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// TPMs made at the same time: enough to keep two cores busy while some wait for their disk.
 const TPM_WORKERS: usize = 4;
+/// How long a node may take to be enrolled: several slow TPM commands on two loaded cores.
+const ENROL_MAX: Duration = Duration::from_secs(30);
 
 impl Lab {
     /// Builds the lab and returns when every TPM stands at its golden state. What a killed `up` left is removed first;
@@ -43,6 +45,25 @@ impl Lab {
                 Err(error)
             }
         }
+    }
+
+    /// Forms every cell, registers its cluster and enrols its nodes. A failure leaves the lab up, to be looked at.
+    pub fn form_all(&self, tell: &(dyn Fn(&str) + Sync)) -> Result<(), LabError> {
+        for site in &self.spec.sites {
+            let start = Instant::now();
+            let cell = self.form_cell(&site.name)?;
+            let (name, count, seconds) = (&site.name, cell.addresses.len(), start.elapsed().as_secs_f32());
+            tell(&format!("cell {name}: {count} replicas, root {} ({seconds:.1} s)", cell.fingerprint));
+            self.register_cluster(name)?;
+            let nodes = site.members().into_iter().filter(|m| matches!(m.kind, Kind::Node(_)));
+            let nodes: Vec<String> = nodes.map(|m| m.role()).collect();
+            nodes.iter().try_for_each(|node| self.start_agent(node))?;
+            for node in &nodes {
+                let took = self.wait_enrolled(node, ENROL_MAX)?;
+                tell(&format!("node {node} enrolled and ready after {:.1} s", took.as_secs_f32()));
+            }
+        }
+        Ok(())
     }
 
     fn build(&self, tell: &(dyn Fn(&str) + Sync)) -> Result<(), LabError> {

@@ -1,0 +1,71 @@
+//! `down` leaves nothing, whatever happened before.
+
+use crate::support::{BINARY, ambit_lab, text, traces};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+#[test]
+fn down_leaves_nothing_and_twice_is_once() {
+    assert!(nix::unistd::geteuid().is_root(), "this test needs root");
+    let up = ["up", "--name", "cleanone", "--clusters", "1", "--nodes", "1", "--replicas", "1"];
+    let output = ambit_lab(&up);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert!(traces("cleanone").len() > 5);
+
+    let again = ambit_lab(&up);
+    assert!(text(&again.stderr).contains("already_exists"), "{}", text(&again.stderr));
+    // Inside the lab, down would end the shell that runs it.
+    let inside = ambit_lab(&["exec", "--name", "cleanone", "operator", "--", BINARY, "down", "--name", "cleanone"]);
+    assert!(!inside.status.success());
+    // A bystander whose name looks alike is not ours.
+    let bystander = Command::new("sleep").arg("30").env("AMBIT_LAB", "cleanonebutnot").spawn().unwrap();
+
+    // Without its memory it still knows what is its own.
+    std::fs::remove_file(ambit_lab::topology::root("cleanone").join("state.json")).unwrap();
+    for _ in 0..2 {
+        let down = ambit_lab(&["down", "--name", "cleanone"]);
+        assert!(down.status.success(), "{}", text(&down.stderr));
+        assert_eq!(traces("cleanone"), [""; 0]);
+    }
+    let mut bystander = bystander;
+    assert!(bystander.try_wait().unwrap().is_none(), "a process of nobody's was killed");
+    bystander.kill().unwrap();
+    bystander.wait().unwrap();
+}
+
+#[test]
+fn down_leaves_nothing_after_up_was_killed_at_any_moment() {
+    assert!(nix::unistd::geteuid().is_root(), "this test needs root");
+    let mut unfinished = 0;
+    for delay_ms in [5, 60, 200, 700, 1500, 2200, 2600, 3200] {
+        let mut up = Command::new(BINARY)
+            .args(["up", "--name", "cleankill", "--clusters", "2", "--nodes", "2", "--replicas", "3"])
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(Duration::from_millis(delay_ms));
+        up.kill().unwrap();
+        unfinished += u32::from(!up.wait().unwrap().success());
+        let down = ambit_lab(&["down", "--name", "cleankill"]);
+        assert!(down.status.success(), "after {delay_ms} ms: {}", text(&down.stderr));
+        assert_eq!(traces("cleankill"), [""; 0], "after {delay_ms} ms");
+    }
+    assert!(unfinished >= 4, "up was too quick to be killed midway");
+}
+
+#[test]
+fn up_removes_what_an_unfinished_up_left() {
+    assert!(nix::unistd::geteuid().is_root(), "this test needs root");
+    let small = ["up", "--name", "cleanagain", "--clusters", "1", "--nodes", "1", "--replicas", "1"];
+    let mut up = Command::new(BINARY).args(small).stderr(Stdio::null()).spawn().unwrap();
+    std::thread::sleep(Duration::from_millis(500));
+    let busy = ambit_lab(&["down", "--name", "cleanagain"]);
+    assert!(text(&busy.stderr).contains("busy"), "two commands at once: {}", text(&busy.stderr));
+    up.kill().unwrap();
+    up.wait().unwrap();
+    let output = ambit_lab(&small);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert!(text(&output.stderr).contains("unfinished"), "{}", text(&output.stderr));
+    assert!(ambit_lab(&["down", "--name", "cleanagain"]).status.success());
+    assert_eq!(traces("cleanagain"), [""; 0]);
+}
