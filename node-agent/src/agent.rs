@@ -1,6 +1,5 @@
 //! Puts the components together and runs them. What one of them knows, the others learn over `watch` channels only.
 
-use crate::attester::Attester;
 use crate::backoff::random;
 use crate::clock::Clock;
 use crate::config::Config;
@@ -19,6 +18,7 @@ use crate::workload_api::WorkloadApi;
 use crate::{hbone, telemetry};
 use ambit_identity::{SharedTrust, Trust, TrustStore};
 use ambit_model::{Code, Refusal};
+use ambit_tpm::Attester;
 use ambit_transport::{Dialer, Identity};
 use std::future::Future;
 use std::os::unix::fs::PermissionsExt;
@@ -194,9 +194,9 @@ struct Membership {
 impl Membership {
     /// Returns only where the first enrolment is denied; a later denial leaves what is held until it ends.
     async fn run(self) -> AgentError {
-        let attester = match Attester::open(&self.config) {
+        let attester = match Attester::open(&self.config.tcti, &self.config.data_dir) {
             Ok(attester) => attester,
-            Err(refusal) => return refusal.into(),
+            Err(error) => return enrol::tpm(error).into(),
         };
         let mut first = true;
         loop {

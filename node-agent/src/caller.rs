@@ -1,6 +1,7 @@
 //! Who is at the other end of a Unix socket: uid, gid and cgroup, read from the kernel when the connection is accepted.
 
 use ambit_model::Selector;
+use nix::{getsockopt_impl, sockopt_impl};
 use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -12,11 +13,10 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::UnixStream;
 use tonic::transport::server::Connected;
 
-nix::sockopt_impl!(
+sockopt_impl!(
     /// A pidfd of the peer (Linux 6.5): names the process itself, not a number that another may get.
     PeerPidFd, GetOnly, libc::SOL_SOCKET, libc::SO_PEERPIDFD, OwnedFd
 );
-use nix::getsockopt_impl;
 
 /// What a caller was recognised by.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

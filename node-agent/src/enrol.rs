@@ -3,10 +3,10 @@
 //! First contact trusts nothing but the trust domain's name and its root's fingerprint, both pinned in the
 //! configuration. The node key is made in memory, certified by the quote, and never written down.
 
-use crate::attester::Attester;
 use crate::backoff::{Backoff, random};
 use crate::clock::Clock;
 use crate::config::Config;
+use crate::kernel::chain as causes;
 use crate::metrics::METRICS;
 use ambit_identity::tls::certified;
 use ambit_identity::{Expect, SharedTrust, SvidKey, Trust, TrustStore, fingerprint};
@@ -19,6 +19,7 @@ use ambit_proto::v1::{
     BeginRequest, Challenge, Denied, EvidenceHeader, EvidenceRequest, PcrValue, Verdict, begin_response,
     evidence_request, evidence_response,
 };
+use ambit_tpm::{Attester, Bank, TpmError};
 use ambit_transport::{Dialer, Identity};
 use ambit_verify::transcript::{Binding, Transcript, qualifying_data};
 use ambit_verify::{BOOT_LOG_BYTES_MAX, IMA_LOG_BYTES_MAX, LogExtent, Public};
@@ -113,13 +114,14 @@ async fn once(config: &Config, attester: &Attester, clock: &Clock, server: Socke
     let channel = dialer.channel(server, Expect::ReplicaOf(config.trust_domain.clone())).await?;
     let mut client = NodeAttestationClient::new(channel);
     let begun = std::time::Instant::now();
-    let me = attester.identity().await?;
+    let me = attester.identity().await.map_err(tpm)?;
     let agent_nonce = nonce()?;
     let join_token = join_token(config)?;
     let challenge = begin(&mut client, BeginRequest {
         cluster: config.cluster.to_string(),
-        ek_certificate: me.ek_certificate.clone(),
-        ek_intermediates: me.ek_intermediates.clone(),
+        // None is an EK that only an allow-list can know.
+        ek_certificate: me.ek_certificate.clone().unwrap_or_default(),
+        ek_intermediates: vec![],
         ek_public: me.ek_public.clone(),
         ak_public: me.ak_public.clone(),
         agent_nonce: agent_nonce.to_vec(),
@@ -128,7 +130,8 @@ async fn once(config: &Config, attester: &Attester, clock: &Clock, server: Socke
     .await?;
     let key = SvidKey::generate()?;
     let csr = key.csr()?;
-    let secret = attester.activate(&challenge.credential_blob, &challenge.encrypted_secret).await?;
+    let activated = attester.activate(challenge.credential_blob.clone(), challenge.encrypted_secret.clone()).await;
+    let secret = activated.map_err(tpm)?;
     let ticket_sha256 = fingerprint(&challenge.ticket);
     let server_nonce = challenge.server_nonce.as_slice().try_into().map_err(|_| malformed("a server nonce of 32 bytes"))?;
     let qualifying = qualifying_data(&Binding {
@@ -139,7 +142,8 @@ async fn once(config: &Config, attester: &Attester, clock: &Clock, server: Socke
         cluster: &config.cluster,
         ak_name: &Public::name_of(&me.ak_public)?,
     });
-    let quote = attester.quote(&qualifying, &challenge.bank, challenge.pcr_mask).await?;
+    let bank = Bank::from_text(&challenge.bank).ok_or_else(|| malformed("the bank sha256 or sha384"))?;
+    let quote = attester.quote(bank, challenge.pcr_mask, qualifying).await.map_err(tpm)?;
     // After the quote, so that the log holds at least what PCR 10 does; the verifier takes the prefix that matches.
     let boot_log = log(&config.boot_log, 0, BOOT_LOG_BYTES_MAX)?;
     let ima_log = log(&config.ima_log, challenge.ima_offset, IMA_LOG_BYTES_MAX)?;
@@ -269,6 +273,11 @@ fn nonce() -> Result<[u8; 32], Refusal> {
     let mut bytes = [0u8; 32];
     aws_lc_rs::rand::fill(&mut bytes).map_err(|_| Refusal::new(Code::Internal, "32 random bytes", "none"))?;
     Ok(bytes)
+}
+
+/// A TPM that does not answer now may answer later; nothing about the node is decided by it.
+pub(crate) fn tpm(error: TpmError) -> Refusal {
+    Refusal::new(Code::Unavailable, "an answer of the TPM", causes(&error))
 }
 
 fn malformed(expected: &str) -> Refusal {

@@ -206,7 +206,7 @@ impl Inbound {
     /// The socket is made in the pod's namespace and comes from 127/8, which only the agent can send from there;
     /// its goal is the pod's own address, so that services bound to loopback stay private.
     async fn last_leg(&self, pod: &LocalPod, to: SocketAddrV4, call: &Call) -> std::io::Result<TcpStream> {
-        let source = SocketAddrV4::new(spread(call.peer.id()(), to), 0);
+        let source = SocketAddrV4::new(spread(call.peer.id(), to), 0);
         let socket = self.netns.socket(&pod.netns, source).await?;
         let tcp = socket.connect(SocketAddr::V4(to)).await?;
         tcp.set_nodelay(true)?;
@@ -227,7 +227,7 @@ fn judge(plane: &Plane, call: &Call, to: SocketAddrV4, now: ambit_model::Stamp) 
     if plane.view.denies(&binding.node, binding.generation) {
         return Err(Refusal::new(Code::NodeUntrusted, "a trusted node", binding.node.to_string()));
     }
-    let verdict = plane.view.policies.evaluate(call.peer.id()(), &call.to, to.port());
+    let verdict = plane.view.policies.evaluate(call.peer.id(), &call.to, to.port());
     if verdict.allowed {
         return Ok(());
     }

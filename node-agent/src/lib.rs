@@ -8,7 +8,6 @@
 #![warn(missing_docs)]
 
 pub mod agent;
-pub mod attester;
 pub mod backoff;
 pub mod caller;
 pub mod clock;

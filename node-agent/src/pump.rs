@@ -61,10 +61,8 @@ async fn upward(read: &mut ReadHalf<'_>, send: &mut SendStream<Bytes>) -> io::Re
         }
         while !buffer.is_empty() {
             send.reserve_capacity(buffer.len());
-            let room = tokio::select! {
-                room = poll_fn(|cx| send.poll_capacity(cx)) => room,
-                reset = poll_fn(|cx| send.poll_reset(cx)) => return Err(broken(reset)),
-            };
+            // A reset ends the wait as well.
+            let room = poll_fn(|cx| send.poll_capacity(cx)).await;
             let room = room.ok_or(io::ErrorKind::BrokenPipe)?.map_err(io::Error::other)?;
             let chunk = buffer.split_to(room.min(buffer.len())).freeze();
             send.send_data(chunk, false).map_err(io::Error::other)?;

@@ -169,8 +169,8 @@ impl Session {
         let revision = outcome.revision.0;
         let message = match outcome.result {
             Ok(digest) => {
-                let imported = self.wires.desired.borrow().as_ref().filter(|v| v.revision == outcome.revision);
-                let imported = imported.map(|v| v.imported.clone()).unwrap_or_default();
+                let view = self.wires.desired.borrow().clone().filter(|v| v.revision == outcome.revision);
+                let imported = view.map(|v| v.imported.clone()).unwrap_or_default();
                 Up::Ack(Ack { revision, map_digest: digest.to_vec(), imported })
             }
             Err(refusal) => Up::Nack(Nack { revision, reason: refusal.to_string() }),

@@ -11,7 +11,7 @@ use ambit_model::refusal::Class;
 use ambit_model::{Code, EntryId, Refusal, SpiffeId, Stamp};
 use ambit_proto::status::from_status;
 use ambit_proto::v1::svid_client::SvidClient;
-use ambit_proto::v1::{BatchNewX509SvidRequest, NewX509svid, X509svidResult};
+use ambit_proto::v1::{BatchNewX509svidRequest, NewX509svid, X509svidResult};
 use rustls_pki_types::CertificateDer;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -141,7 +141,7 @@ impl Issuance {
         let mut request_id = [0u8; 16];
         request_id[..8].copy_from_slice(&random().to_le_bytes());
         request_id[8..].copy_from_slice(&random().to_le_bytes());
-        let request = BatchNewX509SvidRequest { request_id: request_id.to_vec(), items };
+        let request = BatchNewX509svidRequest { request_id: request_id.to_vec(), items };
         let mut client = SvidClient::new(channel);
         let answer = tokio::time::timeout(ANSWER_MAX, client.batch_new_x509svid(request)).await;
         let late = |_| Refusal::new(Code::Unavailable, "an answer", format!("none in {ANSWER_MAX:?}"));

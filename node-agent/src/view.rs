@@ -83,7 +83,10 @@ impl View {
     }
 
     /// Every entry that recognises the selectors `found` (SPIFFE: a workload may have several identities).
-    pub fn entries_of<'a>(&'a self, found: &'a BTreeSet<Selector>) -> impl Iterator<Item = &'a Entry> {
+    pub fn entries_of<'a, 'b>(
+        &'a self,
+        found: &'b BTreeSet<Selector>,
+    ) -> impl Iterator<Item = &'a Entry> + use<'a, 'b> {
         self.entries.iter().filter(|e| e.cluster == self.cluster && e.recognises(found))
     }
 
