@@ -54,12 +54,14 @@ reasons! {
     PlainInbound = 14 "plain_inbound";
     /// A captured connection found no agent.
     AgentAbsent = 15 "agent_absent";
+    /// The caller's network namespace is not attached: the capture address there could be anyone's.
+    NoCapture = 16 "no_capture";
 }
 
 const ALLOWED: usize = 0;
 const LOOPBACK: usize = 1;
-const EVENT_LOST: usize = 16;
-const FLOW_LOST: usize = 17;
+const EVENT_LOST: usize = 17;
+const FLOW_LOST: usize = 18;
 
 impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

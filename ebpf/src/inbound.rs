@@ -4,7 +4,7 @@ use crate::error::KernelError;
 use crate::kernel::{Kernel, load_object, open_object};
 use crate::objects::POD;
 use crate::pins::{LISTENER, unpin};
-use libbpf_rs::{MapCore, MapFlags, MapHandle, MapMut, Object};
+use libbpf_rs::{ErrorKind, MapCore, MapFlags, MapHandle, MapMut, Object};
 use std::fs;
 use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -47,18 +47,51 @@ impl Kernel {
         let program = object.progs_mut().find(|p| p.name() == "ambit_inbound");
         let program = program.ok_or_else(|| KernelError::absent(POD.name, "ambit_inbound"))?;
         match link {
-            Some(mut link) => link.update_prog(&program).map_err(|e| KernelError::bpf(what(), e)),
+            Some(mut link) => link.update_prog(&program).map_err(|e| KernelError::bpf(what(), e))?,
             None => {
                 let mut link = program.attach_netns(netns.as_raw_fd()).map_err(|e| KernelError::bpf(what(), e))?;
-                link.pin(dir.join("link")).map_err(|e| KernelError::bpf(what(), e))
+                link.pin(dir.join("link")).map_err(|e| KernelError::bpf(what(), e))?;
             }
         }
+        self.open_namespace(listener, netns_inode)
+    }
+
+    /// From now on the connect programs send connections to the capture address of this namespace. Comes last: before,
+    /// someone else could listen there.
+    fn open_namespace(&self, listener: BorrowedFd<'_>, inode: u64) -> Result<(), KernelError> {
+        self.close_namespaces("")?;
+        let cookie = crate::sys::netns_cookie(listener).map_err(|e| KernelError::io("read a namespace cookie", e))?;
+        let namespaces = &self.maps().namespaces;
+        namespaces.update(&cookie.to_ne_bytes(), &inode.to_ne_bytes(), MapFlags::ANY).map_err(|e| {
+            if e.kind() == ErrorKind::TooBig {
+                let capacity = namespaces.max_entries();
+                return KernelError::MapFull { map: "namespaces", capacity, needed: capacity as usize + 1 };
+            }
+            KernelError::bpf("write map namespaces", e)
+        })
+    }
+
+    /// Takes namespaces off the list that no pod's link hangs on any more, and that of pod `leaving`.
+    fn close_namespaces(&self, leaving: &str) -> Result<(), KernelError> {
+        let namespaces = &self.maps().namespaces;
+        let attached = self.pins().attached_namespaces(leaving)?;
+        let cookies: Vec<Vec<u8>> = namespaces.keys().take(namespaces.max_entries() as usize).collect();
+        for cookie in cookies {
+            let found = namespaces.lookup(&cookie, MapFlags::ANY);
+            let found = found.map_err(|e| KernelError::bpf("read map namespaces", e))?.unwrap_or_default();
+            let inode = found.first_chunk().copied().map_or(0, u64::from_ne_bytes);
+            if !attached.contains(&inode) {
+                namespaces.delete(&cookie).map_err(|e| KernelError::bpf("write map namespaces", e))?;
+            }
+        }
+        Ok(())
     }
 
     /// Lets a pod's namespace go: for a pod that ended. Absent is fine.
     pub fn detach_pod(&self, name: &str) -> Result<(), KernelError> {
         let dir = self.pins().pod(pod_name(name)?);
         let _change = self.lock();
+        self.close_namespaces(name)?;
         unpin(&dir.join("link"))?;
         unpin(&dir.join(LISTENER.name))?;
         match fs::remove_dir(&dir) {

@@ -17,7 +17,7 @@ use std::time::Duration;
 /// pins removed before `workloads` or `flows` can change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capacity {
-    /// Enrolled cgroups of this node.
+    /// Enrolled cgroups of this node, and attached pods.
     pub workloads: u32,
     /// Verdicts of one generation, about 90 bytes each.
     pub verdicts: u32,
@@ -63,6 +63,7 @@ pub(crate) struct Maps {
     pub(crate) endpoints: MapHandle,
     pub(crate) events: MapHandle,
     pub(crate) flows: MapHandle,
+    pub(crate) namespaces: MapHandle,
     pub(crate) services: MapHandle,
     pub(crate) verdicts: MapHandle,
     pub(crate) workloads: MapHandle,
@@ -267,7 +268,7 @@ fn load_mesh(pins: &Pins, reuse: bool, capacity: &Capacity) -> Result<Object, Ke
     for mut map in object.maps_mut() {
         let name = map.name().to_string_lossy().into_owned();
         let entries = match name.as_str() {
-            "workloads" => Some(capacity.workloads),
+            "workloads" | "namespaces" => Some(capacity.workloads),
             "flows" => Some(capacity.flows),
             _ => None,
         };
@@ -317,6 +318,7 @@ fn open_maps(pins: &Pins) -> Result<Maps, KernelError> {
         endpoints: open("endpoints")?,
         events: open("events")?,
         flows: open("flows")?,
+        namespaces: open("namespaces")?,
         services: open("services")?,
         verdicts: open("verdicts")?,
         workloads: open("workloads")?,

@@ -110,7 +110,7 @@ layout! {
 pub(crate) const CONFIG_LEASE_NS: u32 = 0;
 pub(crate) const CONFIG_GENERATION: u32 = 1;
 /// Entries of `counters`: one for each reason of `ambit.h`.
-pub(crate) const REASONS: u32 = 18;
+pub(crate) const REASONS: u32 = 19;
 
 pub(crate) fn address(ip: Ipv4Addr) -> Address {
     ip.octets()

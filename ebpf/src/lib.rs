@@ -9,7 +9,9 @@
 //! type leaves this crate, and building it needs no clang.
 //!
 //! Limits of this version: IPv4 TCP only (native IPv6, UDP beyond loopback and every other protocol are refused for
-//! enrolled workloads), `getsockname()` shows the capture address, and raw and packet sockets are not seen.
+//! enrolled workloads), `getsockname()` shows the capture address and so does `getpeername()` of a multipath TCP socket,
+//! a workload needs a network namespace that the agent attached, and raw sockets, packet sockets and sockets made before
+//! their process entered the mesh cgroup are not seen.
 
 mod error;
 mod event;

@@ -29,12 +29,13 @@ const fn map(name: &'static str, kind: MapType, key: usize, value: usize) -> Map
 }
 
 /// The maps of mesh.bpf.o.
-pub(crate) const MAPS: [MapPin; 9] = [
+pub(crate) const MAPS: [MapPin; 10] = [
     map("config", MapType::Array, 4, 8),
     map("counters", MapType::PercpuArray, 4, 8),
     map("endpoints", MapType::ArrayOfMaps, 4, 4),
     map("events", MapType::RingBuf, 0, 0),
     map("flows", MapType::Hash, layout::FlowKey::SIZE, layout::Flow::SIZE),
+    map("namespaces", MapType::Hash, 8, 8),
     map("services", MapType::ArrayOfMaps, 4, 4),
     map("sockets", MapType::SkStorage, 4, layout::SocketFlow::SIZE),
     map("verdicts", MapType::ArrayOfMaps, 4, 4),
@@ -178,6 +179,19 @@ impl Pins {
     fn layout_hash() -> [u8; 32] {
         let maps: Vec<_> = MAPS.iter().map(|pin| (pin.name, pin.kind as u32, pin.key, pin.value)).collect();
         layout::layout_hash(&maps)
+    }
+
+    /// Inode numbers of the network namespaces that pods' links hang on, `except` this pod's. Gone ones are left out.
+    pub(crate) fn attached_namespaces(&self, except: &str) -> Result<Vec<u64>, KernelError> {
+        let mut found = Vec::new();
+        for pod in self.pods()?.into_iter().filter(|pod| pod != except) {
+            if let Some((_, LinkTypeInfo::NetNs(info))) = open_link(&self.pod(&pod).join("link"))?
+                && info.ino != 0
+            {
+                found.push(u64::from(info.ino));
+            }
+        }
+        Ok(found)
     }
 
     /// Opens a pinned link that must hang on `cgroup`. `None`: there is none, or its cgroup is gone (the kernel detached it

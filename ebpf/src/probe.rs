@@ -16,7 +16,7 @@ pub struct Feature {
 
 type Check = fn() -> libbpf_rs::Result<bool>;
 
-const FEATURES: [(&str, Check, &str); 9] = [
+const FEATURES: [(&str, Check, &str); 10] = [
     (
         "cgroup connect programs (BPF_PROG_TYPE_CGROUP_SOCK_ADDR)",
         || ProgramType::CgroupSockAddr.is_supported(),
@@ -31,6 +31,11 @@ const FEATURES: [(&str, Check, &str); 9] = [
         "socket storage in connect programs",
         || ProgramType::CgroupSockAddr.is_helper_supported(sys::BPF_FUNC_sk_storage_get),
         "the original destination of a captured connection is lost",
+    ),
+    (
+        "network namespace cookie in connect programs (5.8)",
+        || ProgramType::CgroupSockAddr.is_helper_supported(sys::BPF_FUNC_get_netns_cookie),
+        "a connection could be captured where no agent listens",
     ),
     (
         "sockops programs",

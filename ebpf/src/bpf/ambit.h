@@ -30,9 +30,10 @@ enum reason {
 	NO_MEMORY = 13,
 	PLAIN_INBOUND = 14,
 	AGENT_ABSENT = 15,
-	EVENT_LOST = 16,
-	FLOW_LOST = 17,
-	REASONS = 18,
+	NO_CAPTURE = 16,
+	EVENT_LOST = 17,
+	FLOW_LOST = 18,
+	REASONS = 19,
 };
 
 enum action { ACTION_DENY = 0, ACTION_ALLOW = 1 };

@@ -67,6 +67,14 @@ struct {
 	MAP_TYPE(value, struct socket_flow);
 } sockets SEC(".maps");
 
+/* Network namespaces that pod.bpf.c governs: only there does the capture address lead to the agent and nowhere else. */
+struct {
+	MAP_INT(type, BPF_MAP_TYPE_HASH);
+	MAP_INT(max_entries, 1024);
+	MAP_TYPE(key, u64);   /* cookie */
+	MAP_TYPE(value, u64); /* inode, for the agent's book-keeping */
+} namespaces SEC(".maps");
+
 /* Flows not yet taken by the agent. Not LRU: an eviction would lose a live flow. */
 struct {
 	MAP_INT(type, BPF_MAP_TYPE_HASH);
@@ -238,6 +246,7 @@ INLINE u32 identify(struct attempt *a)
 INLINE u32 decide_remote(struct bpf_sock_addr *ctx, struct bpf_sock *sk, struct attempt *a)
 {
 	u32 generation, reason;
+	u64 netns;
 
 	if (ctx->type != SOCK_STREAM || ctx->protocol != IPPROTO_TCP)
 		return NOT_TCP;
@@ -252,6 +261,9 @@ INLINE u32 decide_remote(struct bpf_sock_addr *ctx, struct bpf_sock *sk, struct 
 	reason = judge(a, generation);
 	if (reason != ALLOWED)
 		return reason;
+	netns = bpf_get_netns_cookie(ctx);
+	if (!bpf_map_lookup_elem(&namespaces, &netns))
+		return NO_CAPTURE;
 	return remember(sk, a);
 }
 
@@ -398,7 +410,7 @@ INLINE void publish(struct bpf_sock_ops *ctx, struct socket_flow *s)
 	s->key.client_port = (u16)ctx->local_port;
 	if (bpf_map_update_elem(&flows, &s->key, &s->flow, BPF_ANY))
 		count(FLOW_LOST); /* no record: the agent resets the connection */
-	bpf_sock_ops_cb_flags_set(ctx, BPF_SOCK_OPS_STATE_CB_FLAG);
+	bpf_sock_ops_cb_flags_set(ctx, (int)(ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG));
 }
 
 /* An established flow may close before the agent accepted it, its bytes still to be read: then the record stays, marked,

@@ -157,6 +157,22 @@ for host in ('10.1.0.1', '10.1.0.4'):
     assert_eq!(asked, [at([10, 1, 0, 1], 8080), at([10, 1, 0, 4], 8080)]);
 }
 
+/// Where nothing governs the capture address, whoever listens there would get the application's bytes.
+#[test]
+fn in_a_namespace_that_is_not_attached_nothing_is_captured() {
+    let (node, kernel) = node();
+    let squatter = node.listen_in_pod(Ipv4Addr::UNSPECIFIED, ambit_ebpf::CAPTURE_PORT);
+    let to = at([10, 1, 0, 1], 8080);
+    assert_eq!(node.connect("client", to), "EPERM");
+    let listener = node.attach(&kernel);
+    assert!(node.connect("client", to).starts_with("ok"));
+    drop(accept(&listener));
+    kernel.detach_pod("pod").unwrap();
+    assert_eq!(node.connect("client", to), "EPERM");
+    assert_eq!(kernel.counters().unwrap().denied[&Reason::NoCapture], 2);
+    assert!(try_accept(&squatter, Duration::from_millis(50)).is_none());
+}
+
 #[test]
 fn a_removed_workload_and_an_unknown_cgroup_may_do_nothing() {
     let (node, kernel) = node();

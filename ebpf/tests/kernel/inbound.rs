@@ -69,7 +69,7 @@ fn plain_inbound_is_refused_the_last_leg_passes_and_loopback_is_the_pods_own() {
     let mut text = String::new();
     stream.read_to_string(&mut text).unwrap();
     assert_eq!(text, "hello");
-    assert_eq!(agent(&POD_TEXT), "ConnectionRefusedError", "only 127.x.y.z is the last leg");
+    assert_eq!(agent(POD_TEXT), "ConnectionRefusedError", "only 127.x.y.z is the last leg");
 
     assert_eq!(node.connect("client", at([127, 0, 0, 1], 8080)), "ok 127.0.0.1:8080");
     let (_, peer, local) = accept(&server);
@@ -77,6 +77,38 @@ fn plain_inbound_is_refused_the_last_leg_passes_and_loopback_is_the_pods_own() {
 }
 
 const POD_TEXT: &str = "10.99.0.1";
+
+#[test]
+fn ipv6_from_outside_does_not_reach_the_pod() {
+    let (node, kernel) = node();
+    node.in_pod(|| crate::support::run("ip addr add fd99::1/64 dev eth0 nodad"));
+    node.outside(|| crate::support::run("ip addr add fd99::2/64 dev eth0 nodad"));
+    let server = node.in_pod(|| std::net::TcpListener::bind("[::]:8080").unwrap());
+    let to: SocketAddr = "[fd99::1]:8080".parse().unwrap();
+    assert!(node.outside(move || dial(to).is_ok()), "the way is there before the pod is attached");
+    drop(try_accept(&server, Duration::from_secs(1)));
+    let _listener = node.attach(&kernel);
+    assert_eq!(node.outside(move || dial(to).err()), Some(ErrorKind::ConnectionRefused));
+    // A dual-stack listener is reached by IPv4 too, and governed all the same.
+    assert_eq!(node.outside(move || dial(SocketAddr::from((POD, 8080))).err()), Some(ErrorKind::ConnectionRefused));
+    assert!(try_accept(&server, Duration::from_millis(50)).is_none());
+}
+
+/// What a lab or a node finds after the pod, or its whole cgroup tree, was made anew while no agent ran.
+#[test]
+fn pins_of_a_namespace_or_cgroup_that_is_gone_are_replaced() {
+    let (mut node, kernel) = node();
+    let listener = node.attach(&kernel);
+    drop((listener, kernel));
+    node.remake_pod();
+    node.remake_mesh();
+    let kernel = Kernel::open(&node.options()).unwrap();
+    kernel.set_workload(node.cgroup("client"), CLIENT).unwrap();
+    assert_eq!(node.connect("client", at([10, 9, 9, 9], 1)), "EPERM", "attached to the new cgroup");
+    let listener = node.attach(&kernel);
+    assert!(node.connect("client", at(OUTSIDE.octets(), 8080)).starts_with("ok"));
+    drop(accept(&listener));
+}
 
 #[test]
 fn udp_from_outside_does_not_reach_the_pod() {

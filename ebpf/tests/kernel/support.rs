@@ -41,13 +41,25 @@ impl Node {
             outside: namespace_holder(),
         };
         run(&format!("ip link add eth0 netns {} type veth peer name eth0 netns {}", node.pod.id(), node.outside.id()));
-        for (child, address) in [(&node.pod, POD), (&node.outside, OUTSIDE)] {
-            let enter = format!("nsenter --net=/proc/{}/ns/net", child.id());
-            run(&format!("{enter} ip link set lo up"));
-            run(&format!("{enter} ip addr add {address}/24 dev eth0"));
-            run(&format!("{enter} ip link set eth0 up"));
-        }
+        set_up(&node.pod, POD);
+        set_up(&node.outside, OUTSIDE);
         node
+    }
+
+    /// The pod's namespace ends, and another takes its place (with loopback only).
+    pub(crate) fn remake_pod(&mut self) {
+        end(&mut self.pod);
+        self.pod = namespace_holder();
+        run(&format!("nsenter --net=/proc/{}/ns/net ip link set lo up", self.pod.id()));
+        run(&format!("nsenter --net=/proc/{}/ns/net ip route add default dev lo", self.pod.id()));
+    }
+
+    /// The mesh cgroup is removed with all below it, and made anew.
+    pub(crate) fn remake_mesh(&self) {
+        remove_cgroups(&self.mesh).unwrap();
+        fs::create_dir(&self.mesh).unwrap();
+        // The kernel lets a removed cgroup go a moment later.
+        std::thread::sleep(Duration::from_millis(300));
     }
 
     pub(crate) fn options(&self) -> Options {
@@ -201,7 +213,29 @@ fn in_netns<T: Send + 'static>(netns: File, make: impl FnOnce() -> T + Send + 's
     thread.join().unwrap()
 }
 
-fn run(command: &str) {
+fn set_up(child: &Child, address: Ipv4Addr) {
+    let enter = format!("nsenter --net=/proc/{}/ns/net", child.id());
+    run(&format!("{enter} ip link set lo up"));
+    run(&format!("{enter} ip addr add {address}/24 dev eth0"));
+    run(&format!("{enter} ip link set eth0 up"));
+}
+
+/// A cgroup and its children; can be done only when the kernel has let go of their last process.
+fn remove_cgroups(path: &Path) -> io::Result<()> {
+    let mut last = Ok(());
+    for _ in 0..100 {
+        let children = fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path());
+        children.filter(|path| path.is_dir()).for_each(|path| drop(fs::remove_dir(path)));
+        last = fs::remove_dir(path);
+        if last.is_ok() || !path.exists() {
+            return Ok(());
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    last
+}
+
+pub(crate) fn run(command: &str) {
     let status = Command::new("sh").args(["-c", command]).status().unwrap();
     assert!(status.success(), "{command}");
 }
@@ -218,16 +252,8 @@ impl Drop for Node {
         if let Err(e) = Kernel::remove(&self.pins) {
             eprintln!("left behind: {} ({e})", self.pins.display());
         }
-        // A cgroup can be removed only when the kernel has let go of its last process.
-        for _ in 0..100 {
-            let children = fs::read_dir(&self.mesh).into_iter().flatten().flatten().map(|entry| entry.path());
-            children.filter(|path| path.is_dir()).for_each(|path| drop(fs::remove_dir(path)));
-            drop(fs::remove_dir(&self.mesh));
-            if fs::remove_dir(&self.base).is_ok() || !self.base.exists() {
-                return;
-            }
-            std::thread::sleep(Duration::from_millis(20));
+        if let Err(e) = remove_cgroups(&self.mesh).and_then(|()| fs::remove_dir(&self.base)) {
+            eprintln!("left behind: {} ({e})", self.base.display());
         }
-        eprintln!("left behind: {}", self.base.display());
     }
 }
