@@ -20,7 +20,9 @@ pub fn text(path: &str) -> Result<String> {
 /// Every file that git tracks or would track, by its path from the root, sorted.
 pub fn files() -> Result<Vec<String>> {
     let mut git = std::process::Command::new("git");
-    git.args(["ls-files", "-z", "--cached", "--others", "--exclude-standard"]).current_dir(root()?);
+    // Tests run as root, the checkout may be someone else's.
+    git.args(["-c", "safe.directory=*", "ls-files", "-z", "--cached", "--others", "--exclude-standard"])
+        .current_dir(root()?);
     let out = git.output().context("git ls-files")?;
     anyhow::ensure!(out.status.success(), "git ls-files: {}", String::from_utf8_lossy(&out.stderr));
     let listed = String::from_utf8(out.stdout).context("a path that is not UTF-8")?;
