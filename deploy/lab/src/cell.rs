@@ -132,7 +132,7 @@ impl Lab {
         let config = self.server_config(&role).display().to_string();
         let argv = [program.as_str(), "run", "--config", config.as_str()];
         let launch = self.launch(&self.place(&role)?, &argv, &self.folder(&role).join("ambitd.log"));
-        self.start(&role, Some(&role), launch, Ready::Tcp(listen(replica))).map(drop)
+        self.start(&role, Some(&role), launch, Ready::Listening(listen(replica))).map(drop)
     }
 
     fn server_config(&self, role: &str) -> PathBuf {

@@ -236,15 +236,15 @@ impl Lab {
     }
 
     fn wait(&self, process: &Process) -> Result<(), LabError> {
-        let netns = process.launch.netns.as_deref().unwrap_or_default();
-        let wait = |ready: &mut dyn FnMut() -> bool| {
-            process::wait_ready(process.id, &process.launch, READY_MAX, ready).map_err(LabError::from)
-        };
         match &process.ready {
             Ready::Started => Ok(()),
-            Ready::Tcp(address) => wait(&mut || crate::net::reachable(netns, *address, Duration::from_millis(200))),
+            Ready::Listening(address) => {
+                let listening = || crate::net::listening(process.id.pid, *address);
+                Ok(process::wait_ready(process.id, &process.launch, READY_MAX, listening)?)
+            }
             Ready::Tpm { boot_log, ima_log } => {
                 let machine = process.member.clone().unwrap_or_default();
+                let netns = process.launch.netns.as_deref().unwrap_or_default();
                 let booted = tpm::boot(netns, boot_log, ima_log);
                 booted.map(drop).map_err(|source| LabError::Tpm { machine, source })
             }

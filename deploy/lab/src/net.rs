@@ -11,7 +11,7 @@ use crate::topology::{self, Kind, Member, Site, Spec};
 use nix::sched::CloneFlags;
 use std::fmt::Write as _;
 use std::fs::File;
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -83,6 +83,29 @@ pub fn inside<T: Send>(namespace: &str, work: impl FnOnce() -> T + Send) -> Resu
 /// Whether something accepts TCP connections there.
 pub fn reachable(namespace: &str, address: SocketAddr, limit: Duration) -> bool {
     inside(namespace, || TcpStream::connect_timeout(&address, limit).is_ok()).unwrap_or(false)
+}
+
+/// Whether something listens on this address in the namespace of a process (proc(5), /proc/PID/net/tcp).
+pub fn listening(pid: i32, address: SocketAddr) -> bool {
+    const LISTEN: &str = "0A";
+    let octets = match address.ip() {
+        IpAddr::V4(ip) => ip.octets().to_vec(),
+        IpAddr::V6(ip) => ip.octets().to_vec(),
+    };
+    // The kernel prints each 32-bit word of the address as a number of this machine's byte order.
+    let word = |w: &[u8]| w.try_into().map(|w| format!("{:08X}", u32::from_ne_bytes(w))).unwrap_or_default();
+    let exact: String = octets.chunks(4).map(word).collect();
+    let port = format!("{:04X}", address.port());
+    let ends = |line: &str| {
+        let mut fields = line.split_ascii_whitespace().skip(1);
+        let (local, state) = (fields.next()?.to_owned(), fields.nth(1)?.to_owned());
+        let (ip, at) = local.split_once(':')?;
+        Some(state == LISTEN && at == port && (ip == exact || ip.bytes().all(|b| b == b'0')))
+    };
+    ["tcp", "tcp6"].iter().any(|table| {
+        let text = std::fs::read_to_string(format!("/proc/{pid}/net/{table}")).unwrap_or_default();
+        text.lines().skip(1).any(|line| ends(line) == Some(true))
+    })
 }
 
 /// The namespaces of a lab, whether or not it has a state file.

@@ -47,7 +47,7 @@ impl Lab {
         let mut place = self.place(node)?;
         place.cgroup = self.cgroup(node, "agent");
         let launch = self.launch(&place, &argv, &self.agent_log(node));
-        self.start(&format!("{node}-agent"), Some(node), launch, Ready::Tcp(metrics(&member))).map(drop)
+        self.start(&format!("{node}-agent"), Some(node), launch, Ready::Listening(metrics(&member))).map(drop)
     }
     /// The log of a node's agent.
     pub fn agent_log(&self, node: &str) -> PathBuf {

@@ -63,8 +63,8 @@ pub struct Process {
 pub enum Ready {
     /// Nothing.
     Started,
-    /// Its namespace has a listener there.
-    Tcp(SocketAddr),
+    /// Its namespace has a TCP listener there. It is looked up, not called: the mesh refuses calls from outside it.
+    Listening(SocketAddr),
     /// A TPM: extended with what these logs tell, as the machine's boot would do.
     Tpm {
         /// Boot log of the machine.

@@ -171,7 +171,7 @@ impl Lab {
         self.start(&format!("{role}-swtpm"), Some(&role), swtpm, boot)?;
 
         let own = preflight::own_binary("ambit-lab")?.display().to_string();
-        let listening = Ready::Tcp(SocketAddr::V4(gate::loopback(gate::PORT)));
+        let listening = Ready::Listening(SocketAddr::V4(gate::loopback(gate::PORT)));
         let gate = launch(vec![own.clone(), "tpm-gate".into()], "tpm-gate.log");
         self.start(&format!("{role}-tpm-gate"), Some(&role), gate, listening)?;
         self.check_golden(&role)?;

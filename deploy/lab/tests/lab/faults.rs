@@ -25,7 +25,7 @@ fn links_are_cut_and_restored_between_sites_machines_and_pods() {
     let page = page.display().to_string();
     let serve = ["python3", "-m", "http.server", "8080", "--directory", &page];
     let address: SocketAddr = "10.72.101.11:8080".parse().unwrap();
-    let pod = lab.start_pod("east-n1", "web", &serve, Ready::Tcp(address)).unwrap();
+    let pod = lab.start_pod("east-n1", "web", &serve, Ready::Listening(address)).unwrap();
     assert_eq!(pod.address.to_string(), "10.72.101.11");
     let told: serde_json::Value =
         serde_json::from_slice(&std::fs::read(lab.pods_folder("east-n1").join("web.json")).unwrap()).unwrap();
