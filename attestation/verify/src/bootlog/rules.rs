@@ -129,7 +129,7 @@ fn separator(event: &Event<'_>, over_data: bool) -> Result<(), Denial> {
 }
 
 /// Whether the digest is over the command in `data`: all of it, without its terminating zero, or after GRUB's prefix.
-fn command(data: &[u8], over: impl Fn(&[u8]) -> bool, facts: &mut BootFacts) -> bool {
+fn command(data: &[u8], over: impl Fn(&[u8]) -> bool + Copy, facts: &mut BootFacts) -> bool {
     let text = data.strip_suffix(&[0]).unwrap_or(data);
     if let Some(cmdline) = text.strip_prefix(b"kernel_cmdline: ") {
         if over(cmdline) {
@@ -141,7 +141,8 @@ fn command(data: &[u8], over: impl Fn(&[u8]) -> bool, facts: &mut BootFacts) -> 
     let bare = [b"grub_cmd: ".as_slice(), b"module_cmdline: "].into_iter().find_map(|prefix| text.strip_prefix(prefix));
     match bare {
         Some(bare) => over(bare),
-        None => over(text) || over(data),
+        // systemd-boot measures the options themselves, in UTF-16 with or without their terminating zero.
+        None => over(data) || over(text) || data.strip_suffix(&[0, 0]).is_some_and(over),
     }
 }
 

@@ -144,6 +144,8 @@ fn no_corruption_panics() {
             accepted.push(n);
         }
     }
-    // What may differ unseen: other banks' digests, labels of files and device paths, the header's digest and version.
-    assert!(accepted.len() * 3 < log.len(), "{} of {} bytes unprotected", accepted.len() * 3, log.len());
+    // What may differ unseen: the digests of other banks (48 x 72 bytes of 17236), labels of files and device paths.
+    let share = accepted.len() * 3 * 100 / log.len();
+    println!("{share} % of the log may change unseen");
+    assert!(share < 30, "{share} %");
 }

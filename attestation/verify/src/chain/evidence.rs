@@ -73,7 +73,6 @@ pub struct ActivatedAk {
     header: EvidenceHeader,
     ek: EndorsementKey,
     ak: AttestationKey,
-    csr_spki: Vec<u8>,
     evidence_sha256: [u8; 32],
 }
 
@@ -109,8 +108,7 @@ impl ActivatedAk {
         let malformed = |e: crate::wire::Malformed| e.refuse(Code::EvidenceMalformed, "TPMT_PUBLIC");
         let ek = EndorsementKey::new(Public::parse(&header.ek_public).map_err(malformed)?)?;
         let ak = AttestationKey::new(Public::parse(&header.ak_public).map_err(malformed)?)?;
-        let csr_spki = csr::p256_spki(&header.csr)?;
-        Ok(ActivatedAk { ticket: body, ticket_sha256, header, ek, ak, csr_spki, evidence_sha256 })
+        Ok(ActivatedAk { ticket: body, ticket_sha256, header, ek, ak, evidence_sha256 })
     }
 
     /// What stays to be done whatever comes of the evidence.
@@ -124,8 +122,9 @@ impl ActivatedAk {
         }
     }
 
-    /// Judges the quote, in the order of design.md section 3. A refusal from here consumes the nonce.
+    /// Judges the CSR and the quote, in the order of design.md section 3. A refusal from here consumes the nonce.
     pub fn quote(self) -> Result<FreshQuote, Refusal> {
+        let csr_spki = csr::p256_spki(&self.header.csr)?;
         let ak_name = self.ak.public().name();
         let quote = Quote {
             attest: &self.header.quote,
@@ -136,7 +135,7 @@ impl ActivatedAk {
                 agent_nonce: &self.ticket.agent_nonce,
                 server_nonce: &self.ticket.server_nonce,
                 ticket_sha256: &self.ticket_sha256,
-                csr_spki: &self.csr_spki,
+                csr_spki: &csr_spki,
                 cluster: &self.ticket.cluster,
                 ak_name: &ak_name,
             }),
@@ -144,7 +143,7 @@ impl ActivatedAk {
             pcr_mask: self.ticket.pcr_mask,
         };
         let (attest, pcrs) = quote.judge(&self.ak)?;
-        Ok(FreshQuote { activated: self, ak_name, attest, pcrs })
+        Ok(FreshQuote { activated: self, csr_spki, ak_name, attest, pcrs })
     }
 }
 
@@ -240,6 +239,7 @@ impl Quote<'_> {
 #[derive(Debug)]
 pub struct FreshQuote {
     activated: ActivatedAk,
+    csr_spki: Vec<u8>,
     ak_name: Vec<u8>,
     attest: Attest,
     pcrs: BTreeMap<u32, Vec<u8>>,
@@ -253,7 +253,7 @@ impl FreshQuote {
         ima_log: &[u8],
         stored: Option<Counters>,
     ) -> Result<Verified<NodeEvidence>, Denial> {
-        let ActivatedAk { ticket, header, csr_spki, evidence_sha256, .. } = self.activated;
+        let ActivatedAk { ticket, header, evidence_sha256, .. } = self.activated;
         for (what, log, extent) in [("boot log", boot_log, header.boot_log), ("IMA log", ima_log, header.ima_log)] {
             if LogExtent::of(log) != extent {
                 let expected = format!("the {what} that the header states");
@@ -285,7 +285,7 @@ impl FreshQuote {
             ek_class: ticket.ek_class,
             ek_public_sha256: ticket.ek_public_sha256,
             ak_name: self.ak_name,
-            csr_spki,
+            csr_spki: self.csr_spki,
             nonce: ticket.server_nonce,
             deadline: ticket.deadline,
             bank: ticket.bank,
