@@ -131,6 +131,15 @@ def on_device(device, host, port):
     assert_eq!((denied[&Reason::PolicyDeny], denied[&Reason::NativeIpv6], events_lost, loopback), (2, 3, 0, 1));
 }
 
+#[test]
+fn a_socket_used_again_forgets_its_first_attempt() {
+    let (node, kernel) = node();
+    drop(node.attach(&kernel));
+    let _server = node.listen_in_pod(Ipv4Addr::LOCALHOST, 8080);
+    let script = "s = socket.socket()\nprint(outcome(s, ('10.1.0.1', 8080)))\nprint(outcome(s, ('127.0.0.1', 8080)))";
+    assert_eq!(node.python("client", script), "ECONNREFUSED\nok 127.0.0.1:8080");
+}
+
 /// The kernel lets two connections share a source port if their destinations differ, and ours differ by design.
 #[test]
 fn two_flows_with_one_source_port_are_told_apart() {
