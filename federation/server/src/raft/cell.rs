@@ -114,7 +114,7 @@ impl Cell {
         match leader {
             Some(leader) if leader == me => {
                 let (answer, outcome) = oneshot::channel();
-                self.push(Request::Propose(entry.clone(), answer)).map_err(Unappended::Final)?;
+                self.push(Request::Propose(Box::new(entry.clone()), answer)).map_err(Unappended::Final)?;
                 match outcome.await {
                     Ok(Ok(term)) => Ok(term),
                     Ok(Err(Rejected::NotLeader(_))) => Err(Unappended::Later),

@@ -262,7 +262,11 @@ impl<S: Storage> RaftCore<S> {
         }
         if let Change::Promote(id) = change {
             let raft = &self.node.raft;
-            let matched = raft.prs().get(id).filter(|p| p.state == ProgressState::Replicate).map_or(0, |p| p.matched);
+            let matched = raft
+                .prs()
+                .get(id)
+                .filter(|p| p.recent_active && p.state != ProgressState::Snapshot)
+                .map_or(0, |p| p.matched);
             let lag = raft.raft_log.committed.saturating_sub(matched);
             if lag > PROMOTE_LAG_MAX || matched == 0 {
                 return Err(Rejected::Behind(lag));

@@ -39,7 +39,7 @@ const READS_MAX: usize = 1024;
 /// What the thread is asked.
 pub(super) enum Request {
     /// The entry's stamp is filled in by the leader. Answers once appended.
-    Propose(LogEntry, oneshot::Sender<Result<u64, Rejected>>),
+    Propose(Box<LogEntry>, oneshot::Sender<Result<u64, Rejected>>),
     /// Answers once appended.
     Change(Change, u64, oneshot::Sender<Result<u64, Rejected>>),
     /// Answers the index at which the state is as new as this call.
@@ -112,7 +112,7 @@ pub(super) struct Driver {
     status: watch::Sender<Status>,
     applied: watch::Sender<u64>,
     clock: Option<TermClock>,
-    parked: VecDeque<(LogEntry, oneshot::Sender<Result<u64, Rejected>>)>,
+    parked: VecDeque<(Box<LogEntry>, oneshot::Sender<Result<u64, Rejected>>)>,
     reads_new: Vec<oneshot::Sender<u64>>,
     reads: VecDeque<ReadBatch>,
     reads_made: u64,
@@ -288,7 +288,7 @@ impl Driver {
 
     /// Appends with the leader's stamp. A new leader parks proposals until it has applied earlier terms, so that its
     /// stamps continue theirs.
-    fn propose(&mut self, mut entry: LogEntry, answer: oneshot::Sender<Result<u64, Rejected>>) {
+    fn propose(&mut self, mut entry: Box<LogEntry>, answer: oneshot::Sender<Result<u64, Rejected>>) {
         if self.core.role() != StateRole::Leader {
             let _ = answer.send(Err(Rejected::NotLeader(self.core.leader())));
             return;

@@ -91,3 +91,6 @@ pub fn found(options: &Options) -> Result<(), StartError> {
 pub fn prepare_join(options: &Options) -> Result<(), StartError> {
     machine::prepare_join(options)
 }
+
+#[cfg(test)]
+mod cell_tests;

@@ -293,7 +293,7 @@ impl RaftService {
                 if entry.client[..] != request.client[..] || entry.request[..] != request.request_id[..] {
                     return Err(Refusal::new(Code::BadRequest, "the ids of the entry itself", "others"));
                 }
-                Request::Propose(entry, answer)
+                Request::Propose(Box::new(entry), answer)
             }
         };
         self.cell.push(asked)?;

@@ -47,16 +47,16 @@ impl Membership {
             && match change {
                 Change::AddLearner(id) => id != 0 && !self.satisfies(change),
                 Change::Promote(id) => self.learners.contains(&id),
-                Change::Remove(id) => !self.satisfies(change) && !(self.voters.len() == 1 && self.voters.contains(&id)),
+                Change::Remove(id) => !self.satisfies(change) && !self.voters.iter().eq([&id]),
             }
     }
 
     /// Raft's form. Joint configurations are never used: one replica at a time keeps majorities overlapping (I16).
     pub fn conf_state(&self) -> ConfState {
-        let mut conf = ConfState::default();
-        conf.voters = self.voters.iter().copied().collect();
-        conf.learners = self.learners.iter().copied().collect();
-        conf
+        ConfState::from((
+            self.voters.iter().copied().collect::<Vec<_>>(),
+            self.learners.iter().copied().collect::<Vec<_>>(),
+        ))
     }
 
     /// After a change took effect.

@@ -32,6 +32,9 @@ pub struct Applied {
     pub digest: [u8; 32],
 }
 
+/// All rows and what they are of, as read at open.
+pub type Stored = (Applied, Vec<TableWrite>);
+
 /// The open tables.
 pub struct Tables {
     dir: PathBuf,
@@ -47,7 +50,7 @@ struct Open {
 impl Tables {
     /// Opens the folder and reads everything. Whatever is wrong with it, it is moved aside and the answer is `None`:
     /// rebuild. Only a file system that does not even rename is an error.
-    pub fn open(data_dir: &Path) -> Result<(Self, Option<(Applied, Vec<TableWrite>)>), StoreError> {
+    pub fn open(data_dir: &Path) -> Result<(Self, Option<Stored>), StoreError> {
         let dir = data_dir.join("tables");
         let first = caught("tables", || {
             let open = Open::at(&dir)?;
@@ -150,7 +153,7 @@ impl Open {
         Ok(Self { db, meta, trees })
     }
 
-    fn load(&self) -> Result<Option<(Applied, Vec<TableWrite>)>, StoreError> {
+    fn load(&self) -> Result<Option<Stored>, StoreError> {
         let failed = |e| StoreError::Tables { what: "reading tables", source: Box::new(e) };
         let mut rows = Vec::new();
         for (&table, tree) in &self.trees {
@@ -172,7 +175,8 @@ impl Open {
     }
 
     fn write(&mut self, applied: Option<&Applied>, writes: Vec<TableWrite>) -> Result<(), StoreError> {
-        let mut by_table: BTreeMap<u8, Vec<(Vec<u8>, Option<Vec<u8>>)>> = BTreeMap::new();
+        type SealedRow = (Vec<u8>, Option<Vec<u8>>);
+        let mut by_table: BTreeMap<u8, Vec<SealedRow>> = BTreeMap::new();
         for w in writes {
             let sealed = w.value.map(|v| seal(w.table, &w.key, &v));
             by_table.entry(w.table).or_default().push((w.key, sealed));
