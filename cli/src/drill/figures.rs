@@ -121,12 +121,15 @@ fn rto(sorted: &[&Sample], marks: Marks) -> Option<u64> {
         last = t;
     }
     // What is still failing at the end of the window has not recovered, however long that is.
+    let tail = marks.healed_ms.saturating_sub(last);
     let failing = sorted.iter().any(|s| !s.ok && s.t_ms > last && s.t_ms <= marks.healed_ms);
-    let silent = marks.healed_ms.saturating_sub(last) > longest.max(SILENCE_MS_MAX);
-    if (failing && marks.healed_ms.saturating_sub(last) > SILENCE_MS_MAX) || silent { None } else { Some(longest) }
+    let lasting = if failing { FAILING_MS_MAX } else { SILENCE_MS_MAX };
+    if tail > longest.max(lasting) { None } else { Some(longest) }
 }
 
-/// A probe that is well succeeds many times in this time.
+/// A failure so close to the end of the window does not tell an outage from a single bad call.
+const FAILING_MS_MAX: u64 = 100;
+/// A probe that is well succeeds many times in this time, though a machine under load may pause it.
 const SILENCE_MS_MAX: u64 = 1000;
 
 fn failback(sorted: &[&Sample], marks: Marks, answered: &[BTreeMap<String, u64>; 3]) -> Option<u64> {
@@ -266,6 +269,8 @@ mod tests {
             ("0..1000/10", None),
             ("!0..1000/10 1200..5000/10", None),
             ("0..1000/10 1500..3000/10 !3000..5000/10", None),
+            // Cut short while still failing, however short that was.
+            ("0..1000/10 1000..4500/10 !4500..5000/10", None),
             // One failure right at the end is no lasting outage.
             ("0..1000/10 1500..4990/10 !4990..5000/10", Some(510)),
             // Recovery only after healing is no recovery.

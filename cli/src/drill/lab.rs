@@ -61,7 +61,7 @@ impl Lab {
 
     /// The administrator's context of a site, where the lab keeps it.
     pub fn context(&self, site: &str) -> PathBuf {
-        self.folder.join("contexts").join(site).join("context.json")
+        self.folder.join("operator").join(site).join("context.json")
     }
 
     /// Its name.
@@ -84,6 +84,8 @@ impl Lab {
         Command::new(&self.program)
             .args(["probe", "--name", &self.name, "--pod", &caller.pod])
             .args(["--target", &caller.target.to_string(), "--interval-ms", &caller.every.0.to_string()])
+            // A group of its own: the operator's Ctrl-C is ours to act on, the probe ends when we say.
+            .process_group(0)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::inherit())
@@ -94,7 +96,7 @@ impl Lab {
 
     async fn run(&self, args: &[&str]) -> Result<String, Refusal> {
         let mut command = Command::new(&self.program);
-        command.args(args).args(["--name", &self.name]).stdin(Stdio::null()).kill_on_drop(true);
+        command.args(args).args(["--name", &self.name]).stdin(Stdio::null()).process_group(0).kill_on_drop(true);
         let what = args.join(" ");
         let output = match timeout(COMMAND_TIMEOUT, command.output()).await {
             Ok(Ok(output)) => output,

@@ -1,10 +1,11 @@
 //! Drills: a declarative file, faults that end by themselves, outside probes, a ledger of acknowledged writes, and a
 //! report that anyone can check offline.
 //!
-//! `spec`, `figures`, `ledger` and `report` are pure. `run`, `writer`, `caller`, `guard` and `lab` act.
+//! `file`, `spec`, `figures`, `ledger` and `report` are pure. `run`, `writer`, `caller`, `guard` and `lab` act.
 
 pub mod caller;
 pub mod figures;
+mod file;
 pub mod guard;
 pub mod lab;
 pub mod ledger;
