@@ -37,6 +37,8 @@ const PCRS_PER_READ: usize = 8;
 const QUOTE_ATTEMPTS: u32 = 8;
 
 type TssResult<T> = Result<T, Error>;
+/// Index and value of PCRs, ascending.
+type PcrValues = Vec<(u32, Vec<u8>)>;
 
 pub(crate) struct Tpm {
     name: String,
@@ -96,7 +98,7 @@ impl Tpm {
         if slots.is_empty() || mask >> 24 != 0 {
             return Err(TpmError::Selection { mask });
         }
-        let outcome = self.with_keys("quote", |ctx, _, ak| {
+        self.with_keys("quote", |ctx, _, ak| {
             for _ in 0..QUOTE_ATTEMPTS {
                 let Some(pcrs) = read_pcrs(ctx, bank, &slots)? else { return Ok(Err(TpmError::Selection { mask })) };
                 let selection = selection(bank, slots.iter().map(|(_, slot)| *slot))?;
@@ -112,8 +114,7 @@ impl Tpm {
                 }
             }
             Ok(Err(TpmError::PcrsMoving { attempts: QUOTE_ATTEMPTS }))
-        })?;
-        outcome
+        })?
     }
 
     /// The saved AK; at the very first time, a new one.
@@ -252,7 +253,7 @@ fn selection(bank: Bank, slots: impl Iterator<Item = PcrSlot>) -> TssResult<PcrS
 }
 
 /// The values of `slots`, or none where the bank is not active.
-fn read_pcrs(ctx: &mut Context, bank: Bank, slots: &[(u32, PcrSlot)]) -> TssResult<Option<Vec<(u32, Vec<u8>)>>> {
+fn read_pcrs(ctx: &mut Context, bank: Bank, slots: &[(u32, PcrSlot)]) -> TssResult<Option<PcrValues>> {
     let mut out = Vec::with_capacity(slots.len());
     for some in slots.chunks(PCRS_PER_READ) {
         let wanted = selection(bank, some.iter().map(|(_, slot)| *slot))?;
