@@ -84,7 +84,14 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
     let (channel, channel_rx) = watch::channel(None);
     let health = Health::new(Some(kernel.clone()));
 
-    let membership = Membership { config: config.clone(), clock: clock.clone(), trust: trust.clone(), identity: identity.clone(), enrolled, node };
+    let membership = Membership {
+        config: config.clone(),
+        clock: clock.clone(),
+        trust: trust.clone(),
+        identity: identity.clone(),
+        enrolled,
+        node,
+    };
     let session = Session {
         dialer: Dialer::new(trust.clone(), identity),
         servers: config.servers.clone(),

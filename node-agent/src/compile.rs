@@ -1,9 +1,7 @@
 //! From a view and the workloads that run here to the kernel's tables. Pure; what is not allowed is simply absent.
 
 use crate::view::{View, Workload};
-use ambit_ebpf::{
-    Action, MAX_SERVICE_ENDPOINTS, Service, ServiceEndpoint, Tables, Tier, Verdict, VerdictKey,
-};
+use ambit_ebpf::{Action, MAX_SERVICE_ENDPOINTS, Service, ServiceEndpoint, Tables, Tier, Verdict, VerdictKey};
 use ambit_model::policy::Endpoint;
 use ambit_model::{NumericIdentity, SpiffeId};
 use ambit_policy::PortSet;
@@ -40,15 +38,13 @@ fn reachable(view: &View) -> Vec<(&Endpoint, NumericIdentity)> {
 
 /// The verdicts of one pair. Port 0 stands for every port; deny wins where it and an exact port differ.
 fn pair(ports: &PortSet, from: NumericIdentity, to: NumericIdentity) -> Vec<(VerdictKey, Verdict)> {
-    let verdict = |port, action| {
-        (VerdictKey { source: from.0, destination: to.0, port }, Verdict { action, rule: 0 })
-    };
+    let verdict = |port, action| (VerdictKey { source: from.0, destination: to.0, port }, Verdict { action, rule: 0 });
     match ports {
         PortSet::All => vec![verdict(0, Action::Allow)],
         PortSet::List(ports) => ports.iter().map(|p| verdict(*p, Action::Allow)).collect(),
-        PortSet::AllBut(denied) => std::iter::once(verdict(0, Action::Allow))
-            .chain(denied.iter().map(|p| verdict(*p, Action::Deny)))
-            .collect(),
+        PortSet::AllBut(denied) => {
+            std::iter::once(verdict(0, Action::Allow)).chain(denied.iter().map(|p| verdict(*p, Action::Deny))).collect()
+        }
     }
 }
 

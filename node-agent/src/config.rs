@@ -101,9 +101,9 @@ impl Config {
         if let Some(key) = table.keys().find(|k| !KEYS.contains(&k.as_str())) {
             return Err(Refusal::new(Code::ConfigUnknownKey, format!("one of {}", KEYS.join(", ")), key.as_str()));
         }
-        let config: Config = table
-            .try_into()
-            .map_err(|e: toml::de::Error| Refusal::new(Code::ConfigInvalid, "a value of the right form", e.to_string()))?;
+        let config: Config = table.try_into().map_err(|e: toml::de::Error| {
+            Refusal::new(Code::ConfigInvalid, "a value of the right form", e.to_string())
+        })?;
         if config.servers.is_empty() || config.servers.len() > SERVERS_MAX {
             let found = config.servers.len().to_string();
             return Err(Refusal::new(Code::ConfigInvalid, format!("'servers' with 1-{SERVERS_MAX} addresses"), found));

@@ -157,8 +157,12 @@ impl Control {
         if found == state.pods && !unguarded {
             return false;
         }
-        let gone: Vec<String> =
-            state.guarded.values().filter(|g| found.get(&g.pod.name) != Some(&g.pod)).map(|g| g.pod.name.clone()).collect();
+        let gone: Vec<String> = state
+            .guarded
+            .values()
+            .filter(|g| found.get(&g.pod.name) != Some(&g.pod))
+            .map(|g| g.pod.name.clone())
+            .collect();
         for name in gone {
             self.release(state, &name);
         }
@@ -176,7 +180,8 @@ impl Control {
 
     /// Opens the pod's capture listener in its namespace and refuses plain inbound there.
     async fn guard(&self, pod: &Pod) -> Result<Guarded, Refusal> {
-        let trouble = |e: std::io::Error| Refusal::new(Code::Internal, format!("a guard on pod {}", pod.name), e.to_string());
+        let trouble =
+            |e: std::io::Error| Refusal::new(Code::Internal, format!("a guard on pod {}", pod.name), e.to_string());
         let netns = Netns::open(&pod.netns).map_err(trouble)?;
         let at = SocketAddrV4::new(Ipv4Addr::LOCALHOST, CAPTURE_PORT);
         let listener = self.netns.listen(&netns, at).await.map_err(trouble)?;
@@ -335,5 +340,6 @@ impl Control {
 
 /// Checks, before anything is attached, that the configured cgroup is one.
 pub fn mesh_root(cgroup_root: &std::path::Path) -> Result<MeshRoot, Refusal> {
-    MeshRoot::find(cgroup_root).map_err(|e| Refusal::new(Code::ConfigInvalid, "'cgroup_root' on a cgroup2 mount", e.to_string()))
+    MeshRoot::find(cgroup_root)
+        .map_err(|e| Refusal::new(Code::ConfigInvalid, "'cgroup_root' on a cgroup2 mount", e.to_string()))
 }

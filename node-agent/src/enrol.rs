@@ -108,7 +108,12 @@ pub async fn enrol(config: &Config, attester: &Attester, clock: &Clock) -> Resul
     }
 }
 
-async fn once(config: &Config, attester: &Attester, clock: &Clock, server: SocketAddr) -> Result<Enrolled, NotEnrolled> {
+async fn once(
+    config: &Config,
+    attester: &Attester,
+    clock: &Clock,
+    server: SocketAddr,
+) -> Result<Enrolled, NotEnrolled> {
     let pinned = SharedTrust::new(Trust::Pinned(config.trust_domain.clone(), config.fingerprint.0));
     let dialer = Dialer::new(pinned, Identity::default());
     let channel = dialer.channel(server, Expect::ReplicaOf(config.trust_domain.clone())).await?;
@@ -117,23 +122,27 @@ async fn once(config: &Config, attester: &Attester, clock: &Clock, server: Socke
     let me = attester.identity().await.map_err(tpm)?;
     let agent_nonce = nonce()?;
     let join_token = join_token(config)?;
-    let challenge = begin(&mut client, BeginRequest {
-        cluster: config.cluster.to_string(),
-        // None is an EK that only an allow-list can know.
-        ek_certificate: me.ek_certificate.clone().unwrap_or_default(),
-        ek_intermediates: vec![],
-        ek_public: me.ek_public.clone(),
-        ak_public: me.ak_public.clone(),
-        agent_nonce: agent_nonce.to_vec(),
-        join_token: join_token.clone(),
-    })
+    let challenge = begin(
+        &mut client,
+        BeginRequest {
+            cluster: config.cluster.to_string(),
+            // None is an EK that only an allow-list can know.
+            ek_certificate: me.ek_certificate.clone().unwrap_or_default(),
+            ek_intermediates: vec![],
+            ek_public: me.ek_public.clone(),
+            ak_public: me.ak_public.clone(),
+            agent_nonce: agent_nonce.to_vec(),
+            join_token: join_token.clone(),
+        },
+    )
     .await?;
     let key = SvidKey::generate()?;
     let csr = key.csr()?;
     let activated = attester.activate(challenge.credential_blob.clone(), challenge.encrypted_secret.clone()).await;
     let secret = activated.map_err(tpm)?;
     let ticket_sha256 = fingerprint(&challenge.ticket);
-    let server_nonce = challenge.server_nonce.as_slice().try_into().map_err(|_| malformed("a server nonce of 32 bytes"))?;
+    let server_nonce =
+        challenge.server_nonce.as_slice().try_into().map_err(|_| malformed("a server nonce of 32 bytes"))?;
     let qualifying = qualifying_data(&Binding {
         agent_nonce: &agent_nonce,
         server_nonce: &server_nonce,
@@ -197,7 +206,8 @@ async fn evidence(
         .chain(chunks.map(evidence_request::Part::Chunk))
         .map(|part| EvidenceRequest { part: Some(part) })
         .collect();
-    let answer = tokio::time::timeout(CALL_MAX, client.evidence(tokio_stream::iter(parts))).await.map_err(|_| silence())?;
+    let answer =
+        tokio::time::timeout(CALL_MAX, client.evidence(tokio_stream::iter(parts))).await.map_err(|_| silence())?;
     match answer.map_err(|s| from_status(&s))?.into_inner().result {
         Some(evidence_response::Result::Verdict(verdict)) => Ok(verdict),
         Some(evidence_response::Result::Denied(denied)) => Err(not_enrolled(denied)),
@@ -209,7 +219,11 @@ async fn evidence(
 fn accept(config: &Config, key: &SvidKey, verdict: Verdict, now: Stamp) -> Result<Enrolled, Refusal> {
     let bundle: Bundle<Own> = convert::bundle(verdict.bundle.as_ref().ok_or_else(|| malformed("a bundle"))?)?;
     if *bundle.trust_domain() != config.trust_domain {
-        return Err(Refusal::new(Code::TrustDomainUnknown, config.trust_domain.as_str(), bundle.trust_domain().as_str()));
+        return Err(Refusal::new(
+            Code::TrustDomainUnknown,
+            config.trust_domain.as_str(),
+            bundle.trust_domain().as_str(),
+        ));
     }
     if !bundle.roots().iter().any(|root| fingerprint(root) == config.fingerprint.0) {
         let found = format!("{} other roots", bundle.roots().len());
@@ -252,7 +266,8 @@ fn join_token(config: &Config) -> Result<String, Refusal> {
 fn log(path: &Path, offset: u64, bytes_max: u64) -> Result<Vec<u8>, Refusal> {
     use std::io::{Read, Seek, SeekFrom};
     let trouble = |e: std::io::Error| {
-        let code = if e.kind() == std::io::ErrorKind::NotFound { Code::BootLogMissing } else { Code::EvidenceMalformed };
+        let code =
+            if e.kind() == std::io::ErrorKind::NotFound { Code::BootLogMissing } else { Code::EvidenceMalformed };
         Refusal::new(code, format!("a readable log at {}", path.display()), e.to_string())
     };
     let mut file = std::fs::File::open(path).map_err(trouble)?;
@@ -260,7 +275,11 @@ fn log(path: &Path, offset: u64, bytes_max: u64) -> Result<Vec<u8>, Refusal> {
     let mut bytes = Vec::new();
     file.take(bytes_max + 1).read_to_end(&mut bytes).map_err(trouble)?;
     if bytes.len() as u64 > bytes_max {
-        return Err(Refusal::new(Code::EvidenceTooLarge, format!("at most {bytes_max} bytes"), path.display().to_string()));
+        return Err(Refusal::new(
+            Code::EvidenceTooLarge,
+            format!("at most {bytes_max} bytes"),
+            path.display().to_string(),
+        ));
     }
     Ok(bytes)
 }

@@ -134,7 +134,11 @@ pub async fn dial(
     timeout(DIAL_MAX, connect(node, name, config)).await.map_err(|_| TunnelError::Timeout)?
 }
 
-async fn connect(node: SocketAddr, name: ServerName<'static>, config: Arc<ClientConfig>) -> Result<Tunnel, TunnelError> {
+async fn connect(
+    node: SocketAddr,
+    name: ServerName<'static>,
+    config: Arc<ClientConfig>,
+) -> Result<Tunnel, TunnelError> {
     let tcp = TcpStream::connect(node).await.map_err(|source| TunnelError::Unreachable { node, source })?;
     // A request's last bytes must not wait for an acknowledgement of the first.
     let _ = tcp.set_nodelay(true);
@@ -171,7 +175,11 @@ pub async fn silence(ping: Option<PingPong>, shared: Option<Arc<Shared>>) {
             Ok(Ok(_)) => {}
             Ok(Err(_)) | Err(_) => return,
         }
-        idle = if shared.as_ref().is_some_and(|s| s.streams.load(Ordering::Relaxed) == 0) { idle + PING_EVERY } else { Duration::ZERO };
+        idle = if shared.as_ref().is_some_and(|s| s.streams.load(Ordering::Relaxed) == 0) {
+            idle + PING_EVERY
+        } else {
+            Duration::ZERO
+        };
         if idle >= IDLE_MAX {
             return;
         }
@@ -215,9 +223,7 @@ impl Lease {
 }
 
 /// The server's side of the HTTP/2 handshake, with the same bounds.
-pub async fn accept<T: AsyncRead + AsyncWrite + Unpin>(
-    io: T,
-) -> Result<h2::server::Connection<T, Bytes>, h2::Error> {
+pub async fn accept<T: AsyncRead + AsyncWrite + Unpin>(io: T) -> Result<h2::server::Connection<T, Bytes>, h2::Error> {
     h2::server::Builder::new()
         .initial_window_size(STREAM_WINDOW)
         .initial_connection_window_size(TUNNEL_WINDOW)

@@ -2,8 +2,8 @@
 //!
 //! The far node is not relied on: its verdict is worth nothing here. What cannot be proved is refused.
 
-use crate::hbone::{self, POD_CONNECT_MAX};
 use crate::clock::Clock;
+use crate::hbone::{self, POD_CONNECT_MAX};
 use crate::metrics::METRICS;
 use crate::netns::NetnsThread;
 use crate::plane::{LocalPod, Plane};
@@ -105,8 +105,10 @@ impl Inbound {
     async fn handshake(
         &self,
         tcp: TcpStream,
-    ) -> Result<(h2::server::Connection<tokio_rustls::server::TlsStream<TcpStream>, Bytes>, Call), (&'static str, Refusal)>
-    {
+    ) -> Result<
+        (h2::server::Connection<tokio_rustls::server::TlsStream<TcpStream>, Bytes>, Call),
+        (&'static str, Refusal),
+    > {
         let broken = |e: std::io::Error| ("tls", Refusal::new(Code::Unauthenticated, "a TLS handshake", e.to_string()));
         let start = tokio_rustls::LazyConfigAcceptor::new(Default::default(), tcp).await.map_err(broken)?;
         let name = start.client_hello().server_name().unwrap_or_default().to_owned();
@@ -179,9 +181,10 @@ impl Inbound {
         let plane = self.plane.borrow().clone();
         let plane = plane.ok_or_else(|| Refusal::new(Code::Unavailable, "a slice", "none yet"))?;
         // Not-here and not-yours look alike from outside.
-        let pod = plane.pods.get(to.ip()).filter(|pod| *pod.id() == call.to).cloned().ok_or_else(|| {
-            Refusal::new(Code::PolicyDenied, format!("an address of {}", call.to), to.to_string())
-        })?;
+        let pod =
+            plane.pods.get(to.ip()).filter(|pod| *pod.id() == call.to).cloned().ok_or_else(|| {
+                Refusal::new(Code::PolicyDenied, format!("an address of {}", call.to), to.to_string())
+            })?;
         judge(&plane, call, to, self.clock.now())?;
         Ok((pod, to))
     }
@@ -221,9 +224,8 @@ fn judge(plane: &Plane, call: &Call, to: SocketAddrV4, now: ambit_model::Stamp) 
         return Err(Refusal::new(Code::SvidUntrusted, "an SVID in time", found));
     }
     // Callers outside the mesh lack the binding; no policy can name such a caller yet, so they are refused.
-    let binding = call.peer.binding().ok_or_else(|| {
-        Refusal::new(Code::SvidUntrusted, "an SVID bound to a node", "none")
-    })?;
+    let binding =
+        call.peer.binding().ok_or_else(|| Refusal::new(Code::SvidUntrusted, "an SVID bound to a node", "none"))?;
     if plane.view.denies(&binding.node, binding.generation) {
         return Err(Refusal::new(Code::NodeUntrusted, "a trusted node", binding.node.to_string()));
     }

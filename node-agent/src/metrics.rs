@@ -165,7 +165,11 @@ pub static METRICS: Metrics = Metrics {
         SETUP_S,
         "Time from a captured connection to its open tunnel stream.",
     ),
-    apply_time: Histogram::new("ambit_policy_apply_seconds", SETUP_S, "Time to put a slice into the kernel and read it back."),
+    apply_time: Histogram::new(
+        "ambit_policy_apply_seconds",
+        SETUP_S,
+        "Time to put a slice into the kernel and read it back.",
+    ),
     revision: Family::new("ambit_policy_revision", "gauge", ["state"], "Revision received and revision in the kernel."),
     apply: Family::new("ambit_policy_apply_total", "counter", ["result", "reason"], "Slices put into the kernel."),
     component: Family::new("ambit_agent_component_up", "gauge", ["component"], "1 where the component works."),

@@ -3,8 +3,8 @@
 //! The kernel has allowed it already. What cannot be traced back, proved or reached ends in a reset, never in a
 //! connection by another way.
 
-use crate::health::{self, Health};
 use crate::hbone::{Lease, TunnelError};
+use crate::health::{self, Health};
 use crate::kernel::KernelHandle;
 use crate::metrics::METRICS;
 use crate::plane::{LocalPod, Plane};
@@ -45,6 +45,11 @@ impl Outbound {
     /// An outbound side that follows `plane` and reaches nodes on `port` (15008 but in tests).
     pub fn new(plane: watch::Receiver<Option<Arc<Plane>>>, health: Health, port: u16) -> Self {
         Self { plane, pool: Pool::default(), health, flows: Arc::new(Semaphore::new(FLOWS_MAX)), port }
+    }
+
+    /// Tunnels open now.
+    pub fn tunnels(&self) -> usize {
+        self.pool.open()
     }
 
     /// Serves the capture listener of one pod until dropped. `who` says whose pod it is, once that is known.
@@ -167,8 +172,7 @@ impl Outbound {
     /// Another healthy endpoint of the service that was asked for, nearest first, that this caller may reach.
     fn other<'a>(&self, plane: &'a Plane, pod: &LocalPod, captured: Captured) -> Option<&'a Endpoint> {
         let view = &plane.view;
-        let service =
-            view.services.iter().find(|s| SocketAddrV4::new(s.address, s.port) == captured.asked)?;
+        let service = view.services.iter().find(|s| SocketAddrV4::new(s.address, s.port) == captured.asked)?;
         let unhealthy = self.health.unhealthy();
         view.endpoints
             .values()

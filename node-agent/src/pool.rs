@@ -72,6 +72,13 @@ impl Pool {
         Ok(lease)
     }
 
+    /// Tunnels open now; a peer that is being dialed counts as none.
+    pub fn open(&self) -> usize {
+        let peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = |p: &Peer| p.try_lock().map_or(0, |t| t.open.iter().filter(|t| t.is_open()).count());
+        peers.values().map(count).sum()
+    }
+
     fn peer(&self, key: &Key) -> Peer {
         let mut peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
         if peers.len() >= SWEEP_AT {

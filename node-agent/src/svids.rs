@@ -58,8 +58,12 @@ impl Issuance {
             let now = self.clock.now();
             let want = wanted.borrow_and_update().clone();
             self.forget(&mut state, &want, now);
-            let due: Vec<EntryId> =
-                want.iter().filter(|e| state.due.get(*e).is_none_or(|at| *at <= now)).take(BATCH_MAX).cloned().collect();
+            let due: Vec<EntryId> = want
+                .iter()
+                .filter(|e| state.due.get(*e).is_none_or(|at| *at <= now))
+                .take(BATCH_MAX)
+                .cloned()
+                .collect();
             let channel = self.channel.borrow_and_update().clone();
             if let (Some(channel), false) = (channel, due.is_empty()) {
                 self.ask(&mut state, channel, &due).await;
@@ -83,7 +87,8 @@ impl Issuance {
         state.svids.retain(|entry, svid| want.contains(entry) && svid.as_ref().map_or(true, |s| s.not_after > now));
         // An entry whose SVID ran out is due at once, and so is one whose identity changed under its name.
         let view = self.issued.now().view;
-        let changed: Vec<EntryId> = state.svids.iter().filter(|(e, s)| !still_of(view.as_deref(), e, s)).map(|(e, _)| e.clone()).collect();
+        let changed: Vec<EntryId> =
+            state.svids.iter().filter(|(e, s)| !still_of(view.as_deref(), e, s)).map(|(e, _)| e.clone()).collect();
         for entry in changed {
             state.svids.remove(&entry);
             state.due.remove(&entry);
@@ -147,11 +152,14 @@ impl Issuance {
         let late = |_| Refusal::new(Code::Unavailable, "an answer", format!("none in {ANSWER_MAX:?}"));
         let results = answer.map_err(late)?.map_err(|s| from_status(&s))?.into_inner().results;
         let now = self.clock.now();
-        Ok(keys.into_iter().map(|(entry, key)| {
-            let result = results.iter().find(|r| r.entry_id == entry.as_str());
-            let made = self.accept(&entry, &key, result, now);
-            (entry, made)
-        }).collect())
+        Ok(keys
+            .into_iter()
+            .map(|(entry, key)| {
+                let result = results.iter().find(|r| r.entry_id == entry.as_str());
+                let made = self.accept(&entry, &key, result, now);
+                (entry, made)
+            })
+            .collect())
     }
 
     /// Takes a leaf only if it is what was asked for: of the entry's identity, of the own key, good by the own bundle.
@@ -168,7 +176,8 @@ impl Issuance {
             return Err(Refusal::new(code, "an SVID", result.message.as_str()));
         }
         let expected = self.identity_of(entry)?;
-        let chain: Vec<CertificateDer<'_>> = result.chain_der.iter().map(|der| CertificateDer::from(der.as_slice())).collect();
+        let chain: Vec<CertificateDer<'_>> =
+            result.chain_der.iter().map(|der| CertificateDer::from(der.as_slice())).collect();
         let peer = self.trust.current().verify(&chain, now)?;
         if *peer.id() != expected {
             return Err(Refusal::new(Code::Internal, format!("a leaf of {expected}"), peer.id().as_str()));

@@ -3,8 +3,8 @@
 use crate::pods::Pod;
 use ambit_model::policy::{Endpoint, Policy, Service};
 use ambit_model::{
-    Bundle, ClusterId, Code, Entry, EntryId, Foreign, Generation, NodeId, NumericIdentity, Own, Refusal, Revision, Selector,
-    SpiffeId, Stamp, TrustDomain,
+    Bundle, ClusterId, Code, Entry, EntryId, Foreign, Generation, NodeId, NumericIdentity, Own, Refusal, Revision,
+    Selector, SpiffeId, Stamp, TrustDomain,
 };
 use ambit_policy::PolicySet;
 use ambit_proto::{convert, v1};

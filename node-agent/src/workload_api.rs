@@ -26,7 +26,8 @@ use tonic::{Request, Response, Status};
 const STREAMS_MAX: usize = 1024;
 /// How long a caller waits for an SVID that the cell is issuing just now, before it is told to come back.
 const FIRST_WAIT: Duration = Duration::from_secs(10);
-const JWT_UNBUILT: &str = "JWT-SVIDs are not built yet: this agent issues X.509-SVIDs only (see the limits in README.md)";
+const JWT_UNBUILT: &str =
+    "JWT-SVIDs are not built yet: this agent issues X.509-SVIDs only (see the limits in README.md)";
 
 /// The service.
 #[derive(Clone, Debug)]

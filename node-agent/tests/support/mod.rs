@@ -1,0 +1,165 @@
+//! A cell in a test: the real state machine, a real root and issuing key, leaves from commits only.
+#![allow(dead_code, reason = "each test file uses a part")]
+
+use ambit_agent::issued::Svid;
+use ambit_agent::view::View;
+use ambit_identity::{Csr, IssuingKey, Root, SvidKey, issue};
+use ambit_model::{ClusterId, Entry, Generation, Lifetime, NodeId, RaftIndex, Revision, Stamp, TrustDomain};
+use ambit_proto::v1;
+use ambit_state::command::{Admission, LeafRequest};
+use ambit_state::objects::{CellRow, Counters, KeySetRow, Member};
+use ambit_state::{Applied, Command, LogEntry, State};
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+pub(crate) fn now() -> Stamp {
+    Stamp(u64::try_from(SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis()).unwrap())
+}
+
+pub(crate) struct Cell {
+    pub(crate) td: TrustDomain,
+    root: Root,
+    key: IssuingKey,
+    state: State,
+    index: u64,
+    node: NodeId,
+}
+
+impl Cell {
+    /// A cell of one replica with one enrolled node, whose id is made of `node`.
+    pub(crate) fn founded(td: &str, node: u8) -> Cell {
+        let td: TrustDomain = td.parse().unwrap();
+        let root = Root::create(&td, now(), [node; 16]).unwrap();
+        let key = SvidKey::generate().unwrap();
+        let lifetime = Lifetime { not_before: now().minus_ms(60_000), not_after: now().plus_ms(86_400_000) };
+        let intermediate = root.found(1, &Csr::parse(&key.csr().unwrap()).unwrap(), lifetime).unwrap();
+        let key = IssuingKey::new(key, intermediate).unwrap();
+        let row = CellRow {
+            trust_domain: td.clone(),
+            epoch: 1,
+            root_der: root.der().to_vec(),
+            root_form: "file".into(),
+            bundle_sequence: 1 << 40 | 1,
+            next_identity: 256,
+            revision: Revision(0),
+            endorsement_revision: Revision(0),
+            export_seq: 0,
+            export_hash: [0; 32],
+        };
+        let member = Member {
+            address: "127.0.0.1:1".into(),
+            authority: key.authority().to_owned(),
+            authority_not_after: key.not_after(),
+            wrap_key: vec![],
+            record_key: [1; 32],
+        };
+        let mut cell = Cell { td: td.clone(), root, key, state: State::new(), index: 0, node: NodeId([node; 32]) };
+        let cluster: ClusterId = td.as_str().parse().unwrap();
+        cell.run(Command::FoundCell(row, 1, member, KeySetRow::default())).outcome.unwrap();
+        cell.run(Command::RegisterCluster(cluster.clone(), vec![])).outcome.unwrap();
+        cell.run(Command::AllowEk(cluster, vec![cell.node])).outcome.unwrap();
+        cell.admit(1);
+        cell
+    }
+
+    fn run(&mut self, command: Command) -> Applied {
+        self.index += 1;
+        let entry = LogEntry { stamp: now(), client: [9; 32], request: [0; 16], command };
+        self.state.apply(RaftIndex(self.index), &entry)
+    }
+
+    /// Admits the node once more: its generation rises.
+    pub(crate) fn admit(&mut self, nonce: u8) {
+        let admission = Admission {
+            node: self.node,
+            cluster: self.td.as_str().parse().unwrap(),
+            nonce: [nonce; 32],
+            deadline: now().plus_ms(60_000),
+            join_token: None,
+            endorsement_revision: self.state.cell().unwrap().endorsement_revision,
+            ak_name: vec![1],
+            counters: Counters { resets: 1, restarts: 0, clock: u64::from(nonce) },
+            ek_class: "lab".into(),
+            key_hash: [7; 32],
+            authority: self.key.authority().to_owned(),
+            claims: "{}".into(),
+            evidence_sha256: [1; 32],
+        };
+        self.run(Command::AdmitNode(admission)).outcome.unwrap();
+    }
+
+    /// Registers a workload recognised by `selectors`.
+    pub(crate) fn entry(&mut self, id: &str, selectors: &[&str], federates_with: &[&str]) -> v1::Entry {
+        let message = v1::Entry {
+            id: id.into(),
+            spiffe_id: self.id(id),
+            cluster: self.td.to_string(),
+            selectors: selectors.iter().map(|s| (*s).to_owned()).collect(),
+            federates_with: federates_with.iter().map(|s| (*s).to_owned()).collect(),
+            ..Default::default()
+        };
+        let entry = Entry::try_from(&message).unwrap();
+        self.run(Command::CreateEntries(vec![entry])).outcome.unwrap();
+        message
+    }
+
+    /// An SVID of an entry, issued as a replica would: committed, applied, signed.
+    pub(crate) fn svid(&mut self, id: &str) -> Arc<Svid> {
+        let key = SvidKey::generate().unwrap();
+        let csr = Csr::parse(&key.csr().unwrap()).unwrap();
+        let command = Command::Issue {
+            node: self.node,
+            generation: Generation(1),
+            authority: self.key.authority().to_owned(),
+            leaves: vec![LeafRequest { entry: id.parse().unwrap(), key_hash: csr.spki_sha256() }],
+        };
+        let committed = self.run(command).into_issuances().unwrap().remove(0).unwrap();
+        let not_after = committed.get().lifetime.not_after;
+        let chain = issue(committed, &csr, &self.key).unwrap();
+        Arc::new(Svid {
+            id: self.id(id).parse().unwrap(),
+            key_pkcs8: key.pkcs8(),
+            chain_der: chain.iter().map(|c| c.to_vec()).collect(),
+            since: now(),
+            not_after,
+        })
+    }
+
+    pub(crate) fn id(&self, path: &str) -> String {
+        format!("spiffe://{}/{path}", self.td)
+    }
+    pub(crate) fn node(&self) -> NodeId {
+        self.node
+    }
+    pub(crate) fn bundle(&self) -> v1::Bundle {
+        v1::Bundle { trust_domain: self.td.to_string(), sequence: 1, roots_der: vec![self.root.der().to_vec()] }
+    }
+    /// A slice of this cell that knows the bundles of `peers`.
+    pub(crate) fn slice(&self, revision: u64, peers: &[&Cell]) -> v1::Slice {
+        v1::Slice {
+            revision,
+            stamp_ms: now().0,
+            trust_domain: self.td.to_string(),
+            cluster: self.td.to_string(),
+            bundles: std::iter::once(self.bundle()).chain(peers.iter().map(|p| p.bundle())).collect(),
+            ..Default::default()
+        }
+    }
+    pub(crate) fn view(&self, slice: v1::Slice) -> Arc<View> {
+        let cluster = self.td.as_str().parse().unwrap();
+        Arc::new(View::parse(slice, &self.td, &cluster).unwrap())
+    }
+}
+
+pub(crate) fn allow(name: &str, target: &str, from: &str, ports: &[u16]) -> v1::Policy {
+    v1::Policy {
+        origin: target.split('/').nth(2).unwrap().into(),
+        name: name.into(),
+        target: target.into(),
+        action: v1::Action::Allow as i32,
+        from: vec![from.into()],
+        ports: ports.iter().map(|p| u32::from(*p)).collect(),
+        resolved: true,
+        ..Default::default()
+    }
+}

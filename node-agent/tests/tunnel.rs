@@ -1,0 +1,332 @@
+//! Tunnels between two agents' carrying halves over loopback: real SVIDs of two trust domains, real TLS, real sockets
+//! in a namespace entered by setns. What the kernel part would say of a captured connection is an argument.
+
+mod support;
+
+use ambit_agent::clock::Clock;
+use ambit_agent::health::Health;
+use ambit_agent::inbound::Inbound;
+use ambit_agent::issued::Svid;
+use ambit_agent::netns::{Netns, NetnsThread};
+use ambit_agent::outbound::{Captured, Outbound};
+use ambit_agent::plane::{Credentials, LocalPod, Plane};
+use ambit_agent::pods::Pod;
+use ambit_agent::view::{View, Workload};
+use ambit_identity::{SharedTrust, Trust, TrustStore};
+use ambit_model::NumericIdentity;
+use ambit_proto::v1;
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+use support::{Cell, allow};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+use tokio::time::timeout;
+
+const SOON: Duration = Duration::from_secs(5);
+
+fn trust(view: &View) -> SharedTrust {
+    let mut store = TrustStore::new(&view.own).unwrap();
+    for bundle in &view.foreign {
+        store.add_foreign(bundle).unwrap();
+    }
+    SharedTrust::new(Trust::Bundles(store))
+}
+
+/// A pod of this very namespace: setns needs root, and says so.
+fn pod(view: &View, entry: &v1::Entry, address: Ipv4Addr) -> Arc<LocalPod> {
+    assert!(nix::unistd::geteuid().is_root(), "this test enters network namespaces: run it as root");
+    let path = Path::new("/proc/self/ns/net");
+    let pod = Pod {
+        name: entry.id.clone(),
+        cgroup: entry.id.clone(),
+        cgroup_id: 1,
+        netns: path.into(),
+        netns_id: (0, 0),
+        address,
+        uid: 0,
+    };
+    let entry = view.entries.iter().find(|e| e.id.as_str() == entry.id).unwrap().clone();
+    let workload = Workload { pod, entry, number: NumericIdentity(256) };
+    Arc::new(LocalPod { workload, netns: Netns::open(path).unwrap() })
+}
+
+fn plane(view: Arc<View>, pods: Vec<Arc<LocalPod>>, svids: &[Arc<Svid>]) -> Arc<Plane> {
+    let trust = trust(&view);
+    let credentials: Vec<_> =
+        svids.iter().map(|s| Arc::new(Credentials::new(s.clone(), trust.clone()).unwrap())).collect();
+    Arc::new(Plane::new(view, pods, credentials, trust))
+}
+
+/// West's `web` calls east's `db` at `db_address`; east's agent listens on `hbone`.
+struct Stage {
+    west: Cell,
+    east: Cell,
+    web: Arc<LocalPod>,
+    web_entry: v1::Entry,
+    db_entry: v1::Entry,
+    web_svid: Arc<Svid>,
+    db_svid: Arc<Svid>,
+    db: TcpListener,
+    hbone: SocketAddr,
+    west_plane: watch::Sender<Option<Arc<Plane>>>,
+    east_plane: watch::Sender<Option<Arc<Plane>>>,
+    health: Health,
+    outbound: Outbound,
+}
+
+impl Stage {
+    /// Addresses end in `n`, so that tests of one process do not meet.
+    async fn set(n: u8) -> Stage {
+        let (mut west, mut east) = (Cell::founded("west", 1), Cell::founded("east", 2));
+        let web_entry = west.entry("web", &["cgroup:web"], &[]);
+        let db_entry = east.entry("db", &["cgroup:db"], &[]);
+        let (web_svid, db_svid) = (west.svid("web"), east.svid("db"));
+        let db = TcpListener::bind((Ipv4Addr::new(127, 0, 77, n), 0)).await.unwrap();
+        let hbone = TcpListener::bind((Ipv4Addr::new(127, 0, 78, n), 0)).await.unwrap();
+        let at = hbone.local_addr().unwrap();
+        let (west_plane, west_rx) = watch::channel(None);
+        let (east_plane, east_rx) = watch::channel(None);
+        let inbound = Inbound::new(east_rx, NetnsThread::start().unwrap(), Arc::new(Clock::default()));
+        tokio::spawn(inbound.serve(hbone));
+        let health = Health::new(None);
+        let outbound = Outbound::new(west_rx, health.clone(), at.port());
+        let mut stage = Stage {
+            web: pod(
+                &west.view(v1::Slice { entries: vec![web_entry.clone()], ..west.slice(0, &[]) }),
+                &web_entry,
+                Ipv4Addr::LOCALHOST,
+            ),
+            west,
+            east,
+            web_entry,
+            db_entry,
+            web_svid,
+            db_svid,
+            db,
+            hbone: at,
+            west_plane,
+            east_plane,
+            health,
+            outbound,
+        };
+        stage.publish(|_| (), |_| ());
+        stage
+    }
+    fn db_at(&self) -> SocketAddrV4 {
+        let SocketAddr::V4(at) = self.db.local_addr().unwrap() else { panic!("IPv4") };
+        at
+    }
+    fn endpoint(&self, node_address: &str) -> v1::Endpoint {
+        v1::Endpoint {
+            spiffe_id: self.east.id("db"),
+            address: self.db_at().ip().to_string(),
+            cluster: "east".into(),
+            node_address: node_address.into(),
+            node: self.east.node().to_string(),
+            generation: 1,
+        }
+    }
+    /// Publishes both planes; by default both cells allow web -> db on every port.
+    fn publish(&mut self, west: impl FnOnce(&mut v1::Slice), east: impl FnOnce(&mut v1::Slice)) {
+        let policy = allow("db", "spiffe://east/db", "spiffe://west/web", &[]);
+        let mut w = self.west.slice(1, &[&self.east]);
+        w.entries = vec![self.web_entry.clone()];
+        w.policies = vec![policy.clone()];
+        w.endpoints = vec![self.endpoint(&self.hbone.ip().to_string())];
+        west(&mut w);
+        let mut e = self.east.slice(1, &[&self.west]);
+        e.entries = vec![self.db_entry.clone()];
+        e.policies = vec![policy];
+        east(&mut e);
+        let (w, e) = (self.west.view(w), self.east.view(e));
+        self.west_plane.send_replace(Some(plane(w, vec![self.web.clone()], &[self.web_svid.clone()])));
+        let db = pod(&e, &self.db_entry, *self.db_at().ip());
+        self.east_plane.send_replace(Some(plane(e, vec![db], &[self.db_svid.clone()])));
+    }
+    /// An application's connection, captured with this record.
+    async fn call(&self, captured: Option<Captured>) -> TcpStream {
+        let capture = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let app = TcpStream::connect(capture.local_addr().unwrap()).await.unwrap();
+        let (tcp, _) = capture.accept().await.unwrap();
+        let (outbound, web) = (self.outbound.clone(), self.web.clone());
+        tokio::spawn(async move { outbound.take(&web, tcp, captured).await });
+        app
+    }
+    async fn call_db(&self) -> TcpStream {
+        self.call(Some(Captured { asked: self.db_at(), endpoint: self.db_at() })).await
+    }
+    async fn served(&self) -> (TcpStream, SocketAddr) {
+        timeout(SOON, self.db.accept()).await.expect("the pod is reached").unwrap()
+    }
+}
+
+async fn is_reset(mut app: TcpStream) -> bool {
+    let read = timeout(SOON, app.read(&mut [0; 16])).await.expect("an end, not silence");
+    matches!(read, Err(e) if e.kind() == std::io::ErrorKind::ConnectionReset)
+}
+
+async fn round_trip(app: &mut TcpStream, pod: &mut TcpStream, bytes: usize) {
+    let sent: Vec<u8> = (0..bytes).map(|i| (i % 251) as u8).collect();
+    let (mut there, mut back) = (vec![0; bytes], vec![0; bytes]);
+    timeout(SOON, async {
+        let _ = tokio::join!(app.write_all(&sent), pod.read_exact(&mut there));
+        let _ = tokio::join!(pod.write_all(&there), app.read_exact(&mut back));
+    })
+    .await
+    .expect("bytes flow");
+    assert!(there == sent && back == sent);
+}
+
+#[tokio::test]
+async fn an_allowed_call_is_carried_both_ways_with_half_close() {
+    let stage = Stage::set(1).await;
+    let mut app = stage.call_db().await;
+    let (mut pod, from) = stage.served().await;
+    let SocketAddr::V4(from) = from else { panic!("IPv4") };
+    assert!(from.ip().is_loopback() && from.ip().octets()[1] >= 64, "the last leg comes from 127/8: {from}");
+    round_trip(&mut app, &mut pod, 3 * 1024 * 1024).await;
+    // The application is done sending; the pod still answers, then ends.
+    app.shutdown().await.unwrap();
+    assert_eq!(pod.read(&mut [0; 16]).await.unwrap(), 0, "FIN crosses");
+    pod.write_all(b"late").await.unwrap();
+    pod.shutdown().await.unwrap();
+    let mut rest = Vec::new();
+    timeout(SOON, app.read_to_end(&mut rest)).await.unwrap().unwrap();
+    assert_eq!(rest, b"late");
+    // A second call goes through the same tunnel.
+    let mut again = stage.call_db().await;
+    let (mut pod, _) = stage.served().await;
+    round_trip(&mut again, &mut pod, 10).await;
+    assert_eq!(stage.outbound.tunnels(), 1);
+    drop(pod);
+    assert_eq!(timeout(SOON, again.read(&mut [0; 1])).await.unwrap().unwrap_or(0), 0);
+}
+
+#[tokio::test]
+async fn the_receiver_decides_again_and_cuts_what_it_no_longer_allows() {
+    let mut stage = Stage::set(2).await;
+    let mut app = stage.call_db().await;
+    let (mut pod, _) = stage.served().await;
+    round_trip(&mut app, &mut pod, 10).await;
+    // East withdraws its policy; west has not heard of it.
+    stage.publish(|_| (), |e| e.policies.clear());
+    assert!(is_reset(app).await, "the live connection is cut");
+    assert!(is_reset(stage.call_db().await).await, "a new one is refused");
+    // The endpoint is as healthy as before: a refusal is no failure.
+    assert!(stage.health.unhealthy().is_empty());
+    stage.publish(|_| (), |_| ());
+    let mut app = stage.call_db().await;
+    let (mut pod, _) = stage.served().await;
+    round_trip(&mut app, &mut pod, 10).await;
+}
+
+#[tokio::test]
+async fn leaves_of_a_denied_node_are_refused_until_a_new_generation() {
+    let mut stage = Stage::set(3).await;
+    let node = stage.west.node().to_string();
+    let deny = |generation| v1::NodeDenial { node: node.clone(), generation };
+    let app = stage.call_db().await;
+    let _served = stage.served().await;
+    stage.publish(|_| (), |e| e.denials = vec![deny(1)]);
+    assert!(is_reset(app).await, "the live connection is cut");
+    assert!(is_reset(stage.call_db().await).await);
+    // A denial of generation 0 does not concern leaves of generation 1.
+    stage.publish(|_| (), |e| e.denials = vec![deny(0)]);
+    let mut app = stage.call_db().await;
+    let (mut pod, _) = stage.served().await;
+    round_trip(&mut app, &mut pod, 10).await;
+}
+
+#[tokio::test]
+async fn without_a_record_or_an_svid_the_application_is_reset() {
+    let mut stage = Stage::set(4).await;
+    assert!(is_reset(stage.call(None).await).await, "no record");
+    let nowhere = SocketAddrV4::new(Ipv4Addr::new(127, 0, 99, 99), 80);
+    assert!(is_reset(stage.call(Some(Captured { asked: nowhere, endpoint: nowhere })).await).await, "no endpoint");
+    let view = stage.west_plane.borrow().as_ref().unwrap().view.clone();
+    stage.west_plane.send_replace(Some(plane(view, vec![stage.web.clone()], &[])));
+    assert!(is_reset(stage.call_db().await).await, "no SVID");
+    // A trust domain that east has no bundle of is refused in the handshake.
+    let mut stranger = Cell::founded("west", 9);
+    stranger.entry("web", &["cgroup:web"], &[]);
+    stage.web_svid = stranger.svid("web");
+    stage.publish(|_| (), |_| ());
+    assert!(is_reset(stage.call_db().await).await, "another root of the same name");
+}
+
+#[tokio::test]
+async fn nobody_else_answers_in_the_endpoints_name() {
+    let mut stage = Stage::set(5).await;
+    // The node answers as db, but the view says that cache lives at that address.
+    stage.publish(
+        |w| {
+            w.endpoints[0].spiffe_id = "spiffe://east/cache".into();
+            w.policies.push(allow("cache", "spiffe://east/cache", "spiffe://west/web", &[]));
+        },
+        |_| (),
+    );
+    assert!(is_reset(stage.call_db().await).await);
+    assert!(timeout(Duration::from_millis(200), stage.db.accept()).await.is_err(), "the pod saw nothing");
+}
+
+#[tokio::test]
+async fn a_service_fails_over_before_first_bytes_and_back() {
+    let mut stage = Stage::set(6).await;
+    // A second endpoint of the service, on a node where nobody listens.
+    let dead = Ipv4Addr::new(127, 0, 79, 6);
+    let service = SocketAddrV4::new(Ipv4Addr::new(10, 99, 0, 1), stage.db_at().port());
+    let dead_endpoint = v1::Endpoint { address: dead.to_string(), ..stage.endpoint("127.0.80.6") };
+    let on_service = |w: &mut v1::Slice| {
+        w.endpoints.push(dead_endpoint.clone());
+        w.services = vec![v1::Service {
+            origin: "east".into(),
+            name: "db".into(),
+            address: service.ip().to_string(),
+            port: u32::from(service.port()),
+            backends: vec!["spiffe://east/db".into()],
+        }];
+    };
+    stage.publish(on_service, |_| ());
+    let to_dead = Captured { asked: service, endpoint: SocketAddrV4::new(dead, service.port()) };
+    let mut app = stage.call(Some(to_dead)).await;
+    let (mut pod, _) = stage.served().await;
+    round_trip(&mut app, &mut pod, 10).await;
+    assert_eq!(stage.health.unhealthy().into_iter().collect::<Vec<_>>(), [dead]);
+    // Asked for by its own address there is nothing to fail over to.
+    let direct = Captured { asked: to_dead.endpoint, endpoint: to_dead.endpoint };
+    assert!(is_reset(stage.call(Some(direct)).await).await);
+
+    // The probe finds the node again once something proves to be db there.
+    let probe = tokio::spawn(stage.health.clone().probe(stage.west_plane.subscribe()));
+    tokio::time::sleep(Duration::from_millis(700)).await;
+    assert_eq!(stage.health.unhealthy().len(), 1, "still dead");
+    let revived = TcpListener::bind(("127.0.80.6", ambit_agent::hbone::PORT)).await.unwrap();
+    let inbound = Inbound::new(stage.east_plane.subscribe(), NetnsThread::start().unwrap(), Arc::new(Clock::default()));
+    tokio::spawn(inbound.serve(revived));
+    timeout(SOON, async {
+        while !stage.health.unhealthy().is_empty() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await
+    .expect("healthy again");
+    probe.abort();
+}
+
+#[tokio::test]
+async fn garbage_on_the_hbone_port_harms_nobody() {
+    let stage = Stage::set(7).await;
+    for garbage in [&b"GET / HTTP/1.1\r\n\r\n"[..], &[0x16, 3, 1, 0xff, 0xff, 1, 2, 3], &[0; 4096]] {
+        let mut tcp = TcpStream::connect(stage.hbone).await.unwrap();
+        tcp.write_all(garbage).await.unwrap();
+        tcp.shutdown().await.unwrap();
+        let mut rest = Vec::new();
+        let _ = timeout(SOON, tcp.read_to_end(&mut rest)).await.expect("closed in time");
+    }
+    let mut app = stage.call_db().await;
+    let (mut pod, _) = stage.served().await;
+    round_trip(&mut app, &mut pod, 10).await;
+}
