@@ -38,6 +38,11 @@ fn key_id(spki: &[u8]) -> Vec<u8> {
     Sha256::digest(spki).iter().take(20).copied().collect()
 }
 
+/// The name of the authority that will have this key: its subject key identifier, hex.
+pub fn authority_id(csr: &Csr) -> String {
+    hex::encode(key_id(csr.spki()))
+}
+
 fn base(lifetime: Lifetime, serial: &[u8; 16]) -> Result<CertificateParams, Refusal> {
     let mut params = CertificateParams::default();
     params.not_before = date(lifetime.not_before)?;
@@ -86,7 +91,11 @@ impl Root {
     }
 
     /// A replica's intermediate: pathLen 0, its own subject and key identifier.
-    pub fn intermediate(&self, admission: &Committed<ReplicaAdmission>, csr: &Csr) -> Result<CertificateDer<'static>, Refusal> {
+    pub fn intermediate(
+        &self,
+        admission: &Committed<ReplicaAdmission>,
+        csr: &Csr,
+    ) -> Result<CertificateDer<'static>, Refusal> {
         let a = admission.get();
         if csr.spki_sha256() != a.issuer_key_hash {
             return Err(Refusal::new(Code::AuthorityMismatch, "the issuing key that was admitted", "another"));
@@ -193,14 +202,21 @@ impl IssuingKey {
             let content = binding_der(&node, generation, epoch);
             params.custom_extensions.push(CustomExtension::from_oid_content(NODE_BINDING_OID, content));
         }
-        let issuer = Issuer::from_ca_cert_der(&self.intermediate, &self.key.pair).map_err(|e| internal("an issuer", e))?;
+        let issuer =
+            Issuer::from_ca_cert_der(&self.intermediate, &self.key.pair).map_err(|e| internal("an issuer", e))?;
         let spki = SubjectPublicKeyInfo::from_der(csr.spki()).map_err(|e| internal("a key", e))?;
         let cert = params.signed_by(&spki, &issuer).map_err(|e| internal("a leaf", e))?;
         Ok(vec![cert.der().clone(), self.intermediate.clone()])
     }
 
     /// This replica's own TLS leaf, under the admission that gave it the intermediate.
-    pub fn replica_leaf(&self, replica: u64, td: &TrustDomain, lifetime: Lifetime, csr: &Csr) -> Result<Vec<CertificateDer<'static>>, Refusal> {
+    pub fn replica_leaf(
+        &self,
+        replica: u64,
+        td: &TrustDomain,
+        lifetime: Lifetime,
+        csr: &Csr,
+    ) -> Result<Vec<CertificateDer<'static>>, Refusal> {
         let mut serial = [0u8; 16];
         serial[0] = 0x7e;
         serial[1..9].copy_from_slice(&lifetime.not_before.0.to_be_bytes());
@@ -209,7 +225,13 @@ impl IssuingKey {
     }
 
     /// The founding administrator's leaf; there is no log to commit to before it.
-    pub fn founding_admin(&self, name: &str, td: &TrustDomain, lifetime: Lifetime, csr: &Csr) -> Result<Vec<CertificateDer<'static>>, Refusal> {
+    pub fn founding_admin(
+        &self,
+        name: &str,
+        td: &TrustDomain,
+        lifetime: Lifetime,
+        csr: &Csr,
+    ) -> Result<Vec<CertificateDer<'static>>, Refusal> {
         let mut serial = [0u8; 16];
         serial[0] = 0x7d;
         serial[15] = 1;
@@ -235,7 +257,11 @@ fn binding_der(node: &NodeId, generation: Generation, epoch: u64) -> Vec<u8> {
 /// use ambit_identity::{issue, Csr, IssuingKey};
 /// fn uncommitted(i: ambit_state::Issuance, csr: &Csr, key: &IssuingKey) { let _ = issue(i, csr, key); }
 /// ```
-pub fn issue(committed: Committed<Issuance>, csr: &Csr, key: &IssuingKey) -> Result<Vec<CertificateDer<'static>>, Refusal> {
+pub fn issue(
+    committed: Committed<Issuance>,
+    csr: &Csr,
+    key: &IssuingKey,
+) -> Result<Vec<CertificateDer<'static>>, Refusal> {
     let i = committed.get();
     if i.authority != key.authority {
         return Err(Refusal::new(Code::AuthorityMismatch, key.authority.clone(), i.authority.clone()));

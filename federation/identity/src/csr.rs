@@ -18,7 +18,9 @@ pub struct Csr {
 impl Csr {
     /// Parses and proves. Errors: `csr_malformed`.
     pub fn parse(der: &[u8]) -> Result<Self, Refusal> {
-        let bad = |found: &str| Refusal::new(Code::CsrMalformed, "a PKCS#10 request with a P-256 key and nothing else", found);
+        let bad = |found: &str| {
+            Refusal::new(Code::CsrMalformed, "a PKCS#10 request with a P-256 key and nothing else", found)
+        };
         if der.len() > CSR_MAX_BYTES {
             return Err(bad("more than 1024 bytes"));
         }
@@ -36,7 +38,13 @@ impl Csr {
         let key = info.subject_pki.subject_public_key.data.as_ref();
         // RFC 5480: id-ecPublicKey with secp256r1, an uncompressed point of 65 bytes.
         let p256 = info.subject_pki.algorithm.algorithm.to_id_string() == "1.2.840.10045.2.1"
-            && info.subject_pki.algorithm.parameters.as_ref().and_then(|p| p.as_oid().ok()).is_some_and(|o| o.to_id_string() == "1.2.840.10045.3.1.7")
+            && info
+                .subject_pki
+                .algorithm
+                .parameters
+                .as_ref()
+                .and_then(|p| p.as_oid().ok())
+                .is_some_and(|o| o.to_id_string() == "1.2.840.10045.3.1.7")
             && key.len() == 65;
         if !p256 {
             return Err(bad("another kind of key"));

@@ -27,13 +27,14 @@ impl SvidKey {
     }
     /// The key in PKCS#8 DER.
     pub fn from_pkcs8(der: &[u8]) -> Result<Self, Refusal> {
-        let pair = KeyPair::try_from(der).map_err(|e| Refusal::new(Code::BadRequest, "a PKCS#8 P-256 key", e.to_string()))?;
+        let pair =
+            KeyPair::try_from(der).map_err(|e| Refusal::new(Code::BadRequest, "a PKCS#8 P-256 key", e.to_string()))?;
         Ok(Self { pair })
     }
     /// From PEM.
     pub fn from_pem(pem: &str) -> Result<Self, Refusal> {
-        let pair =
-            KeyPair::from_pem(pem).map_err(|e| Refusal::new(Code::BadRequest, "a PKCS#8 P-256 key in PEM", e.to_string()))?;
+        let pair = KeyPair::from_pem(pem)
+            .map_err(|e| Refusal::new(Code::BadRequest, "a PKCS#8 P-256 key in PEM", e.to_string()))?;
         Ok(Self { pair })
     }
     /// PKCS#8 DER. The caller keeps it in a file of mode 0600 or hands it to the workload it belongs to.

@@ -57,7 +57,11 @@ impl RecordKey {
         self.pair.sign(&[POSSESSION_CONTEXT, transcript].concat()).as_ref().to_vec()
     }
     /// Signs a drill's report that was committed: (statement, signature).
-    pub fn sign_report(&self, td: &TrustDomain, report: &Committed<SealedReport>) -> Result<(Vec<u8>, Vec<u8>), Refusal> {
+    pub fn sign_report(
+        &self,
+        td: &TrustDomain,
+        report: &Committed<SealedReport>,
+    ) -> Result<(Vec<u8>, Vec<u8>), Refusal> {
         let r = report.get();
         let statement = ReportStatement {
             trust_domain: td.clone(),
@@ -102,7 +106,12 @@ pub struct KeySet {
 
 impl KeySet {
     /// Certifies `keys` as the root: (statement, signature).
-    pub fn certify(root: &Root, td: &TrustDomain, seq: u64, keys: Vec<[u8; 32]>) -> Result<(Vec<u8>, Vec<u8>), Refusal> {
+    pub fn certify(
+        root: &Root,
+        td: &TrustDomain,
+        seq: u64,
+        keys: Vec<[u8; 32]>,
+    ) -> Result<(Vec<u8>, Vec<u8>), Refusal> {
         let statement = KeySetStatement { trust_domain: td.clone(), seq, keys };
         let bytes = postcard::to_stdvec(&statement).map_err(|e| internal("a statement", e))?;
         let signature = root.sign(&[KEY_SET_CONTEXT, bytes.as_slice()].concat())?;
@@ -110,7 +119,9 @@ impl KeySet {
     }
     /// Verifies a key set of `td` under its root. Errors: `record_signature`.
     pub fn verify(td: &TrustDomain, root_der: &[u8], statement: &[u8], signature: &[u8]) -> Result<Self, Refusal> {
-        let bad = |found: &str| Refusal::new(Code::RecordSignature, format!("a key set certified by the root of {td}"), found);
+        let bad = |found: &str| {
+            Refusal::new(Code::RecordSignature, format!("a key set certified by the root of {td}"), found)
+        };
         let (_, root) = X509Certificate::from_der(root_der).map_err(|_| bad("an unreadable root"))?;
         let key = root.public_key().subject_public_key.data.as_ref();
         UnparsedPublicKey::new(&ECDSA_P256_SHA256_ASN1, key)
@@ -149,7 +160,9 @@ impl KeySet {
     }
     /// A sealed report's statement. Errors: `drill_report_invalid`.
     pub fn verify_report(&self, statement: &[u8], signature: &[u8]) -> Result<ReportStatement, Refusal> {
-        let bad = |found: &str| Refusal::new(Code::DrillReportInvalid, "a statement signed by a record key of the cell", found);
+        let bad = |found: &str| {
+            Refusal::new(Code::DrillReportInvalid, "a statement signed by a record key of the cell", found)
+        };
         if !self.any(&[REPORT_CONTEXT, statement].concat(), signature) {
             return Err(bad("another signature"));
         }

@@ -119,7 +119,8 @@ pub fn verify_pinned(
 }
 
 fn verify_path(chain: &[CertificateDer<'_>], anchors: &[TrustAnchor<'static>], now: Stamp) -> Result<(), Refusal> {
-    let untrusted = |e: webpki::Error| Refusal::new(Code::SvidUntrusted, "a chain to the bundle, in time", e.to_string());
+    let untrusted =
+        |e: webpki::Error| Refusal::new(Code::SvidUntrusted, "a chain to the bundle, in time", e.to_string());
     let [leaf, rest @ ..] = chain else {
         return Err(Refusal::new(Code::SvidMalformed, "a certificate", "none"));
     };
@@ -155,8 +156,12 @@ fn parse_leaf(chain: &[CertificateDer<'_>]) -> Result<PeerSvid, Refusal> {
 fn spiffe_id(cert: &X509Certificate<'_>) -> Result<SpiffeId, Refusal> {
     let bad = |found: String| Refusal::new(Code::SvidMalformed, "exactly one URI SAN, a SPIFFE ID with a path", found);
     let san = cert.subject_alternative_name().map_err(|e| bad(e.to_string()))?.ok_or_else(|| bad("no SAN".into()))?;
-    let uris: Vec<&str> =
-        san.value.general_names.iter().filter_map(|n| if let GeneralName::URI(u) = n { Some(*u) } else { None }).collect();
+    let uris: Vec<&str> = san
+        .value
+        .general_names
+        .iter()
+        .filter_map(|n| if let GeneralName::URI(u) = n { Some(*u) } else { None })
+        .collect();
     match uris.as_slice() {
         [one] => one.parse().map_err(|_| bad((*one).to_owned())),
         many => Err(bad(format!("{} URI SANs", many.len()))),

@@ -80,14 +80,20 @@ struct Verifier {
 }
 
 impl Verifier {
-    fn check(&self, leaf: &CertificateDer<'_>, rest: &[CertificateDer<'_>], now: UnixTime) -> Result<(), rustls::Error> {
+    fn check(
+        &self,
+        leaf: &CertificateDer<'_>,
+        rest: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<(), rustls::Error> {
         let chain: Vec<_> = std::iter::once(leaf.clone()).chain(rest.iter().cloned()).collect();
         let now = Stamp(now.as_secs().saturating_mul(1000));
         let peer = self.trust.current().verify(&chain, now).map_err(|r| certificate(r.code, r))?;
         match &self.expect {
-            Some(expect) if !expect.accepts(peer.id()) => {
-                Err(certificate(Code::SvidUntrusted, Refusal::new(Code::SvidUntrusted, format!("{expect:?}"), peer.id().as_str())))
-            }
+            Some(expect) if !expect.accepts(peer.id()) => Err(certificate(
+                Code::SvidUntrusted,
+                Refusal::new(Code::SvidUntrusted, format!("{expect:?}"), peer.id().as_str()),
+            )),
             Some(_) | None => Ok(()),
         }
     }

@@ -49,7 +49,8 @@ pub fn wrap(public: &[u8], secret: &[u8]) -> Result<Vec<u8>, Refusal> {
     let bad = || Refusal::new(Code::Internal, "a P-256 public point", "another");
     let mine = EphemeralPrivateKey::generate(&ECDH_P256, &SystemRandom::new()).map_err(|_| bad())?;
     let point = mine.compute_public_key().map_err(|_| bad())?.as_ref().to_vec();
-    let key = agree_ephemeral(mine, UnparsedPublicKey::new(&ECDH_P256, public), bad(), |shared| derive(shared, &point))?;
+    let key =
+        agree_ephemeral(mine, UnparsedPublicKey::new(&ECDH_P256, public), bad(), |shared| derive(shared, &point))?;
     Ok([point, seal(&key, secret)?].concat())
 }
 
@@ -74,7 +75,8 @@ fn okm_fill(
 pub fn seal(key: &[u8; 32], plain: &[u8]) -> Result<Vec<u8>, Refusal> {
     let key = RandomizedNonceKey::new(&AES_256_GCM, key).map_err(|e| internal("an AES key", e))?;
     let mut body = plain.to_vec();
-    let nonce = key.seal_in_place_append_tag(Aad::from(CONTEXT), &mut body).map_err(|e| internal("a sealed text", e))?;
+    let nonce =
+        key.seal_in_place_append_tag(Aad::from(CONTEXT), &mut body).map_err(|e| internal("a sealed text", e))?;
     Ok([nonce.as_ref().as_slice(), &body].concat())
 }
 

@@ -1,6 +1,6 @@
 //! Issuance and verification against each other and against OpenSSL, which nobody here wrote.
 
-use ambit_identity::keys::{fingerprint, certificates_from_pem, certificates_to_pem};
+use ambit_identity::keys::{certificates_from_pem, certificates_to_pem, fingerprint};
 use ambit_identity::svid::verify_pinned;
 use ambit_identity::wrap::{self, WrapKey};
 use ambit_identity::{Csr, IssuingKey, KeySet, RecordKey, Root, SvidKey, TrustStore, issue, verify_svid};
@@ -192,8 +192,7 @@ fn key_sets_heads_and_wrapped_keys_hold_or_are_refused() {
     let set = KeySet::verify(&west.td, west.root.der(), &statement, &signature).unwrap();
     assert!(KeySet::verify(&west.td, east.root.der(), &statement, &signature).is_err());
     assert!(KeySet::verify(&east.td, west.root.der(), &statement, &signature).is_err());
-    let head =
-        Head { origin: west.td.clone(), epoch: 1, seq: 2, hash: [3; 32], stamp: NOW, nonce: [4; 16] };
+    let head = Head { origin: west.td.clone(), epoch: 1, seq: 2, hash: [3; 32], stamp: NOW, nonce: [4; 16] };
     let signed = key.sign_head(&head);
     assert!(set.verify_head(&head, &signed).is_ok());
     assert!(set.verify_head(&Head { seq: 3, ..head.clone() }, &signed).is_err());

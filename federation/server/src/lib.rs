@@ -2,6 +2,12 @@
 //!
 //! Never here: decisions about identity or policy (`ambit-state`, `ambit-policy`), evidence checks (`ambit-verify`), or a
 //! signature without a committed entry.
+#![forbid(unsafe_code)]
 
+pub mod authorise;
+pub mod config;
+pub mod metrics;
 pub mod raft;
+pub mod replica;
+pub mod services;
 pub mod store;

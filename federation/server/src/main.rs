@@ -1,1 +1,135 @@
-fn main() {}
+//! The command line of a federation replica.
+
+use ambit_model::{Code, Refusal, TrustDomain};
+use ambitd::config::Config;
+use ambitd::replica::{found, run};
+use clap::{Parser, Subcommand};
+use std::io::IsTerminal;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+
+/// A replica of an Ambit cell: Raft, identity, policy, federation.
+#[derive(Parser)]
+#[command(version)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Found a cell: root, first replica, administrator.
+    Init {
+        /// Configuration file (TOML).
+        #[arg(long)]
+        config: PathBuf,
+        /// The trust domain of the cell.
+        #[arg(long)]
+        trust_domain: TrustDomain,
+        /// This replica's number.
+        #[arg(long, default_value_t = 1)]
+        replica: u64,
+        /// Folder for the administrator's context, certificate and key.
+        #[arg(long)]
+        admin_out: PathBuf,
+    },
+    /// Join a cell with a one-time token; `run` afterwards.
+    Join {
+        /// Configuration file (TOML).
+        #[arg(long)]
+        config: PathBuf,
+        /// The trust domain of the cell.
+        #[arg(long)]
+        trust_domain: TrustDomain,
+        /// This replica's number, as in the token.
+        #[arg(long)]
+        replica: u64,
+        /// ip:port of the replica that keeps the root.
+        #[arg(long)]
+        via: SocketAddr,
+        /// The root's fingerprint (64 hex digits), compared out of band.
+        #[arg(long)]
+        fingerprint: String,
+        /// The token from `ambit raft add`.
+        #[arg(long)]
+        token: String,
+    },
+    /// Serve.
+    Run {
+        /// Configuration file (TOML).
+        #[arg(long)]
+        config: PathBuf,
+    },
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    logging();
+    // Two cores are the yardstick; Raft has a thread of its own.
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    let outcome = match runtime {
+        Ok(runtime) => runtime.block_on(execute(cli.verb)),
+        Err(e) => Err(Refusal::new(Code::Internal, "a runtime", e.to_string())),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(refusal) => {
+            eprintln!(
+                "error[{}]: expected {}, found {}\ntry: {}",
+                refusal.code,
+                refusal.expected,
+                refusal.found,
+                refusal.code.remedy()
+            );
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn execute(verb: Verb) -> Result<(), Refusal> {
+    match verb {
+        Verb::Init { config, trust_domain, replica, admin_out } => {
+            let print = found::init(&Config::load(&config)?, &trust_domain, replica, &admin_out).await?;
+            use std::io::Write;
+            writeln!(std::io::stdout(), "root fingerprint: {}", hex::encode(print))
+                .map_err(|e| Refusal::new(Code::Internal, "a writable stdout", e.to_string()))
+        }
+        Verb::Join { config, trust_domain, replica, via, fingerprint, token } => {
+            let config = Config::load(&config)?;
+            let mut print = [0u8; 32];
+            hex::decode_to_slice(&fingerprint, &mut print)
+                .map_err(|_| Refusal::new(Code::BadRequest, "a fingerprint of 64 hexadecimal digits", fingerprint))?;
+            let join = found::Join { trust_domain: &trust_domain, fingerprint: print, via, replica, token: &token };
+            found::join(&config, &join).await
+        }
+        Verb::Run { config } => {
+            let config = Config::load(&config)?;
+            let (tell, stop) = watch::channel(false);
+            let mut terminate = signal(SignalKind::terminate())
+                .map_err(|e| Refusal::new(Code::Internal, "a signal handler", e.to_string()))?;
+            tokio::spawn(async move {
+                tokio::select! {
+                    _ = terminate.recv() => {}
+                    _ = tokio::signal::ctrl_c() => {}
+                }
+                let _ = tell.send(true);
+            });
+            run::run(&config, stop).await
+        }
+    }
+}
+
+/// Text on a terminal, JSON otherwise.
+fn logging() {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info,raft=warn,raft_engine=warn"));
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    if std::io::stderr().is_terminal() {
+        builder.init();
+    } else {
+        builder.json().init();
+    }
+}

@@ -71,7 +71,8 @@ impl Dialer {
             .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
             .keep_alive_timeout(KEEPALIVE_TIMEOUT)
             .keep_alive_while_idle(true);
-        let connected = tokio::time::timeout(CONNECT_TIMEOUT, endpoint.connect_with_connector(tower::service_fn(connect)));
+        let connected =
+            tokio::time::timeout(CONNECT_TIMEOUT, endpoint.connect_with_connector(tower::service_fn(connect)));
         match connected.await {
             Ok(Ok(channel)) => Ok(channel),
             Ok(Err(e)) => Err(Refusal::new(Code::Unavailable, format!("a cell replica at {addr}"), chain(&e))),

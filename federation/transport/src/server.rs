@@ -16,7 +16,10 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::body::Body;
+use tonic::service::Routes;
 use tonic::transport::server::{Connected, Router};
+use tower::{Layer, Service};
 
 /// Slow handshakes are cut, so that they cannot hold their places (Keylime CVE-2023-38200).
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -62,13 +65,19 @@ impl AsyncWrite for Accepted {
 }
 
 /// Serves `router` on `listener` until `shutdown`. The [`Caller`] is an extension of every request.
-pub async fn serve(
+pub async fn serve<L>(
     listener: TcpListener,
     config: ServerConfig,
     trust: SharedTrust,
-    router: Router,
+    router: Router<L>,
     shutdown: impl Future<Output = ()>,
-) -> Result<(), tonic::transport::Error> {
+) -> Result<(), tonic::transport::Error>
+where
+    L: Layer<Routes>,
+    L::Service: Service<http::Request<Body>, Response = http::Response<Body>> + Clone + Send + 'static,
+    <L::Service as Service<http::Request<Body>>>::Future: Send,
+    <L::Service as Service<http::Request<Body>>>::Error: Into<Box<dyn std::error::Error + Send + Sync>> + Send,
+{
     // Handshakes are done aside and handed over here; the bound is the number of connections not yet taken in.
     let (ready, accepted) = mpsc::channel::<Result<Accepted, std::io::Error>>(HANDSHAKES_MAX);
     let acceptor = TlsAcceptor::from(Arc::new(config));

@@ -3,22 +3,24 @@
 //! Group commit: whatever was queued while the last sync ran goes into the next append. Any failure to write, and any
 //! panic, ends the process: a replica in doubt restarts from disk, it does not go on.
 
+use super::clock::TermClock;
 use super::core::{Input, Outgoing, RaftCore, Rejected, Work};
 use super::machine::{Fatal, Machine};
 use super::metrics::Metrics;
+use super::reads::Reads;
 use super::status::{Role, Status};
 use super::transport::Outbox;
 use super::waiters::Waiters;
 use super::{Options, StartError, core};
 use crate::store::Change;
 use crate::store::log::LogStore;
-use ambit_model::{RaftIndex, ReplicaId, Stamp};
+use ambit_model::{RaftIndex, ReplicaId};
 use ambit_state::{LogEntry, State};
 use raft::StateRole;
 use std::collections::{HashMap, VecDeque};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError};
 use std::sync::{Arc, PoisonError, RwLock};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 use tokio::sync::{oneshot, watch};
 
 /// Requests in the queue. Proposals are bounded well below by their permits, so that raft's own messages find room.
@@ -27,14 +29,10 @@ const QUEUE_MAX: usize = 4096;
 const BATCH_MAX: usize = 1024;
 /// Ticks made up for after a stall; more would turn a pause of this process into an election.
 const TICKS_CAUGHT_UP_MAX: u32 = 2;
-/// A read that raft dropped (no leader, or none of its term committed yet) is asked again after this.
-const READ_RETRY: Duration = Duration::from_millis(100);
 /// A snapshot on its way for longer is taken for lost.
 const SNAPSHOT_IN_FLIGHT_MAX: Duration = Duration::from_secs(10);
 /// Parked proposals wait for a new leader to apply earlier terms; as many as a follower may hold anyway.
 const PARKED_MAX: usize = 1024;
-/// Read batches that wait for a quorum.
-const READS_MAX: usize = 1024;
 
 /// What the thread is asked.
 pub(super) enum Request {
@@ -94,13 +92,8 @@ pub(super) fn queue() -> (Queue, Receiver<Request>) {
     (Queue(sender), receiver)
 }
 
-struct ReadBatch {
-    context: Vec<u8>,
-    asked: Instant,
-    /// Known once a quorum confirmed; then it waits for the state to get there.
-    index: Option<u64>,
-    callers: Vec<oneshot::Sender<u64>>,
-}
+/// A proposal that waits for its new leader, and who asks.
+type Parked = (Box<LogEntry>, oneshot::Sender<Result<u64, Rejected>>);
 
 pub(super) struct Driver {
     options: Options,
@@ -112,36 +105,12 @@ pub(super) struct Driver {
     status: watch::Sender<Status>,
     applied: watch::Sender<u64>,
     clock: Option<TermClock>,
-    parked: VecDeque<(Box<LogEntry>, oneshot::Sender<Result<u64, Rejected>>)>,
-    reads_new: Vec<oneshot::Sender<u64>>,
-    reads: VecDeque<ReadBatch>,
-    reads_made: u64,
+    parked: VecDeque<Parked>,
+    reads: Reads,
     snapshots_sent: HashMap<u64, Instant>,
     /// Since when a snapshot is kept in memory for followers.
     offered: Option<Instant>,
     snapshot_asked: Vec<oneshot::Sender<(u64, [u8; 32])>>,
-}
-
-/// A leader's time: wall clock at the start of its term, then its monotonic clock, so that a stepped wall clock moves no
-/// deadline; never below the last stamp applied (I15, in part).
-struct TermClock {
-    term: u64,
-    start: Stamp,
-    since: Instant,
-    last: Stamp,
-}
-
-impl TermClock {
-    fn start(term: u64, floor: Stamp) -> Self {
-        let wall = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let start = floor.max(Stamp(u64::try_from(wall.as_millis()).unwrap_or(u64::MAX)));
-        Self { term, start, since: Instant::now(), last: start }
-    }
-    fn now(&mut self) -> Stamp {
-        let elapsed = u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX);
-        self.last = self.last.max(self.start.plus_ms(elapsed));
-        self.last
-    }
 }
 
 /// Opens the stores and makes the core; the thread starts with [`Driver::spawn`].
@@ -186,6 +155,7 @@ impl Driver {
         let applied = watch::Sender::new(machine.applied());
         let published = Published { status: status.subscribe(), applied: applied.subscribe() };
         let name = format!("raft-{}", options.id);
+        let reads = Reads::new(options.id.0, shared.incarnation);
         let driver = Self {
             options,
             core,
@@ -197,9 +167,7 @@ impl Driver {
             applied,
             clock: None,
             parked: VecDeque::new(),
-            reads_new: Vec::new(),
-            reads: VecDeque::new(),
-            reads_made: 0,
+            reads,
             snapshots_sent: HashMap::new(),
             offered: None,
             snapshot_asked: Vec::new(),
@@ -275,7 +243,7 @@ impl Driver {
                 };
                 let _ = answer.send(outcome);
             }
-            Request::Read(caller) => self.reads_new.push(caller),
+            Request::Read(caller) => self.reads.add(caller),
             Request::Core(input) => match self.core.step(input) {
                 Ok(()) => {}
                 Err(Rejected::OldIncarnation) => self.shared.metrics.frame_dropped(),
@@ -332,37 +300,10 @@ impl Driver {
             }
         }
         let now = Instant::now();
-        for batch in &mut self.reads {
-            batch.callers.retain(|c| !c.is_closed());
-        }
-        self.reads.retain(|b| !b.callers.is_empty());
-        let overdue = |b: &ReadBatch| b.index.is_none() && now.duration_since(b.asked) >= READ_RETRY;
-        while let Some(at) = self.reads.iter().position(overdue) {
-            // Never confirmed under its old context any more: an answer that comes late finds no batch.
-            if let Some(batch) = self.reads.remove(at) {
-                self.reads_new.extend(batch.callers);
-            }
-        }
-        if !self.reads_new.is_empty() {
-            self.ask_read(now);
+        if let Some(context) = self.reads.ask(now) {
+            let _ = self.core.step(Input::ReadIndex(context));
         }
         self.watch_snapshots(now);
-    }
-
-    fn ask_read(&mut self, now: Instant) {
-        if self.reads.len() >= READS_MAX {
-            // Callers whose sender is dropped answer busy.
-            self.reads_new.clear();
-            return;
-        }
-        self.reads_made += 1;
-        // Unique in the cell and across restarts: a leader keys its confirmations by it.
-        let mut context = self.options.id.0.to_le_bytes().to_vec();
-        context.extend(self.shared.incarnation.to_le_bytes());
-        context.extend(self.reads_made.to_le_bytes());
-        let callers = std::mem::take(&mut self.reads_new);
-        self.reads.push_back(ReadBatch { context: context.clone(), asked: now, index: None, callers });
-        let _ = self.core.step(Input::ReadIndex(context));
     }
 
     fn watch_snapshots(&mut self, now: Instant) {
@@ -387,7 +328,7 @@ impl Driver {
         while let Some(work) = self.core.ready() {
             self.perform(work)?;
         }
-        self.finish_reads();
+        self.reads.finish(self.machine.applied());
         self.snapshots()?;
         self.publish();
         Ok(())
@@ -405,9 +346,7 @@ impl Driver {
             Err(_) => tracing::error!("a receipt of another batch: acknowledgements withheld"),
         }
         for (context, index) in work.reads {
-            if let Some(batch) = self.reads.iter_mut().find(|b| b.context == context) {
-                batch.index = Some(index);
-            }
+            self.reads.confirm(&context, index);
         }
         self.apply(work.apply)?;
         let released = self.core.persisted(&receipt);
@@ -428,16 +367,6 @@ impl Driver {
         }
         self.machine.store_writes();
         Ok(())
-    }
-
-    fn finish_reads(&mut self) {
-        let applied = self.machine.applied();
-        let reached = |b: &ReadBatch| b.index.is_some_and(|i| i <= applied);
-        while let Some(at) = self.reads.iter().position(reached) {
-            for caller in self.reads.remove(at).map(|b| b.callers).unwrap_or_default() {
-                let _ = caller.send(applied);
-            }
-        }
     }
 
     /// Makes a snapshot where one is due, asked for, or needed by a follower; then drops what no one needs of the log.

@@ -4,12 +4,14 @@
 //! `ambit_state`, applied in log order by the one driver thread.
 
 mod cell;
+mod clock;
 pub mod core;
 mod driver;
 mod machine;
 mod membership;
 mod metrics;
 mod peers;
+mod reads;
 mod status;
 pub mod transport;
 mod waiters;

@@ -1,0 +1,140 @@
+//! A replica's keys and certificates on disk: mode 0600, written before they are needed, never logged.
+
+use ambit_identity::wrap::WrapKey;
+use ambit_identity::{IssuingKey, RecordKey, Root, SvidKey};
+use ambit_model::{Code, Refusal, TrustDomain};
+use rustls_pki_types::CertificateDer;
+use serde::{Deserialize, Serialize};
+use std::io::Write;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+/// What a replica is told at `init` or `join` and never changes.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Card {
+    /// The cell's trust domain.
+    pub trust_domain: TrustDomain,
+    /// This replica's number.
+    pub replica: u64,
+    /// Authority epoch at the time.
+    pub epoch: u64,
+    /// The other replicas as known then; replicated state replaces it.
+    pub members: Vec<(u64, String)>,
+}
+
+/// The folder with everything that only this replica has.
+#[derive(Clone, Debug)]
+pub struct Files {
+    dir: PathBuf,
+}
+
+fn failed(what: &str, path: &Path, e: impl std::fmt::Display) -> Refusal {
+    Refusal::new(Code::ConfigInvalid, format!("{what} {}", path.display()), e.to_string())
+}
+
+impl Files {
+    /// Below the data directory, created with mode 0700.
+    pub fn create(data_dir: &Path) -> Result<Self, Refusal> {
+        use std::os::unix::fs::DirBuilderExt;
+        let dir = data_dir.join("identity");
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&dir)
+            .map_err(|e| failed("a writable folder", &dir, e))?;
+        Ok(Self { dir })
+    }
+    /// Whether `init` or `join` was done here.
+    pub fn exist(&self) -> bool {
+        self.dir.join("card.json").exists()
+    }
+
+    fn write(&self, name: &str, bytes: &[u8]) -> Result<(), Refusal> {
+        let path = self.dir.join(name);
+        write_private(&path, bytes)
+    }
+
+    fn read(&self, name: &str) -> Result<Vec<u8>, Refusal> {
+        let path = self.dir.join(name);
+        let meta = std::fs::metadata(&path).map_err(|e| failed("a file", &path, e))?;
+        if meta.mode() & 0o077 != 0 {
+            let found = format!("mode {:o}", meta.mode() & 0o777);
+            return Err(Refusal::new(Code::ConfigInvalid, format!("mode 600 on {}", path.display()), found));
+        }
+        std::fs::read(&path).map_err(|e| failed("a readable file", &path, e))
+    }
+
+    /// Keeps the root's key: the form `file`, shown as unsealed.
+    pub fn put_root(&self, root: &Root) -> Result<(), Refusal> {
+        self.write("root.key", &root.key().pkcs8())?;
+        self.write("root.der", root.der())
+    }
+    /// The root's certificate, which every replica has.
+    pub fn put_root_der(&self, der: &[u8]) -> Result<(), Refusal> {
+        self.write("root.der", der)
+    }
+    /// The root's certificate.
+    pub fn root_der(&self) -> Result<CertificateDer<'static>, Refusal> {
+        Ok(CertificateDer::from(self.read("root.der")?))
+    }
+    /// The root with its key, on the replica that keeps it.
+    pub fn root(&self, td: &TrustDomain) -> Result<Option<Root>, Refusal> {
+        if !self.dir.join("root.key").exists() {
+            return Ok(None);
+        }
+        let key = SvidKey::from_pkcs8(&self.read("root.key")?)?;
+        Ok(Some(Root::load(td, self.root_der()?, key)))
+    }
+    /// Keeps the issuing key and its intermediate.
+    pub fn put_issuer(&self, issuer: &IssuingKey) -> Result<(), Refusal> {
+        self.write("issuer.key", &issuer.key().pkcs8())?;
+        self.write("intermediate.der", issuer.intermediate())
+    }
+    /// The issuing key.
+    pub fn issuer(&self) -> Result<IssuingKey, Refusal> {
+        let key = SvidKey::from_pkcs8(&self.read("issuer.key")?)?;
+        IssuingKey::new(key, CertificateDer::from(self.read("intermediate.der")?))
+    }
+    /// Keeps the TLS key.
+    pub fn put_tls(&self, key: &SvidKey) -> Result<(), Refusal> {
+        self.write("tls.key", &key.pkcs8())
+    }
+    /// The TLS key.
+    pub fn tls(&self) -> Result<SvidKey, Refusal> {
+        SvidKey::from_pkcs8(&self.read("tls.key")?)
+    }
+    /// Keeps the record key and the wrap key.
+    pub fn put_record_and_wrap(&self, record: &RecordKey, wrap: &WrapKey) -> Result<(), Refusal> {
+        self.write("record.key", record.pkcs8())?;
+        self.write("wrap.key", &wrap.der()?)
+    }
+    /// The record key.
+    pub fn record(&self) -> Result<RecordKey, Refusal> {
+        RecordKey::from_pkcs8(&self.read("record.key")?)
+    }
+    /// The wrap key.
+    pub fn wrap(&self) -> Result<WrapKey, Refusal> {
+        WrapKey::from_der(&self.read("wrap.key")?)
+    }
+    /// Keeps the card; written last, so that its presence means that all is there.
+    pub fn put_card(&self, card: &Card) -> Result<(), Refusal> {
+        let bytes = serde_json::to_vec_pretty(card).map_err(|e| failed("a card in", &self.dir, e))?;
+        self.write("card.json", &bytes)
+    }
+    /// The card.
+    pub fn card(&self) -> Result<Card, Refusal> {
+        serde_json::from_slice(&self.read("card.json")?).map_err(|e| failed("a readable card in", &self.dir, e))
+    }
+}
+
+/// Writes a file of mode 0600 and syncs it.
+pub fn write_private(path: &Path, bytes: &[u8]) -> Result<(), Refusal> {
+    let mut file = std::fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(path)
+        .map_err(|e| failed("a writable file", path, e))?;
+    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(|e| failed("a written file", path, e))
+}

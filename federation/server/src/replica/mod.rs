@@ -1,0 +1,158 @@
+//! One replica: its keys, its place in the cell, and what all services share.
+
+pub mod agents;
+pub mod budget;
+pub mod files;
+pub mod found;
+pub mod peering;
+pub mod run;
+pub mod ticket;
+pub mod upkeep;
+
+use crate::raft::Cell;
+use agents::Agents;
+use ambit_identity::tls::{SharedTrust, Trust};
+use ambit_identity::wrap::WrapKey;
+use ambit_identity::{IssuingKey, RecordKey, Root, TrustStore};
+use ambit_model::bundle::{Bundle, Foreign, Own};
+use ambit_model::{Code, Refusal, Stamp, TrustDomain};
+use ambit_state::{Applied, Command, State};
+use ambit_transport::Dialer;
+use sha2::{Digest, Sha256};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+/// What the services of one replica share. Cheap to clone.
+#[derive(Clone)]
+pub struct Replica {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    cell: Cell,
+    trust_domain: TrustDomain,
+    id: u64,
+    address: String,
+    /// The other replicas as `join` was told; replicated state replaces it.
+    told: Vec<(u64, String)>,
+    issuer: IssuingKey,
+    root: Option<Root>,
+    record: RecordKey,
+    wrap: WrapKey,
+    trust: SharedTrust,
+    dialer: Dialer,
+    agents: Agents,
+    /// When the last pull that succeeded was *sent*, by this replica's own clock (I12); known where pulling happens.
+    heard: Mutex<BTreeMap<TrustDomain, Instant>>,
+}
+
+impl Replica {
+    /// The Raft group.
+    pub fn cell(&self) -> &Cell {
+        &self.inner.cell
+    }
+    /// The cell's trust domain.
+    pub fn trust_domain(&self) -> &TrustDomain {
+        &self.inner.trust_domain
+    }
+    /// This replica's number.
+    pub fn id(&self) -> u64 {
+        self.inner.id
+    }
+    /// This replica's own address.
+    pub fn address(&self) -> &str {
+        &self.inner.address
+    }
+    /// This replica's issuing key.
+    pub fn issuer(&self) -> &IssuingKey {
+        &self.inner.issuer
+    }
+    /// The root's key, on the replica that keeps it.
+    pub fn root(&self) -> Result<&Root, Refusal> {
+        let none =
+            || Refusal::new(Code::IssuerUnavailable, "the replica that keeps the root (replica 1)", "another replica");
+        self.inner.root.as_ref().ok_or_else(none)
+    }
+    /// This replica's record key.
+    pub fn record(&self) -> &RecordKey {
+        &self.inner.record
+    }
+    /// This replica's wrap key.
+    pub fn wrap(&self) -> &WrapKey {
+        &self.inner.wrap
+    }
+    /// Bundles as of the last applied entry.
+    pub fn trust(&self) -> &SharedTrust {
+        &self.inner.trust
+    }
+    /// Dials as this replica.
+    pub fn dialer(&self) -> &Dialer {
+        &self.inner.dialer
+    }
+    /// Agents whose streams end here.
+    pub fn agents(&self) -> &Agents {
+        &self.inner.agents
+    }
+    /// Notes a pull that succeeded, by when it was sent.
+    pub fn heard(&self, peer: &TrustDomain, sent: Instant) {
+        self.inner.heard.lock().unwrap_or_else(PoisonError::into_inner).insert(peer.clone(), sent);
+    }
+    /// Age of what is known of a peer, ms; none where this replica does not pull.
+    pub fn age_ms(&self, peer: &TrustDomain) -> Option<u64> {
+        let heard = self.inner.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        heard.get(peer).map(|at| u64::try_from(at.elapsed().as_millis()).unwrap_or(u64::MAX))
+    }
+
+    /// Commits and applies a command of `client` under its own request id.
+    pub async fn propose(&self, client: [u8; 32], request: [u8; 16], command: Command) -> Result<Applied, Refusal> {
+        self.cell().propose(client, request, command).await
+    }
+    /// Commits a command of this replica's own, which nobody retries.
+    pub async fn propose_own(&self, command: Command) -> Result<Applied, Refusal> {
+        let client = Sha256::digest(format!("replica {}", self.id())).into();
+        self.cell().propose(client, fresh(), command).await
+    }
+    /// Reads the state as of an index that covers every acknowledged write (I3).
+    pub async fn read<T>(&self, f: impl FnOnce(&State) -> T) -> Result<T, Refusal> {
+        self.cell().read_barrier().await?;
+        Ok(f(&self.cell().state()))
+    }
+    /// Reads this replica's own state, which may be behind.
+    pub fn local<T>(&self, f: impl FnOnce(&State) -> T) -> T {
+        f(&self.cell().state())
+    }
+    /// The later of the cell's time and this machine's.
+    pub fn now(&self) -> Stamp {
+        self.local(State::stamp).max(wall_clock())
+    }
+}
+
+/// This machine's clock. Only drivers ask it.
+pub fn wall_clock() -> Stamp {
+    Stamp(SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX)))
+}
+
+/// Random bytes from the system.
+pub fn random<const N: usize>() -> Result<[u8; N], Refusal> {
+    let mut out = [0u8; N];
+    aws_lc_rs::rand::fill(&mut out).map_err(|e| Refusal::new(Code::Internal, "random bytes", e.to_string()))?;
+    Ok(out)
+}
+
+/// A request id of this replica's own.
+fn fresh() -> [u8; 16] {
+    // Without randomness nothing else works either; zeros mean "never retried" to the state machine.
+    random().unwrap_or_default()
+}
+
+/// Own and foreign roots as of `state`.
+pub fn trust_of(state: &State, own: &TrustDomain) -> Result<Trust, Refusal> {
+    let mut bundles = state.bundles();
+    let (sequence, roots) = bundles.remove(own).unwrap_or_default();
+    let mut store = TrustStore::new(&Bundle::<Own>::new(own.clone(), sequence, roots))?;
+    for (td, (sequence, roots)) in bundles {
+        store.add_foreign(&Bundle::<Foreign>::new(td, sequence, roots))?;
+    }
+    Ok(Trust::Bundles(store))
+}

@@ -1,0 +1,157 @@
+//! `ambitd run`: opens the store, serves, and keeps house until told to stop.
+
+use super::agents::Agents;
+use super::files::{Card, Files};
+use super::found::raft_options;
+use super::{Inner, Replica, trust_of, upkeep, wall_clock};
+use crate::config::Config;
+use crate::raft::{Cell, Network};
+use ambit_identity::tls::{Clients, Expect, SharedTrust, Trust, certified, fixed, server_config};
+use ambit_identity::{Csr, fingerprint};
+use ambit_model::{Code, Lifetime, Refusal, ReplicaId};
+use ambit_transport::{Dialer, Identity};
+use rustls::sign::CertifiedKey;
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, OnceLock};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tonic::transport::Channel;
+
+/// The replica's own TLS leaf ends with its intermediate, less the issuer's margin.
+const LEAF_MARGIN_MS: u64 = ambit_state::ISSUER_MARGIN_MS;
+
+/// Serves until `stop` turns true.
+pub async fn run(config: &Config, mut stop: watch::Receiver<bool>) -> Result<(), Refusal> {
+    let files = Files::create(&config.data_dir)?;
+    if !files.exist() {
+        let found = format!("none in {}", config.data_dir.display());
+        return Err(Refusal::new(
+            Code::ConfigInvalid,
+            "a replica's identity (`ambitd init` or `ambitd join` first)",
+            found,
+        ));
+    }
+    let listener = listen(config.listen).await?;
+    let metrics_listener = listen(config.metrics_listen).await?;
+    let (replica, tls) = open(config, &files)?;
+    tracing::info!(trust_domain = %replica.trust_domain(), replica = replica.id(), listen = %config.listen, "replica starts");
+    let router = crate::services::router(&replica)?;
+    let alpn: &[&[u8]] = &[b"h2"];
+    let server = server_config(replica.trust().clone(), Clients::MayBeAnonymous, fixed(tls), alpn)?;
+    let mut stopping = stop.clone();
+    let shutdown = async move {
+        let _ = stopping.wait_for(|s| *s).await;
+    };
+    let chores = upkeep::spawn(&replica);
+    let page = tokio::spawn(crate::metrics::serve(metrics_listener, replica.clone()));
+    let served = tokio::select! {
+        served = ambit_transport::serve(listener, server, replica.trust().clone(), router, shutdown) => {
+            served.map_err(|e| Refusal::new(Code::Unavailable, "a serving replica", e.to_string()))
+        }
+        // Streams of agents have no end of their own: a replica that is told to stop does not wait for them.
+        _ = async { let _ = stop.wait_for(|s| *s).await; tokio::time::sleep(std::time::Duration::from_millis(300)).await } => Ok(()),
+    };
+    chores.abort_all();
+    page.abort();
+    replica.cell().clone().shutdown().await;
+    served
+}
+
+async fn listen(at: SocketAddr) -> Result<TcpListener, Refusal> {
+    TcpListener::bind(at).await.map_err(|e| {
+        Refusal::new(Code::ConfigInvalid, format!("an address that can be listened on, {at}"), e.to_string())
+    })
+}
+
+fn open(config: &Config, files: &Files) -> Result<(Replica, Arc<CertifiedKey>), Refusal> {
+    let card = files.card()?;
+    let (issuer, tls_key, root_der) = (files.issuer()?, files.tls()?, files.root_der()?);
+    let now = wall_clock();
+    let lifetime =
+        Lifetime { not_before: now.minus_ms(60_000), not_after: issuer.not_after().minus_ms(LEAF_MARGIN_MS) };
+    if lifetime.not_after <= now {
+        return Err(Refusal::new(
+            Code::IssuerUnavailable,
+            "an intermediate with time left",
+            "one that ended: join again",
+        ));
+    }
+    let csr = Csr::parse(&tls_key.csr()?)?;
+    let mut chain = issuer.replica_leaf(card.replica, &card.trust_domain, lifetime, &csr)?;
+    // The root goes along, for those who know only its fingerprint.
+    chain.push(root_der.clone());
+    let tls = certified(chain, &tls_key)?;
+    let trust = SharedTrust::new(Trust::Pinned(card.trust_domain.clone(), fingerprint(&root_der)));
+    let dialer = Dialer::new(trust.clone(), Identity::new(Some(tls.clone())));
+    let late: Arc<OnceLock<Cell>> = Arc::default();
+    let network = network(&card, &dialer, &late);
+    let cell = Cell::open(raft_options(config, card.replica)?, network)
+        .map_err(|e| Refusal::new(Code::ConfigInvalid, "a store that opens", format!("{e:?}")))?;
+    let _ = late.set(cell.clone());
+    if cell.state().cell().is_some() {
+        trust.replace(trust_of(&cell.state(), &card.trust_domain)?);
+    }
+    let inner = Inner {
+        cell,
+        root: files.root(&card.trust_domain)?,
+        trust_domain: card.trust_domain,
+        id: card.replica,
+        told: card.members,
+        address: config.listen.to_string(),
+        issuer,
+        record: files.record()?,
+        wrap: files.wrap()?,
+        trust,
+        dialer,
+        agents: Agents::default(),
+        heard: Mutex::new(BTreeMap::new()),
+    };
+    Ok((Replica { inner: Arc::new(inner) }, tls))
+}
+
+/// Addresses from replicated state, else from what `join` was told; connections as this replica to that replica.
+fn network(card: &Card, dialer: &Dialer, late: &Arc<OnceLock<Cell>>) -> Network {
+    let (known, late) = (card.members.clone(), late.clone());
+    let directory = move |id: ReplicaId| {
+        let replicated = late.get().and_then(|cell| cell.state().member(id.0).map(|m| m.address.clone()));
+        let told = || known.iter().find(|(n, _)| *n == id.0).map(|(_, a)| a.clone());
+        replicated.or_else(told)?.parse().ok()
+    };
+    let (dialer, td) = (dialer.clone(), card.trust_domain.clone());
+    let channels =
+        move |id: ReplicaId, at: SocketAddr| -> futures::future::BoxFuture<'static, Result<Channel, Refusal>> {
+            let (dialer, td) = (dialer.clone(), td.clone());
+            Box::pin(async move {
+                let id = td.member(&format!("/ambit/replica/{id}"))?;
+                dialer.channel(at, Expect::Id(id)).await
+            })
+        };
+    Network { directory: Arc::new(directory), channels: Arc::new(channels) }
+}
+
+impl Replica {
+    /// Fingerprint of the own root.
+    pub fn fingerprint(&self) -> [u8; 32] {
+        self.local(|s| s.cell().map(|c| fingerprint(&c.root_der)).unwrap_or_default())
+    }
+
+    /// A channel to another replica of this cell.
+    pub async fn dial_replica(&self, id: u64, address: &str) -> Result<Channel, Refusal> {
+        let at: SocketAddr =
+            address.parse().map_err(|_| Refusal::new(Code::Internal, "a member's ip:port", address.to_owned()))?;
+        let id = self.trust_domain().member(&format!("/ambit/replica/{id}"))?;
+        self.dialer().channel(at, Expect::Id(id)).await
+    }
+
+    /// A channel to the leader, or none where this replica leads.
+    pub async fn leader_channel(&self) -> Result<Option<Channel>, Refusal> {
+        let leader = self.cell().status().leader.ok_or_else(|| Refusal::new(Code::Unavailable, "a leader", "none"))?;
+        if leader.0 == self.id() {
+            return Ok(None);
+        }
+        let address = self.local(|s| s.member(leader.0).map(|m| m.address.clone()));
+        let address = address.ok_or_else(|| Refusal::new(Code::Unavailable, "the leader's address", "unknown"))?;
+        self.dial_replica(leader.0, &address).await.map(Some)
+    }
+}

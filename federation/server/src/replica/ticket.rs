@@ -1,0 +1,64 @@
+//! Sealing tickets, so that any replica can take the answer after a failover.
+
+use super::Replica;
+use ambit_identity::wrap::{open, seal};
+use ambit_model::{Code, Refusal};
+use ambit_state::Command;
+use std::collections::BTreeMap;
+use zeroize::Zeroizing;
+
+/// Ticket keys are replaced daily.
+const ROTATE_MS: u64 = 24 * 3_600_000;
+
+/// Seals under the newest key: number of the key (8 bytes), then nonce and sealed text.
+pub fn seal_ticket(replica: &Replica, plain: &[u8]) -> Result<Vec<u8>, Refusal> {
+    let newest = replica.local(|s| s.ticket_keys().next_back().map(|(n, row)| (n, row.wrapped.clone())));
+    let (number, wrapped) =
+        newest.ok_or_else(|| Refusal::new(Code::Unavailable, "a ticket key", "none yet: the cell is starting"))?;
+    let key = unwrap(replica, &wrapped)?;
+    Ok([number.to_be_bytes().as_slice(), &seal(&key, plain)?].concat())
+}
+
+/// Opens what any replica of this cell sealed.
+pub fn open_ticket(replica: &Replica, ticket: &[u8]) -> Result<Zeroizing<Vec<u8>>, Refusal> {
+    let bad = || Refusal::new(Code::TicketInvalid, "a ticket sealed by this cell", "another");
+    let (number, sealed) = ticket.split_first_chunk::<8>().ok_or_else(bad)?;
+    let number = u64::from_be_bytes(*number);
+    let wrapped = replica.local(|s| s.ticket_keys().find(|(n, _)| *n == number).map(|(_, row)| row.wrapped.clone()));
+    let key = unwrap(replica, &wrapped.ok_or_else(bad)?)?;
+    open(&key, sealed)
+}
+
+fn unwrap(replica: &Replica, wrapped: &BTreeMap<u64, Vec<u8>>) -> Result<Zeroizing<[u8; 32]>, Refusal> {
+    let mine = wrapped
+        .get(&replica.id())
+        .ok_or_else(|| Refusal::new(Code::Unavailable, "a ticket key wrapped to this replica", "none yet"))?;
+    let plain = replica.wrap().unwrap(mine)?;
+    let mut key = Zeroizing::new([0u8; 32]);
+    if plain.len() != key.len() {
+        return Err(Refusal::new(Code::Internal, "a ticket key of 32 bytes", plain.len().to_string()));
+    }
+    key.copy_from_slice(&plain);
+    Ok(key)
+}
+
+/// The leader's part: a new key when there is none, when it is a day old, or when a replica cannot open it.
+pub async fn rotate_if_due(replica: &Replica) -> Result<(), Refusal> {
+    let members: Vec<(u64, Vec<u8>)> = replica.local(|s| s.members().map(|(id, m)| (id, m.wrap_key.clone())).collect());
+    let due = replica.local(|s| match s.ticket_keys().next_back() {
+        None => true,
+        Some((_, row)) => {
+            row.made.plus_ms(ROTATE_MS) < s.stamp() || members.iter().any(|(id, _)| !row.wrapped.contains_key(id))
+        }
+    });
+    if !due || members.is_empty() {
+        return Ok(());
+    }
+    let key = Zeroizing::new(super::random::<32>()?);
+    let mut wrapped = BTreeMap::new();
+    for (id, public) in members {
+        wrapped.insert(id, ambit_identity::wrap::wrap(&public, key.as_slice())?);
+    }
+    replica.propose_own(Command::RotateTicketKey(wrapped)).await?.outcome?;
+    Ok(())
+}

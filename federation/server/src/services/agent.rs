@@ -1,0 +1,224 @@
+//! One stream per node: slices down, acknowledgements and endpoints up.
+
+use super::OrStatus;
+use crate::authorise::{Role, actor};
+use crate::replica::Replica;
+use ambit_model::policy::Endpoint;
+use ambit_model::{Code, Generation, NodeId, Refusal};
+use ambit_proto::convert::{policy_message, service_message};
+use ambit_proto::status::to_status;
+use ambit_proto::v1;
+use ambit_state::objects::NodeState;
+use ambit_state::{Command, Slice};
+use sha2::{Digest, Sha256};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio_stream::Stream;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+/// Slices not yet taken by the agent; a slow reader gets the newest when it comes back.
+const QUEUE: usize = 4;
+/// Changes within this time go out as one slice; small against the 500 ms that a change may take to the kernel.
+const SETTLE: Duration = Duration::from_millis(15);
+/// An idle stream shows that it lives.
+const HEARTBEAT: Duration = Duration::from_secs(1);
+
+static STREAMS: AtomicU64 = AtomicU64::new(1);
+
+pub(crate) struct Streams(pub(crate) Replica);
+
+type Down = Result<v1::ServerMessage, Status>;
+
+#[tonic::async_trait]
+impl v1::agent_stream_server::AgentStream for Streams {
+    type SyncStream = Pin<Box<dyn Stream<Item = Down> + Send>>;
+
+    async fn sync(&self, request: Request<Streaming<v1::AgentMessage>>) -> Result<Response<Self::SyncStream>, Status> {
+        let actor = actor(&request)?;
+        let Role::Node(node, generation) = actor.role else {
+            return Err(Refusal::new(Code::PermissionDenied, "a node", actor.name)).or_status();
+        };
+        let mut up = request.into_inner();
+        let subscribe = match up.message().await?.and_then(|m| m.body) {
+            Some(v1::agent_message::Body::Subscribe(subscribe)) => subscribe,
+            _ => return Err(Refusal::new(Code::BadRequest, "Subscribe first", "another message")).or_status(),
+        };
+        let stream = STREAMS.fetch_add(1, Ordering::Relaxed);
+        self.0.agents().connected(node, subscribe.node_address, stream);
+        let (down, queue) = mpsc::channel::<Down>(QUEUE);
+        let session = Session { replica: self.0.clone(), node, generation, stream };
+        tokio::spawn(session.run(up, down));
+        Ok(Response::new(Box::pin(ReceiverStream::new(queue))))
+    }
+}
+
+struct Session {
+    replica: Replica,
+    node: NodeId,
+    generation: Generation,
+    stream: u64,
+}
+
+/// What went down last, and at which revisions that same content still held.
+#[derive(Default)]
+struct Sent {
+    digest: [u8; 32],
+    revision: u64,
+    /// The highest revision at which the slice sent last is still what the node needs.
+    holds: u64,
+    acked: u64,
+}
+
+impl Session {
+    async fn run(self, mut up: Streaming<v1::AgentMessage>, down: mpsc::Sender<Down>) {
+        let mut applied = self.replica.cell().watch_applied();
+        let mut sent = Sent::default();
+        let mut beat = tokio::time::interval(HEARTBEAT);
+        let ended = loop {
+            if let Err(refusal) = self.push(&mut sent, &down).await {
+                break Some(refusal);
+            }
+            tokio::select! {
+                message = up.message() => match message {
+                    Ok(Some(message)) => {
+                        if let Err(refusal) = self.take(message, &mut sent).await {
+                            break Some(refusal);
+                        }
+                    }
+                    Ok(None) | Err(_) => break None,
+                },
+                changed = applied.changed() => {
+                    if changed.is_err() {
+                        break None;
+                    }
+                    tokio::time::sleep(SETTLE).await;
+                }
+                _ = beat.tick() => {
+                    let beat = v1::Heartbeat { stamp_ms: self.replica.now().0, revision: sent.holds };
+                    let message = v1::ServerMessage { body: Some(v1::server_message::Body::Heartbeat(beat)) };
+                    // A full queue carries newer news than a heartbeat.
+                    if let Err(mpsc::error::TrySendError::Closed(_)) = down.try_send(Ok(message)) {
+                        break None;
+                    }
+                }
+            }
+        };
+        if let Some(refusal) = ended {
+            tracing::info!(node = %self.node, code = %refusal.code, "agent stream ended");
+            let _ = down.send(Err(to_status(&refusal.for_node()))).await;
+        }
+        self.replica.agents().gone(&self.node, self.stream);
+    }
+
+    /// Sends the node's slice if it differs from the last one sent. A node that is out is cut off here.
+    async fn push(&self, sent: &mut Sent, down: &mpsc::Sender<Down>) -> Result<(), Refusal> {
+        let revision = self.replica.local(|s| s.cell().map(|c| c.revision.0).unwrap_or_default());
+        if revision == sent.holds {
+            return Ok(());
+        }
+        let slice = self.replica.local(|s| {
+            let row = s.node(&self.node).filter(|n| n.state == NodeState::Admitted && n.generation >= self.generation);
+            row.and_then(|_| s.slice(&self.node))
+        });
+        let slice = slice.ok_or_else(|| Refusal::new(Code::NodeUntrusted, "an admitted node", "one that is out"))?;
+        let revision = slice.revision.0;
+        let message = slice_message(&slice);
+        let digest = content(&message);
+        if digest != sent.digest {
+            let body = Some(v1::server_message::Body::Slice(message));
+            down.send(Ok(v1::ServerMessage { body }))
+                .await
+                .map_err(|_| Refusal::new(Code::Unavailable, "an open stream", "a closed one"))?;
+            (sent.digest, sent.revision) = (digest, revision);
+        }
+        sent.holds = revision;
+        self.note(sent);
+        Ok(())
+    }
+
+    /// What the agent holds counts for every revision at which its slice stayed the same.
+    fn note(&self, sent: &Sent) {
+        let applied = if sent.acked >= sent.revision { sent.holds } else { sent.acked };
+        let imported = self.replica.local(|s| s.imported());
+        self.replica.agents().update(&self.node, |a| {
+            if a.stream == self.stream {
+                a.applied = applied;
+                a.imported = imported.into_iter().map(|(td, n)| (td.to_string(), n)).collect();
+            }
+        });
+    }
+
+    async fn take(&self, message: v1::AgentMessage, sent: &mut Sent) -> Result<(), Refusal> {
+        match message.body {
+            Some(v1::agent_message::Body::Ack(ack)) => {
+                sent.acked = sent.acked.max(ack.revision);
+                self.replica.agents().update(&self.node, |a| a.refused.clear());
+                self.note(sent);
+                Ok(())
+            }
+            Some(v1::agent_message::Body::Nack(nack)) => {
+                tracing::warn!(node = %self.node, revision = nack.revision, reason = nack.reason, "slice refused by agent");
+                self.replica.agents().update(&self.node, |a| a.refused = nack.reason);
+                Ok(())
+            }
+            Some(v1::agent_message::Body::Endpoints(report)) => self.endpoints(report).await,
+            Some(v1::agent_message::Body::Subscribe(_)) | None => {
+                Err(Refusal::new(Code::BadRequest, "endpoints, ack or nack", "another message"))
+            }
+        }
+    }
+
+    async fn endpoints(&self, report: v1::EndpointReport) -> Result<(), Refusal> {
+        let endpoints: Vec<Endpoint> = report.endpoints.iter().map(Endpoint::try_from).collect::<Result<_, _>>()?;
+        let outcome = self.replica.propose_own(Command::ReportEndpoints(self.node, endpoints)).await;
+        match outcome.and_then(|a| a.outcome) {
+            Ok(_) => Ok(()),
+            // An entry may have gone meanwhile; the agent reports again with its next slice.
+            Err(refusal) if refusal.code == Code::EntryNotOnNode => {
+                tracing::warn!(node = %self.node, %refusal, "endpoints refused");
+                Ok(())
+            }
+            Err(refusal) => Err(refusal),
+        }
+    }
+}
+
+fn slice_message(s: &Slice) -> v1::Slice {
+    let bundles = s.bundles.iter().map(|(td, (sequence, roots_der))| v1::Bundle {
+        trust_domain: td.to_string(),
+        sequence: *sequence,
+        roots_der: roots_der.clone(),
+    });
+    v1::Slice {
+        revision: s.revision.0,
+        stamp_ms: s.stamp.0,
+        trust_domain: s.trust_domain.to_string(),
+        cluster: s.cluster.to_string(),
+        bundles: bundles.collect(),
+        entries: s.entries.iter().map(Into::into).collect(),
+        policies: s.policies.iter().map(|(origin, p)| policy_message(origin, p)).collect(),
+        services: s.services.iter().map(|(origin, v)| service_message(origin, v)).collect(),
+        endpoints: s.endpoints.iter().map(Into::into).collect(),
+        identities: s
+            .identities
+            .iter()
+            .map(|(id, number)| v1::NumericIdentity { spiffe_id: id.to_string(), number: *number })
+            .collect(),
+        denials: s
+            .denials
+            .iter()
+            .map(|(node, generation)| v1::NodeDenial { node: node.to_string(), generation: generation.0 })
+            .collect(),
+        imported: s.imported.iter().map(|(td, seq)| v1::ImportedSeq { origin: td.to_string(), seq: *seq }).collect(),
+    }
+}
+
+/// SHA-256 over what the node enforces: revision, time and import positions apart.
+fn content(m: &v1::Slice) -> [u8; 32] {
+    use prost::Message;
+    let bare = v1::Slice { revision: 0, stamp_ms: 0, imported: Vec::new(), ..m.clone() };
+    Sha256::digest(bare.encode_to_vec()).into()
+}

@@ -1,0 +1,206 @@
+//! Clusters and peers, as operators register them.
+
+use super::unbuilt::unbuilt;
+use super::{OrStatus, new_token, parse_fingerprint, request_id, token_expiry};
+use crate::authorise::actor;
+use crate::replica::{Replica, peering};
+use ambit_model::{ClusterId, Code, Refusal, TrustDomain};
+use ambit_proto::v1;
+use ambit_state::objects::{NodeState, PeerState, TokenRow, TokenScope};
+use ambit_state::{Command, State};
+use std::net::SocketAddr;
+use tonic::{Request, Response, Status};
+
+/// EK roots of one cluster: every TPM maker there is, several times over.
+const EK_ROOTS_MAX: usize = 256;
+/// A peer not heard for this long is shown as degraded.
+const DEGRADED_MS: u64 = 10_000;
+
+pub(crate) struct Clusters(pub(crate) Replica);
+
+#[tonic::async_trait]
+impl v1::cluster_registry_server::ClusterRegistry for Clusters {
+    async fn register_cluster(
+        &self,
+        request: Request<v1::RegisterClusterRequest>,
+    ) -> Result<Response<v1::Cluster>, Status> {
+        let actor = actor(&request)?;
+        let m = request.into_inner();
+        let id = request_id(&m.request_id)?;
+        let name: ClusterId = m.name.parse().or_status()?;
+        let roots = ek_roots(m.ek_roots_der, m.ek_root_classes).or_status()?;
+        let command = Command::RegisterCluster(name.clone(), roots);
+        self.0.propose(actor.client, id, command).await.or_status()?.outcome.or_status()?;
+        let all = self.0.local(|s| own_clusters(s, self.0.id()));
+        all.into_iter()
+            .find(|c| c.name == name.as_str())
+            .map(Response::new)
+            .ok_or_else(|| Refusal::new(Code::Internal, "the cluster registered", "none"))
+            .or_status()
+    }
+
+    async fn list_clusters(
+        &self,
+        request: Request<v1::ListClustersRequest>,
+    ) -> Result<Response<v1::ListClustersResponse>, Status> {
+        if let Some(channel) = self.0.leader_channel().await.or_status()? {
+            let mut leader = v1::cluster_registry_client::ClusterRegistryClient::new(channel);
+            return leader.list_clusters(request.into_inner()).await;
+        }
+        let mut clusters = self.0.read(|s| own_clusters(s, self.0.id())).await.or_status()?;
+        clusters.extend(self.0.local(|s| self.foreign(s)));
+        Ok(Response::new(v1::ListClustersResponse { clusters }))
+    }
+
+    async fn create_cluster_token(
+        &self,
+        request: Request<v1::CreateClusterTokenRequest>,
+    ) -> Result<Response<v1::CreateClusterTokenResponse>, Status> {
+        let actor = actor(&request)?;
+        let m = request.into_inner();
+        let id = request_id(&m.request_id)?;
+        let td: TrustDomain = m.trust_domain.parse().or_status()?;
+        let fingerprint = parse_fingerprint(&m.fingerprint).or_status()?;
+        let (token, sha256) = new_token("cluster").or_status()?;
+        let scope = TokenScope::Peer(td, fingerprint);
+        let row = TokenRow { scope, expires: token_expiry(&self.0, m.ttl_seconds).or_status()?, used: false };
+        self.0.propose(actor.client, id, Command::CreateToken(sha256, row)).await.or_status()?.outcome.or_status()?;
+        Ok(Response::new(v1::CreateClusterTokenResponse { token, fingerprint: hex::encode(self.0.fingerprint()) }))
+    }
+
+    async fn register_peer(&self, request: Request<v1::RegisterPeerRequest>) -> Result<Response<v1::Peer>, Status> {
+        let actor = actor(&request)?;
+        let m = request.into_inner();
+        let id = request_id(&m.request_id)?;
+        let td: TrustDomain = m.trust_domain.parse().or_status()?;
+        let fingerprint = parse_fingerprint(&m.fingerprint).or_status()?;
+        let addresses: Vec<SocketAddr> = m
+            .addresses
+            .iter()
+            .map(|a| a.parse().map_err(|_| Refusal::new(Code::BadRequest, "ip:port", a.clone())))
+            .collect::<Result<_, _>>()
+            .or_status()?;
+        let row = peering::register(&self.0, &addresses, &td, &fingerprint, &m.token).await.or_status()?;
+        let command = Command::PutPeer(td.clone(), row, None);
+        self.0.propose(actor.client, id, command).await.or_status()?.outcome.or_status()?;
+        self.one_peer(&td).or_status()
+    }
+
+    async fn approve_peer(&self, request: Request<v1::ApprovePeerRequest>) -> Result<Response<v1::Peer>, Status> {
+        let actor = actor(&request)?;
+        let m = request.into_inner();
+        let id = request_id(&m.request_id)?;
+        let td: TrustDomain = m.trust_domain.parse().or_status()?;
+        let command = Command::ApprovePeer(td.clone(), parse_fingerprint(&m.fingerprint).or_status()?);
+        self.0.propose(actor.client, id, command).await.or_status()?.outcome.or_status()?;
+        self.one_peer(&td).or_status()
+    }
+
+    async fn list_peers(
+        &self,
+        request: Request<v1::ListPeersRequest>,
+    ) -> Result<Response<v1::ListPeersResponse>, Status> {
+        if let Some(channel) = self.0.leader_channel().await.or_status()? {
+            let mut leader = v1::cluster_registry_client::ClusterRegistryClient::new(channel);
+            return leader.list_peers(request.into_inner()).await;
+        }
+        self.0.cell().read_barrier().await.or_status()?;
+        Ok(Response::new(v1::ListPeersResponse { peers: self.0.local(|s| self.peers(s)) }))
+    }
+
+    async fn suspend_peer(&self, _: Request<v1::PeerRef>) -> Result<Response<v1::Peer>, Status> {
+        unbuilt("ClusterRegistry.SuspendPeer (issue F)")
+    }
+    async fn remove_peer(&self, _: Request<v1::PeerRef>) -> Result<Response<v1::Peer>, Status> {
+        unbuilt("ClusterRegistry.RemovePeer (issue F)")
+    }
+}
+
+fn ek_roots(ders: Vec<Vec<u8>>, classes: Vec<String>) -> Result<Vec<(Vec<u8>, String)>, Refusal> {
+    if ders.len() != classes.len() || ders.len() > EK_ROOTS_MAX {
+        let found = format!("{} roots, {} classes", ders.len(), classes.len());
+        return Err(Refusal::new(
+            Code::BadRequest,
+            format!("at most {EK_ROOTS_MAX} EK roots, each with a class"),
+            found,
+        ));
+    }
+    for (der, class) in ders.iter().zip(&classes) {
+        ambit_verify::ek::check_root(der)?;
+        if ambit_verify::EkClass::from_text(class).is_none() {
+            return Err(Refusal::new(Code::BadRequest, "class hardware, virtual or lab", class.clone()));
+        }
+    }
+    Ok(ders.into_iter().zip(classes).collect())
+}
+
+fn own_clusters(s: &State, replica: u64) -> Vec<v1::Cluster> {
+    let Some(cell) = s.cell() else { return Vec::new() };
+    let fingerprint = hex::encode(ambit_identity::fingerprint(&cell.root_der));
+    s.clusters()
+        .map(|(id, _)| v1::Cluster {
+            name: id.to_string(),
+            trust_domain: cell.trust_domain.to_string(),
+            home: format!("this cell (replica {replica})"),
+            state: "active".into(),
+            nodes: s.nodes().filter(|(_, n)| n.cluster == *id && n.state == NodeState::Admitted).count() as u32,
+            fingerprint: fingerprint.clone(),
+            age_ms: 0,
+            sequence: cell.export_seq,
+        })
+        .collect()
+}
+
+impl Clusters {
+    fn foreign(&self, s: &State) -> Vec<v1::Cluster> {
+        let peers = self.peers(s);
+        s.foreign_clusters()
+            .filter_map(|(id, row)| {
+                let peer = peers.iter().find(|p| p.trust_domain == row.origin.as_str())?;
+                Some(v1::Cluster {
+                    name: id.to_string(),
+                    trust_domain: peer.trust_domain.clone(),
+                    home: format!("peer {}", peer.trust_domain),
+                    state: peer.state.clone(),
+                    nodes: 0,
+                    fingerprint: peer.fingerprint.clone(),
+                    age_ms: peer.age_ms,
+                    sequence: peer.imported_seq,
+                })
+            })
+            .collect()
+    }
+
+    fn peers(&self, s: &State) -> Vec<v1::Peer> {
+        s.peers()
+            .map(|(td, row)| {
+                // What this replica does not pull it does not know the age of; it then shows the worst.
+                let age_ms = self.0.age_ms(td).unwrap_or(u64::MAX);
+                let state = match row.state {
+                    PeerState::Pending => "pending",
+                    PeerState::Stopped => "stopped",
+                    PeerState::Active if age_ms > DEGRADED_MS => "degraded",
+                    PeerState::Active => "active",
+                };
+                v1::Peer {
+                    trust_domain: td.to_string(),
+                    state: state.into(),
+                    fingerprint: hex::encode(row.fingerprint),
+                    addresses: row.addresses.clone(),
+                    imported_seq: row.seq,
+                    age_ms,
+                    trouble: row.trouble.clone(),
+                }
+            })
+            .collect()
+    }
+
+    fn one_peer(&self, td: &TrustDomain) -> Result<Response<v1::Peer>, Refusal> {
+        self.0
+            .local(|s| self.peers(s))
+            .into_iter()
+            .find(|p| p.trust_domain == td.as_str())
+            .map(Response::new)
+            .ok_or_else(|| Refusal::new(Code::Internal, "the peer registered", "none"))
+    }
+}

@@ -1,0 +1,235 @@
+//! Replicas: status, joining, promotion, removal.
+
+use super::{OrStatus, new_token, request_id, token_expiry, token_sha256};
+use crate::authorise::{Role, actor};
+use crate::raft::Role as RaftRole;
+use crate::replica::Replica;
+use crate::replica::budget::Budget;
+use ambit_identity::{Csr, KeySet};
+use ambit_model::{Code, Refusal, ReplicaId};
+use ambit_proto::v1;
+use ambit_state::objects::{KeySetRow, Member, TokenRow, TokenScope};
+use ambit_state::{Command, State};
+use sha2::{Digest, Sha256};
+use tonic::{Request, Response, Status};
+
+/// Cells are of 1, 3 or 5; seven leaves room for replacing.
+const REPLICA_MAX: u64 = 7;
+
+pub(crate) struct Membership {
+    replica: Replica,
+    budget: Budget,
+}
+
+#[allow(non_snake_case, reason = "reads like the other services where they are listed")]
+pub(crate) fn Membership(replica: Replica) -> Membership {
+    Membership { replica, budget: Budget::default() }
+}
+
+#[tonic::async_trait]
+impl v1::membership_server::Membership for Membership {
+    async fn status(&self, _: Request<v1::StatusRequest>) -> Result<Response<v1::StatusResponse>, Status> {
+        Ok(Response::new(self.status_message()))
+    }
+
+    async fn create_replica_token(
+        &self,
+        request: Request<v1::CreateReplicaTokenRequest>,
+    ) -> Result<Response<v1::CreateReplicaTokenResponse>, Status> {
+        let actor = actor(&request)?;
+        let m = request.into_inner();
+        let id = request_id(&m.request_id)?;
+        if m.replica == 0 || m.replica > REPLICA_MAX {
+            return Err(Refusal::new(Code::BadRequest, format!("a replica of 1-{REPLICA_MAX}"), m.replica.to_string()))
+                .or_status();
+        }
+        address(&m.address).or_status()?;
+        let (token, sha256) = new_token("replica").or_status()?;
+        let scope = TokenScope::Replica(m.replica, m.address);
+        let row = TokenRow { scope, expires: token_expiry(&self.replica, m.ttl_seconds).or_status()?, used: false };
+        self.replica
+            .propose(actor.client, id, Command::CreateToken(sha256, row))
+            .await
+            .or_status()?
+            .outcome
+            .or_status()?;
+        Ok(Response::new(v1::CreateReplicaTokenResponse { token }))
+    }
+
+    async fn replica_join(
+        &self,
+        request: Request<v1::ReplicaJoinRequest>,
+    ) -> Result<Response<v1::ReplicaJoinResponse>, Status> {
+        self.budget.take(actor(&request)?.remote).or_status()?;
+        self.join(request.into_inner()).await.or_status().map(Response::new)
+    }
+
+    async fn promote(&self, request: Request<v1::PromoteRequest>) -> Result<Response<v1::StatusResponse>, Status> {
+        let role = actor(&request)?.role;
+        let id = ReplicaId(request.into_inner().replica);
+        // A replica may ask for itself only.
+        if role != Role::Replica(id.0) && !matches!(role, Role::Admin(_)) {
+            return Err(Refusal::new(
+                Code::PermissionDenied,
+                format!("replica {id} or an administrator"),
+                format!("{role:?}"),
+            ))
+            .or_status();
+        }
+        let status = self.replica.cell().status();
+        if !status.voters.contains(&id) {
+            if !status.learners.contains(&id) {
+                self.replica.cell().add_learner(id).await.or_status()?;
+            }
+            self.replica.cell().promote(id).await.or_status()?;
+        }
+        Ok(Response::new(self.status_message()))
+    }
+
+    async fn transfer_leader(
+        &self,
+        request: Request<v1::TransferLeaderRequest>,
+    ) -> Result<Response<v1::StatusResponse>, Status> {
+        self.replica.cell().transfer_leader(ReplicaId(request.into_inner().to)).await.or_status()?;
+        Ok(Response::new(self.status_message()))
+    }
+
+    async fn remove_voter(
+        &self,
+        request: Request<v1::RemoveVoterRequest>,
+    ) -> Result<Response<v1::StatusResponse>, Status> {
+        let actor = actor(&request)?;
+        let m = request.into_inner();
+        let id = request_id(&m.request_id)?;
+        self.replica.cell().remove(ReplicaId(m.replica)).await.or_status()?;
+        self.replica
+            .propose(actor.client, id, Command::RemoveMember(m.replica))
+            .await
+            .or_status()?
+            .outcome
+            .or_status()?;
+        Ok(Response::new(self.status_message()))
+    }
+
+    async fn snapshot(&self, _: Request<v1::SnapshotRequest>) -> Result<Response<v1::SnapshotResponse>, Status> {
+        let (index, digest) = self.replica.cell().snapshot_now().await.or_status()?;
+        Ok(Response::new(v1::SnapshotResponse { index: index.0, digest: digest.to_vec() }))
+    }
+}
+
+fn address(text: &str) -> Result<std::net::SocketAddr, Refusal> {
+    text.parse().map_err(|_| Refusal::new(Code::BadRequest, "ip:port", text))
+}
+
+/// All replicas, with their part in Raft as this replica sees it.
+fn members(s: &State, voters: &[ReplicaId], leader: Option<ReplicaId>, own: (u64, RaftRole)) -> Vec<v1::Member> {
+    s.members()
+        .map(|(id, m)| {
+            let voter = voters.contains(&ReplicaId(id));
+            let role = match (leader == Some(ReplicaId(id)), voter) {
+                (true, _) => "leader",
+                (false, _) if id == own.0 && own.1 == RaftRole::Candidate => "candidate",
+                (false, true) => "follower",
+                (false, false) => "learner",
+            };
+            v1::Member {
+                id,
+                address: m.address.clone(),
+                role: role.into(),
+                voter,
+                authority: m.authority.clone(),
+                intermediate_not_after_ms: m.authority_not_after.0,
+            }
+        })
+        .collect()
+}
+
+impl Membership {
+    fn status_message(&self) -> v1::StatusResponse {
+        let status = self.replica.cell().status();
+        self.replica.local(|s| {
+            let cell = s.cell();
+            v1::StatusResponse {
+                trust_domain: self.replica.trust_domain().to_string(),
+                fingerprint: hex::encode(self.replica.fingerprint()),
+                replica: self.replica.id(),
+                leader: status.leader.map(|l| l.0).unwrap_or_default(),
+                term: status.term,
+                commit_index: status.commit.0,
+                applied_index: s.applied().0,
+                revision: cell.map(|c| c.revision.0).unwrap_or_default(),
+                digest: s.digest().to_vec(),
+                members: members(s, &status.voters, status.leader, (self.replica.id(), status.role)),
+                root_form: cell.map(|c| format!("{} (unsealed)", c.root_form)).unwrap_or_default(),
+                stamp_ms: s.stamp().0,
+                epoch: cell.map(|c| c.epoch).unwrap_or_default(),
+            }
+        })
+    }
+
+    /// Token burnt and place reserved in one entry; then the root signs, then the member is recorded with the key set.
+    async fn join(&self, m: v1::ReplicaJoinRequest) -> Result<v1::ReplicaJoinResponse, Refusal> {
+        let root = self.replica.root()?;
+        let (issuer, tls) = (Csr::parse(&m.issuer_csr)?, Csr::parse(&m.tls_csr)?);
+        let record_key: [u8; 32] =
+            m.record_key.as_slice().try_into().map_err(|_| {
+                Refusal::new(Code::BadRequest, "a record key of 32 bytes", m.record_key.len().to_string())
+            })?;
+        // Only a usable wrap key may be recorded: every ticket key will be wrapped to it.
+        ambit_identity::wrap::wrap(&m.wrap_key, &[0; 32])?;
+        let token = token_sha256(&m.token);
+        let at = self.replica.local(|s| match s.token(&token).map(|t| t.scope.clone()) {
+            Some(TokenScope::Replica(n, at)) if n == m.replica => Some(at),
+            Some(_) | None => None,
+        });
+        if at.as_deref() != Some(m.address.as_str()) {
+            return Err(Refusal::new(
+                Code::JoinTokenInvalid,
+                "the replica and the address that the token is for",
+                m.address,
+            ));
+        }
+        let client: [u8; 32] = Sha256::digest([b"replica-join".as_slice(), &token].concat()).into();
+        let mut request = [0u8; 16];
+        request.copy_from_slice(&client[..16]);
+        let command = Command::AdmitReplica {
+            token,
+            replica: m.replica,
+            issuer_key_hash: issuer.spki_sha256(),
+            tls_key_hash: tls.spki_sha256(),
+        };
+        let admission = self.replica.propose(client, request, command).await?.into_replica()?;
+        let not_after = admission.get().lifetime.not_after;
+        let intermediate = root.intermediate(&admission, &issuer)?;
+        let authority = ambit_identity::authority::authority_id(&issuer);
+        let member =
+            Member { address: m.address, authority, authority_not_after: not_after, wrap_key: m.wrap_key, record_key };
+        let keys = self.next_key_set(record_key)?;
+        self.replica.propose_own(Command::PutMember(m.replica, member, keys)).await?.outcome?;
+        let status = self.replica.cell().status();
+        let (members, epoch) = self.replica.local(|s| {
+            let own = (self.replica.id(), status.role);
+            (members(s, &status.voters, status.leader, own), s.cell().map(|c| c.epoch).unwrap_or_default())
+        });
+        Ok(v1::ReplicaJoinResponse {
+            trust_domain: self.replica.trust_domain().to_string(),
+            tls_chain_der: Vec::new(),
+            intermediate_der: intermediate.to_vec(),
+            root_der: root.der().to_vec(),
+            members,
+            epoch,
+        })
+    }
+
+    fn next_key_set(&self, new: [u8; 32]) -> Result<KeySetRow, Refusal> {
+        let (root, td) = (self.replica.root()?, self.replica.trust_domain());
+        let row = self.replica.local(|s| s.key_set().cloned()).unwrap_or_default();
+        let known = KeySet::verify(td, root.der(), &row.statement, &row.signature)?;
+        let mut keys = known.keys().to_vec();
+        if !keys.contains(&new) {
+            keys.push(new);
+        }
+        let (statement, signature) = KeySet::certify(root, td, known.seq() + 1, keys)?;
+        Ok(KeySetRow { statement, signature })
+    }
+}

@@ -1,0 +1,102 @@
+//! Cell to cell: registration by strangers with a token, and pulls by active peers.
+
+use super::OrStatus;
+use crate::authorise::actor;
+use crate::replica::budget::Budget;
+use crate::replica::{Replica, peering};
+use ambit_model::record::Head;
+use ambit_model::{Code, Refusal};
+use ambit_proto::v1;
+use ambit_state::Command;
+use sha2::{Digest, Sha256};
+use std::time::Duration;
+use tonic::{Request, Response, Status};
+
+/// Records in one answer; the importer refuses more.
+const PULL_MAX: u32 = 1_000;
+/// A pull with nothing new waits this long for news, so that news need not wait for the next pull.
+const PULL_WAIT: Duration = Duration::from_millis(1_000);
+
+pub(crate) struct PeerLink {
+    replica: Replica,
+    budget: Budget,
+}
+
+#[allow(non_snake_case, reason = "reads like the other services where they are listed")]
+pub(crate) fn PeerLink(replica: Replica) -> PeerLink {
+    PeerLink { replica, budget: Budget::default() }
+}
+
+#[tonic::async_trait]
+impl v1::peer_link_server::PeerLink for PeerLink {
+    async fn hello(&self, request: Request<v1::HelloRequest>) -> Result<Response<v1::HelloResponse>, Status> {
+        self.budget.take(actor(&request)?.remote).or_status()?;
+        peering::hello(&self.replica, request.into_inner()).or_status().map(Response::new)
+    }
+
+    async fn prove(&self, request: Request<v1::ProveRequest>) -> Result<Response<v1::ProveResponse>, Status> {
+        self.budget.take(actor(&request)?.remote).or_status()?;
+        let m = request.into_inner();
+        // The session is unique, so it names the request: a retry has its effect once.
+        let session: [u8; 32] = Sha256::digest(&m.session).into();
+        let mut request_id = [0u8; 16];
+        request_id.copy_from_slice(&session[..16]);
+        let (td, row, token) = peering::prove(&self.replica, m).or_status()?;
+        let client = Sha256::digest(format!("peering {td}")).into();
+        let command = Command::PutPeer(td, row, Some(token));
+        self.replica.propose(client, request_id, command).await.or_status()?.outcome.or_status()?;
+        Ok(Response::new(v1::ProveResponse { state: "pending".into() }))
+    }
+
+    async fn pull(&self, request: Request<v1::PullRequest>) -> Result<Response<v1::PullResponse>, Status> {
+        let m = request.into_inner();
+        let nonce: [u8; 16] = m
+            .nonce
+            .as_slice()
+            .try_into()
+            .map_err(|_| Refusal::new(Code::BadRequest, "a nonce of 16 bytes", m.nonce.len().to_string()))
+            .or_status()?;
+        self.wait_for_news(m.after_seq).await;
+        self.answer(m.after_seq, nonce, m.limit.clamp(1, PULL_MAX)).or_status().map(Response::new)
+    }
+}
+
+impl PeerLink {
+    async fn wait_for_news(&self, after: u64) {
+        let mut applied = self.replica.cell().watch_applied();
+        let news = async {
+            while self.replica.local(|s| s.cell().is_none_or(|c| c.export_seq <= after)) {
+                if applied.changed().await.is_err() {
+                    return;
+                }
+            }
+        };
+        // Nothing new is an answer too: the head says so, freshly stamped.
+        let _ = tokio::time::timeout(PULL_WAIT, news).await;
+    }
+
+    fn answer(&self, after: u64, nonce: [u8; 16], limit: u32) -> Result<v1::PullResponse, Refusal> {
+        let encode = |r: Result<Vec<u8>, postcard::Error>| {
+            r.map_err(|e| Refusal::new(Code::Internal, "a record that encodes", e.to_string()))
+        };
+        let (head, records, keys) = self.replica.local(|s| {
+            let cell = s.cell().ok_or_else(|| Refusal::new(Code::Unavailable, "a founded cell", "an empty one"))?;
+            let batch: Vec<_> = s.records_after(after).take(limit as usize).collect();
+            // The head is of the batch's end, so that what is sent always leads to what is signed.
+            let (seq, hash) = batch.last().map_or((cell.export_seq, cell.export_hash), |r| (r.seq, r.hash()));
+            let records: Vec<Vec<u8>> =
+                batch.into_iter().map(|r| encode(postcard::to_stdvec(r))).collect::<Result<_, _>>()?;
+            let head =
+                Head { origin: cell.trust_domain.clone(), epoch: cell.epoch, seq, hash, stamp: s.stamp(), nonce };
+            Ok::<_, Refusal>((head, records, s.key_set().cloned().unwrap_or_default()))
+        })?;
+        let signature = self.replica.record().sign_head(&head);
+        Ok(v1::PullResponse {
+            records,
+            head: encode(postcard::to_stdvec(&head))?,
+            signature,
+            key_index: 0,
+            key_set: Some(v1::KeySet { statement: keys.statement, signature: keys.signature }),
+        })
+    }
+}
