@@ -16,9 +16,9 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 
 /// Writes under way at once. An outage fills this and no more; ticks without room are skipped, never queued (I17).
-const IN_FLIGHT_MAX: usize = 32;
+const IN_FLIGHT_MAX: usize = 64;
 /// A replica that says nothing for this long is passed over.
-const ATTEMPT_TIMEOUT: Duration = Duration::from_millis(500);
+const ATTEMPT_TIMEOUT: Duration = Duration::from_millis(400);
 /// Between attempts of one write, doubled up to the second. All writes under way together still ask every 10 ms or so.
 const PAUSE_MIN: Duration = Duration::from_millis(50);
 const PAUSE_MAX: Duration = Duration::from_millis(250);
