@@ -160,7 +160,7 @@ async fn watch_kernel(kernel: KernelHandle) -> Refusal {
         let done = tokio::select! {
             _ = lease.tick() => {
                 renewals = renewals.wrapping_add(1);
-                let swept = if renewals % SWEEP_EVERY == 0 { kernel.sweep().map(|_| ()) } else { Ok(()) };
+                let swept = if renewals.is_multiple_of(SWEEP_EVERY) { kernel.sweep().map(|_| ()) } else { Ok(()) };
                 swept.and_then(|()| kernel.renew_lease())
             }
             _ = events.tick() => kernel.events(&mut |event| {

@@ -15,6 +15,9 @@ pub const LEASE: Duration = Duration::from_secs(60);
 /// How often the lease is renewed: eleven renewals may be lost.
 pub const LEASE_EVERY: Duration = Duration::from_secs(5);
 
+/// Decisions allowed, and decisions refused by reason.
+pub type Totals = (u64, Vec<(&'static str, u64)>);
+
 /// The handle. Cloning shares.
 #[derive(Clone)]
 pub struct KernelHandle(Arc<Kernel>);
@@ -125,7 +128,7 @@ impl KernelHandle {
     }
 
     /// Totals: allowed, and refused by reason.
-    pub fn totals(&self) -> Result<(u64, Vec<(&'static str, u64)>), Refusal> {
+    pub fn totals(&self) -> Result<Totals, Refusal> {
         let counters = self.0.counters().map_err(|e| refusal(&e))?;
         Ok((counters.allowed, counters.denied.iter().map(|(r, n)| (r.as_str(), *n)).collect()))
     }

@@ -1,5 +1,6 @@
 //! A cell in a test: the real state machine, a real root and issuing key, leaves from commits only.
 #![allow(dead_code, reason = "each test file uses a part")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
 use ambit_agent::issued::Svid;
 use ambit_agent::view::View;

@@ -1,0 +1,254 @@
+//! One node whole, but for its cell: pod files, the real kernel part, capture, tunnel, last leg, and unmodified programs
+//! (Python, curl) as workloads in cgroups and namespaces of their own. Needs root and fails without it.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+
+mod support;
+
+use ambit_agent::clock::Clock;
+use ambit_agent::control::{Control, Outcome, Wires};
+use ambit_agent::health::Health;
+use ambit_agent::inbound::Inbound;
+use ambit_agent::issued::Issued;
+use ambit_agent::kernel::KernelHandle;
+use ambit_agent::netns::NetnsThread;
+use ambit_agent::outbound::Outbound;
+use ambit_agent::view::View;
+use ambit_identity::{SharedTrust, Trust, TrustStore};
+use ambit_model::policy::Endpoint;
+use ambit_model::{Generation, Revision};
+use ambit_proto::v1;
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use support::{Cell, allow};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio::time::timeout;
+
+const SOON: Duration = Duration::from_secs(10);
+const PORT: u16 = 8080;
+
+/// What the test puts on the machine, and takes away again, also after a panic.
+struct Ground {
+    base: PathBuf,
+    pins: PathBuf,
+    dir: PathBuf,
+    children: Vec<Child>,
+}
+
+impl Ground {
+    fn make() -> Ground {
+        assert!(nix::unistd::geteuid().is_root(), "this test attaches programs to cgroups: run it as root");
+        let mounts = std::fs::read_to_string("/proc/mounts").unwrap();
+        let mount = mounts.lines().find(|l| l.split(' ').nth(2) == Some("cgroup2")).expect("a cgroup2 mount");
+        let name = format!("ambit-agent-test-{}", std::process::id());
+        let base = Path::new(mount.split(' ').nth(1).unwrap()).join(&name);
+        let dir = std::env::temp_dir().join(&name);
+        std::fs::create_dir_all(base.join("mesh")).unwrap();
+        std::fs::create_dir_all(dir.join("pods")).unwrap();
+        Ground { base, pins: Path::new("/sys/fs/bpf").join(&name), dir, children: vec![] }
+    }
+    fn mesh(&self) -> PathBuf {
+        self.base.join("mesh")
+    }
+    /// A namespace with one address on lo: what leaves it, leaves through the agent or not at all.
+    fn pod(&mut self, name: &str, address: Ipv4Addr) -> u32 {
+        std::fs::create_dir_all(self.mesh().join(name)).unwrap();
+        let ours = std::fs::read_link("/proc/self/ns/net").unwrap();
+        let holder = Command::new("unshare").args(["--net", "sleep", "120"]).spawn().unwrap();
+        let pid = holder.id();
+        self.children.push(holder);
+        let at = format!("/proc/{pid}/ns/net");
+        while !std::fs::read_link(&at).is_ok_and(|link| link != ours) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        for set in ["link set lo up".to_owned(), format!("addr add {address}/32 dev lo")] {
+            let words = ["--net=".to_owned() + &at, "ip".to_owned()];
+            let status = Command::new("nsenter").args(words).args(set.split(' ')).status().unwrap();
+            assert!(status.success(), "{set}");
+        }
+        let file = serde_json::json!({"cgroup": name, "netns": at, "address": address, "uid": 0});
+        std::fs::write(self.dir.join("pods").join(format!("{name}.json")), file.to_string()).unwrap();
+        pid
+    }
+    /// A program in the pod's cgroup and namespace.
+    fn command(&self, pod: &str, pid: u32, program: &[&str]) -> Command {
+        let mut command = Command::new("sh");
+        command
+            .args(["-c", "echo $$ > \"$0/cgroup.procs\" && ns=$1 && shift && exec nsenter --net=$ns \"$@\""])
+            .arg(self.mesh().join(pod))
+            .arg(format!("/proc/{pid}/ns/net"))
+            .args(program)
+            .stdin(Stdio::null());
+        command
+    }
+}
+
+impl Drop for Ground {
+    fn drop(&mut self) {
+        for child in &mut self.children {
+            drop(child.kill());
+            drop(child.wait());
+        }
+        if let Err(error) = ambit_ebpf::Kernel::remove(&self.pins) {
+            eprintln!("left behind: {} ({error})", self.pins.display());
+        }
+        for _ in 0..100 {
+            for pod in std::fs::read_dir(self.mesh()).into_iter().flatten().flatten() {
+                drop(std::fs::remove_dir(pod.path()));
+            }
+            drop(std::fs::remove_dir(self.mesh()));
+            if std::fs::remove_dir(&self.base).is_ok() {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        drop(std::fs::remove_dir_all(&self.dir));
+    }
+}
+
+struct Node {
+    desired: watch::Sender<Option<Arc<View>>>,
+    outcome: watch::Receiver<Option<Outcome>>,
+    endpoints: watch::Receiver<Vec<Endpoint>>,
+    issued: Issued,
+    kernel: KernelHandle,
+}
+
+impl Node {
+    /// The parts of the agent that need no cell, put together as `agent::run` does.
+    async fn start(ground: &Ground, cell: &Cell, hbone: TcpListener) -> Node {
+        let kernel = KernelHandle::open(&ground.mesh(), &ground.pins).unwrap();
+        kernel.renew_lease().unwrap();
+        let netns = NetnsThread::start().unwrap();
+        let view = cell.view(cell.slice(0, &[]));
+        let trust = SharedTrust::new(Trust::Bundles(TrustStore::new(&view.own).unwrap()));
+        let (desired, desired_rx) = watch::channel(None);
+        let (outcome_tx, outcome) = watch::channel(None);
+        let (endpoints_tx, endpoints) = watch::channel(vec![]);
+        let (plane, plane_rx) = watch::channel(None);
+        let (_, node) = watch::channel(Some((cell.node(), Generation(1))));
+        let (issued, health) = (Issued::default(), Health::new(Some(kernel.clone())));
+        let port = hbone.local_addr().unwrap().port();
+        let control = Control {
+            pods_dir: ground.dir.join("pods"),
+            cgroup_root: ground.mesh(),
+            node_address: Ipv4Addr::LOCALHOST,
+            kernel: kernel.clone(),
+            netns: netns.clone(),
+            issued: issued.clone(),
+            trust,
+            health: health.clone(),
+            outbound: Outbound::new(plane_rx.clone(), health, port),
+            wires: Wires { desired: desired_rx, outcome: outcome_tx, endpoints: endpoints_tx, plane, node },
+        };
+        tokio::spawn(control.run());
+        tokio::spawn(Inbound::new(plane_rx, netns, Arc::new(Clock::default())).serve(hbone));
+        Node { desired, outcome, endpoints, issued, kernel }
+    }
+    /// Sends a slice and waits until it is in the kernel; gives the time that took.
+    async fn apply(&mut self, view: Arc<View>) -> Duration {
+        let (revision, begun) = (view.revision, Instant::now());
+        self.desired.send_replace(Some(view));
+        let applied = self.outcome.wait_for(|o| o.as_ref().is_some_and(|o| o.revision == revision));
+        let applied = timeout(SOON, applied).await.expect("an outcome").unwrap().clone().unwrap();
+        applied.result.expect("in the kernel");
+        begun.elapsed()
+    }
+}
+
+/// Python's words for one connect and one line read.
+async fn ask(ground: &Ground, pod: &str, pid: u32, host: &str) -> String {
+    let script = format!(
+        "import socket\ntry:\n s = socket.create_connection(('{host}', {PORT}), 5)\n \
+         s.sendall(b'GET /hello.txt HTTP/1.0\\r\\n\\r\\n')\n data = b''\n \
+         while True:\n  got = s.recv(4096)\n  if not got: break\n  data += got\n \
+         print(s.getpeername()[0], data.decode().splitlines()[-1])\n\
+         except OSError as e: print(type(e).__name__)"
+    );
+    let mut command = ground.command(pod, pid, &["python3", "-c", &script]);
+    let out = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    String::from_utf8(out.stdout).unwrap().trim().to_owned()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn programs_are_captured_carried_and_cut_by_policy() {
+    let mut ground = Ground::make();
+    let mut cell = Cell::founded("west", 1);
+    let (web, db) = (cell.entry("web", &["cgroup:web"], &[]), cell.entry("db", &["cgroup:db"], &[]));
+    let (web_at, db_at) = (Ipv4Addr::new(10, 200, 1, 11), Ipv4Addr::new(10, 200, 1, 12));
+    let (web_pid, db_pid) = (ground.pod("web", web_at), ground.pod("db", db_at));
+    let hbone = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let mut node = Node::start(&ground, &cell, hbone).await;
+
+    std::fs::write(ground.dir.join("hello.txt"), "hello through the mesh\n").unwrap();
+    let root = ground.dir.display().to_string();
+    let serve = ["python3", "-m", "http.server", "8080", "--bind", "10.200.1.12", "--directory", &root];
+    let server = ground.command("db", db_pid, &serve).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    ground.children.push(server);
+
+    // Nobody yet: everything is refused, at once, by the kernel.
+    assert_eq!(ask(&ground, "web", web_pid, "10.200.1.12").await, "PermissionError");
+
+    let slice = |revision: u64, policies: &[v1::Policy]| v1::Slice {
+        entries: vec![web.clone(), db.clone()],
+        identities: vec![
+            v1::NumericIdentity { spiffe_id: cell.id("web"), number: 256 },
+            v1::NumericIdentity { spiffe_id: cell.id("db"), number: 257 },
+        ],
+        endpoints: vec![v1::Endpoint {
+            spiffe_id: cell.id("db"),
+            address: db_at.to_string(),
+            cluster: "west".into(),
+            node_address: "127.0.0.1".into(),
+            node: cell.node().to_string(),
+            generation: 1,
+        }],
+        services: vec![v1::Service {
+            origin: "west".into(),
+            name: "db".into(),
+            address: "10.99.7.1".into(),
+            port: u32::from(PORT),
+            backends: vec![cell.id("db")],
+        }],
+        policies: policies.to_vec(),
+        ..cell.slice(revision, &[])
+    };
+    let open = allow("db", "spiffe://west/db", "spiffe://west/web", &[PORT]);
+    let (denied, allowed, shut) = (slice(1, &[]), slice(2, std::slice::from_ref(&open)), slice(3, &[]));
+    let again = slice(4, std::slice::from_ref(&open));
+    let views = [denied, allowed, shut, again].map(|s| cell.view(s));
+    let svids = BTreeMap::from(["web", "db"].map(|e| (e.parse().unwrap(), Ok(cell.svid(e)))));
+    node.apply(views[0].clone()).await;
+    assert_eq!(ask(&ground, "web", web_pid, "10.200.1.12").await, "PermissionError", "no policy");
+    assert!(node.endpoints.borrow().is_empty(), "no SVID, no endpoint");
+    node.issued.set_svids(svids);
+    let reported = timeout(SOON, node.endpoints.wait_for(|e| e.len() == 2)).await.expect("endpoints").unwrap().clone();
+    assert!(reported.iter().any(|e| e.spiffe_id.to_string() == cell.id("db") && e.address == db_at));
+
+    let took = node.apply(views[1].clone()).await;
+    println!("slice to kernel: {} ms", took.as_millis());
+    assert_eq!(ask(&ground, "web", web_pid, "10.200.1.12").await, "10.200.1.12 hello through the mesh");
+    assert_eq!(ask(&ground, "web", web_pid, "10.99.7.1").await, "10.99.7.1 hello through the mesh", "by its service");
+    assert_eq!(ask(&ground, "db", db_pid, "10.200.1.11").await, "PermissionError", "not the other way");
+    let mut curl = ground.command("web", web_pid, &["curl", "-sS", "-m", "5", "http://10.99.7.1:8080/hello.txt"]);
+    let out = tokio::task::spawn_blocking(move || curl.output().unwrap()).await.unwrap();
+    assert_eq!(String::from_utf8_lossy(&out.stdout), "hello through the mesh\n", "{out:?}");
+
+    node.apply(views[2].clone()).await;
+    assert_eq!(ask(&ground, "web", web_pid, "10.200.1.12").await, "PermissionError", "the policy is gone");
+
+    // The pod's file goes: its processes are nobody, whatever the policy says.
+    node.apply(views[3].clone()).await;
+    assert_eq!(ask(&ground, "web", web_pid, "10.200.1.12").await, "10.200.1.12 hello through the mesh");
+    std::fs::remove_file(ground.dir.join("pods/web.json")).unwrap();
+    timeout(SOON, node.endpoints.wait_for(|e| e.len() == 1)).await.expect("the endpoint is withdrawn").unwrap();
+    assert_eq!(ask(&ground, "web", web_pid, "10.200.1.12").await, "PermissionError", "the pod is gone");
+    assert_eq!(node.outcome.borrow().as_ref().unwrap().revision, Revision(4));
+    let (captured, refused) = node.kernel.totals().unwrap();
+    assert!(captured >= 4 && refused.iter().any(|(reason, n)| *reason == "unknown_source" && *n > 0), "{refused:?}");
+}
