@@ -163,15 +163,22 @@ impl<'a> Run<'a> {
         let end = begun + phase.length.0;
         while self.clock.ms() < end {
             self.look(probes).await?;
-            if phase.until_steady && self.unsteady().is_none() {
+            if self.healed_ms.is_some() && self.steady_ms.is_none() && self.as_before().await {
+                self.steady_ms = Some(self.clock.ms());
+            }
+            let steady = if self.healed_ms.is_some() { self.steady_ms.is_some() } else { self.unsteady().is_none() };
+            if phase.until_steady && steady {
                 self.timeline.tell("steady");
                 break;
             }
         }
-        if self.healed_ms.is_some() && self.steady_ms.is_none() && self.unsteady().is_none() {
-            self.steady_ms = Some(self.clock.ms());
-        }
         Ok(())
+    }
+
+    /// Whether the probes are steady and every precondition holds again: a cell that serves, but could not bear the
+    /// next loss, is not yet healed.
+    async fn as_before(&self) -> bool {
+        self.unsteady().is_none() && guard::check(self.drill, self.cells).await.is_ok()
     }
 
     async fn heal(&mut self) -> Result<(), Stop> {

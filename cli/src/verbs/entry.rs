@@ -6,7 +6,7 @@ use crate::ask;
 use crate::cell::{request_id, seconds};
 use crate::context::read_bounded;
 use crate::duration::Millis;
-use crate::exit::{Exit, refusal_text};
+use crate::exit::Exit;
 use crate::output::{Answer, Table, counted};
 use ambit_model::{Code, Refusal};
 use ambit_proto::v1;
@@ -66,9 +66,11 @@ fn statuses(session: &Session, reply: &v1::BatchEntryResponse, done: &str) -> An
         table.row(vec![json!(item.id), json!(if good { done } else { &item.code }), json!(reply.revision)]);
         if !good {
             let code = Code::from_text(&item.code).unwrap_or(Code::Internal);
-            let refusal = Refusal::new(code, "", format!("{}: {}", item.id, item.message));
-            exit = exit.max(Exit::of(&refusal));
-            notes.push(refusal_text(&refusal));
+            exit = exit.max(Exit::of(&Refusal::new(code, "", "")));
+            // The message is the refusal as one line; its code and remedy are not said twice.
+            let message = item.message.strip_prefix(&format!("{code}: ")).unwrap_or(&item.message);
+            let message = message.strip_suffix(&format!("; try: {}", code.remedy())).unwrap_or(message);
+            notes.push(format!("error[{}]: {}: {message}\n  try: {}", item.code, item.id, code.remedy()));
         }
     }
     let mut answer = Answer::ok(table.render(session.form)).ending(exit);
@@ -182,7 +184,15 @@ mod tests {
         let results = vec![item("a", "ok"), item("b", "already_exists"), item("c", "permission_denied")];
         let answer = statuses(&session, &v1::BatchEntryResponse { results, revision: 7 }, "created");
         assert_eq!(answer.exit, Exit::Denied);
-        assert_eq!(answer.notes.len(), 2);
+        let refusal = Refusal::new(Code::AlreadyExists, "an id not in use", "b").to_string();
+        let results = vec![v1::EntryStatus { id: "b".into(), code: "already_exists".into(), message: refusal }];
+        let one = statuses(&session, &v1::BatchEntryResponse { results, revision: 7 }, "created");
+        assert_eq!(
+            one.notes,
+            [
+                "error[already_exists]: b: expected an id not in use, found b\n  try: choose another name, or update the object"
+            ]
+        );
         assert!(
             answer.text.starts_with("ID  STATUS             REVISION\na   created            7\n"),
             "{}",

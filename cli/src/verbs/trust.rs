@@ -3,7 +3,7 @@
 use super::Session;
 use crate::args::{Identity, Trust};
 use crate::ask;
-use crate::output::{Answer, Form, Table};
+use crate::output::{Answer, Form, Table, pretty};
 use crate::when::utc;
 use ambit_identity::keys::certificates_to_pem;
 use ambit_model::Refusal;
@@ -17,8 +17,12 @@ pub(super) async fn trust(session: &Session, verb: Trust) -> Result<Answer, Refu
     let own = cell.context().trust_domain.to_string();
     let trust_domain = trust_domain.unwrap_or_else(|| own.clone());
     let bundle = ask!(cell, BundleRegistry.get_bundle(v1::GetBundleRequest { trust_domain: trust_domain.clone() }))?;
-    if pem && session.form == Form::Table {
-        return Ok(Answer::ok(certificates_to_pem(bundle.roots_der.iter().map(Vec::as_slice))));
+    if pem {
+        let text = certificates_to_pem(bundle.roots_der.iter().map(Vec::as_slice));
+        return Ok(Answer::ok(match session.form {
+            Form::Table => text,
+            Form::Json => pretty(&json!({"trust_domain": bundle.trust_domain, "roots_pem": text})),
+        }));
     }
     let (fingerprint, form) = if trust_domain == own {
         let status = ask!(cell, Membership.status(v1::StatusRequest {}))?;
@@ -28,15 +32,13 @@ pub(super) async fn trust(session: &Session, verb: Trust) -> Result<Answer, Refu
         let peer = peers.into_iter().find(|p| p.trust_domain == trust_domain).unwrap_or_default();
         (peer.fingerprint, String::new())
     };
-    let mut table =
-        Table::new("bundle", &["trust_domain", "fingerprint", "root_form", "sequence", "roots_sha256", "roots_pem"]);
+    let mut table = Table::new("bundle", &["trust_domain", "fingerprint", "root_form", "sequence", "roots_sha256"]);
     table.row(vec![
         json!(bundle.trust_domain),
         json!(fingerprint),
         json!(form),
         json!(bundle.sequence),
         json!(bundle.roots_der.iter().map(|der| hex::encode(Sha256::digest(der))).collect::<Vec<_>>()),
-        if pem { json!(certificates_to_pem(bundle.roots_der.iter().map(Vec::as_slice))) } else { json!(null) },
     ]);
     Ok(Answer::ok(table.render_one(session.form)))
 }
