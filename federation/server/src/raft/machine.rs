@@ -94,7 +94,7 @@ impl Machine {
                 log.install(base)?;
             }
         }
-        let (mut tables, rows) = Tables::open(&options.data_dir)?;
+        let (mut tables, rows) = Tables::open(&options.data_dir, log.base().index > 0)?;
         let stored = match rows {
             Some((applied, rows)) => match from_tables(applied, rows) {
                 Ok(start) => Some(start),

@@ -10,6 +10,11 @@ impl FlushReceipt {
     pub(in crate::store) fn of(batch: u64) -> Self {
         Self { batch }
     }
+    /// For tests of the core over a storage in memory.
+    #[cfg(test)]
+    pub(crate) fn simulated(batch: u64) -> Self {
+        Self { batch }
+    }
     /// The number of the batch.
     pub fn batch(&self) -> u64 {
         self.batch

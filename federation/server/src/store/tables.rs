@@ -49,13 +49,17 @@ struct Open {
 
 impl Tables {
     /// Opens the folder and reads everything. Whatever is wrong with it, it is moved aside and the answer is `None`:
-    /// rebuild. Only a file system that does not even rename is an error.
-    pub fn open(data_dir: &Path) -> Result<(Self, Option<Stored>), StoreError> {
+    /// rebuild. That includes finding nothing where the log says that a state was `expected`: sled drops what it cannot
+    /// read without a word. Only a file system that does not even rename is an error.
+    pub fn open(data_dir: &Path, expected: bool) -> Result<(Self, Option<Stored>), StoreError> {
         let dir = data_dir.join("tables");
+        let expected = expected && dir.exists();
         let first = caught("tables", || {
             let open = Open::at(&dir)?;
-            let rows = open.load()?;
-            Ok((open, rows))
+            match open.load()? {
+                None if expected => Err(StoreError::damaged("tables", "nothing, where a state was stored")),
+                rows => Ok((open, rows)),
+            }
         });
         match first {
             Ok((open, rows)) => Ok((Self { dir, open: Some(open) }, rows)),
@@ -101,6 +105,8 @@ impl Tables {
             self.attempt(|open| open.write(None, part));
         }
         self.write(applied, Vec::new());
+        // From here on a killed process leaves at least this.
+        self.checkpoint();
     }
 
     /// Rows and position in one transaction. A failure costs the tables, not the replica: they are left behind and
