@@ -13,6 +13,9 @@ use std::time::{Duration, Instant};
 /// How long killed processes may take to be gone.
 const KILL_MAX: Duration = Duration::from_secs(10);
 
+/// Rounds of cleaning before the failure of one is told.
+const ROUNDS_MAX: u32 = 5;
+
 /// What was removed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Removed {
@@ -51,10 +54,24 @@ pub fn down(name: &str) -> Result<Removed, LabError> {
     Ok(removed)
 }
 
-/// The same, under a lock that the caller holds.
+/// The same, under a lock that the caller holds. A child of a killed lab that had not yet reached its `exec` carries no
+/// marker and may still make things: a round that fails, or leaves something, is repeated.
 pub(crate) fn clean(lab: &str) -> Result<Removed, LabError> {
+    let mut removed = Removed::default();
+    for _ in 0..ROUNDS_MAX {
+        let round = clean_once(lab, &mut removed);
+        if round.is_ok() && net::list(lab).is_empty() && process::marked(lab).is_empty() {
+            return Ok(removed);
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    clean_once(lab, &mut removed)?;
+    Ok(removed)
+}
+
+fn clean_once(lab: &str, removed: &mut Removed) -> Result<(), LabError> {
     let top = cgroup::top(lab)?;
-    let mut removed = Removed { processes: kill_all(lab, &top)?, ..Removed::default() };
+    removed.processes += kill_all(lab, &top)?;
     for namespace in net::list(lab) {
         net::remove(&namespace)?;
         removed.namespaces += 1;
@@ -66,7 +83,7 @@ pub(crate) fn clean(lab: &str) -> Result<Removed, LabError> {
     for folder in [cgroup::pins(lab), topology::root(lab)] {
         removed.folders += usize::from(remove_folder(folder)?);
     }
-    Ok(removed)
+    Ok(())
 }
 
 /// Kills until none is left: a process killed between fork and exec of its child leaves that child.

@@ -263,13 +263,13 @@ impl Lab {
     }
 
     /// One revert or injection of this lab at a time, or two would start the same process twice.
-    fn hold_faults(&self) -> Result<FaultsHeld, LabError> {
+    fn hold_faults(&self) -> Result<Lock, LabError> {
         let deadline = Instant::now() + Duration::from_secs(60);
         loop {
             match Lock::take(&self.spec.root(), "faults") {
-                Ok(lock) => return Ok(FaultsHeld { _lock: lock }),
+                Ok(lock) => return Ok(lock),
                 Err(busy) if busy.code != Code::Busy || Instant::now() > deadline => return Err(busy.into()),
-                Err(_) => std::thread::sleep(Duration::from_millis(10)),
+                Err(_) => {}
             }
         }
     }
@@ -294,11 +294,6 @@ impl Lab {
     fn lease_path(&self, id: &str) -> PathBuf {
         self.lease_folder().join(format!("{id}.json"))
     }
-}
-
-/// Released when dropped; the file stays, as it lies in the lab's own folder.
-struct FaultsHeld {
-    _lock: Lock,
 }
 
 fn keeper(id: &str) -> String {

@@ -4,6 +4,10 @@ use ambit_model::{Refusal, refusal::Code};
 use std::fs::{File, OpenOptions, TryLockError};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// A holder that was killed lives on in its child until that reaches its `exec`: long on a loaded machine.
+const WAIT_MAX: Duration = Duration::from_secs(2);
 
 /// Held while a lab is brought up or taken down; released by the kernel if the holder dies.
 #[derive(Debug)]
@@ -19,10 +23,15 @@ impl Lock {
         let internal =
             |e: std::io::Error| Refusal::new(Code::Internal, format!("lock {}", path.display()), e.to_string());
         std::fs::create_dir_all(run_dir).map_err(internal)?;
+        let deadline = Instant::now() + WAIT_MAX;
         loop {
             let file = OpenOptions::new().create(true).truncate(false).write(true).open(&path).map_err(internal)?;
             match file.try_lock() {
                 Ok(()) => {}
+                Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(5));
+                    continue;
+                }
                 Err(TryLockError::WouldBlock) => {
                     let expected = format!("no other command working on lab {lab}");
                     return Err(Refusal::new(Code::Busy, expected, "one is at work"));

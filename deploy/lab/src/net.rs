@@ -137,7 +137,7 @@ pub fn build(spec: &Spec) -> Result<(), NetError> {
     let roles = ["router".to_owned(), "operator".to_owned()].into_iter();
     let roles = roles.chain(spec.sites.iter().map(|s| s.name.clone())).chain(members.iter().map(Member::role));
     let namespaces: Vec<String> = roles.map(|role| spec.namespace(&role)).collect();
-    add(&namespaces)?;
+    add(spec, &namespaces)?;
     build_router(spec)?;
     for site in &spec.sites {
         build_site(spec, site)?;
@@ -155,8 +155,9 @@ pub fn add_pod(spec: &Spec, node: &Member, pod: &str, address: Ipv4Addr) -> Resu
     let outside = spec.namespace(&node.role());
     let link = pod_link(pod);
     let gateway = node.pod_address(1).unwrap_or(Ipv4Addr::UNSPECIFIED);
-    add(std::slice::from_ref(&inside))?;
+    add(spec, std::slice::from_ref(&inside))?;
     batch(
+        spec,
         &outside,
         &format!(
             "link add {link} type veth peer name eth0 netns {inside}\naddr add {gateway}/32 dev {link}\n\
@@ -165,6 +166,7 @@ pub fn add_pod(spec: &Spec, node: &Member, pod: &str, address: Ipv4Addr) -> Resu
     )?;
     // As the CNI plugin ptp does: the pod sees only its node, so that every packet passes the node's side of the veth.
     batch(
+        spec,
         &inside,
         &format!(
             "link set lo up\naddr add {address}/32 dev eth0\nlink set eth0 up\n\
@@ -182,13 +184,13 @@ pub fn pod_link(pod: &str) -> String {
 /// Takes the link of a member (`west-n1`) or of a whole site (`west`) down or up.
 pub fn set_link(spec: &Spec, site: &str, member: Option<&Member>, up: bool) -> Result<(), NetError> {
     let port = member.map_or(UPLINK.to_owned(), Member::port);
-    batch(&spec.namespace(site), &format!("link set {port} {}\n", if up { "up" } else { "down" }))
+    batch(spec, &spec.namespace(site), &format!("link set {port} {}\n", if up { "up" } else { "down" }))
 }
 
 /// Whether the link is up.
 pub fn link_up(spec: &Spec, site: &str, member: Option<&Member>) -> Result<bool, NetError> {
     let port = member.map_or(UPLINK.to_owned(), Member::port);
-    let text = tool::run("ip", &["-n", &spec.namespace(site), "-o", "link", "show", &port], "")?;
+    let text = tool::run(&spec.name, "ip", &["-n", &spec.namespace(site), "-o", "link", "show", &port], "")?;
     Ok(text.contains(",UP") || text.contains("<UP"))
 }
 
@@ -198,9 +200,9 @@ pub fn set_parted(spec: &Spec, a: &Site, b: &Site, parted: bool) -> Result<(), N
     for (from, to) in [(a, b), (b, a)] {
         let rule = format!("iif {} to 10.{}.0.0/16 priority {PART_PRIORITY} blackhole", from.name, to.octet);
         // Deleting first makes parting twice the same as once; it fails when there is none.
-        let gone = batch(&router, &format!("rule del {rule}\n"));
+        let gone = batch(spec, &router, &format!("rule del {rule}\n"));
         if parted {
-            batch(&router, &format!("rule add {rule}\n"))?;
+            batch(spec, &router, &format!("rule add {rule}\n"))?;
         } else if let Err(NetError::Tool(ToolError::Start { .. })) = &gone {
             gone?;
         }
@@ -208,13 +210,13 @@ pub fn set_parted(spec: &Spec, a: &Site, b: &Site, parted: bool) -> Result<(), N
     Ok(())
 }
 
-fn add(namespaces: &[String]) -> Result<(), NetError> {
+fn add(spec: &Spec, namespaces: &[String]) -> Result<(), NetError> {
     let lines: String = namespaces.iter().map(|n| format!("netns add {n}\n")).collect();
-    Ok(tool::run("ip", &["-batch", "-"], &lines).map(drop)?)
+    Ok(tool::run(&spec.name, "ip", &["-batch", "-"], &lines).map(drop)?)
 }
 
-fn batch(namespace: &str, lines: &str) -> Result<(), NetError> {
-    Ok(tool::run("ip", &["-n", namespace, "-batch", "-"], lines).map(drop)?)
+fn batch(spec: &Spec, namespace: &str, lines: &str) -> Result<(), NetError> {
+    Ok(tool::run(&spec.name, "ip", &["-n", namespace, "-batch", "-"], lines).map(drop)?)
 }
 
 fn build_router(spec: &Spec) -> Result<(), NetError> {
@@ -236,8 +238,9 @@ fn build_router(spec: &Spec) -> Result<(), NetError> {
             lines.push_str(&pod_route(&node));
         }
     }
-    batch(&router, &lines)?;
+    batch(spec, &router, &lines)?;
     batch(
+        spec,
         &operator,
         &format!("link set lo up\naddr add {far}/24 dev eth0\nlink set eth0 up\nroute add default via {near}\n"),
     )?;
@@ -256,7 +259,7 @@ fn build_site(spec: &Spec, site: &Site) -> Result<(), NetError> {
              link set {port} up\n"
         );
     }
-    batch(&spec.namespace(&site.name), &lines)
+    batch(spec, &spec.namespace(&site.name), &lines)
 }
 
 fn build_member(spec: &Spec, member: &Member, others: &[Member]) -> Result<(), NetError> {
@@ -265,7 +268,7 @@ fn build_member(spec: &Spec, member: &Member, others: &[Member]) -> Result<(), N
     let mut lines =
         format!("link set lo up\naddr add {address}/24 dev eth0\nlink set eth0 up\nroute add default via {gateway}\n");
     others.iter().for_each(|other| lines.push_str(&pod_route(other)));
-    batch(&namespace, &lines)?;
+    batch(spec, &namespace, &lines)?;
     if matches!(member.kind, Kind::Node(_)) {
         set_sysctl(&namespace, "net/ipv4/ip_forward", "1")?;
     }

@@ -40,11 +40,13 @@ pub fn package(tool: &str) -> &'static str {
     }
 }
 
-/// Runs `tool args`, feeding `stdin`, and returns what it wrote on standard output.
-pub fn run(tool: &str, args: &[&str], stdin: &str) -> Result<String, ToolError> {
+/// Runs `tool args` for a lab, feeding `stdin`, and returns what it wrote on standard output. It carries the lab's
+/// marker: if the lab is killed meanwhile, clean-up ends the tool before it removes what the tool makes.
+pub fn run(lab: &str, tool: &str, args: &[&str], stdin: &str) -> Result<String, ToolError> {
     let start = |source| ToolError::Start { tool: tool.into(), package: package(tool), source };
     let mut child = Command::new(tool)
         .args(args)
+        .env(crate::process::MARKER, lab)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())

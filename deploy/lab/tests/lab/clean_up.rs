@@ -37,7 +37,7 @@ fn down_leaves_nothing_and_twice_is_once() {
 fn down_leaves_nothing_after_up_was_killed_at_any_moment() {
     assert!(nix::unistd::geteuid().is_root(), "this test needs root");
     let mut unfinished = 0;
-    for delay_ms in [5, 60, 200, 700, 1500, 2200, 2600, 3200] {
+    for delay_ms in [5, 20, 30, 40, 50, 60, 80, 100, 150, 700, 1500, 2200, 2600, 3200] {
         let mut up = Command::new(BINARY)
             .args(["up", "--name", "cleankill", "--clusters", "2", "--nodes", "2", "--replicas", "3"])
             .stderr(Stdio::null())
@@ -59,6 +59,9 @@ fn up_removes_what_an_unfinished_up_left() {
     let small = ["up", "--name", "cleanagain", "--clusters", "1", "--nodes", "1", "--replicas", "1"];
     let mut up = Command::new(BINARY).args(small).stderr(Stdio::null()).spawn().unwrap();
     std::thread::sleep(Duration::from_millis(500));
+    // Stopped, so that it cannot end before we look.
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(up.id()).unwrap());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP).unwrap();
     let busy = ambit_lab(&["down", "--name", "cleanagain"]);
     assert!(text(&busy.stderr).contains("busy"), "two commands at once: {}", text(&busy.stderr));
     up.kill().unwrap();
