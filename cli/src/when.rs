@@ -18,13 +18,15 @@ pub fn utc(ms: u64) -> String {
     format!("{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}Z", of_day / 3600, of_day / 60 % 60, of_day % 60)
 }
 
-/// An age in the largest unit that keeps two digits of meaning: `850ms`, `12s`, `5m`, `3h`, `9d`.
+/// An age in the largest unit that keeps two digits of meaning: `850ms`, `12s`, `5m`, `3h`, `9d`; cells say the
+/// largest number for what never was.
 pub fn age(ms: u64) -> String {
     match ms {
         0..1000 => format!("{ms}ms"),
         1000..120_000 => format!("{}s", ms / 1000),
         120_000..7_200_000 => format!("{}m", ms / 60_000),
         7_200_000..172_800_000 => format!("{}h", ms / 3_600_000),
+        u64::MAX => "never".to_owned(),
         _ => format!("{}d", ms / 86_400_000),
     }
 }
@@ -57,6 +59,7 @@ mod tests {
         ] {
             assert_eq!(utc(ms), text, "{ms}");
         }
+        assert_eq!([age(200_000_000), age(u64::MAX)], ["2d", "never"]);
         assert_eq!([age(5), age(12_000), age(300_000), age(10_000_000)], ["5ms", "12s", "5m", "2h"]);
     }
 }

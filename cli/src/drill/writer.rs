@@ -72,7 +72,7 @@ struct Job {
 async fn own_cluster(cell: &Cell) -> Result<String, Refusal> {
     let own = cell.context().trust_domain.to_string();
     let clusters = ask!(cell, ClusterRegistry.list_clusters(v1::ListClustersRequest {}))?.clusters;
-    let cluster = clusters.into_iter().find(|c| c.home == own || c.trust_domain == own);
+    let cluster = clusters.into_iter().find(|c| c.trust_domain == own);
     cluster
         .map(|c| c.name)
         .ok_or_else(|| Refusal::new(Code::DrillGuard, format!("a cluster whose home is {own}"), "none"))

@@ -210,10 +210,11 @@ async fn peers(cell: &Cell) -> Vec<Finding> {
 }
 
 fn peer(p: &v1::Peer) -> Finding {
-    let says = format!("peer {} is {}, heard {} ago", p.trust_domain, p.state, age(p.age_ms));
+    let heard = if p.age_ms == u64::MAX { "never heard".to_owned() } else { format!("heard {} ago", age(p.age_ms)) };
+    let says = format!("peer {} is {}, {heard}", p.trust_domain, p.state);
     match p.state.as_str() {
         "active" if p.age_ms <= PEER_AGE_MS_MAX => good("peers", says),
-        "active" => warning("peers", says, "check the link to that cell; what it last said still holds"),
+        "active" | "degraded" => warning("peers", says, "check the link to that cell; what it last said still holds"),
         "pending" => {
             warning("peers", says, format!("ambit peer approve {} --fingerprint {}", p.trust_domain, p.fingerprint))
         }
@@ -341,7 +342,7 @@ mod tests {
     fn peers_and_agents_are_judged() {
         let p = |state: &str, age_ms| peer(&v1::Peer { state: state.into(), age_ms, ..Default::default() }).mark;
         assert_eq!(
-            [p("active", 900), p("active", 31_000), p("pending", 0), p("suspended", 0)],
+            [p("active", 900), p("degraded", u64::MAX), p("pending", 0), p("suspended", 0)],
             [Mark::Good, Mark::Warning, Mark::Warning, Mark::Bad]
         );
         let agent = |applied| v1::AgentRevision { desired: 5, applied, connected: true, ..Default::default() };
