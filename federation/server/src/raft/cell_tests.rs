@@ -468,6 +468,25 @@ async fn a_late_joiner_and_a_long_absent_replica_come_back_by_snapshot() {
     assert_eq!(lab.agreed().await.0.len(), 202);
 }
 
+/// The process ended after it had written a leader's snapshot and before it emptied the log for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_half_done_install_is_finished_at_the_next_start() {
+    let mut lab = Lab::cell("half", 3, short_log).await;
+    write(lab.at(1), 1).await;
+    lab.stop(3).await;
+    for n in 2..=60 {
+        write(lab.at(1), n).await;
+    }
+    let (index, _) = lab.at(1).snapshot_now().await.unwrap();
+    let file = "snapshot/current.snapshot";
+    std::fs::copy(lab.data_dir(1).join(file), lab.data_dir(3).join(file)).unwrap();
+    lab.addresses.lock().unwrap().clear();
+    let alone = Cell::open(lab.options(3), lab.network(3)).unwrap();
+    assert_eq!(alone.status().applied, index);
+    assert_eq!(ledger(&alone.state()).len(), 60);
+    alone.shutdown().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn members_come_and_go_one_at_a_time() {
     let mut lab = Lab::cell("members", 3, quick).await;
@@ -562,4 +581,86 @@ async fn a_lost_leader_is_replaced_in_time() {
     }
     times.sort_unstable();
     assert!(times[2] < Duration::from_secs(2), "{times:?}");
+}
+
+const CRASH_DIR: &str = "AMBIT_TEST_CRASH_DIR";
+
+/// I1 with a real SIGKILL, in the middle of appends, snapshots, compactions and table writes. The test runs itself as the
+/// process to be killed.
+#[test]
+fn a_killed_process_loses_no_acknowledged_write() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    if let Ok(dir) = std::env::var(CRASH_DIR) {
+        runtime.block_on(write_until_killed(dir.into()));
+        return;
+    }
+    let lab = Lab::new("kill", short_log);
+    let options = lab.options(1);
+    found(&options).unwrap();
+    let mut acked = Vec::new();
+    for round in 0..8usize {
+        acked.extend(run_and_kill(&options.data_dir, 20 + 13 * round));
+        let aside = options.data_dir.join("tables.damaged-1");
+        let rows = runtime.block_on(async {
+            let cell = Cell::open(options.clone(), lab.network(1)).unwrap();
+            cell.read_barrier().await.unwrap();
+            let rows = ledger(&cell.state());
+            cell.shutdown().await;
+            rows
+        });
+        assert!(rows.len() < 1000, "the state keeps no more than that many: write less");
+        let distinct: std::collections::BTreeSet<_> = rows.iter().collect();
+        assert_eq!(distinct.len(), rows.len(), "a write took effect twice");
+        let lost: Vec<_> = acked.iter().filter(|n| !distinct.contains(n)).collect();
+        assert!(lost.is_empty(), "lost after kill {round}: {lost:?}");
+        assert!(!aside.exists(), "a kill is no damage, and must not cost the tables");
+    }
+    assert!(acked.len() > 100, "only {} writes before the kills", acked.len());
+}
+
+fn run_and_kill(data_dir: &std::path::Path, after: usize) -> Vec<u64> {
+    use std::io::BufRead;
+    let mut child = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "raft::cell_tests::a_killed_process_loses_no_acknowledged_write", "--nocapture"])
+        .env(CRASH_DIR, data_dir)
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut acked = Vec::new();
+    let mut lines = std::io::BufReader::new(child.stdout.take().unwrap()).lines();
+    while acked.len() < after {
+        let line = lines.next().expect("the writer ended by itself").unwrap();
+        acked.extend(line.strip_prefix("acked ").map(|n| n.parse::<u64>().unwrap()));
+    }
+    child.kill().unwrap();
+    // What it still said before it died counts as well.
+    let rest = lines.map_while(Result::ok);
+    acked.extend(rest.filter_map(|l| l.strip_prefix("acked ").and_then(|n| n.parse::<u64>().ok())));
+    child.wait().unwrap();
+    acked
+}
+
+async fn write_until_killed(data_dir: PathBuf) {
+    let mut options = Options::new(ReplicaId(1), data_dir);
+    short_log(&mut options);
+    let nowhere = Network {
+        directory: Arc::new(|_| None),
+        channels: Arc::new(|_, _| Box::pin(async { Err(Refusal::new(Code::Unavailable, "", "")) })),
+    };
+    let cell = Cell::open(options, nowhere).unwrap();
+    cell.read_barrier().await.unwrap();
+    let from = ledger(&cell.state()).into_iter().max().unwrap_or_default();
+    let next = Arc::new(std::sync::atomic::AtomicU64::new(from + 1));
+    let writers = (0..8).map(|_| {
+        let (cell, next) = (cell.clone(), next.clone());
+        async move {
+            // Bounded, should no one come to kill this process.
+            for _ in 0..100_000 {
+                let n = next.fetch_add(1, Ordering::Relaxed);
+                write(&cell, n).await;
+                println!("acked {n}");
+            }
+        }
+    });
+    futures::future::join_all(writers).await;
 }
