@@ -57,10 +57,11 @@ impl Lab {
             self.register_cluster(name)?;
             let nodes = site.members().into_iter().filter(|m| matches!(m.kind, Kind::Node(_)));
             let nodes: Vec<String> = nodes.map(|m| m.role()).collect();
+            let start = Instant::now();
             nodes.iter().try_for_each(|node| self.start_agent(node))?;
             for node in &nodes {
-                let took = self.wait_enrolled(node, ENROL_MAX)?;
-                tell(&format!("node {node} enrolled and ready after {:.1} s", took.as_secs_f32()));
+                self.wait_enrolled(node, ENROL_MAX)?;
+                tell(&format!("node {node} enrolled and ready ({:.1} s)", start.elapsed().as_secs_f32()));
             }
         }
         Ok(())
