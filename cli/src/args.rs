@@ -162,8 +162,8 @@ pub enum Node {
     List,
     /// What the cell knows of a node: verdict, denials, expected and found
     Explain {
-        /// The node id, or its first 8 digits or more
-        id: String,
+        /// The node id, or its first 8 digits or more; none: every denial kept
+        id: Option<String>,
     },
     /// Refuses a node for good
     Ban { id: String },

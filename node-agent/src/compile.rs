@@ -2,7 +2,7 @@
 
 use crate::view::{View, Workload};
 use ambit_ebpf::{Action, MAX_SERVICE_ENDPOINTS, Service, ServiceEndpoint, Tables, Tier, Verdict, VerdictKey};
-use ambit_model::policy::Endpoint;
+use ambit_model::policy::{Endpoint, Order};
 use ambit_model::{NumericIdentity, SpiffeId};
 use ambit_policy::PortSet;
 use std::collections::{BTreeMap, BTreeSet};
@@ -63,7 +63,7 @@ fn services(view: &View, reachable: &[(&Endpoint, NumericIdentity)], unhealthy: 
             .map(|(e, number)| ServiceEndpoint {
                 address: SocketAddrV4::new(e.address, service.port),
                 identity: number.0,
-                tier: tier(view, e),
+                tier: tier(view, service, e),
                 healthy: !unhealthy.contains(&e.address),
             })
             .collect();
@@ -76,9 +76,13 @@ fn services(view: &View, reachable: &[(&Endpoint, NumericIdentity)], unhealthy: 
     out
 }
 
-/// The own cluster first.
-pub fn tier(view: &View, endpoint: &Endpoint) -> Tier {
-    if endpoint.cluster == view.cluster { Tier::Local } else { Tier::Remote }
+/// The nearer tier is used while it has a healthy endpoint: the own cluster, or the first backend, as the service says.
+pub fn tier(view: &View, service: &ambit_model::Service, endpoint: &Endpoint) -> Tier {
+    let near = match service.order {
+        Order::LocalFirst => endpoint.cluster == view.cluster,
+        Order::FirstBackend => service.backends.first().is_some_and(|b| b.contains(&endpoint.spiffe_id)),
+    };
+    if near { Tier::Local } else { Tier::Remote }
 }
 
 #[cfg(test)]
@@ -123,6 +127,7 @@ mod tests {
             address: "10.99.0.1".into(),
             port: 5432,
             backends: vec!["spiffe://east/db".into(), "spiffe://west/*".into()],
+            order: "local-first".into(),
         }];
         spoil(&mut s);
         let view = view(s).unwrap();

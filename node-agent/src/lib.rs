@@ -15,6 +15,7 @@ pub mod compile;
 pub mod config;
 pub mod control;
 pub mod enrol;
+pub mod fetch;
 pub mod hbone;
 pub mod health;
 pub mod inbound;

@@ -26,12 +26,26 @@ enum Verb {
         #[arg(long)]
         config: PathBuf,
     },
+    /// Fetches the caller's X.509-SVID over the Workload API, as `spire-agent api fetch x509 -write` does.
+    Fetch {
+        /// The Workload API's socket.
+        #[arg(long)]
+        socket: PathBuf,
+        /// Folder for svid.pem, svid.key and bundle.pem.
+        #[arg(long)]
+        out: PathBuf,
+    },
 }
 
 fn main() -> ExitCode {
-    let Verb::Run { config } = Args::parse().verb;
-    telemetry::start_logging();
-    match run(&config) {
+    let outcome = match Args::parse().verb {
+        Verb::Run { config } => {
+            telemetry::start_logging();
+            run(&config)
+        }
+        Verb::Fetch { socket, out } => fetched(&socket, &out),
+    };
+    match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // For whoever started us, whatever the log's form: the code first, then what to do.
@@ -39,6 +53,13 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn fetched(socket: &std::path::Path, out: &std::path::Path) -> anyhow::Result<()> {
+    use std::io::Write;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("no runtime")?;
+    let id = runtime.block_on(ambit_agent::fetch::fetch(socket, out))?;
+    writeln!(std::io::stdout(), "{id}").context("writing to stdout")
 }
 
 fn run(path: &std::path::Path) -> anyhow::Result<()> {

@@ -179,7 +179,7 @@ impl Outbound {
             .filter(|e| e.address != *captured.endpoint.ip() && !unhealthy.contains(&e.address))
             .filter(|e| service.backends.iter().any(|b| b.contains(&e.spiffe_id)))
             .filter(|e| view.policies.evaluate(pod.id(), &e.spiffe_id, service.port).allowed)
-            .min_by_key(|e| (compile::tier(view, e), e.address))
+            .min_by_key(|e| (compile::tier(view, service, e), e.address))
     }
 }
 

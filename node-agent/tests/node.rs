@@ -214,6 +214,7 @@ async fn programs_are_captured_carried_and_cut_by_policy() {
             address: "10.99.7.1".into(),
             port: u32::from(PORT),
             backends: vec![cell.id("db")],
+            order: "local-first".into(),
         }],
         policies: policies.to_vec(),
         ..cell.slice(revision, &[])

@@ -289,6 +289,7 @@ async fn a_service_fails_over_before_first_bytes_and_back() {
             address: service.ip().to_string(),
             port: u32::from(service.port()),
             backends: vec!["spiffe://east/db".into()],
+            order: "local-first".into(),
         }];
     };
     stage.publish(on_service, |_| ());

@@ -112,6 +112,7 @@ impl TryFrom<&v1::Service> for Service {
             address: address(&m.address)?,
             port: port(m.port)?,
             backends: m.backends.iter().map(|b| peers(b)).collect::<Result<_, _>>()?,
+            order: m.order.parse()?,
         })
     }
 }
@@ -124,6 +125,7 @@ pub fn service_message(origin: &TrustDomain, s: &Service) -> v1::Service {
         address: s.address.to_string(),
         port: u32::from(s.port),
         backends: s.backends.iter().map(peers_text).collect(),
+        order: s.order.as_str().to_owned(),
     }
 }
 

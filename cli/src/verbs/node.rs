@@ -22,7 +22,7 @@ pub(super) async fn run(session: &Session, verb: Node) -> Result<Answer, Refusal
             let reply = ask!(cell, NodeAttestation.list_nodes(v1::ListNodesRequest {}))?;
             Ok(Answer::ok(table(&reply.nodes).render(session.form)))
         }
-        Node::Explain { id } => explain(session, &id).await,
+        Node::Explain { id } => explain(session, id.as_deref()).await,
         Node::Ban { id } => {
             let (cell, banner) = session.cell_to_change()?;
             let request = v1::NodeRef { request_id: request_id()?, id: full_id(&cell, &id).await? };
@@ -83,9 +83,12 @@ async fn full_id(cell: &Cell, prefix: &str) -> Result<String, Refusal> {
     }
 }
 
-async fn explain(session: &Session, id: &str) -> Result<Answer, Refusal> {
+async fn explain(session: &Session, id: Option<&str>) -> Result<Answer, Refusal> {
     let cell = session.cell()?;
-    let id = full_id(&cell, id).await?;
+    let id = match id {
+        Some(id) => full_id(&cell, id).await?,
+        None => String::new(),
+    };
     let reply = ask!(cell, NodeAttestation.explain_node(v1::ExplainNodeRequest { id: id.clone() }))?;
     Ok(Answer::ok(explanation(session.form, &reply)))
 }
@@ -100,14 +103,14 @@ fn explanation(form: Form, reply: &v1::ExplainNodeResponse) -> String {
     }
     let mut out = match &reply.node {
         Some(node) => table(std::slice::from_ref(node)).render_one(Form::Table),
-        None => "never admitted".to_owned(),
+        None => "not admitted".to_owned(),
     };
     if !reply.attestation_result_json.is_empty() {
         out.push_str("\nattestation result: ");
         out.push_str(&reply.attestation_result_json);
     }
     for d in &reply.denials {
-        out.push_str(&format!("\n\n{} denied [{}]", utc(d.stamp_ms), d.code));
+        out.push_str(&format!("\n\n{} denied [{}]\n  node:     {}", utc(d.stamp_ms), d.code, d.node));
         for (name, text) in
             [("diverged", &d.diverged), ("expected", &d.expected), ("found", &d.found), ("try", &d.remedy)]
         {

@@ -11,6 +11,7 @@
 pub mod boot_log;
 pub mod cell;
 pub mod cgroup;
+pub mod demo;
 pub mod down;
 pub mod fault;
 pub mod gate;

@@ -95,6 +95,17 @@ enum Verb {
         /// The user to become
         uid: Option<u32>,
     },
+    /// Show the main job: two attested clusters, a call, a denial, a policy change, two drills
+    Demo {
+        #[command(flatten)]
+        lab: Name,
+        /// Write every figure of the closing table to this file
+        #[arg(long)]
+        json: Option<PathBuf>,
+        /// Leave the lab running and print commands to explore it
+        #[arg(long)]
+        keep: bool,
+    },
     /// (internal) Stand in for IMA on a node
     #[command(hide = true)]
     Measurer {
@@ -182,6 +193,9 @@ fn run(verb: Verb) -> Result<ExitCode, LabError> {
             return Err(probe(&Lab::open(&lab.name)?, &pod, target, interval_ms));
         }
         Verb::ProbeInside { target, interval_ms, uid } => probe_inside(target, interval_ms, uid)?,
+        Verb::Demo { lab, json, keep } => {
+            ambit_lab::demo::run(&ambit_lab::demo::Options { name: &lab.name, json: json.as_deref(), keep })?;
+        }
         Verb::Measurer { folder, ima_log, tpm } => measurer::Measurer::new(folder, ima_log, tpm)?.run(),
         Verb::TpmGate { listen, swtpm } => {
             let failed = |source| LabError::Io { path: PathBuf::from(listen.to_string()), source };

@@ -18,6 +18,6 @@ pub use entry::{Entry, EntryId, Selector};
 pub use id::{
     ClusterId, Generation, NodeId, NumericIdentity, ObjectName, RaftIndex, ReplicaId, Revision, SpiffeId, TrustDomain,
 };
-pub use policy::{Action, Endpoint, Peers, Policy, Service};
+pub use policy::{Action, Endpoint, Order, Peers, Policy, Service};
 pub use refusal::{Code, Refusal};
 pub use time::{Lifetime, Stamp, SvidTtl};

@@ -88,6 +88,37 @@ pub struct Policy {
     pub ports: Vec<u16>,
 }
 
+/// Which healthy endpoint of a service is chosen first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Order {
+    /// Those in the caller's own cluster, then the others.
+    #[default]
+    LocalFirst,
+    /// Those of the first backend named, wherever they are, then the others: a primary and its stand-ins.
+    FirstBackend,
+}
+
+impl Order {
+    /// As it is written: `local-first` or `first-backend`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::LocalFirst => "local-first",
+            Self::FirstBackend => "first-backend",
+        }
+    }
+}
+
+impl std::str::FromStr for Order {
+    type Err = Refusal;
+    fn from_str(s: &str) -> Result<Self, Refusal> {
+        match s {
+            "local-first" => Ok(Self::LocalFirst),
+            "first-backend" => Ok(Self::FirstBackend),
+            other => Err(Refusal::new(Code::BadRequest, "order local-first or first-backend", other)),
+        }
+    }
+}
+
 /// A virtual service: one address in front of endpoints in several clusters.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Service {
@@ -97,8 +128,10 @@ pub struct Service {
     pub address: Ipv4Addr,
     /// The TCP port of the virtual address and of every endpoint.
     pub port: u16,
-    /// Whose endpoints serve it, in any cluster. Local endpoints are chosen before remote ones.
+    /// Whose endpoints serve it, in any cluster.
     pub backends: Vec<Peers>,
+    /// Which healthy endpoint is chosen first.
+    pub order: Order,
 }
 
 /// Where an enrolled workload listens.

@@ -2,7 +2,7 @@
 
 use crate::document::Document;
 use crate::scalar::{Listed, Port, Text, UnicastAddress};
-use ambit_model::policy::{Action, Peers, Policy, Service};
+use ambit_model::policy::{Action, Order, Peers, Policy, Service};
 use ambit_model::{Code, ObjectName, Refusal};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
@@ -188,12 +188,22 @@ enum WrittenAction {
     Deny,
 }
 
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum WrittenOrder {
+    #[default]
+    LocalFirst,
+    FirstBackend,
+}
+
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct ServiceSpec {
     address: UnicastAddress,
     port: Port,
     backends: Listed<Text<Peers>, BACKENDS_MAX>,
+    #[serde(default)]
+    order: WrittenOrder,
 }
 
 impl Written<PolicySpec> {
@@ -211,8 +221,12 @@ impl Written<PolicySpec> {
 
 impl Written<ServiceSpec> {
     fn into_service(self) -> Service {
-        let ServiceSpec { address, port, backends } = self.spec;
+        let ServiceSpec { address, port, backends, order } = self.spec;
+        let order = match order {
+            WrittenOrder::LocalFirst => Order::LocalFirst,
+            WrittenOrder::FirstBackend => Order::FirstBackend,
+        };
         let backends = backends.0.into_iter().map(|set| set.0).collect();
-        Service { name: self.metadata.name.0, address: address.0, port: port.0, backends }
+        Service { name: self.metadata.name.0, address: address.0, port: port.0, backends, order }
     }
 }

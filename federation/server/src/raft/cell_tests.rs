@@ -311,6 +311,28 @@ async fn a_request_repeated_after_a_leader_change_takes_effect_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn leadership_moves_without_a_refusal() {
+    let lab = Lab::cell("moves", 3, quick).await;
+    let writers: Vec<_> = (1..=3u64)
+        .map(|id| {
+            let cell = lab.at(id).clone();
+            tokio::spawn(async move {
+                for n in 0..100 {
+                    write(&cell, id * 1000 + n).await;
+                }
+            })
+        })
+        .collect();
+    for to in [2, 3, 1, 2, 3, 1] {
+        lab.at(to % 3 + 1).transfer_leader(ReplicaId(to)).await.unwrap();
+    }
+    for writer in writers {
+        writer.await.unwrap();
+    }
+    assert_eq!(lab.agreed().await.0.len(), 300);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_whole_cell_restarts_with_its_state() {
     let mut lab = Lab::cell("restart", 3, quick).await;
     for n in 1..=20 {

@@ -73,7 +73,7 @@ pub enum Input {
 pub enum Rejected {
     /// Only a leader that has applied its own term takes it. The leader, if known.
     NotLeader(Option<u64>),
-    /// Too much is uncommitted, or leadership is being handed over.
+    /// Too much is uncommitted.
     Busy,
     /// The membership is another by now, or another change is on its way.
     Stale,
@@ -249,6 +249,10 @@ impl<S: Storage> RaftCore<S> {
     fn propose(&mut self, data: Vec<u8>) -> Result<(), Rejected> {
         if !self.leads() {
             return Err(Rejected::NotLeader(self.leader()));
+        }
+        if self.node.raft.lead_transferee.is_some() {
+            // Not busy: in a moment someone else leads, or this one leads on.
+            return Err(Rejected::NotLeader(None));
         }
         self.node.propose(Vec::new(), data).map_err(|_| Rejected::Busy)
     }

@@ -387,7 +387,17 @@ impl v1::node_attestation_server::NodeAttestation for Nodes {
         &self,
         request: Request<v1::ExplainNodeRequest>,
     ) -> Result<Response<v1::ExplainNodeResponse>, Status> {
-        let id: NodeId = request.into_inner().id.parse().or_status()?;
+        let asked = request.into_inner().id;
+        if asked.is_empty() {
+            let denials =
+                self.replica.read(|s| s.denials().map(|(_, d)| denial_message(d)).collect()).await.or_status()?;
+            return Ok(Response::new(v1::ExplainNodeResponse {
+                node: None,
+                denials,
+                attestation_result_json: String::new(),
+            }));
+        }
+        let id: NodeId = asked.parse().or_status()?;
         let answer = self.replica.read(|s| self.explanation(s, &id)).await.or_status()?;
         if answer.node.is_none() && answer.denials.is_empty() {
             return Err(Refusal::new(Code::NotFound, "a node that enrolled or was denied", id.to_string())).or_status();
@@ -400,6 +410,18 @@ impl v1::node_attestation_server::NodeAttestation for Nodes {
     }
     async fn evict_node(&self, request: Request<v1::NodeRef>) -> Result<Response<v1::Node>, Status> {
         self.put_out(request, Command::EvictNode).await
+    }
+}
+
+fn denial_message(d: &DenialRow) -> v1::DenialRecord {
+    v1::DenialRecord {
+        stamp_ms: d.stamp.0,
+        node: d.node.to_string(),
+        code: d.code.clone(),
+        diverged: d.diverged.clone(),
+        expected: d.expected.clone(),
+        found: d.found.clone(),
+        remedy: Code::from_text(&d.code).map(Code::remedy).unwrap_or_default().to_owned(),
     }
 }
 
@@ -436,15 +458,7 @@ impl Nodes {
     }
 
     fn explanation(&self, s: &State, id: &NodeId) -> v1::ExplainNodeResponse {
-        let denials = s.denials().filter(|(_, d)| d.node == *id).map(|(_, d)| v1::DenialRecord {
-            stamp_ms: d.stamp.0,
-            node: d.node.to_string(),
-            code: d.code.clone(),
-            diverged: d.diverged.clone(),
-            expected: d.expected.clone(),
-            found: d.found.clone(),
-            remedy: Code::from_text(&d.code).map(Code::remedy).unwrap_or_default().to_owned(),
-        });
+        let denials = s.denials().filter(|(_, d)| d.node == *id).map(|(_, d)| denial_message(d));
         let row = s.node(id);
         v1::ExplainNodeResponse {
             node: row.map(|n| self.message(id, n)),

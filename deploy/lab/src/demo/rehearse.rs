@@ -1,0 +1,83 @@
+//! The two drills, and what the processes weigh.
+
+use super::Demo;
+use super::enforce::expect;
+use crate::lab::LabError;
+use crate::preflight::own_binary;
+use ambit_model::{Refusal, refusal::Code};
+use std::time::Duration;
+
+/// A drill ends by its own abort conditions before this.
+const DRILL_MAX: Duration = Duration::from_secs(180);
+
+const DRILLS: [(&str, &str); 2] = [
+    ("leader-loss", include_str!("../../../drills/leader-loss.yaml")),
+    ("cluster-loss", include_str!("../../../drills/cluster-loss.yaml")),
+];
+
+impl Demo<'_> {
+    pub(super) fn drill(&mut self, name: &str) -> Result<(), LabError> {
+        self.say.chapter(&format!("Drill: {name}"));
+        let text = DRILLS.iter().find(|(n, _)| *n == name).map(|(_, text)| *text).unwrap_or_default();
+        let folder = self.lab.folder("operator");
+        let (file, report) = (folder.join(format!("{name}.yaml")), folder.join(format!("{name}.report.json")));
+        crate::lab::write_file(&file, text.as_bytes())?;
+        let program = own_binary("ambit")?.display().to_string();
+        let (file, out) = (file.display().to_string(), report.display().to_string());
+        let argv = [program.as_str(), "drill", "run", &file, "--lab", self.lab.name(), "--report", &out];
+        let told = self.lab.must_run_in(&self.lab.operator(), &argv, DRILL_MAX)?;
+        self.say.quote(&told);
+        let sealed_by = if name == "leader-loss" { &self.west } else { &self.east };
+        let verify = [program.as_str(), "drill", "report", "verify", &out, "--fingerprint", &sealed_by.fingerprint];
+        let verdict = self.lab.must_run_in(&self.lab.operator(), &verify, DRILL_MAX)?;
+        self.say.good(&format!("report verified offline: {}", verdict.trim().lines().next().unwrap_or_default()));
+        self.keep(name, &report)
+    }
+
+    fn keep(&mut self, name: &str, report: &std::path::Path) -> Result<(), LabError> {
+        let bytes = std::fs::read(report).map_err(|source| LabError::Io { path: report.to_owned(), source })?;
+        let sealed: serde_json::Value = serde_json::from_slice(&bytes).unwrap_or_default();
+        // The report proper is a text inside the sealed file, so that its bytes are what was signed.
+        let inner: serde_json::Value = match sealed["report"].as_str() {
+            Some(text) => serde_json::from_str(text).unwrap_or_default(),
+            None => sealed["report"].clone(),
+        };
+        let figures = &inner["figures"];
+        let number = |v: &serde_json::Value| v.as_f64();
+        let lost = number(&figures["ledger"]["lost"]);
+        let lost = lost.ok_or_else(|| Refusal::new(Code::Internal, "figures in the report", figures.to_string()))?;
+        let (probe, target) = if name == "leader-loss" { ("writer", 2.0) } else { ("caller", 5.0) };
+        let rto = number(&figures[probe]["rto_ms"]).unwrap_or(f64::INFINITY);
+        self.figures.put(format!("{name}: RTO"), rto / 1000.0, "s", Some(target));
+        self.figures.put(format!("{name}: acknowledged writes lost"), lost, "", Some(0.0));
+        let doubled = number(&figures["ledger"]["duplicated"]).unwrap_or(f64::INFINITY);
+        self.figures.put(format!("{name}: writes duplicated"), doubled, "", Some(0.0));
+        if name == "cluster-loss" {
+            self.figures.put(
+                "cluster-loss: failed calls",
+                number(&figures[probe]["failed"]).unwrap_or_default(),
+                "",
+                None,
+            );
+            if let Some(ms) = number(&figures[probe]["failback_ms"]) {
+                self.figures.put("cluster-loss: fail-back after west's return", ms / 1000.0, "s", None);
+            }
+        }
+        expect(lost == 0.0, "no acknowledged write lost", &lost.to_string())
+    }
+
+    /// Resident memory of this build; the targets are for a release build.
+    pub(super) fn weigh(&mut self) -> Result<(), LabError> {
+        for (process, name) in
+            [("west-r1", "resident memory of a replica"), ("west-n1-agent", "resident memory of an agent")]
+        {
+            let state = self.lab.state()?;
+            let Some(process) = state.process(process) else { continue };
+            let status = std::fs::read_to_string(format!("/proc/{}/status", process.id.pid)).unwrap_or_default();
+            let kib =
+                status.lines().find_map(|l| l.strip_prefix("VmRSS:")?.split_whitespace().next()?.parse::<f64>().ok());
+            self.figures.put(format!("{name}, debug build"), kib.unwrap_or_default() / 1024.0, "MiB", None);
+        }
+        Ok(())
+    }
+}
