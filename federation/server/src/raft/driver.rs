@@ -12,8 +12,8 @@ use super::status::{Role, Status};
 use super::transport::Outbox;
 use super::waiters::Waiters;
 use super::{Options, StartError, core};
-use crate::store::Change;
 use crate::store::log::LogStore;
+use crate::store::{Change, StoreError};
 use ambit_model::{RaftIndex, ReplicaId};
 use ambit_state::{LogEntry, State};
 use raft::StateRole;
@@ -382,7 +382,17 @@ impl Driver {
             self.snapshot_asked.clear();
             return Ok(());
         };
-        let (snapshot, digest) = self.machine.snapshot(term)?;
+        let (snapshot, digest) = match self.machine.snapshot(term) {
+            Ok(made) => made,
+            Err(Fatal::Store(e @ StoreError::TooLarge { .. })) => {
+                // The log goes on growing, which is better than no replica at all.
+                tracing::error!(error = %e, "no snapshot: the log is kept whole");
+                self.machine.defer_snapshot();
+                self.snapshot_asked.clear();
+                return Ok(());
+            }
+            Err(fatal) => return Err(fatal),
+        };
         self.shared.metrics.snapshot_made();
         if wanted {
             self.core.store().offer(snapshot);

@@ -193,6 +193,11 @@ impl Machine {
         self.checkpoint_index = self.applied;
     }
 
+    /// No snapshot now; the next is due as if one had been made.
+    pub(super) fn defer_snapshot(&mut self) {
+        self.snapshot_index = self.applied;
+    }
+
     /// Writes a snapshot of the state as applied; `term` is that of the last applied entry.
     pub(super) fn snapshot(&mut self, term: u64) -> Result<(eraftpb::Snapshot, [u8; 32]), Fatal> {
         let (rows, digest) = {

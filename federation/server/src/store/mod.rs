@@ -43,6 +43,14 @@ pub enum StoreError {
         /// As stored.
         found: u64,
     },
+    /// The state outgrew what a snapshot may be.
+    #[error("a snapshot of {bytes} bytes is above the bound of {max}")]
+    TooLarge {
+        /// As encoded.
+        bytes: usize,
+        /// [`snapshot::SNAPSHOT_BYTES_MAX`].
+        max: usize,
+    },
     /// The file system said no.
     #[error("{what} {path}")]
     Io {

@@ -63,7 +63,7 @@ pub fn encode(mut header: Header, rows: Vec<TableWrite>) -> Result<Vec<u8>, Stor
         frame(&mut out, chunk)?;
     }
     if out.len() > SNAPSHOT_BYTES_MAX {
-        return Err(StoreError::damaged("a snapshot to write", format!("{} bytes, above the bound", out.len())));
+        return Err(StoreError::TooLarge { bytes: out.len(), max: SNAPSHOT_BYTES_MAX });
     }
     Ok(out)
 }
