@@ -213,8 +213,10 @@ impl Written<PolicySpec> {
             WrittenAction::Allow => Action::Allow,
             WrittenAction::Deny => Action::Deny,
         };
-        let from = from.0.into_iter().map(|set| set.0).collect();
-        let ports = ports.into_iter().flat_map(|list| list.0).map(|port| port.0).collect();
+        let mut from: Vec<Peers> = from.0.into_iter().map(|set| set.0).collect();
+        let mut ports: Vec<u16> = ports.into_iter().flat_map(|list| list.0).map(|port| port.0).collect();
+        from.sort();
+        ports.sort_unstable();
         Policy { name: self.metadata.name.0, target: target.0, action, from, ports }
     }
 }

@@ -3,7 +3,6 @@
 
 use ambit_model::Refusal;
 use serde::de::{Deserialize, Deserializer, Error, SeqAccess, Unexpected, Visitor};
-use std::collections::BTreeSet;
 use std::fmt;
 use std::marker::PhantomData;
 use std::net::Ipv4Addr;
@@ -30,8 +29,8 @@ impl<'de, T: FromStr<Err = Refusal>> Deserialize<'de> for Text<T> {
     }
 }
 
-/// 1 to `MAX` values, sorted and without repetition, so that equal documents give equal policies.
-pub(crate) struct Listed<T, const MAX: usize>(pub(crate) BTreeSet<T>);
+/// 1 to `MAX` values as written, without repetition; where order means nothing, the caller sorts.
+pub(crate) struct Listed<T, const MAX: usize>(pub(crate) Vec<T>);
 
 impl<'de, T: Deserialize<'de> + Ord, const MAX: usize> Deserialize<'de> for Listed<T, MAX> {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
@@ -42,14 +41,17 @@ impl<'de, T: Deserialize<'de> + Ord, const MAX: usize> Deserialize<'de> for List
                 write!(f, "a list of 1-{MAX} values")
             }
             fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
-                let mut values = BTreeSet::new();
+                let mut values = Vec::new();
                 let mut count = 0;
                 while let Some(value) = seq.next_element()? {
                     count += 1;
                     if count > MAX {
                         return Err(A::Error::invalid_length(count, &self));
                     }
-                    values.insert(value);
+                    // Order is kept (a service's first backend means something); a repeat is not.
+                    if !values.contains(&value) {
+                        values.push(value);
+                    }
                 }
                 if count == 0 {
                     return Err(A::Error::invalid_length(0, &self));

@@ -146,6 +146,11 @@ pub fn role_of(svid: Option<&PeerSvid>, own: &TrustDomain, state: &State) -> Res
     if binding.node != node || row.state != NodeState::Admitted {
         return Err(Refusal::new(Code::NodeUntrusted, "an admitted node", format!("{:?}", row.state)));
     }
+    // A node that was put out and let in again starts anew: what was certified before stays refused.
+    if state.denied(&node).is_some_and(|denied| binding.generation <= denied) {
+        let expected = format!("generation {}", row.generation);
+        return Err(Refusal::new(Code::NodeUntrusted, expected, binding.generation.to_string()));
+    }
     Ok(Role::Node(node, binding.generation))
 }
 

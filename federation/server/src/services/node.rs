@@ -137,13 +137,18 @@ impl Nodes {
             expected: denial.refusal.expected.clone(),
             found: denial.refusal.found.clone(),
         };
-        let (client, request) = evidence_request_id(&session.node, &session.nonce, b"deny");
         let command = Command::DenyNode(session.nonce, session.deadline, row);
-        if let Err(refusal) = self.replica.propose(client, request, command).await?.outcome {
+        if let Err(refusal) = self.propose_for(&session.node, command).await?.outcome {
             return Ok(Err(denied(&refusal, None)));
         }
         tracing::warn!(node = %session.node, code = %denial.refusal.code, diverged = denial.diverged, "enrolment denied");
         Ok(Err(denied(&denial.refusal, denial.diverged)))
+    }
+
+    /// Each arrival of evidence is a request of its own: that it serves once is the nonce's work, and a second arrival
+    /// is told so.
+    async fn propose_for(&self, node: &NodeId, command: Command) -> Result<ambit_state::Applied, Refusal> {
+        self.replica.propose(Sha256::digest(node.0).into(), random()?, command).await
     }
 
     async fn admit(
@@ -159,9 +164,8 @@ impl Nodes {
         let now = self.replica.now();
         let claims = evidence.claims_json(now);
         let (node, cluster) = (evidence.node, evidence.cluster.clone());
-        let (client, request) = evidence_request_id(&node, &evidence.nonce, b"admit");
         let command = Command::AdmitNode(admission(&self.replica, &evidence, &csr, claims.clone()));
-        let applied = self.replica.propose(client, request, command).await?;
+        let applied = self.propose_for(&node, command).await?;
         if let Err(refusal) = &applied.outcome {
             return Ok(Err(denied(refusal, None)));
         }
@@ -259,13 +263,6 @@ fn expectation(
     Ok((expected, endorsements, cell.endorsement_revision))
 }
 
-fn evidence_request_id(node: &NodeId, nonce: &[u8; 32], what: &[u8]) -> ([u8; 32], [u8; 16]) {
-    let digest = Sha256::digest([nonce.as_slice(), what].concat());
-    let mut request = [0u8; 16];
-    request.copy_from_slice(&digest[..16]);
-    (Sha256::digest(node.0).into(), request)
-}
-
 fn evidence_header(h: v1::EvidenceHeader) -> Result<EvidenceHeader, Refusal> {
     let sha256 = |bytes: &[u8]| {
         <[u8; 32]>::try_from(bytes)
@@ -319,7 +316,16 @@ impl v1::node_attestation_server::NodeAttestation for Nodes {
     async fn begin(&self, request: Request<v1::BeginRequest>) -> Result<Response<v1::BeginResponse>, Status> {
         let from = actor(&request)?.remote;
         self.budget.take(from).or_status()?;
-        let result = match self.judge_begin(request.into_inner()) {
+        let m = request.into_inner();
+        let judged = match self.judge_begin(m.clone()) {
+            // This replica may not have applied yet what an operator wrote through another a moment ago.
+            Err(r) if matches!(r.code, Code::EkNotExpected | Code::JoinTokenInvalid | Code::NotFound) => {
+                self.replica.cell().read_barrier().await.or_status()?;
+                self.judge_begin(m)
+            }
+            judged => judged,
+        };
+        let result = match judged {
             Ok(challenge) => v1::begin_response::Result::Challenge(challenge),
             Err(refusal) if refusal.code == Code::Unavailable => return Err(refusal).or_status(),
             Err(refusal) => {
@@ -379,7 +385,9 @@ impl v1::node_attestation_server::NodeAttestation for Nodes {
     }
 
     async fn list_nodes(&self, _: Request<v1::ListNodesRequest>) -> Result<Response<v1::ListNodesResponse>, Status> {
-        let nodes = self.replica.read(|s| s.nodes().map(|(id, n)| self.message(id, n)).collect()).await.or_status()?;
+        let agents = super::policy::all_agents(&self.replica).await;
+        let nodes =
+            self.replica.read(|s| s.nodes().map(|(id, n)| message(&agents, id, n)).collect()).await.or_status()?;
         Ok(Response::new(v1::ListNodesResponse { nodes }))
     }
 
@@ -398,7 +406,8 @@ impl v1::node_attestation_server::NodeAttestation for Nodes {
             }));
         }
         let id: NodeId = asked.parse().or_status()?;
-        let answer = self.replica.read(|s| self.explanation(s, &id)).await.or_status()?;
+        let agents = super::policy::all_agents(&self.replica).await;
+        let answer = self.replica.read(|s| Self::explanation(s, &agents, &id)).await.or_status()?;
         if answer.node.is_none() && answer.denials.is_empty() {
             return Err(Refusal::new(Code::NotFound, "a node that enrolled or was denied", id.to_string())).or_status();
         }
@@ -410,6 +419,26 @@ impl v1::node_attestation_server::NodeAttestation for Nodes {
     }
     async fn evict_node(&self, request: Request<v1::NodeRef>) -> Result<Response<v1::Node>, Status> {
         self.put_out(request, Command::EvictNode).await
+    }
+}
+
+/// Agents by node id, as every replica of the cell tells.
+type Agents = std::collections::BTreeMap<String, v1::AgentRevision>;
+
+fn message(agents: &Agents, id: &NodeId, n: &NodeRow) -> v1::Node {
+    let agent = agents.get(&id.to_string());
+    v1::Node {
+        id: id.to_string(),
+        cluster: n.cluster.to_string(),
+        generation: n.generation.0,
+        state: format!("{:?}", n.state).to_lowercase(),
+        ek_class: n.ek_class.clone(),
+        address: agent.map(|a| a.address.clone()).unwrap_or_default(),
+        last_verdict_ms: n.last_verdict.0,
+        resets: u64::from(n.counters.resets),
+        restarts: u64::from(n.counters.restarts),
+        applied_revision: agent.map(|a| a.applied).unwrap_or_default(),
+        connected: agent.is_some_and(|a| a.connected),
     }
 }
 
@@ -436,32 +465,16 @@ impl Nodes {
         let id: NodeId = m.id.parse().or_status()?;
         let request = request_id(&m.request_id)?;
         self.replica.propose(actor.client, request, command(id)).await.or_status()?.outcome.or_status()?;
-        let node = self.replica.local(|s| s.node(&id).map(|n| self.message(&id, n)));
+        let agents = super::policy::all_agents(&self.replica).await;
+        let node = self.replica.local(|s| s.node(&id).map(|n| message(&agents, &id, n)));
         node.map(Response::new).ok_or_else(|| Refusal::new(Code::NotFound, "a node", m.id)).or_status()
     }
 
-    fn message(&self, id: &NodeId, n: &NodeRow) -> v1::Node {
-        let agent = self.replica.agents().all().into_iter().find(|(node, _)| node == id).map(|(_, a)| a);
-        v1::Node {
-            id: id.to_string(),
-            cluster: n.cluster.to_string(),
-            generation: n.generation.0,
-            state: format!("{:?}", n.state).to_lowercase(),
-            ek_class: n.ek_class.clone(),
-            address: agent.as_ref().map(|a| a.address.clone()).unwrap_or_default(),
-            last_verdict_ms: n.last_verdict.0,
-            resets: u64::from(n.counters.resets),
-            restarts: u64::from(n.counters.restarts),
-            applied_revision: agent.as_ref().map(|a| a.applied).unwrap_or_default(),
-            connected: agent.is_some(),
-        }
-    }
-
-    fn explanation(&self, s: &State, id: &NodeId) -> v1::ExplainNodeResponse {
+    fn explanation(s: &State, agents: &Agents, id: &NodeId) -> v1::ExplainNodeResponse {
         let denials = s.denials().filter(|(_, d)| d.node == *id).map(|(_, d)| denial_message(d));
         let row = s.node(id);
         v1::ExplainNodeResponse {
-            node: row.map(|n| self.message(id, n)),
+            node: row.map(|n| message(agents, id, n)),
             denials: denials.collect(),
             attestation_result_json: row.map(|n| n.claims.clone()).unwrap_or_default(),
         }

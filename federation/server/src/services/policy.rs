@@ -13,6 +13,18 @@ use tonic::{Request, Response, Status};
 
 pub(crate) struct Policies(pub(crate) Replica);
 
+/// Agents by node, of every replica that answers within a second: a stream ends at one of them.
+pub(crate) async fn all_agents(replica: &Replica) -> BTreeMap<String, v1::AgentRevision> {
+    let this = Policies(replica.clone());
+    let mut agents = this.local_agents();
+    let members: Vec<(u64, String)> = replica.local(|s| s.members().map(|(id, m)| (id, m.address.clone())).collect());
+    let others = members.iter().filter(|(id, _)| *id != replica.id());
+    for found in futures::future::join_all(others.map(|(id, address)| this.remote_agents(*id, address))).await {
+        agents.extend(found);
+    }
+    agents
+}
+
 #[tonic::async_trait]
 impl v1::policy_registry_server::PolicyRegistry for Policies {
     async fn apply(&self, request: Request<v1::ApplyRequest>) -> Result<Response<v1::ApplyResponse>, Status> {
@@ -104,8 +116,8 @@ impl v1::policy_registry_server::PolicyRegistry for Policies {
         request: Request<v1::PolicyStatusRequest>,
     ) -> Result<Response<v1::PolicyStatusResponse>, Status> {
         let local_only = request.into_inner().local_only;
-        let mut agents = self.local_agents();
-        let (revision, imported, nodes, members) = self
+        let mut agents = if local_only { self.local_agents() } else { all_agents(&self.0).await };
+        let (revision, imported, nodes) = self
             .0
             .read(|s| {
                 let nodes: BTreeSet<String> = s
@@ -113,15 +125,11 @@ impl v1::policy_registry_server::PolicyRegistry for Policies {
                     .filter(|(_, n)| n.state == ambit_state::objects::NodeState::Admitted)
                     .map(|(id, _)| id.to_string())
                     .collect();
-                let members: Vec<(u64, String)> = s.members().map(|(id, m)| (id, m.address.clone())).collect();
-                (s.cell().map(|c| c.revision.0).unwrap_or_default(), s.imported(), nodes, members)
+                (s.cell().map(|c| c.revision.0).unwrap_or_default(), s.imported(), nodes)
             })
             .await
             .or_status()?;
         if !local_only {
-            for (id, address) in members.into_iter().filter(|(id, _)| *id != self.0.id()) {
-                agents.extend(self.remote_agents(id, &address).await);
-            }
             for id in nodes {
                 agents.entry(id.clone()).or_insert(v1::AgentRevision { node: id, ..Default::default() });
             }
@@ -158,8 +166,14 @@ impl Policies {
         let rows = self.0.agents().all().into_iter();
         rows.map(|(node, a)| {
             let imported = a.imported.into_iter().map(|(origin, seq)| v1::ImportedSeq { origin, seq }).collect();
-            let row =
-                v1::AgentRevision { node: node.to_string(), desired: 0, applied: a.applied, connected: true, imported };
+            let row = v1::AgentRevision {
+                node: node.to_string(),
+                desired: 0,
+                applied: a.applied,
+                connected: true,
+                imported,
+                address: a.address,
+            };
             (row.node.clone(), row)
         })
         .collect()

@@ -160,7 +160,7 @@ fn endorsements_changed(s: &mut State, at: At) {
 
 impl State {
     /// The generation up to which this cell itself refuses the node's leaves.
-    pub(crate) fn denied(&self, id: &NodeId) -> Option<Generation> {
+    pub fn denied(&self, id: &NodeId) -> Option<Generation> {
         let td = self.cell()?.trust_domain.clone();
         self.node_denials.get(&(td, *id)).copied()
     }
