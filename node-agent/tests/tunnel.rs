@@ -144,9 +144,9 @@ impl Stage {
         e.policies = vec![policy];
         east(&mut e);
         let (w, e) = (self.west.view(w), self.east.view(e));
-        self.west_plane.send_replace(Some(plane(w, vec![self.web.clone()], &[self.web_svid.clone()])));
+        self.west_plane.send_replace(Some(plane(w, vec![self.web.clone()], std::slice::from_ref(&self.web_svid))));
         let db = pod(&e, &self.db_entry, *self.db_at().ip());
-        self.east_plane.send_replace(Some(plane(e, vec![db], &[self.db_svid.clone()])));
+        self.east_plane.send_replace(Some(plane(e, vec![db], std::slice::from_ref(&self.db_svid))));
     }
     /// An application's connection, captured with this record.
     async fn call(&self, captured: Option<Captured>) -> TcpStream {
