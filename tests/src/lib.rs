@@ -1,7 +1,13 @@
-//! What tests of more than one crate share: the repository's files as they are checked in.
+//! What tests of more than one crate share: the repository's files as they are checked in, cells of real replicas, and
+//! machines with software TPMs.
 //!
 //! Never part of a product: no other crate depends on it. Its tests never skip; what cannot run fails and says why.
 #![forbid(unsafe_code)]
+
+pub mod cell;
+pub mod machine;
+pub mod process;
+pub mod tpm;
 
 use anyhow::{Context, Result};
 use std::path::{Path, PathBuf};

@@ -42,7 +42,11 @@ const EDGES: &[(&str, &[&str])] = &[
     ),
     ("ambit", &["ambit-model", "ambit-policy", "ambit-identity", "ambit-proto", "ambit-transport"]),
     ("ambit-lab", &["ambit-model", "ambit-policy", "ambit-identity", "ambit-proto", "ambit-transport"]),
-    ("ambit-tests", &[]),
+    (
+        "ambit-tests",
+        // Fixtures speak to the real binaries over the wire, as agents and operators do.
+        &["ambit-identity", "ambit-lab", "ambit-model", "ambit-proto", "ambit-tpm", "ambit-transport", "ambit-verify"],
+    ),
     ("xtask", &[]),
 ];
 

@@ -1,0 +1,257 @@
+//! A machine that enrols as the agent does, step by step, and can lie at each of them.
+
+use crate::cell::{Cell, fresh};
+use crate::tpm::{Maker, Tpm};
+use ambit_identity::tls::certified;
+use ambit_identity::{SvidKey, fingerprint};
+use ambit_lab::tpm;
+use ambit_model::{ClusterId, Code, Refusal};
+use ambit_proto::v1::node_attestation_client::NodeAttestationClient;
+use ambit_proto::v1::{self, begin_response, evidence_request, evidence_response};
+use ambit_tpm::{Attester, Bank, TpmIdentity};
+use ambit_transport::Identity;
+use ambit_verify::transcript::{Binding, Transcript, qualifying_data};
+use ambit_verify::{BeginInput, LogExtent, PresentedEk, Public};
+use anyhow::{Context, Result, bail};
+use std::time::{Duration, Instant};
+use tonic::Status;
+use tonic::transport::Channel;
+
+const CHUNK_BYTES: usize = 64 * 1024;
+
+/// A machine: its TPM and its logs.
+pub struct Machine {
+    attester: Attester,
+    identity: TpmIdentity,
+    node: String,
+    // Ends after the attester's last use of it.
+    _tpm: Tpm,
+}
+
+/// What a machine puts wrong. Everything else stays right: hashes, lengths and the HMAC are of what is sent.
+#[derive(Clone, Debug, Default)]
+pub struct Lies {
+    /// Another boot log.
+    pub boot_log: Option<Vec<u8>>,
+    /// Another IMA log.
+    pub ima_log: Option<Vec<u8>>,
+    /// A quote over another session's data.
+    pub other_nonce: bool,
+    /// A quote over fewer PCRs than asked.
+    pub fewer_pcrs: bool,
+    /// An HMAC under another secret.
+    pub other_secret: bool,
+}
+
+/// A session begun.
+pub struct Begun {
+    cluster: ClusterId,
+    agent_nonce: [u8; 32],
+    join_token: String,
+    challenge: v1::Challenge,
+}
+
+/// Evidence ready to be sent, any number of times.
+pub struct Answer {
+    /// The frames.
+    pub frames: Vec<v1::EvidenceRequest>,
+    /// The node's key.
+    pub key: SvidKey,
+    /// Time that the TPM took.
+    pub in_tpm: Duration,
+}
+
+impl Machine {
+    /// Makes one with a TPM of `maker`.
+    pub async fn new(maker: &Maker, name: &str) -> Result<Machine> {
+        let tpm = maker.tpm(name)?;
+        let attester = Attester::open(&tpm.tcti(), &tpm.state())?;
+        let identity = attester.identity().await?;
+        let presented = PresentedEk::parse(BeginInput {
+            cluster: "any".parse()?,
+            ek_certificate: identity.ek_certificate.clone().unwrap_or_default(),
+            ek_intermediates: Vec::new(),
+            ek_public: identity.ek_public.clone(),
+            ak_public: identity.ak_public.clone(),
+            agent_nonce: vec![0; 32],
+        })?;
+        let node = presented.node().to_string();
+        Ok(Machine { attester, identity, node, _tpm: tpm })
+    }
+    /// Its id: SHA-256 of its EK's SubjectPublicKeyInfo.
+    pub fn node(&self) -> String {
+        self.node.clone()
+    }
+
+    /// The first round trip.
+    pub async fn begin(&self, channel: Channel, cluster: &str, token: &str) -> Result<Result<Begun, v1::Denied>> {
+        let mut agent_nonce = [0; 32];
+        for half in agent_nonce.chunks_mut(16) {
+            half.copy_from_slice(&fresh());
+        }
+        let request = v1::BeginRequest {
+            cluster: cluster.to_owned(),
+            ek_certificate: self.identity.ek_certificate.clone().unwrap_or_default(),
+            ek_intermediates: Vec::new(),
+            ek_public: self.identity.ek_public.clone(),
+            ak_public: self.identity.ak_public.clone(),
+            agent_nonce: agent_nonce.to_vec(),
+            join_token: token.to_owned(),
+        };
+        let cluster = cluster.parse()?;
+        match NodeAttestationClient::new(channel).begin(request).await?.into_inner().result {
+            Some(begin_response::Result::Challenge(challenge)) => {
+                Ok(Ok(Begun { cluster, agent_nonce, join_token: token.to_owned(), challenge }))
+            }
+            Some(begin_response::Result::Denied(denied)) => Ok(Err(denied)),
+            None => bail!("neither challenge nor denial"),
+        }
+    }
+
+    /// Activates the credential, quotes, and puts the evidence together.
+    pub async fn answer(&self, begun: &Begun, lies: &Lies) -> Result<Answer> {
+        let challenge = &begun.challenge;
+        let key = SvidKey::generate()?;
+        let csr = key.csr()?;
+        let started = Instant::now();
+        let mut secret =
+            self.attester.activate(challenge.credential_blob.clone(), challenge.encrypted_secret.clone()).await?;
+        let mut in_tpm = started.elapsed();
+        let ticket_sha256 = fingerprint(&challenge.ticket);
+        let mut server_nonce: [u8; 32] = challenge.server_nonce.as_slice().try_into()?;
+        if lies.other_nonce {
+            server_nonce[0] ^= 1;
+        }
+        let qualifying = qualifying_data(&Binding {
+            agent_nonce: &begun.agent_nonce,
+            server_nonce: &server_nonce,
+            ticket_sha256: &ticket_sha256,
+            csr_spki: &ambit_verify::csr::p256_spki(&csr)?,
+            cluster: &begun.cluster,
+            ak_name: &Public::name_of(&self.identity.ak_public)?,
+        });
+        let bank = Bank::from_text(&challenge.bank).context("a bank")?;
+        let mask = if lies.fewer_pcrs { challenge.pcr_mask & !(1 << 8) } else { challenge.pcr_mask };
+        let started = Instant::now();
+        let quote = self.attester.quote(bank, mask, qualifying).await?;
+        in_tpm += started.elapsed();
+        if lies.other_secret {
+            secret.iter_mut().for_each(|byte| *byte ^= 1);
+        }
+        let boot_log = lies.boot_log.clone().unwrap_or_else(|| tpm::BOOT_LOG.to_vec());
+        let ima_log = lies.ima_log.clone().unwrap_or_else(|| tpm::IMA_LOG.to_vec());
+        let transcript = Transcript {
+            ticket_sha256,
+            csr: &csr,
+            quote: &quote.attest,
+            signature: &quote.signature,
+            pcrs: &quote.pcrs,
+            boot_log: extent(&boot_log),
+            ima_log: extent(&ima_log),
+        };
+        let header = v1::EvidenceHeader {
+            hmac: transcript.hmac(&secret).to_vec(),
+            ticket: challenge.ticket.clone(),
+            csr: csr.clone(),
+            quote: quote.attest.clone(),
+            signature: quote.signature.clone(),
+            pcrs: quote
+                .pcrs
+                .iter()
+                .map(|(index, value)| v1::PcrValue { index: *index, value: value.clone() })
+                .collect(),
+            boot_log_len: transcript.boot_log.len,
+            boot_log_sha256: transcript.boot_log.sha256.to_vec(),
+            ima_log_len: transcript.ima_log.len,
+            ima_log_sha256: transcript.ima_log.sha256.to_vec(),
+            join_token: begun.join_token.clone(),
+            ek_public: self.identity.ek_public.clone(),
+            ak_public: self.identity.ak_public.clone(),
+        };
+        let chunks = boot_log.chunks(CHUNK_BYTES).chain(ima_log.chunks(CHUNK_BYTES)).map(<[u8]>::to_vec);
+        let frames = std::iter::once(evidence_request::Part::Header(header))
+            .chain(chunks.map(evidence_request::Part::Chunk))
+            .map(|part| v1::EvidenceRequest { part: Some(part) })
+            .collect();
+        Ok(Answer { frames, key, in_tpm })
+    }
+
+    /// Both round trips through one replica: a verdict, or the denial of either.
+    pub async fn enrol(
+        &self,
+        cell: &Cell,
+        replica: usize,
+        cluster: &str,
+        token: &str,
+        lies: &Lies,
+    ) -> Result<Result<(v1::Verdict, Answer), v1::Denied>> {
+        let begun = match self.begin(cell.anonymous(replica).await?, cluster, token).await? {
+            Ok(begun) => begun,
+            Err(denied) => return Ok(Err(denied)),
+        };
+        let answer = self.answer(&begun, lies).await?;
+        let judged = evidence(cell.anonymous(replica).await?, &answer.frames).await?;
+        Ok(judged.map(|verdict| (verdict, answer)))
+    }
+}
+
+/// The second round trip.
+pub async fn evidence(
+    channel: Channel,
+    frames: &[v1::EvidenceRequest],
+) -> Result<Result<v1::Verdict, v1::Denied>, Status> {
+    let frames = tokio_stream::iter(frames.to_vec());
+    match NodeAttestationClient::new(channel).evidence(frames).await?.into_inner().result {
+        Some(evidence_response::Result::Verdict(verdict)) => Ok(Ok(verdict)),
+        Some(evidence_response::Result::Denied(denied)) => Ok(Err(denied)),
+        None => Err(Status::internal("neither verdict nor denial")),
+    }
+}
+
+/// What a node shows after its enrolment.
+pub fn node_identity(verdict: &v1::Verdict, key: &SvidKey) -> Result<Identity> {
+    identity(&verdict.svid_chain_der, key)
+}
+
+/// A chain (leaf first) and its key as a client's identity.
+pub fn identity(chain_der: &[Vec<u8>], key: &SvidKey) -> Result<Identity> {
+    let chain = chain_der.iter().cloned().map(Into::into).collect();
+    Ok(Identity::new(Some(certified(chain, key)?)))
+}
+
+/// Registers a cluster whose EKs are of `maker`, class lab. `maker` has made a TPM before.
+pub async fn register_cluster(cell: &Cell, name: &str, maker: &Maker) -> Result<(), Refusal> {
+    let internal = |e: anyhow::Error| Refusal::new(Code::Internal, "the maker's certificates", e.to_string());
+    let roots = maker.roots().map_err(internal)?;
+    let request = v1::RegisterClusterRequest {
+        request_id: fresh(),
+        name: name.to_owned(),
+        ek_root_classes: vec!["lab".to_owned(); roots.len()],
+        ek_roots_der: roots,
+    };
+    let call = |channel| {
+        let request = request.clone();
+        async move { v1::cluster_registry_client::ClusterRegistryClient::new(channel).register_cluster(request).await }
+    };
+    cell.insist(call).await.map(drop)
+}
+
+/// A join token of a cluster.
+pub async fn join_token(cell: &Cell, cluster: &str) -> Result<String, Refusal> {
+    let request = v1::CreateJoinTokenRequest { request_id: fresh(), cluster: cluster.to_owned(), ttl_seconds: 600 };
+    let call = |channel| {
+        let request = request.clone();
+        async move { NodeAttestationClient::new(channel).create_join_token(request).await }
+    };
+    cell.insist(call).await.map(|answer| answer.token)
+}
+
+/// What operators are told of a node.
+pub async fn explain(cell: &Cell, replica: usize, node: &str) -> Result<v1::ExplainNodeResponse> {
+    let request = v1::ExplainNodeRequest { id: node.to_owned() };
+    Ok(NodeAttestationClient::new(cell.admin(replica).await?).explain_node(request).await?.into_inner())
+}
+
+fn extent(log: &[u8]) -> LogExtent {
+    LogExtent { len: log.len() as u64, sha256: fingerprint(log) }
+}
