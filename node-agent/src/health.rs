@@ -13,7 +13,7 @@ use rustls_pki_types::ServerName;
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::watch;
 
 /// Fail-back comes within this and one handshake.
@@ -28,10 +28,20 @@ struct Suspect {
     source: SpiffeId,
 }
 
+/// An install that began before a change may end after it and bring the health of before; none takes longer.
+const RETELL_FOR: Duration = Duration::from_secs(10);
+
+#[derive(Debug, Default)]
+struct List {
+    suspects: BTreeMap<Ipv4Addr, Suspect>,
+    /// When the health of an address last changed: until [`RETELL_FOR`] after that the kernel is told again.
+    changed: BTreeMap<Ipv4Addr, Instant>,
+}
+
 /// The list. Cloning shares.
 #[derive(Clone, Debug)]
 pub struct Health {
-    suspects: Arc<Mutex<BTreeMap<Ipv4Addr, Suspect>>>,
+    list: Arc<Mutex<List>>,
     kernel: Option<KernelHandle>,
 }
 
@@ -39,22 +49,32 @@ impl Health {
     /// A list that tells the kernel's services.
     pub fn new(kernel: Option<KernelHandle>) -> Self {
         METRICS.unhealthy.set([], 0.0);
-        Self { suspects: Arc::default(), kernel }
+        Self { list: Arc::default(), kernel }
     }
 
     /// The addresses to avoid.
     pub fn unhealthy(&self) -> Unhealthy {
-        self.lock().keys().copied().collect()
+        self.lock().suspects.keys().copied().collect()
     }
 
     /// Avoid `endpoint`: the tunnel that `source` needs to it failed.
     pub fn suspect(&self, plane: &Plane, endpoint: &Endpoint, source: &SpiffeId) {
         let suspect = Suspect { endpoint: endpoint.clone(), source: source.clone() };
-        if self.lock().insert(endpoint.address, suspect).is_none() {
+        let mut list = self.lock();
+        if list.suspects.insert(endpoint.address, suspect).is_none() {
             tracing::warn!(endpoint = %endpoint.address, node = %endpoint.node_address, "endpoint avoided: tunnel failed");
+            list.changed.insert(endpoint.address, Instant::now());
+            self.tell(&list, plane, endpoint.address);
         }
-        // Told again each time: an install under way may have brought the health of a moment ago.
-        self.tell(plane, endpoint.address, false);
+    }
+
+    /// Makes the kernel's view of what changed lately that of the list.
+    fn retell(&self, plane: &Plane) {
+        let mut list = self.lock();
+        list.changed.retain(|_, at| at.elapsed() < RETELL_FOR);
+        for address in list.changed.keys() {
+            self.tell(&list, plane, *address);
+        }
     }
 
     /// Probes suspects until the process ends.
@@ -64,7 +84,8 @@ impl Health {
         loop {
             tick.tick().await;
             let Some(plane) = plane.borrow().clone() else { continue };
-            let suspects: Vec<Suspect> = self.lock().values().take(PROBES_MAX).cloned().collect();
+            self.retell(&plane);
+            let suspects: Vec<Suspect> = self.lock().suspects.values().take(PROBES_MAX).cloned().collect();
             let probes = suspects.into_iter().map(|suspect| self.probe_one(&plane, suspect));
             futures::future::join_all(probes).await;
         }
@@ -78,21 +99,24 @@ impl Health {
             Ok((name, config)) if known => pool::dial(node(&suspect.endpoint), name, config).await.is_ok(),
             Ok(_) | Err(_) => true,
         };
-        if answers && self.lock().remove(&address).is_some() {
+        let mut list = self.lock();
+        if answers && list.suspects.remove(&address).is_some() {
             tracing::info!(endpoint = %address, "endpoint in use again");
-            self.tell(plane, address, true);
+            list.changed.insert(address, Instant::now());
+            self.tell(&list, plane, address);
         }
     }
 
-    fn tell(&self, plane: &Plane, address: Ipv4Addr, healthy: bool) {
-        METRICS.unhealthy.set([], self.lock().len() as f64);
+    /// Under the list's lock, so that what the kernel hears last is what the list says last.
+    fn tell(&self, list: &List, plane: &Plane, address: Ipv4Addr) {
+        METRICS.unhealthy.set([], list.suspects.len() as f64);
         if let Some(kernel) = &self.kernel {
-            kernel.set_health(&plane.view, address, healthy);
+            kernel.set_health(&plane.view, address, !list.suspects.contains_key(&address));
         }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<Ipv4Addr, Suspect>> {
-        self.suspects.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> std::sync::MutexGuard<'_, List> {
+        self.list.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

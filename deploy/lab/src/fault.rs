@@ -103,7 +103,11 @@ impl Lab {
     /// Starts every dead process of a target again, in the order they were first started, and ends its kill leases.
     pub fn start_again(&self, target: &str) -> Result<(), LabError> {
         self.restore(target)?;
-        if target == ROUTER { self.set_router(true) } else { self.restart_all(&self.processes_of(target)?) }
+        if target == ROUTER {
+            return self.set_router(true);
+        }
+        self.set_site_power(target, true)?;
+        self.restart_all(&self.processes_of(target)?)
     }
     /// The faults in force.
     pub fn leases(&self) -> Result<Vec<Lease>, LabError> {
@@ -138,7 +142,10 @@ impl Lab {
         let Some(lease) = self.read_lease(id) else { return Ok(()) };
         match (lease.fault, lease.target.as_str()) {
             (Fault::Kill, ROUTER) => self.set_router(true)?,
-            (Fault::Kill, target) => self.restart_all(&self.processes_of(target)?)?,
+            (Fault::Kill, target) => {
+                self.set_site_power(target, true)?;
+                self.restart_all(&self.processes_of(target)?)?;
+            }
             (Fault::Pause, target) => {
                 self.processes_of(target)?.iter().for_each(|p| {
                     let _ = p.id.signal(Signal::SIGCONT);
@@ -173,6 +180,7 @@ impl Lab {
             (Fault::Kill, ROUTER) => self.set_router(false),
             (Fault::Kill, target) => {
                 let processes = self.processes_of(target)?;
+                self.set_site_power(target, false)?;
                 // All at once, as a machine loses power, then wait.
                 processes.iter().for_each(|p| {
                     let _ = p.id.signal(Signal::SIGKILL);
@@ -189,6 +197,14 @@ impl Lab {
                 Ok(())
             }
             (Fault::Cut, target) => self.set_links(&self.links(target)?, false),
+        }
+    }
+
+    /// A site without power answers nothing: not even the resets that a kernel sends for its dead processes.
+    fn set_site_power(&self, target: &str, on: bool) -> Result<(), LabError> {
+        match self.spec().site(target) {
+            Some(_) => self.set_links(&self.links(target)?, on),
+            None => Ok(()),
         }
     }
 
