@@ -8,13 +8,25 @@ pub mod status;
 
 /// `ambit.v1`.
 pub mod v1 {
-    #![allow(missing_docs, clippy::all, unreachable_pub, reason = "generated code")]
+    #![allow(
+        missing_docs,
+        unreachable_pub,
+        clippy::all,
+        clippy::allow_attributes_without_reason,
+        reason = "generated code"
+    )]
     tonic::include_proto!("ambit.v1");
 }
 
 /// The SPIFFE Workload API (it has no package name).
 pub mod workload {
-    #![allow(missing_docs, clippy::all, unreachable_pub, reason = "generated code")]
+    #![allow(
+        missing_docs,
+        unreachable_pub,
+        clippy::all,
+        clippy::allow_attributes_without_reason,
+        reason = "generated code"
+    )]
     tonic::include_proto!("_");
 }
 

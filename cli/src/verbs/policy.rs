@@ -214,6 +214,7 @@ mod tests {
             applied,
             connected,
             imported: vec![v1::ImportedSeq { origin: "east".into(), seq: 3 }],
+            address: String::new(),
         };
         for (agents, exit) in [
             (vec![agent("aa", 9, true)], Exit::Ok),

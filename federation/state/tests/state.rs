@@ -1,4 +1,5 @@
 //! The state machine by its invariants: exactly once, deterministic, restorable, tokens once, issuance fenced.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on fails")]
 
 use ambit_model::policy::{Action, Endpoint, Peers, Policy};
 use ambit_model::record::{Head, Kind};

@@ -1,6 +1,6 @@
 //! Dialing a cell.
 
-use ambit_identity::tls::{Expect, SharedTrust, client_config};
+use ambit_identity::tls::{Expect, SharedTrust, Trust, client_config};
 use ambit_model::{Code, Refusal};
 use hyper_util::rt::TokioIo;
 use rustls::pki_types::ServerName;
@@ -52,7 +52,8 @@ impl Dialer {
         Self { trust, identity }
     }
 
-    /// A connected channel to `addr`, whose far end is `expect`. Errors: `unavailable` with the reason.
+    /// A connected channel to `addr`, whose far end is `expect`. Errors: `fingerprint_mismatch` where another root than
+    /// the pinned one answers; else `unavailable` with the reason.
     pub async fn channel(&self, addr: SocketAddr, expect: Expect) -> Result<Channel, Refusal> {
         let config = client_config(self.trust.clone(), expect, self.identity.current(), &[b"h2"])?;
         let tls = TlsConnector::from(Arc::new(config));
@@ -75,8 +76,25 @@ impl Dialer {
             tokio::time::timeout(CONNECT_TIMEOUT, endpoint.connect_with_connector(tower::service_fn(connect)));
         match connected.await {
             Ok(Ok(channel)) => Ok(channel),
-            Ok(Err(e)) => Err(Refusal::new(Code::Unavailable, format!("a cell replica at {addr}"), chain(&e))),
+            Ok(Err(e)) => Err(self.refused(addr, &chain(&e))),
             Err(_) => Err(Refusal::new(Code::Unavailable, format!("a cell replica at {addr}"), "no handshake in 3 s")),
+        }
+    }
+}
+
+impl Dialer {
+    /// rustls tells of a root that is not the pinned one only by this; trying again would not help.
+    fn refused(&self, addr: SocketAddr, reason: &str) -> Refusal {
+        let trust = self.trust.current();
+        match &*trust {
+            Trust::Pinned(_, fingerprint) if reason.contains("invalid peer certificate: UnknownIssuer") => {
+                let expected = fingerprint.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+                let found = format!("{addr}, whose chain does not end in that root");
+                Refusal::new(Code::FingerprintMismatch, format!("a replica under the root {expected}"), found)
+            }
+            Trust::Pinned(..) | Trust::Bundles(_) => {
+                Refusal::new(Code::Unavailable, format!("a cell replica at {addr}"), reason)
+            }
         }
     }
 }

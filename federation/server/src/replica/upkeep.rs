@@ -135,10 +135,7 @@ async fn pull_from_peers(replica: Replica) {
             keep
         });
         for td in active {
-            if !pulling.contains_key(&td) {
-                let handle = tasks.spawn(pull_one(replica.clone(), td.clone()));
-                pulling.insert(td, handle);
-            }
+            pulling.entry(td.clone()).or_insert_with(|| tasks.spawn(pull_one(replica.clone(), td)));
         }
         while tasks.try_join_next().is_some() {}
     }

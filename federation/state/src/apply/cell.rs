@@ -43,10 +43,10 @@ pub(super) fn tick(s: &mut State, at: At) -> Result<Reply, Refusal> {
 }
 
 pub(super) fn create_token(s: &mut State, sha256: &[u8; 32], row: &TokenRow) -> Result<Reply, Refusal> {
-    if let TokenScope::Node(cluster) = &row.scope {
-        if !s.clusters.contains(cluster) {
-            return Err(Refusal::new(Code::NotFound, "a cluster of this cell", cluster.as_str()));
-        }
+    if let TokenScope::Node(cluster) = &row.scope
+        && !s.clusters.contains(cluster)
+    {
+        return Err(Refusal::new(Code::NotFound, "a cluster of this cell", cluster.as_str()));
     }
     s.tokens.put(&mut s.journal, *sha256, row.clone());
     Ok(Reply::Done)

@@ -29,11 +29,11 @@ pub(super) fn put_peer(
     if s.peers.len() >= PEERS_MAX && !s.peers.contains(td) {
         return Err(Refusal::new(Code::Busy, format!("at most {PEERS_MAX} peers"), "one more"));
     }
-    if let Some(known) = s.peer(td) {
-        if known.fingerprint != row.fingerprint {
-            let (then, now) = (hex::encode(known.fingerprint), hex::encode(row.fingerprint));
-            return Err(Refusal::new(Code::FingerprintMismatch, then, now));
-        }
+    if let Some(known) = s.peer(td)
+        && known.fingerprint != row.fingerprint
+    {
+        let (then, now) = (hex::encode(known.fingerprint), hex::encode(row.fingerprint));
+        return Err(Refusal::new(Code::FingerprintMismatch, then, now));
     }
     if let Some(sha256) = token {
         burn(
