@@ -1,0 +1,211 @@
+//! Two cells of real replicas become peers: what each side refuses, and what crosses once both approved.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test says that it failed by panicking")]
+
+use ambit_model::Refusal;
+use ambit_proto::status::from_status;
+use ambit_proto::v1;
+use ambit_proto::v1::cluster_registry_client::ClusterRegistryClient;
+use ambit_proto::v1::policy_registry_client::PolicyRegistryClient;
+use ambit_tests::cell::{Cell, fresh};
+use ambit_tests::machine::{Lies, Machine, join_token, node_identity, register_cluster};
+use ambit_tests::tpm::Maker;
+use std::io::Write;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+use tonic::transport::Channel;
+
+const PATIENCE: Duration = Duration::from_secs(15);
+/// A policy change reaches the other cell within this (issue A asks for 500 ms to the kernel; this is a debug build).
+const IMPORT_MAX: Duration = Duration::from_secs(2);
+
+async fn registry(cell: &Cell) -> ClusterRegistryClient<Channel> {
+    ClusterRegistryClient::new(cell.admin(1).await.unwrap())
+}
+
+/// A token with which `td`, expected under `fingerprint`, may register at `cell`.
+async fn token(cell: &Cell, td: &str, fingerprint: &[u8; 32]) -> String {
+    let request = v1::CreateClusterTokenRequest {
+        request_id: fresh(),
+        trust_domain: td.into(),
+        fingerprint: hex::encode(fingerprint),
+        ttl_seconds: 60,
+    };
+    let answer = registry(cell).await.create_cluster_token(request).await.unwrap().into_inner();
+    assert_eq!(answer.fingerprint, hex::encode(cell.fingerprint));
+    answer.token
+}
+
+async fn register(from: &Cell, to: &Cell, td: &str, fingerprint: &[u8; 32], token: &str) -> Result<v1::Peer, Refusal> {
+    let request = v1::RegisterPeerRequest {
+        request_id: fresh(),
+        addresses: vec![to.address(1).unwrap().to_string()],
+        trust_domain: td.into(),
+        fingerprint: hex::encode(fingerprint),
+        token: token.into(),
+    };
+    let answer = registry(from).await.register_peer(request).await;
+    answer.map(|a| a.into_inner()).map_err(|s| from_status(&s))
+}
+
+async fn approve(cell: &Cell, td: &str, fingerprint: &[u8; 32]) -> Result<v1::Peer, Refusal> {
+    let fingerprint = hex::encode(fingerprint);
+    let request = v1::ApprovePeerRequest { request_id: fresh(), trust_domain: td.into(), fingerprint };
+    let answer = registry(cell).await.approve_peer(request).await;
+    answer.map(|a| a.into_inner()).map_err(|s| from_status(&s))
+}
+
+async fn peer(cell: &Cell) -> Option<v1::Peer> {
+    registry(cell).await.list_peers(v1::ListPeersRequest {}).await.unwrap().into_inner().peers.pop()
+}
+
+async fn apply(cell: &Cell, yaml: &str) -> v1::ApplyResponse {
+    let mut policies = PolicyRegistryClient::new(cell.admin(1).await.unwrap());
+    let request = v1::ApplyRequest { request_id: fresh(), yaml: yaml.into() };
+    policies.apply(request).await.unwrap().into_inner()
+}
+
+async fn listing(cell: &Cell) -> v1::ListPoliciesResponse {
+    let mut policies = PolicyRegistryClient::new(cell.admin(1).await.unwrap());
+    policies.list(v1::ListPoliciesRequest {}).await.unwrap().into_inner()
+}
+
+async fn until(cell: &Cell, what: &str, good: impl Fn(&v1::ListPoliciesResponse) -> bool) -> Duration {
+    let started = Instant::now();
+    loop {
+        let now = listing(cell).await;
+        if good(&now) {
+            return started.elapsed();
+        }
+        assert!(started.elapsed() < PATIENCE, "{what}: {now:?}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+fn code<T: std::fmt::Debug>(outcome: Result<T, Refusal>) -> &'static str {
+    outcome.unwrap_err().code.as_str()
+}
+
+const ALLOW: &str = "kind: Policy\nmetadata: {name: web-to-db}\nspec:\n  target: spiffe://west/db\n  action: allow\n  \
+                     from: [spiffe://east/web]\n  ports: [8080]\n";
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn cells_meet_by_token_and_proof_and_share_only_once_both_approved() {
+    let (west, east) = tokio::join!(Cell::start("west", 1), Cell::start("east", 1));
+    let (west, east) = (west.unwrap(), east.unwrap());
+    // What names an unregistered trust domain is accepted, shown as unresolved, and allows nothing.
+    let applied = apply(&west, ALLOW).await;
+    assert_eq!(applied.objects[0].unresolved, ["east"]);
+
+    // Registration: east calls west with a token that west made.
+    let good = token(&west, "east", &east.fingerprint).await;
+    let wrong_print = token(&west, "east", &[7; 32]).await;
+    let wrong_domain = token(&west, "north", &east.fingerprint).await;
+    let w = &west.fingerprint;
+    assert_eq!(code(register(&east, &west, "west", w, "cluster-unknown").await), "cluster_token_invalid");
+    assert_eq!(code(register(&east, &west, "west", w, &wrong_print).await), "cluster_token_invalid");
+    assert_eq!(code(register(&east, &west, "west", w, &wrong_domain).await), "cluster_token_invalid");
+    assert_eq!(code(register(&east, &west, "west", &[9; 32], &good).await), "fingerprint_mismatch");
+    let other_name = register(&east, &west, "south", w, &good).await.unwrap_err();
+    assert!(other_name.found.contains("an identity of south"), "{other_name}");
+    assert!(peer(&west).await.is_none() && peer(&east).await.is_none(), "a refused registration leaves nothing");
+    let registered = register(&east, &west, "west", w, &good).await.unwrap();
+    assert_eq!((registered.state.as_str(), registered.fingerprint), ("pending", hex::encode(w)));
+    assert_eq!(code(register(&east, &west, "west", w, &good).await), "cluster_token_used");
+
+    // Approval, on both sides, of the very fingerprint.
+    assert_eq!(code(approve(&west, "east", &[1; 32]).await), "fingerprint_mismatch");
+    assert_eq!(code(approve(&west, "north", &east.fingerprint).await), "not_found");
+    approve(&east, "west", w).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(700)).await;
+    assert_eq!(peer(&west).await.unwrap().state, "pending");
+    assert!(listing(&east).await.policies.is_empty(), "nothing crosses before both approved");
+    approve(&west, "east", &east.fingerprint).await.unwrap();
+
+    // What west wrote before is imported, under west's name, and resolved on both sides now.
+    until(&east, "west's policy at east", |l| l.policies.iter().any(|p| p.origin == "west" && p.resolved)).await;
+    until(&west, "resolved at west", |l| l.policies.iter().all(|p| p.resolved)).await;
+    for cell in [&west, &east] {
+        let started = Instant::now();
+        while peer(cell).await.unwrap().state != "active" {
+            assert!(started.elapsed() < PATIENCE, "{:?}", peer(cell).await);
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+    changes_follow(&west, &east).await;
+    endpoints_follow(&west, &east).await;
+    promtool_accepts(&west);
+    promtool_accepts(&east);
+}
+
+async fn changes_follow(west: &Cell, east: &Cell) {
+    apply(west, &ALLOW.replace("[8080]", "[8081]")).await;
+    let took = until(east, "a changed policy", |l| l.policies.iter().any(|p| p.ports == [8081])).await;
+    println!("policy change at west seen at east after {took:?}");
+    assert!(took < IMPORT_MAX, "{took:?}");
+    let request = v1::DeletePolicyRequest { request_id: fresh(), kind: "Policy".into(), name: "web-to-db".into() };
+    PolicyRegistryClient::new(west.admin(1).await.unwrap()).delete(request).await.unwrap();
+    until(east, "a deleted policy", |l| l.policies.is_empty()).await;
+}
+
+/// A node of west reports an endpoint on its stream; east learns of it.
+async fn endpoints_follow(west: &Cell, east: &Cell) {
+    let maker = Maker::new().unwrap();
+    let machine = Machine::new(&maker, "n1").await.unwrap();
+    register_cluster(west, "west", &maker).await.unwrap();
+    let join = join_token(west, "west").await.unwrap();
+    let (verdict, answer) = machine.enrol(west, 1, "west", &join, &Lies::default()).await.unwrap().unwrap();
+    let entry = v1::Entry {
+        id: "db".into(),
+        spiffe_id: "spiffe://west/db".into(),
+        cluster: "west".into(),
+        selectors: vec!["unix:uid:1000".into()],
+        ..Default::default()
+    };
+    let mut entries = v1::entry_registry_client::EntryRegistryClient::new(west.admin(1).await.unwrap());
+    let request = v1::BatchCreateEntryRequest { request_id: fresh(), entries: vec![entry] };
+    assert_eq!(entries.batch_create_entry(request).await.unwrap().into_inner().results[0].code, "ok");
+
+    let node = west.channel_as(node_identity(&verdict, &answer.key).unwrap(), 1).await.unwrap();
+    let endpoint = v1::Endpoint {
+        spiffe_id: "spiffe://west/db".into(),
+        address: "10.9.1.11".into(),
+        cluster: "west".into(),
+        node_address: "10.9.0.21".into(),
+        node: machine.node(),
+        generation: verdict.generation,
+    };
+    use v1::agent_message::Body;
+    let subscribe = Body::Subscribe(v1::Subscribe { node_address: "10.9.0.21".into(), have_revision: 0 });
+    let report = Body::Endpoints(v1::EndpointReport { endpoints: vec![endpoint.clone()] });
+    let (tell, told) = tokio::sync::mpsc::channel(4);
+    for body in [subscribe, report] {
+        tell.send(v1::AgentMessage { body: Some(body) }).await.unwrap();
+    }
+    let mut stream = v1::agent_stream_client::AgentStreamClient::new(node);
+    let mut from_server = stream.sync(tokio_stream::wrappers::ReceiverStream::new(told)).await.unwrap().into_inner();
+    let first = from_server.message().await.unwrap().unwrap();
+    assert!(matches!(first.body, Some(v1::server_message::Body::Slice(_))), "{first:?}");
+    until(east, "west's endpoint at east", |l| l.endpoints == [endpoint.clone()]).await;
+    // An empty report takes it back.
+    let none = Body::Endpoints(v1::EndpointReport { endpoints: Vec::new() });
+    tell.send(v1::AgentMessage { body: Some(none) }).await.unwrap();
+    until(east, "the endpoint gone", |l| l.endpoints.is_empty()).await;
+}
+
+fn promtool_accepts(cell: &Cell) {
+    let page = cell.metrics_page(1).unwrap();
+    for family in ["ambit_raft_term", "ambit_policy_revision", "ambit_trust_bundle_age_seconds"] {
+        assert!(page.contains(family), "{family} is not in:\n{page}");
+    }
+    let mut tool = Command::new("promtool")
+        .args(["check", "metrics"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("promtool is installed (package prometheus; `cargo xtask deps`)");
+    tool.stdin.take().unwrap().write_all(page.as_bytes()).unwrap();
+    let out = tool.wait_with_output().unwrap();
+    let said = [out.stdout, out.stderr].concat();
+    assert!(out.status.success() && said.is_empty(), "{}", String::from_utf8_lossy(&said));
+}
