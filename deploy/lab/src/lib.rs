@@ -11,10 +11,12 @@
 pub mod boot_log;
 pub mod cell;
 pub mod cgroup;
+pub mod chaos;
 pub mod demo;
 pub mod down;
 pub mod fault;
 pub mod gate;
+pub mod guardian;
 pub mod ima;
 pub mod lab;
 pub mod lock;

@@ -2,7 +2,7 @@
 
 use ambit_lab::fault::Fault;
 use ambit_lab::lab::chain;
-use ambit_lab::{Lab, LabError, Place, Spec, down, gate, measurer, preflight, probe, process};
+use ambit_lab::{Lab, LabError, Place, Spec, down, gate, guardian, measurer, preflight, probe, process};
 use ambit_model::refusal::Class;
 use clap::{Parser, Subcommand, ValueEnum};
 use std::net::SocketAddrV4;
@@ -106,6 +106,23 @@ enum Verb {
         #[arg(long)]
         keep: bool,
     },
+    /// Kill each process of a lab of its own in turn, under writes and calls, and count what was lost
+    Chaos {
+        /// Each process once; the only run there is yet
+        #[arg(long, required = true)]
+        smoke: bool,
+        /// The lab's name
+        #[arg(long = "name", visible_alias = "lab", default_value = "chaos")]
+        name: String,
+    },
+    /// (internal) Take a lab down when the process that brought it up is gone
+    #[command(hide = true)]
+    Guardian {
+        #[command(flatten)]
+        lab: Name,
+        #[arg(long)]
+        parent: i32,
+    },
     /// (internal) Stand in for IMA on a node
     #[command(hide = true)]
     Measurer {
@@ -196,6 +213,8 @@ fn run(verb: Verb) -> Result<ExitCode, LabError> {
         Verb::Demo { lab, json, keep } => {
             ambit_lab::demo::run(&ambit_lab::demo::Options { name: &lab.name, json: json.as_deref(), keep })?;
         }
+        Verb::Chaos { smoke: _, name } => ambit_lab::chaos::run(&name)?,
+        Verb::Guardian { lab, parent } => guardian::guard(&lab.name, parent)?,
         Verb::Measurer { folder, ima_log, tpm } => measurer::Measurer::new(folder, ima_log, tpm)?.run(),
         Verb::TpmGate { listen, swtpm } => {
             let failed = |source| LabError::Io { path: PathBuf::from(listen.to_string()), source };

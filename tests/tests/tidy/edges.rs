@@ -41,7 +41,8 @@ const EDGES: &[(&str, &[&str])] = &[
         ],
     ),
     ("ambit", &["ambit-model", "ambit-policy", "ambit-identity", "ambit-proto", "ambit-transport"]),
-    ("ambit-lab", &["ambit-model", "ambit-policy", "ambit-identity", "ambit-proto", "ambit-transport"]),
+    // Chaos writes with the drill engine's writer and judges with its ledger.
+    ("ambit-lab", &["ambit", "ambit-model", "ambit-policy", "ambit-identity", "ambit-proto", "ambit-transport"]),
     (
         "ambit-tests",
         // Fixtures speak to the real binaries over the wire, as agents and operators do.

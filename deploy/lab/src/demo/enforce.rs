@@ -2,14 +2,14 @@
 
 use super::Demo;
 use super::enrol::wait;
+use crate::chaos::calls::{Calls, epoch_ms};
 use crate::lab::{LabError, Place, make_folder, write_file};
 use crate::state::{Pod, Ready};
 use ambit_model::{Refusal, refusal::Code};
-use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::{Child, Stdio};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 /// What the database answers; it must not be seen on the wire.
 const SECRET: &str = "AMBIT-DEMO-SECRET-4711";
@@ -17,7 +17,7 @@ const SECRET: &str = "AMBIT-DEMO-SECRET-4711";
 const COMMAND_MAX: Duration = Duration::from_secs(20);
 /// A slice, a certificate and a record of a peer each take well under a second.
 const SETTLE_MAX: Duration = Duration::from_secs(20);
-const PORT: u16 = 8080;
+pub(crate) const PORT: u16 = 8080;
 const SHOP: &str = "10.96.0.10:8080";
 
 const WEST_DOCUMENTS: &str = "
@@ -45,7 +45,7 @@ spec: {target: spiffe://west/db, action: deny, from: [spiffe://east/web]}
 ";
 
 impl Demo<'_> {
-    pub(super) fn start_workloads(&mut self) -> Result<(), LabError> {
+    pub(crate) fn start_workloads(&mut self) -> Result<(), LabError> {
         self.say.chapter("Workloads: unmodified programs (python3, curl) in pods behind their nodes");
         let all = [
             ("west", "west-n1", "db", SECRET),
@@ -116,13 +116,18 @@ impl Demo<'_> {
         let (code, _) = self.curl_from("west-n2", &url)?;
         expect(code == 7, "plain inbound to west/db refused", &format!("curl {code}"))?;
         self.say.good("west-n2 -> west/db in clear text, past the mesh: refused at the workload");
-        let control = format!("http://{}/healthz", crate::cell::metrics(&self.member("west-n1")?));
-        self.curl_from("east-n2", &control)?;
+        self.clear_control()?;
         self.judge(capture)
     }
 
+    /// A call in clear text over west's link, which a capture there must show.
+    pub(crate) fn clear_control(&self) -> Result<(), LabError> {
+        let control = format!("http://{}/healthz", crate::cell::metrics(&self.member("west-n1")?));
+        self.curl_from("east-n2", &control).map(drop)
+    }
+
     /// A capture on west's link: the control shows that it sees plaintext where there is some.
-    fn judge(&mut self, (capture, path): (Child, PathBuf)) -> Result<(), LabError> {
+    pub(crate) fn judge(&self, (capture, path): (Child, PathBuf)) -> Result<(), LabError> {
         std::thread::sleep(Duration::from_millis(500));
         end(capture);
         let bytes = std::fs::read(&path).map_err(|source| LabError::Io { path: path.clone(), source })?;
@@ -141,30 +146,15 @@ impl Demo<'_> {
 
     pub(super) fn change_policy(&mut self) -> Result<(), LabError> {
         self.say.chapter("A policy changed in west, enforced by east's kernel");
-        let db = SocketAddr::from((self.pod("west-n1", "db")?.address, PORT)).to_string();
-        let program = crate::preflight::own_binary("ambit-lab")?;
-        let mut probe = std::process::Command::new(program)
-            .args(["probe", "--lab", self.lab.name(), "--pod", "east-n1-web", "--target", &db, "--interval-ms", "5"])
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()
-            .map_err(|source| LabError::Io { path: "ambit-lab probe".into(), source })?;
-        let Some(out) = probe.stdout.take() else {
-            end(probe);
-            return Err(Refusal::new(Code::Internal, "the probe's output", "none").into());
-        };
-        let mut calls = BufReader::new(out).lines().map_while(Result::ok).filter_map(|l| parse_call(&l));
-        let warm = calls.by_ref().take(100).filter(|(_, ok)| *ok).count();
+        let db = SocketAddr::from((self.pod("west-n1", "db")?.address, PORT));
+        let calls = Calls::start(&self.lab, "east-n1-web", db, Duration::from_millis(5))?;
+        calls.flow(0.0, SETTLE_MAX, "calls that succeed before the change")?;
         let begun = epoch_ms();
-        let applied = self.apply("west", "freeze", WEST_CUT);
-        let limit = begun + SETTLE_MAX.as_millis() as f64;
-        let refused = calls.by_ref().take_while(|(t, _)| *t < limit).find(|(t, ok)| *t > begun && !ok);
-        end(probe);
-        applied?;
-        expect(warm >= 90, "calls that succeed before the change", &warm.to_string())?;
-        let Some((at, _)) = refused else {
-            return Err(Refusal::new(Code::Internal, "calls refused after the change", "none").into());
-        };
+        self.apply("west", "freeze", WEST_CUT)?;
+        let refused = || calls.between(begun, f64::INFINITY).iter().find(|c| !c.ok).map(|c| c.t_ms);
+        wait(SETTLE_MAX, "calls refused after the change", || Ok(refused().is_some()))?;
+        let at = refused().unwrap_or(f64::INFINITY);
+        drop(calls);
         self.figures.put("policy change -> enforced in the other cluster", at - begun, "ms", Some(500.0));
         self.say
             .good(&format!("denied {:.0} ms after `ambit policy apply` was started in the other cluster", at - begun));
@@ -195,7 +185,7 @@ impl Demo<'_> {
         self.lab.ambit(site, &["policy", "apply", "-f", &path.display().to_string()])
     }
 
-    pub(super) fn pod(&self, node: &str, name: &str) -> Result<Pod, LabError> {
+    pub(crate) fn pod(&self, node: &str, name: &str) -> Result<Pod, LabError> {
         let found = self.lab.state()?.pods.into_iter().find(|p| p.node == node && p.name == name);
         found.ok_or_else(|| Refusal::new(Code::NotFound, format!("pod {name} on {node}"), "none").into())
     }
@@ -216,7 +206,7 @@ impl Demo<'_> {
         Ok((output.status.code().unwrap_or(-1), String::from_utf8_lossy(&output.stdout).into_owned()))
     }
 
-    fn capture(&self) -> Result<(Child, PathBuf), LabError> {
+    pub(crate) fn capture(&self) -> Result<(Child, PathBuf), LabError> {
         let path = self.lab.folder("operator").join("west-link.pcap");
         let place = self.lab.place("router")?;
         let argv = [
@@ -256,15 +246,6 @@ fn open_to_all(path: &std::path::Path) -> Result<(), LabError> {
     use std::os::unix::fs::PermissionsExt;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o644))
         .map_err(|source| LabError::Io { path: path.to_owned(), source })
-}
-
-fn parse_call(line: &str) -> Option<(f64, bool)> {
-    let v: serde_json::Value = serde_json::from_str(line).ok()?;
-    Some((v["t_ms"].as_f64()?, v["ok"].as_bool()?))
-}
-
-fn epoch_ms() -> f64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_millis() as f64)
 }
 
 pub(super) fn expect(holds: bool, what: &str, found: &str) -> Result<(), LabError> {

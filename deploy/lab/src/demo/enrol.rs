@@ -26,7 +26,7 @@ pub(super) fn form(lab: &Lab, say: &Say, site: &str, figures: &mut Figures) -> R
 }
 
 impl Demo<'_> {
-    pub(super) fn peer(&mut self) -> Result<(), LabError> {
+    pub(crate) fn peer(&mut self) -> Result<(), LabError> {
         self.say.chapter("Peers: a one-time token, proof on both sides, approval by fingerprint");
         let (lab, west, east) = (&self.lab, &self.west, &self.east);
         let begun = Instant::now();
@@ -51,7 +51,7 @@ impl Demo<'_> {
         Ok(())
     }
 
-    pub(super) fn enrol_nodes(&mut self) -> Result<(), LabError> {
+    pub(crate) fn enrol_nodes(&mut self) -> Result<(), LabError> {
         self.say.chapter("Nodes: certificates only after a TPM quote that fits a real boot log");
         for node in ["west-n1", "west-n2", "east-n1", "east-n2"] {
             self.lab.start_agent(node)?;
@@ -111,7 +111,7 @@ impl Demo<'_> {
 }
 
 /// Polls until `holds`, or says what did not come.
-pub(super) fn wait(
+pub(crate) fn wait(
     limit: Duration,
     what: &str,
     mut holds: impl FnMut() -> Result<bool, LabError>,

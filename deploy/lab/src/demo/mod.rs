@@ -2,15 +2,18 @@
 
 mod enforce;
 mod enrol;
-mod figures;
+pub(crate) mod figures;
 mod rehearse;
 mod say;
 
 use crate::cell::Cell;
+use crate::guardian::Guardian;
 use crate::lab::{Lab, LabError};
 use crate::topology::Spec;
+pub(crate) use enforce::PORT;
+pub(crate) use enrol::wait;
 use figures::Figures;
-use say::Say;
+pub(crate) use say::Say;
 use std::path::Path;
 use std::time::Instant;
 
@@ -45,18 +48,14 @@ pub fn run(options: &Options<'_>) -> Result<(), LabError> {
     if let Some(west) = spec.sites.first_mut() {
         west.nodes = WEST_NODES;
     }
-    say.chapter("The lab: network, one TPM a machine, real boot logs");
-    let lab = Lab::up(&spec, &|line| say.step(line))?;
-    let told = tell(&lab, &say, begun);
-    let ended = match (&told, options.keep) {
-        (_, true) => {
-            say.explore(&lab);
-            Ok(())
-        }
-        (_, false) => crate::down::down(options.name).map(|removed| say.step(&format!("lab taken down: {removed}"))),
+    let figures = if options.keep {
+        let lab = bring_up(&spec, &say)?;
+        let told = tell(&lab, &say, begun);
+        say.explore(&lab);
+        told?
+    } else {
+        in_a_lab(&spec, &say, |lab| tell(lab, &say, begun))?
     };
-    let figures = told?;
-    ended?;
     say.table(&figures);
     if let Some(path) = options.json {
         crate::lab::write_file(path, figures.json().as_bytes())?;
@@ -66,13 +65,29 @@ pub fn run(options: &Options<'_>) -> Result<(), LabError> {
     Ok(())
 }
 
+/// Does `work` in a lab of its own, which is taken down after it, also if it fails or this process is killed.
+pub(crate) fn in_a_lab<T>(
+    spec: &Spec,
+    say: &Say,
+    work: impl FnOnce(&Lab) -> Result<T, LabError>,
+) -> Result<T, LabError> {
+    let _guardian = Guardian::post(&spec.name)?;
+    let lab = bring_up(spec, say)?;
+    let done = work(&lab);
+    let ended = crate::down::down(&spec.name).map(|removed| say.step(&format!("lab taken down: {removed}")));
+    let done = done?;
+    ended.map(|()| done)
+}
+
+fn bring_up(spec: &Spec, say: &Say) -> Result<Lab, LabError> {
+    say.chapter("The lab: network, one TPM a machine, real boot logs");
+    Lab::up(spec, &|line| say.step(line))
+}
+
 fn tell(lab: &Lab, say: &Say, begun: Instant) -> Result<Figures, LabError> {
     let mut figures = Figures::default();
     figures.put("lab ready", begun.elapsed().as_secs_f64(), "s", None);
-    say.chapter("Two cells, three replicas each");
-    let west = enrol::form(lab, say, "west", &mut figures)?;
-    let east = enrol::form(lab, say, "east", &mut figures)?;
-    let mut demo = Demo { lab: lab.clone(), west, east, say, figures };
+    let mut demo = Demo::with_cells(lab, say, figures)?;
     demo.peer()?;
     demo.enrol_nodes()?;
     demo.refuse_altered_boot()?;
@@ -86,4 +101,14 @@ fn tell(lab: &Lab, say: &Say, begun: Instant) -> Result<Figures, LabError> {
     let seconds = begun.elapsed().as_secs_f64();
     demo.figures.put("whole demo", seconds, "s", Some(240.0));
     Ok(demo.figures)
+}
+
+impl<'a> Demo<'a> {
+    /// The cells formed in a lab that is up; all else is to be done.
+    pub(crate) fn with_cells(lab: &Lab, say: &'a Say, mut figures: Figures) -> Result<Demo<'a>, LabError> {
+        say.chapter("Two cells, three replicas each");
+        let west = enrol::form(lab, say, "west", &mut figures)?;
+        let east = enrol::form(lab, say, "east", &mut figures)?;
+        Ok(Demo { lab: lab.clone(), west, east, say, figures })
+    }
 }
