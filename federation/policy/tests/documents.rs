@@ -181,7 +181,8 @@ fn hostile_text_is_refused() {
 #[test]
 fn a_service_keeps_the_order_of_its_backends_and_a_policy_does_not() {
     let text = "kind: Service\nmetadata: {name: s}\nspec: {address: 10.96.0.10, port: 1, order: first-backend, backends: [spiffe://west/s, spiffe://east/s, spiffe://west/s]}\n---\nkind: Policy\nmetadata: {name: p}\nspec: {target: spiffe://west/s, action: allow, from: [spiffe://west/b, spiffe://west/a], ports: [2, 1]}\n";
-    let [Document::Service(s), Document::Policy(p)] = parse(text).unwrap().try_into().unwrap() else { panic!("kinds") };
+    let documents = parse(text).unwrap();
+    let [Document::Service(s), Document::Policy(p)] = documents.as_slice() else { panic!("kinds") };
     assert_eq!(s.backends.iter().map(ToString::to_string).collect::<Vec<_>>(), ["spiffe://west/s", "spiffe://east/s"]);
     assert_eq!(s.order, ambit_model::Order::FirstBackend);
     assert_eq!(p.from.iter().map(ToString::to_string).collect::<Vec<_>>(), ["spiffe://west/a", "spiffe://west/b"]);
