@@ -138,7 +138,12 @@ async fn every_lie_has_its_code_and_only_operators_learn_what_was_expected() {
             "boot_log_pcr_mismatch",
             "PCR",
         ),
-        ("IMA entry changed", Lies { ima_log: Some(changed_after(IMA_LOG, b"sha256:\0")), ..lie() }, "ima_log_mismatch", "IMA entry 1"),
+        (
+            "IMA entry changed",
+            Lies { ima_log: Some(changed_after(IMA_LOG, b"sha256:\0")), ..lie() },
+            "ima_log_mismatch",
+            "IMA entry 1",
+        ),
         ("another nonce", Lies { other_nonce: true, ..lie() }, "quote_nonce", ""),
         ("fewer PCRs", Lies { fewer_pcrs: true, ..lie() }, "quote_selection", ""),
     ];

@@ -189,9 +189,9 @@ impl Membership {
                 m.address,
             ));
         }
+        // A request of its own each time: a joiner makes new keys for each attempt, and the token says that it was used.
         let client: [u8; 32] = Sha256::digest([b"replica-join".as_slice(), &token].concat()).into();
-        let mut request = [0u8; 16];
-        request.copy_from_slice(&client[..16]);
+        let request = crate::replica::random()?;
         let command = Command::AdmitReplica {
             token,
             replica: m.replica,
