@@ -49,10 +49,21 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // For whoever started us, whatever the log's form: the code first, then what to do.
-            eprintln!("ambit-agent: {error:#}");
+            eprintln!("ambit-agent: {}", told(&error));
             ExitCode::FAILURE
         }
     }
+}
+
+/// The error with its causes, none told twice.
+fn told(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
 }
 
 fn fetched(socket: &std::path::Path, out: &std::path::Path) -> anyhow::Result<()> {

@@ -14,7 +14,7 @@ const NEEDED: [&str; 4] = ["kernel", "enrolment", "stream", "inbound"];
 
 /// Text on a terminal, one JSON object a line otherwise. `AMBIT_LOG` filters (`info` unless told).
 pub fn start_logging() {
-    let filter = EnvFilter::try_from_env("AMBIT_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter = EnvFilter::try_from_env("AMBIT_LOG").unwrap_or_else(|_| EnvFilter::new("info,tss_esapi=warn"));
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     if std::io::stderr().is_terminal() {
         log.init();
