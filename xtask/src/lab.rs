@@ -29,3 +29,13 @@ pub(crate) fn run(args: &[&str]) -> Result<(), Stop> {
     let error = Command::new(&lab).args(args).exec();
     Err(Stop::Failed(format!("{}: {error}", lab.display())))
 }
+
+/// A benchmark of whole processes: release builds, then the release lab in place of this process.
+pub(crate) fn bench(name: &str) -> Result<(), Stop> {
+    deps::install(deps::Say::Missing)?;
+    let packages = ["-p", "ambitd", "-p", "ambit-agent", "-p", "ambit", "-p", "ambit-lab"];
+    cargo::cargo(&[&["build", "--release", "--locked"], &packages[..]].concat())?;
+    let lab = cargo::root()?.join("target/release/ambit-lab");
+    let error = Command::new(&lab).args(["bench", name]).exec();
+    Err(Stop::Failed(format!("{}: {error}", lab.display())))
+}

@@ -24,12 +24,13 @@ usage: cargo xtask <verb>
   test                  format, lints, every test of the workspace; last line: N passed, N failed, N skipped
   lab up|down|status    the one-machine lab that demo uses, to explore by hand (root)
   chaos --smoke         kill each process of a lab in turn; last line: N lost, N duplicated, N non-linearizable
+  bench memory          resident memory of idle release processes; last line: N figures, M met
   build-bpf [--check]   compile the kernel programs again; --check compares with the committed objects
   deny                  licences, bans and sources of all dependencies (cargo-deny)
 
 not built yet; these say so, prove nothing and therefore end with 1:
   sim --seeds N         last line: 0 seeds, 0 violations
-  bench NAME            last line: 0 figures, 0 met
+  bench NAME            (any other name) last line: 0 figures, 0 met
   chaos                 (without --smoke) last line: 0 lost, 0 duplicated, 0 non-linearizable
   fuzz                  last line: 0 executions, 0 crashes
 
@@ -76,6 +77,7 @@ fn run(args: &[&str]) -> Result<(), Stop> {
         ["build-bpf", "--check"] => cargo::program("sh", &["ebpf/build-objects.sh", "--check"]),
         ["deny"] => deny::run(),
         ["sim", "--seeds", n] if n.parse::<u64>().is_ok() => unbuilt::sim(),
+        ["bench", "memory"] => lab::bench("memory"),
         ["bench", name] if !name.starts_with('-') => unbuilt::bench(name),
         ["chaos"] => unbuilt::chaos(),
         ["fuzz"] => unbuilt::fuzz(),

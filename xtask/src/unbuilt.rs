@@ -19,7 +19,9 @@ pub(crate) fn sim() -> Result<(), Stop> {
 
 /// Comparative benchmarks.
 pub(crate) fn bench(name: &str) -> Result<(), Stop> {
-    let what = format!("no benchmark '{name}', nor any other; the demo's table holds the figures measured so far");
+    let what = format!(
+        "no benchmark '{name}': only `memory` is built; the demo's table holds the other figures measured so far"
+    );
     unbuilt(&what, "0 figures, 0 met")
 }
 

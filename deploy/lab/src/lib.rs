@@ -8,6 +8,7 @@
 //! or marker); claim that a lab TPM is hardware (its manufacturer's root is of class `lab`); use `ip netns exec`,
 //! which hides the cgroup2 and bpf mounts.
 
+pub mod bench;
 pub mod boot_log;
 pub mod cell;
 pub mod cgroup;

@@ -123,6 +123,12 @@ enum Verb {
         #[arg(long)]
         parent: i32,
     },
+    /// Measure whole processes in a lab of their own
+    Bench {
+        /// What to measure
+        #[arg(value_parser = ["memory"])]
+        name: String,
+    },
     /// (internal) Stand in for IMA on a node
     #[command(hide = true)]
     Measurer {
@@ -215,6 +221,7 @@ fn run(verb: Verb) -> Result<ExitCode, LabError> {
         }
         Verb::Chaos { smoke: _, name } => ambit_lab::chaos::run(&name)?,
         Verb::Guardian { lab, parent } => guardian::guard(&lab.name, parent)?,
+        Verb::Bench { .. } => ambit_lab::bench::memory()?,
         Verb::Measurer { folder, ima_log, tpm } => measurer::Measurer::new(folder, ima_log, tpm)?.run(),
         Verb::TpmGate { listen, swtpm } => {
             let failed = |source| LabError::Io { path: PathBuf::from(listen.to_string()), source };
