@@ -6,6 +6,7 @@ use ambit_identity::tls::certified;
 use ambit_identity::{SvidKey, fingerprint};
 use ambit_lab::tpm;
 use ambit_model::{ClusterId, Code, Refusal};
+use ambit_proto::status::from_status;
 use ambit_proto::v1::node_attestation_client::NodeAttestationClient;
 use ambit_proto::v1::{self, begin_response, evidence_request, evidence_response};
 use ambit_tpm::{Attester, Bank, TpmIdentity};
@@ -18,6 +19,8 @@ use tonic::Status;
 use tonic::transport::Channel;
 
 const CHUNK_BYTES: usize = 64 * 1024;
+/// An election, or the first ticket key.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A machine: its TPM and its logs.
 pub struct Machine {
@@ -99,7 +102,18 @@ impl Machine {
             join_token: token.to_owned(),
         };
         let cluster = cluster.parse()?;
-        match NodeAttestationClient::new(channel).begin(request).await?.into_inner().result {
+        let mut client = NodeAttestationClient::new(channel);
+        let until = Instant::now() + PATIENCE;
+        let answer = loop {
+            match client.begin(request.clone()).await {
+                // A cell has no ticket key in the second after its founding or a join; agents wait it out too.
+                Err(s) if from_status(&s).code == Code::Unavailable && Instant::now() < until => {
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+                answer => break answer?.into_inner(),
+            }
+        };
+        match answer.result {
             Some(begin_response::Result::Challenge(challenge)) => {
                 Ok(Ok(Begun { cluster, agent_nonce, join_token: token.to_owned(), challenge }))
             }
