@@ -70,6 +70,32 @@ fn the_table_holds_every_method_and_no_other() {
     assert!(others.iter().all(|path| known.iter().any(|service| path.starts_with(service))), "{others:?}");
 }
 
+/// Said once more, apart from the table: who else than administrators may call what. A row more here is a decision.
+#[test]
+fn few_methods_are_for_others_than_administrators() {
+    let of =
+        |who: Who| METHODS.iter().filter(move |(_, w)| *w == who).map(|(path, _)| path.rsplit_once('.').unwrap().1);
+    let anyone = [
+        "NodeAttestation/Begin",
+        "NodeAttestation/Evidence",
+        "PeerLink/Hello",
+        "PeerLink/Prove",
+        "Membership/ReplicaJoin",
+        "Health/Check",
+        "Health/Watch",
+    ];
+    assert_eq!(of(Who::Anyone).collect::<Vec<_>>(), anyone);
+    let node = ["Svid/BatchNewX509SVID", "Svid/NewJWTSVID", "AgentStream/Sync"];
+    assert_eq!(of(Who::Node).collect::<Vec<_>>(), node);
+    assert_eq!(of(Who::Replica).collect::<Vec<_>>(), ["Raft/Exchange", "Raft/Propose"]);
+    assert_eq!(of(Who::Peer).collect::<Vec<_>>(), ["PeerLink/Pull"]);
+    // Reads, and the joiner's own promotion.
+    for path in of(Who::AdminOrReplica) {
+        let method = path.split_once('/').unwrap().1;
+        assert!(["ListClusters", "ListPeers", "Status", "Promote"].contains(&method), "{path}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn only_the_table_lets_anybody_in() {
     let cell = Cell::start("west", 1).await.unwrap();
