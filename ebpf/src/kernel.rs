@@ -88,7 +88,7 @@ impl Kernel {
         let not_cgroup = |_| KernelError::NotCgroup { path: options.cgroup_root.clone() };
         let cgroup = File::open(&options.cgroup_root).map_err(not_cgroup)?;
         let cgroup_id = crate::sys::cgroup_id(&options.cgroup_root).map_err(not_cgroup)?;
-        require_features()?;
+        crate::probe::require(crate::probe::probe())?;
         let pins = Pins::make(&options.pin_dir)?;
         let reuse = pins.audit_maps()?;
         let mut object = load_mesh(&pins, reuse, &options.capacity)?;
@@ -243,13 +243,6 @@ impl Kernel {
             }
         }
         Ok(())
-    }
-}
-
-fn require_features() -> Result<(), KernelError> {
-    match crate::probe::probe().into_iter().find(|feature| !feature.present) {
-        Some(feature) => Err(KernelError::FeatureMissing { feature: feature.name, cost: feature.cost }),
-        None => Ok(()),
     }
 }
 

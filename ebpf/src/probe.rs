@@ -1,5 +1,6 @@
 //! What this kernel can do, and what it costs where it cannot.
 
+use crate::error::KernelError;
 use libbpf_rs::libbpf_sys as sys;
 use libbpf_rs::{MapType, ProgramType};
 
@@ -64,4 +65,32 @@ const FEATURES: [(&str, Check, &str); 10] = [
 /// Asks the kernel. A question that it does not answer counts as absent.
 pub fn probe() -> Vec<Feature> {
     FEATURES.iter().map(|(name, check, cost)| Feature { name, present: check().unwrap_or(false), cost }).collect()
+}
+
+/// Refuses a kernel that lacks one of them, by name and with what it costs.
+pub(crate) fn require(features: Vec<Feature>) -> Result<(), KernelError> {
+    match features.into_iter().find(|feature| !feature.present) {
+        Some(feature) => Err(KernelError::FeatureMissing { feature: feature.name, cost: feature.cost }),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_missing_feature_is_named_with_what_it_costs() {
+        let with = |missing: usize| {
+            let features = FEATURES.iter().enumerate();
+            features.map(|(at, (name, _, cost))| Feature { name, present: at != missing, cost }).collect::<Vec<_>>()
+        };
+        assert!(require(with(usize::MAX)).is_ok());
+        for (at, (name, _, cost)) in FEATURES.iter().enumerate() {
+            let error = require(with(at)).unwrap_err();
+            assert_eq!(error.code(), "kernel_feature_missing");
+            let said = error.to_string();
+            assert!(said.contains(name) && said.contains(cost), "{said}");
+        }
+    }
 }

@@ -18,6 +18,7 @@ pub struct Guardian {
 impl Guardian {
     /// Starts one for the lab of this name, unless that lab is up already: then it is not the caller's to take down.
     pub fn post(lab: &str) -> Result<Guardian, LabError> {
+        crate::preflight::root()?;
         if Lab::open(lab).and_then(|lab| lab.state()).is_ok_and(|state| state.complete) {
             return Ok(Guardian { child: None });
         }

@@ -1,8 +1,9 @@
 //! `down` leaves nothing, whatever happened before.
 
 use crate::support::{BINARY, ambit_lab, text, traces};
+use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 #[test]
 fn down_leaves_nothing_and_twice_is_once() {
@@ -71,4 +72,24 @@ fn up_removes_what_an_unfinished_up_left() {
     assert!(text(&output.stderr).contains("unfinished"), "{}", text(&output.stderr));
     assert!(ambit_lab(&["down", "--name", "cleanagain"]).status.success());
     assert_eq!(traces("cleanagain"), [""; 0]);
+}
+
+#[test]
+fn a_lab_whose_owner_is_killed_is_taken_down_without_being_asked() {
+    assert!(nix::unistd::geteuid().is_root(), "this test needs root");
+    // While TPMs are made, and when all of them stand.
+    for moment in ["TPM manufacturer ready", "TPMs stand"] {
+        let chaos = ["chaos", "--smoke", "--name", "orphan"];
+        let mut owner = Command::new(BINARY).args(chaos).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        let told = BufReader::new(owner.stdout.take().unwrap()).lines().map_while(Result::ok);
+        let reached = told.into_iter().any(|line| line.contains(moment));
+        owner.kill().unwrap();
+        owner.wait().unwrap();
+        assert!(reached, "it never said: {moment}");
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !traces("orphan").is_empty() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        assert_eq!(traces("orphan"), [""; 0], "killed at: {moment}");
+    }
 }
