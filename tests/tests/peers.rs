@@ -6,7 +6,7 @@ use ambit_proto::status::from_status;
 use ambit_proto::v1;
 use ambit_proto::v1::cluster_registry_client::ClusterRegistryClient;
 use ambit_proto::v1::policy_registry_client::PolicyRegistryClient;
-use ambit_tests::cell::{Cell, fresh};
+use ambit_tests::cell::{Cell, fresh, refusal};
 use ambit_tests::machine::{Lies, Machine, join_token, node_identity, register_cluster};
 use ambit_tests::tpm::Maker;
 use std::io::Write;
@@ -140,10 +140,21 @@ async fn cells_meet_by_token_and_proof_and_share_only_once_both_approved() {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
+    peers_administrators_are_nobody(&west, &east).await;
     changes_follow(&west, &east).await;
     endpoints_follow(&west, &east).await;
     promtool_accepts(&west);
     promtool_accepts(&east);
+}
+
+/// East's bundle lets its certificates through west's handshake; its administrator may call nothing there.
+async fn peers_administrators_are_nobody(west: &Cell, east: &Cell) {
+    let foreign = west.channel_as(east.admin_identity().unwrap(), 1).await.unwrap();
+    let listed = ClusterRegistryClient::new(foreign.clone()).list_peers(v1::ListPeersRequest {}).await;
+    assert_eq!(refusal(listed).unwrap().code.as_str(), "permission_denied");
+    let pull = v1::PullRequest { after_seq: 0, nonce: vec![1; 16], limit: 1 };
+    let pulled = v1::peer_link_client::PeerLinkClient::new(foreign).pull(pull).await;
+    assert_eq!(refusal(pulled).unwrap().code.as_str(), "permission_denied");
 }
 
 async fn changes_follow(west: &Cell, east: &Cell) {

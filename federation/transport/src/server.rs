@@ -4,10 +4,11 @@ use ambit_identity::svid::PeerSvid;
 use ambit_identity::tls::SharedTrust;
 use ambit_model::{Refusal, Stamp};
 use rustls::ServerConfig;
+use std::collections::BTreeMap;
 use std::future::Future;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -25,6 +26,9 @@ use tower::{Layer, Service};
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Handshakes under way at once; more wait in the listener's backlog.
 const HANDSHAKES_MAX: usize = 256;
+/// Of these from one address; further ones are closed at once. A handshake takes milliseconds, so a whole site behind
+/// one address needs fewer, and one address that leaves them half-open holds up nobody else.
+const HANDSHAKES_PER_ADDRESS_MAX: usize = 64;
 
 /// Who is at the far end of a connection: a request extension.
 #[derive(Clone, Debug)]
@@ -83,10 +87,15 @@ where
     let acceptor = TlsAcceptor::from(Arc::new(config));
     let accepting = async move {
         let places = Arc::new(Semaphore::new(HANDSHAKES_MAX));
+        let underway = Underway::default();
         while let Ok(place) = places.clone().acquire_owned().await {
             let Ok((tcp, remote)) = listener.accept().await else {
                 // Out of descriptors, most likely: wait for some to close.
                 tokio::time::sleep(Duration::from_millis(50)).await;
+                continue;
+            };
+            let Some(turn) = underway.enter(remote.ip()) else {
+                tracing::debug!(%remote, "too many handshakes under way from one address");
                 continue;
             };
             let (acceptor, trust, ready) = (acceptor.clone(), trust.clone(), ready.clone());
@@ -96,7 +105,7 @@ where
                     Ok(Err(error)) => tracing::debug!(%remote, %error, "handshake refused"),
                     Err(_) => tracing::debug!(%remote, "handshake too slow"),
                 }
-                drop(place);
+                drop((turn, place));
             });
         }
     };
@@ -105,6 +114,42 @@ where
         biased;
         served = serving => served,
         () = accepting => Ok(()),
+    }
+}
+
+/// Handshakes under way by address; an address without one has no row.
+#[derive(Clone, Default)]
+struct Underway {
+    by_address: Arc<Mutex<BTreeMap<IpAddr, usize>>>,
+}
+
+/// One of them, until it is dropped.
+struct Turn {
+    all: Underway,
+    from: IpAddr,
+}
+
+impl Underway {
+    fn enter(&self, from: IpAddr) -> Option<Turn> {
+        let mut rows = self.by_address.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = rows.entry(from).or_default();
+        if *count >= HANDSHAKES_PER_ADDRESS_MAX {
+            return None;
+        }
+        *count += 1;
+        Some(Turn { all: self.clone(), from })
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        let mut rows = self.all.by_address.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = rows.get_mut(&self.from) {
+            *count -= 1;
+            if *count == 0 {
+                rows.remove(&self.from);
+            }
+        }
     }
 }
 
