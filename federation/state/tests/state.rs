@@ -229,6 +229,14 @@ fn a_peer_is_heard_in_sequence_and_only_about_itself() {
     assert_eq!(east.state.policies().count(), 1);
     assert_eq!(east.state.peer(&td).unwrap().seq, head.seq);
     east.run(import(&records)).unwrap();
+    // An overlapping import after a change of leader is no fault of the peer: the new part is taken.
+    west.run(documents(policy("more", "spiffe://west/more"))).unwrap();
+    let all: Vec<_> = west.state.records_after(0).cloned().collect();
+    let head = Head { seq: all.len() as u64, hash: all.last().unwrap().hash(), ..head };
+    east.run(Command::Import(head.clone(), all.clone())).unwrap();
+    assert_eq!(east.state.peer(&td).unwrap().seq, head.seq);
+    assert_eq!(east.state.policies().count(), 2);
+    records = all;
     // A record in sequence about somebody else's identity moves the sequence and changes nothing.
     let mut more = records.pop().unwrap();
     (more.seq, more.prev_hash, more.kind, more.key) = (head.seq + 1, more.hash(), Kind::Endpoint, "10.0.0.1".into());

@@ -90,10 +90,9 @@ pub(super) fn import(s: &mut State, at: At, head: &Head, records: &[Record]) -> 
     if records.is_empty() || records.len() > IMPORT_MAX {
         return Err(Refusal::new(Code::BadRequest, format!("1-{IMPORT_MAX} records"), records.len().to_string()));
     }
-    // A batch that another replica imported meanwhile is no fault of the peer.
-    if records.last().is_some_and(|r| r.seq <= peer.seq) {
-        return Ok(Reply::Done);
-    }
+    // Two imports may overlap after a change of leader: what is known is skipped, and the rest must chain to it.
+    let known = records.iter().take_while(|r| r.seq <= peer.seq).count();
+    let Some(records) = records.get(known..).filter(|rest| !rest.is_empty()) else { return Ok(Reply::Done) };
     let broken = |expected: String, found: String| Refusal::new(Code::RecordChainBroken, expected, found);
     for record in records {
         let want = (&head.origin, peer.epoch.max(record.epoch), peer.seq + 1, peer.hash);
