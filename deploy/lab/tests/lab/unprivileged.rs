@@ -14,7 +14,8 @@ fn nobody_is_refused_and_nothing_is_made() {
     let copy = std::env::temp_dir().join(format!("ambit-lab-{}", std::process::id()));
     std::fs::copy(BINARY, &copy).unwrap();
     for verb in [&["up"][..], &["down"], &["status"], &["demo"], &["chaos", "--smoke"]] {
-        let output = Command::new(&copy).args(verb).args(["--name", "nobody"]).uid(NOBODY).gid(NOBODY).output().unwrap();
+        let output =
+            Command::new(&copy).args(verb).args(["--name", "nobody"]).uid(NOBODY).gid(NOBODY).output().unwrap();
         assert_eq!(output.status.code(), Some(4), "{verb:?}");
         let said = text(&output.stderr);
         assert!(said.contains("needs_root") && said.contains("run the command as root"), "{said}");
