@@ -56,6 +56,8 @@ reasons! {
     AgentAbsent = 15 "agent_absent";
     /// The caller's network namespace is not attached: the capture address there could be anyone's.
     NoCapture = 16 "no_capture";
+    /// A socket of a kind whose traffic no program sees (UDP-Lite, SCTP, ICMP, raw): it is not made.
+    SocketKind = 19 "socket_kind";
 }
 
 const ALLOWED: usize = 0;
@@ -97,7 +99,8 @@ pub struct Event {
     pub destination: u32,
     /// For inbound: where it came from (unspecified for IPv6).
     pub from: Option<Ipv4Addr>,
-    /// The address asked for (unspecified for native IPv6).
+    /// The address asked for (unspecified for native IPv6). Of [`Reason::SocketKind`] unspecified, with the socket's IP
+    /// protocol number for a port.
     pub address: SocketAddrV4,
     /// The rule of the verdict, 0 for none.
     pub rule: u32,

@@ -110,17 +110,19 @@ layout! {
 pub(crate) const CONFIG_LEASE_NS: u32 = 0;
 pub(crate) const CONFIG_GENERATION: u32 = 1;
 /// Entries of `counters`: one for each reason of `ambit.h`.
-pub(crate) const REASONS: u32 = 19;
+pub(crate) const REASONS: u32 = 20;
 
 pub(crate) fn address(ip: Ipv4Addr) -> Address {
     ip.octets()
 }
 
-/// Tells whether pinned maps can be used by this version: over the name, type and sizes of each map (`maps`, in a fixed
+/// Tells whether pinned maps can be used by this version: over the number of counters, the name, type and sizes of each map (`maps`, in a fixed
 /// order) and the fields of each structure in them.
 pub(crate) fn layout_hash(maps: &[(&str, u32, usize, usize)]) -> [u8; 32] {
     let mut hash = Sha256::new();
     hash.update(b"ambit-ebpf layout 1\n");
+    // The number of counters is in no type or size below, and a counter too few would lose a reason.
+    hash.update(format!("counters {REASONS}\n"));
     for (name, kind, key, value) in maps {
         hash.update(format!("map {name} {kind} {key} {value}\n"));
     }

@@ -46,7 +46,8 @@ pub(crate) const MAPS: [MapPin; 10] = [
 pub(crate) const LISTENER: MapPin = map("listener", MapType::Sockmap, 4, 8);
 
 /// A program of mesh.bpf.o, the name of its link's pin, and where it attaches.
-pub(crate) const LINKS: [(&str, &str, ProgramAttachType); 7] = [
+pub(crate) const LINKS: [(&str, &str, ProgramAttachType); 8] = [
+    ("ambit_sock_create", "sock_create", ProgramAttachType::CgroupInetSockCreate),
     ("ambit_connect4", "connect4", ProgramAttachType::CgroupInet4Connect),
     ("ambit_connect6", "connect6", ProgramAttachType::CgroupInet6Connect),
     ("ambit_sendmsg4", "sendmsg4", ProgramAttachType::CgroupUdp4Sendmsg),

@@ -17,7 +17,12 @@ pub struct Feature {
 
 type Check = fn() -> libbpf_rs::Result<bool>;
 
-const FEATURES: [(&str, Check, &str); 10] = [
+const FEATURES: [(&str, Check, &str); 11] = [
+    (
+        "cgroup socket creation programs (BPF_PROG_TYPE_CGROUP_SOCK)",
+        || ProgramType::CgroupSock.is_supported(),
+        "UDP-Lite, SCTP, ICMP and raw sockets send in clear past every other program",
+    ),
     (
         "cgroup connect programs (BPF_PROG_TYPE_CGROUP_SOCK_ADDR)",
         || ProgramType::CgroupSockAddr.is_supported(),

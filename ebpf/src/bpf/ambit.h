@@ -33,7 +33,8 @@ enum reason {
 	NO_CAPTURE = 16,
 	EVENT_LOST = 17,
 	FLOW_LOST = 18,
-	REASONS = 19,
+	SOCKET_KIND = 19,
+	REASONS = 20,
 };
 
 enum action { ACTION_DENY = 0, ACTION_ALLOW = 1 };

@@ -40,8 +40,8 @@ enum { BPF_SOCK_OPS_TCP_CONNECT_CB = 3, BPF_SOCK_OPS_STATE_CB = 10 };
 enum { BPF_SOCK_OPS_STATE_CB_FLAG = 1 << 2 };
 enum { TCP_SYN_SENT = 2, TCP_CLOSE = 7 };
 enum { AF_INET = 2, AF_INET6 = 10 };
-enum { SOCK_STREAM = 1 };
-enum { IPPROTO_TCP = 6 };
+enum { SOCK_STREAM = 1, SOCK_DGRAM = 2 };
+enum { IPPROTO_TCP = 6, IPPROTO_UDP = 17, IPPROTO_MPTCP = 262 };
 enum { ECONNREFUSED = 111 };
 enum { LOOPBACK_IFINDEX = 1 }; /* the kernel gives it to lo in every network namespace */
 

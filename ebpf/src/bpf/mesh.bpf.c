@@ -302,6 +302,30 @@ INLINE int verdict(const struct attempt *a, u32 reason)
 	}
 }
 
+/* Only of these does every way to send pass the programs below: UDP-Lite, SCTP, ICMP and raw sockets have none on theirs. */
+INLINE int is_governed(const struct bpf_sock *sk)
+{
+	if (sk->family != AF_INET && sk->family != AF_INET6)
+		return 0;
+	if (sk->type == SOCK_STREAM)
+		return sk->protocol == IPPROTO_TCP || sk->protocol == IPPROTO_MPTCP;
+	return sk->type == SOCK_DGRAM && sk->protocol == IPPROTO_UDP;
+}
+
+/* The kernel asks for AF_INET and AF_INET6 alone: AF_UNIX, AF_NETLINK and AF_PACKET sockets do not come here. */
+SEC("cgroup/sock_create")
+int ambit_sock_create(struct bpf_sock *sk)
+{
+	struct attempt a = {};
+
+	if (is_governed(sk))
+		return 1;
+	identify(&a);
+	a.port = (u16)sk->protocol;
+	report(&a, SOCKET_KIND);
+	return 0;
+}
+
 SEC("cgroup/connect4")
 int ambit_connect4(struct bpf_sock_addr *ctx)
 {

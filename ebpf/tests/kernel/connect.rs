@@ -131,6 +131,73 @@ def on_device(device, host, port):
     assert_eq!((denied[&Reason::PolicyDeny], denied[&Reason::NativeIpv6], events_lost, loopback), (2, 3, 0, 1));
 }
 
+/// What `connect` and `sendmsg` programs never see must not exist: UDP-Lite sent in clear text around them.
+#[test]
+fn only_tcp_and_udp_sockets_can_be_made() {
+    let (node, kernel) = node();
+    let _listener = node.attach(&kernel);
+    let stranger = node.cgroup("stranger");
+    // Otherwise the kernel refuses a ping socket before it asks any program.
+    node.in_pod(|| std::fs::write("/proc/sys/net/ipv4/ping_group_range", "0 2147483647").unwrap());
+    let kinds = [
+        ("AF_INET, SOCK_DGRAM", 136, "EPERM"),
+        ("AF_INET6, SOCK_DGRAM", 136, "EPERM"),
+        ("AF_INET, SOCK_DGRAM", 1, "EPERM"),
+        ("AF_INET6, SOCK_DGRAM", 58, "EPERM"),
+        ("AF_INET, SOCK_RAW", 1, "EPERM"),
+        ("AF_INET, SOCK_RAW", 6, "EPERM"),
+        ("AF_INET, SOCK_RAW", 255, "EPERM"),
+        ("AF_INET6, SOCK_RAW", 58, "EPERM"),
+        ("AF_INET, SOCK_STREAM", 0, "ok"),
+        ("AF_INET6, SOCK_STREAM", 6, "ok"),
+        ("AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC", 0, "ok"),
+        ("AF_INET, SOCK_DGRAM", 0, "ok"),
+        ("AF_INET6, SOCK_DGRAM", 17, "ok"),
+        ("AF_UNIX, SOCK_DGRAM", 0, "ok"),
+        ("AF_NETLINK, SOCK_RAW", 0, "ok"),
+    ];
+    // Of these the kernel may have no module; where it has, it asks the program.
+    let modules = [
+        ("AF_INET, SOCK_STREAM", 132, "EPERM"),
+        ("AF_INET, SOCK_SEQPACKET", 132, "EPERM"),
+        ("AF_INET, SOCK_DGRAM", 115, "EPERM"),
+        ("AF_INET, SOCK_STREAM", 262, "ok"),
+    ];
+    let calls: String =
+        kinds.iter().chain(&modules).map(|(kind, protocol, _)| format!("print(made({kind}, {protocol}))\n")).collect();
+    let script = format!("{MADE}\n{calls}");
+    let mut refused = Vec::new();
+    for cgroup in ["client", "stranger"] {
+        let answers = node.python(cgroup, &script);
+        assert_eq!(answers.lines().count(), kinds.len() + modules.len());
+        for (row, (answer, (kind, protocol, expected))) in answers.lines().zip(kinds.iter().chain(&modules)).enumerate()
+        {
+            let absent = row >= kinds.len() && ["EPROTONOSUPPORT", "ESOCKTNOSUPPORT"].contains(&answer);
+            assert!(absent || answer == *expected, "{kind}, {protocol}: {answer}");
+            refused.extend((answer == "EPERM").then_some(*protocol));
+        }
+    }
+    let mut events: Vec<Event> = Vec::new();
+    kernel.drain_events(&mut |event| events.push(event)).unwrap();
+    assert!(events.iter().all(|event| event.reason == Reason::SocketKind), "{events:?}");
+    assert_eq!(events.iter().map(|event| event.address.port()).collect::<Vec<_>>(), refused);
+    assert_eq!((events[0].cgroup, events[0].source), (node.cgroup("client"), CLIENT));
+    assert_eq!(events.last().map(|event| (event.cgroup, event.source)), Some((stranger, 0)));
+    assert_eq!(kernel.counters().unwrap().denied[&Reason::SocketKind], refused.len() as u64);
+
+    // The program is pinned like the others: no agent, no such socket either.
+    drop(kernel);
+    assert_eq!(node.python("client", &format!("{MADE}\nprint(made(AF_INET, SOCK_DGRAM, 136))")), "EPERM");
+}
+
+const MADE: &str = r#"
+from socket import *
+import socket
+def made(*kind):
+    try: socket.socket(*kind).close(); return 'ok'
+    except OSError as e: return errno.errorcode[e.errno]
+"#;
+
 #[test]
 fn a_socket_used_again_forgets_its_first_attempt() {
     let (node, kernel) = node();
