@@ -30,6 +30,7 @@ pub struct PeerSvid {
     id: SpiffeId,
     binding: Option<NodeBinding>,
     serial: Vec<u8>,
+    authority: String,
     not_after: Stamp,
 }
 
@@ -45,6 +46,10 @@ impl PeerSvid {
     /// Serial number, big-endian.
     pub fn serial(&self) -> &[u8] {
         &self.serial
+    }
+    /// Key identifier (hex) of the authority that signed it, as covered by that signature; empty where it names none.
+    pub fn authority(&self) -> &str {
+        &self.authority
     }
     /// Last instant of validity.
     pub fn not_after(&self) -> Stamp {
@@ -148,6 +153,7 @@ fn parse_leaf(chain: &[CertificateDer<'_>]) -> Result<PeerSvid, Refusal> {
         id,
         binding: binding(&cert)?,
         serial: cert.raw_serial().to_vec(),
+        authority: authority(&cert),
         not_after: Stamp(u64::try_from(cert.validity().not_after.timestamp()).unwrap_or(0).saturating_mul(1000)),
     })
 }
@@ -183,6 +189,15 @@ fn usages(cert: &X509Certificate<'_>) -> Result<(), Refusal> {
         Ok(Some(eku)) if eku.value.server_auth && eku.value.client_auth => Ok(()),
         Ok(Some(_)) | Err(_) => bad("serverAuth and clientAuth", "another ExtendedKeyUsage"),
     }
+}
+
+/// The authority key identifier. The chain was verified by key; this names which of a cell's replicas it was.
+fn authority(cert: &X509Certificate<'_>) -> String {
+    let found = cert.extensions().iter().find_map(|e| match e.parsed_extension() {
+        ParsedExtension::AuthorityKeyIdentifier(aki) => aki.key_identifier.as_ref().map(|id| hex::encode(id.0)),
+        _ => None,
+    });
+    found.unwrap_or_default()
 }
 
 fn binding(cert: &X509Certificate<'_>) -> Result<Option<NodeBinding>, Refusal> {

@@ -1,7 +1,8 @@
 //! Who may call what: one static table, deny by default. Raw requests stop here.
 
+use crate::replica::wall_clock;
 use ambit_identity::PeerSvid;
-use ambit_model::{Code, Generation, NodeId, Refusal, TrustDomain};
+use ambit_model::{Code, Generation, NodeId, Refusal, Stamp, TrustDomain};
 use ambit_proto::status::to_status;
 use ambit_state::State;
 use ambit_state::objects::{NodeState, PeerState};
@@ -38,6 +39,8 @@ pub struct Actor {
     pub name: String,
     /// Where it calls from.
     pub remote: IpAddr,
+    /// When its certificate ends: a stream must not outlive it. None for a caller without one.
+    pub until: Option<Stamp>,
 }
 
 /// Kinds of caller a method admits.
@@ -129,11 +132,13 @@ pub fn role_of(svid: Option<&PeerSvid>, own: &TrustDomain, state: &State) -> Res
         (svid.id(), Refusal::new(Code::PermissionDenied, "an admin, node, replica or peer", svid.id().as_str()));
     let replica = id.path().strip_prefix("/ambit/replica/").and_then(|n| n.parse().ok());
     if id.trust_domain() != *own {
-        let active = state.peer(&id.trust_domain()).is_some_and(|p| p.state != PeerState::Pending);
+        let active = state.peer(&id.trust_domain()).is_some_and(|p| p.state == PeerState::Active);
         return if active && replica.is_some() { Ok(Role::Peer(id.trust_domain())) } else { Err(nobody) };
     }
     if let Some(n) = replica {
-        return Ok(Role::Replica(n));
+        // A removed replica keeps its certificate and loses its role; one that joins knows nobody before its first entry.
+        let member = state.member(n).is_some_and(|m| m.authority == svid.authority());
+        return if member || state.cell().is_none() { Ok(Role::Replica(n)) } else { Err(nobody) };
     }
     if let Some(name) = id.path().strip_prefix("/ambit/admin/") {
         return Ok(Role::Admin(name.to_owned()));
@@ -166,19 +171,39 @@ fn admits(who: Who, role: &Role) -> bool {
 }
 
 /// Decides one call.
-pub fn authorise(path: &str, caller: Option<&Caller>, own: &TrustDomain, state: &State) -> Result<Actor, Refusal> {
+pub fn authorise(
+    path: &str,
+    caller: Option<&Caller>,
+    own: &TrustDomain,
+    state: &State,
+    now: Stamp,
+) -> Result<Actor, Refusal> {
     let caller = caller.ok_or_else(|| Refusal::new(Code::Internal, "a connection with a known caller", "none"))?;
     let who = METHODS.iter().find(|(method, _)| *method == path).map(|(_, who)| *who);
     let Some(who) = who else {
         return Err(Refusal::new(Code::Unimplemented, "a method of this server", path));
     };
+    // The handshake was at some time in the past; the certificate must hold now.
+    if caller.svid.as_ref().is_some_and(|svid| svid.not_after() < now) {
+        return Err(Refusal::new(
+            Code::Unauthenticated,
+            "a certificate in time",
+            "one that ended: connect with a new one",
+        ));
+    }
     let role = role_of(caller.svid.as_ref(), own, state)?;
     if !admits(who, &role) {
         let code = if role == Role::Anyone { Code::Unauthenticated } else { Code::PermissionDenied };
         return Err(Refusal::new(code, format!("{who:?} for {path}"), format!("{role:?}")));
     }
     let name = caller.svid.as_ref().map_or_else(|| format!("anonymous {}", caller.remote.ip()), |s| s.id().to_string());
-    Ok(Actor { role, client: Sha256::digest(&name).into(), name, remote: caller.remote.ip() })
+    Ok(Actor {
+        role,
+        client: Sha256::digest(&name).into(),
+        name,
+        remote: caller.remote.ip(),
+        until: caller.svid.as_ref().map(PeerSvid::not_after),
+    })
 }
 
 /// The actor of a request; set by the layer for every request that reached a method.
@@ -235,7 +260,7 @@ where
         let decided = {
             let caller = request.extensions().get::<Caller>();
             let own = self.replica.trust_domain();
-            self.replica.local(|state| authorise(request.uri().path(), caller, own, state))
+            self.replica.local(|state| authorise(request.uri().path(), caller, own, state, wall_clock()))
         };
         match decided {
             Ok(actor) => {

@@ -23,6 +23,9 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
+/// A replica further than this from the cell's time signs nothing.
+const CLOCK_SKEW_MS_MAX: u64 = 30_000;
+
 /// What the services of one replica share. Cheap to clone.
 #[derive(Clone)]
 pub struct Replica {
@@ -121,6 +124,15 @@ impl Replica {
     /// Reads this replica's own state, which may be behind.
     pub fn local<T>(&self, f: impl FnOnce(&State) -> T) -> T {
         f(&self.cell().state())
+    }
+    /// Refuses to sign where this machine's clock and the cell's time are too far apart (I15): one of them is wrong.
+    pub fn check_clock(&self) -> Result<(), Refusal> {
+        let (cell, here) = (self.local(State::stamp).0, wall_clock().0);
+        if cell.abs_diff(here) <= CLOCK_SKEW_MS_MAX {
+            return Ok(());
+        }
+        let expected = format!("this machine's clock within {} s of the cell's time", CLOCK_SKEW_MS_MAX / 1000);
+        Err(Refusal::new(Code::IssuerUnavailable, expected, format!("{} ms apart", cell.abs_diff(here))))
     }
     /// The later of the cell's time and this machine's.
     pub fn now(&self) -> Stamp {

@@ -14,6 +14,9 @@ use ambit_transport::{Dialer, Identity};
 use std::net::SocketAddr;
 
 const ADDRESSES_MAX: usize = 16;
+/// A root with a P-256 key is some hundred bytes; a key set holds at most 64 keys of 32 bytes.
+const ROOT_BYTES_MAX: usize = 8 * 1024;
+const KEY_SET_BYTES_MAX: usize = 4 * 1024;
 const NONCE: usize = 32;
 /// A registration is two calls in a row; a session older than this is somebody else's.
 const SESSION_MS: u64 = 30_000;
@@ -63,6 +66,9 @@ pub fn check_card(card: Option<v1::CellCard>) -> Result<CardFacts, Refusal> {
     let [root] = bundle.roots_der.as_slice() else {
         return Err(bad("a bundle with one root", format!("{} roots", bundle.roots_der.len())));
     };
+    if root.len() > ROOT_BYTES_MAX {
+        return Err(bad("a root of at most 8 KiB", format!("{} bytes", root.len())));
+    }
     if bundle.trust_domain != card.trust_domain || card.addresses.len() > ADDRESSES_MAX {
         return Err(bad("a bundle of the same trust domain and at most 16 addresses", bundle.trust_domain));
     }
@@ -70,6 +76,9 @@ pub fn check_card(card: Option<v1::CellCard>) -> Result<CardFacts, Refusal> {
         address.parse::<SocketAddr>().map_err(|_| bad("ip:port", address.clone()))?;
     }
     let set = card.key_set.ok_or_else(|| bad("a key set", "none".into()))?;
+    if set.statement.len() > KEY_SET_BYTES_MAX || set.signature.len() > KEY_SET_BYTES_MAX {
+        return Err(bad("a key set of at most 4 KiB", format!("{} bytes", set.statement.len())));
+    }
     let keys = KeySet::verify(&trust_domain, root, &set.statement, &set.signature)?;
     Ok(CardFacts {
         trust_domain,

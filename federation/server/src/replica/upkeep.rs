@@ -199,14 +199,18 @@ fn verify(
     let keys = KeySet::verify(td, &peer.root_der, &set.statement, &set.signature)?;
     let known = KeySet::verify(td, &peer.root_der, &peer.key_set.statement, &peer.key_set.signature)?;
     if keys.seq() < known.seq() {
-        return Err(broken("a key set no older than at registration", keys.seq().to_string()));
+        // A replica that lags, not a lie: another is asked.
+        return Err(Refusal::new(Code::Unavailable, "a key set no older than at registration", keys.seq().to_string()));
     }
     let head: Head = postcard::from_bytes(&answer.head).map_err(|e| broken("a head", e.to_string()))?;
     keys.verify_head(&head, &answer.signature)?;
     if head.origin != *td || head.nonce != *nonce {
         return Err(Refusal::new(Code::RecordSignature, "the head of this pull", "another"));
     }
-    if head.seq < peer.seq || head.seq == peer.seq && head.hash != peer.hash && peer.seq > 0 {
+    if head.seq < peer.seq {
+        return Err(Refusal::new(Code::Unavailable, format!("a head at {} or later", peer.seq), head.seq.to_string()));
+    }
+    if head.seq == peer.seq && head.hash != peer.hash && peer.seq > 0 {
         let found = format!("{} with another history", head.seq);
         return Err(Refusal::new(Code::RecordEquivocation, format!("sequence {} as imported", peer.seq), found));
     }

@@ -4,7 +4,7 @@ use super::OrStatus;
 use crate::authorise::{Role, actor};
 use crate::replica::Replica;
 use ambit_model::policy::Endpoint;
-use ambit_model::{Code, Generation, NodeId, Refusal};
+use ambit_model::{Code, Generation, NodeId, Refusal, Stamp};
 use ambit_proto::convert::{policy_message, service_message};
 use ambit_proto::status::to_status;
 use ambit_proto::v1;
@@ -49,7 +49,7 @@ impl v1::agent_stream_server::AgentStream for Streams {
         let stream = STREAMS.fetch_add(1, Ordering::Relaxed);
         self.0.agents().connected(node, subscribe.node_address, stream);
         let (down, queue) = mpsc::channel::<Down>(QUEUE);
-        let session = Session { replica: self.0.clone(), node, generation, stream };
+        let session = Session { replica: self.0.clone(), node, generation, until: actor.until, stream };
         tokio::spawn(session.run(up, down));
         Ok(Response::new(Box::pin(ReceiverStream::new(queue))))
     }
@@ -59,6 +59,7 @@ struct Session {
     replica: Replica,
     node: NodeId,
     generation: Generation,
+    until: Option<Stamp>,
     stream: u64,
 }
 
@@ -97,6 +98,10 @@ impl Session {
                     tokio::time::sleep(SETTLE).await;
                 }
                 _ = beat.tick() => {
+                    // A stream does not outlive the certificate that opened it.
+                    if self.until.is_none_or(|until| until < self.replica.now()) {
+                        break Some(Refusal::new(Code::Unauthenticated, "a certificate in time", "one that ended"));
+                    }
                     let beat = v1::Heartbeat { stamp_ms: self.replica.now().0, revision: sent.holds };
                     let message = v1::ServerMessage { body: Some(v1::server_message::Body::Heartbeat(beat)) };
                     // A full queue carries newer news than a heartbeat.

@@ -19,11 +19,13 @@ const REPLICA_MAX: u64 = 7;
 pub(crate) struct Membership {
     replica: Replica,
     budget: Budget,
+    /// One join at a time: each certifies a key set that follows the one before. Only the root's keeper serves joins.
+    joining: tokio::sync::Mutex<()>,
 }
 
 #[allow(non_snake_case, reason = "reads like the other services where they are listed")]
 pub(crate) fn Membership(replica: Replica) -> Membership {
-    Membership { replica, budget: Budget::default() }
+    Membership { replica, budget: Budget::default(), joining: tokio::sync::Mutex::new(()) }
 }
 
 #[tonic::async_trait]
@@ -61,6 +63,7 @@ impl v1::membership_server::Membership for Membership {
         request: Request<v1::ReplicaJoinRequest>,
     ) -> Result<Response<v1::ReplicaJoinResponse>, Status> {
         self.budget.take(actor(&request)?.remote).or_status()?;
+        let _one = self.joining.lock().await;
         self.join(request.into_inner()).await.or_status().map(Response::new)
     }
 
@@ -225,7 +228,8 @@ impl Membership {
         let (root, td) = (self.replica.root()?, self.replica.trust_domain());
         let row = self.replica.local(|s| s.key_set().cloned()).unwrap_or_default();
         let known = KeySet::verify(td, root.der(), &row.statement, &row.signature)?;
-        let mut keys = known.keys().to_vec();
+        // Keys of the present members only: a removed replica's key goes with the next join.
+        let mut keys: Vec<[u8; 32]> = self.replica.local(|s| s.members().map(|(_, m)| m.record_key).collect());
         if !keys.contains(&new) {
             keys.push(new);
         }

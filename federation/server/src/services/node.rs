@@ -25,6 +25,8 @@ const ANSWER_MS: u64 = 60_000;
 const PCR_MASK: u32 = 0x47ff;
 /// Verdicts are wanted again within half of this; the unattested maximum ends an SVID in any case.
 const NEXT_DEADLINE_MS: u64 = ambit_state::UNATTESTED_MAX_MS;
+/// A stranger's stream is not held open for nothing.
+const FIRST_FRAME: std::time::Duration = std::time::Duration::from_secs(10);
 const EKS_MAX: usize = 10_000;
 const TOKEN_BYTES_MAX: usize = 256;
 
@@ -85,7 +87,10 @@ impl Nodes {
         stream: &mut Streaming<v1::EvidenceRequest>,
         from: IpAddr,
     ) -> Result<Result<v1::Verdict, v1::Denied>, Status> {
-        let header = match stream.message().await?.and_then(|m| m.part) {
+        let first = tokio::time::timeout(FIRST_FRAME, stream.message()).await;
+        let first =
+            first.map_err(|_| Refusal::new(Code::EvidenceMalformed, "a header at once", "silence")).or_status()?;
+        let header = match first?.and_then(|m| m.part) {
             Some(v1::evidence_request::Part::Header(header)) => header,
             _ => return Err(Refusal::new(Code::EvidenceMalformed, "a header first", "something else")).or_status(),
         };
@@ -108,17 +113,22 @@ impl Nodes {
         let session = activated.session();
         let judged = match activated.quote() {
             Err(refusal) => Err(Denial { refusal, diverged: None }),
-            Ok(quote) => {
-                let boot_log = read_exactly(stream, boot).await?;
-                let ima_log = read_exactly(stream, ima).await?;
-                let stored = self.replica.local(|s| s.node(&session.node).and_then(stored_counters));
-                // Replaying a large log takes milliseconds; it must not hold up other calls.
-                let judged = tokio::task::spawn_blocking(move || quote.appraise(&boot_log, &ima_log, stored)).await;
-                judged.map_err(|e| Status::internal(e.to_string()))?
-            }
+            Ok(quote) => match read_logs(stream, boot, ima).await {
+                // Cut short or overlong after a good HMAC: the nonce is spent like after any other bad evidence.
+                Err(refusal) => Err(Denial { refusal, diverged: None }),
+                Ok((boot_log, ima_log)) => {
+                    let stored = self.replica.local(|s| s.node(&session.node).and_then(stored_counters));
+                    // Replaying a large log takes milliseconds; it must not hold up other calls.
+                    let judged = tokio::task::spawn_blocking(move || quote.appraise(&boot_log, &ima_log, stored)).await;
+                    judged.map_err(|e| Status::internal(e.to_string()))?
+                }
+            },
         };
         match judged {
-            Ok(verified) => self.admit(verified, &csr_der).await.or_status(),
+            Ok(verified) => match certifiable(&csr_der, &verified) {
+                Ok(csr) => self.admit(verified, &csr).await.or_status(),
+                Err(refusal) => self.deny(&session, Denial { refusal, diverged: None }).await.or_status(),
+            },
             Err(denial) => self.deny(&session, denial).await.or_status(),
         }
     }
@@ -154,17 +164,12 @@ impl Nodes {
     async fn admit(
         &self,
         evidence: Verified<NodeEvidence>,
-        csr_der: &[u8],
+        csr: &Csr,
     ) -> Result<Result<v1::Verdict, v1::Denied>, Refusal> {
-        let csr = match Csr::parse(csr_der) {
-            Ok(csr) if csr.spki() == evidence.csr_spki => csr,
-            Ok(_) => return Ok(Err(denied(&Refusal::new(Code::CsrMalformed, "the key quoted over", "another"), None))),
-            Err(refusal) => return Ok(Err(denied(&refusal, None))),
-        };
         let now = self.replica.now();
         let claims = evidence.claims_json(now);
         let (node, cluster) = (evidence.node, evidence.cluster.clone());
-        let command = Command::AdmitNode(admission(&self.replica, &evidence, &csr, claims.clone()));
+        let command = Command::AdmitNode(admission(&self.replica, &evidence, csr, claims.clone()));
         let applied = self.propose_for(&node, command).await?;
         if let Err(refusal) = &applied.outcome {
             return Ok(Err(denied(refusal, None)));
@@ -172,7 +177,8 @@ impl Nodes {
         let mut issuances = applied.into_issuances()?;
         let committed = issuances.pop().unwrap_or_else(|| Err(Refusal::new(Code::Internal, "one leaf", "none")))?;
         let generation = committed.get().binding.map(|(_, g)| g.0).unwrap_or_default();
-        let chain = issue(committed, &csr, self.replica.issuer())?;
+        self.replica.check_clock()?;
+        let chain = issue(committed, csr, self.replica.issuer())?;
         tracing::info!(%node, %cluster, generation, "node admitted");
         let bundle = self.replica.local(|s| {
             s.cell().map(|c| v1::Bundle {
@@ -281,12 +287,32 @@ fn evidence_header(h: v1::EvidenceHeader) -> Result<EvidenceHeader, Refusal> {
     })
 }
 
+/// The request's own key, if it is the one that the evidence was quoted over.
+fn certifiable(csr_der: &[u8], evidence: &Verified<NodeEvidence>) -> Result<Csr, Refusal> {
+    let csr = Csr::parse(csr_der)?;
+    if csr.spki() != evidence.csr_spki {
+        return Err(Refusal::new(Code::CsrMalformed, "the key quoted over", "another"));
+    }
+    Ok(csr)
+}
+
+/// Both logs, within the time that an answer has.
+async fn read_logs(
+    stream: &mut Streaming<v1::EvidenceRequest>,
+    boot: LogExtent,
+    ima: LogExtent,
+) -> Result<(Vec<u8>, Vec<u8>), Refusal> {
+    let both = async { Ok((read_exactly(stream, boot).await?, read_exactly(stream, ima).await?)) };
+    let late = || Refusal::new(Code::EvidenceMalformed, "both logs before the deadline", "silence");
+    tokio::time::timeout(std::time::Duration::from_millis(ANSWER_MS), both).await.map_err(|_| late())?
+}
+
 /// Reads one log of the stated length; chunks never straddle the two logs.
-async fn read_exactly(stream: &mut Streaming<v1::EvidenceRequest>, extent: LogExtent) -> Result<Vec<u8>, Status> {
+async fn read_exactly(stream: &mut Streaming<v1::EvidenceRequest>, extent: LogExtent) -> Result<Vec<u8>, Refusal> {
     let wanted = usize::try_from(extent.len).unwrap_or(usize::MAX);
     let mut log = Vec::new();
     while log.len() < wanted {
-        match stream.message().await?.and_then(|m| m.part) {
+        match stream.message().await.ok().flatten().and_then(|m| m.part) {
             Some(v1::evidence_request::Part::Chunk(chunk))
                 if !chunk.is_empty() && log.len() + chunk.len() <= wanted =>
             {
@@ -294,8 +320,7 @@ async fn read_exactly(stream: &mut Streaming<v1::EvidenceRequest>, extent: LogEx
             }
             _ => {
                 let found = format!("{} bytes and then something else", log.len());
-                return Err(Refusal::new(Code::EvidenceMalformed, format!("a log of {wanted} bytes"), found))
-                    .or_status();
+                return Err(Refusal::new(Code::EvidenceMalformed, format!("a log of {wanted} bytes"), found));
             }
         }
     }

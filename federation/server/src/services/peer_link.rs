@@ -5,9 +5,10 @@ use crate::authorise::actor;
 use crate::replica::budget::Budget;
 use crate::replica::{Replica, peering};
 use ambit_model::record::Head;
-use ambit_model::{Code, Refusal};
+use ambit_model::{Code, Refusal, TrustDomain};
 use ambit_proto::v1;
-use ambit_state::Command;
+use ambit_state::objects::{PeerRow, TokenScope};
+use ambit_state::{Command, State};
 use sha2::{Digest, Sha256};
 use std::time::Duration;
 use tonic::{Request, Response, Status};
@@ -42,6 +43,14 @@ impl v1::peer_link_server::PeerLink for PeerLink {
         let mut request_id = [0u8; 16];
         request_id.copy_from_slice(&session[..16]);
         let (td, row, token) = peering::prove(&self.replica, m).or_status()?;
+        // Judged again at apply; judged here first, so that a stranger's bytes do not reach the log.
+        if !self.replica.local(|s| opens(s, &token, &td, &row)) {
+            let known = self.replica.read(|s| opens(s, &token, &td, &row)).await.or_status()?;
+            if !known {
+                let expected = "a cluster token of this trust domain and fingerprint";
+                return Err(Refusal::new(Code::ClusterTokenInvalid, expected, "another")).or_status();
+            }
+        }
         let client = Sha256::digest(format!("peering {td}")).into();
         let command = Command::PutPeer(td, row, Some(token));
         self.replica.propose(client, request_id, command).await.or_status()?.outcome.or_status()?;
@@ -56,9 +65,17 @@ impl v1::peer_link_server::PeerLink for PeerLink {
             .try_into()
             .map_err(|_| Refusal::new(Code::BadRequest, "a nonce of 16 bytes", m.nonce.len().to_string()))
             .or_status()?;
+        // A replica that lags would show a head that goes back; it answers `unavailable` instead.
+        self.replica.cell().read_barrier().await.or_status()?;
         self.wait_for_news(m.after_seq).await;
         self.answer(m.after_seq, nonce, m.limit.clamp(1, PULL_MAX)).or_status().map(Response::new)
     }
+}
+
+/// Whether the token, used or not, is for this cell: "used" is told by apply.
+fn opens(s: &State, token: &[u8; 32], td: &TrustDomain, row: &PeerRow) -> bool {
+    let scope = TokenScope::Peer(td.clone(), row.fingerprint);
+    s.token(token).is_some_and(|t| t.scope == scope && t.expires >= s.stamp())
 }
 
 impl PeerLink {

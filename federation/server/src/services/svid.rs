@@ -80,6 +80,7 @@ impl v1::svid_server::Svid for Svids {
         let committed =
             issuances.pop().unwrap_or_else(|| Err(Refusal::new(Code::Internal, "one leaf", "none"))).or_status()?;
         let not_after_ms = committed.get().lifetime.not_after.0;
+        self.0.check_clock().or_status()?;
         let chain = issue(committed, &csr, self.0.issuer()).or_status()?;
         let chain_der = chain.iter().map(|c| c.to_vec()).collect();
         Ok(Response::new(v1::RenewAdminResponse { chain_der, not_after_ms }))
@@ -107,6 +108,7 @@ impl Svids {
     ) -> v1::X509svidResult {
         let signed = committed.and_then(|c| {
             let not_after_ms = c.get().lifetime.not_after.0;
+            self.0.check_clock()?;
             Ok((issue(c, csr, self.0.issuer())?, not_after_ms))
         });
         match signed {
