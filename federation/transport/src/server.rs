@@ -13,7 +13,7 @@ use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
@@ -30,6 +30,12 @@ const HANDSHAKES_MAX: usize = 256;
 /// one address needs fewer, and one address that leaves them half-open holds up nobody else.
 const HANDSHAKES_PER_ADDRESS_MAX: usize = 64;
 
+/// Open connections without a certificate: enrolments are short. Kept apart from the others, so that strangers who hold
+/// theirs open keep no replica, agent or operator out.
+const ANONYMOUS_MAX: usize = 512;
+/// Open connections of identified callers: every node of a large cluster, several times over.
+const IDENTIFIED_MAX: usize = 16_384;
+
 /// Who is at the far end of a connection: a request extension.
 #[derive(Clone, Debug)]
 pub struct Caller {
@@ -43,6 +49,8 @@ pub struct Caller {
 struct Accepted {
     stream: TlsStream<TcpStream>,
     caller: Caller,
+    /// Held while the connection is open.
+    _place: OwnedSemaphorePermit,
 }
 
 impl Connected for Accepted {
@@ -88,6 +96,7 @@ where
     let accepting = async move {
         let places = Arc::new(Semaphore::new(HANDSHAKES_MAX));
         let underway = Underway::default();
+        let open = Open::new(ANONYMOUS_MAX, IDENTIFIED_MAX);
         while let Ok(place) = places.clone().acquire_owned().await {
             let Ok((tcp, remote)) = listener.accept().await else {
                 // Out of descriptors, most likely: wait for some to close.
@@ -98,9 +107,9 @@ where
                 tracing::debug!(%remote, "too many handshakes under way from one address");
                 continue;
             };
-            let (acceptor, trust, ready) = (acceptor.clone(), trust.clone(), ready.clone());
+            let (acceptor, trust, ready, open) = (acceptor.clone(), trust.clone(), ready.clone(), open.clone());
             tokio::spawn(async move {
-                match tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake(acceptor, trust, tcp, remote)).await {
+                match tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake(acceptor, trust, open, tcp, remote)).await {
                     Ok(Ok(stream)) => drop(ready.send(Ok(stream)).await),
                     Ok(Err(error)) => tracing::debug!(%remote, %error, "handshake refused"),
                     Err(_) => tracing::debug!(%remote, "handshake too slow"),
@@ -114,6 +123,23 @@ where
         biased;
         served = serving => served,
         () = accepting => Ok(()),
+    }
+}
+
+/// Places for open connections.
+#[derive(Clone)]
+struct Open {
+    anonymous: Arc<Semaphore>,
+    identified: Arc<Semaphore>,
+}
+
+impl Open {
+    fn new(anonymous: usize, identified: usize) -> Self {
+        Self { anonymous: Arc::new(Semaphore::new(anonymous)), identified: Arc::new(Semaphore::new(identified)) }
+    }
+    fn place(&self, identified: bool) -> Option<OwnedSemaphorePermit> {
+        let places = if identified { &self.identified } else { &self.anonymous };
+        places.clone().try_acquire_owned().ok()
     }
 }
 
@@ -156,6 +182,7 @@ impl Drop for Turn {
 async fn handshake(
     acceptor: TlsAcceptor,
     trust: SharedTrust,
+    open: Open,
     tcp: TcpStream,
     remote: SocketAddr,
 ) -> Result<Accepted, std::io::Error> {
@@ -165,9 +192,25 @@ async fn handshake(
         None => None,
         Some(chain) => Some(trust.current().verify(chain, now()).map_err(|r: Refusal| std::io::Error::other(r))?),
     };
-    Ok(Accepted { stream, caller: Caller { svid, remote } })
+    let place = open.place(svid.is_some()).ok_or_else(|| std::io::Error::other("too many open connections"))?;
+    Ok(Accepted { stream, caller: Caller { svid, remote }, _place: place })
 }
 
 fn now() -> Stamp {
     Stamp(SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn strangers_take_no_place_of_the_identified_and_give_theirs_back() {
+        let open = Open::new(1, 1);
+        let held = open.place(false);
+        assert!(held.is_some() && open.place(false).is_none());
+        assert!(open.place(true).is_some());
+        drop(held);
+        assert!(open.place(false).is_some());
+    }
 }
