@@ -46,9 +46,9 @@ impl State {
         let policies = self.policy_set().slice(&local);
         let endpoints: Vec<Endpoint> = self
             .endpoints()
-            .map(|(_, row)| &row.object)
-            .filter(|e| e.node == *id || local.iter().any(|src| !policies.ports(src, &e.spiffe_id).is_empty()))
-            .cloned()
+            .map(|(origin, row)| (*origin == cell.trust_domain && row.object.node == *id, &row.object))
+            .filter(|(here, e)| *here || local.iter().any(|src| !policies.ports(src, &e.spiffe_id).is_empty()))
+            .map(|(_, e)| e.clone())
             .collect();
         let services: Vec<(TrustDomain, Service)> = self
             .services()

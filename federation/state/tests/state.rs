@@ -2,8 +2,10 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on fails")]
 
 use ambit_model::policy::{Action, Endpoint, Peers, Policy};
-use ambit_model::record::{Head, Kind};
-use ambit_model::{ClusterId, Code, Entry, Generation, NodeId, RaftIndex, Refusal, Revision, Selector, Stamp, SvidTtl};
+use ambit_model::record::{Head, Kind, Record};
+use ambit_model::{
+    ClusterId, Code, Entry, Generation, NodeId, RaftIndex, Refusal, Revision, Selector, Stamp, SvidTtl, TrustDomain,
+};
 use ambit_state::command::{Admission, LeafRequest};
 use ambit_state::objects::*;
 use ambit_state::{Command, LogEntry, Reply, State};
@@ -188,13 +190,8 @@ fn policy(name: &str, target: &str) -> Policy {
     }
 }
 
-#[test]
-fn a_peer_is_heard_in_sequence_and_only_about_itself() {
-    let (mut west, mut east) = (Cell::founded("west"), Cell::founded("east"));
-    let documents = |p| Command::ApplyDocuments { policies: vec![p], services: vec![], by: "me".into() };
-    west.run(documents(policy("ok", "spiffe://west/db"))).unwrap();
-    assert_eq!(code(west.run(documents(policy("no", "spiffe://east/db")))), Code::NotOwner);
-    let peer = PeerRow {
+fn pending() -> PeerRow {
+    PeerRow {
         state: PeerState::Pending,
         fingerprint: [7; 32],
         addresses: vec![],
@@ -205,7 +202,16 @@ fn a_peer_is_heard_in_sequence_and_only_about_itself() {
         seq: 0,
         hash: [0; 32],
         trouble: String::new(),
-    };
+    }
+}
+
+#[test]
+fn a_peer_is_heard_in_sequence_and_only_about_itself() {
+    let (mut west, mut east) = (Cell::founded("west"), Cell::founded("east"));
+    let documents = |p| Command::ApplyDocuments { policies: vec![p], services: vec![], by: "me".into() };
+    west.run(documents(policy("ok", "spiffe://west/db"))).unwrap();
+    assert_eq!(code(west.run(documents(policy("no", "spiffe://east/db")))), Code::NotOwner);
+    let peer = pending();
     let td = "west".parse().unwrap();
     east.run(Command::PutPeer("west".parse().unwrap(), peer, None)).unwrap();
     let mut records: Vec<_> = west.state.records_after(0).cloned().collect();
@@ -252,4 +258,100 @@ fn a_peer_is_heard_in_sequence_and_only_about_itself() {
     let next = Head { seq: more.seq, hash: more.hash(), ..head };
     east.run(Command::Import(next, vec![more])).unwrap();
     assert_eq!(east.state.endpoints().count(), 0);
+}
+
+/// An active peer that sends whatever it likes, well chained.
+struct Feed {
+    td: &'static str,
+    seq: u64,
+    hash: [u8; 32],
+}
+
+impl Feed {
+    fn of(td: &'static str, cell: &mut Cell) -> Feed {
+        cell.run(Command::PutPeer(td.parse().unwrap(), pending(), None)).unwrap();
+        cell.run(Command::ApprovePeer(td.parse().unwrap(), [7; 32])).unwrap();
+        let mut feed = Feed { td, seq: 0, hash: [0; 32] };
+        feed.send(cell, [(Kind::Cluster, td.to_owned(), vec![])]);
+        feed
+    }
+    fn send(&mut self, cell: &mut Cell, objects: impl IntoIterator<Item = (Kind, String, Vec<u8>)>) {
+        let origin: TrustDomain = self.td.parse().unwrap();
+        let mut records = Vec::new();
+        for (kind, key, payload) in objects {
+            self.seq += 1;
+            let (seq, prev_hash) = (self.seq, self.hash);
+            let origin = origin.clone();
+            let record = Record { origin, epoch: 1, seq, prev_hash, kind, key, payload };
+            self.hash = record.hash();
+            records.push(record);
+        }
+        let head = Head { origin, epoch: 1, seq: self.seq, hash: self.hash, stamp: Stamp(1), nonce: [0; 16] };
+        cell.run(Command::Import(head, records)).unwrap();
+    }
+    fn endpoint(&mut self, cell: &mut Cell, key: &str, e: &Endpoint) {
+        self.send(cell, [(Kind::Endpoint, key.to_owned(), postcard::to_stdvec(e).unwrap())]);
+    }
+}
+
+fn endpoint(td: &str, address: &str, n: u8) -> Endpoint {
+    Endpoint {
+        spiffe_id: format!("spiffe://{td}/db").parse().unwrap(),
+        address: address.parse().unwrap(),
+        cluster: cluster(td),
+        node_address: "10.0.0.2".parse().unwrap(),
+        node: node(n),
+        generation: Generation(1),
+    }
+}
+/// West with nodes 1 and 2, which may run `db`.
+fn west_with_nodes() -> Cell {
+    let mut west = Cell::founded("west");
+    west.run(Command::AllowEk(cluster("west"), vec![node(1), node(2)])).unwrap();
+    west.run(Command::CreateEntries(vec![entry("db", "west")])).unwrap();
+    for n in [1, 2] {
+        let a = admission(&west, n, n, None);
+        west.run(Command::AdmitNode(a)).unwrap();
+    }
+    west
+}
+/// Origin and address of every endpoint known.
+fn held(cell: &Cell) -> Vec<String> {
+    cell.state.endpoints().map(|(td, row)| format!("{td} {}", row.object.address)).collect()
+}
+
+#[test]
+fn a_peers_endpoint_is_taken_only_under_its_own_cluster_key_and_free_address() {
+    let mut west = west_with_nodes();
+    let (mut east, mut north) = (Feed::of("east", &mut west), Feed::of("north", &mut west));
+    west.run(Command::ReportEndpoints(node(1), vec![endpoint("west", "10.1.0.1", 1)])).unwrap();
+    east.endpoint(&mut west, "10.1.0.9", &endpoint("east", "10.1.0.8", 7));
+    east.endpoint(&mut west, "10.1.0.8", &Endpoint { cluster: cluster("west"), ..endpoint("east", "10.1.0.8", 7) });
+    east.endpoint(&mut west, "10.1.0.8", &Endpoint { cluster: cluster("north"), ..endpoint("east", "10.1.0.8", 7) });
+    east.endpoint(&mut west, "10.1.0.8", &Endpoint { cluster: cluster("nowhere"), ..endpoint("east", "10.1.0.8", 7) });
+    east.endpoint(&mut west, "10.1.0.1", &endpoint("east", "10.1.0.1", 7));
+    assert_eq!(held(&west), ["west 10.1.0.1"]);
+    east.endpoint(&mut west, "10.2.0.1", &endpoint("east", "10.2.0.1", 7));
+    north.endpoint(&mut west, "10.2.0.1", &endpoint("north", "10.2.0.1", 7));
+    // Neither does claiming its cluster's name help.
+    north.send(&mut west, [(Kind::Cluster, "east".to_owned(), vec![])]);
+    north.endpoint(&mut west, "10.3.0.1", &Endpoint { cluster: cluster("east"), ..endpoint("north", "10.3.0.1", 7) });
+    assert_eq!(held(&west), ["east 10.2.0.1", "west 10.1.0.1"]);
+    // What a peer claimed first gives way to a workload of this cell.
+    west.run(Command::ReportEndpoints(node(1), vec![endpoint("west", "10.2.0.1", 1)])).unwrap();
+    assert_eq!(held(&west), ["west 10.2.0.1"]);
+}
+
+#[test]
+fn a_peers_endpoint_that_names_our_node_is_neither_ours_nor_shown_to_it() {
+    let mut west = west_with_nodes();
+    let mut east = Feed::of("east", &mut west);
+    east.endpoint(&mut west, "10.2.0.1", &endpoint("east", "10.2.0.1", 1));
+    west.run(Command::ReportEndpoints(node(1), vec![endpoint("west", "10.1.0.1", 1)])).unwrap();
+    let exported = west.state.cell().unwrap().export_seq;
+    let slice = west.state.slice(&node(1)).unwrap();
+    assert_eq!(slice.endpoints, [endpoint("west", "10.1.0.1", 1)]);
+    west.run(Command::ReportEndpoints(node(1), vec![endpoint("west", "10.1.0.1", 1)])).unwrap();
+    assert_eq!(west.state.cell().unwrap().export_seq, exported, "nothing of ours changed");
+    assert_eq!(held(&west), ["east 10.2.0.1", "west 10.1.0.1"]);
 }

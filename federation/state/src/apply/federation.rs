@@ -1,6 +1,6 @@
 //! Peers and what they tell us. A peer speaks only for its own identities and never widens what we allow.
 
-use super::{At, cell::burn, cell_row, touch};
+use super::{At, addresses, cell::burn, cell_row, touch};
 use crate::command::Reply;
 use crate::objects::{ForeignCluster, Owned, PeerRow, PeerState, TokenScope};
 use crate::state::State;
@@ -148,8 +148,9 @@ fn decode(r: &Record) -> Result<Imported, Refusal> {
         }
         Kind::Endpoint => {
             let endpoint: Option<Endpoint> = object(r)?;
-            let ours = endpoint.as_ref().is_none_or(|e| e.spiffe_id.trust_domain() == r.origin);
-            if ours { Imported::Endpoint(address()?, endpoint) } else { Imported::Ignored }
+            let address = address()?;
+            let ours = endpoint.as_ref().is_none_or(|e| e.spiffe_id.trust_domain() == r.origin && e.address == address);
+            if ours { Imported::Endpoint(address, endpoint) } else { Imported::Ignored }
         }
         Kind::NodeDenial => {
             let generation = object(r)?.unwrap_or_default();
@@ -172,7 +173,8 @@ fn take(s: &mut State, at: At, origin: &TrustDomain, object: Imported) {
     let by = format!("peer {origin}");
     match object {
         Imported::Cluster(id) => {
-            if !s.clusters.contains(&id) {
+            // A name belongs to the first who claimed it; endpoints are taken only under their origin's own names.
+            if !s.clusters.contains(&id) && !s.foreign_clusters.contains(&id) {
                 s.foreign_clusters.put(&mut s.journal, id, ForeignCluster { origin: origin.clone() });
             }
         }
@@ -194,8 +196,10 @@ fn take(s: &mut State, at: At, origin: &TrustDomain, object: Imported) {
             s.services.remove(&mut s.journal, &(origin.clone(), name));
         }
         Imported::Endpoint(address, Some(object)) => {
-            super::objects::number(s, &object.spiffe_id);
-            s.endpoints.put(&mut s.journal, (origin.clone(), address), Owned { object, revision, written_by: by });
+            if may_be_at(s, origin, &object) {
+                super::objects::number(s, &object.spiffe_id);
+                s.endpoints.put(&mut s.journal, (origin.clone(), address), Owned { object, revision, written_by: by });
+            }
         }
         Imported::Endpoint(address, None) => {
             s.endpoints.remove(&mut s.journal, &(origin.clone(), address));
@@ -207,4 +211,10 @@ fn take(s: &mut State, at: At, origin: &TrustDomain, object: Imported) {
         }
         Imported::Ignored => {}
     }
+}
+
+/// A peer's endpoint stands in a cluster of that peer, at an address that nobody else holds.
+fn may_be_at(s: &State, origin: &TrustDomain, endpoint: &Endpoint) -> bool {
+    s.foreign_clusters.get(&endpoint.cluster).is_some_and(|c| c.origin == *origin)
+        && addresses::endpoint_origin(s, endpoint.address).is_none_or(|holder| holder == *origin)
 }

@@ -1,5 +1,6 @@
 //! One function per command. Each either refuses before its first change or changes everything it names.
 
+mod addresses;
 mod cell;
 mod federation;
 mod issue;

@@ -1,6 +1,6 @@
 //! Entries, policies, services and endpoints of this cell.
 
-use super::{At, cell_row, export, payload, touch};
+use super::{At, addresses, cell_row, export, payload, touch};
 use crate::command::Reply;
 use crate::objects::{EntryRow, NodeState, Owned};
 use crate::state::State;
@@ -191,10 +191,14 @@ pub(super) fn report_endpoints(s: &mut State, at: At, id: &NodeId, reported: &[E
 /// The node's endpoints become exactly these; only differences are written and exported.
 pub(super) fn replace_endpoints(s: &mut State, at: At, id: &NodeId, wanted: &[Endpoint]) -> Result<(), Refusal> {
     let own = cell_row(s)?.trust_domain;
+    // A peer's rows may name any node: whose a row is says its key, never the object in it.
     let gone: Vec<Ipv4Addr> = s
-        .endpoints()
-        .filter(|(_, row)| row.object.node == *id && !wanted.iter().any(|e| e.address == row.object.address))
-        .map(|(_, row)| row.object.address)
+        .endpoints
+        .from((own.clone(), Ipv4Addr::UNSPECIFIED))
+        .take_while(|((origin, _), _)| *origin == own)
+        .filter(|(_, row)| row.object.node == *id)
+        .map(|((_, address), _)| *address)
+        .filter(|address| !wanted.iter().any(|e| e.address == *address))
         .collect();
     let mut changed = !gone.is_empty();
     for address in gone {
@@ -213,6 +217,7 @@ pub(super) fn replace_endpoints(s: &mut State, at: At, id: &NodeId, wanted: &[En
             continue;
         }
         changed = true;
+        addresses::free_of_peers(s, &own, endpoint.address);
         let row = Owned { object: endpoint.clone(), revision: Revision(at.index.0), written_by: id.to_string() };
         s.endpoints.put(&mut s.journal, key, row);
         export(s, Kind::Endpoint, endpoint.address.to_string(), payload(endpoint)?);

@@ -1,0 +1,20 @@
+//! Who holds an address. One holder each: whoever else claims it later would get its callers.
+
+use crate::state::State;
+use ambit_model::TrustDomain;
+use std::net::Ipv4Addr;
+
+/// Whose endpoint is behind the address, this cell's own first.
+pub(super) fn endpoint_origin(s: &State, address: Ipv4Addr) -> Option<TrustDomain> {
+    let own = s.cell().map(|c| &c.trust_domain);
+    let origins = own.into_iter().chain(s.peers().map(|(td, _)| td));
+    origins.cloned().find(|td| s.endpoints.contains(&(td.clone(), address)))
+}
+
+/// Before an endpoint of this cell is written: a peer that claimed the address gives way.
+pub(super) fn free_of_peers(s: &mut State, own: &TrustDomain, address: Ipv4Addr) {
+    let peers: Vec<TrustDomain> = s.peers().map(|(td, _)| td.clone()).filter(|td| td != own).collect();
+    for td in peers {
+        s.endpoints.remove(&mut s.journal, &(td, address));
+    }
+}
