@@ -10,8 +10,9 @@
 //!
 //! Limits of this version: IPv4 TCP only (native IPv6 and UDP beyond loopback are refused; IP sockets of any other kind,
 //! raw ones and UDP-Lite among them, cannot even be made in the mesh cgroup), `getsockname()` shows the capture address
-//! and so does `getpeername()` of a multipath TCP socket, and a workload needs a network namespace that the agent
-//! attached. Not seen are sockets made before their process entered the mesh cgroup, and those of families other than
+//! and so does `getpeername()` of a multipath TCP socket. A workload needs a network namespace that the agent attached,
+//! and is refused where it binds a socket to the pod's address before it connects. Not seen are sockets made before
+//! their process entered the mesh cgroup, and those of families other than
 //! `AF_INET` and `AF_INET6`: `AF_UNIX` and `AF_NETLINK` carry nothing between nodes; `AF_PACKET` needs `CAP_NET_RAW`,
 //! `AF_XDP` `CAP_NET_RAW` too, and `AF_VSOCK`, `AF_TIPC` and the like a kernel module: keep those from workloads.
 

@@ -63,21 +63,33 @@ INLINE int is_loopback6(const struct bpf_sk_lookup *ctx)
 	       ctx->local_ip6[3] == htonl(1);
 }
 
+/* The kernel drops 127/8 from a wire as martian only while route_localnet is off, which is the pod's to change. But no
+ * packet from a wire comes in by lo, nor has one from here to 127/8 another way in. */
+INLINE int is_loopback4(const struct bpf_sk_lookup *ctx)
+{
+	return in_loopback(ctx->local_ip4) && in_loopback(ctx->remote_ip4) && ctx->ingress_ifindex == LOOPBACK_IFINDEX;
+}
+
+/* A socket of the agent in this namespace, source 127.x.y.z, to the pod's own address. (The kernel gives these the
+ * interface of that address, as if from the wire.) TCP alone: whoever forges such a source sees no answer, hence gets no
+ * connection, but a datagram would have arrived. */
+INLINE int is_last_leg(const struct bpf_sk_lookup *ctx)
+{
+	return ctx->local_ip4 == pod_address && in_loopback(ctx->remote_ip4) && ctx->protocol == IPPROTO_TCP;
+}
+
 SEC("sk_lookup")
 int ambit_inbound(struct bpf_sk_lookup *ctx)
 {
+	/* The kernel drops ::1 from a wire always. */
 	if (ctx->family != AF_INET)
 		return is_loopback6(ctx) ? SK_PASS : refuse(ctx, PLAIN_INBOUND);
-	/* The wire cannot carry 127/8 (RFC 1122 3.2.1.3; the kernel drops it as martian): these come from within. */
-	if (in_loopback(ctx->local_ip4)) {
+	if (is_loopback4(ctx)) {
 		if (ctx->local_port == CAPTURE_PORT && ctx->protocol == IPPROTO_TCP)
 			return capture(ctx);
 		return SK_PASS;
 	}
-	/* The agent's last leg: a socket in this namespace, source 127.x.y.z, to the pod's own address. */
-	if (ctx->local_ip4 == pod_address && in_loopback(ctx->remote_ip4))
-		return SK_PASS;
-	return refuse(ctx, PLAIN_INBOUND);
+	return is_last_leg(ctx) ? SK_PASS : refuse(ctx, PLAIN_INBOUND);
 }
 
 char _license[] SEC("license") = "Dual BSD/GPL";

@@ -1,7 +1,7 @@
 //! What reaches a pod, and what happens when the agent is gone.
 
 use crate::support::{Node, OUTSIDE, POD, accept, at, try_accept};
-use ambit_ebpf::{Action, Event, Kernel, KernelError, Reason, Tables, Verdict, VerdictKey, netns_cookie};
+use ambit_ebpf::{Action, Counters, Event, Kernel, KernelError, Reason, Tables, Verdict, VerdictKey, netns_cookie};
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::os::fd::AsFd;
@@ -127,6 +127,79 @@ fn udp_from_outside_does_not_reach_the_pod() {
     });
     assert!(socket.recv_from(&mut [0; 8]).is_ok());
 }
+
+/// With route_localnet, which is the pod's own to set, the kernel takes packets to and from 127/8 off the wire.
+#[test]
+fn loopback_addresses_from_the_wire_do_not_reach_the_pod() {
+    let (node, kernel) = node();
+    node.in_pod(|| {
+        for name in ["all/route_localnet", "eth0/route_localnet"] {
+            std::fs::write(format!("/proc/sys/net/ipv4/conf/{name}"), "1").unwrap();
+        }
+        for name in ["all/rp_filter", "eth0/rp_filter"] {
+            std::fs::write(format!("/proc/sys/net/ipv4/conf/{name}"), "0").unwrap();
+        }
+    });
+    let socket = node.in_pod(|| std::net::UdpSocket::bind(("0.0.0.0", 5353)).unwrap());
+    socket.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+    let mac = node.in_pod(|| {
+        let shown = std::process::Command::new("ip").args(["-o", "link", "show", "eth0"]).output().unwrap();
+        let shown = String::from_utf8(shown.stdout).unwrap();
+        shown.split("link/ether ").nth(1).unwrap().split(' ').next().unwrap().to_owned()
+    });
+    let frame = |from: &'static str, to: &'static str, protocol: u8, port: u16| {
+        let script = format!("{FRAME}\nframe('{mac}', '{from}', '{to}', {protocol}, {port})");
+        node.outside(move || {
+            let python = std::process::Command::new("python3").args(["-c", &script]).output().unwrap();
+            assert!(python.status.success(), "{}", String::from_utf8_lossy(&python.stderr));
+        });
+    };
+    let outside = "10.99.0.2";
+    let datagrams = [(outside, "127.0.0.1"), ("127.9.9.9", "127.0.0.1"), ("127.9.9.9", "10.99.0.1")];
+    for (from, to) in datagrams {
+        frame(from, to, 17, 5353);
+        assert!(socket.recv_from(&mut [0; 8]).is_ok(), "{from} to {to}: the way is there before the pod is attached");
+    }
+    let listener = node.attach(&kernel);
+    for (from, to) in datagrams {
+        frame(from, to, 17, 5353);
+        assert!(socket.recv_from(&mut [0; 8]).is_err(), "{from} to {to} reached the pod");
+    }
+    for from in [outside, "127.9.9.9"] {
+        frame(from, "127.3.3.3", 6, ambit_ebpf::CAPTURE_PORT);
+    }
+    assert!(try_accept(&listener, Duration::from_millis(50)).is_none());
+    // (Answers of the pod to itself, about what was refused, may be refused as well.)
+    let Counters { denied, .. } = kernel.counters().unwrap();
+    assert!(denied[&Reason::PlainInbound] >= 5 && denied[&Reason::AgentAbsent] == 0, "{denied:?}");
+
+    // On lo, but not between loopback addresses.
+    node.in_pod(|| {
+        let out = std::net::UdpSocket::bind((POD, 0)).unwrap();
+        out.send_to(b"x", ("127.0.0.1", 5353)).unwrap();
+    });
+    assert!(socket.recv_from(&mut [0; 8]).is_err());
+}
+
+/// A frame with one UDP datagram or one TCP SYN, its addresses as nobody but a packet socket would write them.
+const FRAME: &str = r#"
+import socket, struct
+def checksum(b):
+    b += b'\0' * (len(b) % 2)
+    n = sum(struct.unpack('!%dH' % (len(b) // 2), b))
+    while n >> 16: n = (n & 0xffff) + (n >> 16)
+    return ~n & 0xffff
+def frame(mac, source, to, protocol, port):
+    ends = socket.inet_aton(source) + socket.inet_aton(to)
+    if protocol == 17: inner = struct.pack('!HHHH', 4000, port, 9, 0) + b'x'
+    else:
+        def tcp(sum): return struct.pack('!HHIIBBHHH', 4000, port, 1, 0, 0x50, 2, 65535, sum, 0)
+        inner = tcp(checksum(ends + struct.pack('!BBH', 0, 6, 20) + tcp(0)))
+    def ip(sum): return struct.pack('!BBHHHBBH', 0x45, 0, 20 + len(inner), 1, 0, 64, protocol, sum) + ends
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as s:
+        s.bind(('eth0', 0))
+        s.send(bytes.fromhex(mac.replace(':', '')) + bytes.fromhex('020000000001') + b'\x08\0' + ip(checksum(ip(0))) + inner)
+"#;
 
 #[test]
 fn without_an_agent_connections_are_refused_never_plain_and_a_new_agent_takes_over() {
