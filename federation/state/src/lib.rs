@@ -13,6 +13,7 @@ pub mod slice;
 mod state;
 mod table;
 
+pub use apply::ENDPOINTS_PER_NODE_MAX;
 pub use command::{Command, LogEntry, Reply};
 pub use committed::{Committed, Issuance, Subject};
 pub use slice::Slice;

@@ -1,7 +1,7 @@
 //! The state machine by its invariants: exactly once, deterministic, restorable, tokens once, issuance fenced.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on fails")]
 
-use ambit_model::policy::{Action, Endpoint, Peers, Policy};
+use ambit_model::policy::{Action, Endpoint, Order, Peers, Policy, Service};
 use ambit_model::record::{Head, Kind, Record};
 use ambit_model::{
     ClusterId, Code, Entry, Generation, NodeId, RaftIndex, Refusal, Revision, Selector, Stamp, SvidTtl, TrustDomain,
@@ -354,4 +354,68 @@ fn a_peers_endpoint_that_names_our_node_is_neither_ours_nor_shown_to_it() {
     west.run(Command::ReportEndpoints(node(1), vec![endpoint("west", "10.1.0.1", 1)])).unwrap();
     assert_eq!(west.state.cell().unwrap().export_seq, exported, "nothing of ours changed");
     assert_eq!(held(&west), ["east 10.2.0.1", "west 10.1.0.1"]);
+}
+
+fn service(td: &str, name: &str, address: &str) -> Service {
+    Service {
+        name: name.parse().unwrap(),
+        address: address.parse().unwrap(),
+        port: 80,
+        backends: vec![Peers::Domain(td.parse().unwrap())],
+        order: Order::LocalFirst,
+    }
+}
+fn serve(cell: &mut Cell, s: Service) -> Result<Reply, Refusal> {
+    cell.run(Command::ApplyDocuments { policies: vec![], services: vec![s], by: "me".into() })
+}
+fn services(cell: &Cell) -> Vec<String> {
+    cell.state.services().map(|((td, _), row)| format!("{td} {}", row.object.address)).collect()
+}
+/// What became of each endpoint that the node reported.
+fn report(cell: &mut Cell, n: u8, addresses: &[&str]) -> Vec<Option<Code>> {
+    let endpoints = addresses.iter().map(|a| endpoint("west", a, n)).collect();
+    let Ok(Reply::Items(items)) = cell.run(Command::ReportEndpoints(node(n), endpoints)) else { panic!("items") };
+    items.into_iter().map(|i| i.err().map(|r| r.code)).collect()
+}
+
+#[test]
+fn a_service_takes_no_workloads_address_and_a_workload_no_services() {
+    let mut west = west_with_nodes();
+    let mut east = Feed::of("east", &mut west);
+    report(&mut west, 1, &["10.1.0.1"]);
+    east.endpoint(&mut west, "10.2.0.1", &endpoint("east", "10.2.0.1", 7));
+    for address in ["10.1.0.1", "10.2.0.1"] {
+        assert_eq!(code(serve(&mut west, service("west", "s", address))), Code::AlreadyExists);
+        let object = postcard::to_stdvec(&service("east", "s", address)).unwrap();
+        east.send(&mut west, [(Kind::Service, "s".to_owned(), object)]);
+    }
+    assert_eq!(services(&west), [""; 0]);
+    serve(&mut west, service("west", "s", "10.9.0.1")).unwrap();
+    assert_eq!(report(&mut west, 1, &["10.1.0.1", "10.9.0.1"]), [None, Some(Code::AlreadyExists)]);
+    east.endpoint(&mut west, "10.9.0.1", &endpoint("east", "10.9.0.1", 7));
+    assert_eq!(held(&west), ["east 10.2.0.1", "west 10.1.0.1"]);
+    // A peer that put a service where a workload of this cell comes to stand gives way.
+    let object = postcard::to_stdvec(&service("east", "t", "10.1.0.2")).unwrap();
+    east.send(&mut west, [(Kind::Service, "t".to_owned(), object)]);
+    assert_eq!(services(&west), ["east 10.1.0.2", "west 10.9.0.1"]);
+    assert_eq!(report(&mut west, 1, &["10.1.0.2"]), [None]);
+    assert_eq!(services(&west), ["west 10.9.0.1"]);
+}
+
+#[test]
+fn one_endpoint_refused_leaves_the_others_and_nodes_that_are_out_hold_nothing() {
+    let mut west = west_with_nodes();
+    assert_eq!(report(&mut west, 1, &["10.1.0.1"]), [None]);
+    assert_eq!(
+        report(&mut west, 2, &["10.1.0.1", "10.1.0.2", "10.1.0.2"]),
+        [Some(Code::AlreadyExists), None, Some(Code::AlreadyExists)]
+    );
+    let other = Endpoint { spiffe_id: "spiffe://west/other".parse().unwrap(), ..endpoint("west", "10.1.0.3", 2) };
+    let both = Command::ReportEndpoints(node(2), vec![other, endpoint("west", "10.1.0.4", 2)]);
+    let Ok(Reply::Items(items)) = west.run(both) else { panic!("items") };
+    assert_eq!(items[0].as_ref().unwrap_err().code, Code::EntryNotOnNode);
+    assert_eq!(held(&west), ["west 10.1.0.1", "west 10.1.0.4"]);
+    west.run(Command::EvictNode(node(1))).unwrap();
+    assert_eq!(report(&mut west, 2, &["10.1.0.1"]), [None]);
+    assert_eq!(held(&west), ["west 10.1.0.1"]);
 }

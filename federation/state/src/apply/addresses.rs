@@ -1,6 +1,6 @@
 //! Who holds an address. One holder each: whoever else claims it later would get its callers.
 
-use crate::state::State;
+use crate::state::{OwnedName, State};
 use ambit_model::TrustDomain;
 use std::net::Ipv4Addr;
 
@@ -11,10 +11,18 @@ pub(super) fn endpoint_origin(s: &State, address: Ipv4Addr) -> Option<TrustDomai
     origins.cloned().find(|td| s.endpoints.contains(&(td.clone(), address)))
 }
 
+/// Which service answers at the address.
+pub(super) fn service_at(s: &State, address: Ipv4Addr) -> Option<&OwnedName> {
+    s.services().find(|(_, row)| row.object.address == address).map(|(key, _)| key)
+}
+
 /// Before an endpoint of this cell is written: a peer that claimed the address gives way.
 pub(super) fn free_of_peers(s: &mut State, own: &TrustDomain, address: Ipv4Addr) {
     let peers: Vec<TrustDomain> = s.peers().map(|(td, _)| td.clone()).filter(|td| td != own).collect();
     for td in peers {
         s.endpoints.remove(&mut s.journal, &(td, address));
+    }
+    if let Some(key) = service_at(s, address).filter(|(td, _)| td != own).cloned() {
+        s.services.remove(&mut s.journal, &key);
     }
 }

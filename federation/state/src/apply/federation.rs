@@ -187,7 +187,8 @@ fn take(s: &mut State, at: At, origin: &TrustDomain, object: Imported) {
         Imported::Service(name, Some(object)) => {
             // The first to claim a virtual address keeps it; a peer cannot take over one that is in use.
             let key = (origin.clone(), name);
-            let taken = s.services().any(|(k, row)| *k != key && row.object.address == object.address);
+            let taken = s.services().any(|(k, row)| *k != key && row.object.address == object.address)
+                || addresses::endpoint_origin(s, object.address).is_some();
             if !taken {
                 s.services.put(&mut s.journal, key, Owned { object, revision, written_by: by });
             }
@@ -217,4 +218,5 @@ fn take(s: &mut State, at: At, origin: &TrustDomain, object: Imported) {
 fn may_be_at(s: &State, origin: &TrustDomain, endpoint: &Endpoint) -> bool {
     s.foreign_clusters.get(&endpoint.cluster).is_some_and(|c| c.origin == *origin)
         && addresses::endpoint_origin(s, endpoint.address).is_none_or(|holder| holder == *origin)
+        && addresses::service_at(s, endpoint.address).is_none()
 }

@@ -7,6 +7,8 @@ mod issue;
 mod node;
 mod objects;
 
+pub use objects::ENDPOINTS_PER_NODE_MAX;
+
 use crate::command::{Command, Reply};
 use crate::objects::CellRow;
 use crate::state::State;

@@ -8,13 +8,15 @@ use ambit_model::policy::{Endpoint, Policy, Service};
 use ambit_model::record::Kind;
 use ambit_model::{Code, Entry, EntryId, NodeId, ObjectName, Refusal, Revision, SpiffeId, TrustDomain};
 use ambit_policy::Document;
+use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
 
 /// Bounds on what one cell holds; past them a write is refused, never memory exhausted (I17).
 const ENTRIES_MAX: usize = 200_000;
 const POLICIES_MAX: usize = 50_000;
 const SERVICES_MAX: usize = 10_000;
-const ENDPOINTS_PER_NODE_MAX: usize = 1_000;
+/// Endpoints that one node may report; more than pods fit on a node.
+pub const ENDPOINTS_PER_NODE_MAX: usize = 1_000;
 
 pub(super) fn create_entries(s: &mut State, at: At, entries: &[Entry]) -> Result<Reply, Refusal> {
     let cell = cell_row(s)?;
@@ -101,6 +103,11 @@ pub(super) fn apply_documents(
             let found = format!("{} is {name} of {origin}", service.address);
             return Err(Refusal::new(Code::AlreadyExists, "a virtual address not in use", found));
         }
+        // At a workload's address it would get the calls meant for the workload.
+        if let Some(origin) = addresses::endpoint_origin(s, service.address) {
+            let found = format!("{} is a workload of {origin}", service.address);
+            return Err(Refusal::new(Code::AlreadyExists, "a virtual address not in use", found));
+        }
     }
     if s.policies.len() + policies.len() > POLICIES_MAX || s.services.len() + services.len() > SERVICES_MAX {
         return Err(Refusal::new(
@@ -156,6 +163,7 @@ pub(super) fn delete_service(s: &mut State, at: At, name: &ObjectName) -> Result
     Ok(Reply::Documents(vec![true], cell_row(s)?.export_seq))
 }
 
+/// Each endpoint with its own outcome: one that may not be there does not take the others along.
 pub(super) fn report_endpoints(s: &mut State, at: At, id: &NodeId, reported: &[Endpoint]) -> Result<Reply, Refusal> {
     let Some(node) = s.node(id).filter(|n| n.state == NodeState::Admitted).cloned() else {
         return Err(Refusal::new(Code::NodeUntrusted, "an admitted node", id.to_string()));
@@ -164,28 +172,42 @@ pub(super) fn report_endpoints(s: &mut State, at: At, id: &NodeId, reported: &[E
         let expected = format!("at most {ENDPOINTS_PER_NODE_MAX} endpoints a node");
         return Err(Refusal::new(Code::Busy, expected, reported.len().to_string()));
     }
+    let entitled: BTreeSet<SpiffeId> =
+        s.entries().filter(|r| r.entry.may_run_on(&node.cluster, id)).map(|r| r.entry.spiffe_id.clone()).collect();
     let own = cell_row(s)?.trust_domain;
+    let (mut mine, mut out) = (Vec::<Endpoint>::new(), Vec::with_capacity(reported.len()));
+    let mut seen = BTreeSet::new();
     for endpoint in reported {
-        let entitled =
-            s.entries().any(|row| row.entry.spiffe_id == endpoint.spiffe_id && row.entry.may_run_on(&node.cluster, id));
-        if !entitled {
-            return Err(Refusal::new(
-                Code::EntryNotOnNode,
-                "an identity this node may run",
-                endpoint.spiffe_id.as_str(),
-            ));
+        let result = if !entitled.contains(&endpoint.spiffe_id) {
+            let found = endpoint.spiffe_id.as_str();
+            Err(Refusal::new(Code::EntryNotOnNode, "an identity this node may run", found))
+        } else if !seen.insert(endpoint.address) {
+            Err(Refusal::new(Code::AlreadyExists, "each address once", endpoint.address.to_string()))
+        } else {
+            free_for(s, &own, id, endpoint.address)
+        };
+        if result.is_ok() {
+            let (cluster, generation) = (node.cluster.clone(), node.generation);
+            mine.push(Endpoint { cluster, node: *id, generation, ..endpoint.clone() });
         }
-        let taken = s.endpoints.get(&(own.clone(), endpoint.address)).is_some_and(|row| row.object.node != *id);
-        if taken {
-            return Err(Refusal::new(Code::AlreadyExists, "an address of this node", endpoint.address.to_string()));
-        }
+        out.push(result);
     }
-    let mine: Vec<Endpoint> = reported
-        .iter()
-        .map(|e| Endpoint { cluster: node.cluster.clone(), node: *id, generation: node.generation, ..e.clone() })
-        .collect();
     replace_endpoints(s, at, id, &mine)?;
-    Ok(Reply::Done)
+    Ok(Reply::Items(out))
+}
+
+/// An address is another's while an admitted node or a service of this cell holds it.
+fn free_for(s: &State, own: &TrustDomain, id: &NodeId, address: Ipv4Addr) -> Result<(), Refusal> {
+    let holder = s.endpoints.get(&(own.clone(), address)).map(|row| row.object.node).filter(|node| node != id);
+    if let Some(node) = holder.filter(|node| s.node(node).is_some_and(|n| n.state == NodeState::Admitted)) {
+        let found = format!("{address} is on node {node}");
+        return Err(Refusal::new(Code::AlreadyExists, "an address of this node", found));
+    }
+    if let Some((origin, name)) = addresses::service_at(s, address).filter(|(origin, _)| origin == own) {
+        let found = format!("{address} is service {name} of {origin}");
+        return Err(Refusal::new(Code::AlreadyExists, "an address of this node", found));
+    }
+    Ok(())
 }
 
 /// The node's endpoints become exactly these; only differences are written and exported.
