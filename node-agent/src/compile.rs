@@ -53,8 +53,9 @@ fn services(view: &View, reachable: &[(&Endpoint, NumericIdentity)], unhealthy: 
     let mut out = Vec::new();
     for service in &view.services {
         let address = SocketAddrV4::new(service.address, service.port);
-        // Two services at one address: the first by the cell's order stands, as a map holds one.
-        if !taken.insert(address) {
+        // Two services at one address: the first by the cell's order stands, as a map holds one. At a workload's
+        // address a service would take the calls meant for the workload.
+        if view.endpoints.contains_key(&service.address) || !taken.insert(address) {
             continue;
         }
         let mut endpoints: Vec<ServiceEndpoint> = reachable
@@ -79,7 +80,8 @@ fn services(view: &View, reachable: &[(&Endpoint, NumericIdentity)], unhealthy: 
 /// The nearer tier is used while it has a healthy endpoint: the own cluster, or the first backend, as the service says.
 pub fn tier(view: &View, service: &ambit_model::Service, endpoint: &Endpoint) -> Tier {
     let near = match service.order {
-        Order::LocalFirst => endpoint.cluster == view.cluster,
+        // Cluster names are not unique over cells: a peer's cluster of the same name is not near.
+        Order::LocalFirst => endpoint.cluster == view.cluster && endpoint.spiffe_id.trust_domain() == view.trust_domain,
         Order::FirstBackend => service.backends.first().is_some_and(|b| b.contains(&endpoint.spiffe_id)),
     };
     if near { Tier::Local } else { Tier::Remote }
@@ -185,6 +187,21 @@ mod tests {
             shown,
             [("10.71.101.12:5432".into(), Tier::Local, false), ("10.72.101.11:5432".into(), Tier::Remote, true)]
         );
+    }
+
+    #[test]
+    fn a_peers_endpoint_is_not_local_whatever_cluster_it_names() {
+        let (_, tables) = compiled(|s| s.endpoints[0].cluster = "west".into(), &[]);
+        let shown: Vec<_> = tables.services[0].endpoints.iter().map(|e| (e.address.to_string(), e.tier)).collect();
+        assert_eq!(shown, [("10.71.101.12:5432".into(), Tier::Local), ("10.72.101.11:5432".into(), Tier::Remote)]);
+    }
+
+    #[test]
+    fn a_service_at_a_workloads_address_is_left_out() {
+        for address in ["10.71.101.12", "10.72.101.13"] {
+            let (_, tables) = compiled(|s| s.services[0].address = address.into(), &[]);
+            assert_eq!(tables.services, []);
+        }
     }
 
     #[test]
