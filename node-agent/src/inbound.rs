@@ -226,7 +226,8 @@ fn judge(plane: &Plane, call: &Call, to: SocketAddrV4, now: ambit_model::Stamp) 
     // Callers outside the mesh lack the binding; no policy can name such a caller yet, so they are refused.
     let binding =
         call.peer.binding().ok_or_else(|| Refusal::new(Code::SvidUntrusted, "an SVID bound to a node", "none"))?;
-    if plane.view.denies(&binding.node, binding.generation) {
+    // A cell speaks for its own nodes only: what a peer denies is nothing against a caller of another trust domain.
+    if plane.view.denies(&call.peer.id().trust_domain(), &binding.node, binding.generation) {
         return Err(Refusal::new(Code::NodeUntrusted, "a trusted node", binding.node.to_string()));
     }
     let verdict = plane.view.policies.evaluate(call.peer.id(), &call.to, to.port());

@@ -36,8 +36,8 @@ pub struct View {
     pub endpoints: BTreeMap<Ipv4Addr, Endpoint>,
     /// The kernel's names of identities.
     pub numbers: BTreeMap<SpiffeId, NumericIdentity>,
-    /// Leaves of these nodes, up to and including the generation, are refused.
-    pub denials: BTreeMap<NodeId, Generation>,
+    /// Leaves of these nodes of a trust domain, up to and including the generation, are refused.
+    pub denials: BTreeMap<(TrustDomain, NodeId), Generation>,
     /// How far peers' records are in, handed back in the acknowledgement.
     pub imported: Vec<v1::ImportedSeq>,
 }
@@ -64,16 +64,16 @@ impl View {
             entries: slice.entries.iter().map(Entry::try_from).collect::<Result<_, _>>()?,
             policies: policies(&slice.policies, known)?,
             services: slice.services.iter().map(Service::try_from).collect::<Result<_, _>>()?,
-            endpoints: endpoints(&slice.endpoints)?,
+            endpoints: endpoints(&slice.endpoints, trust_domain)?,
             numbers: numbers(&slice.identities)?,
             denials: denials(&slice.denials)?,
             imported: slice.imported,
         })
     }
 
-    /// Whether leaves issued through this node and generation are refused now.
-    pub fn denies(&self, node: &NodeId, generation: Generation) -> bool {
-        self.denials.get(node).is_some_and(|to| generation <= *to)
+    /// Whether leaves of `origin`, issued through this node and generation, are refused now. Only `origin` decides.
+    pub fn denies(&self, origin: &TrustDomain, node: &NodeId, generation: Generation) -> bool {
+        self.denials.get(&(origin.clone(), *node)).is_some_and(|to| generation <= *to)
     }
 
     /// The entry that a process or pod with the selectors `found` has in the mesh: the one that asks for most; of equals
@@ -144,17 +144,30 @@ fn policies(found: &[v1::Policy], known: BTreeSet<TrustDomain>) -> Result<Policy
     Ok(set)
 }
 
-fn endpoints(found: &[v1::Endpoint]) -> Result<BTreeMap<Ipv4Addr, Endpoint>, Refusal> {
-    let mut by_address = BTreeMap::new();
+/// Nobody can say who answers at an address that two claim. A workload of the own cell keeps its address; what only
+/// others claim is reached by nobody. The rest of the slice stands: one peer's record must not hold up all news.
+fn endpoints(found: &[v1::Endpoint], own: &TrustDomain) -> Result<BTreeMap<Ipv4Addr, Endpoint>, Refusal> {
+    let (mut ours, mut theirs, mut disputed) = (BTreeMap::new(), BTreeMap::new(), BTreeSet::new());
     for message in found {
         let endpoint = Endpoint::try_from(message)?;
         let address = endpoint.address;
-        // Two identities behind one address: nobody can say who answers there, so nobody is reached there.
-        if by_address.insert(address, endpoint).is_some() {
-            return Err(Refusal::new(Code::BadRequest, "one endpoint per address", address.to_string()));
+        if endpoint.spiffe_id.trust_domain() == *own {
+            if ours.insert(address, endpoint).is_some() {
+                return Err(Refusal::new(Code::BadRequest, "one own endpoint per address", address.to_string()));
+            }
+        } else if theirs.insert(address, endpoint).is_some() {
+            disputed.insert(address);
         }
     }
-    Ok(by_address)
+    theirs.retain(|address, endpoint| {
+        let clear = !disputed.contains(address) && !ours.contains_key(address);
+        if !clear {
+            tracing::warn!(%address, id = %endpoint.spiffe_id, "endpoint left out: another one claims its address");
+        }
+        clear
+    });
+    ours.append(&mut theirs);
+    Ok(ours)
 }
 
 fn numbers(found: &[v1::NumericIdentity]) -> Result<BTreeMap<SpiffeId, NumericIdentity>, Refusal> {
@@ -170,10 +183,11 @@ fn numbers(found: &[v1::NumericIdentity]) -> Result<BTreeMap<SpiffeId, NumericId
     Ok(by_id)
 }
 
-fn denials(found: &[v1::NodeDenial]) -> Result<BTreeMap<NodeId, Generation>, Refusal> {
+fn denials(found: &[v1::NodeDenial]) -> Result<BTreeMap<(TrustDomain, NodeId), Generation>, Refusal> {
     let mut by_node = BTreeMap::new();
     for message in found {
-        let to: &mut Generation = by_node.entry(message.node.parse()?).or_default();
+        let key = (message.trust_domain.parse()?, message.node.parse()?);
+        let to: &mut Generation = by_node.entry(key).or_default();
         *to = (*to).max(Generation(message.generation));
     }
     Ok(by_node)
@@ -227,6 +241,21 @@ pub(crate) mod tests {
         }
     }
 
+    fn denial(td: &str, node: &str, generation: u64) -> v1::NodeDenial {
+        v1::NodeDenial { node: node.into(), generation, trust_domain: td.into() }
+    }
+
+    fn endpoint(td: &str, last: u8) -> v1::Endpoint {
+        v1::Endpoint {
+            spiffe_id: format!("spiffe://{td}/db"),
+            address: format!("10.70.101.{last}"),
+            cluster: td.into(),
+            node_address: "10.70.0.21".into(),
+            node: "ab".repeat(32),
+            generation: 1,
+        }
+    }
+
     pub(crate) fn view(slice: v1::Slice) -> Result<View, Refusal> {
         View::parse(slice, &"west".parse().unwrap(), &"west".parse().unwrap())
     }
@@ -252,7 +281,9 @@ pub(crate) mod tests {
             ("number twice", |s| s.identities[1].number = 256),
             ("reserved number", |s| s.identities[1].number = 255),
             ("bad entry", |s| s.entries[0].selectors.clear()),
-            ("bad denial", |s| s.denials.push(v1::NodeDenial { node: "aa".into(), generation: 1 })),
+            ("bad denial", |s| s.denials.push(denial("west", "aa", 1))),
+            ("nobody's denial", |s| s.denials.push(denial("", &"ab".repeat(32), 1))),
+            ("two own endpoints at one address", |s| s.endpoints = vec![endpoint("west", 1), endpoint("west", 1)]),
         ];
         for (name, spoil) in cases {
             let mut slice = slice();
@@ -265,10 +296,22 @@ pub(crate) mod tests {
     fn denials_reach_up_to_their_generation() {
         let node = "ab".repeat(32);
         let mut s = slice();
-        s.denials = vec![v1::NodeDenial { node: node.clone(), generation: 2 }];
+        s.denials = vec![denial("west", &node, 2)];
         let view = view(s).unwrap();
-        let node = node.parse().unwrap();
-        assert!(view.denies(&node, Generation(2)) && !view.denies(&node, Generation(3)));
-        assert!(!view.denies(&"cd".repeat(32).parse().unwrap(), Generation(1)));
+        let (west, node) = ("west".parse().unwrap(), node.parse().unwrap());
+        assert!(view.denies(&west, &node, Generation(2)) && !view.denies(&west, &node, Generation(3)));
+        assert!(!view.denies(&west, &"cd".repeat(32).parse().unwrap(), Generation(1)));
+        // West's word about a node id is no word about callers of east, nor would east's be about west's.
+        assert!(!view.denies(&"east".parse().unwrap(), &node, Generation(2)));
+    }
+    #[test]
+    fn a_disputed_address_is_our_own_workloads_or_nobodys() {
+        let mut s = slice();
+        let claims = [("east", 1), ("west", 1), ("east", 2), ("north", 2), ("east", 3), ("west", 4)];
+        s.endpoints = claims.iter().map(|(td, last)| endpoint(td, *last)).collect();
+        let view = view(s).unwrap();
+        let found: Vec<_> = view.endpoints.iter().map(|(a, e)| (a.octets()[3], e.spiffe_id.to_string())).collect();
+        let of = |td: &str| format!("spiffe://{td}/db");
+        assert_eq!(found, [(1, of("west")), (3, of("east")), (4, of("west"))]);
     }
 }

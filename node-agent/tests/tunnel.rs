@@ -229,14 +229,20 @@ async fn the_receiver_decides_again_and_cuts_what_it_no_longer_allows() {
 async fn leaves_of_a_denied_node_are_refused_until_a_new_generation() {
     let mut stage = Stage::set(3).await;
     let node = stage.west.node().to_string();
-    let deny = |generation| v1::NodeDenial { node: node.clone(), generation };
-    let app = stage.call_db().await;
-    let _served = stage.served().await;
-    stage.publish(|_| (), |e| e.denials = vec![deny(1)]);
+    let deny = |td: &str, generation| v1::NodeDenial { node: node.clone(), generation, trust_domain: td.into() };
+    let mut app = stage.call_db().await;
+    let mut served = stage.served().await;
+    // The word of another trust domain about that node id is none about west's node.
+    stage.publish(|_| (), |e| e.denials = vec![deny("east", 1)]);
+    round_trip(&mut app, &mut served.0, 10).await;
+    let mut again = stage.call_db().await;
+    let (mut pod, _) = stage.served().await;
+    round_trip(&mut again, &mut pod, 10).await;
+    stage.publish(|_| (), |e| e.denials = vec![deny("west", 1)]);
     assert!(is_reset(app).await, "the live connection is cut");
     assert!(is_reset(stage.call_db().await).await);
     // A denial of generation 0 does not concern leaves of generation 1.
-    stage.publish(|_| (), |e| e.denials = vec![deny(0)]);
+    stage.publish(|_| (), |e| e.denials = vec![deny("west", 0)]);
     let mut app = stage.call_db().await;
     let (mut pod, _) = stage.served().await;
     round_trip(&mut app, &mut pod, 10).await;

@@ -29,8 +29,8 @@ pub struct Slice {
     pub endpoints: Vec<Endpoint>,
     /// Numbers of every identity named above.
     pub identities: BTreeMap<SpiffeId, u32>,
-    /// Leaves of these nodes up to the generation are refused.
-    pub denials: BTreeMap<NodeId, Generation>,
+    /// Leaves of these nodes up to the generation are refused; a node is the trust domain's that denied it.
+    pub denials: BTreeMap<(TrustDomain, NodeId), Generation>,
     /// How far each peer was imported.
     pub imported: BTreeMap<TrustDomain, u64>,
 }
@@ -68,7 +68,7 @@ impl State {
             services,
             endpoints,
             identities,
-            denials: self.all_denials(),
+            denials: self.node_denials.iter().map(|(key, generation)| (key.clone(), *generation)).collect(),
             imported: self.imported(),
         })
     }
@@ -81,15 +81,6 @@ impl State {
             .filter(|(_, p)| p.state != PeerState::Pending)
             .map(|(td, p)| (td.clone(), (p.bundle_sequence, vec![p.root_der.clone()])));
         own.into_iter().chain(peers).collect()
-    }
-
-    fn all_denials(&self) -> BTreeMap<NodeId, Generation> {
-        let mut out = BTreeMap::new();
-        for ((_, node), generation) in self.node_denials.iter() {
-            let known: &mut Generation = out.entry(*node).or_default();
-            *known = (*known).max(*generation);
-        }
-        out
     }
 
     /// How far each peer was imported.

@@ -419,3 +419,15 @@ fn one_endpoint_refused_leaves_the_others_and_nodes_that_are_out_hold_nothing() 
     assert_eq!(report(&mut west, 2, &["10.1.0.1"]), [None]);
     assert_eq!(held(&west), ["west 10.1.0.1"]);
 }
+
+#[test]
+fn a_denial_is_its_origins_word_about_its_own_node() {
+    let mut west = west_with_nodes();
+    let mut east = Feed::of("east", &mut west);
+    let denial = (Kind::NodeDenial, node(1).to_string(), postcard::to_stdvec(&Generation(u64::MAX)).unwrap());
+    east.send(&mut west, [denial]);
+    west.run(Command::EvictNode(node(2))).unwrap();
+    let denials = west.state.slice(&node(1)).unwrap().denials;
+    let shown: Vec<_> = denials.iter().map(|((td, id), to)| (td.as_str(), *id, *to)).collect();
+    assert_eq!(shown, [("east", node(1), Generation(u64::MAX)), ("west", node(2), Generation(1))]);
+}

@@ -9,7 +9,7 @@ use ambit_proto::convert::{policy_message, service_message};
 use ambit_proto::status::to_status;
 use ambit_proto::v1;
 use ambit_state::objects::NodeState;
-use ambit_state::{Command, Slice};
+use ambit_state::{Command, ENDPOINTS_PER_NODE_MAX, Reply, Slice};
 use sha2::{Digest, Sha256};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -47,6 +47,7 @@ impl v1::agent_stream_server::AgentStream for Streams {
             _ => return Err(Refusal::new(Code::BadRequest, "Subscribe first", "another message")).or_status(),
         };
         let stream = STREAMS.fetch_add(1, Ordering::Relaxed);
+        // From here on an older stream of this node ends, at its next message or beat.
         self.0.agents().connected(node, subscribe.node_address, stream);
         let (down, queue) = mpsc::channel::<Down>(QUEUE);
         let session = Session { replica: self.0.clone(), node, generation, until: actor.until, stream };
@@ -120,6 +121,7 @@ impl Session {
 
     /// Sends the node's slice if it differs from the last one sent. A node that is out is cut off here.
     async fn push(&self, sent: &mut Sent, down: &mpsc::Sender<Down>) -> Result<(), Refusal> {
+        self.newest()?;
         let revision = self.replica.local(|s| s.cell().map(|c| c.revision.0).unwrap_or_default());
         if revision == sent.holds {
             return Ok(());
@@ -157,6 +159,7 @@ impl Session {
     }
 
     async fn take(&self, message: v1::AgentMessage, sent: &mut Sent) -> Result<(), Refusal> {
+        self.newest()?;
         match message.body {
             Some(v1::agent_message::Body::Ack(ack)) => {
                 sent.acked = sent.acked.max(ack.revision);
@@ -177,16 +180,32 @@ impl Session {
     }
 
     async fn endpoints(&self, report: v1::EndpointReport) -> Result<(), Refusal> {
-        let endpoints: Vec<Endpoint> = report.endpoints.iter().map(Endpoint::try_from).collect::<Result<_, _>>()?;
-        let outcome = self.replica.propose_own(Command::ReportEndpoints(self.node, endpoints)).await;
-        match outcome.and_then(|a| a.outcome) {
-            Ok(_) => Ok(()),
-            // An entry may have gone meanwhile; the agent reports again with its next slice.
-            Err(refusal) if refusal.code == Code::EntryNotOnNode => {
-                tracing::warn!(node = %self.node, %refusal, "endpoints refused");
-                Ok(())
-            }
-            Err(refusal) => Err(refusal),
+        let found = report.endpoints.len();
+        if found > ENDPOINTS_PER_NODE_MAX {
+            tracing::warn!(node = %self.node, found, max = ENDPOINTS_PER_NODE_MAX, "endpoints left out: too many");
+        }
+        let taken = report.endpoints.iter().take(ENDPOINTS_PER_NODE_MAX);
+        let endpoints: Vec<Endpoint> = taken.map(Endpoint::try_from).collect::<Result<_, _>>()?;
+        let applied = self.replica.propose_own(Command::ReportEndpoints(self.node, endpoints.clone())).await?;
+        let Reply::Items(items) = applied.outcome? else {
+            return Err(Refusal::new(Code::Internal, "an outcome per endpoint", "another reply"));
+        };
+        // An entry may have gone meanwhile, an address may be another's: the rest stands and so does the stream.
+        let refused = endpoints.iter().zip(items).filter_map(|(e, item)| Some((e, item.err()?)));
+        for (endpoint, refusal) in refused {
+            let (id, address) = (&endpoint.spiffe_id, endpoint.address);
+            tracing::warn!(node = %self.node, %id, %address, %refusal, "endpoint refused");
+        }
+        Ok(())
+    }
+
+    /// One stream a node: of two, only the newer is heard and served, whoever holds the other.
+    fn newest(&self) -> Result<(), Refusal> {
+        let mut newest = None;
+        self.replica.agents().update(&self.node, |a| newest = Some(a.stream));
+        match newest == Some(self.stream) {
+            true => Ok(()),
+            false => Err(Refusal::new(Code::Unavailable, "the node's newest stream", "an older one")),
         }
     }
 }
@@ -215,7 +234,11 @@ fn slice_message(s: &Slice) -> v1::Slice {
         denials: s
             .denials
             .iter()
-            .map(|(node, generation)| v1::NodeDenial { node: node.to_string(), generation: generation.0 })
+            .map(|((td, node), generation)| v1::NodeDenial {
+                node: node.to_string(),
+                generation: generation.0,
+                trust_domain: td.to_string(),
+            })
             .collect(),
         imported: s.imported.iter().map(|(td, seq)| v1::ImportedSeq { origin: td.to_string(), seq: *seq }).collect(),
     }
