@@ -9,6 +9,7 @@ use ambit_model::{
 use ambit_state::command::{Admission, LeafRequest};
 use ambit_state::objects::*;
 use ambit_state::{Command, LogEntry, Reply, State};
+use std::net::Ipv4Addr;
 
 struct Cell {
     state: State,
@@ -430,4 +431,41 @@ fn a_denial_is_its_origins_word_about_its_own_node() {
     let denials = west.state.slice(&node(1)).unwrap().denials;
     let shown: Vec<_> = denials.iter().map(|((td, id), to)| (td.as_str(), *id, *to)).collect();
     assert_eq!(shown, [("east", node(1), Generation(u64::MAX)), ("west", node(2), Generation(1))]);
+}
+
+#[test]
+fn a_peer_is_held_to_its_bounds_and_removing_makes_room() {
+    let mut west = Cell::founded("west");
+    let mut east = Feed::of("east", &mut west);
+    let object = |n: u32| {
+        let s = service("east", &format!("s{n}"), &Ipv4Addr::from(0x0a09_0000 + n).to_string());
+        (Kind::Service, s.name.to_string(), postcard::to_stdvec(&s).unwrap())
+    };
+    east.send(&mut west, (0..1000).map(object));
+    east.send(&mut west, (1000..1002).map(object));
+    assert_eq!(services(&west).len(), 1000);
+    assert_eq!(west.state.peer(&"east".parse().unwrap()).unwrap().seq, east.seq, "what is ignored is behind us");
+    east.send(&mut west, [(Kind::Service, "s7".to_owned(), vec![]), object(1000), object(1001)]);
+    assert_eq!(services(&west).len(), 1000);
+    // One cluster came with the peering.
+    east.send(&mut west, (0..1000).map(|n| (Kind::Cluster, format!("c{n}"), vec![])));
+    assert_eq!(west.state.foreign_clusters().count(), 1000);
+    // Our own have their own room.
+    serve(&mut west, service("west", "ours", "10.8.0.1")).unwrap();
+}
+
+#[test]
+fn a_clusters_name_is_ours_whatever_a_peer_claimed() {
+    let mut west = Cell::founded("west");
+    let mut east = Feed::of("east", &mut west);
+    let prod = |address| Endpoint { cluster: cluster("prod"), ..endpoint("east", address, 7) };
+    east.send(&mut west, [(Kind::Cluster, "prod".to_owned(), vec![])]);
+    east.endpoint(&mut west, "10.2.0.1", &prod("10.2.0.1"));
+    east.endpoint(&mut west, "10.2.0.2", &endpoint("east", "10.2.0.2", 7));
+    west.run(Command::RegisterCluster(cluster("prod"), vec![])).unwrap();
+    assert_eq!(code(west.run(Command::RegisterCluster(cluster("prod"), vec![]))), Code::AlreadyExists);
+    east.send(&mut west, [(Kind::Cluster, "prod".to_owned(), vec![])]);
+    east.endpoint(&mut west, "10.2.0.3", &prod("10.2.0.3"));
+    assert_eq!(west.state.foreign_clusters().map(|(id, _)| id.as_str()).collect::<Vec<_>>(), ["east"]);
+    assert_eq!(held(&west), ["east 10.2.0.2"]);
 }

@@ -139,13 +139,18 @@ pub(super) fn register_cluster(
     id: &ClusterId,
     roots: &[(Vec<u8>, String)],
 ) -> Result<Reply, Refusal> {
-    if s.clusters.contains(id) || s.foreign_clusters.contains(id) {
+    if s.clusters.contains(id) {
         return Err(Refusal::new(Code::AlreadyExists, "a cluster name not in use", id.as_str()));
     }
     let mut cell = cell_row(s)?;
     cell.endorsement_revision = Revision(at.index.0);
     s.cell.put(&mut s.journal, 0, cell.clone());
     s.clusters.put(&mut s.journal, id.clone(), ClusterRow { ek_roots: roots.to_vec() });
+    // A peer that claimed the name gives way, with what it showed under it: no cell keeps another from a name.
+    if s.foreign_clusters.remove(&mut s.journal, id).is_some() {
+        let own = cell.trust_domain.clone();
+        s.endpoints.prune(&mut s.journal, |(td, _), row| *td != own && row.object.cluster == *id);
+    }
     export(s, Kind::Cluster, id.to_string(), payload(&cell.trust_domain)?);
     touch(s, at);
     Ok(Reply::Done)

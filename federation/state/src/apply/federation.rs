@@ -4,14 +4,22 @@ use super::{At, addresses, cell::burn, cell_row, touch};
 use crate::command::Reply;
 use crate::objects::{ForeignCluster, Owned, PeerRow, PeerState, TokenScope};
 use crate::state::State;
+use crate::table::{Journal, Table};
 use ambit_model::policy::{Endpoint, Policy, Service};
 use ambit_model::record::{Head, Kind, Record};
 use ambit_model::{Code, Generation, NodeId, ObjectName, Refusal, Revision, TrustDomain};
 use ambit_policy::Document;
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::net::Ipv4Addr;
 
 const PEERS_MAX: usize = 1_000;
+/// What one peer may have us hold, so that none fills our memory (I17); what is more is ignored, record by record.
+const FOREIGN_CLUSTERS_MAX: usize = 1_000;
+const FOREIGN_POLICIES_MAX: usize = 10_000;
+const FOREIGN_SERVICES_MAX: usize = 1_000;
+const FOREIGN_ENDPOINTS_MAX: usize = 50_000;
+const FOREIGN_DENIALS_MAX: usize = 100_000;
 /// Records in one import; a puller asks for no more.
 pub(crate) const IMPORT_MAX: usize = 1_000;
 
@@ -110,8 +118,9 @@ pub(super) fn import(s: &mut State, at: At, head: &Head, records: &[Record]) -> 
         return Err(broken(hex::encode(head.hash), hex::encode(peer.hash)));
     }
     let decoded: Vec<Imported> = records.iter().map(decode).collect::<Result<_, _>>()?;
-    for (record, object) in records.iter().zip(decoded) {
-        take(s, at, &record.origin, object);
+    let mut room = Room::of(s, &head.origin);
+    for object in decoded {
+        take(s, at, &head.origin, object, &mut room);
     }
     s.peers.put(&mut s.journal, head.origin.clone(), peer);
     touch(s, at);
@@ -168,47 +177,92 @@ fn object<T: DeserializeOwned>(r: &Record) -> Result<Option<T>, Refusal> {
         .map_err(|e| Refusal::new(Code::RecordChainBroken, format!("a readable {:?}", r.kind), e.to_string()))
 }
 
-fn take(s: &mut State, at: At, origin: &TrustDomain, object: Imported) {
-    let revision = Revision(at.index.0);
-    let by = format!("peer {origin}");
+/// How many more objects of each kind may be taken from one origin.
+struct Room {
+    clusters: usize,
+    policies: usize,
+    services: usize,
+    endpoints: usize,
+    denials: usize,
+}
+
+impl Room {
+    fn of(s: &State, origin: &TrustDomain) -> Room {
+        let left = |max: usize, held: usize| max.saturating_sub(held);
+        let of_origin = |td: &&TrustDomain| *td == origin;
+        let clusters = s.foreign_clusters.iter().map(|(_, c)| &c.origin).filter(of_origin).count();
+        let policies = s.policies.iter().map(|((td, _), _)| td).filter(of_origin).count();
+        let services = s.services.iter().map(|((td, _), _)| td).filter(of_origin).count();
+        let endpoints = s.endpoints.from((origin.clone(), Ipv4Addr::UNSPECIFIED)).map(|((td, _), _)| td);
+        let denials = s.node_denials.from((origin.clone(), NodeId([0; 32]))).map(|((td, _), _)| td);
+        Room {
+            clusters: left(FOREIGN_CLUSTERS_MAX, clusters),
+            policies: left(FOREIGN_POLICIES_MAX, policies),
+            services: left(FOREIGN_SERVICES_MAX, services),
+            endpoints: left(FOREIGN_ENDPOINTS_MAX, endpoints.take_while(of_origin).count()),
+            denials: left(FOREIGN_DENIALS_MAX, denials.take_while(of_origin).count()),
+        }
+    }
+}
+
+/// Writes or removes one object of a peer, within its room.
+fn put<K, V>(journal: &mut Journal, table: &mut Table<K, V>, room: &mut usize, key: K, value: Option<V>)
+where
+    K: Ord + Clone + Serialize + DeserializeOwned,
+    V: Serialize + DeserializeOwned,
+{
+    match value {
+        Some(value) if table.contains(&key) => table.put(journal, key, value),
+        Some(value) if *room > 0 => {
+            *room -= 1;
+            table.put(journal, key, value);
+        }
+        Some(_) => {}
+        None => *room += usize::from(table.remove(journal, &key).is_some()),
+    }
+}
+
+fn take(s: &mut State, at: At, origin: &TrustDomain, object: Imported, room: &mut Room) {
+    let (revision, by) = (Revision(at.index.0), format!("peer {origin}"));
     match object {
         Imported::Cluster(id) => {
             // A name belongs to the first who claimed it; endpoints are taken only under their origin's own names.
             if !s.clusters.contains(&id) && !s.foreign_clusters.contains(&id) {
-                s.foreign_clusters.put(&mut s.journal, id, ForeignCluster { origin: origin.clone() });
+                let row = ForeignCluster { origin: origin.clone() };
+                put(&mut s.journal, &mut s.foreign_clusters, &mut room.clusters, id, Some(row));
             }
         }
-        Imported::Policy(name, Some(object)) => {
-            s.policies.put(&mut s.journal, (origin.clone(), name), Owned { object, revision, written_by: by });
+        Imported::Policy(name, object) => {
+            let row = object.map(|object| Owned { object, revision, written_by: by });
+            put(&mut s.journal, &mut s.policies, &mut room.policies, (origin.clone(), name), row);
         }
-        Imported::Policy(name, None) => {
-            s.policies.remove(&mut s.journal, &(origin.clone(), name));
-        }
-        Imported::Service(name, Some(object)) => {
+        Imported::Service(name, object) => {
             // The first to claim a virtual address keeps it; a peer cannot take over one that is in use.
             let key = (origin.clone(), name);
-            let taken = s.services().any(|(k, row)| *k != key && row.object.address == object.address)
-                || addresses::endpoint_origin(s, object.address).is_some();
+            let taken = object.as_ref().is_some_and(|o| {
+                s.services().any(|(k, row)| *k != key && row.object.address == o.address)
+                    || addresses::endpoint_origin(s, o.address).is_some()
+            });
             if !taken {
-                s.services.put(&mut s.journal, key, Owned { object, revision, written_by: by });
+                let row = object.map(|object| Owned { object, revision, written_by: by });
+                put(&mut s.journal, &mut s.services, &mut room.services, key, row);
             }
         }
-        Imported::Service(name, None) => {
-            s.services.remove(&mut s.journal, &(origin.clone(), name));
-        }
-        Imported::Endpoint(address, Some(object)) => {
-            if may_be_at(s, origin, &object) {
-                super::objects::number(s, &object.spiffe_id);
-                s.endpoints.put(&mut s.journal, (origin.clone(), address), Owned { object, revision, written_by: by });
+        Imported::Endpoint(address, object) => {
+            if object.as_ref().is_none_or(|e| may_be_at(s, origin, e)) {
+                let key = (origin.clone(), address);
+                let id = object.as_ref().map(|e| e.spiffe_id.clone());
+                let row = object.map(|object| Owned { object, revision, written_by: by });
+                put(&mut s.journal, &mut s.endpoints, &mut room.endpoints, key.clone(), row);
+                if let Some(id) = id.filter(|_| s.endpoints.contains(&key)) {
+                    super::objects::number(s, &id);
+                }
             }
-        }
-        Imported::Endpoint(address, None) => {
-            s.endpoints.remove(&mut s.journal, &(origin.clone(), address));
         }
         Imported::NodeDenial(node, generation) => {
             let key = (origin.clone(), node);
             let known = s.node_denials.get(&key).copied().unwrap_or_default();
-            s.node_denials.put(&mut s.journal, key, known.max(generation));
+            put(&mut s.journal, &mut s.node_denials, &mut room.denials, key, Some(known.max(generation)));
         }
         Imported::Ignored => {}
     }

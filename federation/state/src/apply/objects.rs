@@ -109,7 +109,10 @@ pub(super) fn apply_documents(
             return Err(Refusal::new(Code::AlreadyExists, "a virtual address not in use", found));
         }
     }
-    if s.policies.len() + policies.len() > POLICIES_MAX || s.services.len() + services.len() > SERVICES_MAX {
+    // Only what is this cell's counts: peers have bounds of their own and never use up ours.
+    let held = s.policies().filter(|((td, _), _)| *td == own).count();
+    let served = s.services().filter(|((td, _), _)| *td == own).count();
+    if held + policies.len() > POLICIES_MAX || served + services.len() > SERVICES_MAX {
         return Err(Refusal::new(
             Code::Busy,
             format!("at most {POLICIES_MAX} policies and {SERVICES_MAX} services"),
