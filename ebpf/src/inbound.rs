@@ -102,6 +102,11 @@ impl Kernel {
         }
     }
 
+    /// Whether the network namespace still lives that was attached under this name.
+    pub fn pod_lives(&self, name: &str) -> Result<bool, KernelError> {
+        self.pins().pod_lives(pod_name(name)?)
+    }
+
     /// Pods that are attached, to reconcile after a restart.
     pub fn pods(&self) -> Result<Vec<String>, KernelError> {
         self.pins().pods()

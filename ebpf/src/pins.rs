@@ -195,6 +195,16 @@ impl Pins {
         Ok(found)
     }
 
+    /// Whether a pod's link hangs on a network namespace that is still there.
+    pub(crate) fn pod_lives(&self, pod: &str) -> Result<bool, KernelError> {
+        let path = self.pod(pod).join("link");
+        match open_link(&path)? {
+            None => Ok(false),
+            Some((_, LinkTypeInfo::NetNs(info))) => Ok(info.ino != 0),
+            Some(_) => Err(unexpected(&path, "a network namespace link", "another kind of link")),
+        }
+    }
+
     /// Opens a pinned link that must hang on `cgroup`. `None`: there is none, or its cgroup is gone (the kernel detached it
     /// then, so the pin enforces nothing and is removed).
     pub(crate) fn open_cgroup_link(

@@ -94,11 +94,19 @@ impl Drop for Guarded {
     }
 }
 
+/// The cgroup of a pod that is believed no more: its directory and its id.
+type FormerCgroup = (PathBuf, u64);
+
 #[derive(Default)]
 struct State {
     pods: Pods,
     unusable: Vec<Unusable>,
     guarded: BTreeMap<String, Guarded>,
+    /// Namespaces that stay guarded though no usable file speaks of them: processes may still run there. (No cgroup:
+    /// a former agent left it.)
+    left: BTreeMap<String, Option<FormerCgroup>>,
+    /// Why pods could not be guarded, as last told.
+    unguarded: BTreeMap<String, Refusal>,
     view: Option<Arc<View>>,
     installed: Option<(Arc<Tables>, [u8; 32])>,
     credentials: BTreeMap<EntryId, Arc<Credentials>>,
@@ -108,7 +116,7 @@ struct State {
 impl Control {
     /// Runs until the process ends.
     pub async fn run(mut self) {
-        let mut state = State::default();
+        let mut state = State { left: self.found_guarded(), ..State::default() };
         let mut known = self.issued.watch();
         let mut tick = tokio::time::interval(POLL_EVERY);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -153,29 +161,86 @@ impl Control {
             }
             state.unusable = unusable;
         }
-        let unguarded = found.values().any(|p| !state.guarded.contains_key(&p.name));
-        if found == state.pods && !unguarded {
-            return false;
+        let mut changed = found != state.pods;
+        if changed {
+            self.disbelieve(state, &found).await;
         }
-        let gone: Vec<String> = state
-            .guarded
-            .values()
-            .filter(|g| found.get(&g.pod.name) != Some(&g.pod))
-            .map(|g| g.pod.name.clone())
-            .collect();
-        for name in gone {
-            self.release(state, &name);
-        }
+        state.unguarded.retain(|name, _| found.contains_key(name));
         for pod in found.values() {
             if !state.guarded.contains_key(&pod.name) {
                 match self.guard(pod).await {
-                    Ok(guarded) => drop(state.guarded.insert(pod.name.clone(), guarded)),
-                    Err(refusal) => tracing::warn!(pod = %pod.name, %refusal, "pod not guarded, stays denied"),
+                    Ok(guarded) => {
+                        state.left.remove(&pod.name);
+                        state.unguarded.remove(&pod.name);
+                        state.guarded.insert(pod.name.clone(), guarded);
+                        changed = true;
+                    }
+                    Err(refusal) if state.unguarded.get(&pod.name) != Some(&refusal) => {
+                        tracing::warn!(pod = %pod.name, %refusal, "pod not guarded, stays denied");
+                        state.unguarded.insert(pod.name.clone(), refusal);
+                    }
+                    Err(_) => {}
                 }
             }
         }
         state.pods = found;
-        true
+        self.detach_the_ended(state);
+        changed
+    }
+
+    /// Takes their identity from guarded pods of which the files say something else now, or nothing. The guard on the
+    /// namespace stays: a bad file must not open a running pod to plain inbound.
+    async fn disbelieve(&self, state: &mut State, found: &Pods) {
+        let differs = |g: &&Guarded| found.get(&g.pod.name) != Some(&g.pod);
+        let names: Vec<String> = state.guarded.values().filter(differs).map(|g| g.pod.name.clone()).collect();
+        for name in names {
+            let Some(mut guarded) = state.guarded.remove(&name) else { continue };
+            if let Err(refusal) = self.kernel.forget(guarded.pod.cgroup_id) {
+                tracing::error!(pod = name, %refusal, "pod not denied");
+            }
+            match found.get(&name).filter(|pod| pod.stands_where(&guarded.pod)) {
+                Some(pod) => {
+                    guarded.pod = pod.clone();
+                    guarded.enrolled = None;
+                    state.guarded.insert(name, guarded);
+                }
+                None => {
+                    // Its descriptors would keep the namespace alive for ever; and whoever guards it anew needs the port.
+                    guarded.capture.abort();
+                    let _ = (&mut guarded.capture).await;
+                    let cgroup = (self.cgroup_root.join(&guarded.pod.cgroup), guarded.pod.cgroup_id);
+                    state.left.insert(name, Some(cgroup));
+                }
+            }
+        }
+    }
+
+    /// What a former agent guarded.
+    fn found_guarded(&self) -> BTreeMap<String, Option<FormerCgroup>> {
+        match self.kernel.attached() {
+            Ok(names) => names.into_iter().map(|name| (name, None)).collect(),
+            Err(refusal) => {
+                tracing::error!(%refusal, "guards of a former agent not found; they stay");
+                BTreeMap::new()
+            }
+        }
+    }
+
+    /// Takes the guard off namespaces of pods that ended: the namespace is gone, or both file and cgroup are.
+    fn detach_the_ended(&self, state: &mut State) {
+        let State { left, pods, unusable, .. } = state;
+        left.retain(|name, cgroup| {
+            let has_file = pods.contains_key(name) || unusable.iter().any(|bad| bad.name == *name);
+            let over = !has_file && cgroup.as_ref().is_some_and(is_gone);
+            let ended = if over { Ok(true) } else { self.kernel.lives(name).map(|lives| !lives) };
+            match ended.and_then(|ended| if ended { self.kernel.detach(name).map(|()| true) } else { Ok(false) }) {
+                Ok(detached) => !detached,
+                Err(refusal) => {
+                    tracing::debug!(pod = %name, %refusal, "pod not released");
+                    true
+                }
+            }
+        });
     }
 
     /// Opens the pod's capture listener in its namespace and refuses plain inbound there.
@@ -191,15 +256,6 @@ impl Control {
         let (identity, who) = watch::channel(None);
         let capture = self.outbound.clone().serve(who, listener, cookie, self.kernel.clone());
         Ok(Guarded { pod: pod.clone(), netns, capture: tokio::spawn(capture), identity, enrolled: None })
-    }
-
-    fn release(&self, state: &mut State, name: &str) {
-        let Some(gone) = state.guarded.remove(name) else { return };
-        for done in [self.kernel.forget(gone.pod.cgroup_id), self.kernel.detach(name)] {
-            if let Err(refusal) = done {
-                tracing::warn!(pod = name, %refusal, "pod not released");
-            }
-        }
     }
 
     /// Brings kernel and plane to the newest view and pods.
@@ -273,16 +329,10 @@ impl Control {
         Ok(())
     }
 
-    /// After the first view: cgroups and namespaces that a former agent left and that are no pods any more.
+    /// After the first view: cgroups that a former agent left and that are no pods any more.
     fn forget_the_former(&self, state: &State) -> Result<(), Refusal> {
         let mine = |id| state.guarded.values().any(|g| g.enrolled.is_some() && g.pod.cgroup_id == id);
-        self.kernel.keep_only(&mine)?;
-        for name in self.kernel.attached()? {
-            if !state.pods.contains_key(&name) {
-                self.kernel.detach(&name)?;
-            }
-        }
-        Ok(())
+        self.kernel.keep_only(&mine)
     }
 
     fn replace_trust(&self, view: &View) {
@@ -335,6 +385,15 @@ impl Control {
             }
         }
         state.credentials = credentials;
+    }
+}
+
+/// A cgroup can be removed only when no process is left in it.
+fn is_gone((path, id): &FormerCgroup) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    match std::fs::metadata(path) {
+        Ok(meta) => meta.ino() != *id,
+        Err(error) => error.kind() == std::io::ErrorKind::NotFound,
     }
 }
 

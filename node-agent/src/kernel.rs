@@ -89,9 +89,14 @@ impl KernelHandle {
         self.0.attach_pod(name, netns, address, listener.as_fd()).map_err(|e| refusal(&e))
     }
 
-    /// Lets a pod go that ended.
+    /// Takes the guard off a pod's namespace: only for a pod that ended.
     pub fn detach(&self, name: &str) -> Result<(), Refusal> {
         self.0.detach_pod(name).map_err(|e| refusal(&e))
+    }
+
+    /// Whether the network namespace still lives that is guarded under this name.
+    pub fn lives(&self, name: &str) -> Result<bool, Refusal> {
+        self.0.pod_lives(name).map_err(|e| refusal(&e))
     }
 
     /// Pods that are attached.

@@ -47,9 +47,14 @@ impl NetnsThread {
     /// Starts the thread; it ends when the last handle is dropped.
     pub fn start() -> io::Result<Self> {
         let (jobs, queue): (SyncSender<Job>, Receiver<Job>) = sync_channel(QUEUE);
+        let home = std::fs::File::open("/proc/self/ns/net")?;
         std::thread::Builder::new().name("ambit-netns".to_owned()).stack_size(256 * 1024).spawn(move || {
             for job in queue {
                 job();
+                // A thread that stayed would keep the namespace of a pod that ended, and its guard with it.
+                if let Err(error) = setns(&home, CloneFlags::CLONE_NEWNET) {
+                    tracing::error!(%error, "the namespace thread did not come home");
+                }
             }
         })?;
         Ok(Self { jobs })

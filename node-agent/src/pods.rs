@@ -38,6 +38,11 @@ impl Pod {
     pub fn selectors(&self) -> BTreeSet<Selector> {
         BTreeSet::from([Selector::Cgroup(self.cgroup.clone()), Selector::UnixUid(self.uid)])
     }
+
+    /// Whether `other` is the same pod but for what it is recognised by: same cgroup, namespace and address.
+    pub fn stands_where(&self, other: &Pod) -> bool {
+        *self == Pod { uid: self.uid, ..other.clone() }
+    }
 }
 
 /// A file that is not a pod.

@@ -22,6 +22,7 @@ use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 use support::{Cell, allow};
 use tokio::net::TcpListener;
@@ -44,7 +45,8 @@ impl Ground {
         assert!(nix::unistd::geteuid().is_root(), "this test attaches programs to cgroups: run it as root");
         let mounts = std::fs::read_to_string("/proc/mounts").unwrap();
         let mount = mounts.lines().find(|l| l.split(' ').nth(2) == Some("cgroup2")).expect("a cgroup2 mount");
-        let name = format!("ambit-agent-test-{}", std::process::id());
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("ambit-agent-test-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         let base = Path::new(mount.split(' ').nth(1).unwrap()).join(&name);
         let dir = std::env::temp_dir().join(&name);
         std::fs::create_dir_all(base.join("mesh")).unwrap();
@@ -252,4 +254,117 @@ async fn programs_are_captured_carried_and_cut_by_policy() {
     assert_eq!(node.outcome.borrow().as_ref().unwrap().revision, Revision(4));
     let (captured, refused) = node.kernel.totals().unwrap();
     assert!(captured >= 4 && refused.iter().any(|(reason, n)| *reason == "unknown_source" && *n > 0), "{refused:?}");
+}
+
+/// Counts plain connections into a pod's namespace that succeed, until told to stop.
+struct Prober {
+    child: Child,
+    stop: PathBuf,
+}
+
+impl Prober {
+    fn start(ground: &Ground, pid: u32, to: Ipv4Addr) -> Prober {
+        let stop = ground.dir.join("stop");
+        let script = format!(
+            "import os, socket, time\ntried = came = 0\nwhile not os.path.exists('{}'):\n s = socket.socket()\n \
+             came += s.connect_ex(('{to}', {PORT})) == 0; tried += 1\n s.close(); time.sleep(0.001)\nprint(tried, came)",
+            stop.display()
+        );
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net=/proc/{pid}/ns/net")).args(["python3", "-c", &script]);
+        Prober { child: command.stdout(Stdio::piped()).spawn().unwrap(), stop }
+    }
+    fn end(self) -> (u64, u64) {
+        std::fs::write(&self.stop, "").unwrap();
+        let out = String::from_utf8(self.child.wait_with_output().unwrap().stdout).unwrap();
+        std::fs::remove_file(&self.stop).unwrap();
+        let (tried, came) = out.trim().split_once(' ').expect("two numbers");
+        (tried.parse().unwrap(), came.parse().unwrap())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_bad_or_changed_pod_file_denies_its_pod_and_never_opens_it() {
+    let mut ground = Ground::make();
+    let mut cell = Cell::founded("west", 1);
+    let (web, db) = (cell.entry("web", &["cgroup:web"], &[]), cell.entry("db", &["cgroup:db"], &[]));
+    let seven = cell.entry("seven", &["cgroup:db", "unix:uid:7"], &[]);
+    let (web_at, db_at) = (Ipv4Addr::new(10, 200, 2, 11), Ipv4Addr::new(10, 200, 2, 12));
+    let (web_pid, db_pid) = (ground.pod("web", web_at), ground.pod("db", db_at));
+    let serve = ["python3", "-m", "http.server", "8080", "--bind", "10.200.2.12", "--directory", "/proc/self"];
+    let server = ground.command("db", db_pid, &serve).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    ground.children.push(server);
+    // Nothing guards the pod yet: so the probe can succeed.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let open = Prober::start(&ground, db_pid, db_at);
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert!(open.end().1 > 0, "a plain connection is possible where nothing guards");
+
+    let mut node = Node::start(&ground, &cell, TcpListener::bind("127.0.0.1:0").await.unwrap()).await;
+    let number = |id: &str, number| v1::NumericIdentity { spiffe_id: cell.id(id), number };
+    let slice = v1::Slice {
+        entries: vec![web, db, seven],
+        identities: vec![number("web", 256), number("db", 257), number("seven", 258)],
+        ..cell.slice(1, &[])
+    };
+    let view = cell.view(slice);
+    let svids = ["web", "db", "seven"].map(|e| (e.parse().unwrap(), Ok(cell.svid(e))));
+    node.issued.set_svids(BTreeMap::from(svids));
+    node.apply(view).await;
+    let db_is = async |node: &mut Node, who: Option<String>| {
+        let is = |all: &Vec<Endpoint>| all.iter().find(|e| e.address == db_at).map(|e| e.spiffe_id.to_string()) == who;
+        timeout(SOON, node.endpoints.wait_for(is)).await.unwrap_or_else(|_| panic!("never {who:?}")).unwrap();
+    };
+    let (db_id, seven_id) = (cell.id("db"), cell.id("seven"));
+    db_is(&mut node, Some(db_id.clone())).await;
+
+    let file = ground.dir.join("pods/db.json");
+    let twin = ground.dir.join("pods/twin.json");
+    let good = std::fs::read_to_string(&file).unwrap();
+    let elsewhere = good.replace(&format!("/proc/{db_pid}/"), &format!("/proc/{web_pid}/"));
+    let older = good.replace("10.200.2.12", "10.200.2.13");
+    assert!(elsewhere != good && older != good);
+    let prober = Prober::start(&ground, db_pid, db_at);
+    for (what, text) in [("half-written", &good[..20]), ("of another namespace", &elsewhere), ("not JSON", "\0")] {
+        std::fs::write(&file, text).unwrap();
+        db_is(&mut node, None).await;
+        assert_eq!(ask(&ground, "db", db_pid, "127.0.0.1").await, "PermissionError", "{what}: nobody may do nothing");
+        std::fs::write(&file, &good).unwrap();
+        db_is(&mut node, Some(db_id.clone())).await;
+    }
+    // One that claims the same cgroup; one that was removed while its pod runs; another address, and back.
+    std::fs::write(&twin, &good).unwrap();
+    db_is(&mut node, None).await;
+    std::fs::remove_file(&twin).unwrap();
+    db_is(&mut node, Some(db_id.clone())).await;
+    std::fs::remove_file(&file).unwrap();
+    db_is(&mut node, None).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    std::fs::write(&file, &older).unwrap();
+    timeout(SOON, node.endpoints.wait_for(|all| all.len() == 2)).await.expect("at its other address").unwrap();
+    std::fs::write(&file, &good).unwrap();
+    db_is(&mut node, Some(db_id.clone())).await;
+    std::fs::write(&file, good.replace("\"uid\":0", "\"uid\":7")).unwrap();
+    db_is(&mut node, Some(seven_id)).await;
+    assert_eq!(node.kernel.attached().unwrap(), ["db", "web"]);
+    let (tried, came) = prober.end();
+    println!("{tried} plain connections tried");
+    assert!(tried > 100, "too few to tell");
+    assert_eq!(came, 0, "plain inbound reached a running pod");
+
+    // The pod ends, its file stays behind: the guard goes with the namespace.
+    for child in &mut ground.children {
+        if child.id() == db_pid {
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
+    }
+    let server = ground.children.last_mut().unwrap();
+    server.kill().unwrap();
+    server.wait().unwrap();
+    let end = Instant::now() + SOON;
+    while node.kernel.attached().unwrap() != ["web"] {
+        assert!(Instant::now() < end, "{:?}", node.kernel.attached());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
 }
