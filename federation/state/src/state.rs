@@ -1,6 +1,6 @@
 //! The state: typed tables, and how an entry is taken in.
 
-use crate::apply;
+use crate::apply::{self, At};
 use crate::command::{Command, LogEntry, Reply};
 use crate::committed::{Committed, Issuance, ReplicaAdmission, SealedReport};
 use crate::objects::*;
@@ -11,6 +11,7 @@ use ambit_model::{
 };
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 
 /// An object's key: whose it is and its name.
@@ -49,6 +50,8 @@ pub struct State {
     pub(crate) records: Table<u64, Record>,
     pub(crate) reports: Table<u64, SealedReport>,
     pub(crate) dedupe: Table<([u8; 32], [u8; 16]), DedupeRow>,
+    /// `issued` by node and end, in memory only: counting a node's leaves must not cost a walk over everybody's.
+    pub(crate) live_leaves: BTreeMap<NodeId, BTreeSet<(Stamp, [u8; 16])>>,
 }
 
 /// Calls a macro with every table of the state, in table-id order.
@@ -161,6 +164,7 @@ impl State {
             records: Table::new(id()),
             reports: Table::new(id()),
             dedupe: Table::new(id()),
+            live_leaves: BTreeMap::new(),
         }
     }
 
@@ -183,7 +187,9 @@ impl State {
         let command_sha256 = command_hash(&entry.command);
         if let Some(row) = self.dedupe.get(&key) {
             if row.command_sha256 == command_sha256 {
-                return row.outcome.clone();
+                let outcome = row.outcome.clone()?;
+                apply::still_trusted(self, At { index, stamp }, &entry.command)?;
+                return Ok(outcome);
             }
             return Err(Refusal::new(Code::RequestIdReused, "the same command under the same request id", "another"));
         }
@@ -246,6 +252,12 @@ impl State {
             }
         }
         state.journal.take();
+        for issuance in state.issued.iter().map(|(_, i)| i) {
+            if let Some((node, _)) = &issuance.binding {
+                let leaf = (issuance.lifetime.not_after, issuance.serial);
+                state.live_leaves.entry(*node).or_default().insert(leaf);
+            }
+        }
         Ok(state)
     }
 
@@ -342,7 +354,7 @@ impl State {
         self.reports.iter().map(|(_, v)| v)
     }
     /// Trust domains that this cell can verify: its own and its active peers'.
-    pub fn known_domains(&self) -> std::collections::BTreeSet<TrustDomain> {
+    pub fn known_domains(&self) -> BTreeSet<TrustDomain> {
         let own = self.cell().map(|c| c.trust_domain.clone());
         let peers = self.peers().filter(|(_, p)| p.state != PeerState::Pending).map(|(td, _)| td.clone());
         own.into_iter().chain(peers).collect()

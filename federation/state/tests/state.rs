@@ -469,3 +469,50 @@ fn a_clusters_name_is_ours_whatever_a_peer_claimed() {
     assert_eq!(west.state.foreign_clusters().map(|(id, _)| id.as_str()).collect::<Vec<_>>(), ["east"]);
     assert_eq!(held(&west), ["east 10.2.0.2"]);
 }
+
+fn issue(n: u8, count: usize) -> Command {
+    let leaf = LeafRequest { entry: "db".parse().unwrap(), key_hash: [3; 32] };
+    let (node, leaves) = (node(n), vec![leaf; count]);
+    Command::Issue { node, generation: Generation(1), authority: "a1".into(), leaves }
+}
+
+#[test]
+fn a_node_that_asks_without_end_is_told_to_wait_and_no_other_is() {
+    let mut west = west_with_nodes();
+    let refused = |reply: Result<Reply, Refusal>| {
+        let Ok(Reply::Leaves(leaves)) = reply else { panic!("leaves") };
+        leaves.into_iter().filter(|l| l.as_ref().is_err_and(|r| r.code == Code::Busy)).count()
+    };
+    // The node's own leaf, of its admission, counts as well.
+    assert_eq!(refused(west.run(issue(1, 4094))), 0);
+    assert_eq!(refused(west.run(issue(1, 3))), 2);
+    assert_eq!(refused(west.run(issue(2, 1))), 0);
+    // A restored replica decides alike.
+    let mut restored = State::import(west.state.export()).unwrap();
+    let entry = LogEntry { stamp: Stamp(1_000_000), client: [9; 32], request: [0; 16], command: issue(1, 1) };
+    assert_eq!(refused(restored.apply(RaftIndex(west.index + 1), &entry).outcome), 1);
+    assert_eq!(refused(west.run(issue(1, 1))), 1);
+    assert_eq!(restored.digest(), west.state.digest());
+    // Ended ones make room, before and after a tick forgets them.
+    let again = |n: u8, nonce: u8, cell: &Cell, deadline| Admission {
+        deadline: Stamp(deadline),
+        ..admission(cell, n, nonce, None)
+    };
+    let after = ambit_state::UNATTESTED_MAX_MS + 1;
+    for (nonce, now) in [(11, 1_000_000 + after), (12, 1_000_000 + 2 * after)] {
+        let a = again(1, nonce, &west, now);
+        west.at(now, 0, Command::AdmitNode(a)).unwrap();
+        assert_eq!(refused(west.at(now, 0, issue(1, 4095))), 0);
+        assert_eq!(refused(west.at(now, 0, issue(1, 1))), 1);
+        west.at(now, 0, Command::Tick).unwrap();
+    }
+}
+
+#[test]
+fn leaves_answered_once_are_not_answered_again_to_a_node_that_is_out_by_now() {
+    let mut west = west_with_nodes();
+    let first = west.at(1_000_000, 5, issue(1, 1)).unwrap();
+    assert_eq!(west.at(1_000_001, 5, issue(1, 1)).unwrap(), first);
+    west.run(Command::BanNode(node(1))).unwrap();
+    assert_eq!(code(west.at(1_000_002, 5, issue(1, 1))), Code::NodeUntrusted);
+}

@@ -37,7 +37,7 @@ pub(super) fn tick(s: &mut State, at: At) -> Result<Reply, Refusal> {
     let now = at.stamp;
     s.nonces.prune(&mut s.journal, |_, deadline| *deadline < now);
     s.tokens.prune(&mut s.journal, |_, t| t.expires.plus_ms(TOKEN_KEEP_MS) < now);
-    s.issued.prune(&mut s.journal, |_, i| i.lifetime.not_after.plus_ms(crate::ISSUER_MARGIN_MS) < now);
+    super::issue::forget(s, now);
     s.dedupe.prune(&mut s.journal, |_, d| d.stamp.plus_ms(crate::DEDUPE_MS) < now);
     Ok(Reply::Done)
 }

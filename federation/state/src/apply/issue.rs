@@ -1,7 +1,7 @@
 //! Issuance records: what may be signed, by whom, for how long.
 
 use super::{At, cell_row};
-use crate::command::{LeafRequest, Reply};
+use crate::command::{Command, LeafRequest, Reply};
 use crate::committed::{Issuance, Subject};
 use crate::objects::{NodeRow, NodeState};
 use crate::state::State;
@@ -9,6 +9,10 @@ use ambit_model::{Code, Generation, Lifetime, NodeId, Refusal, Stamp, SvidTtl};
 
 /// Administrators' certificates last 8 h (design.md section 4).
 const ADMIN_MS: u64 = 8 * 3_600_000;
+
+/// Leaves of one node that may be remembered at once: a node of 1,000 workloads renews each a few times an hour, and
+/// one that asks without end fills its own share only (I17).
+pub(crate) const LEAVES_PER_NODE_MAX: usize = 4_096;
 
 /// Epoch (4 bytes, top bit clear so that the DER integer is positive), index (8), position (4).
 pub(super) fn serial(epoch: u64, at: At, position: u32) -> [u8; 16] {
@@ -86,6 +90,31 @@ pub(super) fn node_leaf(
 
 pub(super) fn keep(s: &mut State, issuance: &Issuance) {
     s.issued.put(&mut s.journal, issuance.serial, issuance.clone());
+    if let Some((node, _)) = &issuance.binding {
+        s.live_leaves.entry(*node).or_default().insert((issuance.lifetime.not_after, issuance.serial));
+    }
+}
+
+/// Forgets leaves that no clock of the cell can still take for valid.
+pub(super) fn forget(s: &mut State, now: Stamp) {
+    s.issued.prune(&mut s.journal, |_, i| i.lifetime.not_after.plus_ms(crate::ISSUER_MARGIN_MS) < now);
+    s.live_leaves.retain(|_, leaves| {
+        *leaves = leaves.split_off(&(now, [0; 16]));
+        !leaves.is_empty()
+    });
+}
+
+/// The node's leaves that have not ended.
+fn live(s: &State, at: At, node: &NodeId) -> usize {
+    s.live_leaves.get(node).map_or(0, |leaves| leaves.range((at.stamp, [0; 16])..).count())
+}
+
+/// Whether what was answered before may be answered again: not to a node that is out by now.
+pub(crate) fn still_trusted(s: &State, at: At, command: &Command) -> Result<(), Refusal> {
+    match command {
+        Command::Issue { node, generation, .. } => trusted_node(s, at, node, *generation).map(drop),
+        _ => Ok(()),
+    }
 }
 
 pub(super) fn leaves(
@@ -98,11 +127,19 @@ pub(super) fn leaves(
 ) -> Result<Reply, Refusal> {
     let row = trusted_node(s, at, node, generation)?.clone();
     authority_ends(s, authority)?;
+    let mut room = LEAVES_PER_NODE_MAX.saturating_sub(live(s, at, node));
     let mut out = Vec::with_capacity(requests.len());
     for (position, request) in requests.iter().enumerate() {
-        let leaf = leaf(s, at, node, &row, authority, request, position as u32);
+        let leaf = match room {
+            0 => {
+                let expected = format!("at most {LEAVES_PER_NODE_MAX} leaves of a node at once");
+                Err(Refusal::new(Code::Busy, expected, "one more"))
+            }
+            _ => leaf(s, at, node, &row, authority, request, position as u32),
+        };
         if let Ok(issuance) = &leaf {
             keep(s, issuance);
+            room -= 1;
         }
         out.push(leaf);
     }
