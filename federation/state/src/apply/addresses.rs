@@ -7,8 +7,8 @@ use std::net::Ipv4Addr;
 /// Whose endpoint is behind the address, this cell's own first.
 pub(super) fn endpoint_origin(s: &State, address: Ipv4Addr) -> Option<TrustDomain> {
     let own = s.cell().map(|c| &c.trust_domain);
-    let origins = own.into_iter().chain(s.peers().map(|(td, _)| td));
-    origins.cloned().find(|td| s.endpoints.contains(&(td.clone(), address)))
+    let mut origins = own.into_iter().chain(s.peers().map(|(td, _)| td));
+    origins.find(|td| s.endpoints.contains(&((*td).clone(), address))).cloned()
 }
 
 /// Which service answers at the address.
