@@ -9,8 +9,10 @@ use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::UnixStream;
+use tokio::net::unix::UCred;
 use tonic::transport::server::Connected;
 
 sockopt_impl!(
@@ -18,11 +20,12 @@ sockopt_impl!(
     PeerPidFd, GetOnly, libc::SOL_SOCKET, libc::SO_PEERPIDFD, OwnedFd
 );
 
-/// What a caller was recognised by.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+/// Who calls. One that could not be identified is nobody: no selectors, no process.
+#[derive(Clone, Debug, Default)]
 pub struct Caller {
-    /// Empty where the caller could not be identified: then it is nobody.
+    /// What it was recognised by.
     pub selectors: BTreeSet<Selector>,
+    process: Option<Arc<AsyncFd<OwnedFd>>>,
 }
 
 /// Where the mesh's cgroups are, as `/proc/<pid>/cgroup` writes it: relative to the cgroup2 mount.
@@ -54,21 +57,50 @@ impl MeshRoot {
 }
 
 impl Caller {
-    /// Reads the selectors of the process behind `stream`; of a process that is gone, none.
+    /// Reads the selectors of the process behind `stream`; of a process that is gone, none. Needs `SO_PEERPIDFD` (Linux
+    /// 6.5): without it nothing tells the process that connected from one that got its number later, so nobody is
+    /// identified. (Start times do not: a process that began between connect and accept could bear the number too.)
     pub fn of(stream: &UnixStream, mesh: &MeshRoot) -> io::Result<Self> {
-        let cred = stream.peer_cred()?;
+        let pidfd = nix::sys::socket::getsockopt(&stream, PeerPidFd).map_err(|e| {
+            io::Error::new(io::Error::from(e).kind(), format!("no pidfd of the caller (SO_PEERPIDFD, Linux 6.5): {e}"))
+        });
+        Self::known_by(pidfd, stream.peer_cred()?, mesh)
+    }
+
+    fn known_by(pidfd: io::Result<OwnedFd>, cred: UCred, mesh: &MeshRoot) -> io::Result<Self> {
+        #[allow(
+            deprecated,
+            reason = "its successor is unsafe for types that may lie about their descriptor; OwnedFd does not"
+        )]
+        let process = AsyncFd::with_interest(pidfd?, Interest::READABLE)?;
         let mut selectors = BTreeSet::from([Selector::UnixUid(cred.uid()), Selector::UnixGid(cred.gid())]);
-        let pidfd = nix::sys::socket::getsockopt(&stream, PeerPidFd).ok();
         if let Some(pid) = cred.pid() {
             let text = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
             if let Some(name) = mesh.cgroup_of(&text) {
                 selectors.extend(format!("cgroup:{name}").parse::<Selector>().ok());
             }
         }
+        let caller = Self { selectors, process: Some(Arc::new(process)) };
         // If the process has exited, the number may already be another's and what was read may be too.
-        match pidfd.as_ref().map(exited).transpose()? {
-            Some(true) => Ok(Self::default()),
-            Some(false) | None => Ok(Self { selectors }),
+        Ok(if caller.has_ended() { Self::default() } else { caller })
+    }
+
+    /// Whether the process that connected is gone. Who holds its socket now is somebody else.
+    pub fn has_ended(&self) -> bool {
+        // A question that the kernel does not answer counts as the end.
+        self.process.as_ref().is_none_or(|process| exited(process.get_ref()).unwrap_or(true))
+    }
+
+    /// Waits until it is gone.
+    pub async fn ended(&self) {
+        while !self.has_ended() {
+            let Some(process) = &self.process else { return };
+            // A pidfd becomes readable when its process ends (pidfd_open(2)).
+            match process.readable().await {
+                Ok(_still_readable) if self.has_ended() => return,
+                Ok(mut spurious) => spurious.clear_ready(),
+                Err(_) => return,
+            }
         }
     }
 }
@@ -150,5 +182,37 @@ mod tests {
         let caller = Caller::of(&here, &MeshRoot("/nowhere/mesh".into())).unwrap();
         let uid = nix::unistd::geteuid().as_raw();
         assert!(caller.selectors.contains(&Selector::UnixUid(uid)), "{caller:?}");
+        assert!(!caller.has_ended());
+    }
+
+    #[tokio::test]
+    async fn without_a_pidfd_and_after_its_end_a_process_is_nobody() {
+        let mesh = MeshRoot("/nowhere/mesh".into());
+        let (here, _there) = UnixStream::pair().unwrap();
+        let old_kernel = Err(io::Error::from_raw_os_error(libc::ENOPROTOOPT));
+        assert!(Caller::known_by(old_kernel, here.peer_cred().unwrap(), &mesh).is_err());
+        assert!(Caller::default().has_ended());
+
+        let path = std::env::temp_dir().join(format!("ambit-caller-{}.sock", std::process::id()));
+        let listener = tokio::net::UnixListener::bind(&path).unwrap();
+        let script = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); sys.stdin.read()";
+        let mut child = std::process::Command::new("python3")
+            .args(["-c", script])
+            .arg(&path)
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let (stream, _) = listener.accept().await.unwrap();
+        let caller = Caller::of(&stream, &mesh).unwrap();
+        assert!(!caller.has_ended() && !caller.selectors.is_empty());
+        let waiting = tokio::time::timeout(std::time::Duration::from_millis(200), caller.ended()).await;
+        assert!(waiting.is_err(), "it lives");
+        drop(child.stdin.take());
+        tokio::time::timeout(std::time::Duration::from_secs(10), caller.ended()).await.expect("it ended");
+        assert!(caller.has_ended());
+        child.wait().unwrap();
+        // Its number is free now: what /proc says of it is not of the caller.
+        assert!(Caller::of(&stream, &mesh).map_or(true, |late| late.selectors.is_empty()));
+        std::fs::remove_file(&path).unwrap();
     }
 }

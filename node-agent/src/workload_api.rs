@@ -116,7 +116,13 @@ fn caller<T>(request: &Request<T>) -> Result<Arc<Caller>, Status> {
     if header != Some("true") {
         return Err(Status::invalid_argument("the metadata 'workload.spiffe.io: true' is required"));
     }
-    Ok(request.extensions().get::<Arc<Caller>>().cloned().unwrap_or_default())
+    let caller = request.extensions().get::<Arc<Caller>>().cloned().unwrap_or_default();
+    if caller.has_ended() { Err(gone()) } else { Ok(caller) }
+}
+
+/// Whoever holds the socket of a process that ended was never identified.
+fn gone() -> Status {
+    Status::permission_denied("the process that opened this connection has ended, or could not be identified")
 }
 
 /// What a caller may be told now.
@@ -144,7 +150,8 @@ impl WorkloadApi {
     }
 }
 
-/// Sends the full set at once and after every change that concerns the caller, until it has no identity any more.
+/// Sends the full set at once and after every change that concerns the caller, until it has no identity any more
+/// or has ended.
 async fn follow<T: PartialEq + Clone + Send + 'static>(
     method: &'static str,
     issued: Issued,
@@ -161,6 +168,7 @@ async fn follow<T: PartialEq + Clone + Send + 'static>(
         let known = changes.borrow_and_update().clone();
         interest = issued.interest(entries(&known, &caller), interest);
         let refusal = match answer(&known, &caller) {
+            _ if caller.has_ended() => Some(gone()),
             _ if known.view.is_none() => Some(Status::unavailable("the agent has no word from its cell yet")),
             Answer::Nobody => Some(Status::permission_denied("no identity issued: no entry recognises this process")),
             Answer::Set(set) if last.as_ref() != Some(&set) => {
@@ -181,6 +189,7 @@ async fn follow<T: PartialEq + Clone + Send + 'static>(
         tokio::select! {
             changed = changes.changed() => if changed.is_err() { return },
             () = send.closed() => return,
+            () = caller.ended() => {}
             () = tokio::time::sleep_until(give_up), if last.is_none() => {
                 METRICS.workload_api.inc([method, "unavailable"]);
                 let _ = send.send(Err(Status::unavailable("the SVID is not issued yet"))).await;

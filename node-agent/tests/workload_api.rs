@@ -174,3 +174,60 @@ async fn nobody_gets_nothing_and_the_header_is_required() {
         .await;
     assert_eq!(health.unwrap().into_inner().status, 1, "serving");
 }
+
+/// A program that connects, hands its connection to a child, and ends when told: the child relays for the test.
+const HEIR: &str = r#"
+import os, socket, sys, threading
+up = socket.socket(socket.AF_UNIX); up.connect(sys.argv[1])
+here = socket.socket(socket.AF_UNIX); here.bind(sys.argv[2]); here.listen()
+if os.fork():
+    sys.stdin.read(); os._exit(0)
+os.close(0)
+down = here.accept()[0]
+def relay(a, b):
+    while True:
+        data = a.recv(65536)
+        if not data: os._exit(0)
+        b.sendall(data)
+threading.Thread(target=relay, args=(down, up)).start()
+relay(up, down)
+"#;
+
+#[tokio::test]
+async fn a_stream_ends_with_the_process_that_opened_it_not_with_the_socket() {
+    let Stage { mut west, slice, .. } = stage();
+    let issued = Issued::default();
+    issued.set_view(west.view(slice));
+    issued.set_svids(BTreeMap::from([("me".parse().unwrap(), Ok(west.svid("me")))]));
+    let socket = Socket::serve("heir", &issued);
+    let relay = socket.path.with_extension("relay");
+    let mut caller = std::process::Command::new("python3")
+        .args(["-c", HEIR])
+        .args([&socket.path, &relay])
+        .stdin(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    while !relay.exists() {
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+    let endpoint = tonic::transport::Endpoint::from_shared(format!("unix:{}", relay.display())).unwrap();
+    let mut raw = SpiffeWorkloadApiClient::new(endpoint.connect().await.unwrap());
+    let ask = || {
+        let mut request = tonic::Request::new(X509svidRequest {});
+        request.metadata_mut().insert("workload.spiffe.io", "true".parse().unwrap());
+        request
+    };
+    let mut stream = raw.fetch_x509svid(ask()).await.unwrap().into_inner();
+    assert_eq!(stream.message().await.unwrap().unwrap().svids.len(), 1);
+
+    drop(caller.stdin.take());
+    caller.wait().unwrap();
+    let soon = std::time::Duration::from_secs(10);
+    let ended = tokio::time::timeout(soon, stream.message()).await.expect("the stream ends").unwrap_err();
+    assert_eq!(ended.code(), tonic::Code::PermissionDenied, "{ended}");
+    // The connection itself lives on, in the child; it is nobody's now.
+    issued.set_svids(BTreeMap::from([("me".parse().unwrap(), Ok(west.svid("me")))]));
+    let refused = raw.fetch_x509svid(ask()).await.unwrap_err();
+    assert_eq!(refused.code(), tonic::Code::PermissionDenied, "{refused}");
+    std::fs::remove_file(&relay).unwrap();
+}
