@@ -12,6 +12,7 @@ use rustls::ClientConfig;
 use rustls_pki_types::ServerName;
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::ops::Bound;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
@@ -81,11 +82,13 @@ impl Health {
     pub async fn probe(self, plane: watch::Receiver<Option<Arc<Plane>>>) {
         let mut tick = tokio::time::interval(PROBE_EVERY);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut last = Ipv4Addr::UNSPECIFIED;
         loop {
             tick.tick().await;
             let Some(plane) = plane.borrow().clone() else { continue };
             self.retell(&plane);
-            let suspects: Vec<Suspect> = self.lock().suspects.values().take(PROBES_MAX).cloned().collect();
+            let suspects = next_round(&self.lock().suspects, last);
+            last = suspects.last().map_or(last, |suspect| suspect.endpoint.address);
             let probes = suspects.into_iter().map(|suspect| self.probe_one(&plane, suspect));
             futures::future::join_all(probes).await;
         }
@@ -120,6 +123,12 @@ impl Health {
     }
 }
 
+/// The suspects after `last`, going round: the lowest addresses must not be probed for ever while the others wait.
+fn next_round(suspects: &BTreeMap<Ipv4Addr, Suspect>, last: Ipv4Addr) -> Vec<Suspect> {
+    let after = suspects.range((Bound::Excluded(last), Bound::Unbounded));
+    after.chain(suspects.range(..=last)).take(PROBES_MAX).map(|(_, suspect)| suspect.clone()).collect()
+}
+
 /// Where tunnels to `endpoint` end.
 pub fn node(endpoint: &Endpoint) -> SocketAddr {
     SocketAddr::from((endpoint.node_address, hbone::PORT))
@@ -135,4 +144,39 @@ pub fn credentials(
     let config = own.client(destination).map_err(|_| TunnelError::NoSvid)?;
     let name = ServerName::try_from(sni::server_name(destination)).map_err(|_| TunnelError::NoSvid)?;
     Ok((name, config))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ambit_model::{Generation, NodeId};
+
+    #[test]
+    fn every_suspect_has_its_turn() {
+        let suspect = |n: u8| {
+            let endpoint = Endpoint {
+                spiffe_id: "spiffe://east/db".parse().unwrap(),
+                address: Ipv4Addr::new(10, 72, 101, n),
+                cluster: "east".parse().unwrap(),
+                node_address: Ipv4Addr::new(10, 72, 0, 21),
+                node: NodeId([1; 32]),
+                generation: Generation(1),
+            };
+            (endpoint.address, Suspect { endpoint, source: "spiffe://west/web".parse().unwrap() })
+        };
+        let addresses = |round: &[Suspect]| round.iter().map(|s| s.endpoint.address).collect::<Vec<_>>();
+        let all: BTreeMap<_, _> = (0..80).map(suspect).collect();
+        let (mut last, mut probed) = (Ipv4Addr::UNSPECIFIED, std::collections::BTreeSet::new());
+        for _ in 0..3 {
+            let round = next_round(&all, last);
+            assert_eq!(round.len(), PROBES_MAX);
+            last = round.last().unwrap().endpoint.address;
+            probed.extend(addresses(&round));
+        }
+        assert_eq!(probed.len(), all.len(), "three rounds of 32 are all 80");
+        let few: BTreeMap<_, _> = (0..3).map(suspect).collect();
+        let round = next_round(&few, Ipv4Addr::new(10, 72, 101, 1));
+        assert_eq!(addresses(&round).iter().map(|a| a.octets()[3]).collect::<Vec<_>>(), [2, 0, 1], "each once");
+        assert!(next_round(&BTreeMap::new(), last).is_empty());
+    }
 }
