@@ -196,12 +196,15 @@ async fn endpoints_follow(west: &Cell, east: &Cell) {
     };
     use v1::agent_message::Body;
     let subscribe = Body::Subscribe(v1::Subscribe { node_address: "10.9.0.21".into(), have_revision: 0 });
-    let report = Body::Endpoints(v1::EndpointReport { endpoints: vec![endpoint.clone()] });
+    // One that the node may not run is left out; the other and the stream stay.
+    let nobody =
+        v1::Endpoint { spiffe_id: "spiffe://west/nobody".into(), address: "10.9.1.12".into(), ..endpoint.clone() };
+    let report = Body::Endpoints(v1::EndpointReport { endpoints: vec![nobody, endpoint.clone()] });
     let (tell, told) = tokio::sync::mpsc::channel(4);
-    for body in [subscribe, report] {
+    for body in [subscribe.clone(), report] {
         tell.send(v1::AgentMessage { body: Some(body) }).await.unwrap();
     }
-    let mut stream = v1::agent_stream_client::AgentStreamClient::new(node);
+    let mut stream = v1::agent_stream_client::AgentStreamClient::new(node.clone());
     let mut from_server = stream.sync(tokio_stream::wrappers::ReceiverStream::new(told)).await.unwrap().into_inner();
     let first = from_server.message().await.unwrap().unwrap();
     assert!(matches!(first.body, Some(v1::server_message::Body::Slice(_))), "{first:?}");
@@ -210,6 +213,17 @@ async fn endpoints_follow(west: &Cell, east: &Cell) {
     let none = Body::Endpoints(v1::EndpointReport { endpoints: Vec::new() });
     tell.send(v1::AgentMessage { body: Some(none) }).await.unwrap();
     until(east, "the endpoint gone", |l| l.endpoints.is_empty()).await;
+
+    // A newer stream of the node ends this one, within a heartbeat or so; the newer one goes on.
+    let (tell, told) = tokio::sync::mpsc::channel(4);
+    tell.send(v1::AgentMessage { body: Some(subscribe) }).await.unwrap();
+    let mut newer = v1::agent_stream_client::AgentStreamClient::new(node);
+    let mut newer = newer.sync(tokio_stream::wrappers::ReceiverStream::new(told)).await.unwrap().into_inner();
+    let ended = async { while let Ok(Some(_)) = from_server.message().await {} };
+    tokio::time::timeout(Duration::from_secs(5), ended).await.expect("the older stream ends");
+    for _ in 0..4 {
+        newer.message().await.unwrap().unwrap();
+    }
 }
 
 fn promtool_accepts(cell: &Cell) {
