@@ -368,3 +368,101 @@ async fn a_bad_or_changed_pod_file_denies_its_pod_and_never_opens_it() {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }
+
+/// Enough chance for small policies, and the same on every run.
+struct Dice(u64);
+
+impl Dice {
+    fn roll(&mut self, sides: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 33) as usize % sides
+    }
+    fn one<'a>(&mut self, of: &[&'a str]) -> &'a str {
+        of[self.roll(of.len())]
+    }
+    /// A policy on targets of either trust domain.
+    fn policy(&mut self, number: usize) -> v1::Policy {
+        let target = self.one(&[
+            "spiffe://west/web",
+            "spiffe://west/db",
+            "spiffe://west/*",
+            "spiffe://east/db",
+            "spiffe://east/api",
+            "spiffe://east/*",
+        ]);
+        let from = self.one(&["spiffe://west/web", "spiffe://west/db", "spiffe://west/jobs", "spiffe://west/*"]);
+        // No port is every port.
+        let some = self.roll(2);
+        let ports: Vec<u16> = TRIED_PORTS[1..].iter().copied().filter(|_| self.roll(2) < some).collect();
+        let action = if self.roll(4) == 0 { v1::Action::Deny } else { v1::Action::Allow };
+        v1::Policy { action: action as i32, ..allow(&format!("p{number}"), target, from, &ports) }
+    }
+}
+
+const TRIED_PORTS: [u16; 4] = [22, 80, 443, 5432];
+const ROUNDS: u64 = 6;
+const TRIPLES_A_ROUND: usize = 36;
+
+/// Whatever the policies: the kernel refuses exactly what `PolicySet::evaluate` does.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_kernel_decides_as_evaluate_does() {
+    let mut ground = Ground::make();
+    let (mut cell, east) = (Cell::founded("west", 1), Cell::founded("east", 2));
+    let callers = ["web", "db", "jobs"];
+    let entries = callers.map(|name| cell.entry(name, &[&format!("cgroup:{name}")], &[])).to_vec();
+    let local = |n: usize| Ipv4Addr::new(10, 200, 3, 11 + u8::try_from(n).unwrap());
+    let pids: Vec<u32> = callers.iter().enumerate().map(|(n, name)| ground.pod(name, local(n))).collect();
+    let ids: Vec<String> = callers.iter().map(|c| cell.id(c)).chain([east.id("db"), east.id("api")]).collect();
+    let mut node = Node::start(&ground, &cell, TcpListener::bind("127.0.0.1:0").await.unwrap()).await;
+    let endpoint = |(n, id): (usize, &String)| v1::Endpoint {
+        spiffe_id: id.clone(),
+        address: local(n).to_string(),
+        cluster: id.split('/').nth(2).unwrap().into(),
+        node_address: "127.0.0.1".into(),
+        node: cell.node().to_string(),
+        generation: 1,
+    };
+    let numbers = ids.iter().zip(256..).map(|(id, n)| v1::NumericIdentity { spiffe_id: id.clone(), number: n });
+    let (numbers, endpoints) = (numbers.collect::<Vec<_>>(), ids.iter().enumerate().map(endpoint).collect::<Vec<_>>());
+
+    let (mut allowed, mut refused) = (0, 0);
+    for round in 1..=ROUNDS {
+        let mut dice = Dice(round.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        let policies: Vec<v1::Policy> = (0..2 + dice.roll(6)).map(|n| dice.policy(n)).collect();
+        let view = cell.view(v1::Slice {
+            entries: entries.clone(),
+            identities: numbers.clone(),
+            endpoints: endpoints.clone(),
+            policies: policies.clone(),
+            ..cell.slice(round, &[&east])
+        });
+        node.apply(view.clone()).await;
+        for (caller, pid) in callers.iter().zip(&pids) {
+            let tries: Vec<(usize, u16)> = (0..TRIPLES_A_ROUND / callers.len())
+                .map(|_| (dice.roll(ids.len()), TRIED_PORTS[dice.roll(TRIED_PORTS.len())]))
+                .collect();
+            let list: Vec<String> = tries.iter().map(|(to, port)| format!("('{}', {port})", local(*to))).collect();
+            let script = format!(
+                "import errno, socket\nfor to in [{}]:\n s = socket.socket()\n \
+                 print('refused' if s.connect_ex(to) == errno.EPERM else 'allowed')\n s.close()",
+                list.join(", ")
+            );
+            let mut command = ground.command(caller, *pid, &["python3", "-c", &script]);
+            let out = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
+            assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+            let answers = String::from_utf8(out.stdout).unwrap();
+            assert_eq!(answers.lines().count(), tries.len());
+            let source = cell.id(caller).parse().unwrap();
+            for ((to, port), answer) in tries.into_iter().zip(answers.lines()) {
+                let said = view.policies.evaluate(&source, &ids[to].parse().unwrap(), port);
+                let expected = if said.allowed { "allowed" } else { "refused" };
+                assert_eq!(answer, expected, "round {round}: {source} to {}:{port} ({said:?}) {policies:#?}", ids[to]);
+                *if said.allowed { &mut allowed } else { &mut refused } += 1;
+            }
+        }
+    }
+    println!("{allowed} allowed, {refused} refused");
+    assert!(allowed >= 30 && refused >= 30, "{allowed} allowed, {refused} refused: too one-sided to tell");
+}
