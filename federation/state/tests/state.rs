@@ -346,15 +346,17 @@ fn a_peers_endpoint_is_taken_only_under_its_own_cluster_key_and_free_address() {
 #[test]
 fn a_peers_endpoint_that_names_our_node_is_neither_ours_nor_shown_to_it() {
     let mut west = west_with_nodes();
-    let mut east = Feed::of("east", &mut west);
-    east.endpoint(&mut west, "10.2.0.1", &endpoint("east", "10.2.0.1", 1));
+    // One origin on either side of ours in the order of names.
+    for (td, address) in [("east", "10.2.0.1"), ("zone", "10.3.0.1")] {
+        Feed::of(td, &mut west).endpoint(&mut west, address, &endpoint(td, address, 1));
+    }
     west.run(Command::ReportEndpoints(node(1), vec![endpoint("west", "10.1.0.1", 1)])).unwrap();
     let exported = west.state.cell().unwrap().export_seq;
     let slice = west.state.slice(&node(1)).unwrap();
     assert_eq!(slice.endpoints, [endpoint("west", "10.1.0.1", 1)]);
     west.run(Command::ReportEndpoints(node(1), vec![endpoint("west", "10.1.0.1", 1)])).unwrap();
     assert_eq!(west.state.cell().unwrap().export_seq, exported, "nothing of ours changed");
-    assert_eq!(held(&west), ["east 10.2.0.1", "west 10.1.0.1"]);
+    assert_eq!(held(&west), ["east 10.2.0.1", "west 10.1.0.1", "zone 10.3.0.1"]);
 }
 
 fn service(td: &str, name: &str, address: &str) -> Service {
