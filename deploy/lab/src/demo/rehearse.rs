@@ -44,8 +44,8 @@ impl Demo<'_> {
         };
         let figures = &inner["figures"];
         let number = |v: &serde_json::Value| v.as_f64();
-        let lost = number(&figures["ledger"]["lost"]);
-        let lost = lost.ok_or_else(|| Refusal::new(Code::Internal, "figures in the report", figures.to_string()))?;
+        let missing = || Refusal::new(Code::Internal, "figures in the report", figures.to_string());
+        let lost = number(&figures["ledger"]["lost"]).ok_or_else(missing)?;
         let (probe, target) = if name == "leader-loss" { ("writer", 2.0) } else { ("caller", 5.0) };
         let rto = number(&figures[probe]["rto_ms"]).unwrap_or(f64::INFINITY);
         self.figures.put(format!("{name}: RTO"), rto / 1000.0, "s", Some(target));
@@ -55,7 +55,7 @@ impl Demo<'_> {
         if name == "cluster-loss" {
             self.figures.put(
                 "cluster-loss: failed calls",
-                number(&figures[probe]["failed"]).unwrap_or_default(),
+                number(&figures[probe]["failed"]).ok_or_else(missing)?,
                 "",
                 None,
             );
@@ -72,11 +72,16 @@ impl Demo<'_> {
             [("west-r1", "resident memory of a replica"), ("west-n1-agent", "resident memory of an agent")]
         {
             let state = self.lab.state()?;
-            let Some(process) = state.process(process) else { continue };
-            let status = std::fs::read_to_string(format!("/proc/{}/status", process.id.pid)).unwrap_or_default();
+            let pid = state.process(process).map(|p| p.id.pid).unwrap_or_default();
+            let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
             let kib =
                 status.lines().find_map(|l| l.strip_prefix("VmRSS:")?.split_whitespace().next()?.parse::<f64>().ok());
-            self.figures.put(format!("{name}, debug build"), kib.unwrap_or_default() / 1024.0, "MiB", None);
+            self.figures.put(
+                format!("{name}, debug build"),
+                kib.ok_or_else(|| Refusal::new(Code::Internal, format!("the process {process}"), "none"))? / 1024.0,
+                "MiB",
+                None,
+            );
         }
         Ok(())
     }
