@@ -10,6 +10,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("make", "libbpf's own build"),
     ("pkg-config", "finds the libraries below at build time"),
     ("protobuf-compiler", "protoc: our .proto files and raft's"),
+    ("libprotobuf-dev", "google/protobuf/*.proto, which the Workload API imports"),
     ("libssl-dev", "openssl crate: PKI off the hot path, EK certificate quirks"),
     ("libelf-dev", "libbpf: reads the compiled kernel programs"),
     ("zlib1g-dev", "libbpf: compressed debug sections"),
