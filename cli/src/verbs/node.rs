@@ -176,8 +176,8 @@ mod tests {
             v1::ExplainNodeResponse { node: None, denials: vec![denial], attestation_result_json: String::new() };
         assert_eq!(
             explanation(Form::Table, &reply),
-            "never admitted\n\n1970-01-01T00:16:40Z denied [boot_log_event_altered]\n  diverged: event 17 in PCR 4\n  \
-             expected: a1b2\n  found:    c3d4\n  try:      investigate\n\n1 denial"
+            "not admitted\n\n1970-01-01T00:16:40Z denied [boot_log_event_altered]\n  node:     aa\n  \
+             diverged: event 17 in PCR 4\n  expected: a1b2\n  found:    c3d4\n  try:      investigate\n\n1 denial"
         );
         let value: Value = serde_json::from_str(&explanation(Form::Json, &reply)).unwrap();
         assert_eq!(value["denials"][0]["found"], "c3d4");
