@@ -41,8 +41,10 @@ fn built(package: &str, binary: &str) -> PathBuf {
         cargo.current_dir(root().unwrap());
         cargo
     };
-    let status = cargo().args(["build", "--quiet", "--package", package, "--bin", binary]).status().unwrap();
-    assert!(status.success(), "cargo build --package {package}");
+    // The whole workspace, as `cargo xtask test` builds it: one package alone has other features, and with them other
+    // builds of half the dependencies.
+    let status = cargo().args(["build", "--quiet", "--workspace", "--bins"]).status().unwrap();
+    assert!(status.success(), "cargo build --workspace --bins, for {package}");
     // This program lies in target/debug/deps.
     let me = std::env::current_exe().unwrap();
     me.parent().unwrap().with_file_name(binary)
