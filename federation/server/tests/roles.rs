@@ -1,0 +1,134 @@
+//! What a certificate makes of its holder, by the state and the moment of the call, not of the handshake.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on fails")]
+
+use ambit_identity::{Csr, IssuingKey, PeerSvid, Root, SvidKey, TrustStore, verify_svid};
+use ambit_model::bundle::{Bundle, Own};
+use ambit_model::{Code, Lifetime, RaftIndex, Revision, Stamp, TrustDomain};
+use ambit_state::objects::{CellRow, KeySetRow, Member, PeerRow, PeerState};
+use ambit_state::{Command, LogEntry, State};
+use ambit_transport::Caller;
+use ambitd::authorise::authorise;
+
+const NOW: Stamp = Stamp(1_800_000_000_000);
+const RAFT: &str = "/ambit.v1.Raft/Propose";
+const PULL: &str = "/ambit.v1.PeerLink/Pull";
+
+struct Domain {
+    name: TrustDomain,
+    root: Root,
+    issuer: IssuingKey,
+}
+
+fn domain(name: &str) -> Domain {
+    let name: TrustDomain = name.parse().unwrap();
+    let root = Root::create(&name, NOW, [1; 16]).unwrap();
+    let issuer = issuer(&root);
+    Domain { name, root, issuer }
+}
+
+fn issuer(root: &Root) -> IssuingKey {
+    let key = SvidKey::generate().unwrap();
+    let csr = Csr::parse(&key.csr().unwrap()).unwrap();
+    let lifetime = Lifetime { not_before: NOW.minus_ms(60_000), not_after: NOW.plus_ms(86_400_000) };
+    IssuingKey::new(key, root.found(1, &csr, lifetime).unwrap()).unwrap()
+}
+
+/// A replica's certificate of an hour, verified as at a handshake.
+fn replica(d: &Domain, issuer: &IssuingKey, number: u64) -> Caller {
+    let csr = Csr::parse(&SvidKey::generate().unwrap().csr().unwrap()).unwrap();
+    let lifetime = Lifetime { not_before: NOW.minus_ms(60_000), not_after: NOW.plus_ms(3_600_000) };
+    let chain = issuer.replica_leaf(number, &d.name, lifetime, &csr).unwrap();
+    let trust = TrustStore::new(&Bundle::<Own>::new(d.name.clone(), 1, vec![d.root.der().to_vec()])).unwrap();
+    let svid: PeerSvid = verify_svid(&chain, &trust, NOW).unwrap();
+    Caller { svid: Some(svid), remote: "127.0.0.1:1".parse().unwrap() }
+}
+
+fn run(state: &mut State, command: Command) {
+    let entry = LogEntry { stamp: NOW, client: [0; 32], request: [0; 16], command };
+    let index = RaftIndex(state.applied().0 + 1);
+    state.apply(index, &entry).outcome.unwrap();
+}
+
+fn founded(d: &Domain) -> State {
+    let mut state = State::new();
+    let row = CellRow {
+        trust_domain: d.name.clone(),
+        epoch: 1,
+        root_der: d.root.der().to_vec(),
+        root_form: "file".into(),
+        bundle_sequence: 1,
+        next_identity: 256,
+        revision: Revision(0),
+        endorsement_revision: Revision(0),
+        export_seq: 0,
+        export_hash: [0; 32],
+    };
+    let member = Member {
+        address: String::new(),
+        authority: d.issuer.authority().to_owned(),
+        authority_not_after: d.issuer.not_after(),
+        wrap_key: vec![],
+        record_key: [0; 32],
+    };
+    run(&mut state, Command::FoundCell(row, 1, member, KeySetRow::default()));
+    state
+}
+
+fn code(path: &str, caller: &Caller, own: &Domain, state: &State, now: Stamp) -> Option<Code> {
+    authorise(path, Some(caller), &own.name, state, now).err().map(|r| r.code)
+}
+
+#[test]
+fn a_replica_is_a_member_by_its_own_authority_and_only_while_it_is_one() {
+    let west = domain("west");
+    let mut state = founded(&west);
+    let member = replica(&west, &west.issuer, 1);
+    assert_eq!(code(RAFT, &member, &west, &state, NOW), None);
+    let another_key = replica(&west, &issuer(&west.root), 1);
+    assert_eq!(
+        code(RAFT, &another_key, &west, &state, NOW),
+        Some(Code::PermissionDenied),
+        "not the member's authority"
+    );
+    let another_number = replica(&west, &west.issuer, 2);
+    assert_eq!(code(RAFT, &another_number, &west, &state, NOW), Some(Code::PermissionDenied), "nobody's number");
+    assert_eq!(code(RAFT, &member, &west, &State::new(), NOW), None, "a joiner hears its cell before its first entry");
+    run(&mut state, Command::RemoveMember(1));
+    assert_eq!(code(RAFT, &member, &west, &state, NOW), Some(Code::PermissionDenied), "removed");
+}
+
+#[test]
+fn a_certificate_that_ended_on_an_open_connection_is_worth_nothing() {
+    let west = domain("west");
+    let state = founded(&west);
+    let member = replica(&west, &west.issuer, 1);
+    let late = NOW.plus_ms(3_600_001);
+    assert_eq!(code(RAFT, &member, &west, &state, late), Some(Code::Unauthenticated));
+}
+
+#[test]
+fn only_an_active_peer_pulls() {
+    let (west, east) = (domain("west"), domain("east"));
+    let mut state = founded(&west);
+    let caller = replica(&east, &east.issuer, 1);
+    assert_eq!(code(PULL, &caller, &west, &state, NOW), Some(Code::PermissionDenied), "unknown");
+    let row = PeerRow {
+        state: PeerState::Pending,
+        fingerprint: [7; 32],
+        addresses: vec![],
+        root_der: east.root.der().to_vec(),
+        bundle_sequence: 1,
+        key_set: KeySetRow::default(),
+        epoch: 0,
+        seq: 0,
+        hash: [0; 32],
+        trouble: String::new(),
+    };
+    run(&mut state, Command::PutPeer(east.name.clone(), row, None));
+    assert_eq!(code(PULL, &caller, &west, &state, NOW), Some(Code::PermissionDenied), "pending");
+    run(&mut state, Command::ApprovePeer(east.name.clone(), [7; 32]));
+    assert_eq!(code(PULL, &caller, &west, &state, NOW), None);
+    assert_eq!(code(RAFT, &caller, &west, &state, NOW), Some(Code::PermissionDenied), "a peer is no replica of ours");
+    run(&mut state, Command::StopPeer(east.name.clone(), "x".into()));
+    assert_eq!(code(PULL, &caller, &west, &state, NOW), Some(Code::PermissionDenied), "stopped");
+}
