@@ -137,7 +137,7 @@ impl Session {
             }
             Some(Down::Slice(slice)) => self.take_slice(slice, up).await,
             // A newer server may know more kinds; the stream goes on.
-            None => Ok(()),
+            Some(Down::Denials(_) | Down::Quote(_)) | None => Ok(()),
         }
     }
 

@@ -114,6 +114,35 @@ codes! {
     MapFull = "map_full", Unavailable, "raise the map's capacity in the agent's configuration";
     DrillGuard = "drill_guard", Precondition, "the drill's guard refused: mend what it names, then run it again";
     DrillReportInvalid = "drill_report_invalid", Denied, "the report was altered, or is of another trust domain";
+    EkDenied = "ek_denied", Denied, "this TPM model or firmware is on the cell's deny list: update the firmware or use another TPM";
+    EkWeak = "ek_weak", Denied, "the EK was made by a flawed key generator (ROCA, CVE-2017-15361): renew the TPM's firmware and EK";
+    EkClassNotAccepted = "ek_class_not_accepted", Denied, "use a TPM of a class that the appraisal policy accepts, or name the class in the policy";
+    AppraisalPolicyMissing = "appraisal_policy_missing", Denied, "apply an appraisal policy that names the node's cluster (ambit attest policy apply)";
+    AppraisalPolicyMalformed = "appraisal_policy_malformed", Invalid, "correct the appraisal policy at the place shown";
+    AllowListMissing = "allow_list_missing", Precondition, "upload the IMA allow-list that the policy names";
+    BootVariableRepeated = "boot_variable_repeated", Denied, "one boot measures a Secure Boot variable once: investigate the machine";
+    BootFirmwareError = "boot_firmware_error", Denied, "the firmware reported a failed measurement: reboot, then investigate the machine";
+    SecureBootOff = "secure_boot_off", Denied, "turn Secure Boot on and reboot";
+    BootVariableNotAllowed = "boot_variable_not_allowed", Denied, "enrol only the Secure Boot keys that the policy lists, or learn the policy again";
+    DbxTooOld = "dbx_too_old", Denied, "install the current dbx revocations and reboot";
+    SbatTooOld = "sbat_too_old", Denied, "install the current shim and SbatLevel and reboot";
+    MokListNotAllowed = "mok_list_not_allowed", Denied, "remove the machine owner keys that the policy does not list and reboot";
+    BootAuthorityNotAllowed = "boot_authority_not_allowed", Denied, "boot only what was signed by an authority that the policy lists";
+    BootImageNotAllowed = "boot_image_not_allowed", Denied, "boot an image that the policy lists, or add this one's authenticode hash to it";
+    BootFileNotAllowed = "boot_file_not_allowed", Denied, "boot with files that the policy lists, or add this one's hash to it";
+    CommandLineNotAllowed = "command_line_not_allowed", Denied, "boot with a command line that the policy matches";
+    PcrNotAllowed = "pcr_not_allowed", Denied, "boot into a state whose PCR the policy lists, or add this value to it";
+    BootEventNotCovered = "boot_event_not_covered", Denied, "add a rule for the event named to the appraisal policy, or investigate why it was measured";
+    ImaFileNotAllowed = "ima_file_not_allowed", Denied, "put the listed file back and reboot, or add its digest to the allow-list";
+    ImaViolation = "ima_violation", Denied, "a file was changed while it was measured: reboot, or except the path in the policy";
+    ImaWeakDigest = "ima_weak_digest", Denied, "quote the sha256 bank, and let IMA hash with SHA-256 (ima_hash=sha256)";
+    ImaLogMissing = "ima_log_missing", Denied, "enable IMA in the kernel (ima_policy=tcb) or drop the IMA rules from the policy";
+    KeyNotCertified = "key_not_certified", Denied, "certify the SVID key with TPM2_Certify by the AK, over this session's qualifying data";
+    NodeLate = "node_late", Unavailable, "let the node answer the cell's next attestation request; check its TPM and its stream";
+    NodeQuarantined = "node_quarantined", Denied, "ask an operator to release the node (ambit node release)";
+    NodeBanned = "node_banned", Denied, "ask an operator to unban the node (ambit node unban)";
+    TpmStateForked = "tpm_state_forked", Denied, "two machines hold one TPM state: keep one, evict the node and enrol it again";
+    BlobMissing = "blob_missing", Missing, "the object was never stored here or is past its retention";
 }
 
 impl fmt::Display for Code {

@@ -173,6 +173,9 @@ impl Session {
                 Ok(())
             }
             Some(v1::agent_message::Body::Endpoints(report)) => self.endpoints(report).await,
+            Some(v1::agent_message::Body::Quote(_) | v1::agent_message::Body::LogChunk(_)) => {
+                Err(Refusal::new(Code::BadRequest, "a quote only where one was asked for", "one nobody asked for"))
+            }
             Some(v1::agent_message::Body::Subscribe(_)) | None => {
                 Err(Refusal::new(Code::BadRequest, "endpoints, ack or nack", "another message"))
             }

@@ -445,6 +445,30 @@ impl v1::node_attestation_server::NodeAttestation for Nodes {
     async fn evict_node(&self, request: Request<v1::NodeRef>) -> Result<Response<v1::Node>, Status> {
         self.put_out(request, Command::EvictNode).await
     }
+    async fn unban_node(&self, _: Request<v1::NodeRef>) -> Result<Response<v1::Node>, Status> {
+        super::unbuilt::unbuilt("NodeAttestation.unban_node")
+    }
+    async fn quarantine_node(&self, _: Request<v1::NodeRef>) -> Result<Response<v1::Node>, Status> {
+        super::unbuilt::unbuilt("NodeAttestation.quarantine_node")
+    }
+    async fn release_node(&self, _: Request<v1::NodeRef>) -> Result<Response<v1::Node>, Status> {
+        super::unbuilt::unbuilt("NodeAttestation.release_node")
+    }
+    async fn attestation_at(&self, _: Request<v1::AttestationAtRequest>) -> Result<Response<v1::AttestationAtResponse>, Status> {
+        super::unbuilt::unbuilt("NodeAttestation.attestation_at")
+    }
+    async fn put_ek_roots(&self, _: Request<v1::PutEkRootsRequest>) -> Result<Response<v1::EndorsementsResponse>, Status> {
+        super::unbuilt::unbuilt("NodeAttestation.put_ek_roots")
+    }
+    async fn disallow_ek(&self, _: Request<v1::AllowEkRequest>) -> Result<Response<v1::AllowEkResponse>, Status> {
+        super::unbuilt::unbuilt("NodeAttestation.disallow_ek")
+    }
+    async fn put_ek_deny(&self, _: Request<v1::PutEkDenyRequest>) -> Result<Response<v1::EndorsementsResponse>, Status> {
+        super::unbuilt::unbuilt("NodeAttestation.put_ek_deny")
+    }
+    async fn list_endorsements(&self, _: Request<v1::ListEndorsementsRequest>) -> Result<Response<v1::EndorsementsResponse>, Status> {
+        super::unbuilt::unbuilt("NodeAttestation.list_endorsements")
+    }
 }
 
 /// Agents by node id, as every replica of the cell tells.
@@ -464,6 +488,9 @@ fn message(agents: &Agents, id: &NodeId, n: &NodeRow) -> v1::Node {
         restarts: u64::from(n.counters.restarts),
         applied_revision: agent.map(|a| a.applied).unwrap_or_default(),
         connected: agent.is_some_and(|a| a.connected),
+        policy: String::new(),
+        code: String::new(),
+        late: false,
     }
 }
 
