@@ -1,14 +1,13 @@
 //! Enrolling nodes: two round trips, then one commit, then one signature (design.md section 3).
 
-use super::{OrStatus, new_token, request_id, token_expiry, token_sha256};
-use crate::authorise::actor;
+use crate::services::{OrStatus, token_sha256};
 use crate::replica::budget::Budget;
 use crate::replica::{Replica, random, ticket};
 use ambit_identity::{Csr, issue};
 use ambit_model::{ClusterId, Code, NodeId, Refusal};
 use ambit_proto::v1;
 use ambit_state::command::Admission;
-use ambit_state::objects::{Counters, DenialRow, NodeRow, NodeState, TokenRow, TokenScope};
+use ambit_state::objects::{AkFacts, Counters, DenialRow, EkFacts, NodeState, TokenScope};
 use ambit_state::{Command, State};
 use ambit_verify::{
     ActivatedAk, Bank, BeginInput, Denial, EkClass, EkRoot, Endorsements, Entropy, EvidenceHeader, Expected, LogExtent,
@@ -27,19 +26,15 @@ const PCR_MASK: u32 = 0x47ff;
 const NEXT_DEADLINE_MS: u64 = ambit_state::UNATTESTED_MAX_MS;
 /// A stranger's stream is not held open for nothing.
 const FIRST_FRAME: std::time::Duration = std::time::Duration::from_secs(10);
-const EKS_MAX: usize = 10_000;
 const TOKEN_BYTES_MAX: usize = 256;
 
-pub(crate) struct Nodes {
-    replica: Replica,
-    budget: Budget,
+/// Begin and Evidence.
+pub(super) struct Enrolment {
+    pub(super) replica: Replica,
+    pub(super) budget: Budget,
 }
 
-impl Nodes {
-    pub(crate) fn new(replica: Replica) -> Self {
-        Self { replica, budget: Budget::default() }
-    }
-
+impl Enrolment {
     fn judge_begin(&self, m: v1::BeginRequest) -> Result<v1::Challenge, Refusal> {
         let cluster: ClusterId = m.cluster.parse()?;
         if m.join_token.len() > TOKEN_BYTES_MAX {
@@ -336,211 +331,3 @@ fn denied(refusal: &Refusal, diverged: Option<String>) -> v1::Denied {
     }
 }
 
-#[tonic::async_trait]
-impl v1::node_attestation_server::NodeAttestation for Nodes {
-    async fn begin(&self, request: Request<v1::BeginRequest>) -> Result<Response<v1::BeginResponse>, Status> {
-        let from = actor(&request)?.remote;
-        self.budget.take(from).or_status()?;
-        let m = request.into_inner();
-        let judged = match self.judge_begin(m.clone()) {
-            // This replica may not have applied yet what an operator wrote through another a moment ago.
-            Err(r) if matches!(r.code, Code::EkNotExpected | Code::JoinTokenInvalid | Code::NotFound) => {
-                self.replica.cell().read_barrier().await.or_status()?;
-                self.judge_begin(m)
-            }
-            judged => judged,
-        };
-        let result = match judged {
-            Ok(challenge) => v1::begin_response::Result::Challenge(challenge),
-            Err(refusal) if refusal.code == Code::Unavailable => return Err(refusal).or_status(),
-            Err(refusal) => {
-                tracing::info!(%from, code = %refusal.code, "enrolment refused at its beginning");
-                v1::begin_response::Result::Denied(denied(&refusal, None))
-            }
-        };
-        Ok(Response::new(v1::BeginResponse { result: Some(result) }))
-    }
-
-    async fn evidence(
-        &self,
-        request: Request<Streaming<v1::EvidenceRequest>>,
-    ) -> Result<Response<v1::EvidenceResponse>, Status> {
-        let from = actor(&request)?.remote;
-        self.budget.take(from).or_status()?;
-        let mut stream = request.into_inner();
-        let result = match self.judge_evidence(&mut stream, from).await? {
-            Ok(verdict) => v1::evidence_response::Result::Verdict(verdict),
-            Err(denied) => v1::evidence_response::Result::Denied(denied),
-        };
-        Ok(Response::new(v1::EvidenceResponse { result: Some(result) }))
-    }
-
-    async fn create_join_token(
-        &self,
-        request: Request<v1::CreateJoinTokenRequest>,
-    ) -> Result<Response<v1::CreateJoinTokenResponse>, Status> {
-        let actor = actor(&request)?;
-        let m = request.into_inner();
-        let id = request_id(&m.request_id)?;
-        let (token, sha256) = new_token("join").or_status()?;
-        let scope = TokenScope::Node(m.cluster.parse().or_status()?);
-        let row = TokenRow { scope, expires: token_expiry(&self.replica, m.ttl_seconds).or_status()?, used: false };
-        self.replica
-            .propose(actor.client, id, Command::CreateToken(sha256, row))
-            .await
-            .or_status()?
-            .outcome
-            .or_status()?;
-        Ok(Response::new(v1::CreateJoinTokenResponse { token }))
-    }
-
-    async fn allow_ek(&self, request: Request<v1::AllowEkRequest>) -> Result<Response<v1::AllowEkResponse>, Status> {
-        let actor = actor(&request)?;
-        let m = request.into_inner();
-        let id = request_id(&m.request_id)?;
-        if m.node_ids.is_empty() || m.node_ids.len() > EKS_MAX {
-            return Err(Refusal::new(Code::BadRequest, format!("1-{EKS_MAX} node ids"), m.node_ids.len().to_string()))
-                .or_status();
-        }
-        let nodes: Vec<NodeId> = m.node_ids.iter().map(|n| n.parse()).collect::<Result<_, _>>().or_status()?;
-        let allowed = nodes.len() as u32;
-        let command = Command::AllowEk(m.cluster.parse().or_status()?, nodes);
-        self.replica.propose(actor.client, id, command).await.or_status()?.outcome.or_status()?;
-        Ok(Response::new(v1::AllowEkResponse { allowed }))
-    }
-
-    async fn list_nodes(&self, _: Request<v1::ListNodesRequest>) -> Result<Response<v1::ListNodesResponse>, Status> {
-        let agents = super::policy::all_agents(&self.replica).await;
-        let nodes =
-            self.replica.read(|s| s.nodes().map(|(id, n)| message(&agents, id, n)).collect()).await.or_status()?;
-        Ok(Response::new(v1::ListNodesResponse { nodes }))
-    }
-
-    async fn explain_node(
-        &self,
-        request: Request<v1::ExplainNodeRequest>,
-    ) -> Result<Response<v1::ExplainNodeResponse>, Status> {
-        let asked = request.into_inner().id;
-        if asked.is_empty() {
-            let denials =
-                self.replica.read(|s| s.denials().map(|(_, d)| denial_message(d)).collect()).await.or_status()?;
-            return Ok(Response::new(v1::ExplainNodeResponse {
-                node: None,
-                denials,
-                attestation_result_json: String::new(),
-            }));
-        }
-        let id: NodeId = asked.parse().or_status()?;
-        let agents = super::policy::all_agents(&self.replica).await;
-        let answer = self.replica.read(|s| Self::explanation(s, &agents, &id)).await.or_status()?;
-        if answer.node.is_none() && answer.denials.is_empty() {
-            return Err(Refusal::new(Code::NotFound, "a node that enrolled or was denied", id.to_string())).or_status();
-        }
-        Ok(Response::new(answer))
-    }
-
-    async fn ban_node(&self, request: Request<v1::NodeRef>) -> Result<Response<v1::Node>, Status> {
-        self.put_out(request, Command::BanNode).await
-    }
-    async fn evict_node(&self, request: Request<v1::NodeRef>) -> Result<Response<v1::Node>, Status> {
-        self.put_out(request, Command::EvictNode).await
-    }
-    async fn unban_node(&self, _: Request<v1::NodeRef>) -> Result<Response<v1::Node>, Status> {
-        super::unbuilt::unbuilt("NodeAttestation.unban_node")
-    }
-    async fn quarantine_node(&self, _: Request<v1::NodeRef>) -> Result<Response<v1::Node>, Status> {
-        super::unbuilt::unbuilt("NodeAttestation.quarantine_node")
-    }
-    async fn release_node(&self, _: Request<v1::NodeRef>) -> Result<Response<v1::Node>, Status> {
-        super::unbuilt::unbuilt("NodeAttestation.release_node")
-    }
-    async fn attestation_at(
-        &self,
-        _: Request<v1::AttestationAtRequest>,
-    ) -> Result<Response<v1::AttestationAtResponse>, Status> {
-        super::unbuilt::unbuilt("NodeAttestation.attestation_at")
-    }
-    async fn put_ek_roots(
-        &self,
-        _: Request<v1::PutEkRootsRequest>,
-    ) -> Result<Response<v1::EndorsementsResponse>, Status> {
-        super::unbuilt::unbuilt("NodeAttestation.put_ek_roots")
-    }
-    async fn disallow_ek(&self, _: Request<v1::AllowEkRequest>) -> Result<Response<v1::AllowEkResponse>, Status> {
-        super::unbuilt::unbuilt("NodeAttestation.disallow_ek")
-    }
-    async fn put_ek_deny(
-        &self,
-        _: Request<v1::PutEkDenyRequest>,
-    ) -> Result<Response<v1::EndorsementsResponse>, Status> {
-        super::unbuilt::unbuilt("NodeAttestation.put_ek_deny")
-    }
-    async fn list_endorsements(
-        &self,
-        _: Request<v1::ListEndorsementsRequest>,
-    ) -> Result<Response<v1::EndorsementsResponse>, Status> {
-        super::unbuilt::unbuilt("NodeAttestation.list_endorsements")
-    }
-}
-
-/// Agents by node id, as every replica of the cell tells.
-type Agents = std::collections::BTreeMap<String, v1::AgentRevision>;
-
-fn message(agents: &Agents, id: &NodeId, n: &NodeRow) -> v1::Node {
-    let agent = agents.get(&id.to_string());
-    v1::Node {
-        id: id.to_string(),
-        cluster: n.cluster.to_string(),
-        generation: n.generation.0,
-        state: format!("{:?}", n.state).to_lowercase(),
-        ek_class: n.ek_class.clone(),
-        address: agent.map(|a| a.address.clone()).unwrap_or_default(),
-        last_verdict_ms: n.last_verdict.0,
-        resets: u64::from(n.counters.resets),
-        restarts: u64::from(n.counters.restarts),
-        applied_revision: agent.map(|a| a.applied).unwrap_or_default(),
-        connected: agent.is_some_and(|a| a.connected),
-        policy: String::new(),
-        code: String::new(),
-        late: false,
-    }
-}
-
-fn denial_message(d: &DenialRow) -> v1::DenialRecord {
-    v1::DenialRecord {
-        stamp_ms: d.stamp.0,
-        node: d.node.to_string(),
-        code: d.code.clone(),
-        diverged: d.diverged.clone(),
-        expected: d.expected.clone(),
-        found: d.found.clone(),
-        remedy: Code::from_text(&d.code).map(Code::remedy).unwrap_or_default().to_owned(),
-    }
-}
-
-impl Nodes {
-    async fn put_out(
-        &self,
-        request: Request<v1::NodeRef>,
-        command: impl FnOnce(NodeId) -> Command,
-    ) -> Result<Response<v1::Node>, Status> {
-        let actor = actor(&request)?;
-        let m = request.into_inner();
-        let id: NodeId = m.id.parse().or_status()?;
-        let request = request_id(&m.request_id)?;
-        self.replica.propose(actor.client, request, command(id)).await.or_status()?.outcome.or_status()?;
-        let agents = super::policy::all_agents(&self.replica).await;
-        let node = self.replica.local(|s| s.node(&id).map(|n| message(&agents, &id, n)));
-        node.map(Response::new).ok_or_else(|| Refusal::new(Code::NotFound, "a node", m.id)).or_status()
-    }
-
-    fn explanation(s: &State, agents: &Agents, id: &NodeId) -> v1::ExplainNodeResponse {
-        let denials = s.denials().filter(|(_, d)| d.node == *id).map(|(_, d)| denial_message(d));
-        let row = s.node(id);
-        v1::ExplainNodeResponse {
-            node: row.map(|n| message(agents, id, n)),
-            denials: denials.collect(),
-            attestation_result_json: row.map(|n| n.claims.clone()).unwrap_or_default(),
-        }
-    }
-}
