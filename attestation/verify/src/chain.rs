@@ -84,6 +84,8 @@ pub struct NodeEvidence {
     pub qualified_signer: Vec<u8>,
     /// SubjectPublicKeyInfo (DER) of the one key that this evidence may certify.
     pub csr_spki: Vec<u8>,
+    /// Whether the TPM certified that it holds the private half of that key.
+    pub svid_key_in_tpm: bool,
     /// The server's nonce, to be consumed by the entry that admits the node.
     pub nonce: [u8; 32],
     /// Until when the consumed nonce is remembered, and the deadline the answer kept.

@@ -17,6 +17,7 @@
 
 pub mod attest;
 pub mod bootlog;
+pub mod certify;
 pub mod chain;
 pub mod claims;
 pub mod credential;
@@ -34,6 +35,7 @@ pub mod ticket;
 pub mod transcript;
 mod wire;
 
+pub use certify::KeyHome;
 pub use chain::{
     ActivatedAk, BeginInput, Challenge, Counters, Denial, EndorsedEk, Entropy, EvidenceHeader, Expected, FreshQuote,
     LogExtent, NodeEvidence, PresentedEk, Session, Step, Terms, Verified,

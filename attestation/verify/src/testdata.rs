@@ -124,6 +124,11 @@ impl SoftwareAk {
         SoftwareAk { public: p256_public(AK_ATTRIBUTES, key.public_key().as_ref()), key }
     }
 
+    /// The public key, uncompressed.
+    pub(crate) fn point(&self) -> Vec<u8> {
+        self.key.public_key().as_ref().to_vec()
+    }
+
     /// r || s.
     pub(crate) fn sign_fixed(&self, message: &[u8]) -> Vec<u8> {
         self.key.sign(&SystemRandom::new(), message).expect("signature").as_ref().to_vec()

@@ -1,6 +1,7 @@
 //! What the HMAC and the quote are taken over. The agent makes these bytes and the verifier checks them, so both use
 //! this one module (design.md section 3).
 
+use crate::certify::KeyHome;
 use crate::chain::LogExtent;
 use crate::hash::{sha256, sha256_of};
 use ambit_model::{ClusterId, Generation, NodeId};
@@ -73,6 +74,8 @@ pub struct Transcript<'a> {
     pub boot_log: LogExtent,
     /// Extent of the IMA log.
     pub ima_log: LogExtent,
+    /// Where the SVID key is, with the proof.
+    pub svid_key: &'a KeyHome,
 }
 
 impl Transcript<'_> {
@@ -114,6 +117,15 @@ impl Transcript<'_> {
         for log in [self.boot_log, self.ima_log] {
             put(&log.len.to_be_bytes());
             put(&log.sha256);
+        }
+        match self.svid_key {
+            KeyHome::InMemory => put(&[0]),
+            KeyHome::InTpm { public, attest, signature } => {
+                put(&[1]);
+                put(public);
+                put(attest);
+                put(signature);
+            }
         }
         out
     }

@@ -1,6 +1,7 @@
 //! The second round trip: ticket, activation, quote, logs.
 
 use super::{Counters, Denial, NodeEvidence, Verified};
+use crate::certify::KeyHome;
 use crate::hash::{HashAlg, sha256};
 use crate::public::{AttestationKey, EndorsementKey, Public};
 use crate::quote::{self, Quote, Quoted};
@@ -47,6 +48,8 @@ pub struct EvidenceHeader {
     pub ek_public: Vec<u8>,
     /// TPMT_PUBLIC of the AK, as in `Begin`.
     pub ak_public: Vec<u8>,
+    /// Where the SVID key is, with the proof.
+    pub svid_key: KeyHome,
 }
 
 /// What the caller needs of a session even where the evidence fails: a failure after a good HMAC consumes the nonce.
@@ -100,6 +103,7 @@ impl ActivatedAk {
             pcrs: &header.pcrs,
             boot_log: header.boot_log,
             ima_log: header.ima_log,
+            svid_key: &header.svid_key,
         };
         if !transcript.verify(&body.secret, &header.hmac) {
             return Err(Refusal::new(Code::ActivationFailed, "an HMAC under the activated secret", "another HMAC"));
@@ -127,24 +131,27 @@ impl ActivatedAk {
     /// Judges the CSR and the quote, in the order of design.md section 3. A refusal from here consumes the nonce.
     pub fn quote(self) -> Result<FreshQuote, Refusal> {
         let csr_spki = csr::p256_spki(&self.header.csr)?;
+        let extra_data = transcript::qualifying_data(&transcript::Binding {
+            agent_nonce: &self.ticket.agent_nonce,
+            server_nonce: &self.ticket.server_nonce,
+            ticket_sha256: &self.ticket_sha256,
+            csr_spki: &csr_spki,
+            cluster: &self.ticket.cluster,
+            ak_name: &self.ak_name,
+        });
         let quote = Quote {
             attest: &self.header.quote,
             signature: &self.header.signature,
             pcrs: &self.header.pcrs,
             signer: &self.qualified_signer,
-            extra_data: transcript::qualifying_data(&transcript::Binding {
-                agent_nonce: &self.ticket.agent_nonce,
-                server_nonce: &self.ticket.server_nonce,
-                ticket_sha256: &self.ticket_sha256,
-                csr_spki: &csr_spki,
-                cluster: &self.ticket.cluster,
-                ak_name: &self.ak_name,
-            }),
+            extra_data,
             bank: self.ticket.bank,
             pcr_mask: self.ticket.pcr_mask,
         };
         let quoted = quote.judge(&self.ak)?;
-        Ok(FreshQuote { activated: self, csr_spki, quoted })
+        let key = &self.header.svid_key;
+        let svid_key_in_tpm = key.judge(&self.ak, &self.qualified_signer, &extra_data, &csr_spki)?;
+        Ok(FreshQuote { activated: self, csr_spki, svid_key_in_tpm, quoted })
     }
 }
 
@@ -158,6 +165,9 @@ fn sizes(header: &EvidenceHeader) -> Result<(), Refusal> {
         ("AK public", &header.ak_public),
     ];
     quote::sizes(&objects, &header.pcrs)?;
+    if let KeyHome::InTpm { public, attest, signature } = &header.svid_key {
+        quote::sizes(&[("SVID key", public), ("certification", attest), ("its signature", signature)], &[])?;
+    }
     if header.boot_log.len > BOOT_LOG_BYTES_MAX {
         return Err(quote::too_large("boot log", header.boot_log.len));
     }
@@ -172,6 +182,7 @@ fn sizes(header: &EvidenceHeader) -> Result<(), Refusal> {
 pub struct FreshQuote {
     activated: ActivatedAk,
     csr_spki: Vec<u8>,
+    svid_key_in_tpm: bool,
     quoted: Quoted,
 }
 
@@ -220,6 +231,7 @@ impl FreshQuote {
             ak_name,
             qualified_signer,
             csr_spki: self.csr_spki,
+            svid_key_in_tpm: self.svid_key_in_tpm,
             nonce: ticket.server_nonce,
             deadline: ticket.deadline,
             bank: ticket.bank,

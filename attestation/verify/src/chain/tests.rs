@@ -11,7 +11,7 @@ use crate::quote::Quote;
 use crate::signature::AkVerifier;
 use crate::testdata::{ca, golden, golden_pcrs, mutant};
 use crate::transcript::{Binding, Transcript, qualifying_data};
-use crate::{TicketBody, csr};
+use crate::{KeyHome, TicketBody, csr};
 use ambit_model::{Code, Stamp};
 use aws_lc_rs::rand::SystemRandom;
 use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair as _};
@@ -250,6 +250,7 @@ impl Attempt {
             ima_log: LogExtent::of(&self.ima_log),
             ek_public: self.begin.ek_public.clone(),
             ak_public: self.begin.ak_public.clone(),
+            svid_key: KeyHome::InMemory,
         };
         (self.edit_header)(&mut header);
         let transcript = Transcript {
@@ -260,6 +261,7 @@ impl Attempt {
             pcrs: &header.pcrs,
             boot_log: header.boot_log,
             ima_log: header.ima_log,
+            svid_key: &header.svid_key,
         };
         header.hmac = transcript.hmac(&[1; 32]).to_vec();
         if self.hmac_flipped {
