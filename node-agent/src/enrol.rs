@@ -22,7 +22,7 @@ use ambit_proto::v1::{
 use ambit_tpm::{Attester, Bank, TpmError};
 use ambit_transport::{Dialer, Identity};
 use ambit_verify::transcript::{Binding, Transcript, qualifying_data};
-use ambit_verify::{BOOT_LOG_BYTES_MAX, IMA_LOG_BYTES_MAX, LogExtent, Public};
+use ambit_verify::{BOOT_LOG_BYTES_MAX, IMA_LOG_BYTES_MAX, KeyHome, LogExtent, Public};
 use rustls::sign::CertifiedKey;
 use rustls_pki_types::CertificateDer;
 use std::net::SocketAddr;
@@ -172,6 +172,7 @@ async fn once(
         pcrs: &quote.pcrs,
         boot_log: extent(&boot_log),
         ima_log: extent(&ima_log),
+        svid_key: &KeyHome::InMemory,
     };
     let header = EvidenceHeader {
         hmac: transcript.hmac(&secret).to_vec(),
@@ -187,6 +188,7 @@ async fn once(
         join_token,
         ek_public: me.ek_public.clone(),
         ak_public: me.ak_public.clone(),
+        ..Default::default()
     };
     let verdict = evidence(&mut client, header, &boot_log, &ima_log).await?;
     let enrolled = accept(config, &key, verdict, clock.now())?;

@@ -9,7 +9,7 @@ use ambit_tpm::{Attester, Bank, TpmError, TpmIdentity};
 use ambit_verify::hash::sha256;
 use ambit_verify::transcript::{Binding, Transcript, qualifying_data};
 use ambit_verify::{
-    ActivatedAk, BeginInput, Challenge, EkClass, EkRoot, Endorsements, Entropy, EvidenceHeader, Expected, LogExtent,
+    ActivatedAk, BeginInput, Challenge, EkClass, EkRoot, Endorsements, Entropy, EvidenceHeader, Expected, KeyHome, LogExtent,
     PresentedEk, Public, Terms, TicketBody, csr,
 };
 use common::Swtpm;
@@ -83,6 +83,7 @@ async fn a_node_is_verified_from_its_tpm_alone() {
             pcrs: &quote.pcrs,
             boot_log: none,
             ima_log: none,
+            svid_key: &KeyHome::InMemory,
         };
         let header = EvidenceHeader {
             hmac: transcript.hmac(&secret).to_vec(),
@@ -94,6 +95,7 @@ async fn a_node_is_verified_from_its_tpm_alone() {
             ima_log: none,
             ek_public: identity.ek_public.clone(),
             ak_public: identity.ak_public.clone(),
+            svid_key: KeyHome::InMemory,
         };
         let fresh = ActivatedAk::open(ticket, TICKET, header, NOW).unwrap().quote().unwrap();
         let verified = fresh.appraise(b"", b"", None).unwrap();

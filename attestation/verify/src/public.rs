@@ -144,6 +144,17 @@ impl Public {
         self.name_alg
     }
 
+    pub(crate) fn attributes(&self) -> u32 {
+        self.attributes
+    }
+
+    /// Whether this is a key that its TPM made and keeps, and that signs anything but decrypts nothing.
+    pub(crate) fn is_confined_signer(&self) -> bool {
+        let must = bit::FIXED_TPM | bit::FIXED_PARENT | bit::SENSITIVE_DATA_ORIGIN | bit::SIGN;
+        let must_not = bit::RESTRICTED | bit::DECRYPT;
+        self.attributes & (must | must_not) == must && self.name_alg != HashAlg::Sha1
+    }
+
     /// Parses the whole of `bytes`, which must be a TPMT_PUBLIC (no size in front) of an asymmetric key.
     pub(crate) fn parse(bytes: &[u8]) -> Result<Public, Malformed> {
         let mut r = Reader::new(bytes);

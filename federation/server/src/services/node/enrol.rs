@@ -10,7 +10,7 @@ use ambit_state::command::Admission;
 use ambit_state::objects::{AkFacts, Counters, DenialRow, EkFacts, NodeState, TokenScope};
 use ambit_state::{Command, State};
 use ambit_verify::{
-    ActivatedAk, Bank, BeginInput, Denial, EkClass, EkRoot, Endorsements, Entropy, EvidenceHeader, Expected, LogExtent,
+    ActivatedAk, Bank, BeginInput, Denial, EkClass, EkRoot, Endorsements, Entropy, EvidenceHeader, Expected, KeyHome, LogExtent,
     NodeEvidence, PresentedEk, Terms, TicketBody, Verified,
 };
 use sha2::{Digest, Sha256};
@@ -279,6 +279,7 @@ fn evidence_header(h: v1::EvidenceHeader) -> Result<EvidenceHeader, Refusal> {
         pcrs: h.pcrs.into_iter().map(|p| (p.index, p.value)).collect(),
         ek_public: h.ek_public,
         ak_public: h.ak_public,
+        svid_key: KeyHome::from_wire(h.svid_public, h.svid_certify, h.svid_certify_signature)?,
     })
 }
 
