@@ -186,6 +186,19 @@ pub struct AkFacts {
     pub qualified_signer: Vec<u8>,
 }
 
+/// A point in a node's IMA log, from which the next round goes on.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImaPoint {
+    /// Bytes before it.
+    pub offset: u64,
+    /// Entries before it.
+    pub entries: u64,
+    /// PCR 10 there.
+    pub pcr: Vec<u8>,
+    /// How the kernel extends: the verifier's word for it.
+    pub form: String,
+}
+
 /// A version of an appraisal policy.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct PolicyRef {
@@ -227,18 +240,18 @@ pub struct Standing {
     pub led_ms: u64,
     /// As last quoted.
     pub counters: Counters,
-    /// Bytes of the IMA log that were judged.
-    pub ima_offset: u64,
-    /// PCR 10 there.
-    pub ima_pcr: Vec<u8>,
+    /// How far the IMA log was judged.
+    pub ima: ImaPoint,
     /// SHA-256 over the boot's PCRs: while they are the same, so is the boot.
     pub boot_pcrs_sha256: [u8; 32],
     /// SHA-256 of the boot log that led to them.
     pub boot_log_sha256: [u8; 32],
     /// What accepted it.
     pub policy: PolicyRef,
-    /// SHA-256 over the evidence judged last.
+    /// SHA-256 of the body of the evidence judged last.
     pub evidence_sha256: [u8; 32],
+    /// Bodies that it adds to, back to the last whole one.
+    pub evidence_depth: u32,
     /// Good verdicts since the last change of boot or policy.
     pub rounds: u64,
 }

@@ -104,6 +104,11 @@ impl Blobs {
         None
     }
 
+    /// Whether an allow-list of this SHA-256 is here.
+    pub fn is_list(&self, sha256: &[u8; 32]) -> bool {
+        self.path(Keep::AllowList, sha256).exists()
+    }
+
     /// Removes evidence that is too old; called now and then.
     pub fn expire(&self) {
         let old = |path: &Path| {

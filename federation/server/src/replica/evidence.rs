@@ -21,8 +21,6 @@ pub struct Body {
     pub node: NodeId,
     /// The body that this one adds to.
     pub before: Option<[u8; 32]>,
-    /// How many bodies come before it.
-    pub depth: u32,
     /// Endorsement class of the EK.
     pub ek_class: String,
     /// `sha256` or `sha384`.

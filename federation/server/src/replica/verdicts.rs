@@ -14,6 +14,9 @@ const BATCH_MAX: usize = 1_024;
 /// A lone verdict waits this long for company: small against the seconds between two rounds of a node.
 const GATHER: Duration = Duration::from_millis(50);
 
+/// What waits to be committed.
+pub type Queue = mpsc::Receiver<Waiting>;
+
 type Waiting = (RoundVerdict, oneshot::Sender<Result<(), Refusal>>);
 
 /// Where rounds hand in their verdicts.
@@ -24,7 +27,7 @@ pub struct Verdicts {
 
 impl Verdicts {
     /// The handle, and what [`run`] takes.
-    pub fn new() -> (Verdicts, mpsc::Receiver<Waiting>) {
+    pub fn new() -> (Verdicts, Queue) {
         let (queue, waiting) = mpsc::channel(QUEUE);
         (Verdicts { queue }, waiting)
     }
@@ -39,7 +42,7 @@ impl Verdicts {
 }
 
 /// Commits what gathers, until every handle is gone.
-pub async fn run(replica: Replica, mut waiting: mpsc::Receiver<Waiting>) {
+pub async fn run(replica: Replica, mut waiting: Queue) {
     let mut batch = Vec::new();
     while waiting.recv_many(&mut batch, BATCH_MAX).await > 0 {
         tokio::time::sleep(GATHER).await;

@@ -1,17 +1,19 @@
 //! Enrolling nodes: two round trips, then one commit, then one signature (design.md section 3).
 
+use crate::services::rounds::PCR_MASK;
 use crate::services::{OrStatus, token_sha256};
 use crate::replica::budget::Budget;
 use crate::replica::{Replica, random, ticket};
 use ambit_identity::{Csr, issue};
 use ambit_model::{ClusterId, Code, NodeId, Refusal};
 use ambit_proto::v1;
-use ambit_state::command::Admission;
-use ambit_state::objects::{AkFacts, Counters, DenialRow, EkFacts, NodeState, TokenScope};
+use crate::replica::evidence::Body;
+use ambit_state::command::{Admission, Seen};
+use ambit_state::objects::{AkFacts, DenialRow, EkFacts, NodeState, PolicyRef, TokenScope};
 use ambit_state::{Command, State};
 use ambit_verify::{
-    ActivatedAk, Bank, BeginInput, Denial, EkClass, EkRoot, Endorsements, Entropy, EvidenceHeader, Expected, KeyHome, LogExtent,
-    NodeEvidence, PresentedEk, Terms, TicketBody, Verified,
+    ActivatedAk, Bank, BeginInput, Denial, EkClass, EkRoot, Endorsements, Entropy, EvidenceHeader, Expected, FreshQuote, KeyHome,
+    LogExtent, NodeEvidence, PresentedEk, Session, Terms, TicketBody, Verified,
 };
 use sha2::{Digest, Sha256};
 use std::net::IpAddr;
@@ -20,8 +22,6 @@ use zeroize::Zeroizing;
 
 /// An answer takes a few TPM operations; a discrete TPM needs seconds for them.
 const ANSWER_MS: u64 = 60_000;
-/// Firmware and boot (0-7), grub and kernel (8, 9), IMA (10), shim (14).
-const PCR_MASK: u32 = 0x47ff;
 /// Verdicts are wanted again within half of this; the unattested maximum ends an SVID in any case.
 const NEXT_DEADLINE_MS: u64 = ambit_state::UNATTESTED_MAX_MS;
 /// A stranger's stream is not held open for nothing.
@@ -35,7 +35,18 @@ pub(super) struct Enrolment {
 }
 
 impl Enrolment {
-    fn judge_begin(&self, m: v1::BeginRequest) -> Result<v1::Challenge, Refusal> {
+    /// The first round trip. The inner refusal is a denial, told by its code.
+    pub(super) async fn begin(&self, m: v1::BeginRequest) -> Result<Result<v1::Challenge, Refusal>, Refusal> {
+        match self.judge_begin(m.clone()).await {
+            Err(r) if super::maybe_behind(r.code) => {
+                self.replica.cell().read_barrier().await?;
+                Ok(self.judge_begin(m).await)
+            }
+            judged => Ok(judged),
+        }
+    }
+
+    async fn judge_begin(&self, m: v1::BeginRequest) -> Result<v1::Challenge, Refusal> {
         let cluster: ClusterId = m.cluster.parse()?;
         if m.join_token.len() > TOKEN_BYTES_MAX {
             return Err(Refusal::new(Code::JoinTokenInvalid, "a join token of this cell", "a longer text"));
@@ -52,7 +63,7 @@ impl Enrolment {
         let now = self.replica.now();
         let (expected, endorsements, endorsement_revision) =
             self.replica.local(|s| expectation(s, &cluster, &node, &m.join_token))?;
-        let endorsed = presented.endorse(expected, &endorsements, now)?;
+        let policy_revision = self.replica.governing(&cluster)?.revision;
         let entropy =
             Entropy { secret: Zeroizing::new(random()?), server_nonce: random()?, seed: Zeroizing::new(random()?) };
         let terms = Terms {
@@ -61,9 +72,18 @@ impl Enrolment {
             ima_offset: 0,
             deadline: now.plus_ms(ANSWER_MS),
             endorsement_revision,
-            policy_revision: ambit_model::Revision(0),
+            policy_revision,
         };
-        let (challenge, body) = endorsed.challenge(entropy, terms)?;
+        // The chain of a certificate and a credential for P-384 cost milliseconds.
+        let made = self.replica.work().run(move || {
+            let endorsed = presented.endorse(expected, &endorsements, now)?;
+            let quirks = endorsed.quirks().to_vec();
+            endorsed.challenge(entropy, terms).map(|made| (made, quirks))
+        });
+        let ((challenge, body), quirks) = made.await??;
+        if !quirks.is_empty() {
+            tracing::info!(%node, ?quirks, "EK certificate read with indulgence");
+        }
         Ok(v1::Challenge {
             ticket: ticket::seal_ticket(&self.replica, &body.encode())?,
             server_nonce: challenge.server_nonce.to_vec(),
@@ -77,7 +97,7 @@ impl Enrolment {
     }
 
     /// Header, HMAC, quote; only then are the logs read, no more of them than the header states.
-    async fn judge_evidence(
+    pub(super) async fn evidence(
         &self,
         stream: &mut Streaming<v1::EvidenceRequest>,
         from: IpAddr,
@@ -107,47 +127,110 @@ impl Enrolment {
         };
         let session = activated.session();
         let judged = match activated.quote() {
-            Err(refusal) => Err(Denial { refusal, diverged: None }),
-            Ok(quote) => match read_logs(stream, boot, ima).await {
-                // Cut short or overlong after a good HMAC: the nonce is spent like after any other bad evidence.
-                Err(refusal) => Err(Denial { refusal, diverged: None }),
-                Ok((boot_log, ima_log)) => {
-                    let stored = self.replica.local(|s| s.node(&session.node).and_then(stored_counters));
-                    // Replaying a large log takes milliseconds; it must not hold up other calls.
-                    let judged = tokio::task::spawn_blocking(move || quote.appraise(&boot_log, &ima_log, stored)).await;
-                    judged.map_err(|e| Status::internal(e.to_string()))?
-                }
-            },
+            Err(refusal) => Judged::Denied(refusal.into()),
+            Ok(quote) => self.judge_logs(stream, quote, &session, (boot, ima)).await.or_status()?,
         };
         match judged {
-            Ok(verified) => match certifiable(&csr_der, &verified) {
-                Ok(csr) => self.admit(verified, &csr).await.or_status(),
-                Err(refusal) => self.deny(&session, Denial { refusal, diverged: None }).await.or_status(),
+            Judged::Good(verified, body) => match certifiable(&csr_der, &verified) {
+                Ok(csr) => self.admit(verified, &csr, &body).await.or_status(),
+                Err(refusal) => self.deny(&session, refusal.into(), false).await.or_status(),
             },
-            Err(denial) => self.deny(&session, denial).await.or_status(),
+            Judged::Broken(refusal) => self.deny(&session, refusal.into(), false).await.or_status(),
+            Judged::Denied(denial) => {
+                let distrust = self.speaks_against(&session, &denial);
+                self.deny(&session, denial, distrust).await.or_status()
+            }
+        }
+    }
+
+    /// Reads the logs and judges all.
+    async fn judge_logs(
+        &self,
+        stream: &mut Streaming<v1::EvidenceRequest>,
+        quote: FreshQuote,
+        session: &Session,
+        (boot, ima): (LogExtent, LogExtent),
+    ) -> Result<Judged, Refusal> {
+        let _room = self.replica.work().log_room(boot.len.saturating_add(ima.len))?;
+        let (boot_log, ima_log) = match read_logs(stream, boot, ima).await {
+            Ok(logs) => logs,
+            // Cut short or overlong after a good HMAC: the nonce is spent like after any other bad evidence, but a
+            // broken connection says nothing about the machine.
+            Err(refusal) => return Ok(Judged::Broken(refusal)),
+        };
+        let stored = self.replica.local(|s| {
+            let evicted = s.node(&session.node).is_none_or(|n| n.state == NodeState::Evicted);
+            s.standing(&session.node).filter(|_| !evicted).map(super::counters)
+        });
+        let governing = self.replica.governing(&session.cluster)?;
+        let mut body = Body {
+            node: session.node,
+            before: None,
+            ek_class: String::new(),
+            bank: Bank::Sha256.as_str().to_owned(),
+            ak_public: Vec::new(),
+            quote: quote.attest().to_vec(),
+            signature: quote.signature().to_vec(),
+            pcrs: quote.pcrs().clone(),
+            boot_log,
+            ima_offset: 0,
+            ima_log,
+        };
+        // Replaying a large log takes milliseconds; it must not hold up other calls.
+        let judged = self.replica.work().run(move || {
+            let verified = quote.appraise(&body.boot_log, &body.ima_log, stored, &governing.compiled);
+            if let Ok(v) = &verified {
+                body.ek_class = v.ek_class.as_str().to_owned();
+                body.ak_public = v.ak_public.clone();
+            }
+            (verified, body, governing)
+        });
+        let (verified, body, governing) = judged.await?;
+        Ok(match verified {
+            Ok(verified) => match governing.versions.get(verified.policy) {
+                Some((policy, _)) => Judged::Good(verified, Box::new(Accepted { body, policy: policy.clone() })),
+                None => return Err(Refusal::new(Code::Internal, "a policy that governs", "none")),
+            },
+            Err(denial) => Judged::Denied(denial),
+        })
+    }
+
+    /// Whether a denial speaks against the node as it was admitted: its own TPM shows another state. A clock behind one
+    /// that was committed after this challenge was made does not: two honest quotes may overtake each other.
+    fn speaks_against(&self, session: &Session, denial: &Denial) -> bool {
+        match denial.refusal.code {
+            Code::ClockStepBack => {
+                let made = session.deadline.minus_ms(ANSWER_MS);
+                self.replica.local(|s| s.standing(&session.node).is_some_and(|st| st.verdict < made))
+            }
+            Code::EvidenceMalformed | Code::CsrMalformed | Code::EvidenceTooLarge | Code::KeyNotCertified => false,
+            _ => true,
         }
     }
 
     /// A failure after a good HMAC consumes the nonce and is kept for operators.
     async fn deny(
         &self,
-        session: &ambit_verify::Session,
+        session: &Session,
         denial: Denial,
+        distrust: bool,
     ) -> Result<Result<v1::Verdict, v1::Denied>, Refusal> {
+        let forked = distrust && denial.refusal.code == Code::ClockStepBack;
+        let code = if forked { Code::TpmStateForked } else { denial.refusal.code };
         let row = DenialRow {
             stamp: self.replica.now(),
             node: session.node,
-            code: denial.refusal.code.to_string(),
+            code: code.to_string(),
             diverged: denial.diverged.clone().unwrap_or_default(),
             expected: denial.refusal.expected.clone(),
             found: denial.refusal.found.clone(),
         };
-        let command = Command::DenyNode(session.nonce, session.deadline, row);
+        let command = Command::DenyNode { nonce: session.nonce, deadline: session.deadline, row, distrust };
         if let Err(refusal) = self.propose_for(&session.node, command).await?.outcome {
             return Ok(Err(denied(&refusal, None)));
         }
-        tracing::warn!(node = %session.node, code = %denial.refusal.code, diverged = denial.diverged, "enrolment denied");
-        Ok(Err(denied(&denial.refusal, denial.diverged)))
+        tracing::warn!(node = %session.node, %code, diverged = denial.diverged, "enrolment denied");
+        Ok(Err(denied(&Refusal { code, ..denial.refusal }, denial.diverged)))
     }
 
     /// Each arrival of evidence is a request of its own: that it serves once is the nonce's work, and a second arrival
@@ -160,11 +243,14 @@ impl Enrolment {
         &self,
         evidence: Verified<NodeEvidence>,
         csr: &Csr,
+        accepted: &Accepted,
     ) -> Result<Result<v1::Verdict, v1::Denied>, Refusal> {
         let now = self.replica.now();
-        let claims = evidence.claims_json(now);
+        let claims = evidence.claims_json(now, &accepted.policy.to_string());
         let (node, cluster) = (evidence.node, evidence.cluster.clone());
-        let command = Command::AdmitNode(admission(&self.replica, &evidence, csr, claims.clone()));
+        let evidence_sha256 = self.replica.keep_evidence(&accepted.body).await?;
+        let command =
+            Command::AdmitNode(admission(&self.replica, &evidence, csr, claims.clone(), accepted, evidence_sha256));
         let applied = self.propose_for(&node, command).await?;
         if let Err(refusal) = &applied.outcome {
             return Ok(Err(denied(refusal, None)));
@@ -193,7 +279,29 @@ impl Enrolment {
     }
 }
 
-fn admission(replica: &Replica, e: &Verified<NodeEvidence>, csr: &Csr, claims: String) -> Admission {
+/// What came of the second round trip.
+enum Judged {
+    Good(Verified<NodeEvidence>, Box<Accepted>),
+    /// The evidence itself is bad.
+    Denied(Denial),
+    /// It never came whole.
+    Broken(Refusal),
+}
+
+/// What accepted the evidence, and the evidence to keep.
+struct Accepted {
+    body: Body,
+    policy: PolicyRef,
+}
+
+fn admission(
+    replica: &Replica,
+    e: &Verified<NodeEvidence>,
+    csr: &Csr,
+    claims: String,
+    accepted: &Accepted,
+    evidence_sha256: [u8; 32],
+) -> Admission {
     Admission {
         node: e.node,
         cluster: e.cluster.clone(),
@@ -201,25 +309,35 @@ fn admission(replica: &Replica, e: &Verified<NodeEvidence>, csr: &Csr, claims: S
         deadline: e.deadline,
         join_token: e.join_token,
         endorsement_revision: e.endorsement_revision,
-        ak_name: e.ak_name.clone(),
-        counters: Counters { resets: e.counters.reset, restarts: e.counters.restart, clock: e.counters.clock_ms },
-        ek_class: e.ek_class.as_str().to_owned(),
+        policy_revision: e.policy_revision,
+        ak: AkFacts {
+            name: e.ak_name.clone(),
+            public: e.ak_public.clone(),
+            qualified_signer: e.qualified_signer.clone(),
+        },
+        ek: EkFacts {
+            class: e.ek_class.as_str().to_owned(),
+            root_sha256: e.ek.root_sha256,
+            manufacturer: e.ek.manufacturer.clone(),
+            model: e.ek.model.clone(),
+            firmware_version: e.firmware_version,
+            by_allow_list: false,
+        },
+        seen: Seen {
+            counters: super::stored(&e.counters),
+            firmware_version: e.firmware_version,
+            ima_offset: e.ima.checkpoint.offset,
+            ima_pcr: e.ima.checkpoint.pcr.clone(),
+            boot_pcrs_sha256: e.boot_pcrs_sha256,
+            boot_log_sha256: ambit_verify::hash::sha256(&accepted.body.boot_log),
+            policy: accepted.policy.clone(),
+            evidence_sha256,
+            evidence_depth: 0,
+        },
         key_hash: csr.spki_sha256(),
         authority: replica.issuer().authority().to_owned(),
         claims,
-        evidence_sha256: e.evidence_sha256,
     }
-}
-
-fn stored_counters(row: &NodeRow) -> Option<ambit_verify::Counters> {
-    let c = row.counters;
-    // An evicted node starts anew.
-    (row.state == NodeState::Admitted).then_some(ambit_verify::Counters {
-        reset: c.resets,
-        restart: c.restarts,
-        clock_ms: c.clock,
-        safe: false,
-    })
 }
 
 /// Why this cluster would take this EK, its EK roots, and the revision of both.
@@ -237,8 +355,12 @@ fn expectation(
         .iter()
         .filter_map(|(der, class)| Some(EkRoot { der: der.clone(), class: EkClass::from_text(class)? }))
         .collect();
-    let endorsements = Endorsements { roots, intermediates: Vec::new() };
-    let known = s.node(node).is_some_and(|n| n.state == NodeState::Admitted && n.cluster == *cluster);
+    let endorsements = Endorsements { roots, intermediates: Vec::new(), denied: deny_rules(s) };
+    let row = s.node(node);
+    if let Some(code) = row.and_then(|n| n.state.bars_enrolment()) {
+        return Err(Refusal::new(code, "a node that may enrol", "one that is out"));
+    }
+    let known = row.is_some_and(|n| n.state != NodeState::Evicted && n.cluster == *cluster);
     let expected = if known || s.ek_allowed(cluster, node) {
         Expected::AllowListed
     } else if token.is_empty() {
@@ -323,7 +445,7 @@ async fn read_exactly(stream: &mut Streaming<v1::EvidenceRequest>, extent: LogEx
     Ok(log)
 }
 
-fn denied(refusal: &Refusal, diverged: Option<String>) -> v1::Denied {
+pub(super) fn denied(refusal: &Refusal, diverged: Option<String>) -> v1::Denied {
     let told = refusal.for_node();
     v1::Denied {
         code: told.code.to_string(),

@@ -155,3 +155,14 @@ fn maybe_behind(code: Code) -> bool {
             | Code::NodeBanned
     )
 }
+
+/// Counters as the verifier compares them.
+pub(crate) fn counters(standing: &ambit_state::objects::Standing) -> ambit_verify::Counters {
+    let c = standing.counters;
+    ambit_verify::Counters { reset: c.resets, restart: c.restarts, clock_ms: c.clock, safe: false }
+}
+
+/// Counters as the cell keeps them.
+pub(crate) fn stored(c: &ambit_verify::Counters) -> ambit_state::objects::Counters {
+    ambit_state::objects::Counters { resets: c.reset, restarts: c.restart, clock: c.clock_ms }
+}
