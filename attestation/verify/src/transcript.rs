@@ -3,10 +3,11 @@
 
 use crate::chain::LogExtent;
 use crate::hash::{sha256, sha256_of};
-use ambit_model::ClusterId;
+use ambit_model::{ClusterId, Generation, NodeId};
 use aws_lc_rs::hmac;
 
 const QUOTE_CONTEXT: &[u8] = b"ambit/quote/v1\0";
+const ROUND_CONTEXT: &[u8] = b"ambit/round/v1";
 const HMAC_CONTEXT: &[u8] = b"ambit/evidence-hmac/v1\0";
 const EVIDENCE_CONTEXT: &[u8] = b"ambit/evidence/v1\0";
 
@@ -39,6 +40,21 @@ pub fn qualifying_data(b: &Binding<'_>) -> [u8; 32] {
         cluster,
         &sha256(b.ak_name),
     ])
+}
+
+/// `qualifyingData` of TPM2_Quote in a round of re-attestation. A nonce alone would let one node answer for another, or
+/// a generation for its successor. Every part but the cluster has a fixed length, and the cluster carries its own.
+pub fn round_data(
+    nonce: &[u8; 32],
+    node: &NodeId,
+    generation: Generation,
+    cluster: &ClusterId,
+    ak_name: &[u8],
+) -> [u8; 32] {
+    let cluster = cluster.as_str().as_bytes();
+    // A cluster name has at most 63 bytes, by its grammar.
+    let cluster_len = u8::try_from(cluster.len()).unwrap_or(u8::MAX);
+    sha256_of(&[ROUND_CONTEXT, nonce, &node.0, &generation.0.to_be_bytes(), &[cluster_len], cluster, &sha256(ak_name)])
 }
 
 /// All that the header of `Evidence` says, but the HMAC itself and the two public areas (which the ticket holds).
