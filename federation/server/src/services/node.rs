@@ -111,7 +111,7 @@ impl Nodes {
             }
         };
         let session = activated.session();
-        let judged = match activated.quote() {
+        let judged = match activated.quote(&[]) {
             Err(refusal) => Err(Denial { refusal, diverged: None }),
             Ok(quote) => match read_logs(stream, boot, ima).await {
                 // Cut short or overlong after a good HMAC: the nonce is spent like after any other bad evidence.
@@ -242,7 +242,7 @@ fn expectation(
         .iter()
         .filter_map(|(der, class)| Some(EkRoot { der: der.clone(), class: EkClass::from_text(class)? }))
         .collect();
-    let endorsements = Endorsements { roots, intermediates: Vec::new() };
+    let endorsements = Endorsements { roots, intermediates: Vec::new(), denied: Vec::new() };
     let known = s.node(node).is_some_and(|n| n.state == NodeState::Admitted && n.cluster == *cluster);
     let expected = if known || s.ek_allowed(cluster, node) {
         Expected::AllowListed
