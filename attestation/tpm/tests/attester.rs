@@ -34,7 +34,7 @@ fn begin(identity: &TpmIdentity) -> BeginInput {
 
 fn endorsements(tpm: &Swtpm) -> Endorsements {
     let (root, issuer) = tpm.ca();
-    Endorsements { roots: vec![EkRoot { der: root, class: EkClass::Lab }], intermediates: vec![issuer] }
+    Endorsements { roots: vec![EkRoot { der: root, class: EkClass::Lab }], intermediates: vec![issuer], denied: vec![] }
 }
 
 fn challenge(identity: &TpmIdentity, endorsements: &Endorsements, bank: ambit_verify::Bank) -> (Challenge, TicketBody) {
@@ -97,7 +97,7 @@ async fn a_node_is_verified_from_its_tpm_alone() {
             ak_public: identity.ak_public.clone(),
             svid_key: KeyHome::InMemory,
         };
-        let fresh = ActivatedAk::open(ticket, TICKET, header, NOW).unwrap().quote().unwrap();
+        let fresh = ActivatedAk::open(ticket, TICKET, header, NOW).unwrap().quote(&[]).unwrap();
         let verified = fresh.appraise(b"", b"", None).unwrap();
         assert_eq!((verified.ek_class, verified.pcrs.len()), (EkClass::Lab, 3));
         assert!(verified.pcrs[&16].iter().any(|b| *b != 0) == (bank == Bank::Sha256));

@@ -20,13 +20,13 @@
 //!
 //! ```compile_fail,E0599
 //! fn skip(ek: ambit_verify::EndorsedEk) {
-//!     let _ = ek.quote();
+//!     let _ = ek.quote(&[]);
 //! }
 //! ```
 //! ```compile_fail,E0382
 //! fn twice(ak: ambit_verify::ActivatedAk) {
-//!     let _ = ak.quote();
-//!     let _ = ak.quote();
+//!     let _ = ak.quote(&[]);
+//!     let _ = ak.quote(&[]);
 //! }
 //! ```
 //!
@@ -41,11 +41,12 @@
 mod begin;
 mod evidence;
 
+pub(crate) use begin::Backing;
 pub use begin::{BeginInput, Challenge, EndorsedEk, Entropy, Expected, PresentedEk, Terms};
 pub use evidence::{ActivatedAk, EvidenceHeader, FreshQuote, LogExtent, Session};
 
 use crate::bootlog::BootFacts;
-use crate::ek::EkClass;
+use crate::ek::{EkClass, EkMake};
 use crate::hash::Bank;
 use crate::ima::ImaFacts;
 use ambit_model::{ClusterId, Code, NodeId, Refusal, Revision};
@@ -74,6 +75,10 @@ pub struct NodeEvidence {
     pub cluster: ClusterId,
     /// What vouches for the EK.
     pub ek_class: EkClass,
+    /// SHA-256 of the root certificate that the EK's chains to; none for an EK without one.
+    pub ek_root_sha256: Option<[u8; 32]>,
+    /// Who made the TPM.
+    pub ek_make: EkMake,
     /// SHA-256 of the EK's TPMT_PUBLIC.
     pub ek_public_sha256: [u8; 32],
     /// TPMT_PUBLIC of the AK, as sent: with it, its name and its qualified name, rounds are judged.

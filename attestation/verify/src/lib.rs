@@ -40,7 +40,7 @@ pub use chain::{
     ActivatedAk, BeginInput, Challenge, Counters, Denial, EndorsedEk, Entropy, EvidenceHeader, Expected, FreshQuote,
     LogExtent, NodeEvidence, PresentedEk, Session, Step, Terms, Verified,
 };
-pub use ek::{EkClass, EkRoot, Endorsements};
+pub use ek::{EkClass, EkDenyRule, EkMake, EkRoot, Endorsements, Quirk};
 pub use hash::{Bank, HashAlg};
 pub use public::Public;
 pub use round::{FreshRound, KnownNode, Round, RoundQuote};

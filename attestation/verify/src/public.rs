@@ -1,5 +1,6 @@
 //! TPMT_PUBLIC (TPM 2.0 Part 2, 12.2.4), and the two kinds of key that this protocol knows: an EK and an AK.
 
+use crate::ek::roca;
 use crate::hash::HashAlg;
 use crate::wire::{Malformed, Reader};
 use ambit_model::{Code, Refusal};
@@ -328,6 +329,11 @@ impl AttestationKey {
         }
         if public.name_alg == HashAlg::Sha1 {
             return Err(weak("name algorithm sha1"));
+        }
+        if let Key::Rsa { modulus, .. } = &public.key
+            && roca::is_fingerprinted(modulus)
+        {
+            return Err(weak("an RSA key with the fingerprint of CVE-2017-15361"));
         }
         let fixed = public.scheme.ok_or_else(|| Refusal::new(Code::AkAttributes, "a fixed signing scheme", "none"))?;
         let scheme = match (&public.key, fixed.alg) {

@@ -2,6 +2,7 @@
 
 use super::{Counters, Denial, NodeEvidence, Verified};
 use crate::certify::KeyHome;
+use crate::ek::{EkDenyRule, deny};
 use crate::hash::{HashAlg, sha256};
 use crate::public::{AttestationKey, EndorsementKey, Public};
 use crate::quote::{self, Quote, Quoted};
@@ -124,12 +125,13 @@ impl ActivatedAk {
             node: self.ticket.node,
             nonce: self.ticket.server_nonce,
             deadline: self.ticket.deadline,
-            join_token: self.ticket.join_token,
+            join_token: self.ticket.backing.join_token,
         }
     }
 
-    /// Judges the CSR and the quote, in the order of design.md section 3. A refusal from here consumes the nonce.
-    pub fn quote(self) -> Result<FreshQuote, Refusal> {
+    /// Judges the CSR, the quote and what else the AK signed, in the order of design.md section 3; then the deny-list
+    /// once more, now that the firmware is known. A refusal from here consumes the nonce.
+    pub fn quote(self, denied: &[EkDenyRule]) -> Result<FreshQuote, Refusal> {
         let csr_spki = csr::p256_spki(&self.header.csr)?;
         let extra_data = transcript::qualifying_data(&transcript::Binding {
             agent_nonce: &self.ticket.agent_nonce,
@@ -149,6 +151,7 @@ impl ActivatedAk {
             pcr_mask: self.ticket.pcr_mask,
         };
         let quoted = quote.judge(&self.ak)?;
+        deny::after_quote(denied, &self.ticket.backing.make, quoted.head.firmware_version)?;
         let key = &self.header.svid_key;
         let svid_key_in_tpm = key.judge(&self.ak, &self.qualified_signer, &extra_data, &csr_spki)?;
         Ok(FreshQuote { activated: self, csr_spki, svid_key_in_tpm, quoted })
@@ -225,7 +228,9 @@ impl FreshQuote {
         Ok(Verified(NodeEvidence {
             node: ticket.node,
             cluster: ticket.cluster,
-            ek_class: ticket.ek_class,
+            ek_class: ticket.backing.class,
+            ek_root_sha256: ticket.backing.root_sha256,
+            ek_make: ticket.backing.make,
             ek_public_sha256: ticket.ek_public_sha256,
             ak_public: header.ak_public,
             ak_name,
@@ -241,7 +246,7 @@ impl FreshQuote {
             firmware_version: head.firmware_version,
             boot,
             ima,
-            join_token: ticket.join_token,
+            join_token: ticket.backing.join_token,
             endorsement_revision: ticket.endorsement_revision,
             policy_revision: ticket.policy_revision,
             evidence_sha256,

@@ -4,7 +4,7 @@
 use super::*;
 use crate::attest::Attest;
 use crate::credential;
-use crate::ek::{EkRoot, Endorsements};
+use crate::ek::{EkDenyRule, EkRoot, Endorsements};
 use crate::hash::{HashAlg, sha256};
 use crate::public::{AttestationKey, EndorsementKey, Public};
 use crate::quote::Quote;
@@ -31,7 +31,7 @@ fn golden_ek_public() -> Vec<u8> {
 
 fn golden_endorsements() -> Endorsements {
     let root = EkRoot { der: ca("swtpm-localca-rootca-cert.pem"), class: EkClass::Lab };
-    Endorsements { roots: vec![root], intermediates: vec![ca("issuercert.pem")] }
+    Endorsements { roots: vec![root], intermediates: vec![ca("issuercert.pem")], denied: vec![] }
 }
 
 fn key(public: Vec<u8>) -> (EndorsementKey, AttestationKey) {
@@ -113,6 +113,7 @@ struct Attempt {
     logs_swapped_after: bool,
     answer_at: Stamp,
     stored: Option<Counters>,
+    denied: Vec<EkDenyRule>,
 }
 
 const TICKET: &[u8] = b"the sealed ticket";
@@ -171,6 +172,7 @@ impl Attempt {
             logs_swapped_after: false,
             answer_at: NOW,
             stored: Some(Counters { reset: 5, restart: 2, clock_ms: 1000, safe: true }),
+            denied: vec![],
         }
     }
 
@@ -271,7 +273,7 @@ impl Attempt {
         assert_eq!(activated.session().nonce, [2; 32]);
         let (boot, ima) = (self.boot_log.as_slice(), self.ima_log.as_slice());
         let (boot, ima) = if self.logs_swapped_after { (ima, boot) } else { (boot, ima) };
-        activated.quote()?.appraise(boot, ima, self.stored)
+        activated.quote(&self.denied)?.appraise(boot, ima, self.stored)
     }
 }
 
