@@ -75,7 +75,12 @@ pub(crate) fn judge_each(
     let mut replay = Replay::resume(hash, quoted, start);
     replay.push(log, each)?;
     let (end, violations) = replay.finish()?;
-    Ok(ImaFacts { entries: usize::try_from(end.entries).unwrap_or(usize::MAX), bytes: end.offset, violations, form: end.form })
+    Ok(ImaFacts {
+        entries: usize::try_from(end.entries).unwrap_or(usize::MAX),
+        bytes: end.offset,
+        violations,
+        form: end.form,
+    })
 }
 
 #[cfg(test)]

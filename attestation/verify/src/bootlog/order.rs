@@ -2,7 +2,7 @@
 
 use super::facts::Fact;
 use super::rules::{EV_EFI_VARIABLE_DRIVER_CONFIG, Variable, altered};
-use super::{Event, EV_SEPARATOR};
+use super::{EV_SEPARATOR, Event};
 use crate::chain::Denial;
 use crate::hash::HashAlg;
 use ambit_model::{Code, Refusal};
@@ -32,7 +32,11 @@ impl Order {
         // A separator under another type would hide from the rule above.
         let separators = [[0u8; 4], [0xff; 4]];
         if FIRMWARE_PCRS.contains(&event.pcr) && separators.iter().any(|s| hash.digest(&[s]) == digest) {
-            return Err(altered(event, "another type than a separator's".to_owned(), "a separator's digest".to_owned()));
+            return Err(altered(
+                event,
+                "another type than a separator's".to_owned(),
+                "a separator's digest".to_owned(),
+            ));
         }
         if event.pcr == SECURE_BOOT_PCR {
             self.secure_boot_policy(event, fact)?;
@@ -57,7 +61,8 @@ impl Order {
         }
         // shim runs after the firmware has handed over. The firmware's own authorities may come on either side: older
         // firmware verified drivers before its separator.
-        let by_shim = matches!(fact, Fact::SbatLevel(_)) || matches!(fact, Fact::Authority { variable, .. } if variable.starts_with("Mok"));
+        let by_shim = matches!(fact, Fact::SbatLevel(_))
+            || matches!(fact, Fact::Authority { variable, .. } if variable.starts_with("Mok"));
         if by_shim && !separated {
             return Err(out_of_order(event, "what shim measures after the separator", "it before the separator"));
         }

@@ -1,8 +1,8 @@
 //! Which event types belong in which policed PCR, and what their digest must be taken over (PFP 10.4.1, table 27).
 
+use super::Event;
 use super::facts::{Fact, SecureBootVariable};
 use super::signatures::{self, SignatureEntry};
-use super::Event;
 use crate::chain::Denial;
 use crate::hash::HashAlg;
 use crate::wire::Reader;

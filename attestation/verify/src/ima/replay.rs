@@ -79,7 +79,17 @@ impl Replay {
         };
         let running = forms.iter().map(|form| Running { form: *form, value: from.pcr.clone() }).collect();
         let (offset, entries) = (from.offset, from.entries);
-        Replay { hash, quoted: quoted.to_vec(), from, running, reached, held: Vec::new(), offset, entries, violations: 0 }
+        Replay {
+            hash,
+            quoted: quoted.to_vec(),
+            from,
+            running,
+            reached,
+            held: Vec::new(),
+            offset,
+            entries,
+            violations: 0,
+        }
     }
 
     /// Whether the quoted value was reached: no more bytes are needed.

@@ -1,6 +1,6 @@
 use super::*;
-use crate::wire::Reader;
 use crate::testdata::{golden, golden_pcrs};
+use crate::wire::Reader;
 
 /// Byte range of each entry.
 fn entries(log: &[u8]) -> Vec<std::ops::Range<usize>> {
