@@ -15,6 +15,7 @@
     allow(clippy::indexing_slicing, clippy::arithmetic_side_effects, reason = "tests build inputs by hand")
 )]
 
+pub mod appraisal;
 pub mod attest;
 pub mod bootlog;
 pub mod certify;
