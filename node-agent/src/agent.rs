@@ -74,8 +74,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
 
     let trust = SharedTrust::new(Trust::Pinned(config.trust_domain.clone(), config.fingerprint.0));
     let attester = Attester::open(&config.tcti, &config.data_dir).map_err(enrol::tpm)?;
-    let rounds =
-        Rounds::new(attester.clone(), config.cluster.clone(), config.boot_log.clone(), config.ima_log.clone());
+    let rounds = Rounds::new(attester.clone(), config.cluster.clone(), config.boot_log.clone(), config.ima_log.clone());
     let denials = Lane::default();
     let issued = Issued::default();
     let (desired, desired_rx) = watch::channel(None);

@@ -185,12 +185,19 @@ mod tests {
     #[test]
     fn endpoints_of_a_denied_node_are_nobodys_and_serve_no_service() {
         let node = |n: &str| n.repeat(32);
-        let deny = |td: &str, n: &str, generation| v1::NodeDenial { node: node(n), generation, trust_domain: td.into() };
+        let deny =
+            |td: &str, n: &str, generation| v1::NodeDenial { node: node(n), generation, trust_domain: td.into() };
         let of = |spoil: v1::NodeDenial| {
             compiled(
                 |s| {
                     s.endpoints[1].node = node("cd");
-                    s.policies.push(policy("b", "spiffe://west/web-root", v1::Action::Allow, "spiffe://west/*", &[5432]));
+                    s.policies.push(policy(
+                        "b",
+                        "spiffe://west/web-root",
+                        v1::Action::Allow,
+                        "spiffe://west/*",
+                        &[5432],
+                    ));
                     s.denials = vec![spoil];
                 },
                 &[],

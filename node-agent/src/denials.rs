@@ -129,9 +129,13 @@ mod tests {
     fn denials_reach_up_to_their_generation_and_no_further_than_their_trust_domain() {
         let lane = Lane::default();
         assert!(lane.offer(list(1, &[("west", 7, 2), ("west", 7, 1)])));
-        for (td, node, generation, denied) in
-            [("west", 7, 1, true), ("west", 7, 2, true), ("west", 7, 3, false), ("west", 8, 1, false), ("east", 7, 1, false)]
-        {
+        for (td, node, generation, denied) in [
+            ("west", 7, 1, true),
+            ("west", 7, 2, true),
+            ("west", 7, 3, false),
+            ("west", 8, 1, false),
+            ("east", 7, 1, false),
+        ] {
             assert_eq!(denies(&lane, td, node, generation), denied, "{td} {node} {generation}");
         }
     }

@@ -228,13 +228,7 @@ async fn evidence(
 }
 
 /// Takes the verdict only if it is of the pinned root, of this key and of this node.
-fn accept(
-    config: &Config,
-    key: &SvidKey,
-    ak_name: Vec<u8>,
-    verdict: Verdict,
-    now: Stamp,
-) -> Result<Enrolled, Refusal> {
+fn accept(config: &Config, key: &SvidKey, ak_name: Vec<u8>, verdict: Verdict, now: Stamp) -> Result<Enrolled, Refusal> {
     let bundle: Bundle<Own> = convert::bundle(verdict.bundle.as_ref().ok_or_else(|| malformed("a bundle"))?)?;
     if *bundle.trust_domain() != config.trust_domain {
         return Err(Refusal::new(

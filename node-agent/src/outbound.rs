@@ -123,7 +123,10 @@ impl Outbound {
                 METRICS.open.add(["outbound"], -1.0);
             }
             Err(error) => {
-                METRICS.connections.inc(["outbound", if matches!(error.reason(), "denied" | "node_untrusted") { "denied" } else { "failed" }]);
+                METRICS.connections.inc([
+                    "outbound",
+                    if matches!(error.reason(), "denied" | "node_untrusted") { "denied" } else { "failed" },
+                ]);
                 tracing::debug!(caller = %pod.id(), ?captured, %error, "outbound refused");
                 reset(&tcp);
             }

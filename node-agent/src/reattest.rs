@@ -161,7 +161,8 @@ impl Rounds {
     }
 
     async fn evidence(&self, me: &Enrolled, request: QuoteRequest) -> Result<Answer, Trouble> {
-        let nonce: [u8; 32] = request.nonce.as_slice().try_into().map_err(|_| Trouble::Request("a nonce of 32 bytes"))?;
+        let nonce: [u8; 32] =
+            request.nonce.as_slice().try_into().map_err(|_| Trouble::Request("a nonce of 32 bytes"))?;
         let bank = Bank::from_text(&request.bank).ok_or(Trouble::Request("another bank than sha256 or sha384"))?;
         if request.pcr_mask == 0 || request.pcr_mask & !PCR_MASK_ALL != 0 {
             return Err(Trouble::Request("PCRs out of 0-23, or none"));
@@ -221,7 +222,8 @@ mod tests {
 
     #[test]
     fn an_answer_goes_out_as_header_then_boot_log_then_ima_log_in_bounded_chunks() {
-        let of = |boot: usize, ima: usize| messages(Answer::new(QuoteAnswer::default(), vec![b'b'; boot], vec![b'i'; ima]));
+        let of =
+            |boot: usize, ima: usize| messages(Answer::new(QuoteAnswer::default(), vec![b'b'; boot], vec![b'i'; ima]));
         assert_eq!(of(0, 0), ["quote 0 0 "]);
         assert_eq!(of(0, 5), ["quote 0 5 ", "5 x Some(105)"]);
         assert_eq!(

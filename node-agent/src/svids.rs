@@ -211,7 +211,8 @@ impl Issuance {
         if *peer.id() != expected {
             return Err(Refusal::new(Code::Internal, format!("a leaf of {expected}"), peer.id().as_str()));
         }
-        let binding = peer.binding().ok_or_else(|| Refusal::new(Code::Internal, "a leaf bound to this node", "none"))?;
+        let binding =
+            peer.binding().ok_or_else(|| Refusal::new(Code::Internal, "a leaf bound to this node", "none"))?;
         Ok(Svid {
             id: expected,
             generation: binding.generation,

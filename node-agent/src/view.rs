@@ -4,8 +4,8 @@ use crate::denials::Denials;
 use crate::pods::Pod;
 use ambit_model::policy::{Endpoint, Policy, Service};
 use ambit_model::{
-    Bundle, ClusterId, Code, Entry, EntryId, Foreign, NumericIdentity, Own, Refusal, Revision, Selector, SpiffeId, Stamp,
-    TrustDomain,
+    Bundle, ClusterId, Code, Entry, EntryId, Foreign, NumericIdentity, Own, Refusal, Revision, Selector, SpiffeId,
+    Stamp, TrustDomain,
 };
 use ambit_policy::PolicySet;
 use ambit_proto::{convert, v1};
