@@ -129,7 +129,7 @@ async fn allow(
     }
     if let Some(file) = csv {
         let text = read_bounded(file, CSV_BYTES_MAX)?;
-        nodes.extend(ambit_verify::ek::list::parse(&text)?.into_iter().map(|line| line.node.to_string()));
+        nodes.extend(ambit_verify::ek::list::parse(&text)?.into_iter().map(|(node, _)| node.to_string()));
     }
     let (cell, banner) = session.cell_to_change()?;
     let mut allowed = 0;

@@ -169,6 +169,8 @@ pub struct EkFacts {
     pub manufacturer: String,
     /// TPM model from the certificate; empty where there is none.
     pub model: String,
+    /// Whether the certificate names a maker in a way that could not be read: then every rule about makers matches.
+    pub unreadable: bool,
     /// The TPM's firmware version as last quoted.
     pub firmware_version: u64,
     /// Whether it is here because the allow-list names it: then taking it off the list puts it out.
@@ -295,7 +297,7 @@ pub struct EkDenyRow {
 impl EkDenyRow {
     /// Whether a TPM with these facts is refused by this rule.
     pub fn denies(&self, ek: &EkFacts) -> bool {
-        let matches = |rule: &str, fact: &str| rule.is_empty() || rule == fact;
+        let matches = |rule: &str, fact: &str| rule.is_empty() || rule == fact || ek.unreadable;
         matches(&self.manufacturer, &ek.manufacturer)
             && matches(&self.model, &ek.model)
             && ek.firmware_version < self.firmware_below

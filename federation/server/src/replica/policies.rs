@@ -42,7 +42,7 @@ pub struct Policies {
 #[derive(Default)]
 struct Held {
     governing: BTreeMap<ClusterId, Arc<Governing>>,
-    compiled: BTreeMap<[u8; 32], Arc<CompiledPolicy>>,
+    compiled: BTreeMap<([u8; 32], u64), Arc<CompiledPolicy>>,
     lists: BTreeMap<[u8; 32], Arc<AllowList>>,
 }
 
@@ -86,17 +86,17 @@ impl Replica {
 
     /// The policy of this version, compiled.
     fn compiled(&self, version: &PolicyVersion) -> Result<Arc<CompiledPolicy>, Refusal> {
-        if let Some(known) = self.held().compiled.get(&version.sha256).cloned() {
+        if let Some(known) = self.held().compiled.get(&(version.sha256, version.version)).cloned() {
             return Ok(known);
         }
         let policy = AppraisalPolicy::decode(&version.canonical)?;
-        let compiled = Arc::new(self.compile(&policy)?);
+        let compiled = Arc::new(self.compile(&policy)?.with_version(version.version));
         let mut held = self.held();
         // Policies come and go; what no version names any more is not worth holding on to.
         if held.compiled.len() > 512 {
             held.compiled.clear();
         }
-        held.compiled.insert(version.sha256, compiled.clone());
+        held.compiled.insert((version.sha256, version.version), compiled.clone());
         Ok(compiled)
     }
 
@@ -124,7 +124,7 @@ impl Replica {
         let named: Vec<[u8; 32]> = self.local(|s| {
             let versions = s.appraisal_policies().flat_map(|(_, r)| [Some(&r.current), r.previous.as_ref()]);
             let policies = versions.flatten().filter_map(|v| AppraisalPolicy::decode(&v.canonical).ok());
-            policies.flat_map(|p| p.allow_lists().collect::<Vec<_>>()).collect()
+            policies.flat_map(|p| lists_of(&p)).collect()
         });
         for sha256 in named {
             if self.list(&sha256).is_none()
@@ -138,4 +138,9 @@ impl Replica {
     fn held(&self) -> std::sync::MutexGuard<'_, Held> {
         self.inner.policies.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// SHA-256 of the allow-lists that a policy names.
+pub fn lists_of(policy: &AppraisalPolicy) -> Vec<[u8; 32]> {
+    policy.ima.iter().flat_map(|rules| rules.allow_lists.iter().copied()).collect()
 }

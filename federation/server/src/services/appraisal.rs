@@ -4,12 +4,13 @@ use super::{OrStatus, request_id};
 use crate::authorise::{Role, actor};
 use crate::replica::Replica;
 use crate::replica::blobs::{self, Keep};
+use crate::replica::policies::lists_of;
 use ambit_model::appraisal::AppraisalPolicy;
 use ambit_model::{Code, NodeId, ObjectName, Refusal, Stamp};
 use ambit_proto::v1;
 use ambit_state::objects::{AppraisalPolicyRow, NodeState, PolicyVersion};
 use ambit_state::{Command, State};
-use ambit_verify::kept::KeptEvidence;
+use ambit_verify::KeptEvidence;
 use std::pin::Pin;
 use std::sync::Arc;
 use tokio_stream::Stream;
@@ -41,7 +42,7 @@ impl v1::appraisal_server::Appraisal for Appraisals {
         let content = PolicyVersion {
             version: 0,
             sha256: policy.sha256(),
-            canonical: policy.encode(),
+            canonical: policy.encode().or_status()?,
             clusters: policy.clusters.clone(),
         };
         let command =
@@ -125,7 +126,9 @@ impl v1::appraisal_server::Appraisal for Appraisals {
             .or_status()?;
         let evidence = self.kept(&sha256).await.or_status()?;
         let learnt = self.0.work().run(move || evidence.learn(&name, &cluster)).await.or_status()?;
-        let (yaml, ima_list) = learnt.or_status()?;
+        let learnt = learnt.map_err(|denial| denial.refusal).or_status()?;
+        let yaml = ambit_policy::appraisal::to_yaml_with(&learnt.policy, &learnt.comments);
+        let ima_list = learnt.allow_list.unwrap_or_default().into_bytes();
         Ok(Response::new(v1::LearnAppraisalPolicyResponse { yaml, ima_list }))
     }
 
@@ -220,7 +223,7 @@ impl Appraisals {
 impl Replica {
     /// Has the allow-lists that a policy names, if any replica has them.
     async fn fetch_named(&self, policy: &AppraisalPolicy) -> Result<(), Refusal> {
-        for sha256 in policy.allow_lists() {
+        for sha256 in lists_of(policy) {
             if let Err(refusal) = self.find_blob(&sha256).await {
                 return Err(Refusal::new(Code::AllowListMissing, hex::encode(sha256), refusal.found));
             }
@@ -234,7 +237,7 @@ fn parse(yaml: &str) -> Result<AppraisalPolicy, Refusal> {
         let expected = format!("a document of at most {YAML_BYTES_MAX} bytes");
         return Err(Refusal::new(Code::AppraisalPolicyMalformed, expected, yaml.len().to_string()));
     }
-    ambit_policy::appraisal::parse(yaml)
+    ambit_policy::parse_appraisal(yaml)
 }
 
 fn find<'a>(s: &'a State, name: &ObjectName) -> Option<&'a AppraisalPolicyRow> {

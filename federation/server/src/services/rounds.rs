@@ -13,7 +13,7 @@ use ambit_state::Command;
 use ambit_state::command::{RoundVerdict, Seen};
 use ambit_state::objects::{DenialRow, NodeRow, Standing};
 use ambit_verify::{BOOT_LOG_BYTES_MAX, Bank, Denial, IMA_LOG_BYTES_MAX, KnownNode, Round, RoundQuote};
-use ambit_verify::{BootBefore, RoundLogs, RoundStart};
+use ambit_verify::{Before, RoundLogs};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::oneshot;
@@ -55,7 +55,7 @@ enum Next {
 /// A question and as much of its answer as has come.
 struct Open {
     round: Round,
-    start: RoundStart,
+    whole: bool,
     governing: Arc<Governing>,
     standing: Standing,
     row: NodeRow,
@@ -150,21 +150,17 @@ impl Rounds {
             || rests_on_old
             || !governing.accepts(&standing.policy)
             || standing.evidence_depth >= CHAIN_MAX;
-        let start = match whole {
-            true => RoundStart::Whole,
-            false => RoundStart::From { offset: standing.ima_offset, pcr: standing.ima_pcr.clone() },
-        };
         let round = Round::new(random()?, Bank::Sha256, PCR_MASK)?;
         let request = v1::QuoteRequest {
             nonce: round.nonce().to_vec(),
             bank: Bank::Sha256.as_str().to_owned(),
             pcr_mask: PCR_MASK,
-            ima_offset: if whole { 0 } else { standing.ima_offset },
+            ima_offset: if whole { 0 } else { standing.ima.offset },
             boot_log: whole,
             answer_within_ms: ANSWER_MAX.as_millis() as u64,
         };
         let (boot_log, ima_log) = (Vec::new(), Vec::new());
-        Ok((request, Open { round, start, governing, standing, row, answer: None, boot_log, ima_log }))
+        Ok((request, Open { round, whole, governing, standing, row, answer: None, boot_log, ima_log }))
     }
 
     /// Takes the first part of an answer.
@@ -280,11 +276,10 @@ struct Judgement {
 
 impl Judgement {
     async fn of(self, open: Open) -> Finished {
-        let Open { round, start, governing, standing, row, answer, boot_log, ima_log } = open;
+        let Open { round, whole, governing, standing, row, answer, boot_log, ima_log } = open;
         let Some(answer) = answer else {
             return Finished::Again(Refusal::new(Code::Internal, "an answer", "none"));
         };
-        let whole = matches!(start, RoundStart::Whole);
         let pcrs: Vec<(u32, Vec<u8>)> = answer.pcrs.into_iter().map(|p| (p.index, p.value)).collect();
         let quote = RoundQuote { quote: answer.quote, signature: answer.signature, pcrs };
         let body = Body {
@@ -297,22 +292,32 @@ impl Judgement {
             signature: quote.signature.clone(),
             pcrs: quote.pcrs.iter().cloned().collect(),
             boot_log: boot_log.clone(),
-            ima_offset: if whole { 0 } else { standing.ima_offset },
+            ima_offset: if whole { 0 } else { standing.ima.offset },
             ima_log: ima_log.clone(),
         };
         let boot_log_sha256 = if whole { ambit_verify::hash::sha256(&boot_log) } else { standing.boot_log_sha256 };
         let (known, policies, class) = (self.known.clone(), governing.clone(), row.ek.class.clone());
-        let before = BootBefore {
-            counters: crate::services::node::counters(&standing),
-            boot_pcrs_sha256: standing.boot_pcrs_sha256,
-            policy: policies.index_of(&standing.policy),
+        // Of a whole round the policy before decides nothing; any stands in for one that governs no more.
+        let position = governing.index_of(&standing.policy).unwrap_or(0);
+        let before = match (crate::services::node::checkpoint(&standing), governing.compiled.get(position)) {
+            (Ok(ima), Some(policy)) => Before {
+                counters: crate::services::node::counters(&standing),
+                boot_pcrs_sha256: standing.boot_pcrs_sha256,
+                ima,
+                policy: policy.clone(),
+            },
+            (Err(refusal), _) => return Finished::Again(refusal),
+            (_, None) => return Finished::Again(Refusal::new(Code::Internal, "a policy that governs", "none")),
         };
         let judged = self.replica.work().run(move || {
             let fresh = round.quote(&known, quote).map_err(Denial::from)?;
-            let class = ambit_verify::EkClass::from_text(&class)
-                .ok_or_else(|| Denial::from(Refusal::new(Code::Internal, "a known EK class", class)))?;
-            let logs = RoundLogs { start: &start, boot_log: &boot_log, ima_log: &ima_log };
-            fresh.appraise(&before, class, &logs, &policies.compiled)
+            let unknown = || Refusal::new(Code::Internal, "a known EK class", class.clone());
+            let class = ambit_verify::EkClass::from_text(&class).ok_or_else(unknown)?;
+            let logs = match whole {
+                true => RoundLogs::Whole { boot_log: &boot_log, ima_log: &ima_log },
+                false => RoundLogs::Grown { ima_log: &ima_log },
+            };
+            fresh.appraise(&before, class, logs, &policies.compiled)
         });
         let evidence = match judged.await {
             Err(refusal) => return Finished::Again(refusal),
@@ -326,7 +331,7 @@ impl Judgement {
             }
             Ok(Ok(evidence)) => evidence,
         };
-        let policy = governing.versions.get(evidence.policy).map(|(policy, _)| policy.clone());
+        let policy = governing.versions.get(evidence.appraised.position).map(|(policy, _)| policy.clone());
         let Some(policy) = policy else {
             return Finished::Again(Refusal::new(Code::Internal, "a policy that governs", "none"));
         };
@@ -347,8 +352,7 @@ impl Judgement {
             seen: Seen {
                 counters: crate::services::node::stored(&counters),
                 firmware_version: evidence.firmware_version,
-                ima_offset: evidence.ima.offset,
-                ima_pcr: evidence.ima.pcr.clone(),
+                ima: crate::services::node::point(&evidence.appraised.ima),
                 boot_pcrs_sha256: evidence.boot_pcrs_sha256,
                 boot_log_sha256,
                 policy,

@@ -7,6 +7,7 @@ use ambit_model::{ClusterId, Code, NodeId, ObjectName, Refusal};
 use ambit_proto::v1;
 use ambit_state::objects::EkDenyRow;
 use ambit_state::{Command, State};
+use ambit_verify::{EkDenyRule, EkMake};
 use tonic::{Request, Response, Status};
 
 /// EKs in one call; longer lists come in several.
@@ -105,15 +106,15 @@ fn rule(m: v1::EkDenyRule) -> Result<(ObjectName, EkDenyRow), Refusal> {
             return Err(bad("a short line of text", text));
         }
     }
-    if m.manufacturer.is_empty() && m.model.is_empty() {
-        return Err(bad("a manufacturer or a model: a rule without both would deny every TPM", "neither"));
-    }
     let firmware_below = match m.firmware_below.strip_prefix("0x") {
         Some(digits) => u64::from_str_radix(digits, 16).map_err(|_| bad("a version such as 0x0007000200000000", &m.firmware_below))?,
         None if m.firmware_below.is_empty() => u64::MAX,
         None => return Err(bad("a version such as 0x0007000200000000", &m.firmware_below)),
     };
-    let row = EkDenyRow { manufacturer: m.manufacturer, model: m.model, firmware_below, reason: m.reason };
+    // Refuses a rule that would deny every TPM.
+    EkDenyRule::new(&m.name, &m.manufacturer, &m.model, firmware_below)?;
+    let manufacturer = if m.manufacturer.is_empty() { m.manufacturer } else { EkMake::vendor_id(&m.manufacturer)? };
+    let row = EkDenyRow { manufacturer, model: m.model, firmware_below, reason: m.reason };
     Ok((m.name.parse()?, row))
 }
 

@@ -12,12 +12,12 @@ use ambit_state::command::{Admission, Seen};
 use ambit_state::objects::{AkFacts, DenialRow, EkFacts, NodeState, PolicyRef, TokenScope};
 use ambit_state::{Command, State};
 use ambit_verify::{
-    ActivatedAk, Bank, BeginInput, Denial, EkClass, EkRoot, Endorsements, Entropy, EvidenceHeader, Expected, FreshQuote, KeyHome,
+    ActivatedAk, Bank, BeginInput, Denial, EkClass, EkDenyRule, EkMake, EkRoot, Endorsements, Entropy, EvidenceHeader, Expected, FreshQuote, KeyHome,
     LogExtent, NodeEvidence, PresentedEk, Session, Terms, TicketBody, Verified,
 };
 use sha2::{Digest, Sha256};
 use std::net::IpAddr;
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Status, Streaming};
 use zeroize::Zeroizing;
 
 /// An answer takes a few TPM operations; a discrete TPM needs seconds for them.
@@ -126,7 +126,8 @@ impl Enrolment {
             }
         };
         let session = activated.session();
-        let judged = match activated.quote() {
+        let denied_rules = self.replica.local(deny_rules).or_status()?;
+        let judged = match activated.quote(&denied_rules) {
             Err(refusal) => Judged::Denied(refusal.into()),
             Ok(quote) => self.judge_logs(stream, quote, &session, (boot, ima)).await.or_status()?,
         };
@@ -169,8 +170,8 @@ impl Enrolment {
             ek_class: String::new(),
             bank: Bank::Sha256.as_str().to_owned(),
             ak_public: Vec::new(),
-            quote: quote.attest().to_vec(),
-            signature: quote.signature().to_vec(),
+            quote: quote.raw().0.to_vec(),
+            signature: quote.raw().1.to_vec(),
             pcrs: quote.pcrs().clone(),
             boot_log,
             ima_offset: 0,
@@ -187,7 +188,7 @@ impl Enrolment {
         });
         let (verified, body, governing) = judged.await?;
         Ok(match verified {
-            Ok(verified) => match governing.versions.get(verified.policy) {
+            Ok(verified) => match governing.versions.get(verified.appraised.position) {
                 Some((policy, _)) => Judged::Good(verified, Box::new(Accepted { body, policy: policy.clone() })),
                 None => return Err(Refusal::new(Code::Internal, "a policy that governs", "none")),
             },
@@ -246,7 +247,7 @@ impl Enrolment {
         accepted: &Accepted,
     ) -> Result<Result<v1::Verdict, v1::Denied>, Refusal> {
         let now = self.replica.now();
-        let claims = evidence.claims_json(now, &accepted.policy.to_string());
+        let claims = evidence.claims_json(now);
         let (node, cluster) = (evidence.node, evidence.cluster.clone());
         let evidence_sha256 = self.replica.keep_evidence(&accepted.body).await?;
         let command =
@@ -317,17 +318,17 @@ fn admission(
         },
         ek: EkFacts {
             class: e.ek_class.as_str().to_owned(),
-            root_sha256: e.ek.root_sha256,
-            manufacturer: e.ek.manufacturer.clone(),
-            model: e.ek.model.clone(),
+            root_sha256: e.ek_root_sha256,
+            manufacturer: e.ek_make.manufacturer().to_owned(),
+            model: e.ek_make.model().to_owned(),
+            unreadable: e.ek_make == EkMake::Unreadable,
             firmware_version: e.firmware_version,
             by_allow_list: false,
         },
         seen: Seen {
             counters: super::stored(&e.counters),
             firmware_version: e.firmware_version,
-            ima_offset: e.ima.checkpoint.offset,
-            ima_pcr: e.ima.checkpoint.pcr.clone(),
+            ima: super::point(&e.appraised.ima),
             boot_pcrs_sha256: e.boot_pcrs_sha256,
             boot_log_sha256: ambit_verify::hash::sha256(&accepted.body.boot_log),
             policy: accepted.policy.clone(),
@@ -338,6 +339,11 @@ fn admission(
         authority: replica.issuer().authority().to_owned(),
         claims,
     }
+}
+
+/// The deny-list as the verifier reads it.
+fn deny_rules(s: &State) -> Result<Vec<EkDenyRule>, Refusal> {
+    s.ek_denials().map(|(name, r)| EkDenyRule::new(name.as_str(), &r.manufacturer, &r.model, r.firmware_below)).collect()
 }
 
 /// Why this cluster would take this EK, its EK roots, and the revision of both.
@@ -355,7 +361,7 @@ fn expectation(
         .iter()
         .filter_map(|(der, class)| Some(EkRoot { der: der.clone(), class: EkClass::from_text(class)? }))
         .collect();
-    let endorsements = Endorsements { roots, intermediates: Vec::new(), denied: deny_rules(s) };
+    let endorsements = Endorsements { roots, intermediates: Vec::new(), denied: deny_rules(s)? };
     let row = s.node(node);
     if let Some(code) = row.and_then(|n| n.state.bars_enrolment()) {
         return Err(Refusal::new(code, "a node that may enrol", "one that is out"));

@@ -162,6 +162,22 @@ pub(crate) fn counters(standing: &ambit_state::objects::Standing) -> ambit_verif
     ambit_verify::Counters { reset: c.resets, restart: c.restarts, clock_ms: c.clock, safe: false }
 }
 
+/// A point in an IMA log as the cell keeps it.
+pub(crate) fn point(c: &ambit_verify::ima::Checkpoint) -> ambit_state::objects::ImaPoint {
+    let (offset, entries, pcr) = (c.offset, c.entries, c.pcr.clone());
+    ambit_state::objects::ImaPoint { offset, entries, pcr, form: c.form.as_str().to_owned() }
+}
+
+/// The same as the verifier goes on from it.
+pub(crate) fn checkpoint(
+    standing: &ambit_state::objects::Standing,
+) -> Result<ambit_verify::ima::Checkpoint, ambit_model::Refusal> {
+    let p = &standing.ima;
+    let unknown = || ambit_model::Refusal::new(Code::Internal, "a known way of extending PCR 10", p.form.clone());
+    let form = ambit_verify::ima::ImaForm::from_text(&p.form).ok_or_else(unknown)?;
+    Ok(ambit_verify::ima::Checkpoint { offset: p.offset, entries: p.entries, pcr: p.pcr.clone(), form })
+}
+
 /// Counters as the cell keeps them.
 pub(crate) fn stored(c: &ambit_verify::Counters) -> ambit_state::objects::Counters {
     ambit_state::objects::Counters { resets: c.reset, restarts: c.restart, clock: c.clock_ms }
