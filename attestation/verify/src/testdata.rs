@@ -32,3 +32,19 @@ pub(crate) fn golden_pcrs(hash: HashAlg) -> BTreeMap<u32, Vec<u8>> {
         .map(|(n, v)| (n.parse().expect("index"), hex::decode(v).expect("hex")))
         .collect()
 }
+
+/// Every file of a recorded machine: `tests/KIND/NAME`.
+pub(crate) fn folder(kind: &str, name: &str) -> BTreeMap<String, Vec<u8>> {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests").join(kind).join(name);
+    let entries = std::fs::read_dir(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let read = |e: std::fs::DirEntry| {
+        let bytes = std::fs::read(e.path()).expect("a readable file");
+        (e.file_name().into_string().expect("text"), bytes)
+    };
+    entries.map(|e| read(e.expect("an entry"))).collect()
+}
+
+/// A PEM certificate of the golden manufacturer CA.
+pub(crate) fn ca_pem(name: &str) -> Vec<u8> {
+    read("ca", name)
+}
