@@ -24,6 +24,7 @@ pub mod claims;
 pub mod credential;
 pub mod csr;
 pub mod ek;
+pub mod folder;
 pub mod hash;
 pub mod ima;
 pub mod public;

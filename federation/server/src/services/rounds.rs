@@ -356,7 +356,7 @@ impl Judgement {
             seen: Seen {
                 counters: crate::services::node::stored(&counters),
                 firmware_version: evidence.firmware_version,
-                ima: crate::services::node::point(&evidence.appraised.ima),
+                ima: crate::services::node::point(&evidence.appraised.checkpoint),
                 boot_pcrs_sha256: evidence.boot_pcrs_sha256,
                 boot_log_sha256,
                 policy,

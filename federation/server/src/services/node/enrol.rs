@@ -328,7 +328,7 @@ fn admission(
         seen: Seen {
             counters: super::stored(&e.counters),
             firmware_version: e.firmware_version,
-            ima: super::point(&e.appraised.ima),
+            ima: super::point(&e.appraised.checkpoint),
             boot_pcrs_sha256: e.boot_pcrs_sha256,
             boot_log_sha256: ambit_verify::hash::sha256(&accepted.body.boot_log),
             policy: accepted.policy.clone(),
