@@ -229,6 +229,9 @@ fn rsa(r: &mut Reader<'_>) -> Result<Key, Malformed> {
     if bits.checked_div(8) != Some(modulus.len()) || modulus.first().is_none_or(|b| b & 0x80 == 0) {
         return Err(Malformed::new("RSA modulus: not as long as the key bits say", at));
     }
+    if modulus.last().is_none_or(|b| b & 1 == 0) {
+        return Err(Malformed::new("RSA modulus: even", at));
+    }
     Ok(Key::Rsa { modulus, exponent })
 }
 
