@@ -455,19 +455,31 @@ impl v1::node_attestation_server::NodeAttestation for Nodes {
     async fn release_node(&self, _: Request<v1::NodeRef>) -> Result<Response<v1::Node>, Status> {
         super::unbuilt::unbuilt("NodeAttestation.release_node")
     }
-    async fn attestation_at(&self, _: Request<v1::AttestationAtRequest>) -> Result<Response<v1::AttestationAtResponse>, Status> {
+    async fn attestation_at(
+        &self,
+        _: Request<v1::AttestationAtRequest>,
+    ) -> Result<Response<v1::AttestationAtResponse>, Status> {
         super::unbuilt::unbuilt("NodeAttestation.attestation_at")
     }
-    async fn put_ek_roots(&self, _: Request<v1::PutEkRootsRequest>) -> Result<Response<v1::EndorsementsResponse>, Status> {
+    async fn put_ek_roots(
+        &self,
+        _: Request<v1::PutEkRootsRequest>,
+    ) -> Result<Response<v1::EndorsementsResponse>, Status> {
         super::unbuilt::unbuilt("NodeAttestation.put_ek_roots")
     }
     async fn disallow_ek(&self, _: Request<v1::AllowEkRequest>) -> Result<Response<v1::AllowEkResponse>, Status> {
         super::unbuilt::unbuilt("NodeAttestation.disallow_ek")
     }
-    async fn put_ek_deny(&self, _: Request<v1::PutEkDenyRequest>) -> Result<Response<v1::EndorsementsResponse>, Status> {
+    async fn put_ek_deny(
+        &self,
+        _: Request<v1::PutEkDenyRequest>,
+    ) -> Result<Response<v1::EndorsementsResponse>, Status> {
         super::unbuilt::unbuilt("NodeAttestation.put_ek_deny")
     }
-    async fn list_endorsements(&self, _: Request<v1::ListEndorsementsRequest>) -> Result<Response<v1::EndorsementsResponse>, Status> {
+    async fn list_endorsements(
+        &self,
+        _: Request<v1::ListEndorsementsRequest>,
+    ) -> Result<Response<v1::EndorsementsResponse>, Status> {
         super::unbuilt::unbuilt("NodeAttestation.list_endorsements")
     }
 }
