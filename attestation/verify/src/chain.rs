@@ -40,15 +40,20 @@
 
 mod begin;
 mod evidence;
+mod kept;
+mod known;
+mod logs;
 
 pub(crate) use begin::Backing;
 pub use begin::{BeginInput, Challenge, EndorsedEk, Entropy, Expected, PresentedEk, Terms};
+pub use kept::KeptEvidence;
+pub use known::{Before, RoundEvidence, RoundLogs};
+pub use logs::Appraised;
 pub use evidence::{ActivatedAk, EvidenceHeader, FreshQuote, LogExtent, Session};
 
 use crate::bootlog::BootFacts;
 use crate::ek::{EkClass, EkMake};
 use crate::hash::Bank;
-use crate::ima::ImaFacts;
 use ambit_model::{ClusterId, Code, NodeId, Refusal, Revision};
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
@@ -67,7 +72,7 @@ impl<T> Deref for Verified<T> {
 }
 
 /// What a verified quote and its logs say about a node at one instant.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct NodeEvidence {
     /// SHA-256 of the EK's SubjectPublicKeyInfo.
     pub node: NodeId,
@@ -107,8 +112,8 @@ pub struct NodeEvidence {
     pub firmware_version: u64,
     /// What the boot log says, where it is authenticated by the quote.
     pub boot: BootFacts,
-    /// What the IMA log says.
-    pub ima: ImaFacts,
+    /// What accepted the machine, and on what grounds.
+    pub appraised: Appraised,
     /// SHA-256 of the join token to burn, if the EK was expected because of one.
     pub join_token: Option<[u8; 32]>,
     /// The revision of roots, allow-list and deny-list that the EK was judged under.

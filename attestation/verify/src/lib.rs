@@ -15,6 +15,7 @@
     allow(clippy::indexing_slicing, clippy::arithmetic_side_effects, reason = "tests build inputs by hand")
 )]
 
+pub mod appraisal;
 pub mod attest;
 pub mod bootlog;
 pub mod certify;
@@ -37,8 +38,8 @@ mod wire;
 
 pub use certify::KeyHome;
 pub use chain::{
-    ActivatedAk, BeginInput, Challenge, Counters, Denial, EndorsedEk, Entropy, EvidenceHeader, Expected, FreshQuote,
-    LogExtent, NodeEvidence, PresentedEk, Session, Step, Terms, Verified,
+    ActivatedAk, Appraised, Before, BeginInput, Challenge, Counters, Denial, EndorsedEk, Entropy, EvidenceHeader,
+    Expected, FreshQuote, KeptEvidence, LogExtent, NodeEvidence, PresentedEk, RoundEvidence, RoundLogs, Session, Step, Terms, Verified,
 };
 pub use ek::{EkClass, EkDenyRule, EkMake, EkRoot, Endorsements, Quirk};
 pub use hash::{Bank, HashAlg};

@@ -2,8 +2,8 @@
 
 use crate::committed::{Issuance, ReplicaAdmission, SealedReport};
 use crate::objects::{
-    AkFacts, CellRow, Counters, DenialRow, EkDenyRow, EkFacts, KeySetRow, Member, PeerRow, PolicyRef, PolicyVersion,
-    TokenRow,
+    AkFacts, CellRow, Counters, DenialRow, EkDenyRow, EkFacts, ImaPoint, KeySetRow, Member, PeerRow, PolicyRef,
+    PolicyVersion, TokenRow,
 };
 use ambit_model::policy::{Endpoint, Policy, Service};
 use ambit_model::record::{Head, Record};
@@ -98,18 +98,18 @@ pub struct Seen {
     pub counters: Counters,
     /// As quoted.
     pub firmware_version: u64,
-    /// Bytes of the IMA log judged so far.
-    pub ima_offset: u64,
-    /// PCR 10 there.
-    pub ima_pcr: Vec<u8>,
+    /// How far the IMA log was judged.
+    pub ima: ImaPoint,
     /// SHA-256 over the boot's PCRs.
     pub boot_pcrs_sha256: [u8; 32],
     /// SHA-256 of the boot log that led to them.
     pub boot_log_sha256: [u8; 32],
     /// What accepted it.
     pub policy: PolicyRef,
-    /// SHA-256 over the evidence.
+    /// SHA-256 of the evidence's body.
     pub evidence_sha256: [u8; 32],
+    /// Bodies that it adds to, back to the last whole one.
+    pub evidence_depth: u32,
 }
 
 /// A good verdict of a re-attestation round. Made by the server from a proof of the verifier only.

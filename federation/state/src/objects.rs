@@ -169,6 +169,8 @@ pub struct EkFacts {
     pub manufacturer: String,
     /// TPM model from the certificate; empty where there is none.
     pub model: String,
+    /// Whether the certificate names a maker in a way that could not be read: then every rule about makers matches.
+    pub unreadable: bool,
     /// The TPM's firmware version as last quoted.
     pub firmware_version: u64,
     /// Whether it is here because the allow-list names it: then taking it off the list puts it out.
@@ -184,6 +186,19 @@ pub struct AkFacts {
     pub public: Vec<u8>,
     /// Its qualified name under its EK.
     pub qualified_signer: Vec<u8>,
+}
+
+/// A point in a node's IMA log, from which the next round goes on.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImaPoint {
+    /// Bytes before it.
+    pub offset: u64,
+    /// Entries before it.
+    pub entries: u64,
+    /// PCR 10 there.
+    pub pcr: Vec<u8>,
+    /// How the kernel extends: the verifier's word for it.
+    pub form: String,
 }
 
 /// A version of an appraisal policy.
@@ -227,18 +242,18 @@ pub struct Standing {
     pub led_ms: u64,
     /// As last quoted.
     pub counters: Counters,
-    /// Bytes of the IMA log that were judged.
-    pub ima_offset: u64,
-    /// PCR 10 there.
-    pub ima_pcr: Vec<u8>,
+    /// How far the IMA log was judged.
+    pub ima: ImaPoint,
     /// SHA-256 over the boot's PCRs: while they are the same, so is the boot.
     pub boot_pcrs_sha256: [u8; 32],
     /// SHA-256 of the boot log that led to them.
     pub boot_log_sha256: [u8; 32],
     /// What accepted it.
     pub policy: PolicyRef,
-    /// SHA-256 over the evidence judged last.
+    /// SHA-256 of the body of the evidence judged last.
     pub evidence_sha256: [u8; 32],
+    /// Bodies that it adds to, back to the last whole one.
+    pub evidence_depth: u32,
     /// Good verdicts since the last change of boot or policy.
     pub rounds: u64,
 }
@@ -282,7 +297,7 @@ pub struct EkDenyRow {
 impl EkDenyRow {
     /// Whether a TPM with these facts is refused by this rule.
     pub fn denies(&self, ek: &EkFacts) -> bool {
-        let matches = |rule: &str, fact: &str| rule.is_empty() || rule == fact;
+        let matches = |rule: &str, fact: &str| rule.is_empty() || rule == fact || ek.unreadable;
         matches(&self.manufacturer, &ek.manufacturer)
             && matches(&self.model, &ek.model)
             && ek.firmware_version < self.firmware_below

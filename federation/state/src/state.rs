@@ -347,6 +347,10 @@ impl State {
         let of = *id;
         self.verdicts.from((of, 0)).take_while(move |((node, _), _)| *node == of).map(|(_, row)| row)
     }
+    /// Leaves of these nodes up to the generation are refused; a node is the trust domain's that denied it.
+    pub fn node_denials(&self) -> impl Iterator<Item = (&(TrustDomain, NodeId), &Generation)> {
+        self.node_denials.iter()
+    }
     /// Rules of the EK deny-list.
     pub fn ek_denials(&self) -> impl Iterator<Item = (&ObjectName, &EkDenyRow)> {
         self.ek_denials.iter()

@@ -71,10 +71,10 @@ fn lead(cell: &mut Cell, ms: u64) {
 #[test]
 fn a_round_renews_the_verdict_and_only_moves_forward() {
     let mut west = west();
-    let next = round(&west, 1, Seen { ima_offset: 99, ..seen(50) });
+    let next = round(&west, 1, Seen { ima: ImaPoint { offset: 99, ..ImaPoint::default() }, ..seen(50) });
     item(west.at(T0 + 5_000, 0, next.clone())).unwrap();
     let standing = west.state.standing(&node(1)).unwrap().clone();
-    assert_eq!((standing.verdict, standing.ima_offset, standing.rounds), (Stamp(T0 + 5_000), 99, 2));
+    assert_eq!((standing.verdict, standing.ima.offset, standing.rounds), (Stamp(T0 + 5_000), 99, 2));
     assert_eq!(item(west.at(T0 + 6_000, 0, next)).unwrap_err().code, Code::ClockStepBack, "the same quote twice");
     let back = round(&west, 1, seen(49));
     assert_eq!(item(west.run(back)).unwrap_err().code, Code::ClockStepBack);

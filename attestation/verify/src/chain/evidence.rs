@@ -1,16 +1,19 @@
 //! The second round trip: ticket, activation, quote, logs.
 
-use super::{Counters, Denial, NodeEvidence, Verified};
+use super::{Counters, Denial, NodeEvidence, Verified, logs};
+use crate::appraisal::{CompiledPolicy, Endorsement};
 use crate::certify::KeyHome;
 use crate::ek::{EkDenyRule, deny};
-use crate::hash::{HashAlg, sha256};
+use crate::hash::sha256;
 use crate::public::{AttestationKey, EndorsementKey, Public};
 use crate::quote::{self, Quote, Quoted};
 use crate::signature::AkVerifier;
 use crate::ticket::TicketBody;
 use crate::transcript::{self, Transcript};
-use crate::{BOOT_LOG_BYTES_MAX, IMA_LOG_BYTES_MAX, IMA_PCR, bootlog, csr, ima};
+use crate::{BOOT_LOG_BYTES_MAX, IMA_LOG_BYTES_MAX, csr};
 use ambit_model::{ClusterId, Code, NodeId, Refusal, Stamp};
+use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// Length and SHA-256 of a log, stated (and covered by the HMAC) before any of its bytes are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -190,12 +193,23 @@ pub struct FreshQuote {
 }
 
 impl FreshQuote {
-    /// Judges counters and logs. `stored` are the counters of this EK's last verdict, none at its first.
+    /// The quoted PCRs, exactly those asked for.
+    pub fn pcrs(&self) -> &BTreeMap<u32, Vec<u8>> {
+        &self.quoted.pcrs
+    }
+    /// TPMS_ATTEST and TPMT_SIGNATURE, as sent: to be kept.
+    pub fn raw(&self) -> (&[u8], &[u8]) {
+        (&self.activated.header.quote, &self.activated.header.signature)
+    }
+
+    /// Judges counters and logs, by the first of `policies` (those of the cluster) that accepts all. `stored` are the
+    /// counters of this EK's last verdict, none at its first.
     pub fn appraise(
         self,
         boot_log: &[u8],
         ima_log: &[u8],
         stored: Option<Counters>,
+        policies: &[Arc<CompiledPolicy>],
     ) -> Result<Verified<NodeEvidence>, Denial> {
         let ActivatedAk { ticket, header, ak_name, qualified_signer, evidence_sha256, .. } = self.activated;
         let boot_pcrs_sha256 = self.quoted.boot_pcrs_sha256();
@@ -214,17 +228,12 @@ impl FreshQuote {
                 Refusal::new(Code::ClockStepBack, format!("no step back from {stored}"), counters.to_string()).into()
             );
         }
-        let hash: HashAlg = ticket.bank.hash();
-        let boot = bootlog::judge(boot_log, hash, &pcrs)?;
-        // Appraisal of the boot log by a named policy belongs here (issue B); until then the facts are only reported.
         if ticket.ima_offset != 0 {
-            return Err(Refusal::new(Code::Unimplemented, "an IMA log from its start", "an IMA offset").into());
+            return Err(Refusal::new(Code::TicketInvalid, "logs from their beginnings", "an IMA offset").into());
         }
-        let ima = match pcrs.get(&IMA_PCR) {
-            Some(quoted) => ima::judge(ima_log, ticket.bank, quoted)?,
-            None => ima::ImaFacts::default(),
-        };
-        // Appraisal of the IMA log belongs here (issue B).
+        let endorsement = Endorsement::Class(ticket.backing.class);
+        let quoted = logs::Quoted { pcrs: &pcrs, bank: ticket.bank, endorsement };
+        let (boot, appraised) = quoted.whole(boot_log, ima_log, policies)?;
         Ok(Verified(NodeEvidence {
             node: ticket.node,
             cluster: ticket.cluster,
@@ -245,7 +254,7 @@ impl FreshQuote {
             counters,
             firmware_version: head.firmware_version,
             boot,
-            ima,
+            appraised,
             join_token: ticket.backing.join_token,
             endorsement_revision: ticket.endorsement_revision,
             policy_revision: ticket.policy_revision,

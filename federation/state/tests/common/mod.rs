@@ -90,12 +90,12 @@ pub(crate) fn seen(clock: u64) -> Seen {
     Seen {
         counters: Counters { resets: 1, restarts: 0, clock },
         firmware_version: 7,
-        ima_offset: 0,
-        ima_pcr: vec![],
+        ima: ImaPoint::default(),
         boot_pcrs_sha256: [1; 32],
         boot_log_sha256: [2; 32],
         policy: PolicyRef { name: "servers".parse().unwrap(), version: 1 },
         evidence_sha256: [3; 32],
+        evidence_depth: 0,
     }
 }
 pub(crate) fn code<T: std::fmt::Debug>(r: Result<T, Refusal>) -> Code {
