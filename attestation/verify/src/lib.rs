@@ -39,7 +39,8 @@ mod wire;
 pub use certify::KeyHome;
 pub use chain::{
     ActivatedAk, Appraised, Before, BeginInput, Challenge, Counters, Denial, EndorsedEk, Entropy, EvidenceHeader,
-    Expected, FreshQuote, KeptEvidence, LogExtent, NodeEvidence, PresentedEk, RoundEvidence, RoundLogs, Session, Step, Terms, Verified,
+    Expected, FreshQuote, KeptEvidence, LogExtent, NodeEvidence, PresentedEk, RoundEvidence, RoundLogs, Session, Step,
+    Terms, Verified,
 };
 pub use ek::{EkClass, EkDenyRule, EkMake, EkRoot, Endorsements, Quirk};
 pub use hash::{Bank, HashAlg};

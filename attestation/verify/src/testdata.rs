@@ -237,3 +237,15 @@ pub(crate) fn ecdsa_signature(rs: &[u8]) -> Vec<u8> {
     rs.chunks(32).for_each(|part| out.extend(tpm2b(part)));
     out
 }
+
+/// Writes `case NN  <what>  -> <code>` for the table of the adversarial list, which `cargo xtask test` prints. One file
+/// a row, so that tests that run at once, or again, write the same table.
+pub(crate) fn table_row(case: u8, what: &str, code: &str) {
+    let target = std::env::var_os("CARGO_TARGET_DIR").map(PathBuf::from);
+    let target = target.unwrap_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../target"));
+    let folder = target.join("adversarial");
+    std::fs::create_dir_all(&folder).expect("the table's folder");
+    let slug: String = what.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
+    let line = format!("case {case:02}  {what}  -> {code}\n");
+    std::fs::write(folder.join(format!("{case:02}-verifier-{slug}.txt")), line).expect("a row of the table");
+}
