@@ -133,6 +133,14 @@ fn an_ek_certificate_must_be_one() {
     }
 }
 
+/// A point that is not on its curve is found at Begin: nobody pays for a credential that nothing can open.
+#[test]
+fn an_invalid_ak_gets_no_credential() {
+    let mut attempt = Attempt::honest();
+    *attempt.begin.ak_public.last_mut().unwrap() ^= 1;
+    assert_eq!(attempt.begin().unwrap_err().refusal.code, Code::EvidenceMalformed);
+}
+
 #[test]
 fn tickets_have_one_encoding() {
     let bytes = Attempt::honest().begin().unwrap().encode();

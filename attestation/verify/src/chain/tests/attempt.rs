@@ -29,6 +29,9 @@ static GOLDEN: LazyLock<Arc<CompiledPolicy>> = LazyLock::new(|| {
     Arc::new(CompiledPolicy::compile(&learnt.policy, &mut |_| list.clone()).unwrap())
 });
 
+/// A change to what would be right.
+type Edit<T> = Box<dyn Fn(&mut T)>;
+
 pub(super) struct Attempt {
     pub(super) ak: SoftwareAk,
     // Begin.
@@ -38,11 +41,11 @@ pub(super) struct Attempt {
     pub(super) begin_at: Stamp,
     pub(super) bank: Bank,
     pub(super) mask: u32,
-    pub(super) edit_ticket: Box<dyn Fn(&mut TicketBody)>,
+    pub(super) edit_ticket: Edit<TicketBody>,
     // What the TPM signs. An empty signer or extraData stands for the right one.
     pub(super) spec: AttestSpec,
     pub(super) digest_by: Option<HashAlg>,
-    pub(super) edit_signature: Box<dyn Fn(&mut Vec<u8>)>,
+    pub(super) edit_signature: Edit<Vec<u8>>,
     pub(super) by_another_key: bool,
     pub(super) in_tpm: Option<InTpm>,
     // What the node sends, with an HMAC over it.
@@ -50,7 +53,7 @@ pub(super) struct Attempt {
     pub(super) boot_log: Vec<u8>,
     pub(super) ima_log: Vec<u8>,
     pub(super) csr_swapped: bool,
-    pub(super) edit_header: Box<dyn Fn(&mut EvidenceHeader)>,
+    pub(super) edit_header: Edit<EvidenceHeader>,
     pub(super) answered_ticket: Vec<u8>,
     pub(super) hmac_flipped: bool,
     pub(super) logs_swapped_after: bool,

@@ -7,7 +7,8 @@ use super::{NOW, golden};
 use crate::chain::{Counters, Expected};
 use crate::ek::EkDenyRule;
 use crate::hash::HashAlg;
-use crate::testdata::{AkKind, mutant, table_row};
+use crate::testdata::number::flawed_modulus;
+use crate::testdata::{AK_ATTRIBUTES, AkKind, mutant, rsa_public, table_row};
 use ambit_model::{Code, Stamp};
 use aws_lc_rs::rsa::KeySize;
 
@@ -30,6 +31,14 @@ const BEGIN: &[Row] = &[
     (0, "EK certificate cut", Code::EkMalformed, |a| a.begin.ek_certificate.truncate(900)),
     (0, "a maker that is denied", Code::EkDenied, |a| {
         a.endorsements.denied = vec![EkDenyRule::new("lab", "id:00001014", "swtpm", u64::MAX).unwrap()];
+    }),
+    (0, "EK of the flawed generator", Code::EkWeak, |a| {
+        a.begin.ek_certificate.clear();
+        let modulus = a.begin.ek_public.len() - 256;
+        a.begin.ek_public.splice(modulus.., flawed_modulus());
+    }),
+    (0, "AK of the flawed generator", Code::AkWeak, |a| {
+        a.begin.ak_public = rsa_public(AK_ATTRIBUTES, 0x14, &flawed_modulus());
     }),
     (0, "EK as TPM2B", Code::EkMalformed, |a| a.begin.ek_public = golden("ek.tpm2b_public")),
     (0, "an AK as EK", Code::EkMalformed, |a| a.begin.ek_public = a.begin.ak_public.clone()),
