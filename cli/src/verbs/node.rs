@@ -76,11 +76,22 @@ async fn attest(session: &Session, id: &str, at: Option<&str>) -> Result<Answer,
     let request = v1::AttestationAtRequest { id: full_id(&cell, id).await?, at_ms };
     let reply = ask!(cell, NodeAttestation.attestation_at(request))?;
     const COLUMNS: &[&str] = &[
-        "node", "state", "code", "policy", "since", "until", "verdicts", "diverged", "expected", "found", "evidence",
+        "node",
+        "state",
+        "code",
+        "policy",
+        "since",
+        "until",
+        "verdicts",
+        "diverged",
+        "expected",
+        "found",
+        "evidence",
         "evidence_kept",
     ];
     let mut table = Table::new("verdict", COLUMNS);
-    let policy = if reply.policy.is_empty() { String::new() } else { format!("{}@{}", reply.policy, reply.policy_version) };
+    let policy =
+        if reply.policy.is_empty() { String::new() } else { format!("{}@{}", reply.policy, reply.policy_version) };
     table.row(vec![
         json!(reply.node),
         json!(reply.state),
