@@ -10,6 +10,8 @@ mod counts;
 mod deny;
 mod deps;
 mod lab;
+mod mutants;
+mod table;
 mod test;
 mod unbuilt;
 
@@ -26,6 +28,7 @@ usage: cargo xtask <verb>
   chaos --smoke         kill each process of a lab in turn; last line: N lost, N duplicated, N non-linearizable
   bench memory          resident memory of idle release processes; last line: N figures, M met
   build-bpf [--check]   compile the kernel programs again; --check compares with the committed objects
+  mutants [PART]        break each check of the verifier in a copy; last line: N checks, N proven
   deny                  licences, bans and sources of all dependencies (cargo-deny)
 
 not built yet; these say so, prove nothing and therefore end with 1:
@@ -76,6 +79,8 @@ fn run(args: &[&str]) -> Result<(), Stop> {
         ["build-bpf"] => cargo::program("sh", &["ebpf/build-objects.sh"]),
         ["build-bpf", "--check"] => cargo::program("sh", &["ebpf/build-objects.sh", "--check"]),
         ["deny"] => deny::run(),
+        ["mutants"] => mutants::run(""),
+        ["mutants", part] => mutants::run(part),
         ["sim", "--seeds", n] if n.parse::<u64>().is_ok() => unbuilt::sim(),
         ["bench", "memory"] => lab::bench("memory"),
         ["bench", name] if !name.starts_with('-') => unbuilt::bench(name),
