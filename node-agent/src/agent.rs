@@ -18,7 +18,7 @@ use crate::workload_api::WorkloadApi;
 use crate::{hbone, telemetry};
 use ambit_identity::{SharedTrust, Trust, TrustStore};
 use ambit_model::{Code, Refusal};
-use ambit_tpm::Attester;
+use ambit_tpm::{Attester, Options};
 use ambit_transport::{Dialer, Identity};
 use std::future::Future;
 use std::os::unix::fs::PermissionsExt;
@@ -201,7 +201,8 @@ struct Membership {
 impl Membership {
     /// Returns only where the first enrolment is denied; a later denial leaves what is held until it ends.
     async fn run(self) -> AgentError {
-        let attester = match Attester::open(&self.config.tcti, &self.config.data_dir) {
+        let Config { tcti, data_dir, tpm_ek, tpm_ak, .. } = &self.config;
+        let attester = match Attester::start(Options { ek: tpm_ek.0, ak: tpm_ak.0, ..Options::new(tcti, data_dir) }) {
             Ok(attester) => attester,
             Err(error) => return enrol::tpm(error).into(),
         };
