@@ -145,25 +145,26 @@ fn chain(leaf: &[u8], sent: &[Vec<u8>], endorsements: &Endorsements, now: Stamp)
         .map(|der| CertificateDer::from(der.as_slice()))
         .collect();
     let time = UnixTime::since_unix_epoch(Duration::from_millis(now.0));
-    let mut last = "no root at all".to_owned();
-    for root in endorsements.roots.iter().take(ROOTS_MAX) {
-        let der = CertificateDer::from(root.der.as_slice());
-        let Ok(anchor) = anchor_from_trusted_cert(&der) else { continue };
-        // CAs carry no extended key usage, hence "if present" here and the leaf's own check in `judge`.
-        match end_entity.verify_for_usage(
-            ALL_VERIFICATION_ALGS,
-            &[anchor],
-            &intermediates,
-            time,
-            KeyUsage::required_if_present(EKU_EK_CERTIFICATE),
-            None,
-            None,
-        ) {
-            Ok(_) => return Ok(root.class),
-            Err(e) => last = format!("{e:?}"),
-        }
-    }
-    Err(Refusal::new(Code::EkChainUntrusted, "a chain to one of the cluster's EK roots", last))
+    let roots: Vec<(CertificateDer<'_>, EkClass)> = endorsements
+        .roots
+        .iter()
+        .take(ROOTS_MAX)
+        .map(|root| (CertificateDer::from(root.der.as_slice()), root.class))
+        .collect();
+    let (anchors, classes): (Vec<_>, Vec<_>) =
+        roots.iter().filter_map(|(der, class)| Some((anchor_from_trusted_cert(der).ok()?, *class))).unzip();
+    // One search for all roots: webpki bounds what a search may cost, and one for each root multiplied that bound by the
+    // number of roots. CAs carry no extended key usage, hence "if present" here and the leaf's own check in `judge`.
+    let usage = KeyUsage::required_if_present(EKU_EK_CERTIFICATE);
+    let path = end_entity
+        .verify_for_usage(ALL_VERIFICATION_ALGS, &anchors, &intermediates, time, usage, None, None)
+        .map_err(|e| untrusted(format!("{e:?}")))?;
+    let root = anchors.iter().position(|anchor| anchor == path.anchor());
+    root.and_then(|n| classes.get(n).copied()).ok_or_else(|| untrusted("a path to no root".into()))
+}
+
+fn untrusted(found: String) -> Refusal {
+    Refusal::new(Code::EkChainUntrusted, "a chain to one of the cluster's EK roots", found)
 }
 
 /// The certificate's key must be the key that the credential will be made for (CVE-2021-3406).
