@@ -185,7 +185,9 @@ fn canary(engine: &Path) -> Result<(), Stop> {
             eprintln!("xtask: the planted fault was found in {} executions", outcome.row.executions);
             Ok(())
         }
-        _ => Err(Stop::Failed(format!("the planted fault was not found in {CANARY_SECONDS} s: this engine finds nothing"))),
+        _ => Err(Stop::Failed(format!(
+            "the planted fault was not found in {CANARY_SECONDS} s: this engine finds nothing"
+        ))),
     }
 }
 

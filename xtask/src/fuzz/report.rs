@@ -6,8 +6,7 @@ use std::path::Path;
 /// Bytes of a finding that are printed.
 const SHOWN_MAX: usize = 256;
 
-pub(super) const HEADER: &str =
-    "target           executions    per s  coverage  corpus     RSS  verdict";
+pub(super) const HEADER: &str = "target           executions    per s  coverage  corpus     RSS  verdict";
 
 /// One line of the table.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -81,7 +80,7 @@ impl Outcome {
             } else if line.starts_with('#') {
                 progress(line, &mut row);
             } else if line.starts_with("thread ") && line.contains(" panicked at ") {
-                panic = lines.peek().map(|message| (*message).to_owned());
+                panic = Some(message(&mut lines));
             } else if line.starts_with("SUMMARY: ") {
                 summary = Some(line.to_owned());
             } else if let Some((_, path)) = line.split_once("Test unit written to ") {
@@ -95,6 +94,17 @@ impl Outcome {
         row.crashed = crash.is_some();
         Outcome { row, crash }
     }
+}
+
+/// The lines of a panic's message: what follows is a backtrace, or a word on how to get one.
+fn message<'a>(lines: &mut std::iter::Peekable<impl Iterator<Item = &'a str>>) -> String {
+    let mut out = Vec::new();
+    while let Some(line) = lines.next_if(|line| {
+        !["stack backtrace:", "note:", "==", "SUMMARY:"].iter().any(|end| line.starts_with(end)) && !line.is_empty()
+    }) {
+        out.push(line);
+    }
+    out.join("\n  ")
 }
 
 /// `#1234  NEW    cov: 56 ft: 78 corp: 9/10Kb lim: 11 exec/s: 12 rss: 34Mb ...`
@@ -144,14 +154,17 @@ stat::peak_rss_mb:              31
 #7\tpulse  cov: 1 ft: 1 corp: 1/1b exec/s: 0 rss: 1Mb
 
 thread '<unnamed>' (77) panicked at attestation/verify/src/wire.rs:1:1:
-index out of bounds: the len is 3 but the index is 3
+index out of bounds:
+  the len is 3 but the index is 3
+stack backtrace:
+   0: __rustc::rust_begin_unwind
 ==77== ERROR: libFuzzer: deadly signal
 SUMMARY: libFuzzer: deadly signal
 artifact_prefix='target/fuzz/findings/ticket/'; Test unit written to target/fuzz/findings/ticket/crash-abc
 stat::number_of_executed_units: 8
 ";
         let outcome = Outcome::read("ticket", log, Some(77));
-        let why = "index out of bounds: the len is 3 but the index is 3".to_owned();
+        let why = "index out of bounds:\n    the len is 3 but the index is 3".to_owned();
         assert_eq!(outcome.crash, Some(Crash { why, input: Some("target/fuzz/findings/ticket/crash-abc".into()) }));
         assert_eq!((outcome.row.executions, outcome.row.crashed), (8, true));
     }

@@ -2,13 +2,20 @@
 
 use crate::{Shape, Target, Verdict, golden};
 use ambit_model::Refusal;
-use ambit_verify::{BeginInput, EkClass, EkRoot, Endorsements, Expected, INTERMEDIATES_MAX, PresentedEk, csr as evidence_csr};
+use ambit_verify::{
+    BeginInput, EkClass, EkRoot, Endorsements, Expected, INTERMEDIATES_MAX, PresentedEk, csr as evidence_csr,
+};
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use std::sync::OnceLock;
 
 /// An EK certificate as read from NV, of the recorded EK, under the recorded maker.
-pub(super) const EK: Target =
-    Target { name: "ek_certificate", len_max: 2048, heap: |n| 96 * 1024 + 128 * n, run: ek, shapes: CERTIFICATE_SHAPES };
+pub(super) const EK: Target = Target {
+    name: "ek_certificate",
+    len_max: 2048,
+    heap: |n| 96 * 1024 + 128 * n,
+    run: ek,
+    shapes: CERTIFICATE_SHAPES,
+};
 
 const CERTIFICATE_SHAPES: &[Shape] = &[
     Shape { name: "padding", bytes: LARGEST, make: |n| padded(0xff, n) },
@@ -63,7 +70,11 @@ pub(super) const EK_CHAIN: Target = Target {
         Shape { name: "issuers of one name, 256 roots", bytes: 0, make: |_| maze(256, false) },
         Shape { name: "issuers of the roots' name, 1 root", bytes: 0, make: |_| maze(1, true) },
         Shape { name: "issuers of the roots' name, 256 roots", bytes: 0, make: |_| maze(256, true) },
-        Shape { name: "issuers of 16 KiB, 256 roots", bytes: 0, make: |_| chain_input(256, &vec![nested(LARGEST); INTERMEDIATES_MAX + 1]) },
+        Shape {
+            name: "issuers of 16 KiB, 256 roots",
+            bytes: 0,
+            make: |_| chain_input(256, &vec![nested(LARGEST); INTERMEDIATES_MAX + 1]),
+        },
     ],
 };
 

@@ -29,7 +29,8 @@ fn log(input: &[u8]) -> Verdict {
     if let Ok(facts) = &verdict {
         let covered = usize::try_from(facts.bytes).expect("a length");
         assert!(covered <= input.len(), "more covered than sent");
-        let honest = parsers::ima_log(golden::IMA_LOG, Bank::Sha256, quoted(HashAlg::Sha256)).expect("the recorded log");
+        let honest =
+            parsers::ima_log(golden::IMA_LOG, Bank::Sha256, quoted(HashAlg::Sha256)).expect("the recorded log");
         assert_eq!((facts.entries, facts.violations), (honest.entries, honest.violations));
         assert_eq!(facts.form, ImaForm::Native);
         // The quote covers a prefix: it alone must give the same.

@@ -7,7 +7,8 @@ use std::fmt::Display;
 use std::str::FromStr;
 
 /// One text, read by each grammar. None normalises: what is accepted is written as it was read.
-pub(super) const NAMES: Target = Target { name: "names", len_max: 2100, heap: |n| 32 * 1024 + 64 * n, run: names, shapes: &[] };
+pub(super) const NAMES: Target =
+    Target { name: "names", len_max: 2100, heap: |n| 32 * 1024 + 64 * n, run: names, shapes: &[] };
 
 /// Whether `text` is a `T`, which is then written as `text` again.
 fn is_a<T: FromStr + Display>(text: &str, canonical: bool) -> bool {
