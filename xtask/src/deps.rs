@@ -6,6 +6,7 @@ use std::process::Command;
 /// Package and what needs it.
 const PACKAGES: &[(&str, &str)] = &[
     ("gcc", "linker, and C parts of crates"),
+    ("g++", "cargo xtask fuzz: libFuzzer is C++"),
     ("libc6-dev", "headers and start files of the C library; every link needs them"),
     ("make", "libbpf's own build"),
     ("pkg-config", "finds the libraries below at build time"),

@@ -9,6 +9,7 @@ mod cargo;
 mod counts;
 mod deny;
 mod deps;
+mod fuzz;
 mod lab;
 mod mutants;
 mod table;
@@ -29,13 +30,14 @@ usage: cargo xtask <verb>
   bench memory          resident memory of idle release processes; last line: N figures, M met
   build-bpf [--check]   compile the kernel programs again; --check compares with the committed objects
   mutants [PART]        break each check of the verifier in a copy; last line: N checks, N proven
+  fuzz --seconds N [--target NAME] [--merge]
+                        every parser under libFuzzer, N seconds in all; last line: N executions, N crashes
   deny                  licences, bans and sources of all dependencies (cargo-deny)
 
 not built yet; these say so, prove nothing and therefore end with 1:
   sim --seeds N         last line: 0 seeds, 0 violations
   bench NAME            (any other name) last line: 0 figures, 0 met
   chaos                 (without --smoke) last line: 0 lost, 0 duplicated, 0 non-linearizable
-  fuzz                  last line: 0 executions, 0 crashes
 
 Ends with 0 only where all holds, with 1 where something failed or nothing was proven, with 2 on wrong usage.";
 
@@ -85,7 +87,7 @@ fn run(args: &[&str]) -> Result<(), Stop> {
         ["bench", "memory"] => lab::bench("memory"),
         ["bench", name] if !name.starts_with('-') => unbuilt::bench(name),
         ["chaos"] => unbuilt::chaos(),
-        ["fuzz"] => unbuilt::fuzz(),
+        ["fuzz", options @ ..] => fuzz::run(options),
         [] => Err(Stop::Usage("which verb?".into())),
         _ => Err(Stop::Usage(format!("'{}' is not a verb with these arguments", args.join(" ")))),
     }

@@ -32,8 +32,3 @@ pub(crate) fn chaos() -> Result<(), Stop> {
         "0 lost, 0 duplicated, 0 non-linearizable",
     )
 }
-
-/// Fuzzing.
-pub(crate) fn fuzz() -> Result<(), Stop> {
-    unbuilt("no fuzz target; parsers are held by tables of hostile input in their tests", "0 executions, 0 crashes")
-}

@@ -27,6 +27,7 @@ pub mod ek;
 pub mod folder;
 pub mod hash;
 pub mod ima;
+pub mod parsers;
 pub mod public;
 mod quote;
 pub mod round;
@@ -55,8 +56,9 @@ pub const BOOT_LOG_BYTES_MAX: u64 = 2 * 1024 * 1024;
 pub const IMA_LOG_BYTES_MAX: u64 = 64 * 1024 * 1024;
 /// Largest certificate, certificate request, public area or signature accepted, in bytes.
 pub const OBJECT_BYTES_MAX: usize = 16 * 1024;
-/// Most intermediates taken from one attester: real EK chains have at most three.
-pub const INTERMEDIATES_MAX: usize = 8;
+/// Most intermediates taken from one attester. Real EK chains have at most three, and the search for a path among
+/// certificates of one name takes time by the factorial: eight cost 0.2 s for each root.
+pub const INTERMEDIATES_MAX: usize = 4;
 /// PCRs 0-23 of the PC Client profile: the bits a mask may have.
 pub const PCR_MASK_ALL: u32 = 0x00ff_ffff;
 /// The PCRs that a boot log accounts for: 0-9 and 14.

@@ -49,6 +49,10 @@ impl Csr {
         if !p256 {
             return Err(bad("another kind of key"));
         }
+        // RFC 5758, 3.2: what it says it is signed with must be what it is verified with.
+        if csr.signature_algorithm.algorithm.to_id_string() != "1.2.840.10045.4.3.2" {
+            return Err(bad("another signature algorithm"));
+        }
         UnparsedPublicKey::new(&ECDSA_P256_SHA256_ASN1, key)
             .verify(info.raw, csr.signature_value.data.as_ref())
             .map_err(|_| bad("a signature that does not verify"))?;

@@ -190,7 +190,13 @@ fn a_request_carries_a_key_and_nothing_else() {
     *flipped.last_mut().unwrap() ^= 1;
     let mut long = plain.clone();
     long.push(0);
-    for bad in [make(nid::Nid::X9_62_PRIME256V1, Some("me")), make(nid::Nid::SECP384R1, None), flipped, long, vec![]] {
+    // ecdsa-with-SHA256 renamed ecdsa-with-SHA384: the signature still verifies as what it is.
+    let sha256 = [0x2a, 0x86, 0x48, 0xce, 0x3d, 0x04, 0x03, 0x02];
+    let at = plain.windows(8).position(|window| window == sha256).unwrap();
+    let mut renamed = plain.clone();
+    renamed[at + 7] = 3;
+    let (named, other) = (make(nid::Nid::X9_62_PRIME256V1, Some("me")), make(nid::Nid::SECP384R1, None));
+    for bad in [named, other, flipped, long, renamed, vec![]] {
         assert_eq!(Csr::parse(&bad).unwrap_err().code, Code::CsrMalformed);
     }
 }

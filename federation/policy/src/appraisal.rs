@@ -27,7 +27,7 @@ pub fn parse_appraisal(text: &str) -> Result<AppraisalPolicy, Refusal> {
     if text.len() > APPRAISAL_BYTES_MAX {
         return Err(malformed(format!("{} bytes", text.len())));
     }
-    crate::parse::refuse_deep_nesting(text).map_err(|r| malformed(r.found))?;
+    crate::parse::refuse_costly_structure(text).map_err(|r| malformed(r.found))?;
     let mut documents = serde_norway::Deserializer::from_str(text);
     let first = documents.next().ok_or_else(|| malformed("no document".to_owned()))?;
     let policy = read::policy(first).map_err(|e| malformed(crate::parse::placed(&e)))?;

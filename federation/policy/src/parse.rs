@@ -22,6 +22,10 @@ pub const BACKENDS_MAX: usize = 64;
 /// Brackets open at once. Documents need three; the YAML scanner's time grows with the square of the depth.
 const NESTING_MAX: usize = 64;
 
+/// Values, keys and lines in one request, counted by what stands before each. The reader holds up to 1.4 KiB for each
+/// before any of it is judged, and two bytes suffice for one: unbounded, 1 MiB of dashes took 700 MiB.
+const NODES_MAX: usize = 1 << 16;
+
 /// Characters of a refusal's `found`: the reader quotes what it met, which may be the whole text.
 const FOUND_MAX: usize = 300;
 
@@ -61,7 +65,7 @@ pub fn parse(text: &str) -> Result<Vec<Document>, Refusal> {
     if text.len() > BYTES_MAX {
         return Err(malformed(format!("at most {BYTES_MAX} bytes"), format!("{} bytes", text.len())));
     }
-    refuse_deep_nesting(text)?;
+    refuse_costly_structure(text)?;
     let mut documents = Vec::new();
     let mut seen = BTreeSet::new();
     // The same document is read twice in step: for its kind, then as that kind. One pass over an internally tagged
@@ -81,20 +85,39 @@ pub fn parse(text: &str) -> Result<Vec<Document>, Refusal> {
     Ok(documents)
 }
 
-/// Counts brackets as bytes, comments and quoted text included: no document has a use for unbalanced ones there.
-pub(crate) fn refuse_deep_nesting(text: &str) -> Result<(), Refusal> {
+/// Counts brackets and separators wherever they stand, comments and quoted text included: no document has a use for so
+/// many, or for unbalanced brackets, there.
+pub(crate) fn refuse_costly_structure(text: &str) -> Result<(), Refusal> {
     let mut depth = 0_usize;
     let mut line = 1_usize;
-    for byte in text.bytes() {
-        match byte {
-            b'[' | b'{' => depth += 1,
-            b']' | b'}' => depth = depth.saturating_sub(1),
-            b'\n' => line += 1,
+    let mut nodes = 0_usize;
+    let mut next = text.chars().skip(1);
+    for character in text.chars() {
+        let blank_follows = next.next().is_none_or(char::is_whitespace);
+        match character {
+            '[' | '{' => {
+                depth += 1;
+                nodes += 1;
+            }
+            ']' | '}' => depth = depth.saturating_sub(1),
+            '\n' => {
+                line += 1;
+                nodes += 1;
+            }
+            // What else ends a line in YAML 1.1 (5.4).
+            ',' | '\r' | '\u{85}' | '\u{2028}' | '\u{2029}' => nodes += 1,
+            '-' | '?' if blank_follows => nodes += 1,
             _ => {}
         }
         if depth > NESTING_MAX {
             return Err(malformed(
                 format!("at most {NESTING_MAX} brackets open at once"),
+                format!("line {line}: more"),
+            ));
+        }
+        if nodes > NODES_MAX {
+            return Err(malformed(
+                format!("at most {NODES_MAX} lines and values in one request"),
                 format!("line {line}: more"),
             ));
         }

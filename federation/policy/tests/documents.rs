@@ -150,6 +150,21 @@ fn sizes_are_bounded() {
     assert!(refused(&policy(0, 1, PORTS_MAX + 1)).found.contains("65"));
 }
 
+/// Each separator counts once, whichever it is: the reader holds a node for each before anything is judged.
+#[test]
+fn lines_and_values_are_bounded() {
+    const NODES_MAX: usize = 1 << 16;
+    for node in ["\n", "\r", "\u{85}", "\u{2028}", "\u{2029}", "-\t", "- ", "? ", ",", "[]", "{}"] {
+        let refusal = refused(&node.repeat(NODES_MAX + 1));
+        assert!(refusal.expected.contains("65536 lines and values"), "{node:?}: {refusal}");
+    }
+    // A dash or a question mark inside of a word is none.
+    let comments = |count| format!("{WEB_TO_DB}#{}", "a-b?c".repeat(100) + &",".repeat(count));
+    let own = comments(0).matches(['\n', ',', '[', '{']).count() + comments(0).matches("-\n").count();
+    assert_eq!(parse(&comments(NODES_MAX - own)).unwrap().len(), 2);
+    assert!(refused(&comments(NODES_MAX - own + 1)).found.contains("line 12"));
+}
+
 /// What an attacker would send: each must come back as a refusal, and soon.
 #[test]
 fn hostile_text_is_refused() {
