@@ -192,9 +192,12 @@ async fn a_hung_tpm_makes_late_and_holds_up_nothing_else() {
     assert_eq!(stage.agent.denials.now().revision(), Revision(3));
     stage.slice(4).await;
     assert_eq!(*stage.agent.denials.now(), ambit_agent::denials::Denials::parse(Revision(4), &[]).unwrap());
-    stage.tpm.go_on();
+    // What is measured while the TPM quotes is in the log that follows: it is read after the quote, never before.
     stage.stream.send(request(4, |_| ())).await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    stage.tpm.write("ima_log", &pattern(300_100, 5));
+    stage.tpm.go_on();
     let (quote, _) = stage.stream.quote().await;
-    assert_eq!((quote.nonce[0], quote.trouble.as_str()), (4, ""));
+    assert_eq!((quote.nonce[0], quote.trouble.as_str(), quote.ima_log_len), (4, "", 300_100));
     assert!(!quote.quote.is_empty() && METRICS.quotes.value(["replaced"]) >= 1.0);
 }
