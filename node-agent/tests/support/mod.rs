@@ -2,6 +2,10 @@
 #![allow(dead_code, reason = "each test file uses a part")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
+pub(crate) mod agent;
+pub(crate) mod replica;
+pub(crate) mod tpm;
+
 use ambit_agent::issued::Svid;
 use ambit_agent::view::View;
 use ambit_identity::tls::certified;
@@ -91,7 +95,10 @@ impl Cell {
         let key = SvidKey::generate().unwrap();
         let csr = Csr::parse(&key.csr().unwrap()).unwrap();
         let lifetime = Lifetime { not_before: now().minus_ms(60_000), not_after: now().plus_ms(3_600_000) };
-        certified(self.key.replica_leaf(1, &self.td, lifetime, &csr).unwrap(), &key).unwrap()
+        let mut chain = self.key.replica_leaf(1, &self.td, lifetime, &csr).unwrap();
+        // Whoever pinned the root has to see it.
+        chain.push(self.root.der().clone());
+        certified(chain, &key).unwrap()
     }
 
     fn admit_key(&mut self, nonce: u8, key_hash: [u8; 32]) -> Applied {
