@@ -1,5 +1,7 @@
 //! A software TPM with its own manufacturer CA, for one test; gone when the test ends, also by panic.
 
+pub(crate) mod proxy;
+
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -44,27 +46,34 @@ impl Swtpm {
             .expect("swtpm_setup is installed");
         assert!(made.status.success(), "swtpm_setup: {}{}", lossy(&made.stdout), lossy(&made.stderr));
         let port = two_free_ports();
-        let child = Command::new("swtpm")
-            .args(["socket", "--tpm2", "--flags", "not-need-init,startup-clear"])
-            .args(["--tpmstate", &format!("dir={}", text(&dir.join("tpm")))])
-            .args(["--server", &format!("type=tcp,port={port},bindaddr=127.0.0.1")])
-            .args(["--ctrl", &format!("type=tcp,port={},bindaddr=127.0.0.1", port + 1)])
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("swtpm is installed");
+        let child = power_on(&dir, port);
         let tpm = Swtpm { dir, port, child };
+        tpm.wait();
+        tpm
+    }
+
+    /// Takes its power away and gives it back: what was loaded is gone, PCRs are zero.
+    pub(crate) fn reset(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        self.child = power_on(&self.dir, self.port);
+        self.wait();
+    }
+
+    fn wait(&self) {
         let until = Instant::now() + Duration::from_secs(20);
-        while !tpm.try_tool("tpm2_getrandom", &["--hex", "4"]).status.success() {
-            assert!(Instant::now() < until, "swtpm on port {port} does not answer");
+        while !self.try_tool("tpm2_getrandom", &["--hex", "4"]).status.success() {
+            assert!(Instant::now() < until, "swtpm on port {} does not answer", self.port);
             std::thread::sleep(Duration::from_millis(50));
         }
-        tpm
     }
 
     pub(crate) fn tcti(&self) -> String {
         format!("swtpm:host=127.0.0.1,port={}", self.port)
+    }
+
+    pub(crate) fn port(&self) -> u16 {
+        self.port
     }
 
     /// A folder for the attester's state.
@@ -110,6 +119,19 @@ impl Drop for Swtpm {
         let _ = self.child.wait();
         let _ = std::fs::remove_dir_all(&self.dir);
     }
+}
+
+fn power_on(dir: &Path, port: u16) -> Child {
+    Command::new("swtpm")
+        .args(["socket", "--tpm2", "--flags", "not-need-init,startup-clear"])
+        .args(["--tpmstate", &format!("dir={}", dir.join("tpm").display())])
+        .args(["--server", &format!("type=tcp,port={port},bindaddr=127.0.0.1")])
+        .args(["--ctrl", &format!("type=tcp,port={},bindaddr=127.0.0.1", port + 1)])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("swtpm is installed")
 }
 
 fn lossy(bytes: &[u8]) -> String {

@@ -3,9 +3,11 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test that cannot go on fails")]
 
 mod common;
+mod failing;
+mod svid_key;
 
 use ambit_model::{Code, Revision, Stamp};
-use ambit_tpm::{Attester, Bank, TpmError, TpmIdentity};
+use ambit_tpm::{AkKind, Attester, Bank, EkChoice, EkKind, Options, TpmError, TpmIdentity};
 use ambit_verify::hash::sha256;
 use ambit_verify::transcript::{Binding, Transcript, qualifying_data};
 use ambit_verify::{
@@ -34,12 +36,14 @@ fn begin(identity: &TpmIdentity) -> BeginInput {
 
 fn endorsements(tpm: &Swtpm) -> Endorsements {
     let (root, issuer) = tpm.ca();
-    Endorsements { roots: vec![EkRoot { der: root, class: EkClass::Lab }], intermediates: vec![issuer] }
+    Endorsements { roots: vec![EkRoot { der: root, class: EkClass::Lab }], intermediates: vec![issuer], denied: vec![] }
 }
 
 fn challenge(identity: &TpmIdentity, endorsements: &Endorsements, bank: ambit_verify::Bank) -> (Challenge, TicketBody) {
     let presented = PresentedEk::parse(begin(identity)).unwrap();
-    let endorsed = presented.endorse(Expected::JoinToken([4; 32]), endorsements, NOW).unwrap();
+    // A TPM without a certificate of this EK is one that the operator listed.
+    let expected = if identity.ek_certificate.is_some() { Expected::JoinToken([4; 32]) } else { Expected::AllowListed };
+    let endorsed = presented.endorse(expected, endorsements, NOW).unwrap();
     let entropy = Entropy { secret: Zeroizing::new([0x5a; 32]), server_nonce: [2; 32], seed: Zeroizing::new([3; 64]) };
     let terms = Terms {
         bank,
@@ -52,55 +56,140 @@ fn challenge(identity: &TpmIdentity, endorsements: &Endorsements, bank: ambit_ve
     endorsed.challenge(entropy, terms).unwrap()
 }
 
+fn attester(tpm: &Swtpm, ek: EkChoice, ak: AkKind) -> Attester {
+    Attester::start(Options { ek, ak, ..Options::new(&tpm.tcti(), &tpm.state()) }).unwrap()
+}
+
+/// Each kind of EK and of AK at least once, over both banks. swtpm has certificates of RSA-2048 and P-384 only.
 #[tokio::test]
 async fn a_node_is_verified_from_its_tpm_alone() {
     let tpm = Swtpm::start();
     tpm.tool("tpm2_pcrextend", &[&format!("16:sha256={}", "11".repeat(32)), &format!("23:sha384={}", "22".repeat(48))]);
-    let attester = Attester::open(&tpm.tcti(), &tpm.state()).unwrap();
-    let identity = attester.identity().await.unwrap();
-    for (bank, asked) in [(Bank::Sha256, ambit_verify::Bank::Sha256), (Bank::Sha384, ambit_verify::Bank::Sha384)] {
-        let (challenge, ticket) = challenge(&identity, &endorsements(&tpm), asked);
-        let secret = attester.activate(challenge.credential_blob, challenge.encrypted_secret).await.unwrap();
-        assert_eq!(*secret, [0x5a; 32]);
-
-        let key = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).unwrap();
-        let csr = CertificateParams::new(vec![]).unwrap().serialize_request(&key).unwrap().der().to_vec();
-        let data = qualifying_data(&Binding {
-            agent_nonce: &[7; 32],
-            server_nonce: &challenge.server_nonce,
-            ticket_sha256: &sha256(TICKET),
-            csr_spki: &csr::p256_spki(&csr).unwrap(),
-            cluster: ticket.cluster(),
-            ak_name: &Public::name_of(&identity.ak_public).unwrap(),
-        });
-        let quote = attester.quote(bank, MASK, data).await.unwrap();
-        let none = LogExtent::of(b"");
-        let transcript = Transcript {
-            ticket_sha256: sha256(TICKET),
-            csr: &csr,
-            quote: &quote.attest,
-            signature: &quote.signature,
-            pcrs: &quote.pcrs,
-            boot_log: none,
-            ima_log: none,
-        };
-        let header = EvidenceHeader {
-            hmac: transcript.hmac(&secret).to_vec(),
-            csr: csr.clone(),
-            quote: quote.attest.clone(),
-            signature: quote.signature.clone(),
-            pcrs: quote.pcrs.clone(),
-            boot_log: none,
-            ima_log: none,
-            ek_public: identity.ek_public.clone(),
-            ak_public: identity.ak_public.clone(),
-        };
-        let fresh = ActivatedAk::open(ticket, TICKET, header, NOW).unwrap().quote().unwrap();
-        let verified = fresh.appraise(b"", b"", None).unwrap();
-        assert_eq!((verified.ek_class, verified.pcrs.len()), (EkClass::Lab, 3));
-        assert!(verified.pcrs[&16].iter().any(|b| *b != 0) == (bank == Bank::Sha256));
-        assert!(verified.firmware_version != 0);
+    for (ek, ak, class) in [
+        (EkChoice::Auto, AkKind::EccP256, EkClass::Lab),
+        (EkChoice::Fixed(EkKind::Rsa2048), AkKind::Rsa2048Pss, EkClass::Lab),
+        (EkChoice::Fixed(EkKind::EccP384), AkKind::EccP256, EkClass::Lab),
+        (EkChoice::Fixed(EkKind::EccP384), AkKind::Rsa2048Ssa, EkClass::Lab),
+        (EkChoice::Fixed(EkKind::EccP256), AkKind::EccP384, EkClass::Listed),
+        (EkChoice::Fixed(EkKind::Rsa3072), AkKind::EccP256, EkClass::Listed),
+    ] {
+        for (bank, asked) in [(Bank::Sha256, ambit_verify::Bank::Sha256), (Bank::Sha384, ambit_verify::Bank::Sha384)] {
+            println!("EK {ek:?}, AK {ak:?}, {bank:?}");
+            verified(&tpm, &attester(&tpm, ek, ak), bank, asked, class).await;
+        }
     }
+    nothing_is_loaded(&tpm);
+}
+
+async fn verified(tpm: &Swtpm, attester: &Attester, bank: Bank, asked: ambit_verify::Bank, class: EkClass) {
+    let identity = attester.identity().await.unwrap();
+    let (challenge, ticket) = challenge(&identity, &endorsements(tpm), asked);
+    let secret = attester.activate(challenge.credential_blob, challenge.encrypted_secret).await.unwrap();
+    assert_eq!(*secret, [0x5a; 32]);
+
+    let key = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).unwrap();
+    let csr = CertificateParams::new(vec![]).unwrap().serialize_request(&key).unwrap().der().to_vec();
+    let data = qualifying_data(&Binding {
+        agent_nonce: &[7; 32],
+        server_nonce: &challenge.server_nonce,
+        ticket_sha256: &sha256(TICKET),
+        csr_spki: &csr::p256_spki(&csr).unwrap(),
+        cluster: ticket.cluster(),
+        ak_name: &Public::name_of(&identity.ak_public).unwrap(),
+    });
+    let quote = attester.quote(bank, MASK, data).await.unwrap();
+    let none = LogExtent::of(b"");
+    let transcript = Transcript {
+        ticket_sha256: sha256(TICKET),
+        csr: &csr,
+        quote: &quote.attest,
+        signature: &quote.signature,
+        pcrs: &quote.pcrs,
+        boot_log: none,
+        ima_log: none,
+        svid_key: &KeyHome::InMemory,
+    };
+    let header = EvidenceHeader {
+        hmac: transcript.hmac(&secret).to_vec(),
+        csr: csr.clone(),
+        quote: quote.attest.clone(),
+        signature: quote.signature.clone(),
+        pcrs: quote.pcrs.clone(),
+        boot_log: none,
+        ima_log: none,
+        ek_public: identity.ek_public.clone(),
+        ak_public: identity.ak_public.clone(),
+        svid_key: KeyHome::InMemory,
+    };
+    let fresh = ActivatedAk::open(ticket, TICKET, header, NOW).unwrap().quote(&[]).unwrap();
+    let verified = fresh.appraise(b"", b"", None, &[policy()]).unwrap();
+    assert_eq!((verified.ek_class, verified.pcrs.len()), (class, 3));
+    assert!(verified.pcrs[&16].iter().any(|b| *b != 0) == (bank == Bank::Sha256));
+    assert!(verified.firmware_version != 0);
+}
+
+fn nothing_is_loaded(tpm: &Swtpm) {
+    for handles in ["handles-transient", "handles-loaded-session", "handles-saved-session"] {
+        let listed = tpm.try_tool("tpm2_getcap", &[handles]);
+        assert!(listed.status.success() && listed.stdout.is_empty(), "{handles}: {listed:?}");
+    }
+}
+
+/// The EK decides the node's id: it is chosen by what NV holds, and then stays.
+#[tokio::test]
+async fn the_ek_is_the_one_with_a_certificate_and_then_stays() {
+    let tpm = Swtpm::start();
+    let other_state = tpm.file("other");
+    std::fs::create_dir(&other_state).unwrap();
+    let auto = |state: &std::path::Path| Attester::open(&tpm.tcti(), state).unwrap();
+    let rsa = auto(&tpm.state()).identity().await.unwrap();
+    assert_eq!(rsa.ek_public[..4], [0, 1, 0, 0x0b], "RSA with SHA-256");
+    assert!(rsa.ek_certificate.is_some());
+    tpm.tool("tpm2_nvundefine", &["-C", "p", "0x1c00002"]);
+    let p384 = auto(&other_state).identity().await.unwrap();
+    assert_eq!(p384.ek_public[..4], [0, 0x23, 0, 0x0c], "ECC with SHA-384");
+    assert!(p384.ek_certificate.is_some());
+    // Who enrolled with the RSA EK goes on with it, certificate or not.
+    let again = auto(&tpm.state()).identity().await.unwrap();
+    assert_eq!(again, TpmIdentity { ek_certificate: None, ..rsa });
+    // Neither certificate left: the EK that every TPM can derive.
+    tpm.tool("tpm2_nvundefine", &["-C", "p", "0x1c00016"]);
+    let bare = tpm.file("bare");
+    std::fs::create_dir(&bare).unwrap();
+    let listed = auto(&bare).identity().await.unwrap();
+    assert_eq!((listed.ek_public, listed.ek_certificate), (again.ek_public, None));
+}
+
+/// Provisioned machines keep the EK at a persistent handle; others derive it. Both are the same key, and what stands at
+/// that handle is used only if it is an EK.
+#[tokio::test]
+async fn a_persistent_ek_is_used_and_a_strange_key_in_its_place_is_not() {
+    let tpm = Swtpm::start();
+    let identity = async || Attester::open(&tpm.tcti(), &tpm.state()).unwrap().identity().await.unwrap();
+    let persistent = identity().await;
+    tpm.tool("tpm2_evictcontrol", &["-Q", "-C", "p", "-c", "0x81010001"]);
+    assert_eq!(identity().await, persistent, "derived");
+    tpm.tool("tpm2_createprimary", &["-Q", "-C", "o", "-G", "rsa", "-c", "strange.ctx"]);
+    tpm.tool("tpm2_evictcontrol", &["-Q", "-C", "o", "-c", "strange.ctx", "0x81010001"]);
+    tpm.tool("tpm2_flushcontext", &["-t"]);
+    assert_eq!(identity().await, persistent, "derived beside a strange key");
+}
+
+/// Keys are kept as saved contexts between operations, which a reset of the TPM makes worthless.
+#[tokio::test]
+async fn a_reset_of_the_tpm_between_operations_is_survived() {
+    let mut tpm = Swtpm::start();
+    tpm.tool("tpm2_evictcontrol", &["-Q", "-C", "p", "-c", "0x81010001"]);
+    let attester = Attester::open(&tpm.tcti(), &tpm.state()).unwrap();
+    let before = attester.quote(Bank::Sha256, 1, [0; 32]).await.unwrap();
+    tpm.reset();
+    let after = attester.quote(Bank::Sha256, 1, [0; 32]).await.unwrap();
+    assert_ne!(before.attest, after.attest);
+    let identity = attester.identity().await.unwrap();
+    let (challenge, _) = challenge(&identity, &endorsements(&tpm), ambit_verify::Bank::Sha256);
+    let secret = attester.activate(challenge.credential_blob, challenge.encrypted_secret).await.unwrap();
+    assert_eq!(*secret, [0x5a; 32]);
+    nothing_is_loaded(&tpm);
 }
 
 #[tokio::test]
@@ -138,8 +227,7 @@ async fn requests_in_parallel_take_turns_and_leave_nothing_loaded() {
         quote.await.unwrap().unwrap();
     }
     println!("20 quotes, the first of which makes the AK: {:?}", began.elapsed());
-    assert!(tpm.try_tool("tpm2_getcap", &["handles-transient"]).stdout.is_empty());
-    assert!(tpm.try_tool("tpm2_getcap", &["handles-loaded-session"]).stdout.is_empty());
+    nothing_is_loaded(&tpm);
 }
 
 #[tokio::test]
@@ -172,25 +260,32 @@ async fn wrong_requests_are_named() {
     assert!(matches!(nowhere.identity().await.unwrap_err(), TpmError::Unreachable { .. }));
 }
 
-/// Proof 3 of issue 2: tpm2-tools verify our quote, and only with our nonce.
+/// Proof 3 of issue 2: tpm2-tools verify our quote, and only with our nonce. With each kind of AK, over both banks; but
+/// not with PSS, which tpm2_checkquote 5.4 takes for PKCS #1 v1.5.
 #[tokio::test]
 async fn tpm2_checkquote_accepts_our_quote() {
     let tpm = Swtpm::start();
-    let attester = Attester::open(&tpm.tcti(), &tpm.state()).unwrap();
-    let identity = attester.identity().await.unwrap();
-    let quote = attester.quote(Bank::Sha256, 0x47ff, [0xc4; 32]).await.unwrap();
-    let public = [(identity.ak_public.len() as u16).to_be_bytes().to_vec(), identity.ak_public].concat();
-    tpm.write("ak.pub", &public);
-    tpm.write("quote.msg", &quote.attest);
-    tpm.write("quote.sig", &quote.signature);
-    tpm.write("quote.pcrs", &tools_pcrs(0x47ff, &quote.pcrs));
-    let check = |nonce: &str| {
-        let files = ["-u", "ak.pub", "-m", "quote.msg", "-s", "quote.sig", "-f", "quote.pcrs", "-g", "sha256"];
-        tpm.try_tool("tpm2_checkquote", &[files.as_slice(), &["-q", nonce]].concat())
-    };
-    let good = check(&"c4".repeat(32));
-    assert!(good.status.success(), "{}", String::from_utf8_lossy(&good.stderr));
-    assert!(!check(&"c5".repeat(32)).status.success(), "another nonce must not pass");
+    for ak in [AkKind::EccP256, AkKind::EccP384, AkKind::Rsa2048Ssa] {
+        let attester = attester(&tpm, EkChoice::Auto, ak);
+        let identity = attester.identity().await.unwrap();
+        let public = [(identity.ak_public.len() as u16).to_be_bytes().to_vec(), identity.ak_public].concat();
+        tpm.write("ak.pub", &public);
+        for (bank, alg) in [(Bank::Sha256, 0x000b), (Bank::Sha384, 0x000c)] {
+            let quote = attester.quote(bank, 0x47ff, [0xc4; 32]).await.unwrap();
+            tpm.write("quote.msg", &quote.attest);
+            tpm.write("quote.sig", &quote.signature);
+            tpm.write("quote.pcrs", &tools_pcrs(alg, 0x47ff, &quote.pcrs));
+            // The hash of the AK's scheme, whatever the bank.
+            let hash = if ak == AkKind::EccP384 { "sha384" } else { "sha256" };
+            let check = |nonce: &str| {
+                let files = ["-u", "ak.pub", "-m", "quote.msg", "-s", "quote.sig", "-f", "quote.pcrs", "-g", hash];
+                tpm.try_tool("tpm2_checkquote", &[files.as_slice(), &["-q", nonce]].concat())
+            };
+            let good = check(&"c4".repeat(32));
+            assert!(good.status.success(), "{ak:?} {bank:?}: {}", String::from_utf8_lossy(&good.stderr));
+            assert!(!check(&"c5".repeat(32)).status.success(), "another nonce must not pass");
+        }
+    }
 }
 
 /// PolicyOR branches of high-range EKs (TCG EK Credential Profile 2.5, B.6).
@@ -205,9 +300,9 @@ fn hex(text: &str) -> Vec<u8> {
 
 /// PCR values as `tpm2_quote -o` writes them: the C structures TPML_PCR_SELECTION, a count, and TPML_DIGESTs, as they lie
 /// in the memory of this (little-endian) machine.
-fn tools_pcrs(mask: u32, pcrs: &[(u32, Vec<u8>)]) -> Vec<u8> {
+fn tools_pcrs(alg: u16, mask: u32, pcrs: &[(u32, Vec<u8>)]) -> Vec<u8> {
     let mut out = 1u32.to_le_bytes().to_vec();
-    out.extend(0x000bu16.to_le_bytes());
+    out.extend(alg.to_le_bytes());
     out.push(3);
     out.extend(mask.to_le_bytes());
     out.resize(4 + 16 * 8, 0);
@@ -216,9 +311,9 @@ fn tools_pcrs(mask: u32, pcrs: &[(u32, Vec<u8>)]) -> Vec<u8> {
         let end = out.len() + 4 + 8 * 66;
         out.extend((eight.len() as u32).to_le_bytes());
         for (_, value) in eight {
-            out.extend(32u16.to_le_bytes());
+            out.extend((value.len() as u16).to_le_bytes());
             out.extend(value);
-            out.extend([0; 32]);
+            out.resize(out.len() + 64 - value.len(), 0);
         }
         out.resize(end, 0);
     }
