@@ -3,7 +3,7 @@
 
 use super::image;
 use crate::cell::{listen, metrics};
-use crate::lab::{Lab, LabError};
+use crate::lab::{Lab, LabError, make_folder, write_file};
 use crate::process::{self, ProcessId};
 use crate::state::Ready;
 use crate::tool;
@@ -27,11 +27,15 @@ const SAID_BYTES_MAX: u64 = 4 << 20;
 const CHUNK_BYTES: usize = 1500;
 /// Where the agent has its files in the guest: a tmpfs, which IMA does not measure.
 const AGENT: &str = "/run/ambit";
+/// Where the kernel shows the firmware's log and its own.
+const BOOT_LOG: &str = "/sys/kernel/security/tpm0/binary_bios_measurements";
+const IMA_LOG: &str = "/sys/kernel/security/ima/binary_runtime_measurements";
 
 /// A guest that runs.
 pub(super) struct Guest<'l> {
     lab: &'l Lab,
     member: Member,
+    disk: PathBuf,
     console: BufReader<UnixStream>,
 }
 
@@ -40,7 +44,14 @@ pub(super) struct Said {
     /// Its exit code.
     pub(super) code: i32,
     /// Standard output and error.
-    pub(super) text: String,
+    pub(super) bytes: Vec<u8>,
+}
+
+impl Said {
+    /// What it said, as text.
+    pub(super) fn text(&self) -> String {
+        String::from_utf8_lossy(&self.bytes).into_owned()
+    }
 }
 
 /// Ends what stands in for a node's hardware in the lab, and makes room for a guest on its link.
@@ -74,7 +85,11 @@ impl<'l> Guest<'l> {
             std::fs::copy(VARIABLES, &variables).map_err(|source| io(Path::new(VARIABLES), source))?;
         }
         let place = lab.place(node)?;
-        let tpm = folder.join("vtpm.sock");
+        let (tpm, console) = (folder.join("vtpm.sock"), folder.join("console.sock"));
+        for socket in [&tpm, &console] {
+            // Left by the boot before.
+            let _ = std::fs::remove_file(socket);
+        }
         let state = format!("dir={}", folder.join("tpm").display());
         let control = format!("type=unixio,path={}", tpm.display());
         let argv = [
@@ -93,7 +108,6 @@ impl<'l> Guest<'l> {
         let vtpm = lab.start(&format!("{node}-vtpm"), Some(node), launch.clone(), Ready::Started)?;
         process::wait_ready(vtpm, &launch, Duration::from_secs(10), || tpm.exists())?;
 
-        let console = folder.join("console.sock");
         let argv = qemu_argv(&member, &folder, disk, &tpm, &console);
         let argv: Vec<&str> = argv.iter().map(String::as_str).collect();
         let launch = lab.launch(&place, &argv, &folder.join("qemu.log"));
@@ -104,16 +118,18 @@ impl<'l> Guest<'l> {
             stream.is_some()
         })?;
         let stream = stream.ok_or_else(|| Refusal::new(Code::Internal, "a console", "none"))?;
-        let mut guest = Guest { lab, member, console: BufReader::new(stream) };
+        let mut guest = Guest { lab, member, disk: disk.to_owned(), console: BufReader::new(stream) };
         guest.wait_up(qemu)?;
         guest.join_network()?;
         Ok(guest)
     }
-    /// Switches it off, hard.
-    pub(super) fn power_off(self) -> Result<(), LabError> {
+    /// Switches it off, hard, and on again.
+    pub(super) fn reboot(&mut self) -> Result<(), LabError> {
         let node = self.member.role();
         end(self.lab, &format!("{node}-qemu"))?;
-        end(self.lab, &format!("{node}-vtpm"))
+        end(self.lab, &format!("{node}-vtpm"))?;
+        *self = Guest::boot(self.lab, &node, &self.disk)?;
+        Ok(())
     }
     /// Runs a line of shell in the guest.
     pub(super) fn run(&mut self, line: &str) -> Result<Said, LabError> {
@@ -124,21 +140,18 @@ impl<'l> Guest<'l> {
             let said = self.line()?;
             if let Some(code) = said.strip_prefix("AMBIT-DONE ") {
                 let code = code.parse().unwrap_or(-1);
-                return Ok(Said { code, text: decoded(&encoded)? });
+                return Ok(Said { code, bytes: decoded(&encoded)? });
             }
             encoded.push_str(&said);
         }
     }
     /// Runs a line of shell that must succeed; returns what it said.
     pub(super) fn must(&mut self, line: &str) -> Result<String, LabError> {
-        let Said { code, text } = self.run(line)?;
-        if code == 0 {
-            return Ok(text);
-        }
-        Err(LabError::Command {
-            command: format!("in {}: {line}", self.member.role()),
-            output: format!("{code}: {text}"),
-        })
+        Ok(self.must_run(line)?.text())
+    }
+    /// Reads a file of the guest; one of the kernel's too, which tells no length beforehand.
+    pub(super) fn read(&mut self, path: &str) -> Result<Vec<u8>, LabError> {
+        Ok(self.must_run(&format!("cat {path}"))?.bytes)
     }
     /// Writes a file in the guest.
     pub(super) fn write(&mut self, path: &str, bytes: &[u8]) -> Result<(), LabError> {
@@ -159,7 +172,7 @@ impl<'l> Guest<'l> {
     }
     /// The end of the agent's log.
     pub(super) fn agent_log(&mut self) -> Result<String, LabError> {
-        Ok(self.run(&format!("tail -n 30 {AGENT}/agent.log"))?.text)
+        Ok(self.run(&format!("tail -n 30 {AGENT}/agent.log"))?.text())
     }
     /// Waits until the agent says that it is ready (`/readyz`).
     pub(super) fn wait_enrolled(&mut self, limit: Duration) -> Result<Duration, LabError> {
@@ -213,6 +226,34 @@ impl<'l> Guest<'l> {
         self.must(&format!("echo 'echo altered' >> {0} && {0}", image::MEASURED)).map(drop)
     }
 
+    /// Has every file of its image measured, as a machine that has run for long would have. Root reads are measured.
+    pub(super) fn measure_image(&mut self) -> Result<(), LabError> {
+        self.must("find / -xdev -type f -exec cat {} + > /dev/null").map(drop)
+    }
+    /// Writes what the machine measured into a folder, as `ambit attest policy learn` reads it.
+    pub(super) fn evidence(&mut self, folder: &Path) -> Result<(), LabError> {
+        make_folder(folder)?;
+        let values =
+            |bank: &str| format!("for n in $(seq 0 23); do echo $n $(cat /sys/class/tpm/tpm0/pcr-{bank}/$n); done");
+        for bank in ["sha1", "sha256", "sha384"] {
+            write_file(&folder.join(format!("pcrs.{bank}")), self.must(&values(bank))?.as_bytes())?;
+        }
+        for (name, path) in [("binary_bios_measurements", BOOT_LOG), ("ima_binary_runtime_measurements", IMA_LOG)] {
+            write_file(&folder.join(name), &self.read(path)?)?;
+        }
+        Ok(())
+    }
+
+    fn must_run(&mut self, line: &str) -> Result<Said, LabError> {
+        let said = self.run(line)?;
+        if said.code == 0 {
+            return Ok(said);
+        }
+        let (command, output) =
+            (format!("in {}: {line}", self.member.role()), format!("{}: {}", said.code, said.text()));
+        Err(LabError::Command { command, output })
+    }
+
     fn agent_config(&self) -> Result<String, LabError> {
         let site = &self.member.site;
         let cell = self.lab.cell(site)?;
@@ -224,8 +265,7 @@ impl<'l> Guest<'l> {
             "cluster = \"{site}\"\ntrust_domain = \"{site}\"\nfingerprint = \"{}\"\nservers = [{servers}]\n\
              node_address = \"{address}\"\ntcti = \"device:/dev/tpmrm0\"\nmetrics_listen = \"{}\"\n\
              hbone_listen = \"{address}:15008\"\ndata_dir = \"{AGENT}/agent\"\n\
-             boot_log = \"/sys/kernel/security/tpm0/binary_bios_measurements\"\n\
-             ima_log = \"/sys/kernel/security/ima/binary_runtime_measurements\"\n\
+             boot_log = \"{BOOT_LOG}\"\nima_log = \"{IMA_LOG}\"\n\
              cgroup_root = \"/sys/fs/cgroup/mesh\"\npin_dir = \"/sys/fs/bpf/ambit\"\npods_dir = \"{AGENT}/pods\"\n\
              workload_socket = \"{AGENT}/workload.sock\"\njoin_token_file = \"{AGENT}/join-token\"\n",
             cell.fingerprint,
@@ -318,10 +358,9 @@ fn qemu_argv(member: &Member, folder: &Path, disk: &Path, tpm: &Path, console: &
 }
 
 /// The console speaks in hexadecimal digits, so that no byte of an answer looks like its end.
-fn decoded(encoded: &str) -> Result<String, LabError> {
-    let bytes = hex::decode(encoded)
-        .map_err(|e| Refusal::new(Code::Internal, "hexadecimal digits from the console", e.to_string()))?;
-    Ok(String::from_utf8_lossy(&bytes).into_owned())
+fn decoded(encoded: &str) -> Result<Vec<u8>, LabError> {
+    Ok(hex::decode(encoded)
+        .map_err(|e| Refusal::new(Code::Internal, "hexadecimal digits from the console", e.to_string()))?)
 }
 
 fn io(path: &Path, source: std::io::Error) -> LabError {

@@ -5,11 +5,12 @@
 mod guest;
 mod image;
 
-use crate::demo::{Demo, PORT, Say, figures::Figures, in_a_lab};
-use crate::lab::{Lab, LabError, make_folder};
+use crate::demo::{Demo, PORT, Say, figures::Figures, in_a_lab, wait};
+use crate::lab::{Lab, LabError, make_folder, write_file};
 use crate::topology::Spec;
 use ambit_model::{Refusal, refusal::Code};
 use guest::Guest;
+use image::MEASURED;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -21,6 +22,9 @@ const UID: u32 = crate::workload::UID;
 /// Under emulation, an enrolment takes some seconds of processor time.
 const ENROL_MAX: Duration = Duration::from_secs(120);
 const SETTLE_MAX: Duration = Duration::from_secs(60);
+/// How often a cluster asks its nodes for a quote, unless told otherwise; and what a judgement may take beyond it.
+const INTERVAL: Duration = Duration::from_secs(30);
+const SLACK: Duration = Duration::from_secs(5);
 /// What the other cluster serves.
 const PAGE: &str = "east-page";
 const DOCUMENTS: &str = "
@@ -49,8 +53,11 @@ pub fn run(options: &Options<'_>) -> Result<(), LabError> {
 
 fn tell(lab: &Lab, options: &Options<'_>, say: &Say) -> Result<Figures, LabError> {
     let mut drill = Drill::begin(lab, options, say)?;
+    drill.learn()?;
     drill.enrol()?;
     drill.start_workloads()?;
+    drill.alter()?;
+    drill.repair()?;
     Ok(drill.demo.figures)
 }
 
@@ -99,13 +106,30 @@ impl<'a> Drill<'a> {
         Ok(())
     }
 
+    /// A policy that accepts this machine as it is now: its boot, and every file of its image.
+    fn learn(&mut self) -> Result<(), LabError> {
+        self.say.chapter("An appraisal policy, learnt from the guest as it booted");
+        self.guest.measure_image()?;
+        let folder = self.demo.lab.folder("operator").join("evidence");
+        self.guest.evidence(&folder)?;
+        let folder = folder.display().to_string();
+        let how = ["--from", &folder, "--name", "guest", "--cluster", "west", "--class", "lab"];
+        let yaml = self.demo.lab.ambit("west", &[&["attest", "policy", "learn"], &how[..]].concat())?;
+        let file = self.demo.lab.folder("operator").join("guest.yaml");
+        write_file(&file, yaml.as_bytes())?;
+        let told = self.demo.lab.ambit("west", &["attest", "policy", "apply", "-f", &file.display().to_string()])?;
+        self.say.quote(&told);
+        let entries = self.guest.must("wc -l < /sys/kernel/security/ima/ascii_runtime_measurements")?;
+        self.say
+            .good(&format!("it lists Secure Boot's keys, images, command line and {} measured files", entries.trim()));
+        Ok(())
+    }
+
     fn enrol(&mut self) -> Result<(), LabError> {
         self.say.chapter("Enrolment: the guest's TPM by its kernel's driver, its own boot log and IMA log");
         let lab = self.demo.lab.clone();
         lab.start_agent("east-n1")?;
-        let token = lab.ambit("west", &["node", "token", "--cluster", "west"])?;
-        self.guest.start_agent(token.trim())?;
-        let took = self.guest.wait_enrolled(ENROL_MAX)?;
+        let took = self.start_agent()?;
         self.demo.figures.put("guest enrolled", took.as_secs_f64(), "s", None);
         lab.wait_enrolled("east-n1", ENROL_MAX)?;
         self.say.good(&format!("{NODE} enrolled {:.1} s after its agent was started", took.as_secs_f32()));
@@ -130,11 +154,68 @@ impl<'a> Drill<'a> {
         Ok(())
     }
 
+    fn start_agent(&mut self) -> Result<Duration, LabError> {
+        let token = self.demo.lab.ambit("west", &["node", "token", "--cluster", "west"])?;
+        self.guest.start_agent(token.trim())?;
+        self.guest.wait_enrolled(ENROL_MAX)
+    }
+
+    fn alter(&mut self) -> Result<(), LabError> {
+        self.say.chapter("One measured file altered while the node runs");
+        self.guest.alter_measured_file()?;
+        let begun = Instant::now();
+        self.say.step(&format!("a line was added to {MEASURED} in {NODE}, and it was run"));
+        let node = self.node_id()?;
+        let lab = self.demo.lab.clone();
+        let standing = || lab.ambit("west", &["-o", "json", "node", "list"]);
+        wait(INTERVAL + SLACK, "the node untrusted", || Ok(standing()?.contains("\"untrusted\"")))?;
+        let seconds = begun.elapsed().as_secs_f64();
+        self.demo.figures.put("file altered -> node untrusted", seconds, "s", Some(INTERVAL.as_secs_f64()));
+        self.say.good(&format!("untrusted {seconds:.1} s after it; a round comes every {} s", INTERVAL.as_secs()));
+        self.wait_call(false)?;
+        let seconds = begun.elapsed().as_secs_f64();
+        self.demo.figures.put("file altered -> its call into the other cluster fails", seconds, "s", None);
+        self.say.good(&format!("{NODE}'s {POD} no longer reaches east's db, {seconds:.1} s after it"));
+        let told = lab.ambit("west", &["node", "explain", &node])?;
+        self.say.quote(&told);
+        require(told.contains(MEASURED), &format!("`ambit node explain` names {MEASURED}"), &told)
+    }
+
+    /// The file is what it was after a boot from the same disk. The IMA log of a machine that ran an altered file keeps
+    /// that until then, whatever is written over the file.
+    fn repair(&mut self) -> Result<(), LabError> {
+        self.say.chapter("Repair: a clean boot from the same disk, and the operator's release");
+        let node = self.node_id()?;
+        let lab = self.demo.lab.clone();
+        let begun = Instant::now();
+        self.guest.reboot()?;
+        self.say.good(&format!("{NODE} booted again, {:.1} s", begun.elapsed().as_secs_f32()));
+        lab.ambit("west", &["node", "release", &node])?;
+        let took = self.start_agent()?;
+        self.say.good(&format!("released, and enrolled {:.1} s after its agent was started", took.as_secs_f32()));
+        self.say.quote(&lab.ambit("west", &["node", "list"])?);
+        self.guest.add_pod(POD, UID)?;
+        self.wait_call(true)?;
+        let seconds = begun.elapsed().as_secs_f64();
+        self.demo.figures.put("switched off -> service restored", seconds, "s", None);
+        self.say.good(&format!("{NODE}'s {POD} reads east's db again"));
+        Ok(())
+    }
+
+    /// The guest's node id: the only node of its cell.
+    fn node_id(&self) -> Result<String, LabError> {
+        let told = self.demo.lab.ambit("west", &["-o", "json", "node", "list"])?;
+        let list: serde_json::Value = serde_json::from_str(&told).unwrap_or_default();
+        let id = list.pointer("/0/id").or_else(|| list.pointer("/id")).and_then(|id| id.as_str());
+        id.map(str::to_owned).ok_or_else(|| Refusal::new(Code::NotFound, "the guest in its cell's list", told).into())
+    }
+
     /// Whether the guest's pod reads the other cluster's page, and what it said.
     fn call(&mut self) -> Result<(bool, String), LabError> {
         let url = format!("http://{}:{PORT}/", self.demo.pod("east-n1", "db")?.address);
         let said = self.guest.run_in_pod(POD, UID, &format!("/sbin/curl -sS --max-time 5 {url}"))?;
-        Ok((said.code == 0 && said.text.contains(PAGE), said.text))
+        let text = said.text();
+        Ok((said.code == 0 && text.contains(PAGE), text))
     }
 
     fn wait_call(&mut self, succeeds: bool) -> Result<Duration, LabError> {
