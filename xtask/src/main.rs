@@ -15,6 +15,7 @@ mod mutants;
 mod table;
 mod test;
 mod unbuilt;
+mod vm;
 
 use std::process::ExitCode;
 
@@ -27,6 +28,7 @@ usage: cargo xtask <verb>
   test                  format, lints, every test of the workspace; last line: N passed, N failed, N skipped
   lab up|down|status    the one-machine lab that demo uses, to explore by hand (root)
   chaos --smoke         kill each process of a lab in turn; last line: N lost, N duplicated, N non-linearizable
+  vm                    a node as a machine of its own, with Secure Boot, a TPM driver and IMA (root; QEMU; 2 minutes)
   bench memory          resident memory of idle release processes; last line: N figures, M met
   build-bpf [--check]   compile the kernel programs again; --check compares with the committed objects
   mutants [PART]        break each check of the verifier in a copy; last line: N checks, N proven
@@ -77,6 +79,7 @@ fn run(args: &[&str]) -> Result<(), Stop> {
         ["demo", options @ ..] => lab::demo(options),
         ["test"] => test::run(),
         ["lab", verb @ ("up" | "down" | "status"), options @ ..] => lab::run(&[&[*verb], options].concat()),
+        ["vm"] => vm::run(),
         ["chaos", "--smoke"] => lab::run(&["chaos", "--smoke"]),
         ["build-bpf"] => cargo::program("sh", &["ebpf/build-objects.sh"]),
         ["build-bpf", "--check"] => cargo::program("sh", &["ebpf/build-objects.sh", "--check"]),
