@@ -343,6 +343,8 @@ pub enum Attest {
     /// Appraisal policies
     #[command(subcommand)]
     Policy(AttestPolicy),
+    /// Why a node was refused or lost trust: what diverged, expected, found, and what to do
+    Explain { id: String },
 }
 
 #[derive(Debug, Subcommand)]
@@ -351,8 +353,43 @@ pub enum AttestPolicy {
     Lint { file: PathBuf },
     /// What two policies say differently, field by field; ends 5 where they differ
     Diff { old: PathBuf, new: PathBuf },
-    /// Writes a policy that accepts one machine, and those that boot as it does
+    /// Writes a policy that accepts one machine, and those that boot as it does: from a folder, or from a node's evidence
     Learn(LearnPolicy),
+    /// Sends a policy to the cell; its IMA allow-lists first
+    Apply {
+        /// The file; `-` reads standard input
+        #[arg(short, long)]
+        file: PathBuf,
+        /// An IMA allow-list that the policy names by its SHA-256, unless the cell has it; repeat for more
+        #[arg(long = "ima-list", value_name = "FILE")]
+        ima_lists: Vec<PathBuf>,
+        /// Keep what the policy said before as acceptable too, until it is promoted
+        #[arg(long)]
+        staged: bool,
+    },
+    /// Policies of the cell: versions, clusters, and how many nodes rest on which
+    List,
+    /// One policy of the cell as YAML
+    Show { name: String },
+    /// Ends a staged roll-out: what the policy said before is accepted no longer
+    Promote { name: String },
+    /// Removes a policy of the cell
+    Delete { name: String },
+    /// What a policy would say of every node now, from the evidence kept; ends 5 where it would deny one
+    Test {
+        /// The file; `-` reads standard input
+        #[arg(short, long)]
+        file: PathBuf,
+        /// An IMA allow-list that the policy names, unless the cell has it; repeat for more
+        #[arg(long = "ima-list", value_name = "FILE")]
+        ima_lists: Vec<PathBuf>,
+        /// This node only
+        #[arg(long, value_name = "NODE_ID")]
+        node: Option<String>,
+        /// From the evidence of that instant: 2026-11-23T14:03:26Z, or how long ago: 90s, 2h
+        #[arg(long, value_name = "TIME")]
+        at: Option<String>,
+    },
 }
 
 #[derive(Debug, clap::Args)]
@@ -385,26 +422,29 @@ pub struct Appraise {
 
 #[derive(Debug, clap::Args)]
 pub struct LearnPolicy {
+    /// The node to learn from, by the evidence that the cell keeps
+    #[arg(value_name = "NODE_ID", required_unless_present = "from", conflicts_with = "from")]
+    pub node: Option<String>,
     /// The folder to learn from, with files as in `attest appraise`
     #[arg(long, value_name = "DIR")]
-    pub from: PathBuf,
+    pub from: Option<PathBuf>,
     /// The policy's name
     #[arg(long, default_value = "learnt")]
     pub name: String,
     /// A cluster that it shall govern; repeat for more
-    #[arg(long = "cluster", value_name = "NAME", default_value = "default")]
+    #[arg(long = "cluster", value_name = "NAME", default_value = "default", conflicts_with = "node")]
     pub clusters: Vec<String>,
     /// Where the IMA allow-list goes; without it the files stand in the policy
     #[arg(long, value_name = "OUT")]
     pub ima_list: Option<PathBuf>,
     /// The qualifying data that the quote must hold
-    #[arg(long, value_name = "HEX")]
+    #[arg(long, value_name = "HEX", conflicts_with = "node")]
     pub nonce: Option<String>,
     /// Roots (and intermediates) that the EK certificate must chain to
-    #[arg(long, value_name = "PEM")]
+    #[arg(long, value_name = "PEM", conflicts_with = "node")]
     pub roots: Option<PathBuf>,
     /// What vouches for the machine's TPM
-    #[arg(long, value_parser = ["hardware", "virtual", "lab", "listed"])]
+    #[arg(long, conflicts_with = "node", value_parser = ["hardware", "virtual", "lab", "listed"])]
     pub class: Option<String>,
 }
 
@@ -526,6 +566,12 @@ mod tests {
             ("ambit explain spiffe://west/web spiffe://east/db:0", false),
             ("ambit node allow --cluster west", false),
             ("ambit node allow --cluster west --csv eks.csv", true),
+            ("ambit attest policy learn --from dir", true),
+            ("ambit attest policy learn 0123456789 --ima-list out", true),
+            ("ambit attest policy learn", false),
+            ("ambit attest policy learn 0123456789 --from dir", false),
+            ("ambit attest policy apply -f p.yaml --ima-list l --staged", true),
+            ("ambit attest policy test -f p.yaml --node 0123456789 --at 2h", true),
             ("ambit node quarantine --cluster west", true),
             ("ambit node release 0123456789", true),
             ("ambit node ban", false),

@@ -236,21 +236,6 @@ pub(crate) fn ecdsa_signature(rs: &[u8]) -> Vec<u8> {
     let mut out = vec![0x00, 0x18, 0x00, 0x0b];
     rs.chunks(32).for_each(|part| out.extend(tpm2b(part)));
     out
-
-/// Every file of a recorded machine: `tests/KIND/NAME`.
-pub(crate) fn folder(kind: &str, name: &str) -> BTreeMap<String, Vec<u8>> {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests").join(kind).join(name);
-    let entries = std::fs::read_dir(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-    let read = |e: std::fs::DirEntry| {
-        let bytes = std::fs::read(e.path()).expect("a readable file");
-        (e.file_name().into_string().expect("text"), bytes)
-    };
-    entries.map(|e| read(e.expect("an entry"))).collect()
-}
-
-/// A PEM certificate of the golden manufacturer CA.
-pub(crate) fn ca_pem(name: &str) -> Vec<u8> {
-    read("ca", name)
 }
 
 /// Writes `case NN  <what>  -> <code>` for the table of the adversarial list, which `cargo xtask test` prints. One file
@@ -330,4 +315,20 @@ pub(crate) mod number {
             }
         }
     }
+}
+
+/// Every file of a recorded machine: `tests/KIND/NAME`.
+pub(crate) fn folder(kind: &str, name: &str) -> BTreeMap<String, Vec<u8>> {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests").join(kind).join(name);
+    let entries = std::fs::read_dir(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let read = |e: std::fs::DirEntry| {
+        let bytes = std::fs::read(e.path()).expect("a readable file");
+        (e.file_name().into_string().expect("text"), bytes)
+    };
+    entries.map(|e| read(e.expect("an entry"))).collect()
+}
+
+/// A PEM certificate of the golden manufacturer CA.
+pub(crate) fn ca_pem(name: &str) -> Vec<u8> {
+    read("ca", name)
 }

@@ -1,6 +1,7 @@
 //! `ambit attest`: appraisal policies, and machines judged by them without a cell.
 
 mod answer;
+mod cell;
 mod learn;
 
 use super::Session;
@@ -26,7 +27,22 @@ pub(crate) async fn run(session: &Session, verb: Attest) -> Result<Answer, Refus
         Attest::Appraise(appraise) => self::appraise(session.form, &appraise),
         Attest::Policy(AttestPolicy::Lint { file }) => lint_file(session.form, &file),
         Attest::Policy(AttestPolicy::Diff { old, new }) => diff_files(session.form, &old, &new),
-        Attest::Policy(AttestPolicy::Learn(options)) => learn::learn_from(&options),
+        Attest::Policy(AttestPolicy::Learn(options)) => match (&options.from, &options.node) {
+            (Some(folder), _) => learn::learn_from(folder, &options),
+            (None, Some(node)) => cell::learn(session, node, &options).await,
+            (None, None) => Err(Refusal::new(Code::BadRequest, "a node, or --from DIR", "neither")),
+        },
+        Attest::Policy(AttestPolicy::Apply { file, ima_lists, staged }) => {
+            cell::apply(session, &file, &ima_lists, staged).await
+        }
+        Attest::Policy(AttestPolicy::List) => cell::list(session).await,
+        Attest::Policy(AttestPolicy::Show { name }) => cell::show(session, name).await,
+        Attest::Policy(AttestPolicy::Promote { name }) => cell::promote(session, name).await,
+        Attest::Policy(AttestPolicy::Delete { name }) => cell::delete(session, name).await,
+        Attest::Policy(AttestPolicy::Test { file, ima_lists, node, at }) => {
+            cell::test(session, &file, &ima_lists, node.as_deref(), at.as_deref()).await
+        }
+        Attest::Explain { id } => super::node::explain(session, Some(&id)).await,
     }
 }
 

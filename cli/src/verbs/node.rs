@@ -110,7 +110,7 @@ async fn attest(session: &Session, id: &str, at: Option<&str>) -> Result<Answer,
 }
 
 /// A point in time, or how long ago.
-fn instant(text: &str) -> Result<u64, Refusal> {
+pub(super) fn instant(text: &str) -> Result<u64, Refusal> {
     if let Ok(ago) = text.parse::<crate::duration::Millis>() {
         return Ok(crate::when::now_ms().saturating_sub(u64::try_from(ago.duration().as_millis()).unwrap_or(u64::MAX)));
     }
@@ -172,7 +172,7 @@ fn counted_eks(session: &Session, banner: String, done: &str, count: u32) -> Ans
 
 /// The one node whose id starts with `prefix`. A full id is passed on: the cell may know denials of a node that it
 /// never admitted.
-async fn full_id(cell: &Cell, prefix: &str) -> Result<String, Refusal> {
+pub(super) async fn full_id(cell: &Cell, prefix: &str) -> Result<String, Refusal> {
     if prefix.parse::<NodeId>().is_ok() {
         return Ok(prefix.to_owned());
     }
@@ -190,7 +190,7 @@ async fn full_id(cell: &Cell, prefix: &str) -> Result<String, Refusal> {
     }
 }
 
-async fn explain(session: &Session, id: Option<&str>) -> Result<Answer, Refusal> {
+pub(super) async fn explain(session: &Session, id: Option<&str>) -> Result<Answer, Refusal> {
     let cell = session.cell()?;
     let id = match id {
         Some(id) => full_id(&cell, id).await?,

@@ -44,6 +44,8 @@ impl Agent {
             node_address: Ipv4Addr::LOCALHOST,
             data_dir: tpm.state(),
             tcti: tpm.tcti(),
+            tpm_ek: Default::default(),
+            tpm_ak: Default::default(),
             boot_log: tpm.file("boot_log"),
             ima_log: tpm.file("ima_log"),
             join_token_file: None,

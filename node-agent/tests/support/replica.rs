@@ -226,11 +226,11 @@ unasked! {
     allow_ek(v1::AllowEkRequest) -> v1::AllowEkResponse;
     list_nodes(v1::ListNodesRequest) -> v1::ListNodesResponse;
     explain_node(v1::ExplainNodeRequest) -> v1::ExplainNodeResponse;
-    ban_node(v1::NodeRef) -> v1::Node;
-    evict_node(v1::NodeRef) -> v1::Node;
-    unban_node(v1::NodeRef) -> v1::Node;
-    quarantine_node(v1::NodeRef) -> v1::Node;
-    release_node(v1::NodeRef) -> v1::Node;
+    ban_node(v1::NodeSelection) -> v1::ListNodesResponse;
+    evict_node(v1::NodeSelection) -> v1::ListNodesResponse;
+    unban_node(v1::NodeSelection) -> v1::ListNodesResponse;
+    quarantine_node(v1::NodeSelection) -> v1::ListNodesResponse;
+    release_node(v1::NodeSelection) -> v1::ListNodesResponse;
     attestation_at(v1::AttestationAtRequest) -> v1::AttestationAtResponse;
     put_ek_roots(v1::PutEkRootsRequest) -> v1::EndorsementsResponse;
     disallow_ek(v1::AllowEkRequest) -> v1::AllowEkResponse;

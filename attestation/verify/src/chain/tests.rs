@@ -82,7 +82,7 @@ fn an_honest_node_is_verified() {
     assert_eq!(verified.cluster.as_str(), "west");
     assert_eq!(verified.join_token, Some([9; 32]));
     assert_eq!(verified.pcrs.len(), 12);
-    assert_eq!((verified.boot.events, verified.appraised.ima.entries), (48, 41));
+    assert_eq!((verified.boot.events, verified.appraised.checkpoint.entries), (48, 41));
     assert_eq!((verified.endorsement_revision, verified.policy_revision), (Revision(4), Revision(5)));
     let spki = Public::parse(&golden_ek_public()).unwrap().spki_der();
     assert_eq!(verified.node.0, sha256(&spki));

@@ -5,7 +5,7 @@ use crate::attest::Attest;
 use crate::chain::Denial;
 use crate::hash::Bank;
 use crate::public::{AttestationKey, EndorsementKey, Public};
-use crate::signature::Signature;
+use crate::signature::{AkVerifier, Signature};
 use crate::wire::Reader;
 use crate::{Endorsements, ek};
 use ambit_model::{Code, Refusal, Stamp};
@@ -34,9 +34,9 @@ impl Folder {
         };
         let (attest, ak, signer) = verified;
         if let Some(nonce) = &ask.nonce
-            && *nonce != attest.extra_data
+            && *nonce != attest.head.extra_data
         {
-            let (expected, found) = (format!("extraData {}", hex::encode(nonce)), hex::encode(&attest.extra_data));
+            let (expected, found) = (format!("extraData {}", hex::encode(nonce)), hex::encode(&attest.head.extra_data));
             return Ok(Err(Refusal::new(Code::QuoteNonce, expected, found).into()));
         }
         let bank = match [Bank::Sha256, Bank::Sha384].map(|b| attest.selects_exactly(b, PCR_MASK)) {
@@ -66,13 +66,13 @@ impl Folder {
         let ak = Public::parse(ak).map_err(|e| e.refuse(Code::EvidenceMalformed, "TPMT_PUBLIC of the AK"))?;
         let ak = AttestationKey::new(ak)?;
         let signature = Signature::parse(signature).map_err(|e| e.refuse(Code::EvidenceMalformed, "TPMT_SIGNATURE"))?;
-        signature.verify(&ak, attest)?;
+        AkVerifier::new(&ak)?.verify(&signature, attest)?;
         let attest = Attest::parse(attest)?;
         let Some(ek) = self.ek()? else { return Ok((attest, ak, false)) };
         let signer = ek.qualify(ak.public());
-        if attest.qualified_signer != signer {
+        if attest.head.qualified_signer != signer {
             let expected = format!("qualified signer {}", hex::encode(signer));
-            return Err(Refusal::new(Code::QuoteSigner, expected, hex::encode(&attest.qualified_signer)));
+            return Err(Refusal::new(Code::QuoteSigner, expected, hex::encode(&attest.head.qualified_signer)));
         }
         Ok((attest, ak, true))
     }

@@ -23,7 +23,8 @@ pub fn roots_of_pem(pem: &[u8], class: EkClass) -> Result<Endorsements, Refusal>
         check_root(root)?;
     }
     let roots = roots.into_iter().map(|der| EkRoot { der: der.to_vec(), class }).collect();
-    Ok(Endorsements { roots, intermediates: intermediates.into_iter().map(|der| der.to_vec()).collect() })
+    let intermediates = intermediates.into_iter().map(|der| der.to_vec()).collect();
+    Ok(Endorsements { roots, intermediates, denied: Vec::new() })
 }
 
 fn is_self_issued(der: &[u8]) -> bool {

@@ -10,10 +10,11 @@ use ambit_verify::EkClass;
 use ambit_verify::appraisal::{Source, learn};
 use ambit_verify::folder::{Ask, roots_of_pem};
 use std::collections::BTreeSet;
+use std::path::Path;
 
 /// Prints the policy on standard output; what it could not check, and its warnings, on standard error.
-pub(super) fn learn_from(options: &LearnPolicy) -> Result<Answer, Refusal> {
-    let folder = read_folder(&options.from)?;
+pub(super) fn learn_from(from: &Path, options: &LearnPolicy) -> Result<Answer, Refusal> {
+    let folder = read_folder(from)?;
     let class = options.class.as_deref().and_then(EkClass::from_text);
     let endorsements = match &options.roots {
         Some(file) => Some(roots_of_pem(&read(file)?, class.unwrap_or(EkClass::Lab))?),

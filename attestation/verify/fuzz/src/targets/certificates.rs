@@ -110,7 +110,7 @@ fn all_roots() -> &'static [Endorsements; 2] {
         let other = authority(ROOT_NAME).self_signed(&key).expect("a root").der().to_vec();
         let mut all = vec![EkRoot { der: other, class: EkClass::Hardware }; 255];
         all.extend(one.roots.iter().cloned());
-        [one, Endorsements { roots: all, intermediates: vec![] }]
+        [one, Endorsements { roots: all, intermediates: vec![], denied: vec![] }]
     })
 }
 
