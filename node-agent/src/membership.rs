@@ -72,7 +72,8 @@ pub struct Membership {
 }
 
 impl Membership {
-    /// Returns only where the first enrolment is denied.
+    /// Returns only where the first enrolment is denied for what this machine is or says. What an operator lifts at the
+    /// cell is waited out, also by an agent that has just started: the machine was booted again to be let in.
     pub async fn run(mut self) -> NotEnrolled {
         let mut backoff = Backoff::new(RETRY_BASE, RETRY_CAP);
         let mut standing = Standing::default();
@@ -90,7 +91,7 @@ impl Membership {
                     (first, since) = (false, Some(Instant::now()));
                     self.last(&enrolled).await
                 }
-                Err(denied) if first => return denied,
+                Err(denied) if first && !lifted_at_the_cell(denied.refusal.code) => return denied,
                 Err(denied) => {
                     METRICS.component.set(["enrolment"], 0.0);
                     Some(denied.refusal)
@@ -147,6 +148,19 @@ impl Membership {
         METRICS.component.set(["enrolment"], 1.0);
         Ok(())
     }
+}
+
+/// Whether an operator ends this refusal without anything being done at the machine.
+fn lifted_at_the_cell(code: Code) -> bool {
+    matches!(
+        code,
+        Code::NodeUntrusted
+            | Code::NodeQuarantined
+            | Code::NodeBanned
+            | Code::NodeLate
+            | Code::AppraisalPolicyMissing
+            | Code::AllowListMissing
+    )
 }
 
 /// What was last said of this node, so that each word is told to operators once and not at every attempt.
