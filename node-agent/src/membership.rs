@@ -10,6 +10,7 @@ use crate::config::Config;
 use crate::denials::Lane;
 use crate::enrol::{self, Enrolled, NotEnrolled};
 use crate::metrics::METRICS;
+use crate::reattest::Turn;
 use crate::svids::renew_at;
 use ambit_identity::{SharedTrust, Trust, TrustStore};
 use ambit_model::refusal::Class;
@@ -57,6 +58,8 @@ pub struct Membership {
     pub config: Config,
     /// The TPM.
     pub attester: Attester,
+    /// The right to quote with it.
+    pub turn: Turn,
     /// The time.
     pub clock: Arc<Clock>,
     /// Learns the own roots.
@@ -80,7 +83,7 @@ impl Membership {
         let mut since = None;
         let mut first = true;
         loop {
-            let refused = match enrol::enrol(&self.config, &self.attester, &self.clock).await {
+            let refused = match enrol::enrol(&self.config, &self.attester, &self.turn, &self.clock).await {
                 Ok(enrolled) => {
                     let enrolled = Arc::new(enrolled);
                     if let Err(refusal) = self.take(&enrolled, first) {
