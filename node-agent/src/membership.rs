@@ -86,10 +86,10 @@ impl Membership {
             let refused = match enrol::enrol(&self.config, &self.attester, &self.turn, &self.clock).await {
                 Ok(enrolled) => {
                     let enrolled = Arc::new(enrolled);
+                    standing.good();
                     if let Err(refusal) = self.take(&enrolled, first) {
                         return refusal.into();
                     }
-                    standing.good();
                     (first, since) = (false, Some(Instant::now()));
                     self.last(&enrolled).await
                 }
@@ -144,10 +144,11 @@ impl Membership {
             // Later bundles come with the slices, which know more of them.
             self.trust.replace(Trust::Bundles(TrustStore::new(&enrolled.bundle)?));
         }
-        self.node.send_replace(Some((enrolled.node, enrolled.generation)));
-        self.enrolled.send_replace(Some(enrolled.clone()));
-        self.denials.set_out(false);
         METRICS.component.set(["enrolment"], 1.0);
+        self.denials.set_out(false);
+        self.node.send_replace(Some((enrolled.node, enrolled.generation)));
+        // Last: the stream begins with it.
+        self.enrolled.send_replace(Some(enrolled.clone()));
         Ok(())
     }
 }
