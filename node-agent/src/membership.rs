@@ -10,6 +10,7 @@ use crate::config::Config;
 use crate::denials::Lane;
 use crate::enrol::{self, Enrolled, NotEnrolled};
 use crate::metrics::METRICS;
+use crate::reattest::Turn;
 use crate::svids::renew_at;
 use ambit_identity::{SharedTrust, Trust, TrustStore};
 use ambit_model::refusal::Class;
@@ -57,6 +58,8 @@ pub struct Membership {
     pub config: Config,
     /// The TPM.
     pub attester: Attester,
+    /// The right to quote with it.
+    pub turn: Turn,
     /// The time.
     pub clock: Arc<Clock>,
     /// Learns the own roots.
@@ -81,13 +84,13 @@ impl Membership {
         let mut since = None;
         let mut first = true;
         loop {
-            let refused = match enrol::enrol(&self.config, &self.attester, &self.clock).await {
+            let refused = match enrol::enrol(&self.config, &self.attester, &self.turn, &self.clock).await {
                 Ok(enrolled) => {
                     let enrolled = Arc::new(enrolled);
+                    standing.good();
                     if let Err(refusal) = self.take(&enrolled, first) {
                         return refusal.into();
                     }
-                    standing.good();
                     (first, since) = (false, Some(Instant::now()));
                     self.last(&enrolled).await
                 }
@@ -142,10 +145,11 @@ impl Membership {
             // Later bundles come with the slices, which know more of them.
             self.trust.replace(Trust::Bundles(TrustStore::new(&enrolled.bundle)?));
         }
-        self.node.send_replace(Some((enrolled.node, enrolled.generation)));
-        self.enrolled.send_replace(Some(enrolled.clone()));
-        self.denials.set_out(false);
         METRICS.component.set(["enrolment"], 1.0);
+        self.denials.set_out(false);
+        self.node.send_replace(Some((enrolled.node, enrolled.generation)));
+        // Last: the stream begins with it.
+        self.enrolled.send_replace(Some(enrolled.clone()));
         Ok(())
     }
 }
