@@ -7,6 +7,7 @@
 pub mod cell;
 pub mod machine;
 pub mod process;
+pub mod table;
 pub mod tpm;
 
 use anyhow::{Context, Result};

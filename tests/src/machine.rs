@@ -29,7 +29,7 @@ pub struct Machine {
     identity: TpmIdentity,
     node: String,
     // Ends after the attester's last use of it.
-    _tpm: Tpm,
+    tpm: Tpm,
 }
 
 /// What a machine puts wrong. Everything else stays right: hashes, lengths and the HMAC are of what is sent.
@@ -45,6 +45,10 @@ pub struct Lies {
     pub fewer_pcrs: bool,
     /// An HMAC under another secret.
     pub other_secret: bool,
+    /// A quote over another bank and other PCRs than asked.
+    pub quote_over: Option<(Bank, u32)>,
+    /// A change of the header, which the HMAC then covers.
+    pub header: Option<fn(&mut v1::EvidenceHeader)>,
 }
 
 /// A session begun.
@@ -53,6 +57,13 @@ pub struct Begun {
     agent_nonce: [u8; 32],
     join_token: String,
     challenge: v1::Challenge,
+}
+
+impl Begun {
+    /// The sealed ticket.
+    pub fn ticket(&self) -> Vec<u8> {
+        self.challenge.ticket.clone()
+    }
 }
 
 /// Evidence ready to be sent, any number of times.
@@ -80,20 +91,29 @@ impl Machine {
             agent_nonce: vec![0; 32],
         })?;
         let node = presented.node().to_string();
-        Ok(Machine { attester, identity, node, _tpm: tpm })
+        Ok(Machine { attester, identity, node, tpm })
     }
     /// Its id: SHA-256 of its EK's SubjectPublicKeyInfo.
     pub fn node(&self) -> String {
         self.node.clone()
     }
 
-    /// The first round trip.
-    pub async fn begin(&self, channel: Channel, cluster: &str, token: &str) -> Result<Result<Begun, v1::Denied>> {
+    /// The same machine with another AK, as after its state was deleted, or in the hands of whoever drives its TPM.
+    pub async fn rekeyed(mut self) -> Result<Machine> {
+        let state = self.tpm.state().join("again");
+        std::fs::create_dir_all(&state)?;
+        self.attester = Attester::open(&self.tpm.tcti(), &state)?;
+        self.identity = self.attester.identity().await?;
+        Ok(self)
+    }
+
+    /// What it sends in the first round trip.
+    pub fn begin_request(&self, cluster: &str, token: &str) -> v1::BeginRequest {
         let mut agent_nonce = [0; 32];
         for half in agent_nonce.chunks_mut(16) {
             half.copy_from_slice(&fresh());
         }
-        let request = v1::BeginRequest {
+        v1::BeginRequest {
             cluster: cluster.to_owned(),
             ek_certificate: self.identity.ek_certificate.clone().unwrap_or_default(),
             ek_intermediates: Vec::new(),
@@ -101,8 +121,18 @@ impl Machine {
             ak_public: self.identity.ak_public.clone(),
             agent_nonce: agent_nonce.to_vec(),
             join_token: token.to_owned(),
-        };
-        let cluster = cluster.parse()?;
+        }
+    }
+
+    /// The first round trip.
+    pub async fn begin(&self, channel: Channel, cluster: &str, token: &str) -> Result<Result<Begun, v1::Denied>> {
+        self.begin_with(channel, self.begin_request(cluster, token)).await
+    }
+
+    /// The first round trip, with this request.
+    pub async fn begin_with(&self, channel: Channel, request: v1::BeginRequest) -> Result<Result<Begun, v1::Denied>> {
+        let agent_nonce = request.agent_nonce.clone().try_into().unwrap_or_default();
+        let (cluster, token) = (request.cluster.parse()?, request.join_token.clone());
         let mut client = NodeAttestationClient::new(channel);
         let until = Instant::now() + PATIENCE;
         let answer = loop {
@@ -116,7 +146,7 @@ impl Machine {
         };
         match answer.result {
             Some(begin_response::Result::Challenge(challenge)) => {
-                Ok(Ok(Begun { cluster, agent_nonce, join_token: token.to_owned(), challenge }))
+                Ok(Ok(Begun { cluster, agent_nonce, join_token: token, challenge }))
             }
             Some(begin_response::Result::Denied(denied)) => Ok(Err(denied)),
             None => bail!("neither challenge nor denial"),
@@ -147,6 +177,7 @@ impl Machine {
         });
         let bank = Bank::from_text(&challenge.bank).context("a bank")?;
         let mask = if lies.fewer_pcrs { challenge.pcr_mask & !(1 << 8) } else { challenge.pcr_mask };
+        let (bank, mask) = lies.quote_over.unwrap_or((bank, mask));
         let started = Instant::now();
         let quote = self.attester.quote(bank, mask, qualifying).await?;
         in_tpm += started.elapsed();
@@ -155,18 +186,8 @@ impl Machine {
         }
         let boot_log = lies.boot_log.clone().unwrap_or_else(|| tpm::BOOT_LOG.to_vec());
         let ima_log = lies.ima_log.clone().unwrap_or_else(|| tpm::IMA_LOG.to_vec());
-        let transcript = Transcript {
-            ticket_sha256,
-            csr: &csr,
-            quote: &quote.attest,
-            signature: &quote.signature,
-            pcrs: &quote.pcrs,
-            boot_log: extent(&boot_log),
-            ima_log: extent(&ima_log),
-            svid_key: &KeyHome::InMemory,
-        };
-        let header = v1::EvidenceHeader {
-            hmac: transcript.hmac(&secret).to_vec(),
+        let (boot, ima) = (extent(&boot_log), extent(&ima_log));
+        let mut header = v1::EvidenceHeader {
             ticket: challenge.ticket.clone(),
             csr: csr.clone(),
             quote: quote.attest.clone(),
@@ -176,15 +197,19 @@ impl Machine {
                 .iter()
                 .map(|(index, value)| v1::PcrValue { index: *index, value: value.clone() })
                 .collect(),
-            boot_log_len: transcript.boot_log.len,
-            boot_log_sha256: transcript.boot_log.sha256.to_vec(),
-            ima_log_len: transcript.ima_log.len,
-            ima_log_sha256: transcript.ima_log.sha256.to_vec(),
+            boot_log_len: boot.len,
+            boot_log_sha256: boot.sha256.to_vec(),
+            ima_log_len: ima.len,
+            ima_log_sha256: ima.sha256.to_vec(),
             join_token: begun.join_token.clone(),
             ek_public: self.identity.ek_public.clone(),
             ak_public: self.identity.ak_public.clone(),
             ..Default::default()
         };
+        if let Some(edit) = lies.header {
+            edit(&mut header);
+        }
+        header.hmac = hmac(&header, &secret)?.to_vec();
         let chunks = boot_log.chunks(CHUNK_BYTES).chain(ima_log.chunks(CHUNK_BYTES)).map(<[u8]>::to_vec);
         let frames = std::iter::once(evidence_request::Part::Header(header))
             .chain(chunks.map(evidence_request::Part::Chunk))
@@ -305,6 +330,23 @@ pub async fn join_token(cell: &Cell, cluster: &str) -> Result<String, Refusal> {
 pub async fn explain(cell: &Cell, replica: usize, node: &str) -> Result<v1::ExplainNodeResponse> {
     let request = v1::ExplainNodeRequest { id: node.to_owned() };
     Ok(NodeAttestationClient::new(cell.admin(replica).await?).explain_node(request).await?.into_inner())
+}
+
+/// Over all that the header says.
+fn hmac(header: &v1::EvidenceHeader, secret: &[u8]) -> Result<[u8; 32]> {
+    let pcrs: Vec<(u32, Vec<u8>)> = header.pcrs.iter().map(|p| (p.index, p.value.clone())).collect();
+    let extent = |len, sha256: &[u8]| anyhow::Ok(LogExtent { len, sha256: sha256.try_into()? });
+    let transcript = Transcript {
+        ticket_sha256: fingerprint(&header.ticket),
+        csr: &header.csr,
+        quote: &header.quote,
+        signature: &header.signature,
+        pcrs: &pcrs,
+        boot_log: extent(header.boot_log_len, &header.boot_log_sha256)?,
+        ima_log: extent(header.ima_log_len, &header.ima_log_sha256)?,
+        svid_key: &KeyHome::InMemory,
+    };
+    Ok(transcript.hmac(secret))
 }
 
 fn extent(log: &[u8]) -> LogExtent {
