@@ -73,7 +73,7 @@ fn each_rule_of_order_refuses_by_its_own_code() {
         (
             "SecureBoot off, then on after the separator",
             |e| {
-                let off = variable(&e[3].data[..16].to_vec(), "SecureBoot", &[0]);
+                let off = variable(&e[3].data[..16], "SecureBoot", &[0]);
                 let on = std::mem::replace(&mut e[3], event(7, DRIVER_CONFIG, &off, &off));
                 e.insert(9, on);
             },
@@ -89,7 +89,7 @@ fn each_rule_of_order_refuses_by_its_own_code() {
         (
             "a variable after the separator",
             |e| {
-                let late = variable(&e[3].data[..16].to_vec(), "AuditMode", &[0]);
+                let late = variable(&e[3].data[..16], "AuditMode", &[0]);
                 e.insert(9, event(7, DRIVER_CONFIG, &late, &late));
             },
             Order,
@@ -224,7 +224,8 @@ fn texts_mean_something_only_where_the_digest_covers_them() {
     let tag = |id: u32, body: &[u8]| [&id.to_le_bytes()[..], &(body.len() as u32).to_le_bytes(), body].concat();
     let line = || Fact::CommandLine("quiet root=/dev/sda1".into());
     let file = |label: &str| Fact::File { label: label.into() };
-    let rows: Vec<(&str, u32, u32, Vec<u8>, Vec<u8>, Fact)> = vec![
+    type Row = (&'static str, u32, u32, Vec<u8>, Vec<u8>, Fact);
+    let rows: Vec<Row> = vec![
         ("systemd-boot", 8, 13, terminated.clone(), terminated.clone(), line()),
         ("systemd-boot, digest without the end", 8, 13, terminated.clone(), options.clone(), line()),
         ("UTF-16 without an end", 8, 13, options.clone(), options.clone(), line()),

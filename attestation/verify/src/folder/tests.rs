@@ -128,7 +128,8 @@ fn a_folder_is_judged_in_the_servers_order() {
     let endorsements =
         roots_of_pem(&[ca_pem("swtpm-localca-rootca-cert.pem"), ca_pem("issuercert.pem")].concat(), EkClass::Lab)
             .unwrap();
-    let rows: Vec<(&str, Box<dyn Fn(&mut BTreeMap<String, Vec<u8>>)>, Code)> = vec![
+    type Edit = Box<dyn Fn(&mut BTreeMap<String, Vec<u8>>)>;
+    let rows: Vec<(&str, Edit, Code)> = vec![
         ("other nonce", Box::new(|f| drop(f.insert("?nonce".into(), vec![0xab; 32]))), QuoteNonce),
         ("software key, magic 0", Box::new(|f| forged(f, "forged-fk_magic")), QuoteSignature),
         (
