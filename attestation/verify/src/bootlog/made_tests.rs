@@ -311,3 +311,40 @@ fn variables_read_as_they_are() {
     assert_eq!(facts.measured[22].fact, Fact::Image { label: "\\EFI\\BOOT\\BOOTX64.EFI".into() });
     assert_eq!(facts.measured.len(), 48);
 }
+
+/// An event of PCR 7 that no rule explains is learnt by its digest, and the rules beside it stay.
+#[test]
+fn what_no_rule_explains_is_learnt_by_its_digest() {
+    use crate::appraisal::{CompiledPolicy, Endorsement, Source, appraise, learn};
+    let mut events = golden_events();
+    let audit = variable(&events[3].data[..16], "AuditMode", &[0]);
+    events.insert(8, event(7, DRIVER_CONFIG, &audit, &audit));
+    let log = write(&events);
+    let pcrs = BootLog::parse(&log).unwrap().replay(HashAlg::Sha256).unwrap();
+    let boot = judge(&log, HashAlg::Sha256, &pcrs).unwrap();
+    let policy = learn(&Source {
+        name: "audit".parse().unwrap(),
+        clusters: std::collections::BTreeSet::new(),
+        class: None,
+        bank: crate::Bank::Sha256,
+        pcrs: &pcrs,
+        boot: &boot,
+        cmdline: None,
+        ima: &[],
+        ima_form: crate::ima::ImaForm::Nothing,
+        separate_list: false,
+    })
+    .policy;
+    assert!(policy.keys.len() == 3 && policy.events[&7].len() == 1 && policy.authorities.is_some());
+    let ask = |boot: &BootFacts| {
+        let policy = std::sync::Arc::new(CompiledPolicy::compile(&policy, &mut |_| None).unwrap());
+        appraise(&[policy], Endorsement::NotJudged, &pcrs, crate::Bank::Sha256, boot)
+    };
+    assert!(ask(&boot).is_ok());
+    // In setup mode the same variable has another digest.
+    let mut other = boot.clone();
+    other.measured[8].digest = vec![7; 32];
+    let denial = ask(&other).unwrap_err().headline();
+    assert_eq!(denial.refusal.code, Code::BootEventNotCovered);
+    assert!(denial.refusal.found.starts_with("AuditMode"), "{denial:?}");
+}
