@@ -79,6 +79,44 @@ pub enum Cluster {
         /// A manufacturer's EK root certificate (PEM) and its class: hardware, virtual or lab; repeat for more
         #[arg(long = "ek-root", value_name = "FILE.pem:CLASS", required = true)]
         ek_roots: Vec<EkRoot>,
+        /// How often its nodes are asked for a quote: 1s to 60s
+        #[arg(long, default_value = "30s", value_name = "TIME")]
+        attest_every: Millis,
+    },
+    /// What makes a TPM one of the cluster's: EK roots, allow-list, deny-list
+    Endorsements {
+        name: String,
+        /// The allow-list alone, as `ambit node allow --csv` reads it
+        #[arg(long)]
+        csv: bool,
+    },
+    /// Adds and removes EK roots of a cluster; nodes under a removed root are untrusted at once
+    EkRoots {
+        name: String,
+        #[arg(long, value_name = "FILE.pem:CLASS", required_unless_present = "remove")]
+        add: Vec<EkRoot>,
+        /// SHA-256 of the root certificate
+        #[arg(long, value_name = "HEX")]
+        remove: Vec<String>,
+    },
+    /// Denies TPMs by maker, model and firmware, whatever vouches for them; nodes that have one are untrusted at once
+    EkDeny {
+        /// The rule's name
+        name: String,
+        /// TCG vendor id, as in EK certificates: id:494E5443
+        #[arg(long, default_value = "")]
+        manufacturer: String,
+        /// The exact model, as in EK certificates
+        #[arg(long, default_value = "")]
+        model: String,
+        /// Firmware versions below this one, as quotes show it: 0x0007000200000000; none: every version
+        #[arg(long, default_value = "", value_name = "HEX")]
+        firmware_below: String,
+        #[arg(long, default_value = "")]
+        reason: String,
+        /// Removes the rule
+        #[arg(long, conflicts_with_all = ["manufacturer", "model", "firmware_below", "reason"])]
+        remove: bool,
     },
     /// Own and imported clusters with their states
     List,
@@ -155,6 +193,16 @@ pub enum Node {
         #[arg(long)]
         cluster: String,
         /// SHA-256 of the EK public key (SPKI DER), 64 hexadecimal digits
+        #[arg(required_unless_present = "csv", value_name = "NODE_ID")]
+        nodes: Vec<String>,
+        /// One EK a line, its digest first; `-` reads standard input
+        #[arg(long, value_name = "FILE")]
+        csv: Option<PathBuf>,
+    },
+    /// Takes EKs off a cluster's allow-list; nodes that are here by it are untrusted at once
+    Disallow {
+        #[arg(long)]
+        cluster: String,
         #[arg(required = true, value_name = "NODE_ID")]
         nodes: Vec<String>,
     },
@@ -165,10 +213,34 @@ pub enum Node {
         /// The node id, or its first 8 digits or more; none: every denial kept
         id: Option<String>,
     },
-    /// Refuses a node for good
-    Ban { id: String },
-    /// Forgets a node, so that it may enrol afresh
-    Evict { id: String },
+    /// Why a node was trusted, or not, now or at an instant
+    Attest {
+        id: String,
+        /// 2026-11-23T14:03:26Z, or how long ago: 90s, 2h
+        #[arg(long, value_name = "TIME")]
+        at: Option<String>,
+    },
+    /// Refuses nodes for good; `unban` ends it
+    Ban(Selected),
+    /// Ends a ban: the node may enrol again, by a new attestation
+    Unban(Selected),
+    /// Puts nodes aside until they are released
+    Quarantine(Selected),
+    /// Ends a quarantine or a distrust: the node may enrol again, by a new attestation
+    Release(Selected),
+    /// Forgets nodes, so that they may enrol afresh, with another AK too
+    Evict(Selected),
+}
+
+/// Which nodes a verb is about: all of them, or none where it cannot be said of one.
+#[derive(Debug, clap::Args)]
+pub struct Selected {
+    /// Node ids, or their first 8 digits or more
+    #[arg(required_unless_present = "cluster", value_name = "NODE_ID")]
+    pub ids: Vec<String>,
+    /// Instead: every node of a cluster of which the verb can be said
+    #[arg(long, conflicts_with = "ids")]
+    pub cluster: Option<String>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -378,6 +450,14 @@ mod tests {
             ("ambit explain spiffe://west/web spiffe://east/db", false),
             ("ambit explain spiffe://west/web spiffe://east/db:0", false),
             ("ambit node allow --cluster west", false),
+            ("ambit node allow --cluster west --csv eks.csv", true),
+            ("ambit node quarantine --cluster west", true),
+            ("ambit node release 0123456789", true),
+            ("ambit node ban", false),
+            ("ambit node ban 0123456789 --cluster west", false),
+            ("ambit node attest 0123456789 --at 90s", true),
+            ("ambit cluster ek-deny old --model X --firmware-below 0x01", true),
+            ("ambit cluster ek-deny old --remove --model X", false),
             ("ambit entry create -f e.yaml", true),
             ("ambit entry create --id a", false),
             ("ambit entry create --id a --spiffe-id spiffe://w/a --cluster c --selector unix:uid:1 --ttl 90s", true),

@@ -18,6 +18,27 @@ pub fn utc(ms: u64) -> String {
     format!("{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}Z", of_day / 3600, of_day / 60 % 60, of_day % 60)
 }
 
+/// The instant in a text as [`utc`] writes it.
+pub fn parse_utc(text: &str) -> Option<u64> {
+    let (date, time) = text.strip_suffix('Z')?.split_once('T')?;
+    let number = |s: &str, digits: usize| s.parse::<u64>().ok().filter(|_| s.len() == digits);
+    let mut date = date.split('-');
+    let (year, month, day) = (number(date.next()?, 4)?, number(date.next()?, 2)?, number(date.next()?, 2)?);
+    let mut time = time.split(':');
+    let (hour, minute, second) = (number(time.next()?, 2)?, number(time.next()?, 2)?, number(time.next()?, 2)?);
+    if date.next().is_some() || time.next().is_some() || hour > 23 || minute > 59 || second > 59 || year < 1970 {
+        return None;
+    }
+    // Days since the epoch by the inverse of `civil`, checked by going back: 31 February is no day.
+    let shifted = if month <= 2 { year - 1 } else { year };
+    let from_march = (month + 9) % 12;
+    let of_year = (153 * from_march + 2) / 5 + day.checked_sub(1)?;
+    let of_era = (shifted % 400) * 365 + (shifted % 400) / 4 - (shifted % 400) / 100 + of_year;
+    let days = (shifted / 400 * 146_097 + of_era).checked_sub(719_468)?;
+    let ms = (((days * 24 + hour) * 60 + minute) * 60 + second) * 1000;
+    (ms == 0 || utc(ms) == text).then_some(ms)
+}
+
 /// An age in the largest unit that keeps two digits of meaning: `850ms`, `12s`, `5m`, `3h`, `9d`; cells say the
 /// largest number for what never was.
 pub fn age(ms: u64) -> String {
@@ -47,6 +68,16 @@ fn civil(days: u64) -> (u64, u64, u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_written_instant_is_read_back_and_no_other_text() {
+        for ms in [1_000, 951_782_400_000, 1_795_442_606_000, 4_102_444_800_000, 1_709_164_800_000] {
+            assert_eq!(parse_utc(&utc(ms)), Some(ms));
+        }
+        for text in ["", "2026-11-23", "2026-11-23T14:03:26", "2026-02-30T00:00:00Z", "2026-11-23T24:00:00Z", "1-1-1T1:1:1Z"] {
+            assert_eq!(parse_utc(text), None, "{text}");
+        }
+    }
 
     #[test]
     fn known_instants() {

@@ -7,9 +7,10 @@ use crate::layout::{
 };
 use crate::pins::create_map;
 use crate::tables::{Action, MAX_SERVICE_ENDPOINTS, Service, Tables, Tier};
-use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType};
+use libbpf_rs::{ErrorKind, MapCore, MapFlags, MapHandle, MapType};
 use sha2::{Digest, Sha256};
-use std::net::SocketAddrV4;
+use std::collections::BTreeSet;
+use std::net::{Ipv4Addr, SocketAddrV4};
 use std::os::fd::{AsFd, AsRawFd};
 
 /// Entries of one table as the kernel keeps them, sorted by key, each key once.
@@ -74,6 +75,31 @@ impl Kernel {
         table.update(&key, &value.to_bytes(), MapFlags::EXIST).map_err(|e| KernelError::bpf("write map services", e))
     }
 
+    /// Gives the endpoints at `addresses` the identity `identity` in the tables in force, at once and without an install, and
+    /// says how many there were; as a service's endpoints they are marked unhealthy too. With an identity that no
+    /// verdict speaks of, connections to them are refused from now on. Each step only takes away, so a mixture of old
+    /// and new rows lets nothing through that the old ones did not. A later `install` brings its own rows.
+    pub fn relabel(&self, addresses: &[Ipv4Addr], identity: u32) -> Result<usize, KernelError> {
+        require_identity(identity, "relabelled endpoints")?;
+        let _change = self.lock();
+        let mut found = 0;
+        if let Some(table) = self.live_table("endpoints")? {
+            for address in addresses {
+                // Where it is not, there is nothing to take away.
+                let updated = table.update(&layout::address(*address), &identity.to_ne_bytes(), MapFlags::EXIST);
+                match updated {
+                    Ok(()) => found += 1,
+                    Err(e) if e.kind() == ErrorKind::NotFound => {}
+                    Err(e) => return Err(KernelError::bpf("write map endpoints", e)),
+                }
+            }
+        }
+        if let Some(table) = self.live_table("services")? {
+            relabel_services(&table, addresses, identity)?;
+        }
+        Ok(found)
+    }
+
     fn admit(&self, tables: &Tables) -> Result<[Table; 3], KernelError> {
         let capacity = self.capacity();
         let sizes = [
@@ -116,6 +142,27 @@ fn outer<'k>(maps: &'k Maps, name: &'static str) -> &'k MapHandle {
         "endpoints" => &maps.endpoints,
         _ => &maps.services,
     }
+}
+
+fn relabel_services(table: &MapHandle, addresses: &[Ipv4Addr], identity: u32) -> Result<(), KernelError> {
+    let addresses: BTreeSet<layout::Address> = addresses.iter().map(|a| layout::address(*a)).collect();
+    // One batch with a place to spare, as for reading back.
+    let rows = table
+        .lookup_batch(table.max_entries() + 1, MapFlags::ANY, MapFlags::ANY)
+        .map_err(|e| KernelError::bpf("read map services", e))?;
+    for (key, value) in rows {
+        let Some(mut service) = RawService::from_bytes(&value) else { continue };
+        let count = service.count as usize;
+        let mut changed = false;
+        for endpoint in service.endpoints.iter_mut().take(count).filter(|e| addresses.contains(&e.address)) {
+            (endpoint.identity, endpoint.healthy, changed) = (identity, 0, true);
+        }
+        if changed {
+            let written = table.update(&key, &service.to_bytes(), MapFlags::EXIST);
+            written.map_err(|e| KernelError::bpf("write map services", e))?;
+        }
+    }
+    Ok(())
 }
 
 fn verdict_table(tables: &Tables) -> Result<Table, KernelError> {

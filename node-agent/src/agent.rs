@@ -1,25 +1,27 @@
 //! Puts the components together and runs them. What one of them knows, the others learn over `watch` channels only.
 
-use crate::backoff::random;
 use crate::clock::Clock;
+use crate::compile::DENIED_NODE;
 use crate::config::Config;
 use crate::control::{self, Control};
-use crate::enrol::{self, Enrolled, NotEnrolled};
+use crate::denials::Lane;
+use crate::enrol::{self, NotEnrolled};
 use crate::health::Health;
 use crate::inbound::Inbound;
 use crate::issued::Issued;
 use crate::kernel::{KernelHandle, LEASE_EVERY};
+use crate::membership::Membership;
 use crate::metrics::METRICS;
 use crate::netns::NetnsThread;
 use crate::outbound::Outbound;
+use crate::reattest::Rounds;
 use crate::session::{self, Session};
-use crate::svids::{self, Issuance};
+use crate::svids::Issuance;
 use crate::workload_api::WorkloadApi;
 use crate::{hbone, telemetry};
-use ambit_identity::{SharedTrust, Trust, TrustStore};
+use ambit_identity::{SharedTrust, Trust};
 use ambit_model::{Code, Refusal};
 use ambit_tpm::Attester;
-use ambit_transport::{Dialer, Identity};
 use std::future::Future;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -28,8 +30,6 @@ use std::time::Duration;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
 
-/// A renewal that was refused is tried again this late: the operator may have released the node.
-const RENEW_RETRY: Duration = Duration::from_secs(30);
 /// Closed flows that no agent took only come from agents that died.
 const SWEEP_EVERY: u32 = 12;
 /// Refusals of the kernel are told to the log this often.
@@ -73,41 +73,57 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
     let netns = NetnsThread::start().map_err(|e| start("a thread for namespaces", e))?;
 
     let trust = SharedTrust::new(Trust::Pinned(config.trust_domain.clone(), config.fingerprint.0));
-    let identity = Identity::default();
+    let attester = Attester::open(&config.tcti, &config.data_dir).map_err(enrol::tpm)?;
+    let rounds = Rounds::new(attester.clone(), config.cluster.clone(), config.boot_log.clone(), config.ima_log.clone());
+    let denials = Lane::default();
     let issued = Issued::default();
     let (desired, desired_rx) = watch::channel(None);
     let (outcome, outcome_rx) = watch::channel(None);
     let (endpoints, endpoints_rx) = watch::channel(Vec::new());
     let (plane, plane_rx) = watch::channel(None);
     let (node, node_rx) = watch::channel(None);
-    let (enrolled, enrolled_rx) = watch::channel(0);
+    let (enrolled, enrolled_rx) = watch::channel(None);
+    let (told, told_rx) = watch::channel(None);
     let (channel, channel_rx) = watch::channel(None);
     let health = Health::new(Some(kernel.clone()));
 
     let membership = Membership {
         config: config.clone(),
+        attester,
         clock: clock.clone(),
         trust: trust.clone(),
-        identity: identity.clone(),
+        denials: denials.clone(),
         enrolled,
         node,
+        told: told_rx,
     };
     let session = Session {
-        dialer: Dialer::new(trust.clone(), identity),
+        trust: trust.clone(),
         servers: config.servers.clone(),
         trust_domain: config.trust_domain.clone(),
         cluster: config.cluster.clone(),
         node_address: config.node_address,
         clock: clock.clone(),
+        denials: denials.clone(),
+        rounds,
         wires: session::Wires {
             enrolled: enrolled_rx,
+            told: Arc::new(told),
             desired: Arc::new(desired),
             outcome: outcome_rx,
             endpoints: endpoints_rx,
             channel: Arc::new(channel),
         },
     };
-    let issuance = Issuance { issued: issued.clone(), trust: trust.clone(), clock: clock.clone(), channel: channel_rx };
+    let issuance = Issuance {
+        issued: issued.clone(),
+        trust: trust.clone(),
+        clock: clock.clone(),
+        denials: denials.clone(),
+        node: node_rx.clone(),
+        channel: channel_rx,
+    };
+    let outbound = Outbound::new(plane_rx.clone(), denials.clone(), health.clone(), hbone::PORT);
     let control = Control {
         pods_dir: config.pods_dir.clone(),
         cgroup_root: config.cgroup_root.clone(),
@@ -116,11 +132,12 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
         netns: netns.clone(),
         issued: issued.clone(),
         trust,
+        denials: denials.clone(),
         health: health.clone(),
-        outbound: Outbound::new(plane_rx.clone(), health.clone(), hbone::PORT),
+        outbound: outbound.clone(),
         wires: control::Wires { desired: desired_rx, outcome, endpoints, plane, node: node_rx },
     };
-    let inbound = Inbound::new(plane_rx.clone(), netns, clock);
+    let inbound = Inbound::new(plane_rx.clone(), denials.clone(), netns, clock);
     METRICS.component.set(["inbound"], 1.0);
     METRICS.component.set(["workload_api"], 1.0);
     tracing::info!(cluster = %config.cluster, hbone = %config.hbone_listen, "agent started");
@@ -131,11 +148,12 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
     };
     tokio::select! {
         () = stop => Ok(()),
-        denied = membership.run() => Err(denied),
+        denied = membership.run() => Err(denied.into()),
         e = never("stream", tokio::spawn(session.run())) => e,
         e = never("issuance", tokio::spawn(issuance.run())) => e,
         e = never("control", tokio::spawn(control.run())) => e,
-        e = never("health", tokio::spawn(health.probe(plane_rx))) => e,
+        e = never("health", tokio::spawn(health.probe(plane_rx, denials))) => e,
+        e = never("denials", tokio::spawn(outbound.cut_denied())) => e,
         e = inbound.serve(hbone) => Err(ended("inbound")(text(e))),
         e = WorkloadApi::new(issued).serve(socket, mesh) => Err(ended("workload api")(text(e))),
         e = metrics => Err(ended("metrics")(text(e))),
@@ -164,7 +182,10 @@ async fn watch_kernel(kernel: KernelHandle) -> Refusal {
                 swept.and_then(|()| kernel.renew_lease())
             }
             _ = events.tick() => kernel.events(&mut |event| {
-                tracing::debug!(reason = %event.reason, from = ?event.from, to = %event.address, cgroup = event.cgroup, "refused");
+                // The kernel knows no such reason: to it, a denied node's endpoint is one that no verdict speaks of.
+                let denied = event.destination == DENIED_NODE.0;
+                let reason = if denied { Code::NodeUntrusted.as_str() } else { event.reason.as_str() };
+                tracing::debug!(reason, from = ?event.from, to = %event.address, cgroup = event.cgroup, "refused");
             }),
         };
         if let Err(refusal) = done {
@@ -186,56 +207,4 @@ fn workload_socket(path: &Path) -> std::io::Result<UnixListener> {
     let listener = UnixListener::bind(path)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o777))?;
     Ok(listener)
-}
-
-/// This node's membership: enrols, and enrols again at half-life.
-struct Membership {
-    config: Config,
-    clock: Arc<Clock>,
-    trust: SharedTrust,
-    identity: Identity,
-    enrolled: watch::Sender<u64>,
-    node: watch::Sender<Option<(ambit_model::NodeId, ambit_model::Generation)>>,
-}
-
-impl Membership {
-    /// Returns only where the first enrolment is denied; a later denial leaves what is held until it ends.
-    async fn run(self) -> AgentError {
-        let attester = match Attester::open(&self.config.tcti, &self.config.data_dir) {
-            Ok(attester) => attester,
-            Err(error) => return enrol::tpm(error).into(),
-        };
-        let mut first = true;
-        loop {
-            let wait = match enrol::enrol(&self.config, &attester, &self.clock).await {
-                Ok(enrolled) => match self.take(&enrolled, first) {
-                    Ok(()) => {
-                        first = false;
-                        let due = svids::renew_at(enrolled.since, enrolled.not_after, random());
-                        Duration::from_millis(due.0.saturating_sub(self.clock.now().0))
-                    }
-                    Err(refusal) => return refusal.into(),
-                },
-                Err(denied) if first => return denied.into(),
-                Err(denied) => {
-                    METRICS.component.set(["enrolment"], 0.0);
-                    tracing::error!(error = %denied, "node not renewed");
-                    RENEW_RETRY
-                }
-            };
-            tokio::time::sleep(wait).await;
-        }
-    }
-
-    fn take(&self, enrolled: &Enrolled, first: bool) -> Result<(), Refusal> {
-        self.identity.replace(enrolled.identity.clone());
-        if first {
-            // Later bundles come with the slices, which know more of them.
-            self.trust.replace(Trust::Bundles(TrustStore::new(&enrolled.bundle)?));
-        }
-        self.node.send_replace(Some((enrolled.node, enrolled.generation)));
-        self.enrolled.send_modify(|n| *n += 1);
-        METRICS.component.set(["enrolment"], 1.0);
-        Ok(())
-    }
 }

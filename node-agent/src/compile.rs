@@ -1,5 +1,6 @@
 //! From a view and the workloads that run here to the kernel's tables. Pure; what is not allowed is simply absent.
 
+use crate::denials::Denials;
 use crate::view::{View, Workload};
 use ambit_ebpf::{Action, MAX_SERVICE_ENDPOINTS, Service, ServiceEndpoint, Tables, Tier, Verdict, VerdictKey};
 use ambit_model::policy::{Endpoint, Order};
@@ -11,11 +12,20 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 /// Addresses of endpoints that are avoided now.
 pub type Unhealthy = BTreeSet<Ipv4Addr>;
 
+/// Stands behind the address of an endpoint whose node is denied. No workload has this number (their first is 256) and
+/// no verdict speaks of it, so the kernel refuses; and an operator who reads the refusal's destination knows why.
+pub const DENIED_NODE: NumericIdentity = NumericIdentity(1);
+
 /// What the kernel shall hold for these workloads.
-pub fn tables<'a>(view: &View, local: impl IntoIterator<Item = &'a Workload>, unhealthy: &Unhealthy) -> Tables {
+pub fn tables<'a>(
+    view: &View,
+    denials: &Denials,
+    local: impl IntoIterator<Item = &'a Workload>,
+    unhealthy: &Unhealthy,
+) -> Tables {
     let sources: BTreeMap<&SpiffeId, NumericIdentity> =
         local.into_iter().map(|w| (&w.entry.spiffe_id, w.number)).collect();
-    let reachable = reachable(view);
+    let (denied, reachable): (Vec<_>, Vec<_>) = numbered(view).partition(|(e, _)| denials.denies_endpoint(e));
     let destinations: BTreeMap<&SpiffeId, NumericIdentity> =
         reachable.iter().map(|(e, number)| (&e.spiffe_id, *number)).collect();
     let mut verdicts = Vec::new();
@@ -24,16 +34,17 @@ pub fn tables<'a>(view: &View, local: impl IntoIterator<Item = &'a Workload>, un
             verdicts.extend(pair(&view.policies.ports(source, destination), *from, *to));
         }
     }
+    let denied = denied.iter().map(|(e, _)| (e.address, DENIED_NODE.0));
     Tables {
         verdicts,
-        endpoints: reachable.iter().map(|(e, number)| (e.address, number.0)).collect(),
+        endpoints: reachable.iter().map(|(e, number)| (e.address, number.0)).chain(denied).collect(),
         services: services(view, &reachable, unhealthy),
     }
 }
 
 /// Endpoints whose identity has a number: without one the kernel cannot name them, so they stay unknown, hence refused.
-fn reachable(view: &View) -> Vec<(&Endpoint, NumericIdentity)> {
-    view.endpoints.values().filter_map(|e| Some((e, *view.numbers.get(&e.spiffe_id)?))).collect()
+fn numbered(view: &View) -> impl Iterator<Item = (&Endpoint, NumericIdentity)> {
+    view.endpoints.values().filter_map(|e| Some((e, *view.numbers.get(&e.spiffe_id)?)))
 }
 
 /// The verdicts of one pair. Port 0 stands for every port; deny wins where it and an exact port differ.
@@ -135,7 +146,7 @@ mod tests {
         let view = view(s).unwrap();
         let local = view.workloads(&[pod("web", 1000, 11)]);
         let unhealthy = unhealthy.iter().map(|a| a.parse().unwrap()).collect();
-        let tables = tables(&view, local.values(), &unhealthy);
+        let tables = tables(&view, &view.denials, local.values(), &unhealthy);
         (view, tables)
     }
     /// What the kernel's rule makes of the tables: deny wins over allow, nothing is deny.
@@ -169,6 +180,41 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn endpoints_of_a_denied_node_are_nobodys_and_serve_no_service() {
+        let node = |n: &str| n.repeat(32);
+        let deny =
+            |td: &str, n: &str, generation| v1::NodeDenial { node: node(n), generation, trust_domain: td.into() };
+        let of = |spoil: v1::NodeDenial| {
+            compiled(
+                |s| {
+                    s.endpoints[1].node = node("cd");
+                    s.policies.push(policy(
+                        "b",
+                        "spiffe://west/web-root",
+                        v1::Action::Allow,
+                        "spiffe://west/*",
+                        &[5432],
+                    ));
+                    s.denials = vec![spoil];
+                },
+                &[],
+            )
+            .1
+        };
+        let behind = |tables: &Tables| tables.endpoints.iter().map(|(_, n)| *n).collect::<BTreeSet<_>>();
+        // Another trust domain's word about that node, an earlier generation, a node that runs none of them.
+        for none in [deny("west", "ab", 1), deny("east", "ab", 0), deny("east", "cd", 1)] {
+            assert_eq!(behind(&of(none)), BTreeSet::from([257, 258]));
+        }
+        let tables = of(deny("east", "ab", 1));
+        assert_eq!(behind(&tables), BTreeSet::from([DENIED_NODE.0, 257]));
+        assert!(!allows(&tables, 256, DENIED_NODE.0, 5432) && !allows(&tables, 256, 258, 5432));
+        assert!(allows(&tables, 256, 257, 5432), "the other node's endpoint stays");
+        let served: Vec<_> = tables.services[0].endpoints.iter().map(|e| e.identity).collect();
+        assert_eq!(served, [257]);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 
 use crate::caller::MeshRoot;
 use crate::compile;
+use crate::denials::Lane;
 use crate::health::Health;
 use crate::issued::{Issued, Known};
 use crate::kernel::KernelHandle;
@@ -69,6 +70,8 @@ pub struct Control {
     pub issued: Issued,
     /// Whom to trust.
     pub trust: SharedTrust,
+    /// Whom to refuse.
+    pub denials: Lane,
     /// Avoided endpoints.
     pub health: Health,
     /// What captured connections are handed to.
@@ -117,11 +120,21 @@ impl Control {
     /// Runs until the process ends.
     pub async fn run(mut self) {
         let mut state = State { left: self.found_guarded(), ..State::default() };
-        let mut known = self.issued.watch();
+        let (mut known, mut denials) = (self.issued.watch(), self.denials.watch());
         let mut tick = tokio::time::interval(POLL_EVERY);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             tokio::select! {
+                biased;
+                // First: who is refused now must not wait for anything else.
+                changed = denials.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    denials.mark_unchanged();
+                    self.withdraw(&mut state).await;
+                    self.reconcile(&mut state).await;
+                }
                 _ = tick.tick() => {
                     if self.look(&mut state).await {
                         self.reconcile(&mut state).await;
@@ -140,6 +153,8 @@ impl Control {
                     let now = known.borrow_and_update().clone();
                     self.publish(&mut state, &now);
                 }
+                // A new admission: endpoints are reported under it from now on.
+                Ok(()) = self.wires.node.changed() => self.publish(&mut state, &self.issued.now()),
             }
         }
     }
@@ -258,6 +273,28 @@ impl Control {
         Ok(Guarded { pod: pod.clone(), netns, capture: tokio::spawn(capture), identity, enrolled: None })
     }
 
+    /// Takes the endpoints of denied nodes out of the tables in force, in about a millisecond; the install that follows
+    /// takes tens.
+    async fn withdraw(&self, state: &mut State) {
+        let Some(view) = &state.view else { return };
+        let denials = self.denials.now();
+        let denied = view.endpoints.values().filter(|e| denials.denies_endpoint(e));
+        let denied: Vec<Ipv4Addr> = denied.map(|e| e.address).collect();
+        if denied.is_empty() {
+            return;
+        }
+        // What is in the kernel is no longer what was installed.
+        state.installed = None;
+        let (revision, begun) = (denials.revision().0, Instant::now());
+        match self.kernel.withdraw(denied).await {
+            Ok(endpoints) => {
+                let took_us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
+                tracing::info!(revision, endpoints, took_us, "denied in the kernel");
+            }
+            Err(refusal) => tracing::error!(revision, %refusal, "denials wait for the next install"),
+        }
+    }
+
     /// Brings kernel and plane to the newest view and pods.
     async fn reconcile(&mut self, state: &mut State) {
         let desired = self.wires.desired.borrow_and_update().clone();
@@ -294,7 +331,7 @@ impl Control {
         view: &View,
         workloads: &BTreeMap<String, Workload>,
     ) -> Result<[u8; 32], Refusal> {
-        let tables = Arc::new(compile::tables(view, workloads.values(), &self.health.unhealthy()));
+        let tables = Arc::new(compile::tables(view, &self.denials.now(), workloads.values(), &self.health.unhealthy()));
         let digest = match &state.installed {
             Some((installed, digest)) if *installed == tables => *digest,
             _ => {

@@ -7,7 +7,9 @@ use crate::backoff::{Backoff, random};
 use crate::clock::Clock;
 use crate::config::Config;
 use crate::kernel::chain as causes;
+use crate::logs;
 use crate::metrics::METRICS;
+use crate::reattest::CHUNK_BYTES;
 use ambit_identity::tls::certified;
 use ambit_identity::{Expect, SharedTrust, SvidKey, Trust, TrustStore, fingerprint};
 use ambit_model::refusal::Class;
@@ -22,17 +24,14 @@ use ambit_proto::v1::{
 use ambit_tpm::{Attester, Bank, TpmError};
 use ambit_transport::{Dialer, Identity};
 use ambit_verify::transcript::{Binding, Transcript, qualifying_data};
-use ambit_verify::{BOOT_LOG_BYTES_MAX, IMA_LOG_BYTES_MAX, LogExtent, Public};
+use ambit_verify::{BOOT_LOG_BYTES_MAX, IMA_LOG_BYTES_MAX, KeyHome, LogExtent, Public};
 use rustls::sign::CertifiedKey;
 use rustls_pki_types::CertificateDer;
 use std::net::SocketAddr;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use tonic::transport::Channel;
 
-/// Logs travel in pieces of this size.
-const CHUNK_BYTES: usize = 64 * 1024;
 /// One call: a Raft commit and, for Evidence, a replay of the logs.
 const CALL_MAX: Duration = Duration::from_secs(20);
 /// Between attempts while the cell is away.
@@ -46,6 +45,8 @@ pub struct Enrolled {
     pub node: NodeId,
     /// Which of its admissions.
     pub generation: Generation,
+    /// The name of its AK, which every quote is bound to.
+    pub ak_name: Vec<u8>,
     /// What it shows on its stream.
     pub identity: Arc<CertifiedKey>,
     /// The own trust domain's roots.
@@ -149,21 +150,22 @@ async fn once(
     let ticket_sha256 = fingerprint(&challenge.ticket);
     let server_nonce =
         challenge.server_nonce.as_slice().try_into().map_err(|_| malformed("a server nonce of 32 bytes"))?;
+    let ak_name = Public::name_of(&me.ak_public)?;
     let qualifying = qualifying_data(&Binding {
         agent_nonce: &agent_nonce,
         server_nonce: &server_nonce,
         ticket_sha256: &ticket_sha256,
         csr_spki: &ambit_verify::csr::p256_spki(&csr)?,
         cluster: &config.cluster,
-        ak_name: &Public::name_of(&me.ak_public)?,
+        ak_name: &ak_name,
     });
     let bank = Bank::from_text(&challenge.bank).ok_or_else(|| malformed("the bank sha256 or sha384"))?;
     let started = std::time::Instant::now();
     let quote = attester.quote(bank, challenge.pcr_mask, qualifying).await.map_err(tpm)?;
     in_tpm += started.elapsed();
     // After the quote, so that the log holds at least what PCR 10 does; the verifier takes the prefix that matches.
-    let boot_log = log(&config.boot_log, 0, BOOT_LOG_BYTES_MAX)?;
-    let ima_log = log(&config.ima_log, challenge.ima_offset, IMA_LOG_BYTES_MAX)?;
+    let boot_log = logs::read(&config.boot_log, 0, BOOT_LOG_BYTES_MAX)?;
+    let ima_log = logs::read(&config.ima_log, challenge.ima_offset, IMA_LOG_BYTES_MAX)?;
     let transcript = Transcript {
         ticket_sha256,
         csr: &csr,
@@ -172,6 +174,7 @@ async fn once(
         pcrs: &quote.pcrs,
         boot_log: extent(&boot_log),
         ima_log: extent(&ima_log),
+        svid_key: &KeyHome::InMemory,
     };
     let header = EvidenceHeader {
         hmac: transcript.hmac(&secret).to_vec(),
@@ -187,9 +190,10 @@ async fn once(
         join_token,
         ek_public: me.ek_public.clone(),
         ak_public: me.ak_public.clone(),
+        ..Default::default()
     };
     let verdict = evidence(&mut client, header, &boot_log, &ima_log).await?;
-    let enrolled = accept(config, &key, verdict, clock.now())?;
+    let enrolled = accept(config, &key, ak_name, verdict, clock.now())?;
     tracing::info!(node = %enrolled.node, generation = enrolled.generation.0, took_ms = begun.elapsed().as_millis() as u64, tpm_ms = in_tpm.as_millis() as u64, "enrolled");
     Ok(enrolled)
 }
@@ -224,7 +228,7 @@ async fn evidence(
 }
 
 /// Takes the verdict only if it is of the pinned root, of this key and of this node.
-fn accept(config: &Config, key: &SvidKey, verdict: Verdict, now: Stamp) -> Result<Enrolled, Refusal> {
+fn accept(config: &Config, key: &SvidKey, ak_name: Vec<u8>, verdict: Verdict, now: Stamp) -> Result<Enrolled, Refusal> {
     let bundle: Bundle<Own> = convert::bundle(verdict.bundle.as_ref().ok_or_else(|| malformed("a bundle"))?)?;
     if *bundle.trust_domain() != config.trust_domain {
         return Err(Refusal::new(
@@ -247,6 +251,7 @@ fn accept(config: &Config, key: &SvidKey, verdict: Verdict, now: Stamp) -> Resul
     Ok(Enrolled {
         node,
         generation: Generation(verdict.generation),
+        ak_name,
         identity: certified(chain, key)?,
         bundle,
         since: now,
@@ -269,27 +274,6 @@ fn join_token(config: &Config) -> Result<String, Refusal> {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(String::new()),
         Err(e) => Err(Refusal::new(Code::ConfigInvalid, format!("a join token in {}", path.display()), e.to_string())),
     }
-}
-
-fn log(path: &Path, offset: u64, bytes_max: u64) -> Result<Vec<u8>, Refusal> {
-    use std::io::{Read, Seek, SeekFrom};
-    let trouble = |e: std::io::Error| {
-        let code =
-            if e.kind() == std::io::ErrorKind::NotFound { Code::BootLogMissing } else { Code::EvidenceMalformed };
-        Refusal::new(code, format!("a readable log at {}", path.display()), e.to_string())
-    };
-    let mut file = std::fs::File::open(path).map_err(trouble)?;
-    file.seek(SeekFrom::Start(offset)).map_err(trouble)?;
-    let mut bytes = Vec::new();
-    file.take(bytes_max + 1).read_to_end(&mut bytes).map_err(trouble)?;
-    if bytes.len() as u64 > bytes_max {
-        return Err(Refusal::new(
-            Code::EvidenceTooLarge,
-            format!("at most {bytes_max} bytes"),
-            path.display().to_string(),
-        ));
-    }
-    Ok(bytes)
 }
 
 fn extent(log: &[u8]) -> LogExtent {

@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
+use tokio::sync::Notify;
 use tokio::time::timeout;
 
 /// The registered HBONE port.
@@ -70,6 +71,9 @@ pub enum TunnelError {
     /// Too many tunnels to one peer.
     #[error("too many connections to one peer")]
     Busy,
+    /// Its node is denied, or ours is.
+    #[error("the node at the other end is denied")]
+    NodeDenied,
     /// We have nothing to show: no SVID for the caller.
     #[error("no SVID for the calling workload")]
     NoSvid,
@@ -82,7 +86,9 @@ impl TunnelError {
     }
     /// Whether another endpoint may succeed where this one failed. A refusal by policy stands.
     pub fn is_retryable(&self) -> bool {
-        self.is_tunnel() || matches!(self, Self::Refused(code) if *code != StatusCode::FORBIDDEN)
+        self.is_tunnel()
+            || matches!(self, Self::NodeDenied)
+            || matches!(self, Self::Refused(code) if *code != StatusCode::FORBIDDEN)
     }
     /// A label for figures.
     pub fn reason(&self) -> &'static str {
@@ -94,6 +100,7 @@ impl TunnelError {
             Self::Refused(code) if *code == StatusCode::FORBIDDEN => "denied",
             Self::Refused(_) => "refused",
             Self::Busy => "busy",
+            Self::NodeDenied => "node_untrusted",
             Self::NoSvid => "no_svid",
         }
     }
@@ -104,6 +111,8 @@ impl TunnelError {
 pub struct Shared {
     closed: AtomicBool,
     streams: AtomicUsize,
+    /// Told once, to the driver: everything in the tunnel ends now.
+    cut: Notify,
 }
 
 /// An open tunnel of one pair of workloads.
@@ -159,6 +168,7 @@ async fn connect(
         tokio::select! {
             end = connection => if let Err(error) = end { tracing::debug!(%node, %error, "tunnel ended") },
             () = silence(ping, Some(shared.clone())) => tracing::debug!(%node, "tunnel closed"),
+            () = shared.cut.notified() => tracing::debug!(%node, "tunnel cut"),
         }
         shared.closed.store(true, Ordering::Relaxed);
     });
@@ -190,6 +200,12 @@ impl Tunnel {
     /// Whether it can still be used.
     pub fn is_open(&self) -> bool {
         !self.shared.closed.load(Ordering::Relaxed)
+    }
+    /// Ends the tunnel and every connection in it.
+    pub fn cut(&self) {
+        self.shared.closed.store(true, Ordering::Relaxed);
+        // Keeps its word for a driver that does not wait yet.
+        self.shared.cut.notify_one();
     }
     /// Takes a place in the tunnel, if one is free.
     pub fn lease(&self) -> Option<Lease> {

@@ -1,6 +1,7 @@
 //! Which endpoints are avoided: those whose tunnel failed, until a probe opens one again.
 
 use crate::compile::Unhealthy;
+use crate::denials::Lane;
 use crate::hbone::{self, TunnelError};
 use crate::kernel::KernelHandle;
 use crate::metrics::METRICS;
@@ -79,7 +80,7 @@ impl Health {
     }
 
     /// Probes suspects until the process ends.
-    pub async fn probe(self, plane: watch::Receiver<Option<Arc<Plane>>>) {
+    pub async fn probe(self, plane: watch::Receiver<Option<Arc<Plane>>>, denials: Lane) {
         let mut tick = tokio::time::interval(PROBE_EVERY);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut last = Ipv4Addr::UNSPECIFIED;
@@ -89,15 +90,16 @@ impl Health {
             self.retell(&plane);
             let suspects = next_round(&self.lock().suspects, last);
             last = suspects.last().map_or(last, |suspect| suspect.endpoint.address);
-            let probes = suspects.into_iter().map(|suspect| self.probe_one(&plane, suspect));
+            let probes = suspects.into_iter().map(|suspect| self.probe_one(&plane, &denials, suspect));
             futures::future::join_all(probes).await;
         }
     }
 
-    async fn probe_one(&self, plane: &Plane, suspect: Suspect) {
+    async fn probe_one(&self, plane: &Plane, denials: &Lane, suspect: Suspect) {
         let address = suspect.endpoint.address;
-        // An endpoint that left the view, or moved, needs no health; neither does one that nobody here can call.
-        let known = plane.view.endpoints.get(&address) == Some(&suspect.endpoint);
+        // An endpoint that left the view, or moved, needs no health; neither does one that nobody here can or may call.
+        let known = plane.view.endpoints.get(&address) == Some(&suspect.endpoint)
+            && !denials.now().denies_endpoint(&suspect.endpoint);
         let answers = match credentials(plane, &suspect.source, &suspect.endpoint.spiffe_id) {
             Ok((name, config)) if known => pool::dial(node(&suspect.endpoint), name, config).await.is_ok(),
             Ok(_) | Err(_) => true,

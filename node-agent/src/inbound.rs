@@ -3,6 +3,7 @@
 //! The far node is not relied on: its verdict is worth nothing here. What cannot be proved is refused.
 
 use crate::clock::Clock;
+use crate::denials::{Denials, Lane};
 use crate::hbone::{self, POD_CONNECT_MAX};
 use crate::metrics::METRICS;
 use crate::netns::NetnsThread;
@@ -32,6 +33,7 @@ const HANDSHAKE_MAX: Duration = Duration::from_secs(3);
 #[derive(Clone, Debug)]
 pub struct Inbound {
     plane: watch::Receiver<Option<Arc<Plane>>>,
+    denials: Lane,
     netns: NetnsThread,
     clock: Arc<Clock>,
     tunnels: Arc<Semaphore>,
@@ -46,10 +48,15 @@ struct Call {
 }
 
 impl Inbound {
-    /// An inbound side that follows `plane`.
-    pub fn new(plane: watch::Receiver<Option<Arc<Plane>>>, netns: NetnsThread, clock: Arc<Clock>) -> Self {
+    /// An inbound side that follows `plane` and `denials`.
+    pub fn new(
+        plane: watch::Receiver<Option<Arc<Plane>>>,
+        denials: Lane,
+        netns: NetnsThread,
+        clock: Arc<Clock>,
+    ) -> Self {
         let (tunnels, flows) = (Arc::new(Semaphore::new(TUNNELS_MAX)), Arc::new(Semaphore::new(FLOWS_MAX)));
-        Self { plane, netns, clock, tunnels, flows }
+        Self { plane, denials, netns, clock, tunnels, flows }
     }
 
     /// Accepts tunnels until the listener fails.
@@ -90,11 +97,14 @@ impl Inbound {
         METRICS.handshakes.inc(["ok", "none"]);
         tracing::debug!(%from, caller = %call.peer.id(), called = %call.to, "tunnel open");
         let quiet = hbone::silence(streams.ping_pong(), None);
-        tokio::pin!(quiet);
+        // A node that was put out keeps no tunnel, not even an idle one.
+        let denied = self.denials.until(|denials| trusted(denials, &call).is_err());
+        tokio::pin!(quiet, denied);
         loop {
             let next = tokio::select! {
                 next = streams.accept() => next,
                 () = &mut quiet => return Ok(()),
+                () = &mut denied => return trusted(&self.denials.now(), &call),
             };
             let Some(Ok((request, respond))) = next else { return Ok(()) };
             let (this, call) = (self.clone(), call.clone());
@@ -123,10 +133,12 @@ impl Inbound {
             (Some(chain), Some(trust)) => tls::peer(chain, &trust, self.clock.now()).map_err(|r| ("svid", r))?,
             _ => return Err(("svid", Refusal::new(Code::Unauthenticated, "an X.509-SVID", "none"))),
         };
+        let call = Call { peer: Arc::new(peer), to: called.id.clone() };
+        trusted(&self.denials.now(), &call).map_err(|r| (r.code.as_str(), r))?;
         let h2 = hbone::accept(stream)
             .await
             .map_err(|e| ("http2", Refusal::new(Code::BadRequest, "HTTP/2", e.to_string())))?;
-        Ok((h2, Call { peer: Arc::new(peer), to: called.id.clone() }))
+        Ok((h2, call))
     }
 
     async fn stream(self, call: Call, request: Request<RecvStream>, mut respond: SendResponse<Bytes>) {
@@ -164,6 +176,7 @@ impl Inbound {
         METRICS.open.add(["inbound"], 1.0);
         let cut = async {
             let refusal = self.revoked(&call, to).await;
+            METRICS.cut.inc(["inbound"]);
             tracing::info!(caller = %call.peer.id(), called = %call.to, %refusal, "live connection cut");
         };
         pump::carry(tcp, send, request.into_body(), cut).await;
@@ -185,23 +198,29 @@ impl Inbound {
             plane.pods.get(to.ip()).filter(|pod| *pod.id() == call.to).cloned().ok_or_else(|| {
                 Refusal::new(Code::PolicyDenied, format!("an address of {}", call.to), to.to_string())
             })?;
-        judge(&plane, call, to, self.clock.now())?;
+        judge(&plane, &self.denials.now(), call, to, self.clock.now())?;
         Ok((pod, to))
     }
 
     /// Returns the refusal once what was admitted would not be admitted any more.
     async fn revoked(&self, call: &Call, to: SocketAddrV4) -> Refusal {
-        let mut plane = self.plane.clone();
+        let (mut plane, mut denials) = (self.plane.clone(), self.denials.watch());
         loop {
-            if plane.changed().await.is_err() {
-                return Refusal::new(Code::Unavailable, "a running agent", "it is ending");
-            }
+            // At first too: something may have changed since the connection was admitted.
             let now = plane.borrow_and_update().clone();
-            if let Some(Err(refusal)) = now.map(|p| judge(&p, call, to, self.clock.now())) {
+            let denied = denials.borrow_and_update().clone();
+            if let Some(Err(refusal)) = now.map(|p| judge(&p, &denied, call, to, self.clock.now())) {
                 // An SVID that ran out does not end a connection that it began; being denied does.
                 if refusal.code != Code::SvidUntrusted {
                     return refusal;
                 }
+            }
+            let changed = tokio::select! {
+                changed = plane.changed() => changed,
+                changed = denials.changed() => changed,
+            };
+            if changed.is_err() {
+                return Refusal::new(Code::Unavailable, "a running agent", "it is ending");
             }
         }
     }
@@ -218,24 +237,36 @@ impl Inbound {
 }
 
 /// May this caller speak to that port of this workload now?
-fn judge(plane: &Plane, call: &Call, to: SocketAddrV4, now: ambit_model::Stamp) -> Result<(), Refusal> {
+fn judge(
+    plane: &Plane,
+    denials: &Denials,
+    call: &Call,
+    to: SocketAddrV4,
+    now: ambit_model::Stamp,
+) -> Result<(), Refusal> {
     if call.peer.not_after() < now {
         let found = format!("ended at {} ms", call.peer.not_after().0);
         return Err(Refusal::new(Code::SvidUntrusted, "an SVID in time", found));
     }
-    // Callers outside the mesh lack the binding; no policy can name such a caller yet, so they are refused.
-    let binding =
-        call.peer.binding().ok_or_else(|| Refusal::new(Code::SvidUntrusted, "an SVID bound to a node", "none"))?;
-    // A cell speaks for its own nodes only: what a peer denies is nothing against a caller of another trust domain.
-    if plane.view.denies(&call.peer.id().trust_domain(), &binding.node, binding.generation) {
-        return Err(Refusal::new(Code::NodeUntrusted, "a trusted node", binding.node.to_string()));
-    }
+    trusted(denials, call)?;
     let verdict = plane.view.policies.evaluate(call.peer.id(), &call.to, to.port());
     if verdict.allowed {
         return Ok(());
     }
     let found = format!("{} to {} port {}: {}", call.peer.id(), call.to, to.port(), verdict.reason);
     Err(Refusal::new(Code::PolicyDenied, "an allowed connection", found))
+}
+
+/// Is the caller's node one that its cell trusts now?
+fn trusted(denials: &Denials, call: &Call) -> Result<(), Refusal> {
+    // Callers outside the mesh lack the binding; no policy can name such a caller yet, so they are refused.
+    let binding =
+        call.peer.binding().ok_or_else(|| Refusal::new(Code::SvidUntrusted, "an SVID bound to a node", "none"))?;
+    // A cell speaks for its own nodes only: what a peer denies is nothing against a caller of another trust domain.
+    if denials.denies(&call.peer.id().trust_domain(), &binding.node, binding.generation) {
+        return Err(Refusal::new(Code::NodeUntrusted, "a trusted node", binding.node.to_string()));
+    }
+    Ok(())
 }
 
 /// One of 127.64.0.0/10 by hash: one address alone would have 28,000 ports for all callers of a pod.

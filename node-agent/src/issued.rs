@@ -1,7 +1,7 @@
 //! What this node knows and holds now: the view and the SVIDs, for everyone who answers from it.
 
 use crate::view::View;
-use ambit_model::{EntryId, Refusal, SpiffeId, Stamp};
+use ambit_model::{EntryId, Generation, Refusal, SpiffeId, Stamp};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -16,6 +16,8 @@ pub struct Svid {
     pub key_pkcs8: Zeroizing<Vec<u8>>,
     /// Leaf first, DER.
     pub chain_der: Vec<Vec<u8>>,
+    /// Through which admission of this node it was issued: a denial of it is one of this certificate.
+    pub generation: Generation,
     /// When it arrived.
     pub since: Stamp,
     /// When it ends.

@@ -1,5 +1,6 @@
 //! The kernel side in the agent's words. Every error is a refusal; none ever means "go on".
 
+use crate::compile::DENIED_NODE;
 use crate::outbound::Captured;
 use crate::view::View;
 use ambit_ebpf::{Capacity, Event, Kernel, KernelError, Options, Tables};
@@ -60,6 +61,15 @@ impl KernelHandle {
         let kernel = self.0.clone();
         let done = tokio::task::spawn_blocking(move || kernel.install(&tables).map_err(|e| refusal(&e)));
         done.await.map_err(|e| Refusal::new(Code::Internal, "an install that ends", e.to_string()))?
+    }
+
+    /// Makes nobody's the endpoints at `addresses`, in the tables in force and without an install; says how many there
+    /// were. Waits for an install that is under way.
+    pub async fn withdraw(&self, addresses: Vec<Ipv4Addr>) -> Result<usize, Refusal> {
+        let kernel = self.0.clone();
+        let relabel = move || kernel.relabel(&addresses, DENIED_NODE.0).map_err(|e| refusal(&e));
+        let done = tokio::task::spawn_blocking(relabel).await;
+        done.map_err(|e| Refusal::new(Code::Internal, "a withdrawal that ends", e.to_string()))?
     }
 
     /// Says who a cgroup is.

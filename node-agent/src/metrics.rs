@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// A counter or gauge with `N` labels.
 #[derive(Debug)]
@@ -34,6 +34,11 @@ impl<const N: usize> Family<N> {
     /// Adds `by`, which may be negative for a gauge.
     pub fn add(&self, labels: [&'static str; N], by: f64) {
         self.with(labels, |v| *v += by);
+    }
+    /// Sets a gauge to one series: those with other labels go.
+    pub fn only(&self, labels: [&'static str; N], to: f64) {
+        let mut values = self.values.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        *values = BTreeMap::from([(labels, to)]);
     }
     /// Sets a gauge.
     pub fn set(&self, labels: [&'static str; N], to: f64) {
@@ -101,6 +106,30 @@ impl Histogram {
     }
 }
 
+/// How long ago something last happened; absent until it did.
+#[derive(Debug)]
+pub struct Age {
+    name: &'static str,
+    help: &'static str,
+    last: Mutex<Option<Instant>>,
+}
+
+impl Age {
+    const fn new(name: &'static str, help: &'static str) -> Self {
+        Self { name, help, last: Mutex::new(None) }
+    }
+    /// It happens now.
+    pub fn now(&self) {
+        *self.last.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(Instant::now());
+    }
+    fn write(&self, out: &mut String) {
+        if let Some(last) = *self.last.lock().unwrap_or_else(std::sync::PoisonError::into_inner) {
+            head(out, self.name, "gauge", self.help);
+            let _ = writeln!(out, "{} {}", self.name, last.elapsed().as_secs_f64());
+        }
+    }
+}
+
 fn head(out: &mut String, name: &str, kind: &str, help: &str) {
     let _ = writeln!(out, "# HELP {name} {help}\n# TYPE {name} {kind}");
 }
@@ -136,10 +165,22 @@ pub struct Metrics {
     pub enrolments: Family<1>,
     /// Calls of the Workload API.
     pub workload_api: Family<2>,
+    /// 1 while the cell trusts this node, 0 with the code of its refusal where it does not.
+    pub trusted: Family<1>,
+    /// Answers to rounds of re-attestation, by outcome.
+    pub quotes: Family<1>,
+    /// What the TPM takes for a quote of a round, its queue included.
+    pub quote_time: Histogram,
+    /// Since the last quote that answered a round.
+    pub last_quote: Age,
+    /// Live connections ended because they would not be admitted any more, by direction.
+    pub cut: Family<1>,
 }
 
 /// The reasonable range for work on one node: 50 microseconds to 5 seconds.
 const SETUP_S: &[f64] = &[0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1.0, 5.0];
+/// A software TPM takes 6 ms, a hardware one 0.2-0.6 s, and behind an enrolment longer.
+const QUOTE_S: &[f64] = &[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0];
 /// A decision is a hash look-up; the target is 5 ms.
 const DECISION_S: &[f64] = &[0.000_001, 0.000_01, 0.000_05, 0.0001, 0.0005, 0.001, 0.005, 0.05];
 
@@ -182,6 +223,30 @@ pub static METRICS: Metrics = Metrics {
         ["method", "result"],
         "Calls of the SPIFFE Workload API.",
     ),
+    trusted: Family::new(
+        "ambit_agent_trusted",
+        "gauge",
+        ["code"],
+        "1 while the cell trusts this node; 0, with the code of its refusal, where it does not.",
+    ),
+    quotes: Family::new(
+        "ambit_agent_quote_answers_total",
+        "counter",
+        ["result"],
+        "Answers to rounds of re-attestation: ok, or why there was no quote.",
+    ),
+    quote_time: Histogram::new(
+        "ambit_agent_quote_seconds",
+        QUOTE_S,
+        "Time of the TPM for a quote of a round of re-attestation.",
+    ),
+    last_quote: Age::new("ambit_agent_quote_age_seconds", "Time since the last quote that answered a round."),
+    cut: Family::new(
+        "ambit_connections_cut_total",
+        "counter",
+        ["direction"],
+        "Live connections ended because a node was denied or a policy withdrawn.",
+    ),
 };
 
 impl Metrics {
@@ -202,6 +267,11 @@ impl Metrics {
         self.unhealthy.write(&mut out);
         self.enrolments.write(&mut out);
         self.workload_api.write(&mut out);
+        self.trusted.write(&mut out);
+        self.quotes.write(&mut out);
+        self.quote_time.write(&mut out);
+        self.last_quote.write(&mut out);
+        self.cut.write(&mut out);
         process(&mut out);
         out
     }
@@ -241,7 +311,14 @@ mod tests {
         METRICS.unhealthy.set([], 0.0);
         METRICS.setup.observe(Duration::from_millis(3));
         METRICS.setup.observe(Duration::from_secs(60));
+        METRICS.trusted.set(["node_late"], 0.0);
+        METRICS.trusted.only(["ok"], 1.0);
+        METRICS.quotes.inc(["timeout"]);
+        METRICS.quote_time.observe(Duration::from_millis(7));
+        METRICS.last_quote.now();
+        METRICS.cut.inc(["inbound"]);
         let page = METRICS.page();
+        assert!(page.contains("ambit_agent_trusted{code=\"ok\"} 1") && !page.contains("node_late"), "{page}");
         assert!(page.contains("ambit_connection_setup_seconds_bucket{le=\"+Inf\"} 2"), "{page}");
         assert!(page.contains("process_resident_memory_bytes "), "{page}");
         let mut child = Command::new("promtool")

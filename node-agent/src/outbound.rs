@@ -3,6 +3,7 @@
 //! The kernel has allowed it already. What cannot be traced back, proved or reached ends in a reset, never in a
 //! connection by another way.
 
+use crate::denials::Lane;
 use crate::hbone::{Lease, TunnelError};
 use crate::health::{self, Health};
 use crate::kernel::KernelHandle;
@@ -35,6 +36,7 @@ pub struct Captured {
 #[derive(Clone, Debug)]
 pub struct Outbound {
     plane: watch::Receiver<Option<Arc<Plane>>>,
+    denials: Lane,
     pool: Pool,
     health: Health,
     flows: Arc<Semaphore>,
@@ -42,9 +44,21 @@ pub struct Outbound {
 }
 
 impl Outbound {
-    /// An outbound side that follows `plane` and reaches nodes on `port` (15008 but in tests).
-    pub fn new(plane: watch::Receiver<Option<Arc<Plane>>>, health: Health, port: u16) -> Self {
-        Self { plane, pool: Pool::default(), health, flows: Arc::new(Semaphore::new(FLOWS_MAX)), port }
+    /// An outbound side that follows `plane` and `denials` and reaches nodes on `port` (15008 but in tests).
+    pub fn new(plane: watch::Receiver<Option<Arc<Plane>>>, denials: Lane, health: Health, port: u16) -> Self {
+        Self { plane, denials, pool: Pool::default(), health, flows: Arc::new(Semaphore::new(FLOWS_MAX)), port }
+    }
+
+    /// Cuts tunnels to nodes as they are denied, until the process ends.
+    pub async fn cut_denied(self) {
+        let mut denials = self.denials.watch();
+        while denials.changed().await.is_ok() {
+            let now = denials.borrow_and_update().clone();
+            let tunnels = self.pool.cut(&now);
+            if tunnels > 0 {
+                tracing::info!(tunnels, revision = now.revision().0, "tunnels to denied nodes cut");
+            }
+        }
     }
 
     /// Tunnels open now.
@@ -96,15 +110,23 @@ impl Outbound {
             (Some(_), Err(_)) => Err(TunnelError::Busy),
         };
         match opened {
-            Ok(((_lease, send, recv), _place)) => {
+            Ok((Opened { _lease, send, recv, endpoint }, _place)) => {
                 METRICS.connections.inc(["outbound", "ok"]);
                 METRICS.setup.observe(begun.elapsed());
                 METRICS.open.add(["outbound"], 1.0);
-                pump::carry(tcp, send, recv, std::future::pending()).await;
+                let cut = async {
+                    self.denials.until(|denials| denials.denies_endpoint(&endpoint)).await;
+                    METRICS.cut.inc(["outbound"]);
+                    tracing::info!(caller = %pod.id(), called = %endpoint.spiffe_id, node = %endpoint.node, "live connection cut");
+                };
+                pump::carry(tcp, send, recv, cut).await;
                 METRICS.open.add(["outbound"], -1.0);
             }
             Err(error) => {
-                METRICS.connections.inc(["outbound", if error.reason() == "denied" { "denied" } else { "failed" }]);
+                METRICS.connections.inc([
+                    "outbound",
+                    if matches!(error.reason(), "denied" | "node_untrusted") { "denied" } else { "failed" },
+                ]);
                 tracing::debug!(caller = %pod.id(), ?captured, %error, "outbound refused");
                 reset(&tcp);
             }
@@ -112,11 +134,7 @@ impl Outbound {
     }
 
     /// Opens a stream to the chosen endpoint; for a service, where that fails, to one other.
-    async fn open(
-        &self,
-        pod: &LocalPod,
-        captured: Captured,
-    ) -> Result<(Lease, SendStream<Bytes>, RecvStream), TunnelError> {
+    async fn open(&self, pod: &LocalPod, captured: Captured) -> Result<Opened, TunnelError> {
         let plane = self.plane.borrow().clone().ok_or(TunnelError::NoSvid)?;
         let gone = || TunnelError::Refused(http::StatusCode::NOT_FOUND);
         let first = match plane.view.endpoints.get(captured.endpoint.ip()) {
@@ -145,7 +163,10 @@ impl Outbound {
         pod: &LocalPod,
         endpoint: &Endpoint,
         port: u16,
-    ) -> Result<(Lease, SendStream<Bytes>, RecvStream), TunnelError> {
+    ) -> Result<Opened, TunnelError> {
+        if self.denials.now().denies_endpoint(endpoint) {
+            return Err(TunnelError::NodeDenied);
+        }
         let mut node = health::node(endpoint);
         node.set_port(self.port);
         let own = plane.credentials_of(pod.id()).map_err(|_| TunnelError::NoSvid)?;
@@ -153,12 +174,13 @@ impl Outbound {
             source: pod.id().clone(),
             destination: endpoint.spiffe_id.clone(),
             node,
+            holder: (endpoint.node, endpoint.generation),
             credentials: own.svid().since.0,
         };
         let opened = async {
             let lease = self.pool.lease(&key, || health::credentials(plane, pod.id(), &endpoint.spiffe_id)).await?;
             let (send, recv) = lease.open(SocketAddrV4::new(endpoint.address, port)).await?;
-            Ok((lease, send, recv))
+            Ok(Opened { _lease: lease, send, recv, endpoint: endpoint.clone() })
         }
         .await;
         if let Err(error) = &opened
@@ -173,14 +195,23 @@ impl Outbound {
     fn other<'a>(&self, plane: &'a Plane, pod: &LocalPod, captured: Captured) -> Option<&'a Endpoint> {
         let view = &plane.view;
         let service = view.services.iter().find(|s| SocketAddrV4::new(s.address, s.port) == captured.asked)?;
-        let unhealthy = self.health.unhealthy();
+        let (unhealthy, denials) = (self.health.unhealthy(), self.denials.now());
         view.endpoints
             .values()
             .filter(|e| e.address != *captured.endpoint.ip() && !unhealthy.contains(&e.address))
+            .filter(|e| !denials.denies_endpoint(e))
             .filter(|e| service.backends.iter().any(|b| b.contains(&e.spiffe_id)))
             .filter(|e| view.policies.evaluate(pod.id(), &e.spiffe_id, service.port).allowed)
             .min_by_key(|e| (compile::tier(view, service, e), e.address))
     }
+}
+
+/// An open stream, and to whom.
+struct Opened {
+    _lease: Lease,
+    send: SendStream<Bytes>,
+    recv: RecvStream,
+    endpoint: Endpoint,
 }
 
 /// The application sees a reset, as it would from a remote refusal.

@@ -1,9 +1,10 @@
 //! Open tunnels, kept per (caller, callee, node): never shared between two callers, so a stream's identity is the
 //! tunnel's. Dialing holds a lock of that one peer only.
 
+use crate::denials::Denials;
 use crate::hbone::{self, Lease, Tunnel, TunnelError};
 use crate::metrics::METRICS;
-use ambit_model::SpiffeId;
+use ambit_model::{Generation, NodeId, SpiffeId};
 use rustls::ClientConfig;
 use rustls_pki_types::ServerName;
 use std::collections::BTreeMap;
@@ -24,8 +25,10 @@ pub struct Key {
     pub source: SpiffeId,
     /// The workload called.
     pub destination: SpiffeId,
-    /// The node that runs it.
+    /// Where tunnels to its node end.
     pub node: SocketAddr,
+    /// The node that runs it, by its admission: what a denial names.
+    pub holder: (NodeId, Generation),
     /// The credentials in use: a renewed SVID or a changed bundle starts new tunnels, the old ones run dry.
     pub credentials: u64,
 }
@@ -70,6 +73,27 @@ impl Pool {
         let lease = tunnel.lease().ok_or(TunnelError::Busy)?;
         tunnels.open.push(tunnel);
         Ok(lease)
+    }
+
+    /// Cuts and forgets every tunnel to a node that is denied; says how many. A tunnel that is being dialed meanwhile is
+    /// forgotten too: whoever dials it asks again before it is used.
+    pub fn cut(&self, denials: &Denials) -> usize {
+        let mut peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut cut = 0;
+        peers.retain(|key, peer| {
+            let (node, generation) = key.holder;
+            if !denials.denies(&key.destination.trust_domain(), &node, generation) {
+                return true;
+            }
+            if let Ok(tunnels) = peer.try_lock() {
+                tunnels.open.iter().filter(|t| t.is_open()).for_each(|t| {
+                    t.cut();
+                    cut += 1;
+                });
+            }
+            false
+        });
+        cut
     }
 
     /// Tunnels open now; a peer that is being dialed counts as none.

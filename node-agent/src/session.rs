@@ -1,13 +1,19 @@
 //! The agent's stream to its cell: asks for the slice, reports endpoints, acknowledges what is in the kernel.
 //!
-//! Any replica will do; when one is lost the next is tried. A slice older than the one held is dropped (I7).
+//! Any replica will do; when one is lost the next is tried. A slice older than the one held is dropped (I7). Denials are
+//! in force before anything else is read; rounds of re-attestation are answered while the stream goes on.
 
 use crate::backoff::{Backoff, random};
 use crate::clock::Clock;
 use crate::control::Outcome;
+use crate::denials::{Denials, Lane};
+use crate::enrol::Enrolled;
+use crate::membership::Told;
 use crate::metrics::METRICS;
+use crate::outbox::{Fresh, Next, Outbox};
+use crate::reattest::{Answer, Asked, Rounds};
 use crate::view::View;
-use ambit_identity::Expect;
+use ambit_identity::{Expect, SharedTrust};
 use ambit_model::policy::Endpoint;
 use ambit_model::{ClusterId, Code, Refusal, Revision, Stamp, TrustDomain};
 use ambit_proto::status::from_status;
@@ -15,10 +21,11 @@ use ambit_proto::v1::agent_message::Body as Up;
 use ambit_proto::v1::agent_stream_client::AgentStreamClient;
 use ambit_proto::v1::server_message::Body as Down;
 use ambit_proto::v1::{Ack, AgentMessage, EndpointReport, Nack, ServerMessage, Slice, Subscribe};
-use ambit_transport::Dialer;
+use ambit_transport::{Dialer, Identity};
+use futures::future::{BoxFuture, OptionFuture};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
@@ -31,14 +38,17 @@ const RETRY_CAP: Duration = Duration::from_secs(3);
 const SILENCE_MAX: Duration = Duration::from_secs(5);
 /// A slice is a few hundred bytes per entry, policy and endpoint; 10,000 of each fit.
 const SLICE_BYTES_MAX: usize = 16 * 1024 * 1024;
-/// Messages up wait here while the stream is busy; all of them are replaced by newer ones of their kind.
+/// Messages up in flight; what waits beyond them is in the outbox.
 const UP_QUEUE: usize = 8;
+/// How often in a row the cell must refuse this node before it is believed: one replica may not have heard yet that the
+/// node was let in again.
+const TOLD_TIMES: u32 = 2;
 
 /// The stream's parts.
 #[derive(Clone)]
 pub struct Session {
-    /// Presents the node's SVID.
-    pub dialer: Dialer,
+    /// Whom to trust.
+    pub trust: SharedTrust,
     /// Which servers.
     pub servers: Vec<SocketAddr>,
     /// Whose.
@@ -49,6 +59,10 @@ pub struct Session {
     pub node_address: Ipv4Addr,
     /// Told of every stamp.
     pub clock: Arc<Clock>,
+    /// Told whom to refuse.
+    pub denials: Lane,
+    /// Answers rounds.
+    pub rounds: Rounds,
     /// The wires.
     pub wires: Wires,
 }
@@ -56,8 +70,10 @@ pub struct Session {
 /// What the stream reads and writes.
 #[derive(Clone, Debug)]
 pub struct Wires {
-    /// Counts enrolments: at each the stream starts anew, as another leaf. 0 is "not enrolled".
-    pub enrolled: watch::Receiver<u64>,
+    /// This node's admission: with each new one the stream starts anew, under its leaf.
+    pub enrolled: watch::Receiver<Option<Arc<Enrolled>>>,
+    /// What the cell says of an admission.
+    pub told: Arc<watch::Sender<Option<Told>>>,
     /// The newest view.
     pub desired: Arc<watch::Sender<Option<Arc<View>>>>,
     /// What became of it.
@@ -68,126 +84,216 @@ pub struct Wires {
     pub channel: Arc<watch::Sender<Option<Channel>>>,
 }
 
+/// Why a stream ended.
+struct Lost {
+    refusal: Refusal,
+    /// The cell said so; else we found it ourselves.
+    said: bool,
+}
+
+impl From<Refusal> for Lost {
+    fn from(refusal: Refusal) -> Self {
+        Self { refusal, said: false }
+    }
+}
+
+fn said(status: tonic::Status) -> Lost {
+    Lost { refusal: from_status(&status), said: true }
+}
+
+/// What one stream has under way.
+struct Stream {
+    /// The admission whose leaf it shows.
+    me: Arc<Enrolled>,
+    outbox: Outbox,
+    /// The round being answered.
+    answering: Option<BoxFuture<'static, Answer>>,
+    /// The newest round that waits for it.
+    waiting: Option<Asked>,
+}
+
 impl Session {
     /// Runs until the process ends.
     pub async fn run(mut self) {
         let mut backoff = Backoff::new(RETRY_BASE, RETRY_CAP);
         // Agents start at different servers, so that one replica does not get them all.
         let mut at = usize::try_from(random() % 1024).unwrap_or_default();
+        let mut told = 0;
         loop {
-            if self.wires.enrolled.wait_for(|n| *n > 0).await.is_err() {
+            let me = match self.wires.enrolled.wait_for(Option::is_some).await {
+                Ok(me) => me.clone(),
+                Err(_) => return,
+            };
+            let (Some(me), Some(server)) = (me, self.servers.get(at % self.servers.len().max(1)).copied()) else {
                 return;
-            }
-            let Some(server) = self.servers.get(at % self.servers.len().max(1)).copied() else { return };
-            let ended = self.once(server, &mut backoff).await;
+            };
+            let ended = self.once(server, &me, &mut backoff, &mut told).await;
             METRICS.component.set(["stream"], 0.0);
             self.wires.channel.send_replace(None);
-            match ended {
-                Ok(()) => tracing::debug!(%server, "stream starts anew"),
-                Err(refusal) => {
-                    at = at.wrapping_add(1);
-                    let wait = backoff.next(random());
-                    tracing::warn!(%server, %refusal, wait_ms = wait.as_millis(), "stream lost");
-                    tokio::time::sleep(wait).await;
+            let Err(Lost { refusal, said }) = ended else {
+                tracing::debug!(%server, "stream starts anew");
+                continue;
+            };
+            at = at.wrapping_add(1);
+            told += u32::from(said && Told::concerns(refusal.code));
+            if told >= TOLD_TIMES {
+                told = 0;
+                self.wires.told.send_replace(Some(Told { refusal, generation: me.generation }));
+                // Under this leaf the cell will not speak to us again.
+                if self.wires.enrolled.changed().await.is_err() {
+                    return;
                 }
+                continue;
             }
+            let wait = backoff.next(random());
+            tracing::warn!(%server, %refusal, wait_ms = wait.as_millis(), "stream lost");
+            tokio::time::sleep(wait).await;
         }
     }
 
     /// One stream, until it breaks or this node has a new leaf to show.
-    async fn once(&mut self, server: SocketAddr, backoff: &mut Backoff) -> Result<(), Refusal> {
-        self.wires.enrolled.borrow_and_update();
-        let channel = self.dialer.channel(server, Expect::ReplicaOf(self.trust_domain.clone())).await?;
+    async fn once(
+        &mut self,
+        server: SocketAddr,
+        me: &Arc<Enrolled>,
+        backoff: &mut Backoff,
+        told: &mut u32,
+    ) -> Result<(), Lost> {
+        // Of this admission and no later one: what is quoted on the stream is bound to the leaf that opened it.
+        let dialer = Dialer::new(self.trust.clone(), Identity::new(Some(me.identity.clone())));
+        let channel = dialer.channel(server, Expect::ReplicaOf(self.trust_domain.clone())).await?;
         let mut client = AgentStreamClient::new(channel.clone()).max_decoding_message_size(SLICE_BYTES_MAX);
         let (up, queue) = mpsc::channel(UP_QUEUE);
         let have = self.wires.desired.borrow().as_ref().map_or(Revision(0), |v| v.revision);
         let hello = Subscribe { node_address: self.node_address.to_string(), have_revision: have.0 };
-        send(&up, Up::Subscribe(hello)).await?;
-        send(&up, self.report()).await?;
+        for body in [Up::Subscribe(hello), self.report()] {
+            up.send(AgentMessage { body: Some(body) }).await.map_err(|_| ended())?;
+        }
         let answer = tokio::time::timeout(SILENCE_MAX, client.sync(ReceiverStream::new(queue))).await;
-        let mut down = answer.map_err(|_| silence())?.map_err(|s| from_status(&s))?.into_inner();
+        let mut down = answer.map_err(|_| silence())?.map_err(said)?.into_inner();
         self.wires.channel.send_replace(Some(channel));
         METRICS.component.set(["stream"], 1.0);
         tracing::info!(%server, "stream open");
+        let mut stream = Stream { me: me.clone(), outbox: Outbox::default(), answering: None, waiting: None };
         loop {
             tokio::select! {
                 message = tokio::time::timeout(SILENCE_MAX, down.message()) => {
-                    let message = message.map_err(|_| silence())?.map_err(|s| from_status(&s))?;
+                    let message = message.map_err(|_| silence())?.map_err(said)?;
+                    self.take(message.ok_or_else(ended)?, &mut stream);
                     backoff.reset();
-                    self.take(message.ok_or_else(ended)?, &up).await?;
+                    *told = 0;
                 }
                 changed = self.wires.endpoints.changed() => {
                     changed.map_err(|_| ended())?;
-                    send(&up, self.report()).await?;
+                    stream.outbox.fresh(Fresh::Endpoints);
                 }
                 changed = self.wires.outcome.changed() => {
                     changed.map_err(|_| ended())?;
-                    self.tell(&up).await?;
+                    stream.outbox.fresh(Fresh::Outcome);
                 }
-                changed = self.wires.enrolled.changed() => return changed.map_err(|_| ended()),
+                changed = self.wires.enrolled.changed() => return changed.map_err(|_| ended().into()),
+                Some(answer) = OptionFuture::from(stream.answering.as_mut()) => {
+                    stream.answering = None;
+                    stream.outbox.answer(answer);
+                }
+                place = stream.outbox.place(&up, SILENCE_MAX), if !stream.outbox.is_empty() => {
+                    let place = place.ok_or_else(silence)?;
+                    if let Some(body) = self.next(&mut stream.outbox) {
+                        place.send(AgentMessage { body: Some(body) });
+                    }
+                    self.begin_round(&mut stream);
+                }
             }
         }
     }
 
-    async fn take(&mut self, message: ServerMessage, up: &mpsc::Sender<AgentMessage>) -> Result<(), Refusal> {
+    fn take(&mut self, message: ServerMessage, stream: &mut Stream) {
         match message.body {
-            Some(Down::Heartbeat(beat)) => {
-                self.clock.seen(Stamp(beat.stamp_ms));
-                Ok(())
+            Some(Down::Heartbeat(beat)) => self.clock.seen(Stamp(beat.stamp_ms)),
+            Some(Down::Slice(slice)) => self.take_slice(slice, &mut stream.outbox),
+            Some(Down::Denials(list)) => self.take_denials(&list),
+            Some(Down::Quote(request)) => {
+                if stream.waiting.replace(Asked { request, at: Instant::now() }).is_some() {
+                    METRICS.quotes.inc(["replaced"]);
+                }
+                self.begin_round(stream);
             }
-            Some(Down::Slice(slice)) => self.take_slice(slice, up).await,
             // A newer server may know more kinds; the stream goes on.
-            Some(Down::Denials(_) | Down::Quote(_)) | None => Ok(()),
+            None => {}
         }
     }
 
-    async fn take_slice(&mut self, slice: Slice, up: &mpsc::Sender<AgentMessage>) -> Result<(), Refusal> {
+    /// One round at a time: the next begins when the answer to the last is on its way whole.
+    fn begin_round(&self, stream: &mut Stream) {
+        let idle = !stream.outbox.answers() && !stream.answering.is_some();
+        if idle && let Some(asked) = stream.waiting.take() {
+            stream.answering = Some(Box::pin(self.rounds.clone().answer(stream.me.clone(), asked)));
+        }
+    }
+
+    /// In force from here on for whoever carries or opens a connection; the kernel follows within milliseconds.
+    fn take_denials(&self, list: &ambit_proto::v1::Denials) {
+        self.clock.seen(Stamp(list.stamp_ms));
+        match Denials::parse(Revision(list.revision), &list.denials) {
+            Ok(denials) => {
+                if !self.denials.offer(denials) {
+                    tracing::debug!(revision = list.revision, "older denials dropped");
+                }
+            }
+            // What was refused stays refused, and the slice brings the same list.
+            Err(refusal) => tracing::error!(revision = list.revision, %refusal, "denials refused"),
+        }
+    }
+
+    fn take_slice(&self, slice: Slice, outbox: &mut Outbox) {
         self.clock.seen(Stamp(slice.stamp_ms));
         let revision = Revision(slice.revision);
         let held = self.wires.desired.borrow().as_ref().map_or(Revision(0), |v| v.revision);
         if revision < held {
             tracing::debug!(revision = revision.0, held = held.0, "older slice dropped");
-            return Ok(());
+            return;
         }
         METRICS.revision.set(["desired"], revision.0 as f64);
         match View::parse(slice, &self.trust_domain, &self.cluster) {
             Ok(view) => {
+                self.denials.offer(view.denials.clone());
                 self.wires.desired.send_replace(Some(Arc::new(view)));
-                Ok(())
             }
             Err(refusal) => {
                 METRICS.apply.inc(["failed", refusal.code.as_str()]);
                 tracing::error!(revision = revision.0, %refusal, "slice refused");
-                send(up, Up::Nack(Nack { revision: revision.0, reason: refusal.to_string() })).await
+                outbox.nack(Nack { revision: revision.0, reason: refusal.to_string() });
             }
         }
     }
 
+    /// The next message up, as of now.
+    fn next(&mut self, outbox: &mut Outbox) -> Option<Up> {
+        match outbox.take()? {
+            Next::Message(body) => Some(body),
+            Next::Look(Fresh::Endpoints) => Some(self.report()),
+            Next::Look(Fresh::Outcome) => self.outcome(),
+        }
+    }
+
     /// Acknowledges what is in the kernel, or says why it is not.
-    async fn tell(&mut self, up: &mpsc::Sender<AgentMessage>) -> Result<(), Refusal> {
-        let Some(outcome) = self.wires.outcome.borrow_and_update().clone() else { return Ok(()) };
+    fn outcome(&mut self) -> Option<Up> {
+        let outcome = self.wires.outcome.borrow_and_update().clone()?;
         let revision = outcome.revision.0;
-        let message = match outcome.result {
+        Some(match outcome.result {
             Ok(digest) => {
                 let view = self.wires.desired.borrow().clone().filter(|v| v.revision == outcome.revision);
                 let imported = view.map(|v| v.imported.clone()).unwrap_or_default();
                 Up::Ack(Ack { revision, map_digest: digest.to_vec(), imported })
             }
             Err(refusal) => Up::Nack(Nack { revision, reason: refusal.to_string() }),
-        };
-        send(up, message).await
+        })
     }
 
     fn report(&mut self) -> Up {
         let endpoints = self.wires.endpoints.borrow_and_update().iter().map(Into::into).collect();
         Up::Endpoints(EndpointReport { endpoints })
     }
-}
-
-/// Waits for room; a stream that takes nothing for so long is dead.
-async fn send(up: &mpsc::Sender<AgentMessage>, body: Up) -> Result<(), Refusal> {
-    let sent = tokio::time::timeout(SILENCE_MAX, up.send(AgentMessage { body: Some(body) })).await;
-    sent.map_err(|_| silence())?.map_err(|_| ended())
 }
 
 fn silence() -> Refusal {

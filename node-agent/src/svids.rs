@@ -4,11 +4,12 @@
 
 use crate::backoff::random;
 use crate::clock::Clock;
+use crate::denials::{Denials, Lane};
 use crate::issued::{Issued, Svid, Svids};
 use crate::metrics::METRICS;
 use ambit_identity::{SharedTrust, SvidKey};
 use ambit_model::refusal::Class;
-use ambit_model::{Code, EntryId, Refusal, SpiffeId, Stamp};
+use ambit_model::{Code, EntryId, Generation, NodeId, Refusal, SpiffeId, Stamp};
 use ambit_proto::status::from_status;
 use ambit_proto::v1::svid_client::SvidClient;
 use ambit_proto::v1::{BatchNewX509svidRequest, NewX509svid, X509svidResult};
@@ -37,6 +38,10 @@ pub struct Issuance {
     pub trust: SharedTrust,
     /// The time.
     pub clock: Arc<Clock>,
+    /// Whom the cell refuses: perhaps this node's earlier admissions.
+    pub denials: Lane,
+    /// This node and its admission.
+    pub node: watch::Receiver<Option<(NodeId, Generation)>>,
     /// The way to the cell.
     pub channel: watch::Receiver<Option<Channel>>,
 }
@@ -46,6 +51,8 @@ struct State {
     svids: Svids,
     /// When each is due next.
     due: BTreeMap<EntryId, Stamp>,
+    /// This node was out when last looked at.
+    out: bool,
 }
 
 impl Issuance {
@@ -53,6 +60,7 @@ impl Issuance {
     pub async fn run(mut self) {
         let mut wanted = self.issued.wanted();
         let mut views = self.issued.watch();
+        let mut denials = self.denials.watch();
         let mut state = State::default();
         loop {
             let now = self.clock.now();
@@ -75,6 +83,13 @@ impl Issuance {
                 changed = wanted.changed() => if changed.is_err() { return },
                 changed = self.channel.changed() => if changed.is_err() { return },
                 changed = views.changed() => if changed.is_err() { return },
+                changed = denials.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    let now = denials.borrow_and_update().clone();
+                    self.hurry(&mut state, &now);
+                }
                 () = tokio::time::sleep(Duration::from_millis(next)) => {}
             }
         }
@@ -96,6 +111,20 @@ impl Issuance {
         if state.svids.len() != before {
             self.issued.set_svids(state.svids.clone());
         }
+    }
+
+    /// After a release the node is a new generation, and what was certified through an earlier one stays refused
+    /// everywhere: those SVIDs are due now, not at half-life.
+    fn hurry(&self, state: &mut State, denials: &Denials) {
+        let back = state.out && !denials.is_out();
+        state.out = denials.is_out();
+        let Some((node, _)) = *self.node.borrow() else { return };
+        let State { svids, due, .. } = state;
+        due.retain(|entry, _| match svids.get(entry) {
+            Some(Ok(svid)) => !back && !denials.lists(&svid.id.trust_domain(), &node, svid.generation),
+            Some(Err(_)) => !back,
+            None => true,
+        });
     }
 
     async fn ask(&self, state: &mut State, channel: Channel, due: &[EntryId]) {
@@ -182,8 +211,11 @@ impl Issuance {
         if *peer.id() != expected {
             return Err(Refusal::new(Code::Internal, format!("a leaf of {expected}"), peer.id().as_str()));
         }
+        let binding =
+            peer.binding().ok_or_else(|| Refusal::new(Code::Internal, "a leaf bound to this node", "none"))?;
         Ok(Svid {
             id: expected,
+            generation: binding.generation,
             key_pkcs8: key.pkcs8(),
             chain_der: result.chain_der.clone(),
             since: now,
@@ -239,6 +271,8 @@ mod tests {
             (Code::NotFound, true),
             (Code::Unavailable, false),
             (Code::Busy, false),
+            (Code::NodeLate, false),
+            (Code::NodeQuarantined, true),
             (Code::AuthorityMismatch, false),
             (Code::IssuerUnavailable, false),
         ] {

@@ -1,10 +1,11 @@
 //! A slice after parsing: everything this node knows, of one revision, in types. Replaced whole, never edited.
 
+use crate::denials::Denials;
 use crate::pods::Pod;
 use ambit_model::policy::{Endpoint, Policy, Service};
 use ambit_model::{
-    Bundle, ClusterId, Code, Entry, EntryId, Foreign, Generation, NodeId, NumericIdentity, Own, Refusal, Revision,
-    Selector, SpiffeId, Stamp, TrustDomain,
+    Bundle, ClusterId, Code, Entry, EntryId, Foreign, NumericIdentity, Own, Refusal, Revision, Selector, SpiffeId,
+    Stamp, TrustDomain,
 };
 use ambit_policy::PolicySet;
 use ambit_proto::{convert, v1};
@@ -36,8 +37,8 @@ pub struct View {
     pub endpoints: BTreeMap<Ipv4Addr, Endpoint>,
     /// The kernel's names of identities.
     pub numbers: BTreeMap<SpiffeId, NumericIdentity>,
-    /// Leaves of these nodes of a trust domain, up to and including the generation, are refused.
-    pub denials: BTreeMap<(TrustDomain, NodeId), Generation>,
+    /// Whom to refuse, as of this revision. In force is what [`crate::denials::Lane`] says: newer lists come ahead of slices.
+    pub denials: Denials,
     /// How far peers' records are in, handed back in the acknowledgement.
     pub imported: Vec<v1::ImportedSeq>,
 }
@@ -66,14 +67,9 @@ impl View {
             services: slice.services.iter().map(Service::try_from).collect::<Result<_, _>>()?,
             endpoints: endpoints(&slice.endpoints, trust_domain)?,
             numbers: numbers(&slice.identities)?,
-            denials: denials(&slice.denials)?,
+            denials: Denials::parse(Revision(slice.revision), &slice.denials)?,
             imported: slice.imported,
         })
-    }
-
-    /// Whether leaves of `origin`, issued through this node and generation, are refused now. Only `origin` decides.
-    pub fn denies(&self, origin: &TrustDomain, node: &NodeId, generation: Generation) -> bool {
-        self.denials.get(&(origin.clone(), *node)).is_some_and(|to| generation <= *to)
     }
 
     /// The entry that a process or pod with the selectors `found` has in the mesh: the one that asks for most; of equals
@@ -183,16 +179,6 @@ fn numbers(found: &[v1::NumericIdentity]) -> Result<BTreeMap<SpiffeId, NumericId
     Ok(by_id)
 }
 
-fn denials(found: &[v1::NodeDenial]) -> Result<BTreeMap<(TrustDomain, NodeId), Generation>, Refusal> {
-    let mut by_node = BTreeMap::new();
-    for message in found {
-        let key = (message.trust_domain.parse()?, message.node.parse()?);
-        let to: &mut Generation = by_node.entry(key).or_default();
-        *to = (*to).max(Generation(message.generation));
-    }
-    Ok(by_node)
-}
-
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
@@ -292,18 +278,6 @@ pub(crate) mod tests {
         }
     }
 
-    #[test]
-    fn denials_reach_up_to_their_generation() {
-        let node = "ab".repeat(32);
-        let mut s = slice();
-        s.denials = vec![denial("west", &node, 2)];
-        let view = view(s).unwrap();
-        let (west, node) = ("west".parse().unwrap(), node.parse().unwrap());
-        assert!(view.denies(&west, &node, Generation(2)) && !view.denies(&west, &node, Generation(3)));
-        assert!(!view.denies(&west, &"cd".repeat(32).parse().unwrap(), Generation(1)));
-        // West's word about a node id is no word about callers of east, nor would east's be about west's.
-        assert!(!view.denies(&"east".parse().unwrap(), &node, Generation(2)));
-    }
     #[test]
     fn a_disputed_address_is_our_own_workloads_or_nobodys() {
         let mut s = slice();

@@ -6,6 +6,7 @@ mod support;
 
 use ambit_agent::clock::Clock;
 use ambit_agent::control::{Control, Outcome, Wires};
+use ambit_agent::denials::{Denials, Lane};
 use ambit_agent::health::Health;
 use ambit_agent::inbound::Inbound;
 use ambit_agent::issued::Issued;
@@ -118,6 +119,7 @@ struct Node {
     endpoints: watch::Receiver<Vec<Endpoint>>,
     issued: Issued,
     kernel: KernelHandle,
+    denials: Lane,
 }
 
 impl Node {
@@ -134,6 +136,7 @@ impl Node {
         let (plane, plane_rx) = watch::channel(None);
         let (_, node) = watch::channel(Some((cell.node(), Generation(1))));
         let (issued, health) = (Issued::default(), Health::new(Some(kernel.clone())));
+        let denials = Lane::default();
         let port = hbone.local_addr().unwrap().port();
         let control = Control {
             pods_dir: ground.dir.join("pods"),
@@ -143,17 +146,20 @@ impl Node {
             netns: netns.clone(),
             issued: issued.clone(),
             trust,
+            denials: denials.clone(),
             health: health.clone(),
-            outbound: Outbound::new(plane_rx.clone(), health, port),
+            outbound: Outbound::new(plane_rx.clone(), denials.clone(), health, port),
             wires: Wires { desired: desired_rx, outcome: outcome_tx, endpoints: endpoints_tx, plane, node },
         };
         tokio::spawn(control.run());
-        tokio::spawn(Inbound::new(plane_rx, netns, Arc::new(Clock::default())).serve(hbone));
-        Node { desired, outcome, endpoints, issued, kernel }
+        let inbound = Inbound::new(plane_rx, denials.clone(), netns, Arc::new(Clock::default()));
+        tokio::spawn(inbound.serve(hbone));
+        Node { desired, outcome, endpoints, issued, kernel, denials }
     }
     /// Sends a slice and waits until it is in the kernel; gives the time that took.
     async fn apply(&mut self, view: Arc<View>) -> Duration {
         let (revision, begun) = (view.revision, Instant::now());
+        self.denials.offer(view.denials.clone());
         self.desired.send_replace(Some(view));
         let applied = self.outcome.wait_for(|o| o.as_ref().is_some_and(|o| o.revision == revision));
         let applied = timeout(SOON, applied).await.expect("an outcome").unwrap().clone().unwrap();
@@ -465,4 +471,97 @@ async fn the_kernel_decides_as_evaluate_does() {
     }
     println!("{allowed} allowed, {refused} refused");
     assert!(allowed >= 30 && refused >= 30, "{allowed} allowed, {refused} refused: too one-sided to tell");
+}
+
+const DENIAL_TRIALS: u32 = 10;
+/// It takes a few ms; a machine that compiles beside it needs room to breathe.
+const DENIAL_MAX: Duration = Duration::from_millis(250);
+
+fn micros() -> u128 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_micros()
+}
+
+/// From the cell's list to a refused `connect()`, without a slice.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_denied_nodes_endpoints_are_refused_by_the_kernel_within_milliseconds() {
+    let mut ground = Ground::make();
+    let (mut cell, east) = (Cell::founded("west", 1), Cell::founded("east", 2));
+    let web = cell.entry("web", &["cgroup:web"], &[]);
+    let pid = ground.pod("web", Ipv4Addr::new(10, 200, 4, 11));
+    let mut node = Node::start(&ground, &cell, TcpListener::bind("127.0.0.1:0").await.unwrap()).await;
+    let endpoint = |last: u8, node: &str, generation: u64| v1::Endpoint {
+        spiffe_id: east.id("db"),
+        address: format!("10.200.4.{last}"),
+        cluster: "east".into(),
+        node_address: "127.0.0.1".into(),
+        node: node.into(),
+        generation,
+    };
+    let (bad, good) = (east.node().to_string(), "cd".repeat(32));
+    let number = |spiffe_id: String, number| v1::NumericIdentity { spiffe_id, number };
+    let slice = v1::Slice {
+        entries: vec![web],
+        identities: vec![number(cell.id("web"), 256), number(east.id("db"), 257)],
+        // One identity on two nodes: only what runs on the denied one is refused.
+        endpoints: vec![endpoint(21, &bad, 3), endpoint(22, &good, 3), endpoint(23, &bad, 4)],
+        policies: vec![allow("db", "spiffe://east/db", "spiffe://west/web", &[PORT])],
+        ..cell.slice(1, &[&east])
+    };
+    node.apply(cell.view(slice)).await;
+    let denial = |generation| v1::NodeDenial { node: bad.clone(), generation, trust_domain: "east".into() };
+    let list = |revision, denials: &[v1::NodeDenial]| Denials::parse(Revision(revision), denials).unwrap();
+    // Calls without a pause; each change of what it gets is one line with its time.
+    let script = format!(
+        "import errno, socket, time\nlast = None\nwhile True:\n s = socket.socket()\n \
+         now = s.connect_ex(('10.200.4.21', {PORT})) == errno.EPERM\n s.close()\n \
+         if now != last: print('refused' if now else 'allowed', time.time_ns() // 1000, flush=True)\n last = now"
+    );
+    let mut caller = ground.command("web", pid, &["python3", "-c", &script]).stdout(Stdio::piped()).spawn().unwrap();
+    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(caller.stdout.take().unwrap()));
+    ground.children.push(caller);
+    let mut next = move || {
+        let line = lines.next().unwrap().unwrap();
+        let (what, at) = line.split_once(' ').unwrap();
+        (what.to_owned(), at.parse::<u128>().unwrap())
+    };
+    assert_eq!(tokio::task::block_in_place(&mut next).0, "allowed");
+    let digest = |o: &Option<Outcome>| o.clone().unwrap().result.unwrap();
+    let open = digest(&node.outcome.borrow());
+    let mut took = Vec::new();
+    for trial in 0..DENIAL_TRIALS {
+        let revision = u64::from(trial) * 2 + 2;
+        let begun = micros();
+        assert!(node.denials.offer(list(revision, &[denial(3)])));
+        let (what, at) = tokio::task::block_in_place(&mut next);
+        assert_eq!(what, "refused");
+        took.push(at.saturating_sub(begun));
+        if trial == 0 {
+            for (host, allowed) in [("10.200.4.21", false), ("10.200.4.22", true), ("10.200.4.23", true)] {
+                let refused = ask(&ground, "web", pid, host).await == "PermissionError";
+                assert_eq!(refused, !allowed, "{host}");
+            }
+            // The install that follows says the same, and is acknowledged anew.
+            let before = digest(&node.outcome.borrow());
+            assert!(node.denials.offer(list(revision, &[denial(9)])));
+            timeout(SOON, node.outcome.wait_for(|o| digest(o) != before)).await.expect("another digest").unwrap();
+            assert_eq!(ask(&ground, "web", pid, "10.200.4.23").await, "PermissionError");
+        }
+        assert!(!node.denials.offer(list(1, &[])), "an older list undoes nothing");
+        assert!(node.denials.offer(list(revision + 1, &[])));
+        assert_eq!(tokio::task::block_in_place(&mut next).0, "allowed");
+        // The swap is seen before the install has ended, and one trial must not wait for another's.
+        timeout(SOON, node.outcome.wait_for(|o| digest(o) == open)).await.expect("the former digest").unwrap();
+    }
+    took.sort_unstable();
+    println!("denial to EPERM: median {} us, max {} us of {DENIAL_TRIALS}", took[took.len() / 2], took[took.len() - 1]);
+    assert!(took[took.len() - 1] < DENIAL_MAX.as_micros(), "{took:?} us");
+    let refused = node.kernel.totals().unwrap().1;
+    assert!(refused.iter().any(|(reason, n)| *reason == "no_verdict" && *n > 0), "{refused:?}");
+    let mut seen = std::collections::BTreeSet::new();
+    node.kernel
+        .events(&mut |event| {
+            let _ = seen.insert(event.destination);
+        })
+        .unwrap();
+    assert!(seen.contains(&ambit_agent::compile::DENIED_NODE.0), "an operator can tell why: {seen:?}");
 }

@@ -6,6 +6,7 @@
 mod support;
 
 use ambit_agent::clock::Clock;
+use ambit_agent::denials::{Denials, Lane};
 use ambit_agent::health::Health;
 use ambit_agent::inbound::Inbound;
 use ambit_agent::issued::Svid;
@@ -15,12 +16,12 @@ use ambit_agent::plane::{Credentials, LocalPod, Plane};
 use ambit_agent::pods::Pod;
 use ambit_agent::view::{View, Workload};
 use ambit_identity::{SharedTrust, Trust, TrustStore};
-use ambit_model::NumericIdentity;
+use ambit_model::{NumericIdentity, Revision};
 use ambit_proto::v1;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use support::{Cell, allow};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -75,6 +76,8 @@ struct Stage {
     hbone: SocketAddr,
     west_plane: watch::Sender<Option<Arc<Plane>>>,
     east_plane: watch::Sender<Option<Arc<Plane>>>,
+    west_denials: Lane,
+    east_denials: Lane,
     health: Health,
     outbound: Outbound,
 }
@@ -91,10 +94,13 @@ impl Stage {
         let at = hbone.local_addr().unwrap();
         let (west_plane, west_rx) = watch::channel(None);
         let (east_plane, east_rx) = watch::channel(None);
-        let inbound = Inbound::new(east_rx, NetnsThread::start().unwrap(), Arc::new(Clock::default()));
+        let (west_denials, east_denials) = (Lane::default(), Lane::default());
+        let clock = Arc::new(Clock::default());
+        let inbound = Inbound::new(east_rx, east_denials.clone(), NetnsThread::start().unwrap(), clock);
         tokio::spawn(inbound.serve(hbone));
         let health = Health::new(None);
-        let outbound = Outbound::new(west_rx, health.clone(), at.port());
+        let outbound = Outbound::new(west_rx, west_denials.clone(), health.clone(), at.port());
+        tokio::spawn(outbound.clone().cut_denied());
         let mut stage = Stage {
             web: pod(
                 &west.view(v1::Slice { entries: vec![web_entry.clone()], ..west.slice(0, &[]) }),
@@ -111,6 +117,8 @@ impl Stage {
             hbone: at,
             west_plane,
             east_plane,
+            west_denials,
+            east_denials,
             health,
             outbound,
         };
@@ -144,6 +152,8 @@ impl Stage {
         e.policies = vec![policy];
         east(&mut e);
         let (w, e) = (self.west.view(w), self.east.view(e));
+        // As the stream does: whom to refuse is known before the plane is made.
+        assert!(self.west_denials.offer(w.denials.clone()) && self.east_denials.offer(e.denials.clone()));
         self.west_plane.send_replace(Some(plane(w, vec![self.web.clone()], std::slice::from_ref(&self.web_svid))));
         let db = pod(&e, &self.db_entry, *self.db_at().ip());
         self.east_plane.send_replace(Some(plane(e, vec![db], std::slice::from_ref(&self.db_svid))));
@@ -248,6 +258,100 @@ async fn leaves_of_a_denied_node_are_refused_until_a_new_generation() {
     round_trip(&mut app, &mut pod, 10).await;
 }
 
+/// One denial, as the cell's list of this revision.
+fn list(revision: u64, td: &str, cell: &Cell, generation: u64) -> Denials {
+    let denial = v1::NodeDenial { node: cell.node().to_string(), generation, trust_domain: td.into() };
+    Denials::parse(Revision(revision), &[denial]).unwrap()
+}
+
+#[tokio::test]
+async fn the_receiver_cuts_a_denied_caller_at_once_and_gives_it_no_tunnel() {
+    let stage = Stage::set(8).await;
+    let mut app = stage.call_db().await;
+    let (mut pod, _) = stage.served().await;
+    round_trip(&mut app, &mut pod, 10).await;
+    assert_eq!(stage.outbound.tunnels(), 1);
+    // The list alone: no slice, no new plane.
+    let begun = Instant::now();
+    assert!(stage.east_denials.offer(list(2, "west", &stage.west, 1)));
+    assert!(is_reset(app).await && begun.elapsed() < Duration::from_millis(500), "{:?}", begun.elapsed());
+    assert!(timeout(SOON, pod.read(&mut [0; 1])).await.expect("the pod sees an end").is_err());
+    timeout(SOON, async {
+        while stage.outbound.tunnels() > 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await
+    .expect("an idle tunnel of a denied node is ended too");
+    assert!(is_reset(stage.call_db().await).await, "a new one is refused");
+    assert!(!stage.east_denials.offer(list(1, "west", &stage.west, 0)), "an older list");
+    assert!(is_reset(stage.call_db().await).await);
+    assert!(timeout(Duration::from_millis(200), stage.db.accept()).await.is_err(), "the pod saw nothing");
+    assert!(stage.east_denials.offer(list(3, "west", &stage.west, 0)));
+    let mut app = stage.call_db().await;
+    let (mut pod, _) = stage.served().await;
+    round_trip(&mut app, &mut pod, 10).await;
+}
+
+#[tokio::test]
+async fn the_caller_cuts_and_opens_nothing_to_a_denied_node() {
+    let stage = Stage::set(9).await;
+    let mut app = stage.call_db().await;
+    let mut served = stage.served().await;
+    round_trip(&mut app, &mut served.0, 10).await;
+    // The word of another trust domain about that node id is none about east's node.
+    assert!(stage.west_denials.offer(list(2, "west", &stage.east, 1)));
+    round_trip(&mut app, &mut served.0, 10).await;
+    assert!(stage.west_denials.offer(list(3, "east", &stage.east, 1)));
+    assert!(is_reset(app).await, "the live connection is cut");
+    assert_eq!(stage.outbound.tunnels(), 0, "its tunnel is dropped");
+    assert!(is_reset(stage.call_db().await).await, "a new one is refused");
+    assert!(timeout(Duration::from_millis(200), stage.db.accept()).await.is_err(), "the pod saw nothing");
+    assert!(stage.health.unhealthy().is_empty(), "a denied node is not a broken tunnel");
+    assert!(stage.west_denials.offer(list(4, "east", &stage.east, 0)));
+    let mut app = stage.call_db().await;
+    let (mut pod, _) = stage.served().await;
+    round_trip(&mut app, &mut pod, 10).await;
+    // This node itself is put out: nothing of its own goes on either.
+    stage.west_denials.set_out(true);
+    assert!(is_reset(app).await);
+    assert!(is_reset(stage.call_db().await).await);
+    stage.west_denials.set_out(false);
+    let mut app = stage.call_db().await;
+    let (mut pod, _) = stage.served().await;
+    round_trip(&mut app, &mut pod, 10).await;
+}
+
+#[tokio::test]
+async fn a_service_leaves_out_the_endpoint_of_a_denied_node() {
+    let mut stage = Stage::set(10).await;
+    // Another node's endpoint of the same service, which the kernel chose a moment before the denial.
+    let denied = Ipv4Addr::new(127, 0, 79, 10);
+    let service = SocketAddrV4::new(Ipv4Addr::new(10, 99, 0, 1), stage.db_at().port());
+    let bad = v1::Endpoint { address: denied.to_string(), node: "cd".repeat(32), ..stage.endpoint("127.0.80.10") };
+    stage.publish(
+        |w| {
+            w.endpoints.push(bad.clone());
+            w.denials = vec![v1::NodeDenial { node: bad.node.clone(), generation: 1, trust_domain: "east".into() }];
+            w.services = vec![v1::Service {
+                origin: "east".into(),
+                name: "db".into(),
+                address: service.ip().to_string(),
+                port: u32::from(service.port()),
+                backends: vec!["spiffe://east/db".into()],
+                order: "local-first".into(),
+            }];
+        },
+        |_| (),
+    );
+    let chosen = Captured { asked: service, endpoint: SocketAddrV4::new(denied, service.port()) };
+    let mut app = stage.call(Some(chosen)).await;
+    let (mut pod, _) = stage.served().await;
+    round_trip(&mut app, &mut pod, 10).await;
+    assert!(is_reset(stage.call(Some(Captured { asked: chosen.endpoint, ..chosen })).await).await, "by its address");
+    assert!(stage.health.unhealthy().is_empty());
+}
+
 #[tokio::test]
 async fn without_a_record_or_an_svid_the_application_is_reset() {
     let mut stage = Stage::set(4).await;
@@ -309,11 +413,12 @@ async fn a_service_fails_over_before_first_bytes_and_back() {
     assert!(is_reset(stage.call(Some(direct)).await).await);
 
     // The probe finds the node again once something proves to be db there.
-    let probe = tokio::spawn(stage.health.clone().probe(stage.west_plane.subscribe()));
+    let probe = tokio::spawn(stage.health.clone().probe(stage.west_plane.subscribe(), stage.west_denials.clone()));
     tokio::time::sleep(Duration::from_millis(700)).await;
     assert_eq!(stage.health.unhealthy().len(), 1, "still dead");
     let revived = TcpListener::bind(("127.0.80.6", ambit_agent::hbone::PORT)).await.unwrap();
-    let inbound = Inbound::new(stage.east_plane.subscribe(), NetnsThread::start().unwrap(), Arc::new(Clock::default()));
+    let (clock, netns) = (Arc::new(Clock::default()), NetnsThread::start().unwrap());
+    let inbound = Inbound::new(stage.east_plane.subscribe(), stage.east_denials.clone(), netns, clock);
     tokio::spawn(inbound.serve(revived));
     timeout(SOON, async {
         while !stage.health.unhealthy().is_empty() {

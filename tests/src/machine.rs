@@ -12,7 +12,7 @@ use ambit_proto::v1::{self, begin_response, evidence_request, evidence_response}
 use ambit_tpm::{Attester, Bank, TpmIdentity};
 use ambit_transport::Identity;
 use ambit_verify::transcript::{Binding, Transcript, qualifying_data};
-use ambit_verify::{BeginInput, LogExtent, PresentedEk, Public};
+use ambit_verify::{BeginInput, KeyHome, LogExtent, PresentedEk, Public};
 use anyhow::{Context, Result, bail};
 use std::time::{Duration, Instant};
 use tonic::Status;
@@ -162,6 +162,7 @@ impl Machine {
             pcrs: &quote.pcrs,
             boot_log: extent(&boot_log),
             ima_log: extent(&ima_log),
+            svid_key: &KeyHome::InMemory,
         };
         let header = v1::EvidenceHeader {
             hmac: transcript.hmac(&secret).to_vec(),
@@ -181,6 +182,7 @@ impl Machine {
             join_token: begun.join_token.clone(),
             ek_public: self.identity.ek_public.clone(),
             ak_public: self.identity.ak_public.clone(),
+            ..Default::default()
         };
         let chunks = boot_log.chunks(CHUNK_BYTES).chain(ima_log.chunks(CHUNK_BYTES)).map(<[u8]>::to_vec);
         let frames = std::iter::once(evidence_request::Part::Header(header))

@@ -1,6 +1,7 @@
 //! Where the AK's two halves are kept: its public area, and its private part wrapped by the TPM under the EK.
 
 use crate::error::TpmError;
+use crate::options::{AkKind, EkKind};
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
@@ -10,18 +11,23 @@ const MAGIC: &[u8; 8] = b"ambit-ak";
 /// Two TPM2B of an AK: a few hundred bytes; RSA-4096 would have about 2 KiB.
 const FILE_BYTES_MAX: u64 = 8 * 1024;
 
-/// The AK as the TPM gave it: TPMT_PUBLIC, and the content of TPM2B_PRIVATE.
-pub(crate) struct SavedAk {
+/// A key as the TPM gave it: TPMT_PUBLIC, and the content of TPM2B_PRIVATE, which only the TPM's own EK unwraps.
+#[derive(Clone, Debug)]
+pub(crate) struct WrappedKey {
     pub(crate) public: Vec<u8>,
     pub(crate) private: Vec<u8>,
 }
 
-pub(crate) fn path(state_dir: &Path) -> PathBuf {
-    state_dir.join("ak")
+/// One file for each EK and kind of AK: a change of configuration makes a new AK, and changing back finds the old one.
+pub(crate) fn path(state_dir: &Path, ek: EkKind, ak: AkKind) -> PathBuf {
+    match (ek, ak) {
+        (EkKind::Rsa2048, AkKind::EccP256) => state_dir.join("ak"),
+        (ek, ak) => state_dir.join(format!("ak-{}-{}", ek.as_str(), ak.as_str())),
+    }
 }
 
 /// The AK saved at `path`, or none if there is no such file.
-pub(crate) fn load(path: &Path) -> Result<Option<SavedAk>, TpmError> {
+pub(crate) fn load(path: &Path) -> Result<Option<WrappedKey>, TpmError> {
     let io = |source| TpmError::State { path: path.to_owned(), source };
     let file = match File::open(path) {
         Ok(file) => file,
@@ -37,7 +43,7 @@ pub(crate) fn load(path: &Path) -> Result<Option<SavedAk>, TpmError> {
 }
 
 /// Saves `ak` so that the file is whole or absent, whenever the machine stops.
-pub(crate) fn save(path: &Path, ak: &SavedAk) -> Result<(), TpmError> {
+pub(crate) fn save(path: &Path, ak: &WrappedKey) -> Result<(), TpmError> {
     let io = |source| TpmError::State { path: path.to_owned(), source };
     let mut bytes = MAGIC.to_vec();
     for part in [&ak.public, &ak.private] {
@@ -57,11 +63,11 @@ pub(crate) fn save(path: &Path, ak: &SavedAk) -> Result<(), TpmError> {
     File::open(folder).and_then(|f| f.sync_all()).map_err(io)
 }
 
-fn parse(bytes: &[u8]) -> Option<SavedAk> {
+fn parse(bytes: &[u8]) -> Option<WrappedKey> {
     let rest = bytes.strip_prefix(MAGIC)?;
     let (public, rest) = part(rest)?;
     let (private, rest) = part(rest)?;
-    rest.is_empty().then(|| SavedAk { public: public.to_vec(), private: private.to_vec() })
+    rest.is_empty().then(|| WrappedKey { public: public.to_vec(), private: private.to_vec() })
 }
 
 fn part(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
@@ -78,9 +84,9 @@ mod tests {
     fn an_ak_survives_and_damage_is_named() {
         let dir = std::env::temp_dir().join(format!("ambit-ak-{}", std::process::id()));
         std::fs::create_dir_all(&dir).unwrap();
-        let file = path(&dir);
+        let file = path(&dir, EkKind::Rsa2048, AkKind::EccP256);
         assert!(load(&file).unwrap().is_none());
-        save(&file, &SavedAk { public: vec![1; 88], private: vec![2; 126] }).unwrap();
+        save(&file, &WrappedKey { public: vec![1; 88], private: vec![2; 126] }).unwrap();
         assert_eq!(std::fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
         let saved = load(&file).unwrap().unwrap();
         assert_eq!((saved.public, saved.private), (vec![1; 88], vec![2; 126]));

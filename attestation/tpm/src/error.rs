@@ -1,17 +1,28 @@
 //! What can fail between this machine and its TPM.
 
 use std::path::PathBuf;
+use std::time::Duration;
+
+fn seconds(d: Duration) -> String {
+    format!("{:.1} s", d.as_secs_f32())
+}
 
 /// An operation of the attester that failed.
 #[derive(Debug, thiserror::Error)]
 pub enum TpmError {
     /// The TCTI configuration names no TPM.
-    #[error("'{tcti}' names no TPM; write it as device:/dev/tpmrm0 or swtpm:host=127.0.0.1,port=2321")]
+    #[error("'{tcti}' names no TPM; write it as device:/dev/tpmrm0, tabrmd: or swtpm:host=127.0.0.1,port=2321")]
     Tcti {
         /// As configured.
         tcti: String,
         /// From the TSS.
         source: tss_esapi::Error,
+    },
+    /// A TCTI that is known and not served.
+    #[error("'{tcti}' is a simulator that Ambit does not support; use device, tabrmd or swtpm")]
+    TctiRefused {
+        /// As configured.
+        tcti: String,
     },
     /// The TPM cannot be reached.
     #[error("no TPM answers at '{tcti}'; is it there, and may this process open it?")]
@@ -28,6 +39,40 @@ pub enum TpmError {
         operation: &'static str,
         /// From the TPM.
         source: tss_esapi::Error,
+    },
+    /// The TPM counts too many failed authorisations (TPM_RC_LOCKOUT) and refuses every key under that protection.
+    #[error(
+        "the TPM is in dictionary-attack lockout and refused to {operation}; it is left alone for {}; find out who \
+         guesses, and wait for its recovery time or clear it with the lockout authorisation",
+        seconds(*rest)
+    )]
+    Lockout {
+        /// What was asked.
+        operation: &'static str,
+        /// How long the TPM will not be asked again.
+        rest: Duration,
+    },
+    /// No answer in time. The TPM may still be at work; what it answers later is dropped.
+    #[error("the TPM did not {operation} within {}", seconds(*limit))]
+    TimedOut {
+        /// What was asked.
+        operation: &'static str,
+        /// The deadline, its turn in the queue included.
+        limit: Duration,
+    },
+    /// So many operations wait for the TPM without an answer that no further one is begun.
+    #[error("the TPM answers none of {unanswered} operations; '{operation}' was not begun")]
+    Hung {
+        /// What was asked.
+        operation: &'static str,
+        /// Operations, each with a thread, that were given up and have not come back.
+        unanswered: usize,
+    },
+    /// The queue is full.
+    #[error("too many operations wait for the TPM; '{operation}' was not queued")]
+    Busy {
+        /// What was asked.
+        operation: &'static str,
     },
     /// The saved AK does not belong to this TPM.
     #[error("the AK in {} was made by another TPM; if the TPM was replaced, remove the file and enrol anew", path.display())]

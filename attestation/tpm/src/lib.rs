@@ -1,24 +1,36 @@
 //! The attester of RFC 9334: the one place that talks to a TPM 2.0.
 //!
-//! It finds the EK (RSA-2048, the low-range template that every PC Client TPM has a certificate for), keeps one AK
-//! (P-256, ECDSA with SHA-256) below it, activates credentials and quotes PCRs. What leaves it are raw TPM structures.
+//! It finds the EK and its certificate (RSA-2048, P-256, P-384 or RSA-3072), keeps one AK below it, activates
+//! credentials, quotes PCRs, and makes keys for SVIDs that the AK certifies. What leaves it are raw TPM structures.
 //!
 //! It must never decide whether a machine is trustworthy, never speak to the network, and never let a TPM object that
 //! it loaded outlive the operation: TPMs have as few as three slots.
 //!
-//! A TPM is slow and takes one command at a time, so one OS thread owns all work; [`Attester`] is the handle to it. The
-//! connection is opened for each operation, because a software TPM serves one client at a time and others (an IMA
-//! stand-in, an operator's tool) need their turn.
+//! A TPM is slow, takes one command at a time, and may stop answering: one OS thread owns all work, a second one watches
+//! its deadlines, and [`Attester`] is the handle to both. The connection is opened for each operation, because a
+//! software TPM serves one client at a time and others (an IMA stand-in, an operator's tool) need their turn.
 #![warn(missing_docs)]
 
 mod ak_file;
+mod answer;
 mod error;
+mod keys;
+mod options;
+mod svid_key;
 mod tpm;
+mod worker;
 
 pub use error::TpmError;
+pub use options::{AkKind, CREATION_MAX, EkChoice, EkKind, LOCKOUT_REST, OPERATION_MAX, Options};
+pub use svid_key::TpmKey;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::sync::mpsc::{RecvTimeoutError, sync_channel};
+use std::time::{Duration, Instant};
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, oneshot};
+use tpm::Tpm;
+use worker::{Request, Work};
 use zeroize::Zeroizing;
 
 /// Requests that may wait for the TPM. More would only wait longer: a TPM makes a handful of signatures a second.
@@ -66,43 +78,48 @@ pub struct Quote {
     pub pcrs: Vec<(u32, Vec<u8>)>,
 }
 
-enum Request {
-    Identity(oneshot::Sender<Result<TpmIdentity, TpmError>>),
-    Activate(Vec<u8>, Vec<u8>, oneshot::Sender<Result<Zeroizing<Vec<u8>>, TpmError>>),
-    Quote(Bank, u32, [u8; 32], oneshot::Sender<Result<Quote, TpmError>>),
+/// A key that the AK certified, as raw TPM structures.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Certified {
+    /// TPMT_PUBLIC of the key.
+    pub public: Vec<u8>,
+    /// TPMS_ATTEST of TPM2_Certify.
+    pub attest: Vec<u8>,
+    /// TPMT_SIGNATURE of the AK.
+    pub signature: Vec<u8>,
 }
 
-/// Handle to the thread that owns the TPM. The thread ends when the last handle is dropped.
+/// Handle to the threads that own the TPM. They end when the last handle is dropped.
 #[derive(Clone, Debug)]
 pub struct Attester {
     requests: mpsc::Sender<Request>,
+    operation_max: Duration,
+    creation_max: Duration,
 }
 
 impl Attester {
-    /// Starts the thread. `tcti` names the TPM as tpm2-tools do (`device:/dev/tpmrm0`, `swtpm:host=127.0.0.1,port=2321`);
-    /// `state_dir` exists and keeps the AK's wrapped key, which is of no use outside of this TPM. Nothing is asked of
-    /// the TPM yet: the first operation creates the AK if there is none.
+    /// [`Attester::start`] with the usual keys and limits.
     pub fn open(tcti: &str, state_dir: &Path) -> Result<Attester, TpmError> {
-        let mut tpm = tpm::Tpm::new(tcti, PathBuf::from(state_dir))?;
+        Self::start(Options::new(tcti, state_dir))
+    }
+
+    /// Starts the threads. Nothing is asked of the TPM yet: the first operation creates the AK if there is none.
+    pub fn start(options: Options) -> Result<Attester, TpmError> {
+        let tcti = options.tcti()?;
+        let (operation_max, creation_max) = (options.operation_max, options.creation_max);
         // Bounded: a full queue makes callers wait, and each of them has one request at most.
-        let (requests, mut queue) = mpsc::channel(QUEUE_MAX);
-        let serve = move || {
-            while let Some(request) = queue.blocking_recv() {
-                // A caller that went away does not want its answer.
-                match request {
-                    Request::Identity(reply) => drop(reply.send(tpm.identity())),
-                    Request::Activate(blob, secret, reply) => drop(reply.send(tpm.activate(&blob, &secret))),
-                    Request::Quote(bank, mask, data, reply) => drop(reply.send(tpm.quote(bank, mask, data))),
-                }
-            }
-        };
-        std::thread::Builder::new().name("tpm".into()).spawn(serve).map_err(|source| TpmError::Thread { source })?;
-        Ok(Attester { requests })
+        let (requests, queue) = mpsc::channel(QUEUE_MAX);
+        let serve = move || worker::serve(queue, &options, &tcti);
+        std::thread::Builder::new()
+            .name("tpm-foreman".into())
+            .spawn(serve)
+            .map_err(|source| TpmError::Thread { source })?;
+        Ok(Attester { requests, operation_max, creation_max })
     }
 
     /// The EK certificate, the EK and the AK.
     pub async fn identity(&self) -> Result<TpmIdentity, TpmError> {
-        self.ask(Request::Identity).await
+        self.ask("give its identity", self.creation_max, Tpm::identity).await
     }
 
     /// Opens a credential made for this EK and this AK: TPM2B_ID_OBJECT and TPM2B_ENCRYPTED_SECRET.
@@ -111,21 +128,70 @@ impl Attester {
         credential_blob: Vec<u8>,
         encrypted_secret: Vec<u8>,
     ) -> Result<Zeroizing<Vec<u8>>, TpmError> {
-        self.ask(|reply| Request::Activate(credential_blob, encrypted_secret, reply)).await
+        let work = move |tpm: &mut Tpm, due| tpm.activate(&credential_blob, &encrypted_secret, due);
+        self.operate("activate the credential", work).await
     }
 
     /// Quotes exactly the PCRs of `pcr_mask` (bit n is PCR n) in `bank`. Read the IMA log after this, never before: a
     /// log longer than the quote is accepted by the verifier, a shorter one is not.
     pub async fn quote(&self, bank: Bank, pcr_mask: u32, qualifying: [u8; 32]) -> Result<Quote, TpmError> {
-        self.ask(|reply| Request::Quote(bank, pcr_mask, qualifying, reply)).await
+        self.operate("quote", move |tpm, due| tpm.quote(bank, pcr_mask, qualifying, due)).await
     }
 
-    async fn ask<T>(
+    /// Makes a P-256 key for an SVID. It lives as long as what this returns.
+    pub async fn create_key(&self) -> Result<TpmKey, TpmError> {
+        let key = self.ask("create a key", self.creation_max, Tpm::create_key).await?;
+        TpmKey::new(self.clone(), key)
+    }
+
+    async fn operate<T: Send + 'static>(
         &self,
-        request: impl FnOnce(oneshot::Sender<Result<T, TpmError>>) -> Request,
+        operation: &'static str,
+        work: impl FnOnce(&mut Tpm, Instant) -> Result<T, TpmError> + Send + 'static,
     ) -> Result<T, TpmError> {
+        self.ask(operation, self.operation_max, work).await
+    }
+
+    async fn ask<T: Send + 'static>(
+        &self,
+        operation: &'static str,
+        limit: Duration,
+        work: impl FnOnce(&mut Tpm, Instant) -> Result<T, TpmError> + Send + 'static,
+    ) -> Result<T, TpmError> {
+        let due = Instant::now() + limit;
         let (reply, answer) = oneshot::channel();
-        self.requests.send(request(reply)).await.map_err(|_| TpmError::Stopped)?;
-        answer.await.map_err(|_| TpmError::Stopped)?
+        let work: Work = Box::new(move |tpm| {
+            // A caller that went away wants nothing of the TPM.
+            if !reply.is_closed() {
+                // It may still go away meanwhile.
+                drop(reply.send(tpm.and_then(|(tpm, due)| work(tpm, due))));
+            }
+        });
+        let asked = async {
+            self.requests.send(Request { operation, due, limit, work }).await.map_err(|_| TpmError::Stopped)?;
+            answer.await.map_err(|_| TpmError::Stopped)?
+        };
+        tokio::time::timeout_at(due.into(), asked).await.map_err(|_| TpmError::TimedOut { operation, limit })?
+    }
+
+    fn operate_blocking<T: Send + 'static>(
+        &self,
+        operation: &'static str,
+        work: impl FnOnce(&mut Tpm, Instant) -> Result<T, TpmError> + Send + 'static,
+    ) -> Result<T, TpmError> {
+        let limit = self.operation_max;
+        let due = Instant::now() + limit;
+        let (reply, answer) = sync_channel(1);
+        let work: Work = Box::new(move |tpm| drop(reply.send(tpm.and_then(|(tpm, due)| work(tpm, due)))));
+        // Never waits for the queue: whoever cannot await must not be held up behind sixteen others.
+        match self.requests.try_send(Request { operation, due, limit, work }) {
+            Ok(()) => {}
+            Err(TrySendError::Full(_)) => return Err(TpmError::Busy { operation }),
+            Err(TrySendError::Closed(_)) => return Err(TpmError::Stopped),
+        }
+        answer.recv_timeout(limit).map_err(|e| match e {
+            RecvTimeoutError::Timeout => TpmError::TimedOut { operation, limit },
+            RecvTimeoutError::Disconnected => TpmError::Stopped,
+        })?
     }
 }

@@ -1,87 +1,76 @@
 //! The TPM's own operations. Each opens the TPM, does its work inside guards that flush what they loaded, and closes it.
 
-use crate::ak_file::{self, SavedAk};
+use crate::ak_file::{self, WrappedKey};
+use crate::answer::{self, Next};
 use crate::error::TpmError;
-use crate::{Bank, Quote, TpmIdentity};
-use sha2::{Digest as _, Sha256};
+use crate::keys::{self, Keys, TssResult, with_password};
+use crate::options::{AkKind, EkChoice, EkKind, Options};
+use crate::worker::Claim;
+use crate::{Bank, Certified, Quote, TpmIdentity};
+use sha2::{Digest as _, Sha256, Sha384};
 use std::path::PathBuf;
-use std::str::FromStr;
-use tss_esapi::abstraction::{AsymmetricAlgorithmSelection, ak, ek};
-use tss_esapi::constants::response_code::Tss2ResponseCodeKind;
-use tss_esapi::constants::{CapabilityType, SessionType};
-use tss_esapi::handles::{AuthHandle, KeyHandle, ObjectHandle, SessionHandle, TpmHandle};
-use tss_esapi::interface_types::algorithm::{HashingAlgorithm, SignatureSchemeAlgorithm};
-use tss_esapi::interface_types::ecc::EccCurve;
-use tss_esapi::interface_types::key_bits::RsaKeyBits;
-use tss_esapi::interface_types::session_handles::{AuthSession, PolicySession};
+use std::time::{Duration, Instant};
+use tss_esapi::constants::tss::{TPM2_RH_NULL, TPM2_ST_HASHCHECK};
+use tss_esapi::handles::KeyHandle;
+use tss_esapi::interface_types::algorithm::HashingAlgorithm;
+use tss_esapi::interface_types::session_handles::AuthSession;
 use tss_esapi::structures::{
-    CapabilityData, Data, EncryptedSecret, IdObject, PcrSelectionList, PcrSlot, Private, Public, SignatureScheme,
-    SymmetricDefinition,
+    Data, Digest, EncryptedSecret, HashcheckTicket, IdObject, PcrSelectionList, PcrSlot, Public, Signature,
+    SignatureScheme,
 };
 use tss_esapi::tcti_ldr::TctiNameConf;
 use tss_esapi::traits::{Marshall, UnMarshall};
-use tss_esapi::{Context, Error};
+use tss_esapi::tss2_esys::TPMT_TK_HASHCHECK;
+use tss_esapi::{Context, Error, WrapperErrorKind};
 use zeroize::Zeroizing;
 
-/// RSA-2048 EK of the low range (TCG EK Credential Profile 2.2.1.4), with its certificate.
-const EK: AsymmetricAlgorithmSelection = AsymmetricAlgorithmSelection::Rsa(RsaKeyBits::Rsa2048);
-const EK_CERTIFICATE_INDEX: u32 = 0x01c0_0002;
-/// Where provisioned machines keep that EK loaded (TCG TPM v2.0 Provisioning Guidance, 7.8). Making it anew takes a
-/// hardware TPM many seconds.
-const EK_PERSISTENT_HANDLE: u32 = 0x8101_0001;
-const TRANSIENT_FIRST: u32 = 0x8000_0000;
-const LOADED_SESSION_FIRST: u32 = 0x0200_0000;
 /// PCR_Read answers with at most eight digests (Part 2, TPML_DIGEST).
 const PCRS_PER_READ: usize = 8;
 /// IMA extends PCR 10 whenever something new runs, also between reading and quoting.
 const QUOTE_ATTEMPTS: u32 = 8;
 
-type TssResult<T> = Result<T, Error>;
 /// Index and value of PCRs, ascending.
 type PcrValues = Vec<(u32, Vec<u8>)>;
 
+/// The TPM as one thread works with it.
 pub(crate) struct Tpm {
-    name: String,
+    options: Options,
     tcti: TctiNameConf,
-    ak_path: PathBuf,
-}
-
-/// An EK in the TPM: its handle is flushed after use unless it is persistent.
-enum LoadedEk {
-    Persistent(KeyHandle),
-    Transient(KeyHandle),
+    claim: Claim,
+    /// Known once the EK is chosen.
+    keys: Option<Keys>,
+    /// Until when a TPM in lockout is left alone.
+    resting: Option<Instant>,
 }
 
 impl Tpm {
-    pub(crate) fn new(tcti: &str, state_dir: PathBuf) -> Result<Tpm, TpmError> {
-        let conf = TctiNameConf::from_str(tcti).map_err(|source| TpmError::Tcti { tcti: tcti.to_owned(), source })?;
-        Ok(Tpm { name: tcti.to_owned(), tcti: conf, ak_path: ak_file::path(&state_dir) })
+    pub(crate) fn new(options: Options, tcti: TctiNameConf, claim: Claim) -> Tpm {
+        Tpm { options, tcti, claim, keys: None, resting: None }
     }
 
-    pub(crate) fn identity(&mut self) -> Result<TpmIdentity, TpmError> {
-        let ak = self.saved_ak()?;
-        self.run("read its identity", |ctx| {
-            let ek_certificate =
-                if handle_exists(ctx, EK_CERTIFICATE_INDEX)? { Some(ek::retrieve_ek_pubcert(ctx, EK)?) } else { None };
-            let ek_public = with_ek(ctx, |ctx, ek| ctx.read_public(ek)?.0.marshall())?;
+    pub(crate) fn identity(&mut self, due: Instant) -> Result<TpmIdentity, TpmError> {
+        let ak = self.saved_ak(due)?;
+        self.run("read its identity", due, |keys, ctx| {
+            let ek_certificate = keys::certificate(ctx, keys.ek())?;
+            let ek_public = keys.with_ek(ctx, |_, ctx, ek| ctx.read_public(ek)?.0.marshall())?;
             Ok(TpmIdentity { ek_certificate, ek_public, ak_public: ak.public.clone() })
         })
     }
 
-    pub(crate) fn activate(&mut self, blob: &[u8], secret: &[u8]) -> Result<Zeroizing<Vec<u8>>, TpmError> {
+    pub(crate) fn activate(
+        &mut self,
+        blob: &[u8],
+        secret: &[u8],
+        due: Instant,
+    ) -> Result<Zeroizing<Vec<u8>>, TpmError> {
         let blob = IdObject::try_from(tpm2b(blob, "credential blob")?.to_vec())
             .map_err(|_| TpmError::Malformed { what: "credential blob" })?;
         let secret = EncryptedSecret::try_from(tpm2b(secret, "encrypted secret")?.to_vec())
             .map_err(|_| TpmError::Malformed { what: "encrypted secret" })?;
-        self.with_keys("activate the credential", |ctx, ek, ak| {
-            with_session(ctx, SessionType::Policy, |ctx, policy| {
-                ctx.execute_with_nullauth_session(|ctx| {
-                    let policy = PolicySession::try_from(policy)?;
-                    let (auth, none) = (AuthHandle::Endorsement, Default::default());
-                    ctx.policy_secret(policy, auth, none, Default::default(), Default::default(), None)
-                })?;
-                with_session(ctx, SessionType::Hmac, |ctx, hmac| {
-                    ctx.execute_with_sessions((Some(hmac), Some(policy), None), |ctx| {
+        self.with_ak("activate the credential", due, |keys, ctx, ak| {
+            keys.with_ek(ctx, |keys, ctx, ek| {
+                keys.with_ek_policy(ctx, |ctx, policy| {
+                    ctx.execute_with_sessions((Some(AuthSession::Password), Some(policy), None), |ctx| {
                         let opened = ctx.activate_credential(ak, ek, blob.clone(), secret.clone())?;
                         Ok(Zeroizing::new(opened.value().to_vec()))
                     })
@@ -90,7 +79,13 @@ impl Tpm {
         })
     }
 
-    pub(crate) fn quote(&mut self, bank: Bank, mask: u32, qualifying: [u8; 32]) -> Result<Quote, TpmError> {
+    pub(crate) fn quote(
+        &mut self,
+        bank: Bank,
+        mask: u32,
+        qualifying: [u8; 32],
+        due: Instant,
+    ) -> Result<Quote, TpmError> {
         let slots: Vec<(u32, PcrSlot)> = (0..24u32)
             .filter(|n| mask & (1 << n) != 0)
             .filter_map(|n| PcrSlot::try_from(1u32 << n).ok().map(|slot| (n, slot)))
@@ -98,18 +93,17 @@ impl Tpm {
         if slots.is_empty() || mask >> 24 != 0 {
             return Err(TpmError::Selection { mask });
         }
-        self.with_keys("quote", |ctx, _, ak| {
+        let kind = self.options.ak;
+        self.with_ak("quote", due, |_, ctx, ak| {
             for _ in 0..QUOTE_ATTEMPTS {
                 let Some(pcrs) = read_pcrs(ctx, bank, &slots)? else { return Ok(Err(TpmError::Selection { mask })) };
                 let selection = selection(bank, slots.iter().map(|(_, slot)| *slot))?;
                 let data = Data::try_from(qualifying.to_vec())?;
                 let (attest, signature) =
-                    ctx.execute_with_nullauth_session(|ctx| ctx.quote(ak, data, SignatureScheme::Null, selection))?;
+                    with_password(ctx, |ctx| ctx.quote(ak, data, SignatureScheme::Null, selection))?;
                 let attest = attest.marshall()?;
-                let mut digest = Sha256::new();
-                pcrs.iter().for_each(|(_, value)| digest.update(value));
                 // TPMS_ATTEST of a quote ends with the digest over the PCR values.
-                if attest.ends_with(&digest.finalize()) {
+                if attest.ends_with(&pcr_digest(kind, &pcrs)) {
                     return Ok(Ok(Quote { attest, signature: signature.marshall()?, pcrs }));
                 }
             }
@@ -117,131 +111,193 @@ impl Tpm {
         })?
     }
 
-    /// The saved AK; at the very first time, a new one.
-    fn saved_ak(&mut self) -> Result<SavedAk, TpmError> {
-        if let Some(saved) = ak_file::load(&self.ak_path)? {
-            return Ok(saved);
-        }
-        let saved = self.run("create the AK", |ctx| {
-            with_ek(ctx, |ctx, ek| {
-                let algorithm = AsymmetricAlgorithmSelection::Ecc(EccCurve::NistP256);
-                let (hash, scheme) = (HashingAlgorithm::Sha256, SignatureSchemeAlgorithm::EcDsa);
-                let created = ak::create_ak_2(ctx, ek, hash, algorithm, scheme, None, None)?;
-                Ok(SavedAk { public: created.out_public.marshall()?, private: created.out_private.value().to_vec() })
-            })
-        })?;
-        ak_file::save(&self.ak_path, &saved)?;
-        tracing::info!(path = %self.ak_path.display(), "AK created");
-        Ok(saved)
+    /// A new key for an SVID. Its wrapped half leaves with the answer and is nowhere else.
+    pub(crate) fn create_key(&mut self, due: Instant) -> Result<WrappedKey, TpmError> {
+        self.run("create a key", due, |keys, ctx| keys.create(ctx, &keys::svid_public()?))
     }
 
-    /// Runs `work` with the EK and the AK loaded, and unloads them whatever comes of it.
-    fn with_keys<T>(
+    /// TPM2_Certify of `key` by the AK.
+    pub(crate) fn certify(
+        &mut self,
+        key: &WrappedKey,
+        qualifying: [u8; 32],
+        due: Instant,
+    ) -> Result<Certified, TpmError> {
+        self.with_ak("certify the key", due, |keys, ctx, ak| {
+            keys.with_key(ctx, key, |_, ctx, handle| {
+                let data = Data::try_from(qualifying.to_vec())?;
+                // The key answers for ADMIN with its empty authorisation, since it has no policy (Part 1, 19.2).
+                let both = (Some(AuthSession::Password), Some(AuthSession::Password), None);
+                let (attest, signature) =
+                    ctx.execute_with_sessions(both, |ctx| ctx.certify(handle.into(), ak, data, SignatureScheme::Null))?;
+                Ok(Certified {
+                    public: key.public.clone(),
+                    attest: attest.marshall()?,
+                    signature: signature.marshall()?,
+                })
+            })
+        })
+    }
+
+    /// r and s of the ECDSA signature of `key` over `digest`.
+    pub(crate) fn sign(
+        &mut self,
+        key: &WrappedKey,
+        digest: [u8; 32],
+        due: Instant,
+    ) -> Result<(Vec<u8>, Vec<u8>), TpmError> {
+        self.run("sign", due, |keys, ctx| {
+            keys.with_key(ctx, key, |_, ctx, handle| {
+                // The ticket says that the TPM hashed the message itself; only restricted keys ask for one.
+                let none =
+                    TPMT_TK_HASHCHECK { tag: TPM2_ST_HASHCHECK, hierarchy: TPM2_RH_NULL, digest: Default::default() };
+                let (digest, none) = (Digest::try_from(digest.to_vec())?, HashcheckTicket::try_from(none)?);
+                match with_password(ctx, |ctx| ctx.sign(handle, digest, SignatureScheme::Null, none))? {
+                    Signature::EcDsa(pair) => {
+                        Ok((pair.signature_r().value().to_vec(), pair.signature_s().value().to_vec()))
+                    }
+                    _ => Err(Error::WrapperError(WrapperErrorKind::WrongValueFromTpm)),
+                }
+            })
+        })
+    }
+
+    /// Chooses the EK; from then on it stays.
+    fn choose_ek(&mut self, due: Instant) -> Result<EkKind, TpmError> {
+        if let Some(keys) = &self.keys {
+            return Ok(keys.ek());
+        }
+        let chosen = match self.options.ek {
+            EkChoice::Fixed(kind) => kind,
+            EkChoice::Auto => match EkKind::ALL.into_iter().find(|ek| self.ak_path(*ek).exists()) {
+                Some(kind) => kind,
+                None => self.attempt("look for EK certificates", due, &mut |ctx| {
+                    for kind in EkKind::ALL {
+                        if keys::has_certificate(ctx, kind)? {
+                            return Ok(kind);
+                        }
+                    }
+                    Ok(EkKind::Rsa2048)
+                })?,
+            },
+        };
+        self.keys = Some(Keys::of(chosen));
+        Ok(chosen)
+    }
+
+    fn ak_path(&self, ek: EkKind) -> PathBuf {
+        ak_file::path(&self.options.state_dir, ek, self.options.ak)
+    }
+
+    /// The saved AK; at the very first time, a new one.
+    fn saved_ak(&mut self, due: Instant) -> Result<WrappedKey, TpmError> {
+        let ek = self.choose_ek(due)?;
+        let path = self.ak_path(ek);
+        if let Some(saved) = ak_file::load(&path)? {
+            return Ok(saved);
+        }
+        let kind = self.options.ak;
+        let made = self.run("create the AK", due, |keys, ctx| keys.create(ctx, &keys::ak_public(kind)?))?;
+        // A thread that was given up meanwhile must not replace the AK of its successor.
+        self.claim.hold(|| ak_file::save(&path, &made))?;
+        tracing::info!(path = %path.display(), ek = ek.as_str(), ak = kind.as_str(), "AK created");
+        Ok(made)
+    }
+
+    /// Runs `work` with the AK loaded, and unloads it whatever comes of it.
+    fn with_ak<T>(
         &mut self,
         operation: &'static str,
-        mut work: impl FnMut(&mut Context, KeyHandle, KeyHandle) -> TssResult<T>,
+        due: Instant,
+        mut work: impl FnMut(&mut Keys, &mut Context, KeyHandle) -> TssResult<T>,
     ) -> Result<T, TpmError> {
-        let saved = self.saved_ak()?;
-        let damaged = || TpmError::StateDamaged { path: self.ak_path.clone() };
-        let public = Public::unmarshall(&saved.public).map_err(|_| damaged())?;
-        let private = Private::try_from(saved.private).map_err(|_| damaged())?;
-        let mut loaded = false;
-        let outcome = self.run(operation, |ctx| {
-            with_ek(ctx, |ctx, ek| {
-                let ak = ak::load_ak(ctx, ek, None, private.clone(), public.clone())?;
-                loaded = true;
-                ctx.execute_with_temporary_object(ak.into(), |ctx, _| work(ctx, ek, ak))
-            })
-        });
-        match outcome {
-            // Part 1, 27.5: a wrapped key whose integrity value is of another parent.
-            Err(TpmError::Command { source, .. })
-                if !loaded && kind(&source) == Some(Tss2ResponseCodeKind::Integrity) =>
-            {
-                Err(TpmError::OtherTpm { path: self.ak_path.clone(), source })
+        let saved = self.saved_ak(due)?;
+        let ek = self.choose_ek(due)?;
+        let path = self.ak_path(ek);
+        if Public::unmarshall(&saved.public).is_err() {
+            return Err(TpmError::StateDamaged { path });
+        }
+        match self.run(operation, due, |keys, ctx| keys.with_key(ctx, &saved, &mut work)) {
+            // The innermost key loaded is the last one asked about; another key below this EK cannot be foreign.
+            Err(TpmError::Command { source, .. }) if self.keys.as_ref().is_some_and(|keys| keys.foreign) => {
+                Err(TpmError::OtherTpm { path, source })
             }
             other => other,
         }
     }
 
-    /// Opens the TPM for one operation. Where its slots are full of what killed processes left behind, they are
-    /// emptied, once: with a resource manager or a TPM of one client at a time nobody else's objects are there.
+    /// Runs `work` with the keys of the chosen EK.
     fn run<T>(
-        &self,
+        &mut self,
         operation: &'static str,
-        mut work: impl FnMut(&mut Context) -> TssResult<T>,
+        due: Instant,
+        mut work: impl FnMut(&mut Keys, &mut Context) -> TssResult<T>,
     ) -> Result<T, TpmError> {
-        let open = || {
-            Context::new(self.tcti.clone()).map_err(|source| TpmError::Unreachable { tcti: self.name.clone(), source })
-        };
-        let mut ctx = open()?;
-        match work(&mut ctx) {
-            Err(source) if slots_full(&source) => {
-                tracing::warn!(operation, "TPM slots full of left objects: flushing them");
-                drop(ctx);
-                let mut ctx = open()?;
-                flush_left(&mut ctx, TRANSIENT_FIRST);
-                flush_left(&mut ctx, LOADED_SESSION_FIRST);
-                work(&mut ctx).map_err(|source| TpmError::Command { operation, source })
+        let ek = self.choose_ek(due)?;
+        let mut keys = self.keys.take().unwrap_or_else(|| Keys::of(ek));
+        let outcome = self.attempt(operation, due, &mut |ctx| work(&mut keys, ctx));
+        self.keys = Some(keys);
+        outcome
+    }
+
+    /// Opens the TPM for one operation, as often as its answers ask for. Where its slots are full of what killed
+    /// processes left behind, they are emptied, once: with a resource manager or a TPM of one client at a time nobody
+    /// else's objects are there.
+    fn attempt<T>(
+        &mut self,
+        operation: &'static str,
+        due: Instant,
+        work: &mut dyn FnMut(&mut Context) -> TssResult<T>,
+    ) -> Result<T, TpmError> {
+        let began = Instant::now();
+        if let Some(rest) = self.resting.and_then(|until| until.checked_duration_since(began)) {
+            return Err(TpmError::Lockout { operation, rest });
+        }
+        let (mut attempts, mut flushed) = (0u32, false);
+        loop {
+            attempts = attempts.saturating_add(1);
+            let mut ctx = Context::new(self.tcti.clone())
+                .map_err(|source| TpmError::Unreachable { tcti: self.options.tcti.clone(), source })?;
+            let outcome = work(&mut ctx);
+            let took_us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
+            tracing::debug!(operation, took_us, attempts, ok = outcome.is_ok(), "TPM operation");
+            let source = match outcome {
+                Ok(done) => return Ok(done),
+                Err(source) => source,
+            };
+            match answer::next(&source) {
+                Next::Again if Instant::now() + answer::pause(attempts) < due => {
+                    drop(ctx);
+                    std::thread::sleep(answer::pause(attempts));
+                }
+                Next::Flush if !flushed => {
+                    tracing::warn!(operation, "TPM slots full of left objects: flushing them");
+                    flushed = true;
+                    keys::flush_left(&mut ctx);
+                }
+                Next::Rest => {
+                    let rest = self.options.lockout_rest;
+                    self.resting = Some(Instant::now() + rest);
+                    tracing::error!(operation, rest_ms = millis(rest), "TPM in dictionary-attack lockout");
+                    return Err(TpmError::Lockout { operation, rest });
+                }
+                Next::Again | Next::Flush | Next::Fail => return Err(TpmError::Command { operation, source }),
             }
-            other => other.map_err(|source| TpmError::Command { operation, source }),
         }
     }
 }
 
-/// Runs `work` with the EK: the provisioned one if it is the template's, else one made for this operation.
-fn with_ek<T>(ctx: &mut Context, work: impl FnOnce(&mut Context, KeyHandle) -> TssResult<T>) -> TssResult<T> {
-    match load_ek(ctx)? {
-        LoadedEk::Persistent(ek) => work(ctx, ek),
-        LoadedEk::Transient(ek) => ctx.execute_with_temporary_object(ek.into(), |ctx, _| work(ctx, ek)),
+fn millis(d: Duration) -> u64 {
+    u64::try_from(d.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// The digest in a quote: over the values, with the hash of the AK's scheme whatever the bank is (Part 3, 18.4).
+fn pcr_digest(kind: AkKind, pcrs: &PcrValues) -> Vec<u8> {
+    let values = pcrs.iter().map(|(_, value)| value.as_slice()).collect::<Vec<_>>().concat();
+    match kind {
+        AkKind::EccP256 | AkKind::Rsa2048Ssa | AkKind::Rsa2048Pss => Sha256::digest(values).to_vec(),
+        AkKind::EccP384 => Sha384::digest(values).to_vec(),
     }
-}
-
-fn load_ek(ctx: &mut Context) -> TssResult<LoadedEk> {
-    if handle_exists(ctx, EK_PERSISTENT_HANDLE)? {
-        let template = ek::create_ek_public_from_default_template_2(EK, None)?;
-        let object = ctx.tr_from_tpm_public(TpmHandle::try_from(EK_PERSISTENT_HANDLE)?)?;
-        let handle = KeyHandle::from(object);
-        if same_but_key(&ctx.read_public(handle)?.0, &template) {
-            return Ok(LoadedEk::Persistent(handle));
-        }
-    }
-    Ok(LoadedEk::Transient(ek::create_ek_object_2(ctx, EK, None)?))
-}
-
-/// Whether two RSA public areas differ at most in their key.
-fn same_but_key(a: &Public, b: &Public) -> bool {
-    match (a, b) {
-        (
-            Public::Rsa { object_attributes: a0, name_hashing_algorithm: a1, auth_policy: a2, parameters: a3, .. },
-            Public::Rsa { object_attributes: b0, name_hashing_algorithm: b1, auth_policy: b2, parameters: b3, .. },
-        ) => a0 == b0 && a1 == b1 && a2 == b2 && a3 == b3,
-        _ => false,
-    }
-}
-
-fn handle_exists(ctx: &mut Context, handle: u32) -> TssResult<bool> {
-    Ok(handles(ctx, handle, 1)?.first() == Some(&handle))
-}
-
-fn handles(ctx: &mut Context, first: u32, count: u32) -> TssResult<Vec<u32>> {
-    match ctx.get_capability(CapabilityType::Handles, first, count)? {
-        (CapabilityData::Handles(list), _) => Ok(list.into_inner().into_iter().map(u32::from).collect()),
-        _ => Ok(Vec::new()),
-    }
-}
-
-/// Runs `work` with a session of its own.
-fn with_session<T>(
-    ctx: &mut Context,
-    kind: SessionType,
-    work: impl FnOnce(&mut Context, AuthSession) -> TssResult<T>,
-) -> TssResult<T> {
-    let (symmetric, hash) = (SymmetricDefinition::AES_128_CFB, HashingAlgorithm::Sha256);
-    let Some(session) = ctx.start_auth_session(None, None, None, kind, symmetric, hash)? else {
-        return Err(Error::WrapperError(tss_esapi::WrapperErrorKind::WrongValueFromTpm));
-    };
-    ctx.execute_with_temporary_object(SessionHandle::from(session).into(), |ctx, _| work(ctx, session))
 }
 
 fn selection(bank: Bank, slots: impl Iterator<Item = PcrSlot>) -> TssResult<PcrSelectionList> {
@@ -264,30 +320,6 @@ fn read_pcrs(ctx: &mut Context, bank: Bank, slots: &[(u32, PcrSlot)]) -> TssResu
         out.extend(some.iter().zip(digests.value()).map(|((n, _), digest)| (*n, digest.value().to_vec())));
     }
     Ok(Some(out))
-}
-
-fn kind(error: &Error) -> Option<Tss2ResponseCodeKind> {
-    match error {
-        Error::Tss2Error(code) => code.kind(),
-        Error::WrapperError(_) => None,
-    }
-}
-
-fn slots_full(error: &Error) -> bool {
-    use Tss2ResponseCodeKind::{ObjectHandles, ObjectMemory, SessionHandles, SessionMemory};
-    matches!(kind(error), Some(ObjectMemory | ObjectHandles | SessionMemory | SessionHandles))
-}
-
-/// Flushes every handle from `first` on that the TPM lists. What cannot be flushed is left for the next error to name.
-fn flush_left(ctx: &mut Context, first: u32) {
-    for handle in handles(ctx, first, 64).unwrap_or_default() {
-        let flushed = TpmHandle::try_from(handle)
-            .and_then(|h| ctx.execute_without_session(|ctx| ctx.tr_from_tpm_public(h)))
-            .and_then(|object: ObjectHandle| ctx.flush_context(object));
-        if let Err(error) = flushed {
-            tracing::warn!(handle = format!("{handle:#010x}"), %error, "left object not flushed");
-        }
-    }
 }
 
 /// The content of a TPM2B that fills all of `bytes`.

@@ -5,7 +5,13 @@
 //! covered by nothing: so each event in a policed PCR must be of a type that belongs there, and wherever the
 //! specification says what its digest is taken over, it must be ([`rules`]).
 
+mod facts;
+mod order;
 mod rules;
+mod signatures;
+
+pub use facts::{BootFacts, Fact, Measured, SecureBootVariable};
+pub use signatures::{SignatureEntry, SignatureKind};
 
 use crate::chain::Denial;
 use crate::hash::HashAlg;
@@ -20,22 +26,12 @@ const EVENTS_MAX: usize = 8192;
 /// PCRs of the PC Client profile.
 const PCR_COUNT: u32 = 24;
 /// PCRs whose content the boot log explains: firmware and boot loader (0-9) and shim (14). PCR 10 is IMA's.
-pub const POLICED_PCRS: [u32; 11] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 14];
+pub use ambit_model::appraisal::POLICED_PCRS;
 
 const EV_NO_ACTION: u32 = 0x0000_0003;
+const EV_SEPARATOR: u32 = 0x0000_0004;
 const SPEC_ID: &[u8] = b"Spec ID Event03\0";
 const STARTUP_LOCALITY: &[u8] = b"StartupLocality\0";
-
-/// What the boot log says, as far as the quote authenticates it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct BootFacts {
-    /// Events after the header.
-    pub events: usize,
-    /// The `SecureBoot` variable as measured into PCR 7; none if PCR 7 was not quoted or shows none.
-    pub secure_boot: Option<bool>,
-    /// The kernel command line as GRUB measured it into PCR 8; none if PCR 8 was not quoted or shows none.
-    pub kernel_cmdline: Option<String>,
-}
 
 /// One event.
 #[derive(Clone, Debug)]
@@ -59,7 +55,7 @@ impl Event<'_> {
 
     /// Where the event stands, without its content: what a node may be told.
     pub fn place(&self) -> String {
-        format!("boot log event {} ({}) of PCR {}", self.number, rules::name(self.kind), self.pcr)
+        facts::place(self.number, &rules::name(self.kind), self.pcr)
     }
 }
 
@@ -110,7 +106,8 @@ impl<'a> BootLog<'a> {
             let number = events.len().saturating_add(1);
             let event = read_event(&mut r, number, &sizes)?;
             if event.kind == EV_NO_ACTION {
-                if let Some(rest) = event.data.strip_prefix(STARTUP_LOCALITY) {
+                // In any other PCR it is a remark, which extends nothing and decides nothing.
+                if let Some(rest) = event.data.strip_prefix(STARTUP_LOCALITY).filter(|_| event.pcr == 0) {
                     // PFP 10.4.5.3: once, before PCR 0 is extended, and only localities that can start a TPM.
                     let [locality @ (0 | 3 | 4)] = rest else { return Err(Malformed::new("StartupLocality", at)) };
                     if pcr0_extended || startup_locality.replace(*locality).is_some() {
@@ -192,32 +189,57 @@ fn no_digest(event: &Event<'_>, hash: HashAlg) -> Refusal {
     Refusal::new(Code::BootLogMalformed, format!("a {hash} digest in each event"), format!("none in {}", event.place()))
 }
 
-/// Judges a log against the quoted `pcrs` of the bank of `hash`. Events are judged before PCRs are compared, so that a
-/// changed event is named rather than the PCR it ends up in.
+/// Judges a log against the quoted `pcrs` of the bank of `hash`, and refuses a machine that hands over none.
 pub(crate) fn judge(bytes: &[u8], hash: HashAlg, pcrs: &BTreeMap<u32, Vec<u8>>) -> Result<BootFacts, Denial> {
-    let policed: Vec<u32> = POLICED_PCRS.into_iter().filter(|n| pcrs.contains_key(n)).collect();
-    if policed.is_empty() {
-        return Ok(BootFacts::default());
-    }
-    if bytes.is_empty() {
+    let facts = judge_any(bytes, hash, pcrs)?;
+    if !facts.has_log && POLICED_PCRS.iter().any(|n| pcrs.contains_key(n)) {
         return Err(Refusal::new(Code::BootLogMissing, "a boot log", "none").into());
     }
+    Ok(facts)
+}
+
+/// The same, but without a log the facts say so: that is an outcome of the appraisal policy. Events are judged before
+/// PCRs are compared, so that a changed event is named rather than the PCR it ends up in.
+pub fn judge_any(bytes: &[u8], hash: HashAlg, pcrs: &BTreeMap<u32, Vec<u8>>) -> Result<BootFacts, Denial> {
+    let policed: Vec<u32> = POLICED_PCRS.into_iter().filter(|n| pcrs.contains_key(n)).collect();
+    if policed.is_empty() || bytes.is_empty() {
+        return Ok(BootFacts::default());
+    }
     let log = BootLog::parse(bytes)?;
-    let mut facts = BootFacts { events: log.events.len(), ..BootFacts::default() };
+    let mut facts = BootFacts { events: log.events.len(), has_log: true, ..BootFacts::default() };
+    let mut order = order::Order::default();
     for event in log.events.iter().filter(|e| policed.contains(&e.pcr) && e.kind != EV_NO_ACTION) {
         let digest = event.digest(hash).ok_or_else(|| no_digest(event, hash))?;
-        rules::judge(event, hash, digest, &mut facts)?;
+        let fact = rules::judge(event, hash, digest)?;
+        order.judge(event, digest, hash, &fact)?;
+        match &fact {
+            Fact::SecureBoot(on) => facts.secure_boot = Some(*on),
+            Fact::CommandLine(text) => facts.kernel_cmdline = Some(text.clone()),
+            _ => {}
+        }
+        let (number, pcr, kind) = (event.number, event.pcr, rules::name(event.kind));
+        facts.measured.push(Measured { number, pcr, kind, digest: digest.to_vec(), fact });
     }
-    let replayed = log.replay(hash)?;
+    compare(&log.replay(hash)?, pcrs, &policed, hash)?;
+    order.end(&policed)?;
+    Ok(facts)
+}
+
+fn compare(
+    replayed: &BTreeMap<u32, Vec<u8>>,
+    quoted: &BTreeMap<u32, Vec<u8>>,
+    policed: &[u32],
+    hash: HashAlg,
+) -> Result<(), Denial> {
     for pcr in policed {
-        let (quoted, led_to) = (pcrs.get(&pcr), replayed.get(&pcr));
+        let (quoted, led_to) = (quoted.get(pcr), replayed.get(pcr));
         if quoted != led_to {
             let text = |v: Option<&Vec<u8>>| format!("PCR {pcr} {hash} {}", v.map(hex::encode).unwrap_or_default());
             let refusal = Refusal::new(Code::BootLogPcrMismatch, text(quoted), format!("replayed {}", text(led_to)));
             return Err(Denial::at(refusal, format!("PCR {pcr}")));
         }
     }
-    Ok(facts)
+    Ok(())
 }
 
 #[cfg(test)]

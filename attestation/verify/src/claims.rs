@@ -53,9 +53,9 @@ impl Verified<NodeEvidence> {
                     "kernel_cmdline": self.boot.kernel_cmdline,
                 },
                 "ambit.ima": {
-                    "entries": self.ima.entries,
-                    "violations": self.ima.violations,
-                    "extended_as": self.ima.form.as_str(),
+                    "entries": self.appraised.ima.entries,
+                    "violations": self.appraised.ima_violations,
+                    "extended_as": self.appraised.ima.form.as_str(),
                 },
                 "ambit.evidence-sha256": hex::encode(self.evidence_sha256),
                 "ambit.endorsement-revision": self.endorsement_revision.0,

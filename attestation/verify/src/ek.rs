@@ -1,11 +1,27 @@
-//! EK certificates (TCG EK Credential Profile 2.x): padding, chain, key usage, and that the certificate is of this key.
+//! EK certificates (TCG EK Credential Profile 2.x): padding, quirks, chain, key usage, who made the TPM, and that the
+//! certificate is of this key.
+//!
+//! Certificates on real TPMs break the standards in many ways. What is only odd is read and told ([`Quirk`]); what a
+//! certificate must prove (a chain, its use, that it is no CA, the very key) is never taken more lightly for it.
+
+mod ber;
+mod chain;
+pub mod deny;
+pub mod list;
+mod make;
+pub(crate) mod roca;
+
+pub use deny::{EkDenyRule, FirmwareMatch, Match};
+pub use make::EkMake;
+pub(crate) use make::NAME_BYTES_MAX;
 
 use crate::public::{Curve, Key, Public};
-use crate::{INTERMEDIATES_MAX, OBJECT_BYTES_MAX};
 use ambit_model::{Code, Refusal, Stamp};
-use rustls_pki_types::{CertificateDer, UnixTime};
-use std::time::Duration;
-use webpki::{ALL_VERIFICATION_ALGS, EndEntityCert, KeyUsage, anchor_from_trusted_cert};
+use rustls_pki_types::CertificateDer;
+use std::borrow::Cow;
+use std::fmt;
+use webpki::{EndEntityCert, anchor_from_trusted_cert};
+use x509_parser::extensions::ParsedExtension;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 /// tcg-kp-EKCertificate, 2.23.133.8.1, as DER content octets.
@@ -79,6 +95,47 @@ pub struct Endorsements {
     pub roots: Vec<EkRoot>,
     /// Issuing certificates that nodes need not send. Never trusted by themselves.
     pub intermediates: Vec<Vec<u8>>,
+    /// TPMs that are refused whatever vouches for them.
+    pub denied: Vec<EkDenyRule>,
+}
+
+/// How a certificate departs from the standards without proving less by it. For the log of whoever judges it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Quirk {
+    /// Filled up to the size of its NV index.
+    Padded,
+    /// Not DER: lengths, truth values or integers in another form of BER.
+    NotDer,
+    /// A serial number that is zero, negative or longer than 20 octets (RFC 5280, 4.1.2.2).
+    OddSerial,
+    /// No authority key identifier (RFC 5280, 4.2.1.1).
+    NoAuthorityKeyIdentifier,
+    /// The key's algorithm names a padding: id-RSAES-OAEP (EK Credential Profile 3.2.11).
+    KeyForOaep,
+    /// The modulus lacks the zero octet that makes it positive, or has one too many.
+    OddModulus,
+}
+
+impl fmt::Display for Quirk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Quirk::Padded => "padded",
+            Quirk::NotDer => "not DER",
+            Quirk::OddSerial => "odd serial number",
+            Quirk::NoAuthorityKeyIdentifier => "no authority key identifier",
+            Quirk::KeyForOaep => "key for RSAES-OAEP",
+            Quirk::OddModulus => "odd modulus",
+        })
+    }
+}
+
+/// What a good EK certificate says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Vouched {
+    pub(crate) class: EkClass,
+    pub(crate) root_sha256: [u8; 32],
+    pub(crate) make: EkMake,
+    pub(crate) quirks: Vec<Quirk>,
 }
 
 /// Whether `der` can serve as an EK root: for the verb that adds one.
@@ -89,28 +146,28 @@ pub fn check_root(der: &[u8]) -> Result<(), Refusal> {
         .map_err(|e| Refusal::new(Code::EkMalformed, "an X.509 v3 CA certificate (DER)", format!("{e:?}")))
 }
 
-/// The class of the root that `certificate` chains to, if it is a good EK certificate of the key in `ek`.
+/// What `certificate` vouches for, if it is a good EK certificate of the key in `ek`.
 pub(crate) fn judge(
     certificate: &[u8],
     sent: &[Vec<u8>],
     ek: &Public,
     endorsements: &Endorsements,
     now: Stamp,
-) -> Result<EkClass, Refusal> {
-    let leaf = unpad(certificate)?;
-    let (rest, parsed) = X509Certificate::from_der(leaf).map_err(|_| malformed("no X.509 certificate"))?;
-    if !rest.is_empty() {
-        return Err(malformed("bytes after the certificate"));
-    }
-    let class = chain(leaf, sent, endorsements, now)?;
+) -> Result<Vouched, Refusal> {
+    let mut quirks = Vec::new();
+    let bytes = unpad(certificate, &mut quirks)?;
+    let leaf = Leaf::read(bytes, &mut quirks)?;
+    let parsed = leaf.parse().ok_or_else(|| malformed("no X.509 certificate"))?;
+    let anchor = chain::verify(&leaf.der, leaf.signed().as_ref(), sent, endorsements, now)?;
     let eku = parsed.extended_key_usage().map_err(|_| malformed("two extended key usages"))?;
     let names_ek = eku.is_some_and(|e| e.value.other.iter().any(|oid| oid.as_bytes() == EKU_EK_CERTIFICATE));
     if !names_ek {
         let expected = "extended key usage 2.23.133.8.1 (EK certificate)";
         return Err(Refusal::new(Code::EkChainUntrusted, expected, "a certificate for another use"));
     }
-    same_key(&parsed, ek)?;
-    Ok(class)
+    same_key(&parsed, ek, &mut quirks)?;
+    oddities(&parsed, &mut quirks);
+    Ok(Vouched { class: anchor.class, root_sha256: anchor.sha256, make: EkMake::of(&parsed), quirks })
 }
 
 fn malformed(found: &str) -> Refusal {
@@ -118,57 +175,56 @@ fn malformed(found: &str) -> Refusal {
 }
 
 /// NV indices are often larger than the certificate: makers fill up with 0x00 or 0xFF. Cut that off and only that.
-fn unpad(bytes: &[u8]) -> Result<&[u8], Refusal> {
-    let header = |n: usize, len: usize| n.checked_add(len);
-    let whole = match bytes {
-        [0x30, 0x82, high, low, ..] => header(4, usize::from(u16::from_be_bytes([*high, *low]))),
-        [0x30, 0x81, n, ..] => header(3, usize::from(*n)),
-        _ => None,
-    };
-    let (der, padding) =
-        whole.and_then(|n| bytes.split_at_checked(n)).ok_or_else(|| malformed("no whole DER sequence"))?;
+fn unpad<'a>(bytes: &'a [u8], quirks: &mut Vec<Quirk>) -> Result<&'a [u8], Refusal> {
+    let (certificate, padding) =
+        ber::element(bytes).filter(|(e, _)| e.tag == 0x30).ok_or_else(|| malformed("no whole sequence"))?;
+    if !padding.is_empty() {
+        quirks.push(Quirk::Padded);
+    }
     if padding.iter().all(|b| *b == 0) || padding.iter().all(|b| *b == 0xff) {
-        Ok(der)
+        Ok(certificate.whole)
     } else {
         Err(malformed("bytes after the certificate that are no padding"))
     }
 }
 
-fn chain(leaf: &[u8], sent: &[Vec<u8>], endorsements: &Endorsements, now: Stamp) -> Result<EkClass, Refusal> {
-    let leaf = CertificateDer::from(leaf);
-    let end_entity = EndEntityCert::try_from(&leaf).map_err(|e| malformed(&format!("{e:?}")))?;
-    let intermediates: Vec<CertificateDer<'_>> = sent
-        .iter()
-        .take(INTERMEDIATES_MAX)
-        .chain(&endorsements.intermediates)
-        .filter(|der| der.len() <= OBJECT_BYTES_MAX)
-        .map(|der| CertificateDer::from(der.as_slice()))
-        .collect();
-    let time = UnixTime::since_unix_epoch(Duration::from_millis(now.0));
-    let roots: Vec<(CertificateDer<'_>, EkClass)> = endorsements
-        .roots
-        .iter()
-        .take(ROOTS_MAX)
-        .map(|root| (CertificateDer::from(root.der.as_slice()), root.class))
-        .collect();
-    let (anchors, classes): (Vec<_>, Vec<_>) =
-        roots.iter().filter_map(|(der, class)| Some((anchor_from_trusted_cert(der).ok()?, *class))).unzip();
-    // One search for all roots: webpki bounds what a search may cost, and one for each root multiplied that bound by the
-    // number of roots. CAs carry no extended key usage, hence "if present" here and the leaf's own check in `judge`.
-    let usage = KeyUsage::required_if_present(EKU_EK_CERTIFICATE);
-    let path = end_entity
-        .verify_for_usage(ALL_VERIFICATION_ALGS, &anchors, &intermediates, time, usage, None, None)
-        .map_err(|e| untrusted(format!("{e:?}")))?;
-    let root = anchors.iter().position(|anchor| anchor == path.anchor());
-    root.and_then(|n| classes.get(n).copied()).ok_or_else(|| untrusted("a path to no root".into()))
+/// The certificate in DER, which the strict parsers read; written anew where it was not.
+struct Leaf<'a> {
+    der: Cow<'a, [u8]>,
+    reencoded: Option<ber::Reencoded>,
 }
 
-fn untrusted(found: String) -> Refusal {
-    Refusal::new(Code::EkChainUntrusted, "a chain to one of the cluster's EK roots", found)
+impl<'a> Leaf<'a> {
+    fn read(bytes: &'a [u8], quirks: &mut Vec<Quirk>) -> Result<Leaf<'a>, Refusal> {
+        let strict = Leaf { der: Cow::Borrowed(bytes), reencoded: None };
+        if strict.is_readable() {
+            return Ok(strict);
+        }
+        let reencoded = ber::reencode(bytes).ok_or_else(|| malformed("no X.509 certificate in BER either"))?;
+        let leaf = Leaf { der: Cow::Owned(reencoded.der.clone()), reencoded: Some(reencoded) };
+        if !leaf.is_readable() {
+            return Err(malformed("no X.509 certificate"));
+        }
+        quirks.push(Quirk::NotDer);
+        Ok(leaf)
+    }
+
+    fn is_readable(&self) -> bool {
+        EndEntityCert::try_from(&CertificateDer::from(&*self.der)).is_ok() && self.parse().is_some()
+    }
+
+    fn parse(&self) -> Option<X509Certificate<'_>> {
+        let (rest, parsed) = X509Certificate::from_der(&self.der).ok()?;
+        rest.is_empty().then_some(parsed)
+    }
+
+    fn signed(&self) -> Option<chain::Signed<'_>> {
+        self.reencoded.as_ref().map(|r| chain::Signed { tbs_der: &r.tbs_der, tbs_signed: &r.tbs_signed })
+    }
 }
 
 /// The certificate's key must be the key that the credential will be made for (CVE-2021-3406).
-fn same_key(certificate: &X509Certificate<'_>, ek: &Public) -> Result<(), Refusal> {
+fn same_key(certificate: &X509Certificate<'_>, ek: &Public, quirks: &mut Vec<Quirk>) -> Result<(), Refusal> {
     let spki = &certificate.tbs_certificate.subject_pki;
     let algorithm = spki.algorithm.algorithm.to_id_string();
     let curve = spki.algorithm.parameters.as_ref().and_then(|p| p.as_oid().ok()).map(|oid| oid.to_id_string());
@@ -178,9 +234,47 @@ fn same_key(certificate: &X509Certificate<'_>, ek: &Public) -> Result<(), Refusa
         Key::Ec { curve: Curve::P384, .. } => algorithm == OID_EC_PUBLIC_KEY && curve.as_deref() == Some(OID_P384),
         Key::Ec { .. } => false,
     };
-    if kind && spki.subject_public_key.data.as_ref() == ek.key_bits().as_slice() {
-        Ok(())
-    } else {
-        Err(Refusal::new(Code::EkMismatch, "a certificate of the EK public sent", "a certificate of another key"))
+    let bits = spki.subject_public_key.data.as_ref();
+    let exactly = bits == ek.key_bits().as_slice();
+    if !kind || !(exactly || same_numbers(bits, ek.key())) {
+        return Err(Refusal::new(
+            Code::EkMismatch,
+            "a certificate of the EK public sent",
+            "a certificate of another key",
+        ));
+    }
+    if !exactly {
+        quirks.push(Quirk::OddModulus);
+    }
+    if algorithm == OID_RSAES_OAEP {
+        quirks.push(Quirk::KeyForOaep);
+    }
+    Ok(())
+}
+
+/// Whether an RSAPublicKey holds the very modulus and exponent, each read as a number without a sign.
+fn same_numbers(bits: &[u8], ek: &Key) -> bool {
+    let Key::Rsa { modulus, exponent } = ek else { return false };
+    let Some((sequence, [])) = ber::element(bits) else { return false };
+    let Some(numbers) = ber::children(sequence.content) else { return false };
+    let [n, e] = numbers.as_slice() else { return false };
+    let unsigned = |bytes: &[u8]| bytes.iter().skip_while(|b| **b == 0).copied().collect::<Vec<_>>();
+    (sequence.tag, n.tag, e.tag) == (0x30, 0x02, 0x02)
+        && unsigned(n.content) == *modulus
+        && unsigned(e.content) == unsigned(&exponent.to_be_bytes())
+}
+
+fn oddities(certificate: &X509Certificate<'_>, quirks: &mut Vec<Quirk>) {
+    let serial = certificate.raw_serial();
+    let positive = serial.first().is_some_and(|b| b & 0x80 == 0) && serial.iter().any(|b| *b != 0);
+    if !positive || serial.len() > 20 {
+        quirks.push(Quirk::OddSerial);
+    }
+    let is_aki = |e: &ParsedExtension<'_>| matches!(e, ParsedExtension::AuthorityKeyIdentifier(_));
+    if !certificate.extensions().iter().any(|e| is_aki(e.parsed_extension())) {
+        quirks.push(Quirk::NoAuthorityKeyIdentifier);
     }
 }
+
+#[cfg(test)]
+mod tests;

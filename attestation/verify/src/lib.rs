@@ -15,8 +15,10 @@
     allow(clippy::indexing_slicing, clippy::arithmetic_side_effects, reason = "tests build inputs by hand")
 )]
 
+pub mod appraisal;
 pub mod attest;
 pub mod bootlog;
+pub mod certify;
 pub mod chain;
 pub mod claims;
 pub mod credential;
@@ -26,6 +28,8 @@ pub mod hash;
 pub mod ima;
 pub mod parsers;
 pub mod public;
+mod quote;
+pub mod round;
 pub mod signature;
 #[cfg(test)]
 mod testdata;
@@ -33,13 +37,15 @@ pub mod ticket;
 pub mod transcript;
 mod wire;
 
+pub use certify::KeyHome;
 pub use chain::{
-    ActivatedAk, BeginInput, Challenge, Counters, Denial, EndorsedEk, Entropy, EvidenceHeader, Expected, FreshQuote,
-    LogExtent, NodeEvidence, PresentedEk, Session, Terms, Verified,
+    ActivatedAk, Appraised, Before, BeginInput, Challenge, Counters, Denial, EndorsedEk, Entropy, EvidenceHeader,
+    Expected, FreshQuote, KeptEvidence, LogExtent, NodeEvidence, PresentedEk, RoundEvidence, RoundLogs, Session, Step, Terms, Verified,
 };
-pub use ek::{EkClass, EkRoot, Endorsements};
+pub use ek::{EkClass, EkDenyRule, EkMake, EkRoot, Endorsements, Quirk};
 pub use hash::{Bank, HashAlg};
 pub use public::Public;
+pub use round::{FreshRound, KnownNode, Round, RoundQuote};
 pub use ticket::TicketBody;
 
 /// The largest boot log read, in bytes: real ones are 20-200 KiB, so this is ten times the worst seen.
@@ -53,5 +59,7 @@ pub const OBJECT_BYTES_MAX: usize = 16 * 1024;
 pub const INTERMEDIATES_MAX: usize = 4;
 /// PCRs 0-23 of the PC Client profile: the bits a mask may have.
 pub const PCR_MASK_ALL: u32 = 0x00ff_ffff;
+/// The PCRs that a boot log accounts for: 0-9 and 14.
+pub const BOOT_PCR_MASK: u32 = 0x43ff;
 /// The PCR that IMA extends.
 pub const IMA_PCR: u32 = 10;

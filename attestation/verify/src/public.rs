@@ -1,5 +1,6 @@
 //! TPMT_PUBLIC (TPM 2.0 Part 2, 12.2.4), and the two kinds of key that this protocol knows: an EK and an AK.
 
+use crate::ek::roca;
 use crate::hash::HashAlg;
 use crate::wire::{Malformed, Reader};
 use ambit_model::{Code, Refusal};
@@ -142,6 +143,17 @@ impl Public {
 
     pub(crate) fn name_alg(&self) -> HashAlg {
         self.name_alg
+    }
+
+    pub(crate) fn attributes(&self) -> u32 {
+        self.attributes
+    }
+
+    /// Whether this is a key that its TPM made and keeps, and that signs anything but decrypts nothing.
+    pub(crate) fn is_confined_signer(&self) -> bool {
+        let must = bit::FIXED_TPM | bit::FIXED_PARENT | bit::SENSITIVE_DATA_ORIGIN | bit::SIGN;
+        let must_not = bit::RESTRICTED | bit::DECRYPT;
+        self.attributes & (must | must_not) == must && self.name_alg != HashAlg::Sha1
     }
 
     /// Parses the whole of `bytes`, which must be a TPMT_PUBLIC (no size in front) of an asymmetric key.
@@ -317,6 +329,11 @@ impl AttestationKey {
         }
         if public.name_alg == HashAlg::Sha1 {
             return Err(weak("name algorithm sha1"));
+        }
+        if let Key::Rsa { modulus, .. } = &public.key
+            && roca::is_fingerprinted(modulus)
+        {
+            return Err(weak("an RSA key with the fingerprint of CVE-2017-15361"));
         }
         let fixed = public.scheme.ok_or_else(|| Refusal::new(Code::AkAttributes, "a fixed signing scheme", "none"))?;
         let scheme = match (&public.key, fixed.alg) {

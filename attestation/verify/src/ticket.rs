@@ -3,20 +3,21 @@
 //! Sealing (AEAD under a key of the cell) is the server's. A [`TicketBody`] made by [`TicketBody::decode`] is only as
 //! true as the seal it was opened from: decode nothing that an AEAD of this cell did not authenticate.
 
-use crate::ek::EkClass;
+use crate::chain::Backing;
+use crate::ek::{EkClass, EkMake, NAME_BYTES_MAX};
 use crate::hash::Bank;
 use crate::wire::{Malformed, Reader};
 use ambit_model::{ClusterId, Code, NodeId, Refusal, Revision, Stamp};
 use std::fmt;
 use zeroize::Zeroizing;
 
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 
 /// What a ticket says.
 pub struct TicketBody {
     pub(crate) cluster: ClusterId,
     pub(crate) node: NodeId,
-    pub(crate) ek_class: EkClass,
+    pub(crate) backing: Backing,
     pub(crate) ek_public_sha256: [u8; 32],
     pub(crate) ak_public_sha256: [u8; 32],
     pub(crate) secret: Zeroizing<[u8; 32]>,
@@ -28,7 +29,6 @@ pub struct TicketBody {
     pub(crate) deadline: Stamp,
     pub(crate) endorsement_revision: Revision,
     pub(crate) policy_revision: Revision,
-    pub(crate) join_token: Option<[u8; 32]>,
 }
 
 impl TicketBody {
@@ -50,7 +50,7 @@ impl TicketBody {
     }
     /// SHA-256 of the join token that made the EK expected, if it was one.
     pub fn join_token(&self) -> Option<[u8; 32]> {
-        self.join_token
+        self.backing.join_token
     }
 
     /// The body as bytes to seal.
@@ -62,7 +62,7 @@ impl TicketBody {
         out.push(u8::try_from(cluster.len()).unwrap_or(u8::MAX));
         out.extend_from_slice(cluster);
         out.extend_from_slice(&self.node.0);
-        out.push(self.ek_class.wire());
+        out.push(self.backing.class.wire());
         for part in
             [&self.ek_public_sha256, &self.ak_public_sha256, &*self.secret, &self.agent_nonce, &self.server_nonce]
         {
@@ -73,11 +73,25 @@ impl TicketBody {
         for number in [self.ima_offset, self.deadline.0, self.endorsement_revision.0, self.policy_revision.0] {
             out.extend_from_slice(&number.to_be_bytes());
         }
-        match &self.join_token {
-            None => out.push(0),
-            Some(hash) => {
-                out.push(1);
-                out.extend_from_slice(hash);
+        for hash in [&self.backing.join_token, &self.backing.root_sha256] {
+            match hash {
+                None => out.push(0),
+                Some(hash) => {
+                    out.push(1);
+                    out.extend_from_slice(hash);
+                }
+            }
+        }
+        match &self.backing.make {
+            EkMake::Unnamed => out.push(0),
+            EkMake::Unreadable => out.push(1),
+            EkMake::Named { manufacturer, model } => {
+                out.push(2);
+                // Neither is longer than NAME_BYTES_MAX, by how it was read.
+                for text in [manufacturer, model] {
+                    out.push(u8::try_from(text.len()).unwrap_or(u8::MAX));
+                    out.extend_from_slice(text.as_bytes());
+                }
             }
         }
         out
@@ -99,7 +113,7 @@ impl TicketBody {
             .and_then(|s| s.parse().ok())
             .ok_or(Malformed::new("cluster", 1))?;
         let node = NodeId(r.array("node")?);
-        let ek_class = EkClass::from_wire(r.u8("EK class")?).ok_or(Malformed::new("EK class", r.at()))?;
+        let class = EkClass::from_wire(r.u8("EK class")?).ok_or(Malformed::new("EK class", r.at()))?;
         let ek_public_sha256 = r.array("EK hash")?;
         let ak_public_sha256 = r.array("AK hash")?;
         let secret = Zeroizing::new(r.array("secret")?);
@@ -115,16 +129,19 @@ impl TicketBody {
         let deadline = Stamp(r.u64("deadline")?);
         let endorsement_revision = Revision(r.u64("endorsement revision")?);
         let policy_revision = Revision(r.u64("policy revision")?);
-        let join_token = match r.u8("join token")? {
-            0 => None,
-            1 => Some(r.array("join token")?),
-            _ => return Err(Malformed::new("join token", r.at())),
+        let join_token = optional(&mut r, "join token")?;
+        let root_sha256 = optional(&mut r, "EK root")?;
+        let make = match r.u8("EK make")? {
+            0 => EkMake::Unnamed,
+            1 => EkMake::Unreadable,
+            2 => EkMake::Named { manufacturer: name(&mut r)?, model: name(&mut r)? },
+            _ => return Err(Malformed::new("EK make", r.at())),
         };
         r.end("trailing bytes")?;
         Ok(TicketBody {
             cluster,
             node,
-            ek_class,
+            backing: Backing { class, root_sha256, make, join_token },
             ek_public_sha256,
             ak_public_sha256,
             secret,
@@ -136,9 +153,23 @@ impl TicketBody {
             deadline,
             endorsement_revision,
             policy_revision,
-            join_token,
         })
     }
+}
+
+fn optional(r: &mut Reader<'_>, what: &'static str) -> Result<Option<[u8; 32]>, Malformed> {
+    match r.u8(what)? {
+        0 => Ok(None),
+        1 => Ok(Some(r.array(what)?)),
+        _ => Err(Malformed::new(what, r.at())),
+    }
+}
+
+fn name(r: &mut Reader<'_>) -> Result<String, Malformed> {
+    let at = r.at();
+    let n = usize::from(r.u8("EK make")?);
+    let text = std::str::from_utf8(r.take(n, "EK make")?).ok().filter(|_| n <= NAME_BYTES_MAX);
+    text.map(str::to_owned).ok_or(Malformed::new("EK make", at))
 }
 
 impl fmt::Debug for TicketBody {

@@ -1,12 +1,14 @@
 //! What the HMAC and the quote are taken over. The agent makes these bytes and the verifier checks them, so both use
 //! this one module (design.md section 3).
 
+use crate::certify::KeyHome;
 use crate::chain::LogExtent;
 use crate::hash::{sha256, sha256_of};
-use ambit_model::ClusterId;
+use ambit_model::{ClusterId, Generation, NodeId};
 use aws_lc_rs::hmac;
 
 const QUOTE_CONTEXT: &[u8] = b"ambit/quote/v1\0";
+const ROUND_CONTEXT: &[u8] = b"ambit/round/v1";
 const HMAC_CONTEXT: &[u8] = b"ambit/evidence-hmac/v1\0";
 const EVIDENCE_CONTEXT: &[u8] = b"ambit/evidence/v1\0";
 
@@ -41,6 +43,21 @@ pub fn qualifying_data(b: &Binding<'_>) -> [u8; 32] {
     ])
 }
 
+/// `qualifyingData` of TPM2_Quote in a round of re-attestation. A nonce alone would let one node answer for another, or
+/// a generation for its successor. Every part but the cluster has a fixed length, and the cluster carries its own.
+pub fn round_data(
+    nonce: &[u8; 32],
+    node: &NodeId,
+    generation: Generation,
+    cluster: &ClusterId,
+    ak_name: &[u8],
+) -> [u8; 32] {
+    let cluster = cluster.as_str().as_bytes();
+    // A cluster name has at most 63 bytes, by its grammar.
+    let cluster_len = u8::try_from(cluster.len()).unwrap_or(u8::MAX);
+    sha256_of(&[ROUND_CONTEXT, nonce, &node.0, &generation.0.to_be_bytes(), &[cluster_len], cluster, &sha256(ak_name)])
+}
+
 /// All that the header of `Evidence` says, but the HMAC itself and the two public areas (which the ticket holds).
 pub struct Transcript<'a> {
     /// SHA-256 of the sealed ticket.
@@ -57,6 +74,8 @@ pub struct Transcript<'a> {
     pub boot_log: LogExtent,
     /// Extent of the IMA log.
     pub ima_log: LogExtent,
+    /// Where the SVID key is, with the proof.
+    pub svid_key: &'a KeyHome,
 }
 
 impl Transcript<'_> {
@@ -98,6 +117,15 @@ impl Transcript<'_> {
         for log in [self.boot_log, self.ima_log] {
             put(&log.len.to_be_bytes());
             put(&log.sha256);
+        }
+        match self.svid_key {
+            KeyHome::InMemory => put(&[0]),
+            KeyHome::InTpm { public, attest, signature } => {
+                put(&[1]);
+                put(public);
+                put(attest);
+                put(signature);
+            }
         }
         out
     }

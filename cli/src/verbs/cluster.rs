@@ -17,7 +17,15 @@ const ROOT_BYTES_MAX: u64 = 256 * 1024;
 
 pub(super) async fn run(session: &Session, verb: Cluster) -> Result<Answer, Refusal> {
     match verb {
-        Cluster::Register { name, ek_roots } => register(session, name, &ek_roots).await,
+        Cluster::Register { name, ek_roots, attest_every } => {
+            register(session, name, &ek_roots, seconds(attest_every)?).await
+        }
+        Cluster::Endorsements { name, csv } => endorsements(session, name, csv).await,
+        Cluster::EkRoots { name, add, remove } => ek_roots(session, name, &add, remove).await,
+        Cluster::EkDeny { name, manufacturer, model, firmware_below, reason, remove } => {
+            let rule = v1::EkDenyRule { name, manufacturer, model, firmware_below, reason };
+            ek_deny(session, rule, remove).await
+        }
         Cluster::List => list(session).await,
         Cluster::Token { trust_domain, fingerprint, ttl } => {
             token(session, trust_domain, &fingerprint, seconds(ttl)?).await
@@ -25,8 +33,14 @@ pub(super) async fn run(session: &Session, verb: Cluster) -> Result<Answer, Refu
     }
 }
 
-async fn register(session: &Session, name: String, ek_roots: &[EkRoot]) -> Result<Answer, Refusal> {
-    let mut request = v1::RegisterClusterRequest { request_id: request_id()?, name, ..Default::default() };
+async fn register(
+    session: &Session,
+    name: String,
+    ek_roots: &[EkRoot],
+    attest_interval_s: u32,
+) -> Result<Answer, Refusal> {
+    let mut request =
+        v1::RegisterClusterRequest { request_id: request_id()?, name, attest_interval_s, ..Default::default() };
     for root in ek_roots {
         for der in certificates(&read_bounded(&root.file, ROOT_BYTES_MAX)?)? {
             request.ek_roots_der.push(der);
@@ -69,6 +83,58 @@ fn table(clusters: &[v1::Cluster]) -> Table {
         ]);
     }
     table
+}
+
+async fn endorsements(session: &Session, cluster: String, csv: bool) -> Result<Answer, Refusal> {
+    let cell = session.cell()?;
+    let reply = ask!(cell, NodeAttestation.list_endorsements(v1::ListEndorsementsRequest { cluster }))?;
+    if csv {
+        let lines: Vec<String> = std::iter::once("node".to_owned()).chain(reply.allowed).collect();
+        return Ok(Answer::ok(lines.join("\n")));
+    }
+    Ok(Answer::ok(shown(session.form, &reply)))
+}
+
+async fn ek_roots(
+    session: &Session,
+    cluster: String,
+    add: &[EkRoot],
+    remove_sha256: Vec<String>,
+) -> Result<Answer, Refusal> {
+    let mut request = v1::PutEkRootsRequest { request_id: request_id()?, cluster, add: vec![], remove_sha256 };
+    for root in add {
+        let class = &root.class;
+        let ders = certificates(&read_bounded(&root.file, ROOT_BYTES_MAX)?)?;
+        request.add.extend(ders.into_iter().map(|der| v1::EkRootMessage { der, class: class.clone() }));
+    }
+    let (cell, banner) = session.cell_to_change()?;
+    let reply = ask!(cell, NodeAttestation.put_ek_roots(request))?;
+    Ok(Answer::ok(shown(session.form, &reply)).note(banner))
+}
+
+async fn ek_deny(session: &Session, rule: v1::EkDenyRule, remove: bool) -> Result<Answer, Refusal> {
+    let (add, remove) = if remove { (vec![], vec![rule.name]) } else { (vec![rule], vec![]) };
+    let (cell, banner) = session.cell_to_change()?;
+    let request = v1::PutEkDenyRequest { request_id: request_id()?, add, remove };
+    let reply = ask!(cell, NodeAttestation.put_ek_deny(request))?;
+    Ok(Answer::ok(shown(session.form, &reply)).note(banner))
+}
+
+/// Roots, allow-list and deny-list as rows of one table.
+fn shown(form: Form, reply: &v1::EndorsementsResponse) -> String {
+    let mut table = Table::new("endorsement", &["kind", "name", "what"]);
+    for root in &reply.roots {
+        table.row(vec![json!("ek-root"), json!(hex::encode(ambit_identity::fingerprint(&root.der))), json!(root.class)]);
+    }
+    for node in &reply.allowed {
+        table.row(vec![json!("allowed"), json!(node), json!("")]);
+    }
+    for rule in &reply.denied {
+        let below = if rule.firmware_below.is_empty() { "every firmware" } else { &rule.firmware_below };
+        let what = format!("{} {} below {below}: {}", rule.manufacturer, rule.model, rule.reason);
+        table.row(vec![json!("ek-deny"), json!(rule.name), json!(what.trim())]);
+    }
+    table.render(form)
 }
 
 async fn token(session: &Session, trust_domain: String, hex: &str, ttl_seconds: u32) -> Result<Answer, Refusal> {

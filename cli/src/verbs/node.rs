@@ -1,41 +1,110 @@
 //! `ambit node`.
 
 use super::Session;
-use crate::args::Node;
+use crate::args::{Node, Selected};
 use crate::ask;
 use crate::cell::{Cell, request_id, seconds};
+use crate::context::read_bounded;
 use crate::output::{Answer, Form, Table, pretty};
 use crate::when::utc;
 use ambit_model::{Code, NodeId, Refusal};
 use ambit_proto::v1;
 use serde_json::{Value, json};
+use std::path::Path;
 
 /// A shorter prefix of a node id could be a slip of the hand.
 const PREFIX_DIGITS_MIN: usize = 8;
+/// A list of a hundred thousand EKs with their names.
+const CSV_BYTES_MAX: u64 = 16 * 1024 * 1024;
+/// EKs in one call.
+const EKS_PER_CALL: usize = 5_000;
 
 pub(super) async fn run(session: &Session, verb: Node) -> Result<Answer, Refusal> {
     match verb {
         Node::Token { cluster, ttl } => token(session, cluster, seconds(ttl)?).await,
-        Node::Allow { cluster, nodes } => allow(session, cluster, nodes).await,
+        Node::Allow { cluster, nodes, csv } => allow(session, cluster, nodes, csv.as_deref()).await,
+        Node::Disallow { cluster, nodes } => disallow(session, cluster, nodes).await,
         Node::List => {
             let cell = session.cell()?;
             let reply = ask!(cell, NodeAttestation.list_nodes(v1::ListNodesRequest {}))?;
             Ok(Answer::ok(table(&reply.nodes).render(session.form)))
         }
         Node::Explain { id } => explain(session, id.as_deref()).await,
-        Node::Ban { id } => {
-            let (cell, banner) = session.cell_to_change()?;
-            let request = v1::NodeRef { request_id: request_id()?, id: full_id(&cell, &id).await? };
-            let node = ask!(cell, NodeAttestation.ban_node(request))?;
-            Ok(Answer::ok(table(&[node]).render_one(session.form)).note(banner))
+        Node::Attest { id, at } => attest(session, &id, at.as_deref()).await,
+        Node::Ban(selected) => {
+            let (cell, banner, request) = selection(session, selected).await?;
+            changed(session, banner, ask!(cell, NodeAttestation.ban_node(request))?)
         }
-        Node::Evict { id } => {
-            let (cell, banner) = session.cell_to_change()?;
-            let request = v1::NodeRef { request_id: request_id()?, id: full_id(&cell, &id).await? };
-            let node = ask!(cell, NodeAttestation.evict_node(request))?;
-            Ok(Answer::ok(table(&[node]).render_one(session.form)).note(banner))
+        Node::Unban(selected) => {
+            let (cell, banner, request) = selection(session, selected).await?;
+            changed(session, banner, ask!(cell, NodeAttestation.unban_node(request))?)
+        }
+        Node::Quarantine(selected) => {
+            let (cell, banner, request) = selection(session, selected).await?;
+            changed(session, banner, ask!(cell, NodeAttestation.quarantine_node(request))?)
+        }
+        Node::Release(selected) => {
+            let (cell, banner, request) = selection(session, selected).await?;
+            changed(session, banner, ask!(cell, NodeAttestation.release_node(request))?)
+        }
+        Node::Evict(selected) => {
+            let (cell, banner, request) = selection(session, selected).await?;
+            changed(session, banner, ask!(cell, NodeAttestation.evict_node(request))?)
         }
     }
+}
+
+async fn selection(session: &Session, selected: Selected) -> Result<(Cell, String, v1::NodeSelection), Refusal> {
+    let (cell, banner) = session.cell_to_change()?;
+    let mut ids = Vec::new();
+    for id in &selected.ids {
+        ids.push(full_id(&cell, id).await?);
+    }
+    let cluster = selected.cluster.unwrap_or_default();
+    Ok((cell, banner, v1::NodeSelection { request_id: request_id()?, ids, cluster }))
+}
+
+fn changed(session: &Session, banner: String, reply: v1::ListNodesResponse) -> Result<Answer, Refusal> {
+    let table = table(&reply.nodes);
+    let text = if reply.nodes.len() == 1 { table.render_one(session.form) } else { table.render(session.form) };
+    Ok(Answer::ok(text).note(banner))
+}
+
+async fn attest(session: &Session, id: &str, at: Option<&str>) -> Result<Answer, Refusal> {
+    let cell = session.cell()?;
+    let at_ms = at.map_or(Ok(0), instant)?;
+    let request = v1::AttestationAtRequest { id: full_id(&cell, id).await?, at_ms };
+    let reply = ask!(cell, NodeAttestation.attestation_at(request))?;
+    const COLUMNS: &[&str] = &[
+        "node", "state", "code", "policy", "since", "until", "verdicts", "diverged", "expected", "found", "evidence",
+        "evidence_kept",
+    ];
+    let mut table = Table::new("verdict", COLUMNS);
+    let policy = if reply.policy.is_empty() { String::new() } else { format!("{}@{}", reply.policy, reply.policy_version) };
+    table.row(vec![
+        json!(reply.node),
+        json!(reply.state),
+        json!(reply.code),
+        json!(policy),
+        json!(utc(reply.since_ms)),
+        json!(utc(reply.until_ms)),
+        json!(reply.verdicts),
+        json!(reply.diverged),
+        json!(reply.expected),
+        json!(reply.found),
+        json!(reply.evidence_sha256),
+        json!(reply.evidence_kept),
+    ]);
+    Ok(Answer::ok(table.render_one(session.form)))
+}
+
+/// A point in time, or how long ago.
+fn instant(text: &str) -> Result<u64, Refusal> {
+    if let Ok(ago) = text.parse::<crate::duration::Millis>() {
+        return Ok(crate::when::now_ms().saturating_sub(u64::try_from(ago.duration().as_millis()).unwrap_or(u64::MAX)));
+    }
+    crate::when::parse_utc(text)
+        .ok_or_else(|| Refusal::new(Code::BadRequest, "2026-11-23T14:03:26Z, or how long ago such as 90s or 2h", text))
 }
 
 async fn token(session: &Session, cluster: String, ttl_seconds: u32) -> Result<Answer, Refusal> {
@@ -49,18 +118,45 @@ async fn token(session: &Session, cluster: String, ttl_seconds: u32) -> Result<A
     Ok(Answer::ok(text).note(banner))
 }
 
-async fn allow(session: &Session, cluster: String, nodes: Vec<String>) -> Result<Answer, Refusal> {
+async fn allow(
+    session: &Session,
+    cluster: String,
+    mut nodes: Vec<String>,
+    csv: Option<&Path>,
+) -> Result<Answer, Refusal> {
+    for node in &nodes {
+        node.parse::<NodeId>()?;
+    }
+    if let Some(file) = csv {
+        let text = read_bounded(file, CSV_BYTES_MAX)?;
+        nodes.extend(ambit_verify::ek::list::parse(&text)?.into_iter().map(|(node, _)| node.to_string()));
+    }
+    let (cell, banner) = session.cell_to_change()?;
+    let mut allowed = 0;
+    for some in nodes.chunks(EKS_PER_CALL) {
+        let request =
+            v1::AllowEkRequest { request_id: request_id()?, cluster: cluster.clone(), node_ids: some.to_vec() };
+        allowed += ask!(cell, NodeAttestation.allow_ek(request))?.allowed;
+    }
+    Ok(counted_eks(session, banner, "allowed", allowed))
+}
+
+async fn disallow(session: &Session, cluster: String, nodes: Vec<String>) -> Result<Answer, Refusal> {
     for node in &nodes {
         node.parse::<NodeId>()?;
     }
     let (cell, banner) = session.cell_to_change()?;
     let request = v1::AllowEkRequest { request_id: request_id()?, cluster, node_ids: nodes };
-    let reply = ask!(cell, NodeAttestation.allow_ek(request))?;
+    let reply = ask!(cell, NodeAttestation.disallow_ek(request))?;
+    Ok(counted_eks(session, banner, "disallowed", reply.allowed))
+}
+
+fn counted_eks(session: &Session, banner: String, done: &str, count: u32) -> Answer {
     let text = match session.form {
-        Form::Table => format!("{} EKs allowed", reply.allowed),
-        Form::Json => pretty(&json!({"allowed": reply.allowed})),
+        Form::Table => format!("{count} EKs {done}"),
+        Form::Json => pretty(&json!({done: count})),
     };
-    Ok(Answer::ok(text).note(banner))
+    Answer::ok(text).note(banner)
 }
 
 /// The one node whose id starts with `prefix`. A full id is passed on: the cell may know denials of a node that it
@@ -134,6 +230,8 @@ pub(super) fn table(nodes: &[v1::Node]) -> Table {
         "cluster",
         "state",
         "generation",
+        "code",
+        "policy",
         "ek_class",
         "address",
         "last_verdict",
@@ -145,8 +243,10 @@ pub(super) fn table(nodes: &[v1::Node]) -> Table {
         table.row(vec![
             json!(n.id),
             json!(n.cluster),
-            json!(n.state),
+            json!(if n.late { "late" } else { n.state.as_str() }),
             json!(n.generation),
+            json!(n.code),
+            json!(n.policy),
             json!(n.ek_class),
             json!(n.address),
             json!(utc(n.last_verdict_ms)),

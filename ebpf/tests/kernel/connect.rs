@@ -357,3 +357,33 @@ fn a_service_prefers_local_endpoints_turns_among_equals_and_fails_over() {
     assert_eq!(call(10), [near1]);
     assert!(kernel.set_service_health(vip, at([10, 9, 9, 9], 1), true).is_err());
 }
+
+#[test]
+fn relabelled_endpoints_are_refused_at_once_also_behind_their_service() {
+    let (node, kernel) = node();
+    let _listener = node.attach(&kernel);
+    let (vip, good, bad) = (at([10, 200, 0, 1], 80), at([10, 1, 1, 1], 8080), at([10, 1, 1, 2], 8080));
+    let endpoint = |address| ServiceEndpoint { address, identity: ALLOWED, tier: Tier::Local, healthy: true };
+    let with = |endpoints: Vec<ServiceEndpoint>| Tables {
+        endpoints: vec![(*good.ip(), ALLOWED), (*bad.ip(), ALLOWED)],
+        services: vec![Service { address: vip, endpoints }],
+        ..tables()
+    };
+    let nobody = 1;
+    assert_eq!(kernel.relabel(&[*bad.ip()], nobody).unwrap(), 0, "not in the tables in force");
+    kernel.install(&with(vec![endpoint(bad)])).unwrap();
+    for to in [bad, vip] {
+        assert_eq!(node.connect("client", to), format!("ok {to}"));
+    }
+    let elsewhere = Ipv4Addr::new(10, 9, 9, 9);
+    assert_eq!(kernel.relabel(&[*bad.ip(), elsewhere], nobody).unwrap(), 1);
+    assert_eq!(node.connect("client", bad), "EPERM");
+    assert_eq!(node.connect("client", vip), "ECONNREFUSED", "the service's only endpoint");
+    // Found healthy by somebody who did not hear of it: still nobody's.
+    kernel.set_service_health(vip, bad, true).unwrap();
+    assert_eq!(node.connect("client", vip), "EPERM");
+    assert_eq!(node.connect("client", good), format!("ok {good}"));
+    assert!(kernel.relabel(&[*good.ip()], 0).is_err());
+    kernel.install(&with(vec![endpoint(bad)])).unwrap();
+    assert_eq!(node.connect("client", bad), format!("ok {bad}"), "an install brings its own rows");
+}

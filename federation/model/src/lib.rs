@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
+pub mod appraisal;
 pub mod bundle;
 pub mod entry;
 pub mod id;
@@ -13,6 +14,7 @@ pub mod record;
 pub mod refusal;
 pub mod time;
 
+pub use appraisal::AppraisalPolicy;
 pub use bundle::{Bundle, Foreign, Own};
 pub use entry::{Entry, EntryId, Selector};
 pub use id::{

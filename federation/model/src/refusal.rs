@@ -143,6 +143,8 @@ codes! {
     NodeBanned = "node_banned", Denied, "ask an operator to unban the node (ambit node unban)";
     TpmStateForked = "tpm_state_forked", Denied, "two machines hold one TPM state: keep one, evict the node and enrol it again";
     BlobMissing = "blob_missing", Missing, "the object was never stored here or is past its retention";
+    BootEventOutOfOrder = "boot_event_out_of_order", Denied, "one separator ends the firmware's part of each PCR: update the firmware, or investigate the machine";
+    QuoteMissing = "quote_missing", Denied, "give the quote, its signature and the AK, or accept logs that nothing proves with --unquoted";
 }
 
 impl fmt::Display for Code {

@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
+pub mod appraisal;
 mod document;
 mod explain;
 mod owner;
@@ -14,6 +15,7 @@ mod ports;
 mod scalar;
 mod set;
 
+pub use appraisal::parse_appraisal;
 pub use document::Document;
 pub use explain::{Difference, Explanation, Nearest};
 pub use owner::check_owner;

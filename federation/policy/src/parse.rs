@@ -87,7 +87,7 @@ pub fn parse(text: &str) -> Result<Vec<Document>, Refusal> {
 
 /// Counts brackets and separators wherever they stand, comments and quoted text included: no document has a use for so
 /// many, or for unbalanced brackets, there.
-fn refuse_costly_structure(text: &str) -> Result<(), Refusal> {
+pub(crate) fn refuse_costly_structure(text: &str) -> Result<(), Refusal> {
     let mut depth = 0_usize;
     let mut line = 1_usize;
     let mut nodes = 0_usize;
@@ -148,16 +148,22 @@ fn malformed(expected: impl Into<String>, found: impl Into<String>) -> Refusal {
     Refusal::new(Code::PolicyMalformed, expected, found)
 }
 
-fn refusal(error: serde_norway::Error) -> Refusal {
+/// What an error says, its place first, bounded.
+pub(crate) fn placed(error: &serde_norway::Error) -> String {
     let text = error.to_string();
     let found = match error.location() {
         Some(place) => {
             let text = text.rsplit_once(" at line ").map_or(text.as_str(), |(message, _)| message);
             format!("line {} column {}: {text}", place.line(), place.column())
         }
-        None => text.clone(),
+        None => text,
     };
-    let found = found.chars().take(FOUND_MAX).collect::<String>();
+    found.chars().take(FOUND_MAX).collect()
+}
+
+fn refusal(error: serde_norway::Error) -> Refusal {
+    let text = error.to_string();
+    let found = placed(&error);
     // serde's derived code is the only source of this sentence; a test holds it to it.
     let unknown = text.split_once("unknown field `").and_then(|(_, rest)| rest.split_once('`'));
     match unknown {

@@ -5,7 +5,7 @@ use ambit_identity::PeerSvid;
 use ambit_model::{Code, Generation, NodeId, Refusal, Stamp, TrustDomain};
 use ambit_proto::status::to_status;
 use ambit_state::State;
-use ambit_state::objects::{NodeState, PeerState};
+use ambit_state::objects::PeerState;
 use ambit_transport::Caller;
 use sha2::{Digest, Sha256};
 use std::net::IpAddr;
@@ -164,8 +164,11 @@ pub fn role_of(svid: Option<&PeerSvid>, own: &TrustDomain, state: &State) -> Res
     };
     let node: NodeId = node.parse()?;
     let row = state.node(&node).ok_or_else(|| Refusal::new(Code::NodeUnknown, "an enrolled node", node.to_string()))?;
-    if binding.node != node || row.state != NodeState::Admitted {
-        return Err(Refusal::new(Code::NodeUntrusted, "an admitted node", format!("{:?}", row.state)));
+    if binding.node != node {
+        return Err(Refusal::new(Code::NodeUntrusted, "a certificate of this node", binding.node.to_string()));
+    }
+    if let Some(code) = row.state.bars_trust() {
+        return Err(Refusal::new(code, "an admitted node", row.state.as_str()));
     }
     // A node that was put out and let in again starts anew: what was certified before stays refused.
     if state.denied(&node).is_some_and(|denied| binding.generation <= denied) {

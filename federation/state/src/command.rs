@@ -1,7 +1,10 @@
 //! Commands: the only ways the state changes. Their encoding is versioned; a log entry is never reinterpreted.
 
 use crate::committed::{Issuance, ReplicaAdmission, SealedReport};
-use crate::objects::{CellRow, Counters, DenialRow, KeySetRow, Member, PeerRow, TokenRow};
+use crate::objects::{
+    AkFacts, CellRow, Counters, DenialRow, EkDenyRow, EkFacts, ImaPoint, KeySetRow, Member, PeerRow, PolicyRef,
+    PolicyVersion, TokenRow,
+};
 use ambit_model::policy::{Endpoint, Policy, Service};
 use ambit_model::record::{Head, Record};
 use ambit_model::{
@@ -11,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
 /// First byte of every encoded entry.
-pub const ENTRY_VERSION: u8 = 1;
+pub const ENTRY_VERSION: u8 = 2;
 
 /// What one log entry carries.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -72,20 +75,63 @@ pub struct Admission {
     pub join_token: Option<[u8; 32]>,
     /// Judged under.
     pub endorsement_revision: Revision,
-    /// TPM name of the AK.
-    pub ak_name: Vec<u8>,
-    /// As quoted.
-    pub counters: Counters,
-    /// hardware, virtual, lab or listed.
-    pub ek_class: String,
+    /// Judged under.
+    pub policy_revision: Revision,
+    /// Its AK.
+    pub ak: AkFacts,
+    /// Its TPM.
+    pub ek: EkFacts,
+    /// What the quote and the logs showed.
+    pub seen: Seen,
     /// SHA-256 of the SPKI of the node's key.
     pub key_hash: [u8; 32],
     /// The intermediate that will sign.
     pub authority: String,
     /// EAR-shaped claims.
     pub claims: String,
-    /// SHA-256 over the evidence.
+}
+
+/// What a good verdict saw, at enrolment or in a round.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Seen {
+    /// As quoted.
+    pub counters: Counters,
+    /// As quoted.
+    pub firmware_version: u64,
+    /// How far the IMA log was judged.
+    pub ima: ImaPoint,
+    /// SHA-256 over the boot's PCRs.
+    pub boot_pcrs_sha256: [u8; 32],
+    /// SHA-256 of the boot log that led to them.
+    pub boot_log_sha256: [u8; 32],
+    /// What accepted it.
+    pub policy: PolicyRef,
+    /// SHA-256 of the evidence's body.
     pub evidence_sha256: [u8; 32],
+    /// Bodies that it adds to, back to the last whole one.
+    pub evidence_depth: u32,
+}
+
+/// A good verdict of a re-attestation round. Made by the server from a proof of the verifier only.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RoundVerdict {
+    /// Who.
+    pub node: NodeId,
+    /// Of which admission; a verdict on another counts for nothing.
+    pub generation: Generation,
+    /// Judged under.
+    pub policy_revision: Revision,
+    /// What was seen.
+    pub seen: Seen,
+}
+
+/// Which nodes an operator's verb means.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Nodes {
+    /// These.
+    Ids(Vec<NodeId>),
+    /// All of a cluster.
+    Cluster(ClusterId),
 }
 
 /// The only ways the state changes.
@@ -115,18 +161,25 @@ pub enum Command {
     RemoveMember(u64),
     /// A new ticket key, wrapped to each replica.
     RotateTicketKey(BTreeMap<u64, Vec<u8>>),
-    /// Registers a cluster with its EK roots (DER, class).
-    RegisterCluster(ClusterId, Vec<(Vec<u8>, String)>),
+    /// Registers a cluster with its EK roots (DER, class) and how often its nodes attest, milliseconds.
+    RegisterCluster(ClusterId, Vec<(Vec<u8>, String)>, u64),
     /// Puts EKs on a cluster's allow-list.
     AllowEk(ClusterId, Vec<NodeId>),
     /// Admits a node: consumes the nonce, burns the token, records the issuance. One entry (I5).
     AdmitNode(Admission),
     /// A failure after a good HMAC: consumes the nonce and keeps the reason for operators.
-    DenyNode([u8; 32], Stamp, DenialRow),
-    /// An operator's ban.
-    BanNode(NodeId),
-    /// An operator's eviction.
-    EvictNode(NodeId),
+    DenyNode {
+        /// Consumed.
+        nonce: [u8; 32],
+        /// Until when it is remembered.
+        deadline: Stamp,
+        /// The reason.
+        row: DenialRow,
+        /// Whether it speaks against the node as admitted before: its own TPM showed another state.
+        distrust: bool,
+    },
+    /// An operator's word about nodes: all of them or none.
+    SetNodes(NodeVerb, Nodes),
     /// Entries, each with its own outcome.
     CreateEntries(Vec<Entry>),
     /// See `CreateEntries`.
@@ -176,6 +229,53 @@ pub enum Command {
     StopPeer(TrustDomain, String),
     /// A drill's report.
     SealReport(String, [u8; 32]),
+    /// Good verdicts of rounds, many at once, each with its own outcome.
+    PutVerdicts(Vec<RoundVerdict>),
+    /// A round failed: the node of this generation is untrusted at once.
+    Distrust(Generation, DenialRow),
+    /// Takes EKs off a cluster's allow-list; nodes that were here because of it are out.
+    DisallowEk(ClusterId, Vec<NodeId>),
+    /// Adds EK roots (DER, class) to a cluster and removes others by SHA-256; nodes under a removed root are out.
+    PutEkRoots {
+        /// Which cluster.
+        cluster: ClusterId,
+        /// DER and class.
+        add: Vec<(Vec<u8>, String)>,
+        /// SHA-256 of the DER.
+        remove: Vec<[u8; 32]>,
+    },
+    /// Writes and removes rules of the deny-list, by name; nodes that a new rule denies are out.
+    PutEkDeny(Vec<(ObjectName, EkDenyRow)>, Vec<ObjectName>),
+    /// Writes an appraisal policy; staged: what it was before is accepted too until it is promoted.
+    PutAppraisalPolicy {
+        /// Its name.
+        name: ObjectName,
+        /// Content; the version is set here.
+        content: PolicyVersion,
+        /// Keep what it was.
+        staged: bool,
+        /// Who asked.
+        by: String,
+    },
+    /// Ends a staged roll-out.
+    PromoteAppraisalPolicy(ObjectName),
+    /// Removes an appraisal policy.
+    DeleteAppraisalPolicy(ObjectName),
+}
+
+/// What an operator says of nodes. Each has its opposite but `Evict`, which lets the node come back by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum NodeVerb {
+    /// Out for good.
+    Ban,
+    /// Ends a ban.
+    Unban,
+    /// Out until released.
+    Quarantine,
+    /// Ends a quarantine or a distrust.
+    Release,
+    /// Forgotten but for its generation.
+    Evict,
 }
 
 /// What a command answers.

@@ -14,7 +14,7 @@ mod state;
 mod table;
 
 pub use apply::ENDPOINTS_PER_NODE_MAX;
-pub use command::{Command, LogEntry, Reply};
+pub use command::{Command, LogEntry, NodeVerb, Nodes, Reply};
 pub use committed::{Committed, Issuance, Subject};
 pub use slice::Slice;
 pub use state::{Applied, OwnedName, State};
@@ -26,5 +26,15 @@ pub const UNATTESTED_MAX_MS: u64 = 3_600_000;
 pub const ISSUER_MARGIN_MS: u64 = 300_000;
 /// How far before the entry's stamp a leaf becomes valid (I6 allows 60 s), milliseconds.
 pub const NOT_BEFORE_SLACK_MS: u64 = 30_000;
+/// A longer step between two entries was time without a leader (it writes one a second), milliseconds.
+pub const UNLED_STEP_MS: u64 = 3_000;
+/// A node without a verdict for so many intervals of its cluster is late.
+pub const LATE_INTERVALS: u64 = 3;
+/// A late node is untrusted after this, milliseconds.
+pub const LATE_MAX_MS: u64 = 15 * 60_000;
+/// How often nodes attest where a cluster says nothing, milliseconds.
+pub const ATTEST_INTERVAL_MS: u64 = 30_000;
+/// Stretches of verdicts remembered of one node.
+pub const VERDICTS_PER_NODE_MAX: usize = 32;
 /// Outcomes of requests are remembered this long, milliseconds; a client gives up retrying well before.
 pub const DEDUPE_MS: u64 = 600_000;

@@ -21,6 +21,8 @@ pub type OwnedName = (TrustDomain, ObjectName);
 pub(crate) struct Clock {
     pub(crate) stamp: Stamp,
     pub(crate) applied: u64,
+    /// Time without a leader so far, milliseconds: deadlines of attestation stand still in it (I22).
+    pub(crate) unled_ms: u64,
 }
 
 /// Everything a cell has agreed on. Iteration order is key order everywhere.
@@ -50,6 +52,10 @@ pub struct State {
     pub(crate) records: Table<u64, Record>,
     pub(crate) reports: Table<u64, SealedReport>,
     pub(crate) dedupe: Table<([u8; 32], [u8; 16]), DedupeRow>,
+    pub(crate) standings: Table<NodeId, Standing>,
+    pub(crate) verdicts: Table<(NodeId, u64), VerdictRow>,
+    pub(crate) ek_denials: Table<ObjectName, EkDenyRow>,
+    pub(crate) appraisal_policies: Table<ObjectName, AppraisalPolicyRow>,
     /// `issued` by node and end, in memory only: counting a node's leaves must not cost a walk over everybody's.
     pub(crate) live_leaves: BTreeMap<NodeId, BTreeSet<(Stamp, [u8; 16])>>,
 }
@@ -81,7 +87,11 @@ macro_rules! each_table {
             $s.peers,
             $s.records,
             $s.reports,
-            $s.dedupe
+            $s.dedupe,
+            $s.standings,
+            $s.verdicts,
+            $s.ek_denials,
+            $s.appraisal_policies
         )
     };
 }
@@ -164,6 +174,10 @@ impl State {
             records: Table::new(id()),
             reports: Table::new(id()),
             dedupe: Table::new(id()),
+            standings: Table::new(id()),
+            verdicts: Table::new(id()),
+            ek_denials: Table::new(id()),
+            appraisal_policies: Table::new(id()),
             live_leaves: BTreeMap::new(),
         }
     }
@@ -173,7 +187,11 @@ impl State {
         let clock = self.clock_row();
         // Stamps never go backwards, whatever a leader wrote (I15).
         let stamp = entry.stamp.max(clock.stamp);
-        self.clock.put(&mut self.journal, 0, Clock { stamp, applied: index.0 });
+        let step = stamp.0.saturating_sub(clock.stamp.0);
+        // A leader writes at least a tick a second: a longer step is time in which nobody led and no verdict could be.
+        let unled = if clock.stamp != Stamp(0) && step > crate::UNLED_STEP_MS { step } else { 0 };
+        let unled_ms = clock.unled_ms.saturating_add(unled);
+        self.clock.put(&mut self.journal, 0, Clock { stamp, applied: index.0, unled_ms });
         let outcome = self.once(index, stamp, entry);
         Applied { index, client: entry.client, request: entry.request, outcome }
     }
@@ -201,8 +219,8 @@ impl State {
 
     /// Notes that `index` was taken in without a command (an empty Raft entry).
     pub fn skip(&mut self, index: RaftIndex) {
-        let stamp = self.clock_row().stamp;
-        self.clock.put(&mut self.journal, 0, Clock { stamp, applied: index.0 });
+        let clock = self.clock_row();
+        self.clock.put(&mut self.journal, 0, Clock { applied: index.0, ..clock });
     }
 
     fn clock_row(&self) -> Clock {
@@ -309,7 +327,45 @@ impl State {
     pub fn node(&self, id: &NodeId) -> Option<&NodeRow> {
         self.nodes.get(id)
     }
-    /// Refused enrolments, oldest first.
+    /// A node's standing, if it was ever admitted.
+    pub fn standing(&self, id: &NodeId) -> Option<&Standing> {
+        self.standings.get(id)
+    }
+    /// Milliseconds in which this cell had a leader: what deadlines of attestation run on.
+    pub fn led_ms(&self) -> u64 {
+        let clock = self.clock_row();
+        clock.stamp.0.saturating_sub(clock.unled_ms)
+    }
+    /// Whether no verdict came for three intervals: then nothing new is issued to the node.
+    pub fn is_late(&self, id: &NodeId) -> bool {
+        let interval = self.node(id).and_then(|n| self.cluster(&n.cluster)).map_or(0, |c| c.attest_interval_ms);
+        let age = |s: &Standing| self.led_ms().saturating_sub(s.led_ms);
+        self.standing(id).is_none_or(|s| age(s) > interval.saturating_mul(crate::LATE_INTERVALS))
+    }
+    /// Stretches of verdicts on a node, oldest first.
+    pub fn verdicts(&self, id: &NodeId) -> impl Iterator<Item = &VerdictRow> {
+        let of = *id;
+        self.verdicts.from((of, 0)).take_while(move |((node, _), _)| *node == of).map(|(_, row)| row)
+    }
+    /// Leaves of these nodes up to the generation are refused; a node is the trust domain's that denied it.
+    pub fn node_denials(&self) -> impl Iterator<Item = (&(TrustDomain, NodeId), &Generation)> {
+        self.node_denials.iter()
+    }
+    /// Rules of the EK deny-list.
+    pub fn ek_denials(&self) -> impl Iterator<Item = (&ObjectName, &EkDenyRow)> {
+        self.ek_denials.iter()
+    }
+    /// EKs on a cluster's allow-list.
+    pub fn allowed_eks(&self, cluster: &ClusterId) -> impl Iterator<Item = &NodeId> {
+        let of = cluster.clone();
+        let from = self.allowed_eks.from((of.clone(), NodeId([0; 32])));
+        from.take_while(move |((c, _), _)| *c == of).map(|((_, node), _)| node)
+    }
+    /// Appraisal policies by name.
+    pub fn appraisal_policies(&self) -> impl Iterator<Item = (&ObjectName, &AppraisalPolicyRow)> {
+        self.appraisal_policies.iter()
+    }
+    /// Refused enrolments and rounds, oldest first.
     pub fn denials(&self) -> impl DoubleEndedIterator<Item = (&u64, &DenialRow)> {
         self.denials.iter()
     }

@@ -1,97 +1,16 @@
 //! The state machine by its invariants: exactly once, deterministic, restorable, tokens once, issuance fenced.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on fails")]
 
+mod common;
+
 use ambit_model::policy::{Action, Endpoint, Order, Peers, Policy, Service};
 use ambit_model::record::{Head, Kind, Record};
-use ambit_model::{
-    ClusterId, Code, Entry, Generation, NodeId, RaftIndex, Refusal, Revision, Selector, Stamp, SvidTtl, TrustDomain,
-};
-use ambit_state::command::{Admission, LeafRequest};
+use ambit_model::{ClusterId, Code, Generation, NodeId, RaftIndex, Refusal, Stamp, TrustDomain};
+use ambit_state::command::{Admission, LeafRequest, NodeVerb, Nodes};
 use ambit_state::objects::*;
 use ambit_state::{Command, LogEntry, Reply, State};
+use common::{Cell, admission, cluster, code, entry, node};
 use std::net::Ipv4Addr;
-
-struct Cell {
-    state: State,
-    index: u64,
-    log: Vec<LogEntry>,
-}
-
-impl Cell {
-    fn founded(td: &str) -> Cell {
-        let mut cell = Cell { state: State::new(), index: 0, log: Vec::new() };
-        let row = CellRow {
-            trust_domain: td.parse().unwrap(),
-            epoch: 1,
-            root_der: td.as_bytes().to_vec(),
-            root_form: "file".into(),
-            bundle_sequence: 1 << 40 | 1,
-            next_identity: 256,
-            revision: Revision(0),
-            endorsement_revision: Revision(0),
-            export_seq: 0,
-            export_hash: [0; 32],
-        };
-        let member = Member {
-            address: "127.0.0.1:1".into(),
-            authority: "a1".into(),
-            authority_not_after: Stamp(1_000_000_000),
-            wrap_key: vec![],
-            record_key: [1; 32],
-        };
-        cell.run(Command::FoundCell(row, 1, member, KeySetRow::default())).unwrap();
-        cell.run(Command::RegisterCluster(cluster(td), vec![])).unwrap();
-        cell
-    }
-    fn at(&mut self, stamp: u64, request: u8, command: Command) -> Result<Reply, Refusal> {
-        self.index += 1;
-        let entry = LogEntry { stamp: Stamp(stamp), client: [9; 32], request: [request; 16], command };
-        let entry = LogEntry::decode(&entry.encode().unwrap()).unwrap();
-        self.log.push(entry.clone());
-        self.state.apply(RaftIndex(self.index), &entry).outcome
-    }
-    fn run(&mut self, command: Command) -> Result<Reply, Refusal> {
-        self.at(1_000_000, 0, command)
-    }
-}
-
-fn cluster(td: &str) -> ClusterId {
-    td.parse().unwrap()
-}
-fn node(n: u8) -> NodeId {
-    NodeId([n; 32])
-}
-fn entry(id: &str, td: &str) -> Entry {
-    Entry {
-        id: id.parse().unwrap(),
-        spiffe_id: format!("spiffe://{td}/{id}").parse().unwrap(),
-        cluster: cluster(td),
-        nodes: Default::default(),
-        selectors: [Selector::UnixUid(1000)].into(),
-        ttl: SvidTtl::DEFAULT,
-        federates_with: Default::default(),
-    }
-}
-fn admission(cell: &Cell, n: u8, nonce: u8, token: Option<[u8; 32]>) -> Admission {
-    Admission {
-        node: node(n),
-        cluster: cluster("west"),
-        nonce: [nonce; 32],
-        deadline: Stamp(1_060_000),
-        join_token: token,
-        endorsement_revision: cell.state.cell().unwrap().endorsement_revision,
-        ak_name: vec![n],
-        counters: Counters { resets: 1, restarts: 0, clock: u64::from(nonce) },
-        ek_class: "lab".into(),
-        key_hash: [n; 32],
-        authority: "a1".into(),
-        claims: "{}".into(),
-        evidence_sha256: [n; 32],
-    }
-}
-fn code<T: std::fmt::Debug>(r: Result<T, Refusal>) -> Code {
-    r.unwrap_err().code
-}
 
 #[test]
 fn a_request_has_its_effect_once_and_its_id_is_not_reused() {
@@ -159,8 +78,8 @@ fn no_leaf_for_a_banned_unknown_or_foreign_node_and_none_past_its_bounds() {
     assert_eq!(none[0].as_ref().unwrap_err().code, Code::EntryNotOnNode);
     let late = 1_000_000 + ambit_state::UNATTESTED_MAX_MS;
     assert_eq!(code(west.at(late, 0, ask(1, "a1", "db"))), Code::NodeUntrusted);
-    west.run(Command::BanNode(node(1))).unwrap();
-    assert_eq!(code(west.run(ask(1, "a1", "db"))), Code::NodeUntrusted);
+    west.run(Command::SetNodes(NodeVerb::Ban, Nodes::Ids(vec![node(1)]))).unwrap();
+    assert_eq!(code(west.run(ask(1, "a1", "db"))), Code::NodeBanned);
 }
 
 #[test]
@@ -418,7 +337,7 @@ fn one_endpoint_refused_leaves_the_others_and_nodes_that_are_out_hold_nothing() 
     let Ok(Reply::Items(items)) = west.run(both) else { panic!("items") };
     assert_eq!(items[0].as_ref().unwrap_err().code, Code::EntryNotOnNode);
     assert_eq!(held(&west), ["west 10.1.0.1", "west 10.1.0.4"]);
-    west.run(Command::EvictNode(node(1))).unwrap();
+    west.run(Command::SetNodes(NodeVerb::Evict, Nodes::Ids(vec![node(1)]))).unwrap();
     assert_eq!(report(&mut west, 2, &["10.1.0.1"]), [None]);
     assert_eq!(held(&west), ["west 10.1.0.1"]);
 }
@@ -429,7 +348,7 @@ fn a_denial_is_its_origins_word_about_its_own_node() {
     let mut east = Feed::of("east", &mut west);
     let denial = (Kind::NodeDenial, node(1).to_string(), postcard::to_stdvec(&Generation(u64::MAX)).unwrap());
     east.send(&mut west, [denial]);
-    west.run(Command::EvictNode(node(2))).unwrap();
+    west.run(Command::SetNodes(NodeVerb::Evict, Nodes::Ids(vec![node(2)]))).unwrap();
     let denials = west.state.slice(&node(1)).unwrap().denials;
     let shown: Vec<_> = denials.iter().map(|((td, id), to)| (td.as_str(), *id, *to)).collect();
     assert_eq!(shown, [("east", node(1), Generation(u64::MAX)), ("west", node(2), Generation(1))]);
@@ -464,8 +383,8 @@ fn a_clusters_name_is_ours_whatever_a_peer_claimed() {
     east.send(&mut west, [(Kind::Cluster, "prod".to_owned(), vec![])]);
     east.endpoint(&mut west, "10.2.0.1", &prod("10.2.0.1"));
     east.endpoint(&mut west, "10.2.0.2", &endpoint("east", "10.2.0.2", 7));
-    west.run(Command::RegisterCluster(cluster("prod"), vec![])).unwrap();
-    assert_eq!(code(west.run(Command::RegisterCluster(cluster("prod"), vec![]))), Code::AlreadyExists);
+    west.run(Command::RegisterCluster(cluster("prod"), vec![], 10_000)).unwrap();
+    assert_eq!(code(west.run(Command::RegisterCluster(cluster("prod"), vec![], 10_000))), Code::AlreadyExists);
     east.send(&mut west, [(Kind::Cluster, "prod".to_owned(), vec![])]);
     east.endpoint(&mut west, "10.2.0.3", &prod("10.2.0.3"));
     assert_eq!(west.state.foreign_clusters().map(|(id, _)| id.as_str()).collect::<Vec<_>>(), ["east"]);
@@ -515,6 +434,6 @@ fn leaves_answered_once_are_not_answered_again_to_a_node_that_is_out_by_now() {
     let mut west = west_with_nodes();
     let first = west.at(1_000_000, 5, issue(1, 1)).unwrap();
     assert_eq!(west.at(1_000_001, 5, issue(1, 1)).unwrap(), first);
-    west.run(Command::BanNode(node(1))).unwrap();
-    assert_eq!(code(west.at(1_000_002, 5, issue(1, 1))), Code::NodeUntrusted);
+    west.run(Command::SetNodes(NodeVerb::Ban, Nodes::Ids(vec![node(1)]))).unwrap();
+    assert_eq!(code(west.at(1_000_002, 5, issue(1, 1))), Code::NodeBanned);
 }

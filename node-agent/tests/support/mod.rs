@@ -4,12 +4,14 @@
 
 use ambit_agent::issued::Svid;
 use ambit_agent::view::View;
+use ambit_identity::tls::certified;
 use ambit_identity::{Csr, IssuingKey, Root, SvidKey, issue};
 use ambit_model::{ClusterId, Entry, Generation, Lifetime, NodeId, RaftIndex, Revision, Stamp, TrustDomain};
 use ambit_proto::v1;
 use ambit_state::command::{Admission, LeafRequest};
 use ambit_state::objects::{CellRow, Counters, KeySetRow, Member};
 use ambit_state::{Applied, Command, LogEntry, State};
+use rustls::sign::CertifiedKey;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -71,6 +73,27 @@ impl Cell {
 
     /// Admits the node once more: its generation rises.
     pub(crate) fn admit(&mut self, nonce: u8) {
+        self.admit_key(nonce, [7; 32]);
+    }
+
+    /// The same for the key of `csr`: what a replica would answer, leaf first, and the generation.
+    pub(crate) fn admit_csr(&mut self, nonce: u8, csr: &[u8]) -> (Vec<Vec<u8>>, Generation) {
+        let csr = Csr::parse(csr).unwrap();
+        let committed = self.admit_key(nonce, csr.spki_sha256()).into_issuances().unwrap().remove(0).unwrap();
+        let generation = committed.get().binding.unwrap().1;
+        let chain = issue(committed, &csr, &self.key).unwrap();
+        (chain.iter().map(|c| c.to_vec()).collect(), generation)
+    }
+
+    /// What a replica of this cell shows.
+    pub(crate) fn replica(&self) -> Arc<CertifiedKey> {
+        let key = SvidKey::generate().unwrap();
+        let csr = Csr::parse(&key.csr().unwrap()).unwrap();
+        let lifetime = Lifetime { not_before: now().minus_ms(60_000), not_after: now().plus_ms(3_600_000) };
+        certified(self.key.replica_leaf(1, &self.td, lifetime, &csr).unwrap(), &key).unwrap()
+    }
+
+    fn admit_key(&mut self, nonce: u8, key_hash: [u8; 32]) -> Applied {
         let admission = Admission {
             node: self.node,
             cluster: self.td.as_str().parse().unwrap(),
@@ -81,12 +104,14 @@ impl Cell {
             ak_name: vec![1],
             counters: Counters { resets: 1, restarts: 0, clock: u64::from(nonce) },
             ek_class: "lab".into(),
-            key_hash: [7; 32],
+            key_hash,
             authority: self.key.authority().to_owned(),
             claims: "{}".into(),
             evidence_sha256: [1; 32],
         };
-        self.run(Command::AdmitNode(admission)).outcome.unwrap();
+        let applied = self.run(Command::AdmitNode(admission));
+        applied.outcome.as_ref().unwrap();
+        applied
     }
 
     /// Registers a workload recognised by `selectors`.
@@ -121,6 +146,7 @@ impl Cell {
             id: self.id(id).parse().unwrap(),
             key_pkcs8: key.pkcs8(),
             chain_der: chain.iter().map(|c| c.to_vec()).collect(),
+            generation: Generation(1),
             since: now(),
             not_after,
         })

@@ -1,9 +1,10 @@
 //! The first round trip: an EK and an AK are presented, endorsed and challenged.
 
 use crate::credential;
-use crate::ek::{self, EkClass, Endorsements};
+use crate::ek::{self, EkClass, EkMake, Endorsements, Quirk, Vouched, deny, roca};
 use crate::hash::{Bank, sha256};
-use crate::public::{AttestationKey, EndorsementKey, Public};
+use crate::public::{AttestationKey, EndorsementKey, Key, Public};
+use crate::signature::AkVerifier;
 use crate::ticket::TicketBody;
 use crate::{INTERMEDIATES_MAX, OBJECT_BYTES_MAX, PCR_MASK_ALL};
 use ambit_model::{ClusterId, Code, NodeId, Refusal, Revision, Stamp};
@@ -105,7 +106,13 @@ impl PresentedEk {
             Expected::AllowListed => None,
             Expected::JoinToken(hash) => Some(hash),
         };
-        let class = if self.input.ek_certificate.is_empty() {
+        if let Key::Rsa { modulus, .. } = self.ek.public().key()
+            && roca::is_fingerprinted(modulus)
+        {
+            let expected = "an RSA key of a sound generator";
+            return Err(Refusal::new(Code::EkWeak, expected, "one with the fingerprint of CVE-2017-15361"));
+        }
+        let (backing, quirks) = if self.input.ek_certificate.is_empty() {
             if expected != Expected::AllowListed {
                 return Err(Refusal::new(
                     Code::EkChainUntrusted,
@@ -113,11 +120,17 @@ impl PresentedEk {
                     "no EK certificate",
                 ));
             }
-            EkClass::Listed
+            (Backing { class: EkClass::Listed, root_sha256: None, make: EkMake::Unnamed, join_token }, vec![])
         } else {
-            ek::judge(&self.input.ek_certificate, &self.input.ek_intermediates, self.ek.public(), endorsements, now)?
+            let (certificate, sent) = (&self.input.ek_certificate, &self.input.ek_intermediates);
+            let vouched = ek::judge(certificate, sent, self.ek.public(), endorsements, now)?;
+            let Vouched { class, root_sha256, make, quirks } = vouched;
+            (Backing { class, root_sha256: Some(root_sha256), make, join_token }, quirks)
         };
-        Ok(EndorsedEk { presented: self, class, join_token })
+        deny::before_quote(&endorsements.denied, &backing.make)?;
+        // An AK that no TPM can have is not worth a credential.
+        AkVerifier::new(&self.ak)?;
+        Ok(EndorsedEk { presented: self, backing, quirks })
     }
 }
 
@@ -163,8 +176,18 @@ pub struct Challenge {
 #[derive(Debug)]
 pub struct EndorsedEk {
     presented: PresentedEk,
-    class: EkClass,
-    join_token: Option<[u8; 32]>,
+    backing: Backing,
+    quirks: Vec<Quirk>,
+}
+
+/// What makes an EK one of this cluster's: kept in the ticket, and in the evidence.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Backing {
+    pub(crate) class: EkClass,
+    /// None for an EK without certificate, which the operator listed.
+    pub(crate) root_sha256: Option<[u8; 32]>,
+    pub(crate) make: EkMake,
+    pub(crate) join_token: Option<[u8; 32]>,
 }
 
 impl EndorsedEk {
@@ -175,7 +198,17 @@ impl EndorsedEk {
 
     /// What vouches for the EK.
     pub fn class(&self) -> EkClass {
-        self.class
+        self.backing.class
+    }
+
+    /// Who made the TPM.
+    pub fn make(&self) -> &EkMake {
+        &self.backing.make
+    }
+
+    /// How the certificate departs from the standards: for the log.
+    pub fn quirks(&self) -> &[Quirk] {
+        &self.quirks
     }
 
     /// Makes the credential that only the TPM with both keys can open, and the ticket body to seal.
@@ -188,7 +221,7 @@ impl EndorsedEk {
         let ticket = TicketBody {
             cluster: input.cluster,
             node,
-            ek_class: self.class,
+            backing: self.backing,
             ek_public_sha256: sha256(&input.ek_public),
             ak_public_sha256: sha256(&input.ak_public),
             secret: entropy.secret,
@@ -200,7 +233,6 @@ impl EndorsedEk {
             deadline: terms.deadline,
             endorsement_revision: terms.endorsement_revision,
             policy_revision: terms.policy_revision,
-            join_token: self.join_token,
         };
         let challenge = Challenge {
             credential_blob: credential.id_object,

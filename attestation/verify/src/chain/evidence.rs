@@ -1,15 +1,19 @@
 //! The second round trip: ticket, activation, quote, logs.
 
-use super::{Counters, Denial, NodeEvidence, Verified};
-use crate::attest::Attest;
-use crate::hash::{Bank, HashAlg, sha256};
+use super::{Counters, Denial, NodeEvidence, Verified, logs};
+use crate::appraisal::{CompiledPolicy, Endorsement};
+use crate::certify::KeyHome;
+use crate::ek::{EkDenyRule, deny};
+use crate::hash::sha256;
 use crate::public::{AttestationKey, EndorsementKey, Public};
-use crate::signature::Signature;
+use crate::quote::{self, Quote, Quoted};
+use crate::signature::AkVerifier;
 use crate::ticket::TicketBody;
 use crate::transcript::{self, Transcript};
-use crate::{BOOT_LOG_BYTES_MAX, IMA_LOG_BYTES_MAX, IMA_PCR, OBJECT_BYTES_MAX, bootlog, csr, ima};
+use crate::{BOOT_LOG_BYTES_MAX, IMA_LOG_BYTES_MAX, csr};
 use ambit_model::{ClusterId, Code, NodeId, Refusal, Stamp};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// Length and SHA-256 of a log, stated (and covered by the HMAC) before any of its bytes are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,6 +52,8 @@ pub struct EvidenceHeader {
     pub ek_public: Vec<u8>,
     /// TPMT_PUBLIC of the AK, as in `Begin`.
     pub ak_public: Vec<u8>,
+    /// Where the SVID key is, with the proof.
+    pub svid_key: KeyHome,
 }
 
 /// What the caller needs of a session even where the evidence fails: a failure after a good HMAC consumes the nonce.
@@ -71,8 +77,9 @@ pub struct ActivatedAk {
     ticket: TicketBody,
     ticket_sha256: [u8; 32],
     header: EvidenceHeader,
-    ek: EndorsementKey,
-    ak: AttestationKey,
+    ak: AkVerifier,
+    ak_name: Vec<u8>,
+    qualified_signer: Vec<u8>,
     evidence_sha256: [u8; 32],
 }
 
@@ -100,6 +107,7 @@ impl ActivatedAk {
             pcrs: &header.pcrs,
             boot_log: header.boot_log,
             ima_log: header.ima_log,
+            svid_key: &header.svid_key,
         };
         if !transcript.verify(&body.secret, &header.hmac) {
             return Err(Refusal::new(Code::ActivationFailed, "an HMAC under the activated secret", "another HMAC"));
@@ -108,7 +116,9 @@ impl ActivatedAk {
         let malformed = |e: crate::wire::Malformed| e.refuse(Code::EvidenceMalformed, "TPMT_PUBLIC");
         let ek = EndorsementKey::new(Public::parse(&header.ek_public).map_err(malformed)?)?;
         let ak = AttestationKey::new(Public::parse(&header.ak_public).map_err(malformed)?)?;
-        Ok(ActivatedAk { ticket: body, ticket_sha256, header, ek, ak, evidence_sha256 })
+        let (ak_name, qualified_signer) = (ak.public().name(), ek.qualify(ak.public()));
+        let ak = AkVerifier::new(&ak)?;
+        Ok(ActivatedAk { ticket: body, ticket_sha256, header, ak, ak_name, qualified_signer, evidence_sha256 })
     }
 
     /// What stays to be done whatever comes of the evidence.
@@ -118,121 +128,59 @@ impl ActivatedAk {
             node: self.ticket.node,
             nonce: self.ticket.server_nonce,
             deadline: self.ticket.deadline,
-            join_token: self.ticket.join_token,
+            join_token: self.ticket.backing.join_token,
         }
     }
 
-    /// Judges the CSR and the quote, in the order of design.md section 3. A refusal from here consumes the nonce.
-    pub fn quote(self) -> Result<FreshQuote, Refusal> {
+    /// Judges the CSR, the quote and what else the AK signed, in the order of design.md section 3; then the deny-list
+    /// once more, now that the firmware is known. A refusal from here consumes the nonce.
+    pub fn quote(self, denied: &[EkDenyRule]) -> Result<FreshQuote, Refusal> {
         let csr_spki = csr::p256_spki(&self.header.csr)?;
-        let ak_name = self.ak.public().name();
+        let extra_data = transcript::qualifying_data(&transcript::Binding {
+            agent_nonce: &self.ticket.agent_nonce,
+            server_nonce: &self.ticket.server_nonce,
+            ticket_sha256: &self.ticket_sha256,
+            csr_spki: &csr_spki,
+            cluster: &self.ticket.cluster,
+            ak_name: &self.ak_name,
+        });
         let quote = Quote {
             attest: &self.header.quote,
             signature: &self.header.signature,
             pcrs: &self.header.pcrs,
-            signer: self.ek.qualify(self.ak.public()),
-            extra_data: transcript::qualifying_data(&transcript::Binding {
-                agent_nonce: &self.ticket.agent_nonce,
-                server_nonce: &self.ticket.server_nonce,
-                ticket_sha256: &self.ticket_sha256,
-                csr_spki: &csr_spki,
-                cluster: &self.ticket.cluster,
-                ak_name: &ak_name,
-            }),
+            signer: &self.qualified_signer,
+            extra_data,
             bank: self.ticket.bank,
             pcr_mask: self.ticket.pcr_mask,
         };
-        let (attest, pcrs) = quote.judge(&self.ak)?;
-        Ok(FreshQuote { activated: self, csr_spki, ak_name, attest, pcrs })
+        let quoted = quote.judge(&self.ak)?;
+        deny::after_quote(denied, &self.ticket.backing.make, quoted.head.firmware_version)?;
+        let key = &self.header.svid_key;
+        let svid_key_in_tpm = key.judge(&self.ak, &self.qualified_signer, &extra_data, &csr_spki)?;
+        Ok(FreshQuote { activated: self, csr_spki, svid_key_in_tpm, quoted })
     }
 }
 
 fn sizes(header: &EvidenceHeader) -> Result<(), Refusal> {
-    let refuse =
-        |what: &str, n: u64| Refusal::new(Code::EvidenceTooLarge, format!("{what} within its limit"), n.to_string());
-    for (what, object) in [
+    let objects: [(&str, &[u8]); 6] = [
         ("HMAC", &header.hmac),
         ("CSR", &header.csr),
         ("quote", &header.quote),
         ("signature", &header.signature),
         ("EK public", &header.ek_public),
         ("AK public", &header.ak_public),
-    ] {
-        if object.len() > OBJECT_BYTES_MAX {
-            return Err(refuse(what, object.len() as u64));
-        }
-    }
-    // 24 PCRs of at most 64 bytes.
-    if header.pcrs.len() > 24 || header.pcrs.iter().any(|(_, v)| v.len() > 64) {
-        return Err(refuse("PCR values", header.pcrs.len() as u64));
+    ];
+    quote::sizes(&objects, &header.pcrs)?;
+    if let KeyHome::InTpm { public, attest, signature } = &header.svid_key {
+        quote::sizes(&[("SVID key", public), ("certification", attest), ("its signature", signature)], &[])?;
     }
     if header.boot_log.len > BOOT_LOG_BYTES_MAX {
-        return Err(refuse("boot log", header.boot_log.len));
+        return Err(quote::too_large("boot log", header.boot_log.len));
     }
     if header.ima_log.len > IMA_LOG_BYTES_MAX {
-        return Err(refuse("IMA log", header.ima_log.len));
+        return Err(quote::too_large("IMA log", header.ima_log.len));
     }
     Ok(())
-}
-
-/// A quote and all that it must equal. Apart from [`ActivatedAk`] so that recorded quotes can be judged in tests.
-pub(crate) struct Quote<'a> {
-    pub(crate) attest: &'a [u8],
-    pub(crate) signature: &'a [u8],
-    pub(crate) pcrs: &'a [(u32, Vec<u8>)],
-    pub(crate) signer: Vec<u8>,
-    pub(crate) extra_data: [u8; 32],
-    pub(crate) bank: Bank,
-    pub(crate) pcr_mask: u32,
-}
-
-impl Quote<'_> {
-    pub(crate) fn judge(&self, ak: &AttestationKey) -> Result<(Attest, BTreeMap<u32, Vec<u8>>), Refusal> {
-        let signature =
-            Signature::parse(self.signature).map_err(|e| e.refuse(Code::EvidenceMalformed, "TPMT_SIGNATURE"))?;
-        signature.verify(ak, self.attest)?;
-        let attest = Attest::parse(self.attest)?;
-        if attest.qualified_signer != self.signer {
-            return Err(Refusal::new(
-                Code::QuoteSigner,
-                format!("qualified signer {}", hex::encode(&self.signer)),
-                hex::encode(&attest.qualified_signer),
-            ));
-        }
-        if attest.extra_data != self.extra_data {
-            return Err(Refusal::new(
-                Code::QuoteNonce,
-                format!("extraData {}", hex::encode(self.extra_data)),
-                hex::encode(&attest.extra_data),
-            ));
-        }
-        attest.selects_exactly(self.bank, self.pcr_mask)?;
-        let pcrs = self.values()?;
-        let concatenated = pcrs.values().map(Vec::as_slice).collect::<Vec<_>>();
-        let digest = ak.scheme_hash().digest(&concatenated);
-        if attest.pcr_digest != digest {
-            return Err(Refusal::new(
-                Code::QuotePcrDigest,
-                format!("values whose digest is {}", hex::encode(&attest.pcr_digest)),
-                hex::encode(digest),
-            ));
-        }
-        Ok((attest, pcrs))
-    }
-
-    /// The values sent, if they are exactly the PCRs asked for, ascending, each as long as the bank's digest.
-    fn values(&self) -> Result<BTreeMap<u32, Vec<u8>>, Refusal> {
-        let asked = (0..24u32).filter(|n| self.pcr_mask & (1 << n) != 0);
-        let sent = self.pcrs.iter().map(|(n, _)| *n);
-        if !asked.eq(sent) || self.pcrs.iter().any(|(_, v)| v.len() != self.bank.hash().size()) {
-            return Err(Refusal::new(
-                Code::QuotePcrDigest,
-                format!("{} values of the PCRs in mask {:#08x}, ascending", self.bank.as_str(), self.pcr_mask),
-                format!("values of PCRs {:?}", self.pcrs.iter().map(|(n, _)| *n).collect::<Vec<_>>()),
-            ));
-        }
-        Ok(self.pcrs.iter().cloned().collect())
-    }
 }
 
 /// A quote by the activated AK over exactly the PCRs asked for, fresh for this session and this CSR key.
@@ -240,61 +188,74 @@ impl Quote<'_> {
 pub struct FreshQuote {
     activated: ActivatedAk,
     csr_spki: Vec<u8>,
-    ak_name: Vec<u8>,
-    attest: Attest,
-    pcrs: BTreeMap<u32, Vec<u8>>,
+    svid_key_in_tpm: bool,
+    quoted: Quoted,
 }
 
 impl FreshQuote {
-    /// Judges counters and logs. `stored` are the counters of this EK's last verdict, none at its first.
+    /// The quoted PCRs, exactly those asked for.
+    pub fn pcrs(&self) -> &BTreeMap<u32, Vec<u8>> {
+        &self.quoted.pcrs
+    }
+    /// TPMS_ATTEST and TPMT_SIGNATURE, as sent: to be kept.
+    pub fn raw(&self) -> (&[u8], &[u8]) {
+        (&self.activated.header.quote, &self.activated.header.signature)
+    }
+
+    /// Judges counters and logs, by the first of `policies` (those of the cluster) that accepts all. `stored` are the
+    /// counters of this EK's last verdict, none at its first.
     pub fn appraise(
         self,
         boot_log: &[u8],
         ima_log: &[u8],
         stored: Option<Counters>,
+        policies: &[Arc<CompiledPolicy>],
     ) -> Result<Verified<NodeEvidence>, Denial> {
-        let ActivatedAk { ticket, header, evidence_sha256, .. } = self.activated;
+        let ActivatedAk { ticket, header, ak_name, qualified_signer, evidence_sha256, .. } = self.activated;
+        let boot_pcrs_sha256 = self.quoted.boot_pcrs_sha256();
+        let Quoted { head, pcrs, .. } = self.quoted;
         for (what, log, extent) in [("boot log", boot_log, header.boot_log), ("IMA log", ima_log, header.ima_log)] {
             if LogExtent::of(log) != extent {
                 let expected = format!("the {what} that the header states");
                 return Err(Refusal::new(Code::EvidenceMalformed, expected, "other bytes").into());
             }
         }
-        let counters = self.attest.counters;
+        let counters = head.counters;
         if let Some(stored) = stored
             && !counters.may_follow(&stored)
         {
-            let text = |c: &Counters| format!("resets {}, restarts {}, clock {} ms", c.reset, c.restart, c.clock_ms);
-            let expected = format!("no step back from {}", text(&stored));
-            return Err(Refusal::new(Code::ClockStepBack, expected, text(&counters)).into());
+            return Err(
+                Refusal::new(Code::ClockStepBack, format!("no step back from {stored}"), counters.to_string()).into()
+            );
         }
-        let hash: HashAlg = ticket.bank.hash();
-        let boot = bootlog::judge(boot_log, hash, &self.pcrs)?;
-        // Appraisal of the boot log by a named policy belongs here (issue B); until then the facts are only reported.
         if ticket.ima_offset != 0 {
-            return Err(Refusal::new(Code::Unimplemented, "an IMA log from its start", "an IMA offset").into());
+            return Err(Refusal::new(Code::TicketInvalid, "logs from their beginnings", "an IMA offset").into());
         }
-        let ima = match self.pcrs.get(&IMA_PCR) {
-            Some(quoted) => ima::judge(ima_log, ticket.bank, quoted)?,
-            None => ima::ImaFacts::default(),
-        };
-        // Appraisal of the IMA log belongs here (issue B).
+        let endorsement = Endorsement::Class(ticket.backing.class);
+        let quoted = logs::Quoted { pcrs: &pcrs, bank: ticket.bank, endorsement };
+        let (boot, appraised) = quoted.whole(boot_log, ima_log, policies)?;
         Ok(Verified(NodeEvidence {
             node: ticket.node,
             cluster: ticket.cluster,
-            ek_class: ticket.ek_class,
+            ek_class: ticket.backing.class,
+            ek_root_sha256: ticket.backing.root_sha256,
+            ek_make: ticket.backing.make,
             ek_public_sha256: ticket.ek_public_sha256,
-            ak_name: self.ak_name,
+            ak_public: header.ak_public,
+            ak_name,
+            qualified_signer,
             csr_spki: self.csr_spki,
+            svid_key_in_tpm: self.svid_key_in_tpm,
             nonce: ticket.server_nonce,
             deadline: ticket.deadline,
             bank: ticket.bank,
-            pcrs: self.pcrs,
+            pcrs,
+            boot_pcrs_sha256,
             counters,
-            firmware_version: self.attest.firmware_version,
+            firmware_version: head.firmware_version,
             boot,
-            ima,
-            join_token: ticket.join_token,
+            appraised,
+            join_token: ticket.backing.join_token,
             endorsement_revision: ticket.endorsement_revision,
             policy_revision: ticket.policy_revision,
             evidence_sha256,

@@ -1,16 +1,17 @@
 //! The whole chain, with a software key in the place of a TPM's AK: so that every field a TPM would never put wrong can
 //! be put wrong. (The `ambit-tpm` crate runs the same chain against a real TPM.)
 
-use super::evidence::Quote;
 use super::*;
 use crate::attest::Attest;
 use crate::credential;
-use crate::ek::{EkRoot, Endorsements};
+use crate::ek::{EkDenyRule, EkRoot, Endorsements};
 use crate::hash::{HashAlg, sha256};
 use crate::public::{AttestationKey, EndorsementKey, Public};
+use crate::quote::Quote;
+use crate::signature::AkVerifier;
 use crate::testdata::{ca, golden, golden_pcrs, mutant};
 use crate::transcript::{Binding, Transcript, qualifying_data};
-use crate::{TicketBody, csr};
+use crate::{KeyHome, TicketBody, csr};
 use ambit_model::{Code, Stamp};
 use aws_lc_rs::rand::SystemRandom;
 use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair as _};
@@ -30,7 +31,7 @@ fn golden_ek_public() -> Vec<u8> {
 
 fn golden_endorsements() -> Endorsements {
     let root = EkRoot { der: ca("swtpm-localca-rootca-cert.pem"), class: EkClass::Lab };
-    Endorsements { roots: vec![root], intermediates: vec![ca("issuercert.pem")] }
+    Endorsements { roots: vec![root], intermediates: vec![ca("issuercert.pem")], denied: vec![] }
 }
 
 fn key(public: Vec<u8>) -> (EndorsementKey, AttestationKey) {
@@ -59,8 +60,9 @@ fn the_golden_quote_is_accepted_and_forgeries_are_not() {
     assert_eq!(ak.public().name(), golden("ak.name"));
     let judge = |attest: &[u8], signature: &[u8], ak: &AttestationKey, extra_data: [u8; 32]| {
         let signer = ek.qualify(ak.public());
-        let quote = Quote { attest, signature, pcrs: &pcrs, signer, extra_data, bank: Bank::Sha256, pcr_mask: MASK };
-        quote.judge(ak).map(|_| ()).map_err(|r| r.code)
+        let quote =
+            Quote { attest, signature, pcrs: &pcrs, signer: &signer, extra_data, bank: Bank::Sha256, pcr_mask: MASK };
+        quote.judge(&AkVerifier::new(ak).unwrap()).map(|_| ()).map_err(|r| r.code)
     };
     let (attest, signature) = (golden("quote.tpms_attest"), golden("quote.tpmt_signature"));
     let nonce: [u8; 32] = nonce.try_into().unwrap();
@@ -111,6 +113,7 @@ struct Attempt {
     logs_swapped_after: bool,
     answer_at: Stamp,
     stored: Option<Counters>,
+    denied: Vec<EkDenyRule>,
 }
 
 const TICKET: &[u8] = b"the sealed ticket";
@@ -169,6 +172,7 @@ impl Attempt {
             logs_swapped_after: false,
             answer_at: NOW,
             stored: Some(Counters { reset: 5, restart: 2, clock_ms: 1000, safe: true }),
+            denied: vec![],
         }
     }
 
@@ -248,6 +252,7 @@ impl Attempt {
             ima_log: LogExtent::of(&self.ima_log),
             ek_public: self.begin.ek_public.clone(),
             ak_public: self.begin.ak_public.clone(),
+            svid_key: KeyHome::InMemory,
         };
         (self.edit_header)(&mut header);
         let transcript = Transcript {
@@ -258,6 +263,7 @@ impl Attempt {
             pcrs: &header.pcrs,
             boot_log: header.boot_log,
             ima_log: header.ima_log,
+            svid_key: &header.svid_key,
         };
         header.hmac = transcript.hmac(&[1; 32]).to_vec();
         if self.hmac_flipped {
@@ -267,7 +273,7 @@ impl Attempt {
         assert_eq!(activated.session().nonce, [2; 32]);
         let (boot, ima) = (self.boot_log.as_slice(), self.ima_log.as_slice());
         let (boot, ima) = if self.logs_swapped_after { (ima, boot) } else { (boot, ima) };
-        activated.quote()?.appraise(boot, ima, self.stored)
+        activated.quote(&self.denied)?.appraise(boot, ima, self.stored)
     }
 }
 

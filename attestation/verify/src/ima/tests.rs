@@ -1,5 +1,6 @@
 use super::*;
 use crate::testdata::{golden, golden_pcrs};
+use crate::wire::Reader;
 
 /// Byte range of each entry.
 fn entries(log: &[u8]) -> Vec<std::ops::Range<usize>> {
@@ -7,7 +8,7 @@ fn entries(log: &[u8]) -> Vec<std::ops::Range<usize>> {
     let mut out = Vec::new();
     while r.remaining() > 0 {
         let start = r.at();
-        read_entry(&mut r).unwrap();
+        entry::RawEntry::read(&mut r).unwrap().unwrap();
         out.push(start..r.at());
     }
     out
@@ -19,7 +20,7 @@ fn the_golden_log_replays_in_every_bank() {
     for (hash, form) in
         [(HashAlg::Sha1, ImaForm::Native), (HashAlg::Sha256, ImaForm::Native), (HashAlg::Sha384, ImaForm::PaddedSha1)]
     {
-        let facts = replay(&log, hash, &golden_pcrs(hash)[&10]).unwrap();
+        let facts = judge_each(&log, hash, &golden_pcrs(hash)[&10], &mut |_| {}).unwrap();
         assert_eq!((facts.entries, facts.bytes, facts.form), (41, log.len() as u64, form), "{hash}");
     }
 }
@@ -83,4 +84,97 @@ fn a_changed_log_is_refused() {
     }
     assert_eq!(judge(&[], Bank::Sha256, &[0; 32]).unwrap(), ImaFacts::default(), "IMA off");
     assert!(judge(&log, Bank::Sha256, &[0; 32]).is_err(), "a log, but nothing extended");
+}
+
+/// The kernel's own text form of the same log is the oracle of what an entry says.
+#[test]
+fn entries_read_as_the_kernel_shows_them() {
+    let ascii = String::from_utf8(golden("ima_ascii_runtime_measurements")).unwrap();
+    let mut shown = Vec::new();
+    let log = golden("ima_binary_runtime_measurements");
+    let mut each = |e: &ImaEntry<'_>| {
+        shown.push(format!("{}:{} {}", e.algorithm, hex::encode(e.digest), e.path_text()));
+        assert!(!e.signed && !e.violation);
+    };
+    judge_each(&log, HashAlg::Sha256, &golden_pcrs(HashAlg::Sha256)[&10], &mut each).unwrap();
+    let lines: Vec<&str> = ascii.lines().map(|l| l.splitn(4, ' ').nth(3).unwrap().trim_end()).collect();
+    assert_eq!(shown, lines);
+}
+
+/// Any cut into pieces leads to the same checkpoint, and any entry is a place to go on from.
+#[test]
+fn a_replay_takes_pieces_and_resumes() {
+    let log = golden("ima_binary_runtime_measurements");
+    let hash = HashAlg::Sha256;
+    let quoted = &golden_pcrs(hash)[&10];
+    let mut whole = Replay::resume(hash, quoted, Checkpoint::start(hash));
+    whole.push(&log, &mut |_| {}).unwrap();
+    let (end, _) = whole.finish().unwrap();
+    for size in [1, 7, 63, 200, 5000] {
+        let mut paths = Vec::new();
+        let mut replay = Replay::resume(hash, quoted, Checkpoint::start(hash));
+        for piece in log.chunks(size) {
+            replay.push(piece, &mut |e| paths.push(e.number)).unwrap();
+        }
+        assert_eq!(replay.finish().unwrap().0, end, "pieces of {size}");
+        assert_eq!(paths, (1..=41).collect::<Vec<u64>>(), "pieces of {size}");
+    }
+    let mut pcr = vec![0; 32];
+    for (n, range) in entries(&log).into_iter().enumerate() {
+        let at = Checkpoint { offset: range.start as u64, entries: n as u64, pcr: pcr.clone(), form: ImaForm::Native };
+        let mut replay = Replay::resume(hash, quoted, at.clone());
+        replay.push(&log[range.start..], &mut |_| {}).unwrap();
+        assert_eq!(replay.finish().unwrap().0, end, "from entry {n}");
+        // The same delta after another value, or none of it, leads nowhere.
+        let short = Replay::resume(hash, quoted, at).finish().unwrap_err();
+        assert_eq!(short.refusal.code, Code::ImaLogMismatch);
+        let data = range.start + 4 + 20 + 4 + 7 + 4;
+        pcr = hash.digest(&[&pcr, &hash.digest(&[&log[data..range.end]])]);
+    }
+    let mut unchanged = Replay::resume(hash, quoted, end.clone());
+    assert!(unchanged.is_reached());
+    unchanged.push(b"what follows the quote is not looked at", &mut |_| panic!("not shown")).unwrap();
+    assert_eq!(unchanged.finish().unwrap(), (end, 0));
+}
+
+#[test]
+fn templates_are_read_by_their_own_definition() {
+    let field = |body: &[u8]| [(body.len() as u32).to_le_bytes().as_slice(), body].concat();
+    let log = |name: &str, fields: &[&[u8]]| {
+        let data = fields.iter().flat_map(|f| field(f)).collect::<Vec<u8>>();
+        let hash = HashAlg::Sha1.digest(&[&data]);
+        [&10u32.to_le_bytes(), hash.as_slice(), &field(name.as_bytes()), &field(&data)].concat()
+    };
+    let d = [b"sha256:\0".as_slice(), &[7; 32]].concat();
+    let d2 = [b"ima:".as_slice(), &d].concat();
+    let verity = [b"verity:".as_slice(), &d].concat();
+    let read = |log: &[u8]| {
+        let mut out = None;
+        let mut replay = Replay::resume(HashAlg::Sha256, &[1; 32], Checkpoint::start(HashAlg::Sha256));
+        replay.push(log, &mut |e| out = Some((e.algorithm.to_owned(), e.path_text(), e.signed)))?;
+        Ok::<_, Denial>(out)
+    };
+    for (log, algorithm, path, signed) in [
+        (log("ima-ng", &[&d, b"/a\0"]), "sha256", "/a", false),
+        (log("ima-sig", &[&d, b"/a b\0", b"\x03sig"]), "sha256", "/a b", true),
+        (log("ima-sigv2", &[&d2, b"/a\0", b""]), "sha256", "/a", false),
+        (log("ima-ngv2", &[&verity, b"/a\0"]), "verity:sha256", "/a", false),
+        (log("ima-buf", &[&d, b"kexec-cmdline\0", b"quiet"]), "sha256", "kexec-cmdline", false),
+        (log("d-ng|n-ng|imode", &[&d, b"/\xff\n\0", b"xx"]), "sha256", "/\\xff\\n", false),
+    ] {
+        assert_eq!(read(&log).unwrap(), Some((algorithm.to_owned(), path.to_owned(), signed)));
+    }
+    for (what, log) in [
+        ("unknown template", log("mine", &[&d, b"/a\0"])),
+        ("unknown field", log("d-ng|n-ng|mine", &[&d, b"/a\0", b""])),
+        ("field missing", log("ima-sig", &[&d, b"/a\0"])),
+        ("field too many", log("ima-ng", &[&d, b"/a\0", b""])),
+        ("path without its end", log("ima-ng", &[&d, b"/a"])),
+        ("zero in a path", log("ima-ng", &[&d, b"/a\0b\0"])),
+        ("digest of another length", log("ima-ng", &[&d[..39], b"/a\0"])),
+        ("unknown hash", log("ima-ng", &[b"crc32:\0xxxx", b"/a\0"])),
+        ("no name", log("d-ng", &[&d])),
+    ] {
+        assert_eq!(read(&log).expect_err(what).refusal.code, Code::ImaLogMalformed, "{what}");
+    }
 }

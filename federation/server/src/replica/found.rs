@@ -106,6 +106,7 @@ async fn found_cell(
         next_identity: NumericIdentity::FIRST.0,
         revision: Revision(0),
         endorsement_revision: Revision(0),
+        policy_revision: Revision(0),
         export_seq: 0,
         export_hash: [0; 32],
     };

@@ -1,13 +1,18 @@
 //! One replica: its keys, its place in the cell, and what all services share.
 
 pub mod agents;
+pub mod blobs;
 pub mod budget;
+pub mod evidence;
 pub mod files;
 pub mod found;
 pub mod peering;
+pub mod policies;
 pub mod run;
 pub mod ticket;
 pub mod upkeep;
+pub mod verdicts;
+pub mod work;
 
 use crate::raft::Cell;
 use agents::Agents;
@@ -22,6 +27,7 @@ use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use tokio::sync::watch;
 
 /// A replica further than this from the cell's time signs nothing.
 const CLOCK_SKEW_MS_MAX: u64 = 30_000;
@@ -46,6 +52,12 @@ struct Inner {
     trust: SharedTrust,
     dialer: Dialer,
     agents: Agents,
+    blobs: blobs::Blobs,
+    work: work::Work,
+    verdicts: verdicts::Verdicts,
+    policies: policies::Policies,
+    /// The cell's revision, once trust follows it: what streams wait for, instead of every entry applied.
+    revision: watch::Sender<u64>,
     /// When the last pull that succeeded was *sent*, by this replica's own clock (I12); known where pulling happens.
     heard: Mutex<BTreeMap<TrustDomain, Instant>>,
 }
@@ -96,6 +108,26 @@ impl Replica {
     /// Agents whose streams end here.
     pub fn agents(&self) -> &Agents {
         &self.inner.agents
+    }
+    /// Evidence bodies and allow-lists.
+    pub fn blobs(&self) -> &blobs::Blobs {
+        &self.inner.blobs
+    }
+    /// Where judging is done.
+    pub fn work(&self) -> &work::Work {
+        &self.inner.work
+    }
+    /// Where good verdicts of rounds go.
+    pub fn verdicts(&self) -> &verdicts::Verdicts {
+        &self.inner.verdicts
+    }
+    /// Changes of anything that a slice is made of.
+    pub fn watch_revision(&self) -> watch::Receiver<u64> {
+        self.inner.revision.subscribe()
+    }
+    /// Work that outlives the stream that began it; it ends with the replica.
+    pub fn background(&self, task: impl Future<Output = ()> + Send + 'static) {
+        tokio::spawn(task);
     }
     /// Notes a pull that succeeded, by when it was sent.
     pub fn heard(&self, peer: &TrustDomain, sent: Instant) {

@@ -34,7 +34,8 @@ pub async fn run(config: &Config, mut stop: watch::Receiver<bool>) -> Result<(),
     }
     let listener = listen(config.listen).await?;
     let metrics_listener = listen(config.metrics_listen).await?;
-    let (replica, tls) = open(config, &files)?;
+    let (verdicts, waiting) = super::verdicts::Verdicts::new();
+    let (replica, tls) = open(config, &files, verdicts)?;
     tracing::info!(trust_domain = %replica.trust_domain(), replica = replica.id(), listen = %config.listen, "replica starts");
     let router = crate::services::router(&replica)?;
     let alpn: &[&[u8]] = &[b"h2"];
@@ -43,7 +44,7 @@ pub async fn run(config: &Config, mut stop: watch::Receiver<bool>) -> Result<(),
     let shutdown = async move {
         let _ = stopping.wait_for(|s| *s).await;
     };
-    let chores = upkeep::spawn(&replica);
+    let chores = upkeep::spawn(&replica, waiting);
     let page = tokio::spawn(crate::metrics::serve(metrics_listener, replica.clone()));
     let served = tokio::select! {
         served = ambit_transport::serve(listener, server, replica.trust().clone(), router, shutdown) => {
@@ -64,7 +65,7 @@ async fn listen(at: SocketAddr) -> Result<TcpListener, Refusal> {
     })
 }
 
-fn open(config: &Config, files: &Files) -> Result<(Replica, Arc<CertifiedKey>), Refusal> {
+fn open(config: &Config, files: &Files, verdicts: super::verdicts::Verdicts) -> Result<(Replica, Arc<CertifiedKey>), Refusal> {
     let card = files.card()?;
     let (issuer, tls_key, root_der) = (files.issuer()?, files.tls()?, files.root_der()?);
     let now = wall_clock();
@@ -105,6 +106,11 @@ fn open(config: &Config, files: &Files) -> Result<(Replica, Arc<CertifiedKey>), 
         trust,
         dialer,
         agents: Agents::default(),
+        blobs: super::blobs::Blobs::open(config.data_dir.join("blobs"))?,
+        work: super::work::Work::default(),
+        verdicts,
+        policies: super::policies::Policies::default(),
+        revision: watch::Sender::new(0),
         heard: Mutex::new(BTreeMap::new()),
     };
     Ok((Replica { inner: Arc::new(inner) }, tls))

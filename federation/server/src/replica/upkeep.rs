@@ -22,6 +22,8 @@ const PULL_RETRY: Duration = Duration::from_millis(500);
 /// A pull waits up to 1 s for news at the far end; beyond this it is dead.
 const PULL_TIMEOUT: Duration = Duration::from_secs(4);
 const PULL_LIMIT: u32 = 500;
+/// A list that is missing here is missed by every judgement.
+const BLOB_CARE: Duration = Duration::from_secs(5);
 const PROMOTE_RETRY: Duration = Duration::from_millis(200);
 
 /// The running chores.
@@ -39,7 +41,7 @@ impl Chores {
 }
 
 /// Starts them.
-pub fn spawn(replica: &Replica) -> Chores {
+pub fn spawn(replica: &Replica, verdicts: super::verdicts::Queue) -> Chores {
     let r = || replica.clone();
     Chores {
         tasks: vec![
@@ -47,6 +49,8 @@ pub fn spawn(replica: &Replica) -> Chores {
             tokio::spawn(tick(r())),
             tokio::spawn(pull_from_peers(r())),
             tokio::spawn(ask_for_vote(r())),
+            tokio::spawn(super::verdicts::run(r(), verdicts)),
+            tokio::spawn(keep_blobs(r())),
         ],
     }
 }
@@ -63,6 +67,7 @@ async fn follow_trust(replica: Replica) {
                 Ok(trust) => replica.trust().replace(trust),
                 Err(refusal) => tracing::error!(%refusal, "bundles are not usable; the last ones stay"),
             }
+            replica.inner.revision.send_replace(seen.map_or(0, |r| r.0));
         }
         if applied.changed().await.is_err() {
             return;
@@ -85,6 +90,16 @@ async fn tick(replica: Replica) {
         if let Err(refusal) = done.await {
             tracing::debug!(%refusal, "tick");
         }
+    }
+}
+
+/// Allow-lists that policies name are fetched where they are not here; evidence past its age goes.
+async fn keep_blobs(replica: Replica) {
+    let mut every = tokio::time::interval(BLOB_CARE);
+    loop {
+        every.tick().await;
+        replica.fetch_lists().await;
+        replica.blobs().expire();
     }
 }
 

@@ -1,15 +1,15 @@
 //! One stream per node: slices down, acknowledgements and endpoints up.
 
 use super::OrStatus;
+use super::rounds::{Rounds, Todo};
 use crate::authorise::{Role, actor};
 use crate::replica::Replica;
 use ambit_model::policy::Endpoint;
-use ambit_model::{Code, Generation, NodeId, Refusal, Stamp};
+use ambit_model::{Code, Generation, NodeId, Refusal, Stamp, TrustDomain};
 use ambit_proto::convert::{policy_message, service_message};
 use ambit_proto::status::to_status;
 use ambit_proto::v1;
-use ambit_state::objects::NodeState;
-use ambit_state::{Command, ENDPOINTS_PER_NODE_MAX, Reply, Slice};
+use ambit_state::{Command, ENDPOINTS_PER_NODE_MAX, Reply, Slice, State};
 use sha2::{Digest, Sha256};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -50,7 +50,8 @@ impl v1::agent_stream_server::AgentStream for Streams {
         // From here on an older stream of this node ends, at its next message or beat.
         self.0.agents().connected(node, subscribe.node_address, stream);
         let (down, queue) = mpsc::channel::<Down>(QUEUE);
-        let session = Session { replica: self.0.clone(), node, generation, until: actor.until, stream };
+        let rounds = Rounds::new(self.0.clone(), node, generation);
+        let session = Session { replica: self.0.clone(), node, generation, until: actor.until, stream, rounds };
         tokio::spawn(session.run(up, down));
         Ok(Response::new(Box::pin(ReceiverStream::new(queue))))
     }
@@ -62,6 +63,7 @@ struct Session {
     generation: Generation,
     until: Option<Stamp>,
     stream: u64,
+    rounds: Rounds,
 }
 
 /// What went down last, and at which revisions that same content still held.
@@ -72,11 +74,13 @@ struct Sent {
     /// The highest revision at which the slice sent last is still what the node needs.
     holds: u64,
     acked: u64,
+    /// Whom it said to refuse.
+    denials: Vec<v1::NodeDenial>,
 }
 
 impl Session {
-    async fn run(self, mut up: Streaming<v1::AgentMessage>, down: mpsc::Sender<Down>) {
-        let mut applied = self.replica.cell().watch_applied();
+    async fn run(mut self, mut up: Streaming<v1::AgentMessage>, down: mpsc::Sender<Down>) {
+        let mut revisions = self.replica.watch_revision();
         let mut sent = Sent::default();
         let mut beat = tokio::time::interval(HEARTBEAT);
         let ended = loop {
@@ -86,15 +90,24 @@ impl Session {
             tokio::select! {
                 message = up.message() => match message {
                     Ok(Some(message)) => {
-                        if let Err(refusal) = self.take(message, &mut sent).await {
+                        if let Err(refusal) = self.take(message, &mut sent, &down).await {
                             break Some(refusal);
                         }
                     }
                     Ok(None) | Err(_) => break None,
                 },
-                changed = applied.changed() => {
+                todo = self.rounds.next() => {
+                    if let Some(refusal) = self.act(todo, &down).await {
+                        break Some(refusal);
+                    }
+                }
+                changed = revisions.changed() => {
                     if changed.is_err() {
                         break None;
+                    }
+                    // Whom to refuse does not wait for the rest to settle.
+                    if let Err(refusal) = self.push_denials(&mut sent, &down).await {
+                        break Some(refusal);
                     }
                     tokio::time::sleep(SETTLE).await;
                 }
@@ -127,10 +140,9 @@ impl Session {
             return Ok(());
         }
         let slice = self.replica.local(|s| {
-            let row = s.node(&self.node).filter(|n| n.state == NodeState::Admitted && n.generation >= self.generation);
-            row.and_then(|_| s.slice(&self.node))
-        });
-        let slice = slice.ok_or_else(|| Refusal::new(Code::NodeUntrusted, "an admitted node", "one that is out"))?;
+            self.trusted(s)?;
+            s.slice(&self.node).ok_or_else(|| Refusal::new(Code::NodeUnknown, "an enrolled node", "none"))
+        })?;
         let revision = slice.revision.0;
         let message = slice_message(&slice);
         let digest = content(&message);
@@ -140,9 +152,40 @@ impl Session {
                 .await
                 .map_err(|_| Refusal::new(Code::Unavailable, "an open stream", "a closed one"))?;
             (sent.digest, sent.revision) = (digest, revision);
+            sent.denials = slice.denials.iter().map(denial_message).collect();
         }
         sent.holds = revision;
         self.note(sent);
+        Ok(())
+    }
+
+    /// Sends the list of whom to refuse if it changed since the last slice or list.
+    async fn push_denials(&self, sent: &mut Sent, down: &mpsc::Sender<Down>) -> Result<(), Refusal> {
+        let (revision, stamp, denials) = self.replica.local(|s| {
+            self.trusted(s)?;
+            let denials: Vec<_> = s.node_denials().map(|(k, g)| denial_message((k, g))).collect();
+            Ok::<_, Refusal>((s.cell().map(|c| c.revision.0).unwrap_or_default(), s.stamp().0, denials))
+        })?;
+        if denials == sent.denials {
+            return Ok(());
+        }
+        sent.denials.clone_from(&denials);
+        let list = v1::Denials { revision, stamp_ms: stamp, denials };
+        let body = Some(v1::server_message::Body::Denials(list));
+        let closed = |_| Refusal::new(Code::Unavailable, "an open stream", "a closed one");
+        down.send(Ok(v1::ServerMessage { body })).await.map_err(closed)
+    }
+
+    /// The node may still be served: it is in, and what its certificate stands for was not denied.
+    fn trusted(&self, s: &State) -> Result<(), Refusal> {
+        let row = s.node(&self.node);
+        let row = row.ok_or_else(|| Refusal::new(Code::NodeUnknown, "an enrolled node", "none"))?;
+        if let Some(code) = row.state.bars_trust() {
+            return Err(Refusal::new(code, "an admitted node", row.state.as_str()));
+        }
+        if row.generation < self.generation || s.denied(&self.node).is_some_and(|g| self.generation <= g) {
+            return Err(Refusal::new(Code::NodeUntrusted, "a generation in force", self.generation.to_string()));
+        }
         Ok(())
     }
 
@@ -158,7 +201,25 @@ impl Session {
         });
     }
 
-    async fn take(&self, message: v1::AgentMessage, sent: &mut Sent) -> Result<(), Refusal> {
+    /// What the rounds want done; the refusal that ends the stream, if that is it.
+    async fn act(&self, todo: Todo, down: &mpsc::Sender<Down>) -> Option<Refusal> {
+        match todo {
+            Todo::Nothing => None,
+            Todo::End(refusal) => Some(refusal),
+            Todo::Send(request) => {
+                let body = Some(v1::server_message::Body::Quote(request));
+                let closed = |_| Refusal::new(Code::Unavailable, "an open stream", "a closed one");
+                down.send(Ok(v1::ServerMessage { body })).await.map_err(closed).err()
+            }
+        }
+    }
+
+    async fn take(
+        &mut self,
+        message: v1::AgentMessage,
+        sent: &mut Sent,
+        down: &mpsc::Sender<Down>,
+    ) -> Result<(), Refusal> {
         self.newest()?;
         match message.body {
             Some(v1::agent_message::Body::Ack(ack)) => {
@@ -173,8 +234,13 @@ impl Session {
                 Ok(())
             }
             Some(v1::agent_message::Body::Endpoints(report)) => self.endpoints(report).await,
-            Some(v1::agent_message::Body::Quote(_) | v1::agent_message::Body::LogChunk(_)) => {
-                Err(Refusal::new(Code::BadRequest, "a quote only where one was asked for", "one nobody asked for"))
+            Some(v1::agent_message::Body::Quote(answer)) => {
+                let todo = self.rounds.answer(answer)?;
+                self.act(todo, down).await.map_or(Ok(()), Err)
+            }
+            Some(v1::agent_message::Body::LogChunk(bytes)) => {
+                let todo = self.rounds.chunk(bytes)?;
+                self.act(todo, down).await.map_or(Ok(()), Err)
             }
             Some(v1::agent_message::Body::Subscribe(_)) | None => {
                 Err(Refusal::new(Code::BadRequest, "endpoints, ack or nack", "another message"))
@@ -234,17 +300,13 @@ fn slice_message(s: &Slice) -> v1::Slice {
             .iter()
             .map(|(id, number)| v1::NumericIdentity { spiffe_id: id.to_string(), number: *number })
             .collect(),
-        denials: s
-            .denials
-            .iter()
-            .map(|((td, node), generation)| v1::NodeDenial {
-                node: node.to_string(),
-                generation: generation.0,
-                trust_domain: td.to_string(),
-            })
-            .collect(),
+        denials: s.denials.iter().map(denial_message).collect(),
         imported: s.imported.iter().map(|(td, seq)| v1::ImportedSeq { origin: td.to_string(), seq: *seq }).collect(),
     }
+}
+
+fn denial_message(((td, node), generation): (&(TrustDomain, NodeId), &Generation)) -> v1::NodeDenial {
+    v1::NodeDenial { node: node.to_string(), generation: generation.0, trust_domain: td.to_string() }
 }
 
 /// SHA-256 over what the node enforces: revision, time and import positions apart.

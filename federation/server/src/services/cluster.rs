@@ -29,7 +29,8 @@ impl v1::cluster_registry_server::ClusterRegistry for Clusters {
         let id = request_id(&m.request_id)?;
         let name: ClusterId = m.name.parse().or_status()?;
         let roots = ek_roots(m.ek_roots_der, m.ek_root_classes).or_status()?;
-        let command = Command::RegisterCluster(name.clone(), roots);
+        let interval_ms = attest_interval_ms(m.attest_interval_s).or_status()?;
+        let command = Command::RegisterCluster(name.clone(), roots, interval_ms);
         self.0.propose(actor.client, id, command).await.or_status()?.outcome.or_status()?;
         let all = self.0.local(|s| own_clusters(s, self.0.id()));
         all.into_iter()
@@ -116,7 +117,16 @@ impl v1::cluster_registry_server::ClusterRegistry for Clusters {
     }
 }
 
-fn ek_roots(ders: Vec<Vec<u8>>, classes: Vec<String>) -> Result<Vec<(Vec<u8>, String)>, Refusal> {
+/// 0 is the default. Below a second a TPM cannot follow; beyond a minute a machine that was changed is trusted too long.
+fn attest_interval_ms(seconds: u32) -> Result<u64, Refusal> {
+    match seconds {
+        0 => Ok(ambit_state::ATTEST_INTERVAL_MS),
+        1..=60 => Ok(u64::from(seconds) * 1_000),
+        more => Err(Refusal::new(Code::BadRequest, "an attestation interval of 1-60 s", more.to_string())),
+    }
+}
+
+pub(crate) fn ek_roots(ders: Vec<Vec<u8>>, classes: Vec<String>) -> Result<Vec<(Vec<u8>, String)>, Refusal> {
     if ders.len() != classes.len() || ders.len() > EK_ROOTS_MAX {
         let found = format!("{} roots, {} classes", ders.len(), classes.len());
         return Err(Refusal::new(

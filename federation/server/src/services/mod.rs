@@ -1,6 +1,7 @@
 //! gRPC services: messages in, commands proposed, messages out. No decision is taken here that the state does not take.
 
 mod agent;
+mod appraisal;
 mod cluster;
 mod drill;
 mod entry;
@@ -8,6 +9,7 @@ mod membership;
 mod node;
 mod peer_link;
 mod policy;
+mod rounds;
 mod svid;
 mod unbuilt;
 
@@ -59,6 +61,7 @@ pub fn router(
             v1::node_attestation_server::NodeAttestationServer::new(node::Nodes::new(r()))
                 .max_decoding_message_size(limit),
         )
+        .add_service(v1::appraisal_server::AppraisalServer::new(appraisal::Appraisals(r())))
         .add_service(v1::entry_registry_server::EntryRegistryServer::new(entry::Entries(r())))
         .add_service(v1::svid_server::SvidServer::new(svid::Svids(r())))
         .add_service(v1::bundle_registry_server::BundleRegistryServer::new(svid::Bundles(r())))

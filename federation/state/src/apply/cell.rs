@@ -38,6 +38,7 @@ pub(super) fn tick(s: &mut State, at: At) -> Result<Reply, Refusal> {
     s.nonces.prune(&mut s.journal, |_, deadline| *deadline < now);
     s.tokens.prune(&mut s.journal, |_, t| t.expires.plus_ms(TOKEN_KEEP_MS) < now);
     super::issue::forget(s, now);
+    super::attest::late(s, at)?;
     s.dedupe.prune(&mut s.journal, |_, d| d.stamp.plus_ms(crate::DEDUPE_MS) < now);
     Ok(Reply::Done)
 }
@@ -138,6 +139,7 @@ pub(super) fn register_cluster(
     at: At,
     id: &ClusterId,
     roots: &[(Vec<u8>, String)],
+    attest_interval_ms: u64,
 ) -> Result<Reply, Refusal> {
     if s.clusters.contains(id) {
         return Err(Refusal::new(Code::AlreadyExists, "a cluster name not in use", id.as_str()));
@@ -145,7 +147,7 @@ pub(super) fn register_cluster(
     let mut cell = cell_row(s)?;
     cell.endorsement_revision = Revision(at.index.0);
     s.cell.put(&mut s.journal, 0, cell.clone());
-    s.clusters.put(&mut s.journal, id.clone(), ClusterRow { ek_roots: roots.to_vec() });
+    s.clusters.put(&mut s.journal, id.clone(), ClusterRow { ek_roots: roots.to_vec(), attest_interval_ms });
     // A peer that claimed the name gives way, with what it showed under it: no cell keeps another from a name.
     if s.foreign_clusters.remove(&mut s.journal, id).is_some() {
         let own = cell.trust_domain.clone();

@@ -3,7 +3,7 @@
 use super::{At, cell_row};
 use crate::command::{Command, LeafRequest, Reply};
 use crate::committed::{Issuance, Subject};
-use crate::objects::{NodeRow, NodeState};
+use crate::objects::NodeRow;
 use crate::state::State;
 use ambit_model::{Code, Generation, Lifetime, NodeId, Refusal, Stamp, SvidTtl};
 
@@ -48,8 +48,8 @@ fn lifetime(s: &State, at: At, authority: &str, ttl_ms: u64, verdict: Option<Sta
 /// I4: the node as it stands at this index, if it may be issued anything at all.
 fn trusted_node<'a>(s: &'a State, at: At, id: &NodeId, generation: Generation) -> Result<&'a NodeRow, Refusal> {
     let node = s.node(id).ok_or_else(|| Refusal::new(Code::NodeUnknown, "an enrolled node", id.to_string()))?;
-    if node.state != NodeState::Admitted {
-        return Err(Refusal::new(Code::NodeUntrusted, "an admitted node", format!("{:?}", node.state)));
+    if let Some(code) = node.state.bars_trust() {
+        return Err(Refusal::new(code, "an admitted node", node.state.as_str()));
     }
     if node.generation < generation || s.denied(id).is_some_and(|g| generation <= g) {
         return Err(Refusal::new(
@@ -58,10 +58,19 @@ fn trusted_node<'a>(s: &'a State, at: At, id: &NodeId, generation: Generation) -
             generation.to_string(),
         ));
     }
-    if node.last_verdict.plus_ms(crate::UNATTESTED_MAX_MS) <= at.stamp {
+    if verdict(s, id).plus_ms(crate::UNATTESTED_MAX_MS) <= at.stamp {
         return Err(Refusal::new(Code::NodeUntrusted, "a verdict within the last hour", "an older one"));
     }
+    if s.is_late(id) {
+        let expected = format!("a verdict within {} intervals", crate::LATE_INTERVALS);
+        return Err(Refusal::new(Code::NodeLate, expected, "none: the node does not answer"));
+    }
     Ok(node)
+}
+
+/// When the node's last good verdict was.
+fn verdict(s: &State, id: &NodeId) -> Stamp {
+    s.standing(id).map_or(Stamp(0), |standing| standing.verdict)
 }
 
 /// The record of a node's own leaf; called by `admit` once everything else held.
@@ -168,7 +177,7 @@ fn leaf(
         binding: Some((*node, row.generation)),
         epoch: cell.epoch,
         key_hash: request.key_hash,
-        lifetime: lifetime(s, at, authority, entry.entry.ttl.ms(), Some(row.last_verdict))?,
+        lifetime: lifetime(s, at, authority, entry.entry.ttl.ms(), Some(verdict(s, node)))?,
         index: at.index,
     })
 }

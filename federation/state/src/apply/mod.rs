@@ -1,7 +1,10 @@
 //! One function per command. Each either refuses before its first change or changes everything it names.
 
 mod addresses;
+mod appraisal;
+mod attest;
 mod cell;
+mod endorse;
 mod federation;
 mod issue;
 mod node;
@@ -35,12 +38,11 @@ pub(crate) fn apply(s: &mut State, index: RaftIndex, stamp: Stamp, command: &Com
         Command::PutMember(id, member, keys) => cell::put_member(s, *id, member, keys),
         Command::RemoveMember(id) => cell::remove_member(s, *id),
         Command::RotateTicketKey(wrapped) => cell::rotate_ticket_key(s, at, wrapped),
-        Command::RegisterCluster(id, roots) => cell::register_cluster(s, at, id, roots),
-        Command::AllowEk(cluster, nodes) => node::allow_ek(s, at, cluster, nodes),
+        Command::RegisterCluster(id, roots, interval_ms) => cell::register_cluster(s, at, id, roots, *interval_ms),
+        Command::AllowEk(cluster, nodes) => endorse::allow(s, at, cluster, nodes),
         Command::AdmitNode(admission) => node::admit(s, at, admission),
-        Command::DenyNode(nonce, deadline, row) => node::deny(s, at, nonce, *deadline, row),
-        Command::BanNode(id) => node::ban(s, at, id),
-        Command::EvictNode(id) => node::evict(s, at, id),
+        Command::DenyNode { nonce, deadline, row, distrust } => node::deny(s, at, nonce, *deadline, row, *distrust),
+        Command::SetNodes(verb, nodes) => attest::set_nodes(s, at, *verb, nodes),
         Command::CreateEntries(entries) => objects::create_entries(s, at, entries),
         Command::DeleteEntries(ids) => objects::delete_entries(s, at, ids),
         Command::Issue { node, generation, authority, leaves } => {
@@ -56,6 +58,14 @@ pub(crate) fn apply(s: &mut State, index: RaftIndex, stamp: Stamp, command: &Com
         Command::Import(head, records) => federation::import(s, at, head, records),
         Command::StopPeer(td, trouble) => federation::stop(s, td, trouble),
         Command::SealReport(drill, sha256) => cell::seal_report(s, at, drill, *sha256),
+        Command::PutVerdicts(verdicts) => attest::verdicts(s, at, verdicts),
+        Command::Distrust(generation, row) => attest::distrust(s, at, *generation, row),
+        Command::DisallowEk(cluster, nodes) => endorse::disallow(s, at, cluster, nodes),
+        Command::PutEkRoots { cluster, add, remove } => endorse::put_roots(s, at, cluster, add, remove),
+        Command::PutEkDeny(add, remove) => endorse::put_denials(s, at, add, remove),
+        Command::PutAppraisalPolicy { name, content, staged, by } => appraisal::put(s, at, name, content, *staged, by),
+        Command::PromoteAppraisalPolicy(name) => appraisal::promote(s, at, name),
+        Command::DeleteAppraisalPolicy(name) => appraisal::delete(s, at, name),
     }
 }
 

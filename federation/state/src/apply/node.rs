@@ -1,25 +1,10 @@
-//! Nodes: who may come, who came, who is out.
+//! Admitting nodes: who may come, and who was refused.
 
-use super::{At, cell::burn, cell_row, export, issue, payload, touch};
+use super::{At, attest, cell::burn, cell_row, endorse, issue};
 use crate::command::{Admission, Reply};
 use crate::objects::{DenialRow, NodeRow, NodeState, TokenScope};
 use crate::state::State;
-use ambit_model::record::Kind;
-use ambit_model::{ClusterId, Code, Generation, NodeId, Refusal, Revision, Stamp};
-
-/// Denials kept for operators; the audit log (issue H) keeps all.
-const DENIALS_MAX: usize = 1_000;
-
-pub(super) fn allow_ek(s: &mut State, at: At, cluster: &ClusterId, nodes: &[NodeId]) -> Result<Reply, Refusal> {
-    if !s.clusters.contains(cluster) {
-        return Err(Refusal::new(Code::NotFound, "a cluster of this cell", cluster.as_str()));
-    }
-    for node in nodes {
-        s.allowed_eks.put(&mut s.journal, (cluster.clone(), *node), true);
-    }
-    endorsements_changed(s, at);
-    Ok(Reply::Done)
-}
+use ambit_model::{Code, Generation, NodeId, Refusal, Stamp};
 
 /// One entry: nonce consumed, token burnt, node admitted, issuance recorded (I5). Refuses before its first change.
 pub(super) fn admit(s: &mut State, at: At, a: &Admission) -> Result<Reply, Refusal> {
@@ -34,6 +19,10 @@ pub(super) fn admit(s: &mut State, at: At, a: &Admission) -> Result<Reply, Refus
         let (now, then) = (cell.endorsement_revision, a.endorsement_revision);
         return Err(Refusal::new(Code::StaleAppraisal, format!("endorsement revision {now}"), then.to_string()));
     }
+    if cell.policy_revision != a.policy_revision {
+        let (now, then) = (cell.policy_revision, a.policy_revision);
+        return Err(Refusal::new(Code::StaleAppraisal, format!("policy revision {now}"), then.to_string()));
+    }
     if !s.clusters.contains(&a.cluster) {
         return Err(Refusal::new(Code::NotFound, "a cluster of this cell", a.cluster.as_str()));
     }
@@ -43,20 +32,19 @@ pub(super) fn admit(s: &mut State, at: At, a: &Admission) -> Result<Reply, Refus
     expected(s, at, a, before.as_ref())?;
 
     s.nonces.put(&mut s.journal, a.nonce, a.deadline);
+    let listed = s.ek_allowed(&a.cluster, &a.node);
     let row = NodeRow {
         cluster: a.cluster.clone(),
         generation,
         state: NodeState::Admitted,
-        ak_name: a.ak_name.clone(),
-        counters: a.counters,
-        ek_class: a.ek_class.clone(),
-        last_verdict: at.stamp,
+        ak: a.ak.clone(),
+        ek: crate::objects::EkFacts { by_allow_list: listed, ..a.ek.clone() },
         claims: a.claims.clone(),
-        evidence_sha256: a.evidence_sha256,
     };
     s.nodes.put(&mut s.journal, a.node, row);
+    attest::stand(s, at, &a.node, generation, &a.seen);
     issue::keep(s, &leaf);
-    touch(s, at);
+    // No slice but the node's own depends on this, and it gets that with its stream: ten thousand others need not look.
     Ok(Reply::Admitted(generation, leaf))
 }
 
@@ -64,23 +52,26 @@ pub(super) fn admit(s: &mut State, at: At, a: &Admission) -> Result<Reply, Refus
 fn next_generation(s: &State, a: &Admission, before: Option<&NodeRow>) -> Result<Generation, Refusal> {
     let denied = s.denied(&a.node).unwrap_or(Generation(0));
     let Some(row) = before else { return Ok(Generation(denied.0 + 1)) };
-    match row.state {
-        NodeState::Banned => return Err(Refusal::new(Code::NodeUntrusted, "a node that is not banned", "banned")),
-        NodeState::Evicted => return Ok(Generation(row.generation.0.max(denied.0) + 1)),
-        NodeState::Admitted => {}
+    if let Some(code) = row.state.bars_enrolment() {
+        return Err(Refusal::new(code, "a node that may enrol", row.state.as_str()));
+    }
+    if row.state == NodeState::Evicted {
+        return Ok(Generation(row.generation.0.max(denied.0) + 1));
     }
     if row.cluster != a.cluster {
         return Err(Refusal::new(Code::AlreadyExists, row.cluster.to_string(), a.cluster.to_string()));
     }
-    if row.ak_name != a.ak_name {
+    if row.ak.name != a.ak.name {
         return Err(Refusal::new(
             Code::AlreadyExists,
             "the AK this EK enrolled with (or `node evict` first)",
             "another",
         ));
     }
-    if a.counters <= row.counters {
-        let (then, now) = (row.counters, a.counters);
+    if let Some(then) = s.standing(&a.node).map(|standing| standing.counters)
+        && a.seen.counters <= then
+    {
+        let now = a.seen.counters;
         return Err(Refusal::new(Code::ClockStepBack, format!("counters after {then:?}"), format!("{now:?}")));
     }
     Ok(Generation(row.generation.0.max(denied.0) + 1))
@@ -88,7 +79,7 @@ fn next_generation(s: &State, a: &Admission, before: Option<&NodeRow>) -> Result
 
 /// An EK is expected because it is on the allow-list, was admitted before, or carries an unused token, burnt here.
 fn expected(s: &mut State, at: At, a: &Admission, before: Option<&NodeRow>) -> Result<(), Refusal> {
-    let known = before.is_some_and(|n| n.state == NodeState::Admitted);
+    let known = before.is_some_and(|n| n.state != NodeState::Evicted);
     if known || s.ek_allowed(&a.cluster, &a.node) {
         return Ok(());
     }
@@ -105,57 +96,28 @@ fn expected(s: &mut State, at: At, a: &Admission, before: Option<&NodeRow>) -> R
     }
 }
 
+/// A nonce is spent and the reason kept. Where it speaks against a node that is in, the node is out at once.
 pub(super) fn deny(
     s: &mut State,
     at: At,
     nonce: &[u8; 32],
     deadline: Stamp,
     row: &DenialRow,
+    distrust: bool,
 ) -> Result<Reply, Refusal> {
     if s.nonces.contains(nonce) {
         return Err(Refusal::new(Code::NonceConsumed, "a nonce used once", "one consumed before"));
     }
+    let code = attest::code(row)?;
     if deadline >= at.stamp {
         s.nonces.put(&mut s.journal, *nonce, deadline);
     }
-    s.denials.put(&mut s.journal, at.index.0, DenialRow { stamp: at.stamp, ..row.clone() });
-    while s.denials.len() > DENIALS_MAX {
-        let Some(oldest) = s.denials.iter().next().map(|(k, _)| *k) else { break };
-        s.denials.remove(&mut s.journal, &oldest);
+    attest::keep_denial(s, at, row);
+    if distrust && s.node(&row.node).is_some_and(|n| n.state == NodeState::Admitted) {
+        attest::lose(s, at, row, code)?;
+        endorse::changed(s, at);
     }
     Ok(Reply::Done)
-}
-
-pub(super) fn ban(s: &mut State, at: At, id: &NodeId) -> Result<Reply, Refusal> {
-    out(s, at, id, NodeState::Banned)
-}
-
-pub(super) fn evict(s: &mut State, at: At, id: &NodeId) -> Result<Reply, Refusal> {
-    out(s, at, id, NodeState::Evicted)
-}
-
-/// The node's leaves up to its present generation are refused everywhere; its endpoints are gone.
-fn out(s: &mut State, at: At, id: &NodeId, state: NodeState) -> Result<Reply, Refusal> {
-    let Some(mut row) = s.node(id).cloned() else {
-        return Err(Refusal::new(Code::NotFound, "a node of this cell", id.to_string()));
-    };
-    let cell = cell_row(s)?;
-    row.state = state;
-    let generation = row.generation;
-    s.nodes.put(&mut s.journal, *id, row);
-    s.node_denials.put(&mut s.journal, (cell.trust_domain, *id), generation);
-    export(s, Kind::NodeDenial, id.to_string(), payload(&generation)?);
-    super::objects::replace_endpoints(s, at, id, &[])?;
-    endorsements_changed(s, at);
-    touch(s, at);
-    Ok(Reply::Done)
-}
-
-fn endorsements_changed(s: &mut State, at: At) {
-    if let Some(mut row) = s.cell().cloned() {
-        row.endorsement_revision = Revision(at.index.0);
-        s.cell.put(&mut s.journal, 0, row);
-    }
 }
 
 impl State {

@@ -1,0 +1,152 @@
+//! A policy made ready to judge: patterns compiled, allow-lists found, digests of exact texts computed.
+
+use super::{AllowList, PolicyRef};
+use crate::hash::HashAlg;
+use ambit_model::appraisal::AppraisalPolicy;
+use ambit_model::{Code, Refusal};
+use regex::{Regex, RegexBuilder};
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+/// Bytes of one compiled pattern: a pattern is a line a person writes, not a program.
+const PATTERN_BYTES_MAX: usize = 256 * 1024;
+
+/// A policy that can be asked.
+#[derive(Debug)]
+pub struct CompiledPolicy {
+    pub(super) policy: AppraisalPolicy,
+    pub(super) grub_commands: Vec<Regex>,
+    pub(super) command_lines: Vec<Regex>,
+    /// Digests of the exact command lines as the EFI stub measures them, in both banks.
+    pub(super) load_options: BTreeSet<Vec<u8>>,
+    pub(super) exceptions: Vec<Regex>,
+    pub(super) allow_lists: Vec<Arc<AllowList>>,
+    pub(super) own_files: AllowList,
+    sha256: [u8; 32],
+    version: u64,
+}
+
+impl CompiledPolicy {
+    /// Compiles `policy`; `allow_list` finds a list by the SHA-256 of its text.
+    ///
+    /// # Errors
+    /// [`Code::AppraisalPolicyMalformed`] for a pattern that does not compile, [`Code::AllowListMissing`].
+    pub fn compile(
+        policy: &AppraisalPolicy,
+        allow_list: &mut dyn FnMut(&[u8; 32]) -> Option<Arc<AllowList>>,
+    ) -> Result<CompiledPolicy, Refusal> {
+        let grub = policy.grub_commands.iter().flatten();
+        let lines = policy.command_line.iter().flat_map(|c| &c.patterns);
+        let ima = policy.ima.as_ref();
+        let mut allow_lists = Vec::new();
+        for wanted in ima.iter().flat_map(|i| &i.allow_lists) {
+            let list = allow_list(wanted).filter(|l| l.sha256() == *wanted).ok_or_else(|| {
+                let expected = format!("allow-list {}, which policy {} names", hex::encode(wanted), policy.name);
+                Refusal::new(Code::AllowListMissing, expected, "none")
+            })?;
+            allow_lists.push(list);
+        }
+        Ok(CompiledPolicy {
+            grub_commands: grub.map(|p| whole(p)).collect::<Result<_, _>>()?,
+            command_lines: lines.map(|p| whole(p)).collect::<Result<_, _>>()?,
+            load_options: policy.command_line.iter().flat_map(|c| &c.exact).flat_map(|t| stub_digests(t)).collect(),
+            exceptions: ima.iter().flat_map(|i| &i.exceptions).map(|g| glob(g)).collect::<Result<_, _>>()?,
+            allow_lists,
+            own_files: AllowList::of_files(ima.iter().flat_map(|i| &i.files)),
+            sha256: policy.sha256(),
+            version: 0,
+            policy: policy.clone(),
+        })
+    }
+
+    /// The same policy, known to be this version of its name.
+    #[must_use]
+    pub fn with_version(mut self, version: u64) -> CompiledPolicy {
+        self.version = version;
+        self
+    }
+
+    /// The document.
+    pub fn policy(&self) -> &AppraisalPolicy {
+        &self.policy
+    }
+
+    /// Its name, version and SHA-256.
+    pub fn reference(&self) -> PolicyRef {
+        PolicyRef { name: self.policy.name.as_str().to_owned(), version: self.version, sha256: self.sha256 }
+    }
+}
+
+/// A pattern that matches whole texts only. It must compile by itself first, so that it cannot close the group around it.
+fn whole(pattern: &str) -> Result<Regex, Refusal> {
+    let bad = |e: regex::Error| Refusal::new(Code::AppraisalPolicyMalformed, "a regular expression", e.to_string());
+    RegexBuilder::new(pattern).size_limit(PATTERN_BYTES_MAX).build().map_err(bad)?;
+    RegexBuilder::new(&format!(r"\A(?:{pattern})\z")).size_limit(PATTERN_BYTES_MAX).build().map_err(bad)
+}
+
+/// A glob over a path: `*` within one part, `**` over any parts, `?` one character; all else stands for itself.
+fn glob(glob: &str) -> Result<Regex, Refusal> {
+    let mut pattern = String::new();
+    let mut rest = glob;
+    while let Some(c) = rest.chars().next() {
+        let (taken, piece) = if rest.starts_with("**") {
+            (2, ".*".to_owned())
+        } else {
+            let piece = match c {
+                '*' => "[^/]*".to_owned(),
+                '?' => "[^/]".to_owned(),
+                other => regex::escape(other.encode_utf8(&mut [0; 4])),
+            };
+            (c.len_utf8(), piece)
+        };
+        pattern.push_str(&piece);
+        rest = rest.get(taken..).unwrap_or_default();
+    }
+    whole(&pattern)
+}
+
+/// What Linux's EFI stub extends for a command line: its UTF-16 load options, whose terminating zero some loaders count
+/// in and some do not.
+pub(super) fn stub_digests(text: &str) -> Vec<Vec<u8>> {
+    let utf16: Vec<u8> = text.encode_utf16().flat_map(u16::to_le_bytes).collect();
+    let hashes = [HashAlg::Sha256, HashAlg::Sha384];
+    hashes.iter().flat_map(|h| [h.digest(&[&utf16]), h.digest(&[&utf16, &[0, 0]])]).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patterns_match_whole_texts_only() {
+        for (pattern, text, matches) in [
+            ("a", "a", true),
+            ("a", "ab", false),
+            ("a|b", "ab", false),
+            ("a|b", "b", true),
+            ("(?m)^a$", "a\nb", false),
+            ("root=[a-z]+ quiet", "root=sda quiet", true),
+            ("root=[a-z]+ quiet", "root=sda quiet init=/bin/sh", false),
+        ] {
+            assert_eq!(whole(pattern).unwrap().is_match(text), matches, "{pattern} {text:?}");
+        }
+        for bad in ["a)|(b", "(", "(?x)a # ", &"a{1000}".repeat(200)] {
+            assert_eq!(whole(bad).unwrap_err().code, Code::AppraisalPolicyMalformed, "{bad}");
+        }
+    }
+
+    #[test]
+    fn globs_stay_within_a_part_of_the_path() {
+        for (pattern, path, matches) in [
+            ("/var/log/*", "/var/log/syslog", true),
+            ("/var/log/*", "/var/log/a/b", false),
+            ("/var/log/**", "/var/log/a/b", true),
+            ("/bin/tpm?", "/bin/tpm2", true),
+            ("/bin/tpm?", "/bin/tpm/", false),
+            ("/a.b", "/axb", false),
+            ("**", "/a\\x0ab", true),
+        ] {
+            assert_eq!(glob(pattern).unwrap().is_match(path), matches, "{pattern} {path}");
+        }
+    }
+}

@@ -1,0 +1,95 @@
+//! What a round's quote means for a node that was admitted: counters, boot, IMA log (design.md section 3).
+
+use super::logs::{Appraised, Quoted};
+use super::{Counters, Denial, Verified};
+use crate::appraisal::{CompiledPolicy, Endorsement};
+use crate::ek::EkClass;
+use crate::ima::Checkpoint;
+use crate::round::FreshRound;
+use ambit_model::{Code, Generation, NodeId, Refusal};
+use std::sync::Arc;
+
+/// What the cell keeps of a node's last good verdict.
+#[derive(Clone, Debug)]
+pub struct Before {
+    /// As quoted then.
+    pub counters: Counters,
+    /// SHA-256 over the boot's PCRs.
+    pub boot_pcrs_sha256: [u8; 32],
+    /// How far the IMA log was judged.
+    pub ima: Checkpoint,
+    /// What accepted it.
+    pub policy: Arc<CompiledPolicy>,
+}
+
+/// The logs of a round.
+#[derive(Clone, Copy, Debug)]
+pub enum RoundLogs<'a> {
+    /// Both from their beginnings.
+    Whole {
+        /// The boot log.
+        boot_log: &'a [u8],
+        /// The IMA log.
+        ima_log: &'a [u8],
+    },
+    /// The IMA log from where it was judged last; nothing of the boot, which must be the one known.
+    Grown {
+        /// The IMA log from there.
+        ima_log: &'a [u8],
+    },
+}
+
+/// What a good round says of a node at one instant.
+#[derive(Clone, Debug)]
+pub struct RoundEvidence {
+    /// The node.
+    pub node: NodeId,
+    /// Its generation.
+    pub generation: Generation,
+    /// As quoted.
+    pub counters: Counters,
+    /// As quoted.
+    pub firmware_version: u64,
+    /// SHA-256 over the boot's PCRs.
+    pub boot_pcrs_sha256: [u8; 32],
+    /// What accepted it.
+    pub appraised: Appraised,
+}
+
+impl FreshRound {
+    /// Judges what was quoted. `boot_log_missing` for another boot than the one known: then the whole logs are wanted.
+    ///
+    /// # Errors
+    /// [`Code::TpmStateForked`] for counters that step back; what the replays and the policies find.
+    pub fn appraise(
+        self,
+        before: &Before,
+        class: EkClass,
+        logs: RoundLogs<'_>,
+        policies: &[Arc<CompiledPolicy>],
+    ) -> Result<Verified<RoundEvidence>, Denial> {
+        let counters = self.counters();
+        counters.step_from(&before.counters)?;
+        let boot_pcrs_sha256 = self.boot_pcrs_sha256();
+        let endorsement = Endorsement::Class(class);
+        let quoted = Quoted { pcrs: self.pcrs(), bank: self.bank(), endorsement };
+        let appraised = match logs {
+            RoundLogs::Whole { boot_log, ima_log } => quoted.whole(boot_log, ima_log, policies)?.1,
+            RoundLogs::Grown { .. } if boot_pcrs_sha256 != before.boot_pcrs_sha256 => {
+                let refusal = Refusal::new(Code::BootLogMissing, "the log of this boot", "PCRs of another boot");
+                return Err(Denial::at(refusal, "the boot's PCRs"));
+            }
+            RoundLogs::Grown { ima_log } => {
+                quoted.ima(before.ima.clone(), ima_log, std::slice::from_ref(&before.policy), policies)?
+            }
+        };
+        Ok(Verified(RoundEvidence {
+            node: self.node(),
+            generation: self.generation(),
+            counters,
+            firmware_version: self.firmware_version(),
+            boot_pcrs_sha256,
+            appraised,
+        }))
+    }
+}

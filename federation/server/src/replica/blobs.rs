@@ -1,0 +1,327 @@
+//! Content-addressed objects beside the log: evidence bodies and IMA allow-lists. Raft keeps their SHA-256 only.
+//!
+//! A blob is a file named by its SHA-256, whole or absent, checked at each read. It is copied to every other replica; one
+//! that lacks it asks the others. Evidence is capped per node and by age and in all; allow-lists stay while a policy
+//! names them.
+
+use super::Replica;
+use ambit_model::{Code, Refusal};
+use ambit_proto::status::from_status;
+use ambit_proto::v1;
+use sha2::{Digest as _, Sha256};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+use tokio_stream::StreamExt;
+
+/// The largest object: an IMA allow-list of a large distribution, or a boot log with an IMA log.
+pub const BLOB_BYTES_MAX: usize = 16 * 1024 * 1024;
+/// All evidence of one cell on one replica; the oldest goes first.
+const EVIDENCE_BYTES_MAX: u64 = 2 * 1024 * 1024 * 1024;
+/// Evidence is kept this long.
+const EVIDENCE_AGE_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
+/// Pieces on the wire.
+const CHUNK_BYTES: usize = 256 * 1024;
+/// One copy to or from another replica.
+const COPY_MAX: Duration = Duration::from_secs(20);
+
+/// What a blob is kept for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keep {
+    /// Capped by age and in all.
+    Evidence,
+    /// While a policy names it.
+    AllowList,
+}
+
+/// The folder of blobs.
+pub struct Blobs {
+    folder: PathBuf,
+    evidence: Mutex<Evidence>,
+}
+
+/// Evidence files, oldest first, and their size together.
+#[derive(Default)]
+struct Evidence {
+    files: VecDeque<([u8; 32], u64)>,
+    known: BTreeSet<[u8; 32]>,
+    bytes: u64,
+}
+
+impl Blobs {
+    /// Opens (or makes) the folder. What is no whole blob is removed: another replica has it.
+    pub fn open(folder: PathBuf) -> Result<Blobs, Refusal> {
+        for kind in [Keep::Evidence, Keep::AllowList] {
+            let dir = folder.join(kind.folder());
+            std::fs::create_dir_all(&dir).map_err(|e| trouble(&dir, &e))?;
+        }
+        let blobs = Blobs { folder, evidence: Mutex::default() };
+        blobs.index()?;
+        Ok(blobs)
+    }
+
+    /// Stores `bytes` durably; returns their SHA-256.
+    pub fn put(&self, keep: Keep, bytes: &[u8]) -> Result<[u8; 32], Refusal> {
+        if bytes.len() > BLOB_BYTES_MAX {
+            let expected = format!("an object of at most {BLOB_BYTES_MAX} bytes");
+            return Err(Refusal::new(Code::EvidenceTooLarge, expected, bytes.len().to_string()));
+        }
+        let sha256: [u8; 32] = Sha256::digest(bytes).into();
+        let path = self.path(keep, &sha256);
+        if path.exists() {
+            return Ok(sha256);
+        }
+        let unfinished = path.with_extension(format!("new{}", hex::encode(super::random::<8>()?)));
+        let written = || -> std::io::Result<()> {
+            let mut file = std::fs::File::create(&unfinished)?;
+            file.write_all(bytes)?;
+            // Evidence lost in a crash is lost evidence of the past, on one replica; a list is needed to judge with.
+            if keep == Keep::AllowList {
+                file.sync_all()?;
+            }
+            std::fs::rename(&unfinished, &path)
+        };
+        written().map_err(|e| trouble(&path, &e))?;
+        if keep == Keep::Evidence {
+            self.note(sha256, bytes.len() as u64);
+        }
+        Ok(sha256)
+    }
+
+    /// The blob of this SHA-256 on this replica, if it is here and whole.
+    pub fn get(&self, sha256: &[u8; 32]) -> Option<Vec<u8>> {
+        for keep in [Keep::AllowList, Keep::Evidence] {
+            let path = self.path(keep, sha256);
+            let Ok(bytes) = std::fs::read(&path) else { continue };
+            if <[u8; 32]>::from(Sha256::digest(&bytes)) == *sha256 {
+                return Some(bytes);
+            }
+            tracing::error!(path = %path.display(), "a stored object is damaged: removed");
+            let _ = std::fs::remove_file(&path);
+        }
+        None
+    }
+
+    /// Whether an allow-list of this SHA-256 is here.
+    pub fn is_list(&self, sha256: &[u8; 32]) -> bool {
+        self.path(Keep::AllowList, sha256).exists()
+    }
+
+    /// Removes evidence that is too old; called now and then.
+    pub fn expire(&self) {
+        let old = |path: &Path| {
+            let age = std::fs::metadata(path).and_then(|m| m.modified()).ok().and_then(|t| t.elapsed().ok());
+            age.is_none_or(|age| age > EVIDENCE_AGE_MAX)
+        };
+        let mut evidence = self.lock();
+        while let Some((sha256, _)) = evidence.files.front().copied() {
+            if !old(&self.path(Keep::Evidence, &sha256)) {
+                break;
+            }
+            self.drop_oldest(&mut evidence);
+        }
+    }
+
+    /// Number and bytes of evidence kept.
+    pub fn usage(&self) -> (usize, u64) {
+        let evidence = self.lock();
+        (evidence.files.len(), evidence.bytes)
+    }
+
+    fn note(&self, sha256: [u8; 32], bytes: u64) {
+        let mut evidence = self.lock();
+        if evidence.known.insert(sha256) {
+            evidence.files.push_back((sha256, bytes));
+            evidence.bytes = evidence.bytes.saturating_add(bytes);
+        }
+        while evidence.bytes > EVIDENCE_BYTES_MAX {
+            self.drop_oldest(&mut evidence);
+        }
+    }
+
+    fn drop_oldest(&self, evidence: &mut Evidence) {
+        let Some((sha256, bytes)) = evidence.files.pop_front() else {
+            evidence.bytes = 0;
+            return;
+        };
+        evidence.known.remove(&sha256);
+        evidence.bytes = evidence.bytes.saturating_sub(bytes);
+        let _ = std::fs::remove_file(self.path(Keep::Evidence, &sha256));
+    }
+
+    /// Takes stock of what is there, by age.
+    fn index(&self) -> Result<(), Refusal> {
+        let dir = self.folder.join(Keep::Evidence.folder());
+        let mut by_age = BTreeMap::new();
+        for entry in std::fs::read_dir(&dir).map_err(|e| trouble(&dir, &e))?.flatten() {
+            let mut sha256 = [0u8; 32];
+            let name = entry.file_name();
+            let whole = name.to_str().is_some_and(|n| hex::decode_to_slice(n, &mut sha256).is_ok());
+            let Some(meta) = entry.metadata().ok().filter(|_| whole) else {
+                let _ = std::fs::remove_file(entry.path());
+                continue;
+            };
+            by_age.insert((meta.modified().ok(), sha256), meta.len());
+        }
+        for ((_, sha256), bytes) in by_age {
+            self.note(sha256, bytes);
+        }
+        Ok(())
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Evidence> {
+        self.evidence.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+    fn path(&self, keep: Keep, sha256: &[u8; 32]) -> PathBuf {
+        self.folder.join(keep.folder()).join(hex::encode(sha256))
+    }
+}
+
+impl Keep {
+    fn folder(self) -> &'static str {
+        match self {
+            Keep::Evidence => "evidence",
+            Keep::AllowList => "lists",
+        }
+    }
+    /// As on the wire, in front of the first chunk's bytes.
+    pub fn tag(self) -> u8 {
+        match self {
+            Keep::Evidence => 1,
+            Keep::AllowList => 2,
+        }
+    }
+    /// See [`Keep::tag`].
+    pub fn from_tag(tag: u8) -> Option<Keep> {
+        [Keep::Evidence, Keep::AllowList].into_iter().find(|k| k.tag() == tag)
+    }
+}
+
+fn trouble(path: &Path, e: &std::io::Error) -> Refusal {
+    Refusal::new(Code::Unavailable, format!("a writable {}", path.display()), e.to_string())
+}
+
+/// The chunks of a blob: the first begins with its [`Keep::tag`].
+pub fn chunks(keep: Keep, bytes: &[u8]) -> Vec<v1::BlobChunk> {
+    let mut tagged = vec![keep.tag()];
+    tagged.extend_from_slice(bytes);
+    tagged.chunks(CHUNK_BYTES).map(|c| v1::BlobChunk { bytes: c.to_vec() }).collect()
+}
+
+/// Reads a blob from its chunks.
+pub async fn collect(
+    mut chunks: impl tokio_stream::Stream<Item = Result<v1::BlobChunk, tonic::Status>> + Unpin,
+) -> Result<(Keep, Vec<u8>), Refusal> {
+    let mut all = Vec::new();
+    while let Some(chunk) = chunks.next().await {
+        let chunk = chunk.map_err(|s| from_status(&s))?;
+        if all.len() + chunk.bytes.len() > BLOB_BYTES_MAX + 1 {
+            let expected = format!("an object of at most {BLOB_BYTES_MAX} bytes");
+            return Err(Refusal::new(Code::EvidenceTooLarge, expected, "more"));
+        }
+        all.extend(chunk.bytes);
+    }
+    let keep = all.first().copied().and_then(Keep::from_tag);
+    let keep = keep.ok_or_else(|| Refusal::new(Code::BadRequest, "an object's kind first", "something else"))?;
+    all.remove(0);
+    Ok((keep, all))
+}
+
+impl Replica {
+    /// Stores a blob here and copies it to the other replicas. Returns how many replicas have it, this one included.
+    pub async fn put_blob(&self, keep: Keep, bytes: Vec<u8>) -> Result<([u8; 32], usize), Refusal> {
+        let this = self.clone();
+        let stored = tokio::task::spawn_blocking(move || this.blobs().put(keep, &bytes).map(|sha| (sha, bytes))).await;
+        let (sha256, bytes) = stored.map_err(|e| Refusal::new(Code::Internal, "a stored object", e.to_string()))??;
+        let others = self.others();
+        let copies = others.iter().map(|(id, address)| self.copy_to(*id, address, keep, &bytes));
+        let copied = futures::future::join_all(copies).await;
+        Ok((sha256, 1 + copied.into_iter().filter(|ok| *ok).count()))
+    }
+
+    async fn copy_to(&self, id: u64, address: &str, keep: Keep, bytes: &[u8]) -> bool {
+        let copy = async {
+            let channel = self.dial_replica(id, address).await?;
+            let mut client = v1::appraisal_client::AppraisalClient::new(channel);
+            let sent = client.put_blob(tokio_stream::iter(chunks(keep, bytes))).await;
+            sent.map(drop).map_err(|s| from_status(&s))
+        };
+        match tokio::time::timeout(COPY_MAX, copy).await {
+            Ok(Ok(())) => true,
+            Ok(Err(refusal)) => {
+                tracing::debug!(replica = id, %refusal, "object not copied");
+                false
+            }
+            Err(_) => false,
+        }
+    }
+
+    /// The blob, from here or from another replica that has it (then it is kept here too).
+    pub async fn find_blob(&self, sha256: &[u8; 32]) -> Result<Vec<u8>, Refusal> {
+        if let Some(bytes) = self.blobs().get(sha256) {
+            return Ok(bytes);
+        }
+        for (id, address) in self.others() {
+            let ask = async {
+                let channel = self.dial_replica(id, &address).await?;
+                let mut client = v1::appraisal_client::AppraisalClient::new(channel);
+                // Nobody asks on: zero bytes says "only what you have yourself".
+                let wanted = v1::BlobRef { sha256: hex::encode(sha256), bytes: 0 };
+                let answer = client.get_blob(wanted).await.map_err(|s| from_status(&s))?.into_inner();
+                collect(answer).await
+            };
+            if let Ok(Ok((keep, bytes))) = tokio::time::timeout(COPY_MAX, ask).await
+                && <[u8; 32]>::from(Sha256::digest(&bytes)) == *sha256
+            {
+                self.blobs().put(keep, &bytes)?;
+                return Ok(bytes);
+            }
+        }
+        Err(Refusal::new(Code::BlobMissing, format!("object {}", hex::encode(sha256)), "on no replica that answers"))
+    }
+
+    /// The other replicas of the cell: number and address.
+    pub fn others(&self) -> Vec<(u64, String)> {
+        let me = self.id();
+        self.local(|s| s.members().filter(|(id, _)| *id != me).map(|(id, m)| (id, m.address.clone())).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_blob_is_whole_or_absent_and_evidence_is_bounded() {
+        let dir = std::env::temp_dir().join(format!("ambit-blobs-{}", std::process::id()));
+        let blobs = Blobs::open(dir.clone()).unwrap();
+        let a = blobs.put(Keep::Evidence, b"evidence").unwrap();
+        let list = blobs.put(Keep::AllowList, b"list").unwrap();
+        assert_eq!(blobs.get(&a).unwrap(), b"evidence");
+        assert_eq!(blobs.put(Keep::Evidence, b"evidence").unwrap(), a);
+        assert_eq!(blobs.usage(), (1, 8));
+        assert!(blobs.put(Keep::Evidence, &vec![0; BLOB_BYTES_MAX + 1]).is_err());
+        // Damage is noticed, not served.
+        std::fs::write(dir.join("evidence").join(hex::encode(a)), b"evidencf").unwrap();
+        assert_eq!(blobs.get(&a), None);
+        std::fs::write(dir.join("evidence").join("half.new"), b"x").unwrap();
+        let again = Blobs::open(dir.clone()).unwrap();
+        assert_eq!(again.get(&list).unwrap(), b"list");
+        assert!(!dir.join("evidence").join("half.new").exists());
+        assert_eq!(again.usage(), (0, 0));
+        std::fs::remove_dir_all(dir).unwrap();
+    }
+
+    #[tokio::test]
+    async fn chunks_carry_kind_and_bytes() {
+        for n in [0, 1, CHUNK_BYTES - 1, CHUNK_BYTES, 3 * CHUNK_BYTES] {
+            let bytes = vec![7u8; n];
+            let sent = chunks(Keep::AllowList, &bytes);
+            let got = collect(tokio_stream::iter(sent.into_iter().map(Ok))).await.unwrap();
+            assert_eq!(got, (Keep::AllowList, bytes));
+        }
+        assert!(collect(tokio_stream::iter(Vec::new())).await.is_err());
+    }
+}

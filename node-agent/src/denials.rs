@@ -1,0 +1,176 @@
+//! Whom this node refuses: the newest list of the cell, and whether the cell has put this very node out.
+//!
+//! Lists come ahead of everything else and are in force from the moment they arrive, before any table is compiled:
+//! whoever carries or opens a connection asks here, and is woken when the answer changes. A list stands until one of the
+//! same or a later revision comes; an older one, from a replica that lags behind, undoes nothing.
+
+use ambit_model::policy::Endpoint;
+use ambit_model::{Generation, NodeId, Refusal, Revision, TrustDomain};
+use ambit_proto::v1;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use tokio::sync::watch;
+
+/// One list.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Denials {
+    revision: Revision,
+    /// Leaves of these nodes of a trust domain, up to and including the generation, are refused.
+    by_node: BTreeMap<(TrustDomain, NodeId), Generation>,
+    /// The cell put this node out: nothing may be opened from here or to here.
+    out: bool,
+}
+
+impl Denials {
+    /// Parses a list of `revision`. Anything unclear refuses it whole.
+    pub fn parse(revision: Revision, found: &[v1::NodeDenial]) -> Result<Self, Refusal> {
+        let mut by_node = BTreeMap::new();
+        for message in found {
+            let key = (message.trust_domain.parse()?, message.node.parse()?);
+            let to: &mut Generation = by_node.entry(key).or_default();
+            *to = (*to).max(Generation(message.generation));
+        }
+        Ok(Self { revision, by_node, out: false })
+    }
+
+    /// The cell's revision that it is of.
+    pub fn revision(&self) -> Revision {
+        self.revision
+    }
+
+    /// Whether leaves of `origin`, issued through this node and generation, are refused now. Only `origin` decides about
+    /// its nodes; and a node that was put out serves nobody.
+    pub fn denies(&self, origin: &TrustDomain, node: &NodeId, generation: Generation) -> bool {
+        self.out || self.lists(origin, node, generation)
+    }
+
+    /// Whether nothing may be opened to this endpoint: its node is denied by the cell that it belongs to.
+    pub fn denies_endpoint(&self, endpoint: &Endpoint) -> bool {
+        self.denies(&endpoint.spiffe_id.trust_domain(), &endpoint.node, endpoint.generation)
+    }
+
+    /// Whether the list itself names this node and generation.
+    pub fn lists(&self, origin: &TrustDomain, node: &NodeId, generation: Generation) -> bool {
+        self.by_node.get(&(origin.clone(), *node)).is_some_and(|to| generation <= *to)
+    }
+
+    /// Whether this node is out.
+    pub fn is_out(&self) -> bool {
+        self.out
+    }
+}
+
+/// The list in force. Cloning shares.
+#[derive(Clone, Debug, Default)]
+pub struct Lane(Arc<watch::Sender<Arc<Denials>>>);
+
+impl Lane {
+    /// Puts `list` in force unless a later one is. False where it is not taken.
+    pub fn offer(&self, list: Denials) -> bool {
+        let mut taken = false;
+        self.0.send_if_modified(|now| {
+            taken = list.revision >= now.revision;
+            let changed = taken && list.by_node != now.by_node;
+            if taken {
+                *now = Arc::new(Denials { out: now.out, ..list });
+            }
+            changed
+        });
+        taken
+    }
+
+    /// This node was put out, or let in again.
+    pub fn set_out(&self, out: bool) {
+        self.0.send_if_modified(|now| {
+            let changed = now.out != out;
+            if changed {
+                *now = Arc::new(Denials { out, ..Denials::clone(now) });
+            }
+            changed
+        });
+    }
+
+    /// The list now.
+    pub fn now(&self) -> Arc<Denials> {
+        self.0.borrow().clone()
+    }
+
+    /// Follows the list: woken when who is refused changes.
+    pub fn watch(&self) -> watch::Receiver<Arc<Denials>> {
+        self.0.subscribe()
+    }
+
+    /// Waits until `denied` holds, which it may do already.
+    pub async fn until(&self, denied: impl FnMut(&Arc<Denials>) -> bool) {
+        // It cannot end before `self`, which holds the sender.
+        let _ = self.0.subscribe().wait_for(denied).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn list(revision: u64, denied: &[(&str, u8, u64)]) -> Denials {
+        let message = |(td, node, generation): &(&str, u8, u64)| v1::NodeDenial {
+            trust_domain: (*td).into(),
+            node: hex::encode([*node; 32]),
+            generation: *generation,
+        };
+        let messages: Vec<_> = denied.iter().map(message).collect();
+        Denials::parse(Revision(revision), &messages).unwrap()
+    }
+
+    fn denies(lane: &Lane, td: &str, node: u8, generation: u64) -> bool {
+        lane.now().denies(&td.parse().unwrap(), &NodeId([node; 32]), Generation(generation))
+    }
+
+    #[test]
+    fn denials_reach_up_to_their_generation_and_no_further_than_their_trust_domain() {
+        let lane = Lane::default();
+        assert!(lane.offer(list(1, &[("west", 7, 2), ("west", 7, 1)])));
+        for (td, node, generation, denied) in [
+            ("west", 7, 1, true),
+            ("west", 7, 2, true),
+            ("west", 7, 3, false),
+            ("west", 8, 1, false),
+            ("east", 7, 1, false),
+        ] {
+            assert_eq!(denies(&lane, td, node, generation), denied, "{td} {node} {generation}");
+        }
+    }
+
+    #[test]
+    fn an_older_list_undoes_nothing_and_an_equal_one_wakes_nobody() {
+        let lane = Lane::default();
+        let mut woken = lane.watch();
+        assert!(lane.offer(list(5, &[("west", 7, 2)])));
+        assert!(woken.has_changed().unwrap());
+        woken.borrow_and_update();
+        assert!(!lane.offer(list(4, &[])), "a slice made before the denial");
+        assert!(denies(&lane, "west", 7, 2));
+        assert!(lane.offer(list(6, &[("west", 7, 2)])));
+        assert!(!woken.has_changed().unwrap() && lane.now().revision() == Revision(6));
+        assert!(lane.offer(list(7, &[])) && !denies(&lane, "west", 7, 2));
+        assert!(woken.has_changed().unwrap());
+    }
+
+    #[test]
+    fn a_node_that_is_out_refuses_everybody_whatever_lists_say_until_it_is_in_again() {
+        let lane = Lane::default();
+        lane.set_out(true);
+        assert!(denies(&lane, "east", 1, 9) && lane.offer(list(3, &[])) && denies(&lane, "east", 1, 9));
+        assert!(lane.now().is_out() && !lane.now().lists(&"east".parse().unwrap(), &NodeId([1; 32]), Generation(9)));
+        lane.set_out(false);
+        assert!(!denies(&lane, "east", 1, 9) && lane.now().revision() == Revision(3));
+    }
+
+    #[test]
+    fn unclear_lists_are_refused_whole() {
+        for (td, node) in [("", "ab".repeat(32)), ("west", "ab".into()), ("West", "ab".repeat(32))] {
+            let good = v1::NodeDenial { trust_domain: "west".into(), node: "cd".repeat(32), generation: 1 };
+            let bad = v1::NodeDenial { trust_domain: td.into(), node, generation: 1 };
+            assert!(Denials::parse(Revision(1), &[good, bad]).is_err());
+        }
+    }
+}
