@@ -81,6 +81,10 @@ macro_rules! client {
         ambit_proto::v1::node_attestation_client::NodeAttestationClient::new($c)
             .max_decoding_message_size($crate::cell::ANSWER_BYTES_MAX)
     };
+    (Appraisal, $c:expr) => {
+        ambit_proto::v1::appraisal_client::AppraisalClient::new($c)
+            .max_decoding_message_size($crate::cell::ANSWER_BYTES_MAX)
+    };
     (EntryRegistry, $c:expr) => {
         ambit_proto::v1::entry_registry_client::EntryRegistryClient::new($c)
             .max_decoding_message_size($crate::cell::ANSWER_BYTES_MAX)

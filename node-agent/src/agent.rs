@@ -21,7 +21,7 @@ use crate::workload_api::WorkloadApi;
 use crate::{hbone, telemetry};
 use ambit_identity::{SharedTrust, Trust};
 use ambit_model::{Code, Refusal};
-use ambit_tpm::Attester;
+use ambit_tpm::{Attester, Options};
 use std::future::Future;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -73,7 +73,8 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
     let netns = NetnsThread::start().map_err(|e| start("a thread for namespaces", e))?;
 
     let trust = SharedTrust::new(Trust::Pinned(config.trust_domain.clone(), config.fingerprint.0));
-    let attester = Attester::open(&config.tcti, &config.data_dir).map_err(enrol::tpm)?;
+    let tpm = Options::new(&config.tcti, &config.data_dir);
+    let attester = Attester::start(Options { ek: config.tpm_ek.0, ak: config.tpm_ak.0, ..tpm }).map_err(enrol::tpm)?;
     let rounds = Rounds::new(attester.clone(), config.cluster.clone(), config.boot_log.clone(), config.ima_log.clone());
     let denials = Lane::default();
     let issued = Issued::default();

@@ -1,6 +1,7 @@
 //! The agent's configuration file: read once, refused whole if anything in it is unknown or wrong.
 
 use ambit_model::{ClusterId, Code, Refusal, TrustDomain};
+use ambit_tpm::{AkKind, EkChoice};
 use serde::Deserialize;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -19,6 +20,8 @@ const KEYS: &[&str] = &[
     "node_address",
     "data_dir",
     "tcti",
+    "tpm_ek",
+    "tpm_ak",
     "boot_log",
     "ima_log",
     "join_token_file",
@@ -45,6 +48,32 @@ impl TryFrom<String> for Fingerprint {
     }
 }
 
+/// The EK to attest with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct TpmEk(pub EkChoice);
+
+impl TryFrom<String> for TpmEk {
+    type Error = Refusal;
+    fn try_from(s: String) -> Result<Self, Refusal> {
+        let expected = "'tpm_ek' as auto, rsa2048, p256, p384 or rsa3072";
+        EkChoice::from_text(&s).map(Self).ok_or_else(|| Refusal::new(Code::ConfigInvalid, expected, s))
+    }
+}
+
+/// The AK to make.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct TpmAk(pub AkKind);
+
+impl TryFrom<String> for TpmAk {
+    type Error = Refusal;
+    fn try_from(s: String) -> Result<Self, Refusal> {
+        let expected = "'tpm_ak' as p256, p384, rsa2048-ssa or rsa2048-pss";
+        AkKind::from_text(&s).map(Self).ok_or_else(|| Refusal::new(Code::ConfigInvalid, expected, s))
+    }
+}
+
 /// What `ambit-agent run --config FILE` needs to know.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Config {
@@ -62,6 +91,12 @@ pub struct Config {
     pub data_dir: PathBuf,
     /// How to reach the TPM (TCG TCTI string).
     pub tcti: String,
+    /// Which EK to attest with: `auto` (the default), `rsa2048`, `p256`, `p384` or `rsa3072`. It decides the node's id.
+    #[serde(default)]
+    pub tpm_ek: TpmEk,
+    /// The AK's kind: `p256` (the default), `p384`, `rsa2048-ssa` or `rsa2048-pss`.
+    #[serde(default)]
+    pub tpm_ak: TpmAk,
     /// `binary_bios_measurements`.
     pub boot_log: PathBuf,
     /// `binary_runtime_measurements`.
@@ -127,6 +162,7 @@ impl Config {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use ambit_tpm::EkKind;
 
     const GOOD: &str = r#"
         cluster = "west"
@@ -149,6 +185,8 @@ mod tests {
     #[test]
     fn a_good_file_is_read_and_bad_ones_name_what_is_wrong() {
         assert_eq!(Config::parse(GOOD).unwrap().cluster.as_str(), "west");
+        let keys = Config::parse(&format!("{GOOD}\ntpm_ek = \"p384\"\ntpm_ak = \"rsa2048-ssa\"")).unwrap();
+        assert_eq!((keys.tpm_ek.0, keys.tpm_ak.0), (EkChoice::Fixed(EkKind::EccP384), AkKind::Rsa2048Ssa));
         for (from, to, code, names) in [
             ("tcti", "tctii", Code::ConfigUnknownKey, "tctii"),
             ("\"west\"", "\"West!\"", Code::ConfigInvalid, "West!"),
@@ -157,6 +195,8 @@ mod tests {
             ("10.71.0.21:15008", "10.71.0.21", Code::ConfigInvalid, "hbone_listen"),
             ("/run/ambit/pods", "pods", Code::ConfigInvalid, "pods"),
             ("boot_log = \"/b\"", "", Code::ConfigInvalid, "boot_log"),
+            ("boot_log =", "tpm_ek = \"p521\"\nboot_log =", Code::ConfigInvalid, "p521"),
+            ("boot_log =", "tpm_ak = \"rsa\"\nboot_log =", Code::ConfigInvalid, "tpm_ak"),
             ("cluster =", "cluster", Code::ConfigInvalid, ""),
         ] {
             let refusal = Config::parse(&GOOD.replace(from, to)).unwrap_err();

@@ -253,6 +253,7 @@ pub fn renew_at(since: Stamp, not_after: Stamp, random: u64) -> Stamp {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use ambit_identity::Trust;
 
     #[test]
     fn renewal_falls_around_half_life() {
@@ -261,6 +262,50 @@ mod tests {
             assert!((1_440_000..=2_160_000).contains(&at), "{at}");
         }
         assert_eq!(renew_at(Stamp(10), Stamp(5), 7), Stamp(10));
+    }
+
+    #[test]
+    fn after_a_release_what_an_earlier_generation_was_given_is_due_at_once() {
+        let denials = Lane::default();
+        let (issued, trust) = (Issued::default(), Trust::Pinned("west".parse().unwrap(), [0; 32]));
+        let me = NodeId([7; 32]);
+        let (_node, node) = watch::channel(Some((me, Generation(3))));
+        let (_channel, channel) = watch::channel(None);
+        let clock = Arc::new(Clock::default());
+        let issuance =
+            Issuance { issued, trust: SharedTrust::new(trust), clock, denials: denials.clone(), node, channel };
+        let entry = |name: &str| name.parse::<EntryId>().unwrap();
+        let svid = |generation| Svid {
+            id: "spiffe://west/web".parse().unwrap(),
+            key_pkcs8: Vec::new().into(),
+            chain_der: vec![],
+            generation: Generation(generation),
+            since: Stamp(0),
+            not_after: Stamp(u64::MAX),
+        };
+        let mut state = State::default();
+        state.svids.insert(entry("old"), Ok(Arc::new(svid(2))));
+        state.svids.insert(entry("new"), Ok(Arc::new(svid(3))));
+        state.svids.insert(entry("none"), Err(Refusal::new(Code::NodeUntrusted, "", "")));
+        for name in ["old", "new", "none"] {
+            state.due.insert(entry(name), Stamp(1000));
+        }
+        let waits = |state: &mut State, revision, td: &str, node: NodeId, generation| {
+            let denial = ambit_proto::v1::NodeDenial { node: node.to_string(), generation, trust_domain: td.into() };
+            denials.offer(Denials::parse(ambit_model::Revision(revision), &[denial]).unwrap());
+            issuance.hurry(state, &denials.now());
+            state.due.keys().map(ToString::to_string).collect::<Vec<_>>()
+        };
+        assert_eq!(waits(&mut state, 1, "east", me, 9), ["new", "none", "old"], "another trust domain's word");
+        assert_eq!(waits(&mut state, 2, "west", NodeId([8; 32]), 9), ["new", "none", "old"], "another node");
+        assert_eq!(waits(&mut state, 3, "west", me, 2), ["new", "none"]);
+        // Out and in again, before any list says which generation was meant.
+        denials.set_out(true);
+        issuance.hurry(&mut state, &denials.now());
+        assert_eq!(state.due.len(), 2);
+        denials.set_out(false);
+        issuance.hurry(&mut state, &denials.now());
+        assert!(state.due.is_empty(), "{:?}", state.due);
     }
 
     #[test]

@@ -10,6 +10,7 @@ use ambit_agent::denials::{Denials, Lane};
 use ambit_agent::health::Health;
 use ambit_agent::inbound::Inbound;
 use ambit_agent::issued::Svid;
+use ambit_agent::metrics::METRICS;
 use ambit_agent::netns::{Netns, NetnsThread};
 use ambit_agent::outbound::{Captured, Outbound};
 use ambit_agent::plane::{Credentials, LocalPod, Plane};
@@ -284,6 +285,7 @@ async fn the_receiver_cuts_a_denied_caller_at_once_and_gives_it_no_tunnel() {
     .await
     .expect("an idle tunnel of a denied node is ended too");
     assert!(is_reset(stage.call_db().await).await, "a new one is refused");
+    assert!(METRICS.handshakes.value(["failed", "node_untrusted"]) > 0.0, "already in the handshake");
     assert!(!stage.east_denials.offer(list(1, "west", &stage.west, 0)), "an older list");
     assert!(is_reset(stage.call_db().await).await);
     assert!(timeout(Duration::from_millis(200), stage.db.accept()).await.is_err(), "the pod saw nothing");

@@ -7,12 +7,13 @@ use ambit_identity::{SvidKey, fingerprint};
 use ambit_lab::tpm;
 use ambit_model::{ClusterId, Code, Refusal};
 use ambit_proto::status::from_status;
+use ambit_proto::v1::appraisal_client::AppraisalClient;
 use ambit_proto::v1::node_attestation_client::NodeAttestationClient;
 use ambit_proto::v1::{self, begin_response, evidence_request, evidence_response};
 use ambit_tpm::{Attester, Bank, TpmIdentity};
 use ambit_transport::Identity;
 use ambit_verify::transcript::{Binding, Transcript, qualifying_data};
-use ambit_verify::{BeginInput, KeyHome, LogExtent, PresentedEk, Public};
+use ambit_verify::{BeginInput, KeptEvidence, KeyHome, LogExtent, PresentedEk, Public};
 use anyhow::{Context, Result, bail};
 use std::time::{Duration, Instant};
 use tonic::Status;
@@ -235,8 +236,45 @@ pub fn identity(chain_der: &[Vec<u8>], key: &SvidKey) -> Result<Identity> {
     Ok(Identity::new(Some(certified(chain, key)?)))
 }
 
-/// Registers a cluster whose EKs are of `maker`, class lab. `maker` has made a TPM before.
+/// Registers a cluster whose EKs are of `maker`, class lab, governed by a policy that accepts the golden boot. `maker`
+/// has made a TPM before.
 pub async fn register_cluster(cell: &Cell, name: &str, maker: &Maker) -> Result<(), Refusal> {
+    register_bare_cluster(cell, name, maker).await?;
+    let (yaml, list) = golden_policy(name, name)?;
+    put_list(cell, &list).await?;
+    apply_policy(cell, &yaml, false).await.map(drop)
+}
+
+/// A policy learnt from the golden boot, as YAML, and the allow-list that it names.
+pub fn golden_policy(name: &str, cluster: &str) -> Result<(String, Vec<u8>), Refusal> {
+    let pcrs = tpm::golden_pcrs(ambit_lab::tpm_wire::Bank::Sha256);
+    let quoted = (0u32..).zip(pcrs).filter(|(n, _)| 0x47ff >> n & 1 == 1).collect();
+    let evidence = KeptEvidence::new("lab", "sha256", quoted, tpm::BOOT_LOG.to_vec(), tpm::IMA_LOG.to_vec())?;
+    let learnt = evidence.learn(&name.parse()?, &cluster.parse()?).map_err(|denial| denial.refusal)?;
+    Ok((ambit_policy::appraisal::to_yaml(&learnt.policy), learnt.allow_list.unwrap_or_default().into_bytes()))
+}
+
+/// Uploads an IMA allow-list.
+pub async fn put_list(cell: &Cell, list: &[u8]) -> Result<String, Refusal> {
+    let call = |channel| {
+        let chunks = vec![v1::BlobChunk { bytes: list.to_vec(), keep: "allow-list".to_owned() }];
+        async move { AppraisalClient::new(channel).put_blob(tokio_stream::iter(chunks)).await }
+    };
+    cell.insist(call).await.map(|answer| answer.sha256)
+}
+
+/// Writes an appraisal policy.
+pub async fn apply_policy(cell: &Cell, yaml: &str, staged: bool) -> Result<v1::AppraisalPolicyMessage, Refusal> {
+    let request = v1::ApplyAppraisalPolicyRequest { request_id: fresh(), yaml: yaml.to_owned(), staged };
+    let call = |channel| {
+        let request = request.clone();
+        async move { AppraisalClient::new(channel).apply_appraisal_policy(request).await }
+    };
+    cell.insist(call).await
+}
+
+/// Registers a cluster that no appraisal policy governs yet.
+pub async fn register_bare_cluster(cell: &Cell, name: &str, maker: &Maker) -> Result<(), Refusal> {
     let internal = |e: anyhow::Error| Refusal::new(Code::Internal, "the maker's certificates", e.to_string());
     let roots = maker.roots().map_err(internal)?;
     let request = v1::RegisterClusterRequest {
@@ -244,6 +282,7 @@ pub async fn register_cluster(cell: &Cell, name: &str, maker: &Maker) -> Result<
         name: name.to_owned(),
         ek_root_classes: vec!["lab".to_owned(); roots.len()],
         ek_roots_der: roots,
+        attest_interval_s: 1,
     };
     let call = |channel| {
         let request = request.clone();

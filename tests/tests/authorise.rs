@@ -89,10 +89,10 @@ fn few_methods_are_for_others_than_administrators() {
     assert_eq!(of(Who::Node).collect::<Vec<_>>(), node);
     assert_eq!(of(Who::Replica).collect::<Vec<_>>(), ["Raft/Exchange", "Raft/Propose"]);
     assert_eq!(of(Who::Peer).collect::<Vec<_>>(), ["PeerLink/Pull"]);
-    // Reads, and the joiner's own promotion.
+    // Reads, the joiner's own promotion, and objects that replicas copy to each other under their SHA-256.
     for path in of(Who::AdminOrReplica) {
         let method = path.split_once('/').unwrap().1;
-        assert!(["ListClusters", "ListPeers", "Status", "Promote"].contains(&method), "{path}");
+        assert!(["ListClusters", "ListPeers", "Status", "Promote", "PutBlob", "GetBlob"].contains(&method), "{path}");
     }
 }
 

@@ -231,8 +231,8 @@ async fn an_ek_must_be_endorsed_and_expected() {
 
     // Put out and let in again: what was certified before stays refused, on every call.
     let old = node_identity(&verdict, &answer.key).unwrap();
-    let node = v1::NodeRef { request_id: fresh(), id: machine.node() };
-    assert_eq!(admin.evict_node(node).await.unwrap().into_inner().state, "evicted");
+    let nodes = || v1::NodeSelection { request_id: fresh(), ids: vec![machine.node()], cluster: String::new() };
+    assert_eq!(admin.evict_node(nodes()).await.unwrap().into_inner().nodes[0].state, "evicted");
     assert_eq!(begin(&machine, "west", "").await, "ek_not_expected");
     let token = join_token(&cell, "west").await.unwrap();
     let (again, answer) = machine.enrol(&cell, 1, "west", &token, &honest).await.unwrap().unwrap();
@@ -244,11 +244,10 @@ async fn an_ek_must_be_endorsed_and_expected() {
     let mut as_new = v1::svid_client::SvidClient::new(cell.channel_as(new, 1).await.unwrap());
     assert_eq!(refusal(as_new.batch_new_x509svid(request()).await).unwrap().code.as_str(), "bad_request");
     // Banned is for good.
-    let node = v1::NodeRef { request_id: fresh(), id: machine.node() };
-    assert_eq!(admin.ban_node(node).await.unwrap().into_inner().state, "banned");
+    assert_eq!(admin.ban_node(nodes()).await.unwrap().into_inner().nodes[0].state, "banned");
     let token = join_token(&cell, "west").await.unwrap();
     let told = denied(machine.enrol(&cell, 1, "west", &token, &honest).await.unwrap());
-    assert_eq!(told.code, "node_untrusted");
+    assert_eq!(told.code, "node_banned");
 }
 
 /// How many machines compete, and how many answers they send in all.

@@ -39,6 +39,17 @@ pub(crate) fn program(program: &str, args: &[&str]) -> Result<(), Stop> {
     }
 }
 
+/// Runs a program to its end and returns what it printed; anything but 0 is a failure.
+pub(crate) fn output(program: &str, args: &[&str]) -> Result<String, Stop> {
+    match command(program, args)?.output() {
+        Ok(output) if output.status.success() => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
+        Ok(output) => {
+            Err(Stop::Failed(format!("{program}: {} {}", output.status, String::from_utf8_lossy(&output.stderr))))
+        }
+        Err(e) => Err(Stop::Failed(format!("{program}: {e}"))),
+    }
+}
+
 /// Runs cargo.
 pub(crate) fn cargo(args: &[&str]) -> Result<(), Stop> {
     program("cargo", args)

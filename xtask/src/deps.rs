@@ -48,8 +48,13 @@ pub(crate) enum Say {
 
 /// Installs what is missing. Needs root only then.
 pub(crate) fn install(say: Say) -> Result<(), Stop> {
+    install_these(PACKAGES, say)
+}
+
+/// The same for another list.
+pub(crate) fn install_these(packages: &[(&'static str, &str)], say: Say) -> Result<(), Stop> {
     let mut missing = Vec::new();
-    for (package, why) in PACKAGES {
+    for (package, why) in packages {
         let installed = is_installed(package)?;
         if !installed {
             missing.push(*package);
@@ -60,7 +65,7 @@ pub(crate) fn install(say: Say) -> Result<(), Stop> {
     }
     if missing.is_empty() {
         if say == Say::All {
-            println!("{} packages, all installed", PACKAGES.len());
+            println!("{} packages, all installed", packages.len());
         }
         return Ok(());
     }

@@ -11,8 +11,11 @@ mod deny;
 mod deps;
 mod fuzz;
 mod lab;
+mod mutants;
+mod table;
 mod test;
 mod unbuilt;
+mod vm;
 
 use std::process::ExitCode;
 
@@ -25,8 +28,10 @@ usage: cargo xtask <verb>
   test                  format, lints, every test of the workspace; last line: N passed, N failed, N skipped
   lab up|down|status    the one-machine lab that demo uses, to explore by hand (root)
   chaos --smoke         kill each process of a lab in turn; last line: N lost, N duplicated, N non-linearizable
+  vm                    a node as a machine of its own, with Secure Boot, a TPM driver and IMA (root; QEMU; 2 minutes)
   bench memory          resident memory of idle release processes; last line: N figures, M met
   build-bpf [--check]   compile the kernel programs again; --check compares with the committed objects
+  mutants [PART]        break each check of the verifier in a copy; last line: N checks, N proven
   fuzz --seconds N [--target NAME] [--merge]
                         every parser under libFuzzer, N seconds in all; last line: N executions, N crashes
   deny                  licences, bans and sources of all dependencies (cargo-deny)
@@ -74,10 +79,13 @@ fn run(args: &[&str]) -> Result<(), Stop> {
         ["demo", options @ ..] => lab::demo(options),
         ["test"] => test::run(),
         ["lab", verb @ ("up" | "down" | "status"), options @ ..] => lab::run(&[&[*verb], options].concat()),
+        ["vm"] => vm::run(),
         ["chaos", "--smoke"] => lab::run(&["chaos", "--smoke"]),
         ["build-bpf"] => cargo::program("sh", &["ebpf/build-objects.sh"]),
         ["build-bpf", "--check"] => cargo::program("sh", &["ebpf/build-objects.sh", "--check"]),
         ["deny"] => deny::run(),
+        ["mutants"] => mutants::run(""),
+        ["mutants", part] => mutants::run(part),
         ["sim", "--seeds", n] if n.parse::<u64>().is_ok() => unbuilt::sim(),
         ["bench", "memory"] => lab::bench("memory"),
         ["bench", name] if !name.starts_with('-') => unbuilt::bench(name),

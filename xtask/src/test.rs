@@ -1,7 +1,7 @@
 //! Format, lints and every test, ending in one line of counts.
 
 use crate::counts::Counts;
-use crate::{Stop, cargo, deps};
+use crate::{Stop, cargo, deps, table};
 use std::io::{BufRead, BufReader};
 use std::process::{ExitStatus, Stdio};
 
@@ -31,6 +31,7 @@ fn checks() -> Result<(), Stop> {
 
 /// One invocation for all, its output passed on line by line as it comes.
 fn tests(counts: &mut Counts) -> Result<(), Stop> {
+    table::clear()?;
     let args = ["test", "--workspace", "--no-fail-fast"];
     let mut child = cargo::command("cargo", &args)?
         .stdout(Stdio::piped())
@@ -45,6 +46,7 @@ fn tests(counts: &mut Counts) -> Result<(), Stop> {
         }
     }
     let status = child.wait().map_err(|e| Stop::Failed(format!("cargo test: {e}")))?;
+    table::print()?;
     judge(status, counts)
 }
 

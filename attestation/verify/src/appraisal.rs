@@ -25,7 +25,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// Findings kept of one policy: enough to mend it, bounded against a log made to fail.
-const FINDINGS_MAX: usize = 64;
+pub(crate) const FINDINGS_MAX: usize = 64;
 
 /// What is known of the EK when a policy is asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -53,6 +53,11 @@ impl Event<'_> {
         self.digests.iter().find(|(alg, _)| *alg == hash.id()).map(|(_, d)| *d)
     }
 
+    /// Whether it extends its PCR: all but remarks do.
+    pub fn extends(&self) -> bool {
+        self.kind != EV_NO_ACTION
+    }
+
     /// Where the event stands, without its content: what a node may be told.
     pub fn place(&self) -> String {
         facts::place(self.number, &rules::name(self.kind), self.pcr)
@@ -242,5 +247,7 @@ fn compare(
     Ok(())
 }
 
+#[cfg(test)]
+mod made_tests;
 #[cfg(test)]
 mod tests;

@@ -46,10 +46,10 @@ mod logs;
 
 pub(crate) use begin::Backing;
 pub use begin::{BeginInput, Challenge, EndorsedEk, Entropy, Expected, PresentedEk, Terms};
+pub use evidence::{ActivatedAk, EvidenceHeader, FreshQuote, LogExtent, Session};
 pub use kept::KeptEvidence;
 pub use known::{Before, RoundEvidence, RoundLogs};
 pub use logs::Appraised;
-pub use evidence::{ActivatedAk, EvidenceHeader, FreshQuote, LogExtent, Session};
 
 use crate::bootlog::BootFacts;
 use crate::ek::{EkClass, EkMake};

@@ -24,6 +24,7 @@ pub mod claims;
 pub mod credential;
 pub mod csr;
 pub mod ek;
+pub mod folder;
 pub mod hash;
 pub mod ima;
 pub mod parsers;
@@ -40,7 +41,8 @@ mod wire;
 pub use certify::KeyHome;
 pub use chain::{
     ActivatedAk, Appraised, Before, BeginInput, Challenge, Counters, Denial, EndorsedEk, Entropy, EvidenceHeader,
-    Expected, FreshQuote, KeptEvidence, LogExtent, NodeEvidence, PresentedEk, RoundEvidence, RoundLogs, Session, Step, Terms, Verified,
+    Expected, FreshQuote, KeptEvidence, LogExtent, NodeEvidence, PresentedEk, RoundEvidence, RoundLogs, Session, Step,
+    Terms, Verified,
 };
 pub use ek::{EkClass, EkDenyRule, EkMake, EkRoot, Endorsements, Quirk};
 pub use hash::{Bank, HashAlg};

@@ -229,6 +229,9 @@ fn rsa(r: &mut Reader<'_>) -> Result<Key, Malformed> {
     if bits.checked_div(8) != Some(modulus.len()) || modulus.first().is_none_or(|b| b & 0x80 == 0) {
         return Err(Malformed::new("RSA modulus: not as long as the key bits say", at));
     }
+    if modulus.last().is_none_or(|b| b & 1 == 0) {
+        return Err(Malformed::new("RSA modulus: even", at));
+    }
     Ok(Key::Rsa { modulus, exponent })
 }
 
@@ -405,4 +408,27 @@ fn der_unsigned(bytes: &[u8]) -> Vec<u8> {
     let skip = bytes.iter().take_while(|b| **b == 0).count();
     let digits = bytes.get(skip..).unwrap_or_default();
     if digits.first().is_none_or(|b| b & 0x80 != 0) { der(0x02, &[&[0], digits]) } else { der(0x02, &[digits]) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testdata::golden;
+
+    #[test]
+    fn an_ek_is_a_restricted_decryption_key() {
+        let golden = golden("ek.tpm2b_public")[2..].to_vec();
+        let attributes = u32::from_be_bytes(golden[4..8].try_into().unwrap());
+        let judge = |attributes: u32| {
+            let mut public = golden.clone();
+            public[4..8].copy_from_slice(&attributes.to_be_bytes());
+            EndorsementKey::new(Public::parse(&public).unwrap()).map(|_| ()).map_err(|r| r.code)
+        };
+        assert_eq!(judge(attributes), Ok(()));
+        for wrong in
+            [bit::FIXED_TPM, bit::FIXED_PARENT, bit::SENSITIVE_DATA_ORIGIN, bit::RESTRICTED, bit::DECRYPT, bit::SIGN]
+        {
+            assert_eq!(judge(attributes ^ wrong), Err(Code::EkMalformed), "{wrong:#x}");
+        }
+    }
 }

@@ -124,7 +124,11 @@ async fn ek_deny(session: &Session, rule: v1::EkDenyRule, remove: bool) -> Resul
 fn shown(form: Form, reply: &v1::EndorsementsResponse) -> String {
     let mut table = Table::new("endorsement", &["kind", "name", "what"]);
     for root in &reply.roots {
-        table.row(vec![json!("ek-root"), json!(hex::encode(ambit_identity::fingerprint(&root.der))), json!(root.class)]);
+        table.row(vec![
+            json!("ek-root"),
+            json!(hex::encode(ambit_identity::fingerprint(&root.der))),
+            json!(root.class),
+        ]);
     }
     for node in &reply.allowed {
         table.row(vec![json!("allowed"), json!(node), json!("")]);

@@ -1,5 +1,6 @@
 //! The verbs: each asks the cell and turns the answer into rows.
 
+mod attest;
 mod check;
 mod cluster;
 mod drill;
@@ -57,6 +58,7 @@ pub async fn run(args: Args) -> Result<Answer, Refusal> {
         Verb::Policy(verb) => policy::run(&session, verb).await,
         Verb::Explain(verb) => policy::explain(&session, verb).await,
         Verb::Raft(verb) => raft::run(&session, verb).await,
+        Verb::Attest(verb) => attest::run(&session, verb).await,
         Verb::Lab { args } => lab::run(args).await,
         Verb::Drill(verb) => drill::run(&session, verb).await,
     }

@@ -76,11 +76,22 @@ async fn attest(session: &Session, id: &str, at: Option<&str>) -> Result<Answer,
     let request = v1::AttestationAtRequest { id: full_id(&cell, id).await?, at_ms };
     let reply = ask!(cell, NodeAttestation.attestation_at(request))?;
     const COLUMNS: &[&str] = &[
-        "node", "state", "code", "policy", "since", "until", "verdicts", "diverged", "expected", "found", "evidence",
+        "node",
+        "state",
+        "code",
+        "policy",
+        "since",
+        "until",
+        "verdicts",
+        "diverged",
+        "expected",
+        "found",
+        "evidence",
         "evidence_kept",
     ];
     let mut table = Table::new("verdict", COLUMNS);
-    let policy = if reply.policy.is_empty() { String::new() } else { format!("{}@{}", reply.policy, reply.policy_version) };
+    let policy =
+        if reply.policy.is_empty() { String::new() } else { format!("{}@{}", reply.policy, reply.policy_version) };
     table.row(vec![
         json!(reply.node),
         json!(reply.state),
@@ -99,7 +110,7 @@ async fn attest(session: &Session, id: &str, at: Option<&str>) -> Result<Answer,
 }
 
 /// A point in time, or how long ago.
-fn instant(text: &str) -> Result<u64, Refusal> {
+pub(super) fn instant(text: &str) -> Result<u64, Refusal> {
     if let Ok(ago) = text.parse::<crate::duration::Millis>() {
         return Ok(crate::when::now_ms().saturating_sub(u64::try_from(ago.duration().as_millis()).unwrap_or(u64::MAX)));
     }
@@ -161,7 +172,7 @@ fn counted_eks(session: &Session, banner: String, done: &str, count: u32) -> Ans
 
 /// The one node whose id starts with `prefix`. A full id is passed on: the cell may know denials of a node that it
 /// never admitted.
-async fn full_id(cell: &Cell, prefix: &str) -> Result<String, Refusal> {
+pub(super) async fn full_id(cell: &Cell, prefix: &str) -> Result<String, Refusal> {
     if prefix.parse::<NodeId>().is_ok() {
         return Ok(prefix.to_owned());
     }
@@ -179,7 +190,7 @@ async fn full_id(cell: &Cell, prefix: &str) -> Result<String, Refusal> {
     }
 }
 
-async fn explain(session: &Session, id: Option<&str>) -> Result<Answer, Refusal> {
+pub(super) async fn explain(session: &Session, id: Option<&str>) -> Result<Answer, Refusal> {
     let cell = session.cell()?;
     let id = match id {
         Some(id) => full_id(&cell, id).await?,

@@ -110,6 +110,7 @@ fn founded(td: &TrustDomain, root: &Root, record: &RecordKey) -> State {
         next_identity: 256,
         revision: Revision(1),
         endorsement_revision: Revision(1),
+        policy_revision: Revision(1),
         export_seq: 0,
         export_hash: [0; 32],
     };
@@ -123,7 +124,7 @@ fn founded(td: &TrustDomain, root: &Root, record: &RecordKey) -> State {
     let west: ClusterId = "west".parse().unwrap();
     let mut state = State::new();
     let found = Command::FoundCell(row, 1, member, KeySetRow { statement, signature });
-    for (at, command) in [found, Command::RegisterCluster(west, vec![])].into_iter().enumerate() {
+    for (at, command) in [found, Command::RegisterCluster(west, vec![], 30_000)].into_iter().enumerate() {
         let entry = LogEntry { stamp: now(), client: [0; 32], request: [at as u8 + 1; 16], command };
         state.apply(RaftIndex(at as u64), &entry).outcome.unwrap();
     }

@@ -17,6 +17,11 @@ const ELECTION_TIMEOUT_MS: u32 = 300;
 /// Several to an election timeout, so that one lost heartbeat starts no election.
 const HEARTBEAT_MS: u32 = 50;
 
+/// How often a node of the lab is asked for a quote, seconds: one interval is what a changed machine may go unnoticed.
+pub const ATTEST_EVERY_S: u64 = 5;
+/// A program that the lab's policy lets run: what a scenario puts in a measured folder, and then alters.
+pub const APP: &[u8] = b"#!/bin/sh\necho the program that was approved\n";
+
 /// How to reach a formed cell, and what its administrator holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Cell {
@@ -89,7 +94,35 @@ impl Lab {
     pub fn register_cluster(&self, site: &str) -> Result<String, LabError> {
         let roots = self.manufacturer().certificates().map(|file| format!("{}:lab", file.display()));
         let [root, issuing] = &roots;
-        self.ambit(site, &["cluster", "register", site, "--ek-root", root, "--ek-root", issuing])
+        let every = format!("{ATTEST_EVERY_S}s");
+        let roots = ["--ek-root", root, "--ek-root", issuing];
+        let registered =
+            self.ambit(site, &[&["cluster", "register", site, "--attest-every", &every][..], &roots[..]].concat())?;
+        self.apply_appraisal_policy(site)?;
+        Ok(registered)
+    }
+    /// Learns what a machine of this lab boots from a reference machine's files, and makes it the site's policy, as an
+    /// operator would. [`APP`] is on its list of what may run beside.
+    pub fn apply_appraisal_policy(&self, site: &str) -> Result<String, LabError> {
+        let folder = self.admin_folder(site).join("appraisal");
+        let reference = folder.join("reference");
+        make_folder(&reference)?;
+        for (name, bytes) in crate::tpm::REFERENCE {
+            write_file(&reference.join(name), bytes)?;
+        }
+        let (policy, list) = (folder.join("servers.yaml"), folder.join("ima.list"));
+        let (from, out) = (reference.display().to_string(), list.display().to_string());
+        let what = ["--name", "servers", "--cluster", site, "--class", "lab", "--ima-list", &out];
+        // The site's own files are added before the policy is written: it names its list by digest.
+        let learn = [&["attest", "policy", "learn", "--from", &from][..], &what[..]].concat();
+        let yaml = self.ambit(site, &learn)?;
+        let mut text = std::fs::read(&list).map_err(|source| LabError::Io { path: list.clone(), source })?;
+        let before = sha256_hex(&text);
+        text.extend(format!("{} *\n", sha256_hex(APP)).bytes());
+        write_file(&list, &text)?;
+        write_file(&policy, yaml.replace(&before, &sha256_hex(&text)).as_bytes())?;
+        let file = policy.display().to_string();
+        self.ambit(site, &["attest", "policy", "apply", "-f", &file, "--ima-list", &out])
     }
     /// Where the operator's commands run.
     pub fn operator(&self) -> Place {
@@ -178,4 +211,9 @@ pub(crate) fn quoted(path: &Path) -> String {
 
 fn no_site(site: &str) -> LabError {
     Refusal::new(Code::NotFound, "a site of the lab", site.to_owned()).into()
+}
+
+fn sha256_hex(bytes: &[u8]) -> String {
+    use sha2::{Digest, Sha256};
+    hex::encode(Sha256::digest(bytes))
 }

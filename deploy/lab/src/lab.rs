@@ -44,6 +44,9 @@ pub enum LabError {
     /// The measurer's folder.
     #[error(transparent)]
     Measure(#[from] MeasureError),
+    /// A tool of the machine.
+    #[error(transparent)]
+    Tool(#[from] crate::tool::ToolError),
     /// A file.
     #[error("{path}")]
     Io {

@@ -33,6 +33,7 @@ pub mod topology;
 pub mod tpm;
 pub mod tpm_wire;
 pub mod up;
+pub mod vm;
 pub mod workload;
 
 pub use cell::Cell;

@@ -106,6 +106,15 @@ enum Verb {
         #[arg(long)]
         keep: bool,
     },
+    /// Boot a node as a machine of its own, under QEMU, and show that an altered file costs it its standing
+    Vm {
+        /// The lab's name
+        #[arg(long = "name", visible_alias = "lab", default_value = "vm")]
+        name: String,
+        /// Folder of the unpacked Debian packages that `cargo xtask vm` fetches
+        #[arg(long)]
+        debian: PathBuf,
+    },
     /// Kill each process of a lab of its own in turn, under writes and calls, and count what was lost
     Chaos {
         /// Each process once; the only run there is yet
@@ -219,6 +228,7 @@ fn run(verb: Verb) -> Result<ExitCode, LabError> {
         Verb::Demo { lab, json, keep } => {
             ambit_lab::demo::run(&ambit_lab::demo::Options { name: &lab.name, json: json.as_deref(), keep })?;
         }
+        Verb::Vm { name, debian } => ambit_lab::vm::run(&ambit_lab::vm::Options { name: &name, debian: &debian })?,
         Verb::Chaos { smoke: _, name } => ambit_lab::chaos::run(&name)?,
         Verb::Guardian { lab, parent } => guardian::guard(&lab.name, parent)?,
         Verb::Bench { .. } => ambit_lab::bench::memory()?,

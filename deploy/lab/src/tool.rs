@@ -36,6 +36,11 @@ pub fn package(tool: &str) -> &'static str {
         "curl" => "curl",
         "python3" => "python3",
         "tcpdump" => "tcpdump",
+        "cpio" => "cpio",
+        "ldd" => "libc-bin",
+        "mcopy" | "mformat" | "mmd" => "mtools",
+        "setpriv" => "util-linux",
+        "strip" => "binutils",
         _ => "unknown",
     }
 }

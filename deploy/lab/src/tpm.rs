@@ -66,6 +66,13 @@ pub enum TpmStateError {
     },
 }
 
+/// The files of the recorded machine that a policy of the lab is learnt from.
+pub const REFERENCE: [(&str, &[u8]); 3] = [
+    ("binary_bios_measurements", BOOT_LOG),
+    ("ima_binary_runtime_measurements", IMA_LOG),
+    ("pcrs.sha256", include_bytes!("../golden/pcrs.sha256")),
+];
+
 /// The lab's TPM manufacturer: a root and an issuing CA in a private folder. Its class is `lab`, never hardware.
 #[derive(Clone, Debug)]
 pub struct Manufacturer {

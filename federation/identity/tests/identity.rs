@@ -8,7 +8,7 @@ use ambit_identity::{Csr, IssuingKey, KeySet, RecordKey, Root, SvidKey, TrustSto
 use ambit_model::bundle::{Bundle, Foreign, Own};
 use ambit_model::record::Head;
 use ambit_model::{Code, Lifetime, NodeId, RaftIndex, Revision, Stamp, TrustDomain};
-use ambit_state::command::{Admission, LogEntry};
+use ambit_state::command::{Admission, LogEntry, Seen};
 use ambit_state::objects::*;
 use ambit_state::{Command, State};
 use rustls_pki_types::CertificateDer;
@@ -53,6 +53,7 @@ fn node_leaf(f: &Fixture, authority: &str, key: &SvidKey, csr: &Csr) -> Result<V
         next_identity: 256,
         revision: Revision(0),
         endorsement_revision: Revision(0),
+        policy_revision: Revision(0),
         export_seq: 0,
         export_hash: [0; 32],
     };
@@ -65,7 +66,7 @@ fn node_leaf(f: &Fixture, authority: &str, key: &SvidKey, csr: &Csr) -> Result<V
     };
     let cluster: ambit_model::ClusterId = "c".parse().unwrap();
     run(Command::FoundCell(row, 1, member, KeySetRow::default())).outcome.unwrap();
-    run(Command::RegisterCluster(cluster.clone(), vec![])).outcome.unwrap();
+    run(Command::RegisterCluster(cluster.clone(), vec![], 30_000)).outcome.unwrap();
     run(Command::AllowEk(cluster.clone(), vec![NodeId([7; 32])])).outcome.unwrap();
     let admission = Admission {
         node: NodeId([7; 32]),
@@ -74,13 +75,22 @@ fn node_leaf(f: &Fixture, authority: &str, key: &SvidKey, csr: &Csr) -> Result<V
         deadline: NOW.plus_ms(1000),
         join_token: None,
         endorsement_revision: Revision(3),
-        ak_name: vec![1],
-        counters: Counters::default(),
-        ek_class: "lab".into(),
+        policy_revision: Revision(0),
+        ak: AkFacts::default(),
+        ek: EkFacts::default(),
+        seen: Seen {
+            counters: Counters::default(),
+            firmware_version: 1,
+            ima: ImaPoint::default(),
+            boot_pcrs_sha256: [1; 32],
+            boot_log_sha256: [1; 32],
+            policy: PolicyRef { name: "any".parse().unwrap(), version: 1 },
+            evidence_sha256: [0; 32],
+            evidence_depth: 0,
+        },
         key_hash: key.spki_sha256(),
         authority: authority.into(),
         claims: String::new(),
-        evidence_sha256: [0; 32],
     };
     let mut issuances = run(Command::AdmitNode(admission)).into_issuances().unwrap();
     issue(issuances.remove(0).unwrap(), csr, &f.issuer).map_err(|r| r.code)

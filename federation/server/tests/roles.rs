@@ -60,6 +60,7 @@ fn founded(d: &Domain) -> State {
         next_identity: 256,
         revision: Revision(0),
         endorsement_revision: Revision(0),
+        policy_revision: Revision(0),
         export_seq: 0,
         export_hash: [0; 32],
     };

@@ -2,14 +2,18 @@
 #![allow(dead_code, reason = "each test file uses a part")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
+pub(crate) mod agent;
+pub(crate) mod replica;
+pub(crate) mod tpm;
+
 use ambit_agent::issued::Svid;
 use ambit_agent::view::View;
 use ambit_identity::tls::certified;
 use ambit_identity::{Csr, IssuingKey, Root, SvidKey, issue};
 use ambit_model::{ClusterId, Entry, Generation, Lifetime, NodeId, RaftIndex, Revision, Stamp, TrustDomain};
 use ambit_proto::v1;
-use ambit_state::command::{Admission, LeafRequest};
-use ambit_state::objects::{CellRow, Counters, KeySetRow, Member};
+use ambit_state::command::{Admission, LeafRequest, Seen};
+use ambit_state::objects::{AkFacts, CellRow, Counters, EkFacts, ImaPoint, KeySetRow, Member, PolicyRef};
 use ambit_state::{Applied, Command, LogEntry, State};
 use rustls::sign::CertifiedKey;
 use std::sync::Arc;
@@ -46,6 +50,7 @@ impl Cell {
             next_identity: 256,
             revision: Revision(0),
             endorsement_revision: Revision(0),
+            policy_revision: Revision(0),
             export_seq: 0,
             export_hash: [0; 32],
         };
@@ -59,7 +64,7 @@ impl Cell {
         let mut cell = Cell { td: td.clone(), root, key, state: State::new(), index: 0, node: NodeId([node; 32]) };
         let cluster: ClusterId = td.as_str().parse().unwrap();
         cell.run(Command::FoundCell(row, 1, member, KeySetRow::default())).outcome.unwrap();
-        cell.run(Command::RegisterCluster(cluster.clone(), vec![])).outcome.unwrap();
+        cell.run(Command::RegisterCluster(cluster.clone(), vec![], 30_000)).outcome.unwrap();
         cell.run(Command::AllowEk(cluster, vec![cell.node])).outcome.unwrap();
         cell.admit(1);
         cell
@@ -90,7 +95,10 @@ impl Cell {
         let key = SvidKey::generate().unwrap();
         let csr = Csr::parse(&key.csr().unwrap()).unwrap();
         let lifetime = Lifetime { not_before: now().minus_ms(60_000), not_after: now().plus_ms(3_600_000) };
-        certified(self.key.replica_leaf(1, &self.td, lifetime, &csr).unwrap(), &key).unwrap()
+        let mut chain = self.key.replica_leaf(1, &self.td, lifetime, &csr).unwrap();
+        // Whoever pinned the root has to see it.
+        chain.push(self.root.der().clone());
+        certified(chain, &key).unwrap()
     }
 
     fn admit_key(&mut self, nonce: u8, key_hash: [u8; 32]) -> Applied {
@@ -101,13 +109,22 @@ impl Cell {
             deadline: now().plus_ms(60_000),
             join_token: None,
             endorsement_revision: self.state.cell().unwrap().endorsement_revision,
-            ak_name: vec![1],
-            counters: Counters { resets: 1, restarts: 0, clock: u64::from(nonce) },
-            ek_class: "lab".into(),
+            policy_revision: self.state.cell().unwrap().policy_revision,
+            ak: AkFacts { name: vec![1], ..AkFacts::default() },
+            ek: EkFacts { class: "lab".into(), ..EkFacts::default() },
+            seen: Seen {
+                counters: Counters { resets: 1, restarts: 0, clock: u64::from(nonce) },
+                firmware_version: 1,
+                ima: ImaPoint::default(),
+                boot_pcrs_sha256: [1; 32],
+                boot_log_sha256: [1; 32],
+                policy: PolicyRef { name: "any".parse().unwrap(), version: 1 },
+                evidence_sha256: [1; 32],
+                evidence_depth: 0,
+            },
             key_hash,
             authority: self.key.authority().to_owned(),
             claims: "{}".into(),
-            evidence_sha256: [1; 32],
         };
         let applied = self.run(Command::AdmitNode(admission));
         applied.outcome.as_ref().unwrap();

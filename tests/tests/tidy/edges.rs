@@ -42,7 +42,8 @@ const EDGES: &[(&str, &[&str])] = &[
             "ambit-transport",
         ],
     ),
-    ("ambit", &["ambit-model", "ambit-policy", "ambit-identity", "ambit-proto", "ambit-transport"]),
+    // The same verifier judges folders offline that judges nodes in the server.
+    ("ambit", &["ambit-model", "ambit-policy", "ambit-identity", "ambit-proto", "ambit-transport", "ambit-verify"]),
     // Chaos writes with the drill engine's writer and judges with its ledger.
     ("ambit-lab", &["ambit", "ambit-model", "ambit-policy", "ambit-identity", "ambit-proto", "ambit-transport"]),
     (

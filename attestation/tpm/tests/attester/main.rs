@@ -6,16 +6,19 @@ mod common;
 mod failing;
 mod svid_key;
 
+use ambit_model::appraisal::{AppraisalPolicy, EndorsementClass};
 use ambit_model::{Code, Revision, Stamp};
 use ambit_tpm::{AkKind, Attester, Bank, EkChoice, EkKind, Options, TpmError, TpmIdentity};
+use ambit_verify::appraisal::CompiledPolicy;
 use ambit_verify::hash::sha256;
 use ambit_verify::transcript::{Binding, Transcript, qualifying_data};
 use ambit_verify::{
-    ActivatedAk, BeginInput, Challenge, EkClass, EkRoot, Endorsements, Entropy, EvidenceHeader, Expected, LogExtent,
-    PresentedEk, Public, Terms, TicketBody, csr,
+    ActivatedAk, BeginInput, Challenge, EkClass, EkRoot, Endorsements, Entropy, EvidenceHeader, Expected, KeyHome,
+    LogExtent, PresentedEk, Public, Terms, TicketBody, csr,
 };
 use common::Swtpm;
 use rcgen::{CertificateParams, KeyPair};
+use std::sync::Arc;
 use zeroize::Zeroizing;
 
 const NOW: Stamp = Stamp(1_900_000_000_000);
@@ -32,6 +35,15 @@ fn begin(identity: &TpmIdentity) -> BeginInput {
         ak_public: identity.ak_public.clone(),
         agent_nonce: vec![7; 32],
     }
+}
+
+/// A policy that asks nothing of PCRs which no boot log explains.
+fn policy() -> Arc<CompiledPolicy> {
+    let mut policy = AppraisalPolicy::new("any".parse().unwrap(), ["west".parse().unwrap()].into());
+    policy.boot_log_optional = true;
+    policy.secure_boot_any = true;
+    policy.endorsement = EndorsementClass::ALL.into();
+    Arc::new(CompiledPolicy::compile(&policy, &mut |_| None).unwrap())
 }
 
 fn endorsements(tpm: &Swtpm) -> Endorsements {

@@ -201,11 +201,12 @@ fn command(data: &[u8], over: impl Fn(&[u8]) -> bool) -> Option<Fact> {
     authenticated.then(|| unicode(data).map_or_else(|| utf8(text, Fact::GrubCommand), Fact::CommandLine))
 }
 
-/// UTF-16 (little-endian) text without its terminating zero. Anything else, ASCII included, is none: every other byte
-/// of a command in UTF-16 is zero, and no command in UTF-8 holds one.
+/// UTF-16 (little-endian) text without its terminating zero. Anything else, ASCII included, is none: in UTF-16 every
+/// other byte of a command is zero, and no command in UTF-8 holds one but at its end.
 fn unicode(data: &[u8]) -> Option<String> {
     let body = data.strip_suffix(&[0, 0]).filter(|b| b.len().checked_rem(2) == Some(0)).unwrap_or(data);
-    if body.len().checked_rem(2) != Some(0) || !body.contains(&0) {
+    let (_, all_but_last) = body.split_last()?;
+    if body.len().checked_rem(2) != Some(0) || !all_but_last.contains(&0) {
         return None;
     }
     let units = body.chunks_exact(2).map(|pair| <[u8; 2]>::try_from(pair).map(u16::from_le_bytes));

@@ -61,7 +61,8 @@ fn a_certified_key_is_in_the_tpm() {
 
 #[test]
 fn each_lie_is_refused() {
-    let rows: &[(&str, &str, fn(&mut Claim))] = &[
+    type Row = (&'static str, &'static str, fn(&mut Claim));
+    let rows: &[Row] = &[
         ("not fixedTPM", "attributes", |c| c.attributes ^= 1 << 1),
         ("not fixedParent", "attributes", |c| c.attributes ^= 1 << 4),
         ("imported", "attributes", |c| c.attributes ^= 1 << 5),

@@ -32,7 +32,8 @@ impl KeptEvidence {
         boot_log: Vec<u8>,
         ima_log: Vec<u8>,
     ) -> Result<KeptEvidence, Refusal> {
-        let unknown = |what: &str, found: &str| Refusal::new(Code::BlobMissing, format!("evidence of a known {what}"), found);
+        let unknown =
+            |what: &str, found: &str| Refusal::new(Code::BlobMissing, format!("evidence of a known {what}"), found);
         Ok(KeptEvidence {
             class: EkClass::from_text(class).ok_or_else(|| unknown("EK class", class))?,
             bank: Bank::from_text(bank).ok_or_else(|| unknown("bank", bank))?,

@@ -2,7 +2,7 @@
 
 use super::Denial;
 use crate::IMA_PCR;
-use crate::appraisal::{CompiledPolicy, Consumed, Endorsement, ImaAppraisal, appraise};
+use crate::appraisal::{Accepted, CompiledPolicy, Endorsement, ImaAccepted, ImaAppraisal, appraise};
 use crate::bootlog::{self, BootFacts};
 use crate::hash::Bank;
 use crate::ima::{Checkpoint, Replay};
@@ -13,22 +13,16 @@ use std::sync::Arc;
 /// What accepted a machine, and on what grounds.
 #[derive(Clone, Debug)]
 pub struct Appraised {
-    /// The policy, as one of those asked.
-    pub policy: Arc<CompiledPolicy>,
-    /// Where it stands among those asked.
+    /// Where the policy stands among those asked.
     pub position: usize,
-    /// Which of its rules consumed which events of the boot log; empty where the boot was appraised in a round before.
-    pub consumed: Vec<Consumed>,
+    /// The policy, and which of its rules consumed which events; no events where the boot was appraised before.
+    pub boot: Accepted,
+    /// What it says of what runs, as far as this evidence shows it.
+    pub ima: ImaAccepted,
     /// How far the IMA log was judged.
-    pub ima: Checkpoint,
-    /// Whether the policy has rules about what runs.
-    pub ima_judged: bool,
-    /// IMA entries of this evidence that a list allows.
-    pub ima_listed: u64,
-    /// IMA entries of this evidence that only an exception of the policy lets pass.
-    pub ima_excepted: u64,
+    pub checkpoint: Checkpoint,
     /// Violations that this evidence records.
-    pub ima_violations: usize,
+    pub violations: usize,
 }
 
 /// What a quote covers, beside its logs.
@@ -50,12 +44,12 @@ impl Quoted<'_> {
         let accepted = appraise(policies, self.endorsement, self.pcrs, self.bank, &facts)?;
         let start = Checkpoint::start(self.bank.hash());
         let mut appraised = self.ima(start, ima_log, &accepted.candidates, policies)?;
-        if Arc::ptr_eq(&appraised.policy, &accepted.policy) {
-            appraised.consumed = accepted.consumed;
+        appraised.boot = if Arc::ptr_eq(&appraised.ima.policy, &accepted.policy) {
+            accepted
         } else {
-            let only = [appraised.policy.clone()];
-            appraised.consumed = appraise(&only, self.endorsement, self.pcrs, self.bank, &facts)?.consumed;
-        }
+            let only = [appraised.ima.policy.clone()];
+            appraise(&only, self.endorsement, self.pcrs, self.bank, &facts)?
+        };
         Ok((facts, appraised))
     }
 
@@ -81,13 +75,10 @@ impl Quoted<'_> {
         let none = || Refusal::new(Code::Internal, "a policy that was asked", "another");
         Ok(Appraised {
             position: position.ok_or_else(none)?,
-            policy: accepted.policy,
-            consumed: Vec::new(),
-            ima,
-            ima_judged: accepted.is_judged,
-            ima_listed: accepted.listed,
-            ima_excepted: accepted.excepted,
-            ima_violations: violations,
+            boot: Accepted { policy: accepted.policy.clone(), consumed: Vec::new(), candidates: Vec::new() },
+            ima: accepted,
+            checkpoint: ima,
+            violations,
         })
     }
 }

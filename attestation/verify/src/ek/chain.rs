@@ -49,27 +49,22 @@ pub(super) fn verify(
         standing_in.iter().map(|a| a as &dyn SignatureVerificationAlgorithm).collect();
     let algorithms = if signed.is_some() { standing_in.as_slice() } else { ALL_VERIFICATION_ALGS };
     let time = UnixTime::since_unix_epoch(Duration::from_millis(now.0));
-    let roots: Vec<(CertificateDer<'_>, EkClass)> = endorsements
-        .roots
-        .iter()
-        .take(ROOTS_MAX)
-        .map(|root| (CertificateDer::from(root.der.as_slice()), root.class))
-        .collect();
-    let (anchors, trusted): (Vec<_>, Vec<_>) =
-        roots.iter().filter_map(|root| Some((anchor_from_trusted_cert(&root.0).ok()?, root))).unzip();
+    let ders: Vec<CertificateDer<'_>> =
+        endorsements.roots.iter().take(ROOTS_MAX).map(|root| CertificateDer::from(root.der.as_slice())).collect();
+    let usable = ders.iter().zip(&endorsements.roots);
+    let (anchors, roots): (Vec<_>, Vec<_>) =
+        usable.filter_map(|(der, root)| Some((anchor_from_trusted_cert(der).ok()?, root))).unzip();
     // One search for all roots: webpki bounds what a search may cost, and one for each root multiplied that bound by the
     // number of roots. CAs carry no extended key usage, hence "if present" here and the leaf's own check in the caller.
     let usage = KeyUsage::required_if_present(super::EKU_EK_CERTIFICATE);
+    let untrusted =
+        |found: String| Refusal::new(Code::EkChainUntrusted, "a chain to one of the cluster's EK roots", found);
     let path = end_entity
         .verify_for_usage(algorithms, &anchors, &intermediates, time, usage, None, None)
         .map_err(|e| untrusted(format!("{e:?}")))?;
     let at = anchors.iter().position(|anchor| anchor == path.anchor());
-    let (der, class) = at.and_then(|n| trusted.get(n)).ok_or_else(|| untrusted("a path to no root".into()))?;
-    Ok(Anchor { class: *class, sha256: sha256(der) })
-}
-
-fn untrusted(found: String) -> Refusal {
-    Refusal::new(Code::EkChainUntrusted, "a chain to one of the cluster's EK roots", found)
+    let root = at.and_then(|n| roots.get(n)).ok_or_else(|| untrusted("a path to no root".into()))?;
+    Ok(Anchor { class: root.class, sha256: sha256(&root.der) })
 }
 
 /// An algorithm that verifies the leaf's signature over what was signed, and every other one as it is.

@@ -44,53 +44,7 @@ fn is_power_of_65537(residue: u16, prime: u16) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use aws_lc_rs::rand::{SecureRandom, SystemRandom};
-
-    /// Little schoolbook arithmetic over 32-bit limbs, least significant first: none of it is in the code under test.
-    fn multiply(a: &[u32], b: &[u32]) -> Vec<u32> {
-        let mut out = vec![0u32; a.len() + b.len()];
-        for (i, x) in a.iter().enumerate() {
-            let mut carry = 0u64;
-            for (j, y) in b.iter().enumerate() {
-                let sum = u64::from(out[i + j]) + u64::from(*x) * u64::from(*y) + carry;
-                (out[i + j], carry) = (sum as u32, sum >> 32);
-            }
-            out[i + b.len()] = carry as u32;
-        }
-        out
-    }
-
-    fn add(a: &[u32], b: &[u32]) -> Vec<u32> {
-        let mut carry = 0u64;
-        let mut out = Vec::new();
-        for i in 0..a.len().max(b.len()) {
-            let sum = u64::from(*a.get(i).unwrap_or(&0)) + u64::from(*b.get(i).unwrap_or(&0)) + carry;
-            out.push(sum as u32);
-            carry = sum >> 32;
-        }
-        out.push(carry as u32);
-        out
-    }
-
-    fn bytes(limbs: &[u32]) -> Vec<u8> {
-        let all: Vec<u8> = limbs.iter().rev().flat_map(|l| l.to_be_bytes()).collect();
-        let zeros = all.iter().take_while(|b| **b == 0).count();
-        all[zeros..].to_vec()
-    }
-
-    fn random(limbs: usize) -> Vec<u32> {
-        let mut raw = vec![0u8; limbs * 4];
-        SystemRandom::new().fill(&mut raw).unwrap();
-        raw.chunks(4).map(|c| u32::from_be_bytes(c.try_into().unwrap())).collect()
-    }
-
-    /// A number of the form `k * M + 65537^a`, a so small that no reduction modulo M is needed.
-    fn flawed(primes_to: u32, a: usize, limbs: usize) -> Vec<u32> {
-        let primes = (2..=primes_to).filter(|n| (2..*n).all(|d| n % d != 0));
-        let m = primes.fold(vec![1u32], |m, p| multiply(&m, &[p]));
-        let power = (0..a).fold(vec![1u32], |n, _| multiply(&n, &[65537]));
-        add(&multiply(&random(limbs), &m), &power)
-    }
+    use crate::testdata::number::{add, bytes, flawed, multiply, random};
 
     #[test]
     fn moduli_of_the_flawed_form_are_found() {

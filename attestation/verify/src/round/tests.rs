@@ -2,8 +2,8 @@
 
 use super::*;
 use crate::Step;
-use crate::hash::{HashAlg, sha256};
-use crate::testdata::{AttestSpec, SoftwareAk, golden, quoted_pcrs};
+use crate::hash::HashAlg;
+use crate::testdata::{AkKind, AttestSpec, SoftwareAk, golden, quoted_pcrs};
 use crate::transcript::round_data;
 
 const MASK: u32 = 0x47ff;
@@ -34,7 +34,8 @@ impl Answer {
     }
 
     fn judge(mut self, ak: &SoftwareAk) -> Result<FreshRound, Refusal> {
-        let name = [&[0, 0x0b][..], &sha256(&ak.public)].concat();
+        let name_alg = ak.hash();
+        let name = [name_alg.id().to_be_bytes().to_vec(), name_alg.digest(&[&ak.public])].concat();
         let cluster = self.cluster.parse().unwrap();
         if self.spec.extra_data.is_empty() {
             self.spec.extra_data = round_data(&self.nonce, &self.node, self.generation, &cluster, &name).to_vec();
@@ -138,5 +139,18 @@ fn counters_tell_a_step_from_a_fork() {
         let found = now.step_from(&last);
         assert_eq!(found.as_ref().ok(), step.as_ref(), "{now}");
         assert!(found.is_ok() || found.unwrap_err().code == Code::TpmStateForked);
+    }
+}
+
+#[test]
+fn every_kind_of_ak_answers_rounds() {
+    use aws_lc_rs::rsa::KeySize::{Rsa2048, Rsa3072};
+    for kind in [AkKind::P384, AkKind::RsaSsa(Rsa2048), AkKind::RsaPss(Rsa2048), AkKind::RsaSsa(Rsa3072)] {
+        let ak = SoftwareAk::new(kind);
+        let mut answer = Answer::honest();
+        // A TPM digests the PCR values with the hash of the AK's scheme, whatever the bank.
+        let values: Vec<&[u8]> = answer.pcrs.iter().map(|(_, v)| v.as_slice()).collect();
+        answer.spec.digest = ak.hash().digest(&values);
+        assert!(answer.judge(&ak).is_ok(), "{kind:?}");
     }
 }

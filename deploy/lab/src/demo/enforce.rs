@@ -169,7 +169,7 @@ impl Demo<'_> {
     }
 
     /// Python's own web server, with one page.
-    pub(super) fn serve(&self, pod: &Pod, page: &str) -> Result<(), LabError> {
+    pub(crate) fn serve(&self, pod: &Pod, page: &str) -> Result<(), LabError> {
         let folder = self.lab.folder(&pod.node).join(format!("www-{}", pod.name));
         make_folder(&folder)?;
         write_file(&folder.join("index.html"), format!("{page}\n").as_bytes())?;
@@ -179,7 +179,7 @@ impl Demo<'_> {
         self.lab.start_in_pod(pod, &argv, Ready::Listening(SocketAddr::from((pod.address, PORT)))).map(drop)
     }
 
-    fn apply(&self, site: &str, name: &str, documents: &str) -> Result<String, LabError> {
+    pub(crate) fn apply(&self, site: &str, name: &str, documents: &str) -> Result<String, LabError> {
         let path = self.lab.folder("operator").join(format!("{site}-{name}.yaml"));
         write_file(&path, documents.as_bytes())?;
         self.lab.ambit(site, &["policy", "apply", "-f", &path.display().to_string()])

@@ -106,7 +106,8 @@ fn tell(lab: &Lab, say: &Say, begun: Instant) -> Result<Figures, LabError> {
 impl<'a> Demo<'a> {
     /// The cells formed in a lab that is up; all else is to be done.
     pub(crate) fn with_cells(lab: &Lab, say: &'a Say, mut figures: Figures) -> Result<Demo<'a>, LabError> {
-        say.chapter("Two cells, three replicas each");
+        let replicas = lab.spec().sites.first().map_or(0, |site| site.replicas);
+        say.chapter(&format!("Two cells, replicas in each: {replicas}"));
         let west = enrol::form(lab, say, "west", &mut figures)?;
         let east = enrol::form(lab, say, "east", &mut figures)?;
         Ok(Demo { lab: lab.clone(), west, east, say, figures })

@@ -186,16 +186,16 @@ impl Keep {
             Keep::AllowList => "lists",
         }
     }
-    /// As on the wire, in front of the first chunk's bytes.
-    pub fn tag(self) -> u8 {
+    /// As on the wire.
+    pub fn as_str(self) -> &'static str {
         match self {
-            Keep::Evidence => 1,
-            Keep::AllowList => 2,
+            Keep::Evidence => "evidence",
+            Keep::AllowList => "allow-list",
         }
     }
-    /// See [`Keep::tag`].
-    pub fn from_tag(tag: u8) -> Option<Keep> {
-        [Keep::Evidence, Keep::AllowList].into_iter().find(|k| k.tag() == tag)
+    /// See [`Keep::as_str`].
+    pub fn from_text(text: &str) -> Option<Keep> {
+        [Keep::Evidence, Keep::AllowList].into_iter().find(|k| k.as_str() == text)
     }
 }
 
@@ -203,29 +203,32 @@ fn trouble(path: &Path, e: &std::io::Error) -> Refusal {
     Refusal::new(Code::Unavailable, format!("a writable {}", path.display()), e.to_string())
 }
 
-/// The chunks of a blob: the first begins with its [`Keep::tag`].
+/// The chunks of a blob: the first says what it is kept for.
 pub fn chunks(keep: Keep, bytes: &[u8]) -> Vec<v1::BlobChunk> {
-    let mut tagged = vec![keep.tag()];
-    tagged.extend_from_slice(bytes);
-    tagged.chunks(CHUNK_BYTES).map(|c| v1::BlobChunk { bytes: c.to_vec() }).collect()
+    let first = v1::BlobChunk { bytes: Vec::new(), keep: keep.as_str().to_owned() };
+    let rest = bytes.chunks(CHUNK_BYTES).map(|c| v1::BlobChunk { bytes: c.to_vec(), keep: String::new() });
+    std::iter::once(first).chain(rest).collect()
 }
 
 /// Reads a blob from its chunks.
 pub async fn collect(
     mut chunks: impl tokio_stream::Stream<Item = Result<v1::BlobChunk, tonic::Status>> + Unpin,
 ) -> Result<(Keep, Vec<u8>), Refusal> {
-    let mut all = Vec::new();
+    let (mut keep, mut all) = (None, Vec::new());
     while let Some(chunk) = chunks.next().await {
         let chunk = chunk.map_err(|s| from_status(&s))?;
-        if all.len() + chunk.bytes.len() > BLOB_BYTES_MAX + 1 {
+        if all.len() + chunk.bytes.len() > BLOB_BYTES_MAX {
             let expected = format!("an object of at most {BLOB_BYTES_MAX} bytes");
             return Err(Refusal::new(Code::EvidenceTooLarge, expected, "more"));
         }
+        keep = keep.or_else(|| Keep::from_text(&chunk.keep));
+        if keep.is_none() {
+            break;
+        }
         all.extend(chunk.bytes);
     }
-    let keep = all.first().copied().and_then(Keep::from_tag);
-    let keep = keep.ok_or_else(|| Refusal::new(Code::BadRequest, "an object's kind first", "something else"))?;
-    all.remove(0);
+    let keep =
+        keep.ok_or_else(|| Refusal::new(Code::BadRequest, "allow-list or evidence, in the first chunk", "neither"))?;
     Ok((keep, all))
 }
 

@@ -65,7 +65,11 @@ async fn listen(at: SocketAddr) -> Result<TcpListener, Refusal> {
     })
 }
 
-fn open(config: &Config, files: &Files, verdicts: super::verdicts::Verdicts) -> Result<(Replica, Arc<CertifiedKey>), Refusal> {
+fn open(
+    config: &Config,
+    files: &Files,
+    verdicts: super::verdicts::Verdicts,
+) -> Result<(Replica, Arc<CertifiedKey>), Refusal> {
     let card = files.card()?;
     let (issuer, tls_key, root_der) = (files.issuer()?, files.tls()?, files.root_der()?);
     let now = wall_clock();

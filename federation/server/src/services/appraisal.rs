@@ -175,9 +175,7 @@ impl v1::appraisal_server::Appraisal for Appraisals {
 impl Appraisals {
     fn one(&self, name: &ObjectName) -> Result<Response<v1::AppraisalPolicyMessage>, Refusal> {
         let found = self.0.local(|s| find(s, name).map(|row| message(s, name, row)));
-        found
-            .map(Response::new)
-            .ok_or_else(|| Refusal::new(Code::Internal, "the policy written", name.to_string()))
+        found.map(Response::new).ok_or_else(|| Refusal::new(Code::Internal, "the policy written", name.to_string()))
     }
 
     async fn kept(&self, sha256: &[u8; 32]) -> Result<KeptEvidence, Refusal> {
@@ -246,13 +244,16 @@ fn find<'a>(s: &'a State, name: &ObjectName) -> Option<&'a AppraisalPolicyRow> {
 
 fn message(s: &State, name: &ObjectName, row: &AppraisalPolicyRow) -> v1::AppraisalPolicyMessage {
     let resting_on = |version: u64| {
-        let standing = |id: &NodeId| s.standing(id).is_some_and(|st| st.policy.name == *name && st.policy.version == version);
+        let standing =
+            |id: &NodeId| s.standing(id).is_some_and(|st| st.policy.name == *name && st.policy.version == version);
         s.nodes().filter(|(id, n)| n.state == NodeState::Admitted && standing(id)).count() as u32
     };
     let previous = row.previous.as_ref();
     v1::AppraisalPolicyMessage {
         name: name.to_string(),
-        yaml: AppraisalPolicy::decode(&row.current.canonical).map(|p| ambit_policy::appraisal::to_yaml(&p)).unwrap_or_default(),
+        yaml: AppraisalPolicy::decode(&row.current.canonical)
+            .map(|p| ambit_policy::appraisal::to_yaml(&p))
+            .unwrap_or_default(),
         sha256: hex::encode(row.current.sha256),
         version: row.current.version,
         clusters: row.current.clusters.iter().map(ToString::to_string).collect(),
@@ -263,7 +264,12 @@ fn message(s: &State, name: &ObjectName, row: &AppraisalPolicyRow) -> v1::Apprai
 }
 
 /// Node, cluster and evidence of the nodes that a policy would govern, now or at an instant.
-fn evidence_of(s: &State, policy: &AppraisalPolicy, only: Option<&NodeId>, at_ms: u64) -> Vec<(NodeId, String, [u8; 32])> {
+fn evidence_of(
+    s: &State,
+    policy: &AppraisalPolicy,
+    only: Option<&NodeId>,
+    at_ms: u64,
+) -> Vec<(NodeId, String, [u8; 32])> {
     let wanted = |id: &NodeId, cluster: &ambit_model::ClusterId| match only {
         Some(node) => node == id,
         None => policy.clusters.contains(cluster),

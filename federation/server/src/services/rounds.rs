@@ -66,7 +66,9 @@ struct Open {
 
 /// What came of a round.
 enum Finished {
-    Good { whole_at: Revision },
+    Good {
+        whole_at: Revision,
+    },
     /// Judge the whole logs before deciding; what the delta alone says.
     Whole(Denial),
     Again(Refusal),
@@ -175,12 +177,15 @@ impl Rounds {
             let trouble: String = answer.trouble.chars().take(200).collect();
             return Ok(self.unanswered(&trouble));
         }
-        for (what, len, max) in [
-            ("boot log", answer.boot_log_len, BOOT_LOG_BYTES_MAX),
-            ("IMA log", answer.ima_log_len, IMA_LOG_BYTES_MAX),
-        ] {
+        for (what, len, max) in
+            [("boot log", answer.boot_log_len, BOOT_LOG_BYTES_MAX), ("IMA log", answer.ima_log_len, IMA_LOG_BYTES_MAX)]
+        {
             if len > max {
-                return Err(Refusal::new(Code::EvidenceTooLarge, format!("a {what} of at most {max} bytes"), len.to_string()));
+                return Err(Refusal::new(
+                    Code::EvidenceTooLarge,
+                    format!("a {what} of at most {max} bytes"),
+                    len.to_string(),
+                ));
             }
         }
         open.answer = Some(answer);
@@ -323,8 +328,7 @@ impl Judgement {
             Err(refusal) => return Finished::Again(refusal),
             Ok(Err(denial)) if !whole && wants_whole(&denial, &governing) => return Finished::Whole(denial),
             Ok(Err(denial)) => {
-                if whole
-                    && let Err(refusal) = self.replica.keep_evidence(&body).await {
+                if whole && let Err(refusal) = self.replica.keep_evidence(&body).await {
                     tracing::warn!(node = %self.node, %refusal, "evidence of a failure not kept");
                 }
                 return Finished::Out(put_out(&self.replica, self.node, self.generation, &denial).await);
@@ -352,7 +356,7 @@ impl Judgement {
             seen: Seen {
                 counters: crate::services::node::stored(&counters),
                 firmware_version: evidence.firmware_version,
-                ima: crate::services::node::point(&evidence.appraised.ima),
+                ima: crate::services::node::point(&evidence.appraised.checkpoint),
                 boot_pcrs_sha256: evidence.boot_pcrs_sha256,
                 boot_log_sha256,
                 policy,

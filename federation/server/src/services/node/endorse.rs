@@ -47,8 +47,12 @@ impl Nodes {
         let cluster: ClusterId = m.cluster.parse().or_status()?;
         let (ders, classes) = m.add.into_iter().map(|r| (r.der, r.class)).unzip();
         let add = crate::services::cluster::ek_roots(ders, classes).or_status()?;
-        let remove: Vec<[u8; 32]> =
-            m.remove_sha256.iter().map(|t| crate::services::parse_fingerprint(t)).collect::<Result<_, _>>().or_status()?;
+        let remove: Vec<[u8; 32]> = m
+            .remove_sha256
+            .iter()
+            .map(|t| crate::services::parse_fingerprint(t))
+            .collect::<Result<_, _>>()
+            .or_status()?;
         if remove.len() > ITEMS_MAX {
             return Err(Refusal::new(Code::BadRequest, format!("at most {ITEMS_MAX} roots"), "more")).or_status();
         }
@@ -107,7 +111,8 @@ fn rule(m: v1::EkDenyRule) -> Result<(ObjectName, EkDenyRow), Refusal> {
         }
     }
     let firmware_below = match m.firmware_below.strip_prefix("0x") {
-        Some(digits) => u64::from_str_radix(digits, 16).map_err(|_| bad("a version such as 0x0007000200000000", &m.firmware_below))?,
+        Some(digits) => u64::from_str_radix(digits, 16)
+            .map_err(|_| bad("a version such as 0x0007000200000000", &m.firmware_below))?,
         None if m.firmware_below.is_empty() => u64::MAX,
         None => return Err(bad("a version such as 0x0007000200000000", &m.firmware_below)),
     };

@@ -1,19 +1,19 @@
 //! Enrolling nodes: two round trips, then one commit, then one signature (design.md section 3).
 
+use crate::replica::budget::Budget;
+use crate::replica::evidence::Body;
+use crate::replica::{Replica, random, ticket};
 use crate::services::rounds::PCR_MASK;
 use crate::services::{OrStatus, token_sha256};
-use crate::replica::budget::Budget;
-use crate::replica::{Replica, random, ticket};
 use ambit_identity::{Csr, issue};
 use ambit_model::{ClusterId, Code, NodeId, Refusal};
 use ambit_proto::v1;
-use crate::replica::evidence::Body;
 use ambit_state::command::{Admission, Seen};
 use ambit_state::objects::{AkFacts, DenialRow, EkFacts, NodeState, PolicyRef, TokenScope};
 use ambit_state::{Command, State};
 use ambit_verify::{
-    ActivatedAk, Bank, BeginInput, Denial, EkClass, EkDenyRule, EkMake, EkRoot, Endorsements, Entropy, EvidenceHeader, Expected, FreshQuote, KeyHome,
-    LogExtent, NodeEvidence, PresentedEk, Session, Terms, TicketBody, Verified,
+    ActivatedAk, Bank, BeginInput, Denial, EkClass, EkDenyRule, EkMake, EkRoot, Endorsements, Entropy, EvidenceHeader,
+    Expected, FreshQuote, KeyHome, LogExtent, NodeEvidence, PresentedEk, Session, Terms, TicketBody, Verified,
 };
 use sha2::{Digest, Sha256};
 use std::net::IpAddr;
@@ -328,7 +328,7 @@ fn admission(
         seen: Seen {
             counters: super::stored(&e.counters),
             firmware_version: e.firmware_version,
-            ima: super::point(&e.appraised.ima),
+            ima: super::point(&e.appraised.checkpoint),
             boot_pcrs_sha256: e.boot_pcrs_sha256,
             boot_log_sha256: ambit_verify::hash::sha256(&accepted.body.boot_log),
             policy: accepted.policy.clone(),
@@ -343,7 +343,9 @@ fn admission(
 
 /// The deny-list as the verifier reads it.
 fn deny_rules(s: &State) -> Result<Vec<EkDenyRule>, Refusal> {
-    s.ek_denials().map(|(name, r)| EkDenyRule::new(name.as_str(), &r.manufacturer, &r.model, r.firmware_below)).collect()
+    s.ek_denials()
+        .map(|(name, r)| EkDenyRule::new(name.as_str(), &r.manufacturer, &r.model, r.firmware_below))
+        .collect()
 }
 
 /// Why this cluster would take this EK, its EK roots, and the revision of both.
@@ -459,4 +461,3 @@ pub(super) fn denied(refusal: &Refusal, diverged: Option<String>) -> v1::Denied 
         diverged: diverged.unwrap_or_default(),
     }
 }
-

@@ -57,9 +57,9 @@ impl Nodes {
             Selected::Ids(ids) => ids.contains(id),
             Selected::Cluster(_) => before.get(id) != Some(&row.state),
         };
-        let nodes = self.replica.local(|s| {
-            s.nodes().filter(|(id, n)| touched(id, n)).map(|(id, n)| message(s, &agents, id, n)).collect()
-        });
+        let nodes = self
+            .replica
+            .local(|s| s.nodes().filter(|(id, n)| touched(id, n)).map(|(id, n)| message(s, &agents, id, n)).collect());
         Ok(Response::new(v1::ListNodesResponse { nodes }))
     }
 }

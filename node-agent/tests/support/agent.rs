@@ -1,0 +1,107 @@
+//! The agent's two ends towards its cell, membership and stream, put together as `agent::run` does; no kernel, no pods.
+
+use super::replica::Replica;
+use super::tpm::Swtpm;
+use ambit_agent::clock::Clock;
+use ambit_agent::config::{Config, Fingerprint};
+use ambit_agent::denials::Lane;
+use ambit_agent::enrol::NotEnrolled;
+use ambit_agent::membership::Membership;
+use ambit_agent::reattest::Rounds;
+use ambit_agent::session::{Session, Wires};
+use ambit_agent::view::View;
+use ambit_identity::{SharedTrust, Trust, fingerprint};
+use ambit_model::policy::Endpoint;
+use ambit_tpm::Attester;
+use std::net::Ipv4Addr;
+use std::sync::Arc;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+pub(crate) struct Agent {
+    pub(crate) attester: Attester,
+    pub(crate) denials: Lane,
+    pub(crate) desired: watch::Receiver<Option<Arc<View>>>,
+    pub(crate) endpoints: watch::Sender<Vec<Endpoint>>,
+    pub(crate) membership: JoinHandle<NotEnrolled>,
+    /// What nobody here uses, but whose other end must not be gone.
+    _held: Box<dyn std::any::Any + Send>,
+}
+
+impl Agent {
+    /// Enrols with `replica` by `tpm`, whose folder holds the files `boot_log` and `ima_log`.
+    pub(crate) fn start(replica: &Replica, tpm: &Swtpm) -> Agent {
+        // What the agent says of itself, where a test fails.
+        let _ = tracing_subscriber::fmt().with_env_filter("info,tss_esapi=warn").with_test_writer().try_init();
+        let (trust_domain, bundle) = replica.with_cell(|cell| (cell.td.clone(), cell.bundle()));
+        let pinned = fingerprint(&bundle.roots_der[0]);
+        let unused = || tpm.file("unused");
+        let config = Config {
+            cluster: trust_domain.as_str().parse().unwrap(),
+            trust_domain: trust_domain.clone(),
+            fingerprint: Fingerprint(pinned),
+            servers: vec![replica.address],
+            node_address: Ipv4Addr::LOCALHOST,
+            data_dir: tpm.state(),
+            tcti: tpm.tcti(),
+            tpm_ek: Default::default(),
+            tpm_ak: Default::default(),
+            boot_log: tpm.file("boot_log"),
+            ima_log: tpm.file("ima_log"),
+            join_token_file: None,
+            cgroup_root: unused(),
+            pin_dir: unused(),
+            pods_dir: unused(),
+            workload_socket: unused(),
+            metrics_listen: replica.address,
+            hbone_listen: replica.address,
+        };
+        let attester = Attester::open(&config.tcti, &config.data_dir).unwrap();
+        let trust = SharedTrust::new(Trust::Pinned(trust_domain.clone(), pinned));
+        let (clock, denials) = (Arc::new(Clock::default()), Lane::default());
+        let (enrolled, enrolled_rx) = watch::channel(None);
+        let (told, told_rx) = watch::channel(None);
+        let (node, node_rx) = watch::channel(None);
+        let (desired, desired_rx) = watch::channel(None);
+        let (outcome, outcome_rx) = watch::channel(None);
+        let (endpoints, endpoints_rx) = watch::channel(vec![]);
+        let (channel, channel_rx) = watch::channel(None);
+        let session = Session {
+            trust: trust.clone(),
+            servers: config.servers.clone(),
+            trust_domain,
+            cluster: config.cluster.clone(),
+            node_address: config.node_address,
+            clock: clock.clone(),
+            denials: denials.clone(),
+            rounds: Rounds::new(
+                attester.clone(),
+                config.cluster.clone(),
+                config.boot_log.clone(),
+                config.ima_log.clone(),
+            ),
+            wires: Wires {
+                enrolled: enrolled_rx,
+                told: Arc::new(told),
+                desired: Arc::new(desired),
+                outcome: outcome_rx,
+                endpoints: endpoints_rx,
+                channel: Arc::new(channel),
+            },
+        };
+        let membership = Membership {
+            config,
+            attester: attester.clone(),
+            clock,
+            trust,
+            denials: denials.clone(),
+            enrolled,
+            node,
+            told: told_rx,
+        };
+        tokio::spawn(session.run());
+        let membership = tokio::spawn(membership.run());
+        let held = Box::new((node_rx, outcome, channel_rx));
+        Agent { attester, denials, desired: desired_rx, endpoints, membership, _held: held }
+    }
+}
