@@ -3,7 +3,7 @@
 use std::fmt;
 use std::path::Path;
 
-/// Bytes of a finding that are printed.
+/// Bytes of a finding, and characters of a line of its message, that are printed.
 const SHOWN_MAX: usize = 256;
 
 pub(super) const HEADER: &str = "target           executions    per s  coverage  corpus     RSS  verdict";
@@ -102,7 +102,7 @@ fn message<'a>(lines: &mut std::iter::Peekable<impl Iterator<Item = &'a str>>) -
     while let Some(line) = lines.next_if(|line| {
         !["stack backtrace:", "note:", "==", "SUMMARY:"].iter().any(|end| line.starts_with(end)) && !line.is_empty()
     }) {
-        out.push(line);
+        out.push(line.chars().take(SHOWN_MAX).collect::<String>());
     }
     out.join("\n  ")
 }

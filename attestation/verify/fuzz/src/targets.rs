@@ -14,6 +14,7 @@ use crate::Target;
 pub const TARGETS: &[Target] = &[
     tpm::PUBLIC,
     tpm::ATTEST,
+    tpm::CERTIFY,
     tpm::SIGNATURE,
     boot::LOG,
     boot::EVENTS,
@@ -24,5 +25,8 @@ pub const TARGETS: &[Target] = &[
     certificates::CSR,
     ticket::TICKET,
     policy::POLICY,
+    policy::APPRAISAL,
+    policy::ALLOW_LIST,
+    policy::EK_LIST,
     names::NAMES,
 ];

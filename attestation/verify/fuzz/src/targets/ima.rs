@@ -1,7 +1,7 @@
 //! IMA logs.
 
 use crate::{Shape, Target, Verdict, golden, logs};
-use ambit_verify::ima::ImaForm;
+use ambit_verify::ima::{Checkpoint, ImaFacts, ImaForm, Replay};
 use ambit_verify::{Bank, HashAlg, IMA_LOG_BYTES_MAX, parsers};
 
 /// An eighth of the limit: as telling for growth, and made in a second.
@@ -19,6 +19,7 @@ pub(super) const LOG: Target = Target {
         Shape { name: "entries of 15 empty fields", bytes: LARGEST, make: empty_fields },
         Shape { name: "entries of 1 MiB", bytes: LARGEST, make: large_entries },
         Shape { name: "the same file again and again", bytes: LARGEST, make: same_file },
+        Shape { name: "an entry that does not end", bytes: LARGEST, make: endless },
         Shape { name: "zeros", bytes: LARGEST, make: |n| vec![0; n] },
     ],
 };
@@ -37,7 +38,31 @@ fn log(input: &[u8]) -> Verdict {
         assert_eq!(parsers::ima_log(&input[..covered], Bank::Sha256, quoted(HashAlg::Sha256)).as_ref(), Ok(facts));
     }
     let _ = parsers::ima_log(input, Bank::Sha384, quoted(HashAlg::Sha384));
+    in_pieces(input, quoted(HashAlg::Sha256), verdict.as_ref().ok());
     Verdict::from(&verdict)
+}
+
+/// A log that comes in pieces is judged as the whole is, and shows the same entries.
+fn in_pieces(input: &[u8], quoted: &[u8], whole: Option<&ImaFacts>) {
+    // Short logs byte by byte, long ones as they come off the wire; both cut entries anywhere.
+    let size = if input.len() < 512 { 1 } else { 4093 };
+    let mut replay = Replay::resume(HashAlg::Sha256, quoted, Checkpoint::start(HashAlg::Sha256));
+    let mut shown = 0;
+    let pushed = input.chunks(size).try_for_each(|piece| {
+        replay.push(piece, &mut |entry| {
+            shown += 1;
+            assert_eq!(entry.number, shown, "entries are shown once and in order");
+        })
+    });
+    let ended = pushed.and_then(|()| replay.finish()).ok();
+    match (ended, whole) {
+        (Some((end, violations)), Some(facts)) => {
+            let whole = (facts.bytes, facts.entries as u64, facts.violations);
+            assert_eq!((end.offset, end.entries, violations), whole, "in pieces another verdict");
+        }
+        (None, None) => {}
+        (pieces, whole) => panic!("in pieces: {pieces:?}, whole: {whole:?}"),
+    }
 }
 
 /// Entries as a compact list, made into a log whose template hashes are right (or not) by a flag.
@@ -142,6 +167,21 @@ fn violations(n: usize) -> Vec<u8> {
 fn empty_fields(n: usize) -> Vec<u8> {
     let one = entry_of(&logs::ima_fields(&[b"".as_slice(); 15]));
     repeat(n, |_| one.clone())
+}
+
+/// Says that 1 MiB of data follows, again and again, which is no entry's form.
+fn endless(n: usize) -> Vec<u8> {
+    let data = ima_head(1024 * 1024 - 1);
+    let mut out = repeat(n, |_| data.clone());
+    out.truncate(n.min(1024 * 1024));
+    out
+}
+
+fn ima_head(length: u32) -> Vec<u8> {
+    let mut out = logs::ima_entry(&[7; 20], b"ima-ng", &[]);
+    out.truncate(out.len() - 4);
+    out.extend(length.to_le_bytes());
+    out
 }
 
 fn large_entries(n: usize) -> Vec<u8> {

@@ -1,7 +1,11 @@
-//! Policy documents, as an operator's tool (or whoever holds its certificate) sends them.
+//! Documents and lists, as an operator's tool (or whoever holds its certificate) sends them.
 
 use crate::{Shape, Target, Verdict};
+use ambit_model::NodeId;
+use ambit_policy::appraisal::{APPRAISAL_BYTES_MAX, diff, lint, parse_appraisal, to_yaml};
 use ambit_policy::{BYTES_MAX, parse};
+use ambit_verify::appraisal::{ALLOW_LIST_BYTES_MAX, AllowList, CompiledPolicy};
+use ambit_verify::ek::list;
 
 /// One request is answered within this much heap.
 const HEAP_MAX: usize = 96 * 1024 * 1024;
@@ -67,6 +71,109 @@ fn policy(input: &[u8]) -> Verdict {
     }
     match parsed {
         Ok(documents) if documents.is_empty() => Verdict::Refused,
+        other => Verdict::from(&other),
+    }
+}
+
+/// YAML to an appraisal policy.
+pub(super) const APPRAISAL: Target = Target {
+    name: "appraisal_policy",
+    len_max: 4 * 1024,
+    // A pattern of a policy compiles to 1 MiB at most.
+    heap: |n| (4 * 1024 * 1024 + 1400 * n).min(HEAP_MAX),
+    run: appraisal,
+    shapes: &[
+        Shape { name: "dashes to the limit", bytes: 131_000, make: |n| repeat("- ", n) },
+        Shape { name: "dashes", bytes: APPRAISAL_BYTES_MAX, make: |n| repeat("- ", n) },
+        Shape { name: "other line ends", bytes: APPRAISAL_BYTES_MAX, make: |n| repeat("a:\u{85}", n) },
+        Shape { name: "one long text", bytes: APPRAISAL_BYTES_MAX, make: |n| within("kind: ", "a ", n) },
+        Shape { name: "files", bytes: APPRAISAL_BYTES_MAX, make: files },
+        Shape { name: "patterns", bytes: APPRAISAL_BYTES_MAX / 8, make: patterns },
+    ],
+};
+
+fn appraisal(input: &[u8]) -> Verdict {
+    let Ok(text) = std::str::from_utf8(input) else { return Verdict::Refused };
+    let parsed = parse_appraisal(text);
+    if let Ok(policy) = &parsed {
+        // The canonical form is longer than the shortest one: near the limits it may be beyond them.
+        if input.len() <= APPRAISAL_BYTES_MAX / 16 {
+            let written = to_yaml(policy);
+            assert_eq!(parse_appraisal(&written).as_ref(), Ok(policy), "written as another policy:\n{written}");
+        }
+        assert!(diff(policy, policy).is_empty(), "differs from itself");
+        let _ = lint(policy);
+        let _ = CompiledPolicy::compile(policy, &mut |_| None);
+    }
+    Verdict::from(&parsed)
+}
+
+const APPRAISAL_HEAD: &str = "kind: AppraisalPolicy\nmetadata: {name: p}\nspec:\n  clusters: [west]\n";
+
+fn files(n: usize) -> Vec<u8> {
+    numbered(&format!("{APPRAISAL_HEAD}  ima:\n    files:\n"), n, |number| format!("    - {number:064x} /usr/bin/{number}\n"))
+}
+
+fn patterns(n: usize) -> Vec<u8> {
+    numbered(&format!("{APPRAISAL_HEAD}  commandLine:\n    patterns:\n"), n, |number| format!("    - a{number}{{1,9}}\n"))
+}
+
+/// IMA allow-lists: `DIGEST PATH` lines.
+pub(super) const ALLOW_LIST: Target = Target {
+    name: "allow_list",
+    len_max: 2048,
+    heap: |n| 8 * 1024 + 8 * n,
+    run: allow_list,
+    shapes: &[
+        Shape { name: "files", bytes: ALLOW_LIST_BYTES_MAX / 4, make: listed },
+        Shape { name: "comments", bytes: ALLOW_LIST_BYTES_MAX / 4, make: |n| repeat("#\n", n) },
+        Shape { name: "one path", bytes: ALLOW_LIST_BYTES_MAX / 4, make: |n| within(&format!("{:064x} ", 1), "/a\\x41", n) },
+    ],
+};
+
+fn allow_list(input: &[u8]) -> Verdict {
+    let parsed = AllowList::parse(input);
+    if let Ok(list) = &parsed {
+        assert_eq!(list.sha256().as_slice(), crate::logs::sha256(&[input]));
+        let lines = input.split(|b| *b == b'\n').filter(|line| !line.is_empty()).count();
+        assert!(list.len() <= lines, "more files than lines");
+        assert!(!list.contains(&[0x5a; 32], "/nobody/lists/this") || input.len() >= 64, "allows what it does not name");
+    }
+    match parsed {
+        Ok(list) if list.is_empty() => Verdict::Refused,
+        other => Verdict::from(&other),
+    }
+}
+
+fn listed(n: usize) -> Vec<u8> {
+    // Backwards, so that sorting has work.
+    numbered("", n, |number| format!("{:064x}  /usr/bin/{number}\n", usize::MAX - number))
+}
+
+/// EK allow-lists: what operators keep in spreadsheets.
+pub(super) const EK_LIST: Target = Target {
+    name: "ek_list",
+    len_max: 2048,
+    heap: |n| 8 * 1024 + 64 * n,
+    run: ek_list,
+    shapes: &[
+        Shape { name: "rows", bytes: 6_000_000, make: |n| numbered("", n, |number| format!("{number:064x},rack {number}\n")) },
+        Shape { name: "bad rows", bytes: 4_000_000, make: |n| repeat("x\n", n) },
+        Shape { name: "one long row", bytes: 4_000_000, make: |n| repeat("ab:", n) },
+    ],
+};
+
+fn ek_list(input: &[u8]) -> Verdict {
+    let Ok(text) = std::str::from_utf8(input) else { return Verdict::Refused };
+    let parsed = list::parse(text);
+    if let Ok(rows) = &parsed {
+        let nodes = |rows: &[(NodeId, String)]| rows.iter().map(|(node, _)| *node).collect::<Vec<_>>();
+        let written = list::write(rows.iter().map(|(node, comment)| (*node, comment.as_str())));
+        let again = list::parse(&written).expect("what it writes, it reads");
+        assert_eq!(nodes(&again), nodes(rows), "written as another list:\n{written}");
+    }
+    match parsed {
+        Ok(rows) if rows.is_empty() => Verdict::Refused,
         other => Verdict::from(&other),
     }
 }
