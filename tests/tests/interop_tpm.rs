@@ -215,6 +215,9 @@ impl<'a> Tools<'a> {
             join_token: token.to_owned(),
             ek_public: self.public("ek.pub"),
             ak_public: self.public("ak.pub"),
+            svid_public: Vec::new(),
+            svid_certify: Vec::new(),
+            svid_certify_signature: Vec::new(),
         };
         let chunks = [BOOT_LOG, IMA_LOG].map(|log| evidence_request::Part::Chunk(log.to_vec()));
         let parts = std::iter::once(evidence_request::Part::Header(header)).chain(chunks);

@@ -111,11 +111,15 @@ fn appraisal(input: &[u8]) -> Verdict {
 const APPRAISAL_HEAD: &str = "kind: AppraisalPolicy\nmetadata: {name: p}\nspec:\n  clusters: [west]\n";
 
 fn files(n: usize) -> Vec<u8> {
-    numbered(&format!("{APPRAISAL_HEAD}  ima:\n    files:\n"), n, |number| format!("    - {number:064x} /usr/bin/{number}\n"))
+    numbered(&format!("{APPRAISAL_HEAD}  ima:\n    files:\n"), n, |number| {
+        format!("    - {number:064x} /usr/bin/{number}\n")
+    })
 }
 
 fn patterns(n: usize) -> Vec<u8> {
-    numbered(&format!("{APPRAISAL_HEAD}  commandLine:\n    patterns:\n"), n, |number| format!("    - a{number}{{1,9}}\n"))
+    numbered(&format!("{APPRAISAL_HEAD}  commandLine:\n    patterns:\n"), n, |number| {
+        format!("    - a{number}{{1,9}}\n")
+    })
 }
 
 /// IMA allow-lists: `DIGEST PATH` lines.
@@ -127,7 +131,11 @@ pub(super) const ALLOW_LIST: Target = Target {
     shapes: &[
         Shape { name: "files", bytes: ALLOW_LIST_BYTES_MAX / 4, make: listed },
         Shape { name: "comments", bytes: ALLOW_LIST_BYTES_MAX / 4, make: |n| repeat("#\n", n) },
-        Shape { name: "one path", bytes: ALLOW_LIST_BYTES_MAX / 4, make: |n| within(&format!("{:064x} ", 1), "/a\\x41", n) },
+        Shape {
+            name: "one path",
+            bytes: ALLOW_LIST_BYTES_MAX / 4,
+            make: |n| within(&format!("{:064x} ", 1), "/a\\x41", n),
+        },
     ],
 };
 
@@ -157,7 +165,11 @@ pub(super) const EK_LIST: Target = Target {
     heap: |n| 8 * 1024 + 64 * n,
     run: ek_list,
     shapes: &[
-        Shape { name: "rows", bytes: 6_000_000, make: |n| numbered("", n, |number| format!("{number:064x},rack {number}\n")) },
+        Shape {
+            name: "rows",
+            bytes: 6_000_000,
+            make: |n| numbered("", n, |number| format!("{number:064x},rack {number}\n")),
+        },
         Shape { name: "bad rows", bytes: 4_000_000, make: |n| repeat("x\n", n) },
         Shape { name: "one long row", bytes: 4_000_000, make: |n| repeat("ab:", n) },
     ],
