@@ -201,6 +201,8 @@ impl<'a> Tools<'a> {
             put(&(log.len() as u64).to_be_bytes());
             put(&sha256(log));
         }
+        // The SVID key is in memory: no certification of it follows.
+        put(&[0]);
         let header = v1::EvidenceHeader {
             ticket: challenge.ticket.clone(),
             hmac: hmac_sha256(&secret, &said).to_vec(),

@@ -49,7 +49,16 @@ const EDGES: &[(&str, &[&str])] = &[
     (
         "ambit-tests",
         // Fixtures speak to the real binaries over the wire, as agents and operators do.
-        &["ambit-identity", "ambit-lab", "ambit-model", "ambit-proto", "ambit-tpm", "ambit-transport", "ambit-verify"],
+        &[
+            "ambit-identity",
+            "ambit-lab",
+            "ambit-model",
+            "ambit-policy",
+            "ambit-proto",
+            "ambit-tpm",
+            "ambit-transport",
+            "ambit-verify",
+        ],
     ),
     ("xtask", &[]),
 ];
