@@ -42,12 +42,8 @@ pub(crate) fn issuer() -> Vec<u8> {
 /// The maker's root; its issuing certificate only where `with_issuer`.
 pub(crate) fn endorsements(with_issuer: bool) -> Endorsements {
     let root = EkRoot { der: der(ROOT), class: EkClass::Lab };
-<<<<<<< HEAD
     let intermediates = if with_issuer { vec![issuer()] } else { vec![] };
     Endorsements { roots: vec![root], intermediates, denied: vec![] }
-=======
-    Endorsements { roots: vec![root], intermediates: if with_issuer { vec![issuer()] } else { vec![] }, denied: vec![] }
->>>>>>> lead
 }
 
 /// PCRs of the mask as the kernel showed them.

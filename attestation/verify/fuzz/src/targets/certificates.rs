@@ -1,6 +1,6 @@
 //! Certificates and certificate requests.
 
-use crate::{Shape, Target, Verdict, golden};
+use crate::{SOON, Shape, Target, Verdict, golden};
 use ambit_model::Refusal;
 use ambit_verify::{
     BeginInput, EkClass, EkRoot, Endorsements, Expected, INTERMEDIATES_MAX, PresentedEk, csr as evidence_csr,
@@ -12,6 +12,7 @@ use std::sync::OnceLock;
 pub(super) const EK: Target = Target {
     name: "ek_certificate",
     len_max: 2048,
+    cpu: SOON,
     heap: |n| 96 * 1024 + 128 * n,
     run: ek,
     shapes: CERTIFICATE_SHAPES,
@@ -77,6 +78,7 @@ fn recorded_leaf() -> &'static [u8] {
 pub(super) const EK_CHAIN: Target = Target {
     name: "ek_chain",
     len_max: 8 * 1024,
+    cpu: SOON,
     heap: |n| 512 * 1024 + 128 * n,
     run: ek_chain,
     shapes: &[
@@ -199,6 +201,7 @@ fn indefinite(n: usize, depth: usize) -> Vec<u8> {
 pub(super) const CSR: Target = Target {
     name: "csr",
     len_max: 2048,
+    cpu: SOON,
     heap: |n| 96 * 1024 + 128 * n,
     run: csr,
     shapes: &[
