@@ -53,6 +53,8 @@ fn ek(input: &[u8]) -> Verdict {
         // Nobody here can sign for the maker: what is accepted holds what the maker signed, to the letter. Around it,
         // BER may be written in other forms, and padding may follow.
         assert!(holds(input, recorded_tbs()), "another certificate is accepted");
+        let padding = input.strip_prefix(recorded_leaf()).unwrap_or_default();
+        assert!(padding.iter().all(|b| *b == 0) || padding.iter().all(|b| *b == 0xff), "{padding:02x?}");
     }
     Verdict::from(&endorsed)
 }
