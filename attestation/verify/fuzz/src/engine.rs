@@ -1,7 +1,7 @@
 //! What the program around libFuzzer does: it is told by one environment variable, since the command line is
 //! libFuzzer's.
 
-use crate::{TARGETS, Target, Verdict, growth, guard};
+use crate::{SOON, TARGETS, Target, Verdict, growth, guard};
 use std::process::exit;
 use std::sync::OnceLock;
 
@@ -9,7 +9,7 @@ use std::sync::OnceLock;
 pub const VARIABLE: &str = "AMBIT_FUZZ";
 
 /// A planted fault: it shows that this engine, so built, finds what is there to find.
-static CANARY: Target = Target { name: "canary", len_max: 64, heap: |_| 0, run: canary, shapes: &[] };
+static CANARY: Target = Target { name: "canary", len_max: 64, cpu: SOON, heap: |_| 0, run: canary, shapes: &[] };
 
 static CHOSEN: OnceLock<&'static Target> = OnceLock::new();
 

@@ -10,8 +10,7 @@ const GROWTH_MAX: f64 = 8.0;
 const MEASURED_MIN: Duration = Duration::from_millis(100);
 /// Below this, whatever it grows by is no amplifier: a request costs as much.
 const CHEAP: Duration = Duration::from_micros(500);
-/// Whatever it grows by: so much for a request, and so much for each byte of it (1 s for 1 MiB), instrumented.
-const REQUEST_MAX: Duration = Duration::from_millis(50);
+/// Each byte of the input may take so much, whatever it grows by: 1 s for 1 MiB, instrumented.
 const BYTE_MAX: Duration = Duration::from_micros(1);
 /// A second and third look where the first was bad: a busy machine distorts, a quadratic parser stays quadratic.
 const LOOKS: usize = 3;
@@ -33,6 +32,8 @@ pub struct Growth {
     pub held: usize,
     /// What it may hold.
     pub held_max: usize,
+    /// What it may take, and more for each byte.
+    pub request_max: Duration,
 }
 
 impl Growth {
@@ -43,7 +44,7 @@ impl Growth {
 
     fn time_is_good(&self) -> bool {
         let bytes = u32::try_from(self.bytes).unwrap_or(u32::MAX);
-        self.took <= CHEAP || (self.times <= GROWTH_MAX && self.took <= REQUEST_MAX + BYTE_MAX * bytes)
+        self.took <= CHEAP || (self.times <= GROWTH_MAX && self.took <= self.request_max + BYTE_MAX * bytes)
     }
 }
 
@@ -75,7 +76,8 @@ fn look(target: &Target, shape: &Shape) -> Growth {
     let (before, took) = (one_run(target, &small), one_run(target, &large));
     let size_grew = large.len() as f64 / small.len().max(1) as f64;
     let times = took.as_secs_f64() / before.as_secs_f64().max(1e-9) * 4.0 / size_grew.max(1.0);
-    Growth { target: target.name, shape: shape.name, bytes: large.len(), took, times, held, held_max }
+    let (target, shape, request_max) = (target.name, shape.name, target.cpu);
+    Growth { target, shape, bytes: large.len(), took, times, held, held_max, request_max }
 }
 
 /// Processor time of one run, over enough of them to be measured.
@@ -117,7 +119,8 @@ mod tests {
 
     #[test]
     fn quadratic_time_is_told_from_linear() {
-        let target = |run| Target { name: "test", len_max: 64, heap: |_| 0, run, shapes: &[SHAPE] };
+        let target =
+            |run| Target { name: "test", len_max: 64, cpu: Duration::from_secs(9), heap: |_| 0, run, shapes: &[SHAPE] };
         let good = measure(&target(linear), &SHAPE);
         assert!(good.is_good(), "{good:?}");
         let bad = measure(&target(quadratic), &SHAPE);

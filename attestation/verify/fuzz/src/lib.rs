@@ -22,6 +22,11 @@ mod targets;
 
 pub use targets::TARGETS;
 
+use std::time::Duration;
+
+/// Processor time of a request that is answered soon.
+const SOON: Duration = Duration::from_millis(50);
+
 /// What a parser said. A target that only ever gives one of the two tests little.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
@@ -43,6 +48,8 @@ pub struct Target {
     pub name: &'static str,
     /// Longest input that mutation makes, in bytes: long enough for every branch, short enough for speed.
     pub len_max: usize,
+    /// Processor time that one run may take, instrumented, whatever the input; 1 s for each MiB of it comes on top.
+    pub cpu: Duration,
     /// Bytes of heap that one run may hold at once, by the input's length.
     pub heap: fn(usize) -> usize,
     /// Parses, consults the oracle, and panics where they differ.

@@ -10,6 +10,12 @@ use std::sync::Arc;
 
 /// Bytes of one compiled pattern: a pattern is a line a person writes, not a program.
 const PATTERN_BYTES_MAX: usize = 256 * 1024;
+/// Bytes of a small one: nearly every text that stands for itself, and a few repetitions.
+const SMALL_BYTES_MAX: usize = 16 * 1024;
+/// Patterns of one policy, and how many of them may be more than small: 32 MiB in all, on every replica. A policy of
+/// 1 MiB could else take gigabytes.
+const PATTERNS_MAX: usize = 1024;
+const LARGE_MAX: usize = 64;
 
 /// A policy that can be asked.
 #[derive(Debug)]
@@ -46,11 +52,16 @@ impl CompiledPolicy {
             })?;
             allow_lists.push(list);
         }
+        let mut compiler = Compiler::default();
         Ok(CompiledPolicy {
-            grub_commands: grub.map(|p| whole(p)).collect::<Result<_, _>>()?,
-            command_lines: lines.map(|p| whole(p)).collect::<Result<_, _>>()?,
+            grub_commands: grub.map(|p| compiler.whole(p)).collect::<Result<_, _>>()?,
+            command_lines: lines.map(|p| compiler.whole(p)).collect::<Result<_, _>>()?,
             load_options: policy.command_line.iter().flat_map(|c| &c.exact).flat_map(|t| stub_digests(t)).collect(),
-            exceptions: ima.iter().flat_map(|i| &i.exceptions).map(|g| glob(g)).collect::<Result<_, _>>()?,
+            exceptions: ima
+                .iter()
+                .flat_map(|i| &i.exceptions)
+                .map(|g| compiler.whole(&glob(g)))
+                .collect::<Result<_, _>>()?,
             allow_lists,
             own_files: AllowList::of_files(ima.iter().flat_map(|i| &i.files)),
             sha256: policy.sha256(),
@@ -77,15 +88,43 @@ impl CompiledPolicy {
     }
 }
 
-/// A pattern that matches whole texts only. It must compile by itself first, so that it cannot close the group around it.
-fn whole(pattern: &str) -> Result<Regex, Refusal> {
-    let bad = |e: regex::Error| Refusal::new(Code::AppraisalPolicyMalformed, "a regular expression", e.to_string());
-    RegexBuilder::new(pattern).size_limit(PATTERN_BYTES_MAX).build().map_err(bad)?;
-    RegexBuilder::new(&format!(r"\A(?:{pattern})\z")).size_limit(PATTERN_BYTES_MAX).build().map_err(bad)
+/// What one policy's patterns have taken of what they may.
+#[derive(Default)]
+struct Compiler {
+    patterns: usize,
+    large: usize,
 }
 
-/// A glob over a path: `*` within one part, `**` over any parts, `?` one character; all else stands for itself.
-fn glob(glob: &str) -> Result<Regex, Refusal> {
+impl Compiler {
+    /// A pattern that matches whole texts only. It must compile by itself first, so that it cannot close the group
+    /// around it.
+    fn whole(&mut self, pattern: &str) -> Result<Regex, Refusal> {
+        let bad = |expected: &str, found: String| Refusal::new(Code::AppraisalPolicyMalformed, expected, found);
+        self.patterns = self.patterns.saturating_add(1);
+        if self.patterns > PATTERNS_MAX {
+            return Err(bad(&format!("at most {PATTERNS_MAX} patterns and exceptions"), "more".into()));
+        }
+        let build = |bytes: usize| {
+            RegexBuilder::new(pattern).size_limit(bytes).build()?;
+            RegexBuilder::new(&format!(r"\A(?:{pattern})\z")).size_limit(bytes).build()
+        };
+        let large = match build(SMALL_BYTES_MAX) {
+            Err(regex::Error::CompiledTooBig(_)) => build(PATTERN_BYTES_MAX),
+            done => return done.map_err(|e| bad("a regular expression", e.to_string())),
+        };
+        self.large = self.large.saturating_add(1);
+        if self.large > LARGE_MAX {
+            return Err(bad(
+                &format!("at most {LARGE_MAX} patterns that compile to much"),
+                format!("one more: {pattern}"),
+            ));
+        }
+        large.map_err(|e| bad("a regular expression", e.to_string()))
+    }
+}
+
+/// The pattern of a glob over a path: `*` within one part, `**` over any parts, `?` one character; all else stands for itself.
+fn glob(glob: &str) -> String {
     let mut pattern = String::new();
     let mut rest = glob;
     while let Some(c) = rest.chars().next() {
@@ -102,7 +141,7 @@ fn glob(glob: &str) -> Result<Regex, Refusal> {
         pattern.push_str(&piece);
         rest = rest.get(taken..).unwrap_or_default();
     }
-    whole(&pattern)
+    pattern
 }
 
 /// What Linux's EFI stub extends for a command line: its UTF-16 load options, whose terminating zero some loaders count
@@ -116,6 +155,11 @@ pub(super) fn stub_digests(text: &str) -> Vec<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use ambit_model::appraisal::{CommandLine, ImaRules};
+
+    fn whole(pattern: &str) -> Result<Regex, Refusal> {
+        Compiler::default().whole(pattern)
+    }
 
     #[test]
     fn patterns_match_whole_texts_only() {
@@ -146,7 +190,29 @@ mod tests {
             ("/a.b", "/axb", false),
             ("**", "/a\\x0ab", true),
         ] {
-            assert_eq!(glob(pattern).unwrap().is_match(path), matches, "{pattern} {path}");
+            assert_eq!(whole(&glob(pattern)).unwrap().is_match(path), matches, "{pattern} {path}");
         }
+    }
+
+    /// What these patterns compile to, and how many compile.
+    fn compile(patterns: impl Iterator<Item = String>, exceptions: usize) -> Result<usize, String> {
+        let mut policy = AppraisalPolicy::new("p".parse().unwrap(), BTreeSet::from(["west".parse().unwrap()]));
+        policy.command_line = Some(CommandLine { patterns: patterns.collect(), exact: BTreeSet::new() });
+        let exceptions = (0..exceptions).map(|n| format!("/var/{n}/*")).collect();
+        policy.ima = Some(ImaRules { allow_lists: BTreeSet::new(), files: BTreeSet::new(), exceptions });
+        let compiled = CompiledPolicy::compile(&policy, &mut |_| None).map_err(|r| r.expected)?;
+        Ok(compiled.command_lines.len() + compiled.exceptions.len())
+    }
+
+    #[test]
+    fn what_patterns_compile_to_is_bounded() {
+        let small = |count: usize| (0..count).map(|n| format!("console=ttyS{n} \\S+"));
+        let large = |count: usize| (0..count).map(|n| format!("a{n}{{2000}}"));
+        assert_eq!(compile(small(1000), 24), Ok(PATTERNS_MAX));
+        assert_eq!(compile(small(1000), 25), Err("at most 1024 patterns and exceptions".into()));
+        assert_eq!(compile(large(LARGE_MAX), 100), Ok(LARGE_MAX + 100));
+        assert_eq!(compile(large(LARGE_MAX + 1), 0), Err("at most 64 patterns that compile to much".into()));
+        assert_eq!(compile(["a{99999}".to_owned()].into_iter(), 0), Err("a regular expression".into()));
+        assert_eq!(compile(["a)(b".to_owned()].into_iter(), 0), Err("a regular expression".into()));
     }
 }

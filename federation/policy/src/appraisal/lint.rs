@@ -8,6 +8,9 @@ const RULES_OF: [(u32, &str); 5] =
 /// A text that no honest pattern matches.
 const ABSURD: &str = "\u{1}ambit lint: no machine says this\u{1}";
 
+/// Bytes of one compiled pattern: the verifier refuses more.
+const PATTERN_BYTES_MAX: usize = 256 * 1024;
+
 /// Warnings, in the order of the document. None means that nothing looks wrong, not that the policy is good.
 pub fn lint(policy: &AppraisalPolicy) -> Vec<String> {
     let mut out = Vec::new();
@@ -63,7 +66,7 @@ fn patterns(policy: &AppraisalPolicy, out: &mut Vec<String>) {
     let commands = policy.grub_commands.iter().flatten().map(|p| ("grubCommands", p));
     let lines = policy.command_line.iter().flat_map(|c| &c.patterns).map(|p| ("commandLine.patterns", p));
     for (field, pattern) in commands.chain(lines) {
-        match regex::Regex::new(&format!(r"\A(?:{pattern})\z")) {
+        match regex::RegexBuilder::new(&format!(r"\A(?:{pattern})\z")).size_limit(PATTERN_BYTES_MAX).build() {
             Err(_) => out.push(format!("{field}: {pattern:?} is no regular expression; it will be refused")),
             Ok(regex) if regex.is_match(ABSURD) => {
                 let more = if field == "grubCommands" {

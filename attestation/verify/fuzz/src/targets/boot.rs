@@ -1,7 +1,7 @@
 //! TCG2 boot logs.
 
 use crate::logs::{self, BootLog};
-use crate::{Shape, Target, Verdict, golden};
+use crate::{SOON, Shape, Target, Verdict, golden};
 use ambit_verify::{BOOT_LOG_BYTES_MAX, HashAlg, bootlog, parsers};
 use std::collections::BTreeMap;
 
@@ -11,6 +11,7 @@ const LARGEST: usize = BOOT_LOG_BYTES_MAX as usize;
 pub(super) const LOG: Target = Target {
     name: "boot_log",
     len_max: 24 * 1024,
+    cpu: SOON,
     heap: |n| 64 * 1024 + 64 * n,
     run: log,
     shapes: &[
@@ -77,8 +78,14 @@ fn replay(log: &bootlog::BootLog<'_>) -> BTreeMap<u32, Vec<u8>> {
 /// never reaches, since it would have to find SHA-256 of its own change.
 ///
 /// Each is: PCR, index of the type, flag, length (16 bits, little-endian), data.
-pub(super) const EVENTS: Target =
-    Target { name: "boot_events", len_max: 4096, heap: |n| 64 * 1024 + 128 * n, run: events_of, shapes: &[] };
+pub(super) const EVENTS: Target = Target {
+    name: "boot_events",
+    len_max: 4096,
+    cpu: SOON,
+    heap: |n| 64 * 1024 + 128 * n,
+    run: events_of,
+    shapes: &[],
+};
 
 /// Types of PFP 10.4.1 in use, and some of none.
 const KINDS: [u32; 28] = [

@@ -1,6 +1,6 @@
 //! Certificates and certificate requests.
 
-use crate::{Shape, Target, Verdict, golden};
+use crate::{SOON, Shape, Target, Verdict, golden};
 use ambit_model::Refusal;
 use ambit_verify::{
     BeginInput, EkClass, EkRoot, Endorsements, Expected, INTERMEDIATES_MAX, PresentedEk, csr as evidence_csr,
@@ -12,6 +12,7 @@ use std::sync::OnceLock;
 pub(super) const EK: Target = Target {
     name: "ek_certificate",
     len_max: 2048,
+    cpu: SOON,
     heap: |n| 96 * 1024 + 128 * n,
     run: ek,
     shapes: CERTIFICATE_SHAPES,
@@ -52,6 +53,8 @@ fn ek(input: &[u8]) -> Verdict {
         // Nobody here can sign for the maker: what is accepted holds what the maker signed, to the letter. Around it,
         // BER may be written in other forms, and padding may follow.
         assert!(holds(input, recorded_tbs()), "another certificate is accepted");
+        let padding = input.strip_prefix(recorded_leaf()).unwrap_or_default();
+        assert!(padding.iter().all(|b| *b == 0) || padding.iter().all(|b| *b == 0xff), "{padding:02x?}");
     }
     Verdict::from(&endorsed)
 }
@@ -77,6 +80,7 @@ fn recorded_leaf() -> &'static [u8] {
 pub(super) const EK_CHAIN: Target = Target {
     name: "ek_chain",
     len_max: 8 * 1024,
+    cpu: SOON,
     heap: |n| 512 * 1024 + 128 * n,
     run: ek_chain,
     shapes: &[
@@ -199,6 +203,7 @@ fn indefinite(n: usize, depth: usize) -> Vec<u8> {
 pub(super) const CSR: Target = Target {
     name: "csr",
     len_max: 2048,
+    cpu: SOON,
     heap: |n| 96 * 1024 + 128 * n,
     run: csr,
     shapes: &[

@@ -1,6 +1,6 @@
 //! IMA logs.
 
-use crate::{Shape, Target, Verdict, golden, logs};
+use crate::{SOON, Shape, Target, Verdict, golden, logs};
 use ambit_verify::ima::{Checkpoint, ImaFacts, ImaForm, Replay};
 use ambit_verify::{Bank, HashAlg, IMA_LOG_BYTES_MAX, parsers};
 
@@ -11,6 +11,7 @@ const LARGEST: usize = IMA_LOG_BYTES_MAX as usize / 8;
 pub(super) const LOG: Target = Target {
     name: "ima_log",
     len_max: 8 * 1024,
+    cpu: SOON,
     heap: |n| 16 * 1024 + 16 * n,
     run: log,
     shapes: &[
@@ -69,7 +70,7 @@ fn in_pieces(input: &[u8], quoted: &[u8], whole: Option<&ImaFacts>) {
 ///
 /// Each is: flag, length (16 bits, little-endian), template data. The quote covers all but the last `first byte` ones.
 pub(super) const ENTRIES: Target =
-    Target { name: "ima_entries", len_max: 4096, heap: |n| 32 * 1024 + 96 * n, run: entries, shapes: &[] };
+    Target { name: "ima_entries", len_max: 4096, cpu: SOON, heap: |n| 32 * 1024 + 96 * n, run: entries, shapes: &[] };
 
 struct Made {
     bytes: Vec<u8>,

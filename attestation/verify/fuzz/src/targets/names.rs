@@ -1,6 +1,6 @@
 //! The small grammars: identities, sets of them, selectors, names.
 
-use crate::{Target, Verdict};
+use crate::{SOON, Target, Verdict};
 use ambit_model::policy::Peers;
 use ambit_model::{ClusterId, NodeId, ObjectName, Selector, SpiffeId, TrustDomain};
 use std::fmt::Display;
@@ -8,7 +8,7 @@ use std::str::FromStr;
 
 /// One text, read by each grammar. None normalises: what is accepted is written as it was read.
 pub(super) const NAMES: Target =
-    Target { name: "names", len_max: 2100, heap: |n| 32 * 1024 + 64 * n, run: names, shapes: &[] };
+    Target { name: "names", len_max: 2100, cpu: SOON, heap: |n| 32 * 1024 + 64 * n, run: names, shapes: &[] };
 
 /// Whether `text` is a `T`, which is then written as `text` again.
 fn is_a<T: FromStr + Display>(text: &str, canonical: bool) -> bool {

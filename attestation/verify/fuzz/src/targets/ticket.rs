@@ -1,11 +1,11 @@
 //! The plain text of a ticket.
 
-use crate::{Target, Verdict};
+use crate::{SOON, Target, Verdict};
 use ambit_verify::TicketBody;
 
 /// A ticket body, as it comes out of its seal.
 pub(super) const TICKET: Target =
-    Target { name: "ticket", len_max: 512, heap: |n| 8 * 1024 + 64 * n, run: ticket, shapes: &[] };
+    Target { name: "ticket", len_max: 512, cpu: SOON, heap: |n| 8 * 1024 + 64 * n, run: ticket, shapes: &[] };
 
 fn ticket(input: &[u8]) -> Verdict {
     let decoded = TicketBody::decode(input);

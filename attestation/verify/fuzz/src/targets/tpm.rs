@@ -1,7 +1,7 @@
 //! What a TPM marshals: TPMT_PUBLIC, TPMS_ATTEST, TPMT_SIGNATURE.
 
 use crate::golden;
-use crate::{Target, Verdict};
+use crate::{SOON, Target, Verdict};
 use ambit_model::{Revision, Stamp};
 use ambit_verify::attest::{Attest, Certified};
 use ambit_verify::hash::sha256;
@@ -16,7 +16,7 @@ const LEN_MAX: usize = 1024;
 
 /// TPMT_PUBLIC, alone and as an EK and an AK that are presented.
 pub(super) const PUBLIC: Target =
-    Target { name: "tpmt_public", len_max: LEN_MAX, heap: |n| 48 * 1024 + 64 * n, run: public, shapes: &[] };
+    Target { name: "tpmt_public", len_max: LEN_MAX, cpu: SOON, heap: |n| 48 * 1024 + 64 * n, run: public, shapes: &[] };
 
 fn public(input: &[u8]) -> Verdict {
     let parsed = parsers::public(input);
@@ -98,7 +98,7 @@ fn challenge(ek: PresentedEk) {
 
 /// TPMS_ATTEST.
 pub(super) const ATTEST: Target =
-    Target { name: "tpms_attest", len_max: LEN_MAX, heap: |n| 8 * 1024 + 64 * n, run: attest, shapes: &[] };
+    Target { name: "tpms_attest", len_max: LEN_MAX, cpu: SOON, heap: |n| 8 * 1024 + 64 * n, run: attest, shapes: &[] };
 
 fn attest(input: &[u8]) -> Verdict {
     let parsed = Attest::parse(input);
@@ -111,8 +111,14 @@ fn attest(input: &[u8]) -> Verdict {
 }
 
 /// TPMS_ATTEST of TPM2_Certify.
-pub(super) const CERTIFY: Target =
-    Target { name: "tpms_certify", len_max: LEN_MAX, heap: |n| 8 * 1024 + 64 * n, run: certify, shapes: &[] };
+pub(super) const CERTIFY: Target = Target {
+    name: "tpms_certify",
+    len_max: LEN_MAX,
+    cpu: SOON,
+    heap: |n| 8 * 1024 + 64 * n,
+    run: certify,
+    shapes: &[],
+};
 
 fn certify(input: &[u8]) -> Verdict {
     let parsed = Certified::parse(input);
@@ -126,8 +132,14 @@ fn certify(input: &[u8]) -> Verdict {
 }
 
 /// TPMT_SIGNATURE.
-pub(super) const SIGNATURE: Target =
-    Target { name: "tpmt_signature", len_max: LEN_MAX, heap: |n| 8 * 1024 + 64 * n, run: signature, shapes: &[] };
+pub(super) const SIGNATURE: Target = Target {
+    name: "tpmt_signature",
+    len_max: LEN_MAX,
+    cpu: SOON,
+    heap: |n| 8 * 1024 + 64 * n,
+    run: signature,
+    shapes: &[],
+};
 
 fn signature(input: &[u8]) -> Verdict {
     let parsed = parsers::signature(input);
