@@ -73,8 +73,9 @@ impl Machine {
         let quote = self.attester().quote(bank, mask, data).await?;
         let logs = self.logs();
         let boot = if request.boot_log { logs.boot } else { Vec::new() };
-        let from = usize::try_from(request.ima_offset)?;
-        let ima = lies.ima_log.clone().unwrap_or(logs.ima).split_off(from);
+        let whole = lies.ima_log.clone().unwrap_or(logs.ima);
+        // After a reboot the log may be shorter than what the cell remembers of it.
+        let ima = whole.get(usize::try_from(request.ima_offset)?..).unwrap_or_default().to_vec();
         let pcrs = quote.pcrs.into_iter().map(|(index, value)| v1::PcrValue { index, value }).collect();
         let mut header = v1::QuoteAnswer {
             nonce: request.nonce.clone(),
@@ -131,6 +132,19 @@ impl Agent {
             }
         };
         tokio::time::timeout(PATIENCE, next).await.map_err(|_| silence())?
+    }
+
+    /// The next list of nodes to refuse that names any.
+    pub async fn denials(&mut self) -> Result<Vec<v1::NodeDenial>> {
+        let next = async {
+            loop {
+                match self.down.message().await?.context("an open stream")?.body {
+                    Some(Down::Denials(list)) if !list.denials.is_empty() => return Ok(list.denials),
+                    _ => {}
+                }
+            }
+        };
+        tokio::time::timeout(PATIENCE, next).await.context("no denials")?
     }
 
     /// Sends messages; where the stream is closed already its end tells why.

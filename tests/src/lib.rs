@@ -7,6 +7,7 @@
 pub mod agent;
 pub mod cell;
 pub mod machine;
+pub mod operator;
 pub mod process;
 pub mod table;
 pub mod tpm;

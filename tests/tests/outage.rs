@@ -6,36 +6,16 @@ use ambit_model::Code;
 use ambit_model::refusal::Class;
 use ambit_proto::status::from_status;
 use ambit_proto::v1;
-use ambit_proto::v1::node_attestation_client::NodeAttestationClient;
 use ambit_tests::agent::{Admitted, Attending};
 use ambit_tests::cell::Cell;
 use ambit_tests::machine::{Answer, Lies, Machine, evidence, explain, join_token, register_cluster};
+use ambit_tests::operator::{nodes, within};
 use ambit_tests::process::must_run;
 use ambit_tests::table::row;
 use ambit_tests::tpm::Maker;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-
-const PATIENCE: Duration = Duration::from_secs(20);
-
-/// The nodes as a replica shows them; none while there is no quorum.
-async fn nodes(cell: &Cell, replica: usize) -> Option<Vec<v1::Node>> {
-    let mut client = NodeAttestationClient::new(cell.admin(replica).await.ok()?);
-    Some(client.list_nodes(v1::ListNodesRequest {}).await.ok()?.into_inner().nodes)
-}
-
-/// Waits for what a check yields.
-async fn within<T>(what: &str, mut check: impl AsyncFnMut() -> Option<T>) -> T {
-    let until = Instant::now() + PATIENCE;
-    loop {
-        if let Some(found) = check().await {
-            return found;
-        }
-        assert!(Instant::now() < until, "{what}: not within {PATIENCE:?}");
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-}
 
 /// Sends evidence to the replicas that run, one after the other, until one of them judges it.
 async fn insist(cell: &Cell, answer: &Answer) -> Result<v1::Verdict, v1::Denied> {
