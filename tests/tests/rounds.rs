@@ -108,8 +108,15 @@ async fn a_quote_of_another_question_is_the_end_of_trust() {
     row(16, "round quoted over one PCR less", "quote_selection").unwrap();
 
     let (machine, me) = bench.another("relabelled").await;
-    let relabel = RoundLies { header: Some(|a| a.pcrs.swap(3, 4)), ..honest() };
-    caught(&bench, &machine, &me, &relabel, "quote_selection").await;
+    let relabel = RoundLies {
+        header: Some(|a| {
+            let value = std::mem::take(&mut a.pcrs[4].value);
+            a.pcrs[4].value = std::mem::replace(&mut a.pcrs[5].value, value);
+        }),
+        ..honest()
+    };
+    caught(&bench, &machine, &me, &relabel, "quote_pcr_digest").await;
+    row(15, "round with the values of two PCRs exchanged", "quote_pcr_digest").unwrap();
 
     // Another key of the very same TPM, over the right data.
     let (machine, me) = bench.another("rekeyed").await;
