@@ -1,7 +1,7 @@
 //! What a round's quote means for a node that was admitted: counters, boot, IMA log (design.md section 3).
 
 use super::logs::{Appraised, Quoted};
-use super::{Counters, Denial, Verified};
+use super::{Counters, Denial, Step, Verified};
 use crate::appraisal::{CompiledPolicy, Endorsement};
 use crate::ek::EkClass;
 use crate::ima::Checkpoint;
@@ -57,7 +57,8 @@ pub struct RoundEvidence {
 }
 
 impl FreshRound {
-    /// Judges what was quoted. `boot_log_missing` for another boot than the one known: then the whole logs are wanted.
+    /// Judges what was quoted. `boot_log_missing` for another boot than the one known
+    /// (another reset count, or other PCRs): then the whole logs are wanted.
     ///
     /// # Errors
     /// [`Code::TpmStateForked`] for counters that step back; what the replays and the policies find.
@@ -69,14 +70,15 @@ impl FreshRound {
         policies: &[Arc<CompiledPolicy>],
     ) -> Result<Verified<RoundEvidence>, Denial> {
         let counters = self.counters();
-        counters.step_from(&before.counters)?;
+        let rebooted = counters.step_from(&before.counters)? == Step::Rebooted;
         let boot_pcrs_sha256 = self.boot_pcrs_sha256();
         let endorsement = Endorsement::Class(class);
         let quoted = Quoted { pcrs: self.pcrs(), bank: self.bank(), endorsement };
         let appraised = match logs {
             RoundLogs::Whole { boot_log, ima_log } => quoted.whole(boot_log, ima_log, policies)?.1,
-            RoundLogs::Grown { .. } if boot_pcrs_sha256 != before.boot_pcrs_sha256 => {
-                let refusal = Refusal::new(Code::BootLogMissing, "the log of this boot", "PCRs of another boot");
+            // Of a boot not seen before nothing is taken for known, whatever its PCRs are.
+            RoundLogs::Grown { .. } if rebooted || boot_pcrs_sha256 != before.boot_pcrs_sha256 => {
+                let refusal = Refusal::new(Code::BootLogMissing, "the log of this boot", "another boot");
                 return Err(Denial::at(refusal, "the boot's PCRs"));
             }
             RoundLogs::Grown { ima_log } => {
