@@ -118,6 +118,13 @@ impl v1::node_attestation_server::NodeAttestation for Nodes {
         self.at(&m.id, m.at_ms).await.or_status().map(Response::new)
     }
 
+    async fn attestation_result(
+        &self,
+        request: Request<v1::AttestationResultRequest>,
+    ) -> Result<Response<v1::AttestationResultResponse>, Status> {
+        self.result(&request.into_inner().id).await.or_status().map(Response::new)
+    }
+
     async fn ban_node(&self, request: Request<v1::NodeSelection>) -> Result<Response<v1::ListNodesResponse>, Status> {
         self.say(request, NodeVerb::Ban).await
     }
