@@ -4,7 +4,7 @@ use crate::cell::{Cell, fresh};
 use crate::tpm::{Maker, Tpm};
 use ambit_identity::tls::certified;
 use ambit_identity::{SvidKey, fingerprint};
-use ambit_lab::{ima, tpm};
+use ambit_lab::tpm;
 use ambit_model::{ClusterId, Code, Refusal};
 use ambit_proto::status::from_status;
 use ambit_proto::v1::appraisal_client::AppraisalClient;
@@ -15,7 +15,6 @@ use ambit_transport::Identity;
 use ambit_verify::transcript::{Binding, Transcript, qualifying_data};
 use ambit_verify::{BeginInput, KeptEvidence, KeyHome, LogExtent, PresentedEk, Public};
 use anyhow::{Context, Result, bail};
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tonic::Status;
 use tonic::transport::Channel;
@@ -26,22 +25,11 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A machine: its TPM and its logs.
 pub struct Machine {
-    // Replaced when another needs the TPM: swtpm serves one connection at a time.
-    attester: Mutex<Attester>,
+    attester: Attester,
     identity: TpmIdentity,
     node: String,
-    logs: Mutex<Logs>,
     // Ends after the attester's last use of it.
     tpm: Tpm,
-}
-
-/// What a machine's kernel shows of its boot and of what ran since.
-#[derive(Clone, Debug)]
-pub struct Logs {
-    /// The TCG2 log.
-    pub boot: Vec<u8>,
-    /// `binary_runtime_measurements`.
-    pub ima: Vec<u8>,
 }
 
 /// What a machine puts wrong. Everything else stays right: hashes, lengths and the HMAC are of what is sent.
@@ -91,8 +79,8 @@ pub struct Answer {
 impl Machine {
     /// Makes one with a TPM of `maker`.
     pub async fn new(maker: &Maker, name: &str) -> Result<Machine> {
-        let made = maker.tpm(name)?;
-        let attester = Attester::open(&made.tcti(), &made.state())?;
+        let tpm = maker.tpm(name)?;
+        let attester = Attester::open(&tpm.tcti(), &tpm.state())?;
         let identity = attester.identity().await?;
         let presented = PresentedEk::parse(BeginInput {
             cluster: "any".parse()?,
@@ -103,8 +91,7 @@ impl Machine {
             agent_nonce: vec![0; 32],
         })?;
         let node = presented.node().to_string();
-        let logs = Logs { boot: tpm::BOOT_LOG.to_vec(), ima: tpm::IMA_LOG.to_vec() };
-        Ok(Machine { attester: Mutex::new(attester), identity, node, logs: Mutex::new(logs), tpm: made })
+        Ok(Machine { attester, identity, node, tpm })
     }
     /// Its id: SHA-256 of its EK's SubjectPublicKeyInfo.
     pub fn node(&self) -> String {
@@ -115,53 +102,9 @@ impl Machine {
     pub async fn rekeyed(mut self) -> Result<Machine> {
         let state = self.tpm.state().join("again");
         std::fs::create_dir_all(&state)?;
-        self.attester = Mutex::new(Attester::open(&self.tpm.tcti(), &state)?);
-        self.identity = self.attester().identity().await?;
+        self.attester = Attester::open(&self.tpm.tcti(), &state)?;
+        self.identity = self.attester.identity().await?;
         Ok(self)
-    }
-
-    /// The same TPM and the same disk, copied as they are now and started a second time.
-    pub async fn copied(&self) -> Result<Machine> {
-        let tpm = self.tpm.copied()?;
-        let attester = Attester::open(&tpm.tcti(), &tpm.state())?;
-        let identity = attester.identity().await?;
-        let logs = Mutex::new(self.logs());
-        Ok(Machine { attester: Mutex::new(attester), identity, node: self.node(), logs, tpm })
-    }
-
-    /// Its kernel measures the execution of a file.
-    pub fn runs(&self, sha256: &[u8; 32], path: &str) -> Result<()> {
-        let record = ima::Record::ima_ng(sha256, path);
-        self.extend(record.pcr, &record.digests())?;
-        self.logs.lock().unwrap_or_else(PoisonError::into_inner).ima.extend(record.encode());
-        Ok(())
-    }
-
-    /// Something extends one of its PCRs, and no log says so.
-    pub fn extend(&self, pcr: u32, digests: &ima::Digests) -> Result<()> {
-        *self.attester.lock().unwrap_or_else(PoisonError::into_inner) =
-            Attester::open(&self.tpm.tcti(), &self.tpm.state())?;
-        self.tpm.extend(pcr, digests)
-    }
-
-    /// Turned off and on again: the TPM counts a reset, and its PCRs and logs are those of a boot.
-    pub fn reboot(&mut self) -> Result<()> {
-        self.tpm.reset()?;
-        self.attester = Mutex::new(Attester::open(&self.tpm.tcti(), &self.tpm.state())?);
-        self.logs = Mutex::new(Logs { boot: tpm::BOOT_LOG.to_vec(), ima: tpm::IMA_LOG.to_vec() });
-        Ok(())
-    }
-
-    /// As its kernel would show them now.
-    pub fn logs(&self) -> Logs {
-        self.logs.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    pub(crate) fn attester(&self) -> Attester {
-        self.attester.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-    pub(crate) fn ak_public(&self) -> &[u8] {
-        &self.identity.ak_public
     }
 
     /// What it sends in the first round trip.
@@ -217,7 +160,7 @@ impl Machine {
         let csr = key.csr()?;
         let started = Instant::now();
         let mut secret =
-            self.attester().activate(challenge.credential_blob.clone(), challenge.encrypted_secret.clone()).await?;
+            self.attester.activate(challenge.credential_blob.clone(), challenge.encrypted_secret.clone()).await?;
         let mut in_tpm = started.elapsed();
         let ticket_sha256 = fingerprint(&challenge.ticket);
         let mut server_nonce: [u8; 32] = challenge.server_nonce.as_slice().try_into()?;
@@ -236,14 +179,13 @@ impl Machine {
         let mask = if lies.fewer_pcrs { challenge.pcr_mask & !(1 << 8) } else { challenge.pcr_mask };
         let (bank, mask) = lies.quote_over.unwrap_or((bank, mask));
         let started = Instant::now();
-        let quote = self.attester().quote(bank, mask, qualifying).await?;
+        let quote = self.attester.quote(bank, mask, qualifying).await?;
         in_tpm += started.elapsed();
         if lies.other_secret {
             secret.iter_mut().for_each(|byte| *byte ^= 1);
         }
-        let logs = self.logs();
-        let boot_log = lies.boot_log.clone().unwrap_or(logs.boot);
-        let ima_log = lies.ima_log.clone().unwrap_or(logs.ima);
+        let boot_log = lies.boot_log.clone().unwrap_or_else(|| tpm::BOOT_LOG.to_vec());
+        let ima_log = lies.ima_log.clone().unwrap_or_else(|| tpm::IMA_LOG.to_vec());
         let (boot, ima) = (extent(&boot_log), extent(&ima_log));
         let mut header = v1::EvidenceHeader {
             ticket: challenge.ticket.clone(),
