@@ -247,6 +247,7 @@ unasked! {
     quarantine_node(v1::NodeSelection) -> v1::ListNodesResponse;
     release_node(v1::NodeSelection) -> v1::ListNodesResponse;
     attestation_at(v1::AttestationAtRequest) -> v1::AttestationAtResponse;
+    attestation_result(v1::AttestationResultRequest) -> v1::AttestationResultResponse;
     put_ek_roots(v1::PutEkRootsRequest) -> v1::EndorsementsResponse;
     disallow_ek(v1::AllowEkRequest) -> v1::AllowEkResponse;
     put_ek_deny(v1::PutEkDenyRequest) -> v1::EndorsementsResponse;

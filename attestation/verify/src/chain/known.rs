@@ -3,10 +3,13 @@
 use super::logs::{Appraised, Quoted};
 use super::{Counters, Denial, Step, Verified};
 use crate::appraisal::{CompiledPolicy, Endorsement};
+use crate::claims::trust_vector;
 use crate::ek::EkClass;
+use crate::hash::Bank;
 use crate::ima::Checkpoint;
 use crate::round::FreshRound;
-use ambit_model::{Code, Generation, NodeId, Refusal};
+use ambit_model::{Code, Generation, NodeId, Refusal, TrustVector};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// What the cell keeps of a node's last good verdict.
@@ -50,8 +53,14 @@ pub struct RoundEvidence {
     pub counters: Counters,
     /// As quoted.
     pub firmware_version: u64,
+    /// The bank quoted.
+    pub bank: Bank,
+    /// The quoted PCRs, exactly those asked for.
+    pub pcrs: BTreeMap<u32, Vec<u8>>,
     /// SHA-256 over the boot's PCRs.
     pub boot_pcrs_sha256: [u8; 32],
+    /// What is claimed of the machine; of files, what this round's part of the log shows.
+    pub trust: TrustVector,
     /// What accepted it.
     pub appraised: Appraised,
 }
@@ -90,7 +99,10 @@ impl FreshRound {
             generation: self.generation(),
             counters,
             firmware_version: self.firmware_version(),
+            bank: self.bank(),
+            pcrs: self.pcrs().clone(),
             boot_pcrs_sha256,
+            trust: trust_vector(Some(class), Some((&appraised.boot, &appraised.ima))),
             appraised,
         }))
     }
