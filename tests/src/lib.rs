@@ -4,6 +4,7 @@
 //! Never part of a product: no other crate depends on it. Its tests never skip; what cannot run fails and says why.
 #![forbid(unsafe_code)]
 
+pub mod bench;
 pub mod cell;
 pub mod machine;
 pub mod process;
