@@ -7,11 +7,12 @@ use super::soft_tpm::{EkKind, PCRS, SoftTpm};
 use super::table::{Table, Target};
 use ambit_identity::{Csr, SvidKey, wrap};
 use ambit_lab::tpm::{BOOT_LOG, IMA_LOG};
-use ambit_model::appraisal::AppraisalPolicy;
-use ambit_model::{ClusterId, Generation, NodeId, RaftIndex, Revision, Stamp};
+use ambit_model::appraisal::{AppraisalPolicy, PcrBank};
+use ambit_model::entry::is_boot_pcr;
+use ambit_model::{ClusterId, Generation, NodeId, RaftIndex, Revision, Stamp, TrustVector};
 use ambit_state::command::{Admission, RoundVerdict, Seen};
 use ambit_state::objects::{
-    AkFacts, CellRow, Counters, EkFacts, ImaPoint, KeySetRow, Member, PolicyRef, PolicyVersion,
+    AkFacts, BootPcrs, CellRow, Counters, EkFacts, ImaPoint, KeySetRow, Member, PolicyRef, PolicyVersion,
 };
 use ambit_state::{Command, LogEntry, Reply, State};
 use ambit_verify::appraisal::{AllowList, CompiledPolicy};
@@ -23,6 +24,7 @@ use ambit_verify::{
     TicketBody, Verified,
 };
 use anyhow::{Context, Result, bail};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 use zeroize::Zeroizing;
@@ -237,21 +239,38 @@ fn admission(e: &Verified<NodeEvidence>, csr: &Csr, claims: String) -> Admission
             firmware_version: e.firmware_version,
             by_allow_list: false,
         },
-        seen: seen(e.counters, e.firmware_version, &e.appraised.checkpoint, e.boot_pcrs_sha256),
+        seen: seen(
+            e.counters,
+            e.firmware_version,
+            &e.appraised.checkpoint,
+            (&e.pcrs, e.boot_pcrs_sha256),
+            e.trust_vector(),
+        ),
         key_hash: csr.spki_sha256(),
         authority: "a1".to_owned(),
         claims,
     }
 }
 
-fn seen(c: ambit_verify::Counters, firmware_version: u64, ima: &Checkpoint, boot_pcrs_sha256: [u8; 32]) -> Seen {
+fn seen(
+    c: ambit_verify::Counters,
+    firmware_version: u64,
+    ima: &Checkpoint,
+    (pcrs, boot_pcrs_sha256): (&BTreeMap<u32, Vec<u8>>, [u8; 32]),
+    trust: TrustVector,
+) -> Seen {
     let form = ima.form.as_str().to_owned();
     Seen {
         counters: Counters { resets: c.reset, restarts: c.restart, clock: c.clock_ms },
         firmware_version,
         ima: ImaPoint { offset: ima.offset, entries: ima.entries, pcr: ima.pcr.clone(), form },
+        pcrs: BootPcrs {
+            bank: PcrBank::Sha256,
+            values: pcrs.iter().filter(|(n, _)| is_boot_pcr(**n)).map(|(n, v)| (*n as u8, v.clone())).collect(),
+        },
         boot_pcrs_sha256,
         boot_log_sha256: ambit_verify::hash::sha256(BOOT_LOG),
+        trust,
         policy: PolicyRef { name: CLUSTER.parse().unwrap_or_else(|_| unreachable!()), version: 1 },
         evidence_sha256: [9; 32],
         evidence_depth: 0,
@@ -342,7 +361,8 @@ fn round(server: &Server, tpm: &SoftTpm, known: &KnownNode, meter: &mut Meter) -
         let before = Before { counters, boot_pcrs_sha256: standing.boot_pcrs_sha256, ima, policy };
         let logs = RoundLogs::Grown { ima_log: &[] };
         let e = fresh.appraise(&before, EkClass::Lab, logs, &server.compiled).map_err(|denial| denial.refusal)?;
-        let seen = seen(e.counters, e.firmware_version, &e.appraised.checkpoint, e.boot_pcrs_sha256);
+        let seen =
+            seen(e.counters, e.firmware_version, &e.appraised.checkpoint, (&e.pcrs, e.boot_pcrs_sha256), e.trust);
         Ok(RoundVerdict { node, generation: Generation(1), policy_revision, seen })
     })
 }
