@@ -20,8 +20,9 @@ fn commands(markdown: &str) -> Vec<String> {
             found.extend(code.filter_map(|c| c.strip_prefix("ambit ")).map(str::to_owned));
         }
     }
-    let plain =
-        |c: &String| c.split(" #").next().unwrap_or_default().split(" | ").next().unwrap_or_default().trim().to_owned();
+    // Without what the shell takes for itself: a comment, a pipe, a redirection.
+    let shell = [" #", " | ", " > "];
+    let plain = |c: &String| shell.iter().fold(c.as_str(), |c, sign| c.split(sign).next().unwrap_or_default()).trim().to_owned();
     found.iter().map(plain).filter(|c| !c.is_empty()).collect()
 }
 

@@ -226,7 +226,7 @@ async fn allow_lists_come_from_operators_and_reach_a_replica_that_joins_later() 
     let rows = [
         (admin.clone(), "evidence", list.clone(), "permission_denied"),
         (admin.clone(), "anything", list.clone(), "bad_request"),
-        (admin.clone(), "allow-list", b"\xffno list".to_vec(), "allow_list_malformed"),
+        (admin.clone(), "allow-list", b"\xffno list".to_vec(), "appraisal_policy_malformed"),
         (admin.clone(), "allow-list", vec![b'\n'; 16 * 1024 * 1024 + 1], "evidence_too_large"),
         (node, "allow-list", list.clone(), "permission_denied"),
         (cell.anonymous(1).await.unwrap(), "allow-list", list.clone(), "unauthenticated"),

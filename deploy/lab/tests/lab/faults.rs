@@ -78,7 +78,7 @@ fn probe_tells_who_answers(lab: &str) {
     let lines: Vec<String> = lines.map(Result::unwrap).collect();
     probe.kill().unwrap();
     probe.wait().unwrap();
-    assert!(lines.iter().all(|l| l.ends_with(r#""ok":true,"by":"east-n1-web"}"#)), "{lines:?}");
+    assert!(lines.iter().all(|l| l.ends_with(r#""ok":true,"by":"east-n1-web","refused":false}"#)), "{lines:?}");
 }
 
 #[test]
