@@ -223,6 +223,8 @@ pub enum Node {
         #[arg(long, value_name = "TIME")]
         at: Option<String>,
     },
+    /// Exports what the cell claims of a node now, signed; with --verify checks such a file, without a cell
+    Result(Claimed),
     /// Refuses nodes for good; `unban` ends it
     Ban(Selected),
     /// Ends a ban: the node may enrol again, by a new attestation
@@ -233,6 +235,25 @@ pub enum Node {
     Release(Selected),
     /// Forgets nodes, so that they may enrol afresh, with another AK too
     Evict(Selected),
+}
+
+#[derive(Debug, clap::Args)]
+pub struct Claimed {
+    /// The node id, or its first 8 digits or more
+    #[arg(required_unless_present = "verify", conflicts_with = "verify")]
+    pub id: Option<String>,
+    /// Where the result goes [default: standard output]
+    #[arg(long, value_name = "FILE", conflicts_with = "verify")]
+    pub out: Option<PathBuf>,
+    /// Checks this result instead
+    #[arg(long, value_name = "FILE")]
+    pub verify: Option<PathBuf>,
+    /// The trust domain's root certificate (PEM), from elsewhere than the result
+    #[arg(long, value_name = "root.pem", requires = "verify")]
+    pub root: Option<PathBuf>,
+    /// The trust domain's root fingerprint, from elsewhere than the result
+    #[arg(long, value_name = "HEX", requires = "verify", conflicts_with = "root")]
+    pub fingerprint: Option<String>,
 }
 
 /// Which nodes a verb is about: all of them, or none where it cannot be said of one.
@@ -270,7 +291,8 @@ pub struct EntryCreate {
     pub spiffe_id: Option<String>,
     #[arg(long, required_unless_present = "file")]
     pub cluster: Option<String>,
-    /// unix:uid:N, unix:gid:N or cgroup:NAME; all must hold
+    /// unix:uid:N, unix:gid:N or cgroup:NAME; of its node: tpm:ek_hash:HEX, tpm:pcr:BANK:N:HEX or tpm:policy:NAME.
+    /// All must hold, at least one is of the workload
     #[arg(long = "selector", required_unless_present = "file", value_name = "SELECTOR")]
     pub selectors: Vec<String>,
     /// A node that may run it; none: every admitted node of the cluster
@@ -581,6 +603,12 @@ mod tests {
             ("ambit cluster ek-deny old --remove --model X", false),
             ("ambit entry create -f e.yaml", true),
             ("ambit entry create --id a", false),
+            ("ambit node result 0123456789ab --out r.json", true),
+            ("ambit node result --verify r.json --root root.pem -o json", true),
+            ("ambit node result", false),
+            ("ambit node result 0123456789ab --verify r.json", false),
+            ("ambit node result 0123456789ab --root root.pem", false),
+            ("ambit node result --verify r.json --root root.pem --fingerprint ab", false),
             ("ambit entry create --id a --spiffe-id spiffe://w/a --cluster c --selector unix:uid:1 --ttl 90s", true),
             ("ambit entry create -f e.yaml --id a", false),
             ("ambit policy status --wait --timeout 3s", true),

@@ -14,7 +14,7 @@ use crate::membership::Membership;
 use crate::metrics::METRICS;
 use crate::netns::NetnsThread;
 use crate::outbound::Outbound;
-use crate::reattest::Rounds;
+use crate::reattest::{Rounds, Turn};
 use crate::session::{self, Session};
 use crate::svids::Issuance;
 use crate::workload_api::WorkloadApi;
@@ -75,7 +75,9 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
     let trust = SharedTrust::new(Trust::Pinned(config.trust_domain.clone(), config.fingerprint.0));
     let tpm = Options::new(&config.tcti, &config.data_dir);
     let attester = Attester::start(Options { ek: config.tpm_ek.0, ak: config.tpm_ak.0, ..tpm }).map_err(enrol::tpm)?;
-    let rounds = Rounds::new(attester.clone(), config.cluster.clone(), config.boot_log.clone(), config.ima_log.clone());
+    let (turn, cluster) = (Turn::default(), config.cluster.clone());
+    let (boot_log, ima_log) = (config.boot_log.clone(), config.ima_log.clone());
+    let rounds = Rounds::new(attester.clone(), turn.clone(), cluster, boot_log, ima_log);
     let denials = Lane::default();
     let issued = Issued::default();
     let (desired, desired_rx) = watch::channel(None);
@@ -91,6 +93,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
     let membership = Membership {
         config: config.clone(),
         attester,
+        turn,
         clock: clock.clone(),
         trust: trust.clone(),
         denials: denials.clone(),

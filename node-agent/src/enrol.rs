@@ -9,7 +9,7 @@ use crate::config::Config;
 use crate::kernel::chain as causes;
 use crate::logs;
 use crate::metrics::METRICS;
-use crate::reattest::CHUNK_BYTES;
+use crate::reattest::{CHUNK_BYTES, Turn};
 use ambit_identity::tls::certified;
 use ambit_identity::{Expect, SharedTrust, SvidKey, Trust, TrustStore, fingerprint};
 use ambit_model::refusal::Class;
@@ -82,14 +82,14 @@ impl NotEnrolled {
 }
 
 /// Enrols this node with any server of the list. Returns at the first denial; waits out what passes.
-pub async fn enrol(config: &Config, attester: &Attester, clock: &Clock) -> Result<Enrolled, NotEnrolled> {
+pub async fn enrol(config: &Config, attester: &Attester, turn: &Turn, clock: &Clock) -> Result<Enrolled, NotEnrolled> {
     let mut backoff = Backoff::new(RETRY_BASE, RETRY_CAP);
     let mut at = usize::try_from(random() % 1024).unwrap_or_default();
     loop {
         let Some(server) = config.servers.get(at % config.servers.len().max(1)).copied() else {
             return Err(Refusal::new(Code::ConfigInvalid, "a server", "none").into());
         };
-        match once(config, attester, clock, server).await {
+        match once(config, attester, turn, clock, server).await {
             Ok(enrolled) => {
                 METRICS.enrolments.inc(["ok"]);
                 return Ok(enrolled);
@@ -112,6 +112,7 @@ pub async fn enrol(config: &Config, attester: &Attester, clock: &Clock) -> Resul
 async fn once(
     config: &Config,
     attester: &Attester,
+    turn: &Turn,
     clock: &Clock,
     server: SocketAddr,
 ) -> Result<Enrolled, NotEnrolled> {
@@ -160,6 +161,8 @@ async fn once(
         ak_name: &ak_name,
     });
     let bank = Bank::from_text(&challenge.bank).ok_or_else(|| malformed("the bank sha256 or sha384"))?;
+    // Until the verdict: no round's quote may overtake this one.
+    let _turn = turn.take().await;
     let started = std::time::Instant::now();
     let quote = attester.quote(bank, challenge.pcr_mask, qualifying).await.map_err(tpm)?;
     in_tpm += started.elapsed();

@@ -10,6 +10,7 @@ use crate::config::Config;
 use crate::denials::Lane;
 use crate::enrol::{self, Enrolled, NotEnrolled};
 use crate::metrics::METRICS;
+use crate::reattest::Turn;
 use crate::svids::renew_at;
 use ambit_identity::{SharedTrust, Trust, TrustStore};
 use ambit_model::refusal::Class;
@@ -57,6 +58,8 @@ pub struct Membership {
     pub config: Config,
     /// The TPM.
     pub attester: Attester,
+    /// The right to quote with it.
+    pub turn: Turn,
     /// The time.
     pub clock: Arc<Clock>,
     /// Learns the own roots.
@@ -72,7 +75,8 @@ pub struct Membership {
 }
 
 impl Membership {
-    /// Returns only where the first enrolment is denied.
+    /// Returns only where the first enrolment is denied for what this machine is or says. What an operator lifts at the
+    /// cell is waited out, also by an agent that has just started: the machine was booted again to be let in.
     pub async fn run(mut self) -> NotEnrolled {
         let mut backoff = Backoff::new(RETRY_BASE, RETRY_CAP);
         let mut standing = Standing::default();
@@ -80,17 +84,17 @@ impl Membership {
         let mut since = None;
         let mut first = true;
         loop {
-            let refused = match enrol::enrol(&self.config, &self.attester, &self.clock).await {
+            let refused = match enrol::enrol(&self.config, &self.attester, &self.turn, &self.clock).await {
                 Ok(enrolled) => {
                     let enrolled = Arc::new(enrolled);
+                    standing.good();
                     if let Err(refusal) = self.take(&enrolled, first) {
                         return refusal.into();
                     }
-                    standing.good();
                     (first, since) = (false, Some(Instant::now()));
                     self.last(&enrolled).await
                 }
-                Err(denied) if first => return denied,
+                Err(denied) if first && !lifted_at_the_cell(denied.refusal.code) => return denied,
                 Err(denied) => {
                     METRICS.component.set(["enrolment"], 0.0);
                     Some(denied.refusal)
@@ -141,12 +145,26 @@ impl Membership {
             // Later bundles come with the slices, which know more of them.
             self.trust.replace(Trust::Bundles(TrustStore::new(&enrolled.bundle)?));
         }
-        self.node.send_replace(Some((enrolled.node, enrolled.generation)));
-        self.enrolled.send_replace(Some(enrolled.clone()));
-        self.denials.set_out(false);
         METRICS.component.set(["enrolment"], 1.0);
+        self.denials.set_out(false);
+        self.node.send_replace(Some((enrolled.node, enrolled.generation)));
+        // Last: the stream begins with it.
+        self.enrolled.send_replace(Some(enrolled.clone()));
         Ok(())
     }
+}
+
+/// Whether an operator ends this refusal without anything being done at the machine.
+fn lifted_at_the_cell(code: Code) -> bool {
+    matches!(
+        code,
+        Code::NodeUntrusted
+            | Code::NodeQuarantined
+            | Code::NodeBanned
+            | Code::NodeLate
+            | Code::AppraisalPolicyMissing
+            | Code::AllowListMissing
+    )
 }
 
 /// What was last said of this node, so that each word is told to operators once and not at every attempt.

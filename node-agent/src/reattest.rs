@@ -18,7 +18,7 @@ use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// Logs travel in pieces of this size.
 pub const CHUNK_BYTES: usize = 64 * 1024;
@@ -124,6 +124,24 @@ impl Answer {
     }
 }
 
+/// The right to quote. One quote at a time leaves this node, and none is made between an enrolment's and its verdict: to a
+/// cell that sees the later of two first, the earlier is a copy's (`clock_step_back`). Cloning shares.
+#[derive(Clone, Debug)]
+pub struct Turn(Arc<Semaphore>);
+
+impl Default for Turn {
+    fn default() -> Self {
+        Self(Arc::new(Semaphore::new(1)))
+    }
+}
+
+impl Turn {
+    /// Waits for it. It is given back when dropped; none only where the process ends.
+    pub async fn take(&self) -> Option<OwnedSemaphorePermit> {
+        self.0.clone().acquire_owned().await.ok()
+    }
+}
+
 /// What a round is answered with. Cloning shares.
 #[derive(Clone, Debug)]
 pub struct Rounds {
@@ -132,13 +150,13 @@ pub struct Rounds {
     ima_log: PathBuf,
     cluster: ClusterId,
     /// Held while the TPM quotes, also past the time allowed: a hung TPM must not gather requests.
-    tpm: Arc<Semaphore>,
+    turn: Turn,
 }
 
 impl Rounds {
     /// Quotes with `attester` as a node of `cluster`, whose logs are at these paths.
-    pub fn new(attester: Attester, cluster: ClusterId, boot_log: PathBuf, ima_log: PathBuf) -> Self {
-        Self { attester, boot_log, ima_log, cluster, tpm: Arc::new(Semaphore::new(1)) }
+    pub fn new(attester: Attester, turn: Turn, cluster: ClusterId, boot_log: PathBuf, ima_log: PathBuf) -> Self {
+        Self { attester, boot_log, ima_log, cluster, turn }
     }
 
     /// The answer to one round, in the time allowed, whatever the TPM does. `me` is the admission whose leaf the stream
@@ -186,14 +204,14 @@ impl Rounds {
         Ok(Answer::new(header, boot_log, ima_log))
     }
 
-    /// The quote. The task outlives a caller whose time is over and keeps the place until the TPM has answered.
+    /// The quote. The task outlives a caller whose time is over and keeps the turn until the TPM has answered.
     async fn quote(&self, bank: Bank, mask: u32, data: [u8; 32]) -> Result<Quote, Trouble> {
-        let place = self.tpm.clone().acquire_owned().await.map_err(|_| Trouble::Time)?;
+        let turn = self.turn.take().await;
         let attester = self.attester.clone();
         let quoting = tokio::spawn(async move {
             let begun = Instant::now();
             let quote = attester.quote(bank, mask, data).await;
-            drop(place);
+            drop(turn);
             if quote.is_ok() {
                 METRICS.quote_time.observe(begun.elapsed());
             }

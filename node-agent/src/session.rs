@@ -225,7 +225,7 @@ impl Session {
 
     /// One round at a time: the next begins when the answer to the last is on its way whole.
     fn begin_round(&self, stream: &mut Stream) {
-        let idle = !stream.outbox.answers() && !stream.answering.is_some();
+        let idle = !stream.outbox.answers() && stream.answering.is_none();
         if idle && let Some(asked) = stream.waiting.take() {
             stream.answering = Some(Box::pin(self.rounds.clone().answer(stream.me.clone(), asked)));
         }

@@ -4,6 +4,7 @@
 mod support;
 
 use ambit_agent::metrics::METRICS;
+use ambit_agent::reattest::Turn;
 use ambit_model::policy::Endpoint;
 use ambit_model::{Generation, Revision};
 use ambit_proto::v1;
@@ -200,4 +201,39 @@ async fn a_hung_tpm_makes_late_and_holds_up_nothing_else() {
     let (quote, _) = stage.stream.quote().await;
     assert_eq!((quote.nonce[0], quote.trouble.as_str(), quote.ima_log_len), (4, "", 300_100));
     assert!(!quote.quote.is_empty() && METRICS.quotes.value(["replaced"]) >= 1.0);
+}
+
+/// A later quote must not overtake an earlier one on its way to the cell: it would look like two holders of one TPM.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_quote_is_made_between_another_and_its_verdict() {
+    let tpm = Swtpm::start();
+    tpm.write("ima_log", b"");
+    let (replica, mut streams) = Replica::start(Cell::founded("west", 1), tpm.dir.clone()).await;
+    let turn = Turn::default();
+    let held = turn.take().await;
+    let agent = Agent::start_with(&replica, &tpm, turn);
+    let early = timeout(Duration::from_secs(2), streams.recv()).await;
+    assert!(early.is_err() && replica.begun().len() == 1, "an enrolment waits before it quotes");
+    drop(held);
+    let mut stream = timeout(SOON, streams.recv()).await.expect("a stream").unwrap();
+    let held = agent.turn.take().await;
+    stream.send(request(1, |r| r.answer_within_ms = 1000)).await;
+    let (quote, _) = stream.quote().await;
+    assert!(quote.trouble.contains("in the time allowed"), "a round waits: {}", quote.trouble);
+    drop(held);
+    stream.send(request(2, |_| ())).await;
+    assert_eq!(stream.quote().await.0.trouble, "");
+    // An enrolment holds its turn until the verdict has come.
+    replica.hold_verdicts(true);
+    replica.refuse(Some(ambit_model::Code::NodeLate));
+    stream.end(ambit_model::Code::NodeLate).await;
+    while replica.begun().len() < 2 {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    replica.refuse(None);
+    timeout(SOON, replica.evidence_came()).await.expect("evidence");
+    assert!(timeout(Duration::from_millis(500), agent.turn.take()).await.is_err(), "held");
+    replica.hold_verdicts(false);
+    timeout(SOON, streams.recv()).await.expect("a stream").unwrap();
+    timeout(SOON, agent.turn.take()).await.expect("given back");
 }

@@ -18,6 +18,14 @@ fn shows(line: &str) -> bool {
     METRICS.page().lines().any(|l| l == line)
 }
 
+async fn soon(what: &str, is: impl Fn() -> bool) {
+    let until = Instant::now() + SOON;
+    while !is() {
+        assert!(Instant::now() < until, "never: {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
 /// One test: the figures are the process's.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_refused_node_opens_nothing_asks_again_and_resumes_when_it_is_let_in() {
@@ -40,13 +48,7 @@ async fn a_refused_node_opens_nothing_asks_again_and_resumes_when_it_is_let_in()
     // Late is no verdict: nothing is cut, but only an enrolment helps.
     replica.refuse(Some(Code::NodeLate));
     second.end(Code::NodeLate).await;
-    timeout(SOON, async {
-        while replica.begun().len() < 2 {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    })
-    .await
-    .expect("it enrols again by itself");
+    soon("it enrols again by itself", || replica.begun().len() >= 2).await;
     assert!(!agent.denials.now().is_out());
     replica.refuse(None);
     let third = next().await;
@@ -59,16 +61,10 @@ async fn a_refused_node_opens_nothing_asks_again_and_resumes_when_it_is_let_in()
     third.end(Code::NodeQuarantined).await;
     timeout(Duration::from_secs(3), agent.denials.until(|d| d.is_out())).await.expect("nothing may open");
     println!("out {} ms after it was told", begun.elapsed().as_millis());
-    assert!(shows("ambit_agent_trusted{code=\"node_quarantined\"} 0"));
+    soon("figures", || shows("ambit_agent_trusted{code=\"node_quarantined\"} 0")).await;
     assert!(!METRICS.page().contains("ambit_agent_trusted{code=\"ok\"}"));
     let asked = replica.begun().len();
-    timeout(SOON, async {
-        while replica.begun().len() < asked + 3 {
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-    })
-    .await
-    .expect("it goes on asking");
+    soon("it goes on asking", || replica.begun().len() >= asked + 3).await;
     assert!(!agent.membership.is_finished() && agent.denials.now().is_out());
     let waits: Vec<_> = replica.begun()[asked..].windows(2).map(|w| w[1] - w[0]).collect();
     assert!(waits.iter().all(|w| *w >= Duration::from_millis(400) && *w < Duration::from_secs(11)), "{waits:?}");

@@ -22,6 +22,8 @@ use tonic::{Response, Status};
 
 /// A cell on two loaded cores forms, elects and recovers well within this.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// Elections are quick where a test does not ask for other.
+const ELECTION_MS: u64 = 300;
 
 /// Where one replica lives: its configuration, addresses and data.
 #[derive(Debug)]
@@ -41,11 +43,15 @@ pub struct Seat {
 impl Seat {
     /// Chooses addresses and writes the configuration, with `more` lines in front of its tables.
     pub fn new(folder: &Folder, name: &str, more: &str) -> Result<Seat> {
+        Seat::patient(folder, name, more, ELECTION_MS)
+    }
+    /// The same, with this election timeout.
+    fn patient(folder: &Folder, name: &str, more: &str, election_ms: u64) -> Result<Seat> {
         let (listen, metrics) = (free_address()?, free_address()?);
         let (config, data) = (folder.path(&format!("{name}.toml")), folder.path(name));
         let text = format!(
             "data_dir = \"{}\"\nlisten = \"{listen}\"\nmetrics_listen = \"{metrics}\"\n{more}\n\
-             [raft]\nelection_timeout_ms = 300\nheartbeat_ms = 50\n",
+             [raft]\nelection_timeout_ms = {election_ms}\nheartbeat_ms = 50\n",
             data.display()
         );
         std::fs::write(&config, text)?;
@@ -76,6 +82,7 @@ pub struct Cell {
     pub fingerprint: [u8; 32],
     replicas: Vec<Replica>,
     admin: Dialer,
+    election_ms: u64,
     // After the processes, which write in it.
     folder: Folder,
 }
@@ -83,9 +90,14 @@ pub struct Cell {
 impl Cell {
     /// Founds a cell and lets further replicas join until it has `replicas`, all of them voters.
     pub async fn start(trust_domain: &str, replicas: usize) -> Result<Cell> {
+        Cell::patient(trust_domain, replicas, ELECTION_MS).await
+    }
+
+    /// The same, of replicas that wait so long for their leader.
+    pub async fn patient(trust_domain: &str, replicas: usize, election_ms: u64) -> Result<Cell> {
         let folder = Folder::new()?;
         let td: TrustDomain = trust_domain.parse()?;
-        let seat = Seat::new(&folder, "r1", "")?;
+        let seat = Seat::patient(&folder, "r1", "", election_ms)?;
         let out = folder.path("admin").display().to_string();
         let made = seat.ambitd("init", &["--trust-domain", trust_domain, "--replica", "1", "--admin-out", &out])?;
         ensure!(made.status.success(), "ambitd init: {}", String::from_utf8_lossy(&made.stderr));
@@ -96,7 +108,7 @@ impl Cell {
         let admin = admin_dialer(&folder.path("admin"), &td, fingerprint)?;
         let process = Some(seat.start()?);
         let first = Replica { seat, process };
-        let mut cell = Cell { trust_domain: td, fingerprint, replicas: vec![first], admin, folder };
+        let mut cell = Cell { trust_domain: td, fingerprint, replicas: vec![first], admin, election_ms, folder };
         cell.wait_for_voters().await?;
         for number in 2..=replicas {
             cell.add(number).await?;
@@ -104,8 +116,9 @@ impl Cell {
         Ok(cell)
     }
 
-    async fn add(&mut self, number: usize) -> Result<()> {
-        let seat = Seat::new(&self.folder, &format!("r{number}"), "")?;
+    /// Lets the replica with the next number join.
+    pub async fn add(&mut self, number: usize) -> Result<()> {
+        let seat = Seat::patient(&self.folder, &format!("r{number}"), "", self.election_ms)?;
         let token = self.replica_token(number as u64, seat.listen).await?;
         let out = self.join(&seat, number as u64, &hex::encode(self.fingerprint), &token)?;
         ensure!(out.status.success(), "ambitd join: {}", String::from_utf8_lossy(&out.stderr));
@@ -206,7 +219,8 @@ impl Cell {
     pub fn admin_identity(&self) -> Result<Identity> {
         admin_identity(&self.folder.path("admin"))
     }
-    fn dialer(&self, identity: Identity) -> Dialer {
+    /// Dials this cell's replicas as somebody.
+    pub fn dialer(&self, identity: Identity) -> Dialer {
         Dialer::new(SharedTrust::new(Trust::Pinned(self.trust_domain.clone(), self.fingerprint)), identity)
     }
     async fn dial(&self, dialer: &Dialer, number: usize) -> Result<Channel, Refusal> {

@@ -4,7 +4,7 @@ use crate::cell::{Cell, fresh};
 use crate::tpm::{Maker, Tpm};
 use ambit_identity::tls::certified;
 use ambit_identity::{SvidKey, fingerprint};
-use ambit_lab::tpm;
+use ambit_lab::{ima, tpm};
 use ambit_model::{ClusterId, Code, Refusal};
 use ambit_proto::status::from_status;
 use ambit_proto::v1::appraisal_client::AppraisalClient;
@@ -15,6 +15,7 @@ use ambit_transport::Identity;
 use ambit_verify::transcript::{Binding, Transcript, qualifying_data};
 use ambit_verify::{BeginInput, KeptEvidence, KeyHome, LogExtent, PresentedEk, Public};
 use anyhow::{Context, Result, bail};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tonic::Status;
 use tonic::transport::Channel;
@@ -25,11 +26,22 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A machine: its TPM and its logs.
 pub struct Machine {
-    attester: Attester,
+    // Replaced when another needs the TPM: swtpm serves one connection at a time.
+    attester: Mutex<Attester>,
     identity: TpmIdentity,
     node: String,
+    logs: Mutex<Logs>,
     // Ends after the attester's last use of it.
-    _tpm: Tpm,
+    tpm: Tpm,
+}
+
+/// What a machine's kernel shows of its boot and of what ran since.
+#[derive(Clone, Debug)]
+pub struct Logs {
+    /// The TCG2 log.
+    pub boot: Vec<u8>,
+    /// `binary_runtime_measurements`.
+    pub ima: Vec<u8>,
 }
 
 /// What a machine puts wrong. Everything else stays right: hashes, lengths and the HMAC are of what is sent.
@@ -45,6 +57,10 @@ pub struct Lies {
     pub fewer_pcrs: bool,
     /// An HMAC under another secret.
     pub other_secret: bool,
+    /// A quote over another bank and other PCRs than asked.
+    pub quote_over: Option<(Bank, u32)>,
+    /// A change of the header, which the HMAC then covers.
+    pub header: Option<fn(&mut v1::EvidenceHeader)>,
 }
 
 /// A session begun.
@@ -53,6 +69,13 @@ pub struct Begun {
     agent_nonce: [u8; 32],
     join_token: String,
     challenge: v1::Challenge,
+}
+
+impl Begun {
+    /// The sealed ticket.
+    pub fn ticket(&self) -> Vec<u8> {
+        self.challenge.ticket.clone()
+    }
 }
 
 /// Evidence ready to be sent, any number of times.
@@ -68,8 +91,8 @@ pub struct Answer {
 impl Machine {
     /// Makes one with a TPM of `maker`.
     pub async fn new(maker: &Maker, name: &str) -> Result<Machine> {
-        let tpm = maker.tpm(name)?;
-        let attester = Attester::open(&tpm.tcti(), &tpm.state())?;
+        let made = maker.tpm(name)?;
+        let attester = Attester::open(&made.tcti(), &made.state())?;
         let identity = attester.identity().await?;
         let presented = PresentedEk::parse(BeginInput {
             cluster: "any".parse()?,
@@ -80,20 +103,74 @@ impl Machine {
             agent_nonce: vec![0; 32],
         })?;
         let node = presented.node().to_string();
-        Ok(Machine { attester, identity, node, _tpm: tpm })
+        let logs = Logs { boot: tpm::BOOT_LOG.to_vec(), ima: tpm::IMA_LOG.to_vec() };
+        Ok(Machine { attester: Mutex::new(attester), identity, node, logs: Mutex::new(logs), tpm: made })
     }
     /// Its id: SHA-256 of its EK's SubjectPublicKeyInfo.
     pub fn node(&self) -> String {
         self.node.clone()
     }
 
-    /// The first round trip.
-    pub async fn begin(&self, channel: Channel, cluster: &str, token: &str) -> Result<Result<Begun, v1::Denied>> {
+    /// The same machine with another AK, as after its state was deleted, or in the hands of whoever drives its TPM.
+    pub async fn rekeyed(mut self) -> Result<Machine> {
+        let state = self.tpm.state().join("again");
+        std::fs::create_dir_all(&state)?;
+        self.attester = Mutex::new(Attester::open(&self.tpm.tcti(), &state)?);
+        self.identity = self.attester().identity().await?;
+        Ok(self)
+    }
+
+    /// The same TPM and the same disk, copied as they are now and started a second time.
+    pub async fn copied(&self) -> Result<Machine> {
+        let tpm = self.tpm.copied()?;
+        let attester = Attester::open(&tpm.tcti(), &tpm.state())?;
+        let identity = attester.identity().await?;
+        let logs = Mutex::new(self.logs());
+        Ok(Machine { attester: Mutex::new(attester), identity, node: self.node(), logs, tpm })
+    }
+
+    /// Its kernel measures the execution of a file.
+    pub fn runs(&self, sha256: &[u8; 32], path: &str) -> Result<()> {
+        let record = ima::Record::ima_ng(sha256, path);
+        self.extend(record.pcr, &record.digests())?;
+        self.logs.lock().unwrap_or_else(PoisonError::into_inner).ima.extend(record.encode());
+        Ok(())
+    }
+
+    /// Something extends one of its PCRs, and no log says so.
+    pub fn extend(&self, pcr: u32, digests: &ima::Digests) -> Result<()> {
+        *self.attester.lock().unwrap_or_else(PoisonError::into_inner) =
+            Attester::open(&self.tpm.tcti(), &self.tpm.state())?;
+        self.tpm.extend(pcr, digests)
+    }
+
+    /// Turned off and on again: the TPM counts a reset, and its PCRs and logs are those of a boot.
+    pub fn reboot(&mut self) -> Result<()> {
+        self.tpm.reset()?;
+        self.attester = Mutex::new(Attester::open(&self.tpm.tcti(), &self.tpm.state())?);
+        self.logs = Mutex::new(Logs { boot: tpm::BOOT_LOG.to_vec(), ima: tpm::IMA_LOG.to_vec() });
+        Ok(())
+    }
+
+    /// As its kernel would show them now.
+    pub fn logs(&self) -> Logs {
+        self.logs.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(crate) fn attester(&self) -> Attester {
+        self.attester.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+    pub(crate) fn ak_public(&self) -> &[u8] {
+        &self.identity.ak_public
+    }
+
+    /// What it sends in the first round trip.
+    pub fn begin_request(&self, cluster: &str, token: &str) -> v1::BeginRequest {
         let mut agent_nonce = [0; 32];
         for half in agent_nonce.chunks_mut(16) {
             half.copy_from_slice(&fresh());
         }
-        let request = v1::BeginRequest {
+        v1::BeginRequest {
             cluster: cluster.to_owned(),
             ek_certificate: self.identity.ek_certificate.clone().unwrap_or_default(),
             ek_intermediates: Vec::new(),
@@ -101,8 +178,18 @@ impl Machine {
             ak_public: self.identity.ak_public.clone(),
             agent_nonce: agent_nonce.to_vec(),
             join_token: token.to_owned(),
-        };
-        let cluster = cluster.parse()?;
+        }
+    }
+
+    /// The first round trip.
+    pub async fn begin(&self, channel: Channel, cluster: &str, token: &str) -> Result<Result<Begun, v1::Denied>> {
+        self.begin_with(channel, self.begin_request(cluster, token)).await
+    }
+
+    /// The first round trip, with this request.
+    pub async fn begin_with(&self, channel: Channel, request: v1::BeginRequest) -> Result<Result<Begun, v1::Denied>> {
+        let agent_nonce = request.agent_nonce.clone().try_into().unwrap_or_default();
+        let (cluster, token) = (request.cluster.parse()?, request.join_token.clone());
         let mut client = NodeAttestationClient::new(channel);
         let until = Instant::now() + PATIENCE;
         let answer = loop {
@@ -116,7 +203,7 @@ impl Machine {
         };
         match answer.result {
             Some(begin_response::Result::Challenge(challenge)) => {
-                Ok(Ok(Begun { cluster, agent_nonce, join_token: token.to_owned(), challenge }))
+                Ok(Ok(Begun { cluster, agent_nonce, join_token: token, challenge }))
             }
             Some(begin_response::Result::Denied(denied)) => Ok(Err(denied)),
             None => bail!("neither challenge nor denial"),
@@ -130,7 +217,7 @@ impl Machine {
         let csr = key.csr()?;
         let started = Instant::now();
         let mut secret =
-            self.attester.activate(challenge.credential_blob.clone(), challenge.encrypted_secret.clone()).await?;
+            self.attester().activate(challenge.credential_blob.clone(), challenge.encrypted_secret.clone()).await?;
         let mut in_tpm = started.elapsed();
         let ticket_sha256 = fingerprint(&challenge.ticket);
         let mut server_nonce: [u8; 32] = challenge.server_nonce.as_slice().try_into()?;
@@ -147,26 +234,18 @@ impl Machine {
         });
         let bank = Bank::from_text(&challenge.bank).context("a bank")?;
         let mask = if lies.fewer_pcrs { challenge.pcr_mask & !(1 << 8) } else { challenge.pcr_mask };
+        let (bank, mask) = lies.quote_over.unwrap_or((bank, mask));
         let started = Instant::now();
-        let quote = self.attester.quote(bank, mask, qualifying).await?;
+        let quote = self.attester().quote(bank, mask, qualifying).await?;
         in_tpm += started.elapsed();
         if lies.other_secret {
             secret.iter_mut().for_each(|byte| *byte ^= 1);
         }
-        let boot_log = lies.boot_log.clone().unwrap_or_else(|| tpm::BOOT_LOG.to_vec());
-        let ima_log = lies.ima_log.clone().unwrap_or_else(|| tpm::IMA_LOG.to_vec());
-        let transcript = Transcript {
-            ticket_sha256,
-            csr: &csr,
-            quote: &quote.attest,
-            signature: &quote.signature,
-            pcrs: &quote.pcrs,
-            boot_log: extent(&boot_log),
-            ima_log: extent(&ima_log),
-            svid_key: &KeyHome::InMemory,
-        };
-        let header = v1::EvidenceHeader {
-            hmac: transcript.hmac(&secret).to_vec(),
+        let logs = self.logs();
+        let boot_log = lies.boot_log.clone().unwrap_or(logs.boot);
+        let ima_log = lies.ima_log.clone().unwrap_or(logs.ima);
+        let (boot, ima) = (extent(&boot_log), extent(&ima_log));
+        let mut header = v1::EvidenceHeader {
             ticket: challenge.ticket.clone(),
             csr: csr.clone(),
             quote: quote.attest.clone(),
@@ -176,15 +255,19 @@ impl Machine {
                 .iter()
                 .map(|(index, value)| v1::PcrValue { index: *index, value: value.clone() })
                 .collect(),
-            boot_log_len: transcript.boot_log.len,
-            boot_log_sha256: transcript.boot_log.sha256.to_vec(),
-            ima_log_len: transcript.ima_log.len,
-            ima_log_sha256: transcript.ima_log.sha256.to_vec(),
+            boot_log_len: boot.len,
+            boot_log_sha256: boot.sha256.to_vec(),
+            ima_log_len: ima.len,
+            ima_log_sha256: ima.sha256.to_vec(),
             join_token: begun.join_token.clone(),
             ek_public: self.identity.ek_public.clone(),
             ak_public: self.identity.ak_public.clone(),
             ..Default::default()
         };
+        if let Some(edit) = lies.header {
+            edit(&mut header);
+        }
+        header.hmac = hmac(&header, &secret)?.to_vec();
         let chunks = boot_log.chunks(CHUNK_BYTES).chain(ima_log.chunks(CHUNK_BYTES)).map(<[u8]>::to_vec);
         let frames = std::iter::once(evidence_request::Part::Header(header))
             .chain(chunks.map(evidence_request::Part::Chunk))
@@ -305,6 +388,23 @@ pub async fn join_token(cell: &Cell, cluster: &str) -> Result<String, Refusal> {
 pub async fn explain(cell: &Cell, replica: usize, node: &str) -> Result<v1::ExplainNodeResponse> {
     let request = v1::ExplainNodeRequest { id: node.to_owned() };
     Ok(NodeAttestationClient::new(cell.admin(replica).await?).explain_node(request).await?.into_inner())
+}
+
+/// Over all that the header says.
+fn hmac(header: &v1::EvidenceHeader, secret: &[u8]) -> Result<[u8; 32]> {
+    let pcrs: Vec<(u32, Vec<u8>)> = header.pcrs.iter().map(|p| (p.index, p.value.clone())).collect();
+    let extent = |len, sha256: &[u8]| anyhow::Ok(LogExtent { len, sha256: sha256.try_into()? });
+    let transcript = Transcript {
+        ticket_sha256: fingerprint(&header.ticket),
+        csr: &header.csr,
+        quote: &header.quote,
+        signature: &header.signature,
+        pcrs: &pcrs,
+        boot_log: extent(header.boot_log_len, &header.boot_log_sha256)?,
+        ima_log: extent(header.ima_log_len, &header.ima_log_sha256)?,
+        svid_key: &KeyHome::InMemory,
+    };
+    Ok(transcript.hmac(secret))
 }
 
 fn extent(log: &[u8]) -> LogExtent {

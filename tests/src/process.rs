@@ -119,8 +119,9 @@ pub fn free_address() -> Result<SocketAddr> {
 /// A binary of this workspace, as cargo built it beside the test program.
 pub fn binary(name: &str) -> Result<PathBuf> {
     let me = std::env::current_exe()?;
-    // target/<profile>/deps/<test>
-    let profile = me.parent().and_then(Path::parent).context("a target folder")?;
+    // A test is target/<profile>/deps/<test>, a binary target/<profile>/<binary>.
+    let folder = me.parent().context("a target folder")?;
+    let profile = if folder.ends_with("deps") { folder.parent().context("a target folder")? } else { folder };
     let binary = profile.join(name);
     if !binary.is_file() {
         bail!("{} is missing: run `cargo build --workspace --bins` first (`cargo xtask test` does)", binary.display());

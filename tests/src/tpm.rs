@@ -74,7 +74,29 @@ impl Maker {
             "--config",
             &config,
         ])?;
-        let port = free_ports(2)?;
+        Tpm::start(folder)
+    }
+}
+
+/// A running TPM at golden PCRs.
+pub struct Tpm {
+    port: u16,
+    process: Option<Started>,
+    folder: Folder,
+}
+
+impl Tpm {
+    /// Starts and boots the TPM whose state lies in the folder.
+    fn start(folder: Folder) -> Result<Tpm> {
+        let mut tpm = Tpm { port: free_ports(2)?, process: None, folder };
+        tpm.reset()?;
+        Ok(tpm)
+    }
+
+    /// Power off, power on, boot.
+    pub(crate) fn reset(&mut self) -> Result<()> {
+        self.process = None;
+        let (state, port) = (self.folder.path("tpm").display().to_string(), self.port);
         let argv = [
             "swtpm".to_owned(),
             "socket".to_owned(),
@@ -89,20 +111,30 @@ impl Maker {
             format!("type=tcp,port={},bindaddr=127.0.0.1", port + 1),
         ];
         let argv: Vec<&str> = argv.iter().map(String::as_str).collect();
-        let process = Started::start(&argv, &folder.path("swtpm.log"))?;
-        boot(port)?;
-        Ok(Tpm { port, _process: process, folder })
+        self.process = Some(Started::start(&argv, &self.folder.path("swtpm.log"))?);
+        boot(port)
     }
-}
 
-/// A running TPM at golden PCRs.
-pub struct Tpm {
-    port: u16,
-    _process: Started,
-    folder: Folder,
-}
+    /// Another TPM with this one's state of now: what a copied virtual machine has.
+    pub(crate) fn copied(&self) -> Result<Tpm> {
+        let folder = Folder::new()?;
+        for sub in ["tpm", "state"] {
+            std::fs::create_dir_all(folder.path(sub))?;
+            for file in std::fs::read_dir(self.folder.path(sub))? {
+                let file = file?;
+                if file.file_type()?.is_file() {
+                    std::fs::copy(file.path(), folder.path(sub).join(file.file_name()))?;
+                }
+            }
+        }
+        Tpm::start(folder)
+    }
 
-impl Tpm {
+    /// Extends a PCR in all banks. Nobody else may be connected.
+    pub(crate) fn extend(&self, pcr: u32, digests: &ima::Digests) -> Result<()> {
+        Ok(tpm_wire::extend(&mut connect(self.port)?, pcr, digests)?)
+    }
+
     /// How to reach it.
     pub fn tcti(&self) -> String {
         format!("swtpm:host=127.0.0.1,port={}", self.port)
@@ -119,16 +151,7 @@ impl Tpm {
 
 /// Extends the events of the golden boot and of its IMA log, and checks where they led.
 fn boot(port: u16) -> Result<()> {
-    let until = Instant::now() + LISTEN_MAX;
-    let mut tpm = loop {
-        match TcpStream::connect(("127.0.0.1", port)) {
-            Ok(tpm) => break tpm,
-            Err(e) if Instant::now() > until => return Err(e).context("swtpm does not listen"),
-            Err(_) => std::thread::sleep(Duration::from_millis(10)),
-        }
-    };
-    tpm.set_nodelay(true)?;
-    tpm.set_read_timeout(Some(Duration::from_secs(10)))?;
+    let mut tpm = connect(port)?;
     for event in boot_log::parse(tpm::BOOT_LOG)? {
         tpm_wire::extend(&mut tpm, event.pcr, &event.digests)?;
     }
@@ -140,4 +163,18 @@ fn boot(port: u16) -> Result<()> {
         ensure!(found.get(pcr) == golden.get(pcr), "PCR {pcr} is not that of the golden boot");
     }
     Ok(())
+}
+
+fn connect(port: u16) -> Result<TcpStream> {
+    let until = Instant::now() + LISTEN_MAX;
+    let tpm = loop {
+        match TcpStream::connect(("127.0.0.1", port)) {
+            Ok(tpm) => break tpm,
+            Err(e) if Instant::now() > until => return Err(e).context("swtpm does not listen"),
+            Err(_) => std::thread::sleep(Duration::from_millis(10)),
+        }
+    };
+    tpm.set_nodelay(true)?;
+    tpm.set_read_timeout(Some(Duration::from_secs(10)))?;
+    Ok(tpm)
 }

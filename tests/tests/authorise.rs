@@ -6,6 +6,7 @@ use ambit_proto::v1;
 use ambit_tests::cell::{Cell, Seat, admin_identity, fresh};
 use ambit_tests::machine::{Lies, Machine, identity, join_token, node_identity, register_cluster};
 use ambit_tests::process::Folder;
+use ambit_tests::table::row;
 use ambit_tests::tpm::Maker;
 use ambit_transport::Identity;
 use ambitd::authorise::{METHODS, Who};
@@ -123,6 +124,8 @@ async fn only_the_table_lets_anybody_in() {
             assert_eq!(code(&admin, path).await, "permission_denied", "{path} as an administrator");
         }
     }
+    let closed = METHODS.iter().filter(|(_, who)| *who != Who::Anyone).count();
+    row(48, &format!("{closed} RPCs without a client certificate, one by one"), "unauthenticated").unwrap();
     // Not in the table, whoever asks.
     for channel in [&anonymous, &admin] {
         assert_eq!(code(channel, "/ambit.v1.Membership/Nonsense").await, "unimplemented");

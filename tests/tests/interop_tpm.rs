@@ -201,6 +201,8 @@ impl<'a> Tools<'a> {
             put(&(log.len() as u64).to_be_bytes());
             put(&sha256(log));
         }
+        // The SVID key is in memory: no certification of it follows.
+        put(&[0]);
         let header = v1::EvidenceHeader {
             ticket: challenge.ticket.clone(),
             hmac: hmac_sha256(&secret, &said).to_vec(),
@@ -215,6 +217,9 @@ impl<'a> Tools<'a> {
             join_token: token.to_owned(),
             ek_public: self.public("ek.pub"),
             ak_public: self.public("ak.pub"),
+            svid_public: Vec::new(),
+            svid_certify: Vec::new(),
+            svid_certify_signature: Vec::new(),
         };
         let chunks = [BOOT_LOG, IMA_LOG].map(|log| evidence_request::Part::Chunk(log.to_vec()));
         let parts = std::iter::once(evidence_request::Part::Header(header)).chain(chunks);

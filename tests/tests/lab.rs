@@ -14,7 +14,7 @@ use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 /// Every figure of the closing table.
-const FIGURES: [&str; 20] = [
+const FIGURES: [&str; 22] = [
     "lab ready",
     "cell west formed",
     "cell east formed",
@@ -24,6 +24,8 @@ const FIGURES: [&str; 20] = [
     "enrol east-n1, without TPM time",
     "enrol east-n2, without TPM time",
     "policy change -> enforced in the other cluster",
+    "file altered -> calls refused (lab)",
+    "release -> calls again, by a new attestation",
     "leader-loss: RTO",
     "leader-loss: acknowledged writes lost",
     "leader-loss: writes duplicated",

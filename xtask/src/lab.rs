@@ -39,3 +39,13 @@ pub(crate) fn bench(name: &str) -> Result<(), Stop> {
     let error = Command::new(&lab).args(["bench", name]).exec();
     Err(Stop::Failed(format!("{}: {error}", lab.display())))
 }
+
+/// What attestation costs: release builds, then the benchmark in place of this process. It has its own machines and
+/// cells, and needs no lab.
+pub(crate) fn bench_attest() -> Result<(), Stop> {
+    deps::install(deps::Say::Missing)?;
+    cargo::cargo(&["build", "--release", "--locked", "-p", "ambitd", "-p", "ambit-tests", "--bins"])?;
+    let bench = cargo::root()?.join("target/release/ambit-bench");
+    let error = Command::new(&bench).arg("attest").exec();
+    Err(Stop::Failed(format!("{}: {error}", bench.display())))
+}

@@ -30,6 +30,8 @@ usage: cargo xtask <verb>
   chaos --smoke         kill each process of a lab in turn; last line: N lost, N duplicated, N non-linearizable
   vm                    a node as a machine of its own, with Secure Boot, a TPM driver and IMA (root; QEMU; 2 minutes)
   bench memory          resident memory of idle release processes; last line: N figures, M met
+  bench revoke          from a ban to the other cluster's kernel, 50 times; last line: N figures, M met
+  bench attest          CPU time of enrolments and rounds, and of 10,000 nodes that attest (release; 6 minutes)
   build-bpf [--check]   compile the kernel programs again; --check compares with the committed objects
   mutants [PART]        break each check of the verifier in a copy; last line: N checks, N proven
   fuzz --seconds N [--target NAME] [--merge]
@@ -87,7 +89,8 @@ fn run(args: &[&str]) -> Result<(), Stop> {
         ["mutants"] => mutants::run(""),
         ["mutants", part] => mutants::run(part),
         ["sim", "--seeds", n] if n.parse::<u64>().is_ok() => unbuilt::sim(),
-        ["bench", "memory"] => lab::bench("memory"),
+        ["bench", name @ ("memory" | "revoke")] => lab::bench(name),
+        ["bench", "attest"] => lab::bench_attest(),
         ["bench", name] if !name.starts_with('-') => unbuilt::bench(name),
         ["chaos"] => unbuilt::chaos(),
         ["fuzz", options @ ..] => fuzz::run(options),

@@ -32,9 +32,9 @@
 //!
 //! And no copy of a proof:
 //!
-//! ```compile_fail,E0599
-//! fn copy(v: ambit_verify::Verified<ambit_verify::NodeEvidence>) -> ambit_verify::Verified<ambit_verify::NodeEvidence> {
-//!     v.clone()
+//! ```compile_fail,E0277
+//! fn copy(v: &ambit_verify::Verified<ambit_verify::NodeEvidence>) {
+//!     let _ = <ambit_verify::Verified<ambit_verify::NodeEvidence> as Clone>::clone(v);
 //! }
 //! ```
 

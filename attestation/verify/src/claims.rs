@@ -3,98 +3,54 @@
 use crate::appraisal::{Accepted, ImaAccepted};
 use crate::chain::{NodeEvidence, Verified};
 use crate::ek::EkClass;
-use ambit_model::Stamp;
+use ambit_model::trust::{AFFIRMING, NO_CLAIM, WARNING};
+use ambit_model::{Stamp, TrustVector};
 use serde_json::{Value, json};
 
-/// AR4SI: affirming.
-const AFFIRMING: i8 = 2;
 /// AR4SI, executables: what was booted is recognised and approved; what runs since is not judged.
 const APPROVED_BOOT: i8 = 3;
-/// AR4SI: a warning: genuine, but of a kind that policy should not take for hardware; or unsafe settings.
-const WARNING: i8 = 32;
-/// AR4SI: no claim made.
-const NO_CLAIM: i8 = 0;
 /// Events listed under one rule: the full list is in the evidence.
 const EVENTS_SHOWN_MAX: usize = 16;
 
-/// The trustworthiness vector of an attestation result (AR4SI section 2.3), as far as this verifier judges it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct TrustVector {
-    /// Whether it is the very machine that enrolled.
-    pub instance_identity: i8,
-    /// What vouches for its TPM.
-    pub hardware: i8,
-    /// What was booted, and what runs.
-    pub executables: i8,
-    /// Whether Secure Boot and the command line are as the policy has them.
-    pub configuration: i8,
-    /// The files that were opened for execution.
-    pub file_system: i8,
-}
-
-impl TrustVector {
-    /// The vector of a machine whose EK is of `class` (none: nobody asked) and which `appraisal` accepts.
-    pub fn new(class: Option<EkClass>, appraisal: Option<(&Accepted, &ImaAccepted)>) -> TrustVector {
-        let hardware = match class {
-            Some(EkClass::Hardware) => AFFIRMING,
-            Some(EkClass::Virtual | EkClass::Lab | EkClass::Listed) => WARNING,
-            None => NO_CLAIM,
+/// The vector of a machine whose EK is of `class` (none: nobody asked) and which `appraisal` accepts.
+pub fn trust_vector(class: Option<EkClass>, appraisal: Option<(&Accepted, &ImaAccepted)>) -> TrustVector {
+    let hardware = match class {
+        Some(EkClass::Hardware) => AFFIRMING,
+        Some(EkClass::Virtual | EkClass::Lab | EkClass::Listed) => WARNING,
+        None => NO_CLAIM,
+    };
+    let instance_identity = if class.is_some() { AFFIRMING } else { NO_CLAIM };
+    let mut out = TrustVector { instance_identity, hardware, ..TrustVector::default() };
+    if let Some((boot, ima)) = appraisal {
+        out.executables = if ima.is_judged { AFFIRMING } else { APPROVED_BOOT };
+        out.configuration = if boot.policy.policy().secure_boot_any { WARNING } else { AFFIRMING };
+        out.file_system = match (ima.is_judged, ima.excepted) {
+            (false, _) => NO_CLAIM,
+            (true, 0) => AFFIRMING,
+            (true, _) => WARNING,
         };
-        let mut out = TrustVector {
-            instance_identity: if class.is_some() { AFFIRMING } else { NO_CLAIM },
-            hardware,
-            executables: NO_CLAIM,
-            configuration: NO_CLAIM,
-            file_system: NO_CLAIM,
-        };
-        if let Some((boot, ima)) = appraisal {
-            out.executables = if ima.is_judged { AFFIRMING } else { APPROVED_BOOT };
-            out.configuration = if boot.policy.policy().secure_boot_any { WARNING } else { AFFIRMING };
-            out.file_system = match (ima.is_judged, ima.excepted) {
-                (false, _) => NO_CLAIM,
-                (true, 0) => AFFIRMING,
-                (true, _) => WARNING,
-            };
-        }
-        out
     }
-
-    /// The tier of the worst claim: `affirming`, `warning`, `contraindicated`, or `none` where nothing is claimed.
-    pub fn status(&self) -> &'static str {
-        let claims = [self.instance_identity, self.hardware, self.executables, self.configuration, self.file_system];
-        match claims.into_iter().max().unwrap_or(NO_CLAIM) {
-            96.. => "contraindicated",
-            32..=95 => "warning",
-            2..=31 => "affirming",
-            _ => "none",
-        }
-    }
-
-    /// As in an EAR.
-    pub fn to_json(&self) -> Value {
-        json!({
-            "instance-identity": self.instance_identity,
-            "hardware": self.hardware,
-            "executables": self.executables,
-            "configuration": self.configuration,
-            "file-system": self.file_system,
-        })
-    }
+    out
 }
 
 impl Verified<NodeEvidence> {
+    /// The trustworthiness vector that this evidence gives.
+    pub fn trust_vector(&self) -> TrustVector {
+        trust_vector(Some(self.ek_class), Some((&self.appraised.boot, &self.appraised.ima)))
+    }
+
     /// The claims as JSON text, with the policy that accepted the node.
     pub fn claims_json(&self, at: Stamp) -> String {
         self.claims(at, Some((&self.appraised.boot, &self.appraised.ima)))
     }
 
     fn claims(&self, at: Stamp, appraisal: Option<(&Accepted, &ImaAccepted)>) -> String {
-        let vector = TrustVector::new(Some(self.ek_class), appraisal);
+        let vector = trust_vector(Some(self.ek_class), appraisal);
         let pcrs: serde_json::Map<_, _> =
             self.pcrs.iter().map(|(n, v)| (n.to_string(), hex::encode(v).into())).collect();
         let mut node = json!({
             "ear.status": vector.status(),
-            "ear.trustworthiness-vector": vector.to_json(),
+            "ear.trustworthiness-vector": vector,
             "ambit.node": self.node.to_string(),
             "ambit.cluster": self.cluster.as_str(),
             "ambit.ek-class": self.ek_class.as_str(),
@@ -161,13 +117,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_status_is_that_of_the_worst_claim() {
-        let sound = TrustVector { instance_identity: 2, hardware: 2, executables: 3, configuration: 2, file_system: 0 };
-        assert_eq!(sound.status(), "affirming");
-        assert_eq!(TrustVector { configuration: 32, ..sound }.status(), "warning");
-        assert_eq!(TrustVector { executables: 96, hardware: 32, ..sound }.status(), "contraindicated");
-        assert_eq!(TrustVector::new(None, None).status(), "none");
-        assert_eq!(TrustVector::new(Some(EkClass::Lab), None).status(), "warning");
-        assert_eq!(TrustVector::new(Some(EkClass::Hardware), None).status(), "affirming");
+    fn what_nobody_asked_is_not_claimed() {
+        for (class, status) in [(None, "none"), (Some(EkClass::Lab), "warning"), (Some(EkClass::Hardware), "affirming")]
+        {
+            assert_eq!(trust_vector(class, None).status(), status, "{class:?}");
+        }
+        let names = json!(trust_vector(None, None));
+        let expected = ["configuration", "executables", "file-system", "hardware", "instance-identity"];
+        assert_eq!(names.as_object().unwrap().keys().collect::<Vec<_>>(), expected, "as AR4SI writes them");
     }
 }

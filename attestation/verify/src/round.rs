@@ -27,6 +27,13 @@
 //!     ambit_verify::FreshRound { node, generation: ambit_model::Generation(1), quoted: todo!() }
 //! }
 //! ```
+//! ```compile_fail,E0382
+//! use ambit_verify::{Before, EkClass, FreshRound, RoundLogs};
+//! fn twice(fresh: FreshRound, before: &Before, logs: RoundLogs<'_>) {
+//!     let _ = fresh.appraise(before, EkClass::Lab, logs, &[]);
+//!     let _ = fresh.appraise(before, EkClass::Lab, logs, &[]);
+//! }
+//! ```
 //! ```compile_fail,E0599
 //! fn copy(fresh: ambit_verify::FreshRound) -> ambit_verify::FreshRound {
 //!     fresh.clone()

@@ -4,7 +4,7 @@ use super::Session;
 use crate::args::{Drill as DrillVerb, DrillRun, Report as ReportVerb};
 use crate::ask;
 use crate::cell::Cell;
-use crate::context::{Context, fingerprint, read_bounded};
+use crate::context::{Context, read_bounded};
 use crate::drill::guard::Cells;
 use crate::drill::lab::Lab;
 use crate::drill::report::{REPORT_BYTES_MAX, SealedReport, Verified, verify};
@@ -12,7 +12,7 @@ use crate::drill::spec::{Action, Drill, FILE_BYTES_MAX};
 use crate::exit::{Exit, file_refusal};
 use crate::output::{Answer, Form, Table, pretty};
 use crate::when::utc;
-use ambit_model::{Code, Refusal};
+use ambit_model::Refusal;
 use ambit_proto::v1;
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -151,17 +151,7 @@ fn last_line(sealed: &SealedReport, file: &Path) -> String {
 }
 
 fn verify_report(form: Form, file: &Path, root: Option<&Path>, hex: Option<&str>) -> Result<Answer, Refusal> {
-    let expected = match (root, hex) {
-        (Some(root), _) => {
-            let ders = super::cluster::certificates(&read_bounded(root, FILE_BYTES_MAX)?)?;
-            match ders.as_slice() {
-                [one] => ambit_identity::fingerprint(one),
-                more => return Err(Refusal::new(Code::BadRequest, "one root certificate", more.len().to_string())),
-            }
-        }
-        (None, Some(hex)) => fingerprint(hex)?,
-        (None, None) => return Err(Refusal::new(Code::BadRequest, "--root or --fingerprint", "neither")),
-    };
+    let expected = super::trust::pinned(root, hex)?;
     let v = verify(&read_bounded(file, REPORT_BYTES_MAX)?, &expected)?;
     Ok(Answer::ok(verdict(form, &v)))
 }

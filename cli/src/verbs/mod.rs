@@ -10,6 +10,7 @@ mod node;
 mod peer;
 mod policy;
 mod raft;
+mod result;
 mod status;
 mod trust;
 

@@ -31,6 +31,7 @@ pub(super) async fn run(session: &Session, verb: Node) -> Result<Answer, Refusal
         }
         Node::Explain { id } => explain(session, id.as_deref()).await,
         Node::Attest { id, at } => attest(session, &id, at.as_deref()).await,
+        Node::Result(claimed) => super::result::run(session, claimed).await,
         Node::Ban(selected) => {
             let (cell, banner, request) = selection(session, selected).await?;
             changed(session, banner, ask!(cell, NodeAttestation.ban_node(request))?)

@@ -3,13 +3,18 @@
 use super::Session;
 use crate::args::{Identity, Trust};
 use crate::ask;
+use crate::context::{fingerprint, read_bounded};
 use crate::output::{Answer, Form, Table, pretty};
 use crate::when::utc;
 use ambit_identity::keys::certificates_to_pem;
-use ambit_model::Refusal;
+use ambit_model::{Code, Refusal};
 use ambit_proto::v1;
 use serde_json::json;
 use sha2::{Digest, Sha256};
+use std::path::Path;
+
+/// A root certificate with its PEM lines; no key is longer than RSA's.
+const ROOT_BYTES_MAX: u64 = 64 * 1024;
 
 pub(super) async fn trust(session: &Session, verb: Trust) -> Result<Answer, Refusal> {
     let Trust::Show { trust_domain, pem } = verb;
@@ -41,6 +46,21 @@ pub(super) async fn trust(session: &Session, verb: Trust) -> Result<Answer, Refu
         json!(bundle.roots_der.iter().map(|der| hex::encode(Sha256::digest(der))).collect::<Vec<_>>()),
     ]);
     Ok(Answer::ok(table.render_one(session.form)))
+}
+
+/// The root that the operator trusts, by file or fingerprint: whatever came with what is to be checked is not asked.
+pub(super) fn pinned(root: Option<&Path>, hex: Option<&str>) -> Result<[u8; 32], Refusal> {
+    match (root, hex) {
+        (Some(root), _) => {
+            let ders = super::cluster::certificates(&read_bounded(root, ROOT_BYTES_MAX)?)?;
+            match ders.as_slice() {
+                [one] => Ok(ambit_identity::fingerprint(one)),
+                more => Err(Refusal::new(Code::BadRequest, "one root certificate", more.len().to_string())),
+            }
+        }
+        (None, Some(hex)) => fingerprint(hex),
+        (None, None) => Err(Refusal::new(Code::BadRequest, "--root or --fingerprint", "neither")),
+    }
 }
 
 pub(super) async fn identity(session: &Session, verb: Identity) -> Result<Answer, Refusal> {

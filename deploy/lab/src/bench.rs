@@ -1,5 +1,9 @@
 //! Benchmarks of whole processes in a lab. Targets are printed met or missed; a missed one fails nothing.
 
+mod revoke;
+
+pub use revoke::revoke;
+
 use crate::lab::{Lab, LabError, make_folder, write_file};
 use crate::topology::Spec;
 use ambit_model::{Refusal, refusal::Code};
@@ -66,7 +70,7 @@ fn weigh(lab: &Lab) -> Result<Vec<Figure>, LabError> {
 }
 
 /// `target/bench`, beside the folder of the profile that this binary was built in.
-fn folder() -> Result<PathBuf, LabError> {
+pub(crate) fn folder() -> Result<PathBuf, LabError> {
     let own = std::env::current_exe().ok();
     let target = own.as_deref().and_then(|p| p.parent()?.parent()).map(|t| t.join("bench"));
     target.ok_or_else(|| Refusal::new(Code::Internal, "a target folder", "none").into())

@@ -135,7 +135,7 @@ enum Verb {
     /// Measure whole processes in a lab of their own
     Bench {
         /// What to measure
-        #[arg(value_parser = ["memory"])]
+        #[arg(value_parser = ["memory", "revoke"])]
         name: String,
     },
     /// (internal) Stand in for IMA on a node
@@ -231,7 +231,10 @@ fn run(verb: Verb) -> Result<ExitCode, LabError> {
         Verb::Vm { name, debian } => ambit_lab::vm::run(&ambit_lab::vm::Options { name: &name, debian: &debian })?,
         Verb::Chaos { smoke: _, name } => ambit_lab::chaos::run(&name)?,
         Verb::Guardian { lab, parent } => guardian::guard(&lab.name, parent)?,
-        Verb::Bench { .. } => ambit_lab::bench::memory()?,
+        Verb::Bench { name } => match name.as_str() {
+            "revoke" => ambit_lab::bench::revoke()?,
+            _ => ambit_lab::bench::memory()?,
+        },
         Verb::Measurer { folder, ima_log, tpm } => measurer::Measurer::new(folder, ima_log, tpm)?.run(),
         Verb::TpmGate { listen, swtpm } => {
             let failed = |source| LabError::Io { path: PathBuf::from(listen.to_string()), source };

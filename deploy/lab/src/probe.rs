@@ -28,6 +28,8 @@ struct Line {
     ok: bool,
     /// First line of the answer's body.
     by: Option<String>,
+    /// Whether the kernel refused the call in `connect()` (EPERM), before anything was sent.
+    refused: bool,
 }
 
 /// Calls `target` every `interval` until standard output is closed or the process is killed.
@@ -37,12 +39,12 @@ pub fn run(target: SocketAddrV4, interval: Duration) -> std::io::Result<()> {
     loop {
         if in_flight.fetch_add(1, Ordering::AcqRel) >= CALLS_MAX {
             in_flight.fetch_sub(1, Ordering::AcqRel);
-            tell(None)?;
+            tell(Err(std::io::ErrorKind::WouldBlock.into()))?;
         } else {
             let done = Arc::clone(&in_flight);
             let call = move || {
                 // Standard output closed: the loop finds out by itself.
-                let _ = tell(call(target).ok());
+                let _ = tell(call(target));
                 done.fetch_sub(1, Ordering::AcqRel);
             };
             std::thread::Builder::new().stack_size(STACK_BYTES).spawn(call)?;
@@ -55,9 +57,11 @@ pub fn run(target: SocketAddrV4, interval: Duration) -> std::io::Result<()> {
     }
 }
 
-fn tell(by: Option<String>) -> std::io::Result<()> {
+fn tell(outcome: std::io::Result<String>) -> std::io::Result<()> {
+    let refused = outcome.as_ref().is_err_and(|e| e.kind() == std::io::ErrorKind::PermissionDenied);
+    let by = outcome.ok();
     let t_ms = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
-    let mut text = serde_json::to_string(&Line { t_ms, ok: by.is_some(), by }).unwrap_or_default();
+    let mut text = serde_json::to_string(&Line { t_ms, ok: by.is_some(), by, refused }).unwrap_or_default();
     text.push('\n');
     // One write per line, so that lines of several threads do not mix.
     let mut out = std::io::stdout().lock();

@@ -1,4 +1,5 @@
-//! Record keys: Ed25519, apart from issuing keys, listed in a root-certified key set. They sign heads and reports.
+//! Record keys: Ed25519, apart from issuing keys, listed in a root-certified key set. They sign heads, reports and
+//! attestation results ([`crate::result`]).
 
 use crate::authority::Root;
 use crate::keys::internal;
@@ -48,6 +49,10 @@ impl RecordKey {
         }
         out
     }
+    /// The bare signature, for this crate's functions that take a proof.
+    pub(crate) fn sign(&self, message: &[u8]) -> Vec<u8> {
+        self.pair.sign(message).as_ref().to_vec()
+    }
     /// Signs a head: the end of this cell's own chain.
     pub fn sign_head(&self, head: &Head) -> Vec<u8> {
         self.pair.sign(&head.signed_bytes()).as_ref().to_vec()
@@ -74,6 +79,11 @@ impl RecordKey {
         let signature = self.pair.sign(&[REPORT_CONTEXT, statement.as_slice()].concat()).as_ref().to_vec();
         Ok((statement, signature))
     }
+}
+
+/// Whether this record key signed exactly this.
+pub(crate) fn is_signed_by(key: &[u8; 32], message: &[u8], signature: &[u8]) -> bool {
+    UnparsedPublicKey::new(&ED25519, key).verify(message, signature).is_ok()
 }
 
 /// What a sealed report's signature covers.
@@ -142,7 +152,7 @@ impl KeySet {
         &self.statement.keys
     }
     fn any(&self, message: &[u8], signature: &[u8]) -> bool {
-        self.statement.keys.iter().any(|k| UnparsedPublicKey::new(&ED25519, k).verify(message, signature).is_ok())
+        self.statement.keys.iter().any(|k| is_signed_by(k, message, signature))
     }
     /// A head signed by one of the keys. (Signatures of a majority are issue F's.)
     pub fn verify_head(&self, head: &Head, signature: &[u8]) -> Result<(), Refusal> {

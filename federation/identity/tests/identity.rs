@@ -5,6 +5,7 @@ use ambit_identity::keys::{certificates_from_pem, certificates_to_pem, fingerpri
 use ambit_identity::svid::verify_pinned;
 use ambit_identity::wrap::{self, WrapKey};
 use ambit_identity::{Csr, IssuingKey, KeySet, RecordKey, Root, SvidKey, TrustStore, issue, verify_svid};
+use ambit_model::appraisal::PcrBank;
 use ambit_model::bundle::{Bundle, Foreign, Own};
 use ambit_model::record::Head;
 use ambit_model::{Code, Lifetime, NodeId, RaftIndex, Revision, Stamp, TrustDomain};
@@ -82,9 +83,11 @@ fn node_leaf(f: &Fixture, authority: &str, key: &SvidKey, csr: &Csr) -> Result<V
             counters: Counters::default(),
             firmware_version: 1,
             ima: ImaPoint::default(),
+            pcrs: BootPcrs { bank: PcrBank::Sha256, values: Default::default() },
             boot_pcrs_sha256: [1; 32],
             boot_log_sha256: [1; 32],
             policy: PolicyRef { name: "any".parse().unwrap(), version: 1 },
+            trust: Default::default(),
             evidence_sha256: [0; 32],
             evidence_depth: 0,
         },

@@ -52,7 +52,7 @@ impl FromStr for EndorsementClass {
 }
 
 /// A PCR bank that a policy may speak of. There is no SHA-1 here on purpose.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum PcrBank {
     /// The SHA-256 bank.
     Sha256,

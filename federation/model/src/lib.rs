@@ -13,6 +13,7 @@ pub mod policy;
 pub mod record;
 pub mod refusal;
 pub mod time;
+pub mod trust;
 
 pub use appraisal::AppraisalPolicy;
 pub use bundle::{Bundle, Foreign, Own};
@@ -23,3 +24,4 @@ pub use id::{
 pub use policy::{Action, Endpoint, Order, Peers, Policy, Service};
 pub use refusal::{Code, Refusal};
 pub use time::{Lifetime, Stamp, SvidTtl};
+pub use trust::TrustVector;

@@ -145,6 +145,8 @@ codes! {
     BlobMissing = "blob_missing", Missing, "the object was never stored here or is past its retention";
     BootEventOutOfOrder = "boot_event_out_of_order", Denied, "one separator ends the firmware's part of each PCR: update the firmware, or investigate the machine";
     QuoteMissing = "quote_missing", Denied, "give the quote, its signature and the AK, or accept logs that nothing proves with --unquoted";
+    AkChanged = "ak_changed", Denied, "another AK than the one this EK enrolled with: `ambit node evict NODE` first";
+    ResultInvalid = "result_invalid", Denied, "the attestation result was altered, or is of another trust domain";
 }
 
 impl fmt::Display for Code {

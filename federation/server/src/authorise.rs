@@ -74,6 +74,7 @@ pub const METHODS: &[(&str, Who)] = &[
     ("/ambit.v1.NodeAttestation/QuarantineNode", Who::Admin),
     ("/ambit.v1.NodeAttestation/ReleaseNode", Who::Admin),
     ("/ambit.v1.NodeAttestation/AttestationAt", Who::Admin),
+    ("/ambit.v1.NodeAttestation/AttestationResult", Who::Admin),
     ("/ambit.v1.NodeAttestation/PutEkRoots", Who::Admin),
     ("/ambit.v1.NodeAttestation/DisallowEk", Who::Admin),
     ("/ambit.v1.NodeAttestation/PutEkDeny", Who::Admin),

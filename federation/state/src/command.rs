@@ -2,13 +2,13 @@
 
 use crate::committed::{Issuance, ReplicaAdmission, SealedReport};
 use crate::objects::{
-    AkFacts, CellRow, Counters, DenialRow, EkDenyRow, EkFacts, ImaPoint, KeySetRow, Member, PeerRow, PolicyRef,
-    PolicyVersion, TokenRow,
+    AkFacts, BootPcrs, CellRow, Counters, DenialRow, EkDenyRow, EkFacts, ImaPoint, KeySetRow, Member, PeerRow,
+    PolicyRef, PolicyVersion, TokenRow,
 };
 use ambit_model::policy::{Endpoint, Policy, Service};
 use ambit_model::record::{Head, Record};
 use ambit_model::{
-    ClusterId, Code, Entry, EntryId, Generation, NodeId, ObjectName, Refusal, Revision, Stamp, TrustDomain,
+    ClusterId, Code, Entry, EntryId, Generation, NodeId, ObjectName, Refusal, Revision, Stamp, TrustDomain, TrustVector,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -100,12 +100,16 @@ pub struct Seen {
     pub firmware_version: u64,
     /// How far the IMA log was judged.
     pub ima: ImaPoint,
+    /// The boot's PCRs.
+    pub pcrs: BootPcrs,
     /// SHA-256 over the boot's PCRs.
     pub boot_pcrs_sha256: [u8; 32],
     /// SHA-256 of the boot log that led to them.
     pub boot_log_sha256: [u8; 32],
     /// What accepted it.
     pub policy: PolicyRef,
+    /// What is claimed of it.
+    pub trust: TrustVector,
     /// SHA-256 of the evidence's body.
     pub evidence_sha256: [u8; 32],
     /// Bodies that it adds to, back to the last whole one.

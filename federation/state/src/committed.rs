@@ -89,3 +89,24 @@ pub struct SealedReport {
     /// Where it was committed.
     pub index: RaftIndex,
 }
+
+/// A node as it stands: what a record key may sign as its attestation result.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodeResult {
+    /// The cell that says it.
+    pub trust_domain: ambit_model::TrustDomain,
+    /// Who.
+    pub node: NodeId,
+    /// What admission and operators made of it.
+    pub row: crate::objects::NodeRow,
+    /// Its last good verdict.
+    pub standing: crate::objects::Standing,
+    /// Whether verdicts are overdue.
+    pub late: bool,
+    /// SHA-256 of the accepting policy's canonical form; none where the cell keeps that version no more.
+    pub policy_sha256: Option<[u8; 32]>,
+    /// The cell's time.
+    pub stamp: ambit_model::Stamp,
+    /// As of which entry.
+    pub index: RaftIndex,
+}

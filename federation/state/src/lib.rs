@@ -8,7 +8,9 @@
 mod apply;
 pub mod command;
 pub mod committed;
+mod fit;
 pub mod objects;
+mod result;
 pub mod slice;
 mod state;
 mod table;

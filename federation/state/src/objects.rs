@@ -1,7 +1,10 @@
 //! Rows of the tables: what a cell remembers.
 
+use ambit_model::appraisal::PcrBank;
 use ambit_model::policy::{Endpoint, Policy, Service};
-use ambit_model::{ClusterId, Code, Entry, Generation, NodeId, ObjectName, Revision, SpiffeId, Stamp, TrustDomain};
+use ambit_model::{
+    ClusterId, Code, Entry, Generation, NodeId, ObjectName, Revision, SpiffeId, Stamp, TrustDomain, TrustVector,
+};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -201,6 +204,15 @@ pub struct ImaPoint {
     pub form: String,
 }
 
+/// What a machine booted, as its TPM has it: PCRs 0-9 and 14.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BootPcrs {
+    /// The bank quoted.
+    pub bank: PcrBank,
+    /// Values by PCR.
+    pub values: BTreeMap<u8, Vec<u8>>,
+}
+
 /// A version of an appraisal policy.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct PolicyRef {
@@ -244,12 +256,16 @@ pub struct Standing {
     pub counters: Counters,
     /// How far the IMA log was judged.
     pub ima: ImaPoint,
+    /// The boot's PCRs.
+    pub pcrs: BootPcrs,
     /// SHA-256 over the boot's PCRs: while they are the same, so is the boot.
     pub boot_pcrs_sha256: [u8; 32],
     /// SHA-256 of the boot log that led to them.
     pub boot_log_sha256: [u8; 32],
     /// What accepted it.
     pub policy: PolicyRef,
+    /// What is claimed of it: the worst that was seen of this boot under this policy.
+    pub trust: TrustVector,
     /// SHA-256 of the body of the evidence judged last.
     pub evidence_sha256: [u8; 32],
     /// Bodies that it adds to, back to the last whole one.

@@ -40,8 +40,7 @@ impl State {
     pub fn slice(&self, id: &NodeId) -> Option<Slice> {
         let cell = self.cell()?;
         let node = self.node(id)?;
-        let entries: Vec<Entry> =
-            self.entries().filter(|r| r.entry.may_run_on(&node.cluster, id)).map(|r| r.entry.clone()).collect();
+        let entries: Vec<Entry> = self.entries().filter(|r| self.fits(&r.entry, id)).map(|r| r.entry.clone()).collect();
         let local: BTreeSet<SpiffeId> = entries.iter().map(|e| e.spiffe_id.clone()).collect();
         let policies = self.policy_set().slice(&local);
         let endpoints: Vec<Endpoint> = self

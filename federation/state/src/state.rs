@@ -58,6 +58,8 @@ pub struct State {
     pub(crate) appraisal_policies: Table<ObjectName, AppraisalPolicyRow>,
     /// `issued` by node and end, in memory only: counting a node's leaves must not cost a walk over everybody's.
     pub(crate) live_leaves: BTreeMap<NodeId, BTreeSet<(Stamp, [u8; 16])>>,
+    /// Entries with node selectors by cluster, in memory only: a verdict must not cost a walk over all entries.
+    pub(crate) asking: BTreeMap<ClusterId, BTreeSet<EntryId>>,
 }
 
 /// Calls a macro with every table of the state, in table-id order.
@@ -179,6 +181,7 @@ impl State {
             ek_denials: Table::new(id()),
             appraisal_policies: Table::new(id()),
             live_leaves: BTreeMap::new(),
+            asking: BTreeMap::new(),
         }
     }
 
@@ -205,9 +208,8 @@ impl State {
         let command_sha256 = command_hash(&entry.command);
         if let Some(row) = self.dedupe.get(&key) {
             if row.command_sha256 == command_sha256 {
-                let outcome = row.outcome.clone()?;
-                apply::still_trusted(self, At { index, stamp }, &entry.command)?;
-                return Ok(outcome);
+                let reply = row.outcome.clone()?;
+                return apply::answer_again(self, At { index, stamp }, &entry.command, reply);
             }
             return Err(Refusal::new(Code::RequestIdReused, "the same command under the same request id", "another"));
         }
@@ -275,6 +277,10 @@ impl State {
                 let leaf = (issuance.lifetime.not_after, issuance.serial);
                 state.live_leaves.entry(*node).or_default().insert(leaf);
             }
+        }
+        let entries: Vec<_> = state.entries().map(|row| row.entry.clone()).collect();
+        for entry in entries {
+            state.index_entry(&entry, true);
         }
         Ok(state)
     }

@@ -135,7 +135,7 @@ fn a_failed_round_puts_the_node_out_everywhere_and_release_lets_it_come_again() 
     assert_eq!(code(west.run(issue(1))), Code::NodeUntrusted, "released is not admitted");
     let mut other_ak = again(&west, 81);
     other_ak.ak.name = vec![77];
-    assert_eq!(code(west.run(Command::AdmitNode(other_ak))), Code::AlreadyExists);
+    assert_eq!(code(west.run(Command::AdmitNode(other_ak))), Code::AkChanged);
     let a = again(&west, 82);
     assert!(matches!(west.run(Command::AdmitNode(a)), Ok(Reply::Admitted(Generation(2), _))));
     // What was certified before stays refused; what comes now is of the new generation.

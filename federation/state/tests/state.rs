@@ -5,7 +5,7 @@ mod common;
 
 use ambit_model::policy::{Action, Endpoint, Order, Peers, Policy, Service};
 use ambit_model::record::{Head, Kind, Record};
-use ambit_model::{ClusterId, Code, Generation, NodeId, RaftIndex, Refusal, Stamp, TrustDomain};
+use ambit_model::{Code, Generation, RaftIndex, Refusal, Stamp, TrustDomain};
 use ambit_state::command::{Admission, LeafRequest, NodeVerb, Nodes};
 use ambit_state::objects::*;
 use ambit_state::{Command, LogEntry, Reply, State};

@@ -7,7 +7,7 @@ use ambit_agent::config::{Config, Fingerprint};
 use ambit_agent::denials::Lane;
 use ambit_agent::enrol::NotEnrolled;
 use ambit_agent::membership::Membership;
-use ambit_agent::reattest::Rounds;
+use ambit_agent::reattest::{Rounds, Turn};
 use ambit_agent::session::{Session, Wires};
 use ambit_agent::view::View;
 use ambit_identity::{SharedTrust, Trust, fingerprint};
@@ -20,6 +20,7 @@ use tokio::task::JoinHandle;
 
 pub(crate) struct Agent {
     pub(crate) attester: Attester,
+    pub(crate) turn: Turn,
     pub(crate) denials: Lane,
     pub(crate) desired: watch::Receiver<Option<Arc<View>>>,
     pub(crate) endpoints: watch::Sender<Vec<Endpoint>>,
@@ -31,6 +32,10 @@ pub(crate) struct Agent {
 impl Agent {
     /// Enrols with `replica` by `tpm`, whose folder holds the files `boot_log` and `ima_log`.
     pub(crate) fn start(replica: &Replica, tpm: &Swtpm) -> Agent {
+        Agent::start_with(replica, tpm, Turn::default())
+    }
+
+    pub(crate) fn start_with(replica: &Replica, tpm: &Swtpm, turn: Turn) -> Agent {
         // What the agent says of itself, where a test fails.
         let _ = tracing_subscriber::fmt().with_env_filter("info,tss_esapi=warn").with_test_writer().try_init();
         let (trust_domain, bundle) = replica.with_cell(|cell| (cell.td.clone(), cell.bundle()));
@@ -76,6 +81,7 @@ impl Agent {
             denials: denials.clone(),
             rounds: Rounds::new(
                 attester.clone(),
+                turn.clone(),
                 config.cluster.clone(),
                 config.boot_log.clone(),
                 config.ima_log.clone(),
@@ -92,6 +98,7 @@ impl Agent {
         let membership = Membership {
             config,
             attester: attester.clone(),
+            turn: turn.clone(),
             clock,
             trust,
             denials: denials.clone(),
@@ -102,6 +109,6 @@ impl Agent {
         tokio::spawn(session.run());
         let membership = tokio::spawn(membership.run());
         let held = Box::new((node_rx, outcome, channel_rx));
-        Agent { attester, denials, desired: desired_rx, endpoints, membership, _held: held }
+        Agent { attester, turn, denials, desired: desired_rx, endpoints, membership, _held: held }
     }
 }

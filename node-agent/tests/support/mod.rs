@@ -10,10 +10,11 @@ use ambit_agent::issued::Svid;
 use ambit_agent::view::View;
 use ambit_identity::tls::certified;
 use ambit_identity::{Csr, IssuingKey, Root, SvidKey, issue};
+use ambit_model::appraisal::PcrBank;
 use ambit_model::{ClusterId, Entry, Generation, Lifetime, NodeId, RaftIndex, Revision, Stamp, TrustDomain};
 use ambit_proto::v1;
 use ambit_state::command::{Admission, LeafRequest, Seen};
-use ambit_state::objects::{AkFacts, CellRow, Counters, EkFacts, ImaPoint, KeySetRow, Member, PolicyRef};
+use ambit_state::objects::{AkFacts, BootPcrs, CellRow, Counters, EkFacts, ImaPoint, KeySetRow, Member, PolicyRef};
 use ambit_state::{Applied, Command, LogEntry, State};
 use rustls::sign::CertifiedKey;
 use std::sync::Arc;
@@ -116,9 +117,11 @@ impl Cell {
                 counters: Counters { resets: 1, restarts: 0, clock: u64::from(nonce) },
                 firmware_version: 1,
                 ima: ImaPoint::default(),
+                pcrs: BootPcrs { bank: PcrBank::Sha256, values: Default::default() },
                 boot_pcrs_sha256: [1; 32],
                 boot_log_sha256: [1; 32],
                 policy: PolicyRef { name: "any".parse().unwrap(), version: 1 },
+                trust: Default::default(),
                 evidence_sha256: [1; 32],
                 evidence_depth: 0,
             },

@@ -18,7 +18,7 @@ use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -98,6 +98,10 @@ pub(crate) struct Replica {
     /// For tpm2_makecredential's files.
     dir: PathBuf,
     streams: mpsc::Sender<Stream>,
+    /// Evidence waits for its verdict while this is true.
+    holds: Arc<watch::Sender<bool>>,
+    /// How often evidence came.
+    evidence: Arc<watch::Sender<u32>>,
 }
 
 impl Replica {
@@ -109,7 +113,8 @@ impl Replica {
         let (streams, opened) = mpsc::channel(4);
         let inner = Inner { cell, nonce: 10, refuses: None, begun: vec![] };
         let address = listener.local_addr().unwrap();
-        let replica = Replica { address, inner: Arc::new(Mutex::new(inner)), dir, streams };
+        let (holds, evidence) = (Arc::new(watch::Sender::new(false)), Arc::new(watch::Sender::new(0)));
+        let replica = Replica { address, inner: Arc::new(Mutex::new(inner)), dir, streams, holds, evidence };
         let router = tonic::transport::Server::builder()
             .add_service(AgentStreamServer::new(replica.clone()))
             .add_service(NodeAttestationServer::new(replica.clone()));
@@ -119,6 +124,14 @@ impl Replica {
     /// From now on whoever comes is told this; none lets everybody in.
     pub(crate) fn refuse(&self, code: Option<Code>) {
         self.inner.lock().unwrap().refuses = code;
+    }
+    pub(crate) fn hold_verdicts(&self, hold: bool) {
+        self.holds.send_replace(hold);
+    }
+    /// Returns once more evidence has come.
+    pub(crate) async fn evidence_came(&self) {
+        let seen = *self.evidence.borrow();
+        let _ = self.evidence.subscribe().wait_for(|n| *n > seen).await;
     }
     pub(crate) fn begun(&self) -> Vec<Instant> {
         self.inner.lock().unwrap().begun.clone()
@@ -200,6 +213,8 @@ macro_rules! unasked {
                 let first = parts.message().await?.and_then(|m| m.part);
                 let Some(v1::evidence_request::Part::Header(header)) = first else { panic!("a header first") };
                 while parts.message().await?.is_some() {}
+                self.evidence.send_modify(|n| *n += 1);
+                let _ = self.holds.subscribe().wait_for(|hold| !hold).await;
                 let mut inner = self.inner.lock().unwrap();
                 inner.nonce += 1;
                 let nonce = inner.nonce;
@@ -232,6 +247,7 @@ unasked! {
     quarantine_node(v1::NodeSelection) -> v1::ListNodesResponse;
     release_node(v1::NodeSelection) -> v1::ListNodesResponse;
     attestation_at(v1::AttestationAtRequest) -> v1::AttestationAtResponse;
+    attestation_result(v1::AttestationResultRequest) -> v1::AttestationResultResponse;
     put_ek_roots(v1::PutEkRootsRequest) -> v1::EndorsementsResponse;
     disallow_ek(v1::AllowEkRequest) -> v1::AllowEkResponse;
     put_ek_deny(v1::PutEkDenyRequest) -> v1::EndorsementsResponse;

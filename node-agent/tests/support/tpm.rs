@@ -5,6 +5,7 @@ use nix::unistd::Pid;
 use std::net::TcpListener;
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -28,6 +29,9 @@ impl Swtpm {
             .output()
             .expect("swtpm_setup is installed");
         assert!(setup.status.success(), "{setup:?}");
+        // From the choice of ports until they are taken: two tests must not choose the same.
+        static PORTS: Mutex<()> = Mutex::new(());
+        let _choosing = PORTS.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let port = two_free_ports();
         let child = Command::new("swtpm")
             .args(["socket", "--tpm2", "--flags", "not-need-init,startup-clear"])
@@ -39,12 +43,13 @@ impl Swtpm {
             .stderr(Stdio::null())
             .spawn()
             .expect("swtpm is installed");
-        let tpm = Swtpm { dir, port, child };
+        let mut tpm = Swtpm { dir, port, child };
         let until = Instant::now() + Duration::from_secs(20);
         while !tpm.tool("tpm2_getrandom", &["--hex", "4"]).status.success() {
             assert!(Instant::now() < until, "swtpm on port {port} does not answer");
             std::thread::sleep(Duration::from_millis(50));
         }
+        assert!(tpm.child.try_wait().unwrap().is_none(), "another program answers on port {port}");
         tpm
     }
 

@@ -4,6 +4,7 @@
 //! contain, commands by their text, and golden values only where the log explains nothing better. What differs between
 //! two machines of one kind (PCR 1: boot order and hardware; PCR 5: the disk's partitions) is left unpoliced, and said.
 
+use super::boot::describe;
 use super::compiled::stub_digests;
 use crate::EkClass;
 use crate::bootlog::{BootFacts, Fact, Measured, SecureBootVariable, SignatureEntry};
@@ -135,13 +136,6 @@ impl Learner<'_> {
             };
             self.comment(&format!("unpoliced.{pcr}"), why);
         }
-        // A golden PCR consumes its events; rules about them would say nothing.
-        if self.policy.pcrs.values().any(|bank| bank.contains_key(&7)) {
-            self.policy.keys.clear();
-            self.policy.dbx_includes = None;
-            self.policy.authorities = None;
-            self.policy.sbat_level = None;
-        }
     }
 
     /// What no two machines share, and what decides nothing about which code runs.
@@ -182,10 +176,22 @@ impl Learner<'_> {
             Fact::CommandLine(text) => {
                 self.policy.command_line.get_or_insert_default().exact.insert(text.clone());
             }
-            Fact::LoadOptions => return self.load_options(event),
-            Fact::Action(_) | Fact::Variable { .. } | Fact::Image { .. } | Fact::Opaque => return false,
+            Fact::LoadOptions => self.load_options(event),
+            // Beside events that rules explain, one that none does is better named than hidden in a golden value.
+            Fact::Action(_) | Fact::Variable { .. } | Fact::Image { .. } | Fact::Opaque => {
+                let mixed = matches!(event.pcr, 4 | 7 | 8 | 9 | 14);
+                if mixed {
+                    self.named(event, &describe(event));
+                }
+                return mixed;
+            }
         }
         true
+    }
+
+    fn named(&mut self, event: &Measured, why: &str) {
+        self.policy.events.entry(event.pcr).or_default().extend(HexDigest::new(event.digest.clone()));
+        self.comment(&hex::encode(&event.digest), why);
     }
 
     fn keys(&mut self, variable: SecureBootVariable, entries: &[SignatureEntry]) {
@@ -206,18 +212,13 @@ impl Learner<'_> {
     }
 
     /// The stub's log holds no text: `/proc/cmdline` is one if its digest is the one measured.
-    fn load_options(&mut self, event: &Measured) -> bool {
+    fn load_options(&mut self, event: &Measured) {
         let shown = self.source.cmdline.map(|c| c.trim_end_matches('\n'));
         match shown.filter(|text| stub_digests(text).contains(&event.digest)) {
             Some(text) => {
                 self.policy.command_line.get_or_insert_default().exact.insert(text.to_owned());
-                true
             }
-            None => {
-                self.policy.events.entry(event.pcr).or_default().extend(HexDigest::new(event.digest.clone()));
-                self.comment(&hex::encode(&event.digest), "the kernel's load options, whose text is not known");
-                true
-            }
+            None => self.named(event, "the kernel's load options, whose text is not known"),
         }
     }
 

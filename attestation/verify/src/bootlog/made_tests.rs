@@ -73,7 +73,7 @@ fn each_rule_of_order_refuses_by_its_own_code() {
         (
             "SecureBoot off, then on after the separator",
             |e| {
-                let off = variable(&e[3].data[..16].to_vec(), "SecureBoot", &[0]);
+                let off = variable(&e[3].data[..16], "SecureBoot", &[0]);
                 let on = std::mem::replace(&mut e[3], event(7, DRIVER_CONFIG, &off, &off));
                 e.insert(9, on);
             },
@@ -89,7 +89,7 @@ fn each_rule_of_order_refuses_by_its_own_code() {
         (
             "a variable after the separator",
             |e| {
-                let late = variable(&e[3].data[..16].to_vec(), "AuditMode", &[0]);
+                let late = variable(&e[3].data[..16], "AuditMode", &[0]);
                 e.insert(9, event(7, DRIVER_CONFIG, &late, &late));
             },
             Order,
@@ -224,7 +224,8 @@ fn texts_mean_something_only_where_the_digest_covers_them() {
     let tag = |id: u32, body: &[u8]| [&id.to_le_bytes()[..], &(body.len() as u32).to_le_bytes(), body].concat();
     let line = || Fact::CommandLine("quiet root=/dev/sda1".into());
     let file = |label: &str| Fact::File { label: label.into() };
-    let rows: Vec<(&str, u32, u32, Vec<u8>, Vec<u8>, Fact)> = vec![
+    type Row = (&'static str, u32, u32, Vec<u8>, Vec<u8>, Fact);
+    let rows: Vec<Row> = vec![
         ("systemd-boot", 8, 13, terminated.clone(), terminated.clone(), line()),
         ("systemd-boot, digest without the end", 8, 13, terminated.clone(), options.clone(), line()),
         ("UTF-16 without an end", 8, 13, options.clone(), options.clone(), line()),
@@ -309,4 +310,41 @@ fn variables_read_as_they_are() {
     assert_eq!(level.unwrap(), BTreeMap::from([("sbat".into(), 1), ("shim".into(), 4), ("grub".into(), 5)]));
     assert_eq!(facts.measured[22].fact, Fact::Image { label: "\\EFI\\BOOT\\BOOTX64.EFI".into() });
     assert_eq!(facts.measured.len(), 48);
+}
+
+/// An event of PCR 7 that no rule explains is learnt by its digest, and the rules beside it stay.
+#[test]
+fn what_no_rule_explains_is_learnt_by_its_digest() {
+    use crate::appraisal::{CompiledPolicy, Endorsement, Source, appraise, learn};
+    let mut events = golden_events();
+    let audit = variable(&events[3].data[..16], "AuditMode", &[0]);
+    events.insert(8, event(7, DRIVER_CONFIG, &audit, &audit));
+    let log = write(&events);
+    let pcrs = BootLog::parse(&log).unwrap().replay(HashAlg::Sha256).unwrap();
+    let boot = judge(&log, HashAlg::Sha256, &pcrs).unwrap();
+    let policy = learn(&Source {
+        name: "audit".parse().unwrap(),
+        clusters: std::collections::BTreeSet::new(),
+        class: None,
+        bank: crate::Bank::Sha256,
+        pcrs: &pcrs,
+        boot: &boot,
+        cmdline: None,
+        ima: &[],
+        ima_form: crate::ima::ImaForm::Nothing,
+        separate_list: false,
+    })
+    .policy;
+    assert!(policy.keys.len() == 3 && policy.events[&7].len() == 1 && policy.authorities.is_some());
+    let ask = |boot: &BootFacts| {
+        let policy = std::sync::Arc::new(CompiledPolicy::compile(&policy, &mut |_| None).unwrap());
+        appraise(&[policy], Endorsement::NotJudged, &pcrs, crate::Bank::Sha256, boot)
+    };
+    assert!(ask(&boot).is_ok());
+    // In setup mode the same variable has another digest.
+    let mut other = boot.clone();
+    other.measured[8].digest = vec![7; 32];
+    let denial = ask(&other).unwrap_err().headline();
+    assert_eq!(denial.refusal.code, Code::BootEventNotCovered);
+    assert!(denial.refusal.found.starts_with("AuditMode"), "{denial:?}");
 }

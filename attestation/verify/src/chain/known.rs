@@ -1,12 +1,15 @@
 //! What a round's quote means for a node that was admitted: counters, boot, IMA log (design.md section 3).
 
 use super::logs::{Appraised, Quoted};
-use super::{Counters, Denial, Verified};
+use super::{Counters, Denial, Step, Verified};
 use crate::appraisal::{CompiledPolicy, Endorsement};
+use crate::claims::trust_vector;
 use crate::ek::EkClass;
+use crate::hash::Bank;
 use crate::ima::Checkpoint;
 use crate::round::FreshRound;
-use ambit_model::{Code, Generation, NodeId, Refusal};
+use ambit_model::{Code, Generation, NodeId, Refusal, TrustVector};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// What the cell keeps of a node's last good verdict.
@@ -50,14 +53,21 @@ pub struct RoundEvidence {
     pub counters: Counters,
     /// As quoted.
     pub firmware_version: u64,
+    /// The bank quoted.
+    pub bank: Bank,
+    /// The quoted PCRs, exactly those asked for.
+    pub pcrs: BTreeMap<u32, Vec<u8>>,
     /// SHA-256 over the boot's PCRs.
     pub boot_pcrs_sha256: [u8; 32],
+    /// What is claimed of the machine; of files, what this round's part of the log shows.
+    pub trust: TrustVector,
     /// What accepted it.
     pub appraised: Appraised,
 }
 
 impl FreshRound {
-    /// Judges what was quoted. `boot_log_missing` for another boot than the one known: then the whole logs are wanted.
+    /// Judges what was quoted. `boot_log_missing` for another boot than the one known
+    /// (another reset count, or other PCRs): then the whole logs are wanted.
     ///
     /// # Errors
     /// [`Code::TpmStateForked`] for counters that step back; what the replays and the policies find.
@@ -69,14 +79,15 @@ impl FreshRound {
         policies: &[Arc<CompiledPolicy>],
     ) -> Result<Verified<RoundEvidence>, Denial> {
         let counters = self.counters();
-        counters.step_from(&before.counters)?;
+        let rebooted = counters.step_from(&before.counters)? == Step::Rebooted;
         let boot_pcrs_sha256 = self.boot_pcrs_sha256();
         let endorsement = Endorsement::Class(class);
         let quoted = Quoted { pcrs: self.pcrs(), bank: self.bank(), endorsement };
         let appraised = match logs {
             RoundLogs::Whole { boot_log, ima_log } => quoted.whole(boot_log, ima_log, policies)?.1,
-            RoundLogs::Grown { .. } if boot_pcrs_sha256 != before.boot_pcrs_sha256 => {
-                let refusal = Refusal::new(Code::BootLogMissing, "the log of this boot", "PCRs of another boot");
+            // Of a boot not seen before nothing is taken for known, whatever its PCRs are.
+            RoundLogs::Grown { .. } if rebooted || boot_pcrs_sha256 != before.boot_pcrs_sha256 => {
+                let refusal = Refusal::new(Code::BootLogMissing, "the log of this boot", "another boot");
                 return Err(Denial::at(refusal, "the boot's PCRs"));
             }
             RoundLogs::Grown { ima_log } => {
@@ -88,7 +99,10 @@ impl FreshRound {
             generation: self.generation(),
             counters,
             firmware_version: self.firmware_version(),
+            bank: self.bank(),
+            pcrs: self.pcrs().clone(),
             boot_pcrs_sha256,
+            trust: trust_vector(Some(class), Some((&appraised.boot, &appraised.ima))),
             appraised,
         }))
     }

@@ -128,7 +128,8 @@ fn a_folder_is_judged_in_the_servers_order() {
     let endorsements =
         roots_of_pem(&[ca_pem("swtpm-localca-rootca-cert.pem"), ca_pem("issuercert.pem")].concat(), EkClass::Lab)
             .unwrap();
-    let rows: Vec<(&str, Box<dyn Fn(&mut BTreeMap<String, Vec<u8>>)>, Code)> = vec![
+    type Edit = Box<dyn Fn(&mut BTreeMap<String, Vec<u8>>)>;
+    let rows: Vec<(&str, Edit, Code)> = vec![
         ("other nonce", Box::new(|f| drop(f.insert("?nonce".into(), vec![0xab; 32]))), QuoteNonce),
         ("software key, magic 0", Box::new(|f| forged(f, "forged-fk_magic")), QuoteSignature),
         (
@@ -212,6 +213,11 @@ fn a_folder_is_judged_in_the_servers_order() {
     };
     let good = Folder::new(golden()).unwrap();
     assert!(good.appraise(&ask, &golden_policy).unwrap().verdict.is_ok());
+    // Without roots the EK still binds the AK.
+    let mut other_ek = golden();
+    other_ek.insert("ek.tpm2b_public".into(), folder("boots", "gpt").remove("ek.tpm2b_public").unwrap());
+    let outcome = Folder::new(other_ek).unwrap().appraise(&Ask::default(), &golden_policy).unwrap();
+    assert_eq!(codes(&outcome), [QuoteSigner]);
     // The policy was learnt from a lab TPM: a hardware one is not its kind.
     let hardware = Ask { class: Some(EkClass::Hardware), ..ask };
     assert_eq!(codes(&good.appraise(&hardware, &golden_policy).unwrap()), [EkClassNotAccepted]);

@@ -102,7 +102,7 @@ impl Replay {
     ///
     /// # Errors
     /// [`Code::ImaLogMalformed`]; [`Code::ImaLogMismatch`] for an entry whose own hash is not over its data;
-    /// [`Code::EvidenceTooLarge`] beyond 64 MiB.
+    /// [`Code::EvidenceTooLarge`] beyond 64 MiB after the checkpoint.
     pub fn push(&mut self, mut bytes: &[u8], each: &mut dyn FnMut(&ImaEntry<'_>)) -> Result<(), Denial> {
         // Only an entry that spans pieces is copied.
         while !self.held.is_empty() && !bytes.is_empty() && !self.is_reached() {
@@ -174,8 +174,9 @@ impl Replay {
             self.offset = self.offset.saturating_add(size as u64);
             self.entries = number;
             self.violations = self.violations.saturating_add(usize::from(entry.violation()));
-            if self.offset > IMA_LOG_BYTES_MAX {
-                let expected = format!("an IMA log of at most {IMA_LOG_BYTES_MAX} bytes");
+            // Counted from the checkpoint: the log of a node that lives long grows without end.
+            if self.offset.saturating_sub(self.from.offset) > IMA_LOG_BYTES_MAX {
+                let expected = format!("an IMA log of at most {IMA_LOG_BYTES_MAX} bytes at a time");
                 return Err(Refusal::new(Code::EvidenceTooLarge, expected, "more").into());
             }
             each(&parsed);

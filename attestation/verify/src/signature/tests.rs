@@ -1,6 +1,6 @@
 use super::*;
 use crate::public::Public;
-use crate::testdata::{AkKind, SoftwareAk, ecdsa_signature, rsa_public, tpm2b};
+use crate::testdata::{AkKind, SoftwareAk, ecdsa_signature, rsa_public, table_row, tpm2b};
 use aws_lc_rs::rsa::KeySize;
 
 const MESSAGE: &[u8] = b"what a TPM attests";
@@ -84,9 +84,11 @@ fn numbers_out_of_range_are_no_ecdsa_signature() {
         ("66 octets", pair(&[[0; 34].as_slice(), r].concat(), s)),
     ] {
         assert_eq!(verify(&known, &signature, MESSAGE), Err(Code::QuoteSignature), "{what}");
+        table_row(20, &format!("ECDSA signature: {what}"), "quote_signature");
     }
     // The other of the two values of s that verify: TPMs make both, and nothing is named by a signature.
     assert_eq!(verify(&known, &pair(r, &with_order(s, true)[1..]), MESSAGE), Ok(()));
+    table_row(20, "ECDSA signature: high s", "accepted");
     // A TPM may leave out leading zeros.
     let short = (0u32..).map(|n| [MESSAGE, &n.to_be_bytes()].concat()).find_map(|m| {
         let bare = ak.sign_bare(&m);

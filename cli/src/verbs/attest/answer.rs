@@ -8,7 +8,7 @@ use ambit_verify::EkClass;
 use ambit_verify::appraisal::Rejected;
 use ambit_verify::bootlog::{BootFacts, Fact, Measured};
 use ambit_verify::chain::Denial;
-use ambit_verify::claims::{TrustVector, policy_json, rules_json};
+use ambit_verify::claims::{policy_json, rules_json, trust_vector};
 use ambit_verify::folder::{Believed, Checked, Outcome};
 use serde_json::{Value, json};
 
@@ -34,7 +34,7 @@ fn accepted(form: Form, outcome: &Outcome, believed: &Believed, quoted: bool, cl
     let verdict = if quoted { "affirming" } else { "unquoted" };
     let policy = believed.boot.policy.reference();
     let endorsed = outcome.checked.as_ref().is_some_and(|c| c.endorsed);
-    let vector = TrustVector::new(class.filter(|_| endorsed), Some((&believed.boot, &believed.ima)));
+    let vector = trust_vector(class.filter(|_| endorsed), Some((&believed.boot, &believed.ima)));
     let mut value = base(outcome, verdict, class);
     merge(
         &mut value,
@@ -42,7 +42,7 @@ fn accepted(form: Form, outcome: &Outcome, believed: &Believed, quoted: bool, cl
             "policy": policy_json(&policy),
             "rules": rules_json(&believed.boot),
             "files": { "judged": believed.ima.is_judged, "listed": believed.ima.listed, "excepted": believed.ima.excepted },
-            "trust_vector": vector.to_json(),
+            "trust_vector": vector,
             "findings": [],
         }),
     );

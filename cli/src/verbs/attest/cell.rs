@@ -18,12 +18,7 @@ use std::path::{Path, PathBuf};
 const CHUNK_BYTES: usize = 256 * 1024;
 
 /// Sends the allow-lists, then the policy that names them.
-pub(super) async fn apply(
-    session: &Session,
-    file: &Path,
-    lists: &[PathBuf],
-    staged: bool,
-) -> Result<Answer, Refusal> {
+pub(super) async fn apply(session: &Session, file: &Path, lists: &[PathBuf], staged: bool) -> Result<Answer, Refusal> {
     let yaml = to_yaml(&read_policy(file)?);
     let (cell, banner) = session.cell_to_change()?;
     send_lists(&cell, lists).await?;

@@ -23,6 +23,8 @@ pub(crate) struct Call {
     pub(crate) t_ms: f64,
     /// Whether it was answered.
     pub(crate) ok: bool,
+    /// Whether the kernel refused it in `connect()`.
+    pub(crate) refused: bool,
 }
 
 /// A running probe.
@@ -115,7 +117,7 @@ mod tests {
 
     #[test]
     fn calls_flow_from_the_first_of_the_last_good_row() {
-        let call = |t: usize, ok| Call { t_ms: t as f64, ok };
+        let call = |t: usize, ok| Call { t_ms: t as f64, ok, refused: !ok };
         let mut calls: Vec<Call> = (0..30).map(|t| call(t, true)).collect();
         assert_eq!(streak(&calls), Some(0.0));
         calls.push(call(30, false));

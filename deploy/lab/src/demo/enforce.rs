@@ -195,6 +195,10 @@ impl Demo<'_> {
         found.ok_or_else(|| Refusal::new(Code::NotFound, "a member", role.to_owned()).into())
     }
 
+    /// curl's exit code and what it read.
+    pub(crate) fn call(&self, pod: &Pod, url: &str) -> Result<(i32, String), LabError> {
+        self.curl(pod, url)
+    }
     fn curl(&self, pod: &Pod, url: &str) -> Result<(i32, String), LabError> {
         self.curl_in(&pod.place(), url)
     }

@@ -1,5 +1,6 @@
 //! The demonstration: the main job from nothing to a failed-over cluster, in front of the user, with every figure kept.
 
+mod attest;
 mod enforce;
 mod enrol;
 pub(crate) mod figures;
@@ -95,6 +96,7 @@ fn tell(lab: &Lab, say: &Say, begun: Instant) -> Result<Figures, LabError> {
     demo.check_svids()?;
     demo.allow_and_deny()?;
     demo.change_policy()?;
+    demo.alter_a_file()?;
     demo.drill("leader-loss")?;
     demo.drill("cluster-loss")?;
     demo.weigh()?;

@@ -123,13 +123,16 @@ impl<'l> Guest<'l> {
         guest.join_network()?;
         Ok(guest)
     }
-    /// Switches it off, hard, and on again.
+    /// Switches it off, hard, and on again. The agent's own folder outlasts that as a disk would have it (the AK is in
+    /// it; another AK would need `ambit node evict`); all else is as the image has it.
     pub(super) fn reboot(&mut self) -> Result<(), LabError> {
         let node = self.member.role();
+        let kept = self.must_run(&format!("tar -c -C {AGENT} agent"))?.bytes;
         end(self.lab, &format!("{node}-qemu"))?;
         end(self.lab, &format!("{node}-vtpm"))?;
         *self = Guest::boot(self.lab, &node, &self.disk)?;
-        Ok(())
+        self.write("/tmp/kept.tar", &kept)?;
+        self.must(&format!("tar -x -C {AGENT} -f /tmp/kept.tar")).map(drop)
     }
     /// Runs a line of shell in the guest.
     pub(super) fn run(&mut self, line: &str) -> Result<Said, LabError> {

@@ -9,6 +9,7 @@ use ambit_model::{Code, Generation, NodeId, Refusal, Stamp, TrustDomain};
 use ambit_proto::convert::{policy_message, service_message};
 use ambit_proto::status::to_status;
 use ambit_proto::v1;
+use ambit_state::objects::NodeState;
 use ambit_state::{Command, ENDPOINTS_PER_NODE_MAX, Reply, Slice, State};
 use sha2::{Digest, Sha256};
 use std::pin::Pin;
@@ -127,7 +128,7 @@ impl Session {
         };
         if let Some(refusal) = ended {
             tracing::info!(node = %self.node, code = %refusal.code, "agent stream ended");
-            let _ = down.send(Err(to_status(&refusal.for_node()))).await;
+            let _ = down.send(Err(to_status(&told(refusal)))).await;
         }
         self.replica.agents().gone(&self.node, self.stream);
     }
@@ -181,7 +182,11 @@ impl Session {
         let row = s.node(&self.node);
         let row = row.ok_or_else(|| Refusal::new(Code::NodeUnknown, "an enrolled node", "none"))?;
         if let Some(code) = row.state.bars_trust() {
-            return Err(Refusal::new(code, "an admitted node", row.state.as_str()));
+            let found = match row.state {
+                NodeState::Untrusted(why) => why.as_str(),
+                other => other.as_str(),
+            };
+            return Err(Refusal::new(code, "an admitted node", found));
         }
         if row.generation < self.generation || s.denied(&self.node).is_some_and(|g| self.generation <= g) {
             return Err(Refusal::new(Code::NodeUntrusted, "a generation in force", self.generation.to_string()));
@@ -277,6 +282,12 @@ impl Session {
             false => Err(Refusal::new(Code::Unavailable, "the node's newest stream", "an older one")),
         }
     }
+}
+
+/// What the node may know of a refusal: no details, but the code of what made it untrusted.
+fn told(refusal: Refusal) -> Refusal {
+    let why = Code::from_text(&refusal.found).map(Code::as_str).unwrap_or_default();
+    Refusal { found: why.to_owned(), ..refusal.for_node() }
 }
 
 fn slice_message(s: &Slice) -> v1::Slice {

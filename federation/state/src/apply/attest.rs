@@ -36,8 +36,7 @@ fn verdict(s: &mut State, at: At, v: &RoundVerdict) -> Result<(), Refusal> {
         row.ek.firmware_version = v.seen.firmware_version;
         s.nodes.put(&mut s.journal, v.node, row);
     }
-    stand(s, at, &v.node, row.generation, &v.seen);
-    Ok(())
+    stand(s, at, &v.node, row.generation, &v.seen)
 }
 
 /// The node if it is admitted and of this generation.
@@ -54,14 +53,18 @@ fn admitted<'a>(s: &'a State, id: &NodeId, generation: Generation) -> Result<&'a
     Ok(row)
 }
 
-/// Notes a good verdict: the standing always, a new stretch of history where boot or policy changed.
-pub(super) fn stand(s: &mut State, at: At, id: &NodeId, generation: Generation, seen: &Seen) {
+/// Notes a good verdict: the standing always, a new stretch of history where boot or policy changed, and new slices
+/// only where an entry with node selectors begins or ceases to fit: rounds of ten thousand nodes must not move them.
+pub(super) fn stand(s: &mut State, at: At, id: &NodeId, generation: Generation, seen: &Seen) -> Result<(), Refusal> {
     let before = s.standing(id).cloned();
+    let other = |b: &Standing| b.policy.name != seen.policy.name || b.pcrs != seen.pcrs;
+    let fitting = before.as_ref().filter(|b| other(b)).map(|_| s.fitting_by_verdict(id));
     let same = before
         .as_ref()
         .filter(|b| b.policy == seen.policy && b.boot_pcrs_sha256 == seen.boot_pcrs_sha256)
         .filter(|_| s.verdicts(id).last().is_some_and(|v| v.generation == generation && v.until == Stamp(0)));
     let rounds = same.map_or(1, |b| b.rounds + 1);
+    let trust = same.map_or(seen.trust, |b| b.trust.worse(seen.trust));
     if rounds == 1 {
         let row = stretch(s, at, id, Ok(seen.policy.clone()));
         begin(s, at, id, VerdictRow { evidence_sha256: seen.evidence_sha256, ..row });
@@ -71,14 +74,24 @@ pub(super) fn stand(s: &mut State, at: At, id: &NodeId, generation: Generation, 
         led_ms: s.led_ms(),
         counters: seen.counters,
         ima: seen.ima.clone(),
+        pcrs: seen.pcrs.clone(),
         boot_pcrs_sha256: seen.boot_pcrs_sha256,
         boot_log_sha256: seen.boot_log_sha256,
         policy: seen.policy.clone(),
+        trust,
         evidence_sha256: seen.evidence_sha256,
         evidence_depth: seen.evidence_depth,
         rounds,
     };
     s.standings.put(&mut s.journal, *id, standing);
+    if let Some(fitted) = fitting {
+        let fits = s.fitting_by_verdict(id);
+        if fits != fitted {
+            super::objects::drop_unfit_endpoints(s, at, id)?;
+            touch(s, at);
+        }
+    }
+    Ok(())
 }
 
 /// A stretch that begins here, of the node's present generation.

@@ -118,12 +118,27 @@ fn live(s: &State, at: At, node: &NodeId) -> usize {
     s.live_leaves.get(node).map_or(0, |leaves| leaves.range((at.stamp, [0; 16])..).count())
 }
 
-/// Whether what was answered before may be answered again: not to a node that is out by now.
-pub(crate) fn still_trusted(s: &State, at: At, command: &Command) -> Result<(), Refusal> {
-    match command {
-        Command::Issue { node, generation, .. } => trusted_node(s, at, node, *generation).map(drop),
-        _ => Ok(()),
+/// What was answered before, as far as it may be answered again: no leaf to a node that is out by now, nor one of an
+/// entry that is gone or fits the node no more.
+pub(crate) fn answer_again(s: &State, at: At, command: &Command, reply: Reply) -> Result<Reply, Refusal> {
+    match (command, reply) {
+        (Command::Issue { node, generation, .. }, Reply::Leaves(leaves)) => {
+            trusted_node(s, at, node, *generation)?;
+            let fits = |leaf: &Issuance| match &leaf.subject {
+                Subject::Workload(id, revision) => {
+                    s.entry(id).is_some_and(|row| row.revision == *revision && s.fits(&row.entry, node))
+                }
+                Subject::Node | Subject::Admin => true,
+            };
+            let again = |leaf: Issuance| if fits(&leaf) { Ok(leaf) } else { Err(unfit(leaf.spiffe_id.as_str())) };
+            Ok(Reply::Leaves(leaves.into_iter().map(|leaf| leaf.and_then(again)).collect()))
+        }
+        (_, reply) => Ok(reply),
     }
+}
+
+fn unfit(what: &str) -> Refusal {
+    Refusal::new(Code::EntryNotOnNode, "an entry that names this node and whose node selectors it meets", what)
 }
 
 pub(super) fn leaves(
@@ -165,10 +180,8 @@ fn leaf(
     position: u32,
 ) -> Result<Issuance, Refusal> {
     let cell = cell_row(s)?;
-    let entry = s
-        .entry(&request.entry)
-        .filter(|e| e.entry.may_run_on(&row.cluster, node))
-        .ok_or_else(|| Refusal::new(Code::EntryNotOnNode, "an entry that names this node", request.entry.as_str()))?;
+    let entry =
+        s.entry(&request.entry).filter(|e| s.fits(&e.entry, node)).ok_or_else(|| unfit(request.entry.as_str()))?;
     Ok(Issuance {
         authority: authority.to_owned(),
         serial: serial(cell.epoch, at, position),

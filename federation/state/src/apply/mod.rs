@@ -10,7 +10,7 @@ mod issue;
 mod node;
 mod objects;
 
-pub(crate) use issue::still_trusted;
+pub(crate) use issue::answer_again;
 pub use objects::ENDPOINTS_PER_NODE_MAX;
 
 use crate::command::{Command, Reply};

@@ -42,9 +42,9 @@ pub(super) fn admit(s: &mut State, at: At, a: &Admission) -> Result<Reply, Refus
         claims: a.claims.clone(),
     };
     s.nodes.put(&mut s.journal, a.node, row);
-    attest::stand(s, at, &a.node, generation, &a.seen);
+    attest::stand(s, at, &a.node, generation, &a.seen)?;
     issue::keep(s, &leaf);
-    // No slice but the node's own depends on this, and it gets that with its stream: ten thousand others need not look.
+    // No slice but the node's own depends on this (or `stand` saw that one does), and it gets that with its stream: ten thousand others need not look.
     Ok(Reply::Admitted(generation, leaf))
 }
 
@@ -62,11 +62,7 @@ fn next_generation(s: &State, a: &Admission, before: Option<&NodeRow>) -> Result
         return Err(Refusal::new(Code::AlreadyExists, row.cluster.to_string(), a.cluster.to_string()));
     }
     if row.ak.name != a.ak.name {
-        return Err(Refusal::new(
-            Code::AlreadyExists,
-            "the AK this EK enrolled with (or `node evict` first)",
-            "another",
-        ));
+        return Err(Refusal::new(Code::AkChanged, "the AK this EK enrolled with", "another"));
     }
     if let Some(then) = s.standing(&a.node).map(|standing| standing.counters)
         && a.seen.counters <= then

@@ -28,6 +28,7 @@ pub(super) fn create_entries(s: &mut State, at: At, entries: &[Entry]) -> Result
             number(s, &entry.spiffe_id);
             let row = EntryRow { entry: entry.clone(), revision: Revision(at.index.0) };
             s.entries.put(&mut s.journal, entry.id.clone(), row);
+            s.index_entry(entry, true);
             changed = true;
         }
         out.push(result);
@@ -52,6 +53,11 @@ fn check_entry(s: &State, own: &TrustDomain, entry: &Entry) -> Result<(), Refusa
     if !s.clusters.contains(&entry.cluster) {
         return Err(Refusal::new(Code::NotFound, "a cluster of this cell", entry.cluster.as_str()));
     }
+    // A node is no workload: by its TPM alone every process on it would be meant, and none is recognised.
+    if !entry.names_a_workload() {
+        let expected = "a selector of the workload (unix:uid, unix:gid or cgroup) beside those of its node";
+        return Err(Refusal::new(Code::BadRequest, expected, "none"));
+    }
     Ok(())
 }
 
@@ -59,7 +65,10 @@ pub(super) fn delete_entries(s: &mut State, at: At, ids: &[EntryId]) -> Result<R
     let mut out = Vec::with_capacity(ids.len());
     for id in ids {
         out.push(match s.entries.remove(&mut s.journal, id) {
-            Some(_) => Ok(()),
+            Some(row) => {
+                s.index_entry(&row.entry, false);
+                Ok(())
+            }
             None => Err(Refusal::new(Code::NotFound, "an entry of this cell", id.as_str())),
         });
     }
@@ -175,8 +184,7 @@ pub(super) fn report_endpoints(s: &mut State, at: At, id: &NodeId, reported: &[E
         let expected = format!("at most {ENDPOINTS_PER_NODE_MAX} endpoints a node");
         return Err(Refusal::new(Code::Busy, expected, reported.len().to_string()));
     }
-    let entitled: BTreeSet<SpiffeId> =
-        s.entries().filter(|r| r.entry.may_run_on(&node.cluster, id)).map(|r| r.entry.spiffe_id.clone()).collect();
+    let entitled = entitled(s, id);
     let own = cell_row(s)?.trust_domain;
     let (mut mine, mut out) = (Vec::<Endpoint>::new(), Vec::with_capacity(reported.len()));
     let mut seen = BTreeSet::new();
@@ -197,6 +205,20 @@ pub(super) fn report_endpoints(s: &mut State, at: At, id: &NodeId, reported: &[E
     }
     replace_endpoints(s, at, id, &mine)?;
     Ok(Reply::Items(out))
+}
+
+/// The identities that the node may run.
+fn entitled(s: &State, id: &NodeId) -> BTreeSet<SpiffeId> {
+    s.entries().filter(|row| s.fits(&row.entry, id)).map(|row| row.entry.spiffe_id.clone()).collect()
+}
+
+/// A verdict took entries from the node: their endpoints on it go too, whatever its agent says of them.
+pub(super) fn drop_unfit_endpoints(s: &mut State, at: At, id: &NodeId) -> Result<(), Refusal> {
+    let (own, entitled) = (cell_row(s)?.trust_domain, entitled(s, id));
+    let mine = s.endpoints().filter(|(origin, row)| **origin == own && row.object.node == *id);
+    let kept: Vec<Endpoint> =
+        mine.map(|(_, row)| row.object.clone()).filter(|e| entitled.contains(&e.spiffe_id)).collect();
+    replace_endpoints(s, at, id, &kept)
 }
 
 /// An address is another's while an admitted node or a service of this cell holds it.

@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test file uses its part")]
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+use ambit_model::appraisal::PcrBank;
 use ambit_model::{ClusterId, Code, Entry, NodeId, RaftIndex, Refusal, Revision, Selector, Stamp, SvidTtl};
 use ambit_state::command::{Admission, Seen};
 use ambit_state::objects::*;
@@ -91,9 +92,11 @@ pub(crate) fn seen(clock: u64) -> Seen {
         counters: Counters { resets: 1, restarts: 0, clock },
         firmware_version: 7,
         ima: ImaPoint::default(),
+        pcrs: BootPcrs { bank: PcrBank::Sha256, values: Default::default() },
         boot_pcrs_sha256: [1; 32],
         boot_log_sha256: [2; 32],
         policy: PolicyRef { name: "servers".parse().unwrap(), version: 1 },
+        trust: Default::default(),
         evidence_sha256: [3; 32],
         evidence_depth: 0,
     }

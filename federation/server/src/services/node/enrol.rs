@@ -133,7 +133,7 @@ impl Enrolment {
         };
         match judged {
             Judged::Good(verified, body) => match certifiable(&csr_der, &verified) {
-                Ok(csr) => self.admit(verified, &csr, &body).await.or_status(),
+                Ok(csr) => self.admit(*verified, &csr, &body).await.or_status(),
                 Err(refusal) => self.deny(&session, refusal.into(), false).await.or_status(),
             },
             Judged::Broken(refusal) => self.deny(&session, refusal.into(), false).await.or_status(),
@@ -189,7 +189,9 @@ impl Enrolment {
         let (verified, body, governing) = judged.await?;
         Ok(match verified {
             Ok(verified) => match governing.versions.get(verified.appraised.position) {
-                Some((policy, _)) => Judged::Good(verified, Box::new(Accepted { body, policy: policy.clone() })),
+                Some((policy, _)) => {
+                    Judged::Good(Box::new(verified), Box::new(Accepted { body, policy: policy.clone() }))
+                }
                 None => return Err(Refusal::new(Code::Internal, "a policy that governs", "none")),
             },
             Err(denial) => Judged::Denied(denial),
@@ -282,7 +284,7 @@ impl Enrolment {
 
 /// What came of the second round trip.
 enum Judged {
-    Good(Verified<NodeEvidence>, Box<Accepted>),
+    Good(Box<Verified<NodeEvidence>>, Box<Accepted>),
     /// The evidence itself is bad.
     Denied(Denial),
     /// It never came whole.
@@ -329,9 +331,11 @@ fn admission(
             counters: super::stored(&e.counters),
             firmware_version: e.firmware_version,
             ima: super::point(&e.appraised.checkpoint),
+            pcrs: super::boot_pcrs(e.bank, &e.pcrs),
             boot_pcrs_sha256: e.boot_pcrs_sha256,
             boot_log_sha256: ambit_verify::hash::sha256(&accepted.body.boot_log),
             policy: accepted.policy.clone(),
+            trust: e.trust_vector(),
             evidence_sha256,
             evidence_depth: 0,
         },

@@ -1,4 +1,4 @@
-//! Why a node was trusted, or not, at an instant.
+//! Why a node was trusted, or not, at an instant; and what is claimed of it now.
 
 use super::Nodes;
 use ambit_model::{Code, NodeId, Refusal, Stamp};
@@ -17,6 +17,19 @@ impl Nodes {
             answer.evidence_kept = self.replica.find_blob(&sha256).await.is_ok();
         }
         Ok(answer)
+    }
+
+    /// The signed result of the node's present standing, as of a read that every acknowledged write came before.
+    pub(super) async fn result(&self, id: &str) -> Result<v1::AttestationResultResponse, Refusal> {
+        let id: NodeId = id.parse()?;
+        let read = |s: &State| {
+            let root_der = s.cell().map(|c| c.root_der.clone()).unwrap_or_default();
+            Ok((s.node_result(&id)?, s.key_set().cloned().unwrap_or_default(), root_der))
+        };
+        let (result, keys, root_der) = self.replica.read(read).await??;
+        let jws = self.replica.record().sign_result(&result)?;
+        let (key_set, key_set_signature) = (keys.statement, keys.signature);
+        Ok(v1::AttestationResultResponse { jws, key_set, key_set_signature, root_der })
     }
 }
 
@@ -49,7 +62,5 @@ fn answer(s: &State, id: &NodeId, at: Stamp) -> Result<v1::AttestationAtResponse
         diverged: stretch.diverged.clone(),
         expected: stretch.expected.clone(),
         found: stretch.found.clone(),
-        result_signature: Vec::new(),
-        key_index: 0,
     })
 }

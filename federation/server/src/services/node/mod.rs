@@ -118,6 +118,13 @@ impl v1::node_attestation_server::NodeAttestation for Nodes {
         self.at(&m.id, m.at_ms).await.or_status().map(Response::new)
     }
 
+    async fn attestation_result(
+        &self,
+        request: Request<v1::AttestationResultRequest>,
+    ) -> Result<Response<v1::AttestationResultResponse>, Status> {
+        self.result(&request.into_inner().id).await.or_status().map(Response::new)
+    }
+
     async fn ban_node(&self, request: Request<v1::NodeSelection>) -> Result<Response<v1::ListNodesResponse>, Status> {
         self.say(request, NodeVerb::Ban).await
     }
@@ -166,6 +173,20 @@ pub(crate) fn counters(standing: &ambit_state::objects::Standing) -> ambit_verif
 pub(crate) fn point(c: &ambit_verify::ima::Checkpoint) -> ambit_state::objects::ImaPoint {
     let (offset, entries, pcr) = (c.offset, c.entries, c.pcr.clone());
     ambit_state::objects::ImaPoint { offset, entries, pcr, form: c.form.as_str().to_owned() }
+}
+
+/// The boot's PCRs as the cell keeps them, among those quoted.
+pub(crate) fn boot_pcrs(
+    bank: ambit_verify::Bank,
+    quoted: &std::collections::BTreeMap<u32, Vec<u8>>,
+) -> ambit_state::objects::BootPcrs {
+    let bank = match bank {
+        ambit_verify::Bank::Sha256 => ambit_model::appraisal::PcrBank::Sha256,
+        ambit_verify::Bank::Sha384 => ambit_model::appraisal::PcrBank::Sha384,
+    };
+    let boot = quoted.iter().filter(|(n, _)| ambit_model::entry::is_boot_pcr(**n));
+    let values = boot.filter_map(|(n, value)| Some((u8::try_from(*n).ok()?, value.clone()))).collect();
+    ambit_state::objects::BootPcrs { bank, values }
 }
 
 /// The same as the verifier goes on from it.

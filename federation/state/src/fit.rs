@@ -1,0 +1,47 @@
+//! Which entries fit a node: those that name it and whose node selectors hold for its last verdict.
+
+use crate::state::State;
+use ambit_model::{Entry, EntryId, NodeId, Selector};
+use std::collections::BTreeSet;
+
+impl State {
+    /// Whether the node may run this workload as things stand: slices, issuance and endpoints all go by it. An unknown
+    /// node fits nothing; one without a verdict fits nothing that asks for what a verdict shows.
+    pub fn fits(&self, entry: &Entry, id: &NodeId) -> bool {
+        let named = self.node(id).is_some_and(|row| entry.may_run_on(&row.cluster, id));
+        named && entry.node_selectors().all(|selector| self.shows(id, selector))
+    }
+
+    /// Whether a node selector holds. Those of a workload are not the cell's to judge.
+    fn shows(&self, id: &NodeId, selector: &Selector) -> bool {
+        let standing = self.standing(id);
+        match selector {
+            Selector::TpmEkHash(ek) => ek == id,
+            Selector::TpmPcr(bank, n, value) => {
+                standing.is_some_and(|s| s.pcrs.bank == *bank && s.pcrs.values.get(n) == Some(value))
+            }
+            Selector::TpmPolicy(name) => standing.is_some_and(|s| s.policy.name == *name),
+            Selector::UnixUid(_) | Selector::UnixGid(_) | Selector::Cgroup(_) => false,
+        }
+    }
+
+    /// Of the entries with node selectors, those that fit the node: what a verdict may change.
+    pub(crate) fn fitting_by_verdict(&self, id: &NodeId) -> BTreeSet<EntryId> {
+        let asking = self.node(id).and_then(|row| self.asking.get(&row.cluster));
+        let entries = asking.into_iter().flatten().filter_map(|entry| self.entry(entry));
+        entries.filter(|row| self.fits(&row.entry, id)).map(|row| row.entry.id.clone()).collect()
+    }
+
+    /// Keeps [`State::asking`] in step with an entry that is there now, or was until now.
+    pub(crate) fn index_entry(&mut self, entry: &Entry, present: bool) {
+        if entry.node_selectors().next().is_none() {
+            return;
+        }
+        let of_cluster = self.asking.entry(entry.cluster.clone()).or_default();
+        if present {
+            of_cluster.insert(entry.id.clone());
+        } else {
+            of_cluster.remove(&entry.id);
+        }
+    }
+}
