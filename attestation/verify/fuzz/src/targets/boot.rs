@@ -132,8 +132,15 @@ fn digest(flag: u8, data: &[u8]) -> Vec<u8> {
         4 => logs::sha256(&[data.strip_suffix(&[0]).unwrap_or(data)]),
         5 => logs::sha256(&[data.strip_suffix(&[0, 0]).unwrap_or(data)]),
         6 => logs::sha256(&[data.strip_suffix(&[0]).unwrap_or(data).get(16..).unwrap_or_default()]),
+        7 => variable_value(data).map_or_else(|| after(32), |value| logs::sha256(&[value])),
         _ => vec![flag; 32],
     }
+}
+
+/// The value in a UEFI_VARIABLE_DATA, which some firmware measures alone: after GUID, two lengths and the name.
+fn variable_value(data: &[u8]) -> Option<&[u8]> {
+    let units = u64::from_le_bytes(data.get(16..24)?.try_into().ok()?);
+    data.get(usize::try_from(units).ok()?.checked_mul(2)?.checked_add(32)?..)
 }
 
 fn events_of(input: &[u8]) -> Verdict {
