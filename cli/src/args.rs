@@ -249,10 +249,10 @@ pub struct Claimed {
     #[arg(long, value_name = "FILE")]
     pub verify: Option<PathBuf>,
     /// The trust domain's root certificate (PEM), from elsewhere than the result
-    #[arg(long, value_name = "root.pem", requires = "verify")]
+    #[arg(long, value_name = "root.pem", requires = "verify", conflicts_with = "id")]
     pub root: Option<PathBuf>,
     /// The trust domain's root fingerprint, from elsewhere than the result
-    #[arg(long, value_name = "HEX", requires = "verify", conflicts_with = "root")]
+    #[arg(long, value_name = "HEX", requires = "verify", conflicts_with_all = ["root", "id"])]
     pub fingerprint: Option<String>,
 }
 

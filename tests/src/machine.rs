@@ -113,7 +113,8 @@ impl Machine {
 
     /// The same machine with another AK, as after its state was deleted, or in the hands of whoever drives its TPM.
     pub async fn rekeyed(mut self) -> Result<Machine> {
-        let state = self.tpm.state().join("again");
+        // A folder that no AK was kept in before: another AK each time.
+        let state = self.tpm.state().join(hex::encode(fresh()));
         std::fs::create_dir_all(&state)?;
         self.attester = Mutex::new(Attester::open(&self.tpm.tcti(), &state)?);
         self.identity = self.attester().identity().await?;
