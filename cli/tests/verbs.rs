@@ -22,7 +22,9 @@ fn commands(markdown: &str) -> Vec<String> {
     }
     // Without what the shell takes for itself: a comment, a pipe, a redirection.
     let shell = [" #", " | ", " > "];
-    let plain = |c: &String| shell.iter().fold(c.as_str(), |c, sign| c.split(sign).next().unwrap_or_default()).trim().to_owned();
+    let plain = |c: &String| {
+        shell.iter().fold(c.as_str(), |c, sign| c.split(sign).next().unwrap_or_default()).trim().to_owned()
+    };
     found.iter().map(plain).filter(|c| !c.is_empty()).collect()
 }
 

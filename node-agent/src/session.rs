@@ -34,8 +34,9 @@ use tonic::transport::Channel;
 const RETRY_BASE: Duration = Duration::from_millis(100);
 /// Never longer, so that a healed cell has its agents back soon.
 const RETRY_CAP: Duration = Duration::from_secs(3);
-/// The cell sends a heartbeat every second; without one for this long the stream is taken for dead.
-const SILENCE_MAX: Duration = Duration::from_secs(5);
+/// The cell says something at least every eight seconds; without a word for this long the replica's process is taken for
+/// hung. A replica that died or was cut off is noticed within five seconds, by the connection.
+const SILENCE_MAX: Duration = Duration::from_secs(20);
 /// A slice is a few hundred bytes per entry, policy and endpoint; 10,000 of each fit.
 const SLICE_BYTES_MAX: usize = 16 * 1024 * 1024;
 /// Messages up in flight; what waits beyond them is in the outbox.
@@ -297,7 +298,7 @@ impl Session {
 }
 
 fn silence() -> Refusal {
-    Refusal::new(Code::Unavailable, "a word from the server every second", format!("none for {SILENCE_MAX:?}"))
+    Refusal::new(Code::Unavailable, "a word from the server every eight seconds", format!("none for {SILENCE_MAX:?}"))
 }
 
 fn ended() -> Refusal {

@@ -24,30 +24,34 @@ pub(crate) struct Journal {
     digest: [u64; 4],
 }
 
-impl Journal {
-    fn record(&mut self, table: u8, key: Vec<u8>, old: Option<&[u8]>, new: Option<Vec<u8>>) {
-        if let Some(old) = old {
-            self.mix(table, &key, old, u64::wrapping_sub);
-        }
-        if let Some(new) = &new {
-            self.mix(table, &key, new, u64::wrapping_add);
-        }
-        self.writes.push(TableWrite { table, key, value: new });
-    }
+/// SHA-256 of one row, in lanes: what it adds to the digest, and takes away when it goes.
+type Share = [u64; 4];
 
+fn share(table: u8, key: &[u8], value: &[u8]) -> Share {
+    let mut h = Sha256::new();
+    h.update([table]);
+    h.update((key.len() as u64).to_be_bytes());
+    h.update(key);
+    h.update(value);
+    let row: [u8; 32] = h.finalize().into();
+    let mut lanes = Share::default();
+    for (lane, chunk) in lanes.iter_mut().zip(row.chunks_exact(8)) {
+        let mut bytes = [0u8; 8];
+        bytes.copy_from_slice(chunk);
+        *lane = u64::from_be_bytes(bytes);
+    }
+    lanes
+}
+
+impl Journal {
     /// The digest is a sum over rows, so that a change costs one hash and order does not matter.
-    fn mix(&mut self, table: u8, key: &[u8], value: &[u8], op: fn(u64, u64) -> u64) {
-        let mut h = Sha256::new();
-        h.update([table]);
-        h.update((key.len() as u64).to_be_bytes());
-        h.update(key);
-        h.update(value);
-        let row: [u8; 32] = h.finalize().into();
-        for (lane, chunk) in self.digest.iter_mut().zip(row.chunks_exact(8)) {
-            let mut bytes = [0u8; 8];
-            bytes.copy_from_slice(chunk);
-            *lane = op(*lane, u64::from_be_bytes(bytes));
+    fn record(&mut self, write: TableWrite, gone: Option<&Share>, come: Option<&Share>) {
+        for (share, op) in [(gone, u64::wrapping_sub as fn(u64, u64) -> u64), (come, u64::wrapping_add)] {
+            for (lane, part) in self.digest.iter_mut().zip(share.into_iter().flatten()) {
+                *lane = op(*lane, *part);
+            }
         }
+        self.writes.push(write);
     }
 
     pub(crate) fn take(&mut self) -> Vec<TableWrite> {
@@ -63,10 +67,10 @@ impl Journal {
     }
 }
 
-/// Rows of one kind, in key order.
+/// Rows of one kind, in key order. Of its encoded form a row keeps the digest only: a snapshot encodes it again.
 pub(crate) struct Table<K, V> {
     id: u8,
-    rows: BTreeMap<K, (V, Vec<u8>)>,
+    rows: BTreeMap<K, (V, Share)>,
 }
 
 /// Model types always encode: integers, strings and collections of known length.
@@ -95,14 +99,15 @@ impl<K: Ord + Clone + Serialize + DeserializeOwned, V: Serialize + DeserializeOw
         self.rows.range(key..).map(|(k, (v, _))| (k, v))
     }
     pub(crate) fn put(&mut self, journal: &mut Journal, key: K, value: V) {
-        let bytes = encode(&value);
-        let encoded_key = encode(&key);
-        let old = self.rows.insert(key, (value, bytes.clone()));
-        journal.record(self.id, encoded_key, old.as_ref().map(|(_, b)| b.as_slice()), Some(bytes));
+        let (bytes, encoded_key) = (encode(&value), encode(&key));
+        let come = share(self.id, &encoded_key, &bytes);
+        let old = self.rows.insert(key, (value, come));
+        let write = TableWrite { table: self.id, key: encoded_key, value: Some(bytes) };
+        journal.record(write, old.as_ref().map(|(_, share)| share), Some(&come));
     }
     pub(crate) fn remove(&mut self, journal: &mut Journal, key: &K) -> Option<V> {
-        let (value, bytes) = self.rows.remove(key)?;
-        journal.record(self.id, encode(key), Some(&bytes), None);
+        let (value, gone) = self.rows.remove(key)?;
+        journal.record(TableWrite { table: self.id, key: encode(key), value: None }, Some(&gone), None);
         Some(value)
     }
     /// Removes every row for which `gone` holds.
@@ -113,8 +118,8 @@ impl<K: Ord + Clone + Serialize + DeserializeOwned, V: Serialize + DeserializeOw
         }
     }
     pub(crate) fn export(&self, out: &mut Vec<TableWrite>) {
-        for (key, (_, bytes)) in &self.rows {
-            out.push(TableWrite { table: self.id, key: encode(key), value: Some(bytes.clone()) });
+        for (key, (value, _)) in &self.rows {
+            out.push(TableWrite { table: self.id, key: encode(key), value: Some(encode(value)) });
         }
     }
     pub(crate) fn load(&mut self, journal: &mut Journal, key: &[u8], value: &[u8]) -> Result<(), Refusal> {

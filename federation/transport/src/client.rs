@@ -14,9 +14,10 @@ use tonic::transport::{Channel, Endpoint, Uri};
 
 /// A replica that does not complete a handshake in this time is as good as down.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
-/// A dead connection is noticed within interval + timeout, well inside an agent's patience.
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(2);
-const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(2);
+/// A far end whose process hangs is noticed within interval + timeout; one whose machine is gone much sooner, by the
+/// kernel. Longer than the time between two heartbeats of an agent's stream, which so needs no pings.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(12);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(4);
 
 /// The identity presented; replaced when it is renewed. None only before enrolment.
 #[derive(Clone, Default)]
@@ -61,7 +62,7 @@ impl Dialer {
             let tls = tls.clone();
             async move {
                 let tcp = TcpStream::connect(addr).await?;
-                tcp.set_nodelay(true)?;
+                crate::alive::watch(&tcp)?;
                 let stream = tls.connect(ServerName::IpAddress(addr.ip().into()), tcp).await?;
                 Ok::<_, std::io::Error>(TokioIo::new(stream))
             }

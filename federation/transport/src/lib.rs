@@ -4,6 +4,7 @@
 //! was not verified against `Expect`.
 #![forbid(unsafe_code)]
 
+mod alive;
 mod client;
 mod server;
 

@@ -186,7 +186,7 @@ async fn handshake(
     tcp: TcpStream,
     remote: SocketAddr,
 ) -> Result<Accepted, std::io::Error> {
-    tcp.set_nodelay(true)?;
+    crate::alive::watch(&tcp)?;
     let stream = acceptor.accept(tcp).await?;
     let svid = match stream.get_ref().1.peer_certificates() {
         None => None,

@@ -309,10 +309,13 @@ fn rounds(table: &mut Table) -> Result<()> {
     let maker = Maker::new(CaKind::P256)?;
     let tpms: Vec<SoftTpm> = (0..BATCH).map(|_| SoftTpm::new(EkKind::P256, &maker)).collect::<Result<_>>()?;
     let mut server = Server::new(&[&maker])?;
+    let empty = rows_bytes(&server.state);
     allow(&mut server, &tpms)?;
     for tpm in &tpms {
         enrol(&mut server, &maker, tpm, &mut Meter::default(), false)?;
     }
+    let each = rows_bytes(&server.state).saturating_sub(empty) as f64 / 1024.0 / BATCH as f64;
+    table.figure("rows of an enrolled node, all tables", each, "KiB", Target::AtMost(8.0));
     let mut known = Vec::new();
     for tpm in &tpms {
         let row = server.state.node(&NodeId(tpm.node)).context("a node")?;
@@ -336,6 +339,11 @@ fn rounds(table: &mut Table) -> Result<()> {
     let each = applying.micros() / BATCH as f64;
     table.floor(&format!("its part of a Raft entry of {BATCH} verdicts, applied"), each, "us");
     Ok(())
+}
+
+/// What a snapshot holds.
+fn rows_bytes(state: &State) -> usize {
+    state.export().iter().map(|row| row.key.len() + row.value.as_ref().map_or(0, Vec::len)).sum()
 }
 
 fn round(server: &Server, tpm: &SoftTpm, known: &KnownNode, meter: &mut Meter) -> Result<RoundVerdict> {

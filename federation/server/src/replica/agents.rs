@@ -3,6 +3,7 @@
 use ambit_model::NodeId;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
+use tokio::sync::watch;
 
 /// One agent.
 #[derive(Clone, Debug, Default)]
@@ -22,32 +23,37 @@ pub struct Agent {
 /// All of them, by node. Bounded by the number of admitted nodes.
 #[derive(Clone, Default)]
 pub struct Agents {
-    by_node: Arc<Mutex<BTreeMap<NodeId, Agent>>>,
+    by_node: Arc<Mutex<BTreeMap<NodeId, Row>>>,
 }
 
+/// An agent, and what tells its stream that there is a newer one: by being dropped.
+type Row = (Agent, watch::Sender<()>);
+
 impl Agents {
-    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<NodeId, Agent>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<NodeId, Row>> {
         self.by_node.lock().unwrap_or_else(PoisonError::into_inner)
     }
-    /// A stream opened.
-    pub fn connected(&self, node: NodeId, address: String, stream: u64) {
-        self.lock().insert(node, Agent { address, stream, ..Agent::default() });
+    /// A stream opened. What is returned is closed once a newer stream of the same node did.
+    pub fn connected(&self, node: NodeId, address: String, stream: u64) -> watch::Receiver<()> {
+        let (here, newer) = watch::channel(());
+        self.lock().insert(node, (Agent { address, stream, ..Agent::default() }, here));
+        newer
     }
     /// A stream ended; a newer one of the same node stays.
     pub fn gone(&self, node: &NodeId, stream: u64) {
         let mut all = self.lock();
-        if all.get(node).is_some_and(|a| a.stream == stream) {
+        if all.get(node).is_some_and(|(a, _)| a.stream == stream) {
             all.remove(node);
         }
     }
     /// Changes one agent's row.
     pub fn update(&self, node: &NodeId, f: impl FnOnce(&mut Agent)) {
-        if let Some(agent) = self.lock().get_mut(node) {
+        if let Some((agent, _)) = self.lock().get_mut(node) {
             f(agent);
         }
     }
     /// All of them now.
     pub fn all(&self) -> Vec<(NodeId, Agent)> {
-        self.lock().iter().map(|(n, a)| (*n, a.clone())).collect()
+        self.lock().iter().map(|(n, (a, _))| (*n, a.clone())).collect()
     }
 }

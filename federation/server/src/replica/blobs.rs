@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 use tokio_stream::StreamExt;
+use tonic::transport::Channel;
 
 /// The largest object: an IMA allow-list of a large distribution, or a boot log with an IMA log.
 pub const BLOB_BYTES_MAX: usize = 16 * 1024 * 1024;
@@ -40,6 +41,8 @@ pub enum Keep {
 pub struct Blobs {
     folder: PathBuf,
     evidence: Mutex<Evidence>,
+    /// To the other replicas, by number, with the address they lead to: a handshake costs more than an enrolment.
+    channels: Mutex<BTreeMap<u64, (String, Channel)>>,
 }
 
 /// Evidence files, oldest first, and their size together.
@@ -57,7 +60,7 @@ impl Blobs {
             let dir = folder.join(kind.folder());
             std::fs::create_dir_all(&dir).map_err(|e| trouble(&dir, &e))?;
         }
-        let blobs = Blobs { folder, evidence: Mutex::default() };
+        let blobs = Blobs { folder, evidence: Mutex::default(), channels: Mutex::default() };
         blobs.index()?;
         Ok(blobs)
     }
@@ -174,6 +177,9 @@ impl Blobs {
     fn lock(&self) -> std::sync::MutexGuard<'_, Evidence> {
         self.evidence.lock().unwrap_or_else(PoisonError::into_inner)
     }
+    fn channels(&self) -> std::sync::MutexGuard<'_, BTreeMap<u64, (String, Channel)>> {
+        self.channels.lock().unwrap_or_else(PoisonError::into_inner)
+    }
     fn path(&self, keep: Keep, sha256: &[u8; 32]) -> PathBuf {
         self.folder.join(keep.folder()).join(hex::encode(sha256))
     }
@@ -246,7 +252,7 @@ impl Replica {
 
     async fn copy_to(&self, id: u64, address: &str, keep: Keep, bytes: &[u8]) -> bool {
         let copy = async {
-            let channel = self.dial_replica(id, address).await?;
+            let channel = self.blob_channel(id, address).await?;
             let mut client = v1::appraisal_client::AppraisalClient::new(channel);
             let sent = client.put_blob(tokio_stream::iter(chunks(keep, bytes))).await;
             sent.map(drop).map_err(|s| from_status(&s))
@@ -255,10 +261,25 @@ impl Replica {
             Ok(Ok(())) => true,
             Ok(Err(refusal)) => {
                 tracing::debug!(replica = id, %refusal, "object not copied");
+                self.blobs().channels().remove(&id);
                 false
             }
-            Err(_) => false,
+            Err(_) => {
+                self.blobs().channels().remove(&id);
+                false
+            }
         }
+    }
+
+    /// A channel that copies share, until one of them fails on it.
+    async fn blob_channel(&self, id: u64, address: &str) -> Result<Channel, Refusal> {
+        let open = self.blobs().channels().get(&id).filter(|(at, _)| at == address).map(|(_, channel)| channel.clone());
+        if let Some(channel) = open {
+            return Ok(channel);
+        }
+        let channel = self.dial_replica(id, address).await?;
+        self.blobs().channels().insert(id, (address.to_owned(), channel.clone()));
+        Ok(channel)
     }
 
     /// The blob, from here or from another replica that has it (then it is kept here too).

@@ -55,6 +55,7 @@ struct Inner {
     blobs: blobs::Blobs,
     work: work::Work,
     verdicts: verdicts::Verdicts,
+    ticket_keys: ticket::OpenKeys,
     policies: policies::Policies,
     /// The cell's revision, once trust follows it: what streams wait for, instead of every entry applied.
     revision: watch::Sender<u64>,
@@ -120,6 +121,10 @@ impl Replica {
     /// Where good verdicts of rounds go.
     pub fn verdicts(&self) -> &verdicts::Verdicts {
         &self.inner.verdicts
+    }
+    /// Ticket keys, unwrapped.
+    pub fn ticket_keys(&self) -> &ticket::OpenKeys {
+        &self.inner.ticket_keys
     }
     /// Changes of anything that a slice is made of.
     pub fn watch_revision(&self) -> watch::Receiver<u64> {

@@ -5,10 +5,39 @@ use ambit_identity::wrap::{open, seal};
 use ambit_model::{Code, Refusal};
 use ambit_state::Command;
 use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
 use zeroize::Zeroizing;
 
 /// Ticket keys are replaced daily.
 const ROTATE_MS: u64 = 24 * 3_600_000;
+
+/// Keys held unwrapped: today's, yesterday's, and what a new replica made due.
+const OPEN_KEYS_MAX: usize = 4;
+
+/// Ticket keys as this replica unwrapped them, by what was wrapped to it: unwrapping costs a key agreement, at each end of
+/// each ticket.
+#[derive(Default)]
+pub struct OpenKeys {
+    keys: Mutex<Vec<OpenKey>>,
+}
+
+type OpenKey = (Vec<u8>, Zeroizing<[u8; 32]>);
+
+impl OpenKeys {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<OpenKey>> {
+        self.keys.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+    fn get(&self, wrapped: &[u8]) -> Option<Zeroizing<[u8; 32]>> {
+        self.lock().iter().find(|(w, _)| w == wrapped).map(|(_, key)| key.clone())
+    }
+    fn keep(&self, wrapped: &[u8], key: &Zeroizing<[u8; 32]>) {
+        let mut keys = self.lock();
+        if keys.len() >= OPEN_KEYS_MAX {
+            keys.remove(0);
+        }
+        keys.push((wrapped.to_vec(), key.clone()));
+    }
+}
 
 /// Seals under the newest key: number of the key (8 bytes), then nonce and sealed text.
 pub fn seal_ticket(replica: &Replica, plain: &[u8]) -> Result<Vec<u8>, Refusal> {
@@ -33,12 +62,16 @@ fn unwrap(replica: &Replica, wrapped: &BTreeMap<u64, Vec<u8>>) -> Result<Zeroizi
     let mine = wrapped
         .get(&replica.id())
         .ok_or_else(|| Refusal::new(Code::Unavailable, "a ticket key wrapped to this replica", "none yet"))?;
+    if let Some(known) = replica.ticket_keys().get(mine) {
+        return Ok(known);
+    }
     let plain = replica.wrap().unwrap(mine)?;
     let mut key = Zeroizing::new([0u8; 32]);
     if plain.len() != key.len() {
         return Err(Refusal::new(Code::Internal, "a ticket key of 32 bytes", plain.len().to_string()));
     }
     key.copy_from_slice(&plain);
+    replica.ticket_keys().keep(mine, &key);
     Ok(key)
 }
 

@@ -11,8 +11,9 @@ use tokio::sync::{mpsc, oneshot};
 const QUEUE: usize = 4_096;
 /// Verdicts in one entry.
 const BATCH_MAX: usize = 1_024;
-/// A lone verdict waits this long for company: small against the seconds between two rounds of a node.
-const GATHER: Duration = Duration::from_millis(50);
+/// A lone verdict waits this long for company: small against the seconds between two rounds of a node. An entry costs the
+/// leader as much as thirty verdicts in it.
+const GATHER: Duration = Duration::from_millis(500);
 
 /// What waits to be committed.
 pub type Queue = mpsc::Receiver<Waiting>;

@@ -1,56 +1,56 @@
 //! CPU work of verification, kept off the threads that serve and apply: so much at once, so much waiting, then `busy`.
 
 use ambit_model::{Code, Refusal};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use tokio::sync::{Semaphore, SemaphorePermit};
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use tokio::sync::{Semaphore, SemaphorePermit, oneshot};
 
 /// Judged at once: one core stays for Raft and for serving.
-const AT_ONCE: usize = 2;
+const THREADS: usize = 2;
 /// Waiting; at 0.1-4 ms each the last of them waits a few seconds at worst.
 const WAITING_MAX: usize = 2_048;
 /// Logs held while they are read and judged, in MiB, over all streams.
 const LOG_MIB_MAX: u32 = 192;
 
-/// The bounds.
+type Job = Box<dyn FnOnce() + Send>;
+
+/// Threads that judge, fed by a bounded queue: while something waits in it they do not sleep, and a judgement takes less
+/// than putting a thread to sleep and waking it. They end with it.
 pub struct Work {
-    running: Semaphore,
-    waiting: AtomicUsize,
+    queue: SyncSender<Job>,
     logs: Semaphore,
 }
 
-impl Default for Work {
-    fn default() -> Self {
-        Self {
-            running: Semaphore::new(AT_ONCE),
-            waiting: AtomicUsize::new(0),
-            logs: Semaphore::new(LOG_MIB_MAX as usize),
-        }
-    }
-}
-
-/// Counts one who waits, and stops counting when dropped: a caller may give up at any await.
-struct Waits<'a>(&'a AtomicUsize);
-
-impl Drop for Waits<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
 impl Work {
-    /// Runs `f` on a thread of its own kind.
-    pub async fn run<T: Send + 'static>(&self, f: impl FnOnce() -> T + Send + 'static) -> Result<T, Refusal> {
-        let before = self.waiting.fetch_add(1, Ordering::Relaxed);
-        let waits = Waits(&self.waiting);
-        if before >= WAITING_MAX {
-            return Err(Refusal::new(Code::Busy, format!("at most {WAITING_MAX} judgements waiting"), "more"));
+    /// Starts the threads.
+    pub fn start() -> Result<Work, Refusal> {
+        let (queue, jobs) = sync_channel(WAITING_MAX);
+        let jobs = Arc::new(Mutex::new(jobs));
+        for n in 1..=THREADS {
+            let jobs = jobs.clone();
+            std::thread::Builder::new()
+                .name(format!("judge-{n}"))
+                .spawn(move || judge(&jobs))
+                .map_err(|e| Refusal::new(Code::Internal, "a thread that judges", e.to_string()))?;
         }
-        let ending = |e: String| Refusal::new(Code::Unavailable, "a running replica", e);
-        let permit = self.running.acquire().await.map_err(|e| ending(e.to_string()))?;
-        drop(waits);
-        let done = tokio::task::spawn_blocking(f).await;
-        drop(permit);
-        done.map_err(|e| Refusal::new(Code::Internal, "a judgement", e.to_string()))
+        Ok(Work { queue, logs: Semaphore::new(LOG_MIB_MAX as usize) })
+    }
+
+    /// Runs `f` on a thread of its own kind. Not at all, if the caller has given up before its turn.
+    pub async fn run<T: Send + 'static>(&self, f: impl FnOnce() -> T + Send + 'static) -> Result<T, Refusal> {
+        let (tell, told) = oneshot::channel();
+        let job: Job = Box::new(move || {
+            if !tell.is_closed() {
+                let _ = tell.send(f());
+            }
+        });
+        self.queue.try_send(job).map_err(|e| match e {
+            TrySendError::Full(_) => {
+                Refusal::new(Code::Busy, format!("at most {WAITING_MAX} judgements waiting"), "more")
+            }
+            TrySendError::Disconnected(_) => Refusal::new(Code::Unavailable, "a running replica", "it is ending"),
+        })?;
+        told.await.map_err(|_| Refusal::new(Code::Internal, "a judgement", "one that failed"))
     }
 
     /// Room for logs of `bytes` together, held until dropped. At once or not at all.
@@ -61,22 +61,65 @@ impl Work {
     }
 }
 
+fn judge(jobs: &Mutex<Receiver<Job>>) {
+    loop {
+        let next = jobs.lock().unwrap_or_else(PoisonError::into_inner).recv();
+        let Ok(job) = next else { return };
+        // A judgement that panics is a defect, told by the hook; its caller hears that it failed, and others go on.
+        let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(job));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
-    #[tokio::test]
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn work_is_bounded_and_a_caller_that_gives_up_leaves_no_trace() {
-        let work = Work::default();
+        let work = Arc::new(Work::start().unwrap());
         assert_eq!(work.run(|| 7).await.unwrap(), 7);
-        assert!(work.run(|| panic!("a judgement that fails")).await.is_err());
-        assert_eq!(work.run(|| 8).await.unwrap(), 8, "and the place is free again");
+        for _ in 0..THREADS + 1 {
+            assert_eq!(work.run(|| panic!("a judgement that fails")).await.unwrap_err().code, Code::Internal);
+        }
+        assert_eq!(work.run(|| 8).await.unwrap(), 8, "and the threads are still there");
         let all = work.log_room(u64::from(LOG_MIB_MAX) << 20).unwrap();
         assert_eq!(work.log_room(1).unwrap_err().code, Code::Busy);
         drop(all);
         assert!(work.log_room(1).is_ok());
-        work.waiting.store(WAITING_MAX, Ordering::Relaxed);
-        assert_eq!(work.run(|| ()).await.unwrap_err().code, Code::Busy);
-        assert_eq!(work.waiting.load(Ordering::Relaxed), WAITING_MAX);
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_full_queue_is_busy_and_what_nobody_waits_for_is_not_done() {
+        let work = Arc::new(Work::start().unwrap());
+        let (done, gate) = (Arc::new(AtomicUsize::new(0)), Arc::new(Mutex::new(())));
+        let held = gate.lock().unwrap();
+        let mut callers = Vec::new();
+        // Both threads are held up, then the queue fills.
+        loop {
+            let (work, gate, done) = (work.clone(), gate.clone(), done.clone());
+            let job = move || {
+                drop(gate.lock());
+                done.fetch_add(1, Ordering::Relaxed)
+            };
+            let mut caller = Box::pin(async move { work.run(job).await });
+            match futures::poll!(caller.as_mut()) {
+                std::task::Poll::Ready(answer) => {
+                    assert_eq!(answer.unwrap_err().code, Code::Busy);
+                    break;
+                }
+                std::task::Poll::Pending => callers.push(caller),
+            }
+        }
+        assert!((WAITING_MAX..=WAITING_MAX + THREADS).contains(&callers.len()), "{}", callers.len());
+        // All but the first give up, then the gate opens.
+        callers.truncate(THREADS);
+        drop(held);
+        for caller in callers {
+            caller.await.unwrap();
+        }
+        assert_eq!(work.run(|| ()).await, Ok(()));
+        let done = done.load(Ordering::Relaxed);
+        assert!((THREADS..=2 * THREADS).contains(&done), "{done}");
     }
 }

@@ -13,9 +13,11 @@ use ambit_state::objects::NodeState;
 use ambit_state::{Command, ENDPOINTS_PER_NODE_MAX, Reply, Slice, State};
 use sha2::{Digest, Sha256};
 use std::pin::Pin;
+use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -24,8 +26,13 @@ use tonic::{Request, Response, Status, Streaming};
 const QUEUE: usize = 4;
 /// Changes within this time go out as one slice; small against the 500 ms that a change may take to the kernel.
 const SETTLE: Duration = Duration::from_millis(15);
-/// An idle stream shows that it lives.
-const HEARTBEAT: Duration = Duration::from_secs(1);
+/// A stream that carries nothing else shows that its replica's process lives; an agent leaves after two of these without
+/// a word. (That the machine lives is the kernel's to watch.) At 10,000 streams a heartbeat a second costs six times as
+/// much as all rounds.
+const HEARTBEAT: Duration = Duration::from_secs(8);
+
+/// See [`in_company`]: thousands of streams have a dozen milliseconds of work at each of its instants.
+const RASTER: Duration = Duration::from_millis(250);
 
 static STREAMS: AtomicU64 = AtomicU64::new(1);
 
@@ -48,11 +55,11 @@ impl v1::agent_stream_server::AgentStream for Streams {
             _ => return Err(Refusal::new(Code::BadRequest, "Subscribe first", "another message")).or_status(),
         };
         let stream = STREAMS.fetch_add(1, Ordering::Relaxed);
-        // From here on an older stream of this node ends, at its next message or beat.
-        self.0.agents().connected(node, subscribe.node_address, stream);
+        // From here on an older stream of this node ends.
+        let newer = self.0.agents().connected(node, subscribe.node_address, stream);
         let (down, queue) = mpsc::channel::<Down>(QUEUE);
         let rounds = Rounds::new(self.0.clone(), node, generation);
-        let session = Session { replica: self.0.clone(), node, generation, until: actor.until, stream, rounds };
+        let session = Session { replica: self.0.clone(), node, generation, until: actor.until, stream, newer, rounds };
         tokio::spawn(session.run(up, down));
         Ok(Response::new(Box::pin(ReceiverStream::new(queue))))
     }
@@ -64,6 +71,8 @@ struct Session {
     generation: Generation,
     until: Option<Stamp>,
     stream: u64,
+    /// Closed once there is a newer stream of this node here.
+    newer: watch::Receiver<()>,
     rounds: Rounds,
 }
 
@@ -81,9 +90,11 @@ struct Sent {
 
 impl Session {
     async fn run(mut self, mut up: Streaming<v1::AgentMessage>, down: mpsc::Sender<Down>) {
+        let mut newer = self.newer.clone();
         let mut revisions = self.replica.watch_revision();
         let mut sent = Sent::default();
-        let mut beat = tokio::time::interval(HEARTBEAT);
+        let beat = tokio::time::sleep(Duration::ZERO);
+        tokio::pin!(beat);
         let ended = loop {
             if let Err(refusal) = self.push(&mut sent, &down).await {
                 break Some(refusal);
@@ -98,6 +109,9 @@ impl Session {
                     Ok(None) | Err(_) => break None,
                 },
                 todo = self.rounds.next() => {
+                    if matches!(todo, Todo::Send(_)) {
+                        beat.as_mut().reset(self.next_beat());
+                    }
                     if let Some(refusal) = self.act(todo, &down).await {
                         break Some(refusal);
                     }
@@ -112,17 +126,12 @@ impl Session {
                     }
                     tokio::time::sleep(SETTLE).await;
                 }
-                _ = beat.tick() => {
-                    // A stream does not outlive the certificate that opened it.
-                    if self.until.is_none_or(|until| until < self.replica.now()) {
-                        break Some(Refusal::new(Code::Unauthenticated, "a certificate in time", "one that ended"));
+                _ = newer.changed() => break self.newest().err(),
+                () = &mut beat => {
+                    if let Err(refusal) = self.beat(&sent, &down) {
+                        break Some(refusal);
                     }
-                    let beat = v1::Heartbeat { stamp_ms: self.replica.now().0, revision: sent.holds };
-                    let message = v1::ServerMessage { body: Some(v1::server_message::Body::Heartbeat(beat)) };
-                    // A full queue carries newer news than a heartbeat.
-                    if let Err(mpsc::error::TrySendError::Closed(_)) = down.try_send(Ok(message)) {
-                        break None;
-                    }
+                    beat.as_mut().reset(self.next_beat());
                 }
             }
         };
@@ -131,6 +140,29 @@ impl Session {
             let _ = down.send(Err(to_status(&told(refusal)))).await;
         }
         self.replica.agents().gone(&self.node, self.stream);
+    }
+
+    /// Shows that the stream lives. A stream does not outlive the certificate that opened it.
+    fn beat(&self, sent: &Sent, down: &mpsc::Sender<Down>) -> Result<(), Refusal> {
+        let now = self.replica.now();
+        if self.until.is_none_or(|until| until < now) {
+            return Err(Refusal::new(Code::Unauthenticated, "a certificate in time", "one that ended"));
+        }
+        let beat = v1::Heartbeat { stamp_ms: now.0, revision: sent.holds };
+        let message = v1::ServerMessage { body: Some(v1::server_message::Body::Heartbeat(beat)) };
+        match down.try_send(Ok(message)) {
+            // A full queue carries newer news than a heartbeat.
+            Ok(()) | Err(mpsc::error::TrySendError::Full(_)) => Ok(()),
+            Err(mpsc::error::TrySendError::Closed(_)) => {
+                Err(Refusal::new(Code::Unavailable, "an open stream", "a closed one"))
+            }
+        }
+    }
+
+    /// When to look again, at the latest just after the certificate ended.
+    fn next_beat(&self) -> Instant {
+        let left = self.until.map_or(0, |until| until.0.saturating_sub(self.replica.now().0));
+        in_company(Instant::now() + HEARTBEAT).min(Instant::now() + Duration::from_millis(left + 1))
     }
 
     /// Sends the node's slice if it differs from the last one sent. A node that is out is cut off here.
@@ -275,11 +307,9 @@ impl Session {
 
     /// One stream a node: of two, only the newer is heard and served, whoever holds the other.
     fn newest(&self) -> Result<(), Refusal> {
-        let mut newest = None;
-        self.replica.agents().update(&self.node, |a| newest = Some(a.stream));
-        match newest == Some(self.stream) {
-            true => Ok(()),
-            false => Err(Refusal::new(Code::Unavailable, "the node's newest stream", "an older one")),
+        match self.newer.has_changed() {
+            Ok(_) => Ok(()),
+            Err(_) => Err(Refusal::new(Code::Unavailable, "the node's newest stream", "an older one")),
         }
     }
 }
@@ -288,6 +318,15 @@ impl Session {
 fn told(refusal: Refusal) -> Refusal {
     let why = Code::from_text(&refusal.found).map(Code::as_str).unwrap_or_default();
     Refusal { found: why.to_owned(), ..refusal.for_node() }
+}
+
+/// The next instant of a raster that all streams share, so that what many of them do by the clock wakes a thread once and
+/// finds its caches warm: a thread's sleep and waking cost more than a heartbeat.
+pub(super) fn in_company(at: Instant) -> Instant {
+    static ORIGIN: LazyLock<Instant> = LazyLock::new(Instant::now);
+    let since = at.saturating_duration_since(*ORIGIN).as_millis();
+    let raster = RASTER.as_millis();
+    *ORIGIN + RASTER * u32::try_from(since.div_ceil(raster)).unwrap_or(u32::MAX)
 }
 
 fn slice_message(s: &Slice) -> v1::Slice {

@@ -26,6 +26,11 @@ const MESSAGE_BYTES_MAX: usize = 4 * 1024 * 1024;
 /// Streams and calls at once on one connection.
 const STREAMS_MAX: u32 = 1_024;
 
+/// A client of which nothing was heard for this long is pinged: its process may hang. Above the longest interval between
+/// two rounds of an agent, which so are all that is needed there; a machine that is gone is noticed by the kernel.
+const PING_AFTER: Duration = Duration::from_secs(61);
+const PING_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// All services of a replica behind the authorisation table.
 pub fn router(
     replica: &Replica,
@@ -47,8 +52,8 @@ pub fn router(
     let r = || replica.clone();
     let limit = MESSAGE_BYTES_MAX;
     Ok(tonic::transport::Server::builder()
-        .http2_keepalive_interval(Some(Duration::from_secs(5)))
-        .http2_keepalive_timeout(Some(Duration::from_secs(5)))
+        .http2_keepalive_interval(Some(PING_AFTER))
+        .http2_keepalive_timeout(Some(PING_TIMEOUT))
         .max_concurrent_streams(Some(STREAMS_MAX))
         .layer(AuthoriseLayer::new(replica.clone()))
         .add_service(health)

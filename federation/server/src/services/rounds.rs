@@ -135,7 +135,7 @@ impl Rounds {
         });
         let spread = u64::from_be_bytes(random().unwrap_or_default()) as f64 / u64::MAX as f64;
         let interval = (interval as f64 * (1.0 - JITTER * spread)) as u64;
-        Instant::now() + Duration::from_millis(interval.saturating_sub(age))
+        super::agent::in_company(Instant::now() + Duration::from_millis(interval.saturating_sub(age)))
     }
 
     fn ask(&mut self) -> Result<(v1::QuoteRequest, Open), Refusal> {

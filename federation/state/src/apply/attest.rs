@@ -21,22 +21,26 @@ pub(super) fn verdicts(s: &mut State, at: At, verdicts: &[RoundVerdict]) -> Resu
 }
 
 fn verdict(s: &mut State, at: At, v: &RoundVerdict) -> Result<(), Refusal> {
-    let cell = cell_row(s)?;
-    let row = admitted(s, &v.node, v.generation)?.clone();
-    if cell.policy_revision != v.policy_revision {
-        let (now, then) = (cell.policy_revision, v.policy_revision);
+    // Hundreds of these come every second: nothing of the rows is copied that is not needed.
+    let now = s.cell().map(|cell| cell.policy_revision);
+    let now = now.ok_or_else(|| Refusal::new(Code::Unavailable, "a founded cell", "an empty one"))?;
+    let row = admitted(s, &v.node, v.generation)?;
+    let (generation, firmware_version) = (row.generation, row.ek.firmware_version);
+    if now != v.policy_revision {
+        let then = v.policy_revision;
         return Err(Refusal::new(Code::StaleAppraisal, format!("policy revision {now}"), then.to_string()));
     }
     let before = s.standing(&v.node).map(|standing| standing.counters);
     if before.is_some_and(|then| v.seen.counters <= then) {
         return Err(Refusal::new(Code::ClockStepBack, format!("counters after {before:?}"), "older ones"));
     }
-    if row.ek.firmware_version != v.seen.firmware_version {
-        let mut row = row.clone();
+    if firmware_version != v.seen.firmware_version
+        && let Some(mut row) = s.node(&v.node).cloned()
+    {
         row.ek.firmware_version = v.seen.firmware_version;
         s.nodes.put(&mut s.journal, v.node, row);
     }
-    stand(s, at, &v.node, row.generation, &v.seen)
+    stand(s, at, &v.node, generation, &v.seen)
 }
 
 /// The node if it is admitted and of this generation.

@@ -132,8 +132,8 @@ impl Enrolment {
             Ok(quote) => self.judge_logs(stream, quote, &session, (boot, ima)).await.or_status()?,
         };
         match judged {
-            Judged::Good(verified, body) => match certifiable(&csr_der, &verified) {
-                Ok(csr) => self.admit(*verified, &csr, &body).await.or_status(),
+            Judged::Good(good) => match certifiable(&csr_der, &good.0) {
+                Ok(csr) => self.admit(&good.0, &csr, &good.1).await.or_status(),
                 Err(refusal) => self.deny(&session, refusal.into(), false).await.or_status(),
             },
             Judged::Broken(refusal) => self.deny(&session, refusal.into(), false).await.or_status(),
@@ -189,9 +189,7 @@ impl Enrolment {
         let (verified, body, governing) = judged.await?;
         Ok(match verified {
             Ok(verified) => match governing.versions.get(verified.appraised.position) {
-                Some((policy, _)) => {
-                    Judged::Good(Box::new(verified), Box::new(Accepted { body, policy: policy.clone() }))
-                }
+                Some((policy, _)) => Judged::Good(Box::new((verified, Accepted { body, policy: policy.clone() }))),
                 None => return Err(Refusal::new(Code::Internal, "a policy that governs", "none")),
             },
             Err(denial) => Judged::Denied(denial),
@@ -244,7 +242,7 @@ impl Enrolment {
 
     async fn admit(
         &self,
-        evidence: Verified<NodeEvidence>,
+        evidence: &Verified<NodeEvidence>,
         csr: &Csr,
         accepted: &Accepted,
     ) -> Result<Result<v1::Verdict, v1::Denied>, Refusal> {
@@ -253,7 +251,7 @@ impl Enrolment {
         let (node, cluster) = (evidence.node, evidence.cluster.clone());
         let evidence_sha256 = self.replica.keep_evidence(&accepted.body).await?;
         let command =
-            Command::AdmitNode(admission(&self.replica, &evidence, csr, claims.clone(), accepted, evidence_sha256));
+            Command::AdmitNode(admission(&self.replica, evidence, csr, claims.clone(), accepted, evidence_sha256));
         let applied = self.propose_for(&node, command).await?;
         if let Err(refusal) = &applied.outcome {
             return Ok(Err(denied(refusal, None)));
@@ -284,7 +282,7 @@ impl Enrolment {
 
 /// What came of the second round trip.
 enum Judged {
-    Good(Box<Verified<NodeEvidence>>, Box<Accepted>),
+    Good(Box<(Verified<NodeEvidence>, Accepted)>),
     /// The evidence itself is bad.
     Denied(Denial),
     /// It never came whole.
