@@ -194,7 +194,7 @@ fn the_status_follows_the_node_and_never_its_enrolment() {
         expected: "secret-expected".into(),
         found: "secret-found".into(),
     };
-    west.run(Command::Distrust(Generation(1), denial));
+    west.run(Command::Distrust(Generation(1), Revision(0), denial));
     let node = west.claims();
     let vector =
         json!({"instance-identity": 0, "hardware": 0, "executables": 96, "configuration": 0, "file-system": 96});

@@ -195,8 +195,11 @@ pub struct ImaRules {
     pub allow_lists: BTreeSet<[u8; 32]>,
     /// A few files more.
     pub files: BTreeSet<ImaFile>,
-    /// Paths (globs) at which a violation or an unlisted file is tolerated.
+    /// Paths (globs) at which an unlisted file is tolerated.
     pub exceptions: BTreeSet<String>,
+    /// Whether violations are tolerated, wherever. A quote does not cover a violation's path (IMA extends ones for it),
+    /// so that no path can excuse one: who relays the log could name any.
+    pub violations_tolerated: bool,
 }
 
 /// An appraisal policy. An absent rule consumes nothing, so that an event of its kind is refused.

@@ -134,7 +134,7 @@ codes! {
     PcrNotAllowed = "pcr_not_allowed", Denied, "boot into a state whose PCR the policy lists, or add this value to it";
     BootEventNotCovered = "boot_event_not_covered", Denied, "add a rule for the event named to the appraisal policy, or investigate why it was measured";
     ImaFileNotAllowed = "ima_file_not_allowed", Denied, "put the listed file back and reboot, or add its digest to the allow-list";
-    ImaViolation = "ima_violation", Denied, "a file was changed while it was measured: reboot, or except the path in the policy";
+    ImaViolation = "ima_violation", Denied, "a file was changed while it was measured: reboot, or let the policy tolerate violations";
     ImaWeakDigest = "ima_weak_digest", Denied, "quote the sha256 bank, and let IMA hash with SHA-256 (ima_hash=sha256)";
     ImaLogMissing = "ima_log_missing", Denied, "enable IMA in the kernel (ima_policy=tcb) or drop the IMA rules from the policy";
     KeyNotCertified = "key_not_certified", Denied, "certify the SVID key with TPM2_Certify by the AK, over this session's qualifying data";

@@ -42,6 +42,7 @@ fn full() -> AppraisalPolicy {
             ImaFile { digest: ONES.parse().unwrap(), path: None },
         ]),
         exceptions: BTreeSet::from(["/var/log/**".to_owned()]),
+        violations_tolerated: true,
     });
     p
 }
@@ -193,6 +194,7 @@ fn what_is_probably_not_meant_is_warned_of() {
             },
             "ima.exceptions: \"**\"",
         ),
+        (|p| p.ima.as_mut().unwrap().violations_tolerated = true, "ima.violations: tolerated"),
         (|p| *p.ima.as_mut().unwrap() = ImaRules::default(), "ima: no allow-list"),
         (
             |p| {

@@ -179,8 +179,9 @@ pub enum Command {
         deadline: Stamp,
         /// The reason.
         row: DenialRow,
-        /// Whether it speaks against the node as admitted before: its own TPM showed another state.
-        distrust: bool,
+        /// The policy revision under which it speaks against the node as admitted before (its own TPM showed another
+        /// state); none where it does not.
+        distrust: Option<Revision>,
     },
     /// An operator's word about nodes: all of them or none.
     SetNodes(NodeVerb, Nodes),
@@ -235,8 +236,8 @@ pub enum Command {
     SealReport(String, [u8; 32]),
     /// Good verdicts of rounds, many at once, each with its own outcome.
     PutVerdicts(Vec<RoundVerdict>),
-    /// A round failed: the node of this generation is untrusted at once.
-    Distrust(Generation, DenialRow),
+    /// A round failed, as judged under this policy revision: the node of this generation is untrusted at once.
+    Distrust(Generation, Revision, DenialRow),
     /// Takes EKs off a cluster's allow-list; nodes that were here because of it are out.
     DisallowEk(ClusterId, Vec<NodeId>),
     /// Adds EK roots (DER, class) to a cluster and removes others by SHA-256; nodes under a removed root are out.

@@ -109,10 +109,10 @@ fn a_failed_round_puts_the_node_out_everywhere_and_release_lets_it_come_again() 
     let mut west = west();
     let before = west.state.cell().unwrap().export_seq;
     assert_eq!(
-        code(west.run(Command::Distrust(Generation(2), denial(1, Code::ImaFileNotAllowed)))),
+        code(west.run(Command::Distrust(Generation(2), Revision(0), denial(1, Code::ImaFileNotAllowed)))),
         Code::NodeUntrusted
     );
-    west.run(Command::Distrust(Generation(1), denial(1, Code::ImaFileNotAllowed))).unwrap();
+    west.run(Command::Distrust(Generation(1), Revision(0), denial(1, Code::ImaFileNotAllowed))).unwrap();
     assert_eq!(state(&west, 1), NodeState::Untrusted(Code::ImaFileNotAllowed));
     let first = west.state.records_after(before).next().unwrap();
     assert_eq!(
@@ -147,8 +147,9 @@ fn a_failed_round_puts_the_node_out_everywhere_and_release_lets_it_come_again() 
 
 #[test]
 fn bad_evidence_at_enrolment_speaks_against_the_admitted_node_only_where_it_is_the_machines() {
-    for (distrust, expected) in [(false, NodeState::Admitted), (true, NodeState::Untrusted(Code::BootLogEventAltered))]
-    {
+    let altered = NodeState::Untrusted(Code::BootLogEventAltered);
+    let [now, before] = [Revision(0), Revision(77)].map(Some);
+    for (distrust, expected) in [(None, NodeState::Admitted), (before, NodeState::Admitted), (now, altered)] {
         let mut west = west();
         let row = denial(1, Code::BootLogEventAltered);
         west.run(Command::DenyNode { nonce: [9; 32], deadline: Stamp(T0 + 1), row, distrust }).unwrap();

@@ -199,7 +199,7 @@ mod tests {
         let mut policy = AppraisalPolicy::new("p".parse().unwrap(), BTreeSet::from(["west".parse().unwrap()]));
         policy.command_line = Some(CommandLine { patterns: patterns.collect(), exact: BTreeSet::new() });
         let exceptions = (0..exceptions).map(|n| format!("/var/{n}/*")).collect();
-        policy.ima = Some(ImaRules { allow_lists: BTreeSet::new(), files: BTreeSet::new(), exceptions });
+        policy.ima = Some(ImaRules { exceptions, ..ImaRules::default() });
         let compiled = CompiledPolicy::compile(&policy, &mut |_| None).map_err(|r| r.expected)?;
         Ok(compiled.command_lines.len() + compiled.exceptions.len())
     }

@@ -45,7 +45,7 @@ pub enum ImaVerdict {
     NotJudged,
     /// The boot aggregate, or a file that a list allows.
     Listed,
-    /// A path that the policy excepts.
+    /// A path that the policy excepts, or a violation that it tolerates.
     Excepted,
 }
 
@@ -56,15 +56,20 @@ impl CompiledPolicy {
     /// [`Code::ImaViolation`], [`Code::ImaWeakDigest`], [`Code::ImaFileNotAllowed`]; [`Code::ImaLogMismatch`] for the
     /// aggregate of another boot.
     pub fn judge_ima_entry(&self, entry: &ImaEntry<'_>, boot: &BootAggregate) -> Result<ImaVerdict, Denial> {
-        if self.policy.ima.is_none() {
-            return Ok(ImaVerdict::NotJudged);
-        }
+        let Some(rules) = &self.policy.ima else { return Ok(ImaVerdict::NotJudged) };
         let deny = |code, expected: &str, found: String| {
             let place = entry.place();
             Err(Denial::at(Refusal::new(code, format!("{place}: {expected}"), found), place))
         };
         let digest = || format!("{}:{}", entry.algorithm, hex::encode(entry.digest));
-        if entry.path == BOOT_AGGREGATE && !entry.violation {
+        // PCR 10 holds ones for a violation whatever its path says: no list and no exception may read that path.
+        if entry.violation {
+            return match rules.violations_tolerated {
+                true => Ok(ImaVerdict::Excepted),
+                false => deny(Code::ImaViolation, "no violation", "a file changed while it was measured".to_owned()),
+            };
+        }
+        if entry.path == BOOT_AGGREGATE {
             return if boot.admits(entry) {
                 Ok(ImaVerdict::Listed)
             } else {
@@ -74,15 +79,13 @@ impl CompiledPolicy {
         let path = entry.path_text();
         // A verity digest is of a tree of blocks: no list of file digests speaks of it.
         let strong = matches!(entry.algorithm, "sha256" | "sha384" | "sha512");
-        if strong && !entry.violation && self.lists().any(|list| list.contains(entry.digest, &path)) {
+        if strong && self.lists().any(|list| list.contains(entry.digest, &path)) {
             return Ok(ImaVerdict::Listed);
         }
         if self.exceptions.iter().any(|e| e.is_match(&path)) {
             return Ok(ImaVerdict::Excepted);
         }
-        if entry.violation {
-            deny(Code::ImaViolation, "no violation", "a file changed while it was measured".to_owned())
-        } else if matches!(entry.algorithm, "sha1" | "md5") {
+        if matches!(entry.algorithm, "sha1" | "md5") {
             deny(Code::ImaWeakDigest, "a SHA-256, SHA-384 or SHA-512 digest", digest())
         } else {
             deny(Code::ImaFileNotAllowed, "a digest that an allow-list holds for this path", digest())

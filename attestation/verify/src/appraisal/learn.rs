@@ -243,16 +243,19 @@ impl Learner<'_> {
         }
         let mut rules = ImaRules::default();
         for file in self.source.ima {
+            if file.violation {
+                rules.violations_tolerated = true;
+                self.comment("ima.violations", &format!("{} changed while it was measured", file.path));
+                continue;
+            }
             let digest = HexDigest::new(file.digest.clone());
             let strong = matches!(file.algorithm.as_str(), "sha256" | "sha384" | "sha512");
             match digest {
-                Some(digest) if strong && !file.violation => {
+                Some(digest) if strong => {
                     rules.files.insert(ImaFile { digest, path: Some(file.path.clone()) });
                 }
                 _ => {
-                    let why =
-                        if file.violation { "changed while it was measured" } else { "measured with a weak hash" };
-                    self.comments.insert(file.path.clone(), why.to_owned());
+                    self.comments.insert(file.path.clone(), "measured with a weak hash".to_owned());
                     rules.exceptions.insert(file.path.clone());
                 }
             }

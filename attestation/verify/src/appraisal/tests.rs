@@ -328,6 +328,9 @@ fn what_runs_is_judged_entry_by_entry() {
     assert_eq!(denied.headline().diverged.as_deref(), Some("IMA entry 3 /bin/busybox"));
     let mut excepting = policy.clone();
     excepting.ima.as_mut().unwrap().exceptions.insert("/bin/*".into());
+    // The path of a violation is anybody's word.
+    assert_eq!(judge_ima(&excepting, violation).unwrap_err().headline().refusal.code, Code::ImaViolation);
+    excepting.ima.as_mut().unwrap().violations_tolerated = true;
     assert_eq!(judge_ima(&excepting, violation).unwrap().excepted, 1);
     assert_eq!(judge_ima(&policy, |log| log.truncate(0)).unwrap_err().headline().refusal.code, Code::ImaLogMissing);
     let mut silent = policy.clone();

@@ -11,7 +11,7 @@ use crate::signature::AkVerifier;
 use crate::ticket::TicketBody;
 use crate::transcript::{self, Transcript};
 use crate::{BOOT_LOG_BYTES_MAX, IMA_LOG_BYTES_MAX, csr};
-use ambit_model::{ClusterId, Code, NodeId, Refusal, Stamp};
+use ambit_model::{ClusterId, Code, NodeId, Refusal, Revision, Stamp};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -69,6 +69,10 @@ pub struct Session {
     pub deadline: Stamp,
     /// SHA-256 of the join token shown in `Begin`, if one was.
     pub join_token: Option<[u8; 32]>,
+    /// The revision of roots, allow-list and deny-list that the ticket holds: judge by this one, or not at all.
+    pub endorsement_revision: Revision,
+    /// The same of the appraisal policies.
+    pub policy_revision: Revision,
 }
 
 /// An AK proved to live in the TPM of the endorsed EK: only that TPM could open the secret that the HMAC shows.
@@ -129,6 +133,8 @@ impl ActivatedAk {
             nonce: self.ticket.server_nonce,
             deadline: self.ticket.deadline,
             join_token: self.ticket.backing.join_token,
+            endorsement_revision: self.ticket.endorsement_revision,
+            policy_revision: self.ticket.policy_revision,
         }
     }
 

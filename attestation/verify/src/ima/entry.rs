@@ -10,6 +10,8 @@ const NAME_BYTES_MAX: usize = 128;
 const DATA_BYTES_MAX: usize = 1024 * 1024;
 /// Fields of one template; the kernel's limit is 15.
 const FIELDS_MAX: usize = 15;
+/// Of a path in [`ImaEntry::place`].
+const PLACE_PATH_CHARS: usize = 256;
 /// The templates that the kernel names, with their fields.
 const TEMPLATES: [(&str, &str); 7] = [
     ("ima-ng", "d-ng|n-ng"),
@@ -44,9 +46,12 @@ impl ImaEntry<'_> {
         self.path.escape_ascii().to_string()
     }
 
-    /// Where the entry stands: what a node may be told.
+    /// Where the entry stands: what a node may be told. A longer path is cut: it goes into rows and messages.
     pub fn place(&self) -> String {
-        format!("IMA entry {} {}", self.number, self.path_text())
+        let path = self.path_text();
+        let cut: String = path.chars().take(PLACE_PATH_CHARS).collect();
+        let more = if cut.len() < path.len() { "..." } else { "" };
+        format!("IMA entry {} {cut}{more}", self.number)
     }
 }
 

@@ -124,6 +124,9 @@ fn runtime(policy: &AppraisalPolicy, out: &mut Vec<String>) {
     for glob in ima.exceptions.iter().filter(|g| matches!(g.as_str(), "*" | "**" | "/**" | "/*")) {
         out.push(format!("ima.exceptions: {glob:?} tolerates any file"));
     }
+    if ima.violations_tolerated {
+        out.push("ima.violations: tolerated: a file held open for writing runs unjudged".to_owned());
+    }
 }
 
 fn golden(policy: &AppraisalPolicy, pcr: u32) -> bool {

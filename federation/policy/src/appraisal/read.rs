@@ -59,6 +59,14 @@ enum SecureBoot {
     Any,
 }
 
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Violations {
+    #[default]
+    Refuse,
+    Tolerate,
+}
+
 /// A list that may be empty: it allows nothing, or asks for nothing.
 #[derive(Deserialize)]
 #[serde(transparent)]
@@ -131,6 +139,8 @@ struct WrittenIma {
     files: Any<Text<File>>,
     #[serde(default = "none")]
     exceptions: Any<Text<Line>>,
+    #[serde(default)]
+    violations: Violations,
 }
 
 /// A policed PCR, as the key of a mapping or a number.
@@ -287,6 +297,7 @@ impl WrittenIma {
             allow_lists: self.allow_lists.0.into_iter().filter_map(list).collect(),
             files: self.files.0.into_iter().map(|f| f.0.0).collect(),
             exceptions: lines(self.exceptions),
+            violations_tolerated: matches!(self.violations, Violations::Tolerate),
         }
     }
 }

@@ -99,6 +99,9 @@ impl Writer<'_> {
         self.list(2, "allowLists", ima.allow_lists.iter().map(hex));
         self.list(2, "files", ima.files.iter().map(|f| format!("{} {}", f.digest, path(f))));
         self.list(2, "exceptions", ima.exceptions.iter().map(String::as_str));
+        if ima.violations_tolerated {
+            self.commented(2, "violations: tolerate", "ima.violations");
+        }
     }
 
     fn digests(&mut self, name: &str, digests: Option<&Digests>) {

@@ -1,7 +1,7 @@
 //! Content-addressed objects beside the log: evidence bodies and IMA allow-lists. Raft keeps their SHA-256 only.
 //!
 //! A blob is a file named by its SHA-256, whole or absent, checked at each read. It is copied to every other replica; one
-//! that lacks it asks the others. Evidence is capped per node and by age and in all; allow-lists stay while a policy
+//! that lacks it asks the others. Evidence is capped by age and in all, not per node; allow-lists stay while a policy
 //! names them.
 
 use super::Replica;

@@ -42,6 +42,12 @@ pub struct Body {
 }
 
 impl Body {
+    /// Drops what lies beyond byte `end` of the whole IMA log: the quote covers nothing of it.
+    pub fn cut(&mut self, end: u64) {
+        let covered = usize::try_from(end.saturating_sub(self.ima_offset)).unwrap_or(usize::MAX);
+        self.ima_log.truncate(covered);
+    }
+
     /// As bytes to store.
     pub fn encode(&self) -> Result<Vec<u8>, Refusal> {
         postcard::to_extend(self, vec![VERSION])

@@ -3,7 +3,7 @@
 use ambit_model::{Code, Refusal};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
-use tokio::sync::{Semaphore, SemaphorePermit, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 /// Judged at once: one core stays for Raft and for serving.
 const THREADS: usize = 2;
@@ -18,7 +18,7 @@ type Job = Box<dyn FnOnce() + Send>;
 /// than putting a thread to sleep and waking it. They end with it.
 pub struct Work {
     queue: SyncSender<Job>,
-    logs: Semaphore,
+    logs: Arc<Semaphore>,
 }
 
 impl Work {
@@ -33,7 +33,7 @@ impl Work {
                 .spawn(move || judge(&jobs))
                 .map_err(|e| Refusal::new(Code::Internal, "a thread that judges", e.to_string()))?;
         }
-        Ok(Work { queue, logs: Semaphore::new(LOG_MIB_MAX as usize) })
+        Ok(Work { queue, logs: Arc::new(Semaphore::new(LOG_MIB_MAX as usize)) })
     }
 
     /// Runs `f` on a thread of its own kind. Not at all, if the caller has given up before its turn.
@@ -54,10 +54,10 @@ impl Work {
     }
 
     /// Room for logs of `bytes` together, held until dropped. At once or not at all.
-    pub fn log_room(&self, bytes: u64) -> Result<SemaphorePermit<'_>, Refusal> {
+    pub fn log_room(&self, bytes: u64) -> Result<OwnedSemaphorePermit, Refusal> {
         let mib = u32::try_from(bytes.div_ceil(1 << 20)).unwrap_or(u32::MAX);
         let busy = |_| Refusal::new(Code::Busy, format!("logs of {LOG_MIB_MAX} MiB at once"), "more");
-        self.logs.try_acquire_many(mib).map_err(busy)
+        self.logs.clone().try_acquire_many_owned(mib).map_err(busy)
     }
 }
 
@@ -92,14 +92,15 @@ mod tests {
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn a_full_queue_is_busy_and_what_nobody_waits_for_is_not_done() {
         let work = Arc::new(Work::start().unwrap());
-        let (done, gate) = (Arc::new(AtomicUsize::new(0)), Arc::new(Mutex::new(())));
-        let held = gate.lock().unwrap();
+        let (held, gate) = std::sync::mpsc::sync_channel::<()>(0);
+        let (done, gate) = (Arc::new(AtomicUsize::new(0)), Arc::new(Mutex::new(gate)));
         let mut callers = Vec::new();
         // Both threads are held up, then the queue fills.
         loop {
             let (work, gate, done) = (work.clone(), gate.clone(), done.clone());
             let job = move || {
-                drop(gate.lock());
+                // Until the sender is dropped.
+                gate.lock().unwrap().recv().unwrap_err();
                 done.fetch_add(1, Ordering::Relaxed)
             };
             let mut caller = Box::pin(async move { work.run(job).await });

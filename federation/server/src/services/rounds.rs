@@ -16,7 +16,7 @@ use ambit_verify::{BOOT_LOG_BYTES_MAX, Bank, Denial, IMA_LOG_BYTES_MAX, KnownNod
 use ambit_verify::{Before, RoundLogs};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::oneshot;
+use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use tokio::time::Instant;
 
 /// A discrete TPM behind a busy machine answers well within this.
@@ -39,7 +39,7 @@ pub(super) struct Rounds {
     /// The policy revision at which the whole logs were judged on this stream.
     whole_at: Option<Revision>,
     /// Why the next round must be whole, with what it means if it never comes.
-    suspicion: Option<Denial>,
+    suspicion: Option<(Revision, Denial)>,
     next: Next,
 }
 
@@ -62,6 +62,8 @@ struct Open {
     answer: Option<v1::QuoteAnswer>,
     boot_log: Vec<u8>,
     ima_log: Vec<u8>,
+    /// Room for the logs that were announced, held until they are judged.
+    room: Option<OwnedSemaphorePermit>,
 }
 
 /// What came of a round.
@@ -70,7 +72,7 @@ enum Finished {
         whole_at: Revision,
     },
     /// Judge the whole logs before deciding; what the delta alone says.
-    Whole(Denial),
+    Whole(Revision, Denial),
     Again(Refusal),
     Out(Refusal),
 }
@@ -162,7 +164,7 @@ impl Rounds {
             answer_within_ms: ANSWER_MAX.as_millis() as u64,
         };
         let (boot_log, ima_log) = (Vec::new(), Vec::new());
-        Ok((request, Open { round, whole, governing, standing, row, answer: None, boot_log, ima_log }))
+        Ok((request, Open { round, whole, governing, standing, row, answer: None, boot_log, ima_log, room: None }))
     }
 
     /// Takes the first part of an answer.
@@ -187,6 +189,12 @@ impl Rounds {
                     len.to_string(),
                 ));
             }
+        }
+        // A policy change asks every node for all of its logs at once: those beyond what fits are asked again.
+        let announced = answer.boot_log_len.saturating_add(answer.ima_log_len);
+        match self.replica.work().log_room(announced) {
+            Ok(room) => open.room = Some(room),
+            Err(refusal) => return Err(refusal),
         }
         open.answer = Some(answer);
         Ok(self.judge_if_whole())
@@ -238,8 +246,8 @@ impl Rounds {
                 self.next = Next::Ask(self.due());
                 Todo::Nothing
             }
-            Finished::Whole(denial) => {
-                self.suspicion = Some(denial);
+            Finished::Whole(revision, denial) => {
+                self.suspicion = Some((revision, denial));
                 self.next = Next::Ask(Instant::now());
                 Todo::Nothing
             }
@@ -257,14 +265,14 @@ impl Rounds {
     /// logs were the way out, the doubt stands.
     fn unanswered(&mut self, why: &str) -> Todo {
         tracing::info!(node = %self.node, why, "no quote");
-        let Some(denial) = self.suspicion.take() else {
+        let Some((revision, denial)) = self.suspicion.take() else {
             self.next = Next::Ask(Instant::now() + RETRY);
             return Todo::Nothing;
         };
         let (tell, finished) = oneshot::channel();
         let (replica, node, generation) = (self.replica.clone(), self.node, self.generation);
         self.replica.background(async move {
-            let _ = tell.send(Finished::Out(put_out(&replica, node, generation, &denial).await));
+            let _ = tell.send(put_out(&replica, node, generation, (revision, &denial)).await);
         });
         self.next = Next::Verdict(finished);
         Todo::Nothing
@@ -281,13 +289,13 @@ struct Judgement {
 
 impl Judgement {
     async fn of(self, open: Open) -> Finished {
-        let Open { round, whole, governing, standing, row, answer, boot_log, ima_log } = open;
+        let Open { round, whole, governing, standing, row, answer, boot_log, ima_log, room: _room } = open;
         let Some(answer) = answer else {
             return Finished::Again(Refusal::new(Code::Internal, "an answer", "none"));
         };
         let pcrs: Vec<(u32, Vec<u8>)> = answer.pcrs.into_iter().map(|p| (p.index, p.value)).collect();
         let quote = RoundQuote { quote: answer.quote, signature: answer.signature, pcrs };
-        let body = Body {
+        let mut body = Body {
             node: self.node,
             before: if whole { None } else { Some(standing.evidence_sha256) },
             ek_class: row.ek.class.clone(),
@@ -326,12 +334,14 @@ impl Judgement {
         });
         let evidence = match judged.await {
             Err(refusal) => return Finished::Again(refusal),
-            Ok(Err(denial)) if !whole && wants_whole(&denial, &governing) => return Finished::Whole(denial),
+            Ok(Err(denial)) if !whole && wants_whole(&denial, &governing) => {
+                return Finished::Whole(governing.revision, denial);
+            }
             Ok(Err(denial)) => {
                 if whole && let Err(refusal) = self.replica.keep_evidence(&body).await {
                     tracing::warn!(node = %self.node, %refusal, "evidence of a failure not kept");
                 }
-                return Finished::Out(put_out(&self.replica, self.node, self.generation, &denial).await);
+                return put_out(&self.replica, self.node, self.generation, (governing.revision, &denial)).await;
             }
             Ok(Ok(evidence)) => evidence,
         };
@@ -339,6 +349,8 @@ impl Judgement {
         let Some(policy) = policy else {
             return Finished::Again(Refusal::new(Code::Internal, "a policy that governs", "none"));
         };
+        // What the quote does not cover is nobody's word; the next round sends it again.
+        body.cut(evidence.appraised.checkpoint.offset);
         // Nothing new in the logs: the body before says all.
         let (evidence_sha256, evidence_depth) = if whole || !body.ima_log.is_empty() {
             match self.replica.keep_evidence(&body).await {
@@ -382,7 +394,16 @@ fn wants_whole(denial: &Denial, governing: &Governing) -> bool {
 }
 
 /// Carries the word to the log until the log has it, or has moved on. Returns what the node is told.
-async fn put_out(replica: &Replica, node: NodeId, generation: Generation, denial: &Denial) -> Refusal {
+async fn put_out(
+    replica: &Replica,
+    node: NodeId,
+    generation: Generation,
+    (revision, denial): (Revision, &Denial),
+) -> Finished {
+    // Trouble of our own says nothing about the machine.
+    if denial.refusal.code.class() == Class::Unavailable {
+        return Finished::Again(denial.refusal.clone());
+    }
     tracing::warn!(%node, code = %denial.refusal.code, diverged = denial.diverged, "node untrusted: its evidence failed");
     let row = DenialRow {
         stamp: Stamp(0),
@@ -393,14 +414,18 @@ async fn put_out(replica: &Replica, node: NodeId, generation: Generation, denial
         found: denial.refusal.found.clone(),
     };
     loop {
-        let outcome = match replica.propose_own(Command::Distrust(generation, row.clone())).await {
+        let outcome = match replica.propose_own(Command::Distrust(generation, revision, row.clone())).await {
             Ok(applied) => applied.outcome.map(drop),
             Err(refusal) => Err(refusal),
         };
         match outcome {
             Err(r) if r.code.class() == Class::Unavailable => tokio::time::sleep(WORD_RETRY).await,
+            // The policies changed while it was judged: what they say now is asked anew.
+            Err(r) if r.code == Code::StaleAppraisal => return Finished::Again(r),
             // Out already, or of another admission by now: then this evidence says nothing more.
-            Err(_) | Ok(()) => return Refusal::new(Code::NodeUntrusted, "", denial.refusal.code.as_str()),
+            Err(_) | Ok(()) => {
+                return Finished::Out(Refusal::new(Code::NodeUntrusted, "", denial.refusal.code.as_str()));
+            }
         }
     }
 }

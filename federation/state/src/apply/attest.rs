@@ -5,7 +5,7 @@ use crate::command::{NodeVerb, Nodes, Reply, RoundVerdict, Seen};
 use crate::objects::{DenialRow, NodeRow, NodeState, PolicyRef, Standing, VerdictRow};
 use crate::state::State;
 use ambit_model::record::Kind;
-use ambit_model::{Code, Generation, NodeId, Refusal, Stamp};
+use ambit_model::{Code, Generation, NodeId, Refusal, Revision, Stamp};
 
 /// Denials kept for operators; the audit log (issue H) keeps all.
 const DENIALS_MAX: usize = 1_000;
@@ -38,7 +38,23 @@ fn verdict(s: &mut State, at: At, v: &RoundVerdict) -> Result<(), Refusal> {
         && let Some(mut row) = s.node(&v.node).cloned()
     {
         row.ek.firmware_version = v.seen.firmware_version;
+        let denied = s.ek_denials().any(|(_, rule)| rule.denies(&row.ek));
         s.nodes.put(&mut s.journal, v.node, row);
+        if denied {
+            let (expected, found) = ("firmware that no rule denies", format!("{:#018x}", v.seen.firmware_version));
+            let why = DenialRow {
+                stamp: at.stamp,
+                node: v.node,
+                code: Code::EkDenied.to_string(),
+                diverged: "the TPM's firmware".into(),
+                expected: expected.into(),
+                found: found.clone(),
+            };
+            keep_denial(s, at, &why);
+            lose(s, at, &why, Code::EkDenied)?;
+            endorse::changed(s, at);
+            return Err(Refusal::new(Code::EkDenied, expected, found));
+        }
     }
     stand(s, at, &v.node, generation, &v.seen)
 }
@@ -131,8 +147,22 @@ fn begin(s: &mut State, at: At, id: &NodeId, row: VerdictRow) {
 }
 
 /// A round failed. What was said of another generation than the present one says nothing of this one.
-pub(super) fn distrust(s: &mut State, at: At, generation: Generation, row: &DenialRow) -> Result<Reply, Refusal> {
-    admitted(s, &row.node, generation)?;
+pub(super) fn distrust(
+    s: &mut State,
+    at: At,
+    generation: Generation,
+    policy_revision: Revision,
+    row: &DenialRow,
+) -> Result<Reply, Refusal> {
+    let present = admitted(s, &row.node, generation)?.generation;
+    if generation != present {
+        return Err(Refusal::new(Code::NodeUntrusted, format!("generation {present}"), generation.to_string()));
+    }
+    // What an older policy refuses a newer one may accept: the node is judged again.
+    let now = cell_row(s)?.policy_revision;
+    if now != policy_revision {
+        return Err(Refusal::new(Code::StaleAppraisal, format!("policy revision {now}"), policy_revision.to_string()));
+    }
     let code = code(row)?;
     keep_denial(s, at, row);
     lose(s, at, row, code)?;
@@ -144,8 +174,16 @@ pub(super) fn code(row: &DenialRow) -> Result<Code, Refusal> {
     Code::from_text(&row.code).ok_or_else(|| Refusal::new(Code::BadRequest, "a known code", row.code.clone()))
 }
 
+/// Part of a denial comes from the node: a path may be as long as a megabyte.
+const TEXT_CHARS_MAX: usize = 512;
+
+fn bounded(row: &DenialRow) -> DenialRow {
+    let cut = |text: &str| text.chars().take(TEXT_CHARS_MAX).collect::<String>();
+    DenialRow { diverged: cut(&row.diverged), expected: cut(&row.expected), found: cut(&row.found), ..row.clone() }
+}
+
 pub(super) fn keep_denial(s: &mut State, at: At, row: &DenialRow) {
-    s.denials.put(&mut s.journal, at.index.0, DenialRow { stamp: at.stamp, ..row.clone() });
+    s.denials.put(&mut s.journal, at.index.0, DenialRow { stamp: at.stamp, ..bounded(row) });
     while s.denials.len() > DENIALS_MAX {
         let Some(oldest) = s.denials.iter().next().map(|(k, _)| *k) else { break };
         s.denials.remove(&mut s.journal, &oldest);
@@ -154,6 +192,7 @@ pub(super) fn keep_denial(s: &mut State, at: At, row: &DenialRow) {
 
 /// The node is untrusted with this code, and its history says why.
 pub(super) fn lose(s: &mut State, at: At, why: &DenialRow, code: Code) -> Result<(), Refusal> {
+    let why = bounded(why);
     let row = VerdictRow {
         diverged: why.diverged.clone(),
         expected: why.expected.clone(),
@@ -228,10 +267,15 @@ fn next(verb: NodeVerb, state: NodeState) -> Result<NodeState, Refusal> {
     let wrong = |expected: &str| Err(Refusal::new(Code::BadRequest, expected, state.as_str()));
     match (verb, state) {
         (NodeVerb::Ban, _) => Ok(NodeState::Banned),
+        // What forgets a node must not forget a ban.
+        (NodeVerb::Evict, NodeState::Banned) => wrong("a node that is not banned (unban it first)"),
         (NodeVerb::Evict, _) => Ok(NodeState::Evicted),
         (NodeVerb::Unban, NodeState::Banned) => Ok(NodeState::Released),
         (NodeVerb::Unban, _) => wrong("a banned node"),
-        (NodeVerb::Quarantine, NodeState::Banned) => wrong("a node that is not banned"),
+        // Out already, and for a reason that a quarantine and its end must not wipe away.
+        (NodeVerb::Quarantine, NodeState::Banned | NodeState::Untrusted(_)) => {
+            wrong("a node that is not banned or untrusted")
+        }
         (NodeVerb::Quarantine, _) => Ok(NodeState::Quarantined),
         (NodeVerb::Release, NodeState::Quarantined | NodeState::Untrusted(_)) => Ok(NodeState::Released),
         (NodeVerb::Release, _) => wrong("a quarantined or untrusted node"),

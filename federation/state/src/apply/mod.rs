@@ -59,7 +59,7 @@ pub(crate) fn apply(s: &mut State, index: RaftIndex, stamp: Stamp, command: &Com
         Command::StopPeer(td, trouble) => federation::stop(s, td, trouble),
         Command::SealReport(drill, sha256) => cell::seal_report(s, at, drill, *sha256),
         Command::PutVerdicts(verdicts) => attest::verdicts(s, at, verdicts),
-        Command::Distrust(generation, row) => attest::distrust(s, at, *generation, row),
+        Command::Distrust(generation, revision, row) => attest::distrust(s, at, *generation, *revision, row),
         Command::DisallowEk(cluster, nodes) => endorse::disallow(s, at, cluster, nodes),
         Command::PutEkRoots { cluster, add, remove } => endorse::put_roots(s, at, cluster, add, remove),
         Command::PutEkDeny(add, remove) => endorse::put_denials(s, at, add, remove),

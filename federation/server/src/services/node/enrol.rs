@@ -6,7 +6,7 @@ use crate::replica::{Replica, random, ticket};
 use crate::services::rounds::PCR_MASK;
 use crate::services::{OrStatus, token_sha256};
 use ambit_identity::{Csr, issue};
-use ambit_model::{ClusterId, Code, NodeId, Refusal};
+use ambit_model::{ClusterId, Code, NodeId, Refusal, Revision};
 use ambit_proto::v1;
 use ambit_state::command::{Admission, Seen};
 use ambit_state::objects::{AkFacts, DenialRow, EkFacts, NodeState, PolicyRef, TokenScope};
@@ -134,11 +134,11 @@ impl Enrolment {
         match judged {
             Judged::Good(good) => match certifiable(&csr_der, &good.0) {
                 Ok(csr) => self.admit(&good.0, &csr, &good.1).await.or_status(),
-                Err(refusal) => self.deny(&session, refusal.into(), false).await.or_status(),
+                Err(refusal) => self.deny(&session, refusal.into(), None).await.or_status(),
             },
-            Judged::Broken(refusal) => self.deny(&session, refusal.into(), false).await.or_status(),
+            Judged::Broken(refusal) => self.deny(&session, refusal.into(), None).await.or_status(),
             Judged::Denied(denial) => {
-                let distrust = self.speaks_against(&session, &denial);
+                let distrust = self.speaks_against(&session, &denial).then_some(session.policy_revision);
                 self.deny(&session, denial, distrust).await.or_status()
             }
         }
@@ -164,6 +164,13 @@ impl Enrolment {
             s.standing(&session.node).filter(|_| !evicted).map(super::counters)
         });
         let governing = self.replica.governing(&session.cluster)?;
+        // The entry names the revisions that the ticket holds: judged must be by those, not by what is here or there.
+        let endorsements = self.replica.local(|s| s.cell().map(|c| c.endorsement_revision).unwrap_or_default());
+        if governing.revision != session.policy_revision || endorsements != session.endorsement_revision {
+            let expected = format!("policies of revision {}", session.policy_revision);
+            let found = format!("revision {}, endorsements of {endorsements}", governing.revision);
+            return Err(Refusal::new(Code::StaleAppraisal, expected, found));
+        }
         let mut body = Body {
             node: session.node,
             before: None,
@@ -183,6 +190,7 @@ impl Enrolment {
             if let Ok(v) = &verified {
                 body.ek_class = v.ek_class.as_str().to_owned();
                 body.ak_public = v.ak_public.clone();
+                body.cut(v.appraised.checkpoint.offset);
             }
             (verified, body, governing)
         });
@@ -204,6 +212,7 @@ impl Enrolment {
                 let made = session.deadline.minus_ms(ANSWER_MS);
                 self.replica.local(|s| s.standing(&session.node).is_some_and(|st| st.verdict < made))
             }
+            Code::StaleAppraisal | Code::Internal | Code::Busy | Code::Unavailable => false,
             Code::EvidenceMalformed | Code::CsrMalformed | Code::EvidenceTooLarge | Code::KeyNotCertified => false,
             _ => true,
         }
@@ -214,9 +223,9 @@ impl Enrolment {
         &self,
         session: &Session,
         denial: Denial,
-        distrust: bool,
+        distrust: Option<Revision>,
     ) -> Result<Result<v1::Verdict, v1::Denied>, Refusal> {
-        let forked = distrust && denial.refusal.code == Code::ClockStepBack;
+        let forked = distrust.is_some() && denial.refusal.code == Code::ClockStepBack;
         let code = if forked { Code::TpmStateForked } else { denial.refusal.code };
         let row = DenialRow {
             stamp: self.replica.now(),
@@ -356,7 +365,7 @@ fn expectation(
     cluster: &ClusterId,
     node: &NodeId,
     token: &str,
-) -> Result<(Expected, Endorsements, ambit_model::Revision), Refusal> {
+) -> Result<(Expected, Endorsements, Revision), Refusal> {
     let cell = s.cell().ok_or_else(|| Refusal::new(Code::Unavailable, "a founded cell", "an empty one"))?;
     let row =
         s.cluster(cluster).ok_or_else(|| Refusal::new(Code::NotFound, "a cluster of this cell", cluster.as_str()))?;
