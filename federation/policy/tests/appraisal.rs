@@ -144,6 +144,7 @@ fn what_is_probably_not_meant_is_warned_of() {
     let mut sound = full();
     sound.boot_log_optional = false;
     sound.secure_boot_any = false;
+    sound.ima.as_mut().unwrap().violations_tolerated = false;
     sound.images = Some(BTreeSet::from([A.parse().unwrap()]));
     sound.files = Some(BTreeSet::from([A.parse().unwrap()]));
     sound.grub_commands = Some(BTreeSet::from(["set timeout=[0-9]+".to_owned()]));
