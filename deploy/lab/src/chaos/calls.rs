@@ -102,8 +102,17 @@ impl Drop for Calls {
 
 /// When the last unbroken row of good calls began, if it is long enough.
 fn streak(calls: &[Call]) -> Option<f64> {
-    let good = calls.iter().rev().take_while(|c| c.ok).count();
-    (good >= STREAK).then(|| calls.get(calls.len() - good).map(|c| c.t_ms)).flatten()
+    row(calls, true)
+}
+
+/// When the last unbroken row of failed calls began, if it is long enough: one failed call is no verdict.
+pub(crate) fn ebb(calls: &[Call]) -> Option<f64> {
+    row(calls, false)
+}
+
+fn row(calls: &[Call], ok: bool) -> Option<f64> {
+    let alike = calls.iter().rev().take_while(|c| c.ok == ok).count();
+    (alike >= STREAK).then(|| calls.get(calls.len() - alike).map(|c| c.t_ms)).flatten()
 }
 
 /// Milliseconds since the Unix epoch, as probes count them.
@@ -126,5 +135,9 @@ mod tests {
         assert_eq!(streak(&calls), None, "one short");
         calls.push(call(99, true));
         assert_eq!(streak(&calls), Some(31.0));
+        calls.extend((100..100 + STREAK - 1).map(|t| call(t, false)));
+        assert_eq!(ebb(&calls), None, "one short");
+        calls.push(call(999, false));
+        assert_eq!((ebb(&calls), streak(&calls)), (Some(100.0), None));
     }
 }
