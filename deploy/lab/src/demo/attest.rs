@@ -38,8 +38,8 @@ impl Demo<'_> {
         let at = refused().unwrap_or(f64::INFINITY);
         let stray = calls.between(begun, at).iter().filter(|c| !c.ok).count();
         drop(calls);
-        self.figures.put("calls that failed before that", stray as f64, "", None);
         self.figures.put("file altered -> calls refused (lab)", at - begun, "ms", Some(1000.0 * ATTEST_EVERY_S as f64));
+        self.figures.put("stray failed calls before that", stray as f64, "", None);
         let explained = self.lab.ambit("east", &["node", "explain", &id])?;
         let names = explained.contains("ima_file_not_allowed") && explained.contains(&format!("measured/{FILE}"));
         expect(names, "an explanation that names the file", &explained)?;
