@@ -25,6 +25,7 @@ const FIGURES: [&str; 22] = [
     "enrol east-n2, without TPM time",
     "policy change -> enforced in the other cluster",
     "file altered -> calls refused (lab)",
+    "stray failed calls before that",
     "release -> calls again, by a new attestation",
     "leader-loss: RTO",
     "leader-loss: acknowledged writes lost",
