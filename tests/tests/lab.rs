@@ -14,7 +14,7 @@ use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 /// Every figure of the closing table.
-const FIGURES: [&str; 22] = [
+const FIGURES: [&str; 23] = [
     "lab ready",
     "cell west formed",
     "cell east formed",
