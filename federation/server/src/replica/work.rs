@@ -92,14 +92,16 @@ mod tests {
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn a_full_queue_is_busy_and_what_nobody_waits_for_is_not_done() {
         let work = Arc::new(Work::start().unwrap());
-        let (done, gate) = (Arc::new(AtomicUsize::new(0)), Arc::new(Mutex::new(())));
-        let held = gate.lock().unwrap();
+        let done = Arc::new(AtomicUsize::new(0));
+        // Nothing is ever sent: each job waits until the other end is dropped.
+        let (open, gate) = sync_channel::<()>(0);
+        let gate = Arc::new(Mutex::new(gate));
         let mut callers = Vec::new();
         // Both threads are held up, then the queue fills.
         loop {
             let (work, gate, done) = (work.clone(), gate.clone(), done.clone());
             let job = move || {
-                drop(gate.lock());
+                let _ = gate.lock().unwrap().recv();
                 done.fetch_add(1, Ordering::Relaxed)
             };
             let mut caller = Box::pin(async move { work.run(job).await });
@@ -114,7 +116,7 @@ mod tests {
         assert!((WAITING_MAX..=WAITING_MAX + THREADS).contains(&callers.len()), "{}", callers.len());
         // All but the first give up, then the gate opens.
         callers.truncate(THREADS);
-        drop(held);
+        drop(open);
         for caller in callers {
             caller.await.unwrap();
         }
