@@ -55,7 +55,7 @@ impl RecordKey {
 fn claims(r: &NodeResult) -> Value {
     let (row, standing) = (&r.row, &r.standing);
     let (vector, status) = trust(r);
-    let hexes = standing.pcrs.values.iter().map(|(n, v)| (n.to_string(), Value::from(hex::encode(v))));
+    let hexes = r.boot.values.iter().map(|(n, v)| (n.to_string(), Value::from(hex::encode(v))));
     let pcrs: Map<String, Value> = hexes.collect();
     let mut node = json!({
         "ear.status": status,
@@ -75,7 +75,7 @@ fn claims(r: &NodeResult) -> Value {
         "ambit.ek-class": row.ek.class,
         "ambit.ak-name": hex::encode(&row.ak.name),
         "ambit.firmware-version": format!("{:#018x}", row.ek.firmware_version),
-        "ambit.bank": standing.pcrs.bank.as_str(),
+        "ambit.bank": r.boot.bank.as_str(),
         "ambit.pcrs": pcrs,
         "ambit.counters": {
             "reset": standing.counters.resets,

@@ -83,7 +83,7 @@ fn node_leaf(f: &Fixture, authority: &str, key: &SvidKey, csr: &Csr) -> Result<V
             counters: Counters::default(),
             firmware_version: 1,
             ima: ImaPoint::default(),
-            pcrs: BootPcrs { bank: PcrBank::Sha256, values: Default::default() },
+            pcrs: Some(BootPcrs { bank: PcrBank::Sha256, values: Default::default() }),
             boot_pcrs_sha256: [1; 32],
             boot_log_sha256: [1; 32],
             policy: PolicyRef { name: "any".parse().unwrap(), version: 1 },

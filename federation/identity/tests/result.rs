@@ -109,7 +109,7 @@ fn seen(clock: u64, pcr: [u8; 32]) -> Seen {
         counters: Counters { resets: 1, restarts: 0, clock },
         firmware_version: 1,
         ima: ImaPoint::default(),
-        pcrs: BootPcrs { bank: PcrBank::Sha256, values: [(7, pcr.to_vec())].into() },
+        pcrs: Some(BootPcrs { bank: PcrBank::Sha256, values: [(7, pcr.to_vec())].into() }),
         boot_pcrs_sha256: pcr,
         boot_log_sha256: [1; 32],
         policy: PolicyRef { name: "servers".parse().unwrap(), version: 3 },

@@ -100,8 +100,8 @@ pub struct Seen {
     pub firmware_version: u64,
     /// How far the IMA log was judged.
     pub ima: ImaPoint,
-    /// The boot's PCRs.
-    pub pcrs: BootPcrs,
+    /// The boot's PCRs; none for the boot that the last verdict saw, by the digest below: most rounds say nothing new of it.
+    pub pcrs: Option<BootPcrs>,
     /// SHA-256 over the boot's PCRs.
     pub boot_pcrs_sha256: [u8; 32],
     /// SHA-256 of the boot log that led to them.

@@ -101,6 +101,8 @@ pub struct NodeResult {
     pub row: crate::objects::NodeRow,
     /// Its last good verdict.
     pub standing: crate::objects::Standing,
+    /// The PCRs of its boot.
+    pub boot: crate::objects::BootPcrs,
     /// Whether verdicts are overdue.
     pub late: bool,
     /// SHA-256 of the accepting policy's canonical form; none where the cell keeps that version no more.

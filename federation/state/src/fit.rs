@@ -18,7 +18,7 @@ impl State {
         match selector {
             Selector::TpmEkHash(ek) => ek == id,
             Selector::TpmPcr(bank, n, value) => {
-                standing.is_some_and(|s| s.pcrs.bank == *bank && s.pcrs.values.get(n) == Some(value))
+                self.boots.get(id).is_some_and(|boot| boot.bank == *bank && boot.values.get(n) == Some(value))
             }
             Selector::TpmPolicy(name) => standing.is_some_and(|s| s.policy.name == *name),
             Selector::UnixUid(_) | Selector::UnixGid(_) | Selector::Cgroup(_) => false,

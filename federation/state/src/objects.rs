@@ -256,9 +256,7 @@ pub struct Standing {
     pub counters: Counters,
     /// How far the IMA log was judged.
     pub ima: ImaPoint,
-    /// The boot's PCRs.
-    pub pcrs: BootPcrs,
-    /// SHA-256 over the boot's PCRs: while they are the same, so is the boot.
+    /// SHA-256 over the boot's PCRs (which change with a boot, and have a table of their own): while they are the same, so is the boot.
     pub boot_pcrs_sha256: [u8; 32],
     /// SHA-256 of the boot log that led to them.
     pub boot_log_sha256: [u8; 32],

@@ -14,6 +14,7 @@ impl State {
         let cell = self.cell().ok_or_else(never)?;
         let row = self.node(id).ok_or_else(never)?.clone();
         let standing = self.standing(id).ok_or_else(never)?.clone();
+        let boot = self.boots.get(id).ok_or_else(never)?.clone();
         let policy = self.appraisal_policies().find(|(name, _)| **name == standing.policy.name).map(|(_, p)| p);
         let versions = policy.into_iter().flat_map(|p| std::iter::once(&p.current).chain(p.previous.as_ref()));
         let policy_sha256 = versions.filter(|v| v.version == standing.policy.version).map(|v| v.sha256).next();
@@ -23,6 +24,7 @@ impl State {
             late: self.is_late(id),
             row,
             standing,
+            boot,
             policy_sha256,
             stamp: self.stamp(),
             index: self.applied(),

@@ -56,6 +56,8 @@ pub struct State {
     pub(crate) verdicts: Table<(NodeId, u64), VerdictRow>,
     pub(crate) ek_denials: Table<ObjectName, EkDenyRow>,
     pub(crate) appraisal_policies: Table<ObjectName, AppraisalPolicyRow>,
+    /// The PCRs of each node's boot, as of its standing.
+    pub(crate) boots: Table<NodeId, BootPcrs>,
     /// `issued` by node and end, in memory only: counting a node's leaves must not cost a walk over everybody's.
     pub(crate) live_leaves: BTreeMap<NodeId, BTreeSet<(Stamp, [u8; 16])>>,
     /// Entries with node selectors by cluster, in memory only: a verdict must not cost a walk over all entries.
@@ -93,7 +95,8 @@ macro_rules! each_table {
             $s.standings,
             $s.verdicts,
             $s.ek_denials,
-            $s.appraisal_policies
+            $s.appraisal_policies,
+            $s.boots
         )
     };
 }
@@ -180,6 +183,7 @@ impl State {
             verdicts: Table::new(id()),
             ek_denials: Table::new(id()),
             appraisal_policies: Table::new(id()),
+            boots: Table::new(id()),
             live_leaves: BTreeMap::new(),
             asking: BTreeMap::new(),
         }

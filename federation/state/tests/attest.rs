@@ -302,6 +302,26 @@ fn a_policy_has_versions_and_a_staged_one_keeps_what_it_was() {
     assert_eq!(code(west.run(foreign)), Code::NotFound);
 }
 
+#[test]
+fn a_verdict_that_does_not_say_what_was_booted_is_on_the_boot_known() {
+    let mut west = west();
+    let silent = |clock, boot| Seen { pcrs: None, boot_pcrs_sha256: boot, ..seen(clock) };
+    let known = west.state.standing(&node(1)).unwrap().boot_pcrs_sha256;
+    let same = round(&west, 1, silent(50, known));
+    item(west.run(same)).unwrap();
+    let digest = west.state.standing(&node(1)).cloned();
+    let other = round(&west, 1, Seen { firmware_version: 99, ..silent(60, [8; 32]) });
+    assert_eq!(item(west.run(other)).unwrap_err().code, Code::StaleAppraisal);
+    assert_eq!(west.state.standing(&node(1)).cloned(), digest);
+    assert_ne!(west.state.node(&node(1)).unwrap().ek.firmware_version, 99, "refused before the first change");
+    // Nor does an admission: neither nonce nor node is there afterwards.
+    let mut a = admission(&west, 1, 70, None);
+    a.seen = silent(70, [8; 32]);
+    assert_eq!(code(west.run(Command::AdmitNode(a.clone()))), Code::StaleAppraisal);
+    a.seen = silent(70, known);
+    assert!(west.run(Command::AdmitNode(a)).is_ok());
+}
+
 /// The bound: 8 KiB per enrolled node, beyond evidence bodies and lists.
 #[test]
 fn a_node_costs_little() {

@@ -27,7 +27,7 @@ fn pcr_7(value: [u8; 32]) -> String {
 fn shown(clock: u64, policy: &str, pcr: [u8; 32]) -> Seen {
     let pcrs = BootPcrs { bank: PcrBank::Sha256, values: [(7, pcr.to_vec()), (4, vec![4; 32])].into() };
     let policy = PolicyRef { name: policy.parse().unwrap(), version: clock };
-    Seen { pcrs, boot_pcrs_sha256: pcr, policy, ..seen(clock) }
+    Seen { pcrs: Some(pcrs), boot_pcrs_sha256: pcr, policy, ..seen(clock) }
 }
 /// West with nodes 1 and 2, and one entry for each way of asking.
 fn west() -> Cell {
@@ -103,7 +103,7 @@ fn slices_move_only_where_a_verdict_changes_what_fits() {
     let mut west = west();
     let other_pcr = |clock, policy: &str, n: u8| {
         let mut seen = shown(clock, policy, BOOTED);
-        seen.pcrs.values.insert(n, vec![99; 32]);
+        seen.pcrs.as_mut().unwrap().values.insert(n, vec![99; 32]);
         seen.boot_pcrs_sha256 = [n; 32];
         seen
     };

@@ -117,7 +117,7 @@ impl Cell {
                 counters: Counters { resets: 1, restarts: 0, clock: u64::from(nonce) },
                 firmware_version: 1,
                 ima: ImaPoint::default(),
-                pcrs: BootPcrs { bank: PcrBank::Sha256, values: Default::default() },
+                pcrs: Some(BootPcrs { bank: PcrBank::Sha256, values: Default::default() }),
                 boot_pcrs_sha256: [1; 32],
                 boot_log_sha256: [1; 32],
                 policy: PolicyRef { name: "any".parse().unwrap(), version: 1 },

@@ -243,7 +243,7 @@ fn admission(e: &Verified<NodeEvidence>, csr: &Csr, claims: String) -> Admission
             e.counters,
             e.firmware_version,
             &e.appraised.checkpoint,
-            (&e.pcrs, e.boot_pcrs_sha256),
+            (Some(&e.pcrs), e.boot_pcrs_sha256),
             e.trust_vector(),
         ),
         key_hash: csr.spki_sha256(),
@@ -256,7 +256,7 @@ fn seen(
     c: ambit_verify::Counters,
     firmware_version: u64,
     ima: &Checkpoint,
-    (pcrs, boot_pcrs_sha256): (&BTreeMap<u32, Vec<u8>>, [u8; 32]),
+    (pcrs, boot_pcrs_sha256): (Option<&BTreeMap<u32, Vec<u8>>>, [u8; 32]),
     trust: TrustVector,
 ) -> Seen {
     let form = ima.form.as_str().to_owned();
@@ -264,10 +264,10 @@ fn seen(
         counters: Counters { resets: c.reset, restarts: c.restart, clock: c.clock_ms },
         firmware_version,
         ima: ImaPoint { offset: ima.offset, entries: ima.entries, pcr: ima.pcr.clone(), form },
-        pcrs: BootPcrs {
+        pcrs: pcrs.map(|pcrs| BootPcrs {
             bank: PcrBank::Sha256,
             values: pcrs.iter().filter(|(n, _)| is_boot_pcr(**n)).map(|(n, v)| (*n as u8, v.clone())).collect(),
-        },
+        }),
         boot_pcrs_sha256,
         boot_log_sha256: ambit_verify::hash::sha256(BOOT_LOG),
         trust,
@@ -369,8 +369,7 @@ fn round(server: &Server, tpm: &SoftTpm, known: &KnownNode, meter: &mut Meter) -
         let before = Before { counters, boot_pcrs_sha256: standing.boot_pcrs_sha256, ima, policy };
         let logs = RoundLogs::Grown { ima_log: &[] };
         let e = fresh.appraise(&before, EkClass::Lab, logs, &server.compiled).map_err(|denial| denial.refusal)?;
-        let seen =
-            seen(e.counters, e.firmware_version, &e.appraised.checkpoint, (&e.pcrs, e.boot_pcrs_sha256), e.trust);
+        let seen = seen(e.counters, e.firmware_version, &e.appraised.checkpoint, (None, e.boot_pcrs_sha256), e.trust);
         Ok(RoundVerdict { node, generation: Generation(1), policy_revision, seen })
     })
 }

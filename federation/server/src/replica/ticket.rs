@@ -95,3 +95,21 @@ pub async fn rotate_if_due(replica: &Replica) -> Result<(), Refusal> {
     replica.propose_own(Command::RotateTicketKey(wrapped)).await?.outcome?;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_newest_keys_stay_open_and_no_more() {
+        let open = OpenKeys::default();
+        for n in 0..=OPEN_KEYS_MAX as u8 {
+            open.keep(&[n], &Zeroizing::new([n; 32]));
+        }
+        assert!(open.get(&[0]).is_none(), "the oldest went");
+        for n in 1..=OPEN_KEYS_MAX as u8 {
+            assert_eq!(*open.get(&[n]).unwrap(), [n; 32]);
+        }
+        assert_eq!(open.lock().len(), OPEN_KEYS_MAX);
+    }
+}

@@ -365,3 +365,22 @@ fn content(m: &v1::Slice) -> [u8; 32] {
     let bare = v1::Slice { revision: 0, stamp_ms: 0, imported: Vec::new(), ..m.clone() };
     Sha256::digest(bare.encode_to_vec()).into()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_due_together_is_done_at_one_instant_and_never_early() {
+        let now = Instant::now();
+        let mut instants = std::collections::BTreeSet::new();
+        for ms in 0..1_000 {
+            let at = now + Duration::from_millis(ms);
+            let then = in_company(at);
+            // The raster is laid in whole milliseconds.
+            assert!(then + Duration::from_millis(1) > at && then < at + RASTER + Duration::from_millis(1), "{ms}");
+            instants.insert(then);
+        }
+        assert!((4..=5).contains(&instants.len()), "{}", instants.len());
+    }
+}

@@ -361,6 +361,8 @@ impl Judgement {
             (standing.evidence_sha256, standing.evidence_depth)
         };
         let counters = evidence.counters;
+        let same_boot = evidence.boot_pcrs_sha256 == standing.boot_pcrs_sha256;
+        let pcrs = (!same_boot).then(|| crate::services::node::boot_pcrs(evidence.bank, &evidence.pcrs));
         let verdict = RoundVerdict {
             node: self.node,
             generation: self.generation,
@@ -369,7 +371,7 @@ impl Judgement {
                 counters: crate::services::node::stored(&counters),
                 firmware_version: evidence.firmware_version,
                 ima: crate::services::node::point(&evidence.appraised.checkpoint),
-                pcrs: crate::services::node::boot_pcrs(evidence.bank, &evidence.pcrs),
+                pcrs,
                 boot_pcrs_sha256: evidence.boot_pcrs_sha256,
                 boot_log_sha256,
                 policy,

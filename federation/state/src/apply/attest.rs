@@ -30,6 +30,7 @@ fn verdict(s: &mut State, at: At, v: &RoundVerdict) -> Result<(), Refusal> {
         let then = v.policy_revision;
         return Err(Refusal::new(Code::StaleAppraisal, format!("policy revision {now}"), then.to_string()));
     }
+    boot_known(s, &v.node, &v.seen)?;
     let before = s.standing(&v.node).map(|standing| standing.counters);
     if before.is_some_and(|then| v.seen.counters <= then) {
         return Err(Refusal::new(Code::ClockStepBack, format!("counters after {before:?}"), "older ones"));
@@ -73,11 +74,21 @@ fn admitted<'a>(s: &'a State, id: &NodeId, generation: Generation) -> Result<&'a
     Ok(row)
 }
 
+/// A verdict that does not say what was booted must be on the boot that is known. Asked before anything changes.
+pub(super) fn boot_known(s: &State, id: &NodeId, seen: &Seen) -> Result<(), Refusal> {
+    let known = || s.standing(id).is_some_and(|b| b.boot_pcrs_sha256 == seen.boot_pcrs_sha256);
+    if seen.pcrs.is_some() || known() {
+        return Ok(());
+    }
+    Err(Refusal::new(Code::StaleAppraisal, "a verdict on the boot known, or the PCRs of another", "neither"))
+}
+
 /// Notes a good verdict: the standing always, a new stretch of history where boot or policy changed, and new slices
 /// only where an entry with node selectors begins or ceases to fit: rounds of ten thousand nodes must not move them.
 pub(super) fn stand(s: &mut State, at: At, id: &NodeId, generation: Generation, seen: &Seen) -> Result<(), Refusal> {
     let before = s.standing(id).cloned();
-    let other = |b: &Standing| b.policy.name != seen.policy.name || b.pcrs != seen.pcrs;
+    let booted = seen.pcrs.as_ref().filter(|pcrs| s.boots.get(id) != Some(pcrs));
+    let other = |b: &Standing| b.policy.name != seen.policy.name || booted.is_some();
     let fitting = before.as_ref().filter(|b| other(b)).map(|_| s.fitting_by_verdict(id));
     let same = before
         .as_ref()
@@ -94,7 +105,6 @@ pub(super) fn stand(s: &mut State, at: At, id: &NodeId, generation: Generation, 
         led_ms: s.led_ms(),
         counters: seen.counters,
         ima: seen.ima.clone(),
-        pcrs: seen.pcrs.clone(),
         boot_pcrs_sha256: seen.boot_pcrs_sha256,
         boot_log_sha256: seen.boot_log_sha256,
         policy: seen.policy.clone(),
@@ -104,6 +114,9 @@ pub(super) fn stand(s: &mut State, at: At, id: &NodeId, generation: Generation, 
         rounds,
     };
     s.standings.put(&mut s.journal, *id, standing);
+    if let Some(pcrs) = booted.cloned() {
+        s.boots.put(&mut s.journal, *id, pcrs);
+    }
     if let Some(fitted) = fitting {
         let fits = s.fitting_by_verdict(id);
         if fits != fitted {

@@ -26,6 +26,7 @@ pub(super) fn admit(s: &mut State, at: At, a: &Admission) -> Result<Reply, Refus
     if !s.clusters.contains(&a.cluster) {
         return Err(Refusal::new(Code::NotFound, "a cluster of this cell", a.cluster.as_str()));
     }
+    attest::boot_known(s, &a.node, &a.seen)?;
     let before = s.node(&a.node).cloned();
     let generation = next_generation(s, a, before.as_ref())?;
     let leaf = issue::node_leaf(s, at, &a.node, generation, &a.authority, a.key_hash)?;
@@ -44,7 +45,8 @@ pub(super) fn admit(s: &mut State, at: At, a: &Admission) -> Result<Reply, Refus
     s.nodes.put(&mut s.journal, a.node, row);
     attest::stand(s, at, &a.node, generation, &a.seen)?;
     issue::keep(s, &leaf);
-    // No slice but the node's own depends on this (or `stand` saw that one does), and it gets that with its stream: ten thousand others need not look.
+    // No slice but the node's own depends on this (or `stand` saw that one does), and it gets that with its
+    // stream: ten thousand others need not look.
     Ok(Reply::Admitted(generation, leaf))
 }
 

@@ -92,7 +92,7 @@ pub(crate) fn seen(clock: u64) -> Seen {
         counters: Counters { resets: 1, restarts: 0, clock },
         firmware_version: 7,
         ima: ImaPoint::default(),
-        pcrs: BootPcrs { bank: PcrBank::Sha256, values: Default::default() },
+        pcrs: Some(BootPcrs { bank: PcrBank::Sha256, values: Default::default() }),
         boot_pcrs_sha256: [1; 32],
         boot_log_sha256: [2; 32],
         policy: PolicyRef { name: "servers".parse().unwrap(), version: 1 },

@@ -338,7 +338,7 @@ fn admission(
             counters: super::stored(&e.counters),
             firmware_version: e.firmware_version,
             ima: super::point(&e.appraised.checkpoint),
-            pcrs: super::boot_pcrs(e.bank, &e.pcrs),
+            pcrs: Some(super::boot_pcrs(e.bank, &e.pcrs)),
             boot_pcrs_sha256: e.boot_pcrs_sha256,
             boot_log_sha256: ambit_verify::hash::sha256(&accepted.body.boot_log),
             policy: accepted.policy.clone(),
