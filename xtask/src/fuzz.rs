@@ -30,6 +30,9 @@ const LIMITS: [&str; 2] = ["-timeout=5", "-rss_limit_mb=512"];
 /// Seconds in which the planted fault must be found; it takes one.
 const CANARY_SECONDS: u64 = 20;
 
+/// Longest input that is added to a committed corpus, in bytes; longer ones are cut.
+const MERGED_MAX: usize = 4096;
+
 /// What to do.
 pub(crate) struct Options<'a> {
     seconds: u64,
@@ -64,7 +67,7 @@ impl<'a> Options<'a> {
 /// A target, as the engine names it.
 struct Target {
     name: String,
-    len_max: String,
+    len_max: usize,
 }
 
 /// The last line is always the counts, also where it stopped early: then nothing was proven, and it fails.
@@ -153,7 +156,7 @@ fn targets(engine: &Path, only: Option<&str>) -> Result<Vec<Target>, Stop> {
     let out = command(engine, "list")?.stderr(Stdio::null()).output().map_err(|e| failed("the engine", e))?;
     let text = String::from_utf8_lossy(&out.stdout).into_owned();
     let pairs = text.lines().filter_map(|line| line.split_once(' '));
-    let all = pairs.map(|(name, len_max)| Target { name: name.to_owned(), len_max: len_max.to_owned() });
+    let all = pairs.filter_map(|(name, max)| Some(Target { name: name.to_owned(), len_max: max.parse().ok()? }));
     let chosen: Vec<_> = all.filter(|target| only.is_none_or(|name| name == target.name)).collect();
     match only {
         Some(name) if chosen.is_empty() => Err(Stop::Usage(format!("--target {name}: one of\n{text}"))),
@@ -232,12 +235,12 @@ fn drive(engine: &Path, target: &Target, seconds: u64) -> Result<Outcome, Stop> 
     Ok(Outcome::read(name, &String::from_utf8_lossy(&out.stderr), out.status.code()))
 }
 
-/// Adds to the committed corpus what reaches code that nothing in it reaches, smallest first.
+/// Adds to the committed corpus the few collected inputs that reach code which nothing in it reaches.
 fn merge(engine: &Path, target: &Target) -> Result<(), Stop> {
     let committed = cargo::root()?.join(CRATE).join("corpus").join(&target.name);
     let out = command(engine, &target.name)?
         .args(LIMITS)
-        .args(["-merge=1", &format!("-max_len={}", target.len_max)])
+        .args(["-set_cover_merge=1", "-use_counters=0", &format!("-max_len={}", target.len_max.min(MERGED_MAX))])
         .args([committed, folder("collected", &target.name)?])
         .stdout(Stdio::null())
         .output()
