@@ -19,6 +19,7 @@ use ambit_verify::{
 use common::Swtpm;
 use rcgen::{CertificateParams, KeyPair};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 use zeroize::Zeroizing;
 
 const NOW: Stamp = Stamp(1_900_000_000_000);
