@@ -30,6 +30,8 @@ struct Line {
     by: Option<String>,
     /// Whether the kernel refused the call in `connect()` (EPERM), before anything was sent.
     refused: bool,
+    /// Why there was no answer.
+    error: Option<String>,
 }
 
 /// Calls `target` every `interval` until standard output is closed or the process is killed.
@@ -59,9 +61,10 @@ pub fn run(target: SocketAddrV4, interval: Duration) -> std::io::Result<()> {
 
 fn tell(outcome: std::io::Result<String>) -> std::io::Result<()> {
     let refused = outcome.as_ref().is_err_and(|e| e.kind() == std::io::ErrorKind::PermissionDenied);
+    let error = outcome.as_ref().err().map(ToString::to_string);
     let by = outcome.ok();
     let t_ms = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
-    let mut text = serde_json::to_string(&Line { t_ms, ok: by.is_some(), by, refused }).unwrap_or_default();
+    let mut text = serde_json::to_string(&Line { t_ms, ok: by.is_some(), by, refused, error }).unwrap_or_default();
     text.push('\n');
     // One write per line, so that lines of several threads do not mix.
     let mut out = std::io::stdout().lock();

@@ -168,14 +168,17 @@ impl Demo<'_> {
         Ok(())
     }
 
-    /// Python's own web server, with one page.
+    /// Python's own web server, with one page. Its listening queue of five would overflow whenever two busy cores keep it
+    /// waiting for 30 ms; the kernel then drops the SYN, and a call fails a second later, mesh or no mesh.
     pub(crate) fn serve(&self, pod: &Pod, page: &str) -> Result<(), LabError> {
         let folder = self.lab.folder(&pod.node).join(format!("www-{}", pod.name));
         make_folder(&folder)?;
         write_file(&folder.join("index.html"), format!("{page}\n").as_bytes())?;
         open_to_all(&folder.join("index.html"))?;
         let (address, folder, port) = (pod.address.to_string(), folder.display().to_string(), PORT.to_string());
-        let argv = ["python3", "-m", "http.server", &port, "--bind", &address, "--directory", &folder];
+        const SERVER: &str = "import runpy, socketserver; socketserver.TCPServer.request_queue_size = 1024; \
+                              runpy.run_module('http.server', run_name='__main__', alter_sys=True)";
+        let argv = ["python3", "-c", SERVER, &port, "--bind", &address, "--directory", &folder];
         self.lab.start_in_pod(pod, &argv, Ready::Listening(SocketAddr::from((pod.address, PORT)))).map(drop)
     }
 
