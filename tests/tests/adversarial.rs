@@ -182,6 +182,9 @@ async fn evidence_is_refused() {
     let mut flood = answer("west", &token).await;
     flood.frames.last_mut().unwrap().part = Some(Part::Chunk(vec![0; 1 << 20]));
     told(40, "more log bytes than announced", send(&flood).await, "evidence_malformed");
+    let mut more = answer("west", &token).await;
+    more.frames.push(v1::EvidenceRequest { part: Some(Part::Chunk(vec![0])) });
+    told(40, "a message after the logs", send(&more).await, "evidence_malformed");
 
     let theirs = {
         let begun = other.begin(cell.anonymous(1).await.unwrap(), "west", &token).await.unwrap().unwrap();

@@ -138,6 +138,18 @@ pub enum Nodes {
     Cluster(ClusterId),
 }
 
+/// What bad evidence at an enrolment speaks against: an admission, under the rules that judged it. After a newer admission,
+/// or by other rules, it may be good.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Against {
+    /// The admission in force when the evidence was judged.
+    pub generation: Generation,
+    /// The appraisal policies that judged.
+    pub policy_revision: Revision,
+    /// The endorsements that judged.
+    pub endorsement_revision: Revision,
+}
+
 /// The only ways the state changes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(clippy::large_enum_variant, reason = "commands are encoded at once, never kept")]
@@ -179,9 +191,8 @@ pub enum Command {
         deadline: Stamp,
         /// The reason.
         row: DenialRow,
-        /// The policy revision under which it speaks against the node as admitted before (its own TPM showed another
-        /// state); none where it does not.
-        distrust: Option<Revision>,
+        /// What it speaks against, if its own TPM showed another state than the node was admitted with.
+        distrust: Option<Against>,
     },
     /// An operator's word about nodes: all of them or none.
     SetNodes(NodeVerb, Nodes),

@@ -5,7 +5,7 @@ mod common;
 
 use ambit_model::record::Kind;
 use ambit_model::{Code, Generation, NodeId, Refusal, Revision, Stamp};
-use ambit_state::command::{LeafRequest, NodeVerb, Nodes, RoundVerdict, Seen};
+use ambit_state::command::{Against, LeafRequest, NodeVerb, Nodes, RoundVerdict, Seen};
 use ambit_state::objects::*;
 use ambit_state::{Command, LATE_MAX_MS, Reply};
 use common::{Cell, admission, cluster, code, entry, node, seen};
@@ -105,6 +105,25 @@ fn item_code(cell: &mut Cell, n: u8, clock: u64) -> Code {
 }
 
 #[test]
+fn what_is_said_under_the_leaf_of_an_older_admission_says_nothing_good_or_bad() {
+    let mut west = west();
+    let a = admission(&west, 1, 95, None);
+    assert!(matches!(west.run(Command::AdmitNode(a)), Ok(Reply::Admitted(Generation(2), _))));
+    let before = west.state.standing(&node(1)).cloned();
+    let good = |generation| {
+        let Command::PutVerdicts(mut v) = round(&west, 1, seen(960)) else { panic!("verdicts") };
+        v[0].generation = Generation(generation);
+        Command::PutVerdicts(v)
+    };
+    let (older, present) = (good(1), good(2));
+    assert_eq!(item(west.run(older)).unwrap_err().code, Code::SvidUntrusted);
+    let bad = Command::Distrust(Generation(1), Revision(0), denial(1, Code::ImaFileNotAllowed));
+    assert_eq!(code(west.run(bad)), Code::SvidUntrusted);
+    assert_eq!((west.state.standing(&node(1)).cloned(), state(&west, 1)), (before, NodeState::Admitted));
+    item(west.run(present)).unwrap();
+}
+
+#[test]
 fn a_failed_round_puts_the_node_out_everywhere_and_release_lets_it_come_again() {
     let mut west = west();
     let before = west.state.cell().unwrap().export_seq;
@@ -148,8 +167,19 @@ fn a_failed_round_puts_the_node_out_everywhere_and_release_lets_it_come_again() 
 #[test]
 fn bad_evidence_at_enrolment_speaks_against_the_admitted_node_only_where_it_is_the_machines() {
     let altered = NodeState::Untrusted(Code::BootLogEventAltered);
-    let [now, before] = [Revision(0), Revision(77)].map(Some);
-    for (distrust, expected) in [(None, NodeState::Admitted), (before, NodeState::Admitted), (now, altered)] {
+    let now = Against {
+        generation: Generation(1),
+        policy_revision: Revision(0),
+        endorsement_revision: west().state.cell().unwrap().endorsement_revision,
+    };
+    let others = [
+        Against { policy_revision: Revision(77), ..now },
+        Against { endorsement_revision: Revision(77), ..now },
+        Against { generation: Generation(0), ..now },
+        Against { generation: Generation(2), ..now },
+    ];
+    let no_matter = others.map(Some).into_iter().chain([None]).map(|other| (other, NodeState::Admitted));
+    for (distrust, expected) in no_matter.chain([(Some(now), altered)]) {
         let mut west = west();
         let row = denial(1, Code::BootLogEventAltered);
         west.run(Command::DenyNode { nonce: [9; 32], deadline: Stamp(T0 + 1), row, distrust }).unwrap();

@@ -9,8 +9,34 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 const THREADS: usize = 2;
 /// Waiting; at 0.1-4 ms each the last of them waits a few seconds at worst.
 const WAITING_MAX: usize = 2_048;
-/// Logs held while they are read and judged, in MiB, over all streams.
-const LOG_MIB_MAX: u32 = 192;
+const MIB: u64 = 1 << 20;
+
+/// Whose logs share one room. Few nodes with much to show must not keep the many with little waiting until they are late,
+/// nor machines that ask to be let in those that are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lane {
+    /// Logs of a round, a mebibyte at most: nearly all of them.
+    Small,
+    /// Longer logs of a round.
+    Large,
+    /// Logs of an enrolment.
+    Enrolment,
+}
+
+impl Lane {
+    /// The lane of a round's logs by what is announced, in bytes.
+    pub fn of_round(bytes: u64) -> Lane {
+        if bytes <= MIB { Lane::Small } else { Lane::Large }
+    }
+
+    /// What is held at once in MiB, over all streams. The longest logs allowed fit into the two that take them.
+    const fn mib_max(self) -> u32 {
+        match self {
+            Lane::Small => 32,
+            Lane::Large | Lane::Enrolment => 96,
+        }
+    }
+}
 
 type Job = Box<dyn FnOnce() + Send>;
 
@@ -18,7 +44,35 @@ type Job = Box<dyn FnOnce() + Send>;
 /// than putting a thread to sleep and waking it. They end with it.
 pub struct Work {
     queue: SyncSender<Job>,
-    logs: Arc<Semaphore>,
+    small: Arc<Semaphore>,
+    large: Arc<Semaphore>,
+    enrolment: Arc<Semaphore>,
+}
+
+/// Room for logs while they are read and judged. Nothing is held for what was only announced: it grows with what came.
+pub struct LogRoom {
+    lane: Lane,
+    free: Arc<Semaphore>,
+    held: Option<OwnedSemaphorePermit>,
+}
+
+impl LogRoom {
+    /// Room for `bytes` in all. At once or not at all.
+    pub fn grow(&mut self, bytes: u64) -> Result<(), Refusal> {
+        let held = self.held.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
+        let more = usize::try_from(bytes.div_ceil(MIB)).unwrap_or(usize::MAX).saturating_sub(held);
+        if more == 0 {
+            return Ok(());
+        }
+        let busy = || Refusal::new(Code::Busy, format!("logs of {} MiB at once", self.lane.mib_max()), "more");
+        let more = u32::try_from(more).map_err(|_| busy())?;
+        let permit = self.free.clone().try_acquire_many_owned(more).map_err(|_| busy())?;
+        match &mut self.held {
+            Some(held) => held.merge(permit),
+            None => self.held = Some(permit),
+        }
+        Ok(())
+    }
 }
 
 impl Work {
@@ -33,7 +87,9 @@ impl Work {
                 .spawn(move || judge(&jobs))
                 .map_err(|e| Refusal::new(Code::Internal, "a thread that judges", e.to_string()))?;
         }
-        Ok(Work { queue, logs: Arc::new(Semaphore::new(LOG_MIB_MAX as usize)) })
+        let room = |lane: Lane| Arc::new(Semaphore::new(lane.mib_max() as usize));
+        let (small, large, enrolment) = (room(Lane::Small), room(Lane::Large), room(Lane::Enrolment));
+        Ok(Work { queue, small, large, enrolment })
     }
 
     /// Runs `f` on a thread of its own kind. Not at all, if the caller has given up before its turn.
@@ -53,11 +109,14 @@ impl Work {
         told.await.map_err(|_| Refusal::new(Code::Internal, "a judgement", "one that failed"))
     }
 
-    /// Room for logs of `bytes` together, held until dropped. At once or not at all.
-    pub fn log_room(&self, bytes: u64) -> Result<OwnedSemaphorePermit, Refusal> {
-        let mib = u32::try_from(bytes.div_ceil(1 << 20)).unwrap_or(u32::MAX);
-        let busy = |_| Refusal::new(Code::Busy, format!("logs of {LOG_MIB_MAX} MiB at once"), "more");
-        self.logs.clone().try_acquire_many_owned(mib).map_err(busy)
+    /// Room for logs in this lane: none yet.
+    pub fn log_room(&self, lane: Lane) -> LogRoom {
+        let free = match lane {
+            Lane::Small => &self.small,
+            Lane::Large => &self.large,
+            Lane::Enrolment => &self.enrolment,
+        };
+        LogRoom { lane, free: free.clone(), held: None }
     }
 }
 
@@ -83,10 +142,29 @@ mod tests {
             assert_eq!(work.run(|| panic!("a judgement that fails")).await.unwrap_err().code, Code::Internal);
         }
         assert_eq!(work.run(|| 8).await.unwrap(), 8, "and the threads are still there");
-        let all = work.log_room(u64::from(LOG_MIB_MAX) << 20).unwrap();
-        assert_eq!(work.log_room(1).unwrap_err().code, Code::Busy);
-        drop(all);
-        assert!(work.log_room(1).is_ok());
+    }
+
+    #[tokio::test]
+    async fn room_grows_with_what_came_and_lanes_do_not_meet() {
+        let work = Work::start().unwrap();
+        let (mut first, mut second) = (work.log_room(Lane::Large), work.log_room(Lane::Large));
+        first.grow(0).unwrap();
+        first.grow(1).unwrap();
+        first.grow(MIB).unwrap();
+        second.grow(u64::from(Lane::Large.mib_max() - 1) * MIB).unwrap();
+        assert_eq!(first.grow(MIB + 1).unwrap_err().code, Code::Busy);
+        assert_eq!(first.grow(u64::MAX).unwrap_err().code, Code::Busy);
+        for lane in [Lane::Small, Lane::Enrolment] {
+            work.log_room(lane).grow(u64::from(lane.mib_max()) * MIB).unwrap();
+        }
+        drop(second);
+        first.grow(u64::from(Lane::Large.mib_max()) * MIB).unwrap();
+        assert_eq!(work.log_room(Lane::Large).grow(1).unwrap_err().code, Code::Busy);
+        drop(first);
+        work.log_room(Lane::Large).grow(1).unwrap();
+        let longest = ambit_verify::BOOT_LOG_BYTES_MAX + ambit_verify::IMA_LOG_BYTES_MAX;
+        assert!(u64::from(Lane::Enrolment.mib_max()) * MIB >= longest && Lane::of_round(longest) == Lane::Large);
+        assert_eq!((Lane::of_round(MIB), Lane::of_round(MIB + 1)), (Lane::Small, Lane::Large));
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -223,6 +223,12 @@ impl Session {
         if row.generation < self.generation || s.denied(&self.node).is_some_and(|g| self.generation <= g) {
             return Err(Refusal::new(Code::NodeUntrusted, "a generation in force", self.generation.to_string()));
         }
+        // Whoever enrolled since has the newer leaf. Another who still shows the older one must enrol: that tells a copied
+        // TPM from a lost answer.
+        if row.generation != self.generation {
+            let expected = format!("the leaf of generation {}", row.generation);
+            return Err(Refusal::new(Code::SvidUntrusted, expected, self.generation.to_string()));
+        }
         Ok(())
     }
 

@@ -5,6 +5,7 @@
 
 use crate::replica::evidence::{Body, CHAIN_MAX};
 use crate::replica::policies::Governing;
+use crate::replica::work::{Lane, LogRoom};
 use crate::replica::{Replica, random};
 use ambit_model::refusal::Class;
 use ambit_model::{Code, Generation, NodeId, Refusal, Revision, Stamp};
@@ -16,13 +17,15 @@ use ambit_verify::{BOOT_LOG_BYTES_MAX, Bank, Denial, IMA_LOG_BYTES_MAX, KnownNod
 use ambit_verify::{Before, RoundLogs};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::{OwnedSemaphorePermit, oneshot};
+use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 /// A discrete TPM behind a busy machine answers well within this.
 const ANSWER_MAX: Duration = Duration::from_secs(20);
 /// After an answer that could not be judged for reasons of our own.
 const RETRY: Duration = Duration::from_secs(1);
+/// After a judgement by policies that were replaced meanwhile: this replica has the new ones soon, if not yet.
+const STALE_RETRY: Duration = Duration::from_millis(100);
 /// Between attempts to put a failed node out, while there is no leader to take the word.
 const WORD_RETRY: Duration = Duration::from_millis(250);
 /// The part of an interval by which rounds of different nodes are spread.
@@ -60,10 +63,19 @@ struct Open {
     standing: Standing,
     row: NodeRow,
     answer: Option<v1::QuoteAnswer>,
-    boot_log: Vec<u8>,
-    ima_log: Vec<u8>,
-    /// Room for the logs that were announced, held until they are judged.
-    room: Option<OwnedSemaphorePermit>,
+    logs: Logs,
+}
+
+/// What was announced, as it comes.
+#[derive(Default)]
+struct Logs {
+    boot: Vec<u8>,
+    ima: Vec<u8>,
+    /// Bytes that came, also those that were dropped.
+    come: u64,
+    /// Held until they are judged; none once something had to be dropped for want of it. Then all that was announced is
+    /// still read, so that the stream goes on, and asked for again.
+    room: Option<LogRoom>,
 }
 
 /// What came of a round.
@@ -135,8 +147,7 @@ impl Rounds {
             let age = s.standing(&self.node).map_or(0, |st| s.led_ms().saturating_sub(st.led_ms));
             (interval, age)
         });
-        let spread = u64::from_be_bytes(random().unwrap_or_default()) as f64 / u64::MAX as f64;
-        let interval = (interval as f64 * (1.0 - JITTER * spread)) as u64;
+        let interval = (interval as f64 * (1.0 - JITTER * fraction())) as u64;
         super::agent::in_company(Instant::now() + Duration::from_millis(interval.saturating_sub(age)))
     }
 
@@ -163,8 +174,7 @@ impl Rounds {
             boot_log: whole,
             answer_within_ms: ANSWER_MAX.as_millis() as u64,
         };
-        let (boot_log, ima_log) = (Vec::new(), Vec::new());
-        Ok((request, Open { round, whole, governing, standing, row, answer: None, boot_log, ima_log, room: None }))
+        Ok((request, Open { round, whole, governing, standing, row, answer: None, logs: Logs::default() }))
     }
 
     /// Takes the first part of an answer.
@@ -190,12 +200,8 @@ impl Rounds {
                 ));
             }
         }
-        // A policy change asks every node for all of its logs at once: those beyond what fits are asked again.
         let announced = answer.boot_log_len.saturating_add(answer.ima_log_len);
-        match self.replica.work().log_room(announced) {
-            Ok(room) => open.room = Some(room),
-            Err(refusal) => return Err(refusal),
-        }
+        open.logs.room = Some(self.replica.work().log_room(Lane::of_round(announced)));
         open.answer = Some(answer);
         Ok(self.judge_if_whole())
     }
@@ -205,14 +211,7 @@ impl Rounds {
         let unasked = || Refusal::new(Code::BadRequest, "the bytes that were announced", "others");
         let Next::Answer(_, open) = &mut self.next else { return Err(unasked()) };
         let answer = open.answer.as_ref().ok_or_else(unasked)?;
-        let boot_left = (answer.boot_log_len as usize).saturating_sub(open.boot_log.len());
-        let ima_left = (answer.ima_log_len as usize).saturating_sub(open.ima_log.len());
-        let (to_boot, to_ima) = bytes.split_at(bytes.len().min(boot_left));
-        if bytes.is_empty() || to_ima.len() > ima_left {
-            return Err(unasked());
-        }
-        open.boot_log.extend_from_slice(to_boot);
-        open.ima_log.extend_from_slice(to_ima);
+        open.logs.take(answer, &bytes)?;
         Ok(self.judge_if_whole())
     }
 
@@ -220,11 +219,14 @@ impl Rounds {
         let Next::Answer(at, _) = &self.next else { return Todo::Nothing };
         let at = *at;
         let Next::Answer(_, open) = std::mem::replace(&mut self.next, Next::Ask(at)) else { return Todo::Nothing };
-        let come = |a: &v1::QuoteAnswer| {
-            open.boot_log.len() as u64 == a.boot_log_len && open.ima_log.len() as u64 == a.ima_log_len
-        };
+        let come = |a: &v1::QuoteAnswer| open.logs.come == a.boot_log_len.saturating_add(a.ima_log_len);
         if !open.answer.as_ref().is_some_and(come) {
             self.next = Next::Answer(at, open);
+            return Todo::Nothing;
+        }
+        if open.logs.room.is_none() {
+            tracing::debug!(node = %self.node, "no room for logs: round to be repeated");
+            self.next = Next::Ask(Instant::now() + RETRY.mul_f64(1.0 + fraction()));
             return Todo::Nothing;
         }
         let Some(known) = self.known.clone() else { return Todo::Nothing };
@@ -253,7 +255,7 @@ impl Rounds {
             }
             Finished::Again(refusal) => {
                 tracing::debug!(node = %self.node, %refusal, "round to be repeated");
-                let wait = if refusal.code == Code::StaleAppraisal { Duration::ZERO } else { RETRY };
+                let wait = if refusal.code == Code::StaleAppraisal { STALE_RETRY } else { RETRY };
                 self.next = Next::Ask(Instant::now() + wait);
                 Todo::Nothing
             }
@@ -279,6 +281,34 @@ impl Rounds {
     }
 }
 
+impl Logs {
+    /// Takes the next bytes; a piece may belong to both logs.
+    fn take(&mut self, answer: &v1::QuoteAnswer, bytes: &[u8]) -> Result<(), Refusal> {
+        let announced = answer.boot_log_len.saturating_add(answer.ima_log_len);
+        let come = self.come.saturating_add(bytes.len() as u64);
+        if bytes.is_empty() || come > announced {
+            let expected = format!("the {announced} bytes that were announced");
+            return Err(Refusal::new(Code::BadRequest, expected, format!("{come}, or none")));
+        }
+        self.come = come;
+        let Some(room) = &mut self.room else { return Ok(()) };
+        if room.grow(come).is_err() {
+            *self = Logs { come, ..Logs::default() };
+            return Ok(());
+        }
+        let boot_left = (answer.boot_log_len as usize).saturating_sub(self.boot.len());
+        let (to_boot, to_ima) = bytes.split_at(bytes.len().min(boot_left));
+        self.boot.extend_from_slice(to_boot);
+        self.ima.extend_from_slice(to_ima);
+        Ok(())
+    }
+}
+
+/// Evenly from 0 to 1.
+fn fraction() -> f64 {
+    u64::from_be_bytes(random().unwrap_or_default()) as f64 / u64::MAX as f64
+}
+
 /// Judging one answer, apart from the stream that brought it.
 struct Judgement {
     replica: Replica,
@@ -289,7 +319,8 @@ struct Judgement {
 
 impl Judgement {
     async fn of(self, open: Open) -> Finished {
-        let Open { round, whole, governing, standing, row, answer, boot_log, ima_log, room: _room } = open;
+        let Open { round, whole, governing, standing, row, answer, logs } = open;
+        let Logs { boot: boot_log, ima: ima_log, room: _room, .. } = logs;
         let Some(answer) = answer else {
             return Finished::Again(Refusal::new(Code::Internal, "an answer", "none"));
         };
@@ -429,5 +460,45 @@ async fn put_out(
                 return Finished::Out(Refusal::new(Code::NodeUntrusted, "", denial.refusal.code.as_str()));
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::replica::work::Work;
+
+    fn answer(boot: u64, ima: u64) -> v1::QuoteAnswer {
+        v1::QuoteAnswer { boot_log_len: boot, ima_log_len: ima, ..Default::default() }
+    }
+
+    #[tokio::test]
+    async fn logs_are_cut_where_one_ends_and_hold_what_was_announced_and_no_more() {
+        let work = Work::start().unwrap();
+        let (answer, mut logs) = (answer(3, 4), Logs { room: Some(work.log_room(Lane::Small)), ..Logs::default() });
+        assert_eq!(logs.take(&answer, &[]).unwrap_err().code, Code::BadRequest);
+        logs.take(&answer, b"bo").unwrap();
+        logs.take(&answer, b"oim").unwrap();
+        assert_eq!(logs.take(&answer, b"a! ").unwrap_err().code, Code::BadRequest, "one too many");
+        logs.take(&answer, b"a!").unwrap();
+        assert_eq!((&logs.boot[..], &logs.ima[..], logs.come), (&b"boo"[..], &b"ima!"[..], 7));
+        assert!(logs.room.is_some());
+    }
+
+    #[tokio::test]
+    async fn logs_without_room_are_read_to_their_end_and_dropped() {
+        const MIB: usize = 1 << 20;
+        let work = Work::start().unwrap();
+        let (answer, mut logs) = (answer(0, 3 * MIB as u64), Logs::default());
+        let mut others = work.log_room(Lane::Large);
+        others.grow(94 * MIB as u64).unwrap();
+        logs.room = Some(work.log_room(Lane::Large));
+        for come in 1..=3 {
+            logs.take(&answer, &vec![0; MIB]).unwrap();
+            assert_eq!((logs.come, logs.room.is_some()), ((come * MIB) as u64, come < 3));
+        }
+        assert_eq!((logs.ima.len(), logs.ima.capacity()), (0, 0));
+        assert_eq!(logs.take(&answer, &[0]).unwrap_err().code, Code::BadRequest);
+        others.grow(96 * MIB as u64).unwrap();
     }
 }

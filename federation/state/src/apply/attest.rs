@@ -25,7 +25,7 @@ fn verdict(s: &mut State, at: At, v: &RoundVerdict) -> Result<(), Refusal> {
     let now = s.cell().map(|cell| cell.policy_revision);
     let now = now.ok_or_else(|| Refusal::new(Code::Unavailable, "a founded cell", "an empty one"))?;
     let row = admitted(s, &v.node, v.generation)?;
-    let (generation, firmware_version) = (row.generation, row.ek.firmware_version);
+    let firmware_version = row.ek.firmware_version;
     if now != v.policy_revision {
         let then = v.policy_revision;
         return Err(Refusal::new(Code::StaleAppraisal, format!("policy revision {now}"), then.to_string()));
@@ -57,19 +57,23 @@ fn verdict(s: &mut State, at: At, v: &RoundVerdict) -> Result<(), Refusal> {
             return Err(Refusal::new(Code::EkDenied, expected, found));
         }
     }
-    stand(s, at, &v.node, generation, &v.seen)
+    stand(s, at, &v.node, v.generation, &v.seen)
 }
 
-/// The node if it is admitted and of this generation.
+/// The node if it is admitted and of this generation. What was said under the leaf of another admission says nothing of
+/// this one, good or bad.
 fn admitted<'a>(s: &'a State, id: &NodeId, generation: Generation) -> Result<&'a NodeRow, Refusal> {
     let row = s.node(id).ok_or_else(|| Refusal::new(Code::NodeUnknown, "an enrolled node", id.to_string()))?;
     if let Some(code) = row.state.bars_trust() {
         return Err(Refusal::new(code, "an admitted node", row.state.as_str()));
     }
-    // The stream may have been opened with the certificate of an admission before; it is the same node all the same.
     if generation > row.generation || s.denied(id).is_some_and(|denied| generation <= denied) {
         let expected = format!("generation {}", row.generation);
         return Err(Refusal::new(Code::NodeUntrusted, expected, generation.to_string()));
+    }
+    if generation != row.generation {
+        let expected = format!("generation {}", row.generation);
+        return Err(Refusal::new(Code::SvidUntrusted, expected, generation.to_string()));
     }
     Ok(row)
 }
@@ -167,10 +171,7 @@ pub(super) fn distrust(
     policy_revision: Revision,
     row: &DenialRow,
 ) -> Result<Reply, Refusal> {
-    let present = admitted(s, &row.node, generation)?.generation;
-    if generation != present {
-        return Err(Refusal::new(Code::NodeUntrusted, format!("generation {present}"), generation.to_string()));
-    }
+    admitted(s, &row.node, generation)?;
     // What an older policy refuses a newer one may accept: the node is judged again.
     let now = cell_row(s)?.policy_revision;
     if now != policy_revision {

@@ -1,10 +1,10 @@
 //! Admitting nodes: who may come, and who was refused.
 
 use super::{At, attest, cell::burn, cell_row, endorse, issue};
-use crate::command::{Admission, Reply};
+use crate::command::{Admission, Against, Reply};
 use crate::objects::{DenialRow, NodeRow, NodeState, TokenScope};
 use crate::state::State;
-use ambit_model::{Code, Generation, NodeId, Refusal, Revision, Stamp};
+use ambit_model::{Code, Generation, NodeId, Refusal, Stamp};
 
 /// One entry: nonce consumed, token burnt, node admitted, issuance recorded (I5). Refuses before its first change.
 pub(super) fn admit(s: &mut State, at: At, a: &Admission) -> Result<Reply, Refusal> {
@@ -101,7 +101,7 @@ pub(super) fn deny(
     nonce: &[u8; 32],
     deadline: Stamp,
     row: &DenialRow,
-    distrust: Option<Revision>,
+    distrust: Option<Against>,
 ) -> Result<Reply, Refusal> {
     if s.nonces.contains(nonce) {
         return Err(Refusal::new(Code::NonceConsumed, "a nonce used once", "one consumed before"));
@@ -111,8 +111,12 @@ pub(super) fn deny(
         s.nonces.put(&mut s.journal, *nonce, deadline);
     }
     attest::keep_denial(s, at, row);
-    let in_force = distrust.is_some_and(|judged| s.cell().is_some_and(|cell| cell.policy_revision == judged));
-    if in_force && s.node(&row.node).is_some_and(|n| n.state == NodeState::Admitted) {
+    let in_force = |judged: &Against| {
+        s.cell().is_some_and(|cell| {
+            cell.policy_revision == judged.policy_revision && cell.endorsement_revision == judged.endorsement_revision
+        }) && s.node(&row.node).is_some_and(|n| n.state == NodeState::Admitted && n.generation == judged.generation)
+    };
+    if distrust.as_ref().is_some_and(in_force) {
         attest::lose(s, at, row, code)?;
         endorse::changed(s, at);
     }

@@ -2,13 +2,14 @@
 
 use crate::replica::budget::Budget;
 use crate::replica::evidence::Body;
+use crate::replica::work::{Lane, LogRoom};
 use crate::replica::{Replica, random, ticket};
 use crate::services::rounds::PCR_MASK;
 use crate::services::{OrStatus, token_sha256};
 use ambit_identity::{Csr, issue};
 use ambit_model::{ClusterId, Code, NodeId, Refusal, Revision};
 use ambit_proto::v1;
-use ambit_state::command::{Admission, Seen};
+use ambit_state::command::{Admission, Against, Seen};
 use ambit_state::objects::{AkFacts, DenialRow, EkFacts, NodeState, PolicyRef, TokenScope};
 use ambit_state::{Command, State};
 use ambit_verify::{
@@ -126,6 +127,7 @@ impl Enrolment {
             }
         };
         let session = activated.session();
+        let generation = self.replica.local(|s| s.node(&session.node).map(|n| n.generation));
         let denied_rules = self.replica.local(deny_rules).or_status()?;
         let judged = match activated.quote(&denied_rules) {
             Err(refusal) => Judged::Denied(refusal.into()),
@@ -138,7 +140,12 @@ impl Enrolment {
             },
             Judged::Broken(refusal) => self.deny(&session, refusal.into(), None).await.or_status(),
             Judged::Denied(denial) => {
-                let distrust = self.speaks_against(&session, &denial).then_some(session.policy_revision);
+                let against = |generation| Against {
+                    generation,
+                    policy_revision: session.policy_revision,
+                    endorsement_revision: session.endorsement_revision,
+                };
+                let distrust = generation.filter(|_| self.speaks_against(&session, &denial)).map(against);
                 self.deny(&session, denial, distrust).await.or_status()
             }
         }
@@ -152,9 +159,10 @@ impl Enrolment {
         session: &Session,
         (boot, ima): (LogExtent, LogExtent),
     ) -> Result<Judged, Refusal> {
-        let _room = self.replica.work().log_room(boot.len.saturating_add(ima.len))?;
-        let (boot_log, ima_log) = match read_logs(stream, boot, ima).await {
+        let mut room = self.replica.work().log_room(Lane::Enrolment);
+        let (boot_log, ima_log) = match read_logs(stream, boot, ima, &mut room).await {
             Ok(logs) => logs,
+            Err(refusal) if refusal.code == Code::Busy => return Err(refusal),
             // Cut short or overlong after a good HMAC: the nonce is spent like after any other bad evidence, but a
             // broken connection says nothing about the machine.
             Err(refusal) => return Ok(Judged::Broken(refusal)),
@@ -223,7 +231,7 @@ impl Enrolment {
         &self,
         session: &Session,
         denial: Denial,
-        distrust: Option<Revision>,
+        distrust: Option<Against>,
     ) -> Result<Result<v1::Verdict, v1::Denied>, Refusal> {
         let forked = distrust.is_some() && denial.refusal.code == Code::ClockStepBack;
         let code = if forked { Code::TpmStateForked } else { denial.refusal.code };
@@ -433,19 +441,37 @@ fn certifiable(csr_der: &[u8], evidence: &Verified<NodeEvidence>) -> Result<Csr,
     Ok(csr)
 }
 
-/// Both logs, within the time that an answer has.
+/// Both logs and then the end, within the time that an answer has.
 async fn read_logs(
     stream: &mut Streaming<v1::EvidenceRequest>,
     boot: LogExtent,
     ima: LogExtent,
+    room: &mut LogRoom,
 ) -> Result<(Vec<u8>, Vec<u8>), Refusal> {
-    let both = async { Ok((read_exactly(stream, boot).await?, read_exactly(stream, ima).await?)) };
+    let both = async {
+        let boot_log = read_exactly(stream, boot, 0, room).await?;
+        let ima_log = read_exactly(stream, ima, boot.len, room).await?;
+        match stream.message().await {
+            Ok(None) => Ok((boot_log, ima_log)),
+            Ok(Some(_)) => {
+                Err(Refusal::new(Code::EvidenceMalformed, "an end after the logs stated", "another message"))
+            }
+            Err(status) => {
+                Err(Refusal::new(Code::EvidenceMalformed, "an end after the logs stated", status.to_string()))
+            }
+        }
+    };
     let late = || Refusal::new(Code::EvidenceMalformed, "both logs before the deadline", "silence");
     tokio::time::timeout(std::time::Duration::from_millis(ANSWER_MS), both).await.map_err(|_| late())?
 }
 
 /// Reads one log of the stated length; chunks never straddle the two logs.
-async fn read_exactly(stream: &mut Streaming<v1::EvidenceRequest>, extent: LogExtent) -> Result<Vec<u8>, Refusal> {
+async fn read_exactly(
+    stream: &mut Streaming<v1::EvidenceRequest>,
+    extent: LogExtent,
+    before: u64,
+    room: &mut LogRoom,
+) -> Result<Vec<u8>, Refusal> {
     let wanted = usize::try_from(extent.len).unwrap_or(usize::MAX);
     let mut log = Vec::new();
     while log.len() < wanted {
@@ -453,6 +479,7 @@ async fn read_exactly(stream: &mut Streaming<v1::EvidenceRequest>, extent: LogEx
             Some(v1::evidence_request::Part::Chunk(chunk))
                 if !chunk.is_empty() && log.len() + chunk.len() <= wanted =>
             {
+                room.grow(before + (log.len() + chunk.len()) as u64)?;
                 log.extend(chunk);
             }
             _ => {
