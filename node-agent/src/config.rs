@@ -22,6 +22,7 @@ const KEYS: &[&str] = &[
     "tcti",
     "tpm_ek",
     "tpm_ak",
+    "node_key",
     "boot_log",
     "ima_log",
     "join_token_file",
@@ -74,6 +75,28 @@ impl TryFrom<String> for TpmAk {
     }
 }
 
+/// Where the private half of the node's own SVID is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub enum NodeKeyHome {
+    /// In the agent's memory.
+    #[default]
+    Memory,
+    /// In the TPM, which certifies it: nobody takes it away, and each connection to the cell costs a signature there.
+    Tpm,
+}
+
+impl TryFrom<String> for NodeKeyHome {
+    type Error = Refusal;
+    fn try_from(s: String) -> Result<Self, Refusal> {
+        match s.as_str() {
+            "memory" => Ok(Self::Memory),
+            "tpm" => Ok(Self::Tpm),
+            _ => Err(Refusal::new(Code::ConfigInvalid, "'node_key' as memory or tpm", s)),
+        }
+    }
+}
+
 /// What `ambit-agent run --config FILE` needs to know.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Config {
@@ -97,6 +120,9 @@ pub struct Config {
     /// The AK's kind: `p256` (the default), `p384`, `rsa2048-ssa` or `rsa2048-pss`.
     #[serde(default)]
     pub tpm_ak: TpmAk,
+    /// Where the key of the node's own SVID is: `memory` (the default) or `tpm`. Workloads' keys are in memory always.
+    #[serde(default)]
+    pub node_key: NodeKeyHome,
     /// `binary_bios_measurements`.
     pub boot_log: PathBuf,
     /// `binary_runtime_measurements`.
@@ -185,7 +211,9 @@ mod tests {
     #[test]
     fn a_good_file_is_read_and_bad_ones_name_what_is_wrong() {
         assert_eq!(Config::parse(GOOD).unwrap().cluster.as_str(), "west");
-        let keys = Config::parse(&format!("{GOOD}\ntpm_ek = \"p384\"\ntpm_ak = \"rsa2048-ssa\"")).unwrap();
+        let keys = "tpm_ek = \"p384\"\ntpm_ak = \"rsa2048-ssa\"\nnode_key = \"tpm\"";
+        let keys = Config::parse(&format!("{GOOD}\n{keys}")).unwrap();
+        assert_eq!(keys.node_key, NodeKeyHome::Tpm);
         assert_eq!((keys.tpm_ek.0, keys.tpm_ak.0), (EkChoice::Fixed(EkKind::EccP384), AkKind::Rsa2048Ssa));
         for (from, to, code, names) in [
             ("tcti", "tctii", Code::ConfigUnknownKey, "tctii"),
@@ -197,6 +225,7 @@ mod tests {
             ("boot_log = \"/b\"", "", Code::ConfigInvalid, "boot_log"),
             ("boot_log =", "tpm_ek = \"p521\"\nboot_log =", Code::ConfigInvalid, "p521"),
             ("boot_log =", "tpm_ak = \"rsa\"\nboot_log =", Code::ConfigInvalid, "tpm_ak"),
+            ("boot_log =", "node_key = \"disk\"\nboot_log =", Code::ConfigInvalid, "node_key"),
             ("cluster =", "cluster", Code::ConfigInvalid, ""),
         ] {
             let refusal = Config::parse(&GOOD.replace(from, to)).unwrap_err();

@@ -1,7 +1,7 @@
 //! Enrolment: proves to the cell what this machine is, and comes back with the node's SVID (design.md section 3).
 //!
 //! First contact trusts nothing but the trust domain's name and its root's fingerprint, both pinned in the
-//! configuration. The node key is made in memory, certified by the quote, and never written down.
+//! configuration. The node key is made in memory or in the TPM, certified by the quote, and never written down.
 
 use crate::backoff::{Backoff, random};
 use crate::clock::Clock;
@@ -9,9 +9,9 @@ use crate::config::Config;
 use crate::kernel::chain as causes;
 use crate::logs;
 use crate::metrics::METRICS;
+use crate::node_key::NodeKey;
 use crate::reattest::{CHUNK_BYTES, Turn};
-use ambit_identity::tls::certified;
-use ambit_identity::{Expect, SharedTrust, SvidKey, Trust, TrustStore, fingerprint};
+use ambit_identity::{Expect, SharedTrust, Trust, TrustStore, fingerprint};
 use ambit_model::refusal::Class;
 use ambit_model::{Bundle, Code, Generation, NodeId, Own, Refusal, Stamp};
 use ambit_proto::convert;
@@ -24,7 +24,7 @@ use ambit_proto::v1::{
 use ambit_tpm::{Attester, Bank, TpmError};
 use ambit_transport::{Dialer, Identity};
 use ambit_verify::transcript::{Binding, Transcript, qualifying_data};
-use ambit_verify::{BOOT_LOG_BYTES_MAX, IMA_LOG_BYTES_MAX, KeyHome, LogExtent, Public};
+use ambit_verify::{BOOT_LOG_BYTES_MAX, IMA_LOG_BYTES_MAX, LogExtent, Public};
 use rustls::sign::CertifiedKey;
 use rustls_pki_types::CertificateDer;
 use std::net::SocketAddr;
@@ -142,9 +142,9 @@ async fn once(
         },
     )
     .await?;
-    let key = SvidKey::generate()?;
-    let csr = key.csr()?;
     let started = std::time::Instant::now();
+    let key = NodeKey::generate(config.node_key, attester).await?;
+    let csr = key.csr().await?;
     let activated = attester.activate(challenge.credential_blob.clone(), challenge.encrypted_secret.clone()).await;
     let secret = activated.map_err(tpm)?;
     in_tpm += started.elapsed();
@@ -165,6 +165,7 @@ async fn once(
     let _turn = turn.take().await;
     let started = std::time::Instant::now();
     let quote = attester.quote(bank, challenge.pcr_mask, qualifying).await.map_err(tpm)?;
+    let svid_key = key.home(qualifying).await?;
     in_tpm += started.elapsed();
     // After the quote, so that the log holds at least what PCR 10 does; the verifier takes the prefix that matches.
     let boot_log = logs::read(&config.boot_log, 0, BOOT_LOG_BYTES_MAX)?;
@@ -177,8 +178,9 @@ async fn once(
         pcrs: &quote.pcrs,
         boot_log: extent(&boot_log),
         ima_log: extent(&ima_log),
-        svid_key: &KeyHome::InMemory,
+        svid_key: &svid_key,
     };
+    let (svid_public, svid_certify, svid_certify_signature) = svid_key.to_wire();
     let header = EvidenceHeader {
         hmac: transcript.hmac(&secret).to_vec(),
         ticket: challenge.ticket,
@@ -193,7 +195,9 @@ async fn once(
         join_token,
         ek_public: me.ek_public.clone(),
         ak_public: me.ak_public.clone(),
-        ..Default::default()
+        svid_public,
+        svid_certify,
+        svid_certify_signature,
     };
     let verdict = evidence(&mut client, header, &boot_log, &ima_log).await?;
     let enrolled = accept(config, &key, ak_name, verdict, clock.now())?;
@@ -231,7 +235,7 @@ async fn evidence(
 }
 
 /// Takes the verdict only if it is of the pinned root, of this key and of this node.
-fn accept(config: &Config, key: &SvidKey, ak_name: Vec<u8>, verdict: Verdict, now: Stamp) -> Result<Enrolled, Refusal> {
+fn accept(config: &Config, key: &NodeKey, ak_name: Vec<u8>, verdict: Verdict, now: Stamp) -> Result<Enrolled, Refusal> {
     let bundle: Bundle<Own> = convert::bundle(verdict.bundle.as_ref().ok_or_else(|| malformed("a bundle"))?)?;
     if *bundle.trust_domain() != config.trust_domain {
         return Err(Refusal::new(
@@ -255,7 +259,7 @@ fn accept(config: &Config, key: &SvidKey, ak_name: Vec<u8>, verdict: Verdict, no
         node,
         generation: Generation(verdict.generation),
         ak_name,
-        identity: certified(chain, key)?,
+        identity: key.certified(chain)?,
         bundle,
         since: now,
         not_after: peer.not_after(),

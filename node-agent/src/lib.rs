@@ -26,6 +26,7 @@ pub mod logs;
 pub mod membership;
 pub mod metrics;
 pub mod netns;
+pub mod node_key;
 pub mod outbound;
 pub mod outbox;
 pub mod plane;

@@ -1,15 +1,22 @@
 //! Enrolment against real replicas and real TPMs (swtpm): what is admitted, and every refusal with its code.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test says that it failed by panicking")]
 
+use ambit_agent::clock::Clock;
+use ambit_agent::config::Config;
+use ambit_agent::enrol::enrol;
+use ambit_agent::reattest::Turn;
 use ambit_lab::tpm::{BOOT_LOG, IMA_LOG};
 use ambit_model::refusal::Class;
 use ambit_proto::status::from_status;
 use ambit_proto::v1;
 use ambit_proto::v1::node_attestation_client::NodeAttestationClient;
+use ambit_tests::agent::Agent;
 use ambit_tests::cell::{Cell, fresh, refusal};
 use ambit_tests::machine::{Answer, Lies, Machine, evidence, explain, join_token, node_identity, register_cluster};
 use ambit_tests::process::must_run;
 use ambit_tests::tpm::Maker;
+use ambit_tpm::Attester;
+use ambit_transport::Identity;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
@@ -26,6 +33,46 @@ fn denied<T>(outcome: Result<T, v1::Denied>) -> v1::Denied {
 async fn nodes(cell: &Cell, replica: usize) -> Vec<v1::Node> {
     let mut client = NodeAttestationClient::new(cell.admin(replica).await.unwrap());
     client.list_nodes(v1::ListNodesRequest {}).await.unwrap().into_inner().nodes
+}
+
+/// The agent's own code, with the key of the node's SVID in its TPM: the cell says so, and only that TPM opens the stream.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_key_in_the_tpm_is_certified_and_opens_the_stream() {
+    let cell = Cell::start("west", 1).await.unwrap();
+    let maker = Maker::new().unwrap();
+    let tpm = maker.tpm("n1").unwrap();
+    register_cluster(&cell, "west", &maker).await.unwrap();
+    let file = |name: &str, bytes: &[u8]| {
+        std::fs::write(cell.file(name), bytes).unwrap();
+        cell.file(name)
+    };
+    let path = |path: std::path::PathBuf| path.display().to_string();
+    let config = Config::parse(&format!(
+        "cluster = 'west'\ntrust_domain = 'west'\nfingerprint = '{}'\nservers = ['{}']\nnode_address = '127.0.0.1'\n\
+         tcti = '{}'\nboot_log = '{}'\nima_log = '{}'\njoin_token_file = '{}'\nnode_key = 'tpm'\n\
+         metrics_listen = '127.0.0.1:0'\nhbone_listen = '127.0.0.1:0'\ncgroup_root = '/unused'\npin_dir = '/unused'\n\
+         data_dir = '/unused'\npods_dir = '/unused'\nworkload_socket = '/unused'\n",
+        hex::encode(cell.fingerprint),
+        cell.address(1).unwrap(),
+        tpm.tcti(),
+        path(file("boot_log", BOOT_LOG)),
+        path(file("ima_log", IMA_LOG)),
+        path(file("token", join_token(&cell, "west").await.unwrap().as_bytes())),
+    ))
+    .unwrap();
+    let attester = Attester::open(&tpm.tcti(), &tpm.state()).unwrap();
+    let me = enrol(&config, &attester, &Turn::default(), &Clock::default()).await.unwrap();
+
+    let told = explain(&cell, 1, &me.node.to_string()).await.unwrap();
+    let claims: serde_json::Value = serde_json::from_str(&told.attestation_result_json).unwrap();
+    assert_eq!(claims["submods"]["node"]["ambit.node-key"], "tpm");
+    let identity = Identity::new(Some(me.identity.clone()));
+    let mut agent = Agent::open(&cell, 1, identity.clone()).await.unwrap();
+    agent.asked().await.unwrap();
+    // The same leaf and handle without its TPM: no signature, no connection.
+    drop(tpm);
+    let refusal = Agent::open(&cell, 1, identity).await.err().unwrap();
+    assert!(refusal.to_string().contains("an answer of the TPM"), "{refusal}");
 }
 
 /// `bytes` with the byte after the first `at` changed.

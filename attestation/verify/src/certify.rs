@@ -36,6 +36,14 @@ impl KeyHome {
         }
     }
 
+    /// The three fields of the wire.
+    pub fn to_wire(&self) -> (Vec<u8>, Vec<u8>, Vec<u8>) {
+        match self {
+            KeyHome::InMemory => Default::default(),
+            KeyHome::InTpm { public, attest, signature } => (public.clone(), attest.clone(), signature.clone()),
+        }
+    }
+
     /// Whether the key of `csr_spki` is in the TPM of `ak`; a claim that does not hold is refused, never ignored.
     pub(crate) fn judge(
         &self,

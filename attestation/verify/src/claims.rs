@@ -55,6 +55,7 @@ impl Verified<NodeEvidence> {
             "ambit.cluster": self.cluster.as_str(),
             "ambit.ek-class": self.ek_class.as_str(),
             "ambit.ak-name": hex::encode(&self.ak_name),
+            "ambit.node-key": if self.svid_key_in_tpm { "tpm" } else { "memory" },
             "ambit.bank": self.bank.as_str(),
             "ambit.pcrs": pcrs,
             "ambit.counters": {

@@ -102,6 +102,10 @@ impl Lab {
             cell.fingerprint,
             metrics(member)
         );
+        // One of each pair has its own key in its TPM.
+        if let Kind::Node(2) = member.kind {
+            text.push_str("node_key = \"tpm\"\n");
+        }
         let paths = [
             ("data_dir", self.folder(&role).join("agent")),
             ("boot_log", self.boot_log(&role)),

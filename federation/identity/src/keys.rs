@@ -51,14 +51,19 @@ impl SvidKey {
     }
     /// A PKCS#10 request with this key and nothing else.
     pub fn csr(&self) -> Result<Vec<u8>, Refusal> {
-        let mut params = rcgen::CertificateParams::default();
-        params.distinguished_name = rcgen::DistinguishedName::new();
-        let csr = params.serialize_request(&self.pair).map_err(|e| internal("a CSR", e))?;
-        Ok(csr.der().to_vec())
+        request(&self.pair)
     }
     pub(crate) fn private_der(&self) -> PrivateKeyDer<'static> {
         PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(self.pair.serialize_der()))
     }
+}
+
+/// A PKCS#10 request with this key and nothing else.
+pub(crate) fn request(key: &impl rcgen::SigningKey) -> Result<Vec<u8>, Refusal> {
+    let mut params = rcgen::CertificateParams::default();
+    params.distinguished_name = rcgen::DistinguishedName::new();
+    let csr = params.serialize_request(key).map_err(|e| internal("a CSR", e))?;
+    Ok(csr.der().to_vec())
 }
 
 /// Certificates of a PEM file, in order.

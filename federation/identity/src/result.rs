@@ -86,8 +86,11 @@ fn claims(r: &NodeResult) -> Value {
         "ambit.evidence-sha256": hex::encode(standing.evidence_sha256),
     });
     if let Some(node) = node.as_object_mut() {
-        if let Some(boot) = boot_at_enrolment(&row.claims, &pcrs) {
-            node.insert("ambit.boot".into(), boot);
+        let enrolled: Value = serde_json::from_str(&row.claims).unwrap_or_default();
+        if let Some(then) = enrolled.pointer("/submods/node") {
+            // Of the leaf in use, which the last enrolment certified.
+            node.extend(then.get("ambit.node-key").map(|home| ("ambit.node-key".into(), home.clone())));
+            node.extend(boot_at_enrolment(then, &pcrs).map(|boot| ("ambit.boot".into(), boot.clone())));
         }
         if let NodeState::Untrusted(code) = row.state {
             node.insert("ambit.code".into(), code.as_str().into());
@@ -108,12 +111,10 @@ fn issuer(td: &TrustDomain) -> String {
 }
 
 /// What the boot log told at the enrolment, if each boot PCR is still what it was then.
-fn boot_at_enrolment(claims: &str, pcrs: &Map<String, Value>) -> Option<Value> {
-    let claims: Value = serde_json::from_str(claims).ok()?;
-    let then = claims.pointer("/submods/node")?;
+fn boot_at_enrolment<'a>(then: &'a Value, pcrs: &Map<String, Value>) -> Option<&'a Value> {
     let quoted = then.get("ambit.pcrs")?.as_object()?;
     let same = !pcrs.is_empty() && pcrs.iter().all(|(n, value)| quoted.get(n) == Some(value));
-    then.get("ambit.boot").filter(|_| same).cloned()
+    then.get("ambit.boot").filter(|_| same)
 }
 
 fn state(r: &NodeResult) -> &'static str {

@@ -51,6 +51,7 @@ impl Agent {
             tcti: tpm.tcti(),
             tpm_ek: Default::default(),
             tpm_ak: Default::default(),
+            node_key: Default::default(),
             boot_log: tpm.file("boot_log"),
             ima_log: tpm.file("ima_log"),
             join_token_file: None,
