@@ -5,6 +5,7 @@ mod appraisal;
 mod cluster;
 mod drill;
 mod entry;
+mod logs;
 mod membership;
 mod node;
 mod peer_link;

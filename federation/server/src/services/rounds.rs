@@ -5,8 +5,9 @@
 
 use crate::replica::evidence::{Body, CHAIN_MAX};
 use crate::replica::policies::Governing;
-use crate::replica::work::{Lane, LogRoom};
+use crate::replica::work::Lane;
 use crate::replica::{Replica, random};
+use crate::services::logs::Logs;
 use ambit_model::refusal::Class;
 use ambit_model::{Code, Generation, NodeId, Refusal, Revision, Stamp};
 use ambit_proto::v1;
@@ -64,18 +65,6 @@ struct Open {
     row: NodeRow,
     answer: Option<v1::QuoteAnswer>,
     logs: Logs,
-}
-
-/// What was announced, as it comes.
-#[derive(Default)]
-struct Logs {
-    boot: Vec<u8>,
-    ima: Vec<u8>,
-    /// Bytes that came, also those that were dropped.
-    come: u64,
-    /// Held until they are judged; none once something had to be dropped for want of it. Then all that was announced is
-    /// still read, so that the stream goes on, and asked for again.
-    room: Option<LogRoom>,
 }
 
 /// What came of a round.
@@ -201,7 +190,7 @@ impl Rounds {
             }
         }
         let announced = answer.boot_log_len.saturating_add(answer.ima_log_len);
-        open.logs.room = Some(self.replica.work().log_room(Lane::of_round(announced)));
+        open.logs = Logs::in_room(self.replica.work().log_room(Lane::of_round(announced)));
         open.answer = Some(answer);
         Ok(self.judge_if_whole())
     }
@@ -219,12 +208,12 @@ impl Rounds {
         let Next::Answer(at, _) = &self.next else { return Todo::Nothing };
         let at = *at;
         let Next::Answer(_, open) = std::mem::replace(&mut self.next, Next::Ask(at)) else { return Todo::Nothing };
-        let come = |a: &v1::QuoteAnswer| open.logs.come == a.boot_log_len.saturating_add(a.ima_log_len);
+        let come = |a: &v1::QuoteAnswer| open.logs.are_all_of(a);
         if !open.answer.as_ref().is_some_and(come) {
             self.next = Next::Answer(at, open);
             return Todo::Nothing;
         }
-        if open.logs.room.is_none() {
+        if !open.logs.were_kept() {
             tracing::debug!(node = %self.node, "no room for logs: round to be repeated");
             self.next = Next::Ask(Instant::now() + RETRY.mul_f64(1.0 + fraction()));
             return Todo::Nothing;
@@ -278,29 +267,6 @@ impl Rounds {
         });
         self.next = Next::Verdict(finished);
         Todo::Nothing
-    }
-}
-
-impl Logs {
-    /// Takes the next bytes; a piece may belong to both logs.
-    fn take(&mut self, answer: &v1::QuoteAnswer, bytes: &[u8]) -> Result<(), Refusal> {
-        let announced = answer.boot_log_len.saturating_add(answer.ima_log_len);
-        let come = self.come.saturating_add(bytes.len() as u64);
-        if bytes.is_empty() || come > announced {
-            let expected = format!("the {announced} bytes that were announced");
-            return Err(Refusal::new(Code::BadRequest, expected, format!("{come}, or none")));
-        }
-        self.come = come;
-        let Some(room) = &mut self.room else { return Ok(()) };
-        if room.grow(come).is_err() {
-            *self = Logs { come, ..Logs::default() };
-            return Ok(());
-        }
-        let boot_left = (answer.boot_log_len as usize).saturating_sub(self.boot.len());
-        let (to_boot, to_ima) = bytes.split_at(bytes.len().min(boot_left));
-        self.boot.extend_from_slice(to_boot);
-        self.ima.extend_from_slice(to_ima);
-        Ok(())
     }
 }
 
@@ -460,45 +426,5 @@ async fn put_out(
                 return Finished::Out(Refusal::new(Code::NodeUntrusted, "", denial.refusal.code.as_str()));
             }
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::replica::work::Work;
-
-    fn answer(boot: u64, ima: u64) -> v1::QuoteAnswer {
-        v1::QuoteAnswer { boot_log_len: boot, ima_log_len: ima, ..Default::default() }
-    }
-
-    #[tokio::test]
-    async fn logs_are_cut_where_one_ends_and_hold_what_was_announced_and_no_more() {
-        let work = Work::start().unwrap();
-        let (answer, mut logs) = (answer(3, 4), Logs { room: Some(work.log_room(Lane::Small)), ..Logs::default() });
-        assert_eq!(logs.take(&answer, &[]).unwrap_err().code, Code::BadRequest);
-        logs.take(&answer, b"bo").unwrap();
-        logs.take(&answer, b"oim").unwrap();
-        assert_eq!(logs.take(&answer, b"a! ").unwrap_err().code, Code::BadRequest, "one too many");
-        logs.take(&answer, b"a!").unwrap();
-        assert_eq!((&logs.boot[..], &logs.ima[..], logs.come), (&b"boo"[..], &b"ima!"[..], 7));
-        assert!(logs.room.is_some());
-    }
-
-    #[tokio::test]
-    async fn logs_without_room_are_read_to_their_end_and_dropped() {
-        const MIB: usize = 1 << 20;
-        let work = Work::start().unwrap();
-        let (answer, mut logs) = (answer(0, 3 * MIB as u64), Logs::default());
-        let mut others = work.log_room(Lane::Large);
-        others.grow(94 * MIB as u64).unwrap();
-        logs.room = Some(work.log_room(Lane::Large));
-        for come in 1..=3 {
-            logs.take(&answer, &vec![0; MIB]).unwrap();
-            assert_eq!((logs.come, logs.room.is_some()), ((come * MIB) as u64, come < 3));
-        }
-        assert_eq!((logs.ima.len(), logs.ima.capacity()), (0, 0));
-        assert_eq!(logs.take(&answer, &[0]).unwrap_err().code, Code::BadRequest);
-        others.grow(96 * MIB as u64).unwrap();
     }
 }

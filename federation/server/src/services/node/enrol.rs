@@ -2,8 +2,9 @@
 
 use crate::replica::budget::Budget;
 use crate::replica::evidence::Body;
-use crate::replica::work::{Lane, LogRoom};
+use crate::replica::work::Lane;
 use crate::replica::{Replica, random, ticket};
+use crate::services::logs::read_logs;
 use crate::services::rounds::PCR_MASK;
 use crate::services::{OrStatus, token_sha256};
 use ambit_identity::{Csr, issue};
@@ -18,6 +19,7 @@ use ambit_verify::{
 };
 use sha2::{Digest, Sha256};
 use std::net::IpAddr;
+use std::time::Duration;
 use tonic::{Status, Streaming};
 use zeroize::Zeroizing;
 
@@ -26,7 +28,7 @@ const ANSWER_MS: u64 = 60_000;
 /// Verdicts are wanted again within half of this; the unattested maximum ends an SVID in any case.
 const NEXT_DEADLINE_MS: u64 = ambit_state::UNATTESTED_MAX_MS;
 /// A stranger's stream is not held open for nothing.
-const FIRST_FRAME: std::time::Duration = std::time::Duration::from_secs(10);
+const FIRST_FRAME: Duration = Duration::from_secs(10);
 const TOKEN_BYTES_MAX: usize = 256;
 
 /// Begin and Evidence.
@@ -160,13 +162,14 @@ impl Enrolment {
         (boot, ima): (LogExtent, LogExtent),
     ) -> Result<Judged, Refusal> {
         let mut room = self.replica.work().log_room(Lane::Enrolment);
-        let (boot_log, ima_log) = match read_logs(stream, boot, ima, &mut room).await {
-            Ok(logs) => logs,
-            Err(refusal) if refusal.code == Code::Busy => return Err(refusal),
-            // Cut short or overlong after a good HMAC: the nonce is spent like after any other bad evidence, but a
-            // broken connection says nothing about the machine.
-            Err(refusal) => return Ok(Judged::Broken(refusal)),
-        };
+        let (boot_log, ima_log) =
+            match read_logs(stream, (boot, ima), &mut room, Duration::from_millis(ANSWER_MS)).await {
+                Ok(logs) => logs,
+                Err(refusal) if refusal.code == Code::Busy => return Err(refusal),
+                // Cut short or overlong after a good HMAC: the nonce is spent like after any other bad evidence, but a
+                // broken connection says nothing about the machine.
+                Err(refusal) => return Ok(Judged::Broken(refusal)),
+            };
         let stored = self.replica.local(|s| {
             let evicted = s.node(&session.node).is_none_or(|n| n.state == NodeState::Evicted);
             s.standing(&session.node).filter(|_| !evicted).map(super::counters)
@@ -439,56 +442,6 @@ fn certifiable(csr_der: &[u8], evidence: &Verified<NodeEvidence>) -> Result<Csr,
         return Err(Refusal::new(Code::CsrMalformed, "the key quoted over", "another"));
     }
     Ok(csr)
-}
-
-/// Both logs and then the end, within the time that an answer has.
-async fn read_logs(
-    stream: &mut Streaming<v1::EvidenceRequest>,
-    boot: LogExtent,
-    ima: LogExtent,
-    room: &mut LogRoom,
-) -> Result<(Vec<u8>, Vec<u8>), Refusal> {
-    let both = async {
-        let boot_log = read_exactly(stream, boot, 0, room).await?;
-        let ima_log = read_exactly(stream, ima, boot.len, room).await?;
-        match stream.message().await {
-            Ok(None) => Ok((boot_log, ima_log)),
-            Ok(Some(_)) => {
-                Err(Refusal::new(Code::EvidenceMalformed, "an end after the logs stated", "another message"))
-            }
-            Err(status) => {
-                Err(Refusal::new(Code::EvidenceMalformed, "an end after the logs stated", status.to_string()))
-            }
-        }
-    };
-    let late = || Refusal::new(Code::EvidenceMalformed, "both logs before the deadline", "silence");
-    tokio::time::timeout(std::time::Duration::from_millis(ANSWER_MS), both).await.map_err(|_| late())?
-}
-
-/// Reads one log of the stated length; chunks never straddle the two logs.
-async fn read_exactly(
-    stream: &mut Streaming<v1::EvidenceRequest>,
-    extent: LogExtent,
-    before: u64,
-    room: &mut LogRoom,
-) -> Result<Vec<u8>, Refusal> {
-    let wanted = usize::try_from(extent.len).unwrap_or(usize::MAX);
-    let mut log = Vec::new();
-    while log.len() < wanted {
-        match stream.message().await.ok().flatten().and_then(|m| m.part) {
-            Some(v1::evidence_request::Part::Chunk(chunk))
-                if !chunk.is_empty() && log.len() + chunk.len() <= wanted =>
-            {
-                room.grow(before + (log.len() + chunk.len()) as u64)?;
-                log.extend(chunk);
-            }
-            _ => {
-                let found = format!("{} bytes and then something else", log.len());
-                return Err(Refusal::new(Code::EvidenceMalformed, format!("a log of {wanted} bytes"), found));
-            }
-        }
-    }
-    Ok(log)
 }
 
 pub(super) fn denied(refusal: &Refusal, diverged: Option<String>) -> v1::Denied {
