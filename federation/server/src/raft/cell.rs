@@ -1,11 +1,13 @@
 //! The handle that services hold: propose, read, look, change members.
 
 use super::core::{Input, Rejected};
-use super::driver::{self, Driver, Published, Queue, QueueError, Request, Shared};
+use super::driver::{self, Driver, Queue, QueueError};
+use super::engine::{Engine, Published, Request, Shared};
 use super::peers::{Connections, Network};
 use super::transport::{self, Outbox};
 use super::waiters::Ticket;
 use super::{Metrics, Options, StartError, Status, found};
+use crate::store::Folder;
 use ambit_model::{Code, RaftIndex, Refusal, ReplicaId, Stamp};
 use ambit_proto::v1::ProposeRequest;
 use ambit_state::{Applied, Command, LogEntry, State};
@@ -56,13 +58,13 @@ impl Cell {
 
     /// Opens a store made by [`super::found`] or [`super::prepare_join`] and starts the replica. Within a tokio runtime.
     pub fn open(options: Options, network: Network) -> Result<Self, StartError> {
-        let opened = driver::open(&options)?;
-        let shared = opened.shared.clone();
+        let engine = Engine::open(options.clone(), &Folder(options.data_dir.clone()))?;
+        let (shared, published) = (engine.shared().clone(), engine.published());
         let (queue, inbox) = driver::queue();
         let connections = Connections::new(network);
         let runtime = tokio::runtime::Handle::current();
         let outbox = Outbox::new(options.id, shared.incarnation, connections.clone(), queue.clone(), runtime);
-        let (thread, published) = Driver::spawn(options.clone(), opened, inbox, outbox)?;
+        let thread = Driver::spawn(options.clone(), engine, inbox, outbox)?;
         let permits = Arc::new(Semaphore::new(options.proposals_max));
         let thread = Mutex::new(Some(thread));
         Ok(Self(Arc::new(Inner { options, queue, shared, published, connections, permits, thread })))
@@ -74,14 +76,14 @@ impl Cell {
     pub async fn propose(&self, client: [u8; 32], request: [u8; 16], command: Command) -> Result<Applied, Refusal> {
         let _permit = self.permit()?;
         let entry = LogEntry { stamp: Stamp(0), client, request, command };
-        let mut ticket = self.0.shared.waiters.register((client, request));
+        let mut ticket = self.0.shared.wait_for((client, request));
         match tokio::time::timeout(self.0.options.deadline, self.until_applied(&entry, &mut ticket)).await {
             Ok(outcome) => outcome,
             Err(_) => Err(self.no_quorum("the proposal was not applied here in time; it may be later")),
         }
     }
 
-    async fn until_applied(&self, entry: &LogEntry, ticket: &mut Ticket<'_>) -> Result<Applied, Refusal> {
+    async fn until_applied(&self, entry: &LogEntry, ticket: &mut Ticket) -> Result<Applied, Refusal> {
         let mut status = self.watch_status();
         let once = entry.request == [0; 16];
         loop {

@@ -1,10 +1,86 @@
-//! The leader's stamps. Median of the voters' clocks and stepping down when off it (I15) are not built yet.
+//! The leader's stamps, and what the other voters' clocks say of its own (I15).
 
 use ambit_model::Stamp;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-/// A leader's time: wall clock at the start of its term, then its monotonic clock, so that a stepped wall clock moves no
-/// deadline; never below the last stamp applied (I15, in part).
+/// Both of a machine's clocks, read at once.
+#[derive(Clone, Copy, Debug)]
+pub struct Now {
+    /// Runs evenly from the machine's start, whatever becomes of the other.
+    pub boot: Instant,
+    /// What the machine takes for the time of day.
+    pub wall: Stamp,
+}
+
+impl Now {
+    /// As they are.
+    pub fn read() -> Now {
+        let wall = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Now { boot: Instant::now(), wall: Stamp(u64::try_from(wall.as_millis()).unwrap_or(u64::MAX)) }
+    }
+}
+
+/// A clock that was not heard for longer is not counted.
+const HEARD_MAX: Duration = Duration::from_secs(10);
+/// A leader whose clock is further off the voters' median hands over.
+const OFF_MAX_MS: i64 = 2_000;
+
+/// How far the other voters' clocks are from this one, as their frames say; the way here makes them look slow by its length.
+#[derive(Default)]
+pub(super) struct Clocks {
+    heard: BTreeMap<u64, Heard>,
+}
+
+struct Heard {
+    /// Theirs less ours, milliseconds.
+    offset: i64,
+    at: Instant,
+}
+
+impl Clocks {
+    pub(super) fn hear(&mut self, from: u64, theirs: Stamp, now: Now) {
+        let offset = i64::try_from(i128::from(theirs.0) - i128::from(now.wall.0)).unwrap_or(i64::MAX);
+        self.heard.insert(from, Heard { offset, at: now.boot });
+    }
+
+    /// The offsets of the voters heard lately, our own among them, in order.
+    fn offsets(&self, me: u64, voters: &BTreeSet<u64>, now: Now) -> Vec<(i64, u64)> {
+        let lately = |h: &Heard| now.boot.saturating_duration_since(h.at) <= HEARD_MAX;
+        let others = self.heard.iter().filter(|(id, heard)| **id != me && voters.contains(id) && lately(heard));
+        let mut all: Vec<(i64, u64)> = others.map(|(id, heard)| (heard.offset, *id)).chain([(0, me)]).collect();
+        all.sort_unstable();
+        all
+    }
+
+    /// The median of the voters' clocks; of an even number the lower, since a stamp that lags is made good later and one
+    /// that leads never.
+    pub(super) fn median(&self, me: u64, voters: &BTreeSet<u64>, now: Now) -> Stamp {
+        let offsets = self.offsets(me, voters, now);
+        let middle = offsets.len().saturating_sub(1) / 2;
+        let offset = offsets.get(middle).map_or(0, |(offset, _)| *offset);
+        Stamp(now.wall.0.saturating_add_signed(offset))
+    }
+
+    /// To whom a leader hands over whose clock, or whose stamps, are off the median, if enough are heard to tell.
+    pub(super) fn successor(&self, me: u64, voters: &BTreeSet<u64>, stamp: Stamp, now: Now) -> Option<u64> {
+        let offsets = self.offsets(me, voters, now);
+        if offsets.len() < 3 {
+            return None;
+        }
+        let (median, nearest) = offsets.get(offsets.len() / 2).copied()?;
+        let lags = now.wall.0.saturating_add_signed(median) > stamp.0.saturating_add_signed(OFF_MAX_MS);
+        let other = offsets.iter().map(|(_, id)| *id).find(|id| *id != me);
+        match median.abs() > OFF_MAX_MS || lags {
+            true if nearest != me => Some(nearest),
+            true => other,
+            false => None,
+        }
+    }
+}
+
+/// A leader's time: the median of the voters' clocks at the start of its term, then its own boot clock, so that a stepped
+/// wall clock moves no deadline; never below the last stamp applied and the time that passed here since.
 pub(super) struct TermClock {
     pub(super) term: u64,
     start: Stamp,
@@ -13,14 +89,66 @@ pub(super) struct TermClock {
 }
 
 impl TermClock {
-    pub(super) fn start(term: u64, floor: Stamp) -> Self {
-        let wall = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let start = floor.max(Stamp(u64::try_from(wall.as_millis()).unwrap_or(u64::MAX)));
-        Self { term, start, since: Instant::now(), last: start }
+    pub(super) fn start(term: u64, floor: Stamp, median: Stamp, now: Now) -> Self {
+        let start = floor.max(median);
+        Self { term, start, since: now.boot, last: start }
     }
-    pub(super) fn now(&mut self) -> Stamp {
-        let elapsed = u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX);
+    pub(super) fn at(&mut self, now: Now) -> Stamp {
+        let elapsed = now.boot.saturating_duration_since(self.since).as_millis();
+        let elapsed = u64::try_from(elapsed).unwrap_or(u64::MAX);
         self.last = self.last.max(self.start.plus_ms(elapsed));
         self.last
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn heard(clocks: &[(u64, i64)], now: Now) -> Clocks {
+        let mut all = Clocks::default();
+        for (id, offset) in clocks {
+            all.hear(*id, Stamp(now.wall.0.saturating_add_signed(*offset)), now);
+        }
+        all
+    }
+
+    #[test]
+    fn one_wrong_clock_of_three_moves_nothing() {
+        const YEAR: i64 = 31_536_000_000;
+        let now = Now { boot: Instant::now(), wall: Stamp(1_795_000_000_000) };
+        let voters = BTreeSet::from([1, 2, 3]);
+        for (others, offset, successor) in [
+            (&[(2, 5), (3, -5)][..], 0, None),
+            (&[(2, YEAR), (3, 1)], 1, None),
+            (&[(2, -YEAR), (3, 1)], 0, None),
+            // Our own is the wrong one.
+            (&[(2, YEAR), (3, YEAR + 1)], YEAR, Some(2)),
+            (&[(2, -YEAR), (3, 2 - YEAR)], 2 - YEAR, Some(3)),
+            // Of two nobody can say which; the lower does no harm.
+            (&[(2, YEAR)], 0, None),
+            (&[(2, -YEAR)], -YEAR, None),
+            (&[], 0, None),
+            // No voter.
+            (&[(9, YEAR), (8, YEAR)], 0, None),
+        ] {
+            let clocks = heard(others, now);
+            assert_eq!(clocks.median(1, &voters, now), Stamp(now.wall.0.saturating_add_signed(offset)), "{others:?}");
+            let median = clocks.median(1, &voters, now);
+            assert_eq!(clocks.successor(1, &voters, median, now), successor, "{others:?}");
+        }
+        let good = heard(&[(2, 0), (3, 0)], now);
+        assert_eq!(good.successor(1, &voters, now.wall.minus_ms(1_000), now), None);
+        assert_eq!(good.successor(1, &voters, now.wall.minus_ms(3_000), now), Some(2), "stamps that lag");
+        let later = Now { boot: now.boot + HEARD_MAX * 2, ..now };
+        assert_eq!(heard(&[(2, YEAR), (3, YEAR)], now).median(1, &voters, later), now.wall, "heard too long ago");
+    }
+
+    #[test]
+    fn a_terms_time_runs_by_the_boot_clock_and_never_falls_below_its_floor() {
+        let now = Now { boot: Instant::now(), wall: Stamp(1_000) };
+        let mut clock = TermClock::start(3, Stamp(5_000), Stamp(1_000), now);
+        let stepped = Now { boot: now.boot + Duration::from_millis(7), wall: Stamp(9_000_000) };
+        assert_eq!((clock.at(now), clock.at(stepped)), (Stamp(5_000), Stamp(5_007)));
     }
 }

@@ -52,8 +52,8 @@ pub enum Input {
         /// Raft's own messages.
         messages: Vec<Bytes>,
     },
-    /// To be appended, on a leader that has applied everything of earlier terms.
-    Propose(Vec<u8>),
+    /// To be appended together, all or none, on a leader that has applied everything of earlier terms.
+    Propose(Vec<Vec<u8>>),
     /// A change of membership, asked on this version.
     Change(Change, u64),
     /// Confirm leadership for reads under this unique context.
@@ -69,7 +69,7 @@ pub enum Input {
 }
 
 /// Why an input had no effect.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Rejected {
     /// Only a leader that has applied its own term takes it. The leader, if known.
     NotLeader(Option<u64>),
@@ -170,7 +170,10 @@ impl<S: Storage> RaftCore<S> {
             pre_vote: true,
             // Leases would need a bound on clock drift; a stale read here is a certificate for a revoked node.
             read_only_option: ReadOnlyOption::Safe,
-            batch_append: true,
+            // raft-rs 0.7.0 appends entries to an empty message of the same batch whether or not they continue it
+            // (`is_continuous_ents`): after a reordered answer the follower panics. The simulator found it. Proposals come
+            // in batches of our own instead, one message each.
+            batch_append: false,
             ..raft::Config::default()
         };
         raft_config.validate()?;
@@ -246,7 +249,7 @@ impl<S: Storage> RaftCore<S> {
         Ok(())
     }
 
-    fn propose(&mut self, data: Vec<u8>) -> Result<(), Rejected> {
+    fn propose(&mut self, batch: Vec<Vec<u8>>) -> Result<(), Rejected> {
         if !self.leads() {
             return Err(Rejected::NotLeader(self.leader()));
         }
@@ -254,7 +257,12 @@ impl<S: Storage> RaftCore<S> {
             // Not busy: in a moment someone else leads, or this one leads on.
             return Err(Rejected::NotLeader(None));
         }
-        self.node.propose(Vec::new(), data).map_err(|_| Rejected::Busy)
+        let mut message = Message::default();
+        message.set_msg_type(MessageType::MsgPropose);
+        message.from = self.node.raft.id;
+        let entry = |data: Vec<u8>| Entry { data: data.into(), ..Entry::default() };
+        message.set_entries(batch.into_iter().map(entry).collect());
+        self.node.raft.step(message).map_err(|_| Rejected::Busy)
     }
 
     fn change(&mut self, change: Change, version: u64) -> Result<(), Rejected> {
@@ -343,7 +351,15 @@ impl<S: Storage> RaftCore<S> {
         wire.set_change_type(kind);
         wire.node_id = id;
         match self.node.apply_conf_change(&wire) {
-            Ok(conf) => Some(before.changed_to(&conf)),
+            Ok(conf) => {
+                // raft-rs lets a leader that was taken out lead on, refusing every proposal: a change that was asked of one
+                // leader may be applied by the next, whom it concerns. The simulator found it.
+                if self.node.raft.state == StateRole::Leader && !self.node.raft.promotable() {
+                    let term = self.node.raft.term;
+                    self.node.raft.become_follower(term, raft::INVALID_ID);
+                }
+                Some(before.changed_to(&conf))
+            }
             Err(e) => {
                 tracing::error!(?change, error = %e, "membership change refused by raft");
                 None

@@ -85,7 +85,7 @@ impl Net {
                 let _ = node.core.step(Input::Tick);
                 if self.dice.roll(4) == 0 {
                     let value = self.next_value.to_be_bytes().to_vec();
-                    if self.nodes.get_mut(&id).unwrap().core.step(Input::Propose(value)).is_ok() {
+                    if self.nodes.get_mut(&id).unwrap().core.step(Input::Propose(vec![value])).is_ok() {
                         self.next_value += 1;
                     }
                 }
@@ -206,5 +206,5 @@ fn frames_are_taken_from_their_sender_and_its_newest_incarnation_only() {
         let input = Input::Frame { from: 2, incarnation, messages: vec![bytes.clone()] };
         assert_eq!(core.step(input), expected, "incarnation {incarnation}: {bytes:?}");
     }
-    assert_eq!(core.step(Input::Propose(vec![1])), Err(Rejected::NotLeader(Some(2))));
+    assert_eq!(core.step(Input::Propose(vec![vec![1]])), Err(Rejected::NotLeader(Some(2))));
 }

@@ -1,75 +1,77 @@
 //! The replicated state and everything it is rebuilt from: opening, applying, snapshots.
 
+use super::StartError;
 use super::core::{Content, Ordered, RaftCore};
-use super::{Options, StartError};
-use crate::store::log::{Base, LogStore};
-use crate::store::snapshot::{self, Header, SnapshotDir};
-use crate::store::tables::{self, Tables};
-use crate::store::{Membership, StoreError};
+use crate::store::log::Base;
+use crate::store::snapshot::{self, Header};
+use crate::store::tables;
+use crate::store::{Disk, Log, Membership, Rows, Snapshots, StoreError};
 use ambit_model::{RaftIndex, Refusal};
-use ambit_state::{Applied, LogEntry, State};
+use ambit_state::{Applied, LogEntry, State, TableWrite};
 use raft::eraftpb;
-use std::path::Path;
+use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock, RwLockWriteGuard};
 
 /// Applied entries between two checkpoints of the tables: bounds what a restart replays from the log.
 const CHECKPOINT_ENTRIES: u64 = 5_000;
+/// Applied entries between two writes to the tables.
+const STORE_ENTRIES: u64 = 256;
+/// Changed rows that wait for it.
+const PENDING_ROWS_MAX: usize = 16_384;
 
 /// What must stop the process: going on would serve or persist something wrong.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum Fatal {
+pub enum Fatal {
+    /// See the error.
     #[error("the store failed")]
     Store(#[from] StoreError),
+    /// A later version's, or damage that every checksum missed.
     #[error("entry {index} is not readable by this version: {refusal}")]
-    Entry { index: u64, refusal: Refusal },
+    Entry {
+        /// Where.
+        index: u64,
+        /// Why not.
+        refusal: Refusal,
+    },
+    /// It contradicts itself or its message.
     #[error("the leader's snapshot: {0}")]
     Snapshot(String),
 }
 
-/// Owned by the driver thread; readers share the state through the lock.
-pub(super) struct Machine {
+/// Owned by the engine; readers share the state through the lock.
+pub(super) struct Machine<D: Disk> {
     state: Arc<RwLock<State>>,
-    tables: Tables,
-    snapshots: SnapshotDir,
+    tables: D::Rows,
+    snapshots: D::Snapshots,
     membership: Membership,
     applied: u64,
     snapshot_index: u64,
     checkpoint_index: u64,
+    /// Rows that changed and are not in the tables yet: the last value of each.
+    pending: BTreeMap<(u8, Vec<u8>), Option<Vec<u8>>>,
+    /// What the tables are of.
+    stored_index: u64,
 }
 
 /// See [`super::found`].
-pub(super) fn found(options: &Options) -> Result<(), StartError> {
-    refuse_existing(&options.data_dir)?;
+pub(super) fn found(disk: &impl Disk, replica: u64) -> Result<(), StartError> {
+    disk.refuse_existing()?;
     let mut state = State::new();
     // Index 1 is the founding itself, so that every later replica begins with a snapshot that names its members.
     state.skip(RaftIndex(1));
-    let header = Header {
-        index: 1,
-        term: 1,
-        membership: Membership::of_founder(options.id.0),
-        digest: state.digest(),
-        chunks: 0,
-    };
+    let header =
+        Header { index: 1, term: 1, membership: Membership::of_founder(replica), digest: state.digest(), chunks: 0 };
     let bytes = snapshot::encode(header, state.export())?;
-    SnapshotDir::open(&options.data_dir)?.write(&bytes)?;
-    // The log's rename is the moment from which the store exists.
-    Ok(LogStore::create(&options.data_dir, options.id.0)?)
+    disk.open_snapshots()?.write(&bytes)?;
+    // The log is the moment from which the store exists.
+    Ok(disk.create_log(replica)?)
 }
 
 /// See [`super::prepare_join`].
-pub(super) fn prepare_join(options: &Options) -> Result<(), StartError> {
-    refuse_existing(&options.data_dir)?;
-    let stale = options.data_dir.join("snapshot");
-    if stale.exists() {
-        std::fs::remove_dir_all(&stale).map_err(crate::store::io("removing folder", &stale))?;
-    }
-    Ok(LogStore::create(&options.data_dir, options.id.0)?)
-}
-
-fn refuse_existing(data_dir: &Path) -> Result<(), StoreError> {
-    // Tables without a log are what is left of a replica that lost its disk in part: not a new one.
-    let found = ["log", "tables"].iter().any(|part| data_dir.join(part).exists());
-    if found { Err(StoreError::Exists(data_dir.to_owned())) } else { Ok(()) }
+pub(super) fn prepare_join(disk: &impl Disk, replica: u64) -> Result<(), StartError> {
+    disk.refuse_existing()?;
+    disk.forget_snapshot()?;
+    Ok(disk.create_log(replica)?)
 }
 
 /// A state and where it stands.
@@ -80,12 +82,12 @@ struct Start {
     from_tables: bool,
 }
 
-impl Machine {
+impl<D: Disk> Machine<D> {
     /// Opens log, snapshot and tables, and starts from the newest state that all checks agree on. What follows it in the
     /// log is applied again by raft itself.
-    pub(super) fn open(options: &Options) -> Result<(Self, LogStore), StartError> {
-        let mut log = LogStore::open(&options.data_dir, options.id.0)?;
-        let snapshots = SnapshotDir::open(&options.data_dir)?;
+    pub(super) fn open(disk: &D, replica: u64) -> Result<(Self, D::Log), StartError> {
+        let mut log = disk.open_log(replica)?;
+        let snapshots = disk.open_snapshots()?;
         let snapshot = snapshots.load();
         if let Ok(Some(found)) = &snapshot {
             let base = Base { index: found.header.index, term: found.header.term };
@@ -94,7 +96,7 @@ impl Machine {
                 log.install(base)?;
             }
         }
-        let (mut tables, rows) = Tables::open(&options.data_dir, log.base().index > 0)?;
+        let (mut tables, rows) = disk.open_rows(log.base().index > 0)?;
         let stored = match rows {
             Some((applied, rows)) => match from_tables(applied, rows) {
                 Ok(start) => Some(start),
@@ -124,6 +126,8 @@ impl Machine {
             applied: start.index,
             snapshot_index,
             checkpoint_index: start.index,
+            pending: BTreeMap::new(),
+            stored_index: start.index,
         };
         Ok((machine, log))
     }
@@ -141,12 +145,8 @@ impl Machine {
         self.snapshot_index
     }
 
-    /// Applies entries in order; the outcomes are for whoever waits here. [`Machine::store_writes`] comes after.
-    pub(super) fn apply(
-        &mut self,
-        entries: Vec<Ordered>,
-        core: &mut RaftCore<LogStore>,
-    ) -> Result<Vec<Applied>, Fatal> {
+    /// Applies entries in order; the outcomes are for whoever waits here. [`Machine::note_writes`] comes after.
+    pub(super) fn apply(&mut self, entries: Vec<Ordered>, core: &mut RaftCore<D::Log>) -> Result<Vec<Applied>, Fatal> {
         let mut outcomes = Vec::new();
         let shared = self.state.clone();
         let mut state = write_lock(&shared);
@@ -176,19 +176,33 @@ impl Machine {
         Ok(outcomes)
     }
 
-    /// Brings the tables up to what was applied.
-    pub(super) fn store_writes(&mut self) {
-        let (writes, position) = {
-            let mut state = write_lock(&self.state);
-            (state.take_writes(), position(&state, &self.membership, self.applied))
-        };
-        self.tables.write(&position, writes);
+    /// Notes what changed, and brings the tables up to it now and then: a row that changes with every entry is written once.
+    /// What a killed process did not write is applied again from the log.
+    pub(super) fn note_writes(&mut self) {
+        let writes = write_lock(&self.state).take_writes();
+        self.pending.extend(writes.into_iter().map(|w| ((w.table, w.key), w.value)));
         if self.applied.saturating_sub(self.checkpoint_index) >= CHECKPOINT_ENTRIES {
             self.checkpoint();
+        } else if self.pending.len() >= PENDING_ROWS_MAX
+            || self.applied.saturating_sub(self.stored_index) >= STORE_ENTRIES
+        {
+            self.store_rows();
         }
     }
 
+    fn store_rows(&mut self) {
+        let position = {
+            let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
+            position(&state, &self.membership, self.applied)
+        };
+        let rows = std::mem::take(&mut self.pending).into_iter();
+        let rows = rows.map(|((table, key), value)| TableWrite { table, key, value }).collect();
+        self.tables.write(&position, rows);
+        self.stored_index = self.applied;
+    }
+
     pub(super) fn checkpoint(&mut self) {
+        self.store_rows();
         self.tables.checkpoint();
         self.checkpoint_index = self.applied;
     }
@@ -218,7 +232,7 @@ impl Machine {
     }
 
     /// Replaces the state by a leader's snapshot: file first, then the log's new beginning, then memory and tables.
-    pub(super) fn install(&mut self, base: Base, bytes: &[u8], log: &mut LogStore) -> Result<(), Fatal> {
+    pub(super) fn install(&mut self, base: Base, bytes: &[u8], log: &mut D::Log) -> Result<(), Fatal> {
         let parsed = snapshot::decode(bytes)?;
         if (parsed.header.index, parsed.header.term) != (base.index, base.term) {
             return Err(Fatal::Snapshot(format!("is of {:?}, its message says {base:?}", parsed.header)));
@@ -227,7 +241,9 @@ impl Machine {
         self.snapshots.write(bytes)?;
         log.install(base)?;
         self.membership = parsed.header.membership;
-        (self.applied, self.snapshot_index, self.checkpoint_index) = (base.index, base.index, base.index);
+        (self.applied, self.snapshot_index) = (base.index, base.index);
+        (self.checkpoint_index, self.stored_index) = (base.index, base.index);
+        self.pending.clear();
         self.tables.replace(&position(&state, &self.membership, base.index), state.export());
         *write_lock(&self.state) = state;
         Ok(())
@@ -259,7 +275,7 @@ fn from_tables(applied: tables::Applied, rows: Vec<ambit_state::TableWrite>) -> 
 }
 
 fn choose(
-    log: &LogStore,
+    log: &impl Log,
     stored: Option<Start>,
     snapshot: Result<Option<snapshot::Snapshot>, StoreError>,
 ) -> Result<Start, StoreError> {

@@ -2,7 +2,7 @@
 
 use super::cell::Cell;
 use super::core::{Input, Rejected};
-use super::driver::Request;
+use super::engine::Request;
 use super::transport::{self, change_to_wire};
 use super::{Role, Status};
 use crate::store::Change;

@@ -1,4 +1,5 @@
-//! The cell's Raft group: a sans-IO core, the thread that drives it, and the cheap handle the services hold.
+//! The cell's Raft group: a sans-IO core, the engine around it, the thread that drives it, and the cheap handle the services
+//! hold.
 //!
 //! raft-rs and protobuf types stop at this module and `store`. Nothing here decides about identity or policy: that is
 //! `ambit_state`, applied in log order by the one driver thread.
@@ -7,6 +8,7 @@ mod cell;
 mod clock;
 pub mod core;
 mod driver;
+pub mod engine;
 mod machine;
 mod membership;
 mod metrics;
@@ -14,14 +16,15 @@ mod peers;
 mod reads;
 mod status;
 pub mod transport;
-mod waiters;
+pub mod waiters;
 
 pub use cell::Cell;
+pub use clock::Now;
 pub use metrics::Metrics;
 pub use peers::{ChannelFactory, Network, PeerDirectory};
 pub use status::{Role, Status};
 
-use crate::store::StoreError;
+use crate::store::{Disk, Folder, StoreError};
 use ambit_model::ReplicaId;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -85,13 +88,23 @@ pub enum StartError {
 
 /// Creates the store of the first replica of a new cell: one voter, itself, and an empty state. Refuses an existing store.
 pub fn found(options: &Options) -> Result<(), StartError> {
-    machine::found(options)
+    found_on(&Folder(options.data_dir.clone()), options.id)
 }
 
 /// Creates the empty store of a replica that joins an existing cell: it has no vote and no members until the leader sends
 /// its snapshot. Refuses an existing store, so that a replica that lost its disk is not mistaken for a new one (I14).
 pub fn prepare_join(options: &Options) -> Result<(), StartError> {
-    machine::prepare_join(options)
+    prepare_join_on(&Folder(options.data_dir.clone()), options.id)
+}
+
+/// [`found`], on any disk.
+pub fn found_on(disk: &impl Disk, id: ReplicaId) -> Result<(), StartError> {
+    machine::found(disk, id.0)
+}
+
+/// [`prepare_join`], on any disk.
+pub fn prepare_join_on(disk: &impl Disk, id: ReplicaId) -> Result<(), StartError> {
+    machine::prepare_join(disk, id.0)
 }
 
 #[cfg(test)]

@@ -4,12 +4,14 @@
 //! the core is told, and treats the peer as one to probe.
 
 use super::cell::Cell;
+use super::clock::Now;
 use super::core::{Input, Outgoing, Rejected};
-use super::driver::{Queue, QueueError, Request};
+use super::driver::{Queue, QueueError};
+use super::engine::Request;
 use super::metrics::Metrics;
 use super::peers::Connections;
 use crate::store::Change;
-use ambit_model::{Code, Refusal, ReplicaId};
+use ambit_model::{Code, Refusal, ReplicaId, Stamp};
 use ambit_proto::status::{from_status, to_status};
 use ambit_proto::v1::member_change::Step;
 use ambit_proto::v1::raft_client::RaftClient;
@@ -79,7 +81,8 @@ impl Outbox {
             let snapshot = messages.iter().any(|m| m.snapshot);
             let mut lost = false;
             for part in frames(messages) {
-                let frame = RaftFrame { from: self.from.0, incarnation: self.incarnation, messages: part };
+                let clock_ms = Now::read().wall.0;
+                let frame = RaftFrame { from: self.from.0, incarnation: self.incarnation, messages: part, clock_ms };
                 lost |= self.peer(to).try_send(frame).is_err();
             }
             if lost {
@@ -268,18 +271,16 @@ impl raft_server::Raft for RaftService {
 
 impl RaftService {
     /// Waits a little for room: refusing a whole stream costs more than a moment of back-pressure.
-    async fn take(&self, mut input: (u64, u64, Vec<bytes::Bytes>)) -> Result<(), Refusal> {
+    async fn take(&self, input: Frame) -> Result<(), Refusal> {
         let deadline = tokio::time::Instant::now() + ROOM_WAIT;
         loop {
-            let (from, incarnation, messages) = (input.0, input.1, std::mem::take(&mut input.2));
-            let again = messages.clone();
-            match self.cell.queue().push(Request::Core(Input::Frame { from, incarnation, messages })) {
+            let Frame { from, incarnation, clock, messages } = input.clone();
+            match self.cell.queue().push(Request::Frame { from, incarnation, clock, messages }) {
                 Ok(()) => return Ok(()),
                 Err(QueueError::Stopped) => return Err(self.cell.stopped()),
                 Err(QueueError::Full) if tokio::time::Instant::now() >= deadline => return Err(self.cell.busy()),
                 Err(QueueError::Full) => tokio::time::sleep(Duration::from_millis(2)).await,
             }
-            input.2 = again;
         }
     }
 
@@ -305,7 +306,16 @@ impl RaftService {
     }
 }
 
-fn input_of(peer: ReplicaId, frame: RaftFrame) -> Result<(u64, u64, Vec<bytes::Bytes>), Refusal> {
+/// A frame whose sender is who it says.
+#[derive(Clone)]
+struct Frame {
+    from: u64,
+    incarnation: u64,
+    clock: Stamp,
+    messages: Vec<bytes::Bytes>,
+}
+
+fn input_of(peer: ReplicaId, frame: RaftFrame) -> Result<Frame, Refusal> {
     if frame.from != peer.0 {
         let found = format!("replica {} in a frame of replica {peer}", frame.from);
         return Err(Refusal::new(Code::PermissionDenied, "frames of the caller itself", found));
@@ -314,7 +324,8 @@ fn input_of(peer: ReplicaId, frame: RaftFrame) -> Result<(u64, u64, Vec<bytes::B
         let found = frame.messages.len().to_string();
         return Err(Refusal::new(Code::BadRequest, format!("at most {FRAME_MESSAGES_MAX} messages in a frame"), found));
     }
-    Ok((frame.from, frame.incarnation, frame.messages.into_iter().map(bytes::Bytes::from).collect()))
+    let messages = frame.messages.into_iter().map(bytes::Bytes::from).collect();
+    Ok(Frame { from: frame.from, incarnation: frame.incarnation, clock: Stamp(frame.clock_ms), messages })
 }
 
 /// What the core's answer means to a caller.

@@ -2,17 +2,17 @@
 
 use ambit_state::Applied;
 use std::collections::{HashMap, VecDeque};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::oneshot;
 
 /// A caller's request: who, and its request id.
-pub(super) type RequestKey = ([u8; 32], [u8; 16]);
+pub type RequestKey = ([u8; 32], [u8; 16]);
 type Queue = VecDeque<(u64, oneshot::Sender<Applied>)>;
 
-/// Shared between callers and the driver; bounded by the permits that callers hold.
-#[derive(Default)]
+/// Shared between callers and the engine; bounded by the permits that callers hold. Clones are the same.
+#[derive(Clone, Default)]
 pub(super) struct Waiters {
-    inner: Mutex<Inner>,
+    inner: Arc<Mutex<Inner>>,
 }
 
 #[derive(Default)]
@@ -23,13 +23,13 @@ struct Inner {
 
 impl Waiters {
     /// Registered before the request leaves, so that its outcome cannot pass unseen. Dropping the ticket gives up.
-    pub(super) fn register(&self, key: RequestKey) -> Ticket<'_> {
+    pub(super) fn register(&self, key: RequestKey) -> Ticket {
         let (sender, receiver) = oneshot::channel();
         let mut inner = self.lock();
         inner.next += 1;
         let number = inner.next;
         inner.queues.entry(key).or_default().push_back((number, sender));
-        Ticket { waiters: self, key, number, receiver }
+        Ticket { waiters: self.clone(), key, number, receiver }
     }
 
     /// Gives the outcome to the one who has waited longest for this request, if anyone does.
@@ -53,15 +53,16 @@ impl Waiters {
     }
 }
 
-/// One waiter.
-pub(super) struct Ticket<'a> {
-    waiters: &'a Waiters,
+/// One waiter. Dropping it gives up.
+pub struct Ticket {
+    waiters: Waiters,
     key: RequestKey,
     number: u64,
-    pub(super) receiver: oneshot::Receiver<Applied>,
+    /// Answered once the request was applied here.
+    pub receiver: oneshot::Receiver<Applied>,
 }
 
-impl Drop for Ticket<'_> {
+impl Drop for Ticket {
     fn drop(&mut self) {
         let mut inner = self.waiters.lock();
         if let Some(queue) = inner.queues.get_mut(&self.key) {

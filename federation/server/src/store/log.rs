@@ -1,7 +1,7 @@
 //! The Raft log and hard state on raft-engine: one synced write per batch, verified whole at every open.
 
 use super::mark::{MarkFile, Position};
-use super::{FlushReceipt, Membership, StoreError, caught, io, sync_dir};
+use super::{FlushReceipt, Log, Membership, StoreError, caught, io, sync_dir};
 use raft::eraftpb::{ConfState, Entry, HardState, Snapshot};
 use raft::{GetEntriesContext, RaftState, Storage, StorageError};
 use raft_engine::{Command, Config, Engine, LogBatch, MessageExt, ReadableSize, RecoveryMode};
@@ -192,127 +192,6 @@ impl LogStore {
         Ok(())
     }
 
-    /// How often this store was opened; a peer drops frames of an older one.
-    pub fn incarnation(&self) -> u64 {
-        self.incarnation
-    }
-    /// Where the log begins.
-    pub fn base(&self) -> Base {
-        self.base
-    }
-    /// Last index and its term.
-    pub fn last(&self) -> Base {
-        self.last
-    }
-    /// Syncs so far.
-    pub fn sync_time(&self) -> SyncTime {
-        self.sync_time
-    }
-    /// The term at `index`, if the log still knows it.
-    pub fn term_at(&self, index: u64) -> Option<u64> {
-        if index == self.base.index {
-            return Some(self.base.term);
-        }
-        if index < self.base.index || index > self.last.index {
-            return None;
-        }
-        let run = self.terms.partition_point(|run| run.index <= index);
-        run.checked_sub(1).and_then(|at| self.terms.get(at)).map(|run| run.term)
-    }
-    /// What raft starts from; set once, before the node is made. What was applied had been committed, also where the
-    /// commit index on disk lags (it is not synced on its own).
-    pub fn start_from(&mut self, applied: u64, membership: Membership) {
-        self.membership = membership;
-        self.hard.commit = self.hard.commit.max(applied);
-    }
-
-    /// Appends and syncs. The receipt opens the messages that waited. An error leaves the log in doubt: the caller must
-    /// stop the process, never retry (the kernel may have dropped the pages).
-    pub fn persist(&mut self, work: Batch) -> Result<FlushReceipt, StoreError> {
-        let mut batch = LogBatch::default();
-        if !work.entries.is_empty() {
-            batch.add_entries::<Codec>(GROUP, &work.entries).map_err(engine_error("encoding entries"))?;
-        }
-        if let Some(hard) = &work.hard_state {
-            batch.put_message(GROUP, HARD.to_vec(), hard).map_err(engine_error("encoding the hard state"))?;
-        }
-        if !batch.is_empty() {
-            self.write(&mut batch, work.must_sync)?;
-        }
-        if let Some(hard) = work.hard_state {
-            self.hard = hard;
-        }
-        if let Some(first) = work.entries.first() {
-            self.forget_from(first.index);
-        }
-        for entry in work.entries {
-            self.remember(entry);
-        }
-        if work.must_sync {
-            self.write_mark()?;
-        }
-        Ok(FlushReceipt::of(work.number))
-    }
-
-    /// Throws the log away and begins it after a snapshot that is on disk already.
-    pub fn install(&mut self, base: Base) -> Result<(), StoreError> {
-        let mut hard = self.hard.clone();
-        hard.commit = hard.commit.max(base.index);
-        if hard.term < base.term {
-            // No vote was ever given in a term that this store had not written down.
-            hard.term = base.term;
-            hard.vote = 0;
-        }
-        let replica = get_u64(&self.engine, REPLICA)?.unwrap_or_default();
-        let mut batch = LogBatch::default();
-        batch.add_command(GROUP, Command::Clean);
-        put_u64(&mut batch, REPLICA, replica)?;
-        put_u64(&mut batch, INCARNATION, self.incarnation)?;
-        put(&mut batch, BASE, base.encode())?;
-        batch.put_message(GROUP, HARD.to_vec(), &hard).map_err(engine_error("encoding the hard state"))?;
-        self.write(&mut batch, true)?;
-        self.hard = hard;
-        self.forget_from(0);
-        self.terms.clear();
-        (self.base, self.last) = (base, base);
-        self.write_mark()
-    }
-
-    /// Drops entries up to and with `index`; a snapshot at or after it must be on disk.
-    pub fn compact(&mut self, index: u64) -> Result<(), StoreError> {
-        if index <= self.base.index || index > self.last.index {
-            return Ok(());
-        }
-        let term = self.term_at(index).unwrap_or_default();
-        let base = Base { index, term };
-        let mut batch = LogBatch::default();
-        put(&mut batch, BASE, base.encode())?;
-        batch.add_command(GROUP, Command::Compact { index: index + 1 });
-        self.write(&mut batch, true)?;
-        self.base = base;
-        while self.recent.front().is_some_and(|e| e.index <= index) {
-            self.drop_oldest();
-        }
-        while self.terms.get(1).is_some_and(|run| run.index <= index + 1) {
-            self.terms.pop_front();
-        }
-        self.engine.purge_expired_files().map(drop).map_err(engine_error("purging log files"))
-    }
-
-    /// A snapshot for followers that need one, until [`LogStore::withdraw`].
-    pub fn offer(&self, snapshot: Snapshot) {
-        self.wanted.set(false);
-        *self.offer.borrow_mut() = Some(snapshot);
-    }
-    /// Frees the offered snapshot.
-    pub fn withdraw(&self) {
-        *self.offer.borrow_mut() = None;
-    }
-    /// Whether raft asked for a snapshot that is not there; asking clears it.
-    pub fn snapshot_wanted(&self) -> bool {
-        self.wanted.take()
-    }
-
     fn write(&mut self, batch: &mut LogBatch, sync: bool) -> Result<(), StoreError> {
         let start = Instant::now();
         self.engine.write(batch, sync).map_err(engine_error("writing the log"))?;
@@ -362,6 +241,111 @@ impl LogStore {
         while self.terms.back().is_some_and(|run| run.index >= index) {
             self.terms.pop_back();
         }
+    }
+}
+
+impl Log for LogStore {
+    fn incarnation(&self) -> u64 {
+        self.incarnation
+    }
+    fn base(&self) -> Base {
+        self.base
+    }
+    fn last(&self) -> Base {
+        self.last
+    }
+    fn sync_time(&self) -> SyncTime {
+        self.sync_time
+    }
+    fn term_at(&self, index: u64) -> Option<u64> {
+        if index == self.base.index {
+            return Some(self.base.term);
+        }
+        if index < self.base.index || index > self.last.index {
+            return None;
+        }
+        let run = self.terms.partition_point(|run| run.index <= index);
+        run.checked_sub(1).and_then(|at| self.terms.get(at)).map(|run| run.term)
+    }
+    fn start_from(&mut self, applied: u64, membership: Membership) {
+        self.membership = membership;
+        self.hard.commit = self.hard.commit.max(applied);
+    }
+    fn persist(&mut self, work: Batch) -> Result<FlushReceipt, StoreError> {
+        let mut batch = LogBatch::default();
+        if !work.entries.is_empty() {
+            batch.add_entries::<Codec>(GROUP, &work.entries).map_err(engine_error("encoding entries"))?;
+        }
+        if let Some(hard) = &work.hard_state {
+            batch.put_message(GROUP, HARD.to_vec(), hard).map_err(engine_error("encoding the hard state"))?;
+        }
+        if !batch.is_empty() {
+            self.write(&mut batch, work.must_sync)?;
+        }
+        if let Some(hard) = work.hard_state {
+            self.hard = hard;
+        }
+        if let Some(first) = work.entries.first() {
+            self.forget_from(first.index);
+        }
+        for entry in work.entries {
+            self.remember(entry);
+        }
+        if work.must_sync {
+            self.write_mark()?;
+        }
+        Ok(FlushReceipt::of(work.number))
+    }
+    fn install(&mut self, base: Base) -> Result<(), StoreError> {
+        let mut hard = self.hard.clone();
+        hard.commit = hard.commit.max(base.index);
+        if hard.term < base.term {
+            // No vote was ever given in a term that this store had not written down.
+            hard.term = base.term;
+            hard.vote = 0;
+        }
+        let replica = get_u64(&self.engine, REPLICA)?.unwrap_or_default();
+        let mut batch = LogBatch::default();
+        batch.add_command(GROUP, Command::Clean);
+        put_u64(&mut batch, REPLICA, replica)?;
+        put_u64(&mut batch, INCARNATION, self.incarnation)?;
+        put(&mut batch, BASE, base.encode())?;
+        batch.put_message(GROUP, HARD.to_vec(), &hard).map_err(engine_error("encoding the hard state"))?;
+        self.write(&mut batch, true)?;
+        self.hard = hard;
+        self.forget_from(0);
+        self.terms.clear();
+        (self.base, self.last) = (base, base);
+        self.write_mark()
+    }
+    fn compact(&mut self, index: u64) -> Result<(), StoreError> {
+        if index <= self.base.index || index > self.last.index {
+            return Ok(());
+        }
+        let term = self.term_at(index).unwrap_or_default();
+        let base = Base { index, term };
+        let mut batch = LogBatch::default();
+        put(&mut batch, BASE, base.encode())?;
+        batch.add_command(GROUP, Command::Compact { index: index + 1 });
+        self.write(&mut batch, true)?;
+        self.base = base;
+        while self.recent.front().is_some_and(|e| e.index <= index) {
+            self.drop_oldest();
+        }
+        while self.terms.get(1).is_some_and(|run| run.index <= index + 1) {
+            self.terms.pop_front();
+        }
+        self.engine.purge_expired_files().map(drop).map_err(engine_error("purging log files"))
+    }
+    fn offer(&self, snapshot: Snapshot) {
+        self.wanted.set(false);
+        *self.offer.borrow_mut() = Some(snapshot);
+    }
+    fn withdraw(&self) {
+        *self.offer.borrow_mut() = None;
+    }
+    fn snapshot_wanted(&self) -> bool {
+        self.wanted.take()
     }
 }
 
@@ -416,24 +400,22 @@ impl Storage for LogStore {
     }
 
     fn snapshot(&self, request_index: u64, to: u64) -> raft::Result<Snapshot> {
-        let usable = self
-            .offer
-            .borrow()
-            .as_ref()
-            .filter(|s| {
-                let meta = s.get_metadata();
-                let conf = meta.get_conf_state();
-                // A receiver drops a snapshot whose members do not include it; entries after it must still be here.
-                meta.index >= request_index
-                    && meta.index >= self.base.index
-                    && (conf.voters.contains(&to) || conf.learners.contains(&to))
-            })
-            .cloned();
+        let usable = self.offer.borrow().as_ref().filter(|s| is_usable(s, request_index, self.base, to)).cloned();
         usable.ok_or_else(|| {
             self.wanted.set(true);
             raft::Error::Store(StorageError::SnapshotTemporarilyUnavailable)
         })
     }
+}
+
+/// Whether raft may send this snapshot to `to`. A receiver drops one whose members do not include it; entries after it must
+/// still be in the log.
+pub(super) fn is_usable(snapshot: &Snapshot, request_index: u64, base: Base, to: u64) -> bool {
+    let meta = snapshot.get_metadata();
+    let conf = meta.get_conf_state();
+    meta.index >= request_index
+        && meta.index >= base.index
+        && (conf.voters.contains(&to) || conf.learners.contains(&to))
 }
 
 impl Base {

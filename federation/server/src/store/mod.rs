@@ -4,13 +4,16 @@
 //! The log and the snapshot are the truth. Damage to the log is found at open and named; it is never served and never
 //! voted with (I14). Damage to the tables costs a rebuild and nothing else.
 
+mod disk;
 mod flush;
 pub mod log;
 mod mark;
 pub mod membership;
+pub mod model;
 pub mod snapshot;
 pub mod tables;
 
+pub use disk::{Disk, Folder, Log, Rows, Snapshots};
 pub use flush::{AfterFlush, FlushReceipt};
 pub use membership::{Change, Membership};
 

@@ -2,7 +2,7 @@
 //!
 //! Layout: magic, framed header, framed chunks. A frame is length (u32 LE), CRC32 (u32 LE), postcard bytes.
 
-use super::{Membership, StoreError, io, sync_dir};
+use super::{Membership, Snapshots, StoreError, io, sync_dir};
 use ambit_state::TableWrite;
 use serde::{Deserialize, Serialize};
 use std::fs;
@@ -121,8 +121,13 @@ impl SnapshotDir {
         Ok(Self { dir })
     }
 
-    /// The newest snapshot; none where none was ever written. Damage is an error, never a shorter state.
-    pub fn load(&self) -> Result<Option<Snapshot>, StoreError> {
+    fn current(&self) -> PathBuf {
+        self.dir.join("current.snapshot")
+    }
+}
+
+impl Snapshots for SnapshotDir {
+    fn load(&self) -> Result<Option<Snapshot>, StoreError> {
         let path = self.current();
         match fs::read(&path) {
             Ok(bytes) => decode(&bytes).map(Some),
@@ -131,18 +136,13 @@ impl SnapshotDir {
         }
     }
 
-    /// Replaces the snapshot in one step: temporary file, sync, rename, sync of the folder.
-    pub fn write(&self, bytes: &[u8]) -> Result<(), StoreError> {
+    fn write(&self, bytes: &[u8]) -> Result<(), StoreError> {
         let (temp, path) = (self.dir.join("next.tmp"), self.current());
         let mut file = fs::File::create(&temp).map_err(io("creating snapshot", &temp))?;
         file.write_all(bytes).map_err(io("writing snapshot", &temp))?;
         file.sync_all().map_err(io("syncing snapshot", &temp))?;
         fs::rename(&temp, &path).map_err(io("renaming snapshot", &path))?;
         sync_dir(&self.dir)
-    }
-
-    fn current(&self) -> PathBuf {
-        self.dir.join("current.snapshot")
     }
 }
 

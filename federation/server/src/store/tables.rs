@@ -5,7 +5,7 @@
 //! whole state is stored with the applied index in the same transaction, opening happens under `catch_unwind`, and any
 //! doubt moves the folder aside; the state is then rebuilt from the snapshot file and the log.
 
-use super::{Membership, StoreError, caught, io};
+use super::{Membership, Rows, StoreError, caught, io};
 use ambit_state::TableWrite;
 use serde::{Deserialize, Serialize};
 use sled::transaction::{TransactionError, Transactional, TransactionalTree};
@@ -72,8 +72,24 @@ impl Tables {
         }
     }
 
-    /// Drops what is there and starts empty, keeping the old folder for a look.
-    pub fn move_aside(&mut self) -> Result<(), StoreError> {
+    fn attempt(&mut self, act: impl FnOnce(&mut Open) -> Result<(), StoreError>) {
+        let Some(open) = &mut self.open else { return };
+        if let Err(e) = caught("tables", || act(open)) {
+            tracing::error!(error = %e, "tables failed: running without them, they are rebuilt at the next start");
+            self.open = None;
+        }
+    }
+
+    fn reopen(&mut self) {
+        match caught("tables", || Open::at(&self.dir)) {
+            Ok(open) => self.open = Some(open),
+            Err(e) => tracing::error!(error = %e, "tables do not open: running without them"),
+        }
+    }
+}
+
+impl Rows for Tables {
+    fn move_aside(&mut self) -> Result<(), StoreError> {
         self.open = None;
         let aside = (1..ASIDE_MAX)
             .map(|n| self.dir.with_extension(format!("damaged-{n}")))
@@ -89,8 +105,7 @@ impl Tables {
         Ok(())
     }
 
-    /// Replaces everything by `rows`. The position comes last, so that a half-done replacement is seen as damage.
-    pub fn replace(&mut self, applied: &Applied, rows: Vec<TableWrite>) {
+    fn replace(&mut self, applied: &Applied, rows: Vec<TableWrite>) {
         self.open = None;
         if let Err(e) = fs::remove_dir_all(&self.dir)
             && e.kind() != std::io::ErrorKind::NotFound
@@ -109,32 +124,14 @@ impl Tables {
         self.checkpoint();
     }
 
-    /// Rows and position in one transaction. A failure costs the tables, not the replica: they are left behind and
-    /// rebuilt at the next start.
-    pub fn write(&mut self, applied: &Applied, writes: Vec<TableWrite>) {
+    fn write(&mut self, applied: &Applied, writes: Vec<TableWrite>) {
         self.attempt(|open| open.write(Some(applied), writes));
     }
 
-    /// Asks sled to write its buffers; called at checkpoints only.
-    pub fn checkpoint(&mut self) {
+    fn checkpoint(&mut self) {
         self.attempt(|open| {
             open.db.flush().map(drop).map_err(|e| StoreError::Tables { what: "flushing tables", source: Box::new(e) })
         });
-    }
-
-    fn attempt(&mut self, act: impl FnOnce(&mut Open) -> Result<(), StoreError>) {
-        let Some(open) = &mut self.open else { return };
-        if let Err(e) = caught("tables", || act(open)) {
-            tracing::error!(error = %e, "tables failed: running without them, they are rebuilt at the next start");
-            self.open = None;
-        }
-    }
-
-    fn reopen(&mut self) {
-        match caught("tables", || Open::at(&self.dir)) {
-            Ok(open) => self.open = Some(open),
-            Err(e) => tracing::error!(error = %e, "tables do not open: running without them"),
-        }
     }
 }
 

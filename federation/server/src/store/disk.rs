@@ -1,0 +1,118 @@
+//! What a replica needs of its disk, as traits: files in production, a model with faults in the simulator.
+//!
+//! The contract: what [`Log::persist`] gave a receipt for, what [`Snapshots::write`] returned from, is there after any crash;
+//! everything else may be lost, wholly or in part. Damage is an error at open or at reading, never other contents.
+
+use super::log::{Base, Batch, LogStore, SyncTime};
+use super::snapshot::{Snapshot, SnapshotDir};
+use super::tables::{Applied, Stored, Tables};
+use super::{FlushReceipt, Membership, StoreError, io};
+use ambit_state::TableWrite;
+use raft::Storage;
+use raft::eraftpb;
+use std::path::PathBuf;
+
+/// The Raft log and hard state. Raft reads it through [`Storage`].
+pub trait Log: Storage {
+    /// How often this store was opened; a peer drops frames of an older one.
+    fn incarnation(&self) -> u64;
+    /// Where the log begins.
+    fn base(&self) -> Base;
+    /// Last index and its term.
+    fn last(&self) -> Base;
+    /// The term at `index`, if the log still knows it.
+    fn term_at(&self, index: u64) -> Option<u64>;
+    /// What raft starts from; set once, before the node is made. What was applied had been committed, also where the
+    /// commit index on disk lags (it is not synced on its own).
+    fn start_from(&mut self, applied: u64, membership: Membership);
+    /// Appends and syncs. The receipt opens the messages that waited. An error leaves the log in doubt: the caller must
+    /// stop the process, never retry (the kernel may have dropped the pages).
+    fn persist(&mut self, work: Batch) -> Result<FlushReceipt, StoreError>;
+    /// Throws the log away and begins it after a snapshot that is on disk already.
+    fn install(&mut self, base: Base) -> Result<(), StoreError>;
+    /// Drops entries up to and with `index`; a snapshot at or after it must be on disk.
+    fn compact(&mut self, index: u64) -> Result<(), StoreError>;
+    /// A snapshot for followers that need one, until [`Log::withdraw`].
+    fn offer(&self, snapshot: eraftpb::Snapshot);
+    /// Frees the offered snapshot.
+    fn withdraw(&self);
+    /// Whether raft asked for a snapshot that is not there; asking clears it.
+    fn snapshot_wanted(&self) -> bool;
+    /// Syncs so far.
+    fn sync_time(&self) -> SyncTime;
+}
+
+/// The state's rows; rebuildable, never trusted.
+pub trait Rows {
+    /// Drops what is there and starts empty, keeping the old rows for a look.
+    fn move_aside(&mut self) -> Result<(), StoreError>;
+    /// Replaces everything by `rows`.
+    fn replace(&mut self, applied: &Applied, rows: Vec<TableWrite>);
+    /// Rows and position in one step. A failure costs the rows, not the replica.
+    fn write(&mut self, applied: &Applied, writes: Vec<TableWrite>);
+    /// Asks for what was written to be kept; nothing relies on it.
+    fn checkpoint(&mut self);
+}
+
+/// The newest snapshot.
+pub trait Snapshots {
+    /// None where none was ever written. Damage is an error, never a shorter state.
+    fn load(&self) -> Result<Option<Snapshot>, StoreError>;
+    /// Replaces it in one durable step.
+    fn write(&self, bytes: &[u8]) -> Result<(), StoreError>;
+}
+
+/// All of one replica's disk.
+pub trait Disk {
+    /// See the trait.
+    type Log: Log;
+    /// See the trait.
+    type Rows: Rows;
+    /// See the trait.
+    type Snapshots: Snapshots;
+    /// Refuses a disk that holds a store, or what is left of one.
+    fn refuse_existing(&self) -> Result<(), StoreError>;
+    /// Creates the log of `replica`, empty: from then on the store exists.
+    fn create_log(&self, replica: u64) -> Result<(), StoreError>;
+    /// Opens and verifies the log. The incarnation rises by one, durably, before this returns.
+    fn open_log(&self, replica: u64) -> Result<Self::Log, StoreError>;
+    /// The place of snapshots.
+    fn open_snapshots(&self) -> Result<Self::Snapshots, StoreError>;
+    /// Removes a snapshot that no log belongs to.
+    fn forget_snapshot(&self) -> Result<(), StoreError>;
+    /// Opens the rows and reads them. Whatever is wrong with them, or if there is nothing where a state was `expected`, the
+    /// answer is `None`: rebuild.
+    fn open_rows(&self, expected: bool) -> Result<(Self::Rows, Option<Stored>), StoreError>;
+}
+
+/// A folder of files: `log/`, `tables/` and `snapshot/`.
+#[derive(Clone, Debug)]
+pub struct Folder(pub PathBuf);
+
+impl Disk for Folder {
+    type Log = LogStore;
+    type Rows = Tables;
+    type Snapshots = SnapshotDir;
+
+    fn refuse_existing(&self) -> Result<(), StoreError> {
+        // Tables without a log are what is left of a replica that lost its disk in part: not a new one.
+        let found = ["log", "tables"].iter().any(|part| self.0.join(part).exists());
+        if found { Err(StoreError::Exists(self.0.clone())) } else { Ok(()) }
+    }
+    fn create_log(&self, replica: u64) -> Result<(), StoreError> {
+        LogStore::create(&self.0, replica)
+    }
+    fn open_log(&self, replica: u64) -> Result<LogStore, StoreError> {
+        LogStore::open(&self.0, replica)
+    }
+    fn open_snapshots(&self) -> Result<SnapshotDir, StoreError> {
+        SnapshotDir::open(&self.0)
+    }
+    fn forget_snapshot(&self) -> Result<(), StoreError> {
+        let stale = self.0.join("snapshot");
+        if stale.exists() { std::fs::remove_dir_all(&stale).map_err(io("removing folder", &stale)) } else { Ok(()) }
+    }
+    fn open_rows(&self, expected: bool) -> Result<(Tables, Option<Stored>), StoreError> {
+        Tables::open(&self.0, expected)
+    }
+}

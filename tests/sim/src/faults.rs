@@ -1,0 +1,217 @@
+//! What goes wrong, and what is made good: each kind at its own pace, all by the seed.
+
+use crate::host::Condition;
+use crate::oracle::Violation;
+use crate::plan::{MS, Micros, Plan, SECOND};
+use crate::world::{Event, World};
+use ambit_model::ReplicaId;
+use ambitd::raft::core::Input;
+use ambitd::raft::engine::Request;
+use ambitd::raft::{Status, prepare_join_on};
+use ambitd::store::Change;
+use ambitd::store::model::{Fault, ModelDisk, Part};
+
+/// How long a cut lasts, at most.
+const CUT_MAX: Micros = 2 * SECOND;
+/// A pause: longer than election timeouts.
+const PAUSE_MAX: Micros = 1_500 * MS;
+/// A clock that is off by less may be the median.
+const STAMP_SLACK_MS: u64 = 2_500;
+
+/// A kind of fault.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Kind {
+    Partition,
+    Crash,
+    Pause,
+    Disk,
+    Transfer,
+    Member,
+    Ruin,
+}
+
+/// How far a stamp may be ahead: with one clock of three wrong, the others decide.
+pub(crate) fn stamps_lead_max_ms(plan: &Plan) -> u64 {
+    let drift = plan.drift_ppm.unsigned_abs() * (plan.length / MS + 700_000) / 1_000_000;
+    STAMP_SLACK_MS + drift
+}
+
+impl World {
+    pub(crate) fn schedule_faults(&mut self) {
+        for kind in [Kind::Partition, Kind::Crash, Kind::Pause, Kind::Disk, Kind::Transfer, Kind::Member] {
+            self.schedule(kind);
+        }
+        if self.plan.ruin {
+            let at = self.dice.between(self.plan.length / 4, self.plan.length * 3 / 4);
+            self.at(at, Event::Fault(Kind::Ruin));
+        }
+    }
+
+    fn schedule(&mut self, kind: Kind) {
+        let every = match kind {
+            Kind::Partition => self.plan.partition_every,
+            Kind::Crash => self.plan.crash_every,
+            Kind::Pause => self.plan.pause_every,
+            Kind::Disk => self.plan.disk_every,
+            Kind::Transfer => self.plan.transfer_every,
+            Kind::Member => self.plan.member_every,
+            Kind::Ruin => 0,
+        };
+        if every > 0 {
+            let at = self.now + self.dice.between(every / 2, every * 3 / 2);
+            self.at(at, Event::Fault(kind));
+        }
+    }
+
+    pub(crate) fn fault(&mut self, kind: Kind) -> Result<(), Violation> {
+        // Members come and go also in calm: what was ruined is replaced.
+        if self.calm && !matches!(kind, Kind::Member) {
+            return Ok(());
+        }
+        match kind {
+            Kind::Partition => self.partition(),
+            Kind::Crash => {
+                if let Some(id) = self.one_up() {
+                    self.damage_what_can_be_rebuilt(id);
+                    self.crash(id);
+                }
+            }
+            Kind::Pause => {
+                let (until, one) = (self.now + self.dice.between(50 * MS, PAUSE_MAX), self.one_up());
+                if let Some(host) = one.and_then(|id| self.hosts.get_mut(&id)) {
+                    host.paused_until = until;
+                    self.tally.pauses += 1;
+                }
+                self.say(|| format!("replica {one:?} pauses until {} ms", until / MS));
+            }
+            Kind::Disk => self.arm(),
+            Kind::Transfer => {
+                let to = self.one_up();
+                let leader = self.leader().map(|status| status.id.0);
+                if let (Some(to), Some(leader)) = (to, leader) {
+                    self.give(leader, Request::Core(Input::Transfer(to)));
+                }
+            }
+            Kind::Member => self.change_members()?,
+            Kind::Ruin => self.ruin(),
+        }
+        self.schedule(kind);
+        Ok(())
+    }
+
+    fn one_up(&mut self) -> Option<u64> {
+        let up: Vec<u64> = self.hosts.values().filter(|h| h.condition == Condition::Up).map(|h| h.id).collect();
+        self.dice.pick(&up).copied()
+    }
+
+    /// The one that says so in the highest term.
+    pub(crate) fn leader(&self) -> Option<Status> {
+        let processes = self.hosts.values().filter_map(|host| host.process.as_ref());
+        processes.filter(|p| p.leads()).map(|p| p.status()).max_by_key(|status| status.term)
+    }
+
+    fn partition(&mut self) {
+        let members: Vec<u64> =
+            self.hosts.values().filter(|h| h.condition != Condition::Removed).map(|h| h.id).collect();
+        let how = self.network.cut(&members);
+        self.tally.partitions += 1;
+        let until = self.now + self.dice.between(100 * MS, CUT_MAX);
+        self.say(|| format!("the network is cut, {how}, until {} ms", until / MS));
+        self.at(until, Event::Mend);
+    }
+
+    fn arm(&mut self) {
+        let fault = match self.dice.below(7) {
+            0..=2 => Fault::DieBefore,
+            3..=4 => Fault::DieAfter,
+            5 => Fault::SyncError,
+            _ => Fault::Full,
+        };
+        let one = self.one_up();
+        if let Some(host) = one.and_then(|id| self.hosts.get(&id)) {
+            host.disk.arm(fault);
+        }
+        self.say(|| format!("at replica {one:?}'s next write: {fault:?}"));
+    }
+
+    /// Rows can always be rebuilt; nothing depends on them.
+    fn damage_what_can_be_rebuilt(&mut self, id: u64) {
+        if self.dice.per_mille(200)
+            && let Some(host) = self.hosts.get(&id)
+        {
+            host.disk.damage(Part::Rows);
+        }
+    }
+
+    /// One of three may lose its disk, or what was synced to it: it must never vote again under its number (I14).
+    fn ruin(&mut self) {
+        let Some(id) = self.one_up() else { return };
+        self.crash(id);
+        let Some(host) = self.hosts.get_mut(&id) else { return };
+        host.condition = Condition::Ruined;
+        self.tally.ruined += 1;
+        let how = if self.dice.below(2) == 0 {
+            host.disk.lose();
+            "lost"
+        } else {
+            host.disk.damage(Part::Log);
+            "damaged"
+        };
+        self.say(|| format!("the disk of replica {id} is {how}"));
+    }
+
+    /// An operator's next step: promote who joined, add where one lacks, take out who is ruined or simply another.
+    fn change_members(&mut self) -> Result<(), Violation> {
+        let Some(status) = self.leader() else { return Ok(()) };
+        let (voters, learners) = (status.voters.len(), status.learners.clone());
+        let is_ruined = |id: &ReplicaId| self.hosts.get(&id.0).is_some_and(|h| h.condition == Condition::Ruined);
+        let change = if let Some(id) = learners.first() {
+            if is_ruined(id) { Change::Remove(id.0) } else { Change::Promote(id.0) }
+        } else if let Some(ruined) = status.voters.iter().copied().find(is_ruined) {
+            Change::Remove(ruined.0)
+        } else if voters < 3 {
+            Change::AddLearner(self.invite(&status)?)
+        } else {
+            let all_up = self.hosts.values().filter(|h| h.condition == Condition::Up).count() >= 3;
+            let other = status.voters.iter().copied().find(|id| Some(id.0) != status.leader.map(|l| l.0));
+            // While a disk may be ruined, nobody is taken out for nothing: that would leave no quorum.
+            match other.filter(|_| all_up && !self.calm && !self.plan.ruin) {
+                Some(id) => Change::Remove(id.0),
+                None => return Ok(()),
+            }
+        };
+        self.say(|| format!("the operator asks: {change:?}, on version {}", status.membership_version));
+        let answer = tokio::sync::oneshot::channel().0;
+        self.give(status.id.0, Request::Change(change, status.membership_version, answer));
+        Ok(())
+    }
+
+    /// A new machine, or the one that was asked in before and is not in yet.
+    fn invite(&mut self, status: &Status) -> Result<u64, Violation> {
+        let waits = |id: &u64| self.hosts.get(id).is_some_and(|h| h.condition != Condition::Ruined);
+        let is_in = |id: &u64| status.voters.iter().chain(&status.learners).any(|member| member.0 == *id);
+        if let Some(id) = self.invited.filter(|id| waits(id) && !is_in(id)) {
+            return Ok(id);
+        }
+        let id = self.hosts.keys().max().copied().unwrap_or_default() + 1;
+        let disk = ModelDisk::default();
+        prepare_join_on(&disk, ReplicaId(id)).map_err(|e| Violation::of("sim", e.to_string()))?;
+        self.add_host(id, disk);
+        self.tally.replaced += 1;
+        self.invited = Some(id);
+        Ok(id)
+    }
+
+    /// Machines whose replica is out of the cell, by the history's own leader, are switched off.
+    pub(crate) fn retire(&mut self) {
+        let Some(status) = self.leader() else { return };
+        let inside = |id: u64| status.voters.contains(&ReplicaId(id)) || status.learners.contains(&ReplicaId(id));
+        let out: Vec<u64> = self.hosts.keys().copied().filter(|id| !inside(*id) && self.invited != Some(*id)).collect();
+        for id in out {
+            let Some(host) = self.hosts.get_mut(&id) else { continue };
+            if host.condition == Condition::Up || host.condition == Condition::Ruined {
+                host.condition = Condition::Removed;
+            }
+        }
+    }
+}

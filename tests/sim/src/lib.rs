@@ -1,0 +1,19 @@
+//! The simulator: replicas of the real code on a virtual clock, network and disk, under faults drawn from a seed, beside
+//! an oracle that judges the invariants of design.md section 9.
+//!
+//! A seed is a run: the same to the last event, on any machine. It runs no socket, no thread and no real clock.
+#![forbid(unsafe_code)]
+
+mod client;
+mod dice;
+mod faults;
+mod host;
+mod load;
+mod network;
+mod oracle;
+mod plan;
+mod run;
+mod template;
+mod world;
+
+pub use run::{Counts, Failure, Outcome, Simulator};

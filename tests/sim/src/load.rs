@@ -1,0 +1,185 @@
+//! What clients ask for: this product's own commands, as its services would make them from what a replica shows.
+
+use crate::dice::Dice;
+use ambit_model::appraisal::PcrBank;
+use ambit_model::policy::{Action, Peers, Policy};
+use ambit_model::{ClusterId, Entry, Generation, NodeId, ObjectName, Refusal, Revision, Selector, Stamp, SvidTtl};
+use ambit_state::command::{Admission, LeafRequest, RoundVerdict, Seen};
+use ambit_state::objects::{
+    AkFacts, BootPcrs, CellRow, Counters, EkFacts, ImaPoint, KeySetRow, Member, NodeState, PolicyRef,
+};
+use ambit_state::{Command, NodeVerb, Nodes, State};
+
+/// Machines that enrol.
+pub(crate) const NODES: u8 = 4;
+/// Policies that are written again and again.
+const POLICIES: u64 = 3;
+const AUTHORITY: &str = "a1";
+/// As the server's tickets.
+const TICKET_MS: u64 = 60_000;
+const CELL: &str = "west";
+
+/// A machine as it knows itself: its counters never go back.
+#[derive(Clone, Copy, Debug)]
+struct Machine {
+    id: NodeId,
+    clock: u64,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct Load {
+    machines: Vec<Machine>,
+    made: u64,
+}
+
+impl Load {
+    pub(crate) fn new() -> Load {
+        Load { machines: (1..=NODES).map(|n| Machine { id: node(n), clock: 0 }).collect(), made: 0 }
+    }
+
+    /// The founding, and what operators set up before anything else.
+    pub(crate) fn setup() -> Result<Vec<Command>, Refusal> {
+        let row = CellRow {
+            trust_domain: CELL.parse()?,
+            epoch: 1,
+            root_der: CELL.as_bytes().to_vec(),
+            root_form: "file".into(),
+            bundle_sequence: (1 << 40) | 1,
+            next_identity: 256,
+            revision: Revision(0),
+            endorsement_revision: Revision(0),
+            policy_revision: Revision(0),
+            export_seq: 0,
+            export_hash: [0; 32],
+        };
+        let member = Member {
+            address: "127.0.0.1:1".into(),
+            authority: AUTHORITY.into(),
+            // No run outlasts it, with whatever clock.
+            authority_not_after: Stamp(u64::MAX / 2),
+            wrap_key: Vec::new(),
+            record_key: [1; 32],
+        };
+        Ok(vec![
+            Command::FoundCell(row, 1, member, KeySetRow::default()),
+            Command::RegisterCluster(cluster()?, Vec::new(), 10_000),
+            Command::AllowEk(cluster()?, (1..=NODES).map(node).collect()),
+            Command::CreateEntries(vec![entry("db")?, entry("web")?]),
+        ])
+    }
+
+    /// The next wish, seen from a replica's own state.
+    pub(crate) fn command(&mut self, dice: &mut Dice, state: &State) -> Result<Command, Refusal> {
+        self.made += 1;
+        let at = usize::try_from(dice.below(self.machines.len() as u64)).unwrap_or(0);
+        let known = self.machines.get(at).and_then(|m| state.node(&m.id)).map(|row| (row.generation, row.state));
+        Ok(match dice.below(20) {
+            0..=3 => Command::CreateEntries(vec![entry(&format!("e{}", self.made))?]),
+            4 => Command::DeleteEntries(vec![format!("e{}", dice.below(self.made + 1)).parse()?]),
+            5..=8 => match known {
+                Some((_, NodeState::Admitted)) if dice.below(3) != 0 => self.round(at, state),
+                _ => self.admission(at, dice, state)?,
+            },
+            9..=13 => Command::Issue {
+                node: node(at as u8 + 1),
+                generation: known.map_or(Generation(1), |(generation, _)| generation),
+                authority: AUTHORITY.into(),
+                leaves: vec![LeafRequest { entry: "db".parse()?, key_hash: dice.bytes() }],
+            },
+            14..=15 => Command::SetNodes(verb(dice, known), Nodes::Ids(vec![node(at as u8 + 1)])),
+            _ => {
+                let name: ObjectName = format!("p{}", dice.below(POLICIES)).parse()?;
+                let policy = Policy {
+                    name,
+                    target: Peers::Id(format!("spiffe://{CELL}/db").parse()?),
+                    action: Action::Allow,
+                    from: vec![Peers::Domain("east".parse()?)],
+                    ports: vec![(self.made % 60_000) as u16 + 1],
+                };
+                Command::ApplyDocuments { policies: vec![policy], services: Vec::new(), by: "sim".into() }
+            }
+        })
+    }
+
+    /// Evidence that a verifier accepted, under the revisions that this replica shows.
+    fn admission(&mut self, at: usize, dice: &mut Dice, state: &State) -> Result<Command, Refusal> {
+        let (endorsements, policies) =
+            state.cell().map(|c| (c.endorsement_revision, c.policy_revision)).unwrap_or_default();
+        let Some(machine) = self.machines.get_mut(at) else { return Ok(Command::Tick) };
+        machine.clock += 1;
+        Ok(Command::AdmitNode(Admission {
+            node: machine.id,
+            cluster: cluster()?,
+            nonce: dice.bytes(),
+            deadline: state.stamp().plus_ms(TICKET_MS),
+            join_token: None,
+            endorsement_revision: endorsements,
+            policy_revision: policies,
+            ak: AkFacts { name: machine.id.0.to_vec(), ..AkFacts::default() },
+            ek: EkFacts { class: "lab".into(), ..EkFacts::default() },
+            seen: seen(machine.clock, true)?,
+            key_hash: dice.bytes(),
+            authority: AUTHORITY.into(),
+            claims: "{}".into(),
+        }))
+    }
+
+    /// A good verdict of a round.
+    pub(crate) fn round(&mut self, at: usize, state: &State) -> Command {
+        let Some(machine) = self.machines.get_mut(at) else { return Command::Tick };
+        machine.clock += 1;
+        let (Some(row), Ok(seen)) = (state.node(&machine.id), seen(machine.clock, false)) else {
+            return Command::Tick;
+        };
+        let policy_revision = state.cell().map(|c| c.policy_revision).unwrap_or_default();
+        Command::PutVerdicts(vec![RoundVerdict { node: machine.id, generation: row.generation, policy_revision, seen }])
+    }
+}
+
+/// Mostly what makes sense of the node as it is seen.
+fn verb(dice: &mut Dice, known: Option<(Generation, NodeState)>) -> NodeVerb {
+    match known.map(|(_, state)| state) {
+        Some(NodeState::Banned) => NodeVerb::Unban,
+        Some(NodeState::Quarantined | NodeState::Untrusted(_)) => NodeVerb::Release,
+        _ => match dice.below(4) {
+            0 => NodeVerb::Quarantine,
+            1 => NodeVerb::Evict,
+            _ => NodeVerb::Ban,
+        },
+    }
+}
+
+fn cluster() -> Result<ClusterId, Refusal> {
+    CELL.parse()
+}
+
+fn node(n: u8) -> NodeId {
+    NodeId([n; 32])
+}
+
+fn entry(id: &str) -> Result<Entry, Refusal> {
+    Ok(Entry {
+        id: id.parse()?,
+        spiffe_id: format!("spiffe://{CELL}/{id}").parse()?,
+        cluster: cluster()?,
+        nodes: Default::default(),
+        selectors: [Selector::UnixUid(1000)].into(),
+        ttl: SvidTtl::DEFAULT,
+        federates_with: Default::default(),
+    })
+}
+
+fn seen(clock: u64, says_boot: bool) -> Result<Seen, Refusal> {
+    Ok(Seen {
+        counters: Counters { resets: 1, restarts: 0, clock },
+        firmware_version: 7,
+        ima: ImaPoint::default(),
+        pcrs: says_boot.then(|| BootPcrs { bank: PcrBank::Sha256, values: Default::default() }),
+        boot_pcrs_sha256: [1; 32],
+        boot_log_sha256: [2; 32],
+        policy: PolicyRef { name: "servers".parse()?, version: 1 },
+        trust: Default::default(),
+        evidence_sha256: [3; 32],
+        evidence_depth: 0,
+    })
+}

@@ -1,0 +1,185 @@
+//! What the product promises of its history, judged from commands and outcomes by a model of its own.
+
+use super::Violation;
+use crate::client::Client;
+use ambit_model::{Generation, NodeId, Refusal, Stamp};
+use ambit_state::{Command, Issuance, LogEntry, NodeVerb, Nodes, Reply, State, UNATTESTED_MAX_MS};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// As design.md says (I6).
+const NOT_BEFORE_SLACK_MS: u64 = 60_000;
+/// The most that a leaf's lifetime may be: the ceiling of a TTL.
+const LIFETIME_MAX_MS: u64 = 24 * 3_600_000;
+
+/// What operators and verdicts made of a node, as the oracle counts it.
+#[derive(Clone, Copy, Debug)]
+struct Node {
+    generation: Generation,
+    trusted: bool,
+    verdict: Stamp,
+}
+
+/// A client's identity and its request id.
+type Request = ([u8; 32], [u8; 16]);
+
+#[derive(Default)]
+pub(super) struct Promises {
+    nodes: BTreeMap<NodeId, Node>,
+    nonces: BTreeSet<[u8; 32]>,
+    serials: BTreeMap<[u8; 16], u64>,
+    /// Serials that each request was given, at its first application.
+    given: BTreeMap<Request, (u64, Vec<[u8; 16]>)>,
+    policies: BTreeMap<String, u64>,
+}
+
+impl Promises {
+    /// One entry was applied; `state` is after it.
+    pub(super) fn judge(
+        &mut self,
+        index: u64,
+        stamp: Stamp,
+        entry: &LogEntry,
+        outcome: &Result<Reply, Refusal>,
+        state: &State,
+    ) -> Result<(), Violation> {
+        let repeated = self.repeated(index, entry, outcome)?;
+        if let Ok(reply) = outcome
+            && !repeated
+        {
+            self.effect(index, stamp, &entry.command, reply)?;
+        }
+        if let (Ok(Reply::Leaves(_)), Command::Issue { node, generation, .. }) = (outcome, &entry.command) {
+            self.may_be_issued(index, stamp, node, *generation)?;
+        }
+        for ((_, name), row) in state.policies() {
+            let known = self.policies.entry(name.to_string()).or_default();
+            if row.revision.0 < *known {
+                return Err(Violation::of(
+                    "I7",
+                    format!("policy {name} went from {known} to {} at {index}", row.revision),
+                ));
+            }
+            *known = row.revision.0;
+        }
+        Ok(())
+    }
+
+    /// I10: a request has its effect once; a repetition gives the same leaves or fewer.
+    fn repeated(&mut self, index: u64, entry: &LogEntry, outcome: &Result<Reply, Refusal>) -> Result<bool, Violation> {
+        if entry.request == [0; 16] {
+            return Ok(false);
+        }
+        let serials: Vec<[u8; 16]> = leaves(outcome).iter().map(|leaf| leaf.serial).collect();
+        let key = (entry.client, entry.request);
+        match self.given.get(&key) {
+            None => {
+                self.given.insert(key, (index, serials));
+                Ok(false)
+            }
+            Some((_, before)) if serials.iter().all(|serial| before.contains(serial)) => Ok(true),
+            Some((first, _)) => {
+                Err(Violation::of("I10", format!("the request of {first} was given other leaves at {index}")))
+            }
+        }
+    }
+
+    fn effect(&mut self, index: u64, stamp: Stamp, command: &Command, reply: &Reply) -> Result<(), Violation> {
+        match (command, reply) {
+            (Command::AdmitNode(a), Reply::Admitted(generation, _)) => {
+                if !self.nonces.insert(a.nonce) {
+                    return Err(Violation::of("I5", format!("a nonce was admitted twice, again at {index}")));
+                }
+                if let Some(before) = self.nodes.get(&a.node)
+                    && before.generation >= *generation
+                {
+                    let found = format!("node {} got generation {generation} again at {index}", a.node);
+                    return Err(Violation::of("I5", found));
+                }
+                let node = Node { generation: *generation, trusted: true, verdict: stamp };
+                self.nodes.insert(a.node, node);
+            }
+            (Command::PutVerdicts(verdicts), Reply::Items(items)) => {
+                for verdict in verdicts.iter().zip(items).filter(|(_, item)| item.is_ok()).map(|(v, _)| v) {
+                    if let Some(node) = self.nodes.get_mut(&verdict.node) {
+                        node.verdict = stamp;
+                    }
+                }
+            }
+            (Command::SetNodes(verb, Nodes::Ids(ids)), _) => {
+                for node in ids {
+                    match verb {
+                        NodeVerb::Ban | NodeVerb::Quarantine | NodeVerb::Evict => self.out(node),
+                        // Trust comes back with an admission only.
+                        NodeVerb::Unban | NodeVerb::Release => {}
+                    }
+                }
+            }
+            (Command::Distrust(_, _, row), _) => self.out(&row.node),
+            _ => {}
+        }
+        self.leaves(index, stamp, reply)
+    }
+
+    fn out(&mut self, node: &NodeId) {
+        if let Some(node) = self.nodes.get_mut(node) {
+            node.trusted = false;
+        }
+    }
+
+    /// I6 for every leaf of a reply.
+    fn leaves(&mut self, index: u64, stamp: Stamp, reply: &Reply) -> Result<(), Violation> {
+        for leaf in leaves(&Ok(reply.clone())) {
+            if let Some(before) = self.serials.insert(leaf.serial, index) {
+                let found = format!("serial {} of {before} again at {index}", hex::encode(leaf.serial));
+                return Err(Violation::of("I6", found));
+            }
+            let verdict = leaf.binding.as_ref().and_then(|(node, _)| self.nodes.get(node)).map(|node| node.verdict);
+            let latest = verdict.map_or(u64::MAX, |verdict| verdict.0.saturating_add(UNATTESTED_MAX_MS));
+            let (from, to) = (leaf.lifetime.not_before.0, leaf.lifetime.not_after.0);
+            let holds = to <= latest && to <= stamp.0 + LIFETIME_MAX_MS && from + NOT_BEFORE_SLACK_MS >= stamp.0;
+            if !holds {
+                return Err(Violation::of("I6", format!("a leaf from {from} to {to} at {index}, stamp {}", stamp.0)));
+            }
+        }
+        Ok(())
+    }
+
+    /// I4 and I5: only to a node that is in, of this admission, with a verdict in time.
+    fn may_be_issued(&self, index: u64, stamp: Stamp, id: &NodeId, generation: Generation) -> Result<(), Violation> {
+        let Some(node) = self.nodes.get(id) else {
+            return Err(Violation::of("I5", format!("leaves for node {id}, which nobody admitted, at {index}")));
+        };
+        if !node.trusted || generation > node.generation {
+            return Err(Violation::of("I4", format!("leaves for node {id}, which is out, at {index}")));
+        }
+        if node.verdict.0.saturating_add(UNATTESTED_MAX_MS) <= stamp.0 {
+            return Err(Violation::of("I4", format!("leaves for node {id} without a verdict in time, at {index}")));
+        }
+        Ok(())
+    }
+
+    /// A client was answered: what it got is what the history gave to its request.
+    pub(super) fn answered(
+        &self,
+        client: usize,
+        number: u64,
+        index: u64,
+        outcome: &Result<Reply, Refusal>,
+    ) -> Result<(), Violation> {
+        let given = self.given.get(&(Client::identity(client), Client::request(number)));
+        let told = leaves(outcome);
+        let known = given.is_some_and(|(_, serials)| told.iter().all(|leaf| serials.contains(&leaf.serial)));
+        if known {
+            return Ok(());
+        }
+        Err(Violation::of("I10", format!("client {client} was told of leaves that {index} did not give")))
+    }
+}
+
+fn leaves(outcome: &Result<Reply, Refusal>) -> Vec<Issuance> {
+    match outcome {
+        Ok(Reply::Leaves(items)) => items.iter().filter_map(|item| item.as_ref().ok()).cloned().collect(),
+        Ok(Reply::Admitted(_, leaf)) => vec![leaf.clone()],
+        _ => Vec::new(),
+    }
+}

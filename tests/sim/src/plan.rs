@@ -1,0 +1,109 @@
+//! What a seed means: the options of a run, printed where it fails.
+
+use crate::dice::Dice;
+use std::fmt;
+
+/// Virtual microseconds.
+pub(crate) type Micros = u64;
+pub(crate) const MS: Micros = 1_000;
+pub(crate) const SECOND: Micros = 1_000_000;
+
+/// The options of one run.
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    pub(crate) seed: u64,
+    /// How long faults last; then a quorum is healed and must make progress.
+    pub(crate) length: Micros,
+    pub(crate) clients: usize,
+    pub(crate) loss_per_mille: u64,
+    pub(crate) duplicate_per_mille: u64,
+    /// Of a message, at most; the least is 100 us. Differences reorder.
+    pub(crate) delay_max: Micros,
+    /// Mean time between two faults of each kind; none where 0.
+    pub(crate) partition_every: Micros,
+    pub(crate) crash_every: Micros,
+    pub(crate) pause_every: Micros,
+    pub(crate) disk_every: Micros,
+    pub(crate) transfer_every: Micros,
+    pub(crate) member_every: Micros,
+    /// Of one sync, at most.
+    pub(crate) sync_max: Micros,
+    /// One replica's wall clock is off by this, milliseconds.
+    pub(crate) clock_off_ms: i64,
+    /// One replica's clocks run fast or slow by so many millionths.
+    pub(crate) drift_ppm: i64,
+    /// One replica's disk may lose everything, or be damaged below the mark.
+    pub(crate) ruin: bool,
+    /// Ten minutes without a quorum in the middle.
+    pub(crate) outage: bool,
+    /// Entries between snapshots, and kept behind them.
+    pub(crate) snapshot_after: u64,
+    pub(crate) keep_entries: u64,
+}
+
+impl Plan {
+    pub(crate) fn of(seed: u64, length: Micros) -> Plan {
+        let mut dice = Dice::new(seed ^ 0x706c_616e);
+        let d = &mut dice;
+        let sometimes = |d: &mut Dice, per_mille, low, high| {
+            let every = d.between(low, high);
+            if d.per_mille(per_mille) { every * MS } else { 0 }
+        };
+        let (far, slow) = (d.per_mille(200), d.per_mille(150));
+        Plan {
+            seed,
+            length,
+            clients: d.between(2, 6) as usize,
+            loss_per_mille: if d.per_mille(600) { d.below(60) } else { 0 },
+            duplicate_per_mille: if d.per_mille(500) { d.below(60) } else { 0 },
+            delay_max: d.between(1, if far { 120 } else { 12 }) * MS,
+            partition_every: sometimes(d, 600, 400, 3_000),
+            crash_every: sometimes(d, 700, 300, 3_000),
+            pause_every: sometimes(d, 300, 500, 4_000),
+            disk_every: sometimes(d, 500, 300, 3_000),
+            transfer_every: sometimes(d, 300, 500, 3_000),
+            member_every: sometimes(d, 300, 700, 3_000),
+            sync_max: d.between(1, if slow { 100 } else { 8 }) * MS,
+            clock_off_ms: match d.below(8) {
+                0 => 31_536_000_000,
+                1 => -31_536_000_000,
+                2 => d.between(0, 4_000) as i64 - 2_000,
+                _ => 0,
+            },
+            drift_ppm: if d.per_mille(300) { d.between(0, 100_000) as i64 - 50_000 } else { 0 },
+            ruin: d.per_mille(200),
+            outage: d.per_mille(15),
+            snapshot_after: d.between(10, 300),
+            keep_entries: d.between(2, 60),
+        }
+    }
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} s, {} clients, loss {}/1000, duplicates {}/1000, delay to {} ms, sync to {} ms; every (ms): partition {}, \
+             crash {}, pause {}, disk fault {}, transfer {}, member {}; clock {:+} ms, drift {:+} ppm, ruin {}, outage {}, \
+             snapshot after {}, keeping {}",
+            self.length / SECOND,
+            self.clients,
+            self.loss_per_mille,
+            self.duplicate_per_mille,
+            self.delay_max / MS,
+            self.sync_max / MS,
+            self.partition_every / MS,
+            self.crash_every / MS,
+            self.pause_every / MS,
+            self.disk_every / MS,
+            self.transfer_every / MS,
+            self.member_every / MS,
+            self.clock_off_ms,
+            self.drift_ppm,
+            self.ruin,
+            self.outage,
+            self.snapshot_after,
+            self.keep_entries,
+        )
+    }
+}

@@ -1,0 +1,136 @@
+//! A cell of three as operators set it up, made once by the real code; every run begins with copies of its disks.
+
+use crate::host::{Clock, Process, TICK};
+use crate::load::Load;
+use crate::oracle::Violation;
+use crate::plan::{MS, Micros};
+use ambit_model::{ReplicaId, Stamp};
+use ambit_state::LogEntry;
+use ambitd::raft::engine::Request;
+use ambitd::raft::{found_on, prepare_join_on};
+use ambitd::store::Change;
+use ambitd::store::model::ModelDisk;
+use bytes::Bytes;
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+/// Replicas of the cell.
+pub(crate) const REPLICAS: u64 = 3;
+/// Virtual time that the set-up may take.
+const SETUP_MAX: Micros = 60_000 * MS;
+/// No snapshot but the joiners', so that every entry can be read at the end.
+const SNAPSHOTS: (u64, u64) = (1_000_000, 1_000_000);
+
+pub(crate) struct Template {
+    pub(crate) disks: Vec<(u64, ModelDisk)>,
+    /// Index, term and command of every entry after the founding.
+    pub(crate) entries: Vec<(u64, u64, Option<Bytes>)>,
+}
+
+struct Setup {
+    processes: BTreeMap<u64, Process>,
+    clock: Clock,
+    now: Micros,
+}
+
+impl Template {
+    pub(crate) fn make() -> Result<Template, Violation> {
+        let wrong = |what: String| Violation::of("set-up", what);
+        let disks: Vec<(u64, ModelDisk)> = (1..=REPLICAS).map(|id| (id, ModelDisk::default())).collect();
+        let mut setup = Setup { processes: BTreeMap::new(), clock: Clock::new(Instant::now()), now: 0 };
+        for (id, disk) in &disks {
+            let made = if *id == 1 { found_on(disk, ReplicaId(*id)) } else { prepare_join_on(disk, ReplicaId(*id)) };
+            made.map_err(|e| wrong(e.to_string()))?;
+            let process = Process::start(*id, disk, 0, SNAPSHOTS).map_err(|e| wrong(e.to_string()))?;
+            setup.processes.insert(*id, process);
+        }
+        setup.until("the founder leads", |s| s.founder().is_some_and(Process::leads))?;
+        for (n, command) in Load::setup().map_err(|r| wrong(r.to_string()))?.into_iter().enumerate() {
+            let before = setup.founder().map_or(0, Process::applied);
+            let request = [u8::try_from(n + 1).unwrap_or(u8::MAX); 16];
+            let entry = LogEntry { stamp: Stamp(0), client: [0xee; 32], request, command };
+            setup.give(Request::Propose(Box::new(entry), tokio::sync::oneshot::channel().0));
+            setup.until("a command of the set-up", |s| s.founder().is_some_and(|p| p.applied() > before))?;
+        }
+        for id in 2..=REPLICAS {
+            for change in [Change::AddLearner(id), Change::Promote(id)] {
+                setup.change(change)?;
+            }
+        }
+        let end = setup.founder().map_or(0, Process::applied);
+        setup.until("all agree", |s| s.processes.values().all(|p| p.applied() >= end))?;
+        let end = setup.founder().map_or(0, Process::applied);
+        let entry = |index| {
+            let held = setup.founder().and_then(|p| p.engine.log().command(index));
+            held.map(|(term, command)| (index, term, command)).ok_or_else(|| wrong(format!("no entry {index}")))
+        };
+        let entries = (2..=end).map(entry).collect::<Result<_, _>>()?;
+        for process in setup.processes.values_mut() {
+            process.engine.checkpoint();
+        }
+        Ok(Template { disks, entries })
+    }
+}
+
+impl Setup {
+    fn founder(&self) -> Option<&Process> {
+        self.processes.get(&1)
+    }
+
+    fn give(&mut self, request: Request) {
+        if let Some(founder) = self.processes.get_mut(&1) {
+            founder.push(request);
+        }
+    }
+
+    /// Asked until it shows: a learner that is behind is not promoted at once.
+    fn change(&mut self, change: Change) -> Result<(), Violation> {
+        for _ in 0..100 {
+            let Some(version) = self.founder().map(|p| p.status().membership_version) else { break };
+            self.give(Request::Change(change, version, tokio::sync::oneshot::channel().0));
+            let until = self.now + 200 * MS;
+            while self.now < until {
+                self.step()?;
+            }
+            if self.founder().is_some_and(|p| p.status().membership_version > version) {
+                return Ok(());
+            }
+        }
+        Err(Violation::of("set-up", format!("{change:?} did not take effect")))
+    }
+
+    fn until(&mut self, what: &str, holds: impl Fn(&Setup) -> bool) -> Result<(), Violation> {
+        while !holds(self) {
+            if self.now > SETUP_MAX {
+                return Err(Violation::of("set-up", format!("{what}: not in time")));
+            }
+            self.step()?;
+        }
+        Ok(())
+    }
+
+    fn step(&mut self) -> Result<(), Violation> {
+        self.now += TICK;
+        let (clock, counted) = (self.clock.read(self.now), self.clock.counted(self.now));
+        let mut sent = Vec::new();
+        for (id, process) in &mut self.processes {
+            while let Some(request) = process.inbox.pop_front() {
+                process.engine.take(request, clock);
+            }
+            process.tick(counted);
+            process.engine.housekeeping(clock);
+            let incarnation = process.shared.incarnation;
+            let worked = process.engine.work(clock, &mut |messages| {
+                sent.extend(messages.into_iter().map(|message| (*id, incarnation, message)));
+            });
+            worked.map_err(|e| Violation::of("set-up", e.to_string()))?;
+        }
+        for (from, incarnation, message) in sent {
+            if let Some(process) = self.processes.get_mut(&message.to) {
+                let messages = vec![message.bytes.into()];
+                process.push(Request::Frame { from, incarnation, clock: clock.wall, messages });
+            }
+        }
+        Ok(())
+    }
+}
