@@ -9,14 +9,6 @@ fn unbuilt(what: &str, last_line: &str) -> Result<(), Stop> {
     Err(Stop::Failed(String::new()))
 }
 
-/// The deterministic simulator.
-pub(crate) fn sim() -> Result<(), Stop> {
-    unbuilt(
-        "no simulator runs the replicated state machine under random crashes, partitions and clocks",
-        "0 seeds, 0 violations",
-    )
-}
-
 /// Comparative benchmarks.
 pub(crate) fn bench(name: &str) -> Result<(), Stop> {
     let what = format!(

@@ -1,5 +1,8 @@
 //! The command line of a federation replica.
 
+#[cfg(ambit_mutant)]
+compile_error!("faults are planted for the simulator only: no ambitd is built with them");
+
 use ambit_model::{Code, Refusal, TrustDomain};
 use ambitd::config::Config;
 use ambitd::replica::{found, run};

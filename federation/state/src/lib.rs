@@ -9,6 +9,8 @@ mod apply;
 pub mod command;
 pub mod committed;
 mod fit;
+#[cfg(ambit_mutant)]
+pub mod mutant;
 pub mod objects;
 mod result;
 pub mod slice;

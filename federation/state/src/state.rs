@@ -196,6 +196,8 @@ impl State {
         let stamp = entry.stamp.max(clock.stamp);
         let step = stamp.0.saturating_sub(clock.stamp.0);
         // A leader writes at least a tick a second: a longer step is time in which nobody led and no verdict could be.
+        #[cfg(ambit_mutant)]
+        let step = if crate::mutant::is("outage-counts") { 0 } else { step };
         let unled = if clock.stamp != Stamp(0) && step > crate::UNLED_STEP_MS { step } else { 0 };
         let unled_ms = clock.unled_ms.saturating_add(unled);
         self.clock.put(&mut self.journal, 0, Clock { stamp, applied: index.0, unled_ms });
@@ -210,6 +212,10 @@ impl State {
         }
         let key = (entry.client, entry.request);
         let command_sha256 = command_hash(&entry.command);
+        #[cfg(ambit_mutant)]
+        if crate::mutant::is("no-dedupe") {
+            return apply::apply(self, index, stamp, &entry.command);
+        }
         if let Some(row) = self.dedupe.get(&key) {
             if row.command_sha256 == command_sha256 {
                 let reply = row.outcome.clone()?;
@@ -273,6 +279,16 @@ impl State {
             each_table!(state, load);
             if !found {
                 return Err(Refusal::new(Code::Internal, format!("a table of 1-{n}"), row.table.to_string()));
+            }
+        }
+        #[cfg(ambit_mutant)]
+        if crate::mutant::is("restore-forgets-denials") {
+            state.node_denials.prune(&mut state.journal, |_, _| true);
+            let banned = |row: &NodeRow| row.state != NodeState::Admitted;
+            let out: Vec<_> =
+                state.nodes().filter(|(_, row)| banned(row)).map(|(id, row)| (*id, row.clone())).collect();
+            for (id, row) in out {
+                state.nodes.put(&mut state.journal, id, NodeRow { state: NodeState::Admitted, ..row });
             }
         }
         state.journal.take();

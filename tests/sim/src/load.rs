@@ -30,11 +30,13 @@ struct Machine {
 pub(crate) struct Load {
     machines: Vec<Machine>,
     made: u64,
+    /// Of the last admission: an attacker tries it again.
+    nonce: [u8; 32],
 }
 
 impl Load {
     pub(crate) fn new() -> Load {
-        Load { machines: (1..=NODES).map(|n| Machine { id: node(n), clock: 0 }).collect(), made: 0 }
+        Load { machines: (1..=NODES).map(|n| Machine { id: node(n), clock: 0 }).collect(), made: 0, nonce: [7; 32] }
     }
 
     /// The founding, and what operators set up before anything else.
@@ -107,10 +109,13 @@ impl Load {
             state.cell().map(|c| (c.endorsement_revision, c.policy_revision)).unwrap_or_default();
         let Some(machine) = self.machines.get_mut(at) else { return Ok(Command::Tick) };
         machine.clock += 1;
+        if dice.below(5) != 0 {
+            self.nonce = dice.bytes();
+        }
         Ok(Command::AdmitNode(Admission {
             node: machine.id,
             cluster: cluster()?,
-            nonce: dice.bytes(),
+            nonce: self.nonce,
             deadline: state.stamp().plus_ms(TICKET_MS),
             join_token: None,
             endorsement_revision: endorsements,

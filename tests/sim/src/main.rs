@@ -11,28 +11,53 @@ struct Wanted {
     seconds: u64,
     /// One seed, with a trace.
     replay: bool,
-    /// Ends with success once a violation is found: for planted faults.
-    hunt: bool,
+    /// A fault to plant; the run ends well once it is found.
+    mutant: Option<String>,
+    /// Only name the faults that can be planted.
+    list: bool,
 }
 
 fn wanted(args: impl Iterator<Item = String>) -> Result<Wanted, String> {
-    let mut wanted = Wanted { seeds: 100, from: 1, seconds: 5, replay: false, hunt: false };
+    let mut wanted = Wanted { seeds: 100, from: 1, seconds: 5, replay: false, mutant: None, list: false };
     let mut args = args;
     while let Some(arg) = args.next() {
-        let mut number = || -> Result<u64, String> {
-            let text = args.next().ok_or_else(|| format!("{arg} needs a number"))?;
-            text.parse().map_err(|_| format!("{arg}: '{text}' is no number"))
-        };
         match arg.as_str() {
-            "--seeds" => wanted.seeds = number()?,
-            "--from" => wanted.from = number()?,
-            "--seconds" => wanted.seconds = number()?,
-            "--seed" => (wanted.from, wanted.seeds, wanted.replay) = (number()?, 1, true),
-            "--hunt" => wanted.hunt = true,
-            other => return Err(format!("'{other}': expected --seeds, --from, --seconds, --seed or --hunt")),
+            "--seeds" => wanted.seeds = number(&arg, args.next())?,
+            "--from" => wanted.from = number(&arg, args.next())?,
+            "--seconds" => wanted.seconds = number(&arg, args.next())?,
+            "--seed" => (wanted.from, wanted.seeds, wanted.replay) = (number(&arg, args.next())?, 1, true),
+            "--mutant" => wanted.mutant = Some(args.next().ok_or("--mutant needs a name")?),
+            "--list-mutants" => wanted.list = true,
+            other => {
+                let known = "--seeds, --from, --seconds, --seed, --mutant or --list-mutants";
+                return Err(format!("'{other}': expected {known}"));
+            }
         }
     }
     Ok(wanted)
+}
+
+fn number(of: &str, text: Option<String>) -> Result<u64, String> {
+    let text = text.ok_or_else(|| format!("{of} needs a number"))?;
+    text.parse().map_err(|_| format!("{of}: '{text}' is no number"))
+}
+
+/// Faults that this build can plant: name and what is wrong.
+fn mutants() -> Vec<(&'static str, &'static str)> {
+    #[cfg(ambit_mutant)]
+    return ambit_state::mutant::ALL.to_vec();
+    #[cfg(not(ambit_mutant))]
+    Vec::new()
+}
+
+fn plant(name: &str) -> bool {
+    #[cfg(ambit_mutant)]
+    return ambit_state::mutant::plant(name);
+    #[cfg(not(ambit_mutant))]
+    {
+        let _ = name;
+        false
+    }
 }
 
 fn main() -> ExitCode {
@@ -43,6 +68,18 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
+    if wanted.list {
+        for (name, what) in mutants() {
+            println!("{name} {what}");
+        }
+        return ExitCode::SUCCESS;
+    }
+    if let Some(name) = &wanted.mutant
+        && !plant(name)
+    {
+        eprintln!("'{name}' cannot be planted in this build: `cargo xtask sim --mutants` makes one that can");
+        return ExitCode::from(2);
+    }
     if wanted.replay && std::env::var_os("RUST_LOG").is_some() {
         // What the replicas themselves say, between the lines of the trace.
         tracing_subscriber::fmt()
@@ -66,13 +103,14 @@ fn main() -> ExitCode {
                 digest = chain(&digest, &outcome.digest());
             }
             Err(failure) => {
+                if wanted.mutant.is_some() {
+                    println!("caught by {} at seed {}: {}", failure.invariant, failure.seed, failure.violation);
+                    return ExitCode::SUCCESS;
+                }
                 println!("seed {}: {}", failure.seed, failure.violation);
                 println!("  {}", failure.plan);
                 println!("  again, with a trace: cargo xtask sim --seed {} --seconds {}", failure.seed, wanted.seconds);
                 failures.push(failure);
-                if wanted.hunt {
-                    break;
-                }
             }
         }
     }
@@ -86,24 +124,12 @@ fn main() -> ExitCode {
         wanted.seconds,
         digest.get(..16).unwrap_or("none")
     );
-    if wanted.hunt {
-        return hunted(failures.first());
+    if wanted.mutant.is_some() {
+        println!("not caught in {} seeds", wanted.seeds);
+        return ExitCode::from(1);
     }
     println!("{} seeds, {} violations", wanted.seeds, failures.len());
     if failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(1) }
-}
-
-fn hunted(found: Option<&Failure>) -> ExitCode {
-    match found {
-        Some(failure) => {
-            println!("caught by {} at seed {}", failure.invariant, failure.seed);
-            ExitCode::SUCCESS
-        }
-        None => {
-            println!("not caught");
-            ExitCode::from(1)
-        }
-    }
 }
 
 /// One digest for all runs, in order.

@@ -307,6 +307,8 @@ impl<S: Storage> RaftCore<S> {
             (Base { index: meta.index, term: meta.term }, ready.snapshot().data.clone())
         });
         let must_sync = ready.must_sync();
+        #[cfg(ambit_mutant)]
+        let must_sync = must_sync && !(ambit_state::mutant::is("hard-state-unsynced") && ready.entries().is_empty());
         let work = Work {
             send: encode(ready.take_messages()),
             install,
@@ -354,7 +356,10 @@ impl<S: Storage> RaftCore<S> {
             Ok(conf) => {
                 // raft-rs lets a leader that was taken out lead on, refusing every proposal: a change that was asked of one
                 // leader may be applied by the next, whom it concerns. The simulator found it.
-                if self.node.raft.state == StateRole::Leader && !self.node.raft.promotable() {
+                let is_out = self.node.raft.state == StateRole::Leader && !self.node.raft.promotable();
+                #[cfg(ambit_mutant)]
+                let is_out = is_out && !ambit_state::mutant::is("removed-leader-leads");
+                if is_out {
                     let term = self.node.raft.term;
                     self.node.raft.become_follower(term, raft::INVALID_ID);
                 }

@@ -207,6 +207,10 @@ impl<D: Disk> Engine<D> {
                 };
                 let _ = answer.send(outcome);
             }
+            #[cfg(ambit_mutant)]
+            Request::Read(caller) if ambit_state::mutant::is("read-without-quorum") => {
+                drop(caller.send(self.machine.applied()));
+            }
             Request::Read(caller) => self.reads.add(caller),
             Request::Frame { from, incarnation, clock, messages } => {
                 if self.step(Input::Frame { from, incarnation, messages }) {
@@ -278,6 +282,8 @@ impl<D: Disk> Engine<D> {
         let passed = self.stamped.map_or(Duration::ZERO, |at| now.boot.saturating_duration_since(at));
         let floor = last.plus_ms(u64::try_from(passed.as_millis()).unwrap_or(0));
         let median = self.clocks.median(self.options.id.0, &self.machine.membership().voters, now);
+        #[cfg(ambit_mutant)]
+        let median = if ambit_state::mutant::is("stamp-of-own-wall") { now.wall } else { median };
         self.clock.get_or_insert_with(|| TermClock::start(term, floor, median, now))
     }
 
@@ -349,6 +355,15 @@ impl<D: Disk> Engine<D> {
             self.applied.send_replace(self.machine.applied());
             self.shared.metrics.snapshot_made();
         }
+        #[cfg(ambit_mutant)]
+        let work = if ambit_state::mutant::is("ack-before-sync") {
+            let Work { after_flush, batch, .. } = work;
+            self.send(after_flush.leaked(), now, send);
+            let after_flush = crate::store::AfterFlush::new(Vec::new(), batch.number);
+            Work { after_flush, batch, send: Vec::new(), install: None, apply: work.apply, reads: work.reads }
+        } else {
+            work
+        };
         let receipt = self.core.store_mut().persist(work.batch)?;
         match work.after_flush.open(&receipt) {
             Ok(messages) => self.send(messages, now, send),

@@ -41,6 +41,11 @@ impl<T> AfterFlush<T> {
     pub fn new(value: T, batch: u64) -> Self {
         Self { value, batch }
     }
+    /// A planted fault: the value, too early.
+    #[cfg(ambit_mutant)]
+    pub(crate) fn leaked(self) -> T {
+        self.value
+    }
     /// The value, if the receipt covers its batch; else it is given back closed.
     pub fn open(self, receipt: &FlushReceipt) -> Result<T, Self> {
         if receipt.batch >= self.batch { Ok(self.value) } else { Err(self) }

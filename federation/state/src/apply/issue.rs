@@ -20,6 +20,10 @@ pub(super) fn serial(epoch: u64, at: At, position: u32) -> [u8; 16] {
     let epoch = (epoch as u32) & 0x3fff_ffff | 0x4000_0000;
     out[..4].copy_from_slice(&epoch.to_be_bytes());
     out[4..12].copy_from_slice(&at.index.0.to_be_bytes());
+    #[cfg(ambit_mutant)]
+    if crate::mutant::is("serial-of-second") {
+        out[4..12].copy_from_slice(&(at.stamp.0 / 1000).to_be_bytes());
+    }
     out[12..].copy_from_slice(&position.to_be_bytes());
     out
 }
@@ -48,6 +52,10 @@ fn lifetime(s: &State, at: At, authority: &str, ttl_ms: u64, verdict: Option<Sta
 /// I4: the node as it stands at this index, if it may be issued anything at all.
 fn trusted_node<'a>(s: &'a State, at: At, id: &NodeId, generation: Generation) -> Result<&'a NodeRow, Refusal> {
     let node = s.node(id).ok_or_else(|| Refusal::new(Code::NodeUnknown, "an enrolled node", id.to_string()))?;
+    #[cfg(ambit_mutant)]
+    if crate::mutant::is("revocation-unchecked") {
+        return Ok(node);
+    }
     if let Some(code) = node.state.bars_trust() {
         return Err(Refusal::new(code, "an admitted node", node.state.as_str()));
     }

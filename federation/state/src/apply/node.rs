@@ -33,6 +33,10 @@ pub(super) fn admit(s: &mut State, at: At, a: &Admission) -> Result<Reply, Refus
     expected(s, at, a, before.as_ref())?;
 
     s.nonces.put(&mut s.journal, a.nonce, a.deadline);
+    #[cfg(ambit_mutant)]
+    if crate::mutant::is("nonce-kept") {
+        s.nonces.remove(&mut s.journal, &a.nonce);
+    }
     let listed = s.ek_allowed(&a.cluster, &a.node);
     let row = NodeRow {
         cluster: a.cluster.clone(),

@@ -134,6 +134,12 @@ pub(super) fn apply_documents(
         let new = s.policies.get(&key).is_none_or(|row| row.object != *policy);
         if new {
             let row = Owned { object: policy.clone(), revision: Revision(at.index.0), written_by: by.to_owned() };
+            #[cfg(ambit_mutant)]
+            let row = if crate::mutant::is("policy-version-of-document") {
+                Owned { revision: Revision(policy.ports.first().map_or(0, |port| u64::from(*port % 7))), ..row }
+            } else {
+                row
+            };
             s.policies.put(&mut s.journal, key, row);
             export(s, Kind::Policy, policy.name.to_string(), payload(policy)?);
         }
