@@ -30,9 +30,8 @@ usage: cargo xtask <verb>
   lab up|down|status    the one-machine lab that demo uses, to explore by hand (root)
   chaos --smoke         kill each process of a lab in turn; last line: N lost, N duplicated, N non-linearizable
   vm                    a node as a machine of its own, with Secure Boot, a TPM driver and IMA (root; QEMU; 2 minutes)
-  sim --seeds N         the real raft and state machine on a virtual clock, network and disk under faults; last line: N seeds,
-                        M violations (--from S, --seconds T; --seed S replays one with a trace)
-  sim --mutants         faults planted one by one, each to be found; last line: N mutants, M caught
+  sim --seeds N | --seed S | --mutants   one cell of the real code under simulated faults (--from S, --seconds T); replay one
+                        seed with a trace; find planted faults. Last line: N seeds, M violations (N mutants, M caught)
   bench memory          resident memory of idle release processes; last line: N figures, M met
   bench revoke          from a ban to the other cluster's kernel, 50 times; last line: N figures, M met
   bench attest          CPU time of enrolments and rounds, and of 10,000 nodes that attest (release; 6 minutes)

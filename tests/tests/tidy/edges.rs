@@ -62,6 +62,8 @@ const EDGES: &[(&str, &[&str])] = &[
             "ambit-verify",
         ],
     ),
+    // The very engine and state machine of the server, under faults.
+    ("ambit-sim", &["ambit-model", "ambit-state", "ambitd"]),
     ("xtask", &[]),
 ];
 
