@@ -249,6 +249,7 @@ impl Disk for ModelDisk {
             base: disk.base,
             entries: disk.entries.clone(),
             hard: disk.hard.clone(),
+            compacted: VecDeque::new(),
             membership: Membership::default(),
             offer: RefCell::new(None),
             wanted: Cell::new(false),
@@ -351,10 +352,15 @@ pub struct ModelLog {
     base: Base,
     entries: VecDeque<Entry>,
     hard: HardState,
+    /// What this process compacted away, for whoever watches it: an entry may be applied and compacted at once.
+    compacted: VecDeque<Entry>,
     membership: Membership,
     offer: RefCell<Option<eraftpb::Snapshot>>,
     wanted: Cell<bool>,
 }
+
+/// Compacted entries that can still be watched.
+const COMPACTED_MAX: usize = 4_096;
 
 fn append(log: &mut VecDeque<Entry>, entries: &[Entry]) {
     if let Some(first) = entries.first() {
@@ -366,9 +372,9 @@ fn append(log: &mut VecDeque<Entry>, entries: &[Entry]) {
 }
 
 impl ModelLog {
-    /// Term and command of an entry; no command where it is raft's own. None where the log does not hold it.
+    /// Term and command of an entry, also of one compacted lately; no command where it is raft's own.
     pub fn command(&self, index: u64) -> Option<(u64, Option<bytes::Bytes>)> {
-        let entry = self.entry(index)?;
+        let entry = self.entry(index).or_else(|| self.compacted.iter().rev().find(|e| e.index == index))?;
         let is_command = entry.get_entry_type() == eraftpb::EntryType::EntryNormal && !entry.data.is_empty();
         Some((entry.term, is_command.then(|| entry.data.clone())))
     }
@@ -460,7 +466,10 @@ impl Log for ModelLog {
         disk.done(dies)?;
         self.base = base;
         while self.entries.front().is_some_and(|e| e.index <= index) {
-            self.entries.pop_front();
+            self.compacted.extend(self.entries.pop_front());
+        }
+        while self.compacted.len() > COMPACTED_MAX {
+            self.compacted.pop_front();
         }
         Ok(())
     }
