@@ -66,7 +66,7 @@ pub(super) fn prepare_join(options: &Options) -> Result<(), StartError> {
     Ok(LogStore::create(&options.data_dir, options.id.0)?)
 }
 
-fn refuse_existing(data_dir: &Path) -> Result<(), StoreError> {
+pub(super) fn refuse_existing(data_dir: &Path) -> Result<(), StoreError> {
     // Tables without a log are what is left of a replica that lost its disk in part: not a new one.
     let found = ["log", "tables"].iter().any(|part| data_dir.join(part).exists());
     if found { Err(StoreError::Exists(data_dir.to_owned())) } else { Ok(()) }

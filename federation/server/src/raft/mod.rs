@@ -12,6 +12,7 @@ mod membership;
 mod metrics;
 mod peers;
 mod reads;
+pub mod rebase;
 mod status;
 pub mod transport;
 mod waiters;

@@ -222,6 +222,15 @@ fn verify(
     if head.origin != *td || head.nonce != *nonce {
         return Err(Refusal::new(Code::RecordSignature, "the head of this pull", "another"));
     }
+    if head.epoch < peer.epoch {
+        // The lost incarnation of a cell that began anew, or a replica of it that was left running: another is asked.
+        let expected = format!("a head of epoch {} or later", peer.epoch);
+        return Err(Refusal::new(Code::Unavailable, expected, head.epoch.to_string()));
+    }
+    if head.epoch > peer.epoch && head.seq < peer.seq && peer.epoch > 0 {
+        let found = format!("epoch {} from sequence {}: it began anew from an older backup", head.epoch, head.seq);
+        return Err(broken(&format!("sequence {} as imported", peer.seq), found));
+    }
     if head.seq < peer.seq {
         return Err(Refusal::new(Code::Unavailable, format!("a head at {} or later", peer.seq), head.seq.to_string()));
     }

@@ -204,6 +204,10 @@ impl LogStore {
     pub fn last(&self) -> Base {
         self.last
     }
+    /// The highest index known here to be on a majority.
+    pub fn commit(&self) -> u64 {
+        self.hard.commit.max(self.base.index)
+    }
     /// Syncs so far.
     pub fn sync_time(&self) -> SyncTime {
         self.sync_time
