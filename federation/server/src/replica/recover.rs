@@ -8,21 +8,21 @@ use super::found::{raft_options, start_failed};
 use super::wall_clock;
 use crate::config::Config;
 use crate::raft::rebase::{self, Survey};
-use ambit_identity::tls::{Expect, SharedTrust, Trust, certified};
-use ambit_identity::{Csr, KeySet, fingerprint};
-use ambit_model::{Code, Lifetime, Refusal, ReplicaId};
-use ambit_proto::status::from_status;
-use ambit_proto::v1;
+use ambit_identity::tls::{Expect, SharedTrust, Trust};
+use ambit_identity::{KeySet, fingerprint};
+use ambit_model::{Code, Refusal, ReplicaId};
 use ambit_state::objects::{Cause, IncarnationRow, KeySetRow, Member};
 use ambit_state::{Beginning, State};
 use ambit_transport::{Dialer, Identity};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
+use tokio::net::TcpStream;
 
-/// A replica that runs answers well within this, also on a busy machine.
-const ANSWER_WITHIN: Duration = Duration::from_secs(3);
+/// The kernel of a machine that is up answers well within this.
+const CONNECT_WITHIN: Duration = Duration::from_secs(1);
 
 /// What was found on this replica, and who answers.
 pub struct Findings {
@@ -85,10 +85,10 @@ async fn findings(files: &Files, card: &Card, survey: &Survey) -> Result<Finding
     let members = membership.voters.union(&membership.learners).filter(|id| **id != card.replica);
     let address = |id: u64| state.member(id).map(|m| m.address.clone()).unwrap_or_default();
     let others: Vec<(u64, String)> = members.map(|id| (*id, address(*id))).collect();
-    // A certificate that ended dials nobody; then only the operator can know who is up, and says so by name.
-    let dialer = dialer(files, card)?;
+    let root_der = files.root_der()?;
+    let trust = SharedTrust::new(Trust::Pinned(card.trust_domain.clone(), fingerprint(&root_der)));
     let asked = others.into_iter().map(async |(id, address)| {
-        let answers = answers(&dialer, card, id, &address).await;
+        let answers = answers(&trust, card, id, &address).await;
         (id, (address, answers))
     });
     Ok(Findings {
@@ -104,31 +104,16 @@ async fn findings(files: &Files, card: &Card, survey: &Survey) -> Result<Finding
     })
 }
 
-/// Dials as this replica, trusting the root that it was founded or joined with.
-fn dialer(files: &Files, card: &Card) -> Result<Dialer, Refusal> {
-    let (issuer, tls, root_der) = (files.issuer()?, files.tls()?, files.root_der()?);
-    let now = wall_clock();
-    let lifetime = Lifetime { not_before: now.minus_ms(60_000), not_after: issuer.not_after() };
-    let chain = issuer.replica_leaf(card.replica, &card.trust_domain, lifetime, &Csr::parse(&tls.csr()?)?)?;
-    let trust = SharedTrust::new(Trust::Pinned(card.trust_domain.clone(), fingerprint(&root_der)));
-    let chain = chain.into_iter().chain([root_der]).collect();
-    Ok(Dialer::new(trust, Identity::new(Some(certified(chain, &tls)?))))
-}
-
-/// Whether the replica itself answers at its address: any word of it will do, also a refusal.
-async fn answers(dialer: &Dialer, card: &Card, id: u64, address: &str) -> bool {
-    let ask = async {
-        let at = address.parse().map_err(|_| Refusal::new(Code::NotFound, "ip:port", address))?;
-        let name = card.trust_domain.member(&format!("/ambit/replica/{id}"))?;
-        let channel = dialer.channel(at, Expect::Id(name)).await?;
-        let mut client = v1::membership_client::MembershipClient::new(channel);
-        match client.status(v1::StatusRequest {}).await {
-            Ok(_) => Ok(()),
-            Err(status) if status.metadata().contains_key("ambit-code") => Ok(()),
-            Err(status) => Err(from_status(&status)),
-        }
-    };
-    matches!(tokio::time::timeout(ANSWER_WITHIN, ask).await, Ok(Ok(())))
+/// Whether anybody is at the replica's address: the replica itself, or a process that says nothing and may be it, asleep.
+/// Without a certificate of this one, which may have ended by now.
+async fn answers(trust: &SharedTrust, card: &Card, id: u64, address: &str) -> bool {
+    let Ok(at) = address.parse::<SocketAddr>() else { return false };
+    let Ok(name) = card.trust_domain.member(&format!("/ambit/replica/{id}")) else { return false };
+    match Dialer::new(trust.clone(), Identity::default()).channel(at, Expect::Id(name)).await {
+        Ok(_it_proved_who_it_is) => true,
+        Err(refusal) if refusal.code == Code::FingerprintMismatch => false,
+        Err(_) => matches!(tokio::time::timeout(CONNECT_WITHIN, TcpStream::connect(at)).await, Ok(Ok(_))),
+    }
 }
 
 impl Findings {
@@ -279,5 +264,67 @@ impl fmt::Display for Recovered {
             f,
             "             let nodes attest: until its own verdict no node gets an SVID. Tokens and tickets are void."
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(replica: u64, voters: &[u64], learners: &[u64], answering: &[u64]) -> Findings {
+        let all = voters.iter().chain(learners).filter(|id| **id != replica);
+        Findings {
+            replica,
+            term: 3,
+            last: 9,
+            commit: 8,
+            digest: [0; 32],
+            voters: voters.iter().copied().collect(),
+            learners: learners.iter().copied().collect(),
+            others: all.map(|id| (*id, (format!("127.0.0.1:{id}"), answering.contains(id)))).collect(),
+            root_here: true,
+        }
+    }
+
+    #[test]
+    fn only_a_voter_without_a_majority_in_reach_may_go_on() {
+        for (replica, voters, learners, answering, safe) in [
+            (1, &[1, 2, 3][..], &[][..], &[][..], true),
+            (1, &[1, 2, 3], &[], &[2], false),
+            (1, &[1, 2, 3, 4, 5], &[], &[2], true),
+            (1, &[1, 2, 3, 4, 5], &[], &[2, 5], false),
+            (1, &[1, 2], &[], &[], true),
+            (1, &[1, 2], &[3], &[3], true),
+            (3, &[1, 2], &[3], &[], false),
+            (4, &[1, 2, 3], &[], &[], false),
+            (1, &[1], &[], &[], false),
+            (1, &[1], &[2], &[], false),
+            (1, &[], &[], &[], false),
+        ] {
+            let outcome = of(replica, voters, learners, answering).safe();
+            let code = outcome.as_ref().err().map(|r| r.code);
+            assert_eq!(
+                code,
+                (!safe).then_some(Code::RecoverUnsafe),
+                "{replica} of {voters:?} {learners:?} {answering:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn every_other_replica_must_be_named_and_nobody_else() {
+        let found = of(1, &[1, 2, 3], &[4], &[]);
+        for (named, good) in [
+            (Some(&[2, 3, 4][..]), true),
+            (Some(&[4, 2, 3, 3]), true),
+            (Some(&[2, 3]), false),
+            (Some(&[1, 2, 3, 4]), false),
+            (Some(&[2, 3, 5]), false),
+            (Some(&[]), false),
+            (None, false),
+        ] {
+            let code = found.confirmed(named).err().map(|r| r.code);
+            assert_eq!(code, (!good).then_some(Code::RecoverUnconfirmed), "{named:?}");
+        }
     }
 }

@@ -58,6 +58,10 @@ pub fn restore(config: &Config, r: &Restore<'_>) -> Result<Restored, Refusal> {
         let found = format!("{} in {}", part, config.data_dir.display());
         return Err(Refusal::new(Code::AlreadyExists, "an empty data_dir", found));
     }
+    if r.replica == 0 || r.replica > crate::services::REPLICA_MAX {
+        let expected = format!("a replica of 1-{}", crate::services::REPLICA_MAX);
+        return Err(Refusal::new(Code::BadRequest, expected, r.replica.to_string()));
+    }
     let mut backup = Backup::open(r.snapshot, r.trust_domain, &r.fingerprint)?;
     let root = root_of(&backup.whole.state, r)?;
     check_clock(&backup.whole.state)?;
@@ -90,8 +94,8 @@ pub fn restore(config: &Config, r: &Restore<'_>) -> Result<Restored, Refusal> {
     files.put_record_and_wrap(&record, &wrap)?;
     let blobs = Blobs::open(config.data_dir.join("blobs"))?;
     backup.lists(|list| blobs.put(Keep::AllowList, &list).map(drop))?;
-    found_on(&config.data_dir, ReplicaId(r.replica), &backup.whole).map_err(start_failed)?;
     put_admin(r.admin_out, config, r.trust_domain, &root, &issuer)?;
+    found_on(&config.data_dir, ReplicaId(r.replica), &backup.whole).map_err(start_failed)?;
     let state = &backup.whole.state;
     let (epoch, given_up) =
         state.incarnations().next_back().map(|(e, row)| (e, row.given_up.clone())).unwrap_or_default();

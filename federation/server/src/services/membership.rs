@@ -19,7 +19,7 @@ use tonic::{Request, Response, Status};
 /// Pieces of a backup that wait for its reader: a mebibyte.
 const BACKUP_PIECES: usize = 4;
 /// Cells are of 1, 3 or 5; seven leaves room for replacing.
-const REPLICA_MAX: u64 = 7;
+pub(crate) const REPLICA_MAX: u64 = 7;
 
 pub(crate) struct Membership {
     replica: Replica,

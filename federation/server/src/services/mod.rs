@@ -14,6 +14,8 @@ mod rounds;
 mod svid;
 mod unbuilt;
 
+pub(crate) use membership::REPLICA_MAX;
+
 use crate::authorise::AuthoriseLayer;
 use crate::replica::Replica;
 use ambit_model::{Code, Refusal};

@@ -78,7 +78,8 @@ impl State {
             self.key_set.put(&mut self.journal, 0, keys);
         }
         // Its first record: whoever imports it refuses the lost incarnation from then on.
-        export(self, Kind::Bundle, format!("incarnation {epoch}"), payload(&epoch)?);
+        let (td, sequence) = self.cell().map(|c| (c.trust_domain.to_string(), c.bundle_sequence)).unwrap_or_default();
+        export(self, Kind::Bundle, td, payload(&sequence)?);
         touch(self, at);
         Ok(admission.map(Committed::new))
     }
