@@ -521,8 +521,19 @@ pub enum Raft {
         #[arg(long, value_name = "N")]
         to: u64,
     },
-    /// Makes every replica's log shorter by a snapshot
-    Snapshot,
+    /// Makes every replica's log shorter by a snapshot, or, with --out, writes a backup of the cell to a file
+    Snapshot {
+        /// The backup: every write acknowledged before is in it, no private key is
+        #[arg(long, value_name = "FILE")]
+        out: Option<PathBuf>,
+    },
+    /// Checks a backup and prints the command that restores it, to be run on an empty machine
+    Restore {
+        #[arg(long, value_name = "FILE")]
+        snapshot: PathBuf,
+    },
+    /// Where the majority is lost: who answers, what is at stake, and the command to run on the one replica to go on with
+    Recover,
 }
 
 #[derive(Debug, Subcommand)]

@@ -198,6 +198,25 @@ impl Cell {
         replica.process = Some(replica.seat.start()?);
         Ok(())
     }
+    /// Where a replica lives.
+    pub fn seat_of(&self, number: usize) -> Result<&Seat> {
+        Ok(&self.replica(number)?.seat)
+    }
+    /// From now on the cell is its first replica alone: the others are stopped, and nothing is left of them.
+    pub fn forget_others(&mut self) -> Result<()> {
+        for gone in self.replicas.drain(1..) {
+            drop(gone.process);
+            if gone.seat.data.exists() {
+                std::fs::remove_dir_all(&gone.seat.data)?;
+            }
+        }
+        Ok(())
+    }
+    /// Who speaks as the administrator from now on: what `ambitd restore` left in `folder`.
+    pub fn administered_by(&mut self, folder: &std::path::Path) -> Result<()> {
+        self.admin = admin_dialer(folder, &self.trust_domain, self.fingerprint)?;
+        Ok(())
+    }
     /// The numbers of the replicas that run.
     pub fn running(&self) -> Vec<usize> {
         (1..=self.size()).filter(|n| self.replica(*n).is_ok_and(|r| r.process.is_some())).collect()

@@ -1,5 +1,7 @@
 //! `ambit raft`.
 
+mod backup;
+
 use super::Session;
 use crate::args::Raft;
 use crate::cell::{Cell, request_id, seconds};
@@ -18,7 +20,8 @@ pub(super) async fn run(session: &Session, verb: Raft) -> Result<Answer, Refusal
             if let Some(refusal) = nobody(&seen) {
                 return Err(refusal);
             }
-            Ok(Answer::ok(table(&seen).render(session.form)))
+            let answer = Answer::ok(table(&seen).render(session.form));
+            Ok(unasked(&cell, &seen).into_iter().fold(answer, Answer::note))
         }
         Raft::Add { replica, address, ttl } => {
             let (cell, banner) = session.cell_to_change()?;
@@ -46,7 +49,10 @@ pub(super) async fn run(session: &Session, verb: Raft) -> Result<Answer, Refusal
             let status = ask!(cell, Membership.transfer_leader(v1::TransferLeaderRequest { to }))?;
             Ok(Answer::ok(members(&status).render(session.form)).note(banner))
         }
-        Raft::Snapshot => snapshot(session).await,
+        Raft::Snapshot { out: None } => snapshot(session).await,
+        Raft::Snapshot { out: Some(file) } => backup::write(session, &file).await,
+        Raft::Restore { snapshot } => backup::guide(session, &snapshot),
+        Raft::Recover => recover(session).await,
     }
 }
 
@@ -89,9 +95,23 @@ pub(crate) fn nobody(seen: &[(std::net::SocketAddr, Result<v1::StatusResponse, R
 }
 
 fn table(seen: &[(std::net::SocketAddr, Result<v1::StatusResponse, Refusal>)]) -> Table {
-    const COLUMNS: &[&str] =
-        &["address", "replica", "role", "leader", "term", "commit", "applied", "digest", "trouble"];
+    const COLUMNS: &[&str] = &[
+        "address",
+        "replica",
+        "role",
+        "leader",
+        "term",
+        "commit",
+        "applied",
+        "lag",
+        "membership",
+        "epoch",
+        "digest",
+        "incarnation",
+        "trouble",
+    ];
     let mut table = Table::new("replica", COLUMNS);
+    let commit = seen.iter().filter_map(|(_, view)| view.as_ref().ok()).map(|s| s.commit_index).max().unwrap_or(0);
     for (address, view) in seen {
         let address = json!(address.to_string());
         match view {
@@ -106,7 +126,11 @@ fn table(seen: &[(std::net::SocketAddr, Result<v1::StatusResponse, Refusal>)]) -
                     json!(s.term),
                     json!(s.commit_index),
                     json!(s.applied_index),
+                    json!(commit.saturating_sub(s.applied_index)),
+                    json!(s.membership_version),
+                    json!(s.epoch),
                     json!(digest.get(..16).unwrap_or(&digest)),
+                    json!(s.incarnations.last().map_or("founded".to_owned(), incarnation)),
                     json!(null),
                 ]);
             }
@@ -119,6 +143,48 @@ fn table(seen: &[(std::net::SocketAddr, Result<v1::StatusResponse, Refusal>)]) -
         }
     }
     table
+}
+
+/// How a cell that began anew did so.
+fn incarnation(i: &v1::Incarnation) -> String {
+    let digest = hex::encode(&i.from_digest);
+    let digest = digest.get(..16).unwrap_or(&digest);
+    let given_up = i.given_up.iter().map(u64::to_string).collect::<Vec<_>>().join(",");
+    let rest = if given_up.is_empty() { String::new() } else { format!(", given up {given_up}") };
+    format!("{} {} from {} {digest}{rest}", i.cause, utc(i.began_ms), i.from_index)
+}
+
+/// Replicas of the cell that the context does not name, a line each: they were not asked.
+fn unasked(cell: &Cell, seen: &[(std::net::SocketAddr, Result<v1::StatusResponse, Refusal>)]) -> Vec<String> {
+    let newest = seen.iter().filter_map(|(_, view)| view.as_ref().ok()).max_by_key(|s| s.applied_index);
+    let addresses: Vec<String> = cell.context().addresses.iter().map(ToString::to_string).collect();
+    let members = newest.map(|s| s.members.as_slice()).unwrap_or_default();
+    let missing = members.iter().filter(|m| !addresses.contains(&m.address));
+    missing.map(|m| format!("replica {} at {} is not in this context: not asked", m.id, m.address)).collect()
+}
+
+/// Says what to do where a majority is lost; the doing is a local verb of the replica that goes on.
+async fn recover(session: &Session) -> Result<Answer, Refusal> {
+    let cell = session.cell()?;
+    let seen = views(&cell).await;
+    let answering: Vec<&v1::StatusResponse> = seen.iter().filter_map(|(_, view)| view.as_ref().ok()).collect();
+    if let Some(led) = answering.iter().find(|s| s.leader != 0) {
+        let found = format!("replica {} leads it in term {}", led.leader, led.term);
+        return Err(Refusal::new(Code::RecoverUnsafe, "a cell that lost its majority for good", found));
+    }
+    let steps = "The cell has no leader. Nothing was changed.\n\n\
+        1. Start every replica whose disk is whole. A majority of them is a cell again, and nothing is lost.\n\
+        2. Only where a majority is lost for good: stop the replicas that are left. On each of them, look:\n\n\
+        \x20    ambitd recover --config FILE\n\n\
+        \x20  It prints term and last index, and changes nothing.\n\
+        3. Where a backup is newer than the highest of them, restore that: ambit raft restore --snapshot FILE\n\
+        4. Else go on with the one that has the highest term and, in it, the highest last index, by the option that\n\
+        \x20  step 2 printed there. Wipe all others; they join again as new ones (ambit raft add).";
+    let text = match session.form {
+        Form::Table => format!("{}\n\n{steps}", table(&seen).render(Form::Table)),
+        Form::Json => table(&seen).render(Form::Json),
+    };
+    Ok(Answer::ok(text))
 }
 
 pub(super) fn members(status: &v1::StatusResponse) -> Table {

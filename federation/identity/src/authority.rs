@@ -74,9 +74,22 @@ impl Root {
         let cert = params.self_signed(&key.pair).map_err(|e| internal("a root", e))?;
         Ok(Self { der: cert.der().clone(), key, trust_domain: trust_domain.clone() })
     }
-    /// From its files.
-    pub fn load(trust_domain: &TrustDomain, der: CertificateDer<'static>, key: SvidKey) -> Self {
-        Self { key, der, trust_domain: trust_domain.clone() }
+    /// From its files: the certificate must be of this key and of this trust domain.
+    pub fn pair(trust_domain: &TrustDomain, der: CertificateDer<'static>, key: SvidKey) -> Result<Self, Refusal> {
+        use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
+        let (_, cert) = X509Certificate::from_der(&der).map_err(|e| internal("a readable root", e))?;
+        if cert.public_key().raw != spki_of(&key).as_slice() {
+            let found = format!("of the root {}", hex::encode(crate::fingerprint(&der)));
+            return Err(Refusal::new(Code::AuthorityMismatch, "a root certificate of this key", found));
+        }
+        let name = format!("spiffe://{trust_domain}");
+        let names = cert.subject_alternative_name().ok().flatten();
+        let is_of = names.is_some_and(|san| san.value.general_names.iter().any(|n| *n == GeneralName::URI(&name)));
+        if !is_of {
+            return Err(Refusal::new(Code::AuthorityMismatch, format!("the root of {name}"), "another root"));
+        }
+        drop(cert);
+        Ok(Self { der, key, trust_domain: trust_domain.clone() })
     }
     /// The certificate.
     pub fn der(&self) -> &CertificateDer<'static> {

@@ -6,6 +6,7 @@
 #![warn(missing_docs)]
 
 pub mod appraisal;
+pub mod backup;
 pub mod bundle;
 pub mod entry;
 pub mod id;

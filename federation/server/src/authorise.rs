@@ -130,6 +130,7 @@ pub const METHODS: &[(&str, Who)] = &[
     ("/ambit.v1.Membership/TransferLeader", Who::Admin),
     ("/ambit.v1.Membership/RemoveVoter", Who::Admin),
     ("/ambit.v1.Membership/Snapshot", Who::Admin),
+    ("/ambit.v1.Membership/Backup", Who::Admin),
     ("/ambit.v1.Raft/Exchange", Who::Replica),
     ("/ambit.v1.Raft/Propose", Who::Replica),
     ("/ambit.v1.Drill/SealReport", Who::Admin),

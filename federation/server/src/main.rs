@@ -5,7 +5,8 @@ compile_error!("faults are planted for the simulator only: no ambitd is built wi
 
 use ambit_model::{Code, Refusal, TrustDomain};
 use ambitd::config::Config;
-use ambitd::replica::{found, run};
+use ambitd::replica::{found, recover, restore, run};
+use ambitd::services::parse_fingerprint;
 use clap::{Parser, Subcommand};
 use std::io::IsTerminal;
 use std::net::SocketAddr;
@@ -60,6 +61,41 @@ enum Verb {
         #[arg(long)]
         token: String,
     },
+    /// Begin the cell anew on an empty machine, from a backup (`ambit raft snapshot --out`) and the root's key; `run`
+    /// afterwards. What was lost since the backup stays lost.
+    Restore {
+        /// Configuration file (TOML).
+        #[arg(long)]
+        config: PathBuf,
+        /// The backup.
+        #[arg(long, value_name = "FILE")]
+        snapshot: PathBuf,
+        /// The trust domain of the cell.
+        #[arg(long)]
+        trust_domain: TrustDomain,
+        /// The root's fingerprint (64 hex digits), from elsewhere than the backup.
+        #[arg(long)]
+        fingerprint: String,
+        /// The root's private key, kept apart from backups: `identity/root.key` of the replica that kept the root.
+        #[arg(long, value_name = "FILE")]
+        root_key: PathBuf,
+        /// This replica's number.
+        #[arg(long, default_value_t = 1)]
+        replica: u64,
+        /// Folder for the administrator's context, certificate and key.
+        #[arg(long)]
+        admin_out: PathBuf,
+    },
+    /// Let this stopped replica go on alone, where the majority of the cell is lost for good. Prints what it found, and
+    /// does nothing without the last option; `run` afterwards.
+    Recover {
+        /// Configuration file (TOML).
+        #[arg(long)]
+        config: PathBuf,
+        /// The numbers of all other replicas, which are given up with whatever only they acknowledged.
+        #[arg(long = "i-accept-the-loss-of", value_name = "N,N", value_delimiter = ',')]
+        accepted: Option<Vec<u64>>,
+    },
     /// Serve.
     Run {
         /// Configuration file (TOML).
@@ -96,17 +132,32 @@ async fn execute(verb: Verb) -> Result<(), Refusal> {
     match verb {
         Verb::Init { config, trust_domain, replica, admin_out } => {
             let print = found::init(&Config::load(&config)?, &trust_domain, replica, &admin_out).await?;
-            use std::io::Write;
-            writeln!(std::io::stdout(), "root fingerprint: {}", hex::encode(print))
-                .map_err(|e| Refusal::new(Code::Internal, "a writable stdout", e.to_string()))
+            say(format_args!("root fingerprint: {}", hex::encode(print)))
         }
         Verb::Join { config, trust_domain, replica, via, fingerprint, token } => {
             let config = Config::load(&config)?;
-            let mut print = [0u8; 32];
-            hex::decode_to_slice(&fingerprint, &mut print)
-                .map_err(|_| Refusal::new(Code::BadRequest, "a fingerprint of 64 hexadecimal digits", fingerprint))?;
+            let print = parse_fingerprint(&fingerprint)?;
             let join = found::Join { trust_domain: &trust_domain, fingerprint: print, via, replica, token: &token };
             found::join(&config, &join).await
+        }
+        Verb::Restore { config, snapshot, trust_domain, fingerprint, root_key, replica, admin_out } => {
+            let restored = restore::restore(
+                &Config::load(&config)?,
+                &restore::Restore {
+                    trust_domain: &trust_domain,
+                    fingerprint: parse_fingerprint(&fingerprint)?,
+                    snapshot: &snapshot,
+                    root_key: &root_key,
+                    replica,
+                    admin_out: &admin_out,
+                },
+            )?;
+            say(format_args!("{restored}"))
+        }
+        Verb::Recover { config, accepted } => {
+            let found = |findings: &recover::Findings| say(format_args!("{findings}\n"));
+            let recovered = recover::recover(&Config::load(&config)?, accepted.as_deref(), found).await?;
+            say(format_args!("{recovered}"))
         }
         Verb::Run { config } => {
             let config = Config::load(&config)?;
@@ -123,6 +174,11 @@ async fn execute(verb: Verb) -> Result<(), Refusal> {
             run::run(&config, stop).await
         }
     }
+}
+
+fn say(what: std::fmt::Arguments<'_>) -> Result<(), Refusal> {
+    use std::io::Write;
+    writeln!(std::io::stdout(), "{what}").map_err(|e| Refusal::new(Code::Internal, "a writable stdout", e.to_string()))
 }
 
 /// Text on a terminal, JSON otherwise.

@@ -57,6 +57,8 @@ fn page(replica: &Replica) -> String {
     let mut p = Page(String::new());
     let (m, status) = (replica.cell().metrics(), replica.cell().status());
     p.gauge("ambit_raft_term", "Raft term.", m.term() as f64);
+    let epoch = replica.local(|s| s.cell().map(|c| c.epoch).unwrap_or_default());
+    p.gauge("ambit_cell_epoch", "Incarnation of the cell: rises with restore and recover.", epoch as f64);
     p.gauge("ambit_raft_commit_index", "Highest index known to be committed.", m.commit_index() as f64);
     p.gauge("ambit_raft_applied_index", "Highest index applied.", m.applied_index() as f64);
     p.gauge("ambit_raft_is_leader", "Whether this replica leads.", f64::from(u8::from(status.role == Role::Leader)));

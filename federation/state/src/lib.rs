@@ -17,7 +17,7 @@ pub mod slice;
 mod state;
 mod table;
 
-pub use apply::ENDPOINTS_PER_NODE_MAX;
+pub use apply::{Beginning, ENDPOINTS_PER_NODE_MAX};
 pub use command::{Command, LogEntry, NodeVerb, Nodes, Reply};
 pub use committed::{Committed, Issuance, Subject};
 pub use slice::Slice;

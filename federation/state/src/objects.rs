@@ -3,7 +3,8 @@
 use ambit_model::appraisal::PcrBank;
 use ambit_model::policy::{Endpoint, Policy, Service};
 use ambit_model::{
-    ClusterId, Code, Entry, Generation, NodeId, ObjectName, Revision, SpiffeId, Stamp, TrustDomain, TrustVector,
+    ClusterId, Code, Entry, Generation, NodeId, ObjectName, RaftIndex, Revision, SpiffeId, Stamp, TrustDomain,
+    TrustVector,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -33,6 +34,32 @@ pub struct CellRow {
     pub export_seq: u64,
     /// See `export_seq`.
     pub export_hash: [u8; 32],
+}
+
+/// Why a cell began anew.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Cause {
+    /// From a backup, on an empty machine.
+    Restored,
+    /// From what one replica still had, after the majority was lost for good.
+    Recovered,
+}
+
+/// The beginning of an incarnation of the cell after its first: the audit trail of restore and recover.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IncarnationRow {
+    /// Why.
+    pub cause: Cause,
+    /// When. A verdict from before says nothing of a node any more.
+    pub began: Stamp,
+    /// The last index that came along.
+    pub from_index: RaftIndex,
+    /// `State::digest` there.
+    pub from_digest: [u8; 32],
+    /// The one replica that it began with.
+    pub replica: u64,
+    /// Replicas that are of this cell no more.
+    pub given_up: Vec<u64>,
 }
 
 /// A replica of the cell.

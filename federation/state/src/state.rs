@@ -58,6 +58,8 @@ pub struct State {
     pub(crate) appraisal_policies: Table<ObjectName, AppraisalPolicyRow>,
     /// The PCRs of each node's boot, as of its standing.
     pub(crate) boots: Table<NodeId, BootPcrs>,
+    /// Beginnings of incarnations after the first, by epoch.
+    pub(crate) incarnations: Table<u64, IncarnationRow>,
     /// `issued` by node and end, in memory only: counting a node's leaves must not cost a walk over everybody's.
     pub(crate) live_leaves: BTreeMap<NodeId, BTreeSet<(Stamp, [u8; 16])>>,
     /// Entries with node selectors by cluster, in memory only: a verdict must not cost a walk over all entries.
@@ -96,7 +98,8 @@ macro_rules! each_table {
             $s.verdicts,
             $s.ek_denials,
             $s.appraisal_policies,
-            $s.boots
+            $s.boots,
+            $s.incarnations
         )
     };
 }
@@ -184,6 +187,7 @@ impl State {
             ek_denials: Table::new(id()),
             appraisal_policies: Table::new(id()),
             boots: Table::new(id()),
+            incarnations: Table::new(id()),
             live_leaves: BTreeMap::new(),
             asking: BTreeMap::new(),
         }
@@ -191,9 +195,16 @@ impl State {
 
     /// Takes in one committed entry. Never fails: a refused command is an outcome, the same on every replica.
     pub fn apply(&mut self, index: RaftIndex, entry: &LogEntry) -> Applied {
+        let stamp = self.advance(index, entry.stamp);
+        let outcome = self.once(index, stamp, entry);
+        Applied { index, client: entry.client, request: entry.request, outcome }
+    }
+
+    /// Moves the clock to `index` and, where it is later, to `stamp`; the time that holds there.
+    pub(crate) fn advance(&mut self, index: RaftIndex, stamp: Stamp) -> Stamp {
         let clock = self.clock_row();
         // Stamps never go backwards, whatever a leader wrote (I15).
-        let stamp = entry.stamp.max(clock.stamp);
+        let stamp = stamp.max(clock.stamp);
         let step = stamp.0.saturating_sub(clock.stamp.0);
         // A leader writes at least a tick a second: a longer step is time in which nobody led and no verdict could be.
         #[cfg(ambit_mutant)]
@@ -201,8 +212,7 @@ impl State {
         let unled = if clock.stamp != Stamp(0) && step > crate::UNLED_STEP_MS { step } else { 0 };
         let unled_ms = clock.unled_ms.saturating_add(unled);
         self.clock.put(&mut self.journal, 0, Clock { stamp, applied: index.0, unled_ms });
-        let outcome = self.once(index, stamp, entry);
-        Applied { index, client: entry.client, request: entry.request, outcome }
+        stamp
     }
 
     /// Exactly once per (client, request): a repeated request is answered from memory (I10).
@@ -317,6 +327,10 @@ impl State {
     pub fn member(&self, id: u64) -> Option<&Member> {
         self.members.get(&id)
     }
+    /// Beginnings of incarnations after the first, by epoch.
+    pub fn incarnations(&self) -> impl DoubleEndedIterator<Item = (u64, &IncarnationRow)> {
+        self.incarnations.iter().map(|(epoch, row)| (*epoch, row))
+    }
     /// The root-certified record keys.
     pub fn key_set(&self) -> Option<&KeySetRow> {
         self.key_set.get(&0)
@@ -362,8 +376,12 @@ impl State {
         let clock = self.clock_row();
         clock.stamp.0.saturating_sub(clock.unled_ms)
     }
-    /// Whether no verdict came for three intervals: then nothing new is issued to the node.
+    /// Whether no verdict came for three intervals, or none since this incarnation of the cell began: then nothing new is
+    /// issued to the node.
     pub fn is_late(&self, id: &NodeId) -> bool {
+        if !self.attested_since_began(id) {
+            return true;
+        }
         let interval = self.node(id).and_then(|n| self.cluster(&n.cluster)).map_or(0, |c| c.attest_interval_ms);
         let age = |s: &Standing| self.led_ms().saturating_sub(s.led_ms);
         self.standing(id).is_none_or(|s| age(s) > interval.saturating_mul(crate::LATE_INTERVALS))

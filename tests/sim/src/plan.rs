@@ -50,7 +50,7 @@ impl Plan {
             if d.per_mille(per_mille) { every * MS } else { 0 }
         };
         let (far, slow) = (d.per_mille(200), d.per_mille(150));
-        Plan {
+        let plan = Plan {
             seed,
             length,
             clients: d.between(2, 6) as usize,
@@ -75,7 +75,19 @@ impl Plan {
             outage: d.per_mille(15),
             snapshot_after: d.between(10, 300),
             keep_entries: d.between(2, 60),
-        }
+        };
+        // The long outage is a fault of its own: its ten minutes are for what time does.
+        let calm = Plan {
+            partition_every: 0,
+            crash_every: 0,
+            pause_every: 0,
+            disk_every: 0,
+            transfer_every: 0,
+            member_every: 0,
+            ruin: false,
+            ..plan.clone()
+        };
+        if plan.outage { calm } else { plan }
     }
 }
 

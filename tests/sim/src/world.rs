@@ -540,7 +540,9 @@ impl World {
 
     /// A client begins, or asks again.
     fn client(&mut self, n: usize) -> Result<(), Violation> {
-        let up: Vec<u64> = self.hosts.values().filter(|h| h.process.is_some()).map(|h| h.id).collect();
+        // Whoever was taken out is no longer among the addresses that clients hold.
+        let here = |h: &&Host| h.process.is_some() && h.condition == Condition::Up;
+        let up: Vec<u64> = self.hosts.values().filter(here).map(|h| h.id).collect();
         let Some(at) = self.dice.pick(&up).copied() else {
             self.at(self.now + 50 * MS, Event::Client(n));
             return Ok(());

@@ -438,7 +438,8 @@ fn encode(messages: Vec<Message>) -> Vec<Outgoing> {
     encoded.collect()
 }
 
-fn ordered(entries: Vec<Entry>) -> Vec<Ordered> {
+/// Entries as they are applied.
+pub(super) fn ordered(entries: Vec<Entry>) -> Vec<Ordered> {
     entries.into_iter().map(|e| Ordered { index: e.index, term: e.term, content: content(e) }).collect()
 }
 

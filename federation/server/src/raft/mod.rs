@@ -14,6 +14,7 @@ mod membership;
 mod metrics;
 mod peers;
 mod reads;
+pub mod rebase;
 mod status;
 pub mod transport;
 pub mod waiters;

@@ -55,13 +55,7 @@ impl Files {
     }
 
     fn read(&self, name: &str) -> Result<Vec<u8>, Refusal> {
-        let path = self.dir.join(name);
-        let meta = std::fs::metadata(&path).map_err(|e| failed("a file", &path, e))?;
-        if meta.mode() & 0o077 != 0 {
-            let found = format!("mode {:o}", meta.mode() & 0o777);
-            return Err(Refusal::new(Code::ConfigInvalid, format!("mode 600 on {}", path.display()), found));
-        }
-        std::fs::read(&path).map_err(|e| failed("a readable file", &path, e))
+        private(&self.dir.join(name))
     }
 
     /// Keeps the root's key: the form `file`, shown as unsealed.
@@ -83,7 +77,7 @@ impl Files {
             return Ok(None);
         }
         let key = SvidKey::from_pkcs8(&self.read("root.key")?)?;
-        Ok(Some(Root::load(td, self.root_der()?, key)))
+        Root::pair(td, self.root_der()?, key).map(Some)
     }
     /// Keeps the issuing key and its intermediate.
     pub fn put_issuer(&self, issuer: &IssuingKey) -> Result<(), Refusal> {
@@ -125,6 +119,16 @@ impl Files {
     pub fn card(&self) -> Result<Card, Refusal> {
         serde_json::from_slice(&self.read("card.json")?).map_err(|e| failed("a readable card in", &self.dir, e))
     }
+}
+
+/// Reads a file that only its owner may read.
+pub fn private(path: &Path) -> Result<Vec<u8>, Refusal> {
+    let meta = std::fs::metadata(path).map_err(|e| failed("a file", path, e))?;
+    if meta.mode() & 0o077 != 0 {
+        let found = format!("mode {:o}", meta.mode() & 0o777);
+        return Err(Refusal::new(Code::ConfigInvalid, format!("mode 600 on {}", path.display()), found));
+    }
+    std::fs::read(path).map_err(|e| failed("a readable file", path, e))
 }
 
 /// Writes a file of mode 0600 and syncs it.

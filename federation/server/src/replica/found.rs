@@ -4,6 +4,7 @@ use super::files::{Card, Files, write_private};
 use super::{random, wall_clock};
 use crate::config::Config;
 use crate::raft::{self, Cell, Network, Options};
+use crate::store::StoreError;
 use ambit_identity::keys::certificates_to_pem;
 use ambit_identity::tls::{Expect, SharedTrust, Trust};
 use ambit_identity::wrap::WrapKey;
@@ -34,14 +35,17 @@ pub fn raft_options(config: &Config, replica: u64) -> Result<Options, Refusal> {
     Ok(options)
 }
 
-fn start_failed(e: raft::StartError) -> Refusal {
+/// Why a store does not start, with its causes.
+pub(super) fn start_failed(e: raft::StartError) -> Refusal {
+    let damaged = matches!(&e, raft::StartError::Store(StoreError::Damaged { .. }));
     let mut text = e.to_string();
     let mut source = std::error::Error::source(&e);
     while let Some(cause) = source {
         text = format!("{text}: {cause}");
         source = cause.source();
     }
-    Refusal::new(Code::ConfigInvalid, "a replica's store that can start", text)
+    let code = if damaged { Code::StoreDamaged } else { Code::ConfigInvalid };
+    Refusal::new(code, "a replica's store that can start", text)
 }
 
 fn already() -> Refusal {
@@ -120,7 +124,13 @@ async fn found_cell(
 }
 
 /// The administrator's folder: context, certificate, key, root.
-fn put_admin(out: &Path, config: &Config, td: &TrustDomain, root: &Root, issuer: &IssuingKey) -> Result<(), Refusal> {
+pub(super) fn put_admin(
+    out: &Path,
+    config: &Config,
+    td: &TrustDomain,
+    root: &Root,
+    issuer: &IssuingKey,
+) -> Result<(), Refusal> {
     std::fs::create_dir_all(out).map_err(|e| {
         Refusal::new(Code::ConfigInvalid, format!("a writable folder {}", out.display()), e.to_string())
     })?;

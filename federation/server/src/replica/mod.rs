@@ -1,6 +1,7 @@
 //! One replica: its keys, its place in the cell, and what all services share.
 
 pub mod agents;
+pub mod backup;
 pub mod blobs;
 pub mod budget;
 pub mod evidence;
@@ -8,6 +9,8 @@ pub mod files;
 pub mod found;
 pub mod peering;
 pub mod policies;
+pub mod recover;
+pub mod restore;
 pub mod run;
 pub mod ticket;
 pub mod upkeep;
@@ -43,6 +46,7 @@ struct Inner {
     trust_domain: TrustDomain,
     id: u64,
     address: String,
+    data_dir: std::path::PathBuf,
     /// The other replicas as `join` was told; replicated state replaces it.
     told: Vec<(u64, String)>,
     issuer: IssuingKey,

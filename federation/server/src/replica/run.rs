@@ -2,10 +2,10 @@
 
 use super::agents::Agents;
 use super::files::{Card, Files};
-use super::found::raft_options;
+use super::found::{raft_options, start_failed};
 use super::{Inner, Replica, trust_of, upkeep, wall_clock};
 use crate::config::Config;
-use crate::raft::{Cell, Network};
+use crate::raft::{Cell, Network, rebase};
 use ambit_identity::tls::{Clients, Expect, SharedTrust, Trust, certified, fixed, server_config};
 use ambit_identity::{Csr, fingerprint};
 use ambit_model::{Code, Lifetime, Refusal, ReplicaId};
@@ -91,8 +91,11 @@ fn open(
     let dialer = Dialer::new(trust.clone(), Identity::new(Some(tls.clone())));
     let late: Arc<OnceLock<Cell>> = Arc::default();
     let network = network(&card, &dialer, &late);
-    let cell = Cell::open(raft_options(config, card.replica)?, network)
-        .map_err(|e| Refusal::new(Code::ConfigInvalid, "a store that opens", format!("{e:?}")))?;
+    if rebase::unfinished(&config.data_dir) {
+        let expected = "a recovery that was finished (`ambitd recover` goes on with it)";
+        return Err(Refusal::new(Code::ConfigInvalid, expected, "one that was cut off"));
+    }
+    let cell = Cell::open(raft_options(config, card.replica)?, network).map_err(start_failed)?;
     let _ = late.set(cell.clone());
     if cell.state().cell().is_some() {
         trust.replace(trust_of(&cell.state(), &card.trust_domain)?);
@@ -104,6 +107,7 @@ fn open(
         id: card.replica,
         told: card.members,
         address: config.listen.to_string(),
+        data_dir: config.data_dir.clone(),
         issuer,
         record: files.record()?,
         wrap: files.wrap()?,

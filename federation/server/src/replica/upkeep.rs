@@ -222,6 +222,15 @@ fn verify(
     if head.origin != *td || head.nonce != *nonce {
         return Err(Refusal::new(Code::RecordSignature, "the head of this pull", "another"));
     }
+    if head.epoch < peer.epoch {
+        // The lost incarnation of a cell that began anew, or a replica of it that was left running: another is asked.
+        let expected = format!("a head of epoch {} or later", peer.epoch);
+        return Err(Refusal::new(Code::Unavailable, expected, head.epoch.to_string()));
+    }
+    if head.epoch > peer.epoch && head.seq < peer.seq && peer.epoch > 0 {
+        let found = format!("epoch {} from sequence {}: it began anew from an older backup", head.epoch, head.seq);
+        return Err(broken(&format!("sequence {} as imported", peer.seq), found));
+    }
     if head.seq < peer.seq {
         return Err(Refusal::new(Code::Unavailable, format!("a head at {} or later", peer.seq), head.seq.to_string()));
     }
@@ -253,5 +262,63 @@ impl Replica {
         let mut all = if replicated.is_empty() { self.inner.told.clone() } else { replicated };
         all.retain(|(id, _)| *id != self.id());
         all
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ambit_identity::{RecordKey, Root};
+    use ambit_model::Stamp;
+    use ambit_state::objects::KeySetRow;
+
+    /// A cell that began anew is epoch 2; this peer imported up to sequence 5 of what it said.
+    #[test]
+    fn a_peer_fences_the_lost_incarnation_and_stops_where_history_was_lost() {
+        let td: TrustDomain = "west".parse().unwrap();
+        let (root, key) =
+            (Root::create(&td, Stamp(1_700_000_000_000), [1; 16]).unwrap(), RecordKey::generate().unwrap());
+        let (statement, signature) = KeySet::certify(&root, &td, 1, vec![key.public()]).unwrap();
+        let key_set = KeySetRow { statement, signature };
+        let known = |epoch| PeerRow {
+            state: PeerState::Active,
+            fingerprint: [0; 32],
+            addresses: Vec::new(),
+            root_der: root.der().to_vec(),
+            bundle_sequence: 1,
+            key_set: key_set.clone(),
+            epoch,
+            seq: 5,
+            hash: [5; 32],
+            trouble: String::new(),
+        };
+        let says = |epoch, seq, hash| {
+            let head = Head { origin: td.clone(), epoch, seq, hash: [hash; 32], stamp: Stamp(1), nonce: [7; 16] };
+            v1::PullResponse {
+                records: Vec::new(),
+                signature: key.sign_head(&head),
+                head: postcard::to_stdvec(&head).unwrap(),
+                key_index: 0,
+                key_set: Some(v1::KeySet {
+                    statement: key_set.statement.clone(),
+                    signature: key_set.signature.clone(),
+                }),
+            }
+        };
+        for (epoch_known, epoch, seq, hash, code) in [
+            (2, 2, 5, 5, None),
+            // A replica of the lost incarnation: another is asked, nothing of it is taken.
+            (2, 1, 5, 5, Some(Code::Unavailable)),
+            (2, 1, 9, 9, Some(Code::Unavailable)),
+            // A replica that lags behind is no history lost.
+            (2, 2, 4, 4, Some(Code::Unavailable)),
+            // Began anew from before what was imported: the import stops and says so.
+            (1, 2, 4, 4, Some(Code::RecordChainBroken)),
+            (1, 2, 5, 6, Some(Code::RecordEquivocation)),
+        ] {
+            let outcome = verify(&td, &known(epoch_known), says(epoch, seq, hash), &[7; 16]);
+            let found = outcome.err().map(|r| r.code);
+            assert_eq!(found, code, "epoch {epoch} at {seq}, known {epoch_known} at 5");
+        }
     }
 }

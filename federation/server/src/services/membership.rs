@@ -8,24 +8,36 @@ use crate::replica::budget::Budget;
 use ambit_identity::{Csr, KeySet};
 use ambit_model::{Code, Refusal, ReplicaId};
 use ambit_proto::v1;
-use ambit_state::objects::{KeySetRow, Member, TokenRow, TokenScope};
+use ambit_state::objects::{Cause, IncarnationRow, KeySetRow, Member, TokenRow, TokenScope};
 use ambit_state::{Command, State};
 use sha2::{Digest, Sha256};
+use std::sync::Arc;
+use tokio::sync::{Semaphore, mpsc};
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
+/// Pieces of a backup that wait for its reader: a mebibyte.
+const BACKUP_PIECES: usize = 4;
 /// Cells are of 1, 3 or 5; seven leaves room for replacing.
-const REPLICA_MAX: u64 = 7;
+pub(crate) const REPLICA_MAX: u64 = 7;
 
 pub(crate) struct Membership {
     replica: Replica,
     budget: Budget,
     /// One join at a time: each certifies a key set that follows the one before. Only the root's keeper serves joins.
     joining: tokio::sync::Mutex<()>,
+    /// One backup at a time: each holds the state once more, and its bytes.
+    backing_up: Arc<Semaphore>,
 }
 
 #[allow(non_snake_case, reason = "reads like the other services where they are listed")]
 pub(crate) fn Membership(replica: Replica) -> Membership {
-    Membership { replica, budget: Budget::default(), joining: tokio::sync::Mutex::new(()) }
+    Membership {
+        replica,
+        budget: Budget::default(),
+        joining: tokio::sync::Mutex::new(()),
+        backing_up: Arc::new(Semaphore::new(1)),
+    }
 }
 
 #[tonic::async_trait]
@@ -118,6 +130,20 @@ impl v1::membership_server::Membership for Membership {
         let (index, digest) = self.replica.cell().snapshot_now().await.or_status()?;
         Ok(Response::new(v1::SnapshotResponse { index: index.0, digest: digest.to_vec() }))
     }
+
+    type BackupStream = ReceiverStream<Result<v1::BackupPiece, Status>>;
+
+    async fn backup(&self, _: Request<v1::BackupRequest>) -> Result<Response<Self::BackupStream>, Status> {
+        let busy = || Refusal::new(Code::Busy, "one backup of a replica at a time", "another on its way");
+        let one = self.backing_up.clone().try_acquire_owned().map_err(|_| busy()).or_status()?;
+        let prepared = self.replica.prepare_backup().await.or_status()?;
+        let (pieces, queue) = mpsc::channel(BACKUP_PIECES);
+        tokio::spawn(async move {
+            prepared.send(&pieces).await;
+            drop(one);
+        });
+        Ok(Response::new(ReceiverStream::new(queue)))
+    }
 }
 
 fn address(text: &str) -> Result<std::net::SocketAddr, Refusal> {
@@ -147,6 +173,21 @@ fn members(s: &State, voters: &[ReplicaId], leader: Option<ReplicaId>, own: (u64
         .collect()
 }
 
+fn incarnation((epoch, row): (u64, &IncarnationRow)) -> v1::Incarnation {
+    v1::Incarnation {
+        epoch,
+        cause: match row.cause {
+            Cause::Restored => "restored".into(),
+            Cause::Recovered => "recovered".into(),
+        },
+        began_ms: row.began.0,
+        from_index: row.from_index.0,
+        from_digest: row.from_digest.to_vec(),
+        replica: row.replica,
+        given_up: row.given_up.clone(),
+    }
+}
+
 impl Membership {
     fn status_message(&self) -> v1::StatusResponse {
         let status = self.replica.cell().status();
@@ -166,6 +207,8 @@ impl Membership {
                 root_form: cell.map(|c| format!("{} (unsealed)", c.root_form)).unwrap_or_default(),
                 stamp_ms: s.stamp().0,
                 epoch: cell.map(|c| c.epoch).unwrap_or_default(),
+                membership_version: status.membership_version,
+                incarnations: s.incarnations().map(incarnation).collect(),
             }
         })
     }

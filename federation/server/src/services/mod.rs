@@ -14,6 +14,8 @@ mod rounds;
 mod svid;
 mod unbuilt;
 
+pub(crate) use membership::REPLICA_MAX;
+
 use crate::authorise::AuthoriseLayer;
 use crate::replica::Replica;
 use ambit_model::{Code, Refusal};
@@ -116,7 +118,7 @@ pub(crate) fn token_sha256(token: &str) -> [u8; 32] {
 }
 
 /// A fingerprint as operators write it.
-pub(crate) fn parse_fingerprint(text: &str) -> Result<[u8; 32], Refusal> {
+pub fn parse_fingerprint(text: &str) -> Result<[u8; 32], Refusal> {
     let mut out = [0u8; 32];
     hex::decode_to_slice(text, &mut out)
         .map_err(|_| Refusal::new(Code::BadRequest, "a fingerprint of 64 hexadecimal digits", text))?;

@@ -192,6 +192,11 @@ impl LogStore {
         Ok(())
     }
 
+    /// The highest index known here to be on a majority.
+    pub fn commit(&self) -> u64 {
+        self.hard.commit.max(self.base.index)
+    }
+
     fn write(&mut self, batch: &mut LogBatch, sync: bool) -> Result<(), StoreError> {
         let start = Instant::now();
         self.engine.write(batch, sync).map_err(engine_error("writing the log"))?;

@@ -51,6 +51,24 @@ impl Membership {
             }
     }
 
+    /// After `change`, where it is permitted, computed without raft: for a log that is read with no group to apply it.
+    #[must_use]
+    pub fn after(&self, change: Change, version: u64) -> Self {
+        if !self.permits(change, version) {
+            return self.clone();
+        }
+        let mut after = Self { version: self.version + 1, ..self.clone() };
+        let (Change::AddLearner(id) | Change::Promote(id) | Change::Remove(id)) = change;
+        after.voters.remove(&id);
+        after.learners.remove(&id);
+        match change {
+            Change::AddLearner(id) => after.learners.insert(id),
+            Change::Promote(id) => after.voters.insert(id),
+            Change::Remove(_) => false,
+        };
+        after
+    }
+
     /// Raft's form. Joint configurations are never used: one replica at a time keeps majorities overlapping (I16).
     pub fn conf_state(&self) -> ConfState {
         ConfState::from((
@@ -92,6 +110,9 @@ mod tests {
             (Change::Remove(9), 1, false),
         ] {
             assert_eq!(cell.permits(change, version), permitted, "{change:?} on {version}");
+            let after = cell.after(change, version);
+            assert_eq!(after.version, if permitted { 2 } else { 1 }, "{change:?} on {version}");
+            assert_eq!(after.satisfies(change), permitted || cell.satisfies(change), "{change:?} on {version}");
         }
     }
 }

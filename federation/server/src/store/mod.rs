@@ -31,7 +31,9 @@ pub enum StoreError {
     )]
     Exists(PathBuf),
     /// Durable data fails its checksums or contradicts itself. The replica must not serve and must not vote (I14).
-    #[error("store damaged: {what}: {found}; restore it, or remove this replica from the cell and join it anew")]
+    #[error(
+        "store damaged: {what}: {found}; remove this replica from the cell and join it anew, or, where it is the last, `ambitd restore` a backup"
+    )]
     Damaged {
         /// Which part.
         what: &'static str,

@@ -10,7 +10,7 @@ use ambit_model::{ClusterId, Code, Lifetime, Refusal, ReplicaId, Revision};
 use std::collections::BTreeMap;
 
 /// Replica certificates last this long; renewed by joining again until issue D rotates them.
-const REPLICA_MS: u64 = 7 * 24 * 3_600_000;
+pub(super) const REPLICA_MS: u64 = 7 * 24 * 3_600_000;
 /// Tokens, spent or not, are forgotten this long after they end, so that "used" can still be told from "unknown".
 const TOKEN_KEEP_MS: u64 = 3_600_000;
 /// Ticket keys kept: the sealing one and the one before, whose tickets may still be open.

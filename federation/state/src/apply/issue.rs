@@ -69,6 +69,10 @@ fn trusted_node<'a>(s: &'a State, at: At, id: &NodeId, generation: Generation) -
     if verdict(s, id).plus_ms(crate::UNATTESTED_MAX_MS) <= at.stamp {
         return Err(Refusal::new(Code::NodeUntrusted, "a verdict within the last hour", "an older one"));
     }
+    if !s.attested_since_began(id) {
+        let expected = format!("a verdict since the cell began its incarnation {}", cell_row(s)?.epoch);
+        return Err(Refusal::new(Code::NodeLate, expected, "none yet"));
+    }
     if s.is_late(id) {
         let expected = format!("a verdict within {} intervals", crate::LATE_INTERVALS);
         return Err(Refusal::new(Code::NodeLate, expected, "none: the node does not answer"));

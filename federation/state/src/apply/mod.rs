@@ -6,10 +6,12 @@ mod attest;
 mod cell;
 mod endorse;
 mod federation;
+mod incarnation;
 mod issue;
 mod node;
 mod objects;
 
+pub use incarnation::Beginning;
 pub(crate) use issue::answer_again;
 pub use objects::ENDPOINTS_PER_NODE_MAX;
 

@@ -1,6 +1,6 @@
 //! Admitting nodes: who may come, and who was refused.
 
-use super::{At, attest, cell::burn, cell_row, endorse, issue};
+use super::{At, attest, cell::burn, cell_row, endorse, incarnation, issue};
 use crate::command::{Admission, Against, Reply};
 use crate::objects::{DenialRow, NodeRow, NodeState, TokenScope};
 use crate::state::State;
@@ -56,7 +56,8 @@ pub(super) fn admit(s: &mut State, at: At, a: &Admission) -> Result<Reply, Refus
 
 /// A known EK keeps its cluster and AK and never goes back in time; another AK needs `evict` first.
 fn next_generation(s: &State, a: &Admission, before: Option<&NodeRow>) -> Result<Generation, Refusal> {
-    let denied = s.denied(&a.node).unwrap_or(Generation(0));
+    // What a lost incarnation admitted and nobody remembers has numbers below.
+    let denied = s.denied(&a.node).unwrap_or_default().max(incarnation::generations_before(s));
     let Some(row) = before else { return Ok(Generation(denied.0 + 1)) };
     if let Some(code) = row.state.bars_enrolment() {
         return Err(Refusal::new(code, "a node that may enrol", row.state.as_str()));

@@ -1,0 +1,149 @@
+//! `ambitd restore`: a cell begins anew on an empty machine, from a backup and the root's key, which is kept apart.
+//!
+//! Everything else is made anew under the root: issuing key, TLS key, record key, wrap key. The old ones are not needed,
+//! and are not to be trusted where a whole cell was lost.
+
+use super::backup::Backup;
+use super::blobs::{Blobs, Keep};
+use super::files::{Card, Files, private};
+use super::found::{put_admin, start_failed};
+use super::wall_clock;
+use crate::config::Config;
+use crate::raft::rebase::found_on;
+use ambit_identity::wrap::WrapKey;
+use ambit_identity::{Csr, IssuingKey, KeySet, RecordKey, Root, SvidKey};
+use ambit_model::{Code, Refusal, ReplicaId, TrustDomain};
+use ambit_state::objects::{Cause, KeySetRow, Member};
+use ambit_state::{Beginning, State};
+use rustls_pki_types::CertificateDer;
+use std::fmt;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// A machine's clock may be this far behind the backup's last entry.
+const CLOCK_BEHIND_MS_MAX: u64 = super::CLOCK_SKEW_MS_MAX;
+
+/// What `ambitd restore` was told.
+pub struct Restore<'a> {
+    /// The cell's trust domain.
+    pub trust_domain: &'a TrustDomain,
+    /// Its root's fingerprint, from elsewhere than the backup.
+    pub fingerprint: [u8; 32],
+    /// The backup.
+    pub snapshot: &'a Path,
+    /// The root's private key (PKCS#8), kept apart from backups.
+    pub root_key: &'a Path,
+    /// The number that this replica gets.
+    pub replica: u64,
+    /// Folder for the administrator's context, certificate and key.
+    pub admin_out: &'a Path,
+}
+
+/// What was restored.
+pub struct Restored {
+    index: u64,
+    digest: [u8; 32],
+    epoch: u64,
+    began_at: u64,
+    given_up: Vec<u64>,
+    missing: Vec<[u8; 32]>,
+    took: Duration,
+}
+
+/// Restores. Refuses a folder that holds anything of a replica, a damaged file, another cell's, and another root's key.
+pub fn restore(config: &Config, r: &Restore<'_>) -> Result<Restored, Refusal> {
+    let started = Instant::now();
+    let held = ["identity", "log", "snapshot", "tables"].iter().find(|part| config.data_dir.join(part).exists());
+    if let Some(part) = held {
+        let found = format!("{} in {}", part, config.data_dir.display());
+        return Err(Refusal::new(Code::AlreadyExists, "an empty data_dir", found));
+    }
+    if r.replica == 0 || r.replica > crate::services::REPLICA_MAX {
+        let expected = format!("a replica of 1-{}", crate::services::REPLICA_MAX);
+        return Err(Refusal::new(Code::BadRequest, expected, r.replica.to_string()));
+    }
+    let mut backup = Backup::open(r.snapshot, r.trust_domain, &r.fingerprint)?;
+    let root = root_of(&backup.whole.state, r)?;
+    check_clock(&backup.whole.state)?;
+    let (index, digest) = (backup.header.index, backup.whole.state.digest());
+
+    let (issuer_key, tls) = (SvidKey::generate()?, SvidKey::generate()?);
+    let (issuer_csr, tls_csr) = (Csr::parse(&issuer_key.csr()?)?, Csr::parse(&tls.csr()?)?);
+    let (record, wrap) = (RecordKey::generate()?, WrapKey::generate()?);
+    let beginning = Beginning {
+        cause: Cause::Restored,
+        replica: r.replica,
+        member: Member {
+            address: config.listen.to_string(),
+            authority: ambit_identity::authority::authority_id(&issuer_csr),
+            authority_not_after: Default::default(),
+            wrap_key: wrap.public()?,
+            record_key: record.public(),
+        },
+        admit: Some((issuer_csr.spki_sha256(), tls_csr.spki_sha256())),
+        keys: Some(next_key_set(&backup.whole.state, &root, r.trust_domain, &record)?),
+    };
+    let admission = backup.whole.state.begin_incarnation(wall_clock(), beginning)?;
+    let admission = admission.ok_or_else(|| Refusal::new(Code::Internal, "an admission", "none"))?;
+    let issuer = IssuingKey::new(issuer_key, root.intermediate(&admission, &issuer_csr)?)?;
+
+    let files = Files::create(&config.data_dir)?;
+    files.put_root(&root)?;
+    files.put_issuer(&issuer)?;
+    files.put_tls(&tls)?;
+    files.put_record_and_wrap(&record, &wrap)?;
+    let blobs = Blobs::open(config.data_dir.join("blobs"))?;
+    backup.lists(|list| blobs.put(Keep::AllowList, &list).map(drop))?;
+    put_admin(r.admin_out, config, r.trust_domain, &root, &issuer)?;
+    found_on(&config.data_dir, ReplicaId(r.replica), &backup.whole).map_err(start_failed)?;
+    let state = &backup.whole.state;
+    let (epoch, given_up) =
+        state.incarnations().next_back().map(|(e, row)| (e, row.given_up.clone())).unwrap_or_default();
+    files.put_card(&Card { trust_domain: r.trust_domain.clone(), replica: r.replica, epoch, members: Vec::new() })?;
+    let (missing, began_at) = (backup.missing, state.applied().0);
+    Ok(Restored { index, digest, epoch, began_at, given_up, missing, took: started.elapsed() })
+}
+
+fn root_of(state: &State, r: &Restore<'_>) -> Result<Root, Refusal> {
+    let cell = state.cell().ok_or_else(|| Refusal::new(Code::BackupDamaged, "a founded cell", "an empty one"))?;
+    let key = SvidKey::from_pkcs8(&private(r.root_key)?)?;
+    Root::pair(r.trust_domain, CertificateDer::from(cell.root_der.clone()), key)
+}
+
+/// A clock far behind would let nothing be signed until it caught up with the cell's time, which does not go back.
+fn check_clock(state: &State) -> Result<(), Refusal> {
+    let (cell, here) = (state.stamp(), wall_clock());
+    if here.plus_ms(CLOCK_BEHIND_MS_MAX) >= cell {
+        return Ok(());
+    }
+    let found = format!("a clock {} ms behind it", cell.0.saturating_sub(here.0));
+    Err(Refusal::new(Code::ConfigInvalid, "a clock that is past the backup's last entry", found))
+}
+
+fn next_key_set(state: &State, root: &Root, td: &TrustDomain, record: &RecordKey) -> Result<KeySetRow, Refusal> {
+    let row = state.key_set().cloned().unwrap_or_default();
+    let known = KeySet::verify(td, root.der(), &row.statement, &row.signature)?;
+    // Only the new key: what the lost replicas signed last is not to be followed by more.
+    let (statement, signature) = KeySet::certify(root, td, known.seq() + 1, vec![record.public()])?;
+    Ok(KeySetRow { statement, signature })
+}
+
+impl fmt::Display for Restored {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "restored:    index {}, digest {}", self.index, hex::encode(self.digest))?;
+        writeln!(f, "incarnation: epoch {}, one voter, from index {}", self.epoch, self.began_at)?;
+        writeln!(f, "given up:    {}", super::recover::numbers(&self.given_up))?;
+        writeln!(f, "time:        {:.1} ms", self.took.as_secs_f64() * 1000.0)?;
+        for sha256 in &self.missing {
+            writeln!(f, "missing:     allow-list {} (ambit attest policy apply --ima-list)", hex::encode(sha256))?;
+        }
+        writeln!(
+            f,
+            "next:        ambitd run; then add replicas (ambit raft add), wipe what is left of the old ones, and"
+        )?;
+        write!(
+            f,
+            "             let nodes attest: until its own verdict no node gets an SVID. Tokens and tickets are void."
+        )
+    }
+}

@@ -1,0 +1,110 @@
+//! A cell that begins anew, from a backup or from what one replica still had.
+//!
+//! Not a command: it happens to a state before there is a Raft group for it, never by an entry of one. What the lost
+//! incarnation may have done after the last thing that came along is forgotten here and remembered elsewhere (agents,
+//! peers, certificates), so everything that is counted goes on far above what can have been counted.
+
+use super::{At, cell_row, export, payload, touch};
+use crate::committed::{Committed, ReplicaAdmission};
+use crate::objects::{Cause, IncarnationRow, KeySetRow, Member};
+use crate::state::State;
+use ambit_model::record::Kind;
+use ambit_model::{Code, Generation, Lifetime, NodeId, RaftIndex, Refusal, ReplicaId, Revision, Stamp};
+
+/// Indexes of an incarnation begin at (epoch - 1) << 40: agents keep the highest revision that they saw.
+const INDEX_SHIFT: u32 = 40;
+/// Generations of an incarnation begin at (epoch - 1) << 32: a leaf of the lost one must not fit a later admission.
+const GENERATION_SHIFT: u32 = 32;
+/// As with bundles everywhere: epoch << 40 | counter.
+const BUNDLE_SHIFT: u32 = 40;
+/// Numbers of identities left out: what the lost incarnation may have handed out last.
+const IDENTITY_GAP: u32 = 1 << 20;
+const INCARNATIONS_MAX: usize = 64;
+
+/// What an incarnation begins with.
+#[derive(Clone, Debug)]
+pub struct Beginning {
+    /// Why.
+    pub cause: Cause,
+    /// The one replica.
+    pub replica: u64,
+    /// Its row. With [`Beginning::admit`] the end of its intermediate is filled in here.
+    pub member: Member,
+    /// SHA-256 of SPKI of its issuing key and of its TLS key, where it gets a new intermediate.
+    pub admit: Option<([u8; 32], [u8; 32])>,
+    /// A key set without the keys of those given up; none where the root is not at hand.
+    pub keys: Option<KeySetRow>,
+}
+
+impl State {
+    /// Begins an incarnation: new epoch, one replica, no tickets, no unspent tokens, and no SVID for any node before a
+    /// verdict of its own. The proof for the root where the replica gets a new intermediate. Refuses before its first change.
+    pub fn begin_incarnation(
+        &mut self,
+        now: Stamp,
+        b: Beginning,
+    ) -> Result<Option<Committed<ReplicaAdmission>>, Refusal> {
+        let mut cell = cell_row(self)?;
+        let (from_index, from_digest) = (self.applied(), self.digest());
+        let epoch = cell.epoch.max((from_index.0 >> INDEX_SHIFT) + 1) + 1;
+        let next_identity = cell.next_identity.checked_add(IDENTITY_GAP);
+        let next_identity = next_identity.ok_or_else(|| {
+            Refusal::new(Code::Internal, "numbers left for identities", cell.next_identity.to_string())
+        })?;
+        let given_up = self.members().map(|(id, _)| id).filter(|id| *id != b.replica).collect();
+        let index = RaftIndex((epoch - 1) << INDEX_SHIFT);
+        let at = At { index, stamp: self.advance(index, now) };
+
+        cell.epoch = epoch;
+        cell.bundle_sequence = epoch << BUNDLE_SHIFT | 1;
+        cell.next_identity = next_identity;
+        (cell.endorsement_revision, cell.policy_revision) = (Revision(index.0), Revision(index.0));
+        self.cell.put(&mut self.journal, 0, cell);
+        let row =
+            IncarnationRow { cause: b.cause, began: at.stamp, from_index, from_digest, replica: b.replica, given_up };
+        self.incarnations.put(&mut self.journal, epoch, row);
+        while self.incarnations.len() > INCARNATIONS_MAX {
+            let Some(oldest) = self.incarnations.iter().next().map(|(k, _)| *k) else { break };
+            self.incarnations.remove(&mut self.journal, &oldest);
+        }
+        // Tokens that were spent, and tickets that were answered, after what came along are spent still.
+        self.tokens.prune(&mut self.journal, |_, _| true);
+        self.ticket_keys.prune(&mut self.journal, |_, _| true);
+        self.members.prune(&mut self.journal, |_, _| true);
+        self.admissions.prune(&mut self.journal, |id, _| *id != b.replica || b.admit.is_some());
+        let (member, admission) = admit(self, at, epoch, &b);
+        self.members.put(&mut self.journal, b.replica, member);
+        if let Some(keys) = b.keys {
+            self.key_set.put(&mut self.journal, 0, keys);
+        }
+        // Its first record: whoever imports it refuses the lost incarnation from then on.
+        let (td, sequence) = self.cell().map(|c| (c.trust_domain.to_string(), c.bundle_sequence)).unwrap_or_default();
+        export(self, Kind::Bundle, td, payload(&sequence)?);
+        touch(self, at);
+        Ok(admission.map(Committed::new))
+    }
+
+    /// Whether the node's last verdict is of this incarnation of the cell.
+    pub(crate) fn attested_since_began(&self, id: &NodeId) -> bool {
+        // A verdict of the very same millisecond may be of the lost one: the next is a second away.
+        let fresh = |began: Stamp| self.standing(id).is_some_and(|standing| standing.verdict > began);
+        self.incarnations().next_back().is_none_or(|(_, row)| fresh(row.began))
+    }
+}
+
+fn admit(s: &mut State, at: At, epoch: u64, b: &Beginning) -> (Member, Option<ReplicaAdmission>) {
+    let Some((issuer_key_hash, tls_key_hash)) = b.admit else { return (b.member.clone(), None) };
+    let lifetime = Lifetime {
+        not_before: at.stamp.minus_ms(crate::NOT_BEFORE_SLACK_MS),
+        not_after: at.stamp.plus_ms(super::cell::REPLICA_MS),
+    };
+    let serial = super::issue::serial(epoch, at, 0);
+    let admission = ReplicaAdmission { replica: ReplicaId(b.replica), issuer_key_hash, tls_key_hash, serial, lifetime };
+    s.admissions.put(&mut s.journal, b.replica, admission.clone());
+    (Member { authority_not_after: lifetime.not_after, ..b.member.clone() }, Some(admission))
+}
+
+/// The highest generation that an incarnation before this one can have given.
+pub(super) fn generations_before(s: &State) -> Generation {
+    Generation(s.cell().map_or(0, |cell| cell.epoch.saturating_sub(1) << GENERATION_SHIFT))
+}
