@@ -98,7 +98,7 @@ fn open(
     let cell = Cell::open(raft_options(config, card.replica)?, network).map_err(start_failed)?;
     let _ = late.set(cell.clone());
     if cell.state().cell().is_some() {
-        trust.replace(trust_of(&cell.state(), &card.trust_domain)?);
+        trust.replace(trust_of(cell.state().bundles(), &card.trust_domain)?);
     }
     let inner = Inner {
         cell,
