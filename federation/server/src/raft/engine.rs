@@ -348,31 +348,30 @@ impl<D: Disk> Engine<D> {
     }
 
     fn perform(&mut self, work: Work, now: Now, send: Send<'_>) -> Result<(), Fatal> {
-        self.send(work.send, now, send);
-        if let Some((base, bytes)) = work.install {
+        let Work { send: early, install, batch, after_flush, apply, reads } = work;
+        self.send(early, now, send);
+        if let Some((base, bytes)) = install {
             self.machine.install(base, &bytes, self.core.store_mut())?;
             // Whoever follows the state must not wait for the next entry.
             self.applied.send_replace(self.machine.applied());
             self.shared.metrics.snapshot_made();
         }
         #[cfg(ambit_mutant)]
-        let work = if ambit_state::mutant::is("ack-before-sync") {
-            let Work { after_flush, batch, .. } = work;
+        let after_flush = if ambit_state::mutant::is("ack-before-sync") {
             self.send(after_flush.leaked(), now, send);
-            let after_flush = crate::store::AfterFlush::new(Vec::new(), batch.number);
-            Work { after_flush, batch, send: Vec::new(), install: None, apply: work.apply, reads: work.reads }
+            crate::store::AfterFlush::new(Vec::new(), batch.number)
         } else {
-            work
+            after_flush
         };
-        let receipt = self.core.store_mut().persist(work.batch)?;
-        match work.after_flush.open(&receipt) {
+        let receipt = self.core.store_mut().persist(batch)?;
+        match after_flush.open(&receipt) {
             Ok(messages) => self.send(messages, now, send),
             Err(_) => tracing::error!("a receipt of another batch: acknowledgements withheld"),
         }
-        for (context, index) in work.reads {
+        for (context, index) in reads {
             self.reads.confirm(&context, index);
         }
-        self.apply(work.apply, now)?;
+        self.apply(apply, now)?;
         let released = self.core.persisted(&receipt);
         self.send(released.send, now, send);
         self.apply(released.apply, now)?;

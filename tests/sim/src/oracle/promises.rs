@@ -179,7 +179,7 @@ impl Promises {
 fn leaves(outcome: &Result<Reply, Refusal>) -> Vec<Issuance> {
     match outcome {
         Ok(Reply::Leaves(items)) => items.iter().filter_map(|item| item.as_ref().ok()).cloned().collect(),
-        Ok(Reply::Admitted(_, leaf)) => vec![leaf.clone()],
+        Ok(Reply::Admitted(_, leaf)) => vec![leaf.as_ref().clone()],
         _ => Vec::new(),
     }
 }
