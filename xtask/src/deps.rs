@@ -35,6 +35,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("openssl", "checks issued certificates from outside"),
     ("git", "tidy tests: which files are part of the project"),
     ("prometheus", "promtool: checks every metrics endpoint"),
+    ("etcd-server", "cargo xtask bench raft: what our figures stand beside"),
 ];
 
 /// How much to print.
@@ -74,14 +75,14 @@ pub(crate) fn install_these(packages: &[(&'static str, &str)], say: Say) -> Resu
         return Err(Stop::Failed(format!("{} packages are missing; as root: apt-get install {what}", missing.len())));
     }
     if std::path::Path::new("/run/systemd/system").exists() && missing.iter().any(|p| starts_a_service(p)) {
-        println!("note: packaging starts the services nginx and prometheus; Ambit needs only their programs");
+        println!("note: packaging starts the services nginx, prometheus and etcd; Ambit needs only their programs");
     }
     apt_get(&["update"])?;
     apt_get(&[&["install", "--yes", "--no-install-recommends"], missing.as_slice()].concat())
 }
 
 fn starts_a_service(package: &str) -> bool {
-    matches!(package, "nginx-light" | "prometheus")
+    matches!(package, "nginx-light" | "prometheus" | "etcd-server")
 }
 
 fn apt_get(args: &[&str]) -> Result<(), Stop> {

@@ -40,12 +40,12 @@ pub(crate) fn bench(name: &str) -> Result<(), Stop> {
     Err(Stop::Failed(format!("{}: {error}", lab.display())))
 }
 
-/// What attestation costs: release builds, then the benchmark in place of this process. It has its own machines and
-/// cells, and needs no lab.
-pub(crate) fn bench_attest() -> Result<(), Stop> {
+/// What attestation costs, or a cell beside etcd: release builds, then the benchmark in place of this process. It has its
+/// own machines and cells, and needs no lab.
+pub(crate) fn bench_cell(name: &str) -> Result<(), Stop> {
     deps::install(deps::Say::Missing)?;
     cargo::cargo(&["build", "--release", "--locked", "-p", "ambitd", "-p", "ambit-tests", "--bins"])?;
     let bench = cargo::root()?.join("target/release/ambit-bench");
-    let error = Command::new(&bench).arg("attest").exec();
+    let error = Command::new(&bench).arg(name).exec();
     Err(Stop::Failed(format!("{}: {error}", bench.display())))
 }

@@ -32,6 +32,8 @@ usage: cargo xtask <verb>
   bench memory          resident memory of idle release processes; last line: N figures, M met
   bench revoke          from a ban to the other cluster's kernel, 50 times; last line: N figures, M met
   bench attest          CPU time of enrolments and rounds, and of 10,000 nodes that attest (release; 6 minutes)
+  bench raft            a cell of three replicas beside etcd of Debian, in turn: writes, reads, failover, restart, memory
+                        (release; 6 minutes)
   build-bpf [--check]   compile the kernel programs again; --check compares with the committed objects
   mutants [PART]        break each check of the verifier in a copy; last line: N checks, N proven
   fuzz --seconds N [--target NAME] [--merge]
@@ -90,7 +92,7 @@ fn run(args: &[&str]) -> Result<(), Stop> {
         ["mutants", part] => mutants::run(part),
         ["sim", "--seeds", n] if n.parse::<u64>().is_ok() => unbuilt::sim(),
         ["bench", name @ ("memory" | "revoke")] => lab::bench(name),
-        ["bench", "attest"] => lab::bench_attest(),
+        ["bench", name @ ("attest" | "raft")] => lab::bench_cell(name),
         ["bench", name] if !name.starts_with('-') => unbuilt::bench(name),
         ["chaos"] => unbuilt::chaos(),
         ["fuzz", options @ ..] => fuzz::run(options),

@@ -1,13 +1,15 @@
-//! `cargo xtask bench attest`: what attestation costs, as CPU time on one core. Targets are printed, never asserted.
+//! Benchmarks of real processes. Targets are printed, never asserted.
 //!
-//! It plays the machines (keys in memory instead of TPMs) and, in the first part, the server's services too; in the
-//! second part the server is a cell of real processes.
+//! `cargo xtask bench attest`: what attestation costs, as CPU time on one core. It plays the machines (keys in memory
+//! instead of TPMs) and, in the first part, the server's services too; in the second part the server is a cell of real
+//! processes. `cargo xtask bench raft`: a cell beside etcd.
 
 mod cpu;
 mod fleet;
 mod floor;
 mod machine;
 mod maker;
+mod raft;
 mod soft_tpm;
 mod stream;
 mod table;
@@ -15,11 +17,15 @@ mod verifier;
 
 use anyhow::{Result, bail};
 
-/// A benchmark by name, with the number of nodes of its fleet: `attest`, or one part of it.
+/// A benchmark by name: `raft`; or `attest` or one part of it, with the number of nodes of its fleet.
 pub async fn run(name: &str, nodes: usize) -> Result<()> {
     let mut table = table::Table::default();
+    if name == "raft" {
+        raft::run(&mut table).await?;
+        return table.end(name);
+    }
     if !matches!(name, "attest" | "attest-verifier" | "attest-fleet") {
-        bail!("no benchmark '{name}': attest, attest-verifier, attest-fleet");
+        bail!("no benchmark '{name}': raft, attest, attest-verifier, attest-fleet");
     }
     if name != "attest-fleet" {
         verifier::run(&mut table)?;

@@ -18,13 +18,20 @@ struct Row {
     value: f64,
     unit: &'static str,
     target: Target,
+    /// The same figure of others, the first of which the target compares with; none where the target is of the figure.
+    others: Vec<(&'static str, f64)>,
 }
 
 impl Row {
+    /// Ours as a multiple of the first other.
+    fn ratio(&self) -> Option<f64> {
+        self.others.first().map(|(_, other)| self.value / other)
+    }
     fn met(&self) -> Option<bool> {
+        let judged = self.ratio().unwrap_or(self.value);
         match self.target {
-            Target::AtLeast(t) => Some(self.value >= t),
-            Target::AtMost(t) => Some(self.value <= t),
+            Target::AtLeast(t) => Some(judged >= t),
+            Target::AtMost(t) => Some(judged <= t),
             Target::None => None,
         }
     }
@@ -41,14 +48,37 @@ impl Table {
         println!("\n{text} (load average {})", cpu::load().unwrap_or_default());
     }
     pub(super) fn figure(&mut self, name: &str, value: f64, unit: &'static str, target: Target) {
-        let row = Row { name: name.to_owned(), value, unit, target };
-        let digits = if value < 10.0 { 2 } else { usize::from(value < 1000.0) };
+        let row = Row { name: name.to_owned(), value, unit, target, others: Vec::new() };
+        let digits = digits(value);
         let told = match (row.target, row.met()) {
             (Target::AtLeast(t), Some(met)) => format!("target >= {t} {unit}  {}", word(met)),
             (Target::AtMost(t), Some(met)) => format!("target <= {t} {unit}  {}", word(met)),
             (_, _) => String::new(),
         };
         println!("  {name:58} {value:9.digits$} {unit:12} {told}");
+        self.rows.push(row);
+    }
+    /// The same figure of ours and of others; the target is of the ratio of ours to the first of them.
+    pub(super) fn ratio(
+        &mut self,
+        name: &str,
+        unit: &'static str,
+        ours: f64,
+        others: &[(&'static str, f64)],
+        target: Target,
+    ) {
+        let row = Row { name: name.to_owned(), value: ours, unit, target, others: others.to_vec() };
+        let told = match (row.target, row.met()) {
+            (Target::AtLeast(t), Some(met)) => format!("target >= {t}x  {}", word(met)),
+            (Target::AtMost(t), Some(met)) => format!("target <= {t}x  {}", word(met)),
+            (_, _) => String::new(),
+        };
+        let others: String = others
+            .iter()
+            .map(|(who, value)| format!("  {who} {value:9.digits$}", digits = digits(*value)))
+            .collect();
+        let (digits, ratio) = (digits(ours), row.ratio().unwrap_or(f64::NAN));
+        println!("  {name:62} {unit:5}  ours {ours:9.digits$}{others}  {ratio:.2}x  {told}");
         self.rows.push(row);
     }
     pub(super) fn floor(&mut self, name: &str, value: f64, unit: &'static str) {
@@ -66,10 +96,15 @@ impl Table {
                     Target::AtLeast(t) | Target::AtMost(t) => Some(t),
                     Target::None => None,
                 };
-                serde_json::json!({
+                let mut json = serde_json::json!({
                     "name": r.name, "unit": r.unit, "ours": r.value, "target": target, "met": r.met(),
                     "load_average": load,
-                })
+                });
+                if let (Some(ratio), Some(json)) = (r.ratio(), json.as_object_mut()) {
+                    json.extend(r.others.iter().map(|(who, value)| ((*who).to_owned(), (*value).into())));
+                    json.insert("ratio".to_owned(), ratio.into());
+                }
+                json
             })
             .collect();
         let folder = folder()?;
@@ -80,6 +115,11 @@ impl Table {
         println!("{} figures, {} met", judged.len(), judged.iter().filter(|met| **met).count());
         Ok(())
     }
+}
+
+/// Three of them that mean something.
+fn digits(value: f64) -> usize {
+    if value < 10.0 { 2 } else { usize::from(value < 1000.0) }
 }
 
 fn word(met: bool) -> &'static str {
