@@ -20,7 +20,7 @@ pub(crate) fn sim() -> Result<(), Stop> {
 /// Comparative benchmarks.
 pub(crate) fn bench(name: &str) -> Result<(), Stop> {
     let what = format!(
-        "no benchmark '{name}': only `memory`, `revoke` and `attest` are built; the demo's table holds the other figures measured so far"
+        "no benchmark '{name}': only `memory`, `revoke`, `attest` and `raft` are built; the demo's table holds the other figures measured so far"
     );
     unbuilt(&what, "0 figures, 0 met")
 }

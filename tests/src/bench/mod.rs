@@ -17,15 +17,15 @@ mod verifier;
 
 use anyhow::{Result, bail};
 
-/// A benchmark by name: `raft`; or `attest` or one part of it, with the number of nodes of its fleet.
+/// A benchmark by name: `raft` or `attest`, or one part of it; `nodes` make the fleet of `attest`.
 pub async fn run(name: &str, nodes: usize) -> Result<()> {
     let mut table = table::Table::default();
-    if name == "raft" {
-        raft::run(&mut table).await?;
+    if matches!(name, "raft" | "raft-load") {
+        raft::run(&mut table, name == "raft").await?;
         return table.end(name);
     }
     if !matches!(name, "attest" | "attest-verifier" | "attest-fleet") {
-        bail!("no benchmark '{name}': raft, attest, attest-verifier, attest-fleet");
+        bail!("no benchmark '{name}': raft, raft-load, attest, attest-verifier, attest-fleet");
     }
     if name != "attest-fleet" {
         verifier::run(&mut table)?;

@@ -73,10 +73,8 @@ impl Table {
             (Target::AtMost(t), Some(met)) => format!("target <= {t}x  {}", word(met)),
             (_, _) => String::new(),
         };
-        let others: String = others
-            .iter()
-            .map(|(who, value)| format!("  {who} {value:9.digits$}", digits = digits(*value)))
-            .collect();
+        let others: String =
+            others.iter().map(|(who, value)| format!("  {who} {value:9.digits$}", digits = digits(*value))).collect();
         let (digits, ratio) = (digits(ours), row.ratio().unwrap_or(f64::NAN));
         println!("  {name:62} {unit:5}  ours {ours:9.digits$}{others}  {ratio:.2}x  {told}");
         self.rows.push(row);

@@ -240,7 +240,8 @@ impl Client for Kv {
         self.call::<_, wire::PutResponse>("/etcdserverpb.KV/Put", request).await.map(drop)
     }
     async fn get(&mut self, n: u64) -> Result<(), Status> {
-        let answer: wire::RangeResponse = self.call("/etcdserverpb.KV/Range", wire::RangeRequest { key: key(n) }).await?;
+        let answer: wire::RangeResponse =
+            self.call("/etcdserverpb.KV/Range", wire::RangeRequest { key: key(n) }).await?;
         match answer.kvs.first() {
             Some(kv) if kv.key == key(n) && kv.value.len() == VALUE_BYTES => Ok(()),
             _ => Err(Status::aborted("another value")),
@@ -254,7 +255,8 @@ fn key(n: u64) -> Vec<u8> {
 
 impl Pki {
     fn new(folder: &Folder) -> Result<Pki> {
-        let (ca_key, key) = (KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?, KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?);
+        let (ca_key, key) =
+            (KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?, KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?);
         let mut params = named("bench CA");
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign];

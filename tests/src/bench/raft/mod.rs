@@ -118,7 +118,8 @@ struct Bench {
     plain: Subject<Etcd>,
 }
 
-pub(super) async fn run(table: &mut Table) -> Result<()> {
+/// Load and memory; and `outages` too, if they are asked for.
+pub(super) async fn run(table: &mut Table, outages: bool) -> Result<()> {
     let version = etcd::version()?;
     let disk = disk()?;
     let mut bench = Bench {
@@ -129,7 +130,9 @@ pub(super) async fn run(table: &mut Table) -> Result<()> {
     table.head(&format!(
         "Ours and {version}: {MEMBERS} members each, {VALUE_BYTES} B, {disk}, timers {HEARTBEAT_MS}/{ELECTION_MS} ms"
     ));
-    println!("  clients over {CONNECTIONS} connections to all members (one client: to the leader); etcd with mutual TLS, as ours");
+    println!(
+        "  clients over {CONNECTIONS} connections to all members (one client: to the leader); etcd with mutual TLS, as ours"
+    );
     let (mut puts, mut gets) = ([(); 3].map(|()| Measured::default()), [(); 3].map(|()| Measured::default()));
     for round in 1..=ROUNDS {
         for (at, (clients, writes, reads)) in LOADS.into_iter().enumerate() {
@@ -145,8 +148,11 @@ pub(super) async fn run(table: &mut Table) -> Result<()> {
         print(table, "linearizable get", clients, gets.get(at).context("a load")?);
     }
     bench.memory(table)?;
-    bench.restarts(table).await?;
-    bench.failovers(table).await
+    if outages {
+        bench.restarts(table).await?;
+        bench.failovers(table).await?;
+    }
+    Ok(())
 }
 
 impl Bench {
@@ -193,7 +199,13 @@ impl Bench {
         }
         let slowest = ours.iter().copied().fold(0.0, f64::max);
         let (ours, etcd) = (median(ours), median(etcd));
-        table.ratio(&format!("restart of a member with {index} Raft entries"), "s", ours, &[("etcd", etcd)], Target::None);
+        table.ratio(
+            &format!("restart of a member with {index} Raft entries"),
+            "s",
+            ours,
+            &[("etcd", etcd)],
+            Target::None,
+        );
         table.figure(&format!("  the slowest of {RESTARTS}"), slowest, "s", Target::AtMost(2.0));
         Ok(())
     }
@@ -280,7 +292,11 @@ fn median(mut all: Vec<f64>) -> f64 {
 fn disk() -> Result<String> {
     let folder = std::env::temp_dir();
     let kind = nix::sys::statfs::statfs(&folder)?.filesystem_type();
-    ensure!(kind != nix::sys::statfs::TMPFS_MAGIC, "{} is in memory: set TMPDIR to a folder on a disk", folder.display());
+    ensure!(
+        kind != nix::sys::statfs::TMPFS_MAGIC,
+        "{} is in memory: set TMPDIR to a folder on a disk",
+        folder.display()
+    );
     let ext4 = kind == nix::sys::statfs::EXT4_SUPER_MAGIC;
     Ok(if ext4 { "ext4".to_owned() } else { format!("file system {kind:?}") })
 }
