@@ -111,6 +111,36 @@ impl From<Selector> for String {
     }
 }
 
+/// A set of selectors, sorted. An entry has two or three, and a cell a hundred thousand entries: a tree for each would
+/// take more memory than all the rest of it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "Vec<Selector>")]
+pub struct Selectors(Box<[Selector]>);
+
+impl From<Vec<Selector>> for Selectors {
+    fn from(mut all: Vec<Selector>) -> Self {
+        all.sort_unstable();
+        all.dedup();
+        Self(all.into())
+    }
+}
+impl<const N: usize> From<[Selector; N]> for Selectors {
+    fn from(all: [Selector; N]) -> Self {
+        Vec::from(all).into()
+    }
+}
+impl FromIterator<Selector> for Selectors {
+    fn from_iter<I: IntoIterator<Item = Selector>>(all: I) -> Self {
+        all.into_iter().collect::<Vec<_>>().into()
+    }
+}
+impl std::ops::Deref for Selectors {
+    type Target = [Selector];
+    fn deref(&self) -> &[Selector] {
+        &self.0
+    }
+}
+
 /// Registration of a workload.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entry {
@@ -123,7 +153,7 @@ pub struct Entry {
     /// The nodes that may run it; empty means every admitted node of the cluster.
     pub nodes: BTreeSet<NodeId>,
     /// All must hold; at least one is of the workload.
-    pub selectors: BTreeSet<Selector>,
+    pub selectors: Selectors,
     /// Longest lifetime of an SVID of this entry.
     pub ttl: SvidTtl,
     /// Trust domains whose bundles the workload receives beside its own.
@@ -208,7 +238,7 @@ mod tests {
                 spiffe_id: "spiffe://west/web".parse().unwrap(),
                 cluster: "west".parse().unwrap(),
                 nodes: BTreeSet::new(),
-                selectors: set(selectors),
+                selectors: set(selectors).into_iter().collect(),
                 ttl: SvidTtl::DEFAULT,
                 federates_with: BTreeSet::new(),
             };

@@ -1,14 +1,16 @@
-//! Identifiers. None converts into another: a revision is not an index, a node is not a cluster.
+//! Identifiers. None converts into another: a revision is not an index, a node is not a cluster. Clones share their text:
+//! a cell keeps the same identity in several tables.
 
 use crate::refusal::{Code, Refusal};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
 /// A SPIFFE trust domain name (SPIFFE-ID section 2.1): 1-255 bytes of `[a-z0-9.-_]`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct TrustDomain(String);
+pub struct TrustDomain(Arc<str>);
 
 impl TrustDomain {
     /// The name, without a scheme.
@@ -29,7 +31,7 @@ impl FromStr for TrustDomain {
             && s.len() <= 255
             && s.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'.' | b'-' | b'_'));
         if ok {
-            Ok(Self(s.to_owned()))
+            Ok(Self(s.into()))
         } else {
             Err(Refusal::new(Code::BadRequest, "a trust domain of 1-255 characters from a-z 0-9 . - _", s))
         }
@@ -40,7 +42,7 @@ impl FromStr for TrustDomain {
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct SpiffeId {
-    uri: String,
+    uri: Arc<str>,
     path_at: usize,
 }
 
@@ -51,7 +53,7 @@ impl SpiffeId {
     }
     /// The trust domain it belongs to.
     pub fn trust_domain(&self) -> TrustDomain {
-        TrustDomain(self.uri.get(9..self.path_at).unwrap_or_default().to_owned())
+        TrustDomain(self.uri.get(9..self.path_at).unwrap_or_default().into())
     }
     /// The path, with its leading `/`.
     pub fn path(&self) -> &str {
@@ -77,14 +79,14 @@ impl FromStr for SpiffeId {
                 return Err(bad("path segments of a-z A-Z 0-9 . - _"));
             }
         }
-        Ok(Self { uri: s.to_owned(), path_at: 9 + domain.len() })
+        Ok(Self { uri: s.into(), path_at: 9 + domain.len() })
     }
 }
 
 /// A name of an operator's object: 1-63 characters of `[a-z0-9-]`, starting with a letter.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct ObjectName(String);
+pub struct ObjectName(Arc<str>);
 
 impl ObjectName {
     /// The name.
@@ -100,7 +102,7 @@ impl FromStr for ObjectName {
             && s.starts_with(|c: char| c.is_ascii_lowercase())
             && s.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
         if ok {
-            Ok(Self(s.to_owned()))
+            Ok(Self(s.into()))
         } else {
             Err(Refusal::new(Code::BadRequest, "a name of 1-63 characters from a-z 0-9 -, starting with a letter", s))
         }
@@ -110,7 +112,7 @@ impl FromStr for ObjectName {
 /// A cluster: a set of nodes with one trust domain, served by a home cell. Same grammar as [`ObjectName`].
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct ClusterId(String);
+pub struct ClusterId(Arc<str>);
 
 impl ClusterId {
     /// The name.
@@ -136,7 +138,7 @@ macro_rules! string_newtype {
             fn try_from(s: String) -> Result<Self, Refusal> { s.parse() }
         }
         impl From<$t> for String {
-            fn from(v: $t) -> String { v.$field }
+            fn from(v: $t) -> String { v.$field.as_ref().to_owned() }
         }
     )*};
 }

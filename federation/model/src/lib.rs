@@ -17,7 +17,7 @@ pub mod trust;
 
 pub use appraisal::AppraisalPolicy;
 pub use bundle::{Bundle, Foreign, Own};
-pub use entry::{Entry, EntryId, Selector};
+pub use entry::{Entry, EntryId, Selector, Selectors};
 pub use id::{
     ClusterId, Generation, NodeId, NumericIdentity, ObjectName, RaftIndex, ReplicaId, Revision, SpiffeId, TrustDomain,
 };

@@ -304,11 +304,11 @@ pub enum Reply {
     /// Leaves to sign, or why not, per item.
     Leaves(Vec<Result<Issuance, Refusal>>),
     /// A node was admitted; its leaf is to be signed.
-    Admitted(Generation, Issuance),
+    Admitted(Generation, Box<Issuance>),
     /// A replica was admitted.
-    Replica(ReplicaAdmission),
+    Replica(Box<ReplicaAdmission>),
     /// Documents: for each whether it changed anything, and the export sequence after.
     Documents(Vec<bool>, u64),
     /// A report was sealed.
-    Report(SealedReport),
+    Report(Box<SealedReport>),
 }

@@ -18,7 +18,7 @@ mod table;
 pub use apply::ENDPOINTS_PER_NODE_MAX;
 pub use command::{Command, LogEntry, NodeVerb, Nodes, Reply};
 pub use committed::{Committed, Issuance, Subject};
-pub use slice::Slice;
+pub use slice::{Bundles, Slice};
 pub use state::{Applied, OwnedName, State};
 pub use table::TableWrite;
 

@@ -6,6 +6,9 @@ use ambit_model::policy::{Endpoint, Policy, Service};
 use ambit_model::{ClusterId, Entry, Generation, NodeId, Revision, SpiffeId, Stamp, TrustDomain};
 use std::collections::{BTreeMap, BTreeSet};
 
+/// Bundles by trust domain: sequence and roots, DER.
+pub type Bundles = BTreeMap<TrustDomain, (u64, Vec<Vec<u8>>)>;
+
 /// A node's slice.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Slice {
@@ -73,7 +76,7 @@ impl State {
     }
 
     /// Own roots and those of active peers. A stopped peer's identities keep verifying: only news from it is refused.
-    pub fn bundles(&self) -> BTreeMap<TrustDomain, (u64, Vec<Vec<u8>>)> {
+    pub fn bundles(&self) -> Bundles {
         let own = self.cell().map(|c| (c.trust_domain.clone(), (c.bundle_sequence, vec![c.root_der.clone()])));
         let peers = self
             .peers()

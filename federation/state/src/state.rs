@@ -4,14 +4,14 @@ use crate::apply::{self, At};
 use crate::command::{Command, LogEntry, Reply};
 use crate::committed::{Committed, Issuance, ReplicaAdmission, SealedReport};
 use crate::objects::*;
-use crate::table::{Journal, Table, TableWrite};
+use crate::table::{Journal, Packed, Table, TableWrite};
 use ambit_model::record::Record;
 use ambit_model::{
     ClusterId, Code, EntryId, Generation, NodeId, ObjectName, RaftIndex, Refusal, SpiffeId, Stamp, TrustDomain,
 };
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::Ipv4Addr;
 
 /// An object's key: whose it is and its name.
@@ -51,7 +51,7 @@ pub struct State {
     pub(crate) peers: Table<TrustDomain, PeerRow>,
     pub(crate) records: Table<u64, Record>,
     pub(crate) reports: Table<u64, SealedReport>,
-    pub(crate) dedupe: Table<([u8; 32], [u8; 16]), DedupeRow>,
+    pub(crate) dedupe: Packed<RequestKey, DedupeRow>,
     pub(crate) standings: Table<NodeId, Standing>,
     pub(crate) verdicts: Table<(NodeId, u64), VerdictRow>,
     pub(crate) ek_denials: Table<ObjectName, EkDenyRow>,
@@ -62,7 +62,13 @@ pub struct State {
     pub(crate) live_leaves: BTreeMap<NodeId, BTreeSet<(Stamp, [u8; 16])>>,
     /// Entries with node selectors by cluster, in memory only: a verdict must not cost a walk over all entries.
     pub(crate) asking: BTreeMap<ClusterId, BTreeSet<EntryId>>,
+    /// Requests remembered, oldest first, in memory only: forgetting those whose time is over must not cost a walk over
+    /// all of them, every second.
+    pub(crate) dedupe_by_age: VecDeque<(Stamp, RequestKey)>,
 }
+
+/// A caller and its request id.
+pub(crate) type RequestKey = ([u8; 32], [u8; 16]);
 
 /// Calls a macro with every table of the state, in table-id order.
 macro_rules! each_table {
@@ -119,21 +125,21 @@ impl Applied {
     pub fn into_issuances(self) -> Result<Vec<Result<Committed<Issuance>, Refusal>>, Refusal> {
         match self.outcome? {
             Reply::Leaves(items) => Ok(items.into_iter().map(|i| i.map(Committed::new)).collect()),
-            Reply::Admitted(_, one) => Ok(vec![Ok(Committed::new(one))]),
+            Reply::Admitted(_, one) => Ok(vec![Ok(Committed::new(*one))]),
             _ => Err(Refusal::new(Code::Internal, "an issuance", "another outcome")),
         }
     }
     /// The replica whose intermediate may be signed.
     pub fn into_replica(self) -> Result<Committed<ReplicaAdmission>, Refusal> {
         match self.outcome? {
-            Reply::Replica(one) => Ok(Committed::new(one)),
+            Reply::Replica(one) => Ok(Committed::new(*one)),
             _ => Err(Refusal::new(Code::Internal, "a replica's admission", "another outcome")),
         }
     }
     /// The report that may be signed.
     pub fn into_report(self) -> Result<Committed<SealedReport>, Refusal> {
         match self.outcome? {
-            Reply::Report(one) => Ok(Committed::new(one)),
+            Reply::Report(one) => Ok(Committed::new(*one)),
             _ => Err(Refusal::new(Code::Internal, "a sealed report", "another outcome")),
         }
     }
@@ -178,7 +184,7 @@ impl State {
             peers: Table::new(id()),
             records: Table::new(id()),
             reports: Table::new(id()),
-            dedupe: Table::new(id()),
+            dedupe: Packed::new(id()),
             standings: Table::new(id()),
             verdicts: Table::new(id()),
             ek_denials: Table::new(id()),
@@ -186,6 +192,7 @@ impl State {
             boots: Table::new(id()),
             live_leaves: BTreeMap::new(),
             asking: BTreeMap::new(),
+            dedupe_by_age: VecDeque::new(),
         }
     }
 
@@ -212,14 +219,15 @@ impl State {
         let command_sha256 = command_hash(&entry.command);
         if let Some(row) = self.dedupe.get(&key) {
             if row.command_sha256 == command_sha256 {
-                let reply = row.outcome.clone()?;
+                let reply = row.outcome?;
                 return apply::answer_again(self, At { index, stamp }, &entry.command, reply);
             }
             return Err(Refusal::new(Code::RequestIdReused, "the same command under the same request id", "another"));
         }
         let outcome = apply::apply(self, index, stamp, &entry.command);
         let row = DedupeRow { stamp, command_sha256, outcome: outcome.clone() };
-        self.dedupe.put(&mut self.journal, key, row);
+        self.dedupe.put(&mut self.journal, key, &row);
+        self.dedupe_by_age.push_back((stamp, key));
         outcome
     }
 
@@ -248,14 +256,26 @@ impl State {
     pub fn digest(&self) -> [u8; 32] {
         self.journal.digest()
     }
-    /// The whole state, table by table in key order.
-    pub fn export(&self) -> Vec<TableWrite> {
-        let mut out = Vec::new();
-        macro_rules! export {
-            ($($t:expr),*) => {{ $( $t.export(&mut out); )* }};
+    /// The whole state, table by table in key order, row by row: encoded at once it would take as much memory again.
+    pub fn rows(&self) -> impl Iterator<Item = TableWrite> {
+        macro_rules! chain {
+            ($($t:expr),*) => {{
+                let tables: Vec<Box<dyn Iterator<Item = TableWrite> + '_>> = vec![$( Box::new($t.export()) ),*];
+                tables.into_iter().flatten()
+            }};
         }
-        each_table!(self, export);
-        out
+        each_table!(self, chain)
+    }
+    /// How many [`State::rows`] there are.
+    pub fn row_count(&self) -> usize {
+        macro_rules! sum {
+            ($($t:expr),*) => {{ [$( $t.len() ),*].into_iter().sum() }};
+        }
+        each_table!(self, sum)
+    }
+    /// [`State::rows`], all of them.
+    pub fn export(&self) -> Vec<TableWrite> {
+        self.rows().collect()
     }
     /// The state with these rows. A row that is not readable refuses the whole.
     pub fn import(rows: Vec<TableWrite>) -> Result<State, Refusal> {
@@ -286,6 +306,9 @@ impl State {
         for entry in entries {
             state.index_entry(&entry, true);
         }
+        let mut by_age: Vec<_> = state.dedupe.iter().map(|(key, row)| (row.stamp, *key)).collect();
+        by_age.sort_unstable();
+        state.dedupe_by_age = by_age.into();
         Ok(state)
     }
 

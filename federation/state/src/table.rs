@@ -5,6 +5,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use sha2::{Digest as _, Sha256};
 use std::collections::BTreeMap;
+use std::marker::PhantomData;
 
 /// One change of one row, as it is stored: `value` is `None` where the row is gone.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -67,10 +68,11 @@ impl Journal {
     }
 }
 
-/// Rows of one kind, in key order. Of its encoded form a row keeps the digest only: a snapshot encodes it again.
+/// Rows of one kind, in key order. Of its encoded form a row keeps the digest only: a snapshot encodes it again. Rows are
+/// boxed, since the nodes of a tree that grows at its end are about half empty.
 pub(crate) struct Table<K, V> {
     id: u8,
-    rows: BTreeMap<K, (V, Share)>,
+    rows: BTreeMap<K, Box<(V, Share)>>,
 }
 
 /// Model types always encode: integers, strings and collections of known length.
@@ -84,7 +86,7 @@ impl<K: Ord + Clone + Serialize + DeserializeOwned, V: Serialize + DeserializeOw
         Self { id, rows: BTreeMap::new() }
     }
     pub(crate) fn get(&self, key: &K) -> Option<&V> {
-        self.rows.get(key).map(|(v, _)| v)
+        self.rows.get(key).map(|row| &row.0)
     }
     pub(crate) fn contains(&self, key: &K) -> bool {
         self.rows.contains_key(key)
@@ -93,20 +95,20 @@ impl<K: Ord + Clone + Serialize + DeserializeOwned, V: Serialize + DeserializeOw
         self.rows.len()
     }
     pub(crate) fn iter(&self) -> impl DoubleEndedIterator<Item = (&K, &V)> {
-        self.rows.iter().map(|(k, (v, _))| (k, v))
+        self.rows.iter().map(|(k, row)| (k, &row.0))
     }
     pub(crate) fn from(&self, key: K) -> impl Iterator<Item = (&K, &V)> {
-        self.rows.range(key..).map(|(k, (v, _))| (k, v))
+        self.rows.range(key..).map(|(k, row)| (k, &row.0))
     }
     pub(crate) fn put(&mut self, journal: &mut Journal, key: K, value: V) {
         let (bytes, encoded_key) = (encode(&value), encode(&key));
         let come = share(self.id, &encoded_key, &bytes);
-        let old = self.rows.insert(key, (value, come));
+        let old = self.rows.insert(key, Box::new((value, come)));
         let write = TableWrite { table: self.id, key: encoded_key, value: Some(bytes) };
-        journal.record(write, old.as_ref().map(|(_, share)| share), Some(&come));
+        journal.record(write, old.as_ref().map(|row| &row.1), Some(&come));
     }
     pub(crate) fn remove(&mut self, journal: &mut Journal, key: &K) -> Option<V> {
-        let (value, gone) = self.rows.remove(key)?;
+        let (value, gone) = *self.rows.remove(key)?;
         journal.record(TableWrite { table: self.id, key: encode(key), value: None }, Some(&gone), None);
         Some(value)
     }
@@ -117,10 +119,14 @@ impl<K: Ord + Clone + Serialize + DeserializeOwned, V: Serialize + DeserializeOw
             self.remove(journal, &key);
         }
     }
-    pub(crate) fn export(&self, out: &mut Vec<TableWrite>) {
-        for (key, (value, _)) in &self.rows {
-            out.push(TableWrite { table: self.id, key: encode(key), value: Some(encode(value)) });
-        }
+    /// All rows as they are stored, encoded one at a time.
+    pub(crate) fn export(&self) -> impl Iterator<Item = TableWrite> {
+        let row = |(key, row): (&K, &Box<(V, Share)>)| TableWrite {
+            table: self.id,
+            key: encode(key),
+            value: Some(encode(&row.0)),
+        };
+        self.rows.iter().map(row)
     }
     pub(crate) fn load(&mut self, journal: &mut Journal, key: &[u8], value: &[u8]) -> Result<(), Refusal> {
         let bad =
@@ -129,5 +135,61 @@ impl<K: Ord + Clone + Serialize + DeserializeOwned, V: Serialize + DeserializeOw
         let value: V = postcard::from_bytes(value).map_err(bad)?;
         self.put(journal, key, value);
         Ok(())
+    }
+}
+
+/// Rows that are many and seldom asked for: kept as they are stored, and read when asked for. Same ids, digest and
+/// stored form as a [`Table`].
+pub(crate) struct Packed<K, V> {
+    id: u8,
+    rows: BTreeMap<K, Box<[u8]>>,
+    row: PhantomData<V>,
+}
+
+impl<K: Ord + Clone + Serialize + DeserializeOwned, V: Serialize + DeserializeOwned> Packed<K, V> {
+    pub(crate) fn new(id: u8) -> Self {
+        Self { id, rows: BTreeMap::new(), row: PhantomData }
+    }
+    pub(crate) fn len(&self) -> usize {
+        self.rows.len()
+    }
+    pub(crate) fn get(&self, key: &K) -> Option<V> {
+        self.rows.get(key).map(|bytes| self.decode(bytes))
+    }
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (&K, V)> {
+        self.rows.iter().map(|(key, bytes)| (key, self.decode(bytes)))
+    }
+    pub(crate) fn put(&mut self, journal: &mut Journal, key: K, value: &V) {
+        let (bytes, encoded_key) = (encode(value), encode(&key));
+        let come = share(self.id, &encoded_key, &bytes);
+        let gone = self.rows.insert(key, bytes.clone().into()).map(|old| share(self.id, &encoded_key, &old));
+        journal.record(TableWrite { table: self.id, key: encoded_key, value: Some(bytes) }, gone.as_ref(), Some(&come));
+    }
+    pub(crate) fn remove(&mut self, journal: &mut Journal, key: &K) {
+        if let Some(old) = self.rows.remove(key) {
+            let encoded_key = encode(key);
+            let gone = share(self.id, &encoded_key, &old);
+            journal.record(TableWrite { table: self.id, key: encoded_key, value: None }, Some(&gone), None);
+        }
+    }
+    pub(crate) fn export(&self) -> impl Iterator<Item = TableWrite> {
+        let row = |(key, value): (&K, &Box<[u8]>)| TableWrite {
+            table: self.id,
+            key: encode(key),
+            value: Some(value.to_vec()),
+        };
+        self.rows.iter().map(row)
+    }
+    pub(crate) fn load(&mut self, journal: &mut Journal, key: &[u8], value: &[u8]) -> Result<(), Refusal> {
+        let bad =
+            |e: postcard::Error| Refusal::new(Code::Internal, format!("a row of table {}", self.id), e.to_string());
+        let key: K = postcard::from_bytes(key).map_err(bad)?;
+        let value: V = postcard::from_bytes(value).map_err(bad)?;
+        self.put(journal, key, &value);
+        Ok(())
+    }
+    #[allow(clippy::panic, reason = "only what encoded here, or decoded at load, is in the table")]
+    fn decode(&self, bytes: &[u8]) -> V {
+        postcard::from_bytes(bytes).unwrap_or_else(|e| panic!("row of table {} does not decode: {e}", self.id))
     }
 }

@@ -165,7 +165,7 @@ fn what_was_issued_is_not_answered_again_once_it_would_be_refused() {
 fn an_entry_needs_a_selector_of_the_workload() {
     let mut west = west();
     let mut only_node = asking("node", &["tpm:policy:servers".into()]);
-    only_node.selectors.retain(Selector::is_of_node);
+    only_node.selectors = only_node.node_selectors().cloned().collect();
     let Reply::Items(mut items) = west.run(Command::CreateEntries(vec![only_node])).unwrap() else { panic!("items") };
     assert_eq!(code(items.remove(0)), Code::BadRequest);
 }

@@ -39,7 +39,10 @@ pub(super) fn tick(s: &mut State, at: At) -> Result<Reply, Refusal> {
     s.tokens.prune(&mut s.journal, |_, t| t.expires.plus_ms(TOKEN_KEEP_MS) < now);
     super::issue::forget(s, now);
     super::attest::late(s, at)?;
-    s.dedupe.prune(&mut s.journal, |_, d| d.stamp.plus_ms(crate::DEDUPE_MS) < now);
+    // Stamps never go backwards, so neither do those of the requests.
+    while let Some((_, key)) = s.dedupe_by_age.pop_front_if(|(stamp, _)| stamp.plus_ms(crate::DEDUPE_MS) < now) {
+        s.dedupe.remove(&mut s.journal, &key);
+    }
     Ok(Reply::Done)
 }
 
@@ -105,7 +108,7 @@ pub(super) fn admit_replica(
         },
     };
     s.admissions.put(&mut s.journal, replica, admission.clone());
-    Ok(Reply::Replica(admission))
+    Ok(Reply::Replica(Box::new(admission)))
 }
 
 pub(super) fn put_member(s: &mut State, id: u64, member: &Member, keys: &KeySetRow) -> Result<Reply, Refusal> {
@@ -165,5 +168,5 @@ pub(super) fn seal_report(s: &mut State, at: At, drill: &str, sha256: [u8; 32]) 
         let Some(oldest) = s.reports.iter().next().map(|(k, _)| *k) else { break };
         s.reports.remove(&mut s.journal, &oldest);
     }
-    Ok(Reply::Report(report))
+    Ok(Reply::Report(Box::new(report)))
 }

@@ -47,7 +47,7 @@ pub(super) fn admit(s: &mut State, at: At, a: &Admission) -> Result<Reply, Refus
     issue::keep(s, &leaf);
     // No slice but the node's own depends on this (or `stand` saw that one does), and it gets that with its
     // stream: ten thousand others need not look.
-    Ok(Reply::Admitted(generation, leaf))
+    Ok(Reply::Admitted(generation, Box::new(leaf)))
 }
 
 /// A known EK keeps its cluster and AK and never goes back in time; another AK needs `evict` first.
