@@ -111,6 +111,8 @@ pub(super) struct Driver {
     /// Since when a snapshot is kept in memory for followers.
     offered: Option<Instant>,
     snapshot_asked: Vec<oneshot::Sender<(u64, [u8; 32])>>,
+    /// To be told once the snapshot with this digest is on disk.
+    snapshot_told: Vec<(oneshot::Sender<(u64, [u8; 32])>, [u8; 32])>,
 }
 
 /// Opens the stores and makes the core; the thread starts with [`Driver::spawn`].
@@ -171,6 +173,7 @@ impl Driver {
             snapshots_sent: HashMap::new(),
             offered: None,
             snapshot_asked: Vec::new(),
+            snapshot_told: Vec::new(),
         };
         let run = move || {
             let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| driver.run()));
@@ -227,9 +230,8 @@ impl Driver {
         self.stop()
     }
 
-    fn stop(mut self) -> Result<(), Fatal> {
-        self.machine.checkpoint();
-        Ok(())
+    fn stop(self) -> Result<(), Fatal> {
+        self.machine.close()
     }
 
     fn take(&mut self, request: Request) {
@@ -369,8 +371,18 @@ impl Driver {
         Ok(())
     }
 
-    /// Makes a snapshot where one is due, asked for, or needed by a follower; then drops what no one needs of the log.
+    /// Begins a snapshot where one is due, asked for, or needed by a follower; once it is on disk, drops what no one needs
+    /// of the log and tells who asked.
     fn snapshots(&mut self) -> Result<(), Fatal> {
+        if let Some(index) = self.machine.snapshot_written()? {
+            self.core.store_mut().compact(index.saturating_sub(self.options.keep_entries))?;
+            for (caller, digest) in std::mem::take(&mut self.snapshot_told) {
+                let _ = caller.send((index, digest));
+            }
+        }
+        if self.machine.is_writing() {
+            return Ok(());
+        }
         let wanted = self.core.store().snapshot_wanted();
         let due =
             self.machine.applied().saturating_sub(self.machine.snapshot_index()) >= self.options.snapshot_after_entries;
@@ -398,11 +410,7 @@ impl Driver {
             self.core.store().offer(snapshot);
             self.offered = Some(Instant::now());
         }
-        let keep_from = applied.saturating_sub(self.options.keep_entries);
-        self.core.store_mut().compact(keep_from)?;
-        for caller in std::mem::take(&mut self.snapshot_asked) {
-            let _ = caller.send((applied, digest));
-        }
+        self.snapshot_told.extend(std::mem::take(&mut self.snapshot_asked).into_iter().map(|caller| (caller, digest)));
         Ok(())
     }
 
@@ -423,7 +431,8 @@ impl Driver {
         metrics.set_position(status.term, status.commit.0, status.applied.0, status.leader.map_or(0, |l| l.0));
         metrics.set_syncs(self.core.store().sync_time());
         let changed = |old: &mut Status| {
-            let differs = *old != status;
+            // Every proposal that waits watches this: waking them all for each batch would cost more than the batch.
+            let differs = !old.is_as(&status);
             *old = status;
             differs
         };

@@ -11,6 +11,7 @@ use ambit_state::{Applied, LogEntry, State};
 use raft::eraftpb;
 use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock, RwLockWriteGuard};
+use std::thread::JoinHandle;
 
 /// Applied entries between two checkpoints of the tables: bounds what a restart replays from the log.
 const CHECKPOINT_ENTRIES: u64 = 5_000;
@@ -35,6 +36,13 @@ pub(super) struct Machine {
     applied: u64,
     snapshot_index: u64,
     checkpoint_index: u64,
+    writing: Option<Writing>,
+}
+
+/// A snapshot on its way to the disk: its sync takes longer than a leader may be silent.
+struct Writing {
+    index: u64,
+    done: JoinHandle<Result<(), StoreError>>,
 }
 
 /// See [`super::found`].
@@ -50,7 +58,7 @@ pub(super) fn found(options: &Options) -> Result<(), StartError> {
         digest: state.digest(),
         chunks: 0,
     };
-    let bytes = snapshot::encode(header, state.export())?;
+    let bytes = snapshot::encode(header, state.rows())?;
     SnapshotDir::open(&options.data_dir)?.write(&bytes)?;
     // The log's rename is the moment from which the store exists.
     Ok(LogStore::create(&options.data_dir, options.id.0)?)
@@ -113,7 +121,7 @@ impl Machine {
             return Err(StoreError::damaged("the log", found).into());
         }
         if !start.from_tables && start.index > 0 {
-            tables.replace(&position(&start.state, &start.membership, start.index), start.state.export());
+            tables.replace(&position(&start.state, &start.membership, start.index), start.state.rows());
         }
         log.start_from(start.index, start.membership.clone());
         let machine = Self {
@@ -124,6 +132,7 @@ impl Machine {
             applied: start.index,
             snapshot_index,
             checkpoint_index: start.index,
+            writing: None,
         };
         Ok((machine, log))
     }
@@ -189,7 +198,12 @@ impl Machine {
     }
 
     pub(super) fn checkpoint(&mut self) {
-        self.tables.checkpoint();
+        let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
+        if self.tables.is_bloated(state.row_count()) {
+            self.tables.replace(&position(&state, &self.membership, self.applied), state.rows());
+        } else {
+            self.tables.checkpoint();
+        }
         self.checkpoint_index = self.applied;
     }
 
@@ -198,22 +212,52 @@ impl Machine {
         self.snapshot_index = self.applied;
     }
 
-    /// Writes a snapshot of the state as applied; `term` is that of the last applied entry.
+    /// Waits for what is on its way to the disk, then writes a last checkpoint.
+    pub(super) fn close(mut self) -> Result<(), Fatal> {
+        self.wait_for_snapshot()?;
+        self.tables.close();
+        Ok(())
+    }
+
+    /// Whether a snapshot is on its way to the disk.
+    pub(super) fn is_writing(&self) -> bool {
+        self.writing.is_some()
+    }
+
+    /// The index of a snapshot that has come to be on disk since the last call.
+    pub(super) fn snapshot_written(&mut self) -> Result<Option<u64>, Fatal> {
+        if self.writing.as_ref().is_some_and(|w| w.done.is_finished()) { self.wait_for_snapshot() } else { Ok(None) }
+    }
+
+    fn wait_for_snapshot(&mut self) -> Result<Option<u64>, Fatal> {
+        let Some(Writing { index, done }) = self.writing.take() else { return Ok(None) };
+        done.join().map_err(|_| Fatal::Snapshot("its writer panicked".to_owned()))??;
+        Ok(Some(index))
+    }
+
+    /// Begins to write a snapshot of the state as applied; `term` is that of the last applied entry. None may be on its way.
     pub(super) fn snapshot(&mut self, term: u64) -> Result<(eraftpb::Snapshot, [u8; 32]), Fatal> {
-        let (rows, digest) = {
+        let (bytes, digest) = {
             let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
-            (state.export(), state.digest())
+            let (digest, membership) = (state.digest(), self.membership.clone());
+            let header = Header { index: self.applied, term, membership, digest, chunks: 0 };
+            (snapshot::encode(header, state.rows())?, digest)
         };
-        let header = Header { index: self.applied, term, membership: self.membership.clone(), digest, chunks: 0 };
-        let bytes = snapshot::encode(header, rows)?;
-        self.snapshots.write(&bytes)?;
+        self.wait_for_snapshot()?;
+        let bytes = bytes::Bytes::from(bytes);
+        let (folder, copy) = (self.snapshots.clone(), bytes.clone());
+        let done = std::thread::Builder::new()
+            .name("snapshot".to_owned())
+            .spawn(move || folder.write(&copy))
+            .map_err(|e| Fatal::Snapshot(format!("no thread to write it: {e}")))?;
+        self.writing = Some(Writing { index: self.applied, done });
         self.snapshot_index = self.applied;
         self.checkpoint();
         let mut wire = eraftpb::Snapshot::default();
         wire.mut_metadata().index = self.applied;
         wire.mut_metadata().term = term;
         wire.mut_metadata().set_conf_state(self.membership.conf_state());
-        wire.data = bytes.into();
+        wire.data = bytes;
         Ok((wire, digest))
     }
 
@@ -224,11 +268,13 @@ impl Machine {
             return Err(Fatal::Snapshot(format!("is of {:?}, its message says {base:?}", parsed.header)));
         }
         let state = import(&parsed.header.digest, parsed.rows).map_err(|e| Fatal::Snapshot(e.to_string()))?;
+        // An older one of our own must not come after it.
+        self.wait_for_snapshot()?;
         self.snapshots.write(bytes)?;
         log.install(base)?;
         self.membership = parsed.header.membership;
         (self.applied, self.snapshot_index, self.checkpoint_index) = (base.index, base.index, base.index);
-        self.tables.replace(&position(&state, &self.membership, base.index), state.export());
+        self.tables.replace(&position(&state, &self.membership, base.index), state.rows());
         *write_lock(&self.state) = state;
         Ok(())
     }

@@ -42,26 +42,31 @@ pub struct Snapshot {
 type Row = (u8, Vec<u8>, Vec<u8>);
 
 /// The bytes of a snapshot. `header.chunks` is filled in here. Rows without a value are left out: a snapshot has no deletions.
-pub fn encode(mut header: Header, rows: Vec<TableWrite>) -> Result<Vec<u8>, StoreError> {
+pub fn encode(mut header: Header, rows: impl IntoIterator<Item = TableWrite>) -> Result<Vec<u8>, StoreError> {
+    // Chunk by chunk, so that the rows are never in memory all at once.
     let (mut chunks, mut chunk, mut size) = (Vec::new(), Vec::<Row>::new(), 0);
+    header.chunks = 0;
     for row in rows {
         let Some(value) = row.value else { continue };
         size += row.key.len() + value.len();
         chunk.push((row.table, row.key, value));
         if size >= CHUNK_BYTES {
-            chunks.push(std::mem::take(&mut chunk));
+            frame(&mut chunks, &chunk)?;
+            header.chunks += 1;
+            chunk.clear();
             size = 0;
+        }
+        if chunks.len() > SNAPSHOT_BYTES_MAX {
+            return Err(StoreError::TooLarge { bytes: chunks.len(), max: SNAPSHOT_BYTES_MAX });
         }
     }
     if !chunk.is_empty() {
-        chunks.push(chunk);
+        frame(&mut chunks, &chunk)?;
+        header.chunks += 1;
     }
-    header.chunks = chunks.len().try_into().unwrap_or(u32::MAX);
     let mut out = MAGIC.to_vec();
     frame(&mut out, &header)?;
-    for chunk in &chunks {
-        frame(&mut out, chunk)?;
-    }
+    out.append(&mut chunks);
     if out.len() > SNAPSHOT_BYTES_MAX {
         return Err(StoreError::TooLarge { bytes: out.len(), max: SNAPSHOT_BYTES_MAX });
     }
@@ -108,7 +113,7 @@ fn unframe<T: for<'a> Deserialize<'a>>(rest: &mut &[u8]) -> Result<T, StoreError
 }
 
 /// The folder that holds the newest snapshot.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct SnapshotDir {
     dir: PathBuf,
 }
@@ -151,9 +156,11 @@ mod tests {
     use super::*;
 
     fn sample() -> Vec<u8> {
-        let rows = (0..3000u32)
-            .map(|n| TableWrite { table: (n % 7) as u8, key: n.to_be_bytes().to_vec(), value: Some(vec![7; 200]) })
-            .collect();
+        let rows = (0..3000u32).map(|n| TableWrite {
+            table: (n % 7) as u8,
+            key: n.to_be_bytes().to_vec(),
+            value: Some(vec![7; 200]),
+        });
         let header = Header { index: 9, term: 2, membership: Membership::of_founder(1), digest: [5; 32], chunks: 0 };
         encode(header, rows).unwrap()
     }
