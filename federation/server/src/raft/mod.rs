@@ -7,6 +7,7 @@ mod cell;
 mod clock;
 pub mod core;
 mod driver;
+mod forward;
 mod machine;
 mod membership;
 mod metrics;
