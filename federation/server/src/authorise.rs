@@ -9,6 +9,7 @@ use ambit_state::objects::PeerState;
 use ambit_transport::Caller;
 use sha2::{Digest, Sha256};
 use std::net::IpAddr;
+use std::ops::Deref;
 use std::task::{Context, Poll};
 use tonic::body::Body;
 use tower::{Layer, Service};
@@ -142,26 +143,32 @@ pub const METHODS: &[(&str, Who)] = &[
     ("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", Who::Admin),
 ];
 
-/// What a certificate makes of its holder, as of `state`. A verified certificate of no known role gets nothing.
-pub fn role_of(svid: Option<&PeerSvid>, own: &TrustDomain, state: &State) -> Result<Role, Refusal> {
+/// What a certificate makes of its holder, as of `state`, which is asked for only where it matters: a lock on it waits
+/// for what is being applied. A verified certificate of no known role gets nothing.
+pub fn role_of<S: Deref<Target = State>>(
+    svid: Option<&PeerSvid>,
+    own: &TrustDomain,
+    state: impl FnOnce() -> S,
+) -> Result<Role, Refusal> {
     let Some(svid) = svid else { return Ok(Role::Anyone) };
-    let (id, nobody) =
-        (svid.id(), Refusal::new(Code::PermissionDenied, "an admin, node, replica or peer", svid.id().as_str()));
-    let replica = id.path().strip_prefix("/ambit/replica/").and_then(|n| n.parse().ok());
-    if id.trust_domain() != *own {
+    let id = svid.id();
+    let nobody = || Refusal::new(Code::PermissionDenied, "an admin, node, replica or peer", id.as_str());
+    let (foreign, replica) = (id.trust_domain() != *own, id.path().strip_prefix("/ambit/replica/"));
+    if let Some(name) = id.path().strip_prefix("/ambit/admin/").filter(|_| !foreign) {
+        return Ok(Role::Admin(name.to_owned()));
+    }
+    let (state, replica) = (state(), replica.and_then(|n| n.parse().ok()));
+    if foreign {
         let active = state.peer(&id.trust_domain()).is_some_and(|p| p.state == PeerState::Active);
-        return if active && replica.is_some() { Ok(Role::Peer(id.trust_domain())) } else { Err(nobody) };
+        return if active && replica.is_some() { Ok(Role::Peer(id.trust_domain())) } else { Err(nobody()) };
     }
     if let Some(n) = replica {
         // A removed replica keeps its certificate and loses its role; one that joins knows nobody before its first entry.
         let member = state.member(n).is_some_and(|m| m.authority == svid.authority());
-        return if member || state.cell().is_none() { Ok(Role::Replica(n)) } else { Err(nobody) };
-    }
-    if let Some(name) = id.path().strip_prefix("/ambit/admin/") {
-        return Ok(Role::Admin(name.to_owned()));
+        return if member || state.cell().is_none() { Ok(Role::Replica(n)) } else { Err(nobody()) };
     }
     let (Some(node), Some(binding)) = (id.path().strip_prefix("/ambit/node/"), svid.binding()) else {
-        return Err(nobody);
+        return Err(nobody());
     };
     let node: NodeId = node.parse()?;
     let row = state.node(&node).ok_or_else(|| Refusal::new(Code::NodeUnknown, "an enrolled node", node.to_string()))?;
@@ -191,11 +198,11 @@ fn admits(who: Who, role: &Role) -> bool {
 }
 
 /// Decides one call.
-pub fn authorise(
+pub fn authorise<S: Deref<Target = State>>(
     path: &str,
     caller: Option<&Caller>,
     own: &TrustDomain,
-    state: &State,
+    state: impl FnOnce() -> S,
     now: Stamp,
 ) -> Result<Actor, Refusal> {
     let caller = caller.ok_or_else(|| Refusal::new(Code::Internal, "a connection with a known caller", "none"))?;
@@ -280,7 +287,7 @@ where
         let decided = {
             let caller = request.extensions().get::<Caller>();
             let own = self.replica.trust_domain();
-            self.replica.local(|state| authorise(request.uri().path(), caller, own, state, wall_clock()))
+            authorise(request.uri().path(), caller, own, || self.replica.cell().state(), wall_clock())
         };
         match decided {
             Ok(actor) => {

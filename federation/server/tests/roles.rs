@@ -76,7 +76,7 @@ fn founded(d: &Domain) -> State {
 }
 
 fn code(path: &str, caller: &Caller, own: &Domain, state: &State, now: Stamp) -> Option<Code> {
-    authorise(path, Some(caller), &own.name, state, now).err().map(|r| r.code)
+    authorise(path, Some(caller), &own.name, || state, now).err().map(|r| r.code)
 }
 
 #[test]

@@ -21,7 +21,7 @@ use ambit_identity::wrap::WrapKey;
 use ambit_identity::{IssuingKey, RecordKey, Root, TrustStore};
 use ambit_model::bundle::{Bundle, Foreign, Own};
 use ambit_model::{Code, Refusal, Stamp, TrustDomain};
-use ambit_state::{Applied, Command, State};
+use ambit_state::{Applied, Bundles, Command, State};
 use ambit_transport::Dialer;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
@@ -195,9 +195,8 @@ fn fresh() -> [u8; 16] {
     random().unwrap_or_default()
 }
 
-/// Own and foreign roots as of `state`.
-pub fn trust_of(state: &State, own: &TrustDomain) -> Result<Trust, Refusal> {
-    let mut bundles = state.bundles();
+/// Own and foreign roots, from [`State::bundles`].
+pub fn trust_of(mut bundles: Bundles, own: &TrustDomain) -> Result<Trust, Refusal> {
     let (sequence, roots) = bundles.remove(own).unwrap_or_default();
     let mut store = TrustStore::new(&Bundle::<Own>::new(own.clone(), sequence, roots))?;
     for (td, (sequence, roots)) in bundles {

@@ -95,7 +95,7 @@ fn open(
         .map_err(|e| Refusal::new(Code::ConfigInvalid, "a store that opens", format!("{e:?}")))?;
     let _ = late.set(cell.clone());
     if cell.state().cell().is_some() {
-        trust.replace(trust_of(&cell.state(), &card.trust_domain)?);
+        trust.replace(trust_of(cell.state().bundles(), &card.trust_domain)?);
     }
     let inner = Inner {
         cell,

@@ -8,8 +8,8 @@ use ambit_model::record::{Head, Record};
 use ambit_model::{Code, Refusal, ReplicaId, TrustDomain};
 use ambit_proto::status::from_status;
 use ambit_proto::v1;
-use ambit_state::Command;
 use ambit_state::objects::{PeerRow, PeerState};
+use ambit_state::{Command, State};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -58,14 +58,19 @@ pub fn spawn(replica: &Replica, verdicts: super::verdicts::Queue) -> Chores {
 /// Every handshake sees the bundles of the last applied entry.
 async fn follow_trust(replica: Replica) {
     let mut applied = replica.cell().watch_applied();
-    let mut seen = None;
+    let (mut seen, mut known) = (None, None);
     loop {
         let revision = replica.local(|s| s.cell().map(|c| c.revision));
         if revision.is_some() && revision != seen {
             seen = revision;
-            match replica.local(|s| trust_of(s, replica.trust_domain())) {
-                Ok(trust) => replica.trust().replace(trust),
-                Err(refusal) => tracing::error!(%refusal, "bundles are not usable; the last ones stay"),
+            let bundles = replica.local(State::bundles);
+            // Most of what changes the revision changes no root, and parsing roots costs more than comparing them.
+            if known.as_ref() != Some(&bundles) {
+                match trust_of(bundles.clone(), replica.trust_domain()) {
+                    Ok(trust) => replica.trust().replace(trust),
+                    Err(refusal) => tracing::error!(%refusal, "bundles are not usable; the last ones stay"),
+                }
+                known = Some(bundles);
             }
             replica.inner.revision.send_replace(seen.map_or(0, |r| r.0));
         }
