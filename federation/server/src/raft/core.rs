@@ -122,8 +122,8 @@ pub enum Content {
     Change(Change, u64),
 }
 
-/// What the driver must do, in this order: send, install, persist, open `after_flush` with the receipt and send that,
-/// apply, [`RaftCore::persisted`].
+/// What the driver must do, in this order: send, install, apply, persist, open `after_flush` with the receipt and send
+/// that, [`RaftCore::persisted`]. What is to be applied is durable already, so it may come after the sync too.
 #[derive(Debug)]
 pub struct Work {
     /// May leave at once (a leader's appends travel while it writes its own).

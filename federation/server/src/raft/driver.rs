@@ -342,15 +342,17 @@ impl Driver {
             self.machine.install(base, &bytes, self.core.store_mut())?;
             self.shared.metrics.snapshot_made();
         }
+        for (context, index) in work.reads {
+            self.reads.confirm(&context, index);
+        }
+        // Durable here already: who waits for these need not wait for the sync of those that follow.
+        self.apply(work.apply)?;
+        self.reads.finish(self.machine.applied());
         let receipt = self.core.store_mut().persist(work.batch)?;
         match work.after_flush.open(&receipt) {
             Ok(messages) => self.send(messages),
             Err(_) => tracing::error!("a receipt of another batch: acknowledgements withheld"),
         }
-        for (context, index) in work.reads {
-            self.reads.confirm(&context, index);
-        }
-        self.apply(work.apply)?;
         let released = self.core.persisted(&receipt);
         self.send(released.send);
         self.apply(released.apply)?;

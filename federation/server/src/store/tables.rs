@@ -26,8 +26,8 @@ const BLOCK_BYTES: usize = 4 * 1024;
 const PENDING_BYTES_MAX: usize = 64 * 1024;
 /// Blocks are written anew, without what is overridden, once they hold so many more rows than twice those of the state.
 const OVERRIDDEN_ROWS_MAX: usize = 100_000;
-/// sled's page cache, bytes. The state lives in memory already; the default of 1 GiB would double it.
-const CACHE_BYTES: u64 = 8 * 1024 * 1024;
+/// sled's page cache, bytes. The state lives in memory already, and blocks are read at open only; the default is 1 GiB.
+const CACHE_BYTES: u64 = 2 * 1024 * 1024;
 /// Damaged folders kept for a look; the last place is reused.
 const ASIDE_MAX: u32 = 4;
 const META: &str = "meta";
