@@ -158,15 +158,26 @@ impl Courier {
             self.connections.forget(self.peer);
             // Whether a snapshot was among what got lost is not known here: raft ignores the report if not.
             report(&self.queue, self.peer.0, true);
-            if self.connections.is_refused(self.peer).await {
-                let _ = self.queue.push(Request::Core(Input::Gone(self.peer.0)));
-            }
+            let gone = self.tell_if_gone().await;
             backoff =
                 if started.elapsed() > *BACKOFF.end() { *BACKOFF.start() } else { (backoff * 2).min(*BACKOFF.end()) };
             tokio::time::sleep(backoff).await;
+            if !gone {
+                // A process that is being ended may close its connections before it stops listening.
+                self.tell_if_gone().await;
+            }
             // Stale by now, and raft sends again.
             while lock(&frames).try_recv().is_ok() {}
         }
+    }
+
+    /// Whether the peer's process is known to be dead; then the core hears of it.
+    async fn tell_if_gone(&self) -> bool {
+        let gone = self.connections.is_refused(self.peer).await;
+        if gone {
+            let _ = self.queue.push(Request::Core(Input::Gone(self.peer.0)));
+        }
+        gone
     }
 
     /// Sends until the peer or the way to it fails; why it did.
