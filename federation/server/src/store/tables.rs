@@ -138,7 +138,8 @@ impl Tables {
         }
         self.position = Some(applied.clone());
         // From here on a killed process leaves at least this.
-        self.checkpoint();
+        self.store();
+        self.attempt(Open::flush_whole);
     }
 
     /// Takes in what changed. It is written with the position, in one transaction, once it is worth it or at a
@@ -175,8 +176,8 @@ impl Tables {
 
     /// A last checkpoint, written when this returns.
     pub fn close(mut self) {
-        self.checkpoint();
-        self.attempt(Open::flushed);
+        self.store();
+        self.attempt(Open::flush_whole);
     }
 
     /// Whether so much is overridden, where the state has so many rows, that [`Tables::replace`] is due.
@@ -295,6 +296,13 @@ impl Open {
         let spawned = std::thread::Builder::new().name("tables-flush".into()).spawn(move || db.flush());
         self.flushing = Some(spawned.map_err(|e| damaged(&e.to_string()))?);
         Ok(())
+    }
+
+    /// A flush of all that was written before this call; it returns when that is done.
+    fn flush_whole(&mut self) -> Result<(), StoreError> {
+        self.flushed()?;
+        self.flush()?;
+        self.flushed()
     }
 
     /// Waits for the flush on its way.
