@@ -28,17 +28,24 @@ pub(crate) enum Kind {
     Transfer,
     Member,
     Ruin,
+    /// Two campaign at once.
+    Rivals,
+    /// This one, which has just voted or heard of a new term, dies and is back at once: its vote must be there again.
+    Voter(u64),
+    /// This one is told that the other is dead, rightly or not.
+    Rumour(u64, u64),
 }
 
 /// How far a stamp may be ahead: with one clock of three wrong, the others decide.
 pub(crate) fn stamps_lead_max_ms(plan: &Plan) -> u64 {
-    let drift = plan.drift_ppm.unsigned_abs() * (plan.length / MS + 700_000) / 1_000_000;
+    let drift = plan.drift_ppm.unsigned_abs() * (plan.length / MS + 1_100_000) / 1_000_000;
     STAMP_SLACK_MS + drift
 }
 
 impl World {
     pub(crate) fn schedule_faults(&mut self) {
-        for kind in [Kind::Partition, Kind::Crash, Kind::Pause, Kind::Disk, Kind::Transfer, Kind::Member] {
+        for kind in [Kind::Partition, Kind::Crash, Kind::Pause, Kind::Disk, Kind::Transfer, Kind::Member, Kind::Rivals]
+        {
             self.schedule(kind);
         }
         if self.plan.ruin {
@@ -55,7 +62,8 @@ impl World {
             Kind::Disk => self.plan.disk_every,
             Kind::Transfer => self.plan.transfer_every,
             Kind::Member => self.plan.member_every,
-            Kind::Ruin => 0,
+            Kind::Rivals => self.plan.rivals_every,
+            Kind::Ruin | Kind::Voter(_) | Kind::Rumour(..) => 0,
         };
         if every > 0 {
             let at = self.now + self.dice.between(every / 2, every * 3 / 2);
@@ -94,6 +102,18 @@ impl World {
             }
             Kind::Member => self.change_members()?,
             Kind::Ruin => self.ruin(),
+            Kind::Rivals => {
+                for one in [self.one_up(), self.one_up()].into_iter().flatten() {
+                    self.give(one, Request::Core(Input::Campaign));
+                }
+            }
+            Kind::Voter(id) => {
+                if self.hosts.get(&id).is_some_and(|host| host.condition == Condition::Up) {
+                    let back = self.now + self.dice.between(MS, 40 * MS);
+                    self.crash_for(id, back);
+                }
+            }
+            Kind::Rumour(id, dead) => self.give(id, Request::Core(Input::Gone(dead))),
         }
         self.schedule(kind);
         Ok(())
@@ -132,6 +152,24 @@ impl World {
             host.disk.arm(fault);
         }
         self.say(|| format!("at replica {one:?}'s next write: {fault:?}"));
+    }
+
+    /// A term that is new to a replica: now and then it dies within milliseconds of having voted, or somebody spreads that
+    /// another is dead.
+    pub(crate) fn new_term(&mut self, id: u64) {
+        if self.calm || self.plan.rivals_every == 0 {
+            return;
+        }
+        if self.dice.per_mille(150) {
+            let at = self.now + self.dice.between(MS, 8 * MS);
+            self.at(at, Event::Fault(Kind::Voter(id)));
+        }
+        if self.dice.per_mille(150)
+            && let Some(dead) = self.one_up()
+        {
+            let at = self.now + self.dice.between(MS, 300 * MS);
+            self.at(at, Event::Fault(Kind::Rumour(id, dead)));
+        }
     }
 
     /// Rows can always be rebuilt; nothing depends on them.

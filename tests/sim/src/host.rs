@@ -87,6 +87,8 @@ pub(crate) struct Process {
     pub(crate) forwarded: Vec<Forwarded>,
     /// Applied entries that the oracle has seen.
     pub(crate) seen: u64,
+    /// The term that it was in when it was looked at.
+    pub(crate) term: u64,
 }
 
 impl Process {
@@ -107,6 +109,7 @@ impl Process {
             reads: Vec::new(),
             forwarded: Vec::new(),
             seen,
+            term: 0,
         })
     }
 

@@ -26,6 +26,7 @@ pub(crate) struct Plan {
     pub(crate) disk_every: Micros,
     pub(crate) transfer_every: Micros,
     pub(crate) member_every: Micros,
+    pub(crate) rivals_every: Micros,
     /// Of one sync, at most.
     pub(crate) sync_max: Micros,
     /// One replica's wall clock is off by this, milliseconds.
@@ -63,6 +64,7 @@ impl Plan {
             disk_every: sometimes(d, 500, 300, 3_000),
             transfer_every: sometimes(d, 300, 500, 3_000),
             member_every: sometimes(d, 300, 700, 3_000),
+            rivals_every: sometimes(d, 400, 200, 1_500),
             sync_max: d.between(1, if slow { 100 } else { 8 }) * MS,
             clock_off_ms: match d.below(8) {
                 0 => 31_536_000_000,
@@ -84,6 +86,7 @@ impl Plan {
             disk_every: 0,
             transfer_every: 0,
             member_every: 0,
+            rivals_every: 0,
             ruin: false,
             ..plan.clone()
         };
@@ -96,7 +99,7 @@ impl fmt::Display for Plan {
         write!(
             f,
             "{} s, {} clients, loss {}/1000, duplicates {}/1000, delay to {} ms, sync to {} ms; every (ms): partition {}, \
-             crash {}, pause {}, disk fault {}, transfer {}, member {}; clock {:+} ms, drift {:+} ppm, ruin {}, outage {}, \
+             crash {}, pause {}, disk fault {}, transfer {}, member {}, rivals {}; clock {:+} ms, drift {:+} ppm, ruin {}, outage {}, \
              snapshot after {}, keeping {}",
             self.length / SECOND,
             self.clients,
@@ -110,6 +113,7 @@ impl fmt::Display for Plan {
             self.disk_every / MS,
             self.transfer_every / MS,
             self.member_every / MS,
+            self.rivals_every / MS,
             self.clock_off_ms,
             self.drift_ppm,
             self.ruin,

@@ -9,8 +9,8 @@ use std::fmt;
 
 /// A healed quorum acknowledges a write, and all of it agree, within this.
 const PROGRESS_MAX: Micros = 12 * SECOND;
-/// Without a quorum.
-const OUTAGE: Micros = 600 * SECOND;
+/// Without a quorum: longer than a node may be late (15 min), so that only the leaderless time that is not counted saves it.
+const OUTAGE: Micros = 1_000 * SECOND;
 /// Honest nodes attest again within this.
 const ATTEST_AGAIN: Micros = 30 * SECOND;
 

@@ -66,7 +66,7 @@ impl Template {
         };
         let entries = (2..=end).map(entry).collect::<Result<_, _>>()?;
         for process in setup.processes.values_mut() {
-            process.engine.checkpoint();
+            process.engine.close().map_err(|e| wrong(e.to_string()))?;
         }
         Ok(Template { disks, entries })
     }

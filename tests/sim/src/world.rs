@@ -381,6 +381,7 @@ impl World {
         }
         process.seen = applied;
         let status = process.status();
+        let is_new = std::mem::replace(&mut process.term, status.term) != status.term;
         let digest = process.shared.state.read().map(|state| state.digest()).unwrap_or_default();
         let leads_in = process.leads().then_some(status.term);
         if let Some(term) = leads_in
@@ -388,6 +389,9 @@ impl World {
         {
             self.terms = term;
             self.tally.elections += 1;
+        }
+        if is_new {
+            self.new_term(id);
         }
         let shown = self.history.shows(&View { host: id, applied, digest, leads_in });
         if shown.is_err()

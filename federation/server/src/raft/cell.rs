@@ -3,13 +3,13 @@
 use super::core::{Input, Rejected};
 use super::driver::{self, Driver, Queue, QueueError};
 use super::engine::{Engine, Published, Request, Shared};
+use super::forward::Forwarder;
 use super::peers::{Connections, Network};
 use super::transport::{self, Outbox};
 use super::waiters::Ticket;
 use super::{Metrics, Options, StartError, Status, found};
 use crate::store::Folder;
-use ambit_model::{Code, RaftIndex, Refusal, ReplicaId, Stamp};
-use ambit_proto::v1::ProposeRequest;
+use ambit_model::{Code, RaftIndex, Refusal, Stamp};
 use ambit_state::{Applied, Command, LogEntry, State};
 use std::sync::{Arc, Mutex, PoisonError, RwLockReadGuard};
 use std::time::Duration;
@@ -30,6 +30,7 @@ struct Inner {
     shared: Arc<Shared>,
     published: Published,
     connections: Connections,
+    forwarder: Forwarder,
     permits: Arc<Semaphore>,
     thread: Mutex<Option<std::thread::JoinHandle<()>>>,
 }
@@ -62,12 +63,13 @@ impl Cell {
         let (shared, published) = (engine.shared().clone(), engine.published());
         let (queue, inbox) = driver::queue();
         let connections = Connections::new(network);
+        let forwarder = Forwarder::new(connections.clone());
         let runtime = tokio::runtime::Handle::current();
         let outbox = Outbox::new(options.id, shared.incarnation, connections.clone(), queue.clone(), runtime);
         let thread = Driver::spawn(options.clone(), engine, inbox, outbox)?;
         let permits = Arc::new(Semaphore::new(options.proposals_max));
         let thread = Mutex::new(Some(thread));
-        Ok(Self(Arc::new(Inner { options, queue, shared, published, connections, permits, thread })))
+        Ok(Self(Arc::new(Inner { options, queue, shared, published, connections, forwarder, permits, thread })))
     }
 
     /// Appends `command` through the leader, wherever it is, and waits until this replica has applied it. Tried again
@@ -126,18 +128,13 @@ impl Cell {
             }
             Some(leader) => {
                 let command = entry.encode().map_err(Unappended::Final)?;
-                let (client, request_id) = (entry.client.to_vec(), entry.request.to_vec());
-                self.forward(leader, ProposeRequest { client, request_id, command, change: None }).await
+                self.0.forwarder.propose(leader, command).await.map_err(|refusal| match refusal.code {
+                    Code::Unavailable => Unappended::Later,
+                    _ => Unappended::Final(refusal),
+                })
             }
             None => Err(Unappended::Later),
         }
-    }
-
-    async fn forward(&self, leader: ReplicaId, request: ProposeRequest) -> Result<u64, Unappended> {
-        transport::forward(&self.0.connections, leader, request).await.map_err(|refusal| match refusal.code {
-            Code::Unavailable => Unappended::Later,
-            _ => Unappended::Final(refusal),
-        })
     }
 
     /// After this, [`Cell::state`] shows every write acknowledged before the call (I3). One quorum round, shared by all

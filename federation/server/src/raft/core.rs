@@ -19,6 +19,8 @@ const INFLIGHT_MESSAGES_MAX: usize = 256;
 const UNCOMMITTED_BYTES_MAX: u64 = 64 * 1024 * 1024;
 /// Committed entries handed out at once: the driver must come back to its ticks.
 const COMMITTED_BYTES_MAX: u64 = 4 * 1024 * 1024;
+/// Ticks from a leader's death to the first campaign: the others must hear of it too, or they keep to the leader.
+const GONE_TICKS: usize = 2;
 /// A learner is promoted once it lacks at most this many entries: a vote that cannot be cast would stop the cell.
 const PROMOTE_LAG_MAX: u64 = 1000;
 
@@ -64,6 +66,8 @@ pub enum Input {
     Campaign,
     /// The transport lost this peer.
     Unreachable(u64),
+    /// Nothing listens where this peer was: its process is dead.
+    Gone(u64),
     /// A snapshot for this peer may not have arrived.
     SnapshotFailed(u64),
 }
@@ -118,8 +122,8 @@ pub enum Content {
     Change(Change, u64),
 }
 
-/// What the driver must do, in this order: send, install, persist, open `after_flush` with the receipt and send that,
-/// apply, [`RaftCore::persisted`].
+/// What the driver must do, in this order: send, install, apply, persist, open `after_flush` with the receipt and send
+/// that, [`RaftCore::persisted`]. What is to be applied is durable already, so it may come after the sync too.
 #[derive(Debug)]
 pub struct Work {
     /// May leave at once (a leader's appends travel while it writes its own).
@@ -152,6 +156,9 @@ pub struct RaftCore<S: Storage> {
     incarnations: HashMap<u64, u64>,
     timeout_drawn_for: (u64, StateRole),
     random: u64,
+    heartbeat_ticks: usize,
+    /// Ticks until this follower of a dead leader campaigns.
+    campaign_in: Option<usize>,
 }
 
 impl<S: Storage> RaftCore<S> {
@@ -184,6 +191,8 @@ impl<S: Storage> RaftCore<S> {
             incarnations: HashMap::new(),
             timeout_drawn_for: (0, StateRole::Follower),
             random: config.seed,
+            heartbeat_ticks: config.heartbeat_ticks,
+            campaign_in: None,
         };
         core.draw_timeout();
         Ok(core)
@@ -195,6 +204,7 @@ impl<S: Storage> RaftCore<S> {
         let outcome = match input {
             Input::Tick => {
                 self.node.tick();
+                self.campaign_if_due();
                 Ok(())
             }
             Input::Frame { from, incarnation, messages } => self.frame(from, incarnation, &messages),
@@ -208,9 +218,13 @@ impl<S: Storage> RaftCore<S> {
                 self.node.transfer_leader(to);
                 Ok(())
             }
-            Input::Campaign => self.node.campaign().map_err(|_| Rejected::Busy),
+            Input::Campaign => self.campaign(),
             Input::Unreachable(peer) => {
                 self.node.report_unreachable(peer);
+                Ok(())
+            }
+            Input::Gone(peer) => {
+                self.gone(peer);
                 Ok(())
             }
             Input::SnapshotFailed(peer) => {
@@ -224,6 +238,38 @@ impl<S: Storage> RaftCore<S> {
             self.draw_timeout();
         }
         outcome
+    }
+
+    /// A leader that is known to be dead need not be waited for. Those who followed it forget it, so that they may vote
+    /// for another, and campaign one after the other by their numbers, so that they do not split the votes. A replica
+    /// that is wrong about it changes nothing: the others still hear their leader, and refuse their pre-votes.
+    fn gone(&mut self, peer: u64) {
+        let raft = &mut self.node.raft;
+        if raft.state != StateRole::Follower || raft.leader_id != peer || !raft.promotable() {
+            return;
+        }
+        raft.leader_id = raft::INVALID_ID;
+        let before = |id: &u64| *id != peer && *id < raft.id;
+        let rank = raft.prs().conf().voters().ids().iter().filter(before).count();
+        self.campaign_in = Some(GONE_TICKS + rank * self.heartbeat_ticks);
+    }
+
+    /// raft-rs lets anybody campaign who is asked to, and panics where one without a vote wins.
+    fn campaign(&mut self) -> Result<(), Rejected> {
+        if !self.node.raft.promotable() {
+            return Err(Rejected::NotLeader(self.leader()));
+        }
+        self.node.campaign().map_err(|_| Rejected::Busy)
+    }
+
+    fn campaign_if_due(&mut self) {
+        match self.campaign_in.take() {
+            Some(ticks) if ticks > 1 => self.campaign_in = Some(ticks - 1),
+            Some(_) if self.node.raft.state == StateRole::Follower && self.leader().is_none() => {
+                let _ = self.campaign();
+            }
+            Some(_) | None => {}
+        }
     }
 
     fn frame(&mut self, from: u64, incarnation: u64, messages: &[Bytes]) -> Result<(), Rejected> {

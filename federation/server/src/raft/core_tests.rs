@@ -208,3 +208,63 @@ fn frames_are_taken_from_their_sender_and_its_newest_incarnation_only() {
     }
     assert_eq!(core.step(Input::Propose(vec![vec![1]])), Err(Rejected::NotLeader(Some(2))));
 }
+
+#[test]
+fn a_dead_leader_is_replaced_at_once_and_one_that_lives_is_not() {
+    // Who is told that the leader is gone, and whether somebody else then leads within half an election timeout.
+    for (told, replaced) in [(2, true), (1, false), (0, false)] {
+        let mut cores: BTreeMap<u64, RaftCore<MemStorage>> =
+            (1..=3).map(|id| (id, RaftCore::new(&config(id, 0), disk()).unwrap())).collect();
+        cores.get_mut(&1).unwrap().step(Input::Campaign).unwrap();
+        deliver(&mut cores);
+        assert_eq!(cores[&3].leader(), Some(1));
+        let dead = (told > 0).then(|| cores.remove(&1).unwrap());
+        for id in [2, 3].into_iter().take(told) {
+            cores.get_mut(&id).unwrap().step(Input::Gone(1)).unwrap();
+        }
+        for _ in 0..5 {
+            for core in cores.values_mut() {
+                core.step(Input::Tick).unwrap();
+            }
+            deliver(&mut cores);
+        }
+        let leads = |id: u64| cores.get(&id).is_some_and(|core| core.role() == StateRole::Leader);
+        assert_eq!(leads(2) || leads(3), replaced, "{told} told");
+        drop(dead);
+    }
+}
+
+/// Everything ready is written, applied and delivered until nothing is left.
+fn deliver(cores: &mut BTreeMap<u64, RaftCore<MemStorage>>) {
+    loop {
+        let mut flying = Vec::new();
+        for (id, core) in cores.iter_mut() {
+            while let Some(work) = core.ready() {
+                let mut out = work.send;
+                {
+                    let mut disk = core.store().wl();
+                    disk.append(&work.batch.entries).unwrap();
+                    if let Some(hard) = work.batch.hard_state {
+                        disk.set_hardstate(hard);
+                    }
+                }
+                let receipt = FlushReceipt::simulated(work.batch.number);
+                out.extend(work.after_flush.open(&receipt).unwrap());
+                let released = core.persisted(&receipt);
+                out.extend(released.send);
+                if let Some(last) = work.apply.iter().chain(&released.apply).last() {
+                    core.applied(last.index);
+                }
+                flying.extend(out.into_iter().map(|m| (*id, m)));
+            }
+        }
+        if flying.is_empty() {
+            return;
+        }
+        for (from, message) in flying {
+            if let Some(core) = cores.get_mut(&message.to) {
+                let _ = core.step(Input::Frame { from, incarnation: 1, messages: vec![message.bytes.into()] });
+            }
+        }
+    }
+}

@@ -94,8 +94,7 @@ impl Driver {
             for _ in 1..BATCH_MAX {
                 match self.inbox.try_recv() {
                     Ok(Request::Stop) => {
-                        self.engine.checkpoint();
-                        return Ok(());
+                        return self.engine.close();
                     }
                     Ok(request) => self.engine.take(request, Now::read()),
                     Err(_) => break,
@@ -114,7 +113,6 @@ impl Driver {
             }
             self.engine.housekeeping(Now::read());
         }
-        self.engine.checkpoint();
-        Ok(())
+        self.engine.close()
     }
 }

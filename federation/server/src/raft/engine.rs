@@ -86,6 +86,9 @@ pub struct Published {
 /// A proposal that waits for its new leader, and who asks.
 type Parked = (Box<LogEntry>, oneshot::Sender<Result<u64, Rejected>>);
 
+/// Waits for a snapshot: its index, and the state's digest there.
+type SnapshotCaller = oneshot::Sender<(u64, [u8; 32])>;
+
 /// The replica.
 pub struct Engine<D: Disk> {
     options: Options,
@@ -108,7 +111,9 @@ pub struct Engine<D: Disk> {
     snapshots_sent: HashMap<u64, Instant>,
     /// Since when a snapshot is kept in memory for followers.
     offered: Option<Instant>,
-    snapshot_asked: Vec<oneshot::Sender<(u64, [u8; 32])>>,
+    snapshot_asked: Vec<SnapshotCaller>,
+    /// To be told once the snapshot with this digest is on disk.
+    snapshot_told: Vec<(SnapshotCaller, [u8; 32])>,
 }
 
 /// Takes the messages for peers: before the disk was written, or after.
@@ -157,6 +162,7 @@ impl<D: Disk> Engine<D> {
             snapshots_sent: HashMap::new(),
             offered: None,
             snapshot_asked: Vec::new(),
+            snapshot_told: Vec::new(),
         };
         if engine.machine.membership().voters.iter().eq([&engine.options.id.0]) {
             // The only voter need not wait for anyone.
@@ -190,9 +196,9 @@ impl<D: Disk> Engine<D> {
         let _ = self.core.step(Input::Tick);
     }
 
-    /// Before an orderly end.
-    pub fn checkpoint(&mut self) {
-        self.machine.checkpoint();
+    /// An orderly end: what is on its way to the disk is there when this returns.
+    pub fn close(&mut self) -> Result<(), Fatal> {
+        self.machine.close()
     }
 
     /// Takes one request in.
@@ -209,7 +215,7 @@ impl<D: Disk> Engine<D> {
             }
             #[cfg(ambit_mutant)]
             Request::Read(caller) if ambit_state::mutant::is("read-without-quorum") => {
-                drop(caller.send(self.machine.applied()));
+                let _ = caller.send(self.machine.applied());
             }
             Request::Read(caller) => self.reads.add(caller),
             Request::Frame { from, incarnation, clock, messages } => {
@@ -363,15 +369,17 @@ impl<D: Disk> Engine<D> {
         } else {
             after_flush
         };
+        for (context, index) in reads {
+            self.reads.confirm(&context, index);
+        }
+        // Durable here already: who waits for these need not wait for the sync of those that follow.
+        self.apply(apply, now)?;
+        self.reads.finish(self.machine.applied());
         let receipt = self.core.store_mut().persist(batch)?;
         match after_flush.open(&receipt) {
             Ok(messages) => self.send(messages, now, send),
             Err(_) => tracing::error!("a receipt of another batch: acknowledgements withheld"),
         }
-        for (context, index) in reads {
-            self.reads.confirm(&context, index);
-        }
-        self.apply(apply, now)?;
         let released = self.core.persisted(&receipt);
         self.send(released.send, now, send);
         self.apply(released.apply, now)?;
@@ -393,12 +401,22 @@ impl<D: Disk> Engine<D> {
         for outcome in outcomes {
             self.shared.waiters.complete(outcome);
         }
-        self.machine.note_writes();
+        self.machine.store_writes();
         Ok(())
     }
 
-    /// Makes a snapshot where one is due, asked for, or needed by a follower; then drops what no one needs of the log.
+    /// Begins a snapshot where one is due, asked for, or needed by a follower; once it is on disk, drops what no one needs
+    /// of the log and tells who asked.
     fn snapshots(&mut self, now: Now) -> Result<(), Fatal> {
+        if let Some(index) = self.machine.snapshot_written()? {
+            self.core.store_mut().compact(index.saturating_sub(self.options.keep_entries))?;
+            for (caller, digest) in std::mem::take(&mut self.snapshot_told) {
+                let _ = caller.send((index, digest));
+            }
+        }
+        if self.machine.is_writing() {
+            return Ok(());
+        }
         let wanted = self.core.store().snapshot_wanted();
         let due =
             self.machine.applied().saturating_sub(self.machine.snapshot_index()) >= self.options.snapshot_after_entries;
@@ -426,11 +444,7 @@ impl<D: Disk> Engine<D> {
             self.core.store().offer(snapshot);
             self.offered = Some(now.boot);
         }
-        let keep_from = applied.saturating_sub(self.options.keep_entries);
-        self.core.store_mut().compact(keep_from)?;
-        for caller in std::mem::take(&mut self.snapshot_asked) {
-            let _ = caller.send((applied, digest));
-        }
+        self.snapshot_told.extend(std::mem::take(&mut self.snapshot_asked).into_iter().map(|caller| (caller, digest)));
         Ok(())
     }
 
@@ -451,7 +465,8 @@ impl<D: Disk> Engine<D> {
         metrics.set_position(status.term, status.commit.0, status.applied.0, status.leader.map_or(0, |l| l.0));
         metrics.set_syncs(self.core.store().sync_time());
         let changed = |old: &mut Status| {
-            let differs = *old != status;
+            // Every proposal that waits watches this: waking them all for each batch would cost more than the batch.
+            let differs = !old.is_as(&status);
             *old = status;
             differs
         };

@@ -5,19 +5,14 @@ use super::core::{Content, Ordered, RaftCore};
 use crate::store::log::Base;
 use crate::store::snapshot::{self, Header};
 use crate::store::tables;
-use crate::store::{Disk, Log, Membership, Rows, Snapshots, StoreError};
+use crate::store::{Disk, Log, Membership, Rows, Snapshots, StoreError, Writing};
 use ambit_model::{RaftIndex, Refusal};
-use ambit_state::{Applied, LogEntry, State, TableWrite};
+use ambit_state::{Applied, LogEntry, State};
 use raft::eraftpb;
-use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock, RwLockWriteGuard};
 
 /// Applied entries between two checkpoints of the tables: bounds what a restart replays from the log.
 const CHECKPOINT_ENTRIES: u64 = 5_000;
-/// Applied entries between two writes to the tables.
-const STORE_ENTRIES: u64 = 256;
-/// Changed rows that wait for it.
-const PENDING_ROWS_MAX: usize = 16_384;
 
 /// What must stop the process: going on would serve or persist something wrong.
 #[derive(Debug, thiserror::Error)]
@@ -47,10 +42,13 @@ pub(super) struct Machine<D: Disk> {
     applied: u64,
     snapshot_index: u64,
     checkpoint_index: u64,
-    /// Rows that changed and are not in the tables yet: the last value of each.
-    pending: BTreeMap<(u8, Vec<u8>), Option<Vec<u8>>>,
-    /// What the tables are of.
-    stored_index: u64,
+    writing: Option<Begun<D>>,
+}
+
+/// A snapshot on its way to the disk: its sync takes longer than a leader may be silent.
+struct Begun<D: Disk> {
+    index: u64,
+    writing: <D::Snapshots as Snapshots>::Writing,
 }
 
 /// See [`super::found`].
@@ -61,7 +59,7 @@ pub(super) fn found(disk: &impl Disk, replica: u64) -> Result<(), StartError> {
     state.skip(RaftIndex(1));
     let header =
         Header { index: 1, term: 1, membership: Membership::of_founder(replica), digest: state.digest(), chunks: 0 };
-    let bytes = snapshot::encode(header, state.export())?;
+    let bytes = snapshot::encode(header, state.rows())?;
     disk.open_snapshots()?.write(&bytes)?;
     // The log is the moment from which the store exists.
     Ok(disk.create_log(replica)?)
@@ -115,7 +113,7 @@ impl<D: Disk> Machine<D> {
             return Err(StoreError::damaged("the log", found).into());
         }
         if !start.from_tables && start.index > 0 {
-            tables.replace(&position(&start.state, &start.membership, start.index), start.state.export());
+            tables.replace(&position(&start.state, &start.membership, start.index), start.state.rows());
         }
         #[cfg(ambit_mutant)]
         let start = if ambit_state::mutant::is("snapshot-without-suffix") {
@@ -132,8 +130,7 @@ impl<D: Disk> Machine<D> {
             applied: start.index,
             snapshot_index,
             checkpoint_index: start.index,
-            pending: BTreeMap::new(),
-            stored_index: start.index,
+            writing: None,
         };
         Ok((machine, log))
     }
@@ -151,7 +148,7 @@ impl<D: Disk> Machine<D> {
         self.snapshot_index
     }
 
-    /// Applies entries in order; the outcomes are for whoever waits here. [`Machine::note_writes`] comes after.
+    /// Applies entries in order; the outcomes are for whoever waits here. [`Machine::store_writes`] comes after.
     pub(super) fn apply(&mut self, entries: Vec<Ordered>, core: &mut RaftCore<D::Log>) -> Result<Vec<Applied>, Fatal> {
         let mut outcomes = Vec::new();
         let shared = self.state.clone();
@@ -182,34 +179,25 @@ impl<D: Disk> Machine<D> {
         Ok(outcomes)
     }
 
-    /// Notes what changed, and brings the tables up to it now and then: a row that changes with every entry is written once.
-    /// What a killed process did not write is applied again from the log.
-    pub(super) fn note_writes(&mut self) {
-        let writes = write_lock(&self.state).take_writes();
-        self.pending.extend(writes.into_iter().map(|w| ((w.table, w.key), w.value)));
+    /// Tells the tables what changed.
+    pub(super) fn store_writes(&mut self) {
+        let (writes, position) = {
+            let mut state = write_lock(&self.state);
+            (state.take_writes(), position(&state, &self.membership, self.applied))
+        };
+        self.tables.write(&position, writes);
         if self.applied.saturating_sub(self.checkpoint_index) >= CHECKPOINT_ENTRIES {
             self.checkpoint();
-        } else if self.pending.len() >= PENDING_ROWS_MAX
-            || self.applied.saturating_sub(self.stored_index) >= STORE_ENTRIES
-        {
-            self.store_rows();
         }
     }
 
-    fn store_rows(&mut self) {
-        let position = {
-            let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
-            position(&state, &self.membership, self.applied)
-        };
-        let rows = std::mem::take(&mut self.pending).into_iter();
-        let rows = rows.map(|((table, key), value)| TableWrite { table, key, value }).collect();
-        self.tables.write(&position, rows);
-        self.stored_index = self.applied;
-    }
-
     pub(super) fn checkpoint(&mut self) {
-        self.store_rows();
-        self.tables.checkpoint();
+        let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
+        if self.tables.is_bloated(state.row_count()) {
+            self.tables.replace(&position(&state, &self.membership, self.applied), state.rows());
+        } else {
+            self.tables.checkpoint();
+        }
         self.checkpoint_index = self.applied;
     }
 
@@ -218,22 +206,47 @@ impl<D: Disk> Machine<D> {
         self.snapshot_index = self.applied;
     }
 
-    /// Writes a snapshot of the state as applied; `term` is that of the last applied entry.
+    /// Waits for what is on its way to the disk, then writes a last checkpoint.
+    pub(super) fn close(&mut self) -> Result<(), Fatal> {
+        self.wait_for_snapshot()?;
+        self.tables.close();
+        Ok(())
+    }
+
+    /// Whether a snapshot is on its way to the disk.
+    pub(super) fn is_writing(&self) -> bool {
+        self.writing.is_some()
+    }
+
+    /// The index of a snapshot that has come to be on disk since the last call.
+    pub(super) fn snapshot_written(&mut self) -> Result<Option<u64>, Fatal> {
+        if self.writing.as_ref().is_some_and(|w| w.writing.is_done()) { self.wait_for_snapshot() } else { Ok(None) }
+    }
+
+    fn wait_for_snapshot(&mut self) -> Result<Option<u64>, Fatal> {
+        let Some(Begun { index, writing }) = self.writing.take() else { return Ok(None) };
+        writing.wait()?;
+        Ok(Some(index))
+    }
+
+    /// Begins to write a snapshot of the state as applied; `term` is that of the last applied entry. None may be on its way.
     pub(super) fn snapshot(&mut self, term: u64) -> Result<(eraftpb::Snapshot, [u8; 32]), Fatal> {
-        let (rows, digest) = {
+        let (bytes, digest) = {
             let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
-            (state.export(), state.digest())
+            let (digest, membership) = (state.digest(), self.membership.clone());
+            let header = Header { index: self.applied, term, membership, digest, chunks: 0 };
+            (snapshot::encode(header, state.rows())?, digest)
         };
-        let header = Header { index: self.applied, term, membership: self.membership.clone(), digest, chunks: 0 };
-        let bytes = snapshot::encode(header, rows)?;
-        self.snapshots.write(&bytes)?;
+        self.wait_for_snapshot()?;
+        let bytes = bytes::Bytes::from(bytes);
+        self.writing = Some(Begun { index: self.applied, writing: self.snapshots.begin(bytes.clone())? });
         self.snapshot_index = self.applied;
         self.checkpoint();
         let mut wire = eraftpb::Snapshot::default();
         wire.mut_metadata().index = self.applied;
         wire.mut_metadata().term = term;
         wire.mut_metadata().set_conf_state(self.membership.conf_state());
-        wire.data = bytes.into();
+        wire.data = bytes;
         Ok((wire, digest))
     }
 
@@ -244,13 +257,13 @@ impl<D: Disk> Machine<D> {
             return Err(Fatal::Snapshot(format!("is of {:?}, its message says {base:?}", parsed.header)));
         }
         let state = import(&parsed.header.digest, parsed.rows).map_err(|e| Fatal::Snapshot(e.to_string()))?;
+        // An older one of our own must not come after it.
+        self.wait_for_snapshot()?;
         self.snapshots.write(bytes)?;
         log.install(base)?;
         self.membership = parsed.header.membership;
-        (self.applied, self.snapshot_index) = (base.index, base.index);
-        (self.checkpoint_index, self.stored_index) = (base.index, base.index);
-        self.pending.clear();
-        self.tables.replace(&position(&state, &self.membership, base.index), state.export());
+        (self.applied, self.snapshot_index, self.checkpoint_index) = (base.index, base.index, base.index);
+        self.tables.replace(&position(&state, &self.membership, base.index), state.rows());
         *write_lock(&self.state) = state;
         Ok(())
     }

@@ -107,8 +107,9 @@ impl Cell {
             }
             Some(leader) => {
                 let wire = Some(change_to_wire(change, status.membership_version));
-                let request = ProposeRequest { change: wire, ..ProposeRequest::default() };
-                transport::forward(self.connections(), leader, request).await.map(drop)
+                let request = ProposeRequest { commands: Vec::new(), change: wire };
+                let outcomes = transport::forward(self.connections(), leader, request).await?;
+                outcomes.into_iter().next().unwrap_or_else(|| Err(self.stopped())).map(drop)
             }
             None => Err(self.refusal_of(Rejected::NotLeader(None))),
         }

@@ -9,6 +9,7 @@ mod clock;
 pub mod core;
 mod driver;
 pub mod engine;
+mod forward;
 mod machine;
 mod membership;
 mod metrics;
@@ -54,7 +55,8 @@ pub struct Options {
 }
 
 impl Options {
-    /// The defaults: 300 ms elections, 50 ms heartbeats, 1,024 proposals, snapshots after 50,000 entries keeping 10,000.
+    /// The defaults: 300 ms elections, 50 ms heartbeats, 1,024 proposals, snapshots after 100,000 entries
+    /// (as etcd) keeping 10,000.
     pub fn new(id: ReplicaId, data_dir: PathBuf) -> Self {
         Self {
             id,
@@ -62,7 +64,7 @@ impl Options {
             election_timeout: Duration::from_millis(300),
             heartbeat: Duration::from_millis(50),
             proposals_max: 1024,
-            snapshot_after_entries: 50_000,
+            snapshot_after_entries: 100_000,
             keep_entries: 10_000,
             deadline: Duration::from_secs(5),
             seed: 0,

@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
+use tokio::net::TcpStream;
 use tonic::transport::Channel;
 
 /// The address of a replica, from replicated state. A joiner's state is empty until its first snapshot: its directory
@@ -53,6 +54,13 @@ impl Connections {
             .map_err(|_| Refusal::new(Code::Unavailable, "a connection", format!("replica {peer} is silent")))??;
         self.lock().insert(peer, (address, channel.clone()));
         Ok(channel)
+    }
+
+    /// Whether nothing listens at the peer's address: its process is gone, and its machine says so. Silence says nothing.
+    pub(super) async fn is_refused(&self, peer: ReplicaId) -> bool {
+        let Some(address) = (self.network.directory)(peer) else { return false };
+        let tried = tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect(address)).await;
+        matches!(tried, Ok(Err(e)) if e.kind() == std::io::ErrorKind::ConnectionRefused)
     }
 
     /// After an error: the next use connects anew.

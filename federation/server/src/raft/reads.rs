@@ -55,7 +55,9 @@ impl Reads {
             // A confirmation of its old context that still comes finds no batch.
             self.new.extend(self.batches.remove(at).into_iter().flat_map(|b| b.callers));
         }
-        if self.new.is_empty() {
+        // While a round is on its way, who comes waits for the next: rounds of a few callers each would cost a quorum of
+        // messages for every few.
+        if self.new.is_empty() || self.batches.iter().any(|b| b.index.is_none()) {
             return None;
         }
         if self.batches.len() >= BATCHES_MAX {

@@ -15,7 +15,7 @@ pub enum Role {
     Learner,
 }
 
-/// A view from one replica; only a [`super::Cell::read_barrier`] makes it current.
+/// A view from one replica; who watches it hears of leadership and members, not of every entry. Only a [`super::Cell::read_barrier`] makes it current.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Status {
     /// This replica.
@@ -36,4 +36,13 @@ pub struct Status {
     pub learners: Vec<ReplicaId>,
     /// Counts membership changes.
     pub membership_version: u64,
+}
+
+impl Status {
+    /// Whether both say the same of leadership and members; how far the log went is not looked at.
+    pub(super) fn is_as(&self, other: &Status) -> bool {
+        (self.id, self.leader, self.term, self.role, self.membership_version)
+            == (other.id, other.leader, other.term, other.role, other.membership_version)
+            && (&self.voters, &self.learners) == (&other.voters, &other.learners)
+    }
 }

@@ -8,6 +8,7 @@ use super::clock::Now;
 use super::core::{Input, Outgoing, Rejected};
 use super::driver::{Queue, QueueError};
 use super::engine::Request;
+use super::forward::PROPOSALS_MAX;
 use super::metrics::Metrics;
 use super::peers::Connections;
 use crate::store::Change;
@@ -16,13 +17,15 @@ use ambit_proto::status::{from_status, to_status};
 use ambit_proto::v1::member_change::Step;
 use ambit_proto::v1::raft_client::RaftClient;
 use ambit_proto::v1::raft_server::{self, RaftServer};
-use ambit_proto::v1::{MemberChange, ProposeRequest, ProposeResponse, RaftAck, RaftFrame};
+use ambit_proto::v1::{MemberChange, ProposeOutcome, ProposeRequest, ProposeResponse, RaftAck, RaftFrame};
 use ambit_state::LogEntry;
+use futures::StreamExt;
 use std::collections::{BTreeMap, HashMap};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::Poll;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
-use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Response, Status, Streaming};
 
 /// Frames that wait for one peer.
@@ -135,80 +138,93 @@ struct Courier {
     queue: Queue,
 }
 
-/// How a stream ended.
-enum Ended {
-    /// This replica stops.
-    Closed,
-    /// The peer or the way to it failed.
-    Broken(Refusal),
+/// The driver's queue for one peer: read by the connection itself, for each task on the way would cost every frame a
+/// wake-up.
+type Frames = Arc<Mutex<mpsc::Receiver<RaftFrame>>>;
+
+fn lock(frames: &Frames) -> MutexGuard<'_, mpsc::Receiver<RaftFrame>> {
+    frames.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Courier {
-    async fn run(self, mut frames: mpsc::Receiver<RaftFrame>) {
+    /// Ends when this replica stops.
+    async fn run(self, frames: mpsc::Receiver<RaftFrame>) {
+        let frames: Frames = Arc::new(Mutex::new(frames));
         let mut backoff = *BACKOFF.start();
-        while let Some(first) = frames.recv().await {
+        while let Some(first) = futures::future::poll_fn(|cx| lock(&frames).poll_recv(cx)).await {
             let started = tokio::time::Instant::now();
-            match self.stream(first, &mut frames).await {
-                Ended::Closed => return,
-                Ended::Broken(why) => {
-                    tracing::debug!(peer = %self.peer, reason = %why, "stream to replica ended");
-                    self.connections.forget(self.peer);
-                    // Whether a snapshot was among what got lost is not known here: raft ignores the report if not.
-                    report(&self.queue, self.peer.0, true);
-                }
+            let why = self.stream(first, &frames).await;
+            if lock(&frames).is_closed() {
+                return;
             }
+            tracing::debug!(peer = %self.peer, reason = %why, "stream to replica ended");
+            self.connections.forget(self.peer);
+            // Whether a snapshot was among what got lost is not known here: raft ignores the report if not.
+            report(&self.queue, self.peer.0, true);
+            let gone = self.tell_if_gone().await;
             backoff =
                 if started.elapsed() > *BACKOFF.end() { *BACKOFF.start() } else { (backoff * 2).min(*BACKOFF.end()) };
             tokio::time::sleep(backoff).await;
+            if !gone {
+                // A process that is being ended may close its connections before it stops listening.
+                self.tell_if_gone().await;
+            }
             // Stale by now, and raft sends again.
-            while frames.try_recv().is_ok() {}
+            while lock(&frames).try_recv().is_ok() {}
         }
     }
 
-    async fn stream(&self, first: RaftFrame, frames: &mut mpsc::Receiver<RaftFrame>) -> Ended {
+    /// Whether the peer's process is known to be dead; then the core hears of it.
+    async fn tell_if_gone(&self) -> bool {
+        let gone = self.connections.is_refused(self.peer).await;
+        if gone {
+            let _ = self.queue.push(Request::Core(Input::Gone(self.peer.0)));
+        }
+        gone
+    }
+
+    /// Sends until the peer or the way to it fails; why it did.
+    async fn stream(&self, first: RaftFrame, frames: &Frames) -> Refusal {
         let channel = match self.connections.channel(self.peer).await {
             Ok(channel) => channel,
-            Err(refusal) => return Ended::Broken(refusal),
+            Err(refusal) => return refusal,
         };
         let mut client = RaftClient::new(channel).max_encoding_message_size(MESSAGE_BYTES_MAX);
-        // One place: the queue that counts is the one before it.
-        let (sender, receiver) = mpsc::channel(1);
-        let call = client.exchange(ReceiverStream::new(receiver));
-        tokio::pin!(call);
-        let mut next = Some(first);
-        loop {
-            let Some(frame) = next.take() else { return Ended::Closed };
-            tokio::select! {
-                ended = &mut call => return broken(ended),
-                sent = sender.send(frame) => if sent.is_err() {
-                    return broken(call.await);
-                }
-            }
-            tokio::select! {
-                ended = &mut call => return broken(ended),
-                frame = frames.recv() => next = frame,
-            }
+        let over = Arc::new(AtomicBool::new(false));
+        let more = {
+            let (frames, over) = (frames.clone(), over.clone());
+            // A connection may keep what it sends from longer than the call: by then the frames are another's.
+            futures::stream::poll_fn(move |cx| match over.load(Ordering::Acquire) {
+                true => Poll::Ready(None),
+                false => lock(&frames).poll_recv(cx),
+            })
+        };
+        let ended = client.exchange(futures::stream::iter([first]).chain(more)).await;
+        over.store(true, Ordering::Release);
+        match ended {
+            Ok(_) => Refusal::new(Code::Unavailable, "a stream that stays open", "the replica ended it"),
+            Err(status) => from_status(&status),
         }
     }
 }
 
-fn broken(ended: Result<Response<RaftAck>, Status>) -> Ended {
-    Ended::Broken(match ended {
-        Ok(_) => Refusal::new(Code::Unavailable, "a stream that stays open", "the replica ended it"),
-        Err(status) => from_status(&status),
-    })
-}
-
-/// Asks the leader to append `request`; the term in which it did.
+/// Asks the leader to append what is in `request`: for each, the term in which it did.
 pub(super) async fn forward(
     connections: &Connections,
     leader: ReplicaId,
     request: ProposeRequest,
-) -> Result<u64, Refusal> {
+) -> Result<Vec<Result<u64, Refusal>>, Refusal> {
+    let asked = request.commands.len() + usize::from(request.change.is_some());
     let channel = connections.channel(leader).await?;
     let mut client = RaftClient::new(channel).max_encoding_message_size(MESSAGE_BYTES_MAX);
     let refusal = match tokio::time::timeout(FORWARD_TIMEOUT, client.propose(request)).await {
-        Ok(Ok(answer)) => return Ok(answer.into_inner().term),
+        Ok(Ok(answer)) => {
+            let outcomes: Vec<_> = answer.into_inner().outcomes.into_iter().map(outcome_from_wire).collect();
+            if outcomes.len() == asked {
+                return Ok(outcomes);
+            }
+            Refusal::new(Code::Internal, format!("{asked} outcomes"), outcomes.len().to_string())
+        }
         Ok(Err(status)) => {
             let refusal = from_status(&status);
             if status.metadata().is_empty() || refusal.code == Code::Unavailable {
@@ -222,6 +238,20 @@ pub(super) async fn forward(
         }
     };
     Err(refusal)
+}
+
+fn outcome_to_wire(outcome: Result<u64, Refusal>) -> ProposeOutcome {
+    match outcome {
+        Ok(term) => ProposeOutcome { term, ..ProposeOutcome::default() },
+        Err(r) => ProposeOutcome { term: 0, code: r.code.as_str().to_owned(), expected: r.expected, found: r.found },
+    }
+}
+
+fn outcome_from_wire(wire: ProposeOutcome) -> Result<u64, Refusal> {
+    if wire.code.is_empty() {
+        return Ok(wire.term);
+    }
+    Err(Refusal::new(Code::from_text(&wire.code).unwrap_or(Code::Internal), wire.expected, wire.found))
 }
 
 /// A change as it travels.
@@ -243,6 +273,10 @@ fn change_from_wire(wire: &MemberChange) -> Result<Change, Refusal> {
     }
 }
 
+type Appended = Result<u64, Rejected>;
+/// An answer to come, and the permit that is held until then.
+type Asked = (oneshot::Receiver<Appended>, tokio::sync::OwnedSemaphorePermit);
+
 /// Serves other replicas.
 pub struct RaftService {
     cell: Cell,
@@ -263,9 +297,9 @@ impl raft_server::Raft for RaftService {
 
     async fn propose(&self, request: tonic::Request<ProposeRequest>) -> Result<Response<ProposeResponse>, Status> {
         (self.authorise)(request.extensions()).map_err(|r| to_status(&r))?;
-        let id = self.cell.status().id;
-        let term = self.append(request.into_inner()).await.map_err(|r| to_status(&r))?;
-        Ok(Response::new(ProposeResponse { leader: id.0, term }))
+        let outcomes = self.append(request.into_inner()).await.map_err(|r| to_status(&r))?;
+        let outcomes = outcomes.into_iter().map(outcome_to_wire).collect();
+        Ok(Response::new(ProposeResponse { leader: self.cell.status().id.0, outcomes }))
     }
 }
 
@@ -284,25 +318,39 @@ impl RaftService {
         }
     }
 
-    async fn append(&self, request: ProposeRequest) -> Result<u64, Refusal> {
-        let (answer, outcome) = oneshot::channel();
-        let _permit = self.cell.permit()?;
-        let asked = match &request.change {
-            Some(wire) => Request::Change(change_from_wire(wire)?, wire.version, answer),
-            None => {
-                let entry = LogEntry::decode(&request.command)?;
-                if entry.client[..] != request.client[..] || entry.request[..] != request.request_id[..] {
-                    return Err(Refusal::new(Code::BadRequest, "the ids of the entry itself", "others"));
-                }
-                Request::Propose(Box::new(entry), answer)
-            }
-        };
-        self.cell.push(asked)?;
-        match outcome.await {
-            Ok(Ok(term)) => Ok(term),
-            Ok(Err(rejected)) => Err(self.cell.refusal_of(rejected)),
-            Err(_) => Err(self.cell.stopped()),
+    /// Queues all of them before it waits for the first.
+    async fn append(&self, request: ProposeRequest) -> Result<Vec<Result<u64, Refusal>>, Refusal> {
+        if request.commands.len() > PROPOSALS_MAX {
+            let found = request.commands.len().to_string();
+            return Err(Refusal::new(Code::BadRequest, format!("at most {PROPOSALS_MAX} proposals in a call"), found));
         }
+        let change = |wire: MemberChange| {
+            let change = change_from_wire(&wire)?;
+            self.ask(|answer| Request::Change(change, wire.version, answer))
+        };
+        let propose = |command: &Vec<u8>| {
+            let entry = Box::new(LogEntry::decode(command)?);
+            self.ask(|answer| Request::Propose(entry, answer))
+        };
+        let asked: Vec<_> = request.commands.iter().map(propose).chain(request.change.map(change)).collect();
+        let mut outcomes = Vec::with_capacity(asked.len());
+        for one in asked {
+            outcomes.push(match one {
+                Ok((outcome, _permit)) => match outcome.await {
+                    Ok(outcome) => outcome.map_err(|rejected| self.cell.refusal_of(rejected)),
+                    Err(_) => Err(self.cell.stopped()),
+                },
+                Err(refusal) => Err(refusal),
+            });
+        }
+        Ok(outcomes)
+    }
+
+    fn ask(&self, request: impl FnOnce(oneshot::Sender<Appended>) -> Request) -> Result<Asked, Refusal> {
+        let permit = self.cell.permit()?;
+        let (answer, outcome) = oneshot::channel();
+        self.cell.push(request(answer))?;
+        Ok((outcome, permit))
     }
 }
 

@@ -8,6 +8,7 @@ use super::snapshot::{Snapshot, SnapshotDir};
 use super::tables::{Applied, Stored, Tables};
 use super::{FlushReceipt, Membership, StoreError, io};
 use ambit_state::TableWrite;
+use bytes::Bytes;
 use raft::Storage;
 use raft::eraftpb;
 use std::path::PathBuf;
@@ -46,16 +47,33 @@ pub trait Log: Storage {
 pub trait Rows {
     /// Drops what is there and starts empty, keeping the old rows for a look.
     fn move_aside(&mut self) -> Result<(), StoreError>;
-    /// Replaces everything by `rows`.
-    fn replace(&mut self, applied: &Applied, rows: Vec<TableWrite>);
-    /// Rows and position in one step. A failure costs the rows, not the replica.
+    /// Replaces everything by `rows`. The position comes last, so that a half-done replacement is seen as damage.
+    fn replace(&mut self, applied: &Applied, rows: impl IntoIterator<Item = TableWrite>);
+    /// Takes in what changed. It is written with the position, in one step, once it is worth it or at a checkpoint. A failure
+    /// costs the rows, not the replica: they are left behind and rebuilt at the next start.
     fn write(&mut self, applied: &Applied, writes: Vec<TableWrite>);
-    /// Asks for what was written to be kept; nothing relies on it.
+    /// Asks for what was written to be kept. It returns before that is done; nothing relies on it.
     fn checkpoint(&mut self);
+    /// A last checkpoint, written when this returns.
+    fn close(&mut self);
+    /// Whether so much is overridden, where the state has so many rows, that [`Rows::replace`] is due.
+    fn is_bloated(&self, rows: usize) -> bool;
+}
+
+/// A snapshot on its way to the disk.
+pub trait Writing {
+    /// Whether [`Writing::wait`] would return at once.
+    fn is_done(&self) -> bool;
+    /// Returns once it is on disk.
+    fn wait(self) -> Result<(), StoreError>;
 }
 
 /// The newest snapshot.
 pub trait Snapshots {
+    /// See the trait.
+    type Writing: Writing;
+    /// Begins to replace it.
+    fn begin(&self, bytes: Bytes) -> Result<Self::Writing, StoreError>;
     /// None where none was ever written. Damage is an error, never a shorter state.
     fn load(&self) -> Result<Option<Snapshot>, StoreError>;
     /// Replaces it in one durable step.

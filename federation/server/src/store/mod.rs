@@ -13,7 +13,7 @@ pub mod model;
 pub mod snapshot;
 pub mod tables;
 
-pub use disk::{Disk, Folder, Log, Rows, Snapshots};
+pub use disk::{Disk, Folder, Log, Rows, Snapshots, Writing};
 pub use flush::{AfterFlush, FlushReceipt};
 pub use membership::{Change, Membership};
 

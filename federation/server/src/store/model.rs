@@ -5,8 +5,9 @@
 use super::log::{Base, Batch, SyncTime};
 use super::snapshot::{self, Snapshot};
 use super::tables::{Applied, Stored};
-use super::{Disk, FlushReceipt, Log, Membership, Rows, Snapshots, StoreError};
+use super::{Disk, FlushReceipt, Log, Membership, Rows, Snapshots, StoreError, Writing};
 use ambit_state::TableWrite;
+use bytes::Bytes;
 use raft::eraftpb::{self, Entry, HardState};
 use raft::{GetEntriesContext, RaftState, Storage, StorageError};
 use std::cell::{Cell, RefCell};
@@ -297,10 +298,18 @@ impl Rows for ModelRows {
         Ok(())
     }
 
-    fn replace(&mut self, applied: &Applied, rows: Vec<TableWrite>) {
+    fn replace(&mut self, applied: &Applied, rows: impl IntoIterator<Item = TableWrite>) {
         self.0.0.borrow_mut().rows = None;
-        self.write(applied, rows);
+        self.write(applied, rows.into_iter().collect());
         self.checkpoint();
+    }
+
+    fn close(&mut self) {
+        self.checkpoint();
+    }
+
+    fn is_bloated(&self, _rows: usize) -> bool {
+        false
     }
 
     fn write(&mut self, applied: &Applied, writes: Vec<TableWrite>) {
@@ -325,7 +334,35 @@ impl Rows for ModelRows {
 #[derive(Debug)]
 pub struct ModelSnapshots(ModelDisk);
 
+/// A snapshot that is written when it is waited for: until then a crash loses it.
+#[derive(Debug)]
+pub struct ModelWriting {
+    disk: ModelDisk,
+    bytes: Bytes,
+    /// How often it was asked about.
+    asked: Cell<u32>,
+}
+
+/// Questions until a snapshot is on disk.
+const ASKED_MAX: u32 = 3;
+
+impl Writing for ModelWriting {
+    fn is_done(&self) -> bool {
+        self.asked.set(self.asked.get() + 1);
+        self.asked.get() > ASKED_MAX
+    }
+    fn wait(self) -> Result<(), StoreError> {
+        ModelSnapshots(self.disk).write(&self.bytes)
+    }
+}
+
 impl Snapshots for ModelSnapshots {
+    type Writing = ModelWriting;
+
+    fn begin(&self, bytes: Bytes) -> Result<ModelWriting, StoreError> {
+        Ok(ModelWriting { disk: self.0.clone(), bytes, asked: Cell::new(0) })
+    }
+
     fn load(&self) -> Result<Option<Snapshot>, StoreError> {
         let disk = self.0.0.borrow();
         if disk.is_damaged(Part::Snapshot) {
@@ -373,7 +410,7 @@ fn append(log: &mut VecDeque<Entry>, entries: &[Entry]) {
 
 impl ModelLog {
     /// Term and command of an entry, also of one compacted lately; no command where it is raft's own.
-    pub fn command(&self, index: u64) -> Option<(u64, Option<bytes::Bytes>)> {
+    pub fn command(&self, index: u64) -> Option<(u64, Option<Bytes>)> {
         let entry = self.entry(index).or_else(|| self.compacted.iter().rev().find(|e| e.index == index))?;
         let is_command = entry.get_entry_type() == eraftpb::EntryType::EntryNormal && !entry.data.is_empty();
         Some((entry.term, is_command.then(|| entry.data.clone())))

@@ -2,12 +2,14 @@
 //!
 //! Layout: magic, framed header, framed chunks. A frame is length (u32 LE), CRC32 (u32 LE), postcard bytes.
 
-use super::{Membership, Snapshots, StoreError, io, sync_dir};
+use super::{Membership, Snapshots, StoreError, Writing, io, sync_dir};
 use ambit_state::TableWrite;
+use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::thread::JoinHandle;
 
 const MAGIC: &[u8; 8] = b"AMBSNP01";
 /// A chunk ends once it holds this much: small enough that one bad sector names its place.
@@ -42,26 +44,31 @@ pub struct Snapshot {
 type Row = (u8, Vec<u8>, Vec<u8>);
 
 /// The bytes of a snapshot. `header.chunks` is filled in here. Rows without a value are left out: a snapshot has no deletions.
-pub fn encode(mut header: Header, rows: Vec<TableWrite>) -> Result<Vec<u8>, StoreError> {
+pub fn encode(mut header: Header, rows: impl IntoIterator<Item = TableWrite>) -> Result<Vec<u8>, StoreError> {
+    // Chunk by chunk, so that the rows are never in memory all at once.
     let (mut chunks, mut chunk, mut size) = (Vec::new(), Vec::<Row>::new(), 0);
+    header.chunks = 0;
     for row in rows {
         let Some(value) = row.value else { continue };
         size += row.key.len() + value.len();
         chunk.push((row.table, row.key, value));
         if size >= CHUNK_BYTES {
-            chunks.push(std::mem::take(&mut chunk));
+            frame(&mut chunks, &chunk)?;
+            header.chunks += 1;
+            chunk.clear();
             size = 0;
+        }
+        if chunks.len() > SNAPSHOT_BYTES_MAX {
+            return Err(StoreError::TooLarge { bytes: chunks.len(), max: SNAPSHOT_BYTES_MAX });
         }
     }
     if !chunk.is_empty() {
-        chunks.push(chunk);
+        frame(&mut chunks, &chunk)?;
+        header.chunks += 1;
     }
-    header.chunks = chunks.len().try_into().unwrap_or(u32::MAX);
     let mut out = MAGIC.to_vec();
     frame(&mut out, &header)?;
-    for chunk in &chunks {
-        frame(&mut out, chunk)?;
-    }
+    out.append(&mut chunks);
     if out.len() > SNAPSHOT_BYTES_MAX {
         return Err(StoreError::TooLarge { bytes: out.len(), max: SNAPSHOT_BYTES_MAX });
     }
@@ -108,7 +115,7 @@ fn unframe<T: for<'a> Deserialize<'a>>(rest: &mut &[u8]) -> Result<T, StoreError
 }
 
 /// The folder that holds the newest snapshot.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct SnapshotDir {
     dir: PathBuf,
 }
@@ -126,7 +133,29 @@ impl SnapshotDir {
     }
 }
 
+/// A thread that writes.
+#[derive(Debug)]
+pub struct WritingFile(JoinHandle<Result<(), StoreError>>);
+
+impl Writing for WritingFile {
+    fn is_done(&self) -> bool {
+        self.0.is_finished()
+    }
+    fn wait(self) -> Result<(), StoreError> {
+        let panicked = |_| StoreError::damaged("a snapshot to write", "its writer panicked");
+        self.0.join().map_err(panicked)?
+    }
+}
+
 impl Snapshots for SnapshotDir {
+    type Writing = WritingFile;
+
+    fn begin(&self, bytes: Bytes) -> Result<WritingFile, StoreError> {
+        let folder = self.clone();
+        let spawned = std::thread::Builder::new().name("snapshot".to_owned()).spawn(move || folder.write(&bytes));
+        spawned.map(WritingFile).map_err(io("starting the writer of", &self.dir))
+    }
+
     fn load(&self) -> Result<Option<Snapshot>, StoreError> {
         let path = self.current();
         match fs::read(&path) {
@@ -151,9 +180,11 @@ mod tests {
     use super::*;
 
     fn sample() -> Vec<u8> {
-        let rows = (0..3000u32)
-            .map(|n| TableWrite { table: (n % 7) as u8, key: n.to_be_bytes().to_vec(), value: Some(vec![7; 200]) })
-            .collect();
+        let rows = (0..3000u32).map(|n| TableWrite {
+            table: (n % 7) as u8,
+            key: n.to_be_bytes().to_vec(),
+            value: Some(vec![7; 200]),
+        });
         let header = Header { index: 9, term: 2, membership: Membership::of_founder(1), digest: [5; 32], chunks: 0 };
         encode(header, rows).unwrap()
     }
