@@ -281,6 +281,10 @@ impl v1::membership_server::Membership for Replica {
             ..Default::default()
         }))
     }
+    type BackupStream = tokio_stream::Empty<Result<v1::BackupPiece, Status>>;
+    async fn backup(&self, _: Request<v1::BackupRequest>) -> Result<Response<Self::BackupStream>, Status> {
+        Err(to_status(&Refusal::new(Code::Unimplemented, "", "")))
+    }
     unbuilt! {
         create_replica_token(CreateReplicaTokenRequest) -> CreateReplicaTokenResponse;
         replica_join(ReplicaJoinRequest) -> ReplicaJoinResponse;
