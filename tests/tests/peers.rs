@@ -147,6 +147,64 @@ async fn cells_meet_by_token_and_proof_and_share_only_once_both_approved() {
     promtool_accepts(&east);
 }
 
+async fn befriend(west: &Cell, east: &Cell) {
+    let token = token(west, "east", &east.fingerprint).await;
+    register(east, west, "west", &west.fingerprint, &token).await.unwrap();
+    approve(east, "west", &west.fingerprint).await.unwrap();
+    approve(west, "east", &east.fingerprint).await.unwrap();
+}
+
+/// West's only replica and its folder are gone; it comes back from the backup, in its old place.
+fn lose_and_restore(west: &mut Cell, backup: &str, root_key: &str, past_epoch: &str) {
+    west.kill(1).unwrap();
+    let (seat, admin) = (west.seat_of(1).unwrap(), west.file(&format!("admin-past-{past_epoch}")));
+    std::fs::remove_dir_all(&seat.data).unwrap();
+    let (print, out) = (hex::encode(west.fingerprint), admin.display().to_string());
+    let who = ["--trust-domain", "west", "--fingerprint", &print, "--past-epoch", past_epoch];
+    let what = ["--snapshot", backup, "--root-key", root_key, "--admin-out", &out];
+    let restored = seat.ambitd("restore", &[&who[..], &what[..]].concat()).unwrap();
+    assert!(restored.status.success(), "{}", String::from_utf8_lossy(&restored.stderr));
+    west.administered_by(&admin).unwrap();
+    west.restart(1).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restored_cell_is_heard_again_and_stopped_where_it_forgot_what_was_imported() {
+    let (west, east) = tokio::join!(Cell::start("west", 1), Cell::start("east", 1));
+    let (mut west, east) = (west.unwrap(), east.unwrap());
+    befriend(&west, &east).await;
+    apply(&west, ALLOW).await;
+    until(&east, "west's policy", |l| l.policies.iter().any(|p| p.ports == [8080])).await;
+    let (backup, root_key) = (west.file("backup").display().to_string(), west.file("kept.key").display().to_string());
+    let (ambit, context) = (ambit_tests::process::binary("ambit").unwrap(), west.admin_file("context.json"));
+    let (ambit, context) = (ambit.display().to_string(), context.display().to_string());
+    ambit_tests::process::must_run(&[&ambit, "--context", &context, "raft", "snapshot", "--out", &backup]).unwrap();
+    std::fs::copy(west.seat_of(1).unwrap().data.join("identity/root.key"), &root_key).unwrap();
+
+    lose_and_restore(&mut west, &backup, &root_key, "0");
+    west.wait_for_voters().await.unwrap();
+    assert_eq!(west.status(1).await.unwrap().epoch, 2);
+    apply(&west, &ALLOW.replace("[8080]", "[8081]")).await;
+    let took = until(&east, "what west says since", |l| l.policies.iter().any(|p| p.ports == [8081])).await;
+    println!("heard again {took:?} after the first write");
+
+    // The same backup once more: it knows nothing of what east has imported since.
+    lose_and_restore(&mut west, &backup, &root_key, "2");
+    west.wait_for_voters().await.unwrap();
+    assert_eq!(west.status(1).await.unwrap().epoch, 3);
+    let started = Instant::now();
+    let stopped = loop {
+        match peer(&east).await {
+            Some(p) if p.state == "stopped" => break p,
+            other => assert!(started.elapsed() < PATIENCE, "{other:?}"),
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    };
+    assert!(stopped.trouble.contains("began anew") || stopped.trouble.contains("record_equivocation"), "{stopped:?}");
+    println!("stopped: {}", stopped.trouble);
+    assert!(listing(&east).await.policies.iter().any(|p| p.ports == [8081]), "what was imported stays");
+}
+
 /// East's bundle lets its certificates through west's handshake; its administrator may call nothing there.
 async fn peers_administrators_are_nobody(west: &Cell, east: &Cell) {
     let foreign = west.channel_as(east.admin_identity().unwrap(), 1).await.unwrap();

@@ -1,11 +1,14 @@
 //! Backup, the loss of everything, and a cell that begins anew: from a backup, and from what one replica still had.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test says that it failed by panicking")]
 
-use ambit_tests::agent::{Agent, RoundLies};
-use ambit_tests::cell::{Cell, Seat};
-use ambit_tests::machine::{Lies, Machine, evidence, join_token, register_cluster};
+use ambit_proto::v1;
+use ambit_proto::v1::entry_registry_client::EntryRegistryClient;
+use ambit_proto::v1::membership_client::MembershipClient;
+use ambit_tests::agent::{Admitted, Agent, RoundLies};
+use ambit_tests::cell::{Cell, Seat, refusal};
+use ambit_tests::machine::{Answer, Lies, Machine, evidence, join_token, register_cluster};
 use ambit_tests::operator::{admit, create_entry, node, say, svid, within};
-use ambit_tests::process::{Started, binary, run};
+use ambit_tests::process::{Started, binary, must_run, run};
 use ambit_tests::tpm::Maker;
 use sha2::{Digest, Sha256};
 use std::os::unix::fs::PermissionsExt;
@@ -132,51 +135,79 @@ fn is_empty(seat: &Seat) -> bool {
     !seat.data.exists() || std::fs::read_dir(&seat.data).unwrap().next().is_none()
 }
 
+/// What was before the backup, and counts after it or must not.
+struct Before {
+    good: Machine,
+    me: Admitted,
+    bad: Machine,
+    banned: Admitted,
+    maker: Maker,
+    unspent: String,
+    answered_late: Answer,
+}
+
+impl Before {
+    async fn of(cell: &Cell) -> Before {
+        let maker = Maker::new().unwrap();
+        let (good, bad) = (Machine::new(&maker, "good").await.unwrap(), Machine::new(&maker, "bad").await.unwrap());
+        register_cluster(cell, "west", &maker).await.unwrap();
+        create_entry(cell, "web", "west").await.unwrap();
+        let (me, banned) = (admit(cell, &good, "west").await.unwrap(), admit(cell, &bad, "west").await.unwrap());
+        say(cell, "ban", &[bad.node()]).await.unwrap();
+        assert_eq!(svid(cell, &me, "web").await.unwrap(), "ok");
+        let unspent = join_token(cell, "west").await.unwrap();
+        let begun = good.begin(cell.anonymous(1).await.unwrap(), "west", "").await.unwrap().unwrap();
+        let answered_late = good.answer(&begun, &Lies::default()).await.unwrap();
+        Before { good, me, bad, banned, maker, unspent, answered_late }
+    }
+
+    /// The ban holds, tokens and tickets are void, and nobody gets anything before a verdict of this incarnation.
+    async fn counts(&self, cell: &Cell) {
+        assert_eq!(node(cell, &self.bad.node()).await.unwrap().state, "banned");
+        assert_eq!(svid(cell, &self.banned, "web").await.unwrap(), "node_banned");
+        assert_eq!(svid(cell, &self.me, "web").await.unwrap(), "node_late");
+        let frames = &self.answered_late.frames;
+        let stale = within("a ticket key", async || evidence(cell.anonymous(1).await.ok()?, frames).await.ok()).await;
+        assert_eq!(stale.unwrap_err().code, "ticket_invalid");
+        let third = Machine::new(&self.maker, "third").await.unwrap();
+        let denied = third.enrol(cell, 1, "west", &self.unspent, &Lies::default()).await.unwrap().map(|_| ());
+        let code = denied.unwrap_err().code;
+        assert!(code == "join_token_invalid" || code == "ek_not_expected", "{code}");
+        attests(cell, &self.good, &self.me).await;
+        assert_eq!(svid(cell, &self.me, "late").await.unwrap(), "entry_not_on_node");
+        let anew = admit(cell, &self.good, "west").await.unwrap();
+        assert_eq!(anew.generation, (1 << 32) + 1, "no lost incarnation gave this number");
+    }
+}
+
+/// With one answered round a node is served again.
+async fn attests(cell: &Cell, machine: &Machine, me: &Admitted) {
+    let mut agent = Agent::open(cell, 1, me.identity.clone()).await.unwrap();
+    agent.answer(machine, me, &RoundLies::default()).await.unwrap();
+    within("an SVID after the round", async || (svid(cell, me, "web").await.unwrap() == "ok").then_some(())).await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_cell_comes_back_from_a_backup_with_the_same_digest_and_trusts_nobody_unasked() {
     let mut cell = Cell::start("west", 3).await.unwrap();
-    let maker = Maker::new().unwrap();
-    let (good, bad) = (Machine::new(&maker, "good").await.unwrap(), Machine::new(&maker, "bad").await.unwrap());
-    register_cluster(&cell, "west", &maker).await.unwrap();
-    create_entry(&cell, "web", "west").await.unwrap();
-    let (me, banned) = (admit(&cell, &good, "west").await.unwrap(), admit(&cell, &bad, "west").await.unwrap());
-    say(&cell, "ban", &[bad.node()]).await.unwrap();
-    assert_eq!(svid(&cell, &me, "web").await.unwrap(), "ok");
-    let unspent = join_token(&cell, "west").await.unwrap();
-    let begun = good.begin(cell.anonymous(1).await.unwrap(), "west", "").await.unwrap().unwrap();
-    let old_answer = good.answer(&begun, &Lies::default()).await.unwrap();
-
+    let before = Before::of(&cell).await;
     let (kept, shown) = keep(&cell, "west.backup");
     let file = std::fs::read(&kept.backup).unwrap();
     let digest = digest_of(&file);
     assert_eq!(shown["digest"], digest.as_str());
-    assert_eq!(std::fs::metadata(&kept.backup).unwrap().permissions().mode() & 0o777, 0o600);
     assert_eq!((shown["bytes"].as_u64(), shown["allow_lists"].as_u64()), (Some(file.len() as u64), Some(1)));
-    let again =
-        ambit(&cell.admin_file("context.json"), &["raft", "snapshot", "--out", &kept.backup.display().to_string()]);
-    assert!(again.0 == 1 && again.2.contains("already_exists"), "{again:?}");
-    // Only an administrator gets one.
-    let mut client = ambit_proto::v1::membership_client::MembershipClient::new(
-        cell.channel_as(me.identity.clone(), 1).await.unwrap(),
-    );
-    let refusal = ambit_tests::cell::refusal(client.backup(ambit_proto::v1::BackupRequest {}).await).unwrap();
-    assert_eq!(refusal.code.as_str(), "permission_denied");
+    given_to_administrators_only(&cell, &kept, &before).await;
     // What comes after the backup is lost with the cell.
     create_entry(&cell, "late", "west").await.unwrap();
     let last = cell.status(1).await.unwrap().revision;
-    let saved = cell.file("saved-r2");
-    cell.kill(2).unwrap();
-    assert!(
-        run(&["cp", "-a", &cell.seat_of(2).unwrap().data.display().to_string(), &saved.display().to_string()])
-            .unwrap()
-            .status
-            .success()
-    );
-    for number in [1, 3] {
-        cell.kill(number).unwrap();
-    }
+    let (saved, old_config) = (cell.file("saved-r2"), cell.seat_of(2).unwrap().config.clone());
     for number in 1..=3 {
-        std::fs::remove_dir_all(&cell.seat_of(number).unwrap().data).unwrap();
+        cell.kill(number).unwrap();
+        let data = &cell.seat_of(number).unwrap().data;
+        if number == 2 {
+            copy(data, &saved);
+        }
+        std::fs::remove_dir_all(data).unwrap();
     }
 
     refusals(&cell, &kept, &file);
@@ -190,7 +221,6 @@ async fn a_cell_comes_back_from_a_backup_with_the_same_digest_and_trusts_nobody_
     let full = kept.restore(&cell, cell.seat_of(1).unwrap(), &cell.fingerprint, &kept.backup, &admin);
     assert_eq!(refused(&full), "already_exists");
 
-    let old_listen = cell.seat_of(2).unwrap().config.clone();
     cell.forget_others().unwrap();
     cell.administered_by(&admin).unwrap();
     cell.restart(1).unwrap();
@@ -199,39 +229,35 @@ async fn a_cell_comes_back_from_a_backup_with_the_same_digest_and_trusts_nobody_
     assert_eq!((status.epoch, status.members.len()), (2, 1));
     assert!(status.revision > last, "agents keep the highest revision they saw: {} then {last}", status.revision);
     let trail = &status.incarnations[0];
-    assert_eq!((trail.cause.as_str(), hex::encode(&trail.from_digest)), ("restored", digest.clone()));
+    assert_eq!((trail.cause.as_str(), hex::encode(&trail.from_digest)), ("restored", digest));
     assert_eq!(trail.given_up, [2, 3]);
     let rows = json(&ambit(&admin.join("context.json"), &["raft", "status"]).1);
     assert!(rows[0]["incarnation"].as_str().unwrap().starts_with("restored 20"), "{rows}");
     assert_eq!((rows[0]["epoch"].as_u64(), rows[0]["lag"].as_u64()), (Some(2), Some(0)), "{rows}");
 
-    // The ban holds; nobody else gets anything before a verdict of this incarnation.
-    assert_eq!(node(&cell, &bad.node()).await.unwrap().state, "banned");
-    assert_eq!(svid(&cell, &banned, "web").await.unwrap(), "node_banned");
-    assert_eq!(svid(&cell, &me, "web").await.unwrap(), "node_late");
-    let stale =
-        within("a ticket key", async || evidence(cell.anonymous(1).await.ok()?, &old_answer.frames).await.ok()).await;
-    assert_eq!(stale.unwrap_err().code, "ticket_invalid", "tickets of before are void");
-    let third = Machine::new(&maker, "third").await.unwrap();
-    let denied = third.enrol(&cell, 1, "west", &unspent, &Lies::default()).await.unwrap();
-    assert!(
-        matches!(denied, Err(d) if d.code == "join_token_invalid" || d.code == "ek_not_expected"),
-        "an unspent token of before"
-    );
-    let mut agent = Agent::open(&cell, 1, me.identity.clone()).await.unwrap();
-    agent.answer(&good, &me, &RoundLies::default()).await.unwrap();
-    within("an SVID after the round", async || (svid(&cell, &me, "web").await.unwrap() == "ok").then_some(())).await;
-    assert_eq!(svid(&cell, &me, "late").await.unwrap(), "entry_not_on_node");
-    let anew = admit(&cell, &good, "west").await.unwrap();
-    assert_eq!(anew.generation, (1 << 32) + 1, "no lost incarnation gave this number");
-
-    old_replica_disturbs_nobody(&cell, &old_listen, &saved).await;
+    before.counts(&cell).await;
+    old_replica_disturbs_nobody(&cell, &old_config, &saved).await;
     cell.add(2).await.unwrap();
     cell.wait_for("equal digests at one index", |all| {
         all.len() == 2 && all.iter().all(|s| s.applied_index == all[0].applied_index && s.digest == all[0].digest)
     })
     .await
     .unwrap();
+}
+
+fn copy(from: &Path, to: &Path) {
+    must_run(&["cp", "-a", &from.display().to_string(), &to.display().to_string()]).unwrap();
+}
+
+/// A backup is a new file of its owner's; a node gets none.
+async fn given_to_administrators_only(cell: &Cell, kept: &Kept, before: &Before) {
+    assert_eq!(std::fs::metadata(&kept.backup).unwrap().permissions().mode() & 0o777, 0o600);
+    let out = kept.backup.display().to_string();
+    let again = ambit(&cell.admin_file("context.json"), &["raft", "snapshot", "--out", &out]);
+    assert!(again.0 == 1 && again.2.contains("already_exists"), "{again:?}");
+    let channel = cell.channel_as(before.me.identity.clone(), 1).await.unwrap();
+    let answer = MembershipClient::new(channel).backup(v1::BackupRequest {}).await;
+    assert_eq!(refusal(answer).unwrap().code.as_str(), "permission_denied");
 }
 
 /// Every way in which a restore is refused; each leaves the machine as empty as it was.
@@ -359,9 +385,7 @@ async fn one_replica_of_three_goes_on_alone_and_only_where_there_is_no_other_way
     let entries = entries(&cell).await;
     assert!((0..20).all(|n| entries.contains(&format!("e{n}"))), "every acknowledged write is there: {entries:?}");
     assert_eq!(svid(&cell, &me, "web").await.unwrap(), "node_late");
-    let mut agent = Agent::open(&cell, 1, me.identity.clone()).await.unwrap();
-    agent.answer(&machine, &me, &RoundLies::default()).await.unwrap();
-    within("an SVID after the round", async || (svid(&cell, &me, "web").await.unwrap() == "ok").then_some(())).await;
+    attests(&cell, &machine, &me).await;
     cell.add(2).await.unwrap();
     cell.add(3).await.unwrap();
     create_entry(&cell, "after", "west").await.unwrap();
@@ -371,14 +395,9 @@ async fn one_replica_of_three_goes_on_alone_and_only_where_there_is_no_other_way
 fn damage_is_refused(cell: &Cell, loss: &[&str]) {
     let seat = cell.seat_of(1).unwrap();
     for (name, part) in [("log", "log"), ("snapshot", "snapshot")] {
-        let copy = cell.seat(&format!("damaged-{name}")).unwrap();
-        assert!(
-            run(&["cp", "-a", &seat.data.display().to_string(), &copy.data.display().to_string()])
-                .unwrap()
-                .status
-                .success()
-        );
-        let mut files: Vec<_> = std::fs::read_dir(copy.data.join(part)).unwrap().map(|f| f.unwrap().path()).collect();
+        let place = cell.seat(&format!("damaged-{name}")).unwrap();
+        copy(&seat.data, &place.data);
+        let mut files: Vec<_> = std::fs::read_dir(place.data.join(part)).unwrap().map(|f| f.unwrap().path()).collect();
         files.retain(|f| f.extension().is_some_and(|e| e == "raftlog" || e == "snapshot"));
         files.sort();
         let file = files.first().unwrap_or_else(|| panic!("a file in {part}"));
@@ -386,14 +405,14 @@ fn damage_is_refused(cell: &Cell, loss: &[&str]) {
         let used = bytes.iter().rposition(|b| *b != 0).unwrap();
         bytes[used / 2] ^= 0x20;
         std::fs::write(file, bytes).unwrap();
-        assert_eq!(refused(&copy.ambitd("recover", loss).unwrap()), "store_damaged", "{name}");
+        assert_eq!(refused(&place.ambitd("recover", loss).unwrap()), "store_damaged", "{name}");
     }
     assert_eq!(refused(&cell.seat("nobody").unwrap().ambitd("recover", loss).unwrap()), "config_invalid");
 }
 
 async fn entries(cell: &Cell) -> Vec<String> {
-    let mut client = ambit_proto::v1::entry_registry_client::EntryRegistryClient::new(cell.admin(1).await.unwrap());
-    let listed = client.list_entries(ambit_proto::v1::ListEntriesRequest {}).await.unwrap().into_inner().entries;
+    let mut client = EntryRegistryClient::new(cell.admin(1).await.unwrap());
+    let listed = client.list_entries(v1::ListEntriesRequest {}).await.unwrap().into_inner().entries;
     listed.into_iter().map(|e| e.id).collect()
 }
 

@@ -87,6 +87,10 @@ enum Verb {
         /// This replica's number.
         #[arg(long, default_value_t = 1)]
         replica: u64,
+        /// The highest epoch that the cell ever showed (`ambit raft status`), where that is not in what it begins with: it was
+        /// restored or recovered since.
+        #[arg(long, default_value_t = 0)]
+        past_epoch: u64,
         /// Folder for the administrator's context, certificate and key.
         #[arg(long)]
         admin_out: PathBuf,
@@ -100,6 +104,10 @@ enum Verb {
         /// The numbers of all other replicas, which are given up with whatever only they acknowledged.
         #[arg(long = "i-accept-the-loss-of", value_name = "N,N", value_delimiter = ',')]
         accepted: Option<Vec<u64>>,
+        /// The highest epoch that the cell ever showed (`ambit raft status`), where that is not in what it begins with: it was
+        /// restored or recovered since.
+        #[arg(long, default_value_t = 0)]
+        past_epoch: u64,
     },
     /// Serve.
     Run {
@@ -145,7 +153,7 @@ async fn execute(verb: Verb) -> Result<(), Refusal> {
             let join = found::Join { trust_domain: &trust_domain, fingerprint: print, via, replica, token: &token };
             found::join(&config, &join).await
         }
-        Verb::Restore { config, snapshot, trust_domain, fingerprint, root_key, replica, admin_out } => {
+        Verb::Restore { config, snapshot, trust_domain, fingerprint, root_key, replica, past_epoch, admin_out } => {
             let restored = restore::restore(
                 &Config::load(&config)?,
                 &restore::Restore {
@@ -153,15 +161,16 @@ async fn execute(verb: Verb) -> Result<(), Refusal> {
                     fingerprint: parse_fingerprint(&fingerprint)?,
                     snapshot: &snapshot,
                     root_key: &root_key,
+                    past_epoch,
                     replica,
                     admin_out: &admin_out,
                 },
             )?;
             say(format_args!("{restored}"))
         }
-        Verb::Recover { config, accepted } => {
+        Verb::Recover { config, accepted, past_epoch } => {
             let found = |findings: &recover::Findings| say(format_args!("{findings}\n"));
-            let recovered = recover::recover(&Config::load(&config)?, accepted.as_deref(), found).await?;
+            let recovered = recover::recover(&Config::load(&config)?, accepted.as_deref(), past_epoch, found).await?;
             say(format_args!("{recovered}"))
         }
         Verb::Run { config } => {

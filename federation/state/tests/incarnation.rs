@@ -24,7 +24,7 @@ fn member() -> Member {
 }
 
 fn beginning(cause: Cause) -> Beginning {
-    Beginning { cause, replica: 1, member: member(), admit: None, keys: None }
+    Beginning { cause, replica: 1, member: member(), admit: None, past_epoch: 0, keys: None }
 }
 
 /// Three replicas, nodes 1 and 2 admitted, 2 banned, and something of everything that must not come back.
@@ -156,6 +156,15 @@ fn every_count_goes_on_far_above_and_the_trail_says_why() {
     // And again from there.
     let third = restored(&cell, Cause::Restored);
     assert_eq!((third.state.cell().unwrap().epoch, third.state.applied()), (3, RaftIndex(2 << 40)));
+    // A backup of the first incarnation does not know of the second.
+    let mut elsewhere = State::import(west.state.export()).unwrap();
+    let aware = Beginning { past_epoch: 2, ..beginning(Cause::Restored) };
+    elsewhere.begin_incarnation(Stamp(LATER), aware).unwrap();
+    assert_eq!((elsewhere.cell().unwrap().epoch, elsewhere.applied()), (3, RaftIndex(2 << 40)));
+    let absurd = Beginning { past_epoch: u64::MAX - 1, ..beginning(Cause::Restored) };
+    let digest = elsewhere.digest();
+    assert_eq!(code(elsewhere.begin_incarnation(Stamp(LATER), absurd)), Code::BadRequest);
+    assert_eq!(elsewhere.digest(), digest, "a refusal changes nothing");
     let back = State::import(third.state.export()).unwrap();
     assert_eq!((back.digest(), back.incarnations().count()), (third.state.digest(), 2));
 }

@@ -60,6 +60,19 @@ async fn snapshot_and_log_without_the_tables_are_the_whole_state() {
     fs::remove_dir_all(&options.data_dir).unwrap();
 }
 
+#[test]
+fn a_snapshot_whose_rows_are_not_the_state_it_says_is_damage() {
+    let mut state = State::new();
+    state.skip(RaftIndex(7));
+    let header = |index, digest| Header { index, term: 2, membership: Membership::of_founder(1), digest, chunks: 0 };
+    // Every checksum holds: what was written is another state, or another index.
+    for (index, digest, good) in [(7, state.digest(), true), (7, [0; 32], false), (8, state.digest(), false)] {
+        let bytes = snapshot::encode(header(index, digest), state.export()).unwrap();
+        let whole = snapshot::decode(&bytes).and_then(Whole::of);
+        assert_eq!(whole.is_ok(), good, "{index} {}", hex::encode(digest));
+    }
+}
+
 #[tokio::test]
 async fn a_store_that_runs_is_not_read() {
     let options = options("running");

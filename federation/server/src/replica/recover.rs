@@ -53,6 +53,7 @@ pub struct Recovered {
 pub async fn recover(
     config: &Config,
     accepted: Option<&[u64]>,
+    past_epoch: u64,
     say: impl FnOnce(&Findings) -> Result<(), Refusal>,
 ) -> Result<Recovered, Refusal> {
     let files = Files::create(&config.data_dir)?;
@@ -70,7 +71,7 @@ pub async fn recover(
     say(&findings)?;
     findings.safe()?;
     findings.confirmed(accepted)?;
-    go_on(config, &files, &card, survey)
+    go_on(config, &files, &card, survey, past_epoch)
 }
 
 /// Nobody may write the store that is read here. (The log's own lock says so too.)
@@ -206,7 +207,7 @@ pub(super) fn numbers(ids: &[u64]) -> String {
     ids.iter().map(u64::to_string).collect::<Vec<_>>().join(",")
 }
 
-fn go_on(config: &Config, files: &Files, card: &Card, survey: Survey) -> Result<Recovered, Refusal> {
+fn go_on(config: &Config, files: &Files, card: &Card, survey: Survey, past_epoch: u64) -> Result<Recovered, Refusal> {
     let mut whole = survey.whole;
     let known = whole.state.member(card.replica).cloned();
     let known = known.ok_or_else(|| {
@@ -218,6 +219,7 @@ fn go_on(config: &Config, files: &Files, card: &Card, survey: Survey) -> Result<
         keys: key_set(files, card, &whole.state, &known)?,
         member: Member { address: config.listen.to_string(), ..known },
         admit: None,
+        past_epoch,
     };
     whole.state.begin_incarnation(wall_clock(), beginning)?;
     let (epoch, _) = latest(&whole.state)?;

@@ -33,6 +33,8 @@ pub struct Restore<'a> {
     pub snapshot: &'a Path,
     /// The root's private key (PKCS#8), kept apart from backups.
     pub root_key: &'a Path,
+    /// The highest epoch that the cell is known to have had; 0: the backup's.
+    pub past_epoch: u64,
     /// The number that this replica gets.
     pub replica: u64,
     /// Folder for the administrator's context, certificate and key.
@@ -81,6 +83,7 @@ pub fn restore(config: &Config, r: &Restore<'_>) -> Result<Restored, Refusal> {
             record_key: record.public(),
         },
         admit: Some((issuer_csr.spki_sha256(), tls_csr.spki_sha256())),
+        past_epoch: r.past_epoch,
         keys: Some(next_key_set(&backup.whole.state, &root, r.trust_domain, &record)?),
     };
     let admission = backup.whole.state.begin_incarnation(wall_clock(), beginning)?;

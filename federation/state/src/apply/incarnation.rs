@@ -19,6 +19,8 @@ const GENERATION_SHIFT: u32 = 32;
 const BUNDLE_SHIFT: u32 = 40;
 /// Numbers of identities left out: what the lost incarnation may have handed out last.
 const IDENTITY_GAP: u32 = 1 << 20;
+/// Indexes fit 64 bits, and 53 as far as a cell's first thousands of incarnations go.
+const EPOCH_MAX: u64 = 1 << 23;
 const INCARNATIONS_MAX: usize = 64;
 
 /// What an incarnation begins with.
@@ -32,6 +34,8 @@ pub struct Beginning {
     pub member: Member,
     /// SHA-256 of SPKI of its issuing key and of its TLS key, where it gets a new intermediate.
     pub admit: Option<([u8; 32], [u8; 32])>,
+    /// The highest epoch that the cell is known to have had: a backup does not know of those that came after it.
+    pub past_epoch: u64,
     /// A key set without the keys of those given up; none where the root is not at hand.
     pub keys: Option<KeySetRow>,
 }
@@ -46,7 +50,10 @@ impl State {
     ) -> Result<Option<Committed<ReplicaAdmission>>, Refusal> {
         let mut cell = cell_row(self)?;
         let (from_index, from_digest) = (self.applied(), self.digest());
-        let epoch = cell.epoch.max((from_index.0 >> INDEX_SHIFT) + 1) + 1;
+        let epoch = cell.epoch.max((from_index.0 >> INDEX_SHIFT) + 1).max(b.past_epoch) + 1;
+        if epoch > EPOCH_MAX {
+            return Err(Refusal::new(Code::BadRequest, format!("an epoch up to {EPOCH_MAX}"), epoch.to_string()));
+        }
         let next_identity = cell.next_identity.checked_add(IDENTITY_GAP);
         let next_identity = next_identity.ok_or_else(|| {
             Refusal::new(Code::Internal, "numbers left for identities", cell.next_identity.to_string())
