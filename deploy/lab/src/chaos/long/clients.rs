@@ -32,7 +32,7 @@ use tokio::time::{sleep, timeout};
 /// Registers; few, so that clients meet.
 pub(super) const REGISTERS: u64 = 5;
 /// Clients of the registers.
-const CLIENTS: u64 = 6;
+const CLIENTS: u64 = 10;
 /// One request to one replica. Longer than an election, shorter than most faults.
 const ATTEMPT_MAX: Duration = Duration::from_secs(1);
 /// How often a patient client sends a write.
@@ -166,7 +166,7 @@ async fn register_client(job: Arc<Job>, cell: ambit::cell::Cell, client: u64, st
         } else {
             read(&job, &cell, client, &mut draw).await;
         }
-        sleep(Duration::from_millis(draw.between(5, 40))).await;
+        sleep(Duration::from_millis(draw.between(2, 20))).await;
     }
 }
 
@@ -265,10 +265,11 @@ async fn issue(job: Arc<Job>, cell: ambit::cell::Cell, root: Vec<Vec<u8>>, stopp
 }
 
 async fn leaf(job: &Job, cell: &ambit::cell::Cell, root: &[Vec<u8>], first: u64) -> Result<(String, String), Refusal> {
-    let request = v1::RenewAdminRequest { request_id: request_id()?, csr: SvidKey::generate()?.csr()? };
     let mut last = Refusal::new(Code::Unavailable, "a replica that issues", "none");
     for attempt in 0..job.addresses.len() {
         let at = job.addresses[(first as usize + attempt) % job.addresses.len()];
+        // As an agent asks: each time a new request with a new key, since each replica signs under its own authority.
+        let request = v1::RenewAdminRequest { request_id: request_id()?, csr: SvidKey::generate()?.csr()? };
         let mut chain = match ask_at!(cell, at, Svid.renew_admin(request.clone())) {
             Ok(reply) => reply.chain_der,
             Err(refusal) => {
@@ -330,7 +331,7 @@ impl Job {
     }
     fn surprise(&self, what: String) {
         let mut seen = self.seen();
-        if seen.surprises.len() < SURPRISES_MAX {
+        if seen.surprises.len() < SURPRISES_MAX && !seen.surprises.contains(&what) {
             seen.surprises.push(what);
         }
     }

@@ -238,6 +238,24 @@ mod tests {
     }
 
     #[test]
+    fn a_history_that_no_order_explains_is_written_down_window_first() {
+        use crate::chaos::linear::Did;
+        let op = |client, call_us, did| Op { client, call_us, back_us: Some(call_us + 1), did };
+        let write = |n: u64| op(1, n * 10, Did::Write(n));
+        let mut ops: Vec<Op> = (1..=50).map(write).collect();
+        let evidence = Evidence { folder: std::env::temp_dir().join(format!("ambit-verdict-{}", std::process::id())) };
+        assert_eq!(history(&evidence, 3, &ops).unwrap(), None);
+        assert!(!evidence.folder.exists(), "nothing is written where nothing is wrong");
+        ops.push(op(2, 505, Did::Read(Some(20))));
+        let path = history(&evidence, 3, &ops).unwrap().unwrap();
+        let text = std::fs::read_to_string(&path).unwrap();
+        std::fs::remove_dir_all(&evidence.folder).unwrap();
+        let (window, whole) = text.split_once("The whole history:").unwrap();
+        assert!(window.contains("client 2   read  20") && window.contains("client 1   wrote 20"), "{window}");
+        assert!(window.lines().count() < 9 && whole.lines().count() > 50, "{text}");
+    }
+
+    #[test]
     fn any_count_but_zero_is_a_failure_and_so_is_nothing_proven() {
         let good = || Verdict { acknowledged: 5, operations: 9, ..Verdict::default() };
         assert!(good().judge().is_ok());
