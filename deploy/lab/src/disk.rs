@@ -22,14 +22,19 @@ pub(crate) fn make(folder: &Path, mib: u64) -> Result<(), LabError> {
     made.map_err(|e| failed(folder, e.into()))
 }
 
+/// Refuses what is no small disk.
+pub(crate) fn is_small(folder: &Path) -> Result<(), Refusal> {
+    let mounted = mounts_below(folder).iter().any(|mount| mount == folder);
+    let bytes = nix::sys::statvfs::statvfs(folder).map_or(u64::MAX, |disk| disk.blocks() * disk.fragment_size());
+    if mounted && bytes <= BYTES_MAX {
+        return Ok(());
+    }
+    let expected = format!("a disk of its own of at most {BYTES_MAX} bytes");
+    Err(Refusal::new(Code::NotFound, expected, folder.display().to_string()))
+}
+
 /// Fills it: nothing more can be written until [`empty`].
 pub(crate) fn fill(folder: &Path) -> Result<(), LabError> {
-    let mounted = mounts_below(folder).iter().any(|mount| mount == folder);
-    let bytes = nix::sys::statvfs::statvfs(folder).map_err(|e| failed(folder, e.into()))?;
-    if !mounted || bytes.blocks() * bytes.fragment_size() > BYTES_MAX {
-        let expected = format!("a disk of its own of at most {BYTES_MAX} bytes");
-        return Err(Refusal::new(Code::BadRequest, expected, folder.display().to_string()).into());
-    }
     let path = folder.join(BALLAST);
     let mut file = File::create(&path).map_err(|e| failed(&path, e))?;
     for block in BLOCKS.map(|size| vec![0; size]) {

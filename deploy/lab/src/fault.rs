@@ -223,7 +223,8 @@ impl Lab {
     fn resolve(&self, fault: Fault, target: &str) -> Result<(), LabError> {
         match (fault, target) {
             (Fault::Kill, ROUTER) => Ok(()),
-            (Fault::Kill | Fault::Pause | Fault::Fill, target) => self.processes_of(target).map(drop),
+            (Fault::Kill | Fault::Pause, target) => self.processes_of(target).map(drop),
+            (Fault::Fill, target) => Ok(disk::is_small(&self.small_disk(target))?),
             (Fault::Cut, target) => self.links(target).map(drop),
         }
     }

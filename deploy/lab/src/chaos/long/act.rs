@@ -3,7 +3,7 @@
 
 use super::clients::Clients;
 use super::draw::{Act, Part, Who};
-use super::{Done, SITE, SMALL_DISK};
+use super::{Done, LeaderKill, SITE, SMALL_DISK};
 use crate::fault::Fault;
 use crate::lab::{Lab, LabError};
 use ambit::drill::watch::Clock;
@@ -92,7 +92,7 @@ impl Stage<'_> {
         if let ([target], Some(leader)) = (targets, leader)
             && *target == leader
         {
-            done.leader_kills.push(self.clock.ms());
+            done.leader_kills.push(LeaderKill { at_ms: self.clock.ms(), whole: done.whole });
         }
         std::thread::sleep(Duration::from_millis(down_ms));
         targets.iter().try_for_each(|target| self.lab.restore(&role(*target)).map(drop))

@@ -41,8 +41,14 @@ pub struct Options<'a> {
     pub limit: Duration,
 }
 
-/// A kill of a leader: when it was gone, in milliseconds of the ledger's clock.
-type LeaderKills = Vec<u64>;
+/// A kill of a leader.
+#[derive(Clone, Copy)]
+struct LeaderKill {
+    /// When it was gone, in milliseconds of the ledger's clock.
+    at_ms: u64,
+    /// Whether the two others followed it closely before: else the cell waits for the one that catches up.
+    whole: bool,
+}
 
 /// Runs it in a lab of its own.
 pub fn run(options: &Options<'_>) -> Result<(), LabError> {
@@ -77,7 +83,9 @@ struct Run<'a> {
 #[derive(Default)]
 struct Done {
     kills: u32,
-    leader_kills: LeaderKills,
+    leader_kills: Vec<LeaderKill>,
+    /// Whether the step before was followed by a whole cell.
+    whole: bool,
     /// Why they ended early.
     failed: Option<LabError>,
 }
@@ -94,7 +102,7 @@ impl<'a> Run<'a> {
     }
 
     fn steps(&self, options: &Options<'_>) -> Done {
-        let mut done = Done::default();
+        let mut done = Done { whole: true, ..Done::default() };
         self.say.chapter(&format!("Faults of seed {}", options.seed));
         let deadline = Instant::now() + options.limit;
         let steps = draw::steps(options.seed, options.kills);
@@ -118,6 +126,7 @@ impl<'a> Run<'a> {
         let stage = Stage { lab: self.lab, clients: &self.clients, clock: self.load.clock() };
         let what = stage.play(act, done)?;
         let healed = Instant::now();
+        done.whole = then == Then::Whole;
         let whole = match then {
             Then::Whole => format!("whole after {:.1} s", self.whole()?.as_secs_f64()),
             Then::After(ms) => {

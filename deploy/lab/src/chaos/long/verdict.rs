@@ -1,8 +1,8 @@
 //! What a run proves: the counts, and where one is not zero, the evidence in a folder that outlives the lab.
 
-use super::Done;
 use super::clients::Seen;
 use super::observe::Views;
+use super::{Done, LeaderKill};
 use crate::chaos::linear::{self, Op};
 use crate::lab::{Lab, LabError, chain, make_folder, write_file};
 use crate::net;
@@ -156,16 +156,19 @@ pub(super) fn reach(lab: &Lab, say: &crate::demo::Say, seed: u64, found: Found) 
 }
 
 /// From the moment when a leader was gone to the first acknowledgement of a write sent after it.
-fn tell_outages(say: &crate::demo::Say, leader_kills: &[u64], ledger: &[Write]) {
-    let mut outages: Vec<u64> = leader_kills.iter().filter_map(|at| outage_ms(*at, ledger)).collect();
-    outages.sort_unstable();
-    if let (Some(median), Some(most)) = (outages.get(outages.len() / 2), outages.last()) {
-        say.step(&format!(
-            "without acknowledged writes after a kill of the leader: median {:.2} s, most {:.2} s, {} kills",
-            *median as f64 / 1000.0,
-            *most as f64 / 1000.0,
-            outages.len()
-        ));
+fn tell_outages(say: &crate::demo::Say, leader_kills: &[LeaderKill], ledger: &[Write]) {
+    for (whole, cell) in [(true, "of a whole cell"), (false, "while another replica still caught up")] {
+        let kills = leader_kills.iter().filter(|kill| kill.whole == whole);
+        let mut outages: Vec<u64> = kills.filter_map(|kill| outage_ms(kill.at_ms, ledger)).collect();
+        outages.sort_unstable();
+        if let (Some(median), Some(most)) = (outages.get(outages.len() / 2), outages.last()) {
+            say.step(&format!(
+                "without acknowledged writes after {} kills of the leader {cell}: median {:.2} s, most {:.2} s",
+                outages.len(),
+                *median as f64 / 1000.0,
+                *most as f64 / 1000.0
+            ));
+        }
     }
 }
 
