@@ -163,7 +163,7 @@ fn tell_outages(say: &crate::demo::Say, leader_kills: &[LeaderKill], ledger: &[W
         outages.sort_unstable();
         if let (Some(median), Some(most)) = (outages.get(outages.len() / 2), outages.last()) {
             say.step(&format!(
-                "without acknowledged writes after {} kills of the leader {cell}: median {:.2} s, most {:.2} s",
+                "without acknowledged writes after a kill of the leader {cell} ({}): median {:.2} s, most {:.2} s",
                 outages.len(),
                 *median as f64 / 1000.0,
                 *most as f64 / 1000.0
