@@ -21,6 +21,26 @@ pub(crate) fn demo(options: &[&str]) -> Result<(), Stop> {
     run(&[&["demo"], options].concat())
 }
 
+/// Faults in a lab of its own. The options are checked here too, as the demo's are.
+pub(crate) fn chaos(options: &[&str]) -> Result<(), Stop> {
+    let wrong = |what: String| Err(Stop::Usage(format!("{what}: chaos takes --smoke, or --kills N")));
+    match options {
+        ["--smoke"] => {}
+        ["--kills", rest @ ..] => {
+            let (values, names): (Vec<_>, Vec<_>) = rest.iter().enumerate().partition(|(n, _)| n % 2 == 0);
+            if let Some((_, name)) = names.iter().find(|(_, name)| !["--seed", "--minutes"].contains(name)) {
+                return wrong(format!("'{name}' is not an option of chaos"));
+            }
+            if values.len() != names.len() + 1 || values.iter().any(|(_, value)| value.parse::<u64>().is_err()) {
+                return wrong("each option wants a number".into());
+            }
+        }
+        _ => return wrong(format!("'{}'", options.join(" "))),
+    }
+    deps::install(deps::Say::Missing)?;
+    run(&[&["chaos"], options].concat())
+}
+
 /// Builds every binary (the lab starts them) and replaces this process by `ambit-lab` with `args`, so that a
 /// terminal's interrupt, the exit code and the last line are the lab's own.
 pub(crate) fn run(args: &[&str]) -> Result<(), Stop> {

@@ -28,7 +28,9 @@ usage: cargo xtask <verb>
                         two attested clusters on this machine, the whole way through (root; Linux namespaces)
   test                  format, lints, every test of the workspace; last line: N passed, N failed, N skipped
   lab up|down|status    the one-machine lab that demo uses, to explore by hand (root)
-  chaos --smoke         kill each process of a lab in turn; last line: N lost, N duplicated, N non-linearizable
+  chaos --smoke | --kills N [--seed S] [--minutes M]
+                        kill each process of a lab in turn; or N kills of replicas and other faults at random, every
+                        history checked; last line: N lost, N duplicated, N non-linearizable
   vm                    a node as a machine of its own, with Secure Boot, a TPM driver and IMA (root; QEMU; 2 minutes)
   sim --seeds N | --seed S | --mutants   one cell of the real code under simulated faults (--from S, --seconds T); replay one
                         seed with a trace; find planted faults. Last line: N seeds, M violations (N mutants, M caught)
@@ -45,7 +47,6 @@ usage: cargo xtask <verb>
 
 not built yet; these say so, prove nothing and therefore end with 1:
   bench NAME            (any other name) last line: 0 figures, 0 met
-  chaos                 (without --smoke) last line: 0 lost, 0 duplicated, 0 non-linearizable
 
 Ends with 0 only where all holds, with 1 where something failed or nothing was proven, with 2 on wrong usage.";
 
@@ -86,7 +87,7 @@ fn run(args: &[&str]) -> Result<(), Stop> {
         ["test"] => test::run(),
         ["lab", verb @ ("up" | "down" | "status"), options @ ..] => lab::run(&[&[*verb], options].concat()),
         ["vm"] => vm::run(),
-        ["chaos", "--smoke"] => lab::run(&["chaos", "--smoke"]),
+        ["chaos", options @ ..] => lab::chaos(options),
         ["build-bpf"] => cargo::program("sh", &["ebpf/build-objects.sh"]),
         ["build-bpf", "--check"] => cargo::program("sh", &["ebpf/build-objects.sh", "--check"]),
         ["deny"] => deny::run(),
@@ -97,7 +98,6 @@ fn run(args: &[&str]) -> Result<(), Stop> {
         ["bench", name @ ("memory" | "revoke")] => lab::bench(name),
         ["bench", name @ ("attest" | "raft")] => lab::bench_cell(name),
         ["bench", name] if !name.starts_with('-') => unbuilt::bench(name),
-        ["chaos"] => unbuilt::chaos(),
         ["fuzz", options @ ..] => fuzz::run(options),
         [] => Err(Stop::Usage("which verb?".into())),
         _ => Err(Stop::Usage(format!("'{}' is not a verb with these arguments", args.join(" ")))),

@@ -16,11 +16,3 @@ pub(crate) fn bench(name: &str) -> Result<(), Stop> {
     );
     unbuilt(&what, "0 figures, 0 met")
 }
-
-/// Long chaos runs.
-pub(crate) fn chaos() -> Result<(), Stop> {
-    unbuilt(
-        "no long run of random faults under a linearizability check; `cargo xtask chaos --smoke` kills each process once",
-        "0 lost, 0 duplicated, 0 non-linearizable",
-    )
-}

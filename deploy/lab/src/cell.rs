@@ -17,6 +17,9 @@ const ELECTION_TIMEOUT_MS: u32 = 300;
 /// Several to an election timeout, so that one lost heartbeat starts no election.
 const HEARTBEAT_MS: u32 = 50;
 
+/// How long a replica that was taken out of its cell still runs.
+const REMOVED_RUNS: Duration = Duration::from_secs(2);
+
 /// How often a node of the lab is asked for a quote, seconds: one interval is what a changed machine may go unnoticed.
 pub const ATTEST_EVERY_S: u64 = 5;
 /// A program that the lab's policy lets run: what a scenario puts in a measured folder, and then alters.
@@ -67,10 +70,45 @@ impl Lab {
         self.start_server(first)?;
         let formed = self.cell(site)?;
         for replica in others {
-            self.add_replica(&formed, first, replica)?;
+            if let Kind::Replica(number) = replica.kind {
+                self.add_replica(&formed, first, replica, number.into())?;
+            }
         }
         self.write_context(&formed, &replicas)?;
         self.cell(site)
+    }
+    /// Gives a replica a small disk, before its cell is formed. It goes with the lab.
+    pub fn make_small_disk(&self, role: &str, mib: u64) -> Result<(), LabError> {
+        crate::disk::make(&self.small_disk(role), mib)
+    }
+    /// The place of a replica's small disk.
+    pub(crate) fn small_disk(&self, role: &str) -> PathBuf {
+        self.folder(role).join("disk")
+    }
+    /// Takes a replica out of its cell, kills it, and has its machine join again as replica `number` with nothing on its
+    /// disk. `alive`: it still runs when it is taken out. Not for the first replica, which keeps the root.
+    pub fn replace_replica(&self, role: &str, was: u64, number: u64, alive: bool) -> Result<(), LabError> {
+        let member = self.spec().member(role).ok_or_else(|| no_site(role))?;
+        let replicas = self.replicas(&member.site)?;
+        let (first, cell) = (replicas.first().ok_or_else(|| no_site(role))?, self.cell(&member.site)?);
+        let kill = || -> Result<(), LabError> {
+            if let Some(process) = self.state()?.process(role) {
+                process.id.kill();
+            }
+            Ok(())
+        };
+        if !alive {
+            kill()?;
+        }
+        self.ambit(&member.site, &["raft", "remove", "--replica", &was.to_string()])?;
+        if alive {
+            // A removed member that goes on talking must disturb nobody (I16).
+            std::thread::sleep(REMOVED_RUNS);
+            kill()?;
+        }
+        let data = self.data_folder(role);
+        std::fs::remove_dir_all(&data).map_err(|source| LabError::Io { path: data, source })?;
+        self.add_replica(&cell, first, &member, number)
     }
     /// The cell of a site, formed before.
     pub fn cell(&self, site: &str) -> Result<Cell, LabError> {
@@ -138,8 +176,7 @@ impl Lab {
         self.folder("operator").join(site)
     }
 
-    fn add_replica(&self, cell: &Cell, via: &Member, replica: &Member) -> Result<(), LabError> {
-        let Kind::Replica(number) = replica.kind else { return Ok(()) };
+    fn add_replica(&self, cell: &Cell, via: &Member, replica: &Member, number: u64) -> Result<(), LabError> {
         let (number, address) = (number.to_string(), listen(replica).to_string());
         let token = self.ambit(&cell.site, &["raft", "add", "--replica", &number, "--address", &address])?;
         self.write_server_config(replica)?;
@@ -172,9 +209,14 @@ impl Lab {
         self.folder(role).join("ambitd.toml")
     }
 
+    fn data_folder(&self, role: &str) -> PathBuf {
+        let disk = self.small_disk(role);
+        if disk.exists() { disk.join("data") } else { self.folder(role).join("data") }
+    }
+
     fn write_server_config(&self, replica: &Member) -> Result<(), LabError> {
         let role = replica.role();
-        let data = quoted(&self.folder(&role).join("data"));
+        let data = quoted(&self.data_folder(&role));
         let (listen, metrics) = (listen(replica), metrics(replica));
         let text = format!(
             "data_dir = {data}\nlisten = \"{listen}\"\nmetrics_listen = \"{metrics}\"\n\n[raft]\n\

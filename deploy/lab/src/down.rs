@@ -80,6 +80,7 @@ fn clean_once(lab: &str, removed: &mut Removed) -> Result<(), LabError> {
         cgroup::remove(&top)?;
         removed.folders += 1;
     }
+    crate::disk::unmount_below(&topology::root(lab))?;
     for folder in [cgroup::pins(lab), topology::root(lab)] {
         removed.folders += usize::from(remove_folder(folder)?);
     }

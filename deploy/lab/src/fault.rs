@@ -1,5 +1,6 @@
-//! Faults: kill, pause, cut. Each is reverted by its own lease, held by a keeper that outlives whoever injected it.
+//! Faults: kill, pause, cut, fill. Each is reverted by its own lease, held by a keeper that outlives whoever injected it.
 
+use crate::disk;
 use crate::lab::{Lab, LabError, make_folder, write_file};
 use crate::lock::Lock;
 use crate::net;
@@ -30,8 +31,12 @@ pub enum Fault {
     Kill,
     /// SIGSTOP; reverted by SIGCONT.
     Pause,
-    /// Link down; reverted by up. `west-n1` parts a machine, `west` a site from all, `west:east` two sites.
+    /// Link down; reverted by up. `west-n1` parts a machine, `west` a site from all, `west:east` two sites,
+    /// `west-r1>west-r2` loses what the first of two machines of a site sends to the second.
     Cut,
+    /// No space left on the small disk of a replica ([`Lab::make_small_disk`]); reverted by giving the space back and by
+    /// starting what died of it.
+    Fill,
 }
 
 /// A fault that will be reverted.
@@ -53,6 +58,7 @@ enum Links {
     Member(Site, Member),
     Site(Site),
     Pair(Site, Site),
+    OneWay(Member, Member),
 }
 
 impl Lease {
@@ -61,8 +67,9 @@ impl Lease {
             Fault::Kill => "kill",
             Fault::Pause => "pause",
             Fault::Cut => "cut",
+            Fault::Fill => "fill",
         };
-        format!("{fault}-{}", self.target.replace(':', "+"))
+        format!("{fault}-{}", self.target.replace(':', "+").replace('>', "-to-"))
     }
     /// Milliseconds until it ends.
     pub fn left_ms(&self) -> u64 {
@@ -152,6 +159,10 @@ impl Lab {
                 });
             }
             (Fault::Cut, target) => self.set_links(&self.links(target)?, true)?,
+            (Fault::Fill, target) => {
+                disk::empty(&self.small_disk(target))?;
+                self.restart_all(&self.processes_of(target)?)?;
+            }
         }
         let path = self.lease_path(id);
         std::fs::remove_file(&path).map_err(|source| LabError::Io { path, source })?;
@@ -197,6 +208,7 @@ impl Lab {
                 Ok(())
             }
             (Fault::Cut, target) => self.set_links(&self.links(target)?, false),
+            (Fault::Fill, target) => disk::fill(&self.small_disk(target)),
         }
     }
 
@@ -212,6 +224,7 @@ impl Lab {
         match (fault, target) {
             (Fault::Kill, ROUTER) => Ok(()),
             (Fault::Kill | Fault::Pause, target) => self.processes_of(target).map(drop),
+            (Fault::Fill, target) => Ok(disk::is_small(&self.small_disk(target))?),
             (Fault::Cut, target) => self.links(target).map(drop),
         }
     }
@@ -233,11 +246,18 @@ impl Lab {
     }
 
     fn links(&self, target: &str) -> Result<Links, LabError> {
-        let missing =
-            || Refusal::new(Code::NotFound, "a machine, a site, or two sites as west:east", target.to_owned());
+        let missing = || {
+            let expected = "a machine, a site, two sites as west:east, or two machines of a site as west-r1>west-r2";
+            Refusal::new(Code::NotFound, expected, target.to_owned())
+        };
         let site = |name: &str| self.spec.site(name).cloned().ok_or_else(missing);
         if let Some((a, b)) = target.split_once(':') {
             return Ok(Links::Pair(site(a)?, site(b)?));
+        }
+        if let Some((from, to)) = target.split_once('>') {
+            let member = |name: &str| self.spec.member(name).ok_or_else(missing);
+            let (from, to) = (member(from)?, member(to)?);
+            return if from.site == to.site { Ok(Links::OneWay(from, to)) } else { Err(missing().into()) };
         }
         if let Some(member) = self.spec.member(target) {
             return Ok(Links::Member(site(&member.site)?, member));
@@ -250,6 +270,7 @@ impl Lab {
             Links::Member(site, member) => net::set_link(&self.spec, &site.name, Some(member), up)?,
             Links::Site(site) => net::set_link(&self.spec, &site.name, None, up)?,
             Links::Pair(a, b) => net::set_parted(&self.spec, a, b, !up)?,
+            Links::OneWay(from, to) => net::set_unheard(&self.spec, from, to, !up)?,
         }
         Ok(())
     }

@@ -14,6 +14,7 @@ pub mod cell;
 pub mod cgroup;
 pub mod chaos;
 pub mod demo;
+mod disk;
 pub mod down;
 pub mod fault;
 pub mod gate;

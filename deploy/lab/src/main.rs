@@ -9,7 +9,7 @@ use std::net::SocketAddrV4;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 mod status;
 
@@ -68,7 +68,7 @@ enum Verb {
         #[command(flatten)]
         lab: Name,
         action: Action,
-        /// A process (`west-r1`, `west-n1-agent`), a machine, a site, `router`; a cut also takes `west:east`
+        /// A process (`west-r1`, `west-n1-agent`), a machine, a site, `router`; a cut also takes `west:east`, and `west-r1>west-r2` for one way
         target: String,
         /// When the fault reverts by itself, as 60s or 1500ms
         #[arg(long, default_value = "60s", value_parser = duration)]
@@ -115,11 +115,20 @@ enum Verb {
         #[arg(long)]
         debian: PathBuf,
     },
-    /// Kill each process of a lab of its own in turn, under writes and calls, and count what was lost
+    /// Kill processes of a lab of its own under clients that write and read, and judge what they saw
     Chaos {
-        /// Each process once; the only run there is yet
-        #[arg(long, required = true)]
+        /// Each kind of process once, under writes and calls
+        #[arg(long, required_unless_present = "kills", conflicts_with_all = ["kills", "seed", "minutes"])]
         smoke: bool,
+        /// So many kills of replicas, and other faults, at random
+        #[arg(long, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+        kills: Option<u32>,
+        /// What the faults are drawn from; another each time
+        #[arg(long)]
+        seed: Option<u64>,
+        /// No fault begins after so many minutes
+        #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..=60))]
+        minutes: u64,
         /// The lab's name
         #[arg(long = "name", visible_alias = "lab", default_value = "chaos")]
         name: String,
@@ -229,7 +238,11 @@ fn run(verb: Verb) -> Result<ExitCode, LabError> {
             ambit_lab::demo::run(&ambit_lab::demo::Options { name: &lab.name, json: json.as_deref(), keep })?;
         }
         Verb::Vm { name, debian } => ambit_lab::vm::run(&ambit_lab::vm::Options { name: &name, debian: &debian })?,
-        Verb::Chaos { smoke: _, name } => ambit_lab::chaos::run(&name)?,
+        Verb::Chaos { smoke: _, kills: None, name, .. } => ambit_lab::chaos::run(&name)?,
+        Verb::Chaos { kills: Some(kills), seed, minutes, name, .. } => {
+            let (seed, limit) = (seed.unwrap_or_else(any_seed), Duration::from_secs(minutes * 60));
+            ambit_lab::chaos::long::run(&ambit_lab::chaos::long::Options { name: &name, kills, seed, limit })?;
+        }
         Verb::Guardian { lab, parent } => guardian::guard(&lab.name, parent)?,
         Verb::Bench { name } => match name.as_str() {
             "revoke" => ambit_lab::bench::revoke()?,
@@ -243,6 +256,12 @@ fn run(verb: Verb) -> Result<ExitCode, LabError> {
         Verb::LeaseKeeper { lab, lease } => Lab::open(&lab.name)?.keep_lease(&lease)?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Short enough to be typed again.
+fn any_seed() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::from(now.subsec_nanos() ^ std::process::id())
 }
 
 fn up(spec: &Spec, cells: bool) -> Result<(), LabError> {

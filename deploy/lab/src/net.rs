@@ -210,6 +210,20 @@ pub fn set_parted(spec: &Spec, a: &Site, b: &Site, parted: bool) -> Result<(), N
     Ok(())
 }
 
+/// Loses all that one member of a site sends to another, or lets it through again. What comes back is not touched.
+pub fn set_unheard(spec: &Spec, from: &Member, to: &Member, unheard: bool) -> Result<(), NetError> {
+    let namespace = spec.namespace(&from.role());
+    let rule = format!("to {} priority {PART_PRIORITY} blackhole", to.address());
+    // As for two sites: twice is the same as once.
+    let gone = batch(spec, &namespace, &format!("rule del {rule}\n"));
+    if unheard {
+        batch(spec, &namespace, &format!("rule add {rule}\n"))?;
+    } else if let Err(NetError::Tool(ToolError::Start { .. })) = &gone {
+        gone?;
+    }
+    Ok(())
+}
+
 fn add(spec: &Spec, namespaces: &[String]) -> Result<(), NetError> {
     let lines: String = namespaces.iter().map(|n| format!("netns add {n}\n")).collect();
     Ok(tool::run(&spec.name, "ip", &["-batch", "-"], &lines).map(drop)?)

@@ -4,7 +4,7 @@ use crate::cell::Cell;
 use crate::lab::{Lab, LabError};
 use crate::net;
 use ambit::drill::figures::Sample;
-use ambit::drill::ledger::{self, LedgerFigures};
+use ambit::drill::ledger::{self, LedgerFigures, Write};
 use ambit::drill::spec::Writer;
 use ambit::drill::watch::{Clock, Samples};
 use ambit::drill::writer;
@@ -24,7 +24,7 @@ const LIST_MAX: Duration = Duration::from_secs(20);
 /// A running load.
 pub(super) struct Load {
     stop: oneshot::Sender<()>,
-    thread: JoinHandle<Result<LedgerFigures, LabError>>,
+    thread: JoinHandle<Result<Vec<Write>, LabError>>,
     samples: Samples,
     clock: Clock,
 }
@@ -37,7 +37,7 @@ impl Load {
         let (operator, context, site) = (lab.operator().netns, cell.context(), cell.site.clone());
         let into = samples.clone();
         let thread = std::thread::spawn(move || {
-            let work = move || -> Result<LedgerFigures, Refusal> {
+            let work = move || -> Result<Vec<Write>, Refusal> {
                 // One thread, so that every socket is made in the operator's namespace.
                 let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
                 let runtime = runtime.map_err(|e| Refusal::new(Code::Internal, "a runtime", e.to_string()))?;
@@ -69,8 +69,16 @@ impl Load {
     pub(super) fn elapsed(&self) -> Duration {
         Duration::from_millis(self.clock.ms())
     }
+    /// When it began; the ledger counts from there.
+    pub(super) fn clock(&self) -> Clock {
+        self.clock
+    }
     /// Stops, compares the ledger with what the cell lists, and counts.
     pub(super) fn stop(self) -> Result<LedgerFigures, LabError> {
+        Ok(ledger::figures(&self.ledger()?))
+    }
+    /// Stops, and compares the ledger with what the cell lists.
+    pub(super) fn ledger(self) -> Result<Vec<Write>, LabError> {
         // It has ended by itself only where it failed, which it tells.
         let _ = self.stop.send(());
         let panicked = || Refusal::new(Code::Internal, "the writer's ledger", "its thread panicked");
@@ -84,7 +92,7 @@ async fn write(
     clock: Clock,
     samples: Samples,
     stopped: oneshot::Receiver<()>,
-) -> Result<LedgerFigures, Refusal> {
+) -> Result<Vec<Write>, Refusal> {
     let run = format!("chaos{}", clock.begun_ms);
     let running = writer::start(cell.clone(), &writer, run.clone(), clock, samples).await?;
     // Dropped without a word: whoever watched has failed; the ledger is of no use to anyone, but nothing is left open.
@@ -99,5 +107,5 @@ async fn write(
         }
     };
     ledger::reconcile(&mut writes, &run, &listed);
-    Ok(ledger::figures(&writes))
+    Ok(writes)
 }

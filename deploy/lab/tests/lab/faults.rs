@@ -128,3 +128,42 @@ fn a_site_dies_whole_and_comes_back_in_order() {
     let pcrs = ambit_lab::tpm::read_pcrs(&netns, ambit_lab::tpm_wire::Bank::Sha256).unwrap();
     assert_eq!(pcrs, ambit_lab::tpm::golden_pcrs(ambit_lab::tpm_wire::Bank::Sha256));
 }
+
+/// Whether a datagram from one machine reaches the other: TCP would need both ways.
+fn hears(lab: &ambit_lab::Lab, from: &str, to: &str) -> bool {
+    use std::net::UdpSocket;
+    let address = lab.spec().member(to).unwrap().address();
+    let netns = |role: &str| lab.spec().namespace(role);
+    let ear = ambit_lab::net::inside(&netns(to), || UdpSocket::bind((address, 0))).unwrap().unwrap();
+    ear.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+    let at = ear.local_addr().unwrap();
+    let send = || UdpSocket::bind("0.0.0.0:0").and_then(|mouth| mouth.send_to(b"?", at));
+    // A blackhole is told to the sender at once.
+    ambit_lab::net::inside(&netns(from), send).unwrap().is_ok() && ear.recv(&mut [0; 8]).is_ok()
+}
+
+#[test]
+fn a_cut_can_be_one_way_and_a_small_disk_full() {
+    let small = Small::up("oneway", 1, 2);
+    let lab = &small.lab;
+    assert!(hears(lab, "west-n1", "west-n2") && hears(lab, "west-n2", "west-n1"));
+    lab.cut("west-n1>west-n2").unwrap();
+    assert!(!hears(lab, "west-n1", "west-n2"), "what the first sends is lost");
+    assert!(hears(lab, "west-n2", "west-n1") && hears(lab, "west-n1", "west-r1"), "and nothing else");
+    assert_eq!(lab.restore("west-n1>west-n2").unwrap(), 1);
+    assert!(hears(lab, "west-n1", "west-n2"));
+    assert!(lab.cut("west-n1>operator").is_err(), "no machine of the same site");
+
+    let small_disk = lab.folder("west-r1").join("disk");
+    let write = || std::fs::write(small_disk.join("file"), [1; 100]).map_err(|e| e.kind());
+    assert!(lab.inject(Fault::Fill, "west-r1", Duration::from_secs(9)).is_err(), "there is no such disk");
+    assert_eq!(lab.leases().unwrap(), []);
+    lab.make_small_disk("west-r1", 4).unwrap();
+    write().unwrap();
+    lab.inject(Fault::Fill, "west-r1", Duration::from_secs(60)).unwrap();
+    std::fs::remove_file(small_disk.join("file")).unwrap();
+    std::fs::write(small_disk.join("last"), [1; 4096]).unwrap();
+    assert_eq!(write(), Err(std::io::ErrorKind::StorageFull));
+    assert_eq!(lab.restore("west-r1").unwrap(), 1);
+    assert_eq!(write(), Ok(()));
+}

@@ -130,6 +130,8 @@ impl Cell {
                 let command = entry.encode().map_err(Unappended::Final)?;
                 self.0.forwarder.propose(leader, command).await.map_err(|refusal| match refusal.code {
                     Code::Unavailable => Unappended::Later,
+                    // It is this replica that the leader denies, not the caller, who is to go to another one.
+                    Code::PermissionDenied => Unappended::Final(self.not_counted(leader)),
                     _ => Unappended::Final(refusal),
                 })
             }
@@ -230,6 +232,10 @@ impl Cell {
     pub(super) fn stopped(&self) -> Refusal {
         let found = format!("replica {}, which is stopping", self.0.options.id);
         Refusal::new(Code::Unavailable, "a running replica", found)
+    }
+    fn not_counted(&self, leader: ReplicaId) -> Refusal {
+        let found = format!("replica {}, which replica {leader}, the leader, does not count as one", self.0.options.id);
+        Refusal::new(Code::Unavailable, "a replica of the cell", found)
     }
     pub(super) fn no_quorum(&self, what: &str) -> Refusal {
         let status = self.status();

@@ -35,6 +35,11 @@ use tokio::sync::watch;
 /// A replica further than this from the cell's time signs nothing.
 const CLOCK_SKEW_MS_MAX: u64 = 30_000;
 
+thread_local! {
+    /// Whether this thread reads the state; kept in debug builds, where a read within a read is caught.
+    static READING: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+}
+
 /// What the services of one replica share. Cheap to clone.
 #[derive(Clone)]
 pub struct Replica {
@@ -160,11 +165,15 @@ impl Replica {
     /// Reads the state as of an index that covers every acknowledged write (I3).
     pub async fn read<T>(&self, f: impl FnOnce(&State) -> T) -> Result<T, Refusal> {
         self.cell().read_barrier().await?;
-        Ok(f(&self.cell().state()))
+        Ok(self.local(f))
     }
-    /// Reads this replica's own state, which may be behind.
+    /// Reads this replica's own state, which may be behind. Never from within another read: it would wait for a writer
+    /// that waits for the outer one, for ever.
     pub fn local<T>(&self, f: impl FnOnce(&State) -> T) -> T {
-        f(&self.cell().state())
+        debug_assert!(!READING.replace(true), "a read of the state from within another");
+        let read = f(&self.cell().state());
+        READING.set(false);
+        read
     }
     /// Refuses to sign where this machine's clock and the cell's time are too far apart (I15): one of them is wrong.
     pub fn check_clock(&self) -> Result<(), Refusal> {

@@ -190,12 +190,12 @@ fn incarnation((epoch, row): (u64, &IncarnationRow)) -> v1::Incarnation {
 
 impl Membership {
     fn status_message(&self) -> v1::StatusResponse {
-        let status = self.replica.cell().status();
+        let (status, fingerprint) = (self.replica.cell().status(), hex::encode(self.replica.fingerprint()));
         self.replica.local(|s| {
             let cell = s.cell();
             v1::StatusResponse {
                 trust_domain: self.replica.trust_domain().to_string(),
-                fingerprint: hex::encode(self.replica.fingerprint()),
+                fingerprint,
                 replica: self.replica.id(),
                 leader: status.leader.map(|l| l.0).unwrap_or_default(),
                 term: status.term,
