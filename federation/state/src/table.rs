@@ -121,12 +121,7 @@ impl<K: Ord + Clone + Serialize + DeserializeOwned, V: Serialize + DeserializeOw
     }
     /// All rows as they are stored, encoded one at a time.
     pub(crate) fn export(&self) -> impl Iterator<Item = TableWrite> {
-        let row = |(key, row): (&K, &Box<(V, Share)>)| TableWrite {
-            table: self.id,
-            key: encode(key),
-            value: Some(encode(&row.0)),
-        };
-        self.rows.iter().map(row)
+        self.iter().map(|(key, value)| TableWrite { table: self.id, key: encode(key), value: Some(encode(value)) })
     }
     pub(crate) fn load(&mut self, journal: &mut Journal, key: &[u8], value: &[u8]) -> Result<(), Refusal> {
         let bad =
@@ -173,12 +168,11 @@ impl<K: Ord + Clone + Serialize + DeserializeOwned, V: Serialize + DeserializeOw
         }
     }
     pub(crate) fn export(&self) -> impl Iterator<Item = TableWrite> {
-        let row = |(key, value): (&K, &Box<[u8]>)| TableWrite {
+        self.rows.iter().map(|(key, value)| TableWrite {
             table: self.id,
             key: encode(key),
             value: Some(value.to_vec()),
-        };
-        self.rows.iter().map(row)
+        })
     }
     pub(crate) fn load(&mut self, journal: &mut Journal, key: &[u8], value: &[u8]) -> Result<(), Refusal> {
         let bad =
