@@ -45,7 +45,7 @@ pub(super) enum Request {
     /// From a peer, or about one.
     Core(Input),
     /// Answers index and digest.
-    Snapshot(oneshot::Sender<(u64, [u8; 32])>),
+    Snapshot(SnapshotCaller),
     /// Ends the thread.
     Stop,
 }
@@ -92,6 +92,8 @@ pub(super) fn queue() -> (Queue, Receiver<Request>) {
     (Queue(sender), receiver)
 }
 
+/// Who wants a snapshot, and to hear its index and digest.
+type SnapshotCaller = oneshot::Sender<(u64, [u8; 32])>;
 /// A proposal that waits for its new leader, and who asks.
 type Parked = (Box<LogEntry>, oneshot::Sender<Result<u64, Rejected>>);
 
@@ -110,9 +112,9 @@ pub(super) struct Driver {
     snapshots_sent: HashMap<u64, Instant>,
     /// Since when a snapshot is kept in memory for followers.
     offered: Option<Instant>,
-    snapshot_asked: Vec<oneshot::Sender<(u64, [u8; 32])>>,
+    snapshot_asked: Vec<SnapshotCaller>,
     /// To be told once the snapshot with this digest is on disk.
-    snapshot_told: Vec<(oneshot::Sender<(u64, [u8; 32])>, [u8; 32])>,
+    snapshot_told: Vec<(SnapshotCaller, [u8; 32])>,
 }
 
 /// Opens the stores and makes the core; the thread starts with [`Driver::spawn`].
