@@ -9,7 +9,7 @@ use super::transport::{self, Outbox};
 use super::waiters::Ticket;
 use super::{Metrics, Options, StartError, Status, found};
 use crate::store::Folder;
-use ambit_model::{Code, RaftIndex, Refusal, Stamp};
+use ambit_model::{Code, RaftIndex, Refusal, ReplicaId, Stamp};
 use ambit_state::{Applied, Command, LogEntry, State};
 use std::sync::{Arc, Mutex, PoisonError, RwLockReadGuard};
 use std::time::Duration;
