@@ -92,9 +92,9 @@ type Pieces = mpsc::Sender<Result<v1::BackupPiece, Status>>;
 impl Prepared {
     /// Facts, then the file in pieces. Ends with the stream: a reader that went away, or takes nothing, is not waited for.
     pub async fn send(self, pieces: &Pieces) {
-        match self.parts(pieces).await {
-            Ok(_sent_or_nobody_there) => {}
-            Err(refusal) => drop(pieces.send_timeout(Err(to_status(&refusal)), STALL_MAX).await),
+        // Whether all of it was taken matters to nobody here: a reader that has not all of it knows by the seal.
+        if let Err(refusal) = self.parts(pieces).await {
+            drop(pieces.send_timeout(Err(to_status(&refusal)), STALL_MAX).await);
         }
     }
 
