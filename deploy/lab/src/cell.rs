@@ -85,7 +85,7 @@ impl Lab {
     pub(crate) fn small_disk(&self, role: &str) -> PathBuf {
         self.folder(role).join("disk")
     }
-    /// Takes a replica out of its cell, kills it, and has its machine join again as replica `number` with nothing on its
+    /// Takes a replica out of its cell, kills it, and has its machine join again as replica `number` with an empty
     /// disk. `alive`: it still runs when it is taken out. Not for the first replica, which keeps the root.
     pub fn replace_replica(&self, role: &str, was: u64, number: u64, alive: bool) -> Result<(), LabError> {
         let member = self.spec().member(role).ok_or_else(|| no_site(role))?;

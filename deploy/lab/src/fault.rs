@@ -1,4 +1,4 @@
-//! Faults: kill, pause, cut, fill. Each is reverted by its own lease, held by a keeper that outlives whoever injected it.
+//! Faults: kill, pause, cut, fill. Each is reverted by its own lease, held by a keeper that outlives its injector.
 
 use crate::disk;
 use crate::lab::{Lab, LabError, make_folder, write_file};

@@ -1,5 +1,5 @@
-//! Steps, done: to whom, on which process or link, and back again. Every fault has a lease of the lab beside it, so that
-//! it ends even where this process does.
+//! Steps, done: to whom, on which process or link, and back again. Every fault has a lease of the lab beside it, and
+//! ends even where this process does.
 
 use super::clients::Clients;
 use super::draw::{Act, Part, Who};
