@@ -31,6 +31,7 @@ struct Line {
     /// Whether the kernel refused the call in `connect()` (EPERM), before anything was sent.
     refused: bool,
     /// Why there was no answer.
+    #[serde(skip_serializing_if = "Option::is_none")]
     error: Option<String>,
 }
 
