@@ -180,7 +180,7 @@ impl World {
         for id in &ids {
             if let Some(host) = self.hosts.get_mut(id) {
                 host.paused_until = self.now;
-                host.disk.make_room();
+                host.disk.make_good();
                 if host.condition == Condition::Down {
                     self.at(self.now, Event::Start(*id));
                 } else if host.condition == Condition::Up {

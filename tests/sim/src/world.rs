@@ -10,6 +10,7 @@ use crate::plan::{MS, Micros, Plan, SECOND};
 use crate::template::Template;
 use ambit_model::Stamp;
 use ambit_state::{Applied, Command, LogEntry};
+use ambitd::raft::core::Input;
 use ambitd::raft::engine::Request;
 use ambitd::store::model::ModelDisk;
 use bytes::Bytes;
@@ -25,6 +26,8 @@ const THINK_MAX: Micros = 60 * MS;
 const TRIES_MAX: u32 = 12;
 /// A run of the replica without a sync takes this long.
 const RUN: Micros = 20;
+/// From a lost frame to the news that its stream is broken.
+const STREAM_BREAKS: Micros = 200 * MS;
 /// Requests taken in before the next append, as in the driver.
 const BATCH_MAX: usize = 1024;
 
@@ -34,6 +37,7 @@ pub(crate) enum Event {
     Frame { to: u64, from: u64, incarnation: u64, clock: Stamp, messages: Vec<Bytes> },
     Forward { to: u64, from: u64, life: u64, op: OpId, entry: Box<LogEntry> },
     Answer { to: u64, life: u64, op: OpId, outcome: Result<u64, ()> },
+    SnapshotLost { from: u64, to: u64 },
     Start(u64),
     Client(usize),
     Fault(crate::faults::Kind),
@@ -193,6 +197,10 @@ impl World {
             }
             Event::Forward { to, from, life, op, entry } => self.forwarded(to, from, life, op, entry),
             Event::Answer { to, life, op, outcome } => self.answered(to, life, op, outcome),
+            Event::SnapshotLost { from, to } => {
+                self.give(from, Request::Core(Input::Unreachable(to)));
+                self.give(from, Request::Core(Input::SnapshotFailed(to)));
+            }
             Event::Start(id) => self.start(id)?,
             Event::Client(n) => self.client(n)?,
             Event::Fault(kind) => self.fault(kind)?,
@@ -271,7 +279,7 @@ impl World {
         host.run_at = None;
         let dice = &mut self.dice;
         host.disk.crash(&mut |sides| dice.below(sides));
-        host.disk.make_room();
+        host.disk.make_good();
         if host.condition == Condition::Up {
             host.condition = Condition::Down;
         }
@@ -356,13 +364,20 @@ impl World {
         sync: Micros,
         sent: Vec<(u64, ambitd::raft::core::Outgoing)>,
     ) {
-        let mut frames: BTreeMap<(u64, u64), Vec<Bytes>> = BTreeMap::new();
+        let mut frames: BTreeMap<(u64, u64), (Vec<Bytes>, bool)> = BTreeMap::new();
         for (after, message) in sent {
-            frames.entry((after, message.to)).or_default().push(message.bytes.into());
+            let (messages, snapshot) = frames.entry((after, message.to)).or_default();
+            messages.push(message.bytes.into());
+            *snapshot |= message.snapshot;
         }
-        for ((after, to), messages) in frames {
+        for ((after, to), (messages, snapshot)) in frames {
             let leaves = self.now + RUN + after * sync;
-            for arrives in self.network.arrivals(from, to, leaves) {
+            let arrivals = self.network.arrivals(from, to, leaves);
+            if arrivals.is_empty() && snapshot {
+                // The courier's stream breaks where a frame is lost, and it says that a snapshot may have been among them.
+                self.at(leaves + STREAM_BREAKS, Event::SnapshotLost { from, to });
+            }
+            for arrives in arrivals {
                 let messages = messages.clone();
                 self.at(arrives, Event::Frame { to, from, incarnation, clock, messages });
             }

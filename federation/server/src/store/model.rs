@@ -27,7 +27,7 @@ pub enum Fault {
     DieAfter,
     /// The sync fails; what is on disk is in doubt.
     SyncError,
-    /// No room, from now on until [`ModelDisk::make_room`].
+    /// No room, from now on until [`ModelDisk::make_good`].
     Full,
 }
 
@@ -78,9 +78,10 @@ impl ModelDisk {
         self.0.borrow_mut().fault = Some(fault);
     }
 
-    /// Ends [`Fault::Full`].
-    pub fn make_room(&self) {
-        self.0.borrow_mut().full = false;
+    /// Ends [`Fault::Full`], and whatever is armed.
+    pub fn make_good(&self) {
+        let mut disk = self.0.borrow_mut();
+        (disk.full, disk.fault) = (false, None);
     }
 
     /// Whether a fault ended the process that wrote: it must do nothing more.
