@@ -67,6 +67,17 @@ fn writing_loses_nothing() {
     );
 }
 
+/// What a machine says of itself ends up in comments: whatever it says, no line begins in the middle of one.
+#[test]
+fn no_comment_writes_a_rule() {
+    let policy = full();
+    for c in (0..0x3100).chain(0xfe00..0x1_0000).filter_map(char::from_u32).filter(|c| !c.is_alphanumeric()) {
+        let comments = BTreeMap::from([(A.to_owned(), format!("x{c}    - {ONES}{c}  endorsement: [lab]{c}"))]);
+        let text = to_yaml_with(&policy, &comments);
+        assert_eq!(parse_appraisal(&text).ok(), Some(policy.clone()), "{c:?}: {text}");
+    }
+}
+
 /// Each row: a spec below two clusters, and where and how it is refused.
 #[test]
 fn what_is_not_understood_is_refused_in_its_place() {

@@ -214,10 +214,11 @@ fn unicode(data: &[u8]) -> Option<String> {
     String::from_utf16(&units).ok().filter(|s| !s.contains('\0'))
 }
 
-/// Unauthenticated text for people: printable, short.
+/// Unauthenticated text for people: short, and of characters that break no line and turn no direction.
 fn label(data: &[u8]) -> String {
     let text = unicode(data).unwrap_or_else(|| String::from_utf8_lossy(data).into_owned());
-    text.trim_end_matches('\0').chars().take(200).map(|c| if c.is_control() { '?' } else { c }).collect()
+    let shown = |c: char| if matches!(c, ' '..='~') || c.is_alphanumeric() { c } else { '?' };
+    text.trim_end_matches('\0').chars().take(200).map(shown).collect()
 }
 
 /// The file named in the device path of an UEFI_IMAGE_LOAD_EVENT (PFP 10.2.3), if any.

@@ -148,8 +148,10 @@ fn hex(bytes: &[u8; 32]) -> String {
     })
 }
 
+/// Part of a comment is what a machine said of itself. YAML breaks lines at more than control characters (U+2028, say), so
+/// only what is known not to is let through: else a comment could write rules.
 fn one_line(comment: &str) -> String {
-    comment.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+    comment.chars().map(|c| if matches!(c, ' '..='~') || c.is_alphanumeric() { c } else { '?' }).collect()
 }
 
 /// A YAML scalar that reads as this very string: plain where that is certain, else double-quoted.
