@@ -254,7 +254,7 @@ impl<D: Disk> Engine<D> {
             return;
         }
         let term = self.core.term();
-        entry.stamp = self.clock(term, now).at(now);
+        entry.stamp = self.stamp(term, now);
         match entry.encode() {
             Ok(bytes) => {
                 self.batch.push(bytes);
@@ -280,17 +280,23 @@ impl<D: Disk> Engine<D> {
         }
     }
 
-    fn clock(&mut self, term: u64, now: Now) -> &mut TermClock {
-        if self.clock.as_ref().is_some_and(|c| c.term != term) {
-            self.clock = None;
-        }
+    /// The stamp of now, by the clock that this leader's term began with.
+    fn stamp(&mut self, term: u64, now: Now) -> Stamp {
+        let running = self.clock.take().filter(|clock| clock.term == term);
+        let mut clock = running.unwrap_or_else(|| self.start_clock(term, now));
+        let stamp = clock.at(now);
+        self.clock = Some(clock);
+        stamp
+    }
+
+    fn start_clock(&self, term: u64, now: Now) -> TermClock {
         let last = self.shared.state.read().unwrap_or_else(PoisonError::into_inner).stamp();
         let passed = self.stamped.map_or(Duration::ZERO, |at| now.boot.saturating_duration_since(at));
         let floor = last.plus_ms(u64::try_from(passed.as_millis()).unwrap_or(0));
         let median = self.clocks.median(self.options.id.0, &self.machine.membership().voters, now);
         #[cfg(ambit_mutant)]
         let median = if ambit_state::mutant::is("stamp-of-own-wall") { now.wall } else { median };
-        self.clock.get_or_insert_with(|| TermClock::start(term, floor, median, now))
+        TermClock::start(term, floor, median, now)
     }
 
     /// What is due by time rather than by a message.
@@ -315,7 +321,7 @@ impl<D: Disk> Engine<D> {
         }
         self.compared = Some(now.boot);
         let term = self.core.term();
-        let stamp = self.clock(term, now).at(now);
+        let stamp = self.stamp(term, now);
         let voters = &self.machine.membership().voters;
         if let Some(to) = self.clocks.successor(self.options.id.0, voters, stamp, now) {
             tracing::warn!(to, "this leader's clock or its stamps are off the voters' median: handing over");
