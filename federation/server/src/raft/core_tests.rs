@@ -268,3 +268,13 @@ fn deliver(cores: &mut BTreeMap<u64, RaftCore<MemStorage>>) {
         }
     }
 }
+
+#[test]
+fn a_replica_without_a_vote_does_not_campaign() {
+    let mut core = RaftCore::new(&config(4, 0), disk()).unwrap();
+    assert_eq!(core.step(Input::Campaign), Err(Rejected::NotLeader(None)));
+    for _ in 0..50 {
+        core.step(Input::Tick).unwrap();
+    }
+    assert_eq!((core.role(), core.term()), (StateRole::Follower, 0));
+}
