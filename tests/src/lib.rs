@@ -10,6 +10,7 @@ pub mod cell;
 pub mod machine;
 pub mod operator;
 pub mod process;
+pub mod soft_tpm;
 pub mod table;
 pub mod tpm;
 

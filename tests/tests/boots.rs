@@ -137,6 +137,21 @@ fn boots_that_are_as_they_say_and_not_as_the_policy_says() {
     judged(29, "boot without a log", &Boot { boot: Vec::new(), ..base.clone() }, &policy, "boot_log_missing");
 }
 
+/// What a machine booted before, or another machine has: real logs, each sound in itself, beside PCRs of another boot.
+#[test]
+fn the_log_of_another_boot_explains_nothing() {
+    let base = Boot::named("secureboot-grub");
+    let policy = base.policy(same);
+    for name in ["secureboot-grub-2", "dbx", "mok", "gpt", "efistub-sb", "efistub-nosb", "nosb-grub"] {
+        let other = Boot::named(name);
+        assert_ne!(other.boot, base.boot, "{name}");
+        let swapped = Boot { boot: other.boot.clone(), ..base.clone() };
+        judged(36, &format!("boot log of the boot {name}"), &swapped, &policy, "boot_log_pcr_mismatch");
+        let swapped = Boot { boot: base.boot.clone(), ..other };
+        judged(36, &format!("a good boot's log, after the boot {name}"), &swapped, &policy, "boot_log_pcr_mismatch");
+    }
+}
+
 #[test]
 fn firmware_that_says_odd_things() {
     let (golden, policy) = (Boot::golden(), Boot::golden().policy(same));

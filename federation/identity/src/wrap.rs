@@ -9,7 +9,27 @@ use aws_lc_rs::hkdf::{HKDF_SHA256, Salt};
 use aws_lc_rs::rand::SystemRandom;
 use zeroize::Zeroizing;
 
-const CONTEXT: &[u8] = b"ambit/wrap/v1";
+/// What a sealed text is for: one that was sealed for another use opens no more than a changed one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// A key for one replica, under what both ends agreed on.
+    Key,
+    /// The ticket of a node that enrols.
+    Ticket,
+    /// The session of a cell that registers as a peer.
+    Peering,
+}
+
+impl Purpose {
+    fn context(self) -> &'static [u8] {
+        match self {
+            Purpose::Key => b"ambit/wrap/v1",
+            Purpose::Ticket => b"ambit/ticket/v1",
+            Purpose::Peering => b"ambit/peering/v1",
+        }
+    }
+}
+
 const POINT: usize = 65;
 
 /// A replica's key to which others wrap.
@@ -40,7 +60,7 @@ impl WrapKey {
         let bad = || Refusal::new(Code::Internal, "a key wrapped to this replica", "another");
         let (point, sealed) = wrapped.split_at_checked(POINT).ok_or_else(bad)?;
         let key = agree(&self.key, UnparsedPublicKey::new(&ECDH_P256, point), bad(), |shared| derive(shared, point))?;
-        open(&key, sealed).map_err(|_| bad())
+        open(&key, Purpose::Key, sealed).map_err(|_| bad())
     }
 }
 
@@ -51,14 +71,14 @@ pub fn wrap(public: &[u8], secret: &[u8]) -> Result<Vec<u8>, Refusal> {
     let point = mine.compute_public_key().map_err(|_| bad())?.as_ref().to_vec();
     let key =
         agree_ephemeral(mine, UnparsedPublicKey::new(&ECDH_P256, public), bad(), |shared| derive(shared, &point))?;
-    Ok([point, seal(&key, secret)?].concat())
+    Ok([point, seal(&key, Purpose::Key, secret)?].concat())
 }
 
 fn derive(shared: &[u8], point: &[u8]) -> Result<Zeroizing<[u8; 32]>, Refusal> {
     let mut key = Zeroizing::new([0u8; 32]);
     Salt::new(HKDF_SHA256, point)
         .extract(shared)
-        .expand(&[CONTEXT], &AES_256_GCM)
+        .expand(&[Purpose::Key.context()], &AES_256_GCM)
         .and_then(|okm| okm_fill(okm, key.as_mut()))
         .map_err(|e| internal("a derived key", e))?;
     Ok(key)
@@ -72,22 +92,66 @@ fn okm_fill(
 }
 
 /// AES-256-GCM under a random nonce, which goes in front.
-pub fn seal(key: &[u8; 32], plain: &[u8]) -> Result<Vec<u8>, Refusal> {
+pub fn seal(key: &[u8; 32], purpose: Purpose, plain: &[u8]) -> Result<Vec<u8>, Refusal> {
     let key = RandomizedNonceKey::new(&AES_256_GCM, key).map_err(|e| internal("an AES key", e))?;
     let mut body = plain.to_vec();
-    let nonce =
-        key.seal_in_place_append_tag(Aad::from(CONTEXT), &mut body).map_err(|e| internal("a sealed text", e))?;
+    let nonce = key
+        .seal_in_place_append_tag(Aad::from(purpose.context()), &mut body)
+        .map_err(|e| internal("a sealed text", e))?;
     Ok([nonce.as_ref().as_slice(), &body].concat())
 }
 
-/// Opens what [`seal`] made; one error for every reason.
-pub fn open(key: &[u8; 32], sealed: &[u8]) -> Result<Zeroizing<Vec<u8>>, Refusal> {
+/// Opens what [`seal`] made for this purpose; one error for every reason.
+pub fn open(key: &[u8; 32], purpose: Purpose, sealed: &[u8]) -> Result<Zeroizing<Vec<u8>>, Refusal> {
     let bad = || Refusal::new(Code::TicketInvalid, "a text sealed by this cell", "another");
     let (nonce, body) = sealed.split_at_checked(NONCE_LEN).ok_or_else(bad)?;
     let key = LessSafeKey::new(UnboundKey::new(&AES_256_GCM, key).map_err(|_| bad())?);
     let nonce = Nonce::try_assume_unique_for_key(nonce).map_err(|_| bad())?;
     let mut body = Zeroizing::new(body.to_vec());
-    let len = key.open_in_place(nonce, Aad::from(CONTEXT), &mut body).map_err(|_| bad())?.len();
+    let len = key.open_in_place(nonce, Aad::from(purpose.context()), &mut body).map_err(|_| bad())?.len();
     body.truncate(len);
     Ok(body)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Prints each text that opens and must not as `wrong: WHAT`: `cargo xtask mutants` reads that.
+    #[test]
+    fn only_what_this_key_sealed_for_this_use_opens() {
+        let (key, text) = ([1; 32], b"what a ticket says".as_slice());
+        let sealed = seal(&key, Purpose::Ticket, text).unwrap();
+        assert_eq!(open(&key, Purpose::Ticket, &sealed).unwrap().as_slice(), text);
+        let changed = |at: usize| {
+            let mut changed = sealed.clone();
+            changed[at] ^= 1;
+            changed
+        };
+        let rows: [(&str, [u8; 32], Purpose, Vec<u8>); 8] = [
+            ("nonce of a sealed text changed", key, Purpose::Ticket, changed(0)),
+            ("sealed text changed", key, Purpose::Ticket, changed(NONCE_LEN)),
+            ("tag of a sealed text changed", key, Purpose::Ticket, changed(sealed.len() - 1)),
+            ("sealed text cut", key, Purpose::Ticket, sealed[..sealed.len() - 1].to_vec()),
+            ("sealed text of nothing", key, Purpose::Ticket, Vec::new()),
+            ("sealed text of another key", [2; 32], Purpose::Ticket, sealed.clone()),
+            ("peer's session shown as a ticket", key, Purpose::Ticket, seal(&key, Purpose::Peering, text).unwrap()),
+            ("ticket shown as a peer's session", key, Purpose::Peering, sealed.clone()),
+        ];
+        let wrong: Vec<String> = rows
+            .into_iter()
+            .filter_map(|(what, key, purpose, sealed)| {
+                let opened = open(&key, purpose, &sealed);
+                let refused = opened.as_ref().is_err_and(|r| r.code == Code::TicketInvalid);
+                (!refused).then(|| format!("wrong: {what}: {:?}", opened.map(|text| text.len())))
+            })
+            .collect();
+        assert!(wrong.is_empty(), "\n{}", wrong.join("\n"));
+    }
+
+    #[test]
+    fn two_seals_of_one_text_differ() {
+        let [a, b] = [0, 1].map(|_| seal(&[1; 32], Purpose::Ticket, b"text").unwrap());
+        assert!(a != b && a[..NONCE_LEN] != b[..NONCE_LEN]);
+    }
 }

@@ -124,6 +124,14 @@ fn what_is_said_under_the_leaf_of_an_older_admission_says_nothing_good_or_bad() 
 }
 
 #[test]
+fn a_round_failed_under_policies_that_changed_is_judged_again() {
+    let mut west = west();
+    let stale = Command::Distrust(Generation(1), Revision(77), denial(1, Code::ImaFileNotAllowed));
+    assert_eq!(code(west.run(stale)), Code::StaleAppraisal);
+    assert_eq!(state(&west, 1), NodeState::Admitted);
+}
+
+#[test]
 fn a_failed_round_puts_the_node_out_everywhere_and_release_lets_it_come_again() {
     let mut west = west();
     let before = west.state.cell().unwrap().export_seq;

@@ -3,12 +3,12 @@
 
 use super::cpu;
 use super::machine::{self, Doors, Enrolled};
-use super::maker::{CaKind, Maker};
-use super::soft_tpm::{EkKind, SoftTpm};
 use super::stream::{self, Counts};
 use super::table::{Table, Target};
 use crate::cell::{Cell, fresh};
 use crate::machine::{apply_policy, golden_policy, put_list};
+use crate::soft_tpm::maker::{CaKind, Maker};
+use crate::soft_tpm::{EkKind, SoftTpm};
 use ambit_model::NodeId;
 use ambit_proto::v1;
 use ambit_proto::v1::node_attestation_client::NodeAttestationClient;

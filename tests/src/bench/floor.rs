@@ -1,10 +1,10 @@
 //! What no implementation can go below: the bare operations of the library, beside our figures.
 
 use super::cpu::Meter;
-use super::maker::{CaKind, Maker};
-use super::soft_tpm::{EkKind, SoftTpm};
 use super::table::Table;
 use super::verifier::random;
+use crate::soft_tpm::maker::{CaKind, Maker};
+use crate::soft_tpm::{EkKind, SoftTpm};
 use ambit_model::{Revision, Stamp};
 use ambit_verify::{Bank, BeginInput, Endorsements, Entropy, Expected, PresentedEk, Terms};
 use anyhow::Result;

@@ -1,10 +1,10 @@
 //! One machine of the fleet enrols, over gRPC, as an agent does.
 
-use super::maker::Maker;
-use super::soft_tpm::{PCRS, SoftTpm};
 use super::verifier::random;
 use crate::cell::Cell;
 use crate::machine::evidence;
+use crate::soft_tpm::maker::Maker;
+use crate::soft_tpm::{PCRS, SoftTpm};
 use ambit_identity::tls::{certified, client_config};
 use ambit_identity::{Expect, SharedTrust, SvidKey, Trust};
 use ambit_lab::tpm::{BOOT_LOG, IMA_LOG};

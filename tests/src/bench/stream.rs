@@ -1,7 +1,7 @@
 //! The stream of one simulated agent: it subscribes, acknowledges slices and answers rounds, each with a fresh signature.
 
 use super::machine::{Enrolled, pcrs};
-use super::soft_tpm::SoftTpm;
+use crate::soft_tpm::SoftTpm;
 use ambit_identity::{Expect, SharedTrust, Trust};
 use ambit_lab::tpm::{BOOT_LOG, IMA_LOG};
 use ambit_model::{ClusterId, Generation, NodeId, TrustDomain};

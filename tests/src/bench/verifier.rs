@@ -2,9 +2,9 @@
 //! the state machine, in the order in which the services call them.
 
 use super::cpu::Meter;
-use super::maker::{CaKind, Maker};
-use super::soft_tpm::{EkKind, PCRS, SoftTpm};
 use super::table::{Table, Target};
+use crate::soft_tpm::maker::{CaKind, Maker};
+use crate::soft_tpm::{EkKind, PCRS, SoftTpm};
 use ambit_identity::{Csr, SvidKey, wrap};
 use ambit_lab::tpm::{BOOT_LOG, IMA_LOG};
 use ambit_model::appraisal::{AppraisalPolicy, PcrBank};
@@ -184,7 +184,7 @@ fn enrol(server: &mut Server, maker: &Maker, tpm: &SoftTpm, meter: &mut Meter, c
         if cold {
             server.compiled = vec![compile(&server.policy, &server.list)?];
         }
-        let opened = wrap::open(&TICKET_KEY, &ticket)?;
+        let opened = wrap::open(&TICKET_KEY, wrap::Purpose::Ticket, &ticket)?;
         let activated = ActivatedAk::open(TicketBody::decode(&opened)?, &ticket, header, server.now)?;
         let quote = activated.quote(&[])?;
         let verified = quote.appraise(BOOT_LOG, IMA_LOG, None, &server.compiled).map_err(|denial| denial.refusal)?;
@@ -212,7 +212,7 @@ fn begin(server: &Server, input: BeginInput) -> Result<(ambit_verify::Challenge,
         policy_revision,
     };
     let (challenge, body) = endorsed.challenge(entropy, terms)?;
-    let ticket = wrap::seal(&TICKET_KEY, &body.encode())?;
+    let ticket = wrap::seal(&TICKET_KEY, wrap::Purpose::Ticket, &body.encode())?;
     Ok((challenge, ticket))
 }
 

@@ -182,13 +182,17 @@ fn each_rule_of_order_refuses_by_its_own_code() {
             "event 49 (EV_EFI_ACTION) of PCR 5",
         ),
     ];
+    let mut wrong = Vec::new();
     for (what, edit, code, place) in rows {
         let mut events = golden_events();
         edit(&mut events);
-        let denial = judged(&events).expect_err(what);
-        assert_eq!(denial.refusal.code, *code, "{what}: {denial:?}");
-        assert!(denial.diverged.clone().unwrap().ends_with(place), "{what}: {denial:?}");
+        let refused = |d: &Denial| d.refusal.code == *code && d.diverged.as_ref().is_some_and(|d| d.ends_with(place));
+        match judged(&events) {
+            Err(denial) if refused(&denial) => {}
+            other => wrong.push(format!("wrong: {what}: {:?}", other.map(drop))),
+        }
     }
+    assert!(wrong.is_empty(), "\n{}", wrong.join("\n"));
 }
 
 #[test]

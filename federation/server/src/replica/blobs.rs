@@ -1,28 +1,31 @@
 //! Content-addressed objects beside the log: evidence bodies and IMA allow-lists. Raft keeps their SHA-256 only.
 //!
 //! A blob is a file named by its SHA-256, whole or absent, checked at each read. It is copied to every other replica; one
-//! that lacks it asks the others. Evidence is capped by age and in all, not per node; allow-lists stay while a policy
-//! names them.
+//! that lacks it asks the others. Evidence is capped per node, by age and in all ([`stock`]); allow-lists stay while a
+//! policy names them.
+
+mod stock;
 
 use super::Replica;
-use ambit_model::{Code, Refusal};
+use super::evidence::Body;
+use ambit_model::{Code, NodeId, Refusal};
 use ambit_proto::status::from_status;
 use ambit_proto::v1;
 use sha2::{Digest as _, Sha256};
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::io::Write;
+use std::collections::BTreeMap;
+use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
+use stock::{Caps, Piece, Stock};
 use tokio_stream::StreamExt;
 use tonic::transport::Channel;
 
 /// The largest object: an IMA allow-list of a large distribution, or a boot log with an IMA log.
 pub const BLOB_BYTES_MAX: usize = 16 * 1024 * 1024;
-/// All evidence of one cell on one replica; the oldest goes first.
-const EVIDENCE_BYTES_MAX: u64 = 2 * 1024 * 1024 * 1024;
-/// Evidence is kept this long.
-const EVIDENCE_AGE_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
+/// What one replica keeps of a cell's evidence.
+const EVIDENCE: Caps =
+    Caps { node_bytes: 64 * 1024 * 1024, all_bytes: 2 * 1024 * 1024 * 1024, age: Duration::from_secs(30 * 24 * 3600) };
 /// Pieces on the wire.
 const CHUNK_BYTES: usize = 256 * 1024;
 /// One copy to or from another replica.
@@ -31,7 +34,7 @@ const COPY_MAX: Duration = Duration::from_secs(20);
 /// What a blob is kept for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Keep {
-    /// Capped by age and in all.
+    /// Capped per node, by age and in all.
     Evidence,
     /// While a policy names it.
     AllowList,
@@ -40,27 +43,23 @@ pub enum Keep {
 /// The folder of blobs.
 pub struct Blobs {
     folder: PathBuf,
-    evidence: Mutex<Evidence>,
+    evidence: Mutex<Stock>,
     /// To the other replicas, by number, with the address they lead to: a handshake costs more than an enrolment.
     channels: Mutex<BTreeMap<u64, (String, Channel)>>,
-}
-
-/// Evidence files, oldest first, and their size together.
-#[derive(Default)]
-struct Evidence {
-    files: VecDeque<([u8; 32], u64)>,
-    known: BTreeSet<[u8; 32]>,
-    bytes: u64,
 }
 
 impl Blobs {
     /// Opens (or makes) the folder. What is no whole blob is removed: another replica has it.
     pub fn open(folder: PathBuf) -> Result<Blobs, Refusal> {
+        Blobs::within(folder, EVIDENCE)
+    }
+
+    fn within(folder: PathBuf, caps: Caps) -> Result<Blobs, Refusal> {
         for kind in [Keep::Evidence, Keep::AllowList] {
             let dir = folder.join(kind.folder());
             std::fs::create_dir_all(&dir).map_err(|e| trouble(&dir, &e))?;
         }
-        let blobs = Blobs { folder, evidence: Mutex::default(), channels: Mutex::default() };
+        let blobs = Blobs { folder, evidence: Mutex::new(Stock::new(caps)), channels: Mutex::default() };
         blobs.index()?;
         Ok(blobs)
     }
@@ -71,6 +70,8 @@ impl Blobs {
             let expected = format!("an object of at most {BLOB_BYTES_MAX} bytes");
             return Err(Refusal::new(Code::EvidenceTooLarge, expected, bytes.len().to_string()));
         }
+        // Before anything is written: evidence of nobody would be under no cap.
+        let node = (keep == Keep::Evidence).then(|| Body::node_of(bytes)).transpose()?;
         let sha256: [u8; 32] = Sha256::digest(bytes).into();
         let path = self.path(keep, &sha256);
         if path.exists() {
@@ -87,8 +88,8 @@ impl Blobs {
             std::fs::rename(&unfinished, &path)
         };
         written().map_err(|e| trouble(&path, &e))?;
-        if keep == Keep::Evidence {
-            self.note(sha256, bytes.len() as u64);
+        if let Some(node) = node {
+            self.note(node, Piece { sha256, bytes: bytes.len() as u64, since: SystemTime::now() });
         }
         Ok(sha256)
     }
@@ -114,44 +115,24 @@ impl Blobs {
 
     /// Removes evidence that is too old; called now and then.
     pub fn expire(&self) {
-        let old = |path: &Path| {
-            let age = std::fs::metadata(path).and_then(|m| m.modified()).ok().and_then(|t| t.elapsed().ok());
-            age.is_none_or(|age| age > EVIDENCE_AGE_MAX)
-        };
-        let mut evidence = self.lock();
-        while let Some((sha256, _)) = evidence.files.front().copied() {
-            if !old(&self.path(Keep::Evidence, &sha256)) {
-                break;
-            }
-            self.drop_oldest(&mut evidence);
-        }
+        let gone = self.lock().expire(SystemTime::now());
+        self.remove(&gone);
     }
 
     /// Number and bytes of evidence kept.
     pub fn usage(&self) -> (usize, u64) {
-        let evidence = self.lock();
-        (evidence.files.len(), evidence.bytes)
+        self.lock().usage()
     }
 
-    fn note(&self, sha256: [u8; 32], bytes: u64) {
-        let mut evidence = self.lock();
-        if evidence.known.insert(sha256) {
-            evidence.files.push_back((sha256, bytes));
-            evidence.bytes = evidence.bytes.saturating_add(bytes);
-        }
-        while evidence.bytes > EVIDENCE_BYTES_MAX {
-            self.drop_oldest(&mut evidence);
-        }
+    fn note(&self, node: NodeId, piece: Piece) {
+        let gone = self.lock().add(node, piece);
+        self.remove(&gone);
     }
 
-    fn drop_oldest(&self, evidence: &mut Evidence) {
-        let Some((sha256, bytes)) = evidence.files.pop_front() else {
-            evidence.bytes = 0;
-            return;
-        };
-        evidence.known.remove(&sha256);
-        evidence.bytes = evidence.bytes.saturating_sub(bytes);
-        let _ = std::fs::remove_file(self.path(Keep::Evidence, &sha256));
+    fn remove(&self, gone: &[[u8; 32]]) {
+        for sha256 in gone {
+            let _ = std::fs::remove_file(self.path(Keep::Evidence, sha256));
+        }
     }
 
     /// Takes stock of what is there, by age.
@@ -162,19 +143,21 @@ impl Blobs {
             let mut sha256 = [0u8; 32];
             let name = entry.file_name();
             let whole = name.to_str().is_some_and(|n| hex::decode_to_slice(n, &mut sha256).is_ok());
-            let Some(meta) = entry.metadata().ok().filter(|_| whole) else {
+            let node = whole.then(|| beginning(&entry.path())).flatten();
+            let (Some(node), Ok(meta)) = (node, entry.metadata()) else {
                 let _ = std::fs::remove_file(entry.path());
                 continue;
             };
-            by_age.insert((meta.modified().ok(), sha256), meta.len());
+            let since = meta.modified().unwrap_or(SystemTime::UNIX_EPOCH);
+            by_age.insert((since, sha256), (node, meta.len()));
         }
-        for ((_, sha256), bytes) in by_age {
-            self.note(sha256, bytes);
+        for ((since, sha256), (node, bytes)) in by_age {
+            self.note(node, Piece { sha256, bytes, since });
         }
         Ok(())
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Evidence> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Stock> {
         self.evidence.lock().unwrap_or_else(PoisonError::into_inner)
     }
     fn channels(&self) -> std::sync::MutexGuard<'_, BTreeMap<u64, (String, Channel)>> {
@@ -203,6 +186,13 @@ impl Keep {
     pub fn from_text(text: &str) -> Option<Keep> {
         [Keep::Evidence, Keep::AllowList].into_iter().find(|k| k.as_str() == text)
     }
+}
+
+/// Whose evidence this file is.
+fn beginning(path: &Path) -> Option<NodeId> {
+    let mut first = [0u8; Body::NODE_WITHIN];
+    std::fs::File::open(path).and_then(|mut file| file.read_exact(&mut first)).ok()?;
+    Body::node_of(&first).ok()
 }
 
 fn trouble(path: &Path, e: &std::io::Error) -> Refusal {
@@ -317,24 +307,63 @@ impl Replica {
 mod tests {
     use super::*;
 
+    fn body(node: u8, ima_log: usize) -> Body {
+        Body {
+            node: NodeId([node; 32]),
+            before: None,
+            ek_class: "lab".into(),
+            bank: "sha256".into(),
+            ak_public: vec![],
+            quote: vec![],
+            signature: vec![],
+            pcrs: BTreeMap::new(),
+            boot_log: vec![],
+            ima_offset: 0,
+            ima_log: vec![0; ima_log],
+        }
+    }
+
     #[test]
-    fn a_blob_is_whole_or_absent_and_evidence_is_bounded() {
+    fn a_blob_is_whole_or_absent_and_evidence_is_somebodys() {
         let dir = std::env::temp_dir().join(format!("ambit-blobs-{}", std::process::id()));
         let blobs = Blobs::open(dir.clone()).unwrap();
-        let a = blobs.put(Keep::Evidence, b"evidence").unwrap();
+        let bytes = body(7, 100).encode().unwrap();
+        let a = blobs.put(Keep::Evidence, &bytes).unwrap();
+        let b = blobs.put(Keep::Evidence, &body(8, 100).encode().unwrap()).unwrap();
         let list = blobs.put(Keep::AllowList, b"list").unwrap();
-        assert_eq!(blobs.get(&a).unwrap(), b"evidence");
-        assert_eq!(blobs.put(Keep::Evidence, b"evidence").unwrap(), a);
-        assert_eq!(blobs.usage(), (1, 8));
+        assert_eq!(blobs.get(&a).unwrap(), bytes);
+        assert_eq!(blobs.put(Keep::Evidence, &bytes).unwrap(), a);
+        assert_eq!(blobs.usage(), (2, 2 * bytes.len() as u64));
         assert!(blobs.put(Keep::Evidence, &vec![0; BLOB_BYTES_MAX + 1]).is_err());
+        assert!(blobs.put(Keep::Evidence, b"nobody's").is_err());
         // Damage is noticed, not served.
-        std::fs::write(dir.join("evidence").join(hex::encode(a)), b"evidencf").unwrap();
+        std::fs::write(dir.join("evidence").join(hex::encode(a)), &bytes[1..]).unwrap();
         assert_eq!(blobs.get(&a), None);
         std::fs::write(dir.join("evidence").join("half.new"), b"x").unwrap();
+        std::fs::write(dir.join("evidence").join(hex::encode([9; 32])), b"x").unwrap();
         let again = Blobs::open(dir.clone()).unwrap();
         assert_eq!(again.get(&list).unwrap(), b"list");
-        assert!(!dir.join("evidence").join("half.new").exists());
-        assert_eq!(again.usage(), (0, 0));
+        assert_eq!(std::fs::read_dir(dir.join("evidence")).unwrap().count(), 1);
+        assert_eq!(again.usage(), (1, bytes.len() as u64));
+        assert!(again.get(&b).is_some());
+        std::fs::remove_dir_all(dir).unwrap();
+    }
+
+    /// The node that writes without end loses its own, whoever wrote first, and after a restart it is the same.
+    #[test]
+    fn no_node_pushes_out_anothers_evidence() {
+        let dir = std::env::temp_dir().join(format!("ambit-blobs-cap-{}", std::process::id()));
+        let caps = Caps { node_bytes: 64_000, ..EVIDENCE };
+        let open = || Blobs::within(dir.clone(), caps).unwrap();
+        let blobs = open();
+        let quiet = blobs.put(Keep::Evidence, &body(1, 1000).encode().unwrap()).unwrap();
+        let loud = |n: usize| blobs.put(Keep::Evidence, &body(2, 15_000 + n).encode().unwrap()).unwrap();
+        let loud: Vec<[u8; 32]> = (0..6).map(loud).collect();
+        for blobs in [open(), blobs] {
+            assert!(blobs.get(&quiet).is_some());
+            let kept: Vec<bool> = loud.iter().map(|sha256| blobs.get(sha256).is_some()).collect();
+            assert_eq!(kept, [false, false, true, true, true, true], "64,000 bytes hold four of 15,000");
+        }
         std::fs::remove_dir_all(dir).unwrap();
     }
 

@@ -42,6 +42,19 @@ pub struct Body {
 }
 
 impl Body {
+    /// Bytes at the beginning that say whose it is: the version, and the node as it stands.
+    pub const NODE_WITHIN: usize = 33;
+
+    /// Whose evidence these bytes (at least the first [`Body::NODE_WITHIN`]) are.
+    pub fn node_of(bytes: &[u8]) -> Result<NodeId, Refusal> {
+        let found = match bytes.split_first() {
+            Some((&VERSION, rest)) => rest.first_chunk::<32>().ok_or_else(|| format!("{} bytes", bytes.len())),
+            Some((v, _)) => Err(format!("version {v}")),
+            None => Err("nothing".into()),
+        };
+        found.map(|id| NodeId(*id)).map_err(|found| Refusal::new(Code::BadRequest, "evidence of a node", found))
+    }
+
     /// Drops what lies beyond byte `end` of the whole IMA log: the quote covers nothing of it.
     pub fn cut(&mut self, end: u64) {
         let covered = usize::try_from(end.saturating_sub(self.ima_offset)).unwrap_or(usize::MAX);

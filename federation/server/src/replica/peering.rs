@@ -5,6 +5,7 @@
 
 use super::{Replica, random, ticket};
 use ambit_identity::tls::{Expect, SharedTrust, Trust};
+use ambit_identity::wrap::Purpose;
 use ambit_identity::{KeySet, fingerprint};
 use ambit_model::{Code, Refusal, TrustDomain};
 use ambit_proto::status::from_status;
@@ -194,7 +195,7 @@ pub fn hello(replica: &Replica, request: v1::HelloRequest) -> Result<v1::HelloRe
     let signature = replica.record().prove(&transcript(&me.trust_domain, &caller, &me, &nonces));
     let deadline = replica.now().plus_ms(SESSION_MS);
     let session = [b"peering".as_slice(), &deadline.0.to_be_bytes(), &caller.fingerprint, &nonces].concat();
-    let session = ticket::seal_ticket(replica, &session)?;
+    let session = ticket::seal_ticket(replica, Purpose::Peering, &session)?;
     Ok(v1::HelloResponse { nonce: nonce.to_vec(), card: Some(card), signature, session })
 }
 
@@ -202,7 +203,7 @@ pub fn hello(replica: &Replica, request: v1::HelloRequest) -> Result<v1::HelloRe
 pub fn prove(replica: &Replica, request: v1::ProveRequest) -> Result<(TrustDomain, PeerRow, [u8; 32]), Refusal> {
     let caller = check_card(request.card)?;
     let nonces = [request.nonce.as_slice(), &request.server_nonce].concat();
-    let session = ticket::open_ticket(replica, &request.session)?;
+    let session = ticket::open_ticket(replica, Purpose::Peering, &request.session)?;
     let wanted = |deadline: &[u8]| [b"peering".as_slice(), deadline, &caller.fingerprint, &nonces].concat();
     let deadline = session.get(7..15).unwrap_or_default();
     let expires = <[u8; 8]>::try_from(deadline).map_or(0, u64::from_be_bytes);

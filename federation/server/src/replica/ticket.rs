@@ -1,7 +1,7 @@
 //! Sealing tickets, so that any replica can take the answer after a failover.
 
 use super::Replica;
-use ambit_identity::wrap::{open, seal};
+use ambit_identity::wrap::{Purpose, open, seal};
 use ambit_model::{Code, Refusal};
 use ambit_state::Command;
 use std::collections::BTreeMap;
@@ -40,22 +40,22 @@ impl OpenKeys {
 }
 
 /// Seals under the newest key: number of the key (8 bytes), then nonce and sealed text.
-pub fn seal_ticket(replica: &Replica, plain: &[u8]) -> Result<Vec<u8>, Refusal> {
+pub fn seal_ticket(replica: &Replica, purpose: Purpose, plain: &[u8]) -> Result<Vec<u8>, Refusal> {
     let newest = replica.local(|s| s.ticket_keys().next_back().map(|(n, row)| (n, row.wrapped.clone())));
     let (number, wrapped) =
         newest.ok_or_else(|| Refusal::new(Code::Unavailable, "a ticket key", "none yet: the cell is starting"))?;
     let key = unwrap(replica, &wrapped)?;
-    Ok([number.to_be_bytes().as_slice(), &seal(&key, plain)?].concat())
+    Ok([number.to_be_bytes().as_slice(), &seal(&key, purpose, plain)?].concat())
 }
 
-/// Opens what any replica of this cell sealed.
-pub fn open_ticket(replica: &Replica, ticket: &[u8]) -> Result<Zeroizing<Vec<u8>>, Refusal> {
+/// Opens what any replica of this cell sealed for this purpose.
+pub fn open_ticket(replica: &Replica, purpose: Purpose, ticket: &[u8]) -> Result<Zeroizing<Vec<u8>>, Refusal> {
     let bad = || Refusal::new(Code::TicketInvalid, "a ticket sealed by this cell", "another");
     let (number, sealed) = ticket.split_first_chunk::<8>().ok_or_else(bad)?;
     let number = u64::from_be_bytes(*number);
     let wrapped = replica.local(|s| s.ticket_keys().find(|(n, _)| *n == number).map(|(_, row)| row.wrapped.clone()));
     let key = unwrap(replica, &wrapped.ok_or_else(bad)?)?;
-    open(&key, sealed)
+    open(&key, purpose, sealed)
 }
 
 fn unwrap(replica: &Replica, wrapped: &BTreeMap<u64, Vec<u8>>) -> Result<Zeroizing<[u8; 32]>, Refusal> {

@@ -2,9 +2,9 @@
 
 use super::load::Client;
 use super::{MEMBERS, System, VALUE_BYTES};
-use crate::bench::maker::{CaKind, Maker};
 use crate::cell::{Cell, fresh};
 use crate::process::Started;
+use crate::soft_tpm::maker::{CaKind, Maker};
 use ambit_proto::v1;
 use ambit_proto::v1::cluster_registry_client::ClusterRegistryClient;
 use ambit_proto::v1::entry_registry_client::EntryRegistryClient;

@@ -4,6 +4,7 @@
 
 use super::attempt::{Attempt, IN_TPM, InTpm, STORED};
 use super::{NOW, golden};
+use crate::bootlog::BootLog;
 use crate::chain::{Counters, Expected};
 use crate::ek::EkDenyRule;
 use crate::hash::HashAlg;
@@ -161,11 +162,50 @@ const LOGS: &[Row] = &[
         let at = a.boot_log.windows(16).position(|w| w == b"kernel_cmdline: ").unwrap();
         a.boot_log[at + 17] ^= 1;
     }),
-    (36, "boot log of another boot", Code::BootLogPcrMismatch, |a| a.pcrs[2].1[0] ^= 1),
+    (0, "a version edited", Code::BootLogEventAltered, |a| edit_event(a, 0, 0x0000_0008)),
+    (0, "an action edited", Code::BootLogEventAltered, |a| edit_event(a, 5, 0x8000_0007)),
+    (0, "a boot variable edited", Code::BootLogEventAltered, |a| edit_event(a, 1, 0x8000_0002)),
+    (0, "a Secure Boot variable edited", Code::BootLogEventAltered, |a| edit_event(a, 7, 0x8000_0001)),
+    (0, "a GRUB command edited", Code::BootLogEventAltered, |a| edit_event(a, 8, 0x0000_000d)),
+    (0, "a separator edited", Code::BootLogEventAltered, |a| edit_event(a, 3, 0x0000_0004)),
+    (36, "a PCR that the boot log does not lead to", Code::BootLogPcrMismatch, |a| a.pcrs[2].1[0] ^= 1),
     (39, "no IMA log", Code::ImaLogMismatch, |a| a.ima_log.clear()),
     (39, "IMA log cut", Code::ImaLogMalformed, |a| a.ima_log.truncate(5000)),
+    (39, "IMA log without its last entry", Code::ImaLogMismatch, |a| {
+        let last = ima_entries(&a.ima_log).pop().unwrap();
+        a.ima_log.truncate(last);
+    }),
+    (39, "an IMA entry's own hash changed", Code::ImaLogMismatch, |a| {
+        // The SHA-256 bank is extended with the data's digest: without this check, nothing reads this hash.
+        let sixth = ima_entries(&a.ima_log)[5];
+        a.ima_log[sixth + 4] ^= 1;
+    }),
     (0, "no policy for the cluster", Code::AppraisalPolicyMissing, |a| a.policies.clear()),
 ];
+
+/// Changes the last byte but one of the first such event's data. (Of a text, the last may be its terminating zero.)
+fn edit_event(a: &mut Attempt, pcr: u32, kind: u32) {
+    let start = a.boot_log.as_ptr().addr();
+    let log = BootLog::parse(&a.boot_log).unwrap();
+    let data = log.events().iter().find(|e| (e.pcr, e.kind) == (pcr, kind)).unwrap().data;
+    let at = data.as_ptr().addr() - start + data.len() - 2;
+    a.boot_log[at] ^= 1;
+}
+
+/// Where each entry begins.
+fn ima_entries(log: &[u8]) -> Vec<usize> {
+    let mut begins = vec![0];
+    let u32_at = |at: usize| u32::from_le_bytes(log[at..at + 4].try_into().unwrap()) as usize;
+    loop {
+        let name = begins.last().unwrap() + 24;
+        let data = name + 4 + u32_at(name);
+        let end = data + 4 + u32_at(data);
+        if end == log.len() {
+            return begins;
+        }
+        begins.push(end);
+    }
+}
 
 fn rows() -> impl Iterator<Item = &'static Row> {
     [BEGIN, TICKET, QUOTE, LOGS].into_iter().flatten()

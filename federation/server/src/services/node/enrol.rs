@@ -7,6 +7,7 @@ use crate::replica::{Replica, random, ticket};
 use crate::services::logs::read_logs;
 use crate::services::rounds::PCR_MASK;
 use crate::services::{OrStatus, token_sha256};
+use ambit_identity::wrap::Purpose;
 use ambit_identity::{Csr, issue};
 use ambit_model::{ClusterId, Code, NodeId, Refusal, Revision};
 use ambit_proto::v1;
@@ -88,7 +89,7 @@ impl Enrolment {
             tracing::info!(%node, ?quirks, "EK certificate read with indulgence");
         }
         Ok(v1::Challenge {
-            ticket: ticket::seal_ticket(&self.replica, &body.encode())?,
+            ticket: ticket::seal_ticket(&self.replica, Purpose::Ticket, &body.encode())?,
             server_nonce: challenge.server_nonce.to_vec(),
             credential_blob: challenge.credential_blob,
             encrypted_secret: challenge.encrypted_secret,
@@ -114,7 +115,7 @@ impl Enrolment {
         };
         let ticket = header.ticket.clone();
         let csr_der = header.csr.clone();
-        let opened = ticket::open_ticket(&self.replica, &ticket).and_then(|plain| {
+        let opened = ticket::open_ticket(&self.replica, Purpose::Ticket, &ticket).and_then(|plain| {
             let body = TicketBody::decode(&plain)?;
             let header = evidence_header(header)?;
             let extents = (header.boot_log, header.ima_log);

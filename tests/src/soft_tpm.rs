@@ -1,7 +1,8 @@
 //! A TPM in software, as far as an enrolment and its rounds need one: an EK that opens credentials, an AK that quotes.
 //! Written from the TPM 2.0 specification, not from the verifier: what it makes, real TPMs make.
 
-use super::maker::Maker;
+pub mod maker;
+
 use ambit_lab::tpm;
 use ambit_verify::Public;
 use anyhow::{Context, Result, ensure};
@@ -13,6 +14,7 @@ use aws_lc_rs::rand::SystemRandom;
 use aws_lc_rs::rsa::{KeySize, OAEP_SHA256_MGF1SHA256, OaepPrivateDecryptingKey, PrivateDecryptingKey};
 use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair as _};
 use aws_lc_rs::{digest, hmac};
+use maker::Maker;
 use std::sync::LazyLock;
 use std::time::Instant;
 
@@ -29,7 +31,7 @@ const HIERARCHY: [u8; 4] = [0x40, 0, 0, 0x0b];
 const MASK: u32 = 0x47ff;
 
 /// The quoted PCRs of the golden boot, SHA-256.
-pub(super) static PCRS: LazyLock<Vec<(u32, Vec<u8>)>> = LazyLock::new(|| {
+pub static PCRS: LazyLock<Vec<(u32, Vec<u8>)>> = LazyLock::new(|| {
     let all = (0u32..).zip(tpm::golden_pcrs(ambit_lab::tpm_wire::Bank::Sha256));
     all.filter(|(n, _)| MASK >> n & 1 == 1).collect()
 });
@@ -41,7 +43,7 @@ static STARTED: LazyLock<Instant> = LazyLock::new(Instant::now);
 
 /// The kind of an EK.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum EkKind {
+pub enum EkKind {
     Rsa2048,
     P256,
     P384,
@@ -53,26 +55,26 @@ enum EkKey {
 }
 
 /// EK, AK, and the EK's certificate.
-pub(super) struct SoftTpm {
+pub struct SoftTpm {
     kind: EkKind,
     ek: EkKey,
     ak: EcdsaKeyPair,
-    pub(super) ek_public: Vec<u8>,
-    pub(super) ak_public: Vec<u8>,
-    pub(super) ek_certificate: Vec<u8>,
-    pub(super) node: [u8; 32],
-    pub(super) ak_name: Vec<u8>,
+    pub ek_public: Vec<u8>,
+    pub ak_public: Vec<u8>,
+    pub ek_certificate: Vec<u8>,
+    pub node: [u8; 32],
+    pub ak_name: Vec<u8>,
     qualified_signer: Vec<u8>,
 }
 
 /// A quote, as it travels.
-pub(super) struct Quoted {
-    pub(super) attest: Vec<u8>,
-    pub(super) signature: Vec<u8>,
+pub struct Quoted {
+    pub attest: Vec<u8>,
+    pub signature: Vec<u8>,
 }
 
 impl SoftTpm {
-    pub(super) fn new(kind: EkKind, maker: &Maker) -> Result<SoftTpm> {
+    pub fn new(kind: EkKind, maker: &Maker) -> Result<SoftTpm> {
         let (ek, ek_public) = match kind {
             EkKind::Rsa2048 => rsa_ek()?,
             EkKind::P256 | EkKind::P384 => ec_ek(kind)?,
@@ -99,7 +101,7 @@ impl SoftTpm {
     }
 
     /// TPM2_Quote over [`PCRS`].
-    pub(super) fn quote(&self, extra_data: &[u8]) -> Result<Quoted> {
+    pub fn quote(&self, extra_data: &[u8]) -> Result<Quoted> {
         let clock_ms = u64::try_from(STARTED.elapsed().as_millis())? + 1_000;
         let mut attest = vec![0xff, 0x54, 0x43, 0x47, 0x80, 0x18];
         attest.extend(tpm2b(&self.qualified_signer));
@@ -116,7 +118,7 @@ impl SoftTpm {
     }
 
     /// TPM2_ActivateCredential.
-    pub(super) fn activate(&self, credential_blob: &[u8], encrypted_secret: &[u8]) -> Result<Vec<u8>> {
+    pub fn activate(&self, credential_blob: &[u8], encrypted_secret: &[u8]) -> Result<Vec<u8>> {
         let seed = self.seed(unwrap2b(encrypted_secret)?.0)?;
         let inner = unwrap2b(credential_blob)?.0;
         let (integrity, identity) = unwrap2b(inner)?;
@@ -210,7 +212,7 @@ fn template(kind: u16, name_alg: u16, attributes: u32, policy: &str) -> Result<V
     Ok([&kind.to_be_bytes()[..], &name_alg.to_be_bytes(), &attributes.to_be_bytes(), &policy].concat())
 }
 
-pub(super) fn tpm2b(bytes: &[u8]) -> Vec<u8> {
+pub fn tpm2b(bytes: &[u8]) -> Vec<u8> {
     [&u16::try_from(bytes.len()).unwrap_or(u16::MAX).to_be_bytes()[..], bytes].concat()
 }
 

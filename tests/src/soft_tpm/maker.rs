@@ -9,22 +9,22 @@ use rcgen::{
 
 /// Keys of the CAs; makers sign RSA EKs with RSA and elliptic ones with ECDSA.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum CaKind {
+pub enum CaKind {
     Rsa2048,
     P256,
     P384,
 }
 
 /// Root and issuing CA.
-pub(super) struct Maker {
-    pub(super) root: Vec<u8>,
+pub struct Maker {
+    pub root: Vec<u8>,
     /// Sent with each EK certificate, as agents send what they find in NV.
-    pub(super) intermediate: Vec<u8>,
+    pub intermediate: Vec<u8>,
     issuer: Issuer<'static, KeyPair>,
 }
 
 impl Maker {
-    pub(super) fn new(kind: CaKind) -> Result<Maker> {
+    pub fn new(kind: CaKind) -> Result<Maker> {
         let key = || match kind {
             CaKind::Rsa2048 => KeyPair::generate_rsa_for(&PKCS_RSA_SHA256, RsaKeySize::_2048),
             CaKind::P256 => KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256),
@@ -40,7 +40,7 @@ impl Maker {
     }
 
     /// An EK certificate (TCG EK Credential Profile 2.5, 3.2): empty subject, maker and model in a critical SAN.
-    pub(super) fn certify(&self, spki: &[u8]) -> Result<Vec<u8>> {
+    pub fn certify(&self, spki: &[u8]) -> Result<Vec<u8>> {
         let mut params = CertificateParams::new(vec![])?;
         params.distinguished_name = DistinguishedName::new();
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::Other(vec![2, 23, 133, 8, 1])];
