@@ -1,6 +1,6 @@
 //! `ambit attest` as a program: what it prints, and how it ends, for real boots.
 
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on ends")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on ends")]
 
 use serde_json::Value;
 use std::path::PathBuf;
@@ -67,7 +67,17 @@ fn a_machine_is_accepted_by_what_was_learnt_from_it() {
     for key in ["code", "diverged", "expected", "found", "remedy"] {
         assert_eq!(answer[key], Value::Null, "{key}");
     }
+    assert_eq!(answer["unjudged"], serde_json::json!([]));
+    // A text that no digest covers is marked: whoever wrote the log chose it.
+    let measured = answer["facts"]["boot"]["measured"].as_array().unwrap();
+    for (fact, covered) in [("command_line", true), ("grub_command", true), ("file", false), ("image", false)] {
+        let of_it: Vec<_> = measured.iter().filter(|e| e["fact"] == fact).collect();
+        assert!(!of_it.is_empty() && of_it.iter().all(|e| e["authenticated"] == covered), "{fact}: {of_it:?}");
+    }
     // What nobody asked for is said.
+    let (_, out, _) = ambit(&[&base[..], &["--roots", &roots, "-o", "json"]].concat());
+    let answer: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(answer["unjudged"], serde_json::json!(["nonce", "class"]));
     let (code, out, _) = ambit(&base);
     assert_eq!(code, 0);
     assert!(out.contains("nonce not checked (--nonce)") && out.contains("endorsement not checked (--roots)"), "{out}");
@@ -126,14 +136,46 @@ fn logs_that_no_quote_proves_are_never_affirming() {
     let (code, out, _) = ambit(&[&line[..], &["--unquoted"]].concat());
     assert_eq!((code, verdict(&out).as_str()), (0, "unquoted"));
     std::fs::copy(data("golden/secureboot-grub/quote.tpms_attest"), scratch.join("quote.tpms_attest")).unwrap();
-    let (code, out, err) = ambit(&line);
-    assert_eq!((code, out.as_str()), (2, ""));
-    assert!(err.contains("found no quote.tpmt_signature, ak.tpmt_public"), "{err}");
+    let (code, out, _) = ambit(&line);
+    let answer: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!((code, &answer["code"]), (4, &"evidence_malformed".into()), "half a quote");
+    assert_eq!(answer["found"], "no quote.tpmt_signature, ak.tpmt_public");
     std::fs::remove_file(scratch.join("pcrs.sha256")).unwrap();
     std::fs::remove_file(scratch.join("quote.tpms_attest")).unwrap();
-    assert_eq!(ambit(&line).0, 2);
+    let (code, out, _) = ambit(&line);
+    let answer: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!((code, &answer["code"]), (4, &"evidence_malformed".into()), "nothing to judge");
+    assert_eq!(answer["expected"], "a file pcrs.sha256");
     assert_eq!(ambit(&["attest", "appraise", "/nowhere", "--policy", &policy]).0, 2);
     assert_eq!(ambit(&["attest", "appraise", &folder, "--policy", "/nowhere"]).0, 2);
+}
+
+/// Files as an attacker or a broken disk leaves them: a verdict with its code, or a refusal that names the file.
+#[test]
+fn what_is_too_large_is_told_by_its_code_and_what_is_no_file_by_its_name() {
+    let scratch = scratch("odd");
+    let policy = learnt(&scratch, "golden/secureboot-grub", &[]);
+    let folder = scratch.join("machine");
+    for (name, bytes) in [("binary_bios_measurements", 2 << 20), ("ima_binary_runtime_measurements", 64 << 20)] {
+        let _ = std::fs::remove_dir_all(&folder);
+        std::fs::create_dir(&folder).unwrap();
+        for entry in std::fs::read_dir(data("golden/secureboot-grub")).unwrap().flatten() {
+            std::fs::copy(entry.path(), folder.join(entry.file_name())).unwrap();
+        }
+        // Not one of the names: never read.
+        std::fs::create_dir(folder.join("notes")).unwrap();
+        std::fs::File::create(folder.join(name)).unwrap().set_len(bytes + 1).unwrap();
+        let (code, out, err) =
+            ambit(&["attest", "appraise", folder.to_str().unwrap(), "--policy", &policy, "-o", "json"]);
+        let answer: Value = serde_json::from_str(&out).unwrap_or_else(|e| panic!("{e}: {out}{err}"));
+        assert_eq!((code, &answer["code"]), (4, &"evidence_too_large".into()), "{name}");
+        assert!(answer["found"].as_str().unwrap().starts_with(&(bytes + 1).to_string()), "{answer}");
+    }
+    std::fs::remove_file(folder.join("cmdline")).unwrap();
+    std::fs::create_dir(folder.join("cmdline")).unwrap();
+    let (code, _, err) = ambit(&["attest", "appraise", folder.to_str().unwrap(), "--policy", &policy]);
+    assert_eq!(code, 2);
+    assert!(err.contains("machine/cmdline"), "{err}");
 }
 
 #[test]

@@ -73,8 +73,15 @@ pub struct BootLog<'a> {
 
 impl<'a> BootLog<'a> {
     /// Parses the whole of `bytes`.
-    pub fn parse(bytes: &'a [u8]) -> Result<BootLog<'a>, Refusal> {
-        Self::read(bytes).map_err(|e| e.refuse(Code::BootLogMalformed, "TCG2 crypto-agile boot log"))
+    ///
+    /// # Errors
+    /// [`Code::BootLogMalformed`] at the event that cannot be read; the header is event 0.
+    pub fn parse(bytes: &'a [u8]) -> Result<BootLog<'a>, Denial> {
+        let mut number = 0;
+        Self::read(bytes, &mut number).map_err(|e| {
+            let refusal = e.refuse(Code::BootLogMalformed, "TCG2 crypto-agile boot log");
+            Denial::at(refusal, format!("boot log event {number}"))
+        })
     }
 
     /// The events after the header, in order.
@@ -97,7 +104,8 @@ impl<'a> BootLog<'a> {
         Ok(pcrs)
     }
 
-    fn read(bytes: &'a [u8]) -> Result<BootLog<'a>, Malformed> {
+    /// `number` is of the event being read.
+    fn read(bytes: &'a [u8], number: &mut usize) -> Result<BootLog<'a>, Malformed> {
         let mut r = Reader::new(bytes);
         let sizes = header(&mut r)?;
         let mut events = Vec::new();
@@ -108,8 +116,8 @@ impl<'a> BootLog<'a> {
             if events.len() >= EVENTS_MAX {
                 return Err(Malformed::new("more events than any boot has", at));
             }
-            let number = events.len().saturating_add(1);
-            let event = read_event(&mut r, number, &sizes)?;
+            *number = events.len().saturating_add(1);
+            let event = read_event(&mut r, *number, &sizes)?;
             if event.kind == EV_NO_ACTION {
                 // In any other PCR it is a remark, which extends nothing and decides nothing.
                 if let Some(rest) = event.data.strip_prefix(STARTUP_LOCALITY).filter(|_| event.pcr == 0) {
@@ -214,7 +222,7 @@ pub fn judge_any(bytes: &[u8], hash: HashAlg, pcrs: &BTreeMap<u32, Vec<u8>>) -> 
     let mut facts = BootFacts { events: log.events.len(), has_log: true, ..BootFacts::default() };
     let mut order = order::Order::default();
     for event in log.events.iter().filter(|e| policed.contains(&e.pcr) && e.kind != EV_NO_ACTION) {
-        let digest = event.digest(hash).ok_or_else(|| no_digest(event, hash))?;
+        let digest = event.digest(hash).ok_or_else(|| Denial::at(no_digest(event, hash), event.place()))?;
         let fact = rules::judge(event, hash, digest)?;
         order.judge(event, digest, hash, &fact)?;
         match &fact {

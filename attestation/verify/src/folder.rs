@@ -17,7 +17,7 @@ use crate::chain::Denial;
 use crate::ek::EkClass;
 use crate::hash::Bank;
 use crate::ima::{self, Checkpoint, ImaFacts};
-use crate::{BOOT_LOG_BYTES_MAX, Endorsements, IMA_PCR};
+use crate::{BOOT_LOG_BYTES_MAX, Endorsements, IMA_LOG_BYTES_MAX, IMA_PCR};
 use ambit_model::{Code, Refusal, Stamp};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -100,21 +100,30 @@ pub struct Outcome {
     pub verdict: Result<Believed, Rejected>,
 }
 
+/// Names that mean something in a folder, beside `ek*.der`, the certificates of EKs.
+const NAMES: [&str; 9] = [
+    "quote.tpms_attest",
+    "quote.tpmt_signature",
+    "ak.tpmt_public",
+    "ek.tpm2b_public",
+    "binary_bios_measurements",
+    IMA_NAMES[0],
+    IMA_NAMES[1],
+    "cmdline",
+    "pcrs.sha256",
+];
+/// The IMA log, as the golden folders and as the kernel name it.
+const IMA_NAMES: [&str; 2] = ["ima_binary_runtime_measurements", "binary_runtime_measurements"];
+
 impl Folder {
     /// A folder of these files.
-    ///
-    /// # Errors
-    /// [`Code::BadRequest`] if files are missing that belong together, or a PCR file cannot be read.
-    pub fn new(files: BTreeMap<String, Vec<u8>>) -> Result<Folder, Refusal> {
-        let folder = Folder { files };
-        let parts = ["quote.tpms_attest", "quote.tpmt_signature", "ak.tpmt_public"];
-        let missing: Vec<&str> = parts.into_iter().filter(|name| !folder.files.contains_key(*name)).collect();
-        // The AK alone is no quote; a quote without its signature or key cannot be judged.
-        let has_quote = parts.iter().take(2).any(|name| folder.files.contains_key(*name));
-        if has_quote && !missing.is_empty() {
-            return Err(bad_folder("a quote with its signature and AK", format!("no {}", missing.join(", "))));
-        }
-        Ok(folder)
+    pub fn new(files: BTreeMap<String, Vec<u8>>) -> Folder {
+        Folder { files }
+    }
+
+    /// Whether a file of this name means something; others need not be read.
+    pub fn means(name: &str) -> bool {
+        NAMES.contains(&name) || name == "pcrs.sha384" || (name.starts_with("ek") && name.ends_with(".der"))
     }
 
     fn file(&self, name: &str) -> Option<&[u8]> {
@@ -127,8 +136,7 @@ impl Folder {
     }
 
     fn ima_log(&self) -> &[u8] {
-        let names = ["ima_binary_runtime_measurements", "binary_runtime_measurements"];
-        names.iter().find_map(|name| self.file(name)).unwrap_or_default()
+        IMA_NAMES.iter().find_map(|name| self.file(name)).unwrap_or_default()
     }
 
     /// `/proc/cmdline`, which proves nothing by itself.
@@ -139,56 +147,54 @@ impl Folder {
     /// The PCRs of `bank` as the kernel or tpm2-tools showed them: an index and a value a line.
     fn pcr_file(&self, bank: Bank) -> Result<BTreeMap<u32, Vec<u8>>, Refusal> {
         let name = format!("pcrs.{}", bank.as_str());
-        let text = self.file(&name).ok_or_else(|| bad_folder(&format!("a file {name}"), "none".to_owned()))?;
+        let text = self.file(&name).ok_or_else(|| incomplete(format!("a file {name}"), "none"))?;
         let read = |line: &str| {
             let (n, value) = line.split_once([' ', ':', '\t'])?;
             let value = hex::decode(value.trim()).ok()?;
             Some((n.trim().parse::<u32>().ok()?, value)).filter(|(n, v)| *n < 24 && v.len() == bank.hash().size())
         };
-        let text = std::str::from_utf8(text).map_err(|_| bad_folder(&name, "no text".to_owned()))?;
-        let lines = text.lines().filter(|l| !l.trim().is_empty());
-        let values: Option<BTreeMap<u32, Vec<u8>>> = lines.map(read).collect();
-        let values =
-            values.ok_or_else(|| bad_folder("a PCR's index and value a line", format!("another text in {name}")))?;
+        let lines = || incomplete(format!("in {name}: a PCR's index and value a line, each once"), "another text");
+        let text = std::str::from_utf8(text).map_err(|_| lines())?;
+        let mut values = BTreeMap::new();
+        for line in text.lines().filter(|l| !l.trim().is_empty()) {
+            let (n, value) = read(line).ok_or_else(lines)?;
+            if values.insert(n, value).is_some() {
+                return Err(lines());
+            }
+        }
         let asked = (0..24u32).filter(|n| PCR_MASK & (1 << n) != 0);
         let missing: Vec<u32> = asked.filter(|n| !values.contains_key(n)).collect();
-        if missing.is_empty() { Ok(values) } else { Err(bad_folder(&name, format!("no PCRs {missing:?}"))) }
+        if missing.is_empty() { Ok(values) } else { Err(incomplete(name, &format!("no PCRs {missing:?}"))) }
     }
 
     /// Judges everything but a policy: endorsement, quote, logs.
     ///
     /// # Errors
-    /// The outer one for a folder that cannot be judged, the inner one for evidence that is refused.
-    pub fn judge(&self, ask: &Ask<'_>) -> Result<Result<Judged, Denial>, Refusal> {
-        let (checked, pcrs) = match self.prove(ask)? {
-            Ok(proved) => proved,
-            Err(denial) => return Ok(Err(denial)),
-        };
+    /// [`Code::EvidenceMalformed`] for files that are missing or cannot be read, or the check that refused.
+    pub fn judge(&self, ask: &Ask<'_>) -> Result<Judged, Denial> {
+        let (checked, pcrs) = self.prove(ask)?;
         let logs = || {
             let boot = self.boot_facts(checked.bank, &pcrs)?;
             let mut files = Vec::new();
             let ima = self.ima_facts(checked.bank, &pcrs, &mut |e| files.extend(LearntFile::of(e)))?;
             Ok((boot, ima, files))
         };
-        Ok(match logs() {
+        match logs() {
             Ok((boot, ima, files)) => Ok(Judged { checked, pcrs, boot, ima, files }),
             Err(denial) => Err(self.named_by(ask.reference, checked.bank, denial)),
-        })
+        }
     }
 
     /// Judges the folder by `policies`, as the server judges a node of their clusters.
-    ///
-    /// # Errors
-    /// [`Code::BadRequest`] for a folder that cannot be judged.
-    pub fn appraise(&self, ask: &Ask<'_>, policies: &[Arc<CompiledPolicy>]) -> Result<Outcome, Refusal> {
+    pub fn appraise(&self, ask: &Ask<'_>, policies: &[Arc<CompiledPolicy>]) -> Outcome {
         let refused = |denial: Denial| Rejected { policy: None, findings: vec![denial] };
         let mut out =
             Outcome { checked: None, pcrs: BTreeMap::new(), boot: None, ima: None, verdict: Err(refused(unjudged())) };
-        let (checked, pcrs) = match self.prove(ask)? {
+        let (checked, pcrs) = match self.prove(ask) {
             Ok(proved) => proved,
             Err(denial) => {
                 out.verdict = Err(refused(denial));
-                return Ok(out);
+                return out;
             }
         };
         let bank = checked.bank;
@@ -211,7 +217,7 @@ impl Folder {
                 *finding = self.named_by(ask.reference, bank, finding.clone());
             }
         }
-        Ok(out)
+        out
     }
 
     /// Judges what runs by the policies that accept the boot; where none does, by the one that came nearest, so that
@@ -263,11 +269,7 @@ impl Folder {
 
     fn boot_facts(&self, bank: Bank, pcrs: &BTreeMap<u32, Vec<u8>>) -> Result<BootFacts, Denial> {
         let log = self.boot_log();
-        if log.len() as u64 > BOOT_LOG_BYTES_MAX {
-            return Err(
-                Refusal::new(Code::EvidenceTooLarge, "a boot log of at most 2 MiB", log.len().to_string()).into()
-            );
-        }
+        fits(log, BOOT_LOG_BYTES_MAX, "a boot log of at most 2 MiB")?;
         bootlog::judge_any(log, bank.hash(), pcrs)
     }
 
@@ -278,7 +280,9 @@ impl Folder {
         each: &mut dyn FnMut(&ima::ImaEntry<'_>),
     ) -> Result<ImaFacts, Denial> {
         let quoted = pcrs.get(&IMA_PCR).map(Vec::as_slice).unwrap_or_default();
-        ima::judge_each(self.ima_log(), bank.hash(), quoted, each)
+        let log = self.ima_log();
+        fits(log, IMA_LOG_BYTES_MAX, "an IMA log of at most 64 MiB")?;
+        ima::judge_each(log, bank.hash(), quoted, each)
     }
 }
 
@@ -286,8 +290,18 @@ fn unjudged() -> Denial {
     Refusal::new(Code::EvidenceMalformed, "evidence", "none").into()
 }
 
-fn bad_folder(expected: &str, found: String) -> Refusal {
-    Refusal::new(Code::BadRequest, expected, found)
+fn incomplete(expected: String, found: &str) -> Refusal {
+    Refusal::new(Code::EvidenceMalformed, expected, found)
+}
+
+/// As the server, which refuses by the length stated before it reads.
+fn fits(log: &[u8], max: u64, expected: &str) -> Result<(), Refusal> {
+    let len = log.len() as u64;
+    if len <= max {
+        Ok(())
+    } else {
+        Err(Refusal::new(Code::EvidenceTooLarge, expected, format!("{len} bytes or more")))
+    }
 }
 
 #[cfg(test)]

@@ -15,12 +15,15 @@ use ambit_verify::appraisal::{ALLOW_LIST_BYTES_MAX, AllowList, CompiledPolicy};
 use ambit_verify::folder::{Ask, Folder, roots_of_pem};
 use serde_json::json;
 use std::collections::BTreeMap;
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// Files taken from a folder, and the most bytes of one: an IMA log's limit.
-const FILES_MAX: usize = 256;
+/// Files taken from a folder: a machine has some EK certificates beside what every folder has.
+const FILES_MAX: usize = 64;
+/// Bytes read of one: one more than an IMA log may have.
+const FILE_BYTES_MAX: u64 = ambit_verify::IMA_LOG_BYTES_MAX + 1;
 
 pub(crate) async fn run(session: &Session, verb: Attest) -> Result<Answer, Refusal> {
     match verb {
@@ -73,7 +76,7 @@ fn appraise(form: Form, options: &Appraise) -> Result<Answer, Refusal> {
         now: now(),
         reference: reference.as_ref(),
     };
-    let outcome = folder.appraise(&ask, &policies)?;
+    let outcome = folder.appraise(&ask, &policies);
     Ok(answer::of(form, &outcome, options.unquoted, class))
 }
 
@@ -112,27 +115,32 @@ fn diff_files(form: Form, old: &Path, new: &Path) -> Result<Answer, Refusal> {
     Ok(Answer::ok(table.render(form)).ending(exit))
 }
 
-/// Every file of a folder, by name: which of them mean something is the verifier's to know.
+/// The files of a folder that mean something. Of one beyond the verifier's limits it reads so much as shows that it is.
 fn read_folder(path: &Path) -> Result<Folder, Refusal> {
     let entries = std::fs::read_dir(path).map_err(|e| file_refusal(path, &e))?;
     let mut files = BTreeMap::new();
     for entry in entries {
         let entry = entry.map_err(|e| file_refusal(path, &e))?;
-        let file = entry.path();
-        let meta = std::fs::metadata(&file).map_err(|e| file_refusal(&file, &e))?;
-        if !meta.is_file() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if !Folder::means(&name) {
             continue;
         }
-        if files.len() >= FILES_MAX || meta.len() > ambit_verify::IMA_LOG_BYTES_MAX {
-            let found = format!("{} of {} bytes", file.display(), meta.len());
-            return Err(Refusal::new(Code::BadRequest, "at most 256 files of at most 64 MiB", found));
+        let file = entry.path();
+        let meta = std::fs::metadata(&file).map_err(|e| file_refusal(&file, &e))?;
+        if !meta.is_file() || files.len() >= FILES_MAX {
+            let found = format!("{}: {:?}, after {} others", file.display(), meta.file_type(), files.len());
+            return Err(Refusal::new(
+                Code::BadRequest,
+                format!("at most {FILES_MAX} files, none of another kind"),
+                found,
+            ));
         }
-        files.insert(entry.file_name().to_string_lossy().into_owned(), read(&file)?);
+        let mut bytes = Vec::new();
+        let opened = std::fs::File::open(&file).map_err(|e| file_refusal(&file, &e))?;
+        opened.take(FILE_BYTES_MAX).read_to_end(&mut bytes).map_err(|e| file_refusal(&file, &e))?;
+        files.insert(name, bytes);
     }
-    Folder::new(files).map_err(|mut refusal| {
-        refusal.expected = format!("in {}: {}", path.display(), refusal.expected);
-        refusal
-    })
+    Ok(Folder::new(files))
 }
 
 fn read_lists(files: &[PathBuf]) -> Result<BTreeMap<[u8; 32], Arc<AllowList>>, Refusal> {

@@ -96,9 +96,7 @@ impl Swtpm {
 
     /// DER of the manufacturer's root and of its issuing CA.
     pub(crate) fn ca(&self) -> (Vec<u8>, Vec<u8>) {
-        use rustls_pki_types::{CertificateDer, pem::PemObject};
-        let der = |name: &str| CertificateDer::from_pem_file(self.dir.join("ca").join(name)).expect(name).to_vec();
-        (der("swtpm-localca-rootca-cert.pem"), der("issuercert.pem"))
+        ca_in(&self.file("ca"))
     }
 
     /// Runs one of tpm2-tools in this TPM's folder; it must succeed.
@@ -111,6 +109,13 @@ impl Swtpm {
         let tool = Command::new(name).args(args).current_dir(&self.dir).env("TPM2TOOLS_TCTI", self.tcti()).output();
         tool.unwrap_or_else(|e| panic!("{name}: {e}"))
     }
+}
+
+/// DER of root and issuing CA in a folder of swtpm_localca.
+pub(crate) fn ca_in(folder: &Path) -> (Vec<u8>, Vec<u8>) {
+    use rustls_pki_types::{CertificateDer, pem::PemObject};
+    let der = |name: &str| CertificateDer::from_pem_file(folder.join(name)).expect(name).to_vec();
+    (der("swtpm-localca-rootca-cert.pem"), der("issuercert.pem"))
 }
 
 impl Drop for Swtpm {

@@ -5,6 +5,7 @@
 mod common;
 mod failing;
 mod svid_key;
+mod tabrmd;
 
 use ambit_model::appraisal::{AppraisalPolicy, EndorsementClass};
 use ambit_model::{Code, Revision, Stamp};
@@ -47,8 +48,7 @@ fn policy() -> Arc<CompiledPolicy> {
     Arc::new(CompiledPolicy::compile(&policy, &mut |_| None).unwrap())
 }
 
-fn endorsements(tpm: &Swtpm) -> Endorsements {
-    let (root, issuer) = tpm.ca();
+fn endorsements((root, issuer): (Vec<u8>, Vec<u8>)) -> Endorsements {
     Endorsements { roots: vec![EkRoot { der: root, class: EkClass::Lab }], intermediates: vec![issuer], denied: vec![] }
 }
 
@@ -88,15 +88,15 @@ async fn a_node_is_verified_from_its_tpm_alone() {
     ] {
         for (bank, asked) in [(Bank::Sha256, ambit_verify::Bank::Sha256), (Bank::Sha384, ambit_verify::Bank::Sha384)] {
             println!("EK {ek:?}, AK {ak:?}, {bank:?}");
-            verified(&tpm, &attester(&tpm, ek, ak), bank, asked, class).await;
+            verified(tpm.ca(), &attester(&tpm, ek, ak), bank, asked, class).await;
         }
     }
     nothing_is_loaded(&tpm);
 }
 
-async fn verified(tpm: &Swtpm, attester: &Attester, bank: Bank, asked: ambit_verify::Bank, class: EkClass) {
+async fn verified(ca: (Vec<u8>, Vec<u8>), attester: &Attester, bank: Bank, asked: ambit_verify::Bank, class: EkClass) {
     let identity = attester.identity().await.unwrap();
-    let (challenge, ticket) = challenge(&identity, &endorsements(tpm), asked);
+    let (challenge, ticket) = challenge(&identity, &endorsements(ca), asked);
     let secret = attester.activate(challenge.credential_blob, challenge.encrypted_secret).await.unwrap();
     assert_eq!(*secret, [0x5a; 32]);
 
@@ -207,7 +207,7 @@ async fn a_reset_of_the_tpm_between_operations_is_survived() {
     let after = attester.quote(Bank::Sha256, 1, [0; 32]).await.unwrap();
     assert_ne!(before.attest, after.attest);
     let identity = attester.identity().await.unwrap();
-    let (challenge, _) = challenge(&identity, &endorsements(&tpm), ambit_verify::Bank::Sha256);
+    let (challenge, _) = challenge(&identity, &endorsements(tpm.ca()), ambit_verify::Bank::Sha256);
     let secret = attester.activate(challenge.credential_blob, challenge.encrypted_secret).await.unwrap();
     assert_eq!(*secret, [0x5a; 32]);
     nothing_is_loaded(&tpm);
@@ -224,13 +224,13 @@ async fn the_ak_is_made_once_and_stays_with_its_tpm() {
     let refused = stolen.quote(Bank::Sha256, 1, [0; 32]).await.unwrap_err();
     assert!(matches!(refused, TpmError::OtherTpm { .. }), "{refused:?}");
     // Nor does it open a credential made for the first, or the first one made for the other.
-    let (theirs, _) = challenge(&first, &endorsements(&tpm), ambit_verify::Bank::Sha256);
+    let (theirs, _) = challenge(&first, &endorsements(tpm.ca()), ambit_verify::Bank::Sha256);
     let elsewhere = Attester::open(&other.tcti(), &other.state()).unwrap();
     elsewhere.activate(theirs.credential_blob, theirs.encrypted_secret).await.unwrap_err();
     // And its manufacturer vouches for none of this TPM's keys.
     let refusal = PresentedEk::parse(begin(&first))
         .unwrap()
-        .endorse(Expected::AllowListed, &endorsements(&other), NOW)
+        .endorse(Expected::AllowListed, &endorsements(other.ca()), NOW)
         .unwrap_err();
     assert_eq!(refusal.code, Code::EkChainUntrusted);
 }

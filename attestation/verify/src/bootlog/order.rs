@@ -6,7 +6,7 @@ use super::{EV_SEPARATOR, Event};
 use crate::chain::Denial;
 use crate::hash::HashAlg;
 use ambit_model::{Code, Refusal};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// PCRs that belong to the firmware until it separates them (PFP 3.3.3 and 10.4.1, EV_SEPARATOR).
 const FIRMWARE_PCRS: std::ops::RangeInclusive<u32> = 0..=7;
@@ -16,7 +16,8 @@ const SECURE_BOOT_PCR: u32 = 7;
 /// What was seen so far.
 #[derive(Default)]
 pub(super) struct Order {
-    separated: BTreeSet<u32>,
+    /// By PCR, the event that separated it.
+    separated: BTreeMap<u32, usize>,
     variables: BTreeSet<(Vec<u8>, Vec<u8>)>,
 }
 
@@ -24,8 +25,13 @@ impl Order {
     /// Judges the place of one event among those before it.
     pub(super) fn judge(&mut self, event: &Event<'_>, digest: &[u8], hash: HashAlg, fact: &Fact) -> Result<(), Denial> {
         if event.kind == EV_SEPARATOR {
-            if !self.separated.insert(event.pcr) {
-                return Err(out_of_order(event, "one separator in this PCR", "a second one"));
+            // Either may be the one that does not belong here: both are named.
+            if let Some(first) = self.separated.insert(event.pcr, event.number) {
+                return Err(out_of_order(
+                    event,
+                    "one separator in this PCR",
+                    &format!("a second one, after event {first}"),
+                ));
             }
             return Ok(());
         }
@@ -45,7 +51,7 @@ impl Order {
     }
 
     fn secure_boot_policy(&mut self, event: &Event<'_>, fact: &Fact) -> Result<(), Denial> {
-        let separated = self.separated.contains(&SECURE_BOOT_PCR);
+        let separated = self.separated.contains_key(&SECURE_BOOT_PCR);
         if event.kind == EV_EFI_VARIABLE_DRIVER_CONFIG {
             if let Some(v) = Variable::parse(event.data)
                 && !self.variables.insert((v.guid.to_vec(), v.name.to_vec()))
@@ -71,7 +77,7 @@ impl Order {
 
     /// After the last event: the firmware ended its part of each PCR that it owns and that is judged.
     pub(super) fn end(&self, policed: &[u32]) -> Result<(), Denial> {
-        let missing = policed.iter().find(|pcr| FIRMWARE_PCRS.contains(pcr) && !self.separated.contains(pcr));
+        let missing = policed.iter().find(|pcr| FIRMWARE_PCRS.contains(pcr) && !self.separated.contains_key(pcr));
         match missing {
             None => Ok(()),
             Some(pcr) => {

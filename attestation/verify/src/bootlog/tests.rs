@@ -124,7 +124,7 @@ fn startup_locality_sets_the_start_of_pcr_0() {
         ("twice", with(&[no_action(b"StartupLocality\0\x03"), no_action(b"StartupLocality\0\x03")], header_len)),
         ("late", [log.as_slice(), &no_action(b"StartupLocality\0\x03")].concat()),
     ] {
-        assert_eq!(BootLog::parse(&bytes).expect_err(what).code, Code::BootLogMalformed, "{what}");
+        assert_eq!(BootLog::parse(&bytes).expect_err(what).refusal.code, Code::BootLogMalformed, "{what}");
     }
 }
 

@@ -1,6 +1,6 @@
 //! The quote and the EK of a folder, checked in the order of design.md section 3.
 
-use super::{Ask, Checked, Folder, PCR_MASK, bad_folder};
+use super::{Ask, Checked, Folder, PCR_MASK, incomplete};
 use crate::attest::Attest;
 use crate::chain::Denial;
 use crate::hash::Bank;
@@ -15,43 +15,43 @@ type Proved = (Checked, BTreeMap<u32, Vec<u8>>);
 
 impl Folder {
     /// What the quote proves; without one, what the PCR file says.
-    pub(super) fn prove(&self, ask: &Ask<'_>) -> Result<Result<Proved, Denial>, Refusal> {
-        let endorsed = match self.endorsed(ask)? {
-            Ok(endorsed) => endorsed,
-            Err(refusal) => return Ok(Err(refusal.into())),
-        };
-        let parts = (self.file("quote.tpms_attest"), self.file("quote.tpmt_signature"), self.file("ak.tpmt_public"));
-        let (Some(attest), Some(signature), Some(ak)) = parts else {
+    pub(super) fn prove(&self, ask: &Ask<'_>) -> Result<Proved, Denial> {
+        let endorsed = self.endorsed(ask)?;
+        let parts = ["quote.tpms_attest", "quote.tpmt_signature", "ak.tpmt_public"].map(|name| (name, self.file(name)));
+        let [(_, attest), (_, signature), (_, ak)] = parts;
+        // The AK alone is no quote; a quote without its signature or key cannot be judged.
+        if attest.is_none() && signature.is_none() {
             if ask.nonce.is_some() {
-                return Err(bad_folder("a quote to compare the nonce with", "none".to_owned()));
+                return Err(Refusal::new(Code::QuoteMissing, "a quote to compare the nonce with", "none").into());
             }
             let checked = Checked { quoted: false, nonce: false, signer: false, endorsed, bank: Bank::Sha256 };
-            return Ok(Ok((checked, self.asked(Bank::Sha256)?)));
+            return Ok((checked, self.asked(Bank::Sha256)?));
+        }
+        let (Some(attest), Some(signature), Some(ak)) = (attest, signature, ak) else {
+            let missing: Vec<&str> = parts.iter().filter(|(_, file)| file.is_none()).map(|(name, _)| *name).collect();
+            let expected = "a quote with its signature and AK".to_owned();
+            return Err(incomplete(expected, &format!("no {}", missing.join(", "))).into());
         };
-        let verified = match self.verified(attest, signature, ak) {
-            Ok(verified) => verified,
-            Err(refusal) => return Ok(Err(refusal.into())),
-        };
-        let (attest, ak, signer) = verified;
+        let (attest, ak, signer) = self.verified(attest, signature, ak)?;
         if let Some(nonce) = &ask.nonce
             && *nonce != attest.head.extra_data
         {
             let (expected, found) = (format!("extraData {}", hex::encode(nonce)), hex::encode(&attest.head.extra_data));
-            return Ok(Err(Refusal::new(Code::QuoteNonce, expected, found).into()));
+            return Err(Refusal::new(Code::QuoteNonce, expected, found).into());
         }
         let bank = match [Bank::Sha256, Bank::Sha384].map(|b| attest.selects_exactly(b, PCR_MASK)) {
             [Ok(()), _] => Bank::Sha256,
             [_, Ok(())] => Bank::Sha384,
-            [Err(refusal), Err(_)] => return Ok(Err(refusal.into())),
+            [Err(refusal), Err(_)] => return Err(refusal.into()),
         };
         let pcrs = self.asked(bank)?;
         let values = pcrs.values().map(Vec::as_slice).collect::<Vec<_>>();
         let digest = ak.scheme_hash().digest(&values);
         if attest.pcr_digest != digest {
             let expected = format!("values whose digest is {}", hex::encode(&attest.pcr_digest));
-            return Ok(Err(Refusal::new(Code::QuotePcrDigest, expected, hex::encode(digest)).into()));
+            return Err(Refusal::new(Code::QuotePcrDigest, expected, hex::encode(digest)).into());
         }
-        Ok(Ok((Checked { quoted: true, nonce: ask.nonce.is_some(), signer, endorsed, bank }, pcrs)))
+        Ok((Checked { quoted: true, nonce: ask.nonce.is_some(), signer, endorsed, bank }, pcrs))
     }
 
     /// The values of exactly the PCRs that the server asks for.
@@ -88,27 +88,21 @@ impl Folder {
     }
 
     /// Whether a certificate in the folder endorses its EK; false if nobody asked.
-    fn endorsed(&self, ask: &Ask<'_>) -> Result<Result<bool, Refusal>, Refusal> {
-        let Some(endorsements) = ask.endorsements else { return Ok(Ok(false)) };
-        let ek = match self.ek() {
-            Ok(Some(ek)) => ek,
-            Ok(None) => return Err(bad_folder("ek.tpm2b_public, to judge it by the roots", "none".to_owned())),
-            Err(refusal) => return Ok(Err(refusal)),
-        };
+    fn endorsed(&self, ask: &Ask<'_>) -> Result<bool, Refusal> {
+        let Some(endorsements) = ask.endorsements else { return Ok(false) };
+        let ek = self.ek()?.ok_or_else(|| incomplete("ek.tpm2b_public, to judge it by the roots".into(), "none"))?;
         let certificates = self.files.iter().filter(|(name, _)| name.starts_with("ek") && name.ends_with(".der"));
         let mut refused: Option<Refusal> = None;
         for (_, certificate) in certificates {
             match judge(certificate, ek.public(), endorsements, ask.now) {
-                Ok(()) => return Ok(Ok(true)),
+                Ok(()) => return Ok(true),
                 // A certificate of the TPM's other EK says less than one of this EK that is refused.
                 Err(e) if refused.as_ref().is_none_or(|r| r.code == Code::EkMismatch) => refused = Some(e),
                 Err(_) => {}
             }
         }
-        match refused {
-            Some(refusal) => Ok(Err(refusal)),
-            None => Err(bad_folder("an EK certificate (ek-*.nv.der), to judge it by the roots", "none".to_owned())),
-        }
+        let none = || incomplete("an EK certificate (ek-*.nv.der), to judge it by the roots".into(), "none");
+        Err(refused.unwrap_or_else(none))
     }
 }
 

@@ -24,7 +24,7 @@ const BOOTS: [&str; 13] = [
 ];
 
 fn boot(name: &str) -> Folder {
-    Folder::new(folder("boots", name)).unwrap()
+    Folder::new(folder("boots", name))
 }
 
 fn golden() -> BTreeMap<String, Vec<u8>> {
@@ -32,7 +32,7 @@ fn golden() -> BTreeMap<String, Vec<u8>> {
 }
 
 fn learnt_from(folder: &Folder) -> Learnt {
-    let judged = folder.judge(&Ask::default()).unwrap().unwrap();
+    let judged = folder.judge(&Ask::default()).unwrap();
     learn(&Source {
         name: "learnt".parse().unwrap(),
         clusters: std::collections::BTreeSet::from(["west".parse().unwrap()]),
@@ -62,7 +62,7 @@ fn each_boot_is_accepted_by_what_was_learnt_from_it() {
         let nonce = folder.file("nonce").and_then(|n| hex::decode(String::from_utf8_lossy(n).trim()).ok());
         assert!(nonce.is_some(), "{name}");
         let ask = Ask { nonce, ..Ask::default() };
-        let outcome = folder.appraise(&ask, &[policy(&folder)]).unwrap();
+        let outcome = folder.appraise(&ask, &[policy(&folder)]);
         let checked = outcome.checked.as_ref().unwrap();
         assert!(outcome.verdict.is_ok(), "{name}: {:?}", outcome.verdict);
         assert!(checked.quoted && checked.nonce && checked.signer && !checked.endorsed, "{name}: {checked:?}");
@@ -91,7 +91,7 @@ fn other_boots_are_refused_for_what_they_are() {
         ("nolog-shim", Some(BootLogMissing), &[PcrNotAllowed]),
     ];
     for (name, headline, among) in rows {
-        let outcome = boot(name).appraise(&Ask::default(), &base).unwrap();
+        let outcome = boot(name).appraise(&Ask::default(), &base);
         let codes = codes(&outcome);
         assert_eq!(codes.first(), headline.as_ref(), "{name}: {:?}", outcome.verdict);
         for code in *among {
@@ -103,7 +103,7 @@ fn other_boots_are_refused_for_what_they_are() {
     }
     // The same boot with a newer dbx: too old the other way round.
     let newer = [policy(&boot("dbx"))];
-    assert_eq!(codes(&boot("secureboot-grub").appraise(&Ask::default(), &newer).unwrap()).first(), Some(&DbxTooOld));
+    assert_eq!(codes(&boot("secureboot-grub").appraise(&Ask::default(), &newer)).first(), Some(&DbxTooOld));
 }
 
 #[test]
@@ -115,7 +115,7 @@ fn the_stubs_command_line_is_known_only_by_its_digest() {
     // A command line that was not measured is not believed.
     let mut files = crate::testdata::folder("boots", "efistub-nosb");
     files.insert("cmdline".into(), b"console=ttyS0 init=/bin/sh\n".to_vec());
-    let lying = learnt_from(&Folder::new(files).unwrap()).policy;
+    let lying = learnt_from(&Folder::new(files)).policy;
     assert_eq!(lying.command_line, None);
     assert!(lying.events.contains_key(&9));
 }
@@ -124,7 +124,7 @@ fn the_stubs_command_line_is_known_only_by_its_digest() {
 #[test]
 fn a_folder_is_judged_in_the_servers_order() {
     use Code::*;
-    let golden_policy = [policy(&Folder::new(golden()).unwrap())];
+    let golden_policy = [policy(&Folder::new(golden()))];
     let endorsements =
         roots_of_pem(&[ca_pem("swtpm-localca-rootca-cert.pem"), ca_pem("issuercert.pem")].concat(), EkClass::Lab)
             .unwrap();
@@ -201,7 +201,7 @@ fn a_folder_is_judged_in_the_servers_order() {
             now: Stamp(1_796_000_000_000),
             reference: None,
         };
-        let outcome = Folder::new(files).unwrap().appraise(&ask, &golden_policy).unwrap();
+        let outcome = Folder::new(files).appraise(&ask, &golden_policy);
         assert_eq!(codes(&outcome).first(), Some(&code), "{what}: {:?}", outcome.verdict);
     }
     let ask = Ask {
@@ -211,16 +211,16 @@ fn a_folder_is_judged_in_the_servers_order() {
         now: Stamp(1_796_000_000_000),
         reference: None,
     };
-    let good = Folder::new(golden()).unwrap();
-    assert!(good.appraise(&ask, &golden_policy).unwrap().verdict.is_ok());
+    let good = Folder::new(golden());
+    assert!(good.appraise(&ask, &golden_policy).verdict.is_ok());
     // Without roots the EK still binds the AK.
     let mut other_ek = golden();
     other_ek.insert("ek.tpm2b_public".into(), folder("boots", "gpt").remove("ek.tpm2b_public").unwrap());
-    let outcome = Folder::new(other_ek).unwrap().appraise(&Ask::default(), &golden_policy).unwrap();
+    let outcome = Folder::new(other_ek).appraise(&Ask::default(), &golden_policy);
     assert_eq!(codes(&outcome), [QuoteSigner]);
     // The policy was learnt from a lab TPM: a hardware one is not its kind.
     let hardware = Ask { class: Some(EkClass::Hardware), ..ask };
-    assert_eq!(codes(&good.appraise(&hardware, &golden_policy).unwrap()), [EkClassNotAccepted]);
+    assert_eq!(codes(&good.appraise(&hardware, &golden_policy)), [EkClassNotAccepted]);
 }
 
 fn forged(files: &mut BTreeMap<String, Vec<u8>>, name: &str) {
@@ -231,17 +231,17 @@ fn forged(files: &mut BTreeMap<String, Vec<u8>>, name: &str) {
 
 #[test]
 fn a_reference_names_the_first_event_that_differs() {
-    let golden_folder = Folder::new(golden()).unwrap();
+    let golden_folder = Folder::new(golden());
     let mut files = golden();
     // One bit of the kernel's digest in PCR 9: its content is not in the log, so only the PCR can tell.
     let log = files.get_mut("binary_bios_measurements").unwrap();
     let digest = bootlog::BootLog::parse(log).unwrap().events()[40].digest(HashAlg::Sha256).unwrap().to_vec();
     let at = log.windows(32).position(|w| w == digest).unwrap();
     log[at] ^= 1;
-    let altered = Folder::new(files).unwrap();
+    let altered = Folder::new(files);
     let place = |reference| {
         let ask = Ask { reference, ..Ask::default() };
-        let outcome = altered.appraise(&ask, &[policy(&golden_folder)]).unwrap();
+        let outcome = altered.appraise(&ask, &[policy(&golden_folder)]);
         let denial = outcome.verdict.unwrap_err().headline();
         assert_eq!(denial.refusal.code, Code::BootLogPcrMismatch);
         denial.diverged.unwrap()
@@ -251,31 +251,65 @@ fn a_reference_names_the_first_event_that_differs() {
 }
 
 #[test]
-fn without_a_quote_the_answer_says_so_and_half_a_quote_is_no_folder() {
-    let mut files = golden();
-    let golden_policy = [policy(&Folder::new(files.clone()).unwrap())];
-    for name in ["quote.tpms_attest", "quote.tpmt_signature"] {
-        let mut half = files.clone();
+fn without_a_quote_the_answer_says_so_and_half_of_one_is_denied() {
+    let golden_policy = [policy(&Folder::new(golden()))];
+    let judged = |files: &BTreeMap<String, Vec<u8>>, ask: &Ask<'_>| {
+        let outcome = Folder::new(files.clone()).appraise(ask, &golden_policy);
+        let headline = outcome.verdict.as_ref().err().map(|rejected| rejected.headline().refusal);
+        (outcome, headline.map(|r| (r.code, r.found)))
+    };
+    for name in ["quote.tpms_attest", "quote.tpmt_signature", "ak.tpmt_public"] {
+        let mut half = golden();
         half.remove(name);
-        let refusal = Folder::new(half).unwrap_err();
-        assert_eq!((refusal.code, refusal.found), (Code::BadRequest, format!("no {name}")));
+        let refused = judged(&half, &Ask::default()).1;
+        assert_eq!(refused, Some((Code::EvidenceMalformed, format!("no {name}"))));
     }
+    let mut files = golden();
     files.retain(|name, _| !name.starts_with("quote.t"));
-    let outcome = Folder::new(files.clone()).unwrap().appraise(&Ask::default(), &golden_policy).unwrap();
-    assert!(outcome.verdict.is_ok());
-    assert!(!outcome.checked.unwrap().quoted);
+    let (outcome, refused) = judged(&files, &Ask::default());
+    assert!(refused.is_none() && !outcome.checked.unwrap().quoted);
     let asked = Ask { nonce: Some(vec![0]), ..Ask::default() };
-    assert_eq!(
-        Folder::new(files.clone()).unwrap().appraise(&asked, &golden_policy).unwrap_err().code,
-        Code::BadRequest
-    );
-    for (what, text) in [("absent", None), ("no PCR 14", Some("0 aa\n")), ("garbage", Some("\u{e9}"))] {
+    assert_eq!(judged(&files, &asked).1, Some((Code::QuoteMissing, "none".into())));
+    let all = String::from_utf8(golden()["pcrs.sha256"].clone()).unwrap();
+    let twice = format!("{all}{}\n", all.lines().next().unwrap());
+    for (what, text) in
+        [("absent", None), ("no PCR 14", Some("0 aa\n")), ("garbage", Some("\u{e9}")), ("PCR 0 twice", Some(&twice))]
+    {
         let mut files = files.clone();
         match text {
             None => drop(files.remove("pcrs.sha256")),
             Some(text) => drop(files.insert("pcrs.sha256".into(), text.into())),
         }
-        let refusal = Folder::new(files).unwrap().appraise(&Ask::default(), &golden_policy).expect_err(what);
-        assert_eq!(refusal.code, Code::BadRequest, "{what}");
+        assert_eq!(judged(&files, &Ask::default()).1.map(|r| r.0), Some(Code::EvidenceMalformed), "{what}");
+    }
+    let endorsements = roots_of_pem(ca_pem("issuercert.pem").as_ref(), EkClass::Lab).unwrap();
+    let ask = Ask { endorsements: Some(&endorsements), ..Ask::default() };
+    files.remove("ek.tpm2b_public");
+    let refused = judged(&files, &ask).1;
+    assert_eq!(refused, Some((Code::EvidenceMalformed, "none".into())), "roots, and no EK to judge by them");
+}
+
+/// What cannot be read is named by its place; what is too large is told by its size, as the server tells it.
+#[test]
+fn broken_and_oversize_logs_are_denied_by_their_place_or_size() {
+    let golden_policy = [policy(&Folder::new(golden()))];
+    let boot = "binary_bios_measurements";
+    let ima = "ima_binary_runtime_measurements";
+    let cut = |name: &str, bytes: usize| golden()[name][..bytes].to_vec();
+    // The log's second event is bytes 197 to 335, the eighth entry of IMA's bytes 787 to 915.
+    let rows: [(&str, Vec<u8>, Code, Option<&str>); 5] = [
+        (boot, cut(boot, 40), Code::BootLogMalformed, Some("boot log event 0")),
+        (boot, cut(boot, 200), Code::BootLogMalformed, Some("boot log event 2")),
+        (boot, vec![0; (2 << 20) + 1], Code::EvidenceTooLarge, None),
+        (ima, cut(ima, 900), Code::ImaLogMalformed, Some("IMA entry 8")),
+        (ima, vec![0; (64 << 20) + 1], Code::EvidenceTooLarge, None),
+    ];
+    for (name, bytes, code, place) in rows {
+        let mut files = golden();
+        let len = bytes.len();
+        files.insert(name.into(), bytes);
+        let denial = Folder::new(files).appraise(&Ask::default(), &golden_policy).verdict.unwrap_err().headline();
+        assert_eq!(denial.refusal.code, code, "{name} of {len}: {denial:?}");
+        assert_eq!(denial.diverged.as_deref(), place, "{denial:?}");
     }
 }

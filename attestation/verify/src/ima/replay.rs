@@ -142,7 +142,7 @@ impl Replay {
         }
         if !self.held.is_empty() {
             let at = usize::try_from(self.offset).unwrap_or(usize::MAX);
-            return Err(malformed(Malformed::new("IMA entry cut short", at)).into());
+            return Err(malformed(self.entries.saturating_add(1), Malformed::new("IMA entry cut short", at)));
         }
         let expected = format!("a prefix of the log that leads to PCR 10 {} {}", self.hash, hex::encode(&self.quoted));
         let led_to = self.running.first().map(|r| hex::encode(&r.value)).unwrap_or_default();
@@ -157,15 +157,16 @@ impl Replay {
         let mut used = 0usize;
         while !self.is_reached() && r.remaining() > 0 {
             let at = |e: Malformed| Malformed { at: e.at.saturating_add(self.offset_text(used)), ..e };
-            let Some(entry) = RawEntry::read(&mut r).map_err(at).map_err(malformed)? else { break };
             let number = self.entries.saturating_add(1);
+            let broken = |e| malformed(number, at(e));
+            let Some(entry) = RawEntry::read(&mut r).map_err(broken)? else { break };
             if !entry.whole() {
                 let place = format!("IMA entry {number}");
                 let expected = format!("{place}: data whose template hash is {}", hex::encode(entry.template_hash));
                 let found = hex::encode(HashAlg::Sha1.digest(&[entry.data]));
                 return Err(Denial::at(Refusal::new(Code::ImaLogMismatch, expected, found), place));
             }
-            let parsed = entry.parse(number).map_err(at).map_err(malformed)?;
+            let parsed = entry.parse(number).map_err(broken)?;
             for form in &mut self.running {
                 form.extend(self.hash, &entry);
             }
@@ -194,6 +195,6 @@ impl Replay {
     }
 }
 
-fn malformed(e: Malformed) -> Refusal {
-    e.refuse(Code::ImaLogMalformed, "IMA binary log")
+fn malformed(number: u64, e: Malformed) -> Denial {
+    Denial::at(e.refuse(Code::ImaLogMalformed, "IMA binary log"), format!("IMA entry {number}"))
 }

@@ -48,7 +48,7 @@ fn accepted(form: Form, outcome: &Outcome, believed: &Believed, quoted: bool, cl
     );
     let text = || {
         let mut lines = vec![format!("{verdict}: policy {} (sha256 {})", policy.name, hex::encode(policy.sha256))];
-        lines.extend(checked_lines(outcome));
+        lines.extend(checked_lines(outcome, class));
         let rules = believed.boot.consumed.iter().map(|c| format!("  {}: {}", c.rule, events(&c.events)));
         lines.push("rules and the events that they consumed:".to_owned());
         lines.extend(rules);
@@ -91,7 +91,7 @@ fn denied(form: Form, outcome: &Outcome, rejected: &Rejected, class: Option<EkCl
             )
         });
         lines.extend(others);
-        lines.extend(checked_lines(outcome));
+        lines.extend(checked_lines(outcome, class));
         lines.join("\n")
     };
     Answer::ok(in_form(form, &value, text)).ending(Exit::Denied)
@@ -112,6 +112,7 @@ fn base(outcome: &Outcome, verdict: &str, class: Option<EkClass>) -> Value {
         "nonce_checked": checked.is_some_and(|c| c.nonce),
         "signer_checked": checked.is_some_and(|c| c.signer),
         "endorsement": endorsement(checked),
+        "unjudged": unjudged(checked, class),
         "class": class.filter(|_| checked.is_some_and(|c| c.endorsed)).map(EkClass::as_str),
         "facts": facts(outcome),
     })
@@ -123,6 +124,19 @@ fn endorsement(checked: Option<&Checked>) -> &'static str {
         Some(_) => "not checked",
         None => "none",
     }
+}
+
+/// What the server would judge and nobody asked for here: an answer of a program that wants all of it names none.
+fn unjudged(checked: Option<&Checked>, class: Option<EkClass>) -> Vec<&'static str> {
+    let Some(c) = checked else { return Vec::new() };
+    let parts = [
+        ("quote", c.quoted),
+        ("nonce", c.nonce),
+        ("signer", c.signer),
+        ("endorsement", c.endorsed),
+        ("class", c.endorsed && class.is_some()),
+    ];
+    parts.iter().filter(|(_, judged)| !judged).map(|(part, _)| *part).collect()
 }
 
 fn facts(outcome: &Outcome) -> Value {
@@ -151,30 +165,32 @@ fn boot_json(boot: &BootFacts) -> Value {
     })
 }
 
+/// `authenticated`: whether the event's digest is over its text. If not, whoever wrote the log chose the text.
 fn event_json(event: &Measured) -> Value {
-    let (fact, text) = match &event.fact {
-        Fact::Separator => ("separator", None),
-        Fact::Action(text) => ("action", Some(text.clone())),
-        Fact::SecureBoot(on) => ("secure_boot", Some(on.to_string())),
+    let label = |fact, label: &String| (fact, Some(label.clone()), false);
+    let (fact, text, authenticated) = match &event.fact {
+        Fact::Separator => ("separator", None, true),
+        Fact::Action(text) => ("action", Some(text.clone()), true),
+        Fact::SecureBoot(on) => ("secure_boot", Some(on.to_string()), true),
         Fact::Keys { variable, entries } => {
             let named = entries.iter().map(|e| e.subject.clone().unwrap_or_else(|| hex::encode(e.sha256)));
-            ("keys", Some(format!("{}: {}", variable.as_str(), named.collect::<Vec<_>>().join(", "))))
+            ("keys", Some(format!("{}: {}", variable.as_str(), named.collect::<Vec<_>>().join(", "))), true)
         }
-        Fact::Variable { name } => ("variable", Some(name.clone())),
+        Fact::Variable { name } => ("variable", Some(name.clone()), event.kind != "EV_EFI_VARIABLE_BOOT"),
         Fact::Authority { variable, entry } => {
             let named = entry.subject.clone().unwrap_or_else(|| hex::encode(entry.sha256));
-            ("authority", Some(format!("{variable}: {named}")))
+            ("authority", Some(format!("{variable}: {named}")), true)
         }
         Fact::SbatLevel(level) => {
-            ("sbat_level", Some(level.iter().map(|(c, n)| format!("{c},{n}")).collect::<Vec<_>>().join(" ")))
+            ("sbat_level", Some(level.iter().map(|(c, n)| format!("{c},{n}")).collect::<Vec<_>>().join(" ")), true)
         }
-        Fact::Image { label } => ("image", Some(label.clone())),
-        Fact::GrubCommand(text) => ("grub_command", Some(text.clone())),
-        Fact::CommandLine(text) => ("command_line", Some(text.clone())),
-        Fact::LoadOptions => ("load_options", None),
-        Fact::File { label } => ("file", Some(label.clone())),
-        Fact::Mok { label } => ("mok", Some(label.clone())),
-        Fact::Opaque => ("opaque", None),
+        Fact::GrubCommand(text) => ("grub_command", Some(text.clone()), true),
+        Fact::CommandLine(text) => ("command_line", Some(text.clone()), true),
+        Fact::Image { label: text } => label("image", text),
+        Fact::File { label: text } => label("file", text),
+        Fact::Mok { label: text } => label("mok", text),
+        Fact::LoadOptions => ("load_options", None, false),
+        Fact::Opaque => ("opaque", None, false),
     };
     json!({
         "event": event.number,
@@ -183,6 +199,7 @@ fn event_json(event: &Measured) -> Value {
         "digest": hex::encode(&event.digest),
         "fact": fact,
         "text": text,
+        "authenticated": authenticated,
     })
 }
 
@@ -197,7 +214,7 @@ fn finding_json(denial: &Denial) -> Value {
 }
 
 /// What was checked and what was not: an answer never hides what nobody asked.
-fn checked_lines(outcome: &Outcome) -> Vec<String> {
+fn checked_lines(outcome: &Outcome, class: Option<EkClass>) -> Vec<String> {
     let mut out = Vec::new();
     if let Some(c) = &outcome.checked {
         out.push(if c.quoted {
@@ -207,10 +224,11 @@ fn checked_lines(outcome: &Outcome) -> Vec<String> {
         } else {
             format!("quote: none: nothing proves {} and the logs", format_args!("pcrs.{}", c.bank.as_str()))
         });
-        out.push(
-            if c.endorsed { "EK: endorsed by the roots given" } else { "EK: endorsement not checked (--roots)" }
-                .to_owned(),
-        );
+        out.push(match (c.endorsed, class) {
+            (false, _) => "EK: endorsement not checked (--roots), and no rule about its class judged".to_owned(),
+            (true, None) => "EK: endorsed by the roots given; no rule about its class judged (--class)".to_owned(),
+            (true, Some(class)) => format!("EK: endorsed by the roots given, class {}", class.as_str()),
+        });
     }
     if let Some(boot) = &outcome.boot {
         let secure_boot = match boot.secure_boot {

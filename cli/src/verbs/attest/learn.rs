@@ -27,7 +27,7 @@ pub(super) fn learn_from(from: &Path, options: &LearnPolicy) -> Result<Answer, R
         now: now(),
         reference: None,
     };
-    let judged = match folder.judge(&ask)? {
+    let judged = match folder.judge(&ask) {
         Ok(judged) => judged,
         // Nothing is learnt from evidence that is refused.
         Err(denial) => return Ok(Answer::ok("").note(refusal_text(&denial.refusal)).ending(Exit::Denied)),
