@@ -230,6 +230,26 @@ async fn what_ran_on_a_node_decides_and_other_nodes_are_told() {
     row(35, "round after PCR 8 was extended with no event", "boot_log_pcr_mismatch").unwrap();
 }
 
+/// Who enrolled since has the newer leaf; who still shows the older one must enrol, which tells a copied TPM from an answer
+/// that got lost.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_stream_of_an_older_admission_ends_and_speaks_against_nobody() {
+    let (bench, machine, me) = Bench::new().await;
+    let mut old = bench.open(&me).await;
+    old.answer(&machine, &me, &honest()).await.unwrap();
+    let again = admit(&bench.cell, &machine, "west").await.unwrap();
+    assert_eq!(old.ended().await.unwrap().code.as_str(), "svid_untrusted");
+    let refused = Agent::open(&bench.cell, 1, me.identity.clone()).await;
+    let refused = match refused {
+        Ok(mut agent) => agent.ended().await.unwrap(),
+        Err(refused) => refused,
+    };
+    assert_eq!(refused.code.as_str(), "svid_untrusted");
+    let row = node(&bench.cell, &machine.node()).await.unwrap();
+    assert_eq!((row.state.as_str(), row.generation), ("admitted", 2));
+    bench.open(&again).await.answer(&machine, &again, &honest()).await.unwrap();
+}
+
 /// A copied virtual machine: both hold one TPM's keys, and the TPM's counters cannot serve two.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_holders_of_one_tpm_state_are_found_out() {

@@ -15,10 +15,13 @@ use ambit_model::{Code, NodeId, Refusal};
 /// Most EKs taken from one list.
 pub const LIST_MAX: usize = 100_000;
 
+/// Bad lines that a refusal names.
+const BAD_SHOWN: usize = 20;
+
 /// Reads a list. A line is a fingerprint (64 hexadecimal digits in any case, with or without colons between bytes, with
 /// or without `sha256:` or what `openssl dgst` prints before it), then optionally a comma or white space and a comment.
 /// Empty lines, lines that begin with `#`, and one header line (`node_id,...`, `ek_sha256,...`, `fingerprint,...`) are
-/// passed over. Every bad line is named; then nothing is taken.
+/// passed over. Bad lines are named; then nothing is taken.
 pub fn parse(text: &str) -> Result<Vec<(NodeId, String)>, Refusal> {
     let mut out = Vec::new();
     let mut bad = Vec::new();
@@ -28,18 +31,19 @@ pub fn parse(text: &str) -> Result<Vec<(NodeId, String)>, Refusal> {
             continue;
         }
         match row(line) {
-            Some(row) => out.push(row),
-            None => bad.push(n.to_string()),
+            Some(row) if out.len() <= LIST_MAX => out.push(row),
+            None if bad.len() <= BAD_SHOWN => bad.push(n.to_string()),
+            _ => {}
         }
     }
     if !bad.is_empty() {
-        let more = if bad.len() > 20 { ", ..." } else { "" };
-        bad.truncate(20);
+        let more = if bad.len() > BAD_SHOWN { ", ..." } else { "" };
+        bad.truncate(BAD_SHOWN);
         let found = format!("something else in line {}{more}", bad.join(", "));
         return Err(Refusal::new(Code::BadRequest, "a SHA-256 fingerprint at the start of each line", found));
     }
     if out.len() > LIST_MAX {
-        return Err(Refusal::new(Code::BadRequest, format!("at most {LIST_MAX} EKs"), out.len().to_string()));
+        return Err(Refusal::new(Code::BadRequest, format!("at most {LIST_MAX} EKs"), "more"));
     }
     Ok(out)
 }
