@@ -62,6 +62,8 @@ pub enum Verb {
     /// What a machine must have booted, and whether it did
     #[command(subcommand)]
     Attest(Attest),
+    /// Objects as they change, a line each; goes on at another replica where one is lost
+    Watch(Watch),
     /// The one-machine lab (runs ambit-lab)
     #[command(disable_help_flag = true)]
     Lab {
@@ -72,6 +74,43 @@ pub enum Verb {
     /// Rehearsed disaster, measured and sealed
     #[command(subcommand)]
     Drill(Drill),
+}
+
+#[derive(Debug, clap::Args)]
+pub struct Watch {
+    /// Of these kinds only
+    #[arg(value_enum, value_name = "KIND")]
+    pub kinds: Vec<WatchedKind>,
+    /// What came after this revision, as a `synced` line or a write told it; 0: all objects first
+    #[arg(long, default_value_t = 0, value_name = "REVISION")]
+    pub after: u64,
+    /// Ends once everything was told
+    #[arg(long)]
+    pub once: bool,
+    /// Begins with what a replica knows, even if it knows of no leader; `synced` then tells the age
+    #[arg(long)]
+    pub stale_ok: bool,
+}
+
+/// What can be watched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum WatchedKind {
+    Node,
+    Entry,
+    Service,
+    Policy,
+}
+
+impl WatchedKind {
+    /// As on the wire.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            WatchedKind::Node => "node",
+            WatchedKind::Entry => "entry",
+            WatchedKind::Service => "service",
+            WatchedKind::Policy => "policy",
+        }
+    }
 }
 
 #[derive(Debug, Subcommand)]

@@ -102,6 +102,9 @@ macro_rules! client {
     (Membership, $c:expr) => {
         ambit_proto::v1::membership_client::MembershipClient::new($c)
     };
+    (Watch, $c:expr) => {
+        ambit_proto::v1::watch_client::WatchClient::new($c)
+    };
     (Drill, $c:expr) => {
         ambit_proto::v1::drill_client::DrillClient::new($c)
     };

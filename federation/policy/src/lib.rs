@@ -21,4 +21,4 @@ pub use explain::{Difference, Explanation, Nearest};
 pub use owner::check_owner;
 pub use parse::{BACKENDS_MAX, BYTES_MAX, DOCUMENTS_MAX, FROM_MAX, PORTS_MAX, parse};
 pub use ports::PortSet;
-pub use set::{PolicySet, Reason, RuleRef, Unresolved, Verdict};
+pub use set::{PolicySet, Reason, RuleRef, Unresolved, Verdict, unknown_domains};

@@ -134,9 +134,11 @@ impl PolicySet {
 
     /// Policies that name trust domains outside `known`. Pass [`PolicySet::known`] for those not in force now.
     pub fn unresolved(&self, known: &BTreeSet<TrustDomain>) -> Vec<Unresolved> {
-        let missing = |policy: &Policy| named(policy).filter(|td| !known.contains(td)).collect::<BTreeSet<_>>();
         self.iter()
-            .map(|(origin, policy)| Unresolved { rule: rule_ref(origin, policy), trust_domains: missing(policy) })
+            .map(|(origin, policy)| Unresolved {
+                rule: rule_ref(origin, policy),
+                trust_domains: unknown_domains(policy, known),
+            })
             .filter(|found| !found.trust_domains.is_empty())
             .collect()
     }
@@ -182,6 +184,12 @@ pub(crate) fn has_caller(policy: &Policy, src: &SpiffeId) -> bool {
 /// No ports in a policy means every port.
 pub(crate) fn has_port(policy: &Policy, port: u16) -> bool {
     policy.ports.is_empty() || policy.ports.contains(&port)
+}
+
+/// Trust domains that the policy names and nobody vouches for: until somebody does, it matches nothing.
+#[must_use]
+pub fn unknown_domains(policy: &Policy, known: &BTreeSet<TrustDomain>) -> BTreeSet<TrustDomain> {
+    named(policy).filter(|td| !known.contains(td)).collect()
 }
 
 fn named(policy: &Policy) -> impl Iterator<Item = TrustDomain> {

@@ -123,6 +123,7 @@ pub const METHODS: &[(&str, Who)] = &[
     ("/ambit.v1.PolicyRegistry/List", Who::Admin),
     ("/ambit.v1.PolicyRegistry/Explain", Who::Admin),
     ("/ambit.v1.PolicyRegistry/Status", Who::AdminOrReplica),
+    ("/ambit.v1.Watch/Watch", Who::Admin),
     ("/ambit.v1.AgentStream/Sync", Who::Node),
     ("/ambit.v1.Membership/Status", Who::AdminOrReplica),
     ("/ambit.v1.Membership/CreateReplicaToken", Who::Admin),

@@ -16,6 +16,7 @@ mod result;
 pub mod slice;
 mod state;
 mod table;
+mod watched;
 
 pub use apply::{Beginning, ENDPOINTS_PER_NODE_MAX};
 pub use command::{Command, LogEntry, NodeVerb, Nodes, Reply};
@@ -23,6 +24,7 @@ pub use committed::{Committed, Issuance, Subject};
 pub use slice::{Bundles, Slice};
 pub use state::{Applied, OwnedName, State};
 pub use table::TableWrite;
+pub use watched::{ObjectKey, ObjectKind};
 
 /// An SVID is never valid longer than this after the last good verdict on its node (I6), milliseconds.
 pub const UNATTESTED_MAX_MS: u64 = 3_600_000;

@@ -456,6 +456,14 @@ impl State {
     pub fn services(&self) -> impl Iterator<Item = (&OwnedName, &ServiceRow)> {
         self.services.iter()
     }
+    /// One policy.
+    pub fn policy(&self, name: &OwnedName) -> Option<&PolicyRow> {
+        self.policies.get(name)
+    }
+    /// One service.
+    pub fn service(&self, name: &OwnedName) -> Option<&ServiceRow> {
+        self.services.get(name)
+    }
     /// Endpoints of this cell and its peers.
     pub fn endpoints(&self) -> impl Iterator<Item = (&TrustDomain, &EndpointRow)> {
         self.endpoints.iter().map(|((td, _), v)| (td, v))

@@ -6,6 +6,7 @@ use serde::de::DeserializeOwned;
 use sha2::{Digest as _, Sha256};
 use std::collections::BTreeMap;
 use std::marker::PhantomData;
+use std::ops::Bound;
 
 /// One change of one row, as it is stored: `value` is `None` where the row is gone.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -99,6 +100,14 @@ impl<K: Ord + Clone + Serialize + DeserializeOwned, V: Serialize + DeserializeOw
     }
     pub(crate) fn from(&self, key: K) -> impl Iterator<Item = (&K, &V)> {
         self.rows.range(key..).map(|(k, row)| (k, &row.0))
+    }
+    /// The first `limit` keys of a range.
+    pub(crate) fn keys(&self, range: (Bound<K>, Bound<K>), limit: usize) -> impl Iterator<Item = K> {
+        self.rows.range(range).take(limit).map(|(k, _)| k.clone())
+    }
+    /// The key of a write to this table.
+    pub(crate) fn key_of(&self, write: &TableWrite) -> Option<K> {
+        (write.table == self.id).then(|| postcard::from_bytes(&write.key).ok()).flatten()
     }
     pub(crate) fn put(&mut self, journal: &mut Journal, key: K, value: V) {
         let (bytes, encoded_key) = (encode(&value), encode(&key));

@@ -437,3 +437,42 @@ fn leaves_answered_once_are_not_answered_again_to_a_node_that_is_out_by_now() {
     west.run(Command::SetNodes(NodeVerb::Ban, Nodes::Ids(vec![node(1)]))).unwrap();
     assert_eq!(code(west.at(1_000_002, 5, issue(1, 1))), Code::NodeBanned);
 }
+
+#[test]
+fn objects_are_paged_in_the_order_of_their_keys_and_named_by_their_writes() {
+    use ambit_state::{ObjectKey, ObjectKind};
+    let mut west = west_with_nodes();
+    west.state.take_writes();
+    west.run(Command::CreateEntries(vec![entry("a", "west"), entry("web", "west")])).unwrap();
+    let documents = |p| Command::ApplyDocuments { policies: vec![p], services: vec![], by: "me".into() };
+    west.run(documents(policy("ok", "spiffe://west/db"))).unwrap();
+    serve(&mut west, service("west", "db", "240.0.0.1")).unwrap();
+    let written: Vec<ObjectKey> = west.state.take_writes().iter().filter_map(|w| west.state.object_key(w)).collect();
+    let entry = |id: &str| ObjectKey::Entry(id.parse().unwrap());
+    let named = |name: &str| ("west".parse().unwrap(), name.parse().unwrap());
+    let changed = [entry("a"), entry("web"), ObjectKey::Policy(named("ok")), ObjectKey::Service(named("db"))];
+    assert_eq!(written, changed);
+
+    let all = [
+        ObjectKey::Node(node(1)),
+        ObjectKey::Node(node(2)),
+        entry("a"),
+        entry("db"),
+        entry("web"),
+        ObjectKey::Service(named("db")),
+        ObjectKey::Policy(named("ok")),
+    ];
+    for size in 1..=8 {
+        let (mut paged, mut after) = (Vec::new(), None);
+        loop {
+            let page = west.state.objects_after(after.as_ref(), &ObjectKind::ALL, size);
+            assert!(page.len() <= size);
+            let Some(last) = page.last().cloned() else { break };
+            paged.extend(page);
+            after = Some(last);
+        }
+        assert_eq!(paged, all, "pages of {size}");
+    }
+    assert_eq!(west.state.objects_after(None, &[ObjectKind::Service], 9), [ObjectKey::Service(named("db"))]);
+    assert_eq!(west.state.objects_after(Some(&all[5]), &[ObjectKind::Entry], 9), []);
+}

@@ -7,7 +7,7 @@ use super::forward::Forwarder;
 use super::peers::{Connections, Network};
 use super::transport::{self, Outbox};
 use super::waiters::Ticket;
-use super::{Metrics, Options, StartError, Status, found};
+use super::{Changes, Metrics, Options, StartError, Status, found};
 use crate::store::Folder;
 use ambit_model::{Code, RaftIndex, Refusal, ReplicaId, Stamp};
 use ambit_state::{Applied, Command, LogEntry, State};
@@ -155,6 +155,10 @@ impl Cell {
     /// The state as applied here. Writers wait meanwhile: copy what is needed and let go; never across an await.
     pub fn state(&self) -> RwLockReadGuard<'_, State> {
         self.0.shared.state.read().unwrap_or_else(PoisonError::into_inner)
+    }
+    /// What changed here lately.
+    pub fn changes(&self) -> &Changes {
+        &self.0.shared.changes
     }
     /// This replica's view.
     pub fn status(&self) -> Status {

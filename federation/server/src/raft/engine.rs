@@ -3,6 +3,7 @@
 //! The driver gives it a thread, a queue and the network; the simulator gives it a virtual clock, a network and a disk with
 //! faults. Both run this very code. After an error it is not to be used again: a replica in doubt restarts from disk.
 
+use super::changes::Changes;
 use super::clock::{Clocks, Now, TermClock};
 use super::core::{self, Input, Outgoing, RaftCore, Rejected, Work};
 pub use super::machine::Fatal;
@@ -60,6 +61,8 @@ pub enum Request {
 pub struct Shared {
     /// As applied.
     pub state: Arc<RwLock<State>>,
+    /// What changed lately.
+    pub changes: Arc<Changes>,
     /// Who waits for what.
     pub(super) waiters: Waiters,
     /// Counters.
@@ -139,8 +142,8 @@ impl<D: Disk> Engine<D> {
             seed: options.seed ^ options.id.0.rotate_left(32) ^ incarnation,
         };
         let core = RaftCore::new(&config, log).map_err(|e| StartError::Config(e.to_string()))?;
-        let state = machine.state().clone();
-        let shared = Shared { state, waiters: Waiters::default(), metrics: Metrics::default(), incarnation };
+        let (state, changes) = (machine.state().clone(), machine.changes().clone());
+        let shared = Shared { state, changes, waiters: Waiters::default(), metrics: Metrics::default(), incarnation };
         let status = watch::Sender::new(status_of(&options, &core, &machine));
         let applied = watch::Sender::new(machine.applied());
         let reads = Reads::new(options.id.0, incarnation);

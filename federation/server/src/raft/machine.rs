@@ -1,6 +1,7 @@
 //! The replicated state and everything it is rebuilt from: opening, applying, snapshots.
 
 use super::StartError;
+use super::changes::Changes;
 use super::core::{Content, Ordered, RaftCore};
 use crate::store::log::Base;
 use crate::store::snapshot::{self, Header};
@@ -43,6 +44,7 @@ pub(super) struct Machine<D: Disk> {
     snapshot_index: u64,
     checkpoint_index: u64,
     writing: Option<Begun<D>>,
+    changes: Arc<Changes>,
 }
 
 /// A snapshot on its way to the disk: its sync takes longer than a leader may be silent.
@@ -131,12 +133,16 @@ impl<D: Disk> Machine<D> {
             snapshot_index,
             checkpoint_index: start.index,
             writing: None,
+            changes: Arc::new(Changes::new(start.index)),
         };
         Ok((machine, log))
     }
 
     pub(super) fn state(&self) -> &Arc<RwLock<State>> {
         &self.state
+    }
+    pub(super) fn changes(&self) -> &Arc<Changes> {
+        &self.changes
     }
     pub(super) fn membership(&self) -> &Membership {
         &self.membership
@@ -179,12 +185,15 @@ impl<D: Disk> Machine<D> {
         Ok(outcomes)
     }
 
-    /// Tells the tables what changed.
+    /// Tells the tables, and who follows, what changed.
     pub(super) fn store_writes(&mut self) {
-        let (writes, position) = {
+        let (writes, changed, position) = {
             let mut state = write_lock(&self.state);
-            (state.take_writes(), position(&state, &self.membership, self.applied))
+            let writes = state.take_writes();
+            let changed: Vec<_> = writes.iter().filter_map(|write| state.object_key(write)).collect();
+            (writes, changed, position(&state, &self.membership, self.applied))
         };
+        self.changes.note(self.applied, changed);
         self.tables.write(&position, writes);
         if self.applied.saturating_sub(self.checkpoint_index) >= CHECKPOINT_ENTRIES {
             self.checkpoint();
@@ -265,6 +274,7 @@ impl<D: Disk> Machine<D> {
         (self.applied, self.snapshot_index, self.checkpoint_index) = (base.index, base.index, base.index);
         self.tables.replace(&position(&state, &self.membership, base.index), state.rows());
         *write_lock(&self.state) = state;
+        self.changes.forget(base.index);
         Ok(())
     }
 }

@@ -5,6 +5,7 @@
 //! `ambit_state`, applied in log order by the one driver thread.
 
 mod cell;
+mod changes;
 mod clock;
 pub mod core;
 mod driver;
@@ -21,6 +22,7 @@ pub mod transport;
 pub mod waiters;
 
 pub use cell::Cell;
+pub use changes::{Changes, Since};
 pub use clock::Now;
 pub use metrics::Metrics;
 pub use peers::{ChannelFactory, Network, PeerDirectory};

@@ -184,6 +184,10 @@ impl Replica {
         let expected = format!("this machine's clock within {} s of the cell's time", CLOCK_SKEW_MS_MAX / 1000);
         Err(Refusal::new(Code::IssuerUnavailable, expected, format!("{} ms apart", cell.abs_diff(here))))
     }
+    /// How long ago, by this machine's clock, the last entry applied here was stamped. A leader writes one each second.
+    pub fn behind_ms(&self) -> u64 {
+        wall_clock().0.saturating_sub(self.local(State::stamp).0)
+    }
     /// The later of the cell's time and this machine's.
     pub fn now(&self) -> Stamp {
         self.local(State::stamp).max(wall_clock())

@@ -13,6 +13,7 @@ mod policy;
 mod rounds;
 mod svid;
 mod unbuilt;
+mod watch;
 
 pub(crate) use membership::REPLICA_MAX;
 
@@ -75,6 +76,7 @@ pub fn router(
         .add_service(v1::bundle_registry_server::BundleRegistryServer::new(svid::Bundles(r())))
         .add_service(v1::policy_registry_server::PolicyRegistryServer::new(policy::Policies(r())))
         .add_service(v1::agent_stream_server::AgentStreamServer::new(agent::Streams(r())))
+        .add_service(v1::watch_server::WatchServer::new(watch::Watches::new(r())))
         .add_service(v1::drill_server::DrillServer::new(drill::Drills(r())))
         .add_service(v1::audit_server::AuditServer::new(unbuilt::Audit))
         .add_service(v1::local_authority_server::LocalAuthorityServer::new(unbuilt::LocalAuthority))

@@ -3,11 +3,12 @@
 use super::{OrStatus, request_id};
 use crate::authorise::actor;
 use crate::replica::Replica;
-use ambit_model::{Code, ObjectName, Refusal, SpiffeId};
-use ambit_policy::Document;
+use ambit_model::{Code, ObjectName, Refusal, SpiffeId, TrustDomain};
+use ambit_policy::{Document, unknown_domains};
 use ambit_proto::convert::{policy_message, service_message};
 use ambit_proto::v1;
-use ambit_state::{Command, Reply, State};
+use ambit_state::objects::PolicyRow;
+use ambit_state::{Command, OwnedName, Reply, State};
 use std::collections::{BTreeMap, BTreeSet};
 use tonic::{Request, Response, Status};
 
@@ -145,20 +146,20 @@ impl v1::policy_registry_server::PolicyRegistry for Policies {
 
 fn listing(s: &State) -> v1::ListPoliciesResponse {
     let known = s.known_domains();
-    let unresolved: BTreeSet<String> =
-        s.policy_set().unresolved(&known).into_iter().map(|u| u.rule.to_string()).collect();
-    let policies = s
-        .policies()
-        .map(|((origin, name), row)| v1::Policy {
-            resolved: !unresolved.contains(&format!("{origin}/{name}")),
-            written_by: row.written_by.clone(),
-            revision: row.revision.0,
-            ..policy_message(origin, &row.object)
-        })
-        .collect();
+    let policies = s.policies().map(|(name, row)| message(name, row, &known)).collect();
     let services = s.services().map(|((origin, _), row)| service_message(origin, &row.object)).collect();
     let endpoints = s.endpoints().map(|(_, row)| (&row.object).into()).collect();
     v1::ListPoliciesResponse { policies, services, endpoints }
+}
+
+/// One policy, resolved by the trust domains known.
+pub(super) fn message((origin, _): &OwnedName, row: &PolicyRow, known: &BTreeSet<TrustDomain>) -> v1::Policy {
+    v1::Policy {
+        resolved: unknown_domains(&row.object, known).is_empty(),
+        written_by: row.written_by.clone(),
+        revision: row.revision.0,
+        ..policy_message(origin, &row.object)
+    }
 }
 
 impl Policies {
