@@ -148,3 +148,27 @@ async fn no_acknowledged_write_is_lost_or_doubled_when_the_leader_dies() {
     .await
     .unwrap();
 }
+
+/// What the first replica committed only it can sign; whoever retries elsewhere gets a certificate all the same, and two
+/// retries at one replica get the same one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_certificate_retried_at_another_replica_is_issued_there() {
+    let cell = Cell::start("west", 3).await.unwrap();
+    let csr = ambit_identity::SvidKey::generate().unwrap().csr().unwrap();
+    let request = v1::RenewAdminRequest { request_id: fresh(), csr };
+    let before = issued(&cell).await;
+    let mut answers = Vec::new();
+    for replica in [1, 2, 3, 2] {
+        let mut client = v1::svid_client::SvidClient::new(cell.admin(replica).await.unwrap());
+        answers.push(client.renew_admin(request.clone()).await.unwrap().into_inner());
+    }
+    let leaves: BTreeSet<&[u8]> = answers.iter().map(|a| a.chain_der[0].as_slice()).collect();
+    assert_eq!(leaves.len(), 4, "signed anew each time");
+    assert_eq!(answers[1].not_after_ms, answers[3].not_after_ms);
+    assert_eq!(issued(&cell).await - before, 3, "one for each replica that was asked");
+}
+
+async fn issued(cell: &Cell) -> usize {
+    let mut client = v1::svid_client::SvidClient::new(cell.admin(1).await.unwrap());
+    client.list_issued(v1::ListIssuedRequest { limit: 100 }).await.unwrap().into_inner().issued.len()
+}

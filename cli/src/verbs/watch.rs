@@ -52,7 +52,9 @@ async fn follow(form: Form, events: &mut Streaming<v1::WatchEvent>, after: &mut 
             Ok(Some(v1::WatchEvent { revision, event: Some(event) })) => (revision, event),
             // One that a newer server tells, and this does not know.
             Ok(Some(_)) => continue,
-            Ok(None) => return Followed::Broken(Refusal::new(ambit_model::Code::Unavailable, "an open stream", "its end")),
+            Ok(None) => {
+                return Followed::Broken(Refusal::new(ambit_model::Code::Unavailable, "an open stream", "its end"));
+            }
             Err(status) => {
                 let refusal = from_status(&status);
                 return match refusal.code.class() {
@@ -80,7 +82,11 @@ fn line(form: Form, revision: u64, event: &Event) -> bool {
     let text = match form {
         Form::Json => json!({ "revision": revision, "event": what, "object": object }).to_string(),
         Form::Table => {
-            let rest = object.as_object().into_iter().flatten().filter(|(key, _)| !["id", "name", "kind"].contains(&key.as_str()));
+            let rest = object
+                .as_object()
+                .into_iter()
+                .flatten()
+                .filter(|(key, _)| !["id", "name", "kind"].contains(&key.as_str()));
             let rest: Vec<String> = rest.map(|(key, value)| format!("{key}={}", plain(value))).collect();
             format!("{revision:<8} {what:<8} {name} {}", rest.join(" ")).trim_end().to_owned()
         }
@@ -94,7 +100,9 @@ fn told(event: &Event) -> (&'static str, String, Value) {
     match event {
         Event::Reset(reset) => ("reset", reset.why.clone(), json!({ "why": reset.why })),
         Event::Synced(synced) => ("synced", String::new(), json!({ "age_ms": synced.age_ms })),
-        Event::Gone(gone) => ("gone", format!("{} {}", gone.kind, gone.name), json!({ "kind": gone.kind, "name": gone.name })),
+        Event::Gone(gone) => {
+            ("gone", format!("{} {}", gone.kind, gone.name), json!({ "kind": gone.kind, "name": gone.name }))
+        }
         Event::Node(n) => {
             let node = json!({ "id": n.id, "cluster": n.cluster, "generation": n.generation, "state": n.state, "code": n.code });
             ("node", n.id.clone(), node)

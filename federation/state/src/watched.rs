@@ -82,7 +82,9 @@ impl State {
             out.extend(match (kind, after) {
                 (ObjectKind::Node, Some(ObjectKey::Node(id))) => page(&self.nodes, Some(id), left, ObjectKey::Node),
                 (ObjectKind::Node, _) => page(&self.nodes, None, left, ObjectKey::Node),
-                (ObjectKind::Entry, Some(ObjectKey::Entry(id))) => page(&self.entries, Some(id), left, ObjectKey::Entry),
+                (ObjectKind::Entry, Some(ObjectKey::Entry(id))) => {
+                    page(&self.entries, Some(id), left, ObjectKey::Entry)
+                }
                 (ObjectKind::Entry, _) => page(&self.entries, None, left, ObjectKey::Entry),
                 (ObjectKind::Service, Some(ObjectKey::Service(name))) => {
                     page(&self.services, Some(name), left, ObjectKey::Service)

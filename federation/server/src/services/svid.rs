@@ -9,6 +9,7 @@ use ambit_model::{Code, Refusal};
 use ambit_proto::v1;
 use ambit_state::Command;
 use ambit_state::command::LeafRequest;
+use sha2::{Digest as _, Sha256};
 use tonic::{Request, Response, Status};
 
 /// Leaves in one request: more than a node has workloads.
@@ -41,6 +42,7 @@ impl v1::svid_server::Svid for Svids {
             csrs.push(csr);
         }
         let authority = self.0.issuer().authority().to_owned();
+        let id = signed_here(id, &authority);
         let command = Command::Issue { node, generation, authority, leaves };
         let applied = self.0.propose(actor.client, id, command).await.or_status()?;
         let issuances = applied.into_issuances().or_status()?;
@@ -74,8 +76,9 @@ impl v1::svid_server::Svid for Svids {
         let m = request.into_inner();
         let csr = Csr::parse(&m.csr).or_status()?;
         let authority = self.0.issuer().authority().to_owned();
+        let id = signed_here(request_id(&m.request_id)?, &authority);
         let command = Command::IssueAdmin { name, key_hash: csr.spki_sha256(), authority };
-        let applied = self.0.propose(actor.client, request_id(&m.request_id)?, command).await.or_status()?;
+        let applied = self.0.propose(actor.client, id, command).await.or_status()?;
         let mut issuances = applied.into_issuances().or_status()?;
         let committed =
             issuances.pop().unwrap_or_else(|| Err(Refusal::new(Code::Internal, "one leaf", "none"))).or_status()?;
@@ -97,6 +100,15 @@ impl v1::svid_server::Svid for Svids {
         let issued = self.0.read(|s| s.issued().rev().take(limit).map(issued_message).collect()).await.or_status()?;
         Ok(Response::new(v1::ListIssuedResponse { issued }))
     }
+}
+
+/// A leaf committed for one replica can be signed by no other. The same request at another replica is therefore another
+/// one: whoever retries there gets a leaf, and what the first replica committed is signed by nobody.
+fn signed_here(request: [u8; 16], authority: &str) -> [u8; 16] {
+    let mut id = [0u8; 16];
+    let digest = Sha256::new().chain_update(request).chain_update(authority).finalize();
+    id.iter_mut().zip(digest).for_each(|(to, from)| *to = from);
+    id
 }
 
 impl Svids {
