@@ -5,8 +5,10 @@
 #![warn(missing_docs)]
 
 pub mod authority;
+pub mod bundle;
 pub mod csr;
 pub mod keys;
+pub mod profile;
 pub mod record;
 pub mod remote;
 pub mod result;
@@ -15,10 +17,11 @@ pub mod tls;
 pub mod wrap;
 
 pub use authority::{IssuingKey, Root, issue};
+pub use bundle::SpiffeBundle;
 pub use csr::Csr;
 pub use keys::{SvidKey, fingerprint};
 pub use record::{KeySet, RecordKey};
 pub use remote::RemoteKey;
 pub use result::{ExportedResult, VerifiedResult};
-pub use svid::{NodeBinding, PeerSvid, TrustStore, verify_svid};
+pub use svid::{NodeBinding, PeerSvid, TrustStore, Usage, verify_svid, verify_svid_for};
 pub use tls::{Expect, SharedTrust, Trust};

@@ -1,15 +1,18 @@
 //! Verification of X.509-SVIDs to the letter of the SPIFFE standard (X509-SVID.md sections 2-5).
 
+use crate::profile::{self, Kind};
 use ambit_model::bundle::{Bundle, Foreign, Own};
 use ambit_model::{Code, Generation, NodeId, Refusal, SpiffeId, Stamp, TrustDomain};
 use rustls_pki_types::{CertificateDer, TrustAnchor, UnixTime};
 use std::collections::BTreeMap;
 use std::time::Duration;
-use x509_parser::extensions::{GeneralName, ParsedExtension};
-use x509_parser::prelude::{FromDer, X509Certificate};
+use x509_parser::extensions::ParsedExtension;
+use x509_parser::prelude::X509Certificate;
 
 /// Leaf, intermediate and perhaps the root: nobody needs more, and each costs a signature check.
 const CHAIN_MAX: usize = 4;
+/// What may sign: other trust domains' authorities choose, but nothing with SHA-1 and no RSA key below 2048 bits.
+static SIGNATURES: &[&dyn rustls_pki_types::SignatureVerificationAlgorithm] = webpki::ALL_VERIFICATION_ALGS;
 /// Certificates are a few hundred bytes.
 const CERTIFICATE_MAX_BYTES: usize = 8 * 1024;
 
@@ -92,14 +95,37 @@ pub(crate) fn anchor(der: &[u8]) -> Result<TrustAnchor<'static>, Refusal> {
         .map_err(|e| Refusal::new(Code::BadRequest, "a root certificate", e.to_string()))
 }
 
-/// Verifies a chain (leaf first) at `now`. Errors: `svid_malformed`, `trust_domain_unknown`, `svid_untrusted`.
+/// The end of a connection at which a certificate is presented.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Usage {
+    /// By who called.
+    Client,
+    /// By who was called.
+    Server,
+}
+
+/// [`verify_svid_for`] a client.
 pub fn verify_svid(chain: &[CertificateDer<'_>], trust: &TrustStore, now: Stamp) -> Result<PeerSvid, Refusal> {
+    verify_svid_for(Usage::Client, chain, trust, now)
+}
+
+/// Verifies a chain (leaf first) at `now`. The leaf must be fit for both ends (X509-SVID 4.4); `usage` decides what the
+/// certificates above it must allow.
+///
+/// # Errors
+/// [`Code::SvidMalformed`], [`Code::TrustDomainUnknown`], [`Code::SvidUntrusted`].
+pub fn verify_svid_for(
+    usage: Usage,
+    chain: &[CertificateDer<'_>],
+    trust: &TrustStore,
+    now: Stamp,
+) -> Result<PeerSvid, Refusal> {
     let peer = parse_leaf(chain)?;
     let domain = peer.id.trust_domain();
     let Some(anchors) = trust.roots.get(&domain) else {
         return Err(Refusal::new(Code::TrustDomainUnknown, "a trust domain with a bundle here", domain.to_string()));
     };
-    verify_path(chain, anchors, now)?;
+    verify_path(usage, chain, anchors, now)?;
     Ok(peer)
 }
 
@@ -119,22 +145,28 @@ pub fn verify_pinned(
     if peer.id.trust_domain() != *td {
         return Err(Refusal::new(Code::SvidUntrusted, format!("an identity of {td}"), peer.id.as_str()));
     }
-    verify_path(chain, &[anchor(root)?], now)?;
+    verify_path(Usage::Server, chain, &[anchor(root)?], now)?;
     Ok(peer)
 }
 
-fn verify_path(chain: &[CertificateDer<'_>], anchors: &[TrustAnchor<'static>], now: Stamp) -> Result<(), Refusal> {
+fn verify_path(
+    usage: Usage,
+    chain: &[CertificateDer<'_>],
+    anchors: &[TrustAnchor<'static>],
+    now: Stamp,
+) -> Result<(), Refusal> {
     let untrusted =
         |e: webpki::Error| Refusal::new(Code::SvidUntrusted, "a chain to the bundle, in time", e.to_string());
     let [leaf, rest @ ..] = chain else {
         return Err(Refusal::new(Code::SvidMalformed, "a certificate", "none"));
     };
     let leaf = webpki::EndEntityCert::try_from(leaf).map_err(untrusted)?;
-    let algorithms = &[webpki::aws_lc_rs::ECDSA_P256_SHA256, webpki::aws_lc_rs::ECDSA_P384_SHA384];
+    let usage = match usage {
+        Usage::Client => webpki::KeyUsage::client_auth(),
+        Usage::Server => webpki::KeyUsage::server_auth(),
+    };
     let at = UnixTime::since_unix_epoch(Duration::from_millis(now.0));
-    leaf.verify_for_usage(algorithms, anchors, rest, at, webpki::KeyUsage::client_auth(), None, None)
-        .map(|_| ())
-        .map_err(untrusted)
+    leaf.verify_for_usage(SIGNATURES, anchors, rest, at, usage, None, None).map(|_| ()).map_err(untrusted)
 }
 
 fn parse_leaf(chain: &[CertificateDer<'_>]) -> Result<PeerSvid, Refusal> {
@@ -143,61 +175,31 @@ fn parse_leaf(chain: &[CertificateDer<'_>]) -> Result<PeerSvid, Refusal> {
         return Err(bad("a short chain of small certificates", format!("{} certificates", chain.len())));
     }
     let leaf = chain.first().ok_or_else(|| bad("a certificate", "none".into()))?;
-    let (rest, cert) = X509Certificate::from_der(leaf).map_err(|e| bad("a certificate", e.to_string()))?;
-    if !rest.is_empty() {
-        return Err(bad("a certificate", "trailing bytes".into()));
+    let cert = profile::parse(leaf).map_err(|found| bad("a certificate", found))?;
+    must(&cert, Kind::Leaf)?;
+    let id = profile::leaf_id(&cert).ok_or_else(|| bad("a SPIFFE ID", "none".into()))?;
+    for above in chain.iter().skip(1) {
+        let cert = profile::parse(above).map_err(|found| bad("a certificate", found))?;
+        must(&cert, Kind::Authority)?;
     }
-    let id = spiffe_id(&cert)?;
-    usages(&cert)?;
     Ok(PeerSvid {
         id,
         binding: binding(&cert)?,
         serial: cert.raw_serial().to_vec(),
-        authority: authority(&cert),
+        authority: profile::issuer_key(&cert),
         not_after: Stamp(u64::try_from(cert.validity().not_after.timestamp()).unwrap_or(0).saturating_mul(1000)),
     })
 }
 
-/// Exactly one URI SAN (X509-SVID section 2), parsed strictly; a second one of any scheme refuses the certificate.
-fn spiffe_id(cert: &X509Certificate<'_>) -> Result<SpiffeId, Refusal> {
-    let bad = |found: String| Refusal::new(Code::SvidMalformed, "exactly one URI SAN, a SPIFFE ID with a path", found);
-    let san = cert.subject_alternative_name().map_err(|e| bad(e.to_string()))?.ok_or_else(|| bad("no SAN".into()))?;
-    let uris: Vec<&str> = san
-        .value
-        .general_names
-        .iter()
-        .filter_map(|n| if let GeneralName::URI(u) = n { Some(*u) } else { None })
-        .collect();
-    match uris.as_slice() {
-        [one] => one.parse().map_err(|_| bad((*one).to_owned())),
-        many => Err(bad(format!("{} URI SANs", many.len()))),
+/// No rule broken that must hold.
+fn must(cert: &X509Certificate<'_>, kind: Kind) -> Result<(), Refusal> {
+    match profile::judge(cert, kind).into_iter().find(|finding| finding.must) {
+        None => Ok(()),
+        Some(broken) => {
+            let expected = format!("{} ({kind}, {})", broken.expected, broken.section);
+            Err(Refusal::new(Code::SvidMalformed, expected, broken.found))
+        }
     }
-}
-
-/// X509-SVID section 4.2-4.4: an end entity that signs, and nothing more.
-fn usages(cert: &X509Certificate<'_>) -> Result<(), Refusal> {
-    let bad = |expected: &str, found: &str| Err(Refusal::new(Code::SvidMalformed, expected, found));
-    if cert.basic_constraints().ok().flatten().is_some_and(|b| b.value.ca) {
-        return bad("cA=false", "cA=true");
-    }
-    let Ok(Some(ku)) = cert.key_usage() else { return bad("a KeyUsage extension", "none") };
-    if !ku.critical || !ku.value.digital_signature() || ku.value.key_cert_sign() || ku.value.crl_sign() {
-        return bad("critical KeyUsage digitalSignature without keyCertSign or cRLSign", "another");
-    }
-    match cert.extended_key_usage() {
-        Ok(None) => Ok(()),
-        Ok(Some(eku)) if eku.value.server_auth && eku.value.client_auth => Ok(()),
-        Ok(Some(_)) | Err(_) => bad("serverAuth and clientAuth", "another ExtendedKeyUsage"),
-    }
-}
-
-/// The authority key identifier. The chain was verified by key; this names which of a cell's replicas it was.
-fn authority(cert: &X509Certificate<'_>) -> String {
-    let found = cert.extensions().iter().find_map(|e| match e.parsed_extension() {
-        ParsedExtension::AuthorityKeyIdentifier(aki) => aki.key_identifier.as_ref().map(|id| hex::encode(id.0)),
-        _ => None,
-    });
-    found.unwrap_or_default()
 }
 
 fn binding(cert: &X509Certificate<'_>) -> Result<Option<NodeBinding>, Refusal> {

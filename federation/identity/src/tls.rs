@@ -1,7 +1,7 @@
 //! TLS 1.3 between SPIFFE identities: no host names, no resumption, no renegotiation of who is who.
 
 use crate::keys::{SvidKey, internal};
-use crate::svid::{PeerSvid, TrustStore, verify_pinned, verify_svid};
+use crate::svid::{PeerSvid, TrustStore, Usage, verify_pinned, verify_svid_for};
 use ambit_model::{Code, Refusal, SpiffeId, Stamp, TrustDomain};
 use rustls::client::Resumption;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -23,10 +23,14 @@ pub enum Trust {
 }
 
 impl Trust {
-    /// Verifies a chain (leaf first).
+    /// Verifies a client's chain (leaf first).
     pub fn verify(&self, chain: &[CertificateDer<'_>], now: Stamp) -> Result<PeerSvid, Refusal> {
+        self.verify_for(Usage::Client, chain, now)
+    }
+    /// Verifies a chain (leaf first).
+    pub fn verify_for(&self, usage: Usage, chain: &[CertificateDer<'_>], now: Stamp) -> Result<PeerSvid, Refusal> {
         match self {
-            Self::Bundles(store) => verify_svid(chain, store, now),
+            Self::Bundles(store) => verify_svid_for(usage, chain, store, now),
             Self::Pinned(td, fingerprint) => verify_pinned(chain, td, fingerprint, now),
         }
     }
@@ -82,13 +86,14 @@ struct Verifier {
 impl Verifier {
     fn check(
         &self,
+        usage: Usage,
         leaf: &CertificateDer<'_>,
         rest: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<(), rustls::Error> {
         let chain: Vec<_> = std::iter::once(leaf.clone()).chain(rest.iter().cloned()).collect();
         let now = Stamp(now.as_secs().saturating_mul(1000));
-        let peer = self.trust.current().verify(&chain, now).map_err(|r| certificate(r.code, r))?;
+        let peer = self.trust.current().verify_for(usage, &chain, now).map_err(|r| certificate(r.code, r))?;
         match &self.expect {
             Some(expect) if !expect.accepts(peer.id()) => Err(certificate(
                 Code::SvidUntrusted,
@@ -116,7 +121,7 @@ impl ServerCertVerifier for Verifier {
         _ocsp: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        self.check(end_entity, intermediates, now).map(|()| ServerCertVerified::assertion())
+        self.check(Usage::Server, end_entity, intermediates, now).map(|()| ServerCertVerified::assertion())
     }
     fn verify_tls12_signature(
         &self,
@@ -152,7 +157,7 @@ impl ClientCertVerifier for Verifier {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
-        self.check(end_entity, intermediates, now).map(|()| ClientCertVerified::assertion())
+        self.check(Usage::Client, end_entity, intermediates, now).map(|()| ClientCertVerified::assertion())
     }
     fn verify_tls12_signature(
         &self,

@@ -151,6 +151,7 @@ codes! {
     StoreDamaged = "store_damaged", Precondition, "recover another replica of the cell (ambitd recover), or restore it from a backup (ambitd restore)";
     RecoverUnsafe = "recover_unsafe", Precondition, "recover only a stopped voter, and only where the majority is lost for good: start what can be started first";
     RecoverUnconfirmed = "recover_unconfirmed", Precondition, "read what would be given up, then name exactly these replicas with --i-accept-the-loss-of";
+    BundleMalformed = "bundle_malformed", Invalid, "publish a SPIFFE bundle: keys of use x509-svid (with x5c) or jwt-svid (with kid)";
 }
 
 impl fmt::Display for Code {

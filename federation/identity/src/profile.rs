@@ -1,0 +1,228 @@
+//! What the SPIFFE standard says of a certificate, rule by rule (X509-SVID.md, SPIFFE-ID.md, RFC 5280). The verifier
+//! refuses by the first rule that MUST hold and does not; `ambit svid lint` tells all of them.
+
+use ambit_model::{Code, Refusal, SpiffeId, TrustDomain};
+use std::fmt;
+use x509_parser::extensions::{GeneralName, ParsedExtension};
+use x509_parser::prelude::{FromDer, X509Certificate, X509Version};
+
+/// One rule that does not hold.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Finding {
+    /// A stable name.
+    pub rule: &'static str,
+    /// Where the standard says it.
+    pub section: &'static str,
+    /// Whether the rule must hold, or only should.
+    pub must: bool,
+    /// What the rule wants.
+    pub expected: &'static str,
+    /// What the certificate has.
+    pub found: String,
+}
+
+/// What a certificate is judged as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// An X.509-SVID of a workload or node.
+    Leaf,
+    /// A signing certificate: a root or an intermediate.
+    Authority,
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Kind::Leaf => "leaf",
+            Kind::Authority => "authority",
+        })
+    }
+}
+
+/// Which kind a certificate is, by its basic constraints alone.
+pub fn kind_of(cert: &X509Certificate<'_>) -> Kind {
+    match cert.basic_constraints() {
+        Ok(Some(constraints)) if constraints.value.ca => Kind::Authority,
+        _ => Kind::Leaf,
+    }
+}
+
+/// One certificate and nothing after it.
+pub(crate) fn parse(der: &[u8]) -> Result<X509Certificate<'_>, String> {
+    let (rest, cert) = X509Certificate::from_der(der).map_err(|e| e.to_string())?;
+    if rest.is_empty() { Ok(cert) } else { Err(format!("{} bytes after it", rest.len())) }
+}
+
+/// The certificate of these bytes.
+///
+/// # Errors
+/// [`Code::SvidMalformed`] for bytes that are none, or more than one.
+pub fn certificate(der: &[u8]) -> Result<X509Certificate<'_>, Refusal> {
+    parse(der).map_err(|found| Refusal::new(Code::SvidMalformed, "a certificate", found))
+}
+
+/// Every rule for this kind that the certificate breaks; those that must hold first.
+pub fn judge(cert: &X509Certificate<'_>, kind: Kind) -> Vec<Finding> {
+    let mut out = Vec::new();
+    shape(cert, &mut out);
+    match kind {
+        Kind::Leaf => leaf(cert, &mut out),
+        Kind::Authority => authority(cert, &mut out),
+    }
+    out.sort_by_key(|finding| !finding.must);
+    out
+}
+
+/// The SPIFFE ID of a leaf that breaks no rule.
+pub(crate) fn leaf_id(cert: &X509Certificate<'_>) -> Option<SpiffeId> {
+    match uris(cert)?.as_slice() {
+        [one] => one.parse().ok(),
+        _ => None,
+    }
+}
+
+/// The trust domain that a signing certificate names for itself: a SPIFFE ID without a path.
+pub fn authority_domain(cert: &X509Certificate<'_>) -> Option<TrustDomain> {
+    match uris(cert)?.as_slice() {
+        [one] => one.strip_prefix("spiffe://")?.parse().ok(),
+        _ => None,
+    }
+}
+
+fn uris<'a>(cert: &'a X509Certificate<'_>) -> Option<Vec<&'a str>> {
+    let san = cert.subject_alternative_name().ok()??;
+    let uri = |name: &'a GeneralName<'_>| if let GeneralName::URI(uri) = name { Some(*uri) } else { None };
+    Some(san.value.general_names.iter().filter_map(uri).collect())
+}
+
+const fn rule(rule: &'static str, section: &'static str, must: bool, expected: &'static str) -> Finding {
+    Finding { rule, section, must, expected, found: String::new() }
+}
+
+/// What RFC 5280 wants of any of them.
+fn shape(cert: &X509Certificate<'_>, out: &mut Vec<Finding>) {
+    const VERSION: Finding = rule("x509-v3", "RFC 5280 4.1.2.1", true, "X.509 version 3");
+    const VALIDITY: Finding = rule("validity-in-order", "RFC 5280 4.1.2.5", true, "notBefore before notAfter");
+    const ONCE: Finding = rule("extensions-once", "RFC 5280 4.2", true, "each extension once, each readable");
+    const SAN_CRITICAL: Finding =
+        rule("san-critical", "RFC 5280 4.2.1.6", true, "a critical SAN where the subject is empty");
+    const SAN_PLAIN: Finding =
+        rule("san-not-critical", "RFC 5280 4.2.1.6", false, "a SAN that is not critical where there is a subject");
+    if cert.version() != X509Version::V3 {
+        out.push(Finding { found: format!("version {}", cert.version().0.saturating_add(1)), ..VERSION });
+    }
+    let validity = cert.validity();
+    if validity.not_before >= validity.not_after {
+        out.push(Finding { found: format!("{} and {}", validity.not_before, validity.not_after), ..VALIDITY });
+    }
+    match cert.extensions_map() {
+        Err(e) => out.push(Finding { found: e.to_string(), ..ONCE }),
+        Ok(_) => {
+            let broken = cert.extensions().iter().find(|e| e.parsed_extension().error().is_some());
+            out.extend(broken.map(|e| Finding { found: format!("unreadable {}", e.oid), ..ONCE }));
+        }
+    }
+    if let Ok(Some(san)) = cert.subject_alternative_name() {
+        match (cert.subject().iter().next().is_none(), san.critical) {
+            (true, false) => out.push(Finding { found: "empty subject, SAN not critical".into(), ..SAN_CRITICAL }),
+            (false, true) => out.push(Finding { found: format!("subject {}", cert.subject()), ..SAN_PLAIN }),
+            _ => {}
+        }
+    }
+}
+
+fn leaf(cert: &X509Certificate<'_>, out: &mut Vec<Finding>) {
+    const ONE_URI: Finding = rule("one-uri-san", "X509-SVID 2", true, "exactly one URI SAN, a SPIFFE ID with a path");
+    const NAMES: Finding = rule("readable-sans", "RFC 5280 4.2.1.6", true, "readable names in the SAN");
+    const ID: Finding = rule("spiffe-id", "SPIFFE-ID 2, X509-SVID 4.1", true, "a SPIFFE ID with a path");
+    const NO_CA: Finding = rule("leaf-not-ca", "X509-SVID 4.1", true, "cA=false");
+    const EKU: Finding =
+        rule("leaf-eku", "X509-SVID 4.4", true, "both serverAuth and clientAuth in the ExtendedKeyUsage");
+    const NO_EKU: Finding =
+        rule("leaf-has-eku", "X509-SVID 4.4", false, "an ExtendedKeyUsage with serverAuth and clientAuth");
+    if let Err(e) = cert.subject_alternative_name() {
+        out.push(Finding { found: e.to_string(), ..NAMES });
+    }
+    match uris(cert).unwrap_or_default().as_slice() {
+        [one] => {
+            if let Err(refusal) = one.parse::<SpiffeId>() {
+                out.push(Finding { found: format!("{}: expected {}", shown(one), refusal.expected), ..ID });
+            }
+        }
+        many => out.push(Finding { found: format!("{} URI SANs", many.len()), ..ONE_URI }),
+    }
+    if cert.basic_constraints().ok().flatten().is_some_and(|b| b.value.ca) {
+        out.push(Finding { found: "cA=true".into(), ..NO_CA });
+    }
+    leaf_key_usage(cert, out);
+    match cert.extended_key_usage() {
+        Ok(None) => out.push(Finding { found: "none".into(), ..NO_EKU }),
+        Ok(Some(eku)) if eku.value.server_auth && eku.value.client_auth => {}
+        Ok(Some(_)) => out.push(Finding { found: "another ExtendedKeyUsage".into(), ..EKU }),
+        Err(e) => out.push(Finding { found: e.to_string(), ..EKU }),
+    }
+}
+
+fn leaf_key_usage(cert: &X509Certificate<'_>, out: &mut Vec<Finding>) {
+    const PRESENT: Finding = rule("key-usage", "X509-SVID 4.3", true, "a critical KeyUsage");
+    const SIGNS: Finding = rule("leaf-signs", "X509-SVID 4.3", true, "KeyUsage digitalSignature");
+    const NO_MORE: Finding =
+        rule("leaf-signs-no-more", "X509-SVID 4.3", true, "KeyUsage without keyCertSign and cRLSign");
+    let Ok(Some(usage)) = cert.key_usage() else {
+        out.push(Finding { found: "none".into(), ..PRESENT });
+        return;
+    };
+    if !usage.critical {
+        out.push(Finding { found: "one that is not critical".into(), ..PRESENT });
+    }
+    if !usage.value.digital_signature() {
+        out.push(Finding { found: usage.value.to_string(), ..SIGNS });
+    }
+    if usage.value.key_cert_sign() || usage.value.crl_sign() {
+        out.push(Finding { found: usage.value.to_string(), ..NO_MORE });
+    }
+}
+
+fn authority(cert: &X509Certificate<'_>, out: &mut Vec<Finding>) {
+    const CA: Finding = rule("authority-is-ca", "X509-SVID 4.1", true, "cA=true in a critical BasicConstraints");
+    const SIGNS: Finding = rule("authority-signs", "X509-SVID 4.3", true, "a critical KeyUsage with keyCertSign");
+    const ID: Finding = rule("authority-id", "X509-SVID 2", true, "at most one URI SAN, a SPIFFE ID without a path");
+    const NO_ID: Finding = rule("authority-has-id", "X509-SVID 2", false, "a SPIFFE ID without a path");
+    match cert.basic_constraints() {
+        Ok(Some(constraints)) if constraints.value.ca && constraints.critical => {}
+        Ok(Some(c)) => out.push(Finding { found: format!("cA={}, critical={}", c.value.ca, c.critical), ..CA }),
+        Ok(None) => out.push(Finding { found: "none".into(), ..CA }),
+        Err(e) => out.push(Finding { found: e.to_string(), ..CA }),
+    }
+    match cert.key_usage() {
+        Ok(Some(usage)) if usage.critical && usage.value.key_cert_sign() => {}
+        Ok(Some(usage)) => {
+            out.push(Finding { found: format!("{}, critical={}", usage.value, usage.critical), ..SIGNS })
+        }
+        _ => out.push(Finding { found: "none".into(), ..SIGNS }),
+    }
+    match uris(cert).unwrap_or_default().as_slice() {
+        [] => out.push(Finding { found: "none".into(), ..NO_ID }),
+        [_] if authority_domain(cert).is_some() => {}
+        [one] => out.push(Finding { found: shown(one), ..ID }),
+        many => out.push(Finding { found: format!("{} URI SANs", many.len()), ..ID }),
+    }
+}
+
+/// A URI from a stranger, for people.
+fn shown(uri: &str) -> String {
+    let mut text: String = uri.chars().take(200).flat_map(char::escape_default).collect();
+    if uri.len() > 200 {
+        text.push_str(&format!("... ({} bytes)", uri.len()));
+    }
+    text
+}
+
+/// The key identifier of whoever signed it, hexadecimal; empty where it names none.
+pub(crate) fn issuer_key(cert: &X509Certificate<'_>) -> String {
+    let found = cert.extensions().iter().find_map(|e| match e.parsed_extension() {
+        ParsedExtension::AuthorityKeyIdentifier(aki) => aki.key_identifier.as_ref().map(|id| hex::encode(id.0)),
+        _ => None,
+    });
+    found.unwrap_or_default()
+}
