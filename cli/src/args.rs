@@ -368,13 +368,40 @@ pub struct Selected {
 pub enum Entry {
     /// Registers workloads, from a file or from options
     Create(EntryCreate),
+    /// Writes entries over what they are, from a file or from options
+    Update(EntryUpdate),
     /// Entries of this cell
-    List,
+    List(EntryList),
     /// Removes entries
     Delete {
         #[arg(required = true)]
         ids: Vec<String>,
     },
+}
+
+#[derive(Debug, clap::Args)]
+pub struct EntryUpdate {
+    #[command(flatten)]
+    pub written: EntryCreate,
+    /// Only if the entry is still as this revision wrote it
+    #[arg(long, value_name = "REVISION", conflicts_with_all = ["file", "create"])]
+    pub expect_revision: Option<std::num::NonZeroU64>,
+    /// Also where there is none
+    #[arg(long)]
+    pub create: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub struct EntryList {
+    /// Of this cluster
+    #[arg(long, default_value = "")]
+    pub cluster: String,
+    /// This SPIFFE ID, or all under spiffe://td/path/*
+    #[arg(long, default_value = "", value_name = "SPIFFE_ID")]
+    pub spiffe_id: String,
+    /// With all of these selectors
+    #[arg(long = "selector", value_name = "SELECTOR")]
+    pub selectors: Vec<String>,
 }
 
 #[derive(Debug, clap::Args)]

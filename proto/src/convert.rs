@@ -59,6 +59,7 @@ impl From<&Entry> for v1::Entry {
             selectors: e.selectors.iter().map(ToString::to_string).collect(),
             ttl_seconds: e.ttl.seconds(),
             federates_with: e.federates_with.iter().map(ToString::to_string).collect(),
+            revision: 0,
         }
     }
 }

@@ -49,7 +49,7 @@ async fn create(channel: Channel, request: v1::BatchCreateEntryRequest) -> Strin
 
 async fn entries(cell: &Cell, replica: usize) -> BTreeSet<String> {
     let mut client = EntryRegistryClient::new(cell.admin(replica).await.unwrap());
-    let listed = client.list_entries(v1::ListEntriesRequest {}).await.unwrap().into_inner().entries;
+    let listed = client.list_entries(v1::ListEntriesRequest::default()).await.unwrap().into_inner().entries;
     let ids: BTreeSet<String> = listed.iter().map(|e| e.id.clone()).collect();
     assert_eq!(ids.len(), listed.len(), "an entry twice");
     ids
@@ -171,4 +171,67 @@ async fn a_certificate_retried_at_another_replica_is_issued_there() {
 async fn issued(cell: &Cell) -> usize {
     let mut client = v1::svid_client::SvidClient::new(cell.admin(1).await.unwrap());
     client.list_issued(v1::ListIssuedRequest { limit: 100 }).await.unwrap().into_inner().issued.len()
+}
+
+/// Two who change one entry: the second is told that the first was there; lists are filtered and come in pages.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn entries_are_updated_by_revision_and_listed_by_page() {
+    let cell = Cell::start("west", 1).await.unwrap();
+    register(&cell).await;
+    let mut client = EntryRegistryClient::new(cell.admin(1).await.unwrap());
+    for n in 0..25 {
+        let mut request = creation(&format!("e{n:02}"));
+        if n % 5 == 0 {
+            request.entries[0].selectors.push("cgroup:web".into());
+        }
+        assert_eq!(create(cell.admin(1).await.unwrap(), request).await, "ok");
+    }
+    let read = client.get_entry(v1::GetEntryRequest { id: "e03".into() }).await.unwrap().into_inner();
+    assert!(read.revision > 0);
+    let update = |ttl_seconds, expected_revision, create| v1::BatchUpdateEntryRequest {
+        request_id: fresh(),
+        items: vec![v1::EntryUpdate {
+            entry: Some(v1::Entry { ttl_seconds, ..read.clone() }),
+            expected_revision,
+            create,
+        }],
+    };
+    let code = async |client: &mut EntryRegistryClient<Channel>, request| match client.batch_update_entry(request).await
+    {
+        Ok(answer) => answer.into_inner().results.remove(0).code,
+        Err(status) => from_status(&status).code.to_string(),
+    };
+    assert_eq!(code(&mut client, update(120, read.revision, false)).await, "ok");
+    assert_eq!(code(&mut client, update(180, read.revision, false)).await, "stale_revision");
+    assert_eq!(code(&mut client, update(180, read.revision, true)).await, "bad_request");
+    let now = client.get_entry(v1::GetEntryRequest { id: "e03".into() }).await.unwrap().into_inner();
+    assert_eq!((now.ttl_seconds, now.revision > read.revision), (120, true));
+
+    let mut page = v1::ListEntriesRequest { page_size: 10, ..Default::default() };
+    let mut seen = Vec::new();
+    let mut pages = 0;
+    loop {
+        let answer = client.list_entries(page.clone()).await.unwrap().into_inner();
+        seen.extend(answer.entries.into_iter().map(|e| e.id));
+        pages += 1;
+        if answer.next_after_id.is_empty() {
+            break;
+        }
+        page.after_id = answer.next_after_id;
+    }
+    assert_eq!((seen.len(), pages), (25, 3));
+    let ids = async |client: &mut EntryRegistryClient<Channel>, request| {
+        let listed = client.list_entries(request).await.unwrap().into_inner().entries;
+        listed.into_iter().map(|e| e.id).collect::<Vec<_>>()
+    };
+    let web = v1::ListEntriesRequest { selectors: vec!["cgroup:web".into()], page_size: 4, ..Default::default() };
+    assert_eq!(ids(&mut client, web).await, ["e00", "e05", "e10", "e15"]);
+    let one = v1::ListEntriesRequest { spiffe_id: "spiffe://west/e07".into(), ..Default::default() };
+    assert_eq!(ids(&mut client, one).await, ["e07"]);
+    let all = v1::ListEntriesRequest { spiffe_id: "spiffe://west/*".into(), ..Default::default() };
+    assert_eq!(ids(&mut client, all).await.len(), 25);
+    let none = v1::ListEntriesRequest { cluster: "east".into(), ..Default::default() };
+    assert!(ids(&mut client, none).await.is_empty());
+    let bad = v1::ListEntriesRequest { spiffe_id: "west/*".into(), ..Default::default() };
+    assert_eq!(from_status(&client.list_entries(bad).await.unwrap_err()).code.as_str(), "bad_request");
 }

@@ -412,7 +412,7 @@ fn damage_is_refused(cell: &Cell, loss: &[&str]) {
 
 async fn entries(cell: &Cell) -> Vec<String> {
     let mut client = EntryRegistryClient::new(cell.admin(1).await.unwrap());
-    let listed = client.list_entries(v1::ListEntriesRequest {}).await.unwrap().into_inner().entries;
+    let listed = client.list_entries(v1::ListEntriesRequest::default()).await.unwrap().into_inner().entries;
     listed.into_iter().map(|e| e.id).collect()
 }
 

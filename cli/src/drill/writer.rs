@@ -170,12 +170,13 @@ fn entry(job: &Job, number: u64) -> v1::Entry {
         selectors: vec!["cgroup:drill".to_owned()],
         ttl_seconds: 0,
         federates_with: Vec::new(),
+        revision: 0,
     }
 }
 
 /// The ids of every entry of the cell.
 pub async fn list(cell: &Cell) -> Result<Vec<String>, Refusal> {
-    let reply = ask!(cell, EntryRegistry.list_entries(v1::ListEntriesRequest {}))?;
+    let reply = ask!(cell, EntryRegistry.list_entries(v1::ListEntriesRequest::default()))?;
     Ok(reply.entries.into_iter().map(|e| e.id).collect())
 }
 

@@ -1,9 +1,9 @@
 //! `ambit entry`.
 
 use super::Session;
-use crate::args::{Entry, EntryCreate};
+use crate::args::{Entry, EntryCreate, EntryList};
 use crate::ask;
-use crate::cell::{request_id, seconds};
+use crate::cell::{Cell, request_id, seconds};
 use crate::context::read_bounded;
 use crate::duration::Millis;
 use crate::exit::Exit;
@@ -13,6 +13,8 @@ use ambit_proto::v1;
 use serde::Deserialize;
 use serde_json::json;
 
+/// Entries asked for at a time.
+const PAGE: u32 = 5_000;
 /// Bytes of one entry file; as much as one policy request.
 const FILE_BYTES_MAX: u64 = 1 << 20;
 
@@ -31,16 +33,46 @@ pub(super) async fn run(session: &Session, verb: Entry) -> Result<Answer, Refusa
             let reply = ask!(cell, EntryRegistry.batch_delete_entry(request))?;
             Ok(statuses(session, &reply, "deleted").note(banner))
         }
-        Entry::List => {
+        Entry::Update(update) => {
+            let (expected, create) = (update.expect_revision, update.create);
+            let item = |entry| v1::EntryUpdate {
+                entry: Some(entry),
+                expected_revision: expected.map_or(0, std::num::NonZeroU64::get),
+                create,
+            };
+            let items = entries_of(update.written)?.into_iter().map(item).collect();
+            let (cell, banner) = session.cell_to_change()?;
+            let request = v1::BatchUpdateEntryRequest { request_id: request_id()?, items };
+            let reply = ask!(cell, EntryRegistry.batch_update_entry(request))?;
+            Ok(statuses(session, &reply, "written").note(banner))
+        }
+        Entry::List(list) => {
             let cell = session.cell()?;
-            let reply = ask!(cell, EntryRegistry.list_entries(v1::ListEntriesRequest {}))?;
-            Ok(Answer::ok(table(&reply.entries).render(session.form)))
+            let entries = pages(&cell, list).await?;
+            Ok(Answer::ok(table(&entries).render(session.form)))
         }
     }
 }
 
+/// All pages of a list.
+async fn pages(cell: &Cell, list: EntryList) -> Result<Vec<v1::Entry>, Refusal> {
+    let EntryList { cluster, spiffe_id, selectors } = list;
+    let mut request =
+        v1::ListEntriesRequest { cluster, spiffe_id, selectors, page_size: PAGE, after_id: String::new() };
+    let mut entries = Vec::new();
+    loop {
+        let reply = ask!(cell, EntryRegistry.list_entries(request.clone()))?;
+        entries.extend(reply.entries);
+        if reply.next_after_id.is_empty() {
+            return Ok(entries);
+        }
+        request.after_id = reply.next_after_id;
+    }
+}
+
 fn table(entries: &[v1::Entry]) -> Table {
-    const COLUMNS: &[&str] = &["id", "spiffe_id", "cluster", "selectors", "nodes", "ttl_seconds", "federates_with"];
+    const COLUMNS: &[&str] =
+        &["id", "spiffe_id", "cluster", "selectors", "nodes", "ttl_seconds", "federates_with", "revision"];
     let mut table = Table::new("entry", COLUMNS);
     for e in entries {
         table.row(vec![
@@ -51,6 +83,7 @@ fn table(entries: &[v1::Entry]) -> Table {
             json!(e.nodes),
             json!(e.ttl_seconds),
             json!(e.federates_with),
+            json!(e.revision),
         ]);
     }
     table
@@ -122,6 +155,7 @@ fn entries_of(written: EntryCreate) -> Result<Vec<v1::Entry>, Refusal> {
             selectors: written.selectors,
             ttl_seconds: written.ttl.map(seconds).transpose()?.unwrap_or(0),
             federates_with: written.federates_with,
+            revision: 0,
         }],
     };
     // Refused here already, where the place is known; the cell checks again.
@@ -147,6 +181,7 @@ fn documents(text: &str) -> Result<Vec<v1::Entry>, Refusal> {
             selectors: spec.selectors,
             ttl_seconds: spec.ttl.map(seconds).transpose()?.unwrap_or(0),
             federates_with: spec.federates_with,
+            revision: 0,
         });
     }
     if entries.is_empty() {

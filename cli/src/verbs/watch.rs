@@ -110,7 +110,7 @@ fn told(event: &Event) -> (&'static str, String, Value) {
         Event::Entry(e) => {
             let entry = json!({
                 "id": e.id, "spiffe_id": e.spiffe_id, "cluster": e.cluster, "nodes": e.nodes, "selectors": e.selectors,
-                "ttl_seconds": e.ttl_seconds, "federates_with": e.federates_with,
+                "ttl_seconds": e.ttl_seconds, "federates_with": e.federates_with, "revision": e.revision,
             });
             ("entry", e.id.clone(), entry)
         }

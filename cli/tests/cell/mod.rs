@@ -200,6 +200,12 @@ impl v1::entry_registry_server::EntryRegistry for Replica {
         let applied = self.apply(&request.request_id, Command::CreateEntries(entries))?;
         self.items(applied, request.entries.into_iter().map(|e| e.id).collect())
     }
+    async fn batch_update_entry(
+        &self,
+        _: Request<v1::BatchUpdateEntryRequest>,
+    ) -> Result<Response<v1::BatchEntryResponse>, Status> {
+        Err(Status::unimplemented("no test asks"))
+    }
     async fn batch_delete_entry(
         &self,
         request: Request<v1::BatchDeleteEntryRequest>,
@@ -217,7 +223,10 @@ impl v1::entry_registry_server::EntryRegistry for Replica {
         let lose = self.shared.lose.lock().unwrap().clone();
         let held = self.shared.state.lock().unwrap();
         let kept = held.1.entries().filter(|e| !lose.iter().any(|end| e.entry.id.as_str().ends_with(end)));
-        Ok(Response::new(v1::ListEntriesResponse { entries: kept.map(|e| (&e.entry).into()).collect() }))
+        Ok(Response::new(v1::ListEntriesResponse {
+            entries: kept.map(|e| (&e.entry).into()).collect(),
+            next_after_id: String::new(),
+        }))
     }
     async fn get_entry(&self, _: Request<v1::GetEntryRequest>) -> Result<Response<v1::Entry>, Status> {
         Err(to_status(&Refusal::new(Code::Unimplemented, "", "")))

@@ -100,6 +100,7 @@ pub const METHODS: &[(&str, Who)] = &[
     ("/ambit.v1.PeerLink/Prove", Who::Anyone),
     ("/ambit.v1.PeerLink/Pull", Who::Peer),
     ("/ambit.v1.EntryRegistry/BatchCreateEntry", Who::Admin),
+    ("/ambit.v1.EntryRegistry/BatchUpdateEntry", Who::Admin),
     ("/ambit.v1.EntryRegistry/BatchDeleteEntry", Who::Admin),
     ("/ambit.v1.EntryRegistry/ListEntries", Who::Admin),
     ("/ambit.v1.EntryRegistry/GetEntry", Who::Admin),

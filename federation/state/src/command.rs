@@ -277,6 +277,19 @@ pub enum Command {
     PromoteAppraisalPolicy(ObjectName),
     /// Removes an appraisal policy.
     DeleteAppraisalPolicy(ObjectName),
+    /// Writes entries over what they are, each with its own outcome.
+    PutEntries(Vec<(Entry, Presence)>),
+}
+
+/// What an entry must be for a write over it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Presence {
+    /// There, or not.
+    Whatever,
+    /// There, whatever it says.
+    There,
+    /// There, and as this revision wrote it.
+    At(Revision),
 }
 
 /// What an operator says of nodes. Each has its opposite but `Evict`, which lets the node come back by itself.

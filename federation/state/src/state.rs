@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::Ipv4Addr;
+use std::ops::Bound;
 
 /// An object's key: whose it is and its name.
 pub type OwnedName = (TrustDomain, ObjectName);
@@ -439,6 +440,11 @@ impl State {
     /// All entries.
     pub fn entries(&self) -> impl Iterator<Item = &EntryRow> {
         self.entries.iter().map(|(_, v)| v)
+    }
+    /// Entries after this id, or from the first.
+    pub fn entries_after(&self, after: Option<&EntryId>) -> impl Iterator<Item = &EntryRow> {
+        let begin = after.map_or(Bound::Unbounded, |id| Bound::Excluded(id.clone()));
+        self.entries.range((begin, Bound::Unbounded)).map(|(_, v)| v)
     }
     /// One entry.
     pub fn entry(&self, id: &EntryId) -> Option<&EntryRow> {

@@ -101,6 +101,9 @@ impl<K: Ord + Clone + Serialize + DeserializeOwned, V: Serialize + DeserializeOw
     pub(crate) fn from(&self, key: K) -> impl Iterator<Item = (&K, &V)> {
         self.rows.range(key..).map(|(k, row)| (k, &row.0))
     }
+    pub(crate) fn range(&self, range: (Bound<K>, Bound<K>)) -> impl Iterator<Item = (&K, &V)> {
+        self.rows.range(range).map(|(k, row)| (k, &row.0))
+    }
     /// The first `limit` keys of a range.
     pub(crate) fn keys(&self, range: (Bound<K>, Bound<K>), limit: usize) -> impl Iterator<Item = K> {
         self.rows.range(range).take(limit).map(|(k, _)| k.clone())

@@ -5,7 +5,7 @@ mod common;
 
 use ambit_model::policy::{Action, Endpoint, Order, Peers, Policy, Service};
 use ambit_model::record::{Head, Kind, Record};
-use ambit_model::{Code, Generation, RaftIndex, Refusal, Stamp, TrustDomain};
+use ambit_model::{Code, Generation, RaftIndex, Refusal, Revision, Stamp, TrustDomain};
 use ambit_state::command::{Admission, LeafRequest, NodeVerb, Nodes};
 use ambit_state::objects::*;
 use ambit_state::{Command, LogEntry, Reply, State};
@@ -475,4 +475,59 @@ fn objects_are_paged_in_the_order_of_their_keys_and_named_by_their_writes() {
     }
     assert_eq!(west.state.objects_after(None, &[ObjectKind::Service], 9), [ObjectKey::Service(named("db"))]);
     assert_eq!(west.state.objects_after(Some(&all[5]), &[ObjectKind::Entry], 9), []);
+}
+
+#[test]
+fn an_entry_is_written_over_only_as_it_is_expected_to_be() {
+    use ambit_state::command::Presence;
+    let mut west = west_with_nodes();
+    let written = |cell: &Cell, id: &str| cell.state.entry(&id.parse().unwrap()).unwrap().clone();
+    let outcomes = |reply: Result<Reply, Refusal>| {
+        let Ok(Reply::Items(items)) = reply else { panic!("items") };
+        items.into_iter().map(|item| item.err().map(|r| r.code)).collect::<Vec<_>>()
+    };
+    let first = written(&west, "db");
+    let changed = ambit_model::Entry { ttl: 120.try_into().unwrap(), ..first.entry.clone() };
+    let stranger = entry("new", "west");
+    let foreign = ambit_model::Entry { spiffe_id: "spiffe://east/db".parse().unwrap(), ..first.entry.clone() };
+    let put = Command::PutEntries(vec![
+        (changed.clone(), Presence::At(Revision(first.revision.0 + 1))),
+        (changed.clone(), Presence::At(first.revision)),
+        (stranger.clone(), Presence::There),
+        (stranger.clone(), Presence::At(Revision(1))),
+        (stranger.clone(), Presence::Whatever),
+        (foreign, Presence::Whatever),
+    ]);
+    let refused = |code| Some(code);
+    assert_eq!(
+        outcomes(west.at(1_000_001, 8, put.clone())),
+        [
+            refused(Code::StaleRevision),
+            None,
+            refused(Code::NotFound),
+            refused(Code::NotFound),
+            None,
+            refused(Code::NotOwner)
+        ]
+    );
+    let second = written(&west, "db");
+    assert_eq!((second.entry, second.revision > first.revision), (changed.clone(), true));
+    assert_eq!(west.state.cell().unwrap().revision, second.revision, "nodes are told");
+    // The same request again is answered as before; a new one on the old revision is not.
+    assert_eq!(outcomes(west.at(1_000_002, 8, put))[1], None);
+    assert_eq!(written(&west, "db").revision, second.revision);
+    let late = Command::PutEntries(vec![(changed, Presence::At(first.revision))]);
+    assert_eq!(outcomes(west.run(late)), [refused(Code::StaleRevision)]);
+    // What is in memory only follows: the state loaded from its rows is the same.
+    let mut bound = written(&west, "db").entry;
+    let plain = bound.selectors.clone();
+    let more = ["tpm:policy:servers".parse().unwrap()];
+    bound.selectors = plain.iter().cloned().chain(more).collect();
+    west.run(Command::PutEntries(vec![(bound.clone(), Presence::There)])).unwrap();
+    bound.selectors = plain;
+    west.run(Command::PutEntries(vec![(bound, Presence::There)])).unwrap();
+    let loaded = State::import(west.state.export()).unwrap();
+    assert_eq!(loaded.digest(), west.state.digest());
+    let fitting = |s: &State| s.slice(&node(1)).unwrap().entries.len();
+    assert_eq!(fitting(&loaded), fitting(&west.state));
 }

@@ -1,10 +1,13 @@
-//! Entries: create, delete, list.
+//! Entries: create, update, delete, list.
 
 use super::{OrStatus, request_id};
 use crate::authorise::actor;
 use crate::replica::Replica;
-use ambit_model::{Code, Entry, EntryId, Refusal};
+use ambit_model::policy::Peers;
+use ambit_model::{ClusterId, Code, Entry, EntryId, Refusal, Revision, Selector};
 use ambit_proto::v1;
+use ambit_state::command::Presence;
+use ambit_state::objects::EntryRow;
 use ambit_state::{Command, Reply};
 use tonic::{Request, Response, Status};
 
@@ -42,21 +45,93 @@ impl v1::entry_registry_server::EntryRegistry for Entries {
         self.results(m.ids, applied).or_status()
     }
 
+    async fn batch_update_entry(
+        &self,
+        request: Request<v1::BatchUpdateEntryRequest>,
+    ) -> Result<Response<v1::BatchEntryResponse>, Status> {
+        let actor = actor(&request)?;
+        let m = request.into_inner();
+        let id = request_id(&m.request_id)?;
+        bounded(m.items.len()).or_status()?;
+        let entries: Vec<(Entry, Presence)> = m.items.iter().map(update).collect::<Result<_, _>>().or_status()?;
+        let names: Vec<String> = entries.iter().map(|(e, _)| e.id.to_string()).collect();
+        let applied = self.0.propose(actor.client, id, Command::PutEntries(entries)).await.or_status()?;
+        self.results(names, applied).or_status()
+    }
+
     async fn list_entries(
         &self,
-        _: Request<v1::ListEntriesRequest>,
+        request: Request<v1::ListEntriesRequest>,
     ) -> Result<Response<v1::ListEntriesResponse>, Status> {
-        let entries = self.0.read(|s| s.entries().map(|r| v1::Entry::from(&r.entry)).collect()).await.or_status()?;
-        Ok(Response::new(v1::ListEntriesResponse { entries }))
+        let m = request.into_inner();
+        let filter = Filter::of(&m).or_status()?;
+        let after: Option<EntryId> = match m.after_id.as_str() {
+            "" => None,
+            id => Some(id.parse().or_status()?),
+        };
+        let size = if m.page_size == 0 { usize::MAX } else { m.page_size as usize };
+        let mut entries: Vec<v1::Entry> = self
+            .0
+            .read(|s| {
+                let rows = s.entries_after(after.as_ref()).filter(|row| filter.takes(&row.entry));
+                rows.take(size.saturating_add(1)).map(message).collect()
+            })
+            .await
+            .or_status()?;
+        let more = entries.len() > size;
+        entries.truncate(size);
+        let next_after_id = entries.last().filter(|_| more).map(|e| e.id.clone()).unwrap_or_default();
+        Ok(Response::new(v1::ListEntriesResponse { entries, next_after_id }))
     }
 
     async fn get_entry(&self, request: Request<v1::GetEntryRequest>) -> Result<Response<v1::Entry>, Status> {
         let id: EntryId = request.into_inner().id.parse().or_status()?;
-        let found = self.0.read(|s| s.entry(&id).map(|r| v1::Entry::from(&r.entry))).await.or_status()?;
+        let found = self.0.read(|s| s.entry(&id).map(message)).await.or_status()?;
         found
             .map(Response::new)
             .ok_or_else(|| Refusal::new(Code::NotFound, "an entry of this cell", id.as_str()))
             .or_status()
+    }
+}
+
+/// With the revision that wrote it.
+pub(super) fn message(row: &EntryRow) -> v1::Entry {
+    v1::Entry { revision: row.revision.0, ..v1::Entry::from(&row.entry) }
+}
+
+fn update(m: &v1::EntryUpdate) -> Result<(Entry, Presence), Refusal> {
+    let entry = m.entry.as_ref().ok_or_else(|| Refusal::new(Code::BadRequest, "an entry", "none"))?;
+    let presence = match (m.expected_revision, m.create) {
+        (0, true) => Presence::Whatever,
+        (0, false) => Presence::There,
+        (revision, false) => Presence::At(Revision(revision)),
+        (_, true) => {
+            return Err(Refusal::new(Code::BadRequest, "an expected revision, or create", "both"));
+        }
+    };
+    Ok((entry.try_into()?, presence))
+}
+
+/// What a list is asked for.
+struct Filter {
+    cluster: Option<ClusterId>,
+    ids: Option<Peers>,
+    selectors: Vec<Selector>,
+}
+
+impl Filter {
+    fn of(m: &v1::ListEntriesRequest) -> Result<Filter, Refusal> {
+        let given = |text: &str| Some(text.to_owned()).filter(|text| !text.is_empty());
+        Ok(Filter {
+            cluster: given(&m.cluster).map(|cluster| cluster.parse()).transpose()?,
+            ids: given(&m.spiffe_id).map(|ids| ids.parse()).transpose()?,
+            selectors: m.selectors.iter().map(|s| s.parse()).collect::<Result<_, _>>()?,
+        })
+    }
+    fn takes(&self, entry: &Entry) -> bool {
+        self.cluster.as_ref().is_none_or(|cluster| *cluster == entry.cluster)
+            && self.ids.as_ref().is_none_or(|ids| ids.contains(&entry.spiffe_id))
+            && self.selectors.iter().all(|selector| entry.selectors.contains(selector))
     }
 }
 

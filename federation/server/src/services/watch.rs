@@ -219,7 +219,7 @@ fn event(s: &State, key: &ObjectKey, known: &BTreeSet<TrustDomain>) -> Event {
             },
         ),
         ObjectKey::Entry(id) => {
-            s.entry(id).map_or_else(|| gone(id.to_string()), |row| Event::Entry(v1::Entry::from(&row.entry)))
+            s.entry(id).map_or_else(|| gone(id.to_string()), |row| Event::Entry(super::entry::message(row)))
         }
         ObjectKey::Service(name) => s.service(name).map_or_else(
             || gone(format!("{}/{}", name.0, name.1)),

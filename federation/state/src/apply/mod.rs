@@ -47,6 +47,7 @@ pub(crate) fn apply(s: &mut State, index: RaftIndex, stamp: Stamp, command: &Com
         Command::SetNodes(verb, nodes) => attest::set_nodes(s, at, *verb, nodes),
         Command::CreateEntries(entries) => objects::create_entries(s, at, entries),
         Command::DeleteEntries(ids) => objects::delete_entries(s, at, ids),
+        Command::PutEntries(entries) => objects::put_entries(s, at, entries),
         Command::Issue { node, generation, authority, leaves } => {
             issue::leaves(s, at, node, *generation, authority, leaves)
         }

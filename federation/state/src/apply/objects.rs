@@ -1,7 +1,7 @@
 //! Entries, policies, services and endpoints of this cell.
 
 use super::{At, addresses, cell_row, export, payload, touch};
-use crate::command::Reply;
+use crate::command::{Presence, Reply};
 use crate::objects::{EntryRow, NodeState, Owned};
 use crate::state::State;
 use ambit_model::policy::{Endpoint, Policy, Service};
@@ -19,15 +19,49 @@ const SERVICES_MAX: usize = 10_000;
 pub const ENDPOINTS_PER_NODE_MAX: usize = 1_000;
 
 pub(super) fn create_entries(s: &mut State, at: At, entries: &[Entry]) -> Result<Reply, Refusal> {
+    let absent = |s: &State, entry: &Entry| {
+        let refusal = || Refusal::new(Code::AlreadyExists, "an entry id not in use", entry.id.as_str());
+        if s.entries.contains(&entry.id) { Err(refusal()) } else { Ok(()) }
+    };
+    write_entries(s, at, entries.iter().map(|entry| (entry, absent)))
+}
+
+pub(super) fn put_entries(s: &mut State, at: At, entries: &[(Entry, Presence)]) -> Result<Reply, Refusal> {
+    let found = |presence: &Presence| {
+        let presence = *presence;
+        move |s: &State, entry: &Entry| match (presence, s.entries.get(&entry.id)) {
+            (Presence::Whatever, _) | (Presence::There, Some(_)) => Ok(()),
+            (Presence::At(revision), Some(row)) if row.revision == revision => Ok(()),
+            (Presence::At(revision), Some(row)) => {
+                Err(Refusal::new(Code::StaleRevision, format!("revision {revision}"), row.revision.to_string()))
+            }
+            (_, None) => Err(Refusal::new(Code::NotFound, "an entry of this cell", entry.id.as_str())),
+        }
+    };
+    write_entries(s, at, entries.iter().map(|(entry, presence)| (entry, found(presence))))
+}
+
+/// Each entry that may stand, and that the check of what is there lets pass, is written.
+fn write_entries<'a, F>(
+    s: &mut State,
+    at: At,
+    entries: impl ExactSizeIterator<Item = (&'a Entry, F)>,
+) -> Result<Reply, Refusal>
+where
+    F: Fn(&State, &Entry) -> Result<(), Refusal>,
+{
     let mut cell = cell_row(s)?;
     let mut out = Vec::with_capacity(entries.len());
     let mut changed = false;
-    for entry in entries {
-        let result = check_entry(s, &cell.trust_domain, entry);
+    for (entry, there) in entries {
+        let result = there(s, entry).and_then(|()| check_entry(s, &cell.trust_domain, entry));
         if result.is_ok() {
             if !s.identities.contains(&entry.spiffe_id) {
                 s.identities.put(&mut s.journal, entry.spiffe_id.clone(), cell.next_identity);
                 cell.next_identity += 1;
+            }
+            if let Some(before) = s.entries.get(&entry.id).map(|row| row.entry.clone()) {
+                s.index_entry(&before, false);
             }
             let row = EntryRow { entry: entry.clone(), revision: Revision(at.index.0) };
             s.entries.put(&mut s.journal, entry.id.clone(), row);
@@ -45,10 +79,7 @@ pub(super) fn create_entries(s: &mut State, at: At, entries: &[Entry]) -> Result
 }
 
 fn check_entry(s: &State, own: &TrustDomain, entry: &Entry) -> Result<(), Refusal> {
-    if s.entries.contains(&entry.id) {
-        return Err(Refusal::new(Code::AlreadyExists, "an entry id not in use", entry.id.as_str()));
-    }
-    if s.entries.len() >= ENTRIES_MAX {
+    if s.entries.len() >= ENTRIES_MAX && !s.entries.contains(&entry.id) {
         return Err(Refusal::new(Code::Busy, format!("at most {ENTRIES_MAX} entries"), "one more"));
     }
     if entry.spiffe_id.trust_domain() != *own || entry.spiffe_id.path().starts_with("/ambit/") {
