@@ -158,6 +158,65 @@ fn blob(cell: &Cell, replica: usize, kind: &str, sha256: &str) -> bool {
     cell.file(&format!("r{replica}")).join("blobs").join(kind).join(sha256).is_file()
 }
 
+async fn list(cell: &Cell, cluster: &str, node: &str, on: bool) {
+    let request = v1::AllowEkRequest { request_id: fresh(), cluster: cluster.into(), node_ids: vec![node.into()] };
+    let mut client = NodeAttestationClient::new(cell.admin(1).await.unwrap());
+    match on {
+        true => client.allow_ek(request).await.unwrap(),
+        false => client.disallow_ek(request).await.unwrap(),
+    };
+}
+
+/// Being known is not being expected: what an operator took back while a node was out is missing when it comes again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_made_a_node_expected_must_hold_when_it_comes_again() {
+    let cell = Cell::start("west", 1).await.unwrap();
+    let maker = Maker::new().unwrap();
+    let (listed, joined) =
+        (Machine::new(&maker, "listed").await.unwrap(), Machine::new(&maker, "joined").await.unwrap());
+    register_cluster(&cell, "west", &maker).await.unwrap();
+    register_cluster(&cell, "east", &maker).await.unwrap();
+    let id = listed.node();
+    list(&cell, "west", &id, true).await;
+    assert_eq!(enrols(&cell, &listed, "west").await, "ok");
+    say(&cell, "quarantine", std::slice::from_ref(&id)).await.unwrap();
+    list(&cell, "west", &id, false).await;
+    say(&cell, "release", std::slice::from_ref(&id)).await.unwrap();
+    assert_eq!(enrols(&cell, &listed, "west").await, "ek_not_expected");
+    row(25, "off the allow-list while it was out, then released", "ek_not_expected").unwrap();
+
+    let me = admit(&cell, &joined, "west").await.unwrap();
+    assert_eq!(enrols(&cell, &joined, "west").await, "ok");
+    let mut bare = joined.begin_request("west", "");
+    bare.ek_certificate.clear();
+    let begun = joined.begin_with(cell.anonymous(1).await.unwrap(), bare).await.unwrap();
+    assert_eq!(begun.err().unwrap().code, "ek_chain_untrusted");
+    row(22, "joined with an EK certificate, and comes again without", "ek_chain_untrusted").unwrap();
+
+    // What changes for others in between makes nobody begin anew.
+    let begun = joined.begin(cell.anonymous(1).await.unwrap(), "west", "").await.unwrap().unwrap();
+    list(&cell, "west", &"7".repeat(64), true).await;
+    let answer = joined.answer(&begun, &Lies::default()).await.unwrap();
+    let verdict = ambit_tests::machine::evidence(cell.anonymous(1).await.unwrap(), &answer.frames).await.unwrap();
+    assert_eq!(verdict.unwrap().generation, me.generation + 2);
+
+    // Another cluster's policy refuses what this machine booted: that says nothing against it at home.
+    let (yaml, _) = golden_policy("east", "east").unwrap();
+    let other = yaml.replace("      - \"/vmlinuz console=ttyS0", "      - \"/vmlinuz quiet console=ttyS0");
+    assert_ne!(yaml, other);
+    ambit_tests::machine::apply_policy(&cell, &other, false).await.unwrap();
+    list(&cell, "east", &joined.node(), true).await;
+    assert_eq!(enrols(&cell, &joined, "east").await, "command_line_not_allowed");
+    assert_eq!(state(&cell, &joined).await, "admitted");
+
+    // A ban brings nobody back to mind who was forgotten.
+    let id = joined.node();
+    for verb in ["evict", "ban", "unban"] {
+        say(&cell, verb, std::slice::from_ref(&id)).await.unwrap();
+    }
+    assert_eq!(enrols(&cell, &joined, "west").await, "ek_not_expected");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn policies_are_tried_against_evidence_that_every_replica_keeps() {
     let mut cell = Cell::start("west", 3).await.unwrap();

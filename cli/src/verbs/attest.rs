@@ -127,13 +127,13 @@ fn read_folder(path: &Path) -> Result<Folder, Refusal> {
         }
         let file = entry.path();
         let meta = std::fs::metadata(&file).map_err(|e| file_refusal(&file, &e))?;
-        if !meta.is_file() || files.len() >= FILES_MAX {
-            let found = format!("{}: {:?}, after {} others", file.display(), meta.file_type(), files.len());
-            return Err(Refusal::new(
-                Code::BadRequest,
-                format!("at most {FILES_MAX} files, none of another kind"),
-                found,
-            ));
+        if !meta.is_file() {
+            let kind = if meta.is_dir() { "a folder" } else { "a pipe, socket or device" };
+            return Err(Refusal::new(Code::BadRequest, format!("a regular file {}", file.display()), kind));
+        }
+        if files.len() >= FILES_MAX {
+            let found = path.display().to_string();
+            return Err(Refusal::new(Code::BadRequest, format!("at most {FILES_MAX} files of one machine"), found));
         }
         let mut bytes = Vec::new();
         let opened = std::fs::File::open(&file).map_err(|e| file_refusal(&file, &e))?;
@@ -165,8 +165,17 @@ fn read_policy(file: &Path) -> Result<AppraisalPolicy, Refusal> {
     })
 }
 
+/// A policy, list or PEM file: as much of it as the largest of them may have.
 fn read(file: &Path) -> Result<Vec<u8>, Refusal> {
-    std::fs::read(file).map_err(|e| file_refusal(file, &e))
+    let mut bytes = Vec::new();
+    let opened = std::fs::File::open(file).map_err(|e| file_refusal(file, &e))?;
+    let max = ALLOW_LIST_BYTES_MAX as u64;
+    opened.take(max + 1).read_to_end(&mut bytes).map_err(|e| file_refusal(file, &e))?;
+    if bytes.len() as u64 > max {
+        let expected = format!("a file of at most {max} bytes");
+        return Err(Refusal::new(Code::BadRequest, expected, file.display().to_string()));
+    }
+    Ok(bytes)
 }
 
 fn nonce(text: &str) -> Result<Vec<u8>, Refusal> {

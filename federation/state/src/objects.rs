@@ -272,6 +272,13 @@ pub struct NodeRow {
     pub claims: String,
 }
 
+impl NodeRow {
+    /// Whether the cell still knows it: eviction forgets a node, and no ban after it brings it back to mind.
+    pub fn is_known(&self) -> bool {
+        self.state != NodeState::Evicted && !self.ak.name.is_empty()
+    }
+}
+
 /// A node's standing: what changes with every verdict, kept small because it changes often.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Standing {

@@ -50,8 +50,42 @@ const ADMISSIONS: &[Row<Admission>] = &[
         a.nonce = [1; 32];
         NOW
     }),
-    ("judged under endorsements that changed", Code::StaleAppraisal, |west, _| {
-        west.run(Command::AllowEk(cluster("west"), vec![node(7)])).unwrap();
+    ("judged by a root that is gone", Code::StaleAppraisal, |west, _| {
+        let remove = vec![common::sha256(common::ROOT)];
+        west.run(Command::PutEkRoots { cluster: cluster("west"), add: vec![], remove }).unwrap();
+        NOW
+    }),
+    ("judged by a root of another class", Code::StaleAppraisal, |west, _| {
+        let add = vec![(common::ROOT.to_vec(), "virtual".into())];
+        west.run(Command::PutEkRoots { cluster: cluster("west"), add, remove: vec![] }).unwrap();
+        NOW
+    }),
+    ("judged without a certificate by a list that it is off", Code::StaleAppraisal, |west, a| {
+        a.ek.root_sha256 = None;
+        west.run(Command::DisallowEk(cluster("west"), vec![node(1)])).unwrap();
+        NOW
+    }),
+    ("judged before a rule denied its maker", Code::StaleAppraisal, |west, a| {
+        a.ek.model = "M1".into();
+        let (manufacturer, reason) = (String::new(), "old".into());
+        let rule = EkDenyRow { manufacturer, model: "M1".into(), firmware_below: u64::MAX, reason };
+        west.run(Command::PutEkDeny(vec![("old".parse().unwrap(), rule)], vec![])).unwrap();
+        NOW
+    }),
+    ("off the list that it came by", Code::EkNotExpected, |west, a| {
+        out(west, a, NodeVerb::Quarantine);
+        west.run(Command::DisallowEk(cluster("west"), vec![node(1)])).unwrap();
+        out(west, a, NodeVerb::Release)
+    }),
+    ("joined by a token, and now without a certificate", Code::EkChainUntrusted, |_, a| {
+        (a.node, a.ak.name, a.ek.root_sha256) = (node(2), vec![2], None);
+        NOW
+    }),
+    ("evicted, banned and unbanned, and never expected since", Code::EkNotExpected, |west, a| {
+        (a.node, a.ak.name) = (node(2), vec![2]);
+        for verb in [NodeVerb::Evict, NodeVerb::Ban, NodeVerb::Unban] {
+            west.run(Command::SetNodes(verb, Nodes::Ids(vec![node(2)]))).unwrap();
+        }
         NOW
     }),
     ("judged under appraisal policies that changed", Code::StaleAppraisal, |_, a| {
@@ -207,6 +241,45 @@ fn what_the_rows_change_is_good_unchanged() {
     let mut token = admission(&west, 9, 93, None);
     stranger(&mut token, Some(UNUSED));
     admit(&mut west, NOW, token).unwrap();
+    // Who joined comes again with its certificate alone, and what changes for others makes nobody begin anew.
+    let begun = admission(&west, 2, 94, None);
+    west.run(Command::AllowEk(cluster("west"), vec![node(7)])).unwrap();
+    admit(&mut west, NOW, begun).unwrap();
+    // Evicted, it may come with another AK and a token.
+    west.run(Command::SetNodes(NodeVerb::Evict, Nodes::Ids(vec![node(2)]))).unwrap();
+    let fresh = Admission { ak: AkFacts { name: vec![22], ..AkFacts::default() }, ..admission(&west, 2, 95, None) };
+    assert_eq!(admit(&mut west, NOW, fresh.clone()).unwrap_err().code, Code::EkNotExpected);
+    let token = TokenRow { scope: TokenScope::Node(cluster("west")), expires: Stamp(2_000_000), used: false };
+    west.run(Command::CreateToken([77; 32], token)).unwrap();
+    admit(&mut west, NOW, Admission { join_token: Some([77; 32]), nonce: [96; 32], ..fresh }).unwrap();
+}
+
+/// One node that fails again and again does not make the cell forget why others were refused.
+#[test]
+fn denials_of_one_node_have_a_share() {
+    let mut west = west();
+    let denial = |n: u8, k: u8| Command::DenyNode {
+        nonce: [k; 32],
+        deadline: Stamp(1_060_000),
+        row: DenialRow {
+            stamp: Stamp(0),
+            node: node(n),
+            code: Code::QuoteNonce.to_string(),
+            diverged: String::new(),
+            expected: String::new(),
+            found: k.to_string(),
+        },
+        distrust: None,
+    };
+    west.run(denial(3, 99)).unwrap();
+    for k in 100..200 {
+        west.run(denial(1, k)).unwrap();
+    }
+    let of = |n: u8| {
+        west.state.denials().filter(|(_, d)| d.node == node(n)).map(|(_, d)| d.found.clone()).collect::<Vec<_>>()
+    };
+    assert_eq!(of(3), ["99"]);
+    assert_eq!((of(1).len(), of(1).last().cloned()), (32, Some("199".to_owned())));
 }
 
 /// One entry consumes the nonce, burns the token and admits; one that is refused does none of it.

@@ -8,7 +8,7 @@ use ambit_model::{Code, Generation, NodeId, Refusal, Revision, Stamp};
 use ambit_state::command::{Against, LeafRequest, NodeVerb, Nodes, RoundVerdict, Seen};
 use ambit_state::objects::*;
 use ambit_state::{Command, LATE_MAX_MS, Reply};
-use common::{Cell, admission, cluster, code, entry, node, seen};
+use common::{Cell, admission, cluster, code, entry, node, seen, sha256};
 
 const T0: u64 = 1_000_000;
 
@@ -28,10 +28,6 @@ fn west() -> Cell {
     west
 }
 
-fn sha256(bytes: &[u8]) -> [u8; 32] {
-    use sha2::Digest;
-    sha2::Sha256::digest(bytes).into()
-}
 fn round(cell: &Cell, n: u8, seen: Seen) -> Command {
     let policy_revision = cell.state.cell().unwrap().policy_revision;
     Command::PutVerdicts(vec![RoundVerdict { node: node(n), generation: Generation(1), policy_revision, seen }])

@@ -48,11 +48,14 @@ fn a_join_token_admits_one_node_and_a_nonce_one_admission() {
 #[test]
 fn a_changed_endorsement_makes_a_judgement_stale() {
     let mut west = Cell::founded("west");
-    let a = admission(&west, 1, 1, None);
     west.run(Command::AllowEk(cluster("west"), vec![node(1)])).unwrap();
-    assert_eq!(code(west.run(Command::AdmitNode(a))), Code::StaleAppraisal);
     let a = admission(&west, 1, 1, None);
-    assert!(west.run(Command::AdmitNode(a)).is_ok());
+    let remove = vec![common::sha256(common::ROOT)];
+    west.run(Command::PutEkRoots { cluster: cluster("west"), add: vec![], remove }).unwrap();
+    assert_eq!(code(west.run(Command::AdmitNode(a.clone()))), Code::StaleAppraisal);
+    let add = vec![(common::ROOT.to_vec(), "lab".to_owned())];
+    west.run(Command::PutEkRoots { cluster: cluster("west"), add, remove: vec![] }).unwrap();
+    assert!(west.run(Command::AdmitNode(a)).is_ok(), "what it was judged by stands again");
 }
 
 #[test]

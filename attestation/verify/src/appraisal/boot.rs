@@ -6,7 +6,7 @@ use crate::chain::Denial;
 use crate::hash::Bank;
 use ambit_model::appraisal::{Digests, EndorsementClass, HexDigest, KeyVariable, POLICED_PCRS, PcrBank};
 use ambit_model::{Code, Refusal};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// What the firmware says in PCRs 4 and 5 on its way to the loader (PFP 10.4.4, EV_EFI_ACTION strings): part of every
 /// boot, so no policy needs to list it. Strings that report a weaker state (`DMA Protection Disabled`, `UEFI Debug
@@ -25,6 +25,34 @@ const NAMED_MAX: usize = 4;
 pub(super) struct Judgement {
     pub(super) findings: Vec<Denial>,
     pub(super) consumed: Vec<Consumed>,
+}
+
+/// What a boot shows by an event that a rule accepts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Shown {
+    CommandLine,
+    Pk,
+    Kek,
+    Db,
+    Dbx,
+    SbatLevel,
+    Authority,
+    Mok,
+}
+
+impl Shown {
+    fn by(rule: &str, event: &Measured) -> Option<Shown> {
+        match &event.fact {
+            Fact::Keys { variable: SecureBootVariable::Pk, .. } => Some(Shown::Pk),
+            Fact::Keys { variable: SecureBootVariable::Kek, .. } => Some(Shown::Kek),
+            Fact::Keys { variable: SecureBootVariable::Db, .. } => Some(Shown::Db),
+            Fact::Keys { variable: SecureBootVariable::Dbx, .. } => Some(Shown::Dbx),
+            Fact::SbatLevel(_) => Some(Shown::SbatLevel),
+            Fact::Authority { .. } => Some(Shown::Authority),
+            Fact::Mok { .. } => Some(Shown::Mok),
+            _ => (rule == "commandLine").then_some(Shown::CommandLine),
+        }
+    }
 }
 
 /// Whether a rule has an opinion on an event.
@@ -48,7 +76,7 @@ impl CompiledPolicy {
     ) -> Judgement {
         let mut findings = self.machine(endorsement, boot);
         let mut rules: BTreeMap<String, Vec<usize>> = BTreeMap::new();
-        let mut command_line_seen = false;
+        let mut shown: BTreeSet<Shown> = BTreeSet::new();
         for event in &boot.measured {
             if self.policy.unpoliced.contains(&event.pcr) || !pcrs.contains_key(&event.pcr) {
                 continue;
@@ -60,7 +88,7 @@ impl CompiledPolicy {
             };
             match ruling {
                 Ruling::Consumes(rule) => {
-                    command_line_seen |= rule == "commandLine";
+                    shown.extend(Shown::by(&rule, event));
                     rules.entry(rule).or_default().push(event.number);
                 }
                 Ruling::Refuses { code, expected, found } => findings.push(finding(event, code, &expected, found)),
@@ -74,11 +102,13 @@ impl CompiledPolicy {
                 }
             }
         }
-        if boot.has_log && self.policy.command_line.is_some() && !command_line_seen && self.must_show_command_line(bank)
-        {
-            let (expected, found) = ("a kernel command line that the policy matches", "none that was measured");
-            if !findings.iter().any(|f| f.refusal.code == Code::CommandLineNotAllowed) {
-                findings.push(Refusal::new(Code::CommandLineNotAllowed, expected, found).into());
+        if boot.has_log {
+            for (_, code, expected) in self.must_show(bank).into_iter().filter(|(what, ..)| !shown.contains(what)) {
+                // Where an event is refused by the rule, that says more than that no event meets it.
+                if !findings.iter().any(|f| f.refusal.code == code) {
+                    let expected = format!("{expected} that the policy accepts");
+                    findings.push(Refusal::new(code, expected, "none that was measured").into());
+                }
             }
         }
         findings.extend(self.pcrs(pcrs, bank, boot));
@@ -119,9 +149,36 @@ impl CompiledPolicy {
         self.policy.pcrs.get(&bank)?.get(&pcr)
     }
 
-    /// A rule about the command line that no event meets would be a rule that says nothing.
-    fn must_show_command_line(&self, bank: Bank) -> bool {
-        [8, 9].iter().all(|pcr| !self.policy.unpoliced.contains(pcr) && self.golden(bank, *pcr).is_none())
+    /// What a boot must have measured: a rule that no event meets would be a rule that says nothing. Not where its PCRs
+    /// are not judged event by event.
+    fn must_show(&self, bank: Bank) -> Vec<(Shown, Code, &'static str)> {
+        let p = &self.policy;
+        let judged = |pcrs: &[u32]| pcrs.iter().all(|n| !p.unpoliced.contains(n) && self.golden(bank, *n).is_none());
+        let mut out = Vec::new();
+        if p.command_line.is_some() && judged(&[8, 9]) {
+            out.push((Shown::CommandLine, Code::CommandLineNotAllowed, "a kernel command line"));
+        }
+        if judged(&[7]) {
+            out.extend(p.keys.keys().map(|key| match key {
+                KeyVariable::Pk => (Shown::Pk, Code::BootVariableNotAllowed, "PK"),
+                KeyVariable::Kek => (Shown::Kek, Code::BootVariableNotAllowed, "KEK"),
+                KeyVariable::Db => (Shown::Db, Code::BootVariableNotAllowed, "db"),
+            }));
+            let some = |digests: &Option<Digests>| digests.as_ref().is_some_and(|d| !d.is_empty());
+            if some(&p.dbx_includes) {
+                out.push((Shown::Dbx, Code::DbxTooOld, "dbx"));
+            }
+            if p.sbat_level.as_ref().is_some_and(|level| !level.is_empty()) {
+                out.push((Shown::SbatLevel, Code::SbatTooOld, "SbatLevel"));
+            }
+            if some(&p.authorities) {
+                out.push((Shown::Authority, Code::BootAuthorityNotAllowed, "an authority"));
+            }
+        }
+        if p.mok.as_ref().is_some_and(|mok| !mok.is_empty()) && judged(&[14]) {
+            out.push((Shown::Mok, Code::MokListNotAllowed, "one of shim's lists"));
+        }
+        out
     }
 
     /// Golden values, and without a log all that there is to judge.

@@ -22,8 +22,8 @@ const INLINE_FILES_MAX: usize = 500;
 /// One entry of the IMA log, to learn from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LearntFile {
-    algorithm: String,
-    digest: Vec<u8>,
+    pub(super) algorithm: String,
+    pub(super) digest: Vec<u8>,
     path: String,
     violation: bool,
 }
@@ -73,6 +73,8 @@ pub struct Learnt {
     pub comments: BTreeMap<String, String>,
     /// The text of the allow-list that the policy names, if one was asked for.
     pub allow_list: Option<String>,
+    /// What of the machine the policy will refuse.
+    pub warnings: Vec<String>,
 }
 
 /// Learns a policy.
@@ -81,6 +83,7 @@ pub fn learn(source: &Source<'_>) -> Learnt {
         policy: AppraisalPolicy::new(source.name.clone(), source.clusters.clone()),
         comments: BTreeMap::new(),
         allow_list: None,
+        warnings: Vec::new(),
         source,
     };
     if let Some(class) = source.class {
@@ -93,7 +96,8 @@ pub fn learn(source: &Source<'_>) -> Learnt {
         learner.without_log();
     }
     learner.ima();
-    Learnt { policy: learner.policy, comments: learner.comments, allow_list: learner.allow_list }
+    let Learner { policy, comments, allow_list, warnings, .. } = learner;
+    Learnt { policy, comments, allow_list, warnings }
 }
 
 struct Learner<'a> {
@@ -101,6 +105,7 @@ struct Learner<'a> {
     policy: AppraisalPolicy,
     comments: BTreeMap<String, String>,
     allow_list: Option<String>,
+    warnings: Vec<String>,
 }
 
 impl Learner<'_> {
@@ -242,6 +247,7 @@ impl Learner<'_> {
             return;
         }
         let mut rules = ImaRules::default();
+        let mut weak = 0usize;
         for file in self.source.ima {
             if file.violation {
                 rules.violations_tolerated = true;
@@ -254,11 +260,16 @@ impl Learner<'_> {
                 Some(digest) if strong => {
                     rules.files.insert(ImaFile { digest, path: Some(file.path.clone()) });
                 }
-                _ => {
-                    self.comments.insert(file.path.clone(), "measured with a weak hash".to_owned());
-                    rules.exceptions.insert(file.path.clone());
-                }
+                // No list may hold it, and an exception would let any file of that path pass.
+                _ => weak = weak.saturating_add(1),
             }
+        }
+        if weak > 0 {
+            let warning = format!(
+                "{weak} files are measured with a weak hash and will be refused: boot with ima_hash=sha256, then learn again"
+            );
+            self.comment("ima", &warning);
+            self.warnings.push(warning);
         }
         if self.source.separate_list || rules.files.len() > INLINE_FILES_MAX {
             let line = |f: &ImaFile| format!("{} {}\n", f.digest, f.path.as_deref().unwrap_or("*"));

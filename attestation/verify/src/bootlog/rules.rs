@@ -112,7 +112,7 @@ pub(super) fn judge(event: &Event<'_>, hash: HashAlg, digest: &[u8]) -> Result<F
     let over = |bytes: &[u8]| hash.digest(&[bytes]) == digest;
     let data = event.data;
     let fact = match rule {
-        Digest::Elsewhere => Some(labelled(event, over)),
+        Digest::Elsewhere => labelled(event, over),
         Digest::OfData => over(data).then_some(Fact::Opaque),
         Digest::OfText => text(data).filter(|_| over(data)).map(Fact::Action),
         Digest::OfVariable => Variable::parse(data).filter(|_| over(data)).map(|v| v.fact(event)),
@@ -155,31 +155,33 @@ fn text(data: &[u8]) -> Option<String> {
 }
 
 /// An event whose digest is of something that is not in the log: what its label claims.
-fn labelled(event: &Event<'_>, over: impl Fn(&[u8]) -> bool) -> Fact {
-    match event.kind {
+fn labelled(event: &Event<'_>, over: impl Fn(&[u8]) -> bool) -> Option<Fact> {
+    Some(match event.kind {
         EV_EFI_BOOT_SERVICES_APPLICATION | EV_EFI_BOOT_SERVICES_DRIVER | EV_EFI_RUNTIME_SERVICES_DRIVER => {
             Fact::Image { label: image_path(event.data) }
         }
-        EV_EVENT_TAG if event.pcr == 9 => tagged(event.data, over),
+        // A file's event retyped as a tag would be one that nobody can read.
+        EV_EVENT_TAG if event.pcr == 9 => return tagged(event.data, over),
         EV_IPL if event.pcr == 9 => Fact::File { label: label(event.data) },
         EV_IPL if event.pcr == 14 => Fact::Mok { label: label(event.data) },
         _ => Fact::Opaque,
-    }
+    })
 }
 
 /// TCG_PCClientTaggedEvent (PFP 10.4.2.1). Where the digest is over the tagged data, as the specification has it, the
 /// text is authenticated; Linux hashes what the tag speaks of instead.
-fn tagged(data: &[u8], over: impl Fn(&[u8]) -> bool) -> Fact {
+fn tagged(data: &[u8], over: impl Fn(&[u8]) -> bool) -> Option<Fact> {
     let mut r = Reader::new(data);
-    let parsed = r.u32_le("tag").and_then(|tag| Ok((tag, r.sized_le(data.len(), "tagged data")?)));
-    let Ok((tag, body)) = parsed else { return Fact::File { label: label(data) } };
+    let tag = r.u32_le("tag").ok()?;
+    let body = r.sized_le(data.len(), "tagged data").ok()?;
+    r.end("bytes after the tagged data").ok()?;
     if tag != TAG_LOAD_OPTIONS {
-        return Fact::File { label: label(body) };
+        return Some(Fact::File { label: label(body) });
     }
-    match unicode(body) {
+    Some(match unicode(body) {
         Some(text) if over(body) => Fact::CommandLine(text),
         _ => Fact::LoadOptions,
-    }
+    })
 }
 
 /// What the digest over a command in PCR 8 authenticates: all of `data`, all but its terminating zero, or what follows

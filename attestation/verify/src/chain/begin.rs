@@ -34,7 +34,9 @@ pub enum Expected {
     AllowListed,
     /// The request carries an unused join token of the cluster, whose SHA-256 this is.
     JoinToken([u8; 32]),
-    /// Neither.
+    /// It joined by a token before. What vouched for it then, its maker's certificate, must vouch for it again.
+    Joined,
+    /// Nothing of these.
     Nobody,
 }
 
@@ -103,7 +105,7 @@ impl PresentedEk {
                     format!("node {}", self.node),
                 ));
             }
-            Expected::AllowListed => None,
+            Expected::AllowListed | Expected::Joined => None,
             Expected::JoinToken(hash) => Some(hash),
         };
         if let Key::Rsa { modulus, .. } = self.ek.public().key()

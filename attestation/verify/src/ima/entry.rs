@@ -92,7 +92,8 @@ impl<'a> RawEntry<'a> {
         self.violation() || HashAlg::Sha1.digest(&[self.data]) == self.template_hash
     }
 
-    /// The fields that appraisal needs, by the template's own definition.
+    /// The fields that appraisal needs. The template's name, and with it the meaning of the fields, is covered by nothing:
+    /// so the file's digest and name are the first two fields of every template, and only those.
     pub(super) fn parse(&self, number: u64) -> Result<ImaEntry<'a>, Malformed> {
         let bad = |what| Malformed::new(what, self.at);
         let name = std::str::from_utf8(self.name).map_err(|_| bad("IMA template name"))?;
@@ -105,14 +106,17 @@ impl<'a> RawEntry<'a> {
                 return Err(bad("IMA template: too many fields"));
             }
             let body = r.sized_le(DATA_BYTES_MAX, "IMA field").map_err(|_| bad("IMA field"))?;
-            match field {
-                "d-ng" => digest = Some(digest_ng(body).ok_or(bad("IMA d-ng field"))?),
-                "d-ngv2" => digest = Some(digest_ngv2(body).ok_or(bad("IMA d-ngv2 field"))?),
+            match (n, field) {
+                (0, "d-ng") => digest = Some(digest_ng(body).ok_or(bad("IMA d-ng field"))?),
+                (0, "d-ngv2") => digest = Some(digest_ngv2(body).ok_or(bad("IMA d-ngv2 field"))?),
                 // A file name, ended by its zero and holding no other.
-                "n-ng" => path = Some(terminated(body).ok_or(bad("IMA n-ng field"))?),
-                "sig" | "evmsig" | "modsig" => signed |= !body.is_empty(),
-                "buf" | "d-modsig" | "xattrnames" | "xattrlengths" | "xattrvalues" | "iuid" | "igid" | "imode" => {}
-                _ => return Err(bad("IMA template that is not known")),
+                (1, "n-ng") => path = Some(terminated(body).ok_or(bad("IMA n-ng field"))?),
+                (2.., "sig" | "evmsig" | "modsig") => signed |= !body.is_empty(),
+                (
+                    2..,
+                    "buf" | "d-modsig" | "xattrnames" | "xattrlengths" | "xattrvalues" | "iuid" | "igid" | "imode",
+                ) => {}
+                _ => return Err(bad("IMA template that is not known, or whose first fields are no digest and name")),
             }
         }
         r.end("bytes after the IMA fields").map_err(|_| bad("bytes after the IMA fields"))?;

@@ -174,6 +174,11 @@ fn templates_are_read_by_their_own_definition() {
         ("digest of another length", log("ima-ng", &[&d[..39], b"/a\0"])),
         ("unknown hash", log("ima-ng", &[b"crc32:\0xxxx", b"/a\0"])),
         ("no name", log("d-ng", &[&d])),
+        // Which field is the digest must not depend on the template's name, which nobody measured.
+        ("digest after other fields", log("buf|n-ng|sig|d-ng", &[b"evil", b"/a\0", b"", &d])),
+        ("digest of the modsig field", log("d-modsig|n-ng|sig|d-ng|modsig", &[&d, b"/a\0", b"", &d, b""])),
+        ("two digests", log("d-ng|n-ng|d-ng", &[&d, b"/a\0", &d])),
+        ("name that is not the second field", log("d-ng|buf|n-ng", &[&d, b"x", b"/a\0"])),
     ] {
         assert_eq!(read(&log).expect_err(what).refusal.code, Code::ImaLogMalformed, "{what}");
     }

@@ -33,8 +33,8 @@ pub(super) fn of(form: Form, outcome: &Outcome, unquoted: bool, class: Option<Ek
 fn accepted(form: Form, outcome: &Outcome, believed: &Believed, quoted: bool, class: Option<EkClass>) -> Answer {
     let verdict = if quoted { "affirming" } else { "unquoted" };
     let policy = believed.boot.policy.reference();
-    let endorsed = outcome.checked.as_ref().is_some_and(|c| c.endorsed);
-    let vector = trust_vector(class.filter(|_| endorsed), Some((&believed.boot, &believed.ima)));
+    // Nothing in files proves that the AK is in the TPM of the EK: of the machine's identity no claim is made.
+    let vector = trust_vector(None, Some((&believed.boot, &believed.ima)));
     let mut value = base(outcome, verdict, class);
     merge(
         &mut value,
@@ -135,6 +135,8 @@ fn unjudged(checked: Option<&Checked>, class: Option<EkClass>) -> Vec<&'static s
         ("signer", c.signer),
         ("endorsement", c.endorsed),
         ("class", c.endorsed && class.is_some()),
+        // That the AK is in the TPM of the EK shows only when the TPM opens a credential for it: no folder can.
+        ("activation", false),
     ];
     parts.iter().filter(|(_, judged)| !judged).map(|(part, _)| *part).collect()
 }
@@ -219,7 +221,11 @@ fn checked_lines(outcome: &Outcome, class: Option<EkClass>) -> Vec<String> {
     if let Some(c) = &outcome.checked {
         out.push(if c.quoted {
             let nonce = if c.nonce { "checked" } else { "not checked (--nonce)" };
-            let signer = if c.signer { "by the AK under this EK" } else { "by an AK whose EK is not here" };
+            let signer = if c.signer {
+                "by an AK that says it is under this EK (only an activation by a cell proves it)"
+            } else {
+                "by an AK whose EK is not here"
+            };
             format!("quote: {} bank, signed {signer}; nonce {nonce}", c.bank.as_str())
         } else {
             format!("quote: none: nothing proves {} and the logs", format_args!("pcrs.{}", c.bank.as_str()))

@@ -53,6 +53,9 @@ pub(super) fn learn_from(from: &Path, options: &LearnPolicy) -> Result<Answer, R
         }
         (None, _) => {}
     }
+    for warning in &learnt.warnings {
+        answer = answer.note(format!("warning: {warning}"));
+    }
     if !judged.checked.quoted {
         answer = answer.note("warning: no quote in the folder: nothing proves what this policy was learnt from");
     }

@@ -2,13 +2,15 @@
 
 use super::{At, cell_row, endorse, export, payload, touch};
 use crate::command::{NodeVerb, Nodes, Reply, RoundVerdict, Seen};
-use crate::objects::{DenialRow, NodeRow, NodeState, PolicyRef, Standing, VerdictRow};
+use crate::objects::{AkFacts, DenialRow, NodeRow, NodeState, PolicyRef, Standing, VerdictRow};
 use crate::state::State;
 use ambit_model::record::Kind;
 use ambit_model::{Code, Generation, NodeId, Refusal, Revision, Stamp};
 
 /// Denials kept for operators; the audit log (issue H) keeps all.
 const DENIALS_MAX: usize = 1_000;
+/// Of these, of one node.
+const DENIALS_PER_NODE_MAX: usize = 32;
 /// Verdicts in one entry; a batch is what arrived while the last one was committed.
 pub(crate) const VERDICTS_MAX: usize = 4_096;
 
@@ -197,6 +199,11 @@ fn bounded(row: &DenialRow) -> DenialRow {
 }
 
 pub(super) fn keep_denial(s: &mut State, at: At, row: &DenialRow) {
+    // One node that fails again and again must not make the cell forget why others were refused.
+    let own: Vec<u64> = s.denials.iter().filter(|(_, d)| d.node == row.node).map(|(k, _)| *k).collect();
+    for oldest in own.iter().take((own.len() + 1).saturating_sub(DENIALS_PER_NODE_MAX)) {
+        s.denials.remove(&mut s.journal, oldest);
+    }
     s.denials.put(&mut s.journal, at.index.0, DenialRow { stamp: at.stamp, ..bounded(row) });
     while s.denials.len() > DENIALS_MAX {
         let Some(oldest) = s.denials.iter().next().map(|(k, _)| *k) else { break };
@@ -304,6 +311,10 @@ fn out(s: &mut State, at: At, id: &NodeId, state: NodeState) -> Result<(), Refus
     };
     let cell = cell_row(s)?;
     row.state = state;
+    if state == NodeState::Evicted {
+        // Forgotten, so that it may come afresh with another AK, if it is expected.
+        row.ak = AkFacts::default();
+    }
     let generation = row.generation;
     s.nodes.put(&mut s.journal, *id, row);
     if s.denied(id) != Some(generation) {

@@ -1,7 +1,7 @@
 //! The endorsement store: what makes a genuine TPM one of ours, and what puts it out again.
 
 use super::{At, attest, cell_row};
-use crate::command::Reply;
+use crate::command::{Admission, Reply};
 use crate::objects::{DenialRow, EkDenyRow, EkFacts, NodeState};
 use crate::state::State;
 use ambit_model::{ClusterId, Code, NodeId, ObjectName, Refusal, Revision};
@@ -120,6 +120,30 @@ fn put_out(
         attest::lose(s, at, &row, code)?;
     }
     Ok(())
+}
+
+/// Endorsements changed since the EK was judged: whether what made it one of ours is still so.
+pub(super) fn stands_still(s: &State, a: &Admission) -> Result<(), Refusal> {
+    let stale = |expected: &str, found: String| Err(Refusal::new(Code::StaleAppraisal, expected, found));
+    let row = known(s, &a.cluster)?;
+    match a.ek.root_sha256 {
+        Some(root) => {
+            let same = |(der, class): &(Vec<u8>, String)| {
+                *class == a.ek.class && <[u8; 32]>::from(Sha256::digest(der)) == root
+            };
+            if !row.ek_roots.iter().any(same) {
+                return stale("the EK root that it was judged by", "none of this class any more".to_owned());
+            }
+        }
+        None if !s.ek_allowed(&a.cluster, &a.node) => {
+            return stale("an EK on the allow-list, or its certificate", "neither".to_owned());
+        }
+        None => {}
+    }
+    match s.ek_denials().find(|(_, rule)| rule.denies(&a.ek)) {
+        Some((name, _)) => stale("a TPM that no rule denies", name.to_string()),
+        None => Ok(()),
+    }
 }
 
 /// Admissions under way are judged again: they name the revision that they were reached under.

@@ -16,8 +16,7 @@ pub(super) fn admit(s: &mut State, at: At, a: &Admission) -> Result<Reply, Refus
         return Err(Refusal::new(Code::NonceConsumed, "a nonce used once", "one consumed before"));
     }
     if cell.endorsement_revision != a.endorsement_revision {
-        let (now, then) = (cell.endorsement_revision, a.endorsement_revision);
-        return Err(Refusal::new(Code::StaleAppraisal, format!("endorsement revision {now}"), then.to_string()));
+        endorse::stands_still(s, a)?;
     }
     if cell.policy_revision != a.policy_revision {
         let (now, then) = (cell.policy_revision, a.policy_revision);
@@ -62,7 +61,7 @@ fn next_generation(s: &State, a: &Admission, before: Option<&NodeRow>) -> Result
     if let Some(code) = row.state.bars_enrolment() {
         return Err(Refusal::new(code, "a node that may enrol", row.state.as_str()));
     }
-    if row.state == NodeState::Evicted {
+    if !row.is_known() {
         return Ok(Generation(row.generation.0.max(denied.0) + 1));
     }
     if row.cluster != a.cluster {
@@ -80,11 +79,16 @@ fn next_generation(s: &State, a: &Admission, before: Option<&NodeRow>) -> Result
     Ok(Generation(row.generation.0.max(denied.0) + 1))
 }
 
-/// An EK is expected because it is on the allow-list, was admitted before, or carries an unused token, burnt here.
+/// An EK is expected because it is on the allow-list, joined by a token before, or carries an unused one, burnt here. Who
+/// was on the list and is no longer is a stranger. Who joined came with a certificate, and comes again with one.
 fn expected(s: &mut State, at: At, a: &Admission, before: Option<&NodeRow>) -> Result<(), Refusal> {
-    let known = before.is_some_and(|n| n.state != NodeState::Evicted);
-    if known || s.ek_allowed(&a.cluster, &a.node) {
+    if s.ek_allowed(&a.cluster, &a.node) {
         return Ok(());
+    }
+    if a.join_token.is_none() && before.is_some_and(|n| n.is_known() && !n.ek.by_allow_list) {
+        let found = "no EK certificate";
+        let refusal = || Refusal::new(Code::EkChainUntrusted, "an EK certificate, as when the node joined", found);
+        return a.ek.root_sha256.map(drop).ok_or_else(refusal);
     }
     match &a.join_token {
         Some(sha256) => burn(

@@ -38,7 +38,7 @@ impl Cell {
             record_key: [1; 32],
         };
         cell.run(Command::FoundCell(row, 1, member, KeySetRow::default())).unwrap();
-        cell.run(Command::RegisterCluster(cluster(td), vec![], 10_000)).unwrap();
+        cell.run(Command::RegisterCluster(cluster(td), vec![(ROOT.to_vec(), "lab".into())], 10_000)).unwrap();
         cell
     }
     pub(crate) fn at(&mut self, stamp: u64, request: u8, command: Command) -> Result<Reply, Refusal> {
@@ -53,6 +53,13 @@ impl Cell {
     }
 }
 
+/// The EK root of each cell's first cluster.
+pub(crate) const ROOT: &[u8] = b"root";
+
+pub(crate) fn sha256(bytes: &[u8]) -> [u8; 32] {
+    use sha2::Digest;
+    sha2::Sha256::digest(bytes).into()
+}
 pub(crate) fn cluster(td: &str) -> ClusterId {
     td.parse().unwrap()
 }
@@ -80,7 +87,7 @@ pub(crate) fn admission(cell: &Cell, n: u8, nonce: u8, token: Option<[u8; 32]>) 
         endorsement_revision: cell.state.cell().unwrap().endorsement_revision,
         policy_revision: cell.state.cell().unwrap().policy_revision,
         ak: AkFacts { name: vec![n], ..AkFacts::default() },
-        ek: EkFacts { class: "lab".into(), ..EkFacts::default() },
+        ek: EkFacts { class: "lab".into(), root_sha256: Some(sha256(ROOT)), ..EkFacts::default() },
         seen: seen(u64::from(nonce)),
         key_hash: [n; 32],
         authority: "a1".into(),

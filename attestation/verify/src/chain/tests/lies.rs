@@ -22,6 +22,10 @@ const BEGIN: &[Row] = &[
         a.begin.ek_certificate.clear();
         a.expected = Expected::JoinToken([9; 32]);
     }),
+    (0, "no EK certificate, joined before", Code::EkChainUntrusted, |a| {
+        a.begin.ek_certificate.clear();
+        a.expected = Expected::Joined;
+    }),
     (24, "EK certificate of an unknown CA", Code::EkChainUntrusted, |a| a.endorsements.roots.clear()),
     (24, "EK certificate without its issuer", Code::EkChainUntrusted, |a| a.endorsements.intermediates.clear()),
     (24, "EK certificate out of its time", Code::EkChainUntrusted, |a| a.begin_at = Stamp(1_500_000_000_000)),
@@ -256,6 +260,7 @@ fn honest_variations_are_accepted() {
             a.begin.ek_certificate.clear();
             a.endorsements.roots.clear();
         }),
+        (0, "joined before, with its certificate", |a| a.expected = Expected::Joined),
         (0, "first quote of this EK", |a| a.stored = None),
         (45, "after a crash: clock and restarts back, resets up", |a| {
             a.spec.counters = Counters { reset: 6, restart: 0, clock_ms: 3, safe: false };

@@ -130,10 +130,13 @@ impl Enrolment {
             }
         };
         let session = activated.session();
-        let generation = self.replica.local(|s| s.node(&session.node).map(|n| n.generation));
+        // What another cluster's policy says of a machine is nothing that its own has said.
+        let generation = self
+            .replica
+            .local(|s| s.node(&session.node).filter(|n| n.cluster == session.cluster).map(|n| n.generation));
         let denied_rules = self.replica.local(deny_rules).or_status()?;
         let judged = match activated.quote(&denied_rules) {
-            Err(refusal) => Judged::Denied(refusal.into()),
+            Err(refusal) => Judged::Denied(refusal.into(), session.policy_revision),
             Ok(quote) => self.judge_logs(stream, quote, &session, (boot, ima)).await.or_status()?,
         };
         match judged {
@@ -142,10 +145,10 @@ impl Enrolment {
                 Err(refusal) => self.deny(&session, refusal.into(), None).await.or_status(),
             },
             Judged::Broken(refusal) => self.deny(&session, refusal.into(), None).await.or_status(),
-            Judged::Denied(denial) => {
+            Judged::Denied(denial, policy_revision) => {
                 let against = |generation| Against {
                     generation,
-                    policy_revision: session.policy_revision,
+                    policy_revision,
                     endorsement_revision: session.endorsement_revision,
                 };
                 let distrust = generation.filter(|_| self.speaks_against(&session, &denial)).map(against);
@@ -175,14 +178,8 @@ impl Enrolment {
             let evicted = s.node(&session.node).is_none_or(|n| n.state == NodeState::Evicted);
             s.standing(&session.node).filter(|_| !evicted).map(super::counters)
         });
+        // By the policies of now, whatever they were when the node began: the entry names their revision.
         let governing = self.replica.governing(&session.cluster)?;
-        // The entry names the revisions that the ticket holds: judged must be by those, not by what is here or there.
-        let endorsements = self.replica.local(|s| s.cell().map(|c| c.endorsement_revision).unwrap_or_default());
-        if governing.revision != session.policy_revision || endorsements != session.endorsement_revision {
-            let expected = format!("policies of revision {}", session.policy_revision);
-            let found = format!("revision {}, endorsements of {endorsements}", governing.revision);
-            return Err(Refusal::new(Code::StaleAppraisal, expected, found));
-        }
         let mut body = Body {
             node: session.node,
             before: None,
@@ -209,10 +206,13 @@ impl Enrolment {
         let (verified, body, governing) = judged.await?;
         Ok(match verified {
             Ok(verified) => match governing.versions.get(verified.appraised.position) {
-                Some((policy, _)) => Judged::Good(Box::new((verified, Accepted { body, policy: policy.clone() }))),
+                Some((policy, _)) => {
+                    let accepted = Accepted { body, policy: policy.clone(), policy_revision: governing.revision };
+                    Judged::Good(Box::new((verified, accepted)))
+                }
                 None => return Err(Refusal::new(Code::Internal, "a policy that governs", "none")),
             },
-            Err(denial) => Judged::Denied(denial),
+            Err(denial) => Judged::Denied(denial, governing.revision),
         })
     }
 
@@ -304,8 +304,8 @@ impl Enrolment {
 /// What came of the second round trip.
 enum Judged {
     Good(Box<(Verified<NodeEvidence>, Accepted)>),
-    /// The evidence itself is bad.
-    Denied(Denial),
+    /// The evidence itself is bad, by the policies of this revision.
+    Denied(Denial, Revision),
     /// It never came whole.
     Broken(Refusal),
 }
@@ -314,6 +314,7 @@ enum Judged {
 struct Accepted {
     body: Body,
     policy: PolicyRef,
+    policy_revision: Revision,
 }
 
 fn admission(
@@ -331,7 +332,7 @@ fn admission(
         deadline: e.deadline,
         join_token: e.join_token,
         endorsement_revision: e.endorsement_revision,
-        policy_revision: e.policy_revision,
+        policy_revision: accepted.policy_revision,
         ak: AkFacts {
             name: e.ak_name.clone(),
             public: e.ak_public.clone(),
@@ -391,11 +392,14 @@ fn expectation(
     if let Some(code) = row.and_then(|n| n.state.bars_enrolment()) {
         return Err(Refusal::new(code, "a node that may enrol", "one that is out"));
     }
-    let known = row.is_some_and(|n| n.state != NodeState::Evicted && n.cluster == *cluster);
-    let expected = if known || s.ek_allowed(cluster, node) {
+    let joined = row.is_some_and(|n| n.is_known() && n.cluster == *cluster && !n.ek.by_allow_list);
+    let expected = if s.ek_allowed(cluster, node) {
         Expected::AllowListed
     } else if token.is_empty() {
-        Expected::Nobody
+        if joined { Expected::Joined } else { Expected::Nobody }
+    } else if joined && s.token(&token_sha256(token)).is_none_or(|t| t.used) {
+        // An agent goes on sending the token that it joined by.
+        Expected::Joined
     } else {
         let sha256 = token_sha256(token);
         match s.token(&sha256) {
