@@ -5,6 +5,10 @@
 //! voted with (I14). Damage to the tables costs a rebuild and nothing else.
 
 mod disk;
+#[cfg(test)]
+mod fault_tests;
+#[cfg(test)]
+mod faulty;
 mod flush;
 pub mod log;
 mod mark;
@@ -12,6 +16,7 @@ pub mod membership;
 pub mod model;
 pub mod snapshot;
 pub mod tables;
+mod tail;
 
 pub use disk::{Disk, Folder, Log, Rows, Snapshots, Writing};
 pub use flush::{AfterFlush, FlushReceipt};
