@@ -15,6 +15,8 @@ mod mark;
 pub mod membership;
 pub mod model;
 pub mod snapshot;
+#[cfg(test)]
+mod syscall_tests;
 pub mod tables;
 mod tail;
 
