@@ -218,6 +218,7 @@ impl FaultyDisk {
             dir: dir.to_owned(),
             names: disk.names.clone(),
             contents: disk.contents.clone(),
+            unsettled: disk.unsettled.clone(),
             ..Inner::default()
         })))
     }

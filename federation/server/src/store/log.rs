@@ -1,13 +1,15 @@
 //! The Raft log and hard state on raft-engine: one synced write per batch, verified whole at every open.
 
 use super::mark::{MarkFile, Position};
-use super::{FlushReceipt, Log, Membership, StoreError, caught, io, sync_dir, tail};
+use super::{FlushReceipt, Log, Membership, StoreError, caught, io, panic_text, sync_dir, tail};
 use raft::eraftpb::{ConfState, Entry, HardState, Snapshot};
 use raft::{GetEntriesContext, RaftState, Storage, StorageError};
 use raft_engine::env::{DefaultFileSystem, FileSystem};
 use raft_engine::{Command, Config, Engine, LogBatch, MessageExt, ReadableSize, RecoveryMode};
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
+use std::fs::{File, TryLockError};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -15,6 +17,9 @@ use std::time::{Duration, Instant};
 /// raft-engine holds many groups; a replica has one.
 const GROUP: u64 = 1;
 const REPLICA: &[u8] = b"replica";
+const FORMAT: &[u8] = b"format";
+/// Of what the log holds, of the mark beside it, and of their names. 0.1 began with 1.
+const FORMAT_NOW: u64 = 1;
 const INCARNATION: &[u8] = b"incarnation";
 const HARD: &[u8] = b"hard";
 const BASE: &[u8] = b"base";
@@ -73,8 +78,9 @@ const SIZES: Sizes = Sizes { file: ReadableSize::mb(16), purge: ReadableSize::mb
 
 /// The log, open. Owned by the driver thread; [`Storage`] is how raft-rs reads it.
 pub struct LogStore<F: FileSystem = DefaultFileSystem> {
-    engine: Engine<F>,
+    engine: Arc<Engine<F>>,
     mark: MarkFile<F>,
+    _lock: File,
     incarnation: u64,
     hard: HardState,
     /// Whether `hard` changed since it was written.
@@ -121,6 +127,7 @@ impl<F: FileSystem> LogStore<F> {
         }
         let engine = open_engine(files.clone(), sizes, &temp)?;
         let mut batch = LogBatch::default();
+        put_u64(&mut batch, FORMAT, FORMAT_NOW)?;
         put_u64(&mut batch, REPLICA, replica)?;
         put_u64(&mut batch, INCARNATION, 0)?;
         engine.write(&mut batch, true).map_err(engine_error("writing the new log"))?;
@@ -136,10 +143,11 @@ impl<F: FileSystem> LogStore<F> {
         if !dir.is_dir() {
             return Err(StoreError::Missing(data_dir.to_owned()));
         }
+        let lock = lock(data_dir)?;
         let (mark, position) = MarkFile::open(files.as_ref(), &data_dir.join("log.mark"))?;
         tail::check(files.as_ref(), &dir)?;
         let engine = caught("the log", || open_engine(files, sizes, &dir))?;
-        let mut store = caught("the log", move || Self::read(engine, mark, replica))?;
+        let mut store = caught("the log", move || Self::read(engine, mark, lock, replica))?;
         if !store.position().covers(&position) {
             let found = format!("the log ends at {:?}, but {position:?} was synced", store.position());
             return Err(StoreError::damaged("the log", found));
@@ -151,7 +159,11 @@ impl<F: FileSystem> LogStore<F> {
         Ok(store)
     }
 
-    fn read(engine: Engine<F>, mark: MarkFile<F>, replica: u64) -> Result<Self, StoreError> {
+    fn read(engine: Engine<F>, mark: MarkFile<F>, lock: File, replica: u64) -> Result<Self, StoreError> {
+        match get_u64(&engine, FORMAT)?.ok_or_else(|| StoreError::damaged("the log", "no format"))? {
+            FORMAT_NOW => {}
+            found => return Err(StoreError::Newer { what: "the log", found, known: FORMAT_NOW }),
+        }
         let found = get_u64(&engine, REPLICA)?.ok_or_else(|| StoreError::damaged("the log", "no replica number"))?;
         if found != replica {
             return Err(StoreError::OtherReplica { expected: replica, found });
@@ -164,8 +176,9 @@ impl<F: FileSystem> LogStore<F> {
             None => Base::default(),
         };
         let mut store = Self {
-            engine,
+            engine: Arc::new(engine),
             mark,
+            _lock: lock,
             incarnation,
             hard,
             hard_changed: false,
@@ -225,10 +238,30 @@ impl<F: FileSystem> LogStore<F> {
     /// Always synced: then all but the last record are known to be on disk, and [`tail`] can tell damage from a torn write.
     fn write(&mut self, batch: &mut LogBatch) -> Result<(), StoreError> {
         let start = Instant::now();
-        self.engine.write(batch, true).map_err(engine_error("writing the log"))?;
+        self.ask("writing the log", |engine| engine.write(batch, true))?;
         self.sync_time.count += 1;
         self.sync_time.total += start.elapsed();
         Ok(())
+    }
+
+    /// raft-engine gives an error for a failed write and panics where a sync fails. After either the files are in doubt, and
+    /// it must not touch them again: dropping it would cut and sync them.
+    fn ask<T>(
+        &self,
+        what: &'static str,
+        act: impl FnOnce(&Engine<F>) -> raft_engine::Result<T>,
+    ) -> Result<T, StoreError> {
+        let outcome = match catch_unwind(AssertUnwindSafe(|| act(&self.engine))) {
+            Ok(outcome) => outcome.map_err(engine_error(what)),
+            Err(panic) => {
+                let source = std::io::Error::other(panic_text(&*panic));
+                Err(StoreError::Io { what, path: "log".into(), source })
+            }
+        };
+        if outcome.is_err() {
+            std::mem::forget(self.engine.clone());
+        }
+        outcome
     }
 
     fn put_hard(&mut self, batch: &mut LogBatch) -> Result<(), StoreError> {
@@ -345,6 +378,7 @@ impl<F: FileSystem> Log for LogStore<F> {
         let replica = get_u64(&self.engine, REPLICA)?.unwrap_or_default();
         let mut batch = LogBatch::default();
         batch.add_command(GROUP, Command::Clean);
+        put_u64(&mut batch, FORMAT, FORMAT_NOW)?;
         put_u64(&mut batch, REPLICA, replica)?;
         put_u64(&mut batch, INCARNATION, self.incarnation)?;
         put(&mut batch, BASE, base.encode())?;
@@ -374,7 +408,7 @@ impl<F: FileSystem> Log for LogStore<F> {
         while self.terms.get(1).is_some_and(|run| run.index <= index + 1) {
             self.terms.pop_front();
         }
-        self.engine.purge_expired_files().map(drop).map_err(engine_error("purging log files"))
+        self.ask("purging log files", |engine| engine.purge_expired_files().map(drop))
     }
     fn offer(&self, snapshot: Snapshot) {
         self.wanted.set(false);
@@ -483,9 +517,19 @@ fn open_engine<F: FileSystem>(files: Arc<F>, sizes: Sizes, dir: &Path) -> Result
         ..Config::default()
     };
     Engine::open_with_file_system(config, files).map_err(|e| match e {
-        raft_engine::Error::Io(_) => engine_error("opening the log")(e),
+        raft_engine::Error::Io(_) | raft_engine::Error::Other(_) => engine_error("opening the log")(e),
         other => StoreError::damaged("the log", other.to_string()),
     })
+}
+
+/// raft-engine has a lock of its own, which comes too late: its files are looked at first.
+fn lock(data_dir: &Path) -> Result<File, StoreError> {
+    let folder = File::open(data_dir).map_err(io("opening folder", data_dir))?;
+    match folder.try_lock() {
+        Ok(()) => Ok(folder),
+        Err(TryLockError::WouldBlock) => Err(StoreError::Locked(data_dir.to_owned())),
+        Err(TryLockError::Error(e)) => Err(io("locking folder", data_dir)(e)),
+    }
 }
 
 fn engine_error(what: &'static str) -> impl Fn(raft_engine::Error) -> StoreError {

@@ -66,7 +66,8 @@ impl<F: FileSystem> MarkFile<F> {
         // A disk that cannot be read or written just now is not a damaged one.
         let failed = |e: std::io::Error| match e.kind() {
             ErrorKind::NotFound | ErrorKind::UnexpectedEof => bad(&e.to_string()),
-            _ => io("opening mark", path)(e),
+            // raft-engine's files keep the kind of an error and say little.
+            kind => io("opening mark", path)(std::io::Error::new(kind, format!("{kind}: {e}"))),
         };
         let handle = Arc::new(files.open(path, Permission::ReadWrite).map_err(failed)?);
         let mut bytes = [0u8; LEN];
