@@ -34,11 +34,8 @@ pub(super) fn check<F: FileSystem>(files: &F, dir: &Path) -> Result<(), StoreErr
     let mut reader = files.new_reader(handle).map_err(io("reading", &path))?;
     reader.read_exact(&mut bytes).map_err(io("reading", &path))?;
     // raft-engine empties a last file whose header it does not know.
-    match version(&bytes) {
-        Some(found @ LATER..=LATER_MAX) => {
-            return Err(StoreError::Newer { what: "the log's files", found, known: VERSION_SIGNED });
-        }
-        _ => {}
+    if let Some(found @ LATER..=LATER_MAX) = version(&bytes) {
+        return Err(StoreError::Newer { what: "the log's files", found, known: VERSION_SIGNED });
     }
     match damage(&bytes, number) {
         Some(found) => Err(StoreError::damaged("the log", found)),
