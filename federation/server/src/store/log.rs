@@ -2,8 +2,8 @@
 
 use super::mark::{MarkFile, Position};
 use super::{FlushReceipt, Log, Membership, StoreError, caught, io, panic_text, sync_dir, tail};
-use raft::eraftpb::{ConfState, Entry, HardState, Snapshot};
-use raft::{GetEntriesContext, RaftState, Storage, StorageError};
+use raft::Storage;
+use raft::eraftpb::{Entry, HardState, Snapshot};
 use raft_engine::env::{DefaultFileSystem, FileSystem};
 use raft_engine::{Command, Config, Engine, LogBatch, MessageExt, ReadableSize, RecoveryMode};
 use std::cell::{Cell, RefCell};
@@ -422,75 +422,6 @@ impl<F: FileSystem> Log for LogStore<F> {
     }
 }
 
-impl<F: FileSystem> Storage for LogStore<F> {
-    fn initial_state(&self) -> raft::Result<RaftState> {
-        let conf: ConfState = self.membership.conf_state();
-        Ok(RaftState { hard_state: self.hard.clone(), conf_state: conf })
-    }
-
-    fn entries(
-        &self,
-        low: u64,
-        high: u64,
-        max_size: impl Into<Option<u64>>,
-        _context: GetEntriesContext,
-    ) -> raft::Result<Vec<Entry>> {
-        if low <= self.base.index {
-            return Err(raft::Error::Store(StorageError::Compacted));
-        }
-        if high > self.last.index + 1 {
-            return Err(raft::Error::Store(StorageError::Unavailable));
-        }
-        let max_size = max_size.into();
-        let mut out = match self.recent.front() {
-            Some(front) if front.index <= low => {
-                let from = (low - front.index) as usize;
-                self.recent.iter().skip(from).take((high - low) as usize).cloned().collect()
-            }
-            _ => {
-                let mut out = Vec::new();
-                self.engine
-                    .fetch_entries_to::<Codec>(GROUP, low, high, max_size.map(|m| m as usize), &mut out)
-                    .map_err(|e| raft::Error::Store(StorageError::Other(e.into())))?;
-                out
-            }
-        };
-        raft::util::limit_size(&mut out, max_size);
-        Ok(out)
-    }
-
-    fn term(&self, index: u64) -> raft::Result<u64> {
-        let missing = if index < self.base.index { StorageError::Compacted } else { StorageError::Unavailable };
-        self.term_at(index).ok_or(raft::Error::Store(missing))
-    }
-
-    fn first_index(&self) -> raft::Result<u64> {
-        Ok(self.base.index + 1)
-    }
-
-    fn last_index(&self) -> raft::Result<u64> {
-        Ok(self.last.index)
-    }
-
-    fn snapshot(&self, request_index: u64, to: u64) -> raft::Result<Snapshot> {
-        let usable = self.offer.borrow().as_ref().filter(|s| is_usable(s, request_index, self.base, to)).cloned();
-        usable.ok_or_else(|| {
-            self.wanted.set(true);
-            raft::Error::Store(StorageError::SnapshotTemporarilyUnavailable)
-        })
-    }
-}
-
-/// Whether raft may send this snapshot to `to`. A receiver drops one whose members do not include it; entries after it must
-/// still be in the log.
-pub(super) fn is_usable(snapshot: &Snapshot, request_index: u64, base: Base, to: u64) -> bool {
-    let meta = snapshot.get_metadata();
-    let conf = meta.get_conf_state();
-    meta.index >= request_index
-        && meta.index >= base.index
-        && (conf.voters.contains(&to) || conf.learners.contains(&to))
-}
-
 impl Base {
     fn encode(self) -> Vec<u8> {
         let mut out = self.index.to_le_bytes().to_vec();
@@ -552,6 +483,10 @@ fn get_u64<F: FileSystem>(engine: &Engine<F>, key: &[u8]) -> Result<Option<u64>,
         None => Ok(None),
     }
 }
+
+#[path = "log_reading.rs"]
+mod reading;
+pub(super) use reading::is_usable;
 
 #[cfg(test)]
 #[path = "log_tests.rs"]

@@ -1,5 +1,6 @@
 use super::*;
 use crate::store::AfterFlush;
+use raft::GetEntriesContext;
 use std::fs;
 use std::path::PathBuf;
 
@@ -94,6 +95,18 @@ fn an_absent_or_foreign_store_is_named() {
     drop(filled(&dir.0));
     assert!(matches!(LogStore::create(&dir.0, 1), Err(StoreError::Exists(_))));
     assert!(matches!(LogStore::open(&dir.0, 2), Err(StoreError::OtherReplica { expected: 2, found: 1 })));
+}
+
+/// A power loss between making a store and syncing its folder's name: there is none, and it can be made again.
+#[test]
+fn a_store_whose_rename_was_lost_was_never_made() {
+    let dir = Dir::new("rename");
+    LogStore::create(&dir.0, 1).unwrap();
+    fs::rename(dir.0.join("log"), dir.0.join("log.new")).unwrap();
+    assert!(matches!(LogStore::open(&dir.0, 1), Err(StoreError::Missing(_))));
+    LogStore::create(&dir.0, 7).unwrap();
+    assert_eq!(LogStore::open(&dir.0, 7).unwrap().incarnation(), 1);
+    assert!(!dir.0.join("log.new").exists());
 }
 
 #[test]

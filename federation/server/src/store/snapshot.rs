@@ -208,6 +208,22 @@ mod tests {
         assert!(parsed.header.chunks > 1);
     }
 
+    /// A power loss before the rename, or one that the folder's missing sync let the disk forget: the former snapshot.
+    #[test]
+    fn a_snapshot_whose_rename_was_lost_leaves_the_former() {
+        let dir = std::env::temp_dir().join(format!("ambit-snapshot-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&dir);
+        let snapshots = SnapshotDir::open(&dir).unwrap();
+        assert!(snapshots.load().unwrap().is_none());
+        snapshots.write(&sample()).unwrap();
+        let half = sample();
+        fs::write(dir.join("snapshot/next.tmp"), &half[..half.len() / 2]).unwrap();
+        assert_eq!(snapshots.load().unwrap().unwrap().header.index, 9);
+        snapshots.write(&sample()).unwrap();
+        assert!(snapshots.load().unwrap().is_some() && !dir.join("snapshot/next.tmp").exists());
+        fs::remove_dir_all(&dir).unwrap();
+    }
+
     #[test]
     fn a_later_format_is_no_damage() {
         let mut later = sample();

@@ -74,8 +74,10 @@ fn damage(file: &[u8], number: u64) -> Option<String> {
         at += length;
     }
     let (bad, mut checked) = (at, 0);
-    for at in bad + 1..file.len() {
-        if complete(at, &mut checked).is_some() {
+    // Space set aside is zeros, and a length's first byte is zero.
+    let end = file.iter().rposition(|byte| *byte != 0).unwrap_or(0);
+    for at in bad + 1..end {
+        if file.get(at) == Some(&0) && complete(at, &mut checked).is_some() {
             return Some(format!("byte {bad} begins no complete record, and byte {at} behind it does"));
         }
         if checked > CHECKED_BYTES_MAX {
