@@ -2,7 +2,6 @@
 
 use super::mark::{MarkFile, Position};
 use super::{FlushReceipt, Log, Membership, StoreError, caught, io, panic_text, sync_dir, tail};
-use raft::Storage;
 use raft::eraftpb::{Entry, HardState, Snapshot};
 use raft_engine::env::{DefaultFileSystem, FileSystem};
 use raft_engine::{Command, Config, Engine, LogBatch, MessageExt, ReadableSize, RecoveryMode};
@@ -76,7 +75,7 @@ pub(super) struct Sizes {
 
 const SIZES: Sizes = Sizes { file: ReadableSize::mb(16), purge: ReadableSize::mb(64) };
 
-/// The log, open. Owned by the driver thread; [`Storage`] is how raft-rs reads it.
+/// The log, open. Owned by the driver thread; [`raft::Storage`] is how raft-rs reads it.
 pub struct LogStore<F: FileSystem = DefaultFileSystem> {
     engine: Arc<Engine<F>>,
     mark: MarkFile<F>,

@@ -1,6 +1,6 @@
 use super::*;
 use crate::store::AfterFlush;
-use raft::GetEntriesContext;
+use raft::{GetEntriesContext, Storage};
 use std::fs;
 use std::path::PathBuf;
 
