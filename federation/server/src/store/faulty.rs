@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 pub(super) enum Tear {
     Nothing,
     Everything,
-    /// Of each sector of so many bytes chance says whether it got there.
+    /// Of each sector of so many bytes chance says how much of it got there.
     Sectors(usize),
 }
 
@@ -58,6 +58,7 @@ struct Inner {
     names: BTreeMap<OsString, usize>,
     contents: Vec<Contents>,
     unsettled: Vec<Named>,
+    moves: u64,
     settles: bool,
     /// Steps until the power goes.
     fuse: Option<u64>,
@@ -151,6 +152,11 @@ impl FaultyDisk {
         self.inner().steps
     }
 
+    /// Files that got another name.
+    pub(super) fn moves(&self) -> u64 {
+        self.inner().moves
+    }
+
     /// The next sync fails, and as on Linux the pages are then clean and lost.
     pub(super) fn fail_sync(&self) {
         self.inner().fails_sync = true;
@@ -179,12 +185,8 @@ impl FaultyDisk {
             disk.undo(named);
         }
         for contents in &mut disk.contents {
-            let mut image = std::mem::take(&mut contents.durable);
-            for op in contents.unsynced.drain(..) {
-                tear_op(&mut image, op, tear, dice);
-            }
-            contents.now.clone_from(&image);
-            contents.durable = image;
+            let image = torn(contents, tear, dice);
+            *contents = Contents { now: image.clone(), durable: image, unsynced: Vec::new() };
         }
         (disk.fuse, disk.settles, disk.fails_sync) = (None, false, false);
     }
@@ -231,26 +233,29 @@ impl FaultyDisk {
     }
 }
 
-fn tear_op(image: &mut Vec<u8>, op: Op, tear: Tear, dice: &mut Dice) {
-    match (tear, op) {
-        (Tear::Nothing, _) => {}
-        (Tear::Everything, op) => apply(image, &op),
-        (Tear::Sectors(_), Op::Length(length)) => {
-            if dice.below(2) == 0 {
-                image.resize(length, 0);
-            }
-        }
-        (Tear::Sectors(size), Op::Write(at, bytes)) => {
-            let mut from = at;
-            while from < at + bytes.len() {
-                let to = ((from / size + 1) * size).min(at + bytes.len());
-                if dice.below(2) == 0 {
-                    apply(image, &Op::Write(from, bytes[from - at..to - at].to_vec()));
-                }
-                from = to;
-            }
-        }
+/// What is on the disk of a file whose writes were not synced. A sector is written from memory as a whole, at some moment:
+/// chance says after which of the writes. The length is one thing more that is as old as it may be.
+fn torn(contents: &Contents, tear: Tear, dice: &mut Dice) -> Vec<u8> {
+    let mut versions = vec![contents.durable.clone()];
+    for op in &contents.unsynced {
+        let mut next = versions.last().cloned().unwrap_or_default();
+        apply(&mut next, op);
+        versions.push(next);
     }
+    let size = match tear {
+        Tear::Nothing => return versions.swap_remove(0),
+        Tear::Everything => return versions.pop().unwrap_or_default(),
+        Tear::Sectors(size) => size,
+    };
+    let chosen = |dice: &mut Dice| dice.below(versions.len() as u64) as usize;
+    let mut image = vec![0; versions[chosen(dice)].len()];
+    for (number, sector) in image.chunks_mut(size).enumerate() {
+        let version = &versions[chosen(dice)];
+        let there = version.get(number * size..).unwrap_or_default();
+        let length = there.len().min(sector.len());
+        sector[..length].copy_from_slice(&there[..length]);
+    }
+    image
 }
 
 impl Inner {
@@ -343,6 +348,7 @@ impl FileSystem for FaultyDisk {
         if on {
             fs::rename(from.as_ref(), to.as_ref())?;
             disk.unsettled.push(Named::Moved(old, new, replaced));
+            disk.moves += 1;
         }
         Ok(())
     }
