@@ -454,6 +454,19 @@ fn a_flipped_bit_before_a_later_record_is_refused_also_without_the_mark() {
             }
         }
     }
+    for (name, length) in lab.disk.files().into_iter().filter(|(name, _)| *name != newest) {
+        for at in (0..length).step_by(37) {
+            let copy = lab.copied();
+            let mut bytes = copy.disk.contents(&name);
+            bytes[at] ^= 1 << (at % 8);
+            copy.disk.put(&name, bytes);
+            match copy.open() {
+                Err(StoreError::Damaged { .. } | StoreError::Newer { .. }) => {}
+                Err(other) => panic!("{name:?} flipped at {at}: {other:?}"),
+                Ok(store) => assert!(held.is_kept_by(&Held::of(&store)), "{name:?} flipped at {at}"),
+            }
+        }
+    }
     // One run of bytes up to the end of the file: the last record.
     let from = *cut.first().unwrap();
     assert_eq!(cut, (from..good.len()).collect::<Vec<_>>(), "{refused} refused");
