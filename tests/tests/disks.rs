@@ -224,7 +224,7 @@ fn newest_log(data: &Path) -> PathBuf {
 }
 
 /// Behind the last record damage is a torn write: cut, and the rest comes from the others. Before it, it is a refusal that
-/// says what to do; the cell serves on, and the refusal itself changed nothing.
+/// says what to do, which works; the cell serves on, and the refusal itself changed nothing.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn bits_flipped_in_a_stopped_replicas_log_are_cut_or_refused() {
     let mut ledger = Ledger::new().await;
@@ -254,10 +254,36 @@ async fn bits_flipped_in_a_stopped_replicas_log_are_cut_or_refused() {
         ledger.write(50).await;
         ledger.check().await;
     }
-    std::fs::write(&log, good).unwrap();
+    std::fs::write(&log, &good).unwrap();
     ledger.cell.restart(3).unwrap();
     ledger.check().await;
     ledger.agree().await;
+    ledger.terminate(3).await;
+
+    leave_and_join_anew(&mut ledger).await;
+}
+
+/// As the refusal says: the replica leaves, and joins under a new number with an empty folder.
+async fn leave_and_join_anew(ledger: &mut Ledger) {
+    let remove = |channel| async move {
+        let request = v1::RemoveVoterRequest { request_id: fresh(), replica: 3 };
+        MembershipClient::new(channel).remove_voter(request).await
+    };
+    ledger.cell.insist(remove).await.unwrap();
+    let seat = ledger.cell.seat("r4").unwrap();
+    let token = ledger.cell.replica_token(4, seat.listen).await.unwrap();
+    let joined = ledger.cell.join(&seat, 4, &hex::encode(ledger.cell.fingerprint), &token).unwrap();
+    assert!(joined.status.success(), "{}", String::from_utf8_lossy(&joined.stderr));
+    let _new = seat.start().unwrap();
+    let all_vote = |s: &v1::StatusResponse| {
+        let voters: Vec<_> = s.members.iter().filter(|m| m.voter).map(|m| m.id).collect();
+        voters == [1, 2, 4]
+    };
+    ledger.cell.wait_for("1, 2 and 4 vote", |all| all.iter().all(all_vote)).await.unwrap();
+    // Its vote and its disk count: without it there is no majority now.
+    ledger.cell.kill(2).unwrap();
+    ledger.write(10).await;
+    ledger.check().await;
 }
 
 /// Linux reports a failed sync once and forgets the pages, so that the process must not go on. The leader is the victim:
