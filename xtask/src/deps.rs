@@ -31,6 +31,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("nftables", "cuts links in the lab"),
     ("tcpdump", "shows that the link between sites carries no plaintext"),
     ("util-linux", "nsenter, unshare, mount"),
+    ("strace", "counts the system calls by which a store makes its files durable, and lets one fail"),
     ("procps", "ps and sysctl"),
     ("curl", "an unmodified client in the demo"),
     ("nginx-light", "an unmodified server in the demo"),

@@ -149,6 +149,7 @@ codes! {
     ResultInvalid = "result_invalid", Denied, "the attestation result was altered, or is of another trust domain";
     BackupDamaged = "backup_damaged", Invalid, "this file is no whole backup: take another copy (ambit raft restore --snapshot FILE checks one)";
     StoreDamaged = "store_damaged", Precondition, "recover another replica of the cell (ambitd recover), or restore it from a backup (ambitd restore)";
+    StoreUnusable = "store_unusable", Precondition, "mend what is named: space, leave to write, another process, the release; nothing is lost";
     RecoverUnsafe = "recover_unsafe", Precondition, "recover only a stopped voter, and only where the majority is lost for good: start what can be started first";
     RecoverUnconfirmed = "recover_unconfirmed", Precondition, "read what would be given up, then name exactly these replicas with --i-accept-the-loss-of";
     BundleMalformed = "bundle_malformed", Invalid, "publish a SPIFFE bundle: keys of use x509-svid (with x5c) or jwt-svid (with kid)";

@@ -37,14 +37,19 @@ pub fn raft_options(config: &Config, replica: u64) -> Result<Options, Refusal> {
 
 /// Why a store does not start, with its causes.
 pub(super) fn start_failed(e: raft::StartError) -> Refusal {
-    let damaged = matches!(&e, raft::StartError::Store(StoreError::Damaged { .. }));
+    let code = match &e {
+        raft::StartError::Store(StoreError::Damaged { .. }) => Code::StoreDamaged,
+        raft::StartError::Store(
+            StoreError::Io { .. } | StoreError::Engine { .. } | StoreError::Locked(_) | StoreError::Newer { .. },
+        ) => Code::StoreUnusable,
+        _ => Code::ConfigInvalid,
+    };
     let mut text = e.to_string();
     let mut source = std::error::Error::source(&e);
     while let Some(cause) = source {
         text = format!("{text}: {cause}");
         source = cause.source();
     }
-    let code = if damaged { Code::StoreDamaged } else { Code::ConfigInvalid };
     Refusal::new(code, "a replica's store that can start", text)
 }
 

@@ -1,18 +1,24 @@
 //! The Raft log and hard state on raft-engine: one synced write per batch, verified whole at every open.
 
 use super::mark::{MarkFile, Position};
-use super::{FlushReceipt, Log, Membership, StoreError, caught, io, sync_dir};
-use raft::eraftpb::{ConfState, Entry, HardState, Snapshot};
-use raft::{GetEntriesContext, RaftState, Storage, StorageError};
+use super::{FlushReceipt, Log, Membership, StoreError, caught, io, panic_text, sync_dir, tail};
+use raft::eraftpb::{Entry, HardState, Snapshot};
+use raft_engine::env::{DefaultFileSystem, FileSystem};
 use raft_engine::{Command, Config, Engine, LogBatch, MessageExt, ReadableSize, RecoveryMode};
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
+use std::fs::{File, TryLockError};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// raft-engine holds many groups; a replica has one.
 const GROUP: u64 = 1;
 const REPLICA: &[u8] = b"replica";
+const FORMAT: &[u8] = b"format";
+/// Of what the log holds, of the mark beside it, and of their names. 0.1 began with 1.
+const FORMAT_NOW: u64 = 1;
 const INCARNATION: &[u8] = b"incarnation";
 const HARD: &[u8] = b"hard";
 const BASE: &[u8] = b"base";
@@ -38,7 +44,7 @@ pub struct Batch {
     pub entries: Vec<Entry>,
     /// Term, vote and commit, if any changed.
     pub hard_state: Option<HardState>,
-    /// False only where nothing but the commit index changed.
+    /// False only where nothing but the commit index changed: that need not be on disk.
     pub must_sync: bool,
 }
 
@@ -60,12 +66,24 @@ pub struct SyncTime {
     pub total: Duration,
 }
 
-/// The log, open. Owned by the driver thread; [`Storage`] is how raft-rs reads it.
-pub struct LogStore {
-    engine: Engine,
-    mark: MarkFile,
+/// When raft-engine begins a new file, and from which size of all files on it gives back those that hold nothing.
+#[derive(Clone, Copy)]
+pub(super) struct Sizes {
+    pub(super) file: ReadableSize,
+    pub(super) purge: ReadableSize,
+}
+
+const SIZES: Sizes = Sizes { file: ReadableSize::mb(16), purge: ReadableSize::mb(64) };
+
+/// The log, open. Owned by the driver thread; [`raft::Storage`] is how raft-rs reads it.
+pub struct LogStore<F: FileSystem = DefaultFileSystem> {
+    engine: Arc<Engine<F>>,
+    mark: MarkFile<F>,
+    _lock: File,
     incarnation: u64,
     hard: HardState,
+    /// Whether `hard` changed since it was written.
+    hard_changed: bool,
     membership: Membership,
     base: Base,
     last: Base,
@@ -81,6 +99,17 @@ pub struct LogStore {
 impl LogStore {
     /// Creates the log of `replica`, empty. Refuses where there is one.
     pub fn create(data_dir: &Path, replica: u64) -> Result<(), StoreError> {
+        Self::create_on(Arc::new(DefaultFileSystem), SIZES, data_dir, replica)
+    }
+
+    /// Opens and verifies every record. The incarnation rises by one, durably, before this returns.
+    pub fn open(data_dir: &Path, replica: u64) -> Result<Self, StoreError> {
+        Self::open_on(Arc::new(DefaultFileSystem), SIZES, data_dir, replica)
+    }
+}
+
+impl<F: FileSystem> LogStore<F> {
+    pub(super) fn create_on(files: Arc<F>, sizes: Sizes, data_dir: &Path, replica: u64) -> Result<(), StoreError> {
         let dir = data_dir.join("log");
         if dir.exists() {
             return Err(StoreError::Exists(data_dir.to_owned()));
@@ -95,27 +124,29 @@ impl LogStore {
                 std::fs::remove_file(stale).map_err(io("removing file", stale))?;
             }
         }
-        let engine = open_engine(&temp)?;
+        let engine = open_engine(files.clone(), sizes, &temp)?;
         let mut batch = LogBatch::default();
+        put_u64(&mut batch, FORMAT, FORMAT_NOW)?;
         put_u64(&mut batch, REPLICA, replica)?;
         put_u64(&mut batch, INCARNATION, 0)?;
         engine.write(&mut batch, true).map_err(engine_error("writing the new log"))?;
         drop(engine);
-        MarkFile::create(&mark)?;
+        MarkFile::create(files.as_ref(), &mark)?;
         sync_dir(&temp)?;
         std::fs::rename(&temp, &dir).map_err(io("renaming the new log", &dir))?;
         sync_dir(data_dir)
     }
 
-    /// Opens and verifies every record. The incarnation rises by one, durably, before this returns.
-    pub fn open(data_dir: &Path, replica: u64) -> Result<Self, StoreError> {
+    pub(super) fn open_on(files: Arc<F>, sizes: Sizes, data_dir: &Path, replica: u64) -> Result<Self, StoreError> {
         let dir = data_dir.join("log");
         if !dir.is_dir() {
             return Err(StoreError::Missing(data_dir.to_owned()));
         }
-        let (mark, position) = MarkFile::open(&data_dir.join("log.mark"))?;
-        let engine = caught("the log", || open_engine(&dir))?;
-        let mut store = caught("the log", move || Self::read(engine, mark, replica))?;
+        let lock = lock(data_dir)?;
+        let (mark, position) = MarkFile::open(files.as_ref(), &data_dir.join("log.mark"))?;
+        tail::check(files.as_ref(), &dir)?;
+        let engine = caught("the log", || open_engine(files, sizes, &dir))?;
+        let mut store = caught("the log", move || Self::read(engine, mark, lock, replica))?;
         if !store.position().covers(&position) {
             let found = format!("the log ends at {:?}, but {position:?} was synced", store.position());
             return Err(StoreError::damaged("the log", found));
@@ -123,11 +154,15 @@ impl LogStore {
         store.incarnation += 1;
         let mut batch = LogBatch::default();
         put_u64(&mut batch, INCARNATION, store.incarnation)?;
-        store.write(&mut batch, true)?;
+        store.write(&mut batch)?;
         Ok(store)
     }
 
-    fn read(engine: Engine, mark: MarkFile, replica: u64) -> Result<Self, StoreError> {
+    fn read(engine: Engine<F>, mark: MarkFile<F>, lock: File, replica: u64) -> Result<Self, StoreError> {
+        match get_u64(&engine, FORMAT)?.ok_or_else(|| StoreError::damaged("the log", "no format"))? {
+            FORMAT_NOW => {}
+            found => return Err(StoreError::Newer { what: "the log", found, known: FORMAT_NOW }),
+        }
         let found = get_u64(&engine, REPLICA)?.ok_or_else(|| StoreError::damaged("the log", "no replica number"))?;
         if found != replica {
             return Err(StoreError::OtherReplica { expected: replica, found });
@@ -140,10 +175,12 @@ impl LogStore {
             None => Base::default(),
         };
         let mut store = Self {
-            engine,
+            engine: Arc::new(engine),
             mark,
+            _lock: lock,
             incarnation,
             hard,
+            hard_changed: false,
             membership: Membership::default(),
             base,
             last: base,
@@ -197,12 +234,38 @@ impl LogStore {
         self.hard.commit.max(self.base.index)
     }
 
-    fn write(&mut self, batch: &mut LogBatch, sync: bool) -> Result<(), StoreError> {
+    /// Always synced: then all but the last record are known to be on disk, and [`tail`] can tell damage from a torn write.
+    fn write(&mut self, batch: &mut LogBatch) -> Result<(), StoreError> {
         let start = Instant::now();
-        self.engine.write(batch, sync).map_err(engine_error("writing the log"))?;
-        if sync {
-            self.sync_time.count += 1;
-            self.sync_time.total += start.elapsed();
+        self.ask("writing the log", |engine| engine.write(batch, true))?;
+        self.sync_time.count += 1;
+        self.sync_time.total += start.elapsed();
+        Ok(())
+    }
+
+    /// raft-engine gives an error for a failed write and panics where a sync fails. After either the files are in doubt, and
+    /// it must not touch them again: dropping it would cut and sync them.
+    fn ask<T>(
+        &self,
+        what: &'static str,
+        act: impl FnOnce(&Engine<F>) -> raft_engine::Result<T>,
+    ) -> Result<T, StoreError> {
+        let outcome = match catch_unwind(AssertUnwindSafe(|| act(&self.engine))) {
+            Ok(outcome) => outcome.map_err(engine_error(what)),
+            Err(panic) => {
+                let source = std::io::Error::other(panic_text(&*panic));
+                Err(StoreError::Io { what, path: "log".into(), source })
+            }
+        };
+        if outcome.is_err() {
+            std::mem::forget(self.engine.clone());
+        }
+        outcome
+    }
+
+    fn put_hard(&mut self, batch: &mut LogBatch) -> Result<(), StoreError> {
+        if std::mem::take(&mut self.hard_changed) {
+            batch.put_message(GROUP, HARD.to_vec(), &self.hard).map_err(engine_error("encoding the hard state"))?;
         }
         Ok(())
     }
@@ -211,8 +274,9 @@ impl LogStore {
         Position { term: self.hard.term, vote: self.hard.vote, last_term: self.last.term, last_index: self.last.index }
     }
 
-    fn write_mark(&self) -> Result<(), StoreError> {
-        self.mark.write(&self.position()).map_err(|source| StoreError::Io {
+    fn write_mark(&mut self) -> Result<(), StoreError> {
+        let position = self.position();
+        self.mark.write(&position).map_err(|source| StoreError::Io {
             what: "writing mark",
             path: "log.mark".into(),
             source,
@@ -249,7 +313,7 @@ impl LogStore {
     }
 }
 
-impl Log for LogStore {
+impl<F: FileSystem> Log for LogStore<F> {
     fn incarnation(&self) -> u64 {
         self.incarnation
     }
@@ -277,29 +341,30 @@ impl Log for LogStore {
         self.hard.commit = self.hard.commit.max(applied);
     }
     fn persist(&mut self, work: Batch) -> Result<FlushReceipt, StoreError> {
+        let Batch { number, entries, hard_state, must_sync } = work;
+        if let Some(hard) = hard_state {
+            (self.hard, self.hard_changed) = (hard, true);
+        }
+        if !must_sync && entries.is_empty() {
+            // A commit index alone goes with the next batch. Whoever restarts without it learns it from the leader.
+            return Ok(FlushReceipt::of(number));
+        }
         let mut batch = LogBatch::default();
-        if !work.entries.is_empty() {
-            batch.add_entries::<Codec>(GROUP, &work.entries).map_err(engine_error("encoding entries"))?;
+        if !entries.is_empty() {
+            batch.add_entries::<Codec>(GROUP, &entries).map_err(engine_error("encoding entries"))?;
         }
-        if let Some(hard) = &work.hard_state {
-            batch.put_message(GROUP, HARD.to_vec(), hard).map_err(engine_error("encoding the hard state"))?;
-        }
+        self.put_hard(&mut batch)?;
         if !batch.is_empty() {
-            self.write(&mut batch, work.must_sync)?;
+            self.write(&mut batch)?;
         }
-        if let Some(hard) = work.hard_state {
-            self.hard = hard;
-        }
-        if let Some(first) = work.entries.first() {
+        if let Some(first) = entries.first() {
             self.forget_from(first.index);
         }
-        for entry in work.entries {
+        for entry in entries {
             self.remember(entry);
         }
-        if work.must_sync {
-            self.write_mark()?;
-        }
-        Ok(FlushReceipt::of(work.number))
+        self.write_mark()?;
+        Ok(FlushReceipt::of(number))
     }
     fn install(&mut self, base: Base) -> Result<(), StoreError> {
         let mut hard = self.hard.clone();
@@ -312,12 +377,13 @@ impl Log for LogStore {
         let replica = get_u64(&self.engine, REPLICA)?.unwrap_or_default();
         let mut batch = LogBatch::default();
         batch.add_command(GROUP, Command::Clean);
+        put_u64(&mut batch, FORMAT, FORMAT_NOW)?;
         put_u64(&mut batch, REPLICA, replica)?;
         put_u64(&mut batch, INCARNATION, self.incarnation)?;
         put(&mut batch, BASE, base.encode())?;
-        batch.put_message(GROUP, HARD.to_vec(), &hard).map_err(engine_error("encoding the hard state"))?;
-        self.write(&mut batch, true)?;
-        self.hard = hard;
+        (self.hard, self.hard_changed) = (hard, true);
+        self.put_hard(&mut batch)?;
+        self.write(&mut batch)?;
         self.forget_from(0);
         self.terms.clear();
         (self.base, self.last) = (base, base);
@@ -331,8 +397,9 @@ impl Log for LogStore {
         let base = Base { index, term };
         let mut batch = LogBatch::default();
         put(&mut batch, BASE, base.encode())?;
+        self.put_hard(&mut batch)?;
         batch.add_command(GROUP, Command::Compact { index: index + 1 });
-        self.write(&mut batch, true)?;
+        self.write(&mut batch)?;
         self.base = base;
         while self.recent.front().is_some_and(|e| e.index <= index) {
             self.drop_oldest();
@@ -340,7 +407,7 @@ impl Log for LogStore {
         while self.terms.get(1).is_some_and(|run| run.index <= index + 1) {
             self.terms.pop_front();
         }
-        self.engine.purge_expired_files().map(drop).map_err(engine_error("purging log files"))
+        self.ask("purging log files", |engine| engine.purge_expired_files().map(drop))
     }
     fn offer(&self, snapshot: Snapshot) {
         self.wanted.set(false);
@@ -352,75 +419,6 @@ impl Log for LogStore {
     fn snapshot_wanted(&self) -> bool {
         self.wanted.take()
     }
-}
-
-impl Storage for LogStore {
-    fn initial_state(&self) -> raft::Result<RaftState> {
-        let conf: ConfState = self.membership.conf_state();
-        Ok(RaftState { hard_state: self.hard.clone(), conf_state: conf })
-    }
-
-    fn entries(
-        &self,
-        low: u64,
-        high: u64,
-        max_size: impl Into<Option<u64>>,
-        _context: GetEntriesContext,
-    ) -> raft::Result<Vec<Entry>> {
-        if low <= self.base.index {
-            return Err(raft::Error::Store(StorageError::Compacted));
-        }
-        if high > self.last.index + 1 {
-            return Err(raft::Error::Store(StorageError::Unavailable));
-        }
-        let max_size = max_size.into();
-        let mut out = match self.recent.front() {
-            Some(front) if front.index <= low => {
-                let from = (low - front.index) as usize;
-                self.recent.iter().skip(from).take((high - low) as usize).cloned().collect()
-            }
-            _ => {
-                let mut out = Vec::new();
-                self.engine
-                    .fetch_entries_to::<Codec>(GROUP, low, high, max_size.map(|m| m as usize), &mut out)
-                    .map_err(|e| raft::Error::Store(StorageError::Other(e.into())))?;
-                out
-            }
-        };
-        raft::util::limit_size(&mut out, max_size);
-        Ok(out)
-    }
-
-    fn term(&self, index: u64) -> raft::Result<u64> {
-        let missing = if index < self.base.index { StorageError::Compacted } else { StorageError::Unavailable };
-        self.term_at(index).ok_or(raft::Error::Store(missing))
-    }
-
-    fn first_index(&self) -> raft::Result<u64> {
-        Ok(self.base.index + 1)
-    }
-
-    fn last_index(&self) -> raft::Result<u64> {
-        Ok(self.last.index)
-    }
-
-    fn snapshot(&self, request_index: u64, to: u64) -> raft::Result<Snapshot> {
-        let usable = self.offer.borrow().as_ref().filter(|s| is_usable(s, request_index, self.base, to)).cloned();
-        usable.ok_or_else(|| {
-            self.wanted.set(true);
-            raft::Error::Store(StorageError::SnapshotTemporarilyUnavailable)
-        })
-    }
-}
-
-/// Whether raft may send this snapshot to `to`. A receiver drops one whose members do not include it; entries after it must
-/// still be in the log.
-pub(super) fn is_usable(snapshot: &Snapshot, request_index: u64, base: Base, to: u64) -> bool {
-    let meta = snapshot.get_metadata();
-    let conf = meta.get_conf_state();
-    meta.index >= request_index
-        && meta.index >= base.index
-        && (conf.voters.contains(&to) || conf.learners.contains(&to))
 }
 
 impl Base {
@@ -437,21 +435,31 @@ impl Base {
     }
 }
 
-fn open_engine(dir: &Path) -> Result<Engine, StoreError> {
+fn open_engine<F: FileSystem>(files: Arc<F>, sizes: Sizes, dir: &Path) -> Result<Engine<F>, StoreError> {
     let config = Config {
         dir: dir.to_string_lossy().into_owned(),
-        // A torn last record is cut; that nothing synced went with it is what the mark is for.
+        // A torn last record is cut; that nothing synced goes with it is what the mark and `tail` are for.
         recovery_mode: RecoveryMode::TolerateTailCorruption,
         // One: the machines of several threads merge across a gap that a snapshot left only by luck.
         recovery_threads: 1,
-        target_file_size: ReadableSize::mb(16),
-        purge_threshold: ReadableSize::mb(64),
+        target_file_size: sizes.file,
+        purge_threshold: sizes.purge,
         ..Config::default()
     };
-    Engine::open(config).map_err(|e| match e {
-        raft_engine::Error::Io(_) => engine_error("opening the log")(e),
+    Engine::open_with_file_system(config, files).map_err(|e| match e {
+        raft_engine::Error::Io(_) | raft_engine::Error::Other(_) => engine_error("opening the log")(e),
         other => StoreError::damaged("the log", other.to_string()),
     })
+}
+
+/// raft-engine has a lock of its own, which comes too late: its files are looked at first.
+fn lock(data_dir: &Path) -> Result<File, StoreError> {
+    let folder = File::open(data_dir).map_err(io("opening folder", data_dir))?;
+    match folder.try_lock() {
+        Ok(()) => Ok(folder),
+        Err(TryLockError::WouldBlock) => Err(StoreError::Locked(data_dir.to_owned())),
+        Err(TryLockError::Error(e)) => Err(io("locking folder", data_dir)(e)),
+    }
 }
 
 fn engine_error(what: &'static str) -> impl Fn(raft_engine::Error) -> StoreError {
@@ -466,7 +474,7 @@ fn put_u64(batch: &mut LogBatch, key: &[u8], value: u64) -> Result<(), StoreErro
     put(batch, key, value.to_le_bytes().to_vec())
 }
 
-fn get_u64(engine: &Engine, key: &[u8]) -> Result<Option<u64>, StoreError> {
+fn get_u64<F: FileSystem>(engine: &Engine<F>, key: &[u8]) -> Result<Option<u64>, StoreError> {
     match engine.get(GROUP, key) {
         Some(bytes) => <[u8; 8]>::try_from(bytes.as_slice())
             .map(|b| Some(u64::from_le_bytes(b)))
@@ -474,6 +482,10 @@ fn get_u64(engine: &Engine, key: &[u8]) -> Result<Option<u64>, StoreError> {
         None => Ok(None),
     }
 }
+
+#[path = "log_reading.rs"]
+mod reading;
+pub(super) use reading::is_usable;
 
 #[cfg(test)]
 #[path = "log_tests.rs"]

@@ -1,5 +1,6 @@
 use super::*;
 use crate::store::AfterFlush;
+use raft::{GetEntriesContext, Storage};
 use std::fs;
 use std::path::PathBuf;
 
@@ -94,6 +95,53 @@ fn an_absent_or_foreign_store_is_named() {
     drop(filled(&dir.0));
     assert!(matches!(LogStore::create(&dir.0, 1), Err(StoreError::Exists(_))));
     assert!(matches!(LogStore::open(&dir.0, 2), Err(StoreError::OtherReplica { expected: 2, found: 1 })));
+}
+
+/// A power loss between making a store and syncing its folder's name: there is none, and it can be made again.
+#[test]
+fn a_store_whose_rename_was_lost_was_never_made() {
+    let dir = Dir::new("rename");
+    LogStore::create(&dir.0, 1).unwrap();
+    fs::rename(dir.0.join("log"), dir.0.join("log.new")).unwrap();
+    assert!(matches!(LogStore::open(&dir.0, 1), Err(StoreError::Missing(_))));
+    LogStore::create(&dir.0, 7).unwrap();
+    assert_eq!(LogStore::open(&dir.0, 7).unwrap().incarnation(), 1);
+    assert!(!dir.0.join("log.new").exists());
+}
+
+#[test]
+fn two_on_one_folder_are_refused_and_it_is_not_called_damaged() {
+    let dir = Dir::new("locked");
+    let store = filled(&dir.0);
+    assert!(matches!(LogStore::open(&dir.0, 1), Err(StoreError::Locked(_))));
+    drop(store);
+    LogStore::open(&dir.0, 1).unwrap();
+}
+
+/// A log of a later release, ours or raft-engine's, is named as one, and it is as it was.
+#[test]
+fn a_later_format_is_refused_and_left_alone() {
+    let dir = Dir::new("later");
+    let mut store = filled(&dir.0);
+    let mut batch = LogBatch::default();
+    put_u64(&mut batch, FORMAT, FORMAT_NOW + 1).unwrap();
+    store.write(&mut batch).unwrap();
+    drop(store);
+    let before = fs::read(log_file(&dir.0)).unwrap();
+    let refused = LogStore::open(&dir.0, 1).err().unwrap();
+    assert!(matches!(refused, StoreError::Newer { found: 2, known: 1, .. }), "{refused}");
+    assert_eq!(fs::read(log_file(&dir.0)).unwrap(), before);
+
+    let dir = Dir::new("later-engine");
+    drop(filled(&dir.0));
+    let file = log_file(&dir.0);
+    let mut bytes = fs::read(&file).unwrap();
+    // Behind the magic comes the version, eight bytes.
+    bytes[60] = 3;
+    fs::write(&file, &bytes).unwrap();
+    let refused = LogStore::open(&dir.0, 1).err().unwrap();
+    assert!(matches!(refused, StoreError::Newer { found: 3, known: 2, .. }), "{refused}");
+    assert_eq!(fs::read(&file).unwrap(), bytes);
 }
 
 /// I14: every place of the file, also the very last record, which raft-engine would cut off as a torn write.

@@ -6,9 +6,10 @@
 //! its mark has lost something (I14).
 
 use super::{StoreError, io};
-use std::fs::{File, OpenOptions};
-use std::os::unix::fs::FileExt;
+use raft_engine::env::{FileSystem, Handle, Permission};
+use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
 use std::path::Path;
+use std::sync::Arc;
 
 const LEN: usize = 4 + 4 * 8;
 
@@ -50,30 +51,35 @@ impl Position {
 }
 
 /// The open file.
-pub(super) struct MarkFile(File);
+pub(super) struct MarkFile<F: FileSystem>(F::Writer);
 
-impl MarkFile {
-    pub(super) fn create(path: &Path) -> Result<(), StoreError> {
-        let file = OpenOptions::new().create_new(true).write(true).open(path).map_err(io("creating mark", path))?;
-        file.write_all_at(&Position::default().encode(), 0).map_err(io("writing mark", path))?;
-        file.sync_all().map_err(io("syncing mark", path))
+impl<F: FileSystem> MarkFile<F> {
+    pub(super) fn create(files: &F, path: &Path) -> Result<(), StoreError> {
+        let handle = Arc::new(files.create(path).map_err(io("creating mark", path))?);
+        let writer = files.new_writer(handle.clone()).map_err(io("creating mark", path))?;
+        Self(writer).write(&Position::default()).map_err(io("writing mark", path))?;
+        handle.sync().map_err(io("syncing mark", path))
     }
 
-    pub(super) fn open(path: &Path) -> Result<(Self, Position), StoreError> {
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(path)
-            .map_err(|e| StoreError::damaged("the log's mark", e.to_string()))?;
+    pub(super) fn open(files: &F, path: &Path) -> Result<(Self, Position), StoreError> {
+        let bad = |found: &str| StoreError::damaged("the log's mark", found);
+        // A disk that cannot be read or written just now is not a damaged one.
+        let failed = |e: std::io::Error| match e.kind() {
+            ErrorKind::NotFound | ErrorKind::UnexpectedEof => bad(&e.to_string()),
+            // raft-engine's files keep the kind of an error and say little.
+            kind => io("opening mark", path)(std::io::Error::new(kind, format!("{kind}: {e}"))),
+        };
+        let handle = Arc::new(files.open(path, Permission::ReadWrite).map_err(failed)?);
         let mut bytes = [0u8; LEN];
-        file.read_exact_at(&mut bytes, 0).map_err(|e| StoreError::damaged("the log's mark", e.to_string()))?;
-        let position =
-            Position::decode(&bytes).ok_or_else(|| StoreError::damaged("the log's mark", "a checksum that fails"))?;
-        Ok((Self(file), position))
+        files.new_reader(handle.clone()).and_then(|mut file| file.read_exact(&mut bytes)).map_err(failed)?;
+        let position = Position::decode(&bytes).ok_or_else(|| bad("a checksum that fails"))?;
+        let writer = files.new_writer(handle).map_err(io("opening mark", path))?;
+        Ok((Self(writer), position))
     }
 
-    pub(super) fn write(&self, position: &Position) -> std::io::Result<()> {
-        self.0.write_all_at(&position.encode(), 0)
+    pub(super) fn write(&mut self, position: &Position) -> std::io::Result<()> {
+        self.0.seek(SeekFrom::Start(0))?;
+        self.0.write_all(&position.encode())
     }
 }
 

@@ -5,13 +5,20 @@
 //! voted with (I14). Damage to the tables costs a rebuild and nothing else.
 
 mod disk;
+#[cfg(test)]
+mod fault_tests;
+#[cfg(test)]
+mod faulty;
 mod flush;
 pub mod log;
 mod mark;
 pub mod membership;
 pub mod model;
 pub mod snapshot;
+#[cfg(test)]
+mod syscall_tests;
 pub mod tables;
+mod tail;
 
 pub use disk::{Disk, Folder, Log, Rows, Snapshots, Writing};
 pub use flush::{AfterFlush, FlushReceipt};
@@ -30,6 +37,9 @@ pub enum StoreError {
         "there is a store in {0} already: a replica that lost its data must be removed and join under a new number"
     )]
     Exists(PathBuf),
+    /// A store belongs to one process.
+    #[error("another process has the store in {0} open")]
+    Locked(PathBuf),
     /// Durable data fails its checksums or contradicts itself. The replica must not serve and must not vote (I14).
     #[error(
         "store damaged: {what}: {found}; remove this replica from the cell and join it anew, or, where it is the last, `ambitd restore` a backup"
@@ -39,6 +49,16 @@ pub enum StoreError {
         what: &'static str,
         /// What was seen.
         found: String,
+    },
+    /// A later release wrote it. Nothing was changed.
+    #[error("{what} of format {found}, where this release knows up to {known}: start the release that wrote it")]
+    Newer {
+        /// Which part.
+        what: &'static str,
+        /// As stored.
+        found: u64,
+        /// The newest one known.
+        known: u64,
     },
     /// The folder belongs to another replica.
     #[error("the store is of replica {found}, not {expected}")]
@@ -99,17 +119,13 @@ pub(crate) fn io<'a>(what: &'static str, path: &'a Path) -> impl FnOnce(std::io:
 
 /// Runs `open` of an engine that panics on damaged bytes, and names the panic instead.
 pub(crate) fn caught<T>(what: &'static str, open: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreError> {
-    match std::panic::catch_unwind(std::panic::AssertUnwindSafe(open)) {
-        Ok(done) => done,
-        Err(panic) => {
-            let text = panic
-                .downcast_ref::<String>()
-                .cloned()
-                .or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned()))
-                .unwrap_or_else(|| "a panic without text".to_owned());
-            Err(StoreError::damaged(what, text))
-        }
-    }
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(open))
+        .unwrap_or_else(|panic| Err(StoreError::damaged(what, panic_text(&*panic))))
+}
+
+fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().cloned();
+    text.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned())).unwrap_or_else(|| "no text".to_owned())
 }
 
 /// Makes a rename or a new file in `dir` survive power loss.

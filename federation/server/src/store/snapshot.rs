@@ -11,7 +11,10 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
 
-const MAGIC: &[u8; 8] = b"AMBSNP01";
+/// What every format begins with, then two digits.
+const MAGIC: &[u8; 6] = b"AMBSNP";
+/// Of header and rows.
+const FORMAT_NOW: u64 = 1;
 /// A chunk ends once it holds this much: small enough that one bad sector names its place.
 const CHUNK_BYTES: usize = 256 * 1024;
 /// A larger state is refused: it would not fit a Raft message (bound of the transport) nor a replica's memory goal.
@@ -67,6 +70,7 @@ pub fn encode(mut header: Header, rows: impl IntoIterator<Item = TableWrite>) ->
         header.chunks += 1;
     }
     let mut out = MAGIC.to_vec();
+    out.extend(format!("{FORMAT_NOW:02}").bytes());
     frame(&mut out, &header)?;
     out.append(&mut chunks);
     if out.len() > SNAPSHOT_BYTES_MAX {
@@ -78,7 +82,15 @@ pub fn encode(mut header: Header, rows: impl IntoIterator<Item = TableWrite>) ->
 /// Strict: magic, every length, every checksum, the number of chunks, no trailing bytes.
 pub fn decode(bytes: &[u8]) -> Result<Snapshot, StoreError> {
     let bad = |found: &str| StoreError::damaged("the snapshot", found);
-    let mut rest = bytes.strip_prefix(MAGIC).ok_or_else(|| bad("another magic"))?;
+    let (format, mut rest) =
+        bytes.strip_prefix(MAGIC).and_then(<[u8]>::split_first_chunk::<2>).ok_or_else(|| bad("another magic"))?;
+    match std::str::from_utf8(format).ok().and_then(|digits| digits.parse().ok()) {
+        Some(FORMAT_NOW) => {}
+        Some(found) if found > FORMAT_NOW => {
+            return Err(StoreError::Newer { what: "the snapshot", found, known: FORMAT_NOW });
+        }
+        _ => return Err(bad("another magic")),
+    }
     let header: Header = unframe(&mut rest)?;
     let mut rows = Vec::new();
     for _ in 0..header.chunks {
@@ -194,6 +206,29 @@ mod tests {
         let parsed = decode(&sample()).unwrap();
         assert_eq!((parsed.header.index, parsed.header.term, parsed.rows.len()), (9, 2, 3000));
         assert!(parsed.header.chunks > 1);
+    }
+
+    /// A power loss before the rename, or one that the folder's missing sync let the disk forget: the former snapshot.
+    #[test]
+    fn a_snapshot_whose_rename_was_lost_leaves_the_former() {
+        let dir = std::env::temp_dir().join(format!("ambit-snapshot-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&dir);
+        let snapshots = SnapshotDir::open(&dir).unwrap();
+        assert!(snapshots.load().unwrap().is_none());
+        snapshots.write(&sample()).unwrap();
+        let half = sample();
+        fs::write(dir.join("snapshot/next.tmp"), &half[..half.len() / 2]).unwrap();
+        assert_eq!(snapshots.load().unwrap().unwrap().header.index, 9);
+        snapshots.write(&sample()).unwrap();
+        assert!(snapshots.load().unwrap().is_some() && !dir.join("snapshot/next.tmp").exists());
+        fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn a_later_format_is_no_damage() {
+        let mut later = sample();
+        later[7] = b'2';
+        assert!(matches!(decode(&later), Err(StoreError::Newer { found: 2, known: 1, .. })));
     }
 
     #[test]

@@ -4,11 +4,12 @@
 //! and sorts a page for every key, which with a key for each row took two thirds of a replica's CPU time.
 //!
 //! sled 0.34.7's `flush` is not a disk flush on Linux (it calls sync_file_range: spacejam/sled issues 1452 and 1351), it
-//! drops a damaged tail silently and panics on a damaged body. Hence: each value has its own checksum, the digest of the
-//! whole state is stored with the applied index in the same transaction, opening happens under `catch_unwind`, and any
-//! doubt moves the folder aside; the state is then rebuilt from the snapshot file and the log.
+//! drops a damaged tail silently and panics on a damaged body. Hence: each flush is followed by a sync of sled's files and
+//! folder, each value has its own checksum, the digest of the whole state is stored with the applied index in the same
+//! transaction, opening happens under `catch_unwind`, and any doubt moves the folder aside; the state is then rebuilt from
+//! the snapshot file and the log.
 
-use super::{Membership, Rows, StoreError, caught, io};
+use super::{Membership, Rows, StoreError, caught, io, sync_dir};
 use ambit_state::TableWrite;
 use serde::{Deserialize, Serialize};
 use sled::transaction::{TransactionError, Transactional, TransactionalTree};
@@ -64,6 +65,7 @@ pub struct Tables {
 }
 
 struct Open {
+    dir: PathBuf,
     db: sled::Db,
     meta: sled::Tree,
     rows: sled::Tree,
@@ -72,7 +74,7 @@ struct Open {
     /// Rows in all blocks, overridden ones included.
     stored: usize,
     /// A flush on its way, on a thread of its own: Raft does not wait for it.
-    flushing: Option<JoinHandle<sled::Result<usize>>>,
+    flushing: Option<JoinHandle<Result<(), StoreError>>>,
 }
 
 impl Tables {
@@ -215,7 +217,8 @@ impl Open {
             .map_err(failed("opening tables"))?;
         let meta = db.open_tree(META).map_err(failed("opening tables"))?;
         let rows = db.open_tree(ROWS).map_err(failed("opening tables"))?;
-        Ok(Self { db, meta, rows, next: 0, stored: 0, flushing: None })
+        dir.parent().map(sync_dir).transpose()?;
+        Ok(Self { dir: dir.to_owned(), db, meta, rows, next: 0, stored: 0, flushing: None })
     }
 
     /// All blocks in their order, the later ones over the earlier.
@@ -287,8 +290,12 @@ impl Open {
             return Ok(());
         }
         self.flushed()?;
-        let db = self.db.clone();
-        let spawned = std::thread::Builder::new().name("tables-flush".into()).spawn(move || db.flush());
+        let (db, dir) = (self.db.clone(), self.dir.clone());
+        let flush = move || {
+            db.flush().map_err(|e| StoreError::Tables { what: "flushing tables", source: Box::new(e) })?;
+            sync_files(&dir)
+        };
+        let spawned = std::thread::Builder::new().name("tables-flush".into()).spawn(flush);
         self.flushing = Some(spawned.map_err(|e| damaged(&e.to_string()))?);
         Ok(())
     }
@@ -303,8 +310,8 @@ impl Open {
     /// Waits for the flush on its way.
     fn flushed(&mut self) -> Result<(), StoreError> {
         match self.flushing.take().map(JoinHandle::join) {
-            None | Some(Ok(Ok(_))) => Ok(()),
-            Some(Ok(Err(e))) => Err(StoreError::Tables { what: "flushing tables", source: Box::new(e) }),
+            None => Ok(()),
+            Some(Ok(done)) => done,
             Some(Err(_)) => Err(damaged("a flush that panicked")),
         }
     }
@@ -316,6 +323,22 @@ impl Open {
         self.stored += block.len();
         Ok((key, seal(&key, &bytes)))
     }
+}
+
+/// What sled's own flush leaves to chance: a disk flush of every file, and of the names.
+fn sync_files(dir: &Path) -> Result<(), StoreError> {
+    for file in fs::read_dir(dir).map_err(io("listing tables", dir))? {
+        let path = file.map_err(io("listing tables", dir))?.path();
+        if path.is_dir() {
+            sync_files(&path)?;
+        } else if let Err(e) = fs::File::open(&path).and_then(|file| file.sync_all())
+            // sled replaces its smaller files by a rename.
+            && e.kind() != std::io::ErrorKind::NotFound
+        {
+            return Err(io("syncing tables", &path)(e));
+        }
+    }
+    sync_dir(dir)
 }
 
 fn damaged(found: &str) -> StoreError {
