@@ -82,7 +82,7 @@ impl Ledger {
     /// What a replica answers, if it does.
     async fn asked(&self, replica: usize) -> Option<BTreeSet<String>> {
         let mut client = EntryRegistryClient::new(self.cell.admin(replica).await.ok()?);
-        match client.list_entries(v1::ListEntriesRequest {}).await {
+        match client.list_entries(v1::ListEntriesRequest::default()).await {
             Ok(answer) => Some(answer.into_inner().entries.into_iter().map(|e| e.id).collect()),
             Err(status) => {
                 let refusal = from_status(&status);

@@ -2,7 +2,7 @@
 //! them and comes to the state that was recorded with them (rolling upgrade, N-1).
 //!
 //! A change of a format adds a folder, and keeps the former one until no supported release writes it:
-//! `cargo test -p ambit-tests --test formats -- --ignored --nocapture` writes that of this release.
+//! `AMBIT_WRITE_FORMATS=1 cargo test -p ambit-tests --test formats` writes that of this release.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test says that it failed by panicking")]
 
 use ambit_model::{ReplicaId, Stamp};
@@ -114,44 +114,56 @@ fn read_facts(folder: &Path) -> Facts {
     toml::from_str(&std::fs::read_to_string(folder.join("facts.toml")).unwrap()).unwrap()
 }
 
+/// This release opens what `release` holds, and comes to the state recorded with it.
+fn opens(release: &Path) {
+    let (facts, folder) = (read_facts(release), Folder::new().unwrap());
+    for (id, name, place) in [(1, "replica-1", &facts.last), (3, "replica-3", &facts.early)] {
+        let data = copied(&release.join(name), &folder, name);
+        assert_eq!(&survey(id, &data), place, "{name} of {}", release.display());
+    }
+    // A leader of that release and a follower of this one.
+    let mut follower = Replica::open(3, &folder.path("replica-3"));
+    for frame in read_frames(&release.join("frames")) {
+        follower.take(frame);
+        let answers = follower.work(1);
+        assert!(answers.iter().all(|answer| answer.from == 3));
+    }
+    assert_eq!(follower.place(), facts.caught_up, "{}", release.display());
+    // A follower of that release and a leader of this one.
+    let forwarded = std::fs::read(release.join("propose")).unwrap();
+    let forwarded = v1::ProposeRequest::decode(forwarded.as_slice()).unwrap();
+    assert_eq!(forwarded.commands.len(), facts.proposed);
+    for command in forwarded.commands {
+        LogEntry::decode(&command).unwrap();
+    }
+}
+
 #[test]
 fn what_former_releases_wrote_is_opened_and_is_the_same_state() {
     let releases: Vec<_> = std::fs::read_dir(formats()).unwrap().map(|release| release.unwrap().path()).collect();
     assert!(releases.iter().any(|release| release.ends_with(THIS)), "no bytes of release {THIS}");
-    for release in releases {
-        let (facts, folder) = (read_facts(&release), Folder::new().unwrap());
-        for (id, name, place) in [(1, "replica-1", &facts.last), (3, "replica-3", &facts.early)] {
-            let data = copied(&release.join(name), &folder, name);
-            assert_eq!(&survey(id, &data), place, "{name} of {}", release.display());
-        }
-        // A leader of that release and a follower of this one.
-        let mut follower = Replica::open(3, &folder.path("replica-3"));
-        for frame in read_frames(&release.join("frames")) {
-            follower.take(frame);
-            let answers = follower.work(1);
-            assert!(answers.iter().all(|answer| answer.from == 3));
-        }
-        assert_eq!(follower.place(), facts.caught_up, "{}", release.display());
-        // A follower of that release and a leader of this one.
-        let forwarded = std::fs::read(release.join("propose")).unwrap();
-        let forwarded = v1::ProposeRequest::decode(forwarded.as_slice()).unwrap();
-        assert_eq!(forwarded.commands.len(), facts.proposed);
-        for command in forwarded.commands {
-            LogEntry::decode(&command).unwrap();
-        }
-    }
+    releases.iter().for_each(|release| opens(release));
 }
 
-/// Writes the folder of this release, by real replicas of a real cell with a real TPM.
+/// What real replicas of a real cell with a real TPM write now can be read later; where it is asked for, it becomes the
+/// folder of this release.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "writes tests/formats"]
-async fn write_this_releases_formats() {
-    let release = formats().join(THIS);
+async fn what_this_release_writes_can_be_kept() {
+    let folder = Folder::new().unwrap();
+    let release = match std::env::var_os("AMBIT_WRITE_FORMATS") {
+        Some(_) => formats().join(THIS),
+        None => folder.path(THIS),
+    };
     // In a checkout of an unreleased version it may be written again.
     let _ = std::fs::remove_dir_all(&release);
     std::fs::create_dir_all(&release).unwrap();
+    write(&release).await;
+    opens(&release);
+}
+
+async fn write(release: &Path) {
     let folder = Folder::new().unwrap();
-    live(&release).await;
+    live(release).await;
     let mut facts = Facts {
         last: survey(1, &copied(&release.join("replica-1"), &folder, "last")),
         early: survey(3, &copied(&release.join("replica-3"), &folder, "early")),
