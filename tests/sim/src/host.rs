@@ -122,6 +122,10 @@ impl Process {
         self.published.status.borrow().clone()
     }
 
+    pub(crate) fn current_term(&self) -> u64 {
+        self.published.status.borrow().term
+    }
+
     pub(crate) fn leads(&self) -> bool {
         self.published.status.borrow().role == Role::Leader
     }

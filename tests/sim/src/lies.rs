@@ -20,8 +20,8 @@ pub(crate) struct Liar {
     keys: Vec<Rc<RecordKey>>,
     /// Of the same names as the cells, certified by roots of the liar.
     forged: Vec<Rc<Card>>,
-    /// An earlier answer on each link.
-    heard: BTreeMap<Link, Answer>,
+    /// The first answer on each link to who stood where it stands now, and the one before.
+    heard: BTreeMap<Link, (u64, Answer, Option<Answer>)>,
     /// Cells that began anew, and the sequence that told of it.
     begun: BTreeMap<usize, u64>,
 }
@@ -46,10 +46,12 @@ impl Liar {
         Ok(Liar { dice, keys, forged, heard: BTreeMap::new(), begun: BTreeMap::new() })
     }
 
-    /// Now and then an answer is kept, to be told again later.
+    /// Answers are kept, to be told again: best to an asker that still stands where it stood.
     pub(crate) fn remember(&mut self, link: Link, answer: &Answer) {
-        if self.dice.below(4) == 0 || !self.heard.contains_key(&link) {
-            self.heard.insert(link, answer.clone());
+        let Some(after) = head_of(answer).and_then(|head| after(&head, answer)) else { return };
+        if self.heard.get(&link).is_none_or(|(known, _, _)| *known != after) {
+            let before = self.heard.remove(&link).map(|(_, first, _)| first);
+            self.heard.insert(link, (after, answer.clone(), before));
         }
     }
 
@@ -65,8 +67,8 @@ impl Liar {
     }
 
     fn tell(&mut self, kind: Lie, link: Link, truth: &Answer) -> Option<Answer> {
-        let head: Head = postcard::from_bytes(&truth.head).ok()?;
-        let after = head.seq.checked_sub(truth.records.len() as u64)?;
+        let head = head_of(truth)?;
+        let after = after(&head, truth)?;
         let mut told = truth.clone();
         let records = told.records.len() as u64;
         match kind {
@@ -97,15 +99,22 @@ impl Liar {
             Lie::Withheld if records > 0 => drop(told.records.remove(self.dice.below(records) as usize)),
             Lie::Disordered if records > 1 => told.records.swap(0, self.dice.between(1, records) as usize),
             Lie::Withheld | Lie::Disordered => return None,
-            Lie::Replayed => told = self.heard.get(&link)?.clone(),
+            Lie::Replayed => {
+                let (_, first, before) = self.heard.get(&link)?;
+                told = if first == truth { before.clone()? } else { first.clone() };
+            }
             Lie::Misplaced => {
                 let other = self.heard.iter().find(|((from, _), _)| *from != link.0);
-                told = other.map(|(_, answer)| answer.clone())?;
+                told = other.map(|(_, (_, answer, _))| answer.clone())?;
             }
             // A replica of the lost incarnation that was left running: who knows of the new one must not hear it.
             Lie::Lost => {
-                self.begun.get(&link.0).filter(|begun| records == 0 && after >= **begun)?;
-                sign(&mut told, &Head { epoch: head.epoch.checked_sub(1)?, ..head }, self.keys.get(link.0)?)?;
+                self.begun.get(&link.0).filter(|begun| after >= **begun)?;
+                let first = truth.records.first().and_then(|bytes| postcard::from_bytes::<Record>(bytes).ok());
+                let hash = first.map_or(head.hash, |record| record.prev_hash);
+                told.records.clear();
+                let stale = Head { epoch: head.epoch.checked_sub(1)?, seq: after, hash, ..head };
+                sign(&mut told, &stale, self.keys.get(link.0)?)?;
             }
             Lie::RolledBack | Lie::Equivocated => {
                 let back = u64::from(kind == Lie::RolledBack);
@@ -117,6 +126,15 @@ impl Liar {
         }
         Some(told)
     }
+}
+
+fn head_of(answer: &Answer) -> Option<Head> {
+    postcard::from_bytes(&answer.head).ok()
+}
+
+/// Where the asker stood.
+fn after(head: &Head, answer: &Answer) -> Option<u64> {
+    head.seq.checked_sub(answer.records.len() as u64)
 }
 
 fn sign(answer: &mut Answer, head: &Head, key: &RecordKey) -> Option<()> {

@@ -99,8 +99,16 @@ fn main() -> ExitCode {
             return ExitCode::from(1);
         }
     };
+    hunt(&simulator, &wanted)
+}
+
+/// Runs of a kind, by their number of cells: how many, and how long they had a core.
+type Speed = BTreeMap<usize, (u64, Duration)>;
+
+/// Seed after seed; with a fault planted, until it is found.
+fn hunt(simulator: &Simulator, wanted: &Wanted) -> ExitCode {
     let (mut counts, mut failures) = (Counts::default(), Vec::<Failure>::new());
-    let (mut digest, mut speed) = (String::new(), BTreeMap::<usize, (u64, Duration)>::new());
+    let (mut digest, mut speed) = (String::new(), Speed::new());
     for seed in wanted.from..wanted.from + wanted.seeds {
         let began = on_core();
         match simulator.run(seed, wanted.seconds, wanted.replay) {
@@ -122,21 +130,26 @@ fn main() -> ExitCode {
             }
         }
     }
-    let (judged, not_yet) = Simulator::scope();
-    println!("{counts}");
-    println!("judged: {judged}; {not_yet}");
-    for (cells, (seeds, took)) in &speed {
-        let each = *seeds as f64 / took.as_secs_f64().max(0.001);
-        let what = if *cells == 1 { "one cell" } else { "three cells" };
-        println!("{what}: {seeds} seeds of {} s, {each:.0} a second of one core", wanted.seconds);
-    }
-    println!("digest {}", digest.get(..16).unwrap_or("none"));
+    summary(&counts, &speed, &digest, wanted.seconds);
     if wanted.mutant.is_some() {
         println!("not caught in {} seeds", wanted.seeds);
         return ExitCode::from(1);
     }
     println!("{} seeds, {} violations", wanted.seeds, failures.len());
     if failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(1) }
+}
+
+fn summary(counts: &Counts, speed: &Speed, digest: &str, seconds: u64) {
+    let (judged, not_yet) = Simulator::scope();
+    println!("{counts}");
+    println!("judged: {judged}");
+    println!("{not_yet}");
+    for (cells, (seeds, took)) in speed {
+        let each = *seeds as f64 / took.as_secs_f64().max(0.001);
+        let what = if *cells == 1 { "one cell" } else { "three cells" };
+        println!("{what}: {seeds} seeds of {seconds} s, {each:.0} a second of one core");
+    }
+    println!("digest {}", digest.get(..16).unwrap_or("none"));
 }
 
 /// Time that this thread had a core, as Linux counts it: what others do on the machine does not make a seed slower.

@@ -1,6 +1,7 @@
 //! What a seed means: the options of a run, printed where it fails.
 
 use crate::dice::Dice;
+use ambitd::replica::pull;
 use std::fmt;
 
 /// Virtual microseconds.
@@ -86,7 +87,7 @@ impl Between {
             restart_every: sometimes(d, 400, 1_000, 4_000),
             anew_at: sometimes(d, 350, 800, 4_000),
             lies_per_mille: if d.per_mille(600) { d.between(20, 500) } else { 0 },
-            pull_limit: if narrow { d.between(1, 8) as u32 } else { 500 },
+            pull_limit: if narrow { d.between(1, 8) as u32 } else { pull::LIMIT },
         }
     }
 }

@@ -91,6 +91,17 @@ pub struct Counts {
     lies: u64,
 }
 
+impl Counts {
+    /// Batches that one cell took from another.
+    pub fn imports(&self) -> u64 {
+        self.imports
+    }
+    /// Answers to pulls that were not what the origin said.
+    pub fn lies(&self) -> u64 {
+        self.lies
+    }
+}
+
 impl fmt::Display for Counts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(

@@ -120,10 +120,10 @@ impl World {
             }
         }
         process.seen = applied;
-        let status = process.status();
-        let is_new = std::mem::replace(&mut process.term, status.term) != status.term;
+        let (term, leads) = (process.current_term(), process.leads());
+        let is_new = std::mem::replace(&mut process.term, term) != term;
         let digest = process.shared.state.read().map(|state| state.digest()).unwrap_or_default();
-        let leads_in = process.leads().then_some(status.term);
+        let leads_in = leads.then_some(term);
         if let Some(term) = leads_in
             && term > self.terms
         {

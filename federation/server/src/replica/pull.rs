@@ -64,7 +64,7 @@ impl Batch {
     }
     /// What the importer commits; none where there is nothing new.
     pub fn into_import(self) -> Option<Command> {
-        (!self.records.is_empty()).then(|| Command::Import(self.head, self.records))
+        (!self.records.is_empty()).then_some(Command::Import(self.head, self.records))
     }
 }
 
@@ -206,7 +206,7 @@ impl Page {
         let cell = state.cell().ok_or_else(|| Refusal::new(Code::Unavailable, "a founded cell", "an empty one"))?;
         let batch: Vec<&Record> = state.records_after(after).take(limit as usize).collect();
         let (seq, hash) = batch.last().map_or((cell.export_seq, cell.export_hash), |r| (r.seq, r.hash()));
-        let records = batch.into_iter().map(|record| encode(record)).collect::<Result<_, _>>()?;
+        let records = batch.into_iter().map(encode).collect::<Result<_, _>>()?;
         let head =
             Head { origin: cell.trust_domain.clone(), epoch: cell.epoch, seq, hash, stamp: state.stamp(), nonce };
         Ok(Page { head, records, key_set: state.key_set().cloned().unwrap_or_default() })
