@@ -36,14 +36,14 @@ pub(crate) struct Load {
     cell: TrustDomain,
     machines: Vec<Machine>,
     made: u64,
-    /// Of the last admission: an attacker tries it again.
-    nonce: [u8; 32],
+    /// Of the last admission, as one ticket sealed them: an attacker tries them again.
+    ticket: ([u8; 32], Stamp),
 }
 
 impl Load {
     pub(crate) fn new(seat: &Seat) -> Load {
         let machines = (1..=NODES).map(|n| Machine { id: node(seat.number, n), clock: 0 }).collect();
-        Load { cell: seat.name.clone(), machines, made: 0, nonce: [7; 32] }
+        Load { cell: seat.name.clone(), machines, made: 0, ticket: ([7; 32], Stamp(0)) }
     }
 
     /// The founding, and what operators set up before anything else.
@@ -117,13 +117,13 @@ impl Load {
         let Some(machine) = self.machines.get_mut(at) else { return Ok(Command::Tick) };
         machine.clock += 1;
         if dice.below(5) != 0 {
-            self.nonce = dice.bytes();
+            self.ticket = (dice.bytes(), state.stamp().plus_ms(TICKET_MS));
         }
         Ok(Command::AdmitNode(Admission {
             node: machine.id,
             cluster: cluster(&self.cell)?,
-            nonce: self.nonce,
-            deadline: state.stamp().plus_ms(TICKET_MS),
+            nonce: self.ticket.0,
+            deadline: self.ticket.1,
             join_token: None,
             endorsement_revision: endorsements,
             policy_revision: policies,

@@ -385,7 +385,7 @@ impl World {
 
     fn ended(mut self) -> Tally {
         self.tally.acknowledged = self.history.acknowledged;
-        self.tally.entries = self.history.end();
+        self.tally.entries = self.history.entries;
         self.tally.trail = self.history.trail();
         self.tally
     }

@@ -39,6 +39,8 @@ pub(crate) struct History {
     news: Option<Vec<News>>,
     exported: u64,
     trail: Sha256,
+    /// Entries applied.
+    pub(crate) entries: u64,
     /// Leaves that were permitted.
     pub(crate) leaves: u64,
     leaders: BTreeMap<u64, u64>,
@@ -63,6 +65,7 @@ impl History {
             news: has_peers.then(Vec::new),
             exported: 0,
             trail: Sha256::new(),
+            entries: 0,
             leaves: 0,
             leaders: BTreeMap::new(),
             acknowledged: 0,
@@ -130,6 +133,7 @@ impl History {
             }
         }
         drop(self.state.take_writes());
+        self.entries += 1;
         self.places.push(Place { term, command, digest: self.state.digest() });
         Ok(())
     }
