@@ -172,7 +172,8 @@ impl Ask {
         #[cfg(ambit_mutant)]
         let leads_to_head = leads_to_head || ambit_state::mutant::is("import-unchained");
         #[cfg(ambit_mutant)]
-        let leads_to_head = leads_to_head || ambit_state::mutant::is("equivocation-heard");
+        let leads_to_head =
+            leads_to_head || (head.seq == self.known.seq && ambit_state::mutant::is("equivocation-heard"));
         if !leads_to_head {
             return Err(broken("records that lead to the signed head", format!("sequence {seq}, head {}", head.seq)));
         }
