@@ -63,6 +63,11 @@ impl Clocks {
         all
     }
 
+    /// Whether enough voters' clocks are known, our own among them, that a wrong one cannot be alone.
+    pub(super) fn is_majority(&self, me: u64, voters: &BTreeSet<u64>, now: Now) -> bool {
+        self.offsets(me, voters, now).len() * 2 > voters.len()
+    }
+
     /// The median of the voters' clocks; of an even number the lower, since a stamp that lags is made good later and one
     /// that leads never.
     pub(super) fn median(&self, me: u64, voters: &BTreeSet<u64>, now: Now) -> Stamp {
@@ -166,6 +171,23 @@ mod tests {
             let median = clocks.median(1, &voters, set);
             assert!(median.0.abs_diff(now.wall.0 + 100) <= 5, "{median:?}");
             assert!(clocks.successor(1, &voters, median, set).is_some());
+        }
+    }
+
+    /// Found by the simulator: elected by one that was then taken out, a leader of two had heard no clock but its own.
+    #[test]
+    fn of_two_voters_one_clock_is_not_enough() {
+        let now = Now { boot: Instant::now(), wall: Stamp(1_795_000_000_000) };
+        for (others, voters, enough) in [
+            (&[(9, 0)][..], &[1, 2][..], false),
+            (&[(2, 0)], &[1, 2], true),
+            (&[], &[1], true),
+            (&[], &[1, 2, 3], false),
+            (&[(2, 0)], &[1, 2, 3], true),
+            (&[(2, 0)], &[1, 2, 3, 4, 5], false),
+        ] {
+            let voters = voters.iter().copied().collect();
+            assert_eq!(heard(others, now).is_majority(1, &voters, now), enough, "{others:?} of {voters:?}");
         }
     }
 
