@@ -32,7 +32,7 @@ usage: cargo xtask <verb>
                         kill each process of a lab in turn; or N kills of replicas and other faults at random, every
                         history checked; last line: N lost, N duplicated, N non-linearizable
   vm                    a node as a machine of its own, with Secure Boot, a TPM driver and IMA (root; QEMU; 2 minutes)
-  sim --seeds N | --seed S | --mutants   one cell of the real code under simulated faults (--from S, --seconds T); replay one
+  sim --seeds N | --seed S | --mutants   cells of the real code under simulated faults (--from S, --seconds T); replay one
                         seed with a trace; find planted faults. Last line: N seeds, M violations (N mutants, M caught)
   bench memory          resident memory of idle release processes; last line: N figures, M met
   bench revoke          from a ban to the other cluster's kernel, 50 times; last line: N figures, M met

@@ -4,7 +4,7 @@
 use std::sync::OnceLock;
 
 /// Name, and the wrong done.
-pub const ALL: [(&str, &str); 13] = [
+pub const ALL: [(&str, &str); 22] = [
     ("ack-before-sync", "a follower acknowledges entries before they are on disk"),
     ("hard-state-unsynced", "term and vote are written without a sync"),
     ("read-without-quorum", "a read is answered from what is applied here, unconfirmed"),
@@ -18,6 +18,15 @@ pub const ALL: [(&str, &str); 13] = [
     ("stamp-of-own-wall", "a leader stamps with its own wall clock"),
     ("removed-leader-leads", "a leader that was taken out leads on"),
     ("outage-counts", "time without a leader counts against nodes"),
+    ("import-unsigned", "records are imported whoever signed their head"),
+    ("key-set-uncertified", "record keys are believed whoever certified them"),
+    ("import-unchained", "records are imported that do not lead to the signed head"),
+    ("pull-nonce-unchecked", "an answer to an earlier pull is believed"),
+    ("equivocation-heard", "another history up to what was imported is believed"),
+    ("lost-incarnation-heard", "a cell that began anew is heard through its lost incarnation"),
+    ("begun-anew-trusts", "a cell that began anew issues to nodes before a verdict of its own"),
+    ("import-goes-back", "an import that overlaps another sets the position to its own end"),
+    ("full-batch-heard", "what is known of a peer counts as new though there was more than fits one pull"),
 ];
 
 static PLANTED: OnceLock<String> = OnceLock::new();

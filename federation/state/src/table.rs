@@ -76,10 +76,17 @@ pub(crate) struct Table<K, V> {
     rows: BTreeMap<K, Box<(V, Share)>>,
 }
 
+/// Most rows fit: a vector that grows byte by byte is moved half a dozen times on the way.
+const ROW_BYTES: usize = 256;
+
 /// Model types always encode: integers, strings and collections of known length.
 #[allow(clippy::panic, reason = "an encoder that fails is a defect; the replica must stop, not keep an empty row")]
 fn encode<T: Serialize>(value: &T) -> Vec<u8> {
-    postcard::to_stdvec(value).unwrap_or_else(|e| panic!("state row does not encode: {e}"))
+    let room = Vec::with_capacity(ROW_BYTES);
+    let mut bytes = postcard::to_extend(value, room).unwrap_or_else(|e| panic!("state row does not encode: {e}"));
+    // Writes wait in memory for a block's worth of others.
+    bytes.shrink_to_fit();
+    bytes
 }
 
 impl<K: Ord + Clone + Serialize + DeserializeOwned, V: Serialize + DeserializeOwned> Table<K, V> {

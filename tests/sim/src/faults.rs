@@ -2,8 +2,9 @@
 
 use crate::host::Condition;
 use crate::oracle::Violation;
-use crate::plan::{MS, Micros, Plan, SECOND};
-use crate::world::{Event, World};
+use crate::plan::{MS, Micros, Plan, SECOND, YEAR_MS};
+use crate::queue::Event;
+use crate::world::World;
 use ambit_model::ReplicaId;
 use ambitd::raft::core::Input;
 use ambitd::raft::engine::Request;
@@ -30,6 +31,8 @@ pub(crate) enum Kind {
     Ruin,
     /// Two campaign at once.
     Rivals,
+    /// The one clock that is wrong is set to another time.
+    Jump,
     /// This one, which has just voted or heard of a new term, dies and is back at once: its vote must be there again.
     Voter(u64),
     /// This one is told that the other is dead, rightly or not.
@@ -44,8 +47,8 @@ pub(crate) fn stamps_lead_max_ms(plan: &Plan) -> u64 {
 
 impl World {
     pub(crate) fn schedule_faults(&mut self) {
-        for kind in [Kind::Partition, Kind::Crash, Kind::Pause, Kind::Disk, Kind::Transfer, Kind::Member, Kind::Rivals]
-        {
+        use Kind::*;
+        for kind in [Partition, Crash, Pause, Disk, Transfer, Member, Rivals, Jump] {
             self.schedule(kind);
         }
         if self.plan.ruin {
@@ -63,6 +66,7 @@ impl World {
             Kind::Transfer => self.plan.transfer_every,
             Kind::Member => self.plan.member_every,
             Kind::Rivals => self.plan.rivals_every,
+            Kind::Jump => self.plan.jump_every,
             Kind::Ruin | Kind::Voter(_) | Kind::Rumour(..) => 0,
         };
         if every > 0 {
@@ -107,6 +111,7 @@ impl World {
                     self.give(one, Request::Core(Input::Campaign));
                 }
             }
+            Kind::Jump => self.jump(),
             Kind::Voter(id) => {
                 if self.hosts.get(&id).is_some_and(|host| host.condition == Condition::Up) {
                     let back = self.now + self.dice.between(MS, 40 * MS);
@@ -140,12 +145,27 @@ impl World {
         self.at(until, Event::Mend);
     }
 
+    fn jump(&mut self) {
+        let off = match self.dice.below(5) {
+            0 => 0,
+            1 => YEAR_MS,
+            2 => -YEAR_MS,
+            _ => self.dice.between(0, 20_000) as i64 - 10_000,
+        };
+        let Some(host) = self.wrong_clock.and_then(|id| self.hosts.get_mut(&id)) else { return };
+        host.clock.off_ms = off;
+        self.say(|| format!("the clock of replica {:?} is set to {off:+} ms", self.wrong_clock));
+    }
+
     fn arm(&mut self) {
-        let fault = match self.dice.below(7) {
+        let fault = match self.dice.below(12) {
             0..=2 => Fault::DieBefore,
             3..=4 => Fault::DieAfter,
             5 => Fault::SyncError,
-            _ => Fault::Full,
+            6 => Fault::Full,
+            7 => Fault::LostRename,
+            8..=9 => Fault::Torn { sector: 512, kept: self.dice.next() | self.dice.next() },
+            _ => Fault::Torn { sector: 4_096, kept: self.dice.next() | self.dice.next() },
         };
         let one = self.one_up();
         if let Some(host) = one.and_then(|id| self.hosts.get(&id)) {
@@ -183,19 +203,32 @@ impl World {
 
     /// One of three may lose its disk, or what was synced to it: it must never vote again under its number (I14).
     fn ruin(&mut self) {
+        // Of two or one, none can be spared.
+        if self.leader().is_none_or(|status| status.voters.len() < 3) {
+            return;
+        }
         let Some(id) = self.one_up() else { return };
         self.crash(id);
         let Some(host) = self.hosts.get_mut(&id) else { return };
-        host.condition = Condition::Ruined;
         self.tally.ruined += 1;
-        let how = if self.dice.below(2) == 0 {
-            host.disk.lose();
-            "lost"
-        } else {
-            host.disk.damage(Part::Log);
-            "damaged"
+        let how = match self.dice.below(3) {
+            0 => {
+                host.condition = Condition::Ruined;
+                host.disk.lose();
+                "is lost"
+            }
+            1 => {
+                host.condition = Condition::Ruined;
+                host.disk.damage(Part::Log);
+                "has bit flips in its log"
+            }
+            _ => {
+                // Its rows may stand in; if they are gone too, it must refuse.
+                host.may_refuse = host.disk.damage(Part::Snapshot);
+                "has bit flips in its snapshot"
+            }
         };
-        self.say(|| format!("the disk of replica {id} is {how}"));
+        self.say(|| format!("the disk of replica {id} {how}"));
     }
 
     /// An operator's next step: promote who joined, add where one lacks, take out who is ruined or simply another.

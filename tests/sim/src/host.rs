@@ -1,6 +1,7 @@
 //! A machine with one replica: its clocks, its disk, its process when it runs, and who waits there.
 
 use crate::client::OpId;
+use crate::peering::Peers;
 use crate::plan::{MS, Micros, SECOND};
 use ambit_model::{ReplicaId, Stamp};
 use ambit_state::LogEntry;
@@ -44,6 +45,8 @@ pub(crate) struct Host {
     pub(crate) paused_until: Micros,
     /// When it runs next; events set for another time are void.
     pub(crate) run_at: Option<Micros>,
+    /// Part of its disk is damaged that it may do without, or not.
+    pub(crate) may_refuse: bool,
     pub(crate) clock: Clock,
 }
 
@@ -85,6 +88,7 @@ pub(crate) struct Process {
     pub(crate) proposals: Vec<Proposal>,
     pub(crate) reads: Vec<Reading>,
     pub(crate) forwarded: Vec<Forwarded>,
+    pub(crate) peers: Peers,
     /// Applied entries that the oracle has seen.
     pub(crate) seen: u64,
     /// The term that it was in when it was looked at.
@@ -108,6 +112,7 @@ impl Process {
             proposals: Vec::new(),
             reads: Vec::new(),
             forwarded: Vec::new(),
+            peers: Peers::default(),
             seen,
             term: 0,
         })
@@ -117,12 +122,21 @@ impl Process {
         self.published.status.borrow().clone()
     }
 
+    pub(crate) fn current_term(&self) -> u64 {
+        self.published.status.borrow().term
+    }
+
     pub(crate) fn leads(&self) -> bool {
         self.published.status.borrow().role == Role::Leader
     }
 
     pub(crate) fn applied(&self) -> u64 {
         *self.published.applied.borrow()
+    }
+
+    /// Requests whose callers wait here.
+    pub(crate) fn waiting(&self) -> Vec<OpId> {
+        self.proposals.iter().map(|p| p.op).chain(self.reads.iter().map(|r| r.op)).collect()
     }
 
     /// False where the queue is full (I17).

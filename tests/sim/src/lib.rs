@@ -4,16 +4,25 @@
 //! A seed is a run: the same to the last event, on any machine. It runs no socket, no thread and no real clock.
 #![forbid(unsafe_code)]
 
+mod card;
 mod client;
 mod dice;
 mod faults;
+mod federation;
 mod host;
+mod lies;
 mod load;
 mod network;
 mod oracle;
+mod peering;
 mod plan;
+mod queue;
+mod recovery;
+mod requests;
 mod run;
+mod tally;
 mod template;
+mod turn;
 mod world;
 
 pub use run::{Counts, Failure, Outcome, Simulator};

@@ -1,12 +1,16 @@
 //! What clients ask for: this product's own commands, as its services would make them from what a replica shows.
 
+use crate::card::Card;
 use crate::dice::Dice;
+use crate::template::Seat;
 use ambit_model::appraisal::PcrBank;
 use ambit_model::policy::{Action, Peers, Policy};
-use ambit_model::{ClusterId, Entry, Generation, NodeId, ObjectName, Refusal, Revision, Selector, Stamp, SvidTtl};
+use ambit_model::{
+    ClusterId, Entry, Generation, NodeId, ObjectName, Refusal, Revision, Selector, Stamp, SvidTtl, TrustDomain,
+};
 use ambit_state::command::{Admission, LeafRequest, RoundVerdict, Seen};
 use ambit_state::objects::{
-    AkFacts, BootPcrs, CellRow, Counters, EkFacts, ImaPoint, KeySetRow, Member, NodeState, PolicyRef,
+    AkFacts, BootPcrs, CellRow, Counters, EkFacts, ImaPoint, Member, NodeState, PeerRow, PolicyRef,
 };
 use ambit_state::{Command, NodeVerb, Nodes, State};
 
@@ -17,7 +21,8 @@ const POLICIES: u64 = 3;
 const AUTHORITY: &str = "a1";
 /// As the server's tickets.
 const TICKET_MS: u64 = 60_000;
-const CELL: &str = "west";
+/// Numbers of a cell's machines begin here, times the cell's number.
+const MACHINES: u8 = 16;
 
 /// A machine as it knows itself: its counters never go back.
 #[derive(Clone, Copy, Debug)]
@@ -28,23 +33,30 @@ struct Machine {
 
 #[derive(Clone, Debug)]
 pub(crate) struct Load {
+    cell: TrustDomain,
     machines: Vec<Machine>,
     made: u64,
-    /// Of the last admission: an attacker tries it again.
-    nonce: [u8; 32],
+    /// Of the last admission, as one ticket sealed them: an attacker tries them again.
+    ticket: ([u8; 32], Stamp),
 }
 
 impl Load {
-    pub(crate) fn new() -> Load {
-        Load { machines: (1..=NODES).map(|n| Machine { id: node(n), clock: 0 }).collect(), made: 0, nonce: [7; 32] }
+    pub(crate) fn new(seat: &Seat) -> Load {
+        let machines = (1..=NODES).map(|n| Machine { id: node(seat.number, n), clock: 0 }).collect();
+        Load { cell: seat.name.clone(), machines, made: 0, ticket: ([7; 32], Stamp(0)) }
     }
 
     /// The founding, and what operators set up before anything else.
-    pub(crate) fn setup() -> Result<Vec<Command>, Refusal> {
+    pub(crate) fn setup(
+        seat: &Seat,
+        card: Option<&Card>,
+        peers: Vec<(TrustDomain, PeerRow)>,
+    ) -> Result<Vec<Command>, Refusal> {
+        let cell = &seat.name;
         let row = CellRow {
-            trust_domain: CELL.parse()?,
+            trust_domain: cell.clone(),
             epoch: 1,
-            root_der: CELL.as_bytes().to_vec(),
+            root_der: card.map_or_else(|| cell.as_str().as_bytes().to_vec(), |card| card.root_der.clone()),
             root_form: "file".into(),
             bundle_sequence: (1 << 40) | 1,
             next_identity: 256,
@@ -54,46 +66,41 @@ impl Load {
             export_seq: 0,
             export_hash: [0; 32],
         };
-        let member = Member {
-            address: "127.0.0.1:1".into(),
-            authority: AUTHORITY.into(),
-            // No run outlasts it, with whatever clock.
-            authority_not_after: Stamp(u64::MAX / 2),
-            wrap_key: Vec::new(),
-            record_key: [1; 32],
-        };
-        Ok(vec![
-            Command::FoundCell(row, 1, member, KeySetRow::default()),
-            Command::RegisterCluster(cluster()?, Vec::new(), 10_000),
-            Command::AllowEk(cluster()?, (1..=NODES).map(node).collect()),
-            Command::CreateEntries(vec![entry("db")?, entry("web")?]),
-        ])
+        let member = member(card.map_or([1; 32], |card| card.key.public()));
+        let key_set = card.map(|card| card.key_set.clone()).unwrap_or_default();
+        let mut all = vec![
+            Command::FoundCell(row, 1, member, key_set),
+            Command::RegisterCluster(cluster(cell)?, Vec::new(), 10_000),
+            Command::AllowEk(cluster(cell)?, (1..=NODES).map(|n| node(seat.number, n)).collect()),
+            Command::CreateEntries(vec![entry(cell, "db")?, entry(cell, "web")?]),
+        ];
+        for (peer, row) in peers {
+            let fingerprint = row.fingerprint;
+            all.extend([Command::PutPeer(peer.clone(), row, None), Command::ApprovePeer(peer, fingerprint)]);
+        }
+        Ok(all)
     }
 
     /// The next wish, seen from a replica's own state.
     pub(crate) fn command(&mut self, dice: &mut Dice, state: &State) -> Result<Command, Refusal> {
         self.made += 1;
         let at = usize::try_from(dice.below(self.machines.len() as u64)).unwrap_or(0);
-        let known = self.machines.get(at).and_then(|m| state.node(&m.id)).map(|row| (row.generation, row.state));
+        let Some(id) = self.machines.get(at).map(|m| m.id) else { return Ok(Command::Tick) };
+        let known = state.node(&id).map(|row| (row.generation, row.state));
         Ok(match dice.below(20) {
-            0..=3 => Command::CreateEntries(vec![entry(&format!("e{}", self.made))?]),
+            0..=3 => Command::CreateEntries(vec![entry(&self.cell, &format!("e{}", self.made))?]),
             4 => Command::DeleteEntries(vec![format!("e{}", dice.below(self.made + 1)).parse()?]),
             5..=8 => match known {
                 Some((_, NodeState::Admitted)) if dice.below(3) != 0 => self.round(at, state),
                 _ => self.admission(at, dice, state)?,
             },
-            9..=13 => Command::Issue {
-                node: node(at as u8 + 1),
-                generation: known.map_or(Generation(1), |(generation, _)| generation),
-                authority: AUTHORITY.into(),
-                leaves: vec![LeafRequest { entry: "db".parse()?, key_hash: dice.bytes() }],
-            },
-            14..=15 => Command::SetNodes(verb(dice, known), Nodes::Ids(vec![node(at as u8 + 1)])),
+            9..=13 => issue(id, known.map_or(Generation(1), |(generation, _)| generation), dice)?,
+            14..=15 => Command::SetNodes(verb(dice, known), Nodes::Ids(vec![id])),
             _ => {
                 let name: ObjectName = format!("p{}", dice.below(POLICIES)).parse()?;
                 let policy = Policy {
                     name,
-                    target: Peers::Id(format!("spiffe://{CELL}/db").parse()?),
+                    target: Peers::Id(format!("spiffe://{}/db", self.cell).parse()?),
                     action: Action::Allow,
                     from: vec![Peers::Domain("east".parse()?)],
                     ports: vec![(self.made % 60_000) as u16 + 1],
@@ -110,13 +117,13 @@ impl Load {
         let Some(machine) = self.machines.get_mut(at) else { return Ok(Command::Tick) };
         machine.clock += 1;
         if dice.below(5) != 0 {
-            self.nonce = dice.bytes();
+            self.ticket = (dice.bytes(), state.stamp().plus_ms(TICKET_MS));
         }
         Ok(Command::AdmitNode(Admission {
             node: machine.id,
-            cluster: cluster()?,
-            nonce: self.nonce,
-            deadline: state.stamp().plus_ms(TICKET_MS),
+            cluster: cluster(&self.cell)?,
+            nonce: self.ticket.0,
+            deadline: self.ticket.1,
             join_token: None,
             endorsement_revision: endorsements,
             policy_revision: policies,
@@ -127,6 +134,19 @@ impl Load {
             authority: AUTHORITY.into(),
             claims: "{}".into(),
         }))
+    }
+
+    /// The next step of an operator and a machine who want a leaf, whatever was before.
+    pub(crate) fn towards_leaf(&mut self, dice: &mut Dice, state: &State) -> Result<Command, Refusal> {
+        let Some(id) = self.machines.first().map(|m| m.id) else { return Ok(Command::Tick) };
+        let verb = |verb| Command::SetNodes(verb, Nodes::Ids(vec![id]));
+        Ok(match state.node(&id).map(|row| (row.generation, row.state)) {
+            Some((_, NodeState::Banned)) => verb(NodeVerb::Unban),
+            Some((_, NodeState::Quarantined | NodeState::Untrusted(_))) => verb(NodeVerb::Release),
+            Some((_, NodeState::Admitted)) if state.is_late(&id) => self.round(0, state),
+            Some((generation, NodeState::Admitted)) => issue(id, generation, dice)?,
+            Some((_, NodeState::Evicted | NodeState::Released)) | None => self.admission(0, dice, state)?,
+        })
     }
 
     /// A good verdict of a round.
@@ -154,19 +174,37 @@ fn verb(dice: &mut Dice, known: Option<(Generation, NodeState)>) -> NodeVerb {
     }
 }
 
-fn cluster() -> Result<ClusterId, Refusal> {
-    CELL.parse()
+/// A replica's row.
+pub(crate) fn member(record_key: [u8; 32]) -> Member {
+    Member {
+        address: "127.0.0.1:1".into(),
+        authority: AUTHORITY.into(),
+        // No run outlasts it, with whatever clock.
+        authority_not_after: Stamp(u64::MAX / 2),
+        wrap_key: Vec::new(),
+        record_key,
+    }
 }
 
-fn node(n: u8) -> NodeId {
-    NodeId([n; 32])
+fn issue(node: NodeId, generation: Generation, dice: &mut Dice) -> Result<Command, Refusal> {
+    let leaves = vec![LeafRequest { entry: "db".parse()?, key_hash: dice.bytes() }];
+    Ok(Command::Issue { node, generation, authority: AUTHORITY.into(), leaves })
 }
 
-fn entry(id: &str) -> Result<Entry, Refusal> {
+/// A cell of one cluster, of the same name.
+fn cluster(cell: &TrustDomain) -> Result<ClusterId, Refusal> {
+    cell.as_str().parse()
+}
+
+fn node(cell: u8, n: u8) -> NodeId {
+    NodeId([cell.saturating_mul(MACHINES) + n; 32])
+}
+
+fn entry(cell: &TrustDomain, id: &str) -> Result<Entry, Refusal> {
     Ok(Entry {
         id: id.parse()?,
-        spiffe_id: format!("spiffe://{CELL}/{id}").parse()?,
-        cluster: cluster()?,
+        spiffe_id: format!("spiffe://{cell}/{id}").parse()?,
+        cluster: cluster(cell)?,
         nodes: Default::default(),
         selectors: [Selector::UnixUid(1000)].into(),
         ttl: SvidTtl::DEFAULT,

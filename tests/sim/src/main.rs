@@ -1,8 +1,13 @@
 //! `ambit-sim`: seeds in, violations out. `cargo xtask sim` builds and runs it.
 
 use ambit_sim::{Counts, Failure, Simulator};
+use std::collections::BTreeMap;
 use std::process::ExitCode;
-use std::time::Instant;
+use std::time::Duration;
+
+/// As in `ambitd`: replicas allocate much.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 /// What is wanted.
 struct Wanted {
@@ -94,11 +99,22 @@ fn main() -> ExitCode {
             return ExitCode::from(1);
         }
     };
-    let (began, mut counts, mut failures) = (Instant::now(), Counts::default(), Vec::<Failure>::new());
-    let mut digest = String::new();
+    hunt(&simulator, &wanted)
+}
+
+/// Runs of a kind, by their number of cells: how many, and how long they had a core.
+type Speed = BTreeMap<usize, (u64, Duration)>;
+
+/// Seed after seed; with a fault planted, until it is found.
+fn hunt(simulator: &Simulator, wanted: &Wanted) -> ExitCode {
+    let (mut counts, mut failures) = (Counts::default(), Vec::<Failure>::new());
+    let (mut digest, mut speed) = (String::new(), Speed::new());
     for seed in wanted.from..wanted.from + wanted.seeds {
+        let began = on_core();
         match simulator.run(seed, wanted.seconds, wanted.replay) {
             Ok(outcome) => {
+                let (seeds, took) = speed.entry(outcome.cells()).or_default();
+                (*seeds, *took) = (*seeds + 1, *took + on_core().saturating_sub(began));
                 outcome.add_to(&mut counts);
                 digest = chain(&digest, &outcome.digest());
             }
@@ -114,22 +130,32 @@ fn main() -> ExitCode {
             }
         }
     }
-    let seconds = began.elapsed().as_secs_f64();
-    let (judged, not_yet) = Simulator::scope();
-    println!("{counts}");
-    println!("judged: {judged}; {not_yet}");
-    let each = wanted.seeds as f64 / seconds.max(0.001);
-    println!(
-        "{each:.0} seeds of {} s a second on one core; digest {}",
-        wanted.seconds,
-        digest.get(..16).unwrap_or("none")
-    );
+    summary(&counts, &speed, &digest, wanted.seconds);
     if wanted.mutant.is_some() {
         println!("not caught in {} seeds", wanted.seeds);
         return ExitCode::from(1);
     }
     println!("{} seeds, {} violations", wanted.seeds, failures.len());
     if failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(1) }
+}
+
+fn summary(counts: &Counts, speed: &Speed, digest: &str, seconds: u64) {
+    let (judged, not_yet) = Simulator::scope();
+    println!("{counts}");
+    println!("judged: {judged}");
+    println!("{not_yet}");
+    for (cells, (seeds, took)) in speed {
+        let each = *seeds as f64 / took.as_secs_f64().max(0.001);
+        let what = if *cells == 1 { "one cell" } else { "three cells" };
+        println!("{what}: {seeds} seeds of {seconds} s, {each:.0} a second of one core");
+    }
+    println!("digest {}", digest.get(..16).unwrap_or("none"));
+}
+
+/// Time that this thread had a core, as Linux counts it: what others do on the machine does not make a seed slower.
+fn on_core() -> Duration {
+    let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
+    Duration::from_nanos(text.split(' ').next().and_then(|n| n.parse().ok()).unwrap_or(0))
 }
 
 /// One digest for all runs, in order.

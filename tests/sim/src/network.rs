@@ -14,6 +14,8 @@ pub(crate) struct Network {
     delay_max: Micros,
     /// From, to: nothing passes.
     cut: BTreeSet<(u64, u64)>,
+    /// From, to, and how much longer it takes.
+    slow: Option<((u64, u64), Micros)>,
     quiet: bool,
 }
 
@@ -25,6 +27,7 @@ impl Network {
             duplicate_per_mille: plan.duplicate_per_mille,
             delay_max: plan.delay_max,
             cut: BTreeSet::new(),
+            slow: None,
             quiet: false,
         }
     }
@@ -36,7 +39,8 @@ impl Network {
         }
         let copies = if !self.quiet && self.dice.per_mille(self.duplicate_per_mille) { 2 } else { 1 };
         let longest = if self.quiet { DELAY_MIN * 4 } else { self.delay_max };
-        (0..copies).map(|_| at + self.dice.between(DELAY_MIN, longest.max(DELAY_MIN + 1))).collect()
+        let slow = self.slow.filter(|(link, _)| *link == (from, to)).map_or(0, |(_, longer)| longer);
+        (0..copies).map(|_| at + slow + self.dice.between(DELAY_MIN, longest.max(DELAY_MIN + 1))).collect()
     }
 
     /// Cuts the members apart in one of the ways that networks fail.
@@ -66,6 +70,14 @@ impl Network {
         }
     }
 
+    /// One link is slow, one way.
+    pub(crate) fn slow_down(&mut self, members: &[u64], longer: Micros) {
+        let from = self.dice.pick(members).copied();
+        let others: Vec<u64> = members.iter().copied().filter(|m| Some(*m) != from).collect();
+        let link = from.zip(self.dice.pick(&others).copied());
+        self.slow = link.filter(|_| longer > 0).map(|link| (link, longer));
+    }
+
     pub(crate) fn mend(&mut self) {
         self.cut.clear();
     }
@@ -73,6 +85,7 @@ impl Network {
     /// From here on nothing is lost, doubled or late.
     pub(crate) fn calm(&mut self) {
         self.mend();
+        self.slow = None;
         self.quiet = true;
     }
 }

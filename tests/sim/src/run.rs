@@ -1,14 +1,26 @@
 //! Runs of seeds: a phase of faults, then a healed quorum that must make progress, then what must be true in the end.
 
+use crate::federation::Federation;
 use crate::host::Condition;
 use crate::oracle::{JUDGED, NOT_YET, Violation};
 use crate::plan::{MS, Micros, Plan, SECOND};
+use crate::queue::Event;
+use crate::tally::Tally;
 use crate::template::Template;
-use crate::world::{Event, Tally, World};
+use crate::world::World;
+use ambit_model::{Refusal, Stamp};
+use ambit_state::{Command, LogEntry, State};
+use ambitd::raft::engine::Request;
 use std::fmt;
+use std::sync::PoisonError;
+
+/// Of a run of several.
+const CELLS: [&str; 3] = ["west", "east", "core"];
 
 /// A healed quorum acknowledges a write, and all of it agree, within this.
 const PROGRESS_MAX: Micros = 12 * SECOND;
+/// All cells hold the same of each within this: a pull that is lost is given up after 4 s.
+const TOGETHER_MAX: Micros = 12 * SECOND;
 /// Without a quorum: longer than a node may be late (15 min), so that only the leaderless time that is not counted saves it.
 const OUTAGE: Micros = 1_000 * SECOND;
 /// Honest nodes attest again within this.
@@ -16,13 +28,15 @@ const ATTEST_AGAIN: Micros = 30 * SECOND;
 
 /// Makes runs.
 pub struct Simulator {
-    template: Template,
+    alone: Template,
+    peered: Vec<Template>,
 }
 
 /// How a run ended well.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Outcome {
     tally: Tally,
+    cells: usize,
 }
 
 impl Outcome {
@@ -31,6 +45,10 @@ impl Outcome {
         use sha2::Digest;
         let all = format!("{:?}", self.tally);
         hex::encode(sha2::Sha256::digest(all.as_bytes()))
+    }
+    /// Cells in the run.
+    pub fn cells(&self) -> usize {
+        self.cells
     }
     /// Adds up.
     pub fn add_to(&self, sum: &mut Counts) {
@@ -46,6 +64,9 @@ impl Outcome {
             (&mut sum.ruined, t.ruined),
             (&mut sum.replaced, t.replaced),
             (&mut sum.elections, t.elections),
+            (&mut sum.pulls, t.pulls),
+            (&mut sum.imports, t.imports),
+            (&mut sum.lies, t.lies),
         ] {
             *slot += more;
         }
@@ -65,6 +86,20 @@ pub struct Counts {
     ruined: u64,
     replaced: u64,
     elections: u64,
+    pulls: u64,
+    imports: u64,
+    lies: u64,
+}
+
+impl Counts {
+    /// Batches that one cell took from another.
+    pub fn imports(&self) -> u64 {
+        self.imports
+    }
+    /// Answers to pulls that were not what the origin said.
+    pub fn lies(&self) -> u64 {
+        self.lies
+    }
 }
 
 impl fmt::Display for Counts {
@@ -72,7 +107,7 @@ impl fmt::Display for Counts {
         write!(
             f,
             "{} entries, {} acknowledged writes, {} linearizable reads; {} elections, {} crashes, {} partitions, {} pauses, \
-             {} disk faults, {} disks ruined, {} replicas replaced",
+             {} disk faults, {} disks ruined, {} replicas replaced; between cells {} pulls, {} imports, {} lies told",
             self.entries,
             self.acknowledged,
             self.reads,
@@ -82,7 +117,10 @@ impl fmt::Display for Counts {
             self.pauses,
             self.disk_faults,
             self.ruined,
-            self.replaced
+            self.replaced,
+            self.pulls,
+            self.imports,
+            self.lies
         )
     }
 }
@@ -101,9 +139,11 @@ pub struct Failure {
 }
 
 impl Simulator {
-    /// Sets a cell up once.
+    /// Sets the cells up once.
     pub fn new() -> Result<Simulator, String> {
-        Template::make().map(|template| Simulator { template }).map_err(|v| v.to_string())
+        let alone = Template::alone().map_err(|v| v.to_string())?;
+        let peered = Template::peered(&CELLS).map_err(|v| v.to_string())?;
+        Ok(Simulator { alone, peered })
     }
 
     /// What is judged, and what is not yet.
@@ -113,41 +153,124 @@ impl Simulator {
 
     /// One run; with a trace, printed as it happens.
     pub fn run(&self, seed: u64, seconds: u64, trace: bool) -> Result<Outcome, Failure> {
-        let plan = Plan::of(seed, seconds * SECOND);
-        let text = plan.to_string();
+        let length = seconds * SECOND;
+        let plans: Vec<Plan> = if Plan::is_of_several(seed) {
+            (0..CELLS.len() as u64).map(|n| Plan::of_cell(seed, n, length)).collect()
+        } else {
+            vec![Plan::of(seed, length)]
+        };
+        let text = told(&plans);
         if trace {
             println!("seed {seed}: {text}");
         }
-        let failed =
-            |v: Violation| Failure { seed, violation: v.to_string(), invariant: v.invariant, plan: text.clone() };
+        let (cells, failed) = (plans.len(), |v: Violation| Failure {
+            seed,
+            violation: v.to_string(),
+            invariant: v.invariant,
+            plan: text.clone(),
+        });
         // Where production aborts, so does the replica here: raft-rs panics when what it was told cannot be.
-        let went = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.go(plan, trace)));
+        let went = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.go(plans, length, trace)));
         let went = went.unwrap_or_else(|panic| Err(Violation::of("raft", panic_text(panic.as_ref()))));
-        went.map(|tally| Outcome { tally }).map_err(failed)
+        went.map(|tally| Outcome { tally, cells }).map_err(failed)
     }
 
-    fn go(&self, plan: Plan, trace: bool) -> Result<Tally, Violation> {
-        let (length, outage) = (plan.length, plan.outage);
-        let mut world = World::new(plan, &self.template, trace)?;
-        if outage {
-            world.run_until(length / 2)?;
-            world.lose_quorum(OUTAGE)?;
+    fn go(&self, mut plans: Vec<Plan>, length: Micros, trace: bool) -> Result<Tally, Violation> {
+        if plans.len() > 1 {
+            return several(Federation::new(plans, &self.peered, trace)?, length);
         }
-        let end = world.now + length;
-        while world.now < end {
-            world.run_until((world.now + 200 * MS).min(end))?;
-            world.retire();
-        }
-        world.heal()?;
-        if outage {
-            world.attest_until(world.now + ATTEST_AGAIN)?;
-            world.history.nobody_is_out()?;
-        }
-        world.tally.acknowledged = world.history.acknowledged;
-        world.tally.entries = world.history.end();
-        world.tally.digest = world.history.state().digest();
-        Ok(world.tally)
+        let plan = plans.pop().ok_or_else(|| Violation::of("sim", "no plan"))?;
+        one(World::new(plan, &self.alone, trace)?, length)
     }
+}
+
+fn told(plans: &[Plan]) -> String {
+    let between = plans.first().and_then(|plan| plan.between.as_ref()).map(ToString::to_string);
+    between.into_iter().chain(plans.iter().map(ToString::to_string)).collect::<Vec<_>>().join("\n  ")
+}
+
+/// A cell alone.
+fn one(mut world: World, length: Micros) -> Result<Tally, Violation> {
+    let outage = world.plan.outage;
+    if outage {
+        world.run_until(length / 2)?;
+        world.lose_quorum(OUTAGE)?;
+    }
+    let end = world.now + length;
+    while world.now < end {
+        world.run_until((world.now + 200 * MS).min(end))?;
+        world.retire();
+    }
+    world.heal()?;
+    if outage {
+        world.attest_until(world.now + ATTEST_AGAIN)?;
+        world.history.nobody_is_out()?;
+    }
+    Ok(world.ended())
+}
+
+/// Cells that import from each other.
+fn several(mut all: Federation, length: Micros) -> Result<Tally, Violation> {
+    let end = all.now + length;
+    while all.now < end {
+        all.run_until((all.now + 200 * MS).min(end))?;
+        all.worlds.iter_mut().for_each(World::retire);
+    }
+    alone_each(&mut all)?;
+    together(&mut all)?;
+    let mut sum = Tally::default();
+    for world in all.worlds {
+        sum.add(&world.ended());
+    }
+    Ok(sum)
+}
+
+/// I11, first half: each cell is whole and hears no other; it acknowledges writes and issues all the same.
+fn alone_each(all: &mut Federation) -> Result<(), Violation> {
+    all.isolate(true);
+    all.worlds.iter_mut().for_each(World::calm_down);
+    let reached = |world: &World| (world.history.newest_acknowledged, world.history.leaves);
+    let before: Vec<(u64, u64)> = all.worlds.iter().map(reached).collect();
+    let stands = |world: &World, (written, leaves): (u64, u64)| {
+        world.agreed() && reached(world).0 > written && reached(world).1 > leaves
+    };
+    let until = all.now + PROGRESS_MAX;
+    while all.now < until {
+        for n in 0..all.worlds.len() {
+            all.in_cell(n, World::want_leaf)?;
+        }
+        all.run_until(all.now + 100 * MS)?;
+        if all.worlds.iter().zip(&before).all(|(world, before)| stands(world, *before)) {
+            return Ok(());
+        }
+    }
+    let stuck: Vec<String> = all
+        .worlds
+        .iter()
+        .zip(&before)
+        .filter(|(w, before)| !stands(w, **before))
+        .map(|(w, before)| {
+            format!("{} (writes and leaves {:?}, before {before:?}; {})", w.cell, reached(w), w.standing())
+        })
+        .collect();
+    let found = format!("cut from all others, no progress in {} s: {}", PROGRESS_MAX / SECOND, stuck.join("; "));
+    Err(Violation::of("I11", found))
+}
+
+/// I11, second half: cells hear each other again; once nobody writes any more, all hold the same of each.
+fn together(all: &mut Federation) -> Result<(), Violation> {
+    all.isolate(false);
+    all.worlds.iter_mut().for_each(|world| world.quiet = true);
+    let until = all.now + TOGETHER_MAX;
+    let mut differs = String::new();
+    while all.now < until {
+        all.run_until(all.now + 100 * MS)?;
+        match all.agreed() {
+            Ok(()) => return Ok(()),
+            Err(why) => differs = why,
+        }
+    }
+    Err(Violation::of("I11", format!("{} s after healing: {differs}", TOGETHER_MAX / SECOND)))
 }
 
 fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
@@ -163,16 +286,52 @@ impl World {
         let leader = self.leader().map(|status| status.id.0);
         let members: Vec<u64> = self.hosts.values().filter(|h| h.condition == Condition::Up).map(|h| h.id).collect();
         let gone: Vec<u64> = members.into_iter().filter(|id| Some(*id) != leader).take(2).collect();
-        self.say(|| format!("replicas {gone:?} are gone for {} s", length / SECOND));
-        let until = self.now + length;
+        let (until, asleep) = (self.now + length, self.dice.below(2) == 0);
+        self.say(|| format!("replicas {gone:?} are gone for {} s, asleep: {asleep}", length / SECOND));
         for id in gone {
-            self.crash_for(id, until);
+            match self.hosts.get_mut(&id) {
+                // Longer than any ticket lives.
+                Some(host) if asleep => host.paused_until = until,
+                _ => self.crash_for(id, until),
+            }
         }
         self.run_until(until)
     }
 
+    /// Every admitted node's round is judged once a second, through the leader, as its verdict queue hands them in.
+    fn attest_until(&mut self, end: Micros) -> Result<(), Violation> {
+        while self.now < end {
+            for at in 0..usize::from(crate::load::NODES) {
+                self.through_leader(|world, state| Ok(world.load.round(at, state)))?;
+            }
+            self.run_until((self.now + SECOND).min(end))?;
+        }
+        Ok(())
+    }
+
+    /// An operator and a machine go on until there is a leaf.
+    fn want_leaf(&mut self) -> Result<(), Violation> {
+        self.through_leader(|world, state| world.load.towards_leaf(&mut world.dice, state))
+    }
+
+    /// A command made of what the leader shows, if there is one; nobody waits for its outcome.
+    fn through_leader(
+        &mut self,
+        command: impl FnOnce(&mut World, &State) -> Result<Command, Refusal>,
+    ) -> Result<(), Violation> {
+        let Some(leader) = self.leader().map(|status| status.id.0) else { return Ok(()) };
+        let process = self.hosts.get(&leader).and_then(|host| host.process.as_ref());
+        let Some(shared) = process.map(|process| process.shared.clone()) else { return Ok(()) };
+        let state = shared.state.read().unwrap_or_else(PoisonError::into_inner);
+        let command = command(self, &state).map_err(|r| Violation::of("sim", r.to_string()))?;
+        drop(state);
+        let entry = LogEntry { stamp: Stamp(0), client: [0; 32], request: [0; 16], command };
+        self.give(leader, Request::Propose(Box::new(entry), tokio::sync::oneshot::channel().0));
+        Ok(())
+    }
+
     /// Faults end; a quorum of voters is whole, the rest stays as it is.
-    fn heal(&mut self) -> Result<(), Violation> {
+    fn calm_down(&mut self) {
         self.calm = true;
         self.network.calm();
         self.say(|| "faults are over".into());
@@ -190,6 +349,11 @@ impl World {
                 }
             }
         }
+    }
+
+    /// A healed cell acknowledges writes again, and its voters agree.
+    fn heal(&mut self) -> Result<(), Violation> {
+        self.calm_down();
         let (began, before) = (self.now, self.history.newest_acknowledged);
         while self.now < began + PROGRESS_MAX {
             self.run_until(self.now + 100 * MS)?;
@@ -197,12 +361,15 @@ impl World {
                 return Ok(());
             }
         }
+        let found = format!("no progress in {} s after healing: {}", PROGRESS_MAX / SECOND, self.standing());
+        Err(Violation::of("L1", found))
+    }
+
+    fn standing(&self) -> String {
         let leader = self.leader().map(|status| status.id.0);
         let at: Vec<(u64, u64)> =
             self.hosts.values().filter_map(|h| Some((h.id, h.process.as_ref()?.applied()))).collect();
-        let found =
-            format!("no progress in {} s after healing: leader {leader:?}, applied {at:?}", PROGRESS_MAX / SECOND);
-        Err(Violation::of("L1", found))
+        format!("leader {leader:?}, applied {at:?}")
     }
 
     /// Every voter that runs is near the end of the history.
@@ -214,5 +381,12 @@ impl World {
             process.is_none_or(|p| p.applied() + 50 >= end)
         };
         status.voters.iter().all(|voter| near(voter.0))
+    }
+
+    fn ended(mut self) -> Tally {
+        self.tally.acknowledged = self.history.acknowledged;
+        self.tally.entries = self.history.entries;
+        self.tally.trail = self.history.trail();
+        self.tally
     }
 }

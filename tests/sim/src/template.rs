@@ -1,17 +1,21 @@
 //! A cell of three as operators set it up, made once by the real code; every run begins with copies of its disks.
 
+use crate::card::Card;
 use crate::host::{Clock, Process, TICK};
 use crate::load::Load;
 use crate::oracle::Violation;
 use crate::plan::{MS, Micros};
-use ambit_model::{ReplicaId, Stamp};
+use ambit_identity::RecordKey;
+use ambit_model::{Refusal, ReplicaId, Stamp, TrustDomain};
 use ambit_state::LogEntry;
+use ambit_state::objects::PeerRow;
 use ambitd::raft::engine::Request;
 use ambitd::raft::{found_on, prepare_join_on};
 use ambitd::store::Change;
 use ambitd::store::model::ModelDisk;
 use bytes::Bytes;
 use std::collections::BTreeMap;
+use std::rc::Rc;
 use std::time::Instant;
 
 /// Replicas of the cell.
@@ -21,7 +25,20 @@ const SETUP_MAX: Micros = 60_000 * MS;
 /// No snapshot but the joiners', so that every entry can be read at the end.
 const SNAPSHOTS: (u64, u64) = (1_000_000, 1_000_000);
 
+/// Which cell it is.
+#[derive(Clone, Debug)]
+pub(crate) struct Seat {
+    pub(crate) name: TrustDomain,
+    /// Counts the cells of a run: machines of two cells are never the same.
+    pub(crate) number: u8,
+}
+
 pub(crate) struct Template {
+    pub(crate) seat: Seat,
+    /// With which its replicas sign what peers pull; none where the cell has no peers.
+    pub(crate) record_key: Option<Rc<RecordKey>>,
+    /// What a forger shows in this cell's name.
+    pub(crate) forged: Option<Rc<Card>>,
     pub(crate) disks: Vec<(u64, ModelDisk)>,
     /// Index, term and command of every entry after the founding.
     pub(crate) entries: Vec<(u64, u64, Option<Bytes>)>,
@@ -34,7 +51,26 @@ struct Setup {
 }
 
 impl Template {
-    pub(crate) fn make() -> Result<Template, Violation> {
+    /// A cell alone.
+    pub(crate) fn alone() -> Result<Template, Violation> {
+        let name = "west".parse().map_err(|r: Refusal| Violation::of("set-up", r.to_string()))?;
+        Template::make(Seat { name, number: 0 }, None, Vec::new())
+    }
+
+    /// Cells that know each other.
+    pub(crate) fn peered(names: &[&str]) -> Result<Vec<Template>, Violation> {
+        let wrong = |r: Refusal| Violation::of("set-up", r.to_string());
+        let cards: Vec<Card> = names.iter().map(|name| Card::make(name)).collect::<Result<_, _>>().map_err(wrong)?;
+        let each = cards.iter().enumerate().map(|(n, card)| {
+            let others = cards.iter().enumerate().filter(|(other, _)| *other != n);
+            let peers = others.map(|(_, card)| (card.name.clone(), card.row())).collect();
+            let seat = Seat { name: card.name.clone(), number: u8::try_from(n).unwrap_or(u8::MAX) };
+            Template::make(seat, Some(card), peers)
+        });
+        each.collect()
+    }
+
+    fn make(seat: Seat, card: Option<&Card>, peers: Vec<(TrustDomain, PeerRow)>) -> Result<Template, Violation> {
         let wrong = |what: String| Violation::of("set-up", what);
         let disks: Vec<(u64, ModelDisk)> = (1..=REPLICAS).map(|id| (id, ModelDisk::default())).collect();
         let mut setup = Setup { processes: BTreeMap::new(), clock: Clock::new(Instant::now()), now: 0 };
@@ -45,7 +81,7 @@ impl Template {
             setup.processes.insert(*id, process);
         }
         setup.until("the founder leads", |s| s.founder().is_some_and(Process::leads))?;
-        for (n, command) in Load::setup().map_err(|r| wrong(r.to_string()))?.into_iter().enumerate() {
+        for (n, command) in Load::setup(&seat, card, peers).map_err(|r| wrong(r.to_string()))?.into_iter().enumerate() {
             let before = setup.founder().map_or(0, Process::applied);
             let request = [u8::try_from(n + 1).unwrap_or(u8::MAX); 16];
             let entry = LogEntry { stamp: Stamp(0), client: [0xee; 32], request, command };
@@ -68,7 +104,9 @@ impl Template {
         for process in setup.processes.values_mut() {
             process.engine.close().map_err(|e| wrong(e.to_string()))?;
         }
-        Ok(Template { disks, entries })
+        let forged = card.map(|card| Card::make(card.name.as_str()).map(Rc::new)).transpose();
+        let forged = forged.map_err(|r| wrong(r.to_string()))?;
+        Ok(Template { seat, record_key: card.map(|card| card.key.clone()), forged, disks, entries })
     }
 }
 

@@ -63,7 +63,7 @@ const EDGES: &[(&str, &[&str])] = &[
         ],
     ),
     // The very engine and state machine of the server, under faults.
-    ("ambit-sim", &["ambit-model", "ambit-state", "ambitd"]),
+    ("ambit-sim", &["ambit-identity", "ambit-model", "ambit-state", "ambitd"]),
     ("xtask", &[]),
 ];
 

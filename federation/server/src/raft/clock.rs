@@ -26,31 +26,46 @@ const HEARD_MAX: Duration = Duration::from_secs(10);
 /// A leader whose clock is further off the voters' median hands over.
 const OFF_MAX_MS: i64 = 2_000;
 
-/// How far the other voters' clocks are from this one, as their frames say; the way here makes them look slow by its length.
+/// The other voters' clocks, as their frames say; the way here makes them look slow by its length. They are carried on by this
+/// machine's boot clock: its time of day may be set at any moment, and must not move what it heard of the others.
 #[derive(Default)]
 pub(super) struct Clocks {
     heard: BTreeMap<u64, Heard>,
 }
 
 struct Heard {
-    /// Theirs less ours, milliseconds.
-    offset: i64,
+    theirs: Stamp,
     at: Instant,
+}
+
+impl Heard {
+    fn age(&self, now: Now) -> Duration {
+        now.boot.saturating_duration_since(self.at)
+    }
+    /// Theirs less ours, milliseconds.
+    fn offset(&self, now: Now) -> i64 {
+        let theirs = i128::from(self.theirs.0) + i128::try_from(self.age(now).as_millis()).unwrap_or(0);
+        i64::try_from(theirs - i128::from(now.wall.0)).unwrap_or(i64::MAX)
+    }
 }
 
 impl Clocks {
     pub(super) fn hear(&mut self, from: u64, theirs: Stamp, now: Now) {
-        let offset = i64::try_from(i128::from(theirs.0) - i128::from(now.wall.0)).unwrap_or(i64::MAX);
-        self.heard.insert(from, Heard { offset, at: now.boot });
+        self.heard.insert(from, Heard { theirs, at: now.boot });
     }
 
     /// The offsets of the voters heard lately, our own among them, in order.
     fn offsets(&self, me: u64, voters: &BTreeSet<u64>, now: Now) -> Vec<(i64, u64)> {
-        let lately = |h: &Heard| now.boot.saturating_duration_since(h.at) <= HEARD_MAX;
+        let lately = |h: &Heard| h.age(now) <= HEARD_MAX;
         let others = self.heard.iter().filter(|(id, heard)| **id != me && voters.contains(id) && lately(heard));
-        let mut all: Vec<(i64, u64)> = others.map(|(id, heard)| (heard.offset, *id)).chain([(0, me)]).collect();
+        let mut all: Vec<(i64, u64)> = others.map(|(id, heard)| (heard.offset(now), *id)).chain([(0, me)]).collect();
         all.sort_unstable();
         all
+    }
+
+    /// Whether enough voters' clocks are known, our own among them, that a wrong one cannot be alone.
+    pub(super) fn is_majority(&self, me: u64, voters: &BTreeSet<u64>, now: Now) -> bool {
+        self.offsets(me, voters, now).len() * 2 > voters.len()
     }
 
     /// The median of the voters' clocks; of an even number the lower, since a stamp that lags is made good later and one
@@ -142,6 +157,38 @@ mod tests {
         assert_eq!(good.successor(1, &voters, now.wall.minus_ms(3_000), now), Some(2), "stamps that lag");
         let later = Now { boot: now.boot + HEARD_MAX * 2, ..now };
         assert_eq!(heard(&[(2, YEAR), (3, YEAR)], now).median(1, &voters, later), now.wall, "heard too long ago");
+    }
+
+    /// Found by the simulator: what was heard had been kept as a difference to the clock that was then set.
+    #[test]
+    fn a_clock_that_is_set_moves_nothing_either() {
+        const YEAR: u64 = 31_536_000_000;
+        let now = Now { boot: Instant::now(), wall: Stamp(1_795_000_000_000) };
+        let voters = BTreeSet::from([1, 2, 3]);
+        let clocks = heard(&[(2, 0), (3, 5)], now);
+        for wall in [now.wall.plus_ms(YEAR), now.wall.minus_ms(YEAR)] {
+            let set = Now { boot: now.boot + Duration::from_millis(100), wall };
+            let median = clocks.median(1, &voters, set);
+            assert!(median.0.abs_diff(now.wall.0 + 100) <= 5, "{median:?}");
+            assert!(clocks.successor(1, &voters, median, set).is_some());
+        }
+    }
+
+    /// Found by the simulator: elected by one that was then taken out, a leader of two had heard no clock but its own.
+    #[test]
+    fn of_two_voters_one_clock_is_not_enough() {
+        let now = Now { boot: Instant::now(), wall: Stamp(1_795_000_000_000) };
+        for (others, voters, enough) in [
+            (&[(9, 0)][..], &[1, 2][..], false),
+            (&[(2, 0)], &[1, 2], true),
+            (&[], &[1], true),
+            (&[], &[1, 2, 3], false),
+            (&[(2, 0)], &[1, 2, 3], true),
+            (&[(2, 0)], &[1, 2, 3, 4, 5], false),
+        ] {
+            let voters = voters.iter().copied().collect();
+            assert_eq!(heard(others, now).is_majority(1, &voters, now), enough, "{others:?} of {voters:?}");
+        }
     }
 
     #[test]

@@ -102,6 +102,8 @@ pub struct Engine<D: Disk> {
     applied: watch::Sender<u64>,
     clock: Option<TermClock>,
     clocks: Clocks,
+    /// As of the last look: this leader's term has its clock, or the clocks of a majority to begin it by.
+    may_stamp: bool,
     /// When the last stamp was applied here.
     stamped: Option<Instant>,
     /// When this leader's clock was last compared with the others'.
@@ -156,6 +158,7 @@ impl<D: Disk> Engine<D> {
             applied,
             clock: None,
             clocks: Clocks::default(),
+            may_stamp: false,
             stamped: None,
             compared: None,
             parked: VecDeque::new(),
@@ -191,7 +194,7 @@ impl<D: Disk> Engine<D> {
 
     /// Whether there is something to append at once: a leader that just caught up with its term has parked proposals.
     pub fn is_pressed(&self) -> bool {
-        !self.parked.is_empty() && self.core.leads()
+        !self.parked.is_empty() && self.may_append()
     }
 
     /// One tick of raft's clock passed.
@@ -242,13 +245,14 @@ impl<D: Disk> Engine<D> {
     }
 
     /// Appends with the leader's stamp. A new leader parks proposals until it has applied earlier terms, so that its
-    /// stamps continue theirs.
+    /// stamps continue theirs, and until it knows the clocks of a majority.
     fn propose(&mut self, mut entry: Box<LogEntry>, answer: oneshot::Sender<Result<u64, Rejected>>, now: Now) {
         if self.core.role() != StateRole::Leader {
             let _ = answer.send(Err(Rejected::NotLeader(self.core.leader())));
             return;
         }
-        if !self.core.leads() {
+        self.look_at_clocks(now);
+        if !self.may_append() {
             if self.parked.len() < PARKED_MAX {
                 self.parked.push_back((entry, answer));
             } else {
@@ -265,6 +269,18 @@ impl<D: Disk> Engine<D> {
             }
             Err(_) => drop(answer.send(Err(Rejected::Malformed))),
         }
+    }
+
+    /// Whether proposals are appended: earlier terms are applied, and there is a time to stamp them with.
+    fn may_append(&self) -> bool {
+        self.core.leads() && self.may_stamp
+    }
+
+    fn look_at_clocks(&mut self, now: Now) {
+        let term = self.core.term();
+        let begun = self.clock.as_ref().is_some_and(|clock| clock.term == term);
+        let voters = &self.machine.membership().voters;
+        self.may_stamp = begun || self.clocks.is_majority(self.options.id.0, voters, now);
     }
 
     /// Appends what was gathered: one message to each peer and one sync for all of it.
@@ -304,7 +320,8 @@ impl<D: Disk> Engine<D> {
 
     /// What is due by time rather than by a message.
     pub fn housekeeping(&mut self, now: Now) {
-        if !self.parked.is_empty() && (self.core.leads() || self.core.role() != StateRole::Leader) {
+        self.look_at_clocks(now);
+        if !self.parked.is_empty() && (self.may_append() || self.core.role() != StateRole::Leader) {
             for (entry, answer) in std::mem::take(&mut self.parked) {
                 self.propose(entry, answer, now);
             }
@@ -319,7 +336,7 @@ impl<D: Disk> Engine<D> {
     /// A leader whose clock is off the others' hands over.
     fn compare_clocks(&mut self, now: Now) {
         let recently = self.compared.is_some_and(|at| now.boot.saturating_duration_since(at) < COMPARE_EVERY);
-        if recently || !self.core.leads() {
+        if recently || !self.may_append() {
             return;
         }
         self.compared = Some(now.boot);

@@ -105,8 +105,8 @@ fn replay(log: &LogStore, whole: &mut Whole, last: u64) -> Result<(), StartError
 }
 
 /// Creates the store of a group of one voter, `id`, that begins with this state. Refuses an existing store.
-pub fn found_on(data_dir: &Path, id: ReplicaId, whole: &Whole) -> Result<(), StartError> {
-    Folder(data_dir.to_owned()).refuse_existing()?;
+pub fn found_on(disk: &impl Disk, id: ReplicaId, whole: &Whole) -> Result<(), StartError> {
+    disk.refuse_existing()?;
     let membership = Membership { version: whole.membership.version + 1, ..Membership::of_founder(id.0) };
     let header = Header {
         index: whole.state.applied().0,
@@ -116,9 +116,9 @@ pub fn found_on(data_dir: &Path, id: ReplicaId, whole: &Whole) -> Result<(), Sta
         chunks: 0,
     };
     let bytes = snapshot::encode(header, whole.state.export())?;
-    SnapshotDir::open(data_dir)?.write(&bytes)?;
+    disk.open_snapshots()?.write(&bytes)?;
     // The log's rename is the moment from which the store exists; it takes its beginning from the snapshot.
-    Ok(LogStore::create(data_dir, id.0)?)
+    Ok(disk.create_log(id.0)?)
 }
 
 /// Replaces the store in `data_dir` by one founded on `whole`, and keeps the old one in the folder it returns. It either
@@ -132,7 +132,7 @@ pub fn refound(data_dir: &Path, id: ReplicaId, whole: &Whole, aside: &str) -> Re
     if kept.exists() {
         return Err(StoreError::Exists(kept).into());
     }
-    found_on(&unfinished, id, whole)?;
+    found_on(&Folder(unfinished.clone()), id, whole)?;
     let name = unfinished.join("aside");
     fs::write(&name, aside).map_err(io("writing", &name))?;
     fs::File::open(&name).and_then(|f| f.sync_all()).map_err(io("syncing", &name))?;

@@ -100,7 +100,7 @@ async fn a_refounding_that_is_cut_off_anywhere_is_finished_and_never_mixed() {
         let mut whole = survey(&options).unwrap().whole;
         whole.state.skip(RaftIndex(1 << 40));
         // The moves of `finish`, as far as they got.
-        found_on(&dir.join(STAGE), options.id, &whole).unwrap();
+        found_on(&Folder(dir.join(STAGE)), options.id, &whole).unwrap();
         fs::write(dir.join(STAGE).join("aside"), "before").unwrap();
         fs::create_dir(dir.join("before")).unwrap();
         let out = PARTS.iter().map(|part| (dir.join(part), dir.join("before").join(part)));
@@ -125,7 +125,7 @@ async fn nothing_is_founded_on_a_store_and_no_old_store_is_overwritten() {
     written(&options, 2).await;
     let whole = survey(&options).unwrap().whole;
     let exists = |outcome: Result<(), StartError>| matches!(outcome, Err(StartError::Store(StoreError::Exists(_))));
-    assert!(exists(found_on(&options.data_dir, options.id, &whole)));
+    assert!(exists(found_on(&Folder(options.data_dir.clone()), options.id, &whole)));
     fs::create_dir(options.data_dir.join("before")).unwrap();
     assert!(exists(refound(&options.data_dir, options.id, &whole, "before").map(drop)));
     assert_eq!(reports(&options).await.0, 3);

@@ -9,6 +9,7 @@ pub mod files;
 pub mod found;
 pub mod peering;
 pub mod policies;
+pub mod pull;
 pub mod recover;
 pub mod restore;
 pub mod run;
@@ -27,7 +28,6 @@ use ambit_model::{Code, Refusal, Stamp, TrustDomain};
 use ambit_state::{Applied, Bundles, Command, State};
 use ambit_transport::Dialer;
 use sha2::{Digest, Sha256};
-use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::watch;
@@ -68,8 +68,8 @@ struct Inner {
     policies: policies::Policies,
     /// The cell's revision, once trust follows it: what streams wait for, instead of every entry applied.
     revision: watch::Sender<u64>,
-    /// When the last pull that succeeded was *sent*, by this replica's own clock (I12); known where pulling happens.
-    heard: Mutex<BTreeMap<TrustDomain, Instant>>,
+    /// How old what is known of each peer is; known where pulling happens.
+    heard: Mutex<pull::Heard>,
 }
 
 impl Replica {
@@ -143,14 +143,14 @@ impl Replica {
     pub fn background(&self, task: impl Future<Output = ()> + Send + 'static) {
         tokio::spawn(task);
     }
-    /// Notes a pull that succeeded, by when it was sent.
+    /// Notes a pull that brought all there was, by when it was sent.
     pub fn heard(&self, peer: &TrustDomain, sent: Instant) {
-        self.inner.heard.lock().unwrap_or_else(PoisonError::into_inner).insert(peer.clone(), sent);
+        self.inner.heard.lock().unwrap_or_else(PoisonError::into_inner).note(peer, sent);
     }
     /// Age of what is known of a peer, ms; none where this replica does not pull.
     pub fn age_ms(&self, peer: &TrustDomain) -> Option<u64> {
         let heard = self.inner.heard.lock().unwrap_or_else(PoisonError::into_inner);
-        heard.get(peer).map(|at| u64::try_from(at.elapsed().as_millis()).unwrap_or(u64::MAX))
+        heard.age(peer, Instant::now()).map(|age| u64::try_from(age.as_millis()).unwrap_or(u64::MAX))
     }
 
     /// Commits and applies a command of `client` under its own request id.

@@ -10,6 +10,7 @@ use super::found::{put_admin, start_failed};
 use super::wall_clock;
 use crate::config::Config;
 use crate::raft::rebase::found_on;
+use crate::store::Folder;
 use ambit_identity::wrap::WrapKey;
 use ambit_identity::{Csr, IssuingKey, KeySet, RecordKey, Root, SvidKey};
 use ambit_model::{Code, Refusal, ReplicaId, TrustDomain};
@@ -98,7 +99,7 @@ pub fn restore(config: &Config, r: &Restore<'_>) -> Result<Restored, Refusal> {
     let blobs = Blobs::open(config.data_dir.join("blobs"))?;
     backup.lists(|list| blobs.put(Keep::AllowList, &list).map(drop))?;
     put_admin(r.admin_out, config, r.trust_domain, &root, &issuer)?;
-    found_on(&config.data_dir, ReplicaId(r.replica), &backup.whole).map_err(start_failed)?;
+    found_on(&Folder(config.data_dir.clone()), ReplicaId(r.replica), &backup.whole).map_err(start_failed)?;
     let state = &backup.whole.state;
     let (epoch, given_up) =
         state.incarnations().next_back().map(|(e, row)| (e, row.given_up.clone())).unwrap_or_default();

@@ -11,7 +11,6 @@ use ambit_identity::{Csr, fingerprint};
 use ambit_model::{Code, Lifetime, Refusal, ReplicaId};
 use ambit_transport::{Dialer, Identity};
 use rustls::sign::CertifiedKey;
-use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, OnceLock};
 use tokio::net::TcpListener;
@@ -120,7 +119,7 @@ fn open(
         ticket_keys: super::ticket::OpenKeys::default(),
         policies: super::policies::Policies::default(),
         revision: watch::Sender::new(0),
-        heard: Mutex::new(BTreeMap::new()),
+        heard: Mutex::new(super::pull::Heard::default()),
     };
     Ok((Replica { inner: Arc::new(inner) }, tls))
 }

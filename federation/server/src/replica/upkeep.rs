@@ -1,14 +1,13 @@
 //! What a replica does unasked: trust follows the state, the leader ticks and pulls from peers, a joiner asks for its vote.
 
+use super::pull::{self, Answer, Ask};
 use super::{Replica, ticket, trust_of};
 use crate::raft::Role;
-use ambit_identity::KeySet;
 use ambit_identity::tls::Expect;
-use ambit_model::record::{Head, Record};
 use ambit_model::{Code, Refusal, ReplicaId, TrustDomain};
 use ambit_proto::status::from_status;
 use ambit_proto::v1;
-use ambit_state::objects::{PeerRow, PeerState};
+use ambit_state::objects::{KeySetRow, PeerState};
 use ambit_state::{Command, State};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -17,11 +16,6 @@ use tokio::task::{JoinHandle, JoinSet};
 
 /// Deadlines and retention run on committed ticks, one a second (design.md section 3).
 const TICK: Duration = Duration::from_secs(1);
-/// After a failed pull: long enough not to burn, short against the 10 s that make a peer degraded.
-const PULL_RETRY: Duration = Duration::from_millis(500);
-/// A pull waits up to 1 s for news at the far end; beyond this it is dead.
-const PULL_TIMEOUT: Duration = Duration::from_secs(4);
-const PULL_LIMIT: u32 = 500;
 /// A list that is missing here is missed by every judgement.
 const BLOB_CARE: Duration = Duration::from_secs(5);
 const PROMOTE_RETRY: Duration = Duration::from_millis(200);
@@ -171,9 +165,8 @@ async fn pull_one(replica: Replica, td: TrustDomain) {
         let Some(address) = peer.addresses.get(at % peer.addresses.len().max(1)).cloned() else { return };
         if let Err(refusal) = pull_while_well(&replica, &td, &address).await {
             tracing::debug!(peer = %td, %address, %refusal, "pull failed");
-            if matches!(refusal.code, Code::RecordChainBroken | Code::RecordEquivocation | Code::RecordSignature) {
+            if let Some(stop) = pull::stop(&td, &refusal) {
                 tracing::error!(peer = %td, %refusal, "import stopped: the peer's records do not hold");
-                let stop = Command::StopPeer(td.clone(), refusal.to_string());
                 if let Err(refusal) = replica.propose_own(stop).await {
                     tracing::warn!(%refusal, "stopping the import");
                 }
@@ -181,7 +174,7 @@ async fn pull_one(replica: Replica, td: TrustDomain) {
             }
         }
         at += 1;
-        tokio::time::sleep(PULL_RETRY).await;
+        tokio::time::sleep(pull::RETRY).await;
     }
 }
 
@@ -191,72 +184,30 @@ async fn pull_while_well(replica: &Replica, td: &TrustDomain, address: &str) -> 
     let mut link = v1::peer_link_client::PeerLinkClient::new(channel);
     loop {
         let Some(peer) = replica.local(|s| s.peer(td).cloned()) else { return Ok(()) };
-        let nonce: [u8; 16] = super::random()?;
+        let ask = Ask::new(td.clone(), peer, super::random()?, pull::LIMIT);
         let sent = Instant::now();
-        let request = v1::PullRequest { after_seq: peer.seq, nonce: nonce.to_vec(), limit: PULL_LIMIT };
-        let answer = tokio::time::timeout(PULL_TIMEOUT, link.pull(request))
+        let request = v1::PullRequest { after_seq: ask.after_seq(), nonce: ask.nonce().to_vec(), limit: ask.limit() };
+        let answer = tokio::time::timeout(pull::TIMEOUT, link.pull(request))
             .await
             .map_err(|_| Refusal::new(Code::Unavailable, "an answer from the peer", "silence"))?
             .map_err(|s| from_status(&s))?
             .into_inner();
-        let (head, records) = verify(td, &peer, answer, &nonce)?;
-        if !records.is_empty() {
-            replica.propose_own(Command::Import(head, records)).await?.outcome?;
+        let batch = ask.verify(&answer_of(answer))?;
+        let is_the_end = batch.is_the_end();
+        if let Some(import) = batch.into_import() {
+            replica.propose_own(import).await?.outcome?;
         }
-        replica.heard(td, sent);
+        if is_the_end {
+            replica.heard(td, sent);
+        }
     }
 }
 
-/// Signature before content: key set by the root, head by the key set, nonce by the head, records by their chain to it.
-fn verify(
-    td: &TrustDomain,
-    peer: &PeerRow,
-    answer: v1::PullResponse,
-    nonce: &[u8; 16],
-) -> Result<(Head, Vec<Record>), Refusal> {
-    let broken = |expected: &str, found: String| Refusal::new(Code::RecordChainBroken, expected, found);
-    let set = answer.key_set.ok_or_else(|| broken("a key set", "none".into()))?;
-    let keys = KeySet::verify(td, &peer.root_der, &set.statement, &set.signature)?;
-    let known = KeySet::verify(td, &peer.root_der, &peer.key_set.statement, &peer.key_set.signature)?;
-    if keys.seq() < known.seq() {
-        // A replica that lags, not a lie: another is asked.
-        return Err(Refusal::new(Code::Unavailable, "a key set no older than at registration", keys.seq().to_string()));
-    }
-    let head: Head = postcard::from_bytes(&answer.head).map_err(|e| broken("a head", e.to_string()))?;
-    keys.verify_head(&head, &answer.signature)?;
-    if head.origin != *td || head.nonce != *nonce {
-        return Err(Refusal::new(Code::RecordSignature, "the head of this pull", "another"));
-    }
-    if head.epoch < peer.epoch {
-        // The lost incarnation of a cell that began anew, or a replica of it that was left running: another is asked.
-        let expected = format!("a head of epoch {} or later", peer.epoch);
-        return Err(Refusal::new(Code::Unavailable, expected, head.epoch.to_string()));
-    }
-    if head.epoch > peer.epoch && head.seq < peer.seq && peer.epoch > 0 {
-        let found = format!("epoch {} from sequence {}: it began anew from an older backup", head.epoch, head.seq);
-        return Err(broken(&format!("sequence {} as imported", peer.seq), found));
-    }
-    if head.seq < peer.seq {
-        return Err(Refusal::new(Code::Unavailable, format!("a head at {} or later", peer.seq), head.seq.to_string()));
-    }
-    if head.seq == peer.seq && head.hash != peer.hash && peer.seq > 0 {
-        let found = format!("{} with another history", head.seq);
-        return Err(Refusal::new(Code::RecordEquivocation, format!("sequence {} as imported", peer.seq), found));
-    }
-    let mut records = Vec::with_capacity(answer.records.len());
-    let (mut seq, mut hash) = (peer.seq, peer.hash);
-    for bytes in &answer.records {
-        let record: Record = postcard::from_bytes(bytes).map_err(|e| broken("a record", e.to_string()))?;
-        if record.origin != *td || record.seq != seq + 1 || record.prev_hash != hash || record.seq > head.seq {
-            return Err(broken("the next record of the chain", format!("{}/{}", record.origin, record.seq)));
-        }
-        (seq, hash) = (record.seq, record.hash());
-        records.push(record);
-    }
-    if (seq, hash) != (head.seq, head.hash) && !(head.seq == 0 && seq == 0) {
-        return Err(broken("records that lead to the signed head", format!("sequence {seq}, head {}", head.seq)));
-    }
-    Ok((head, records))
+fn answer_of(answer: v1::PullResponse) -> Answer {
+    // A key set that is missing verifies as little as one of nothing.
+    let set = answer.key_set.unwrap_or_default();
+    let key_set = KeySetRow { statement: set.statement, signature: set.signature };
+    Answer { key_set, head: answer.head, signature: answer.signature, records: answer.records }
 }
 
 impl Replica {
@@ -267,63 +218,5 @@ impl Replica {
         let mut all = if replicated.is_empty() { self.inner.told.clone() } else { replicated };
         all.retain(|(id, _)| *id != self.id());
         all
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use ambit_identity::{RecordKey, Root};
-    use ambit_model::Stamp;
-    use ambit_state::objects::KeySetRow;
-
-    /// A cell that began anew is epoch 2; this peer imported up to sequence 5 of what it said.
-    #[test]
-    fn a_peer_fences_the_lost_incarnation_and_stops_where_history_was_lost() {
-        let td: TrustDomain = "west".parse().unwrap();
-        let (root, key) =
-            (Root::create(&td, Stamp(1_700_000_000_000), [1; 16]).unwrap(), RecordKey::generate().unwrap());
-        let (statement, signature) = KeySet::certify(&root, &td, 1, vec![key.public()]).unwrap();
-        let key_set = KeySetRow { statement, signature };
-        let known = |epoch| PeerRow {
-            state: PeerState::Active,
-            fingerprint: [0; 32],
-            addresses: Vec::new(),
-            root_der: root.der().to_vec(),
-            bundle_sequence: 1,
-            key_set: key_set.clone(),
-            epoch,
-            seq: 5,
-            hash: [5; 32],
-            trouble: String::new(),
-        };
-        let says = |epoch, seq, hash| {
-            let head = Head { origin: td.clone(), epoch, seq, hash: [hash; 32], stamp: Stamp(1), nonce: [7; 16] };
-            v1::PullResponse {
-                records: Vec::new(),
-                signature: key.sign_head(&head),
-                head: postcard::to_stdvec(&head).unwrap(),
-                key_index: 0,
-                key_set: Some(v1::KeySet {
-                    statement: key_set.statement.clone(),
-                    signature: key_set.signature.clone(),
-                }),
-            }
-        };
-        for (epoch_known, epoch, seq, hash, code) in [
-            (2, 2, 5, 5, None),
-            // A replica of the lost incarnation: another is asked, nothing of it is taken.
-            (2, 1, 5, 5, Some(Code::Unavailable)),
-            (2, 1, 9, 9, Some(Code::Unavailable)),
-            // A replica that lags behind is no history lost.
-            (2, 2, 4, 4, Some(Code::Unavailable)),
-            // Began anew from before what was imported: the import stops and says so.
-            (1, 2, 4, 4, Some(Code::RecordChainBroken)),
-            (1, 2, 5, 6, Some(Code::RecordEquivocation)),
-        ] {
-            let outcome = verify(&td, &known(epoch_known), says(epoch, seq, hash), &[7; 16]);
-            let found = outcome.err().map(|r| r.code);
-            assert_eq!(found, code, "epoch {epoch} at {seq}, known {epoch_known} at 5");
-        }
     }
 }

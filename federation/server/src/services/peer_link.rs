@@ -3,20 +3,17 @@
 use super::OrStatus;
 use crate::authorise::actor;
 use crate::replica::budget::Budget;
+use crate::replica::pull::{self, Answer, Page};
 use crate::replica::{Replica, peering};
-use ambit_model::record::Head;
 use ambit_model::{Code, Refusal, TrustDomain};
 use ambit_proto::v1;
 use ambit_state::objects::{PeerRow, TokenScope};
 use ambit_state::{Command, State};
 use sha2::{Digest, Sha256};
-use std::time::Duration;
 use tonic::{Request, Response, Status};
 
 /// Records in one answer; the importer refuses more.
 const PULL_MAX: u32 = 1_000;
-/// A pull with nothing new waits this long for news, so that news need not wait for the next pull.
-const PULL_WAIT: Duration = Duration::from_millis(1_000);
 
 pub(crate) struct PeerLink {
     replica: Replica,
@@ -82,38 +79,20 @@ impl PeerLink {
     async fn wait_for_news(&self, after: u64) {
         let mut applied = self.replica.cell().watch_applied();
         let news = async {
-            while self.replica.local(|s| s.cell().is_none_or(|c| c.export_seq <= after)) {
+            while !self.replica.local(|s| pull::has_news(s, after)) {
                 if applied.changed().await.is_err() {
                     return;
                 }
             }
         };
         // Nothing new is an answer too: the head says so, freshly stamped.
-        let _ = tokio::time::timeout(PULL_WAIT, news).await;
+        let _ = tokio::time::timeout(pull::WAIT, news).await;
     }
 
     fn answer(&self, after: u64, nonce: [u8; 16], limit: u32) -> Result<v1::PullResponse, Refusal> {
-        let encode = |r: Result<Vec<u8>, postcard::Error>| {
-            r.map_err(|e| Refusal::new(Code::Internal, "a record that encodes", e.to_string()))
-        };
-        let (head, records, keys) = self.replica.local(|s| {
-            let cell = s.cell().ok_or_else(|| Refusal::new(Code::Unavailable, "a founded cell", "an empty one"))?;
-            let batch: Vec<_> = s.records_after(after).take(limit as usize).collect();
-            // The head is of the batch's end, so that what is sent always leads to what is signed.
-            let (seq, hash) = batch.last().map_or((cell.export_seq, cell.export_hash), |r| (r.seq, r.hash()));
-            let records: Vec<Vec<u8>> =
-                batch.into_iter().map(|r| encode(postcard::to_stdvec(r))).collect::<Result<_, _>>()?;
-            let head =
-                Head { origin: cell.trust_domain.clone(), epoch: cell.epoch, seq, hash, stamp: s.stamp(), nonce };
-            Ok::<_, Refusal>((head, records, s.key_set().cloned().unwrap_or_default()))
-        })?;
-        let signature = self.replica.record().sign_head(&head);
-        Ok(v1::PullResponse {
-            records,
-            head: encode(postcard::to_stdvec(&head))?,
-            signature,
-            key_index: 0,
-            key_set: Some(v1::KeySet { statement: keys.statement, signature: keys.signature }),
-        })
+        let page = self.replica.local(|s| Page::read(s, after, nonce, limit))?;
+        let Answer { key_set, head, signature, records } = page.sign(self.replica.record())?;
+        let key_set = Some(v1::KeySet { statement: key_set.statement, signature: key_set.signature });
+        Ok(v1::PullResponse { records, head, signature, key_index: 0, key_set })
     }
 }

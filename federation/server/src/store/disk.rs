@@ -10,7 +10,7 @@ use super::{FlushReceipt, Membership, StoreError, io};
 use ambit_state::TableWrite;
 use bytes::Bytes;
 use raft::Storage;
-use raft::eraftpb;
+use raft::eraftpb::{self, HardState};
 use std::path::PathBuf;
 
 /// The Raft log and hard state. Raft reads it through [`Storage`].
@@ -41,6 +41,18 @@ pub trait Log: Storage {
     fn snapshot_wanted(&self) -> bool;
     /// Syncs so far.
     fn sync_time(&self) -> SyncTime;
+}
+
+/// The hard state of a log that begins after a snapshot at `base`.
+pub(super) fn hard_after(hard: &HardState, base: Base) -> HardState {
+    let mut hard = hard.clone();
+    hard.commit = hard.commit.max(base.index);
+    if hard.term < base.term {
+        // No vote was ever given in a term that this store had not written down.
+        hard.term = base.term;
+        hard.vote = 0;
+    }
+    hard
 }
 
 /// The state's rows; rebuildable, never trusted.

@@ -1,13 +1,14 @@
 //! The one history: what was applied anywhere, in order, applied once more by the oracle itself.
 
-use super::Violation;
 use super::promises::Promises;
-use crate::client::Client;
+use super::{News, Violation};
+use crate::client::OpId;
 use crate::host::EPOCH_MS;
 use crate::plan::{MS, Micros};
 use ambit_model::{RaftIndex, Refusal};
-use ambit_state::{LogEntry, Reply, State};
+use ambit_state::{Command, LogEntry, Reply, State};
 use bytes::Bytes;
+use sha2::{Digest as _, Sha256};
 use std::collections::BTreeMap;
 
 /// The founding is index 1 and lives in the first snapshot only.
@@ -29,9 +30,19 @@ struct Place {
 }
 
 pub(crate) struct History {
+    /// Index of the first place: the founding, or the beginning of the last incarnation.
+    first: u64,
     places: Vec<Place>,
     state: State,
     promises: Promises,
+    /// What concerns other cells, until it is fetched; none where there are none.
+    news: Option<Vec<News>>,
+    exported: u64,
+    trail: Sha256,
+    /// Entries applied.
+    pub(crate) entries: u64,
+    /// Leaves that were permitted.
+    pub(crate) leaves: u64,
     leaders: BTreeMap<u64, u64>,
     /// Acknowledged requests and where their effect is.
     pub(crate) acknowledged: u64,
@@ -42,14 +53,20 @@ pub(crate) struct History {
 }
 
 impl History {
-    pub(crate) fn new() -> History {
+    pub(crate) fn new(has_peers: bool) -> History {
         let mut state = State::new();
         state.skip(RaftIndex(FOUNDING));
         let founding = Place { term: 1, command: None, digest: state.digest() };
         History {
+            first: FOUNDING,
             places: vec![founding],
             state,
             promises: Promises::default(),
+            news: has_peers.then(Vec::new),
+            exported: 0,
+            trail: Sha256::new(),
+            entries: 0,
+            leaves: 0,
             leaders: BTreeMap::new(),
             acknowledged: 0,
             newest_acknowledged: 0,
@@ -57,9 +74,14 @@ impl History {
         }
     }
 
+    /// Index with which it begins.
+    pub(crate) fn first(&self) -> u64 {
+        self.first
+    }
+
     /// Index of the last entry known.
     pub(crate) fn end(&self) -> u64 {
-        FOUNDING + self.places.len() as u64 - 1
+        self.first + self.places.len() as u64 - 1
     }
 
     pub(crate) fn state(&self) -> &State {
@@ -67,7 +89,7 @@ impl History {
     }
 
     fn place(&self, index: u64) -> Option<&Place> {
-        self.places.get(usize::try_from(index.checked_sub(FOUNDING)?).ok()?)
+        self.places.get(usize::try_from(index.checked_sub(self.first)?).ok()?)
     }
 
     /// A replica applied this entry.
@@ -103,10 +125,60 @@ impl History {
                     return Err(Violation::of("I15", found));
                 }
                 self.promises.judge(index, stamp, &entry, &outcome, &self.state)?;
+                self.leaves += super::promises::leaves(&outcome).len() as u64;
+                if outcome.is_ok() {
+                    self.tell(index, entry.command);
+                }
+                self.trail.update(bytes);
             }
         }
+        drop(self.state.take_writes());
+        self.entries += 1;
         self.places.push(Place { term, command, digest: self.state.digest() });
         Ok(())
+    }
+
+    /// The cell begins anew with this state. What was acknowledged is in it; nodes must be seen again before they get
+    /// anything.
+    pub(crate) fn begin_anew(&mut self, state: State, term: u64) {
+        self.first = state.applied().0;
+        self.places = vec![Place { term, command: None, digest: state.digest() }];
+        self.state = state;
+        self.leaders.clear();
+        self.promises.nodes_unseen();
+        self.tell(self.first, Command::Tick);
+    }
+
+    /// What other cells are judged by.
+    fn tell(&mut self, index: u64, command: Command) {
+        let Some(news) = &mut self.news else { return };
+        if let Command::Import(head, records) = command {
+            let position = self.state.peer(&head.origin).map_or(0, |peer| peer.seq);
+            news.push(News::Imported { index, head, records, position });
+        }
+        for record in self.state.records_after(self.exported) {
+            self.exported = record.seq;
+            news.push(News::Exported(record.clone()));
+        }
+    }
+
+    pub(crate) fn has_news(&self) -> bool {
+        self.news.as_ref().is_some_and(|news| !news.is_empty())
+    }
+
+    /// What concerns other cells since the last call.
+    pub(crate) fn news(&mut self) -> Vec<News> {
+        self.news.as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
+    /// Over every entry, in order.
+    pub(crate) fn trail(&self) -> [u8; 32] {
+        self.trail.clone().finalize().into()
+    }
+
+    /// From here on the trail counts: what was set up before has keys in it, which are made anew for each process.
+    pub(crate) fn begin_trail(&mut self) {
+        self.trail = Sha256::new();
     }
 
     /// A replica shows this state.
@@ -158,20 +230,16 @@ impl History {
     /// A write was acknowledged with this outcome.
     pub(crate) fn acknowledged(
         &mut self,
-        client: usize,
-        number: u64,
+        op: OpId,
         index: u64,
         outcome: &Result<Reply, Refusal>,
     ) -> Result<(), Violation> {
         let place = self.place(index).and_then(|p| p.command.as_ref());
         let held = place.and_then(|bytes| LogEntry::decode(bytes).ok());
-        let is_it = held
-            .is_some_and(|entry| entry.client == Client::identity(client) && entry.request == Client::request(number));
-        if !is_it {
-            let found = format!("client {client}'s request {number} was acknowledged at {index}, which holds another");
-            return Err(Violation::of("I1", found));
+        if !held.is_some_and(|entry| entry.client == op.identity() && entry.request == op.request()) {
+            return Err(Violation::of("I1", format!("{op} was acknowledged at {index}, which holds another")));
         }
-        self.promises.answered(client, number, index, outcome)?;
+        self.promises.answered(op, index, outcome)?;
         self.acknowledged += 1;
         self.newest_acknowledged = self.newest_acknowledged.max(index);
         Ok(())

@@ -1,9 +1,9 @@
 //! What the product promises of its history, judged from commands and outcomes by a model of its own.
 
 use super::Violation;
-use crate::client::Client;
+use crate::client::OpId;
 use ambit_model::{Generation, NodeId, Refusal, Stamp};
-use ambit_state::{Command, Issuance, LogEntry, NodeVerb, Nodes, Reply, State, UNATTESTED_MAX_MS};
+use ambit_state::{Command, Issuance, LogEntry, NodeVerb, Nodes, OwnedName, Reply, State, UNATTESTED_MAX_MS};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// As design.md says (I6).
@@ -29,7 +29,7 @@ pub(super) struct Promises {
     serials: BTreeMap<[u8; 16], u64>,
     /// Serials that each request was given, at its first application.
     given: BTreeMap<Request, (u64, Vec<[u8; 16]>)>,
-    policies: BTreeMap<String, u64>,
+    policies: BTreeMap<OwnedName, u64>,
 }
 
 impl Promises {
@@ -51,15 +51,15 @@ impl Promises {
         if let (Ok(Reply::Leaves(_)), Command::Issue { node, generation, .. }) = (outcome, &entry.command) {
             self.may_be_issued(index, stamp, node, *generation)?;
         }
-        for ((_, name), row) in state.policies() {
-            let known = self.policies.entry(name.to_string()).or_default();
-            if row.revision.0 < *known {
-                return Err(Violation::of(
-                    "I7",
-                    format!("policy {name} went from {known} to {} at {index}", row.revision),
-                ));
+        for (name, row) in state.policies() {
+            match self.policies.get_mut(name) {
+                Some(known) if row.revision.0 < *known => {
+                    let found = format!("policy {} went from {known} to {} at {index}", name.1, row.revision);
+                    return Err(Violation::of("I7", found));
+                }
+                Some(known) => *known = row.revision.0,
+                None => drop(self.policies.insert(name.clone(), row.revision.0)),
             }
-            *known = row.revision.0;
         }
         Ok(())
     }
@@ -120,6 +120,11 @@ impl Promises {
         self.leaves(index, stamp, reply)
     }
 
+    /// Verdicts of before say nothing any more.
+    pub(super) fn nodes_unseen(&mut self) {
+        self.nodes.values_mut().for_each(|node| node.verdict = Stamp(0));
+    }
+
     fn out(&mut self, node: &NodeId) {
         if let Some(node) = self.nodes.get_mut(node) {
             node.trusted = false;
@@ -159,24 +164,18 @@ impl Promises {
     }
 
     /// A client was answered: what it got is what the history gave to its request.
-    pub(super) fn answered(
-        &self,
-        client: usize,
-        number: u64,
-        index: u64,
-        outcome: &Result<Reply, Refusal>,
-    ) -> Result<(), Violation> {
-        let given = self.given.get(&(Client::identity(client), Client::request(number)));
+    pub(super) fn answered(&self, op: OpId, index: u64, outcome: &Result<Reply, Refusal>) -> Result<(), Violation> {
+        let given = self.given.get(&(op.identity(), op.request()));
         let told = leaves(outcome);
         let known = given.is_some_and(|(_, serials)| told.iter().all(|leaf| serials.contains(&leaf.serial)));
         if known {
             return Ok(());
         }
-        Err(Violation::of("I10", format!("client {client} was told of leaves that {index} did not give")))
+        Err(Violation::of("I10", format!("{op} was told of leaves that {index} did not give")))
     }
 }
 
-fn leaves(outcome: &Result<Reply, Refusal>) -> Vec<Issuance> {
+pub(super) fn leaves(outcome: &Result<Reply, Refusal>) -> Vec<Issuance> {
     match outcome {
         Ok(Reply::Leaves(items)) => items.iter().filter_map(|item| item.as_ref().ok()).cloned().collect(),
         Ok(Reply::Admitted(_, leaf)) => vec![leaf.as_ref().clone()],
