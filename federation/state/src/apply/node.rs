@@ -85,7 +85,7 @@ fn expected(s: &mut State, at: At, a: &Admission, before: Option<&NodeRow>) -> R
     if s.ek_allowed(&a.cluster, &a.node) {
         return Ok(());
     }
-    if a.join_token.is_none() && before.is_some_and(|n| n.is_known() && !n.ek.by_allow_list) {
+    if before.is_some_and(|n| n.is_known() && !n.ek.by_allow_list) {
         let found = "no EK certificate";
         let refusal = || Refusal::new(Code::EkChainUntrusted, "an EK certificate, as when the node joined", found);
         return a.ek.root_sha256.map(drop).ok_or_else(refusal);
