@@ -58,7 +58,7 @@ async fn begin_is_refused() {
     let theirs = other.begin_request("west", &token);
     let their_certificate = theirs.ek_certificate.clone();
     let rows: Vec<Row> = vec![
-        (8, "AK that signs what it is given", "ak_attributes", Box::new(|b| b.ak_public[5] ^= 1)),
+        (8, "AK that is not restricted", "ak_attributes", Box::new(|b| b.ak_public[5] ^= 1)),
         (10, "AK that is not fixedTPM", "ak_attributes", Box::new(|b| b.ak_public[7] ^= 2)),
         (10, "AK that decrypts", "ak_attributes", Box::new(|b| b.ak_public[5] ^= 2)),
         (10, "AK without userWithAuth", "ak_attributes", Box::new(|b| b.ak_public[7] ^= 0x40)),

@@ -68,5 +68,5 @@ fn a_node_that_stops_attesting_is_denied_in_every_cell() {
         }
     }
     assert_eq!(denied_after, Some(LATE_MAX_MS / 1_000 + 1), "seconds until each node of east denies it");
-    row(47, "a node that stops attesting, after 15 min, at a node of another cell", "node_late").unwrap();
+    row(47, "a node that stops attesting, after 15 min of ticks, in another cell's state", "node_late").unwrap();
 }

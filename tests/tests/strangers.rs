@@ -201,6 +201,9 @@ async fn logs_that_come_byte_by_byte_end_with_the_ticket() {
     let slow = Machine::new(&bench.maker, "slow").await.unwrap();
     let begun = slow.begin(bench.cell.anonymous(1).await.unwrap(), "west", &bench.token).await.unwrap().unwrap();
     let answer = slow.answer(&begun, &Lies::default()).await.unwrap();
+    let begun =
+        bench.machine.begin(bench.cell.anonymous(1).await.unwrap(), "west", &bench.token).await.unwrap().unwrap();
+    let late = bench.machine.answer(&begun, &Lies::default()).await.unwrap();
     let (drops, stream) = mpsc::channel(1);
     let frames = answer.frames.clone();
     tokio::spawn(async move {
@@ -227,5 +230,8 @@ async fn logs_that_come_byte_by_byte_end_with_the_ticket() {
     row(46, "logs that come byte by byte", "evidence_malformed").unwrap();
     let again = evidence(bench.cell.anonymous(1).await.unwrap(), &answer.frames).await.unwrap();
     assert!(matches!(again.unwrap_err().code.as_str(), "ticket_expired" | "nonce_consumed"));
+    let late = evidence(bench.cell.anonymous(1).await.unwrap(), &late.frames).await.unwrap();
+    assert_eq!(late.unwrap_err().code, "ticket_expired");
+    row(4, "honest evidence after a minute", "ticket_expired").unwrap();
     bench.enrols().await;
 }
