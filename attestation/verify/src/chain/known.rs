@@ -66,8 +66,8 @@ pub struct RoundEvidence {
 }
 
 impl FreshRound {
-    /// Judges what was quoted. `boot_log_missing` for another boot than the one known
-    /// (another reset count, or other PCRs): then the whole logs are wanted.
+    /// Judges what was quoted. `boot_log_missing` where the TPM did not run on from the last round (it was reset, or
+    /// resumed with PCRs that may have begun anew) or the boot's PCRs are others: then the whole logs are wanted.
     ///
     /// # Errors
     /// [`Code::TpmStateForked`] for counters that step back; what the replays and the policies find.
@@ -79,14 +79,14 @@ impl FreshRound {
         policies: &[Arc<CompiledPolicy>],
     ) -> Result<Verified<RoundEvidence>, Denial> {
         let counters = self.counters();
-        let rebooted = counters.step_from(&before.counters)? == Step::Rebooted;
+        let ran_on = counters.step_from(&before.counters)? == Step::Ran;
         let boot_pcrs_sha256 = self.boot_pcrs_sha256();
         let endorsement = Endorsement::Class(class);
         let quoted = Quoted { pcrs: self.pcrs(), bank: self.bank(), endorsement };
         let appraised = match logs {
             RoundLogs::Whole { boot_log, ima_log } => quoted.whole(boot_log, ima_log, policies)?.1,
             // Of a boot not seen before nothing is taken for known, whatever its PCRs are.
-            RoundLogs::Grown { .. } if rebooted || boot_pcrs_sha256 != before.boot_pcrs_sha256 => {
+            RoundLogs::Grown { .. } if !ran_on || boot_pcrs_sha256 != before.boot_pcrs_sha256 => {
                 let refusal = Refusal::new(Code::BootLogMissing, "the log of this boot", "another boot");
                 return Err(Denial::at(refusal, "the boot's PCRs"));
             }

@@ -154,3 +154,32 @@ fn every_kind_of_ak_answers_rounds() {
         assert!(answer.judge(&ak).is_ok(), "{kind:?}");
     }
 }
+
+/// After a resume PCRs may have begun anew (TPM Restart): a checkpoint of before says nothing, the whole logs do.
+#[test]
+fn only_a_tpm_that_ran_on_goes_on_from_its_checkpoint() {
+    use crate::appraisal::CompiledPolicy;
+    use crate::chain::{Before, RoundLogs};
+    use crate::ima::{Checkpoint, ImaForm};
+    let mut policy = ambit_model::AppraisalPolicy::new("any".parse().unwrap(), ["west".parse().unwrap()].into());
+    policy.unpoliced = ambit_model::appraisal::POLICED_PCRS.into_iter().collect();
+    policy.secure_boot_any = true;
+    policy.endorsement = ambit_model::appraisal::EndorsementClass::ALL.into();
+    let policy = std::sync::Arc::new(CompiledPolicy::compile(&policy, &mut |_| None).unwrap());
+    let log = golden("ima_binary_runtime_measurements");
+    for (reset, restart, whole) in [(5, 2, false), (5, 1, true), (4, 9, true)] {
+        let fresh = Answer::honest().judge(&SoftwareAk::p256()).unwrap();
+        let pcr = fresh.pcrs()[&10].clone();
+        let ima = Checkpoint { offset: log.len() as u64, entries: 41, pcr, form: ImaForm::Native };
+        let before = Before {
+            counters: Counters { reset, restart, clock_ms: 999, safe: true },
+            boot_pcrs_sha256: fresh.boot_pcrs_sha256(),
+            ima,
+            policy: policy.clone(),
+        };
+        let grown = RoundLogs::Grown { ima_log: b"" };
+        let judged = fresh.appraise(&before, crate::EkClass::Lab, grown, std::slice::from_ref(&policy));
+        let code = judged.map(|_| ()).map_err(|denial| denial.refusal.code);
+        assert_eq!(code, if whole { Err(Code::BootLogMissing) } else { Ok(()) }, "from {reset}, {restart}");
+    }
+}
