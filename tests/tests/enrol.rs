@@ -12,7 +12,9 @@ use ambit_proto::v1;
 use ambit_proto::v1::node_attestation_client::NodeAttestationClient;
 use ambit_tests::agent::Agent;
 use ambit_tests::cell::{Cell, fresh, refusal};
-use ambit_tests::machine::{Answer, Lies, Machine, evidence, explain, join_token, node_identity, register_cluster};
+use ambit_tests::machine::{
+    Answer, Lies, Machine, apply_policy, evidence, explain, golden_policy, join_token, node_identity, register_cluster,
+};
 use ambit_tests::process::must_run;
 use ambit_tests::tpm::Maker;
 use ambit_tpm::Attester;
@@ -131,6 +133,36 @@ async fn a_node_enrols_through_any_two_replicas_and_its_evidence_serves_once() {
     let (second, _) = machine.enrol(&cell, 3, "west", "", &Lies::default()).await.unwrap().unwrap();
     assert_eq!((second.node_id, second.generation), (machine.node(), 2));
     assert_eq!(nodes(&cell, 1).await.len(), 1);
+}
+
+/// Policies that change between challenge and answer: those of the end judge, and the result says so.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_enrolment_is_judged_by_the_policies_of_its_end() {
+    let cell = Cell::start("west", 1).await.unwrap();
+    let maker = Maker::new().unwrap();
+    let machine = Machine::new(&maker, "n1").await.unwrap();
+    register_cluster(&cell, "west", &maker).await.unwrap();
+    let token = join_token(&cell, "west").await.unwrap();
+    let (yaml, _) = golden_policy("west", "west").unwrap();
+    let other = yaml.replace("      - \"/vmlinuz console=ttyS0", "      - \"/vmlinuz quiet console=ttyS0");
+    assert_ne!(yaml, other);
+    let judged_once = async |policy: &str| {
+        let begun = machine.begin(cell.anonymous(1).await.unwrap(), "west", &token).await.unwrap().unwrap();
+        let answer = machine.answer(&begun, &Lies::default()).await.unwrap();
+        apply_policy(&cell, policy, false).await.unwrap();
+        evidence(cell.anonymous(1).await.unwrap(), &answer.frames).await.unwrap()
+    };
+    let revision = |verdict: &v1::Verdict| {
+        let claims: serde_json::Value = serde_json::from_str(&verdict.attestation_result_json).unwrap();
+        let node = &claims["submods"]["node"];
+        (node["ambit.policy"]["version"].clone(), node["ambit.policy-revision"].as_u64().unwrap())
+    };
+
+    assert_eq!(denied(judged_once(&other).await).code, "command_line_not_allowed");
+    let third = judged_once(&yaml).await.unwrap();
+    let (again, _) = machine.enrol(&cell, 1, "west", "", &Lies::default()).await.unwrap().unwrap();
+    assert_eq!(revision(&third), revision(&again), "by nothing else than where it began under the same");
+    assert_eq!(revision(&third).0, 3);
 }
 
 /// With OpenSSL, which knows nothing of us: chain, purpose and time.

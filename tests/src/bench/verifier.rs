@@ -187,7 +187,9 @@ fn enrol(server: &mut Server, maker: &Maker, tpm: &SoftTpm, meter: &mut Meter, c
         let opened = wrap::open(&TICKET_KEY, wrap::Purpose::Ticket, &ticket)?;
         let activated = ActivatedAk::open(TicketBody::decode(&opened)?, &ticket, header, server.now)?;
         let quote = activated.quote(&[])?;
-        let verified = quote.appraise(BOOT_LOG, IMA_LOG, None, &server.compiled).map_err(|denial| denial.refusal)?;
+        let verified = quote
+            .appraise(BOOT_LOG, IMA_LOG, None, &server.compiled, server.revisions()?.1)
+            .map_err(|denial| denial.refusal)?;
         let csr = Csr::parse(&csr)?;
         let command = Command::AdmitNode(admission(&verified, &csr, verified.claims_json(server.now)));
         match server.commit(command)? {

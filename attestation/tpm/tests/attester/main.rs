@@ -135,7 +135,7 @@ async fn verified(ca: (Vec<u8>, Vec<u8>), attester: &Attester, bank: Bank, asked
         svid_key: KeyHome::InMemory,
     };
     let fresh = ActivatedAk::open(ticket, TICKET, header, NOW).unwrap().quote(&[]).unwrap();
-    let verified = fresh.appraise(b"", b"", None, &[policy()]).unwrap();
+    let verified = fresh.appraise(b"", b"", None, &[policy()], Revision(2)).unwrap();
     assert_eq!((verified.ek_class, verified.pcrs.len()), (class, 3));
     assert!(verified.pcrs[&16].iter().any(|b| *b != 0) == (bank == Bank::Sha256));
     assert!(verified.firmware_version != 0);

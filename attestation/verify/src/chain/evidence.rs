@@ -69,9 +69,9 @@ pub struct Session {
     pub deadline: Stamp,
     /// SHA-256 of the join token shown in `Begin`, if one was.
     pub join_token: Option<[u8; 32]>,
-    /// The revision of roots, allow-list and deny-list that the ticket holds: judge by this one, or not at all.
+    /// The revision of roots, allow-list and deny-list that the EK was judged under.
     pub endorsement_revision: Revision,
-    /// The same of the appraisal policies.
+    /// The revision of appraisal policies at the beginning. What the logs show is judged by those of the end.
     pub policy_revision: Revision,
 }
 
@@ -208,14 +208,15 @@ impl FreshQuote {
         (&self.activated.header.quote, &self.activated.header.signature)
     }
 
-    /// Judges counters and logs, by the first of `policies` (those of the cluster) that accepts all. `stored` are the
-    /// counters of this EK's last verdict, none at its first.
+    /// Judges counters and logs, by the first of `policies` that accepts all: those of the cluster at revision `under`,
+    /// which need not be the one it began at. `stored` are the counters of this EK's last verdict, none at its first.
     pub fn appraise(
         self,
         boot_log: &[u8],
         ima_log: &[u8],
         stored: Option<Counters>,
         policies: &[Arc<CompiledPolicy>],
+        under: Revision,
     ) -> Result<Verified<NodeEvidence>, Denial> {
         let ActivatedAk { ticket, header, ak_name, qualified_signer, evidence_sha256, .. } = self.activated;
         let boot_pcrs_sha256 = self.quoted.boot_pcrs_sha256();
@@ -263,7 +264,7 @@ impl FreshQuote {
             appraised,
             join_token: ticket.backing.join_token,
             endorsement_revision: ticket.endorsement_revision,
-            policy_revision: ticket.policy_revision,
+            policy_revision: under,
             evidence_sha256,
         }))
     }

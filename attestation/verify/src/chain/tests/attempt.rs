@@ -14,6 +14,9 @@ use std::sync::{Arc, LazyLock};
 use zeroize::Zeroizing;
 
 pub(super) const TICKET: &[u8] = b"the sealed ticket";
+/// The policies' revision when the ticket was sealed, and when the logs were judged.
+const BEGUN_UNDER: Revision = Revision(5);
+pub(super) const JUDGED_UNDER: Revision = Revision(6);
 pub(super) const STORED: Counters = Counters { reset: 5, restart: 2, clock_ms: 1000, safe: true };
 
 /// The one policy of cluster west: the golden boot, by any class of EK.
@@ -132,7 +135,7 @@ impl Attempt {
             ima_offset: 0,
             deadline: NOW.plus_ms(30_000),
             endorsement_revision: Revision(4),
-            policy_revision: Revision(5),
+            policy_revision: BEGUN_UNDER,
         };
         let (challenge, ticket) = endorsed.challenge(entropy, terms)?;
         assert_eq!(challenge.server_nonce, ticket.nonce());
@@ -241,6 +244,6 @@ impl Attempt {
         assert_eq!(activated.session().nonce, [2; 32]);
         let (boot, ima) = (self.boot_log.as_slice(), self.ima_log.as_slice());
         let (boot, ima) = if self.logs_swapped_after { (ima, boot) } else { (boot, ima) };
-        activated.quote(&self.denied)?.appraise(boot, ima, self.stored, &self.policies)
+        activated.quote(&self.denied)?.appraise(boot, ima, self.stored, &self.policies, JUDGED_UNDER)
     }
 }

@@ -195,7 +195,8 @@ impl Enrolment {
         };
         // Replaying a large log takes milliseconds; it must not hold up other calls.
         let judged = self.replica.work().run(move || {
-            let verified = quote.appraise(&body.boot_log, &body.ima_log, stored, &governing.compiled);
+            let verified =
+                quote.appraise(&body.boot_log, &body.ima_log, stored, &governing.compiled, governing.revision);
             if let Ok(v) = &verified {
                 body.ek_class = v.ek_class.as_str().to_owned();
                 body.ak_public = v.ak_public.clone();
@@ -207,7 +208,7 @@ impl Enrolment {
         Ok(match verified {
             Ok(verified) => match governing.versions.get(verified.appraised.position) {
                 Some((policy, _)) => {
-                    let accepted = Accepted { body, policy: policy.clone(), policy_revision: governing.revision };
+                    let accepted = Accepted { body, policy: policy.clone() };
                     Judged::Good(Box::new((verified, accepted)))
                 }
                 None => return Err(Refusal::new(Code::Internal, "a policy that governs", "none")),
@@ -314,7 +315,6 @@ enum Judged {
 struct Accepted {
     body: Body,
     policy: PolicyRef,
-    policy_revision: Revision,
 }
 
 fn admission(
@@ -332,7 +332,7 @@ fn admission(
         deadline: e.deadline,
         join_token: e.join_token,
         endorsement_revision: e.endorsement_revision,
-        policy_revision: accepted.policy_revision,
+        policy_revision: e.policy_revision,
         ak: AkFacts {
             name: e.ak_name.clone(),
             public: e.ak_public.clone(),
