@@ -16,6 +16,8 @@ const PATIENCE: Duration = Duration::from_secs(20);
 struct Known {
     entries: BTreeMap<String, v1::Entry>,
     revision: u64,
+    /// Milliseconds, of the last `synced`.
+    age_ms: u64,
     /// Events besides `synced` and `reset`, and what each reset said.
     told: usize,
     resets: Vec<String>,
@@ -29,7 +31,8 @@ impl Known {
                 self.resets.push(reset.why);
                 return false;
             }
-            Event::Synced(_) => {
+            Event::Synced(synced) => {
+                self.age_ms = synced.age_ms;
                 assert!(event.revision >= self.revision, "{} after {}", event.revision, self.revision);
                 self.revision = event.revision;
                 return true;
@@ -207,11 +210,43 @@ async fn what_cannot_be_followed_is_refused_and_an_unknown_revision_is_said() {
     let mut known = Known::default();
     known.read(&mut watch(&cell, 1, revision + 1_000_000).await, 1).await;
     assert_eq!((known.resets.as_slice(), known.entries.len()), (&["unknown".to_owned()][..], 2));
-    // What this replica knows by itself, and how old it is.
-    let request = v1::WatchRequest { kinds: vec!["entry".into()], after_revision: 0, stale_ok: true };
-    let mut events = client.watch(request).await.unwrap().into_inner();
+}
+
+/// The last replica of three: what it knows may be followed, and how old it is is said as it grows older.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_a_leader_what_is_told_says_its_age_and_nothing_older_is_told_for_news() {
+    let mut cell = registered(3).await;
+    let revision = put(&cell, &names(0..2), 60).await;
+    let mut known = Known::default();
+    let mut events = watch(&cell, 1, 0).await;
+    known.read(&mut events, revision).await;
+    assert!(known.age_ms < 5_000, "{}", known.age_ms);
+    for replica in [2, 3] {
+        cell.kill(replica).unwrap();
+    }
+    let mut client = WatchClient::new(cell.admin(1).await.unwrap());
+    let ask = |after_revision, stale_ok| v1::WatchRequest { kinds: vec!["entry".into()], after_revision, stale_ok };
+
+    let mut alone = Known::default();
+    let mut stale = client.watch(ask(0, true)).await.unwrap().into_inner();
+    alone.read(&mut stale, 1).await;
+    assert_eq!(alone.entries, known.entries);
+    // A stream that began with a leader says it as well, and each later word is of a greater age.
+    let (age, age_alone) = (known.age_ms, alone.age_ms);
     known.read(&mut events, 1).await;
-    assert_eq!(known.entries.len(), 2);
+    alone.read(&mut stale, 1).await;
+    assert!(
+        known.age_ms > age && alone.age_ms > age_alone + 5_000,
+        "{age} to {}, {age_alone} to {}",
+        known.age_ms,
+        alone.age_ms
+    );
+
+    // A revision that was told elsewhere is not answered with a state before it.
+    for (after, stale_ok) in [(revision + 1_000_000, true), (0, false)] {
+        let refused = refusal(client.watch(ask(after, stale_ok)).await).unwrap();
+        assert_eq!(refused.code.as_str(), "unavailable", "{refused}");
+    }
 }
 
 /// As an operator sees it: `ambit watch` outlives the replica it began at.

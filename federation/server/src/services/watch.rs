@@ -58,14 +58,15 @@ impl v1::watch_server::Watch for Watches {
         let kinds = kinds(&m.kinds).or_status()?;
         let busy = || Refusal::new(Code::Busy, format!("at most {FOLLOWERS_MAX} followers at a replica"), "more");
         let place = self.places.clone().try_acquire_owned().map_err(|_| busy()).or_status()?;
-        let age_ms = if m.stale_ok { self.replica.behind_ms() } else { 0 };
-        if !m.stale_ok {
+        let changed = self.replica.cell().changes().watch();
+        // Who was told more elsewhere than is known here hears from a leader whether that is so.
+        let knows_less = *changed.borrow() < m.after_revision;
+        if !m.stale_ok || knows_less {
             let index = self.replica.cell().read_barrier().await.or_status()?;
             self.noted(index.0).await.or_status()?;
         }
         let (down, queue) = mpsc::channel::<Told>(QUEUE);
-        let changed = self.replica.cell().changes().watch();
-        let follower = Follower { replica: self.replica.clone(), kinds, until, down, changed, age_ms, _place: place };
+        let follower = Follower { replica: self.replica.clone(), kinds, until, down, changed, _place: place };
         tokio::spawn(follower.run(m.after_revision));
         Ok(Response::new(Box::pin(ReceiverStream::new(queue))))
     }
@@ -98,7 +99,6 @@ struct Follower {
     until: Option<Stamp>,
     down: mpsc::Sender<Told>,
     changed: watch::Receiver<u64>,
-    age_ms: u64,
     _place: OwnedSemaphorePermit,
 }
 
@@ -138,7 +138,7 @@ impl Follower {
                 }
             };
             if news || first || Instant::now() >= bookmark {
-                let synced = v1::WatchSynced { age_ms: self.age_ms };
+                let synced = v1::WatchSynced { age_ms: self.replica.behind_ms() };
                 self.send(told, Event::Synced(synced)).await?;
                 bookmark = Instant::now() + BOOKMARK;
                 first = false;
