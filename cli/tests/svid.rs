@@ -259,6 +259,7 @@ fn bundles_are_read_in_each_form_and_refused_when_they_are_none() {
             "bundle_malformed",
         ),
         ("no kid on a JWT key", bundle(r#"{"kty":"EC","use":"jwt-svid"}"#), 2, "bundle_malformed"),
+        ("a kid twice", bundle(&[r#"{"kty":"EC","use":"jwt-svid","kid":"a"}"#; 2].join(",")), 2, "each kid once"),
         ("no x5c", bundle(r#"{"kty":"EC","use":"x509-svid"}"#), 2, "bundle_malformed"),
         ("x5c that is no certificate", bundle(&key(r#"["AAAA"]"#)), 2, "bundle_malformed"),
         ("a hint of 2^63", good.replace("300", "9223372036854775808"), 2, "bundle_malformed"),

@@ -5,10 +5,10 @@ use crate::args::{BundleFile, Svid, SvidUsage, SvidVerify};
 use crate::exit::Exit;
 use crate::output::{Answer, Form, Table, pretty};
 use crate::when::{now_ms, parse_utc, utc};
-use ambit_identity::bundle::DOCUMENT_BYTES_MAX;
+use ambit_identity::bundle::{self, DOCUMENT_BYTES_MAX, Roots};
 use ambit_identity::keys::certificates_from_pem;
 use ambit_identity::profile::{self, Kind};
-use ambit_identity::{PeerSvid, SpiffeBundle, TrustStore, Usage, verify_svid_for};
+use ambit_identity::{PeerSvid, TrustStore, Usage, verify_svid_for};
 use ambit_model::bundle::{Bundle, Foreign};
 use ambit_model::{Code, Refusal, Stamp, TrustDomain};
 use rustls_pki_types::CertificateDer;
@@ -154,20 +154,17 @@ fn trust(options: &SvidVerify) -> Result<(TrustStore, Vec<TrustDomain>), Refusal
     Ok((store, roots.into_keys().collect()))
 }
 
-type Roots = (TrustDomain, Vec<Vec<u8>>);
-
 /// What one file holds: a bundle map, a bundle, or roots in PEM.
-fn bundles(given: &BundleFile, alone: bool, named: Option<&TrustDomain>) -> Result<Vec<Roots>, Refusal> {
+fn bundles(given: &BundleFile, alone: bool, named: Option<&TrustDomain>) -> Result<Vec<(TrustDomain, Roots)>, Refusal> {
     let text = String::from_utf8(read_bytes(&given.file)?)
         .map_err(|_| Refusal::new(Code::BundleMalformed, "JSON or PEM", given.file.display().to_string()))?;
-    if SpiffeBundle::is_map(&text) {
-        let map = SpiffeBundle::parse_map(&text)?;
-        return Ok(map.into_iter().map(|(td, bundle)| (td, bundle.roots)).collect());
+    if bundle::is_map(&text) {
+        return Ok(bundle::roots_of_map(&text)?.into_iter().collect());
     }
-    let roots: Vec<Vec<u8>> = if text.contains("-----BEGIN") {
+    let roots: Roots = if text.contains("-----BEGIN") {
         certificates_from_pem(&text)?.iter().map(|der| der.to_vec()).collect()
     } else {
-        SpiffeBundle::parse(&text)?.roots
+        bundle::roots(&text)?
     };
     let said = |roots: &[Vec<u8>]| {
         let mut said = roots.iter().filter_map(|der| profile::authority_domain(&profile::certificate(der).ok()?));

@@ -17,7 +17,6 @@ pub mod tls;
 pub mod wrap;
 
 pub use authority::{IssuingKey, Root, issue};
-pub use bundle::SpiffeBundle;
 pub use csr::Csr;
 pub use keys::{SvidKey, fingerprint};
 pub use record::{KeySet, RecordKey};
