@@ -9,10 +9,10 @@ mod common;
 
 use ambit_model::record::Head;
 use ambit_model::{Code, Generation, Stamp};
-use ambit_state::objects::{KeySetRow, NodeState, PeerRow, PeerState};
+use ambit_state::objects::NodeState;
 use ambit_state::{Command, LATE_MAX_MS};
 use ambit_tests::table::row;
-use common::{Cell, admission, cluster, node};
+use common::{Cell, admission, cluster, node, pending};
 
 /// East hears what west has to say so far.
 fn hears(east: &mut Cell, west: &Cell) {
@@ -25,19 +25,7 @@ fn hears(east: &mut Cell, west: &Cell) {
 }
 
 fn befriended(east: &mut Cell) {
-    let peer = PeerRow {
-        state: PeerState::Pending,
-        fingerprint: [7; 32],
-        addresses: vec![],
-        root_der: vec![1],
-        bundle_sequence: 1,
-        key_set: KeySetRow::default(),
-        epoch: 0,
-        seq: 0,
-        hash: [0; 32],
-        trouble: String::new(),
-    };
-    east.run(Command::PutPeer("west".parse().unwrap(), peer, None)).unwrap();
+    east.run(Command::PutPeer("west".parse().unwrap(), pending(), None)).unwrap();
     east.run(Command::ApprovePeer("west".parse().unwrap(), [7; 32])).unwrap();
 }
 

@@ -9,7 +9,7 @@ use ambit_model::{Code, Generation, RaftIndex, Refusal, Revision, Stamp, TrustDo
 use ambit_state::command::{Admission, LeafRequest, NodeVerb, Nodes};
 use ambit_state::objects::*;
 use ambit_state::{Command, LogEntry, Reply, State};
-use common::{Cell, admission, cluster, code, entry, node};
+use common::{Cell, admission, cluster, code, entry, node, pending};
 use std::net::Ipv4Addr;
 
 #[test]
@@ -110,21 +110,6 @@ fn policy(name: &str, target: &str) -> Policy {
         action: Action::Allow,
         from: vec![Peers::Domain("east".parse().unwrap())],
         ports: vec![80],
-    }
-}
-
-fn pending() -> PeerRow {
-    PeerRow {
-        state: PeerState::Pending,
-        fingerprint: [7; 32],
-        addresses: vec![],
-        root_der: vec![1],
-        bundle_sequence: 1,
-        key_set: KeySetRow::default(),
-        epoch: 0,
-        seq: 0,
-        hash: [0; 32],
-        trouble: String::new(),
     }
 }
 

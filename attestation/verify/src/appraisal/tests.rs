@@ -21,7 +21,12 @@ fn golden_files() -> Vec<LearntFile> {
 }
 
 fn learnt() -> Learnt {
-    let (boot, pcrs, ima) = (golden_facts(), golden_pcrs(HashAlg::Sha256), golden_files());
+    learnt_from(&golden_files())
+}
+
+/// From the golden boot, with these files.
+fn learnt_from(ima: &[LearntFile]) -> Learnt {
+    let (boot, pcrs) = (golden_facts(), golden_pcrs(HashAlg::Sha256));
     learn(&Source {
         name: "golden".parse().unwrap(),
         clusters: BTreeSet::from(["west".parse().unwrap()]),
@@ -30,7 +35,7 @@ fn learnt() -> Learnt {
         pcrs: &pcrs,
         boot: &boot,
         cmdline: None,
-        ima: &ima,
+        ima,
         ima_form: crate::ima::ImaForm::Native,
         separate_list: false,
     })
@@ -242,23 +247,11 @@ fn what_a_policy_asks_for_must_have_been_measured() {
 /// No list may hold a weak digest, and an exception would let any file of the path pass: nothing is learnt, and it is said.
 #[test]
 fn weak_measurements_are_not_learnt() {
-    let (boot, pcrs) = (golden_facts(), golden_pcrs(HashAlg::Sha256));
     let mut ima = golden_files();
     for file in &mut ima {
         (file.algorithm, file.digest) = ("sha1".into(), file.digest[..20].to_vec());
     }
-    let learnt = learn(&Source {
-        name: "weak".parse().unwrap(),
-        clusters: BTreeSet::new(),
-        class: None,
-        bank: Bank::Sha256,
-        pcrs: &pcrs,
-        boot: &boot,
-        cmdline: None,
-        ima: &ima,
-        ima_form: crate::ima::ImaForm::Native,
-        separate_list: false,
-    });
+    let learnt = learnt_from(&ima);
     let rules = learnt.policy.ima.unwrap();
     assert!(rules.files.is_empty() && rules.exceptions.is_empty());
     assert!(learnt.warnings[0].contains("ima_hash=sha256"), "{:?}", learnt.warnings);

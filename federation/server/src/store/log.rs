@@ -1,11 +1,11 @@
 //! The Raft log and hard state on raft-engine: one synced write per batch, verified whole at every open.
 
+use super::disk::hard_after;
 use super::mark::{MarkFile, Position};
 use super::{FlushReceipt, Log, Membership, StoreError, caught, io, panic_text, sync_dir, tail};
 use raft::eraftpb::{Entry, HardState, Snapshot};
 use raft_engine::env::{DefaultFileSystem, FileSystem};
 use raft_engine::{Command, Config, Engine, LogBatch, MessageExt, ReadableSize, RecoveryMode};
-use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::fs::{File, TryLockError};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -92,8 +92,7 @@ pub struct LogStore<F: FileSystem = DefaultFileSystem> {
     recent: VecDeque<Entry>,
     recent_bytes: usize,
     sync_time: SyncTime,
-    offer: RefCell<Option<Snapshot>>,
-    wanted: Cell<bool>,
+    offer: Offer,
 }
 
 impl LogStore {
@@ -188,8 +187,7 @@ impl<F: FileSystem> LogStore<F> {
             recent: VecDeque::new(),
             recent_bytes: 0,
             sync_time: SyncTime::default(),
-            offer: RefCell::new(None),
-            wanted: Cell::new(false),
+            offer: Offer::default(),
         };
         store.verify()?;
         Ok(store)
@@ -367,13 +365,7 @@ impl<F: FileSystem> Log for LogStore<F> {
         Ok(FlushReceipt::of(number))
     }
     fn install(&mut self, base: Base) -> Result<(), StoreError> {
-        let mut hard = self.hard.clone();
-        hard.commit = hard.commit.max(base.index);
-        if hard.term < base.term {
-            // No vote was ever given in a term that this store had not written down.
-            hard.term = base.term;
-            hard.vote = 0;
-        }
+        let hard = hard_after(&self.hard, base);
         let replica = get_u64(&self.engine, REPLICA)?.unwrap_or_default();
         let mut batch = LogBatch::default();
         batch.add_command(GROUP, Command::Clean);
@@ -410,14 +402,13 @@ impl<F: FileSystem> Log for LogStore<F> {
         self.ask("purging log files", |engine| engine.purge_expired_files().map(drop))
     }
     fn offer(&self, snapshot: Snapshot) {
-        self.wanted.set(false);
-        *self.offer.borrow_mut() = Some(snapshot);
+        self.offer.make(snapshot);
     }
     fn withdraw(&self) {
-        *self.offer.borrow_mut() = None;
+        self.offer.withdraw();
     }
     fn snapshot_wanted(&self) -> bool {
-        self.wanted.take()
+        self.offer.was_wanted()
     }
 }
 
@@ -485,7 +476,7 @@ fn get_u64<F: FileSystem>(engine: &Engine<F>, key: &[u8]) -> Result<Option<u64>,
 
 #[path = "log_reading.rs"]
 mod reading;
-pub(super) use reading::is_usable;
+pub(super) use reading::{Offer, held, no_term};
 
 #[cfg(test)]
 #[path = "log_tests.rs"]

@@ -53,6 +53,22 @@ impl Cell {
     }
 }
 
+/// A peer that asked and was not approved yet.
+pub(crate) fn pending() -> PeerRow {
+    PeerRow {
+        state: PeerState::Pending,
+        fingerprint: [7; 32],
+        addresses: vec![],
+        root_der: vec![1],
+        bundle_sequence: 1,
+        key_set: KeySetRow::default(),
+        epoch: 0,
+        seq: 0,
+        hash: [0; 32],
+        trouble: String::new(),
+    }
+}
+
 /// The EK root of each cell's first cluster.
 pub(crate) const ROOT: &[u8] = b"root";
 

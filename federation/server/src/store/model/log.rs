@@ -3,12 +3,11 @@
 use super::ModelDisk;
 use super::fault::{Target, Written};
 use crate::store::disk::hard_after;
-use crate::store::log::{Base, Batch, SyncTime, is_usable};
+use crate::store::log::{Base, Batch, Offer, SyncTime, held, no_term};
 use crate::store::{FlushReceipt, Log, Membership, StoreError};
 use bytes::Bytes;
 use raft::eraftpb::{self, Entry, HardState};
-use raft::{GetEntriesContext, RaftState, Storage, StorageError};
-use std::cell::{Cell, RefCell};
+use raft::{GetEntriesContext, RaftState, Storage};
 use std::collections::VecDeque;
 
 /// The log of a [`ModelDisk`], open: what the process knows beside what is on disk.
@@ -22,8 +21,7 @@ pub struct ModelLog {
     /// What this process compacted away, for whoever watches it: an entry may be applied and compacted at once.
     compacted: VecDeque<Entry>,
     membership: Membership,
-    offer: RefCell<Option<eraftpb::Snapshot>>,
-    wanted: Cell<bool>,
+    offer: Offer,
 }
 
 /// Compacted entries that can still be watched.
@@ -59,8 +57,7 @@ impl ModelLog {
             hard,
             compacted: VecDeque::new(),
             membership: Membership::default(),
-            offer: RefCell::new(None),
-            wanted: Cell::new(false),
+            offer: Offer::default(),
         }
     }
 
@@ -162,14 +159,13 @@ impl Log for ModelLog {
     }
 
     fn offer(&self, snapshot: eraftpb::Snapshot) {
-        self.wanted.set(false);
-        *self.offer.borrow_mut() = Some(snapshot);
+        self.offer.make(snapshot);
     }
     fn withdraw(&self) {
-        *self.offer.borrow_mut() = None;
+        self.offer.withdraw();
     }
     fn snapshot_wanted(&self) -> bool {
-        self.wanted.take()
+        self.offer.was_wanted()
     }
     fn sync_time(&self) -> SyncTime {
         SyncTime::default()
@@ -188,12 +184,7 @@ impl Storage for ModelLog {
         max_size: impl Into<Option<u64>>,
         _context: GetEntriesContext,
     ) -> raft::Result<Vec<Entry>> {
-        if low <= self.base.index {
-            return Err(raft::Error::Store(StorageError::Compacted));
-        }
-        if high > self.last().index + 1 {
-            return Err(raft::Error::Store(StorageError::Unavailable));
-        }
+        held(self.base, self.last(), low, high)?;
         let from = usize::try_from(low - self.base.index - 1).unwrap_or(usize::MAX);
         let count = usize::try_from(high - low).unwrap_or(usize::MAX);
         let mut out: Vec<Entry> = self.entries.iter().skip(from).take(count).cloned().collect();
@@ -202,8 +193,7 @@ impl Storage for ModelLog {
     }
 
     fn term(&self, index: u64) -> raft::Result<u64> {
-        let missing = if index < self.base.index { StorageError::Compacted } else { StorageError::Unavailable };
-        self.term_at(index).ok_or(raft::Error::Store(missing))
+        self.term_at(index).ok_or_else(|| no_term(self.base, index))
     }
 
     fn first_index(&self) -> raft::Result<u64> {
@@ -215,10 +205,6 @@ impl Storage for ModelLog {
     }
 
     fn snapshot(&self, request_index: u64, to: u64) -> raft::Result<eraftpb::Snapshot> {
-        let usable = self.offer.borrow().as_ref().filter(|s| is_usable(s, request_index, self.base, to)).cloned();
-        usable.ok_or_else(|| {
-            self.wanted.set(true);
-            raft::Error::Store(StorageError::SnapshotTemporarilyUnavailable)
-        })
+        self.offer.to(request_index, self.base, to)
     }
 }
