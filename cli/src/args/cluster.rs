@@ -1,0 +1,87 @@
+//! `ambit cluster`.
+
+use crate::duration::Millis;
+use clap::Subcommand;
+use std::path::PathBuf;
+
+#[derive(Debug, Subcommand)]
+pub enum Cluster {
+    /// Registers a cluster with this cell as its home
+    Register {
+        name: String,
+        /// A manufacturer's EK root certificate (PEM) and its class: hardware, virtual or lab; repeat for more
+        #[arg(long = "ek-root", value_name = "FILE.pem:CLASS", required = true)]
+        ek_roots: Vec<EkRoot>,
+        /// How often its nodes are asked for a quote: 1s to 60s
+        #[arg(long, default_value = "30s", value_name = "TIME")]
+        attest_every: Millis,
+    },
+    /// What makes a TPM one of the cluster's: EK roots, allow-list, deny-list
+    Endorsements {
+        name: String,
+        /// The allow-list alone, as `ambit node allow --csv` reads it
+        #[arg(long)]
+        csv: bool,
+    },
+    /// Adds and removes EK roots of a cluster; nodes under a removed root are untrusted at once
+    EkRoots {
+        name: String,
+        #[arg(long, value_name = "FILE.pem:CLASS", required_unless_present = "remove")]
+        add: Vec<EkRoot>,
+        /// SHA-256 of the root certificate
+        #[arg(long, value_name = "HEX")]
+        remove: Vec<String>,
+    },
+    /// Denies TPMs by maker, model and firmware, whatever vouches for them; nodes that have one are untrusted at once
+    EkDeny {
+        /// The rule's name
+        name: String,
+        /// TCG vendor id, as in EK certificates: id:494E5443
+        #[arg(long, default_value = "")]
+        manufacturer: String,
+        /// The exact model, as in EK certificates
+        #[arg(long, default_value = "")]
+        model: String,
+        /// Firmware versions below this one, as quotes show it: 0x0007000200000000; none: every version
+        #[arg(long, default_value = "", value_name = "HEX")]
+        firmware_below: String,
+        #[arg(long, default_value = "")]
+        reason: String,
+        /// Removes the rule
+        #[arg(long, conflicts_with_all = ["manufacturer", "model", "firmware_below", "reason"])]
+        remove: bool,
+    },
+    /// Own and imported clusters with their states
+    List,
+    /// Makes a one-time token with which another cell may register here; prints it alone on standard output
+    Token {
+        /// The trust domain of the cell that will use it
+        #[arg(long)]
+        trust_domain: String,
+        /// The root fingerprint that the cell must prove
+        #[arg(long, value_name = "HEX")]
+        fingerprint: String,
+        /// How long the token may be used
+        #[arg(long, default_value = "10m", value_name = "TIME")]
+        ttl: Millis,
+    },
+}
+
+/// A root of EK certificates with its class.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EkRoot {
+    pub file: PathBuf,
+    pub class: String,
+}
+
+impl std::str::FromStr for EkRoot {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Self, String> {
+        match s.rsplit_once(':') {
+            Some((file, class @ ("hardware" | "virtual" | "lab"))) if !file.is_empty() => {
+                Ok(EkRoot { file: file.into(), class: class.to_owned() })
+            }
+            _ => Err("expected FILE.pem:hardware, FILE.pem:virtual or FILE.pem:lab".to_owned()),
+        }
+    }
+}

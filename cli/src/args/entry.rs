@@ -1,0 +1,71 @@
+//! `ambit entry`.
+
+use crate::duration::Millis;
+use clap::Subcommand;
+use std::path::PathBuf;
+
+#[derive(Debug, Subcommand)]
+pub enum Entry {
+    /// Registers workloads, from a file or from options
+    Create(EntryCreate),
+    /// Writes entries over what they are, from a file or from options
+    Update(EntryUpdate),
+    /// Entries of this cell
+    List(EntryList),
+    /// Removes entries
+    Delete {
+        #[arg(required = true)]
+        ids: Vec<String>,
+    },
+}
+
+#[derive(Debug, clap::Args)]
+pub struct EntryUpdate {
+    #[command(flatten)]
+    pub written: EntryCreate,
+    /// Only if the entry is still as this revision wrote it
+    #[arg(long, value_name = "REVISION", conflicts_with_all = ["file", "create"])]
+    pub expect_revision: Option<std::num::NonZeroU64>,
+    /// Also where there is none
+    #[arg(long)]
+    pub create: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub struct EntryList {
+    /// Of this cluster
+    #[arg(long, default_value = "")]
+    pub cluster: String,
+    /// This SPIFFE ID, or all under spiffe://td/path/*
+    #[arg(long, default_value = "", value_name = "SPIFFE_ID")]
+    pub spiffe_id: String,
+    /// With all of these selectors
+    #[arg(long = "selector", value_name = "SELECTOR")]
+    pub selectors: Vec<String>,
+}
+
+#[derive(Debug, clap::Args)]
+pub struct EntryCreate {
+    /// Documents `kind: Entry`, separated by `---`; `-` reads standard input
+    #[arg(short, long, value_name = "FILE.yaml", conflicts_with_all = ["id", "spiffe_id", "cluster", "selectors"])]
+    pub file: Option<PathBuf>,
+    #[arg(long, required_unless_present = "file")]
+    pub id: Option<String>,
+    #[arg(long, required_unless_present = "file", value_name = "SPIFFE_ID")]
+    pub spiffe_id: Option<String>,
+    #[arg(long, required_unless_present = "file")]
+    pub cluster: Option<String>,
+    /// unix:uid:N, unix:gid:N or cgroup:NAME; of its node: tpm:ek_hash:HEX, tpm:pcr:BANK:N:HEX or tpm:policy:NAME.
+    /// All must hold, at least one is of the workload
+    #[arg(long = "selector", required_unless_present = "file", value_name = "SELECTOR")]
+    pub selectors: Vec<String>,
+    /// A node that may run it; none: every admitted node of the cluster
+    #[arg(long = "node", value_name = "NODE_ID", conflicts_with = "file")]
+    pub nodes: Vec<String>,
+    /// Lifetime of its SVIDs, 60s to 1h
+    #[arg(long, value_name = "TIME", conflicts_with = "file")]
+    pub ttl: Option<Millis>,
+    /// A trust domain whose bundle the workload also gets
+    #[arg(long = "federates-with", value_name = "TRUST_DOMAIN", conflicts_with = "file")]
+    pub federates_with: Vec<String>,
+}
