@@ -10,7 +10,11 @@ use ambit_proto::status::from_status;
 use ambit_proto::v1::{self, watch_event::Event};
 use serde_json::{Value, json};
 use std::io::Write;
+use std::time::Duration;
 use tonic::Streaming;
+
+/// Between the end of a stream and the next try.
+const AGAIN: Duration = Duration::from_millis(200);
 
 /// Prints a line for each event until it is interrupted, or with `--once` until everything was told. A stream that breaks
 /// is taken up at another replica where this one ended.
@@ -23,7 +27,11 @@ pub(super) async fn run(session: &Session, options: Watch) -> Result<Answer, Ref
         let mut events = open(&cell, request).await?;
         match follow(session.form, &mut events, &mut after, options.once).await {
             Followed::Enough => return Ok(Answer::ok("")),
-            Followed::Broken(refusal) => complain(&format!("watch: {refusal}; going on after revision {after}")),
+            Followed::Broken(refusal) => {
+                complain(&format!("watch: {refusal}; going on after revision {after}"));
+                // A replica that takes calls and ends them at once is not asked in a tight loop.
+                tokio::time::sleep(AGAIN).await;
+            }
             Followed::Refused(refusal) => return Err(refusal),
         }
     }
