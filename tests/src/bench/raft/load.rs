@@ -38,6 +38,8 @@ pub(super) struct Outcome {
     pub(super) p99_ms: f64,
     /// CPU time of all members together, microseconds an operation.
     pub(super) cpu_us: f64,
+    /// The same of the clients, which are this process.
+    pub(super) clients_us: f64,
     pub(super) retries: u64,
 }
 
@@ -50,7 +52,7 @@ pub(super) async fn run<S: System>(
     operations: u64,
 ) -> Result<Outcome> {
     let (next, retries) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
-    let spent = members_cpu(system)?;
+    let (spent, clients_spent) = (members_cpu(system)?, cpu::of_process(std::process::id())?);
     let started = Instant::now();
     let mut clients = JoinSet::new();
     for number in 0..at_once {
@@ -64,13 +66,16 @@ pub(super) async fn run<S: System>(
     }
     let elapsed = started.elapsed().as_secs_f64();
     let spent = members_cpu(system)?.saturating_sub(spent);
+    let clients_spent = cpu::of_process(std::process::id())?.saturating_sub(clients_spent);
+    let each_us = |spent: Duration| spent.as_secs_f64() * 1e6 / operations as f64;
     ensure!(latencies.len() as u64 == operations, "{} of {operations} operations", latencies.len());
     latencies.sort_unstable();
     Ok(Outcome {
         per_second: operations as f64 / elapsed,
         p50_ms: quantile_ms(&latencies, 50)?,
         p99_ms: quantile_ms(&latencies, 99)?,
-        cpu_us: spent.as_secs_f64() * 1e6 / operations as f64,
+        cpu_us: each_us(spent),
+        clients_us: each_us(clients_spent),
         retries: retries.load(Ordering::Relaxed),
     })
 }

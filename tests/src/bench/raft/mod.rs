@@ -281,6 +281,7 @@ fn print(table: &mut Table, verb: &str, clients: usize, measured: &Measured) {
     row("  p50", "ms", &|o| o.p50_ms, Target::None);
     row("  p99", "ms", &|o| o.p99_ms, p99);
     row("  CPU of all members, an operation", "us", &|o| o.cpu_us, Target::None);
+    row("  CPU of the clients, an operation", "us", &|o| o.clients_us, Target::None);
 }
 
 fn median(mut all: Vec<f64>) -> f64 {
