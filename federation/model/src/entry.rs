@@ -14,8 +14,7 @@ pub type EntryId = ObjectName;
 
 /// What a workload is recognised by, and what its node must have shown. All selectors of an entry must hold (SPIFFE:
 /// subset match): those of the workload are judged by the agent, those of the node (`tpm:`) by the cell.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Selector {
     /// `unix:uid:<n>`: the effective uid of the process.
     UnixUid(u32),
@@ -110,6 +109,7 @@ impl From<Selector> for String {
         s.to_string()
     }
 }
+crate::text::serde_as_text!(Selector);
 
 /// A set of selectors, sorted. An entry has two or three, and a cell a hundred thousand entries: a tree for each would
 /// take more memory than all the rest of it.

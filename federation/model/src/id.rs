@@ -8,8 +8,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 /// A SPIFFE trust domain name (SPIFFE-ID section 2.1): 1-255 bytes of `[a-z0-9.-_]`.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TrustDomain(Arc<str>);
 
 impl TrustDomain {
@@ -39,8 +38,7 @@ impl FromStr for TrustDomain {
 }
 
 /// A SPIFFE ID with a non-root path (SPIFFE-ID sections 2.1-2.3). Never normalised.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SpiffeId {
     uri: Arc<str>,
     path_at: usize,
@@ -84,8 +82,7 @@ impl FromStr for SpiffeId {
 }
 
 /// A name of an operator's object: 1-63 characters of `[a-z0-9-]`, starting with a letter.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ObjectName(Arc<str>);
 
 impl ObjectName {
@@ -110,8 +107,7 @@ impl FromStr for ObjectName {
 }
 
 /// A cluster: a set of nodes with one trust domain, served by a home cell. Same grammar as [`ObjectName`].
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ClusterId(Arc<str>);
 
 impl ClusterId {
@@ -143,6 +139,7 @@ macro_rules! string_newtype {
     )*};
 }
 string_newtype!(TrustDomain => 0, SpiffeId => uri, ObjectName => 0, ClusterId => 0);
+crate::text::serde_as_text!(TrustDomain, SpiffeId, ObjectName, ClusterId);
 
 /// SHA-256 of the endorsement key's SubjectPublicKeyInfo (DER).
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -13,6 +13,7 @@ pub mod id;
 pub mod policy;
 pub mod record;
 pub mod refusal;
+mod text;
 pub mod time;
 pub mod trust;
 

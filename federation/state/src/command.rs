@@ -16,6 +16,9 @@ use std::collections::BTreeMap;
 /// First byte of every encoded entry.
 pub const ENTRY_VERSION: u8 = 2;
 
+/// Most commands fit: a vector that grows byte by byte is moved half a dozen times on the way.
+pub(crate) const COMMAND_BYTES: usize = 512;
+
 /// What one log entry carries.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LogEntry {
@@ -32,7 +35,9 @@ pub struct LogEntry {
 impl LogEntry {
     /// Version byte and postcard.
     pub fn encode(&self) -> Result<Vec<u8>, Refusal> {
-        postcard::to_extend(self, vec![ENTRY_VERSION])
+        let mut bytes = Vec::with_capacity(COMMAND_BYTES);
+        bytes.push(ENTRY_VERSION);
+        postcard::to_extend(self, bytes)
             .map_err(|e| Refusal::new(Code::Internal, "a command that encodes", e.to_string()))
     }
     /// Strict: another version or trailing bytes are refused.

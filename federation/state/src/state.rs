@@ -508,6 +508,6 @@ impl State {
 
 fn command_hash(command: &Command) -> [u8; 32] {
     // An unencodable command cannot have come out of the log.
-    let bytes = postcard::to_stdvec(command).unwrap_or_default();
+    let bytes = postcard::to_extend(command, Vec::with_capacity(crate::command::COMMAND_BYTES)).unwrap_or_default();
     Sha256::digest(bytes).into()
 }

@@ -6,6 +6,7 @@ use super::{Membership, Snapshots, StoreError, Writing, io, sync_dir};
 use ambit_state::TableWrite;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
+use serde_bytes::ByteBuf;
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -44,7 +45,8 @@ pub struct Snapshot {
     pub rows: Vec<TableWrite>,
 }
 
-type Row = (u8, Vec<u8>, Vec<u8>);
+/// Table, key and value. As bytes: a sequence of numbers is the same on disk, and is written number by number.
+type Row = (u8, ByteBuf, ByteBuf);
 
 /// The bytes of a snapshot. `header.chunks` is filled in here. Rows without a value are left out: a snapshot has no deletions.
 pub fn encode(mut header: Header, rows: impl IntoIterator<Item = TableWrite>) -> Result<Vec<u8>, StoreError> {
@@ -54,7 +56,7 @@ pub fn encode(mut header: Header, rows: impl IntoIterator<Item = TableWrite>) ->
     for row in rows {
         let Some(value) = row.value else { continue };
         size += row.key.len() + value.len();
-        chunk.push((row.table, row.key, value));
+        chunk.push((row.table, row.key.into(), value.into()));
         if size >= CHUNK_BYTES {
             frame(&mut chunks, &chunk)?;
             header.chunks += 1;
@@ -95,7 +97,8 @@ pub fn decode(bytes: &[u8]) -> Result<Snapshot, StoreError> {
     let mut rows = Vec::new();
     for _ in 0..header.chunks {
         let chunk: Vec<Row> = unframe(&mut rest)?;
-        rows.extend(chunk.into_iter().map(|(table, key, value)| TableWrite { table, key, value: Some(value) }));
+        let row = |(table, key, value): Row| TableWrite { table, key: key.into_vec(), value: Some(value.into_vec()) };
+        rows.extend(chunk.into_iter().map(row));
     }
     if rest.is_empty() { Ok(Snapshot { header, rows }) } else { Err(bad("trailing bytes")) }
 }

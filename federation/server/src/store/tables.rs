@@ -12,6 +12,7 @@
 use super::{Membership, Rows, StoreError, caught, io, sync_dir};
 use ambit_state::TableWrite;
 use serde::{Deserialize, Serialize};
+use serde_bytes::ByteBuf;
 use sled::transaction::{TransactionError, Transactional, TransactionalTree};
 use std::collections::BTreeMap;
 use std::fs;
@@ -24,7 +25,7 @@ const VALUE_VERSION: u8 = 2;
 /// item of its file.
 const BLOCK_BYTES: usize = 4 * 1024;
 /// Changed rows kept in memory before their blocks are written: one transaction for all of them.
-const PENDING_BYTES_MAX: usize = 64 * 1024;
+const PENDING_BYTES_MAX: usize = 256 * 1024;
 /// Blocks are written anew, without what is overridden, once they hold so many more rows than twice those of the state.
 const OVERRIDDEN_ROWS_MAX: usize = 100_000;
 /// sled's page cache, bytes. The state lives in memory already, and blocks are read at open only; the default is 1 GiB.
@@ -52,7 +53,11 @@ pub type Stored = (Applied, Vec<TableWrite>);
 /// A row's table and key.
 type RowKey = (u8, Vec<u8>);
 /// A row as it changed; `None` where it is gone.
-type Change = (u8, Vec<u8>, Option<Vec<u8>>);
+type Change = (u8, ByteBuf, Option<ByteBuf>);
+
+fn change(table: u8, key: Vec<u8>, value: Option<Vec<u8>>) -> Change {
+    (table, ByteBuf::from(key), value.map(ByteBuf::from))
+}
 
 /// The open tables.
 pub struct Tables {
@@ -109,7 +114,8 @@ impl Tables {
     fn store(&mut self) {
         let Some(position) = self.position.take() else { return };
         self.pending_bytes = 0;
-        let changes = std::mem::take(&mut self.pending).into_iter().map(|((table, key), value)| (table, key, value));
+        let changes =
+            std::mem::take(&mut self.pending).into_iter().map(|((table, key), value)| change(table, key, value));
         self.attempt(|open| open.write(Some(&position), changes.collect()));
     }
 
@@ -163,7 +169,7 @@ impl Rows for Tables {
             return;
         }
         self.reopen();
-        let mut rows = rows.into_iter().map(|row| (row.table, row.key, row.value)).peekable();
+        let mut rows = rows.into_iter().map(|row| change(row.table, row.key, row.value)).peekable();
         while rows.peek().is_some() {
             let part: Vec<_> = rows.by_ref().take(4096).collect();
             self.attempt(|open| open.write(None, part));
@@ -234,8 +240,8 @@ impl Open {
             self.stored += changes.len();
             for (table, key, value) in changes {
                 match value {
-                    Some(value) => rows.insert((table, key), value),
-                    None => rows.remove(&(table, key)),
+                    Some(value) => rows.insert((table, key.into_vec()), value.into_vec()),
+                    None => rows.remove(&(table, key.into_vec())),
                 };
             }
         }
@@ -254,7 +260,7 @@ impl Open {
     fn write(&mut self, applied: Option<&Applied>, changes: Vec<Change>) -> Result<(), StoreError> {
         let (mut blocks, mut block, mut size) = (Vec::new(), Vec::new(), 0);
         for change in changes {
-            size += change.1.len() + change.2.as_ref().map_or(0, Vec::len);
+            size += change.1.len() + change.2.as_ref().map_or(0, |value| value.len());
             block.push(change);
             if size >= BLOCK_BYTES {
                 blocks.push(self.seal_block(&std::mem::take(&mut block))?);
@@ -317,7 +323,8 @@ impl Open {
     }
 
     fn seal_block(&mut self, block: &[Change]) -> Result<([u8; 8], Vec<u8>), StoreError> {
-        let bytes = postcard::to_stdvec(block).map_err(|e| damaged(&e.to_string()))?;
+        let room = Vec::with_capacity(2 * BLOCK_BYTES);
+        let bytes = postcard::to_extend(block, room).map_err(|e| damaged(&e.to_string()))?;
         let key = self.next.to_be_bytes();
         self.next += 1;
         self.stored += block.len();
