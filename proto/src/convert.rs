@@ -3,7 +3,7 @@
 use crate::v1;
 use ambit_model::bundle::Bundle;
 use ambit_model::policy::{Action, Endpoint, Peers, Policy, Service};
-use ambit_model::{Code, Entry, Generation, Refusal, SvidTtl, TrustDomain};
+use ambit_model::{Code, Entry, Generation, JwtAuthority, Refusal, Stamp, SvidTtl, TrustDomain};
 use std::str::FromStr;
 
 fn all<T: FromStr<Err = Refusal>, C: FromIterator<T>>(texts: &[String]) -> Result<C, Refusal> {
@@ -159,10 +159,28 @@ impl From<&Endpoint> for v1::Endpoint {
 
 /// A bundle from its message. The caller says whose it is by the type it asks for.
 pub fn bundle<Whose>(m: &v1::Bundle) -> Result<Bundle<Whose>, Refusal> {
-    Ok(Bundle::new(m.trust_domain.parse()?, m.sequence, m.roots_der.clone()))
+    let jwt = m.jwt_authorities.iter().map(JwtAuthority::from).collect();
+    Ok(Bundle::new(m.trust_domain.parse()?, m.sequence, m.roots_der.clone()).with_jwt_authorities(jwt))
+}
+
+impl From<&v1::JwtAuthority> for JwtAuthority {
+    fn from(m: &v1::JwtAuthority) -> Self {
+        JwtAuthority { kid: m.kid.clone(), spki_der: m.spki_der.clone(), not_after: Stamp(m.not_after_ms) }
+    }
+}
+
+impl From<&JwtAuthority> for v1::JwtAuthority {
+    fn from(a: &JwtAuthority) -> Self {
+        v1::JwtAuthority { kid: a.kid.clone(), spki_der: a.spki_der.clone(), not_after_ms: a.not_after.0 }
+    }
 }
 
 /// A bundle as a message.
 pub fn bundle_message<Whose>(b: &Bundle<Whose>) -> v1::Bundle {
-    v1::Bundle { trust_domain: b.trust_domain().to_string(), sequence: b.sequence(), roots_der: b.roots().to_vec() }
+    v1::Bundle {
+        trust_domain: b.trust_domain().to_string(),
+        sequence: b.sequence(),
+        roots_der: b.roots().to_vec(),
+        jwt_authorities: b.jwt_authorities().iter().map(Into::into).collect(),
+    }
 }

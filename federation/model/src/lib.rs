@@ -10,6 +10,7 @@ pub mod backup;
 pub mod bundle;
 pub mod entry;
 pub mod id;
+pub mod jwt;
 pub mod policy;
 pub mod record;
 pub mod refusal;
@@ -23,6 +24,7 @@ pub use entry::{Entry, EntryId, Selector, Selectors};
 pub use id::{
     ClusterId, Generation, NodeId, NumericIdentity, ObjectName, RaftIndex, ReplicaId, Revision, SpiffeId, TrustDomain,
 };
+pub use jwt::{Audience, JwtAuthority, JwtTtl};
 pub use policy::{Action, Endpoint, Order, Peers, Policy, Service};
 pub use refusal::{Code, Refusal};
 pub use time::{Lifetime, Stamp, SvidTtl};

@@ -1,6 +1,6 @@
 //! Commands: the only ways the state changes. Their encoding is versioned; a log entry is never reinterpreted.
 
-use crate::committed::{Issuance, ReplicaAdmission, SealedReport};
+use crate::committed::{Issuance, JwtIssuance, ReplicaAdmission, SealedReport};
 use crate::objects::{
     AkFacts, BootPcrs, CellRow, Counters, DenialRow, EkDenyRow, EkFacts, ImaPoint, KeySetRow, Member, PeerRow,
     PolicyRef, PolicyVersion, TokenRow,
@@ -284,6 +284,23 @@ pub enum Command {
     DeleteAppraisalPolicy(ObjectName),
     /// Writes entries over what they are, each with its own outcome.
     PutEntries(Vec<(Entry, Presence)>),
+    /// A new JWT authority: SubjectPublicKeyInfo (DER), and its private key wrapped to each replica.
+    PutJwtAuthority(Vec<u8>, BTreeMap<u64, Vec<u8>>),
+    /// A JWT authority, wrapped to further replicas.
+    WrapJwtAuthority(String, BTreeMap<u64, Vec<u8>>),
+    /// A token for a workload of one node.
+    IssueJwt {
+        /// On whose certificate.
+        node: NodeId,
+        /// The generation in it.
+        generation: Generation,
+        /// The authority that will sign.
+        kid: String,
+        /// Under which entry.
+        entry: EntryId,
+        /// [`ambit_model::Audience::sha256`].
+        audience_sha256: [u8; 32],
+    },
 }
 
 /// What an entry must be for a write over it.
@@ -329,4 +346,6 @@ pub enum Reply {
     Documents(Vec<bool>, u64),
     /// A report was sealed.
     Report(Box<SealedReport>),
+    /// A token to sign.
+    Token(Box<JwtIssuance>),
 }

@@ -62,6 +62,29 @@ pub struct Issuance {
     pub index: RaftIndex,
 }
 
+/// The record of one JWT-SVID: what may be signed. The token itself never enters the log.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JwtIssuance {
+    /// The authority that must sign it; another refuses.
+    pub kid: String,
+    /// 16 bytes: epoch, log index, position. Unique for ever, across failover, and among certificates too (I6).
+    pub jti: [u8; 16],
+    /// The identity that it speaks for.
+    pub spiffe_id: SpiffeId,
+    /// For whom.
+    pub subject: Subject,
+    /// Through which admission of which node; none for one that an administrator minted.
+    pub binding: Option<(NodeId, Generation)>,
+    /// [`ambit_model::Audience::sha256`] of those whom it is for.
+    pub audience_sha256: [u8; 32],
+    /// When it was committed.
+    pub stamp: ambit_model::Stamp,
+    /// When it ends.
+    pub not_after: ambit_model::Stamp,
+    /// Where it was committed.
+    pub index: RaftIndex,
+}
+
 /// A replica's place in the cell, committed before its intermediate is signed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReplicaAdmission {

@@ -7,6 +7,7 @@ pub mod budget;
 pub mod evidence;
 pub mod files;
 pub mod found;
+pub mod jwt;
 pub mod peering;
 pub mod policies;
 pub mod pull;
@@ -65,6 +66,7 @@ struct Inner {
     work: work::Work,
     verdicts: verdicts::Verdicts,
     ticket_keys: ticket::OpenKeys,
+    jwt_keys: jwt::OpenJwtKeys,
     policies: policies::Policies,
     /// The cell's revision, once trust follows it: what streams wait for, instead of every entry applied.
     revision: watch::Sender<u64>,
@@ -134,6 +136,10 @@ impl Replica {
     /// Ticket keys, unwrapped.
     pub fn ticket_keys(&self) -> &ticket::OpenKeys {
         &self.inner.ticket_keys
+    }
+    /// JWT authorities, unwrapped.
+    pub fn jwt_keys(&self) -> &jwt::OpenJwtKeys {
+        &self.inner.jwt_keys
     }
     /// Changes of anything that a slice is made of.
     pub fn watch_revision(&self) -> watch::Receiver<u64> {

@@ -117,6 +117,7 @@ fn open(
         work: super::work::Work::start()?,
         verdicts,
         ticket_keys: super::ticket::OpenKeys::default(),
+        jwt_keys: super::jwt::OpenJwtKeys::default(),
         policies: super::policies::Policies::default(),
         revision: watch::Sender::new(0),
         heard: Mutex::new(super::pull::Heard::default()),

@@ -3,9 +3,9 @@
 use super::unbuilt::unbuilt;
 use super::{OrStatus, request_id};
 use crate::authorise::{Role, actor};
-use crate::replica::Replica;
-use ambit_identity::{Csr, issue};
-use ambit_model::{Code, Refusal};
+use crate::replica::{Replica, jwt};
+use ambit_identity::{Csr, issue, issue_jwt};
+use ambit_model::{Audience, Code, Refusal, TrustDomain};
 use ambit_proto::v1;
 use ambit_state::Command;
 use ambit_state::command::LeafRequest;
@@ -55,8 +55,28 @@ impl v1::svid_server::Svid for Svids {
         Ok(Response::new(v1::BatchNewX509svidResponse { results }))
     }
 
-    async fn new_jwtsvid(&self, _: Request<v1::Unbuilt>) -> Result<Response<v1::Unbuilt>, Status> {
-        unbuilt("Svid.NewJWTSVID (issue D)")
+    async fn new_jwtsvid(
+        &self,
+        request: Request<v1::NewJwtsvidRequest>,
+    ) -> Result<Response<v1::NewJwtsvidResponse>, Status> {
+        let actor = actor(&request)?;
+        let Role::Node(node, generation) = actor.role else {
+            return Err(Refusal::new(Code::PermissionDenied, "a node", actor.name)).or_status();
+        };
+        let m = request.into_inner();
+        let id = request_id(&m.request_id)?;
+        let (entry, audience) = (m.entry_id.parse().or_status()?, Audience::new(m.audience).or_status()?);
+        let key = jwt::signer(&self.0).or_status()?;
+        let (kid, audience_sha256) = (key.kid().to_owned(), audience.sha256());
+        // The key is every replica's, but a record is signed where it was proposed, or by nobody.
+        let id = signed_here(id, &format!("{kid} at {}", self.0.id()));
+        let command = Command::IssueJwt { node, generation, kid, entry, audience_sha256 };
+        let committed = self.0.propose(actor.client, id, command).await.or_status()?.into_token();
+        let committed = committed.map_err(|r| r.for_node()).or_status()?;
+        self.0.check_clock().or_status()?;
+        let (expires_at_ms, spiffe_id) = (committed.get().not_after.0, committed.get().spiffe_id.to_string());
+        let token = issue_jwt(committed, &audience, &key).or_status()?;
+        Ok(Response::new(v1::NewJwtsvidResponse { token: token.to_string(), expires_at_ms, spiffe_id }))
     }
     async fn mint_x509svid(&self, _: Request<v1::Unbuilt>) -> Result<Response<v1::Unbuilt>, Status> {
         unbuilt("Svid.MintX509SVID (issue D)")
@@ -161,10 +181,14 @@ impl Bundles {
     async fn all(&self) -> Result<Vec<v1::Bundle>, Refusal> {
         self.0
             .read(|s| {
-                s.bundles()
-                    .into_iter()
-                    .map(|(td, (sequence, roots_der))| v1::Bundle { trust_domain: td.to_string(), sequence, roots_der })
-                    .collect()
+                let jwt = s.jwt_bundles();
+                let message = |(td, (sequence, roots_der)): (TrustDomain, (u64, Vec<Vec<u8>>))| v1::Bundle {
+                    trust_domain: td.to_string(),
+                    sequence,
+                    roots_der,
+                    jwt_authorities: jwt.get(&td).into_iter().flatten().map(Into::into).collect(),
+                };
+                s.bundles().into_iter().map(message).collect()
             })
             .await
     }
