@@ -13,6 +13,7 @@ pub mod id;
 pub mod policy;
 pub mod record;
 pub mod refusal;
+pub mod role;
 pub mod time;
 pub mod trust;
 
@@ -24,5 +25,6 @@ pub use id::{
 };
 pub use policy::{Action, Endpoint, Order, Peers, Policy, Service};
 pub use refusal::{Code, Refusal};
+pub use role::AdminRole;
 pub use time::{Lifetime, Stamp, SvidTtl};
 pub use trust::TrustVector;

@@ -153,6 +153,7 @@ codes! {
     RecoverUnsafe = "recover_unsafe", Precondition, "recover only a stopped voter, and only where the majority is lost for good: start what can be started first";
     RecoverUnconfirmed = "recover_unconfirmed", Precondition, "read what would be given up, then name exactly these replicas with --i-accept-the-loss-of";
     BundleMalformed = "bundle_malformed", Invalid, "publish a SPIFFE bundle: keys of use x509-svid (with x5c) or jwt-svid (with kid)";
+    LastAdmin = "last_admin", Precondition, "make another administrator federation-admin first (ambit admin grant)";
 }
 
 impl fmt::Display for Code {

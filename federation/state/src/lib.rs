@@ -13,14 +13,16 @@ mod fit;
 pub mod mutant;
 pub mod objects;
 mod result;
+mod roles;
 pub mod slice;
 mod state;
 mod table;
 mod watched;
 
 pub use apply::{Beginning, ENDPOINTS_PER_NODE_MAX};
-pub use command::{Command, LogEntry, NodeVerb, Nodes, Reply};
+pub use command::{Command, LogEntry, NodeVerb, Nodes, Reply, RoleChange};
 pub use committed::{Committed, Issuance, Subject};
+pub use roles::FOUNDER;
 pub use slice::{Bundles, Slice};
 pub use state::{Applied, OwnedName, State};
 pub use table::TableWrite;

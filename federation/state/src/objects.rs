@@ -3,8 +3,8 @@
 use ambit_model::appraisal::PcrBank;
 use ambit_model::policy::{Endpoint, Policy, Service};
 use ambit_model::{
-    ClusterId, Code, Entry, Generation, NodeId, ObjectName, RaftIndex, Revision, SpiffeId, Stamp, TrustDomain,
-    TrustVector,
+    AdminRole, ClusterId, Code, Entry, Generation, NodeId, ObjectName, RaftIndex, Revision, SpiffeId, Stamp,
+    TrustDomain, TrustVector,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -476,3 +476,14 @@ pub struct DedupeRow {
 
 /// An identity's number.
 pub type IdentityRow = (SpiffeId, u32);
+
+/// What an administrator may do, by the name in the certificate. Without a row nobody is one, but for the founder.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AdminRow {
+    /// None: everything was taken away.
+    pub roles: BTreeSet<AdminRole>,
+    /// Who changed it last.
+    pub changed_by: String,
+    /// When.
+    pub changed: Stamp,
+}

@@ -61,6 +61,7 @@ pub struct State {
     pub(crate) boots: Table<NodeId, BootPcrs>,
     /// Beginnings of incarnations after the first, by epoch.
     pub(crate) incarnations: Table<u64, IncarnationRow>,
+    pub(crate) admins: Table<ObjectName, AdminRow>,
     /// `issued` by node and end, in memory only: counting a node's leaves must not cost a walk over everybody's.
     pub(crate) live_leaves: BTreeMap<NodeId, BTreeSet<(Stamp, [u8; 16])>>,
     /// Entries with node selectors by cluster, in memory only: a verdict must not cost a walk over all entries.
@@ -106,7 +107,8 @@ macro_rules! each_table {
             $s.ek_denials,
             $s.appraisal_policies,
             $s.boots,
-            $s.incarnations
+            $s.incarnations,
+            $s.admins
         )
     };
 }
@@ -195,6 +197,7 @@ impl State {
             appraisal_policies: Table::new(id()),
             boots: Table::new(id()),
             incarnations: Table::new(id()),
+            admins: Table::new(id()),
             live_leaves: BTreeMap::new(),
             asking: BTreeMap::new(),
             dedupe_by_age: VecDeque::new(),

@@ -119,6 +119,7 @@ fn open(
         ticket_keys: super::ticket::OpenKeys::default(),
         policies: super::policies::Policies::default(),
         revision: watch::Sender::new(0),
+        refusals: crate::authorise::Refusals::default(),
         heard: Mutex::new(super::pull::Heard::default()),
     };
     Ok((Replica { inner: Arc::new(inner) }, tls))

@@ -10,6 +10,7 @@ mod incarnation;
 mod issue;
 mod node;
 mod objects;
+mod roles;
 
 pub use incarnation::Beginning;
 pub(crate) use issue::answer_again;
@@ -69,6 +70,9 @@ pub(crate) fn apply(s: &mut State, index: RaftIndex, stamp: Stamp, command: &Com
         Command::PutAppraisalPolicy { name, content, staged, by } => appraisal::put(s, at, name, content, *staged, by),
         Command::PromoteAppraisalPolicy(name) => appraisal::promote(s, at, name),
         Command::DeleteAppraisalPolicy(name) => appraisal::delete(s, at, name),
+        Command::ChangeRoles { admin, change, by } => roles::change(s, at, admin, change, by),
+        Command::CertifyAdmin { admin, key_hash, authority } => roles::certify(s, at, admin, *key_hash, authority),
+        Command::Within(clusters, command) => roles::within(s, at, clusters, command),
     }
 }
 
