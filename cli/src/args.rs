@@ -1,5 +1,6 @@
 //! The command tree. Everything a user can type is declared here and nowhere else; nouns with much to say have a file each.
 
+mod admin;
 mod attest;
 mod cluster;
 mod entry;
@@ -7,6 +8,7 @@ mod node;
 mod svid;
 mod watch;
 
+pub use admin::Admin;
 pub use attest::{Appraise, Attest, AttestPolicy, LearnPolicy};
 pub use cluster::{Cluster, EkRoot};
 pub use entry::{Entry, EntryCreate, EntryList, EntryUpdate};
@@ -81,6 +83,9 @@ pub enum Verb {
     Svid(Svid),
     /// Objects as they change, a line each; goes on at another replica where one is lost
     Watch(Watch),
+    /// Administrators: roles, certificates, and who was refused what
+    #[command(subcommand)]
+    Admin(Admin),
     /// The one-machine lab (runs ambit-lab)
     #[command(disable_help_flag = true)]
     Lab {
@@ -333,6 +338,13 @@ mod tests {
             ("ambit attest appraise dir --policy p.yaml -o json --nonce 00 --roots ca.pem", true),
             ("ambit attest appraise dir --policy p.yaml --class lab", false),
             ("ambit attest policy diff a.yaml", false),
+            ("ambit admin grant alice operator cluster-admin:west", true),
+            ("ambit admin grant alice", false),
+            ("ambit admin grant alice root", false),
+            ("ambit admin grant Alice operator", false),
+            ("ambit admin revoke alice --all", true),
+            ("ambit admin revoke alice operator --all", false),
+            ("ambit admin revoke alice", false),
             ("ambit", false),
         ] {
             let read = Args::try_parse_from(line.split(' '));

@@ -105,6 +105,12 @@ macro_rules! client {
     (Watch, $c:expr) => {
         ambit_proto::v1::watch_client::WatchClient::new($c)
     };
+    (Administrators, $c:expr) => {
+        ambit_proto::v1::administrators_client::AdministratorsClient::new($c)
+    };
+    (Audit, $c:expr) => {
+        ambit_proto::v1::audit_client::AuditClient::new($c)
+    };
     (Drill, $c:expr) => {
         ambit_proto::v1::drill_client::DrillClient::new($c)
     };

@@ -9,6 +9,7 @@ pub mod bench;
 pub mod cell;
 pub mod machine;
 pub mod operator;
+pub mod peering;
 pub mod process;
 pub mod soft_tpm;
 pub mod table;

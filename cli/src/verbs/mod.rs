@@ -1,5 +1,6 @@
 //! The verbs: each asks the cell and turns the answer into rows.
 
+mod admin;
 mod attest;
 mod check;
 mod cluster;
@@ -64,6 +65,7 @@ pub async fn run(args: Args) -> Result<Answer, Refusal> {
         Verb::Attest(verb) => attest::run(&session, verb).await,
         Verb::Svid(verb) => svid::run(&session, verb),
         Verb::Watch(options) => watch::run(&session, options).await,
+        Verb::Admin(verb) => admin::run(&session, verb).await,
         Verb::Lab { args } => lab::run(args).await,
         Verb::Drill(verb) => drill::run(&session, verb).await,
     }

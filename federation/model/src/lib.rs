@@ -15,6 +15,7 @@ pub mod policy;
 pub mod record;
 pub mod refusal;
 mod text;
+pub mod role;
 pub mod time;
 pub mod trust;
 
@@ -27,5 +28,6 @@ pub use id::{
 pub use jwt::{Audience, JwtAuthority, JwtTtl};
 pub use policy::{Action, Endpoint, Order, Peers, Policy, Service};
 pub use refusal::{Code, Refusal};
+pub use role::AdminRole;
 pub use time::{Lifetime, Stamp, SvidTtl};
 pub use trust::TrustVector;

@@ -156,6 +156,7 @@ codes! {
     JwtMalformed = "jwt_malformed", Denied, "present a JWT-SVID: a compact JWS with no header but alg, kid and typ, and with sub, aud and exp";
     JwtUntrusted = "jwt_untrusted", Denied, "present a JWT-SVID that a key of its trust domain's bundle signed and that is in time";
     JwtAudience = "jwt_audience", Denied, "fetch a JWT-SVID for this very audience";
+    LastAdmin = "last_admin", Precondition, "make another administrator federation-admin first (ambit admin grant)";
 }
 
 impl fmt::Display for Code {

@@ -1,16 +1,26 @@
-//! Who may call what: one static table, deny by default. Raw requests stop here.
+//! Who may call what: one static table, deny by default. Raw requests stop here, and every refusal is kept.
+
+mod refused;
+mod table;
+
+pub use refused::{RefusalKey, RefusalRow, Refusals};
+pub use table::{METHODS, Who};
 
 use crate::replica::wall_clock;
 use ambit_identity::PeerSvid;
-use ambit_model::{Code, Generation, NodeId, Refusal, Stamp, TrustDomain};
+use ambit_model::refusal::Class;
+use ambit_model::{AdminRole, ClusterId, Code, Generation, NodeId, Refusal, Stamp, TrustDomain};
 use ambit_proto::status::to_status;
 use ambit_state::State;
 use ambit_state::objects::PeerState;
 use ambit_transport::Caller;
+use futures::future::BoxFuture;
 use sha2::{Digest, Sha256};
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::ops::Deref;
 use std::task::{Context, Poll};
+use table::Admitted;
 use tonic::body::Body;
 use tower::{Layer, Service};
 
@@ -19,8 +29,8 @@ use tower::{Layer, Service};
 pub enum Role {
     /// No certificate.
     Anyone,
-    /// An administrator of this trust domain.
-    Admin(String),
+    /// An administrator of this trust domain: the name in the certificate, and the roles that the cell agreed on.
+    Admin(String, BTreeSet<AdminRole>),
     /// An admitted node, by the generation in its certificate.
     Node(NodeId, Generation),
     /// A replica of this cell.
@@ -29,13 +39,56 @@ pub enum Role {
     Peer(TrustDomain),
 }
 
+/// How far a call may reach.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Reach {
+    /// The whole cell.
+    Whole,
+    /// What is of these clusters.
+    Clusters(BTreeSet<ClusterId>),
+}
+
+impl Reach {
+    /// Whether what is of this cluster is within it.
+    pub fn has(&self, cluster: &ClusterId) -> bool {
+        match self {
+            Self::Whole => true,
+            Self::Clusters(clusters) => clusters.contains(cluster),
+        }
+    }
+    /// What is not within it is refused.
+    pub fn check(&self, cluster: &ClusterId) -> Result<(), Refusal> {
+        if self.has(cluster) {
+            return Ok(());
+        }
+        let found = format!("cluster {cluster}");
+        Err(Refusal::new(Code::PermissionDenied, "what is of the clusters that the caller administers", found))
+    }
+}
+
+/// Who proposes. What it may reach goes along, and the state machine holds the command to it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Client {
+    /// SHA-256 of its identity: the namespace of its request ids.
+    pub id: [u8; 32],
+    /// How far its commands may reach.
+    pub reach: Reach,
+}
+
+/// The cell's own doing, or a stranger's that has its own proof in the command.
+impl From<[u8; 32]> for Client {
+    fn from(id: [u8; 32]) -> Self {
+        Self { id, reach: Reach::Whole }
+    }
+}
+
 /// The caller that a method sees: a request extension.
 #[derive(Clone, Debug)]
 pub struct Actor {
     /// What it is.
     pub role: Role,
-    /// SHA-256 of its identity: the namespace of its request ids.
-    pub client: [u8; 32],
+    /// As whom it proposes, and how far that may reach.
+    pub client: Client,
     /// Its identity as text, for the record.
     pub name: String,
     /// Where it calls from.
@@ -43,108 +96,6 @@ pub struct Actor {
     /// When its certificate ends: a stream must not outlive it. None for a caller without one.
     pub until: Option<Stamp>,
 }
-
-/// Kinds of caller a method admits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Who {
-    /// Without a certificate too.
-    Anyone,
-    /// Administrators.
-    Admin,
-    /// Administrators, and replicas of the cell on their behalf.
-    AdminOrReplica,
-    /// Nodes.
-    Node,
-    /// Replicas of this cell.
-    Replica,
-    /// Replicas of active peers.
-    Peer,
-}
-
-/// The table. A method that is not in it is refused to everybody.
-pub const METHODS: &[(&str, Who)] = &[
-    ("/ambit.v1.NodeAttestation/Begin", Who::Anyone),
-    ("/ambit.v1.NodeAttestation/Evidence", Who::Anyone),
-    ("/ambit.v1.NodeAttestation/CreateJoinToken", Who::Admin),
-    ("/ambit.v1.NodeAttestation/AllowEk", Who::Admin),
-    ("/ambit.v1.NodeAttestation/ListNodes", Who::Admin),
-    ("/ambit.v1.NodeAttestation/ExplainNode", Who::Admin),
-    ("/ambit.v1.NodeAttestation/BanNode", Who::Admin),
-    ("/ambit.v1.NodeAttestation/EvictNode", Who::Admin),
-    ("/ambit.v1.NodeAttestation/UnbanNode", Who::Admin),
-    ("/ambit.v1.NodeAttestation/QuarantineNode", Who::Admin),
-    ("/ambit.v1.NodeAttestation/ReleaseNode", Who::Admin),
-    ("/ambit.v1.NodeAttestation/AttestationAt", Who::Admin),
-    ("/ambit.v1.NodeAttestation/AttestationResult", Who::Admin),
-    ("/ambit.v1.NodeAttestation/PutEkRoots", Who::Admin),
-    ("/ambit.v1.NodeAttestation/DisallowEk", Who::Admin),
-    ("/ambit.v1.NodeAttestation/PutEkDeny", Who::Admin),
-    ("/ambit.v1.NodeAttestation/ListEndorsements", Who::Admin),
-    ("/ambit.v1.Appraisal/ApplyAppraisalPolicy", Who::Admin),
-    ("/ambit.v1.Appraisal/DeleteAppraisalPolicy", Who::Admin),
-    ("/ambit.v1.Appraisal/ListAppraisalPolicies", Who::Admin),
-    ("/ambit.v1.Appraisal/PromoteAppraisalPolicy", Who::Admin),
-    ("/ambit.v1.Appraisal/TestAppraisalPolicy", Who::Admin),
-    ("/ambit.v1.Appraisal/LearnAppraisalPolicy", Who::Admin),
-    ("/ambit.v1.Appraisal/PutBlob", Who::AdminOrReplica),
-    ("/ambit.v1.Appraisal/GetBlob", Who::AdminOrReplica),
-    ("/ambit.v1.ClusterRegistry/RegisterCluster", Who::Admin),
-    ("/ambit.v1.ClusterRegistry/ListClusters", Who::AdminOrReplica),
-    ("/ambit.v1.ClusterRegistry/CreateClusterToken", Who::Admin),
-    ("/ambit.v1.ClusterRegistry/RegisterPeer", Who::Admin),
-    ("/ambit.v1.ClusterRegistry/ApprovePeer", Who::Admin),
-    ("/ambit.v1.ClusterRegistry/ListPeers", Who::AdminOrReplica),
-    ("/ambit.v1.ClusterRegistry/SuspendPeer", Who::Admin),
-    ("/ambit.v1.ClusterRegistry/RemovePeer", Who::Admin),
-    ("/ambit.v1.PeerLink/Hello", Who::Anyone),
-    ("/ambit.v1.PeerLink/Prove", Who::Anyone),
-    ("/ambit.v1.PeerLink/Pull", Who::Peer),
-    ("/ambit.v1.EntryRegistry/BatchCreateEntry", Who::Admin),
-    ("/ambit.v1.EntryRegistry/BatchUpdateEntry", Who::Admin),
-    ("/ambit.v1.EntryRegistry/BatchDeleteEntry", Who::Admin),
-    ("/ambit.v1.EntryRegistry/ListEntries", Who::Admin),
-    ("/ambit.v1.EntryRegistry/GetEntry", Who::Admin),
-    ("/ambit.v1.Svid/BatchNewX509SVID", Who::Node),
-    ("/ambit.v1.Svid/NewJWTSVID", Who::Node),
-    ("/ambit.v1.Svid/MintX509SVID", Who::Admin),
-    ("/ambit.v1.Svid/NewIntermediateCA", Who::Admin),
-    ("/ambit.v1.Svid/RenewAdmin", Who::Admin),
-    ("/ambit.v1.Svid/ListIssued", Who::Admin),
-    ("/ambit.v1.BundleRegistry/GetBundle", Who::Admin),
-    ("/ambit.v1.BundleRegistry/ListBundles", Who::Admin),
-    ("/ambit.v1.LocalAuthority/GetX509AuthorityState", Who::Admin),
-    ("/ambit.v1.LocalAuthority/PrepareX509Authority", Who::Admin),
-    ("/ambit.v1.LocalAuthority/ActivateX509Authority", Who::Admin),
-    ("/ambit.v1.LocalAuthority/TaintX509Authority", Who::Admin),
-    ("/ambit.v1.LocalAuthority/RevokeX509Authority", Who::Admin),
-    ("/ambit.v1.TrustDomainRegistry/ListFederationRelationships", Who::Admin),
-    ("/ambit.v1.TrustDomainRegistry/CreateFederationGroup", Who::Admin),
-    ("/ambit.v1.PolicyRegistry/Apply", Who::Admin),
-    ("/ambit.v1.PolicyRegistry/Delete", Who::Admin),
-    ("/ambit.v1.PolicyRegistry/List", Who::Admin),
-    ("/ambit.v1.PolicyRegistry/Explain", Who::Admin),
-    ("/ambit.v1.PolicyRegistry/Status", Who::AdminOrReplica),
-    ("/ambit.v1.Watch/Watch", Who::Admin),
-    ("/ambit.v1.AgentStream/Sync", Who::Node),
-    ("/ambit.v1.Membership/Status", Who::AdminOrReplica),
-    ("/ambit.v1.Membership/CreateReplicaToken", Who::Admin),
-    ("/ambit.v1.Membership/ReplicaJoin", Who::Anyone),
-    ("/ambit.v1.Membership/Promote", Who::AdminOrReplica),
-    ("/ambit.v1.Membership/TransferLeader", Who::Admin),
-    ("/ambit.v1.Membership/RemoveVoter", Who::Admin),
-    ("/ambit.v1.Membership/Snapshot", Who::Admin),
-    ("/ambit.v1.Membership/Backup", Who::Admin),
-    ("/ambit.v1.Raft/Exchange", Who::Replica),
-    ("/ambit.v1.Raft/Propose", Who::Replica),
-    ("/ambit.v1.Drill/SealReport", Who::Admin),
-    ("/ambit.v1.Drill/ListReports", Who::Admin),
-    ("/ambit.v1.Drill/RunDrill", Who::Admin),
-    ("/ambit.v1.Audit/WatchAudit", Who::Admin),
-    ("/ambit.v1.Audit/VerifyChain", Who::Admin),
-    ("/grpc.health.v1.Health/Check", Who::Anyone),
-    ("/grpc.health.v1.Health/Watch", Who::Anyone),
-    ("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", Who::Admin),
-];
 
 /// What a certificate makes of its holder, as of `state`, which is asked for only where it matters: a lock on it waits
 /// for what is being applied. A verified certificate of no known role gets nothing.
@@ -157,10 +108,15 @@ pub fn role_of<S: Deref<Target = State>>(
     let id = svid.id();
     let nobody = || Refusal::new(Code::PermissionDenied, "an admin, node, replica or peer", id.as_str());
     let (foreign, replica) = (id.trust_domain() != *own, id.path().strip_prefix("/ambit/replica/"));
-    if let Some(name) = id.path().strip_prefix("/ambit/admin/").filter(|_| !foreign) {
-        return Ok(Role::Admin(name.to_owned()));
-    }
     let (state, replica) = (state(), replica.and_then(|n| n.parse().ok()));
+    if let Some(name) = id.path().strip_prefix("/ambit/admin/").filter(|_| !foreign) {
+        let roles = state.admin_roles(name);
+        if roles.is_empty() {
+            let expected = "an administrator with a role (ambit admin grant)";
+            return Err(Refusal::new(Code::PermissionDenied, expected, format!("{id}, who has none")));
+        }
+        return Ok(Role::Admin(name.to_owned(), roles));
+    }
     if foreign {
         let active = state.peer(&id.trust_domain()).is_some_and(|p| p.state == PeerState::Active);
         return if active && replica.is_some() { Ok(Role::Peer(id.trust_domain())) } else { Err(nobody()) };
@@ -189,14 +145,19 @@ pub fn role_of<S: Deref<Target = State>>(
     Ok(Role::Node(node, binding.generation))
 }
 
-fn admits(who: Who, role: &Role) -> bool {
-    match who {
-        Who::Anyone => true,
-        Who::Admin => matches!(role, Role::Admin(_)),
-        Who::AdminOrReplica => matches!(role, Role::Admin(_) | Role::Replica(_)),
-        Who::Node => matches!(role, Role::Node(..)),
-        Who::Replica => matches!(role, Role::Replica(_)),
-        Who::Peer => matches!(role, Role::Peer(_)),
+/// How far a call of a method reaches that admits its caller so.
+fn reach(role: &Role, admitted: Admitted) -> Reach {
+    match (admitted, role) {
+        (Admitted::Within, Role::Admin(_, roles)) => {
+            let clusters = roles.iter().filter_map(|role| match role {
+                AdminRole::ClusterAdmin(cluster) => Some(cluster.clone()),
+                AdminRole::FederationAdmin | AdminRole::Operator | AdminRole::Auditor => None,
+            });
+            Reach::Clusters(clusters.collect())
+        }
+        // What is not an administrator's is decided by the method itself: a node speaks for itself, and so on.
+        (Admitted::Yes, _) => Reach::Whole,
+        (Admitted::Within | Admitted::No, _) => Reach::Clusters(BTreeSet::new()),
     }
 }
 
@@ -222,18 +183,19 @@ pub fn authorise<S: Deref<Target = State>>(
         ));
     }
     let role = role_of(caller.svid.as_ref(), own, state)?;
-    if !admits(who, &role) {
+    let admitted = who.admits(&role);
+    if admitted == Admitted::No {
         let code = if role == Role::Anyone { Code::Unauthenticated } else { Code::PermissionDenied };
         return Err(Refusal::new(code, format!("{who:?} for {path}"), format!("{role:?}")));
     }
-    let name = caller.svid.as_ref().map_or_else(|| format!("anonymous {}", caller.remote.ip()), |s| s.id().to_string());
-    Ok(Actor {
-        role,
-        client: Sha256::digest(&name).into(),
-        name,
-        remote: caller.remote.ip(),
-        until: caller.svid.as_ref().map(PeerSvid::not_after),
-    })
+    let name = name_of(caller);
+    let client = Client { id: Sha256::digest(&name).into(), reach: reach(&role, admitted) };
+    Ok(Actor { role, client, name, remote: caller.remote.ip(), until: caller.svid.as_ref().map(PeerSvid::not_after) })
+}
+
+/// The caller as text: its identity, or where it calls from.
+fn name_of(caller: &Caller) -> String {
+    caller.svid.as_ref().map_or_else(|| format!("anonymous {}", caller.remote.ip()), |s| s.id().to_string())
 }
 
 /// The actor of a request; set by the layer for every request that reached a method.
@@ -280,28 +242,46 @@ where
 {
     type Response = http::Response<Body>;
     type Error = S::Error;
-    type Future = futures::future::Either<futures::future::Ready<Result<Self::Response, Self::Error>>, S::Future>;
+    type Future = BoxFuture<'static, Result<Self::Response, S::Error>>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
         self.inner.poll_ready(cx)
     }
 
     fn call(&mut self, mut request: http::Request<Body>) -> Self::Future {
-        let decided = {
-            let caller = request.extensions().get::<Caller>();
-            let own = self.replica.trust_domain();
-            authorise(request.uri().path(), caller, own, || self.replica.cell().state(), wall_clock())
-        };
+        let caller = request.extensions().get::<Caller>().cloned();
+        let (path, replica) = (request.uri().path().to_owned(), self.replica.clone());
+        let decided =
+            authorise(&path, caller.as_ref(), replica.trust_domain(), || replica.cell().state(), wall_clock());
         match decided {
             Ok(actor) => {
                 request.extensions_mut().insert(actor);
-                futures::future::Either::Right(self.inner.call(request))
+                let inner = self.inner.call(request);
+                Box::pin(async move {
+                    let response = inner.await?;
+                    // What a method itself refuses at once: its code stands in the head of an answer without a body.
+                    let code = response.headers().get("ambit-code").and_then(|code| code.to_str().ok());
+                    if let Some(code) = code.and_then(Code::from_text) {
+                        note(&replica, caller.as_ref(), &path, code);
+                    }
+                    Ok(response)
+                })
             }
             Err(refusal) => {
-                tracing::debug!(path = request.uri().path(), code = %refusal.code, "call refused");
+                note(&replica, caller.as_ref(), &path, refusal.code);
                 let status: tonic::Status = to_status(&refusal);
-                futures::future::Either::Left(futures::future::ready(Ok(status.into_http())))
+                Box::pin(futures::future::ready(Ok(status.into_http())))
             }
         }
     }
+}
+
+/// Keeps what was refused because of who asked; what was wrong or came too early is no refusal of a caller.
+fn note(replica: &crate::replica::Replica, caller: Option<&Caller>, path: &str, code: Code) {
+    if !matches!(code.class(), Class::Denied | Class::Unauthenticated) {
+        return;
+    }
+    let name = caller.map_or_else(|| "unknown".to_owned(), name_of);
+    let stranger = caller.is_none_or(|caller| caller.svid.is_none());
+    replica.refusals().note(&name, stranger, path, code, wall_clock().0);
 }

@@ -105,6 +105,9 @@ fn state_families(p: &mut Page, replica: &Replica) {
         let seqs: Vec<_> = s.peers().map(|(td, r)| (label("trust_domain", td.as_str()), r.seq as f64)).collect();
         p.family("ambit_peer_imported_seq", "gauge", "Last record imported.", &seqs);
     });
+    let refused: Vec<_> =
+        replica.refusals().by_code().into_iter().map(|(code, n)| (label("code", code), n as f64)).collect();
+    p.family("ambit_refusals_total", "counter", "Calls refused because of who asked.", &refused);
     p.gauge("ambit_agent_streams", "Agents whose streams end here.", replica.agents().all().len() as f64);
 }
 

@@ -8,10 +8,11 @@ use crate::objects::{
 use ambit_model::policy::{Endpoint, Policy, Service};
 use ambit_model::record::{Head, Record};
 use ambit_model::{
-    ClusterId, Code, Entry, EntryId, Generation, NodeId, ObjectName, Refusal, Revision, Stamp, TrustDomain, TrustVector,
+    AdminRole, ClusterId, Code, Entry, EntryId, Generation, NodeId, ObjectName, Refusal, Revision, Stamp, TrustDomain,
+    TrustVector,
 };
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// First byte of every encoded entry.
 pub const ENTRY_VERSION: u8 = 2;
@@ -301,6 +302,37 @@ pub enum Command {
         /// [`ambit_model::Audience::sha256`].
         audience_sha256: [u8; 32],
     },
+    /// Changes the roles of an administrator.
+    ChangeRoles {
+        /// The name after /ambit/admin/.
+        admin: ObjectName,
+        /// How.
+        change: RoleChange,
+        /// Who asked.
+        by: String,
+    },
+    /// A certificate for an administrator who holds a role.
+    CertifyAdmin {
+        /// The name after /ambit/admin/.
+        admin: ObjectName,
+        /// SHA-256 of the key's SPKI.
+        key_hash: [u8; 32],
+        /// The intermediate that will sign.
+        authority: String,
+    },
+    /// What an administrator of these clusters asks, refused where it touches anything of another.
+    Within(BTreeSet<ClusterId>, Box<Command>),
+}
+
+/// What becomes of an administrator's roles.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum RoleChange {
+    /// These are added.
+    Grant(BTreeSet<AdminRole>),
+    /// These are taken away.
+    Revoke(BTreeSet<AdminRole>),
+    /// All are taken away.
+    RevokeAll,
 }
 
 /// What an entry must be for a write over it.

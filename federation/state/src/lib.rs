@@ -13,6 +13,7 @@ mod fit;
 pub mod mutant;
 pub mod objects;
 mod result;
+mod roles;
 pub mod slice;
 mod state;
 mod table;
@@ -20,8 +21,9 @@ mod watched;
 
 pub use apply::jwt::{JWT_PUBLISHED_MIN_MS, JWT_PUBLISHED_MS, JWT_SIGNS_MS, JwtDue};
 pub use apply::{Beginning, ENDPOINTS_PER_NODE_MAX};
-pub use command::{Command, LogEntry, NodeVerb, Nodes, Reply};
+pub use command::{Command, LogEntry, NodeVerb, Nodes, Reply, RoleChange};
 pub use committed::{Committed, Issuance, JwtIssuance, Subject};
+pub use roles::FOUNDER;
 pub use slice::{Bundles, Slice};
 pub use state::{Applied, OwnedName, State};
 pub use table::TableWrite;

@@ -3,7 +3,7 @@
 use ambit_model::appraisal::PcrBank;
 use ambit_model::policy::{Endpoint, Policy, Service};
 use ambit_model::{
-    ClusterId, Code, Entry, Generation, JwtAuthority, NodeId, ObjectName, RaftIndex, Revision, SpiffeId, Stamp,
+    AdminRole, ClusterId, Code, Entry, Generation, JwtAuthority, NodeId, ObjectName, RaftIndex, Revision, SpiffeId, Stamp,
     TrustDomain, TrustVector,
 };
 use serde::{Deserialize, Serialize};
@@ -526,4 +526,15 @@ pub struct JwtKeys {
     pub sequence: u64,
     /// All of them.
     pub authorities: Vec<JwtAuthority>,
+}
+
+/// What an administrator may do, by the name in the certificate. Without a row nobody is one, but for the founder.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AdminRow {
+    /// None: everything was taken away.
+    pub roles: BTreeSet<AdminRole>,
+    /// Who changed it last.
+    pub changed_by: String,
+    /// When.
+    pub changed: Stamp,
 }

@@ -65,6 +65,7 @@ pub struct State {
     pub(crate) jwt_authorities: Table<u64, JwtAuthorityRow>,
     /// Keys of JWT-SVIDs of peers.
     pub(crate) peer_jwt: Table<TrustDomain, JwtKeys>,
+    pub(crate) admins: Table<ObjectName, AdminRow>,
     /// `issued` by node and end, in memory only: counting a node's leaves must not cost a walk over everybody's.
     pub(crate) live_leaves: BTreeMap<NodeId, BTreeSet<(Stamp, [u8; 16])>>,
     /// Entries with node selectors by cluster, in memory only: a verdict must not cost a walk over all entries.
@@ -112,7 +113,8 @@ macro_rules! each_table {
             $s.boots,
             $s.incarnations,
             $s.jwt_authorities,
-            $s.peer_jwt
+            $s.peer_jwt,
+            $s.admins
         )
     };
 }
@@ -210,6 +212,7 @@ impl State {
             incarnations: Table::new(id()),
             jwt_authorities: Table::new(id()),
             peer_jwt: Table::new(id()),
+            admins: Table::new(id()),
             live_leaves: BTreeMap::new(),
             asking: BTreeMap::new(),
             dedupe_by_age: VecDeque::new(),

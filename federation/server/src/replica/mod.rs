@@ -19,6 +19,7 @@ pub mod upkeep;
 pub mod verdicts;
 pub mod work;
 
+use crate::authorise::{Client, Reach, Refusals};
 use crate::raft::Cell;
 use agents::Agents;
 use ambit_identity::tls::{SharedTrust, Trust};
@@ -70,6 +71,8 @@ struct Inner {
     policies: policies::Policies,
     /// The cell's revision, once trust follows it: what streams wait for, instead of every entry applied.
     revision: watch::Sender<u64>,
+    /// What was refused here.
+    refusals: Refusals,
     /// How old what is known of each peer is; known where pulling happens.
     heard: Mutex<pull::Heard>,
 }
@@ -133,6 +136,10 @@ impl Replica {
     pub fn verdicts(&self) -> &verdicts::Verdicts {
         &self.inner.verdicts
     }
+    /// What was refused here.
+    pub fn refusals(&self) -> &Refusals {
+        &self.inner.refusals
+    }
     /// Ticket keys, unwrapped.
     pub fn ticket_keys(&self) -> &ticket::OpenKeys {
         &self.inner.ticket_keys
@@ -160,8 +167,18 @@ impl Replica {
     }
 
     /// Commits and applies a command of `client` under its own request id.
-    pub async fn propose(&self, client: [u8; 32], request: [u8; 16], command: Command) -> Result<Applied, Refusal> {
-        self.cell().propose(client, request, command).await
+    pub async fn propose(
+        &self,
+        client: impl Into<Client>,
+        request: [u8; 16],
+        command: Command,
+    ) -> Result<Applied, Refusal> {
+        let Client { id, reach } = client.into();
+        let command = match reach {
+            Reach::Whole => command,
+            Reach::Clusters(clusters) => Command::Within(clusters, Box::new(command)),
+        };
+        self.cell().propose(id, request, command).await
     }
     /// Commits a command of this replica's own, which nobody retries.
     pub async fn propose_own(&self, command: Command) -> Result<Applied, Refusal> {

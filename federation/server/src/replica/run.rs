@@ -120,6 +120,7 @@ fn open(
         jwt_keys: super::jwt::OpenJwtKeys::default(),
         policies: super::policies::Policies::default(),
         revision: watch::Sender::new(0),
+        refusals: crate::authorise::Refusals::default(),
         heard: Mutex::new(super::pull::Heard::default()),
     };
     Ok((Replica { inner: Arc::new(inner) }, tls))

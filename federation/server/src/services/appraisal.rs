@@ -68,9 +68,11 @@ impl v1::appraisal_server::Appraisal for Appraisals {
         &self,
         request: Request<v1::ListAppraisalPoliciesRequest>,
     ) -> Result<Response<v1::ListAppraisalPoliciesResponse>, Status> {
+        let reach = actor(&request)?.client.reach;
         let wanted = request.into_inner().name;
         let policies = self.0.read(|s| {
             let rows = s.appraisal_policies().filter(|(name, _)| wanted.is_empty() || name.as_str() == wanted);
+            let rows = rows.filter(|(_, row)| row.current.clusters.iter().any(|cluster| reach.has(cluster)));
             rows.map(|(name, row)| message(s, name, row)).collect::<Vec<_>>()
         });
         let policies = policies.await.or_status()?;

@@ -63,6 +63,7 @@ impl v1::entry_registry_server::EntryRegistry for Entries {
         &self,
         request: Request<v1::ListEntriesRequest>,
     ) -> Result<Response<v1::ListEntriesResponse>, Status> {
+        let reach = actor(&request)?.client.reach;
         let m = request.into_inner();
         let filter = Filter::of(&m).or_status()?;
         let after: Option<EntryId> = match m.after_id.as_str() {
@@ -73,7 +74,8 @@ impl v1::entry_registry_server::EntryRegistry for Entries {
         let mut entries: Vec<v1::Entry> = self
             .0
             .read(|s| {
-                let rows = s.entries_after(after.as_ref()).filter(|row| filter.takes(&row.entry));
+                let rows = s.entries_after(after.as_ref()).filter(|row| reach.has(&row.entry.cluster));
+                let rows = rows.filter(|row| filter.takes(&row.entry));
                 rows.take(size.saturating_add(1)).map(message).collect()
             })
             .await
@@ -85,8 +87,10 @@ impl v1::entry_registry_server::EntryRegistry for Entries {
     }
 
     async fn get_entry(&self, request: Request<v1::GetEntryRequest>) -> Result<Response<v1::Entry>, Status> {
+        let reach = actor(&request)?.client.reach;
         let id: EntryId = request.into_inner().id.parse().or_status()?;
-        let found = self.0.read(|s| s.entry(&id).map(message)).await.or_status()?;
+        let read = |s: &ambit_state::State| s.entry(&id).filter(|row| reach.has(&row.entry.cluster)).map(message);
+        let found = self.0.read(read).await.or_status()?;
         found
             .map(Response::new)
             .ok_or_else(|| Refusal::new(Code::NotFound, "an entry of this cell", id.as_str()))

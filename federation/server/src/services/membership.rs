@@ -83,7 +83,7 @@ impl v1::membership_server::Membership for Membership {
         let role = actor(&request)?.role;
         let id = ReplicaId(request.into_inner().replica);
         // A replica may ask for itself only.
-        if role != Role::Replica(id.0) && !matches!(role, Role::Admin(_)) {
+        if role != Role::Replica(id.0) && !matches!(role, Role::Admin(..)) {
             return Err(Refusal::new(
                 Code::PermissionDenied,
                 format!("replica {id} or an administrator"),

@@ -1,7 +1,9 @@
 //! gRPC services: messages in, commands proposed, messages out. No decision is taken here that the state does not take.
 
+mod admin;
 mod agent;
 mod appraisal;
+mod audit;
 mod cluster;
 mod drill;
 mod entry;
@@ -78,7 +80,8 @@ pub fn router(
         .add_service(v1::agent_stream_server::AgentStreamServer::new(agent::Streams(r())))
         .add_service(v1::watch_server::WatchServer::new(watch::Watches::new(r())))
         .add_service(v1::drill_server::DrillServer::new(drill::Drills(r())))
-        .add_service(v1::audit_server::AuditServer::new(unbuilt::Audit))
+        .add_service(v1::audit_server::AuditServer::new(audit::Audit(r())))
+        .add_service(v1::administrators_server::AdministratorsServer::new(admin::Administrators(r())))
         .add_service(v1::local_authority_server::LocalAuthorityServer::new(unbuilt::LocalAuthority))
         .add_service(v1::trust_domain_registry_server::TrustDomainRegistryServer::new(unbuilt::TrustDomains)))
 }

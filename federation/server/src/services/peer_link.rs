@@ -48,7 +48,7 @@ impl v1::peer_link_server::PeerLink for PeerLink {
                 return Err(Refusal::new(Code::ClusterTokenInvalid, expected, "another")).or_status();
             }
         }
-        let client = Sha256::digest(format!("peering {td}")).into();
+        let client: [u8; 32] = Sha256::digest(format!("peering {td}")).into();
         let command = Command::PutPeer(td, row, Some(token));
         self.replica.propose(client, request_id, command).await.or_status()?.outcome.or_status()?;
         Ok(Response::new(v1::ProveResponse { state: "pending".into() }))

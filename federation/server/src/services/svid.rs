@@ -90,14 +90,15 @@ impl v1::svid_server::Svid for Svids {
         request: Request<v1::RenewAdminRequest>,
     ) -> Result<Response<v1::RenewAdminResponse>, Status> {
         let actor = actor(&request)?;
-        let Role::Admin(name) = actor.role else {
+        let Role::Admin(name, _) = actor.role else {
             return Err(Refusal::new(Code::PermissionDenied, "an administrator", actor.name)).or_status();
         };
         let m = request.into_inner();
         let csr = Csr::parse(&m.csr).or_status()?;
         let authority = self.0.issuer().authority().to_owned();
         let id = signed_here(request_id(&m.request_id)?, &authority);
-        let command = Command::IssueAdmin { name, key_hash: csr.spki_sha256(), authority };
+        let admin = name.parse().or_status()?;
+        let command = Command::CertifyAdmin { admin, key_hash: csr.spki_sha256(), authority };
         let applied = self.0.propose(actor.client, id, command).await.or_status()?;
         let mut issuances = applied.into_issuances().or_status()?;
         let committed =
@@ -124,7 +125,7 @@ impl v1::svid_server::Svid for Svids {
 
 /// A leaf committed for one replica can be signed by no other. The same request at another replica is therefore another
 /// one: whoever retries there gets a leaf, and what the first replica committed is signed by nobody.
-fn signed_here(request: [u8; 16], authority: &str) -> [u8; 16] {
+pub(super) fn signed_here(request: [u8; 16], authority: &str) -> [u8; 16] {
     let mut id = [0u8; 16];
     let digest = Sha256::new().chain_update(request).chain_update(authority).finalize();
     id.iter_mut().zip(digest).for_each(|(to, from)| *to = from);

@@ -10,19 +10,8 @@ pub(crate) fn unbuilt<T>(what: &str) -> Result<Response<T>, Status> {
     Err(to_status(&Refusal::new(Code::Unimplemented, "a method that is built", what)))
 }
 
-pub(crate) struct Audit;
 pub(crate) struct LocalAuthority;
 pub(crate) struct TrustDomains;
-
-#[tonic::async_trait]
-impl v1::audit_server::Audit for Audit {
-    async fn watch_audit(&self, _: Request<v1::AuditUnbuilt>) -> Result<Response<v1::AuditUnbuilt>, Status> {
-        unbuilt("Audit.WatchAudit (issue H)")
-    }
-    async fn verify_chain(&self, _: Request<v1::AuditUnbuilt>) -> Result<Response<v1::AuditUnbuilt>, Status> {
-        unbuilt("Audit.VerifyChain (issue H)")
-    }
-}
 
 #[tonic::async_trait]
 impl v1::local_authority_server::LocalAuthority for LocalAuthority {

@@ -74,6 +74,12 @@ impl State {
             let Some(oldest) = self.incarnations.iter().next().map(|(k, _)| *k) else { break };
             self.incarnations.remove(&mut self.journal, &oldest);
         }
+        // Whoever restores holds the root's key, and gets the founder's certificate for it.
+        if b.cause == Cause::Restored
+            && let Ok(founder) = crate::FOUNDER.parse()
+        {
+            self.admins.remove(&mut self.journal, &founder);
+        }
         // Tokens that were spent, and tickets that were answered, after what came along are spent still.
         self.tokens.prune(&mut self.journal, |_, _| true);
         self.ticket_keys.prune(&mut self.journal, |_, _| true);

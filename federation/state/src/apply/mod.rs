@@ -11,6 +11,7 @@ mod issue;
 pub(crate) mod jwt;
 mod node;
 mod objects;
+mod roles;
 
 pub use incarnation::Beginning;
 pub(crate) use issue::answer_again;
@@ -75,6 +76,9 @@ pub(crate) fn apply(s: &mut State, index: RaftIndex, stamp: Stamp, command: &Com
         Command::IssueJwt { node, generation, kid, entry, audience_sha256 } => {
             issue::token(s, at, node, *generation, kid, entry, audience_sha256)
         }
+        Command::ChangeRoles { admin, change, by } => roles::change(s, at, admin, change, by),
+        Command::CertifyAdmin { admin, key_hash, authority } => roles::certify(s, at, admin, *key_hash, authority),
+        Command::Within(clusters, command) => roles::within(s, at, clusters, command),
     }
 }
 

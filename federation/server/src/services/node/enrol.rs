@@ -259,7 +259,7 @@ impl Enrolment {
     /// Each arrival of evidence is a request of its own: that it serves once is the nonce's work, and a second arrival
     /// is told so.
     async fn propose_for(&self, node: &NodeId, command: Command) -> Result<ambit_state::Applied, Refusal> {
-        self.replica.propose(Sha256::digest(node.0).into(), random()?, command).await
+        self.replica.propose(<[u8; 32]>::from(Sha256::digest(node.0)), random()?, command).await
     }
 
     async fn admit(

@@ -97,24 +97,35 @@ impl v1::node_attestation_server::NodeAttestation for Nodes {
         &self,
         request: Request<v1::ListEndorsementsRequest>,
     ) -> Result<Response<v1::EndorsementsResponse>, Status> {
+        let reach = actor(&request)?.client.reach;
         let cluster = request.into_inner().cluster;
+        if !cluster.is_empty() {
+            reach.check(&cluster.parse().or_status()?).or_status()?;
+        }
         self.endorsements(&cluster).await.or_status().map(Response::new)
     }
 
-    async fn list_nodes(&self, _: Request<v1::ListNodesRequest>) -> Result<Response<v1::ListNodesResponse>, Status> {
-        self.list().await.or_status().map(Response::new)
+    async fn list_nodes(
+        &self,
+        request: Request<v1::ListNodesRequest>,
+    ) -> Result<Response<v1::ListNodesResponse>, Status> {
+        let reach = actor(&request)?.client.reach;
+        self.list(&reach).await.or_status().map(Response::new)
     }
     async fn explain_node(
         &self,
         request: Request<v1::ExplainNodeRequest>,
     ) -> Result<Response<v1::ExplainNodeResponse>, Status> {
-        self.explain(&request.into_inner().id).await.or_status().map(Response::new)
+        let reach = actor(&request)?.client.reach;
+        self.explain(&request.into_inner().id, &reach).await.or_status().map(Response::new)
     }
     async fn attestation_at(
         &self,
         request: Request<v1::AttestationAtRequest>,
     ) -> Result<Response<v1::AttestationAtResponse>, Status> {
+        let reach = actor(&request)?.client.reach;
         let m = request.into_inner();
+        self.within(&reach, &m.id).await.or_status()?;
         self.at(&m.id, m.at_ms).await.or_status().map(Response::new)
     }
 
@@ -122,7 +133,10 @@ impl v1::node_attestation_server::NodeAttestation for Nodes {
         &self,
         request: Request<v1::AttestationResultRequest>,
     ) -> Result<Response<v1::AttestationResultResponse>, Status> {
-        self.result(&request.into_inner().id).await.or_status().map(Response::new)
+        let reach = actor(&request)?.client.reach;
+        let id = request.into_inner().id;
+        self.within(&reach, &id).await.or_status()?;
+        self.result(&id).await.or_status().map(Response::new)
     }
 
     async fn ban_node(&self, request: Request<v1::NodeSelection>) -> Result<Response<v1::ListNodesResponse>, Status> {

@@ -1,7 +1,7 @@
 //! What operators ask and say of nodes.
 
 use super::Nodes;
-use crate::authorise::actor;
+use crate::authorise::{Reach, actor};
 use crate::services::{OrStatus, policy, request_id};
 use ambit_model::{Code, NodeId, Refusal};
 use ambit_proto::v1;
@@ -17,18 +17,39 @@ const NODES_MAX: usize = 10_000;
 type Agents = BTreeMap<String, v1::AgentRevision>;
 
 impl Nodes {
-    pub(super) async fn list(&self) -> Result<v1::ListNodesResponse, Refusal> {
+    pub(super) async fn list(&self, reach: &Reach) -> Result<v1::ListNodesResponse, Refusal> {
         let agents = policy::all_agents(&self.replica).await;
-        let nodes = self.replica.read(|s| s.nodes().map(|(id, n)| message(s, &agents, id, n)).collect()).await?;
-        Ok(v1::ListNodesResponse { nodes })
+        let read = |s: &State| {
+            let nodes = s.nodes().filter(|(_, n)| reach.has(&n.cluster));
+            nodes.map(|(id, n)| message(s, &agents, id, n)).collect()
+        };
+        Ok(v1::ListNodesResponse { nodes: self.replica.read(read).await? })
+    }
+
+    /// Whether a node may be asked of. Who was never admitted is of no cluster, and the whole cell's matter.
+    pub(super) async fn within(&self, reach: &Reach, id: &str) -> Result<(), Refusal> {
+        let id: NodeId = id.parse()?;
+        match self.replica.read(|s| s.node(&id).map(|n| n.cluster.clone())).await? {
+            Some(cluster) => reach.check(&cluster),
+            None if *reach == Reach::Whole => Ok(()),
+            None => {
+                Err(Refusal::new(Code::NotFound, "a node of the clusters that the caller administers", id.to_string()))
+            }
+        }
     }
 
     /// Of one node: its standing and its denials. Without an id: every denial kept.
-    pub(super) async fn explain(&self, id: &str) -> Result<v1::ExplainNodeResponse, Refusal> {
+    pub(super) async fn explain(&self, id: &str, reach: &Reach) -> Result<v1::ExplainNodeResponse, Refusal> {
         if id.is_empty() {
-            let denials = self.replica.read(|s| s.denials().map(|(_, d)| denial_message(d)).collect()).await?;
+            let of = |s: &State, d: &DenialRow| s.node(&d.node).is_some_and(|n| reach.has(&n.cluster));
+            let read = |s: &State| {
+                let denials = s.denials().filter(|(_, d)| *reach == Reach::Whole || of(s, d));
+                denials.map(|(_, d)| denial_message(d)).collect()
+            };
+            let denials = self.replica.read(read).await?;
             return Ok(v1::ExplainNodeResponse { node: None, denials, attestation_result_json: String::new() });
         }
+        self.within(reach, id).await?;
         let id: NodeId = id.parse()?;
         let agents = policy::all_agents(&self.replica).await;
         let answer = self.replica.read(|s| explanation(s, &agents, &id)).await?;

@@ -1,0 +1,85 @@
+//! Administrators: who they are, what they may do, and their certificates.
+
+use super::{OrStatus, request_id};
+use crate::authorise::actor;
+use crate::replica::Replica;
+use ambit_identity::{Csr, issue};
+use ambit_model::{AdminRole, Code, ObjectName, Refusal};
+use ambit_proto::v1;
+use ambit_state::objects::AdminRow;
+use ambit_state::{Command, FOUNDER, RoleChange, State};
+use std::collections::BTreeSet;
+use tonic::{Request, Response, Status};
+
+pub(crate) struct Administrators(pub(crate) Replica);
+
+#[tonic::async_trait]
+impl v1::administrators_server::Administrators for Administrators {
+    async fn list_admins(&self, _: Request<v1::ListAdminsRequest>) -> Result<Response<v1::ListAdminsResponse>, Status> {
+        let admins = self.0.read(listing).await.or_status()?;
+        Ok(Response::new(v1::ListAdminsResponse { admins }))
+    }
+
+    async fn change_roles(&self, request: Request<v1::ChangeRolesRequest>) -> Result<Response<v1::Admin>, Status> {
+        let actor = actor(&request)?;
+        let m = request.into_inner();
+        let id = request_id(&m.request_id)?;
+        let admin: ObjectName = m.name.parse().or_status()?;
+        let command = Command::ChangeRoles { admin: admin.clone(), change: change(&m).or_status()?, by: actor.name };
+        self.0.propose(actor.client, id, command).await.or_status()?.outcome.or_status()?;
+        let written =
+            self.0.local(|s| s.admins().find(|(name, _)| **name == admin).map(|(n, row)| message(n.as_str(), row)));
+        written.map(Response::new).ok_or_else(|| Refusal::new(Code::Internal, "the row written", "none")).or_status()
+    }
+
+    async fn certify_admin(
+        &self,
+        request: Request<v1::CertifyAdminRequest>,
+    ) -> Result<Response<v1::CertifyAdminResponse>, Status> {
+        let actor = actor(&request)?;
+        let m = request.into_inner();
+        let csr = Csr::parse(&m.csr).or_status()?;
+        let authority = self.0.issuer().authority().to_owned();
+        let id = super::svid::signed_here(request_id(&m.request_id)?, &authority);
+        let admin = m.name.parse().or_status()?;
+        let command = Command::CertifyAdmin { admin, key_hash: csr.spki_sha256(), authority };
+        let applied = self.0.propose(actor.client, id, command).await.or_status()?;
+        let mut issuances = applied.into_issuances().or_status()?;
+        let committed =
+            issuances.pop().unwrap_or_else(|| Err(Refusal::new(Code::Internal, "one leaf", "none"))).or_status()?;
+        let not_after_ms = committed.get().lifetime.not_after.0;
+        self.0.check_clock().or_status()?;
+        let chain = issue(committed, &csr, self.0.issuer()).or_status()?;
+        let root_der = self.0.local(|s| s.cell().map(|c| c.root_der.clone()).unwrap_or_default());
+        let chain_der = chain.iter().map(|c| c.to_vec()).collect();
+        Ok(Response::new(v1::CertifyAdminResponse { chain_der, not_after_ms, root_der }))
+    }
+}
+
+fn change(m: &v1::ChangeRolesRequest) -> Result<RoleChange, Refusal> {
+    let roles = |texts: &[String]| texts.iter().map(|t| t.parse()).collect::<Result<BTreeSet<AdminRole>, _>>();
+    match (m.grant.as_slice(), m.revoke.as_slice(), m.revoke_all) {
+        ([_, ..], [], false) => Ok(RoleChange::Grant(roles(&m.grant)?)),
+        ([], [_, ..], false) => Ok(RoleChange::Revoke(roles(&m.revoke)?)),
+        ([], [], true) => Ok(RoleChange::RevokeAll),
+        ([], [], false) => Err(Refusal::new(Code::BadRequest, "roles to grant or to revoke, or all", "none")),
+        _ => Err(Refusal::new(Code::BadRequest, "roles to grant or to revoke, or all", "more than one of them")),
+    }
+}
+
+/// The founder stands among them, also where no row says so.
+fn listing(s: &State) -> Vec<v1::Admin> {
+    let unwritten = s.admins().all(|(name, _)| name.as_str() != FOUNDER);
+    let founder = AdminRow { roles: s.admin_roles(FOUNDER), ..AdminRow::default() };
+    let founder = unwritten.then(|| v1::Admin { changed_by: "ambitd init".into(), ..message(FOUNDER, &founder) });
+    founder.into_iter().chain(s.admins().map(|(name, row)| message(name.as_str(), row))).collect()
+}
+
+fn message(name: &str, row: &AdminRow) -> v1::Admin {
+    v1::Admin {
+        name: name.to_owned(),
+        roles: row.roles.iter().map(ToString::to_string).collect(),
+        changed_by: row.changed_by.clone(),
+        changed_ms: row.changed.0,
+    }
+}

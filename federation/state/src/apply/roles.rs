@@ -1,0 +1,200 @@
+//! Administrators: their roles, their certificates, and what those of one cluster may touch.
+
+use super::{At, cell_row, issue};
+use crate::command::{Command, Nodes, Reply, RoleChange};
+use crate::objects::{AdminRow, TokenScope};
+use crate::state::State;
+use ambit_model::policy::{Peers, Policy, Service};
+use ambit_model::{AdminRole, ClusterId, Code, Entry, NodeId, ObjectName, Refusal, SpiffeId};
+use std::collections::BTreeSet;
+
+/// Rows of administrators; people, and programs that act for them.
+const ADMINS_MAX: usize = 1_000;
+/// Roles of one.
+const ROLES_MAX: usize = 64;
+
+pub(super) fn change(
+    s: &mut State,
+    at: At,
+    admin: &ObjectName,
+    change: &RoleChange,
+    by: &str,
+) -> Result<Reply, Refusal> {
+    let before = s.admin_roles(admin.as_str());
+    let mut roles = before.clone();
+    match change {
+        RoleChange::Grant(more) => {
+            for role in more {
+                if let AdminRole::ClusterAdmin(cluster) = role
+                    && !s.clusters.contains(cluster)
+                {
+                    return Err(Refusal::new(Code::NotFound, "a cluster of this cell", cluster.as_str()));
+                }
+            }
+            roles.extend(more.iter().cloned());
+        }
+        RoleChange::Revoke(less) => roles.retain(|role| !less.contains(role)),
+        RoleChange::RevokeAll => roles.clear(),
+    }
+    if roles.len() > ROLES_MAX || (s.admins.len() >= ADMINS_MAX && !s.admins.contains(admin)) {
+        let expected = format!("at most {ADMINS_MAX} administrators of {ROLES_MAX} roles");
+        return Err(Refusal::new(Code::Busy, expected, "more"));
+    }
+    let falls = before.contains(&AdminRole::FederationAdmin) && !roles.contains(&AdminRole::FederationAdmin);
+    if falls && s.federation_admins() <= 1 {
+        let expected = "another federation-admin (ambit admin grant) before the last one goes";
+        return Err(Refusal::new(Code::LastAdmin, expected, admin.as_str()));
+    }
+    let row = AdminRow { roles, changed_by: by.to_owned(), changed: at.stamp };
+    s.admins.put(&mut s.journal, admin.clone(), row);
+    Ok(Reply::Done)
+}
+
+pub(super) fn certify(
+    s: &mut State,
+    at: At,
+    admin: &ObjectName,
+    key_hash: [u8; 32],
+    authority: &str,
+) -> Result<Reply, Refusal> {
+    if s.admin_roles(admin.as_str()).is_empty() {
+        return Err(Refusal::new(
+            Code::PermissionDenied,
+            "an administrator with a role (ambit admin grant)",
+            admin.as_str(),
+        ));
+    }
+    issue::admin(s, at, admin.as_str(), key_hash, authority)
+}
+
+/// Applies what an administrator of these clusters asks, on the very state that it is judged by.
+pub(super) fn within(
+    s: &mut State,
+    at: At,
+    clusters: &BTreeSet<ClusterId>,
+    command: &Command,
+) -> Result<Reply, Refusal> {
+    check(s, &Scope { clusters }, command)?;
+    super::apply(s, at.index, at.stamp, command)
+}
+
+/// The clusters that somebody administers.
+struct Scope<'a> {
+    clusters: &'a BTreeSet<ClusterId>,
+}
+
+impl Scope<'_> {
+    fn refuse(&self, found: impl Into<String>) -> Refusal {
+        let names: Vec<&str> = self.clusters.iter().map(ClusterId::as_str).collect();
+        Refusal::new(Code::PermissionDenied, format!("what is of the clusters {} only", names.join(", ")), found)
+    }
+    fn cluster(&self, cluster: &ClusterId) -> Result<(), Refusal> {
+        if self.clusters.contains(cluster) { Ok(()) } else { Err(self.refuse(format!("cluster {cluster}"))) }
+    }
+    /// A node that nobody knows is left to the command, which refuses it.
+    fn node(&self, s: &State, id: &NodeId) -> Result<(), Refusal> {
+        s.node(id).map_or(Ok(()), |node| self.cluster(&node.cluster))
+    }
+    /// What the entry is to be, and what it is now.
+    fn entry(&self, s: &State, entry: &Entry) -> Result<(), Refusal> {
+        self.cluster(&entry.cluster)?;
+        if let Some(before) = s.entry(&entry.id) {
+            self.cluster(&before.entry.cluster)?;
+        }
+        self.identity(s, &entry.spiffe_id)
+    }
+    /// Below `/cluster/NAME/` an identity is that cluster's. Any other is whose entries hold it: nobody takes on an
+    /// identity that another cluster's workload has.
+    fn identity(&self, s: &State, id: &SpiffeId) -> Result<(), Refusal> {
+        if let Some(rest) = id.path().strip_prefix("/cluster/") {
+            let name = rest.split('/').next().unwrap_or_default();
+            return if self.clusters.iter().any(|c| c.as_str() == name) {
+                Ok(())
+            } else {
+                Err(self.refuse(id.as_str()))
+            };
+        }
+        let foreign = s.entries().find(|row| row.entry.spiffe_id == *id && !self.clusters.contains(&row.entry.cluster));
+        foreign.map_or(Ok(()), |row| Err(self.refuse(format!("{id}, which is of cluster {}", row.entry.cluster))))
+    }
+    /// A set of identities is ours if each that can ever be in it is: one with an entry of ours, or those below
+    /// `/cluster/NAME/`.
+    fn peers(&self, s: &State, peers: &Peers) -> Result<(), Refusal> {
+        match peers {
+            Peers::Id(id) => {
+                self.identity(s, id)?;
+                let named = id.path().starts_with("/cluster/");
+                let held = named || s.entries().any(|row| row.entry.spiffe_id == *id);
+                if held { Ok(()) } else { Err(self.refuse(format!("{id}, which no entry holds"))) }
+            }
+            Peers::Below(_, path) => {
+                let below = |c: &ClusterId| path.starts_with(&format!("/cluster/{c}/"));
+                if self.clusters.iter().any(below) { Ok(()) } else { Err(self.refuse(peers.to_string())) }
+            }
+            Peers::Domain(_) => Err(self.refuse(peers.to_string())),
+        }
+    }
+    fn policy(&self, s: &State, policy: &Policy) -> Result<(), Refusal> {
+        self.peers(s, &policy.target)
+    }
+    fn service(&self, s: &State, service: &Service) -> Result<(), Refusal> {
+        service.backends.iter().try_for_each(|backend| self.peers(s, backend))
+    }
+}
+
+/// Whether everything that the command would touch is of the scope. What is not named here is not theirs to ask.
+fn check(s: &State, scope: &Scope<'_>, command: &Command) -> Result<(), Refusal> {
+    let own = cell_row(s)?.trust_domain;
+    match command {
+        Command::CreateEntries(entries) => entries.iter().try_for_each(|e| scope.entry(s, e)),
+        Command::PutEntries(entries) => entries.iter().try_for_each(|(e, _)| scope.entry(s, e)),
+        Command::DeleteEntries(ids) => {
+            let known = ids.iter().filter_map(|id| s.entry(id));
+            known.map(|row| &row.entry.cluster).try_for_each(|cluster| scope.cluster(cluster))
+        }
+        Command::SetNodes(_, Nodes::Ids(ids)) => ids.iter().try_for_each(|id| scope.node(s, id)),
+        Command::SetNodes(_, Nodes::Cluster(cluster)) => scope.cluster(cluster),
+        Command::CreateToken(_, row) => match &row.scope {
+            TokenScope::Node(cluster) => scope.cluster(cluster),
+            TokenScope::Replica(..) | TokenScope::Peer(..) => Err(scope.refuse("a token of the cell")),
+        },
+        Command::AllowEk(cluster, nodes) | Command::DisallowEk(cluster, nodes) => {
+            scope.cluster(cluster)?;
+            nodes.iter().try_for_each(|id| scope.node(s, id))
+        }
+        Command::ApplyDocuments { policies, services, .. } => {
+            for policy in policies {
+                scope.policy(s, policy)?;
+                if let Some(before) = s.policy(&(own.clone(), policy.name.clone())) {
+                    scope.policy(s, &before.object)?;
+                }
+            }
+            for service in services {
+                scope.service(s, service)?;
+                if let Some(before) = s.service(&(own.clone(), service.name.clone())) {
+                    scope.service(s, &before.object)?;
+                }
+            }
+            Ok(())
+        }
+        Command::DeletePolicy(name) => {
+            s.policy(&(own, name.clone())).map_or(Ok(()), |row| scope.policy(s, &row.object))
+        }
+        Command::DeleteService(name) => {
+            s.service(&(own, name.clone())).map_or(Ok(()), |row| scope.service(s, &row.object))
+        }
+        Command::PutAppraisalPolicy { name, content, .. } => {
+            content.clusters.iter().try_for_each(|cluster| scope.cluster(cluster))?;
+            appraisal(s, scope, name)
+        }
+        Command::PromoteAppraisalPolicy(name) | Command::DeleteAppraisalPolicy(name) => appraisal(s, scope, name),
+        _ => Err(scope.refuse("what concerns the whole cell")),
+    }
+}
+
+/// The appraisal policy of this name, as far as there is one, governs our nodes only.
+fn appraisal(s: &State, scope: &Scope<'_>, name: &ObjectName) -> Result<(), Refusal> {
+    let known = s.appraisal_policies().filter(|(n, _)| *n == name).map(|(_, row)| row);
+    let versions = known.flat_map(|row| std::iter::once(&row.current).chain(&row.previous));
+    versions.flat_map(|version| &version.clusters).try_for_each(|cluster| scope.cluster(cluster))
+}
