@@ -21,7 +21,14 @@ impl State {
                 self.boots.get(id).is_some_and(|boot| boot.bank == *bank && boot.values.get(n) == Some(value))
             }
             Selector::TpmPolicy(name) => standing.is_some_and(|s| s.policy.name == *name),
-            Selector::UnixUid(_) | Selector::UnixGid(_) | Selector::Cgroup(_) => false,
+            Selector::UnixUid(_)
+            | Selector::UnixGid(_)
+            | Selector::UnixSupplementaryGid(_)
+            | Selector::UnixPath(_)
+            | Selector::UnixSha256(_)
+            | Selector::Cgroup(_)
+            | Selector::SystemdUnit(_)
+            | Selector::ContainerId(_) => false,
         }
     }
 
