@@ -9,6 +9,7 @@ mod federation;
 mod incarnation;
 mod issue;
 pub(crate) mod jwt;
+mod mint;
 mod node;
 mod objects;
 
@@ -74,6 +75,12 @@ pub(crate) fn apply(s: &mut State, index: RaftIndex, stamp: Stamp, command: &Com
         Command::WrapJwtAuthority(kid, wrapped) => jwt::wrap(s, kid, wrapped),
         Command::IssueJwt { node, generation, kid, entry, audience_sha256 } => {
             issue::token(s, at, node, *generation, kid, entry, audience_sha256)
+        }
+        Command::MintX509 { spiffe_id, dns_names, ttl, key_hash, authority, by } => {
+            mint::x509(s, at, &mint::X509 { spiffe_id, dns_names, ttl: *ttl, key_hash: *key_hash, authority, by })
+        }
+        Command::MintJwt { spiffe_id, audience_sha256, ttl, kid, by } => {
+            mint::jwt(s, at, spiffe_id, audience_sha256, *ttl, kid, by)
         }
     }
 }
