@@ -190,7 +190,12 @@ async fn envoy_lets_in_each_trust_domain_for_itself_and_rotates_without_a_restar
     let client = west.entry("client", &["unix:uid:424242"], &[]);
     let mut slice = west.slice(1, &[]);
     slice.entries = vec![envoy, client];
-    slice.bundles.push(v1::Bundle { trust_domain: "east".into(), sequence: 1, roots_der: vec![east.root()] });
+    slice.bundles.push(v1::Bundle {
+        trust_domain: "east".into(),
+        sequence: 1,
+        roots_der: vec![east.root()],
+        ..v1::Bundle::default()
+    });
     let (issued, first) = (Issued::default(), west.svid("envoy"));
     issued.set_view(west.view(slice.clone()));
     issued.set_svids(svids("envoy", &first));

@@ -20,6 +20,8 @@ pub enum Kind {
     Endpoint,
     /// A node that is no longer trusted, with its generation; key = node id.
     NodeDenial,
+    /// The origin's keys of JWT-SVIDs, with the sequence of the bundle that they came with; key = trust domain.
+    JwtKeys,
 }
 
 /// One decision of its origin. An empty payload removes the object.

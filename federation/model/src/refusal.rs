@@ -153,6 +153,9 @@ codes! {
     RecoverUnsafe = "recover_unsafe", Precondition, "recover only a stopped voter, and only where the majority is lost for good: start what can be started first";
     RecoverUnconfirmed = "recover_unconfirmed", Precondition, "read what would be given up, then name exactly these replicas with --i-accept-the-loss-of";
     BundleMalformed = "bundle_malformed", Invalid, "publish a SPIFFE bundle: keys of use x509-svid (with x5c) or jwt-svid (with kid)";
+    JwtMalformed = "jwt_malformed", Denied, "present a JWT-SVID: a compact JWS with no header but alg, kid and typ, and with sub, aud and exp";
+    JwtUntrusted = "jwt_untrusted", Denied, "present a JWT-SVID that a key of its trust domain's bundle signed and that is in time";
+    JwtAudience = "jwt_audience", Denied, "fetch a JWT-SVID for this very audience";
 }
 
 impl fmt::Display for Code {

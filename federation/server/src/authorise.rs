@@ -141,6 +141,7 @@ pub const METHODS: &[(&str, Who)] = &[
     ("/ambit.v1.Drill/RunDrill", Who::Admin),
     ("/ambit.v1.Audit/WatchAudit", Who::Admin),
     ("/ambit.v1.Audit/VerifyChain", Who::Admin),
+    ("/ambit.v1.Svid/MintJWTSVID", Who::Admin),
     ("/grpc.health.v1.Health/Check", Who::Anyone),
     ("/grpc.health.v1.Health/Watch", Who::Anyone),
     ("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", Who::Admin),

@@ -1,6 +1,6 @@
 //! Commands: the only ways the state changes. Their encoding is versioned; a log entry is never reinterpreted.
 
-use crate::committed::{Issuance, ReplicaAdmission, SealedReport};
+use crate::committed::{Issuance, JwtIssuance, ReplicaAdmission, SealedReport};
 use crate::objects::{
     AkFacts, BootPcrs, CellRow, Counters, DenialRow, EkDenyRow, EkFacts, ImaPoint, KeySetRow, Member, PeerRow,
     PolicyRef, PolicyVersion, TokenRow,
@@ -8,7 +8,8 @@ use crate::objects::{
 use ambit_model::policy::{Endpoint, Policy, Service};
 use ambit_model::record::{Head, Record};
 use ambit_model::{
-    ClusterId, Code, Entry, EntryId, Generation, NodeId, ObjectName, Refusal, Revision, Stamp, TrustDomain, TrustVector,
+    ClusterId, Code, DnsName, Entry, EntryId, Generation, JwtTtl, NodeId, ObjectName, Refusal, Revision, SpiffeId,
+    Stamp, SvidTtl, TrustDomain, TrustVector,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -279,6 +280,51 @@ pub enum Command {
     DeleteAppraisalPolicy(ObjectName),
     /// Writes entries over what they are, each with its own outcome.
     PutEntries(Vec<(Entry, Presence)>),
+    /// A new JWT authority: SubjectPublicKeyInfo (DER), and its private key wrapped to each replica.
+    PutJwtAuthority(Vec<u8>, BTreeMap<u64, Vec<u8>>),
+    /// A JWT authority, wrapped to further replicas.
+    WrapJwtAuthority(String, BTreeMap<u64, Vec<u8>>),
+    /// A token for a workload of one node.
+    IssueJwt {
+        /// On whose certificate.
+        node: NodeId,
+        /// The generation in it.
+        generation: Generation,
+        /// The authority that will sign.
+        kid: String,
+        /// Under which entry.
+        entry: EntryId,
+        /// [`ambit_model::Audience::sha256`].
+        audience_sha256: [u8; 32],
+    },
+    /// A certificate that an administrator mints.
+    MintX509 {
+        /// For whom.
+        spiffe_id: SpiffeId,
+        /// Beside the SPIFFE ID.
+        dns_names: Vec<DnsName>,
+        /// How long at most.
+        ttl: SvidTtl,
+        /// SHA-256 of the key's SPKI.
+        key_hash: [u8; 32],
+        /// The intermediate that will sign.
+        authority: String,
+        /// The administrator.
+        by: String,
+    },
+    /// A token that an administrator mints.
+    MintJwt {
+        /// For whom.
+        spiffe_id: SpiffeId,
+        /// [`ambit_model::Audience::sha256`].
+        audience_sha256: [u8; 32],
+        /// How long at most.
+        ttl: JwtTtl,
+        /// The authority that will sign.
+        kid: String,
+        /// The administrator.
+        by: String,
+    },
 }
 
 /// What an entry must be for a write over it.
@@ -324,4 +370,6 @@ pub enum Reply {
     Documents(Vec<bool>, u64),
     /// A report was sealed.
     Report(Box<SealedReport>),
+    /// A token to sign.
+    Token(Box<JwtIssuance>),
 }

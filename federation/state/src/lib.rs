@@ -18,9 +18,10 @@ mod state;
 mod table;
 mod watched;
 
+pub use apply::jwt::{JWT_PUBLISHED_MIN_MS, JWT_PUBLISHED_MS, JWT_SIGNS_MS, JwtDue};
 pub use apply::{Beginning, ENDPOINTS_PER_NODE_MAX};
 pub use command::{Command, LogEntry, NodeVerb, Nodes, Reply};
-pub use committed::{Committed, Issuance, Subject};
+pub use committed::{Committed, Issuance, JwtIssuance, Subject};
 pub use slice::{Bundles, Slice};
 pub use state::{Applied, OwnedName, State};
 pub use table::TableWrite;

@@ -3,8 +3,8 @@
 use ambit_model::appraisal::PcrBank;
 use ambit_model::policy::{Endpoint, Policy, Service};
 use ambit_model::{
-    ClusterId, Code, Entry, Generation, NodeId, ObjectName, RaftIndex, Revision, SpiffeId, Stamp, TrustDomain,
-    TrustVector,
+    ClusterId, Code, Entry, Generation, JwtAuthority, NodeId, ObjectName, RaftIndex, Revision, SpiffeId, Stamp,
+    TrustDomain, TrustVector,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -476,3 +476,54 @@ pub struct DedupeRow {
 
 /// An identity's number.
 pub type IdentityRow = (SpiffeId, u32);
+
+/// Where a JWT authority is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum JwtAuthorityState {
+    /// Published, signs nothing yet.
+    Prepared,
+    /// Signs.
+    Active,
+    /// Signs nothing more; its last tokens may still be valid.
+    Old,
+}
+
+impl JwtAuthorityState {
+    /// As operators read it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            JwtAuthorityState::Prepared => "prepared",
+            JwtAuthorityState::Active => "active",
+            JwtAuthorityState::Old => "old",
+        }
+    }
+}
+
+/// A key of the trust domain that signs JWT-SVIDs. It has no chain, so it is shared by the replicas: its private part is
+/// wrapped to each of them, never in plain in log, snapshot or backup.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JwtAuthorityRow {
+    /// Its name.
+    pub kid: String,
+    /// SubjectPublicKeyInfo, DER.
+    pub spki_der: Vec<u8>,
+    /// See the type.
+    pub state: JwtAuthorityState,
+    /// When it was made, and published.
+    pub made: Stamp,
+    /// When the next one is to sign instead; without end while it is prepared.
+    pub leaves: Stamp,
+    /// No token of it is valid after.
+    pub not_after: Stamp,
+    /// Replica number -> wrapped private key; none once it is old.
+    pub wrapped: BTreeMap<u64, Vec<u8>>,
+}
+
+/// The keys of JWT-SVIDs in a trust domain's bundle: what peers are told.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JwtKeys {
+    /// Of the bundle that they came with.
+    pub sequence: u64,
+    /// All of them.
+    pub authorities: Vec<JwtAuthority>,
+}

@@ -3,7 +3,7 @@
 use crate::objects::PeerState;
 use crate::state::State;
 use ambit_model::policy::{Endpoint, Policy, Service};
-use ambit_model::{ClusterId, Entry, Generation, NodeId, Revision, SpiffeId, Stamp, TrustDomain};
+use ambit_model::{ClusterId, Entry, Generation, JwtAuthority, NodeId, Revision, SpiffeId, Stamp, TrustDomain};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Bundles by trust domain: sequence and roots, DER.
@@ -22,6 +22,8 @@ pub struct Slice {
     pub cluster: ClusterId,
     /// Roots by trust domain: (sequence, DER certificates).
     pub bundles: BTreeMap<TrustDomain, (u64, Vec<Vec<u8>>)>,
+    /// Keys of JWT-SVIDs by trust domain.
+    pub jwt_authorities: BTreeMap<TrustDomain, Vec<JwtAuthority>>,
     /// Entries that this node may run.
     pub entries: Vec<Entry>,
     /// Policies that concern them, by origin.
@@ -65,6 +67,7 @@ impl State {
             trust_domain: cell.trust_domain.clone(),
             cluster: node.cluster.clone(),
             bundles: self.bundles(),
+            jwt_authorities: self.jwt_bundles(),
             policies: policies.iter().map(|(origin, p)| (origin.clone(), p.clone())).collect(),
             entries,
             services,

@@ -117,6 +117,8 @@ fn open(
         work: super::work::Work::start()?,
         verdicts,
         ticket_keys: super::ticket::OpenKeys::default(),
+        jwt_keys: super::jwt::OpenJwtKeys::default(),
+        issuance_budgets: super::issuing::Budgets::default(),
         policies: super::policies::Policies::default(),
         revision: watch::Sender::new(0),
         heard: Mutex::new(super::pull::Heard::default()),

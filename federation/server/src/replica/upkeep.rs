@@ -84,7 +84,8 @@ async fn tick(replica: Replica) {
         }
         let done = async {
             replica.propose_own(Command::Tick).await?.outcome?;
-            ticket::rotate_if_due(&replica).await
+            ticket::rotate_if_due(&replica).await?;
+            super::jwt::rotate_if_due(&replica).await
         };
         if let Err(refusal) = done.await {
             tracing::debug!(%refusal, "tick");

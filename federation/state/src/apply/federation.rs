@@ -2,7 +2,7 @@
 
 use super::{At, addresses, cell::burn, cell_row, touch};
 use crate::command::Reply;
-use crate::objects::{ForeignCluster, Owned, PeerRow, PeerState, TokenScope};
+use crate::objects::{ForeignCluster, JwtKeys, Owned, PeerRow, PeerState, TokenScope};
 use crate::state::State;
 use crate::table::{Journal, Table};
 use ambit_model::policy::{Endpoint, Policy, Service};
@@ -140,6 +140,7 @@ enum Imported {
     Service(ObjectName, Option<Service>),
     Endpoint(Ipv4Addr, Option<Endpoint>),
     NodeDenial(NodeId, Generation),
+    JwtKeys(JwtKeys),
     Ignored,
 }
 
@@ -171,6 +172,8 @@ fn decode(r: &Record) -> Result<Imported, Refusal> {
             let generation = object(r)?.unwrap_or_default();
             Imported::NodeDenial(r.key.parse()?, generation)
         }
+        Kind::JwtKeys if r.key == r.origin.as_str() => object(r)?.map_or(Imported::Ignored, Imported::JwtKeys),
+        Kind::JwtKeys => Imported::Ignored,
     })
 }
 
@@ -270,6 +273,7 @@ fn take(s: &mut State, at: At, origin: &TrustDomain, object: Imported, room: &mu
             let known = s.node_denials.get(&key).copied().unwrap_or_default();
             put(&mut s.journal, &mut s.node_denials, &mut room.denials, key, Some(known.max(generation)));
         }
+        Imported::JwtKeys(keys) => super::jwt::foreign(s, origin, keys),
         Imported::Ignored => {}
     }
 }
