@@ -13,7 +13,7 @@ pub use attest::{Appraise, Attest, AttestPolicy, LearnPolicy};
 pub use cluster::{Cluster, EkRoot};
 pub use entry::{Entry, EntryCreate, EntryList, EntryUpdate};
 pub use node::{Claimed, Node, Selected};
-pub use svid::{BundleFile, Svid, SvidUsage, SvidVerify};
+pub use svid::{BundleFile, Svid, SvidMint, SvidUsage, SvidVerify};
 pub use watch::{Watch, WatchedKind};
 
 use crate::duration::Millis;

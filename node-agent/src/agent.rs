@@ -1,5 +1,6 @@
 //! Puts the components together and runs them. What one of them knows, the others learn over `watch` channels only.
 
+use crate::broker::{Broker, Gate, NodeIdentity};
 use crate::clock::Clock;
 use crate::compile::DENIED_NODE;
 use crate::config::Config;
@@ -17,7 +18,7 @@ use crate::outbound::Outbound;
 use crate::reattest::{Rounds, Turn};
 use crate::session::{self, Session};
 use crate::svids::Issuance;
-use crate::workload_api::WorkloadApi;
+use crate::workload_api::{ServeError, WorkloadApi};
 use crate::{hbone, telemetry};
 use ambit_identity::{SharedTrust, Trust};
 use ambit_model::{Code, Refusal};
@@ -67,9 +68,10 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
     let clock = Arc::new(Clock::default());
     let kernel = KernelHandle::open(&config.cgroup_root, &config.pin_dir)?;
     kernel.renew_lease()?;
-    let metrics = telemetry::serve(config.metrics_listen, kernel.clone());
     let hbone = TcpListener::bind(config.hbone_listen).await.map_err(|e| start("'hbone_listen' to be free", e))?;
-    let socket = workload_socket(&config.workload_socket).map_err(|e| start("a usable 'workload_socket'", e))?;
+    let socket = local_socket(&config.workload_socket, 0o777).map_err(|e| start("a usable 'workload_socket'", e))?;
+    let broker_socket = config.broker_socket.as_deref().map(|path| local_socket(path, 0o600)).transpose();
+    let broker_socket = broker_socket.map_err(|e| start("a usable 'broker_socket'", e))?;
     let netns = NetnsThread::start().map_err(|e| start("a thread for namespaces", e))?;
 
     let trust = SharedTrust::new(Trust::Pinned(config.trust_domain.clone(), config.fingerprint.0));
@@ -80,6 +82,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
     let rounds = Rounds::new(attester.clone(), turn.clone(), cluster, boot_log, ima_log);
     let denials = Lane::default();
     let issued = Issued::default();
+    let metrics = telemetry::serve(config.metrics_listen, kernel.clone(), issued.clone(), clock.clone());
     let (desired, desired_rx) = watch::channel(None);
     let (outcome, outcome_rx) = watch::channel(None);
     let (endpoints, endpoints_rx) = watch::channel(Vec::new());
@@ -111,7 +114,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
         denials: denials.clone(),
         rounds,
         wires: session::Wires {
-            enrolled: enrolled_rx,
+            enrolled: enrolled_rx.clone(),
             told: Arc::new(told),
             desired: Arc::new(desired),
             outcome: outcome_rx,
@@ -127,6 +130,15 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
         node: node_rx.clone(),
         channel: channel_rx,
     };
+    let gate = Gate {
+        brokers: Arc::new(config.brokers.clone()),
+        trust: trust.clone(),
+        clock: clock.clone(),
+        denials: denials.clone(),
+        node: node_rx.clone(),
+    };
+    let broker = Broker::new(issued.clone(), Arc::new(mesh.clone()), gate);
+    let broker = serve_brokers(broker, broker_socket, NodeIdentity(enrolled_rx.clone()));
     let outbound = Outbound::new(plane_rx.clone(), denials.clone(), health.clone(), hbone::PORT);
     let control = Control {
         pods_dir: config.pods_dir.clone(),
@@ -160,6 +172,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
         e = never("denials", tokio::spawn(outbound.cut_denied())) => e,
         e = inbound.serve(hbone) => Err(ended("inbound")(text(e))),
         e = WorkloadApi::new(issued).serve(socket, mesh) => Err(ended("workload api")(text(e))),
+        e = broker => Err(ended("broker api")(text(e))),
         e = metrics => Err(ended("metrics")(text(e))),
         e = watch_kernel(kernel) => Err(e.into()),
     }
@@ -199,8 +212,17 @@ async fn watch_kernel(kernel: KernelHandle) -> Refusal {
     }
 }
 
-/// The socket is for every workload: who may have what is decided by what the kernel says of the caller.
-fn workload_socket(path: &Path) -> std::io::Result<UnixListener> {
+/// For ever where there is no socket.
+async fn serve_brokers(broker: Broker, socket: Option<UnixListener>, identity: NodeIdentity) -> Result<(), ServeError> {
+    match socket {
+        Some(socket) => broker.serve(socket, Arc::new(identity)).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// The Workload API's is for every workload: who may have what is decided by what the kernel says of the caller. The
+/// Broker API's is for who runs as root, or is let to it by who does.
+fn local_socket(path: &Path, mode: u32) -> std::io::Result<UnixListener> {
     match std::fs::remove_file(path) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e),
         _ => {}
@@ -209,6 +231,6 @@ fn workload_socket(path: &Path) -> std::io::Result<UnixListener> {
         std::fs::create_dir_all(parent)?;
     }
     let listener = UnixListener::bind(path)?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o777))?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
     Ok(listener)
 }

@@ -1,8 +1,9 @@
 //! The agent's configuration file: read once, refused whole if anything in it is unknown or wrong.
 
-use ambit_model::{ClusterId, Code, Refusal, TrustDomain};
+use ambit_model::{ClusterId, Code, Refusal, SpiffeId, TrustDomain};
 use ambit_tpm::{AkKind, EkChoice};
 use serde::Deserialize;
+use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
@@ -10,6 +11,8 @@ use std::path::{Path, PathBuf};
 const FILE_BYTES_MAX: u64 = 64 * 1024;
 /// A cell has at most five replicas; room for a second cell's addresses.
 const SERVERS_MAX: usize = 16;
+/// A node has a proxy or two.
+const BROKERS_MAX: usize = 16;
 
 /// Every key, so that an unknown one can be named.
 const KEYS: &[&str] = &[
@@ -30,6 +33,8 @@ const KEYS: &[&str] = &[
     "pin_dir",
     "pods_dir",
     "workload_socket",
+    "broker_socket",
+    "brokers",
     "metrics_listen",
     "hbone_listen",
 ];
@@ -137,7 +142,12 @@ pub struct Config {
     pub pods_dir: PathBuf,
     /// The SPIFFE Workload API's socket.
     pub workload_socket: PathBuf,
-    /// Prometheus, `/healthz` and `/readyz`.
+    /// The SPIFFE Broker API's socket; absent where no broker may ask.
+    pub broker_socket: Option<PathBuf>,
+    /// The brokers that may ask there: SPIFFE IDs of this trust domain, of workloads of this node.
+    #[serde(default)]
+    pub brokers: BTreeSet<SpiffeId>,
+    /// Prometheus, `/healthz`, `/readyz` and `/state`.
     pub metrics_listen: SocketAddr,
     /// Tunnels from other nodes.
     pub hbone_listen: SocketAddr,
@@ -169,19 +179,38 @@ impl Config {
             let found = config.servers.len().to_string();
             return Err(Refusal::new(Code::ConfigInvalid, format!("'servers' with 1-{SERVERS_MAX} addresses"), found));
         }
-        for (key, path) in [
+        config.check_brokers()?;
+        let broker_socket = config.broker_socket.iter().map(|path| ("broker_socket", path));
+        for (key, path) in broker_socket.chain([
             ("data_dir", &config.data_dir),
             ("cgroup_root", &config.cgroup_root),
             ("pin_dir", &config.pin_dir),
             ("pods_dir", &config.pods_dir),
             ("workload_socket", &config.workload_socket),
-        ] {
+        ]) {
             if !path.is_absolute() {
                 let found = path.display().to_string();
                 return Err(Refusal::new(Code::ConfigInvalid, format!("'{key}' as an absolute path"), found));
             }
         }
         Ok(config)
+    }
+
+    /// A socket that nobody may use and brokers without a socket are mistakes, and so is one whom this cell never vouches
+    /// for.
+    fn check_brokers(&self) -> Result<(), Refusal> {
+        let invalid = |expected: String, found: String| Err(Refusal::new(Code::ConfigInvalid, expected, found));
+        if self.broker_socket.is_some() == self.brokers.is_empty() {
+            let found = if self.brokers.is_empty() { "'broker_socket' alone" } else { "'brokers' alone" };
+            return invalid("'broker_socket' and 'brokers', or neither".into(), found.into());
+        }
+        if self.brokers.len() > BROKERS_MAX {
+            return invalid(format!("'brokers' with at most {BROKERS_MAX}"), self.brokers.len().to_string());
+        }
+        match self.brokers.iter().find(|id| id.trust_domain() != self.trust_domain) {
+            Some(foreign) => invalid(format!("'brokers' of trust domain {}", self.trust_domain), foreign.to_string()),
+            None => Ok(()),
+        }
     }
 }
 
@@ -208,6 +237,8 @@ mod tests {
         hbone_listen = "10.71.0.21:15008"
     "#;
 
+    const SOCKET: &str = "broker_socket = \"/run/ambit/broker.sock\"\n";
+
     #[test]
     fn a_good_file_is_read_and_bad_ones_name_what_is_wrong() {
         assert_eq!(Config::parse(GOOD).unwrap().cluster.as_str(), "west");
@@ -215,6 +246,8 @@ mod tests {
         let keys = Config::parse(&format!("{GOOD}\n{keys}")).unwrap();
         assert_eq!(keys.node_key, NodeKeyHome::Tpm);
         assert_eq!((keys.tpm_ek.0, keys.tpm_ak.0), (EkChoice::Fixed(EkKind::EccP384), AkKind::Rsa2048Ssa));
+        let brokers = Config::parse(&format!("{GOOD}\n{SOCKET}brokers = [\"spiffe://west/proxy\"]")).unwrap().brokers;
+        assert_eq!(brokers, BTreeSet::from(["spiffe://west/proxy".parse().unwrap()]));
         for (from, to, code, names) in [
             ("tcti", "tctii", Code::ConfigUnknownKey, "tctii"),
             ("\"west\"", "\"West!\"", Code::ConfigInvalid, "West!"),
@@ -226,6 +259,22 @@ mod tests {
             ("boot_log =", "tpm_ek = \"p521\"\nboot_log =", Code::ConfigInvalid, "p521"),
             ("boot_log =", "tpm_ak = \"rsa\"\nboot_log =", Code::ConfigInvalid, "tpm_ak"),
             ("boot_log =", "node_key = \"disk\"\nboot_log =", Code::ConfigInvalid, "node_key"),
+            ("boot_log =", "broker_socket = \"/b\"\nboot_log =", Code::ConfigInvalid, "broker_socket"),
+            ("boot_log =", "brokers = [\"spiffe://west/p\"]\nboot_log =", Code::ConfigInvalid, "brokers"),
+            ("boot_log =", &format!("{SOCKET}brokers = []\nboot_log ="), Code::ConfigInvalid, "brokers"),
+            ("boot_log =", &format!("{SOCKET}brokers = [\"west/p\"]\nboot_log ="), Code::ConfigInvalid, "west/p"),
+            (
+                "boot_log =",
+                &format!("{SOCKET}brokers = [\"spiffe://east/p\"]\nboot_log ="),
+                Code::ConfigInvalid,
+                "spiffe://east/p",
+            ),
+            (
+                "boot_log =",
+                "broker_socket = \"b\"\nbrokers = [\"spiffe://west/p\"]\nboot_log =",
+                Code::ConfigInvalid,
+                "broker_socket",
+            ),
             ("cluster =", "cluster", Code::ConfigInvalid, ""),
         ] {
             let refusal = Config::parse(&GOOD.replace(from, to)).unwrap_err();

@@ -1,7 +1,7 @@
 //! The agent's one decision loop: pods that are here, the view that the cell sent, the SVIDs that are held; from these
 //! it makes the kernel's tables and the plane that carries traffic, whole, each time one of them changes.
 
-use crate::caller::MeshRoot;
+use crate::cgroup::MeshRoot;
 use crate::compile;
 use crate::denials::Lane;
 use crate::health::Health;

@@ -8,8 +8,12 @@
 #![warn(missing_docs)]
 
 pub mod agent;
+pub mod answers;
+pub mod authority;
 pub mod backoff;
+pub mod broker;
 pub mod caller;
+pub mod cgroup;
 pub mod clock;
 pub mod compile;
 pub mod config;
@@ -17,6 +21,7 @@ pub mod control;
 pub mod denials;
 pub mod enrol;
 pub mod fetch;
+pub mod follow;
 pub mod hbone;
 pub mod health;
 pub mod inbound;
@@ -32,12 +37,16 @@ pub mod outbox;
 pub mod plane;
 pub mod pods;
 pub mod pool;
+pub mod process;
 pub mod pump;
 pub mod reattest;
+pub mod sds;
 pub mod session;
 pub mod sni;
+pub mod state;
 pub mod svids;
 pub mod telemetry;
 pub mod tls;
 pub mod view;
 pub mod workload_api;
+pub mod xds;

@@ -122,6 +122,11 @@ impl Age {
     pub fn now(&self) {
         *self.last.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(Instant::now());
     }
+    /// How long ago; none if it never did.
+    pub fn elapsed(&self) -> Option<Duration> {
+        let last = *self.last.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        last.map(|last| last.elapsed())
+    }
     fn write(&self, out: &mut String) {
         if let Some(last) = *self.last.lock().unwrap_or_else(std::sync::PoisonError::into_inner) {
             head(out, self.name, "gauge", self.help);
@@ -173,6 +178,8 @@ pub struct Metrics {
     pub quote_time: Histogram,
     /// Since the last quote that answered a round.
     pub last_quote: Age,
+    /// Since the cell's last word on the stream; told by `crate::state`.
+    pub cell_word: Age,
     /// Live connections ended because they would not be admitted any more, by direction.
     pub cut: Family<1>,
 }
@@ -221,7 +228,7 @@ pub static METRICS: Metrics = Metrics {
         "ambit_workload_api_requests_total",
         "counter",
         ["method", "result"],
-        "Calls of the SPIFFE Workload API.",
+        "Calls of the node's local services: SPIFFE Workload API, Broker API, Envoy SDS.",
     ),
     trusted: Family::new(
         "ambit_agent_trusted",
@@ -241,6 +248,7 @@ pub static METRICS: Metrics = Metrics {
         "Time of the TPM for a quote of a round of re-attestation.",
     ),
     last_quote: Age::new("ambit_agent_quote_age_seconds", "Time since the last quote that answered a round."),
+    cell_word: Age::new("ambit_agent_cell_age_seconds", "Time since the cell's last word."),
     cut: Family::new(
         "ambit_connections_cut_total",
         "counter",

@@ -209,6 +209,7 @@ impl Session {
     }
 
     fn take(&mut self, message: ServerMessage, stream: &mut Stream) {
+        METRICS.cell_word.now();
         match message.body {
             Some(Down::Heartbeat(beat)) => self.clock.seen(Stamp(beat.stamp_ms)),
             Some(Down::Slice(slice)) => self.take_slice(slice, &mut stream.outbox),

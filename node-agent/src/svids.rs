@@ -1,4 +1,5 @@
-//! Workload SVIDs: asked for when somebody here needs one, renewed at half-life, kept while the cell is away.
+//! Workload SVIDs: asked for when somebody here needs one, renewed at half-life, kept while the cell is away. One that
+//! nobody needs any more is kept for who comes back, and not renewed: a workload that connects again is told the same.
 //!
 //! Keys are made here and never leave this process but to their workload. A denial withdraws; an outage does not.
 
@@ -46,11 +47,17 @@ pub struct Issuance {
     pub channel: watch::Receiver<Option<Channel>>,
 }
 
+/// SVIDs kept that nobody needs now. What was needed last stays longest.
+const IDLE_MAX: usize = 1000;
+
 #[derive(Default)]
 struct State {
     svids: Svids,
-    /// When each is due next.
+    /// When each is due next, also of those that are idle.
     due: BTreeMap<EntryId, Stamp>,
+    /// Held, and needed by nobody now: in which order they ceased to be.
+    idle: BTreeMap<EntryId, u64>,
+    ceased: u64,
     /// This node was out when last looked at.
     out: bool,
 }
@@ -77,8 +84,7 @@ impl Issuance {
                 self.ask(&mut state, channel, &due).await;
                 continue;
             }
-            let next = state.due.values().min().map_or(60_000, |at| at.0.saturating_sub(now.0)).clamp(50, 60_000);
-            let next = if due.is_empty() { next } else { RETRY_MS };
+            let next = if due.is_empty() { state.next(&want, now) } else { RETRY_MS };
             tokio::select! {
                 changed = wanted.changed() => if changed.is_err() { return },
                 changed = self.channel.changed() => if changed.is_err() { return },
@@ -95,20 +101,21 @@ impl Issuance {
         }
     }
 
-    /// Drops what is unwanted or over.
+    /// Drops what is over.
     fn forget(&self, state: &mut State, want: &BTreeSet<EntryId>, now: Stamp) {
-        let before = state.svids.len();
-        state.due.retain(|entry, _| want.contains(entry));
-        state.svids.retain(|entry, svid| want.contains(entry) && svid.as_ref().map_or(true, |s| s.not_after > now));
+        let known = self.issued.now();
+        let over = |entry: &EntryId, svid: &Result<Arc<Svid>, Refusal>| {
+            svid.as_ref().is_ok_and(|svid| svid.not_after <= now) || !still_of(known.view.as_deref(), entry, svid)
+        };
         // An entry whose SVID ran out is due at once, and so is one whose identity changed under its name.
-        let view = self.issued.now().view;
-        let changed: Vec<EntryId> =
-            state.svids.iter().filter(|(e, s)| !still_of(view.as_deref(), e, s)).map(|(e, _)| e.clone()).collect();
-        for entry in changed {
+        let over: Vec<EntryId> =
+            state.svids.iter().filter(|(entry, svid)| over(entry, svid)).map(|(entry, _)| entry.clone()).collect();
+        for entry in over {
             state.svids.remove(&entry);
             state.due.remove(&entry);
         }
-        if state.svids.len() != before {
+        state.rest(want);
+        if !known.svids.keys().eq(state.svids.keys()) {
             self.issued.set_svids(state.svids.clone());
         }
     }
@@ -119,12 +126,14 @@ impl Issuance {
         let back = state.out && !denials.is_out();
         state.out = denials.is_out();
         let Some((node, _)) = *self.node.borrow() else { return };
-        let State { svids, due, .. } = state;
+        let State { svids, due, idle, .. } = state;
         due.retain(|entry, _| match svids.get(entry) {
             Some(Ok(svid)) => !back && !denials.lists(&svid.id.trust_domain(), &node, svid.generation),
             Some(Err(_)) => !back,
             None => true,
         });
+        // Nobody renews an idle one, and it must not be told to who comes back.
+        svids.retain(|entry, _| due.contains_key(entry) || !idle.contains_key(entry));
     }
 
     async fn ask(&self, state: &mut State, channel: Channel, due: &[EntryId]) {
@@ -230,6 +239,34 @@ impl Issuance {
     }
 }
 
+impl State {
+    /// Of what nobody needs any more, the SVIDs that were needed last stay.
+    fn rest(&mut self, want: &BTreeSet<EntryId>) {
+        let Self { svids, due, idle, ceased, .. } = self;
+        idle.retain(|entry, _| !want.contains(entry) && svids.contains_key(entry));
+        for (entry, _) in svids.iter().filter(|(entry, svid)| svid.is_ok() && !want.contains(*entry)) {
+            idle.entry(entry.clone()).or_insert_with(|| {
+                *ceased += 1;
+                *ceased
+            });
+        }
+        let mut order: Vec<u64> = idle.values().copied().collect();
+        order.sort_unstable();
+        if let Some(last_gone) = order.len().checked_sub(IDLE_MAX + 1).and_then(|n| order.get(n)) {
+            idle.retain(|_, at| *at > *last_gone);
+        }
+        svids.retain(|entry, _| want.contains(entry) || idle.contains_key(entry));
+        due.retain(|entry, _| want.contains(entry) || idle.contains_key(entry));
+    }
+
+    /// Milliseconds until something is due or over.
+    fn next(&self, want: &BTreeSet<EntryId>, now: Stamp) -> u64 {
+        let due = self.due.iter().filter(|(entry, _)| want.contains(*entry)).map(|(_, at)| *at);
+        let over = self.svids.values().flatten().map(|svid| svid.not_after);
+        due.chain(over).min().map_or(60_000, |at| at.0.saturating_sub(now.0)).clamp(50, 60_000)
+    }
+}
+
 fn still_of(view: Option<&crate::view::View>, entry: &EntryId, svid: &Result<Arc<Svid>, Refusal>) -> bool {
     let Some(found) = view.and_then(|v| v.entries.iter().find(|e| e.id == *entry)) else { return false };
     svid.as_ref().map_or(true, |svid| svid.id == found.spiffe_id)
@@ -306,6 +343,41 @@ mod tests {
         denials.set_out(false);
         issuance.hurry(&mut state, &denials.now());
         assert!(state.due.is_empty(), "{:?}", state.due);
+    }
+
+    #[test]
+    fn who_comes_back_is_told_the_same_and_of_the_others_the_last_stay() {
+        let entry = |n: usize| format!("e{n}").parse::<EntryId>().unwrap();
+        let svid = Svid {
+            id: "spiffe://west/web".parse().unwrap(),
+            key_pkcs8: Vec::new().into(),
+            chain_der: vec![],
+            generation: Generation(1),
+            since: Stamp(0),
+            not_after: Stamp(9_000),
+        };
+        let (svid, mut state) = (Arc::new(svid), State::default());
+        let all: BTreeSet<EntryId> = (0..IDLE_MAX + 3).map(entry).collect();
+        for one in &all {
+            state.svids.insert(one.clone(), Ok(svid.clone()));
+            state.due.insert(one.clone(), Stamp(5_000));
+        }
+        state.svids.insert(entry(0), Err(Refusal::new(Code::NotFound, "", "")));
+        state.rest(&all);
+        assert!(state.idle.is_empty() && state.svids.len() == all.len());
+        // First 1, then 2 ceases to be needed, then all: a refusal and what was needed longest ago go.
+        for gone in [&[1][..], &[1, 2], &(0..all.len()).collect::<Vec<_>>()] {
+            let gone: BTreeSet<EntryId> = gone.iter().map(|n| entry(*n)).collect();
+            state.rest(&all.difference(&gone).cloned().collect());
+        }
+        let left: BTreeSet<EntryId> =
+            all.iter().filter(|e| ![entry(0), entry(1), entry(2)].contains(e)).cloned().collect();
+        assert!(state.svids.keys().eq(&left) && state.due.keys().eq(&left) && state.idle.keys().eq(&left));
+        // They wake nobody but when they are over; one that is needed again is due when it was.
+        let nobody = BTreeSet::new();
+        assert_eq!((state.next(&nobody, Stamp(1_000)), state.next(&left, Stamp(1_000))), (8_000, 4_000));
+        state.rest(&BTreeSet::from([entry(3)]));
+        assert!(!state.idle.contains_key(&entry(3)) && state.due[&entry(3)] == Stamp(5_000));
     }
 
     #[test]

@@ -1,12 +1,16 @@
 //! What the agent tells its operators: logs on standard error, figures and health over HTTP.
 
+use crate::clock::Clock;
+use crate::issued::Issued;
 use crate::kernel::KernelHandle;
 use crate::metrics::METRICS;
+use crate::state::State;
 use axum::Router;
 use axum::http::{StatusCode, header};
 use axum::routing::get;
 use std::io::IsTerminal;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use tracing_subscriber::EnvFilter;
 
 /// What must work before the node is ready for workloads.
@@ -23,11 +27,19 @@ pub fn start_logging() {
     }
 }
 
-/// Serves `/metrics`, `/healthz` (the process answers) and `/readyz` (every needed component is up) until it fails.
-pub async fn serve(at: SocketAddr, kernel: KernelHandle) -> std::io::Result<()> {
+/// Serves `/metrics`, `/healthz` (the process answers), `/readyz` (every needed component is up) and `/state` (whether the
+/// cell is heard, and how long what is held is good without it) until it fails.
+pub async fn serve(at: SocketAddr, kernel: KernelHandle, issued: Issued, clock: Arc<Clock>) -> std::io::Result<()> {
     let text = [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
+    let json = [(header::CONTENT_TYPE, "application/json")];
+    let state = move || {
+        let open = METRICS.component.value(["stream"]) > 0.0;
+        State::of(&issued.now(), open, METRICS.cell_word.elapsed(), clock.now())
+    };
+    let told = state.clone();
     let app = Router::new()
-        .route("/metrics", get(move || async move { (text, page(&kernel)) }))
+        .route("/metrics", get(move || async move { (text, page(&kernel) + &state().figures()) }))
+        .route("/state", get(move || async move { (json, serde_json::to_string(&told()).unwrap_or_default() + "\n") }))
         .route("/healthz", get(|| async { "ok\n" }))
         .route("/readyz", get(|| async { ready() }));
     axum::serve(tokio::net::TcpListener::bind(at).await?, app).await

@@ -86,6 +86,14 @@ impl View {
         self.entries.iter().filter(|e| e.cluster == self.cluster && e.recognises(found))
     }
 
+    /// Whether a process with the selectors `found` may be a workload if its program has the right SHA-256.
+    pub fn asks_sha256(&self, found: &BTreeSet<Selector>) -> bool {
+        let is_hash = |selector: &Selector| matches!(selector, Selector::UnixSha256(_));
+        let holds = |selector: &Selector| selector.is_of_node() || is_hash(selector) || found.contains(selector);
+        let of_us = self.entries.iter().filter(|e| e.cluster == self.cluster);
+        of_us.into_iter().any(|e| e.selectors.iter().any(is_hash) && e.selectors.iter().all(holds))
+    }
+
     /// Every entry that one of the pods can show (its Workload API answer), not only its entry in the mesh.
     pub fn entries_of_pods<'a>(&self, pods: impl IntoIterator<Item = &'a Pod>) -> BTreeSet<EntryId> {
         let of_pod = |pod: &Pod| self.entries_of(&pod.selectors()).map(|e| e.id.clone()).collect::<Vec<_>>();

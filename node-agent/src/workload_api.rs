@@ -3,29 +3,33 @@
 //! SPIFFE_Workload_API.md: the header is required, every message of a stream is the full set, the first comes at once,
 //! a caller without identity gets PERMISSION_DENIED. The service is never extended; nothing here is configurable.
 
-use crate::caller::{Caller, Identified, MeshRoot};
-use crate::issued::{Interest, Issued, Known};
+use crate::answers::{self, Identities, Roots};
+use crate::authority::Lenient;
+use crate::caller::{Caller, Identified};
+use crate::cgroup::MeshRoot;
+use crate::follow::{Follower, Leave, Stream as Followed, Why, Workload};
+use crate::issued::{Issued, Known};
 use crate::metrics::METRICS;
-use ambit_model::{Entry, TrustDomain};
-use ambit_proto::SPIFFE_DESCRIPTORS;
+use crate::sds::Sds;
+use ambit_model::Selector;
 use ambit_proto::workload::spiffe_workload_api_server::{SpiffeWorkloadApi, SpiffeWorkloadApiServer};
 use ambit_proto::workload::{
     JwtBundlesRequest, JwtBundlesResponse, JwtsvidRequest, JwtsvidResponse, ValidateJwtsvidRequest,
     ValidateJwtsvidResponse, X509BundlesRequest, X509BundlesResponse, X509svid, X509svidRequest, X509svidResponse,
 };
-use std::collections::{BTreeSet, HashMap};
+use ambit_proto::xds::secret::secret_discovery_service_server::SecretDiscoveryServiceServer;
+use ambit_proto::{ENVOY_DESCRIPTORS, SPIFFE_DESCRIPTORS};
+use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::Duration;
 use tokio::net::UnixListener;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status};
+use tonic_health::server::HealthReporter;
 
-/// Streams open at once; each holds a task and a queue of one message.
+/// Streams open at once, those of Envoys among them; each holds a task and a queue of one message.
 const STREAMS_MAX: usize = 1024;
-/// How long a caller waits for an SVID that the cell is issuing just now, before it is told to come back.
-const FIRST_WAIT: Duration = Duration::from_secs(10);
 const JWT_UNBUILT: &str =
     "JWT-SVIDs are not built yet: this agent issues X.509-SVIDs only (see the limits in README.md)";
 
@@ -43,27 +47,51 @@ impl WorkloadApi {
     }
 
     /// Serves on `listener`, with health and reflection, until it fails.
-    pub async fn serve(self, listener: UnixListener, mesh: MeshRoot) -> Result<(), tonic::transport::Error> {
+    pub async fn serve(self, listener: UnixListener, mesh: MeshRoot) -> Result<(), ServeError> {
         let (health, health_service) = tonic_health::server::health_reporter();
-        health.set_serving::<SpiffeWorkloadApiServer<WorkloadApi>>().await;
-        let reflection = tonic_reflection::server::Builder::configure()
-            .register_encoded_file_descriptor_set(SPIFFE_DESCRIPTORS)
-            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-            .build_v1();
-        let mut router = tonic::transport::Server::builder()
+        let telling = tell_health(health, self.issued.clone());
+        let sds = Sds::new(self.issued.clone(), self.streams.clone());
+        let router = tonic::transport::Server::builder()
             .max_concurrent_streams(64)
             .add_service(SpiffeWorkloadApiServer::new(self))
-            .add_service(health_service);
-        match reflection {
-            Ok(reflection) => router = router.add_service(reflection),
-            Err(error) => tracing::error!(%error, "reflection is off"),
+            .add_service(SecretDiscoveryServiceServer::new(sds))
+            .add_service(health_service)
+            .add_service(reflection().build_v1()?)
+            // What most tools in use still ask.
+            .add_service(reflection().build_v1alpha()?);
+        tokio::select! {
+            served = router.serve_with_incoming(connections(listener, mesh)) => Ok(served?),
+            () = telling => Ok(()),
         }
-        router.serve_with_incoming(connections(listener, mesh)).await
     }
 }
 
-fn connections(listener: UnixListener, mesh: MeshRoot) -> impl Stream<Item = std::io::Result<Identified>> {
-    tokio_stream::wrappers::UnixListenerStream::new(listener).map(move |s| Ok(Identified::accept(s?, &mesh)))
+/// Why a local service ended.
+pub type ServeError = Box<dyn std::error::Error + Send + Sync>;
+
+fn reflection<'a>() -> tonic_reflection::server::Builder<'a> {
+    tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(SPIFFE_DESCRIPTORS)
+        .register_encoded_file_descriptor_set(ENVOY_DESCRIPTORS)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .with_service_name("SpiffeWorkloadAPI")
+        .with_service_name("envoy.service.secret.v3.SecretDiscoveryService")
+        .with_service_name("grpc.health.v1.Health")
+}
+
+/// Serving from the first word of the cell on: until then every call is answered UNAVAILABLE.
+async fn tell_health(health: HealthReporter, issued: Issued) {
+    health.set_not_serving::<SpiffeWorkloadApiServer<WorkloadApi>>().await;
+    health.set_not_serving::<SecretDiscoveryServiceServer<Sds>>().await;
+    let _ = issued.watch().wait_for(|known| known.view.is_some()).await;
+    health.set_serving::<SpiffeWorkloadApiServer<WorkloadApi>>().await;
+    health.set_serving::<SecretDiscoveryServiceServer<Sds>>().await;
+    std::future::pending().await
+}
+
+fn connections(listener: UnixListener, mesh: MeshRoot) -> impl Stream<Item = std::io::Result<Lenient<Identified>>> {
+    let (mesh, accepted) = (Arc::new(mesh), tokio_stream::wrappers::UnixListenerStream::new(listener));
+    accepted.map(move |stream| Ok(Lenient::new(Identified::accept(stream?, &mesh))))
 }
 
 type Streamed<T> = ReceiverStream<Result<T, Status>>;
@@ -75,7 +103,7 @@ impl SpiffeWorkloadApi for WorkloadApi {
         &self,
         request: Request<X509svidRequest>,
     ) -> Result<Response<Self::FetchX509SVIDStream>, Status> {
-        self.stream("FetchX509SVID", &request, svids)
+        self.stream("FetchX509SVID", &request, |known, found| answers::identities(known, found).map(svids))
     }
 
     type FetchX509BundlesStream = Streamed<X509BundlesResponse>;
@@ -83,7 +111,7 @@ impl SpiffeWorkloadApi for WorkloadApi {
         &self,
         request: Request<X509BundlesRequest>,
     ) -> Result<Response<Self::FetchX509BundlesStream>, Status> {
-        self.stream("FetchX509Bundles", &request, bundles)
+        self.stream("FetchX509Bundles", &request, |known, found| answers::roots(known, found).map(bundles))
     }
 
     async fn fetch_jwtsvid(&self, request: Request<JwtsvidRequest>) -> Result<Response<JwtsvidResponse>, Status> {
@@ -111,28 +139,31 @@ impl SpiffeWorkloadApi for WorkloadApi {
 
 /// Who asks, once the header is there: it proves that no browser or proxy was tricked into asking (section 5 of the
 /// Workload API: SSRF).
-fn caller<T>(request: &Request<T>) -> Result<Arc<Caller>, Status> {
+fn caller<T>(request: &Request<T>) -> Result<Workload, Status> {
     let header = request.metadata().get("workload.spiffe.io").and_then(|v| v.to_str().ok());
     if header != Some("true") {
         return Err(Status::invalid_argument("the metadata 'workload.spiffe.io: true' is required"));
     }
-    let caller = request.extensions().get::<Arc<Caller>>().cloned().unwrap_or_default();
-    if caller.has_ended() { Err(gone()) } else { Ok(caller) }
+    workload(request).ok_or_else(|| refuse(Why::Ended))
 }
 
-/// Whoever holds the socket of a process that ended was never identified.
-fn gone() -> Status {
-    Status::permission_denied("the process that opened this connection has ended, or could not be identified")
+/// The process that opened the connection of `request`, as it is now. None if it has ended or was never identified.
+pub(crate) fn workload<T>(request: &Request<T>) -> Option<Workload> {
+    let caller: &Caller = request.extensions().get::<Option<Caller>>()?.as_ref()?;
+    let facts = caller.facts().inspect_err(|error| tracing::debug!(%error, "caller not recognised")).ok()?;
+    Some(Workload::new(caller.process().clone(), facts, caller.mesh()))
 }
 
-/// What a caller may be told now.
-enum Answer<T> {
-    /// The full set.
-    Set(T),
-    /// It has an identity, but the SVID is on its way.
-    Coming,
-    /// It has none.
-    Nobody,
+/// The status codes of SPIFFE_Workload_Endpoint.md section 6.
+pub(crate) fn refuse(why: Why) -> Status {
+    match why {
+        Why::Ended => {
+            Status::permission_denied("the process that opened this connection has ended, or could not be identified")
+        }
+        Why::Starting => Status::unavailable("the agent has no word from its cell yet"),
+        Why::Nobody => Status::permission_denied("no identity issued: no entry recognises this process"),
+        Why::NotIssued => Status::unavailable("the SVID is not issued yet"),
+    }
 }
 
 impl WorkloadApi {
@@ -140,114 +171,37 @@ impl WorkloadApi {
         &self,
         method: &'static str,
         request: &Request<R>,
-        answer: fn(&Known, &Caller) -> Answer<T>,
+        answer: fn(&Known, &BTreeSet<Selector>) -> answers::Answer<T>,
     ) -> Result<Response<Streamed<T>>, Status> {
-        let caller = caller(request).inspect_err(|_| METRICS.workload_api.inc([method, "invalid"]))?;
-        let permit = self.streams.clone().try_acquire_owned().map_err(|_| Status::unavailable("too many streams"))?;
+        let workload = caller(request).inspect_err(|_| METRICS.workload_api.inc([method, "invalid"]))?;
+        let place = self.streams.clone().try_acquire_owned().map_err(|_| Status::unavailable("too many streams"))?;
         let (send, receive) = mpsc::channel(1);
-        tokio::spawn(follow(method, self.issued.clone(), caller, send, answer, permit));
+        let stream = Followed {
+            method,
+            follower: Follower::new(&self.issued, workload),
+            answer,
+            refuse,
+            leave: Leave::Own,
+            send,
+            place,
+        };
+        tokio::spawn(stream.run());
         Ok(Response::new(ReceiverStream::new(receive)))
     }
 }
 
-/// Sends the full set at once and after every change that concerns the caller, until it has no identity any more
-/// or has ended.
-async fn follow<T: PartialEq + Clone + Send + 'static>(
-    method: &'static str,
-    issued: Issued,
-    caller: Arc<Caller>,
-    send: mpsc::Sender<Result<T, Status>>,
-    answer: fn(&Known, &Caller) -> Answer<T>,
-    _permit: OwnedSemaphorePermit,
-) {
-    let mut changes = issued.watch();
-    let mut interest = Interest::none();
-    let mut last: Option<T> = None;
-    let give_up = tokio::time::Instant::now() + FIRST_WAIT;
-    loop {
-        let known = changes.borrow_and_update().clone();
-        interest = issued.interest(entries(&known, &caller), interest);
-        let refusal = match answer(&known, &caller) {
-            _ if caller.has_ended() => Some(gone()),
-            _ if known.view.is_none() => Some(Status::unavailable("the agent has no word from its cell yet")),
-            Answer::Nobody => Some(Status::permission_denied("no identity issued: no entry recognises this process")),
-            Answer::Set(set) if last.as_ref() != Some(&set) => {
-                METRICS.workload_api.inc([method, "ok"]);
-                last = Some(set.clone());
-                if send.send(Ok(set)).await.is_err() {
-                    return;
-                }
-                None
-            }
-            Answer::Set(_) | Answer::Coming => None,
-        };
-        if let Some(status) = refusal {
-            METRICS.workload_api.inc([method, "refused"]);
-            let _ = send.send(Err(status)).await;
-            return;
-        }
-        tokio::select! {
-            changed = changes.changed() => if changed.is_err() { return },
-            () = send.closed() => return,
-            () = caller.ended() => {}
-            () = tokio::time::sleep_until(give_up), if last.is_none() => {
-                METRICS.workload_api.inc([method, "unavailable"]);
-                let _ = send.send(Err(Status::unavailable("the SVID is not issued yet"))).await;
-                return;
-            }
-        }
-    }
+fn svids(set: Identities) -> X509svidResponse {
+    let own = set.roots.own_der();
+    let svids = set.svids.into_iter().map(|identity| X509svid {
+        spiffe_id: identity.svid.id.to_string(),
+        x509_svid: identity.svid.chain_der.concat(),
+        x509_svid_key: identity.svid.key_pkcs8.to_vec(),
+        bundle: own.clone(),
+        hint: identity.hint,
+    });
+    X509svidResponse { svids: svids.collect(), crl: vec![], federated_bundles: set.roots.foreign_der() }
 }
 
-fn entries(known: &Known, caller: &Caller) -> BTreeSet<ambit_model::EntryId> {
-    let view = known.view.as_ref();
-    view.map(|v| v.entries_of(&caller.selectors).map(|e| e.id.clone()).collect()).unwrap_or_default()
-}
-
-fn svids(known: &Known, caller: &Caller) -> Answer<X509svidResponse> {
-    let Some(view) = &known.view else { return Answer::Coming };
-    let mine: Vec<&Entry> = view.entries_of(&caller.selectors).collect();
-    let own: Vec<u8> = view.own.roots().concat();
-    let mut svids = Vec::new();
-    for entry in &mine {
-        match known.svids.get(&entry.id) {
-            Some(Ok(svid)) => svids.push(X509svid {
-                spiffe_id: svid.id.to_string(),
-                x509_svid: svid.chain_der.concat(),
-                x509_svid_key: svid.key_pkcs8.to_vec(),
-                bundle: own.clone(),
-                // Unique per response, as an entry has one SVID.
-                hint: entry.id.to_string(),
-            }),
-            Some(Err(_)) => {}
-            None => return Answer::Coming,
-        }
-    }
-    if svids.is_empty() {
-        return Answer::Nobody;
-    }
-    Answer::Set(X509svidResponse { svids, crl: vec![], federated_bundles: federated(known, &mine) })
-}
-
-fn bundles(known: &Known, caller: &Caller) -> Answer<X509BundlesResponse> {
-    let Some(view) = &known.view else { return Answer::Coming };
-    let mine: Vec<&Entry> = view.entries_of(&caller.selectors).collect();
-    if mine.is_empty() {
-        return Answer::Nobody;
-    }
-    let mut bundles = federated(known, &mine);
-    bundles.insert(key(&view.trust_domain), view.own.roots().concat());
-    Answer::Set(X509BundlesResponse { crl: vec![], bundles })
-}
-
-/// Bundles of the trust domains that the caller's entries federate with; never merged into one pool.
-fn federated(known: &Known, entries: &[&Entry]) -> HashMap<String, Vec<u8>> {
-    let named: BTreeSet<&TrustDomain> = entries.iter().flat_map(|e| &e.federates_with).collect();
-    let foreign = known.view.iter().flat_map(|v| &v.foreign);
-    foreign.filter(|b| named.contains(b.trust_domain())).map(|b| (key(b.trust_domain()), b.roots().concat())).collect()
-}
-
-/// Maps are keyed by the SPIFFE ID of the trust domain.
-fn key(trust_domain: &TrustDomain) -> String {
-    format!("spiffe://{trust_domain}")
+fn bundles(roots: Roots) -> X509BundlesResponse {
+    X509BundlesResponse { crl: vec![], bundles: roots.all_der() }
 }

@@ -4,75 +4,18 @@
 
 mod support;
 
-use ambit_agent::caller::MeshRoot;
-use ambit_agent::issued::Issued;
-use ambit_agent::workload_api::WorkloadApi;
+use ambit_agent::issued::{Issued, Svids};
+use ambit_model::{Code, Refusal};
 use ambit_proto::v1;
 use ambit_proto::workload::spiffe_workload_api_client::SpiffeWorkloadApiClient;
 use ambit_proto::workload::{JwtsvidRequest, X509svidRequest};
 use spiffe::workload_api::WorkloadApiError;
 use spiffe::{TrustDomain, WorkloadApiClient};
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-use support::Cell;
-use tokio::net::UnixListener;
+use std::time::{Duration, Instant};
+use support::local::{Folder, Socket, Stage, call, stage, uid};
 use tokio_stream::StreamExt;
 use tonic::transport::Channel;
-
-/// A served socket that goes away with the test.
-struct Socket {
-    path: PathBuf,
-    task: tokio::task::JoinHandle<()>,
-}
-
-impl Socket {
-    fn serve(name: &str, issued: &Issued) -> Socket {
-        let path = std::env::temp_dir().join(format!("ambit-{name}-{}.sock", std::process::id()));
-        let listener = UnixListener::bind(&path).unwrap();
-        let mesh = MeshRoot::find(Path::new(&mesh())).unwrap();
-        let serving = WorkloadApi::new(issued.clone()).serve(listener, mesh);
-        Socket { path, task: tokio::spawn(async move { serving.await.unwrap() }) }
-    }
-    fn endpoint(&self) -> String {
-        format!("unix:{}", self.path.display())
-    }
-    async fn channel(&self) -> Channel {
-        tonic::transport::Endpoint::from_shared(self.endpoint()).unwrap().connect().await.unwrap()
-    }
-}
-
-impl Drop for Socket {
-    fn drop(&mut self) {
-        self.task.abort();
-        let _ = std::fs::remove_file(&self.path);
-    }
-}
-
-fn mesh() -> String {
-    let mounts = std::fs::read_to_string("/proc/mounts").unwrap();
-    let mount = mounts.lines().find(|l| l.split(' ').nth(2) == Some("cgroup2")).expect("a cgroup2 mount");
-    format!("{}/no-such-mesh", mount.split(' ').nth(1).unwrap())
-}
-
-fn uid() -> String {
-    format!("unix:uid:{}", nix::unistd::geteuid())
-}
-
-/// West, whose workload `me` is this very process, federated with east; north is no peer of `me`.
-struct Stage {
-    west: Cell,
-    east: Cell,
-    slice: v1::Slice,
-}
-
-fn stage() -> Stage {
-    let (mut west, east, north) = (Cell::founded("west", 1), Cell::founded("east", 2), Cell::founded("north", 3));
-    let me = west.entry("me", &[&uid()], &["east"]);
-    let other = west.entry("other", &["unix:uid:424242"], &[]);
-    let mut slice = west.slice(1, &[&east, &north]);
-    slice.entries = vec![me, other];
-    Stage { west, east, slice }
-}
 
 #[tokio::test]
 async fn the_spiffe_crate_fetches_svid_and_bundles() {
@@ -200,10 +143,11 @@ async fn a_stream_ends_with_the_process_that_opened_it_not_with_the_socket() {
     issued.set_view(west.view(slice));
     issued.set_svids(BTreeMap::from([("me".parse().unwrap(), Ok(west.svid("me")))]));
     let socket = Socket::serve("heir", &issued);
-    let relay = socket.path.with_extension("relay");
+    let folder = Folder::new("relay");
+    let relay = folder.join("relay");
     let mut caller = std::process::Command::new("python3")
         .args(["-c", HEIR])
-        .args([&socket.path, &relay])
+        .args([&socket.path(), &relay])
         .stdin(std::process::Stdio::piped())
         .spawn()
         .unwrap();
@@ -229,5 +173,172 @@ async fn a_stream_ends_with_the_process_that_opened_it_not_with_the_socket() {
     issued.set_svids(BTreeMap::from([("me".parse().unwrap(), Ok(west.svid("me")))]));
     let refused = raw.fetch_x509svid(ask()).await.unwrap_err();
     assert_eq!(refused.code(), tonic::Code::PermissionDenied, "{refused}");
-    std::fs::remove_file(&relay).unwrap();
+}
+
+/// The SVIDs of these entries, as issued now.
+fn issue(stage: &mut Stage, names: &[&str]) -> Svids {
+    names.iter().map(|name| (name.parse().unwrap(), Ok(stage.west.svid(name)))).collect()
+}
+
+/// A stage whose workload is three entries.
+fn three() -> Stage {
+    let mut stage = stage();
+    for name in ["two", "three"] {
+        let entry = stage.west.entry(name, &[&uid()], &["north"]);
+        stage.slice.entries.push(entry);
+    }
+    stage
+}
+
+async fn next(
+    stream: &mut tonic::Streaming<ambit_proto::workload::X509svidResponse>,
+) -> Result<Vec<String>, tonic::Status> {
+    let message = tokio::time::timeout(Duration::from_secs(30), stream.message()).await.expect("a message")?;
+    Ok(message.expect("no end").svids.iter().map(|svid| svid.hint.clone()).collect())
+}
+
+async fn open(socket: &Socket) -> tonic::Streaming<ambit_proto::workload::X509svidResponse> {
+    let mut request = tonic::Request::new(X509svidRequest {});
+    request.metadata_mut().insert("workload.spiffe.io", "true".parse().unwrap());
+    SpiffeWorkloadApiClient::new(socket.channel().await).fetch_x509svid(request).await.unwrap().into_inner()
+}
+
+#[tokio::test]
+async fn who_connects_again_is_told_the_very_same_bytes() {
+    let mut stage = three();
+    let issued = Issued::default();
+    issued.set_view(stage.west.view(stage.slice.clone()));
+    issued.set_svids(issue(&mut stage, &["me", "two", "three"]));
+    let socket = Socket::serve("bytes", &issued);
+    for method in ["/SpiffeWorkloadAPI/FetchX509SVID", "/SpiffeWorkloadAPI/FetchX509Bundles"] {
+        let mut told = Vec::new();
+        // Enough for any order by chance to show.
+        for _ in 0..20 {
+            told.push(call(socket.channel().await, method).await.unwrap().message().await.unwrap().unwrap());
+        }
+        told.dedup();
+        assert_eq!(told.len(), 1, "{method}");
+    }
+}
+
+#[tokio::test]
+async fn what_is_withdrawn_is_missing_from_the_next_message() {
+    let mut stage = three();
+    let issued = Issued::default();
+    let view = |stage: &Stage, names: &[&str], revision| {
+        let entries = stage.slice.entries.iter().filter(|entry| names.contains(&entry.id.as_str())).cloned().collect();
+        stage.west.view(v1::Slice { entries, revision, ..stage.slice.clone() })
+    };
+    issued.set_view(view(&stage, &["me", "two", "three"], 1));
+    let svids = issue(&mut stage, &["me", "two"]);
+    issued.set_svids(svids.clone());
+    let socket = Socket::serve("withdrawn", &issued);
+
+    // The cell does not issue the third: what is held comes all the same, before anybody gives up.
+    let (began, mut stream) = (Instant::now(), open(&socket).await);
+    assert_eq!(next(&mut stream).await.unwrap(), ["me", "two"]);
+    assert!(began.elapsed() < Duration::from_secs(9), "{:?}", began.elapsed());
+    // An entry is deleted while the third is still awaited.
+    issued.set_view(view(&stage, &["me", "three"], 2));
+    assert_eq!(next(&mut stream).await.unwrap(), ["me"]);
+    // The third arrives, and the first is refused by the cell.
+    let (third, refusal) = (issue(&mut stage, &["three"]), Refusal::new(Code::EntryNotOnNode, "", ""));
+    issued.set_svids(third.clone().into_iter().chain([("me".parse().unwrap(), Err(refusal))]).collect());
+    assert_eq!(next(&mut stream).await.unwrap(), ["three"]);
+    issued.set_view(view(&stage, &[], 3));
+    assert_eq!(next(&mut stream).await.unwrap_err().code(), tonic::Code::PermissionDenied);
+    // And an entry that is made again is told to who comes then.
+    issued.set_view(view(&stage, &["three"], 4));
+    assert_eq!(next(&mut open(&socket).await).await.unwrap(), ["three"]);
+}
+
+#[tokio::test]
+async fn the_default_identity_is_the_one_in_the_mesh() {
+    let mut stage = three();
+    let gid = format!("unix:gid:{}", nix::unistd::getegid());
+    let entry = stage.west.entry("most", &[&uid(), &gid], &[]);
+    stage.slice.entries.push(entry);
+    let issued = Issued::default();
+    issued.set_view(stage.west.view(stage.slice.clone()));
+    issued.set_svids(issue(&mut stage, &["me", "two", "three", "most"]));
+    let socket = Socket::serve("default", &issued);
+    assert_eq!(next(&mut open(&socket).await).await.unwrap(), ["most", "me", "three", "two"]);
+}
+
+#[tokio::test]
+async fn what_the_standard_leaves_open_is_unimplemented_and_health_follows_the_cell() {
+    let stage = stage();
+    let issued = Issued::default();
+    let socket = Socket::serve("wit", &issued);
+    for method in ["/SpiffeWorkloadAPI/FetchWITSVID", "/SpiffeWorkloadAPI/FetchWITBundles"] {
+        let refused = call(socket.channel().await, method).await.map(|_| ()).unwrap_err();
+        assert_eq!(refused.code(), tonic::Code::Unimplemented, "{refused}");
+    }
+    let mut health = tonic_health::pb::health_client::HealthClient::new(socket.channel().await);
+    let services = ["SpiffeWorkloadAPI", "envoy.service.secret.v3.SecretDiscoveryService"];
+    let mut statuses = Vec::new();
+    for view in [false, true] {
+        if view {
+            issued.set_view(stage.west.view(stage.slice.clone()));
+        }
+        for service in services {
+            let request = tonic_health::pb::HealthCheckRequest { service: service.into() };
+            let mut status = health.check(request.clone()).await.unwrap().into_inner().status;
+            let until = Instant::now() + Duration::from_secs(10);
+            // 1 is SERVING, 2 is NOT_SERVING (grpc.health.v1).
+            while status != if view { 1 } else { 2 } && Instant::now() < until {
+                status = health.check(request.clone()).await.unwrap().into_inner().status;
+            }
+            statuses.push(status);
+        }
+    }
+    assert_eq!(statuses, [2, 2, 1, 1]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_thousand_streams_are_told_a_change_and_no_more_are_opened_than_places() {
+    const STREAMS: usize = 1000;
+    let mut stage = stage();
+    let issued = Issued::default();
+    issued.set_view(stage.west.view(stage.slice.clone()));
+    issued.set_svids(issue(&mut stage, &["me"]));
+    let socket = Socket::serve("thousand", &issued);
+    let mut streams = Vec::new();
+    // A connection carries 64.
+    while streams.len() < STREAMS {
+        let channel = socket.channel().await;
+        for _ in 0..50 {
+            let mut stream = call(channel.clone(), "/SpiffeWorkloadAPI/FetchX509SVID").await.unwrap();
+            assert!(stream.message().await.unwrap().is_some());
+            streams.push(stream);
+        }
+    }
+    let second = issue(&mut stage, &["me"]);
+    let leaf = second.values().next().unwrap().as_ref().unwrap().chain_der[0].clone();
+    let began = Instant::now();
+    issued.set_svids(second);
+    for stream in &mut streams {
+        let told = tokio::time::timeout(Duration::from_secs(30), stream.message()).await.unwrap().unwrap().unwrap();
+        assert!(told.windows(leaf.len()).any(|part| part == leaf));
+    }
+    // The goal on a quiet machine is 200 ms (issue D); this is a debug build among other tests.
+    println!("{STREAMS} streams told in {:?}", began.elapsed());
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+
+    let mut more = 0;
+    let refused = loop {
+        assert!(more < 100, "no bound");
+        more += 1;
+        match call(socket.channel().await, "/SpiffeWorkloadAPI/FetchX509SVID").await {
+            Ok(stream) => streams.push(stream),
+            Err(status) => break status,
+        }
+    };
+    assert_eq!(refused.code(), tonic::Code::Unavailable, "{refused}");
+    // Places come back with the streams that end.
+    streams.truncate(500);
+    let until = Instant::now() + Duration::from_secs(10);
+    while call(socket.channel().await, "/SpiffeWorkloadAPI/FetchX509SVID").await.is_err() {
+        assert!(Instant::now() < until, "no place comes back");
+    }
 }

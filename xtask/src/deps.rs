@@ -1,4 +1,4 @@
-//! Debian packages, by name. Nothing else is ever downloaded.
+//! Debian packages, by name. What Debian does not have is in `interop`.
 
 use crate::{Stop, cargo};
 use std::process::Command;
@@ -36,10 +36,14 @@ const PACKAGES: &[(&str, &str)] = &[
     ("curl", "an unmodified client in the demo"),
     ("nginx-light", "an unmodified server in the demo"),
     ("python3", "another unmodified server in the demo"),
+    ("python3-venv", "the environment of the interoperability tests: tests/interop/requirements.txt"),
+    ("haproxy", "an unmodified program that takes SVIDs as files, in a test"),
     ("openssl", "checks issued certificates from outside"),
     ("git", "tidy tests: which files are part of the project"),
     ("prometheus", "promtool: checks every metrics endpoint"),
     ("etcd-server", "cargo xtask bench raft: what our figures stand beside"),
+    ("python3-jwt", "PyJWT: judges our JWT-SVIDs"),
+    ("golang-cfssl", "cargo xtask bench issuance: what our figures stand beside"),
 ];
 
 /// How much to print.
@@ -79,14 +83,16 @@ pub(crate) fn install_these(packages: &[(&'static str, &str)], say: Say) -> Resu
         return Err(Stop::Failed(format!("{} packages are missing; as root: apt-get install {what}", missing.len())));
     }
     if std::path::Path::new("/run/systemd/system").exists() && missing.iter().any(|p| starts_a_service(p)) {
-        println!("note: packaging starts the services nginx, prometheus and etcd; Ambit needs only their programs");
+        println!(
+            "note: packaging starts the services nginx, haproxy, prometheus and etcd; Ambit needs only their programs"
+        );
     }
     apt_get(&["update"])?;
     apt_get(&[&["install", "--yes", "--no-install-recommends"], missing.as_slice()].concat())
 }
 
 fn starts_a_service(package: &str) -> bool {
-    matches!(package, "nginx-light" | "prometheus" | "etcd-server")
+    matches!(package, "haproxy" | "nginx-light" | "prometheus" | "etcd-server")
 }
 
 fn apt_get(args: &[&str]) -> Result<(), Stop> {

@@ -1,8 +1,8 @@
 //! The project's chores: `cargo xtask <verb>`.
 //!
 //! It only starts other programs (apt-get, cargo, ambit-lab) and sums up what they say. It never downloads anything
-//! but Debian packages by name and, for `deny`, cargo-deny from the registry; it has no dependencies, so that it
-//! builds in a second.
+//! but Debian packages by name, Python packages by hash and, for `deny`, cargo-deny from the registry; it has no
+//! dependencies, so that it builds in a second.
 #![forbid(unsafe_code)]
 
 mod cargo;
@@ -10,6 +10,7 @@ mod counts;
 mod deny;
 mod deps;
 mod fuzz;
+mod interop;
 mod lab;
 mod mutants;
 mod sim;
@@ -23,7 +24,8 @@ use std::process::ExitCode;
 const USAGE: &str = "\
 usage: cargo xtask <verb>
 
-  deps                  install the Debian packages that building and testing need; says which and why
+  deps                  install the Debian packages that building and testing need, saying which and why; and the
+                        Python environment of the interoperability tests
   demo [--json FILE] [--keep]
                         two attested clusters on this machine, the whole way through (root; Linux namespaces)
   test                  format, lints, every test of the workspace; last line: N passed, N failed, N skipped
@@ -82,7 +84,7 @@ fn run(args: &[&str]) -> Result<(), Stop> {
             println!("{USAGE}");
             Ok(())
         }
-        ["deps"] => deps::install(deps::Say::All),
+        ["deps"] => deps::install(deps::Say::All).and_then(|()| interop::install()),
         ["demo", options @ ..] => lab::demo(options),
         ["test"] => test::run(),
         ["lab", verb @ ("up" | "down" | "status"), options @ ..] => lab::run(&[&[*verb], options].concat()),

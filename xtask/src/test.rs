@@ -1,7 +1,7 @@
 //! Format, lints and every test, ending in one line of counts.
 
 use crate::counts::Counts;
-use crate::{Stop, cargo, deps, table};
+use crate::{Stop, cargo, deps, interop, table};
 use std::io::{BufRead, BufReader};
 use std::process::{ExitStatus, Stdio};
 
@@ -23,6 +23,7 @@ pub(crate) fn run() -> Result<(), Stop> {
 
 fn checks() -> Result<(), Stop> {
     deps::install(deps::Say::Missing)?;
+    interop::install()?;
     cargo::cargo(&["fmt", "--all", "--check"])?;
     cargo::cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"])?;
     // Tests start the real binaries.

@@ -63,7 +63,7 @@ pub async fn run(args: Args) -> Result<Answer, Refusal> {
         Verb::Explain(verb) => policy::explain(&session, verb).await,
         Verb::Raft(verb) => raft::run(&session, verb).await,
         Verb::Attest(verb) => attest::run(&session, verb).await,
-        Verb::Svid(verb) => svid::run(&session, verb),
+        Verb::Svid(verb) => svid::run(&session, verb).await,
         Verb::Watch(options) => watch::run(&session, options).await,
         Verb::Admin(verb) => admin::run(&session, verb).await,
         Verb::Lab { args } => lab::run(args).await,

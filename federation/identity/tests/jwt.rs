@@ -66,6 +66,7 @@ impl Cell {
             selectors: [Selector::UnixUid(1)].into(),
             ttl: SvidTtl::DEFAULT,
             federates_with: Default::default(),
+            extras: Default::default(),
         };
         cell.run(Command::CreateEntries(vec![entry])).outcome.unwrap();
         let wrapped = BTreeMap::from([(1, vec![1])]);

@@ -1,6 +1,7 @@
 //! Entries: which workload, recognised how, gets which SPIFFE ID on which nodes.
 
 use crate::appraisal::PcrBank;
+use crate::extras::Extras;
 use crate::id::{ClusterId, NodeId, ObjectName, SpiffeId};
 use crate::refusal::{Code, Refusal};
 use crate::time::SvidTtl;
@@ -20,8 +21,18 @@ pub enum Selector {
     UnixUid(u32),
     /// `unix:gid:<n>`: the effective gid of the process.
     UnixGid(u32),
+    /// `unix:supplementary_gid:<n>`: a supplementary group of the process.
+    UnixSupplementaryGid(u32),
+    /// `unix:path:<absolute path>`: the program that the process runs, as the node's own file system names it.
+    UnixPath(String),
+    /// `unix:sha256:<64 digits>`: the SHA-256 of that program's file.
+    UnixSha256([u8; 32]),
     /// `cgroup:<name>`: the last component of the workload's cgroup below the node's `mesh` cgroup.
     Cgroup(String),
+    /// `systemd:unit:<name>`: the unit of the system's service manager that the process belongs to.
+    SystemdUnit(String),
+    /// `container:id:<64 digits>`: the container that the process runs in.
+    ContainerId([u8; 32]),
     /// `tpm:ek_hash:<64 digits>`: the node whose EK public key (SPKI DER) has this SHA-256; it is the node id.
     TpmEkHash(NodeId),
     /// `tpm:pcr:<bank>:<n>:<digits>`: the value of a PCR of the boot, 0-9 or 14, at the node's last verdict. Not of
@@ -36,12 +47,42 @@ pub fn is_boot_pcr(n: u32) -> bool {
     matches!(n, 0..=9 | 14)
 }
 
+/// PATH_MAX of Linux.
+const PATH_BYTES_MAX: usize = 4096;
+/// UNIT_NAME_MAX of systemd.
+const UNIT_BYTES_MAX: usize = 255;
+
 impl Selector {
+    /// Whether `text` is how it is written. Numbers were always read with a sign and leading zeros too, and what a log
+    /// holds must be read again.
+    fn is_written(&self, text: &str) -> bool {
+        matches!(self, Self::UnixUid(_) | Self::UnixGid(_)) || self.to_string() == text
+    }
+
     /// Whether it is judged of the node, by the cell, and not of a process, by the agent.
     pub fn is_of_node(&self) -> bool {
         match self {
-            Self::UnixUid(_) | Self::UnixGid(_) | Self::Cgroup(_) => false,
+            Self::UnixUid(_)
+            | Self::UnixGid(_)
+            | Self::UnixSupplementaryGid(_)
+            | Self::UnixPath(_)
+            | Self::UnixSha256(_)
+            | Self::Cgroup(_)
+            | Self::SystemdUnit(_)
+            | Self::ContainerId(_) => false,
             Self::TpmEkHash(_) | Self::TpmPcr(..) | Self::TpmPolicy(_) => true,
+        }
+    }
+
+    /// What follows `unix:`.
+    fn of_unix(rest: &str) -> Option<Self> {
+        match rest.split_once(':')? {
+            ("uid", n) => n.parse().ok().map(Self::UnixUid),
+            ("gid", n) => n.parse().ok().map(Self::UnixGid),
+            ("supplementary_gid", n) => n.parse().ok().map(Self::UnixSupplementaryGid),
+            ("path", path) => is_program_path(path).then(|| Self::UnixPath(path.to_owned())),
+            ("sha256", digits) => sha256(digits).map(Self::UnixSha256),
+            _ => None,
         }
     }
 
@@ -64,34 +105,67 @@ impl Selector {
 impl FromStr for Selector {
     type Err = Refusal;
     fn from_str(s: &str) -> Result<Self, Refusal> {
-        const FORMS: &str = "a selector unix:uid:<n>, unix:gid:<n>, cgroup:<name>, tpm:ek_hash:<64 digits>, \
+        const FORMS: &str = "a selector unix:uid:<n>, unix:gid:<n>, unix:supplementary_gid:<n>, \
+                             unix:path:<absolute path>, unix:sha256:<64 digits>, cgroup:<name>, systemd:unit:<name>, \
+                             container:id:<64 digits>, tpm:ek_hash:<64 digits>, \
                              tpm:pcr:<sha256|sha384>:<0-9|14>:<digits> or tpm:policy:<name>";
-        let bad = || Refusal::new(Code::BadRequest, FORMS, s);
-        match s.split_once(':').ok_or_else(bad)? {
-            ("unix", rest) => match rest.split_once(':').ok_or_else(bad)? {
-                ("uid", n) => n.parse().map(Self::UnixUid).map_err(|_| bad()),
-                ("gid", n) => n.parse().map(Self::UnixGid).map_err(|_| bad()),
-                _ => Err(bad()),
-            },
-            ("cgroup", name) => {
-                let ok = !name.is_empty()
-                    && name.len() <= 128
-                    && !name.starts_with('.')
-                    && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_'));
-                if ok { Ok(Self::Cgroup(name.to_owned())) } else { Err(bad()) }
-            }
-            // One way to write each: an entry is found again by the text that it was created with.
-            ("tpm", rest) => Self::of_tpm(rest).filter(|selector| selector.to_string() == s).ok_or_else(bad),
-            _ => Err(bad()),
-        }
+        let read = match s.split_once(':') {
+            Some(("unix", rest)) => Self::of_unix(rest),
+            Some(("cgroup", name)) => is_cgroup_name(name).then(|| Self::Cgroup(name.to_owned())),
+            Some(("systemd", rest)) => rest
+                .strip_prefix("unit:")
+                .filter(|name| is_unit_name(name))
+                .map(|name| Self::SystemdUnit(name.to_owned())),
+            Some(("container", rest)) => rest.strip_prefix("id:").and_then(sha256).map(Self::ContainerId),
+            Some(("tpm", rest)) => Self::of_tpm(rest),
+            _ => None,
+        };
+        // One way to write each: an entry is found again by the text that it was created with.
+        read.filter(|selector| selector.is_written(s)).ok_or_else(|| Refusal::new(Code::BadRequest, FORMS, s))
     }
 }
+
+/// A name below the `mesh` cgroup.
+fn is_cgroup_name(name: &str) -> bool {
+    !name.is_empty()
+        && name.len() <= 128
+        && !name.starts_with('.')
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_'))
+}
+
+/// An absolute path as the kernel writes it: no empty part, none of `.` and `..`, nothing that a log would not show.
+fn is_program_path(path: &str) -> bool {
+    path.len() <= PATH_BYTES_MAX
+        && !path.chars().any(char::is_control)
+        && path.strip_prefix('/').is_some_and(|rest| rest.split('/').all(|part| !matches!(part, "" | "." | "..")))
+}
+
+/// A unit that processes belong to (systemd.unit(5)): slices only hold others.
+pub fn is_unit_name(name: &str) -> bool {
+    const KINDS: [&str; 5] = ["service", "scope", "socket", "mount", "swap"];
+    let parts = name.rsplit_once('.').filter(|(stem, kind)| !stem.is_empty() && KINDS.contains(kind));
+    name.len() <= UNIT_BYTES_MAX
+        && parts.is_some()
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b':' | b'-' | b'_' | b'.' | b'\\' | b'@'))
+}
+
+/// 64 digits, lower case.
+fn sha256(digits: &str) -> Option<[u8; 32]> {
+    let mut out = [0; 32];
+    hex::decode_to_slice(digits, &mut out).ok().map(|()| out)
+}
+
 impl fmt::Display for Selector {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::UnixUid(n) => write!(f, "unix:uid:{n}"),
             Self::UnixGid(n) => write!(f, "unix:gid:{n}"),
+            Self::UnixSupplementaryGid(n) => write!(f, "unix:supplementary_gid:{n}"),
+            Self::UnixPath(path) => write!(f, "unix:path:{path}"),
+            Self::UnixSha256(digest) => write!(f, "unix:sha256:{}", hex::encode(digest)),
             Self::Cgroup(name) => write!(f, "cgroup:{name}"),
+            Self::SystemdUnit(name) => write!(f, "systemd:unit:{name}"),
+            Self::ContainerId(id) => write!(f, "container:id:{}", hex::encode(id)),
             Self::TpmEkHash(id) => write!(f, "tpm:ek_hash:{id}"),
             Self::TpmPcr(bank, n, value) => write!(f, "tpm:pcr:{}:{n}:{}", bank.as_str(), hex::encode(value)),
             Self::TpmPolicy(name) => write!(f, "tpm:policy:{name}"),
@@ -142,7 +216,8 @@ impl std::ops::Deref for Selectors {
 }
 
 /// Registration of a workload.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// Its stored form is in [`crate::extras`].
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
     /// Its name in the cell.
     pub id: EntryId,
@@ -158,6 +233,8 @@ pub struct Entry {
     pub ttl: SvidTtl,
     /// Trust domains whose bundles the workload receives beside its own.
     pub federates_with: BTreeSet<crate::id::TrustDomain>,
+    /// What most entries leave as it is.
+    pub extras: Extras,
 }
 
 impl Entry {
@@ -190,7 +267,35 @@ mod tests {
         let (sha256, sha384) = ("ab".repeat(32), "ab".repeat(48));
         for (text, of_node) in [
             ("unix:uid:1000".to_owned(), Some(false)),
+            ("unix:supplementary_gid:27".to_owned(), Some(false)),
+            ("unix:path:/usr/bin/nginx".to_owned(), Some(false)),
+            ("unix:path:/opt/a program:1/x.y".to_owned(), Some(false)),
+            (format!("unix:sha256:{sha256}"), Some(false)),
             ("cgroup:web.a-b_1".to_owned(), Some(false)),
+            ("systemd:unit:nginx.service".to_owned(), Some(false)),
+            ("systemd:unit:getty@tty1.service".to_owned(), Some(false)),
+            (r"systemd:unit:dev-disk\x2dby.swap".to_owned(), Some(false)),
+            (format!("container:id:{sha256}"), Some(false)),
+            ("unix:supplementary_gid:027".to_owned(), None),
+            ("unix:supplementary_gid:-1".to_owned(), None),
+            ("unix:path:usr/bin/nginx".to_owned(), None),
+            ("unix:path:/".to_owned(), None),
+            ("unix:path:/usr//bin".to_owned(), None),
+            ("unix:path:/usr/bin/".to_owned(), None),
+            ("unix:path:/usr/../bin/x".to_owned(), None),
+            ("unix:path:/usr/bin/x\n".to_owned(), None),
+            (format!("unix:path:/{}", "a/".repeat(2048)), None),
+            (format!("unix:sha256:{}", sha256.to_uppercase()), None),
+            (format!("unix:sha256:{sha384}"), None),
+            ("systemd:unit:nginx".to_owned(), None),
+            ("systemd:unit:system.slice".to_owned(), None),
+            ("systemd:unit:.service".to_owned(), None),
+            ("systemd:unit:a/b.service".to_owned(), None),
+            ("systemd:id:nginx.service".to_owned(), None),
+            (format!("systemd:unit:{}.service", "a".repeat(255)), None),
+            (format!("container:id:{}", &sha256[..12]), None),
+            (format!("container:id:{}", sha256.to_uppercase()), None),
+            (format!("container:{sha256}"), None),
             (format!("tpm:ek_hash:{sha256}"), Some(true)),
             (format!("tpm:pcr:sha256:7:{sha256}"), Some(true)),
             (format!("tpm:pcr:sha256:14:{sha256}"), Some(true)),
@@ -241,6 +346,7 @@ mod tests {
                 selectors: set(selectors).into_iter().collect(),
                 ttl: SvidTtl::DEFAULT,
                 federates_with: BTreeSet::new(),
+                extras: Extras::default(),
             };
             assert_eq!(entry.recognises(&found), recognised, "{selectors:?}");
         }

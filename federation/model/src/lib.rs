@@ -9,6 +9,7 @@ pub mod appraisal;
 pub mod backup;
 pub mod bundle;
 pub mod entry;
+pub mod extras;
 pub mod id;
 pub mod jwt;
 pub mod policy;
@@ -22,6 +23,7 @@ pub mod trust;
 pub use appraisal::AppraisalPolicy;
 pub use bundle::{Bundle, Foreign, Own};
 pub use entry::{Entry, EntryId, Selector, Selectors};
+pub use extras::{DnsName, EntryExtras, Extras};
 pub use id::{
     ClusterId, Generation, NodeId, NumericIdentity, ObjectName, RaftIndex, ReplicaId, Revision, SpiffeId, TrustDomain,
 };

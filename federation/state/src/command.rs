@@ -8,8 +8,8 @@ use crate::objects::{
 use ambit_model::policy::{Endpoint, Policy, Service};
 use ambit_model::record::{Head, Record};
 use ambit_model::{
-    AdminRole, ClusterId, Code, Entry, EntryId, Generation, NodeId, ObjectName, Refusal, Revision, Stamp, TrustDomain,
-    TrustVector,
+    AdminRole, ClusterId, Code, DnsName, Entry, EntryId, Generation, JwtTtl, NodeId, ObjectName, Refusal, Revision,
+    SpiffeId, Stamp, SvidTtl, TrustDomain, TrustVector,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -322,6 +322,34 @@ pub enum Command {
     },
     /// What an administrator of these clusters asks, refused where it touches anything of another.
     Within(BTreeSet<ClusterId>, Box<Command>),
+    /// A certificate that an administrator mints.
+    MintX509 {
+        /// For whom.
+        spiffe_id: SpiffeId,
+        /// Beside the SPIFFE ID.
+        dns_names: Vec<DnsName>,
+        /// How long at most.
+        ttl: SvidTtl,
+        /// SHA-256 of the key's SPKI.
+        key_hash: [u8; 32],
+        /// The intermediate that will sign.
+        authority: String,
+        /// The administrator.
+        by: String,
+    },
+    /// A token that an administrator mints.
+    MintJwt {
+        /// For whom.
+        spiffe_id: SpiffeId,
+        /// [`ambit_model::Audience::sha256`].
+        audience_sha256: [u8; 32],
+        /// How long at most.
+        ttl: JwtTtl,
+        /// The authority that will sign.
+        kid: String,
+        /// The administrator.
+        by: String,
+    },
 }
 
 /// What becomes of an administrator's roles.

@@ -1,6 +1,6 @@
 //! Proof that something was committed and applied. No commit, no certificate (I5, design.md section 2).
 
-use ambit_model::{EntryId, Generation, Lifetime, NodeId, RaftIndex, Revision, SpiffeId};
+use ambit_model::{DnsName, EntryId, Generation, Lifetime, NodeId, RaftIndex, Revision, SpiffeId};
 use serde::{Deserialize, Serialize};
 
 /// A `T` that the state machine applied from a committed entry. Only `apply` makes one; it is used once.
@@ -37,6 +37,39 @@ pub enum Subject {
     Workload(EntryId, Revision),
     /// An administrator.
     Admin,
+    /// A workload by its entry at a revision, with DNS names beside its SPIFFE ID.
+    NamedWorkload(EntryId, Revision, Vec<DnsName>),
+    /// Whoever an administrator, by this name, minted it for, with these DNS names.
+    Minted(String, Vec<DnsName>),
+}
+
+impl Subject {
+    /// The subject of a leaf under an entry.
+    pub(crate) fn workload(row: &crate::objects::EntryRow) -> Subject {
+        let (id, names) = (row.entry.id.clone(), row.entry.extras.dns_names.clone());
+        match names.is_empty() {
+            true => Subject::Workload(id, row.revision),
+            false => Subject::NamedWorkload(id, row.revision, names),
+        }
+    }
+    /// DNS names that the leaf carries beside its SPIFFE ID.
+    pub fn dns_names(&self) -> &[DnsName] {
+        match self {
+            Subject::NamedWorkload(_, _, names) | Subject::Minted(_, names) => names,
+            Subject::Node | Subject::Workload(..) | Subject::Admin => &[],
+        }
+    }
+    /// As operators read it.
+    pub fn text(&self) -> String {
+        match self {
+            Subject::Node => "node".to_owned(),
+            Subject::Admin => "administrator".to_owned(),
+            Subject::Workload(id, revision) | Subject::NamedWorkload(id, revision, _) => {
+                format!("entry {id}@{revision}")
+            }
+            Subject::Minted(by, _) => format!("minted by {by}"),
+        }
+    }
 }
 
 /// The compact record of one leaf, many to a log entry. The leaf itself never enters the log.

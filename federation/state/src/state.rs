@@ -66,10 +66,14 @@ pub struct State {
     /// Keys of JWT-SVIDs of peers.
     pub(crate) peer_jwt: Table<TrustDomain, JwtKeys>,
     pub(crate) admins: Table<ObjectName, AdminRow>,
+    /// Tokens that administrators minted, by index.
+    pub(crate) minted_tokens: Table<u64, JwtIssuance>,
     /// `issued` by node and end, in memory only: counting a node's leaves must not cost a walk over everybody's.
     pub(crate) live_leaves: BTreeMap<NodeId, BTreeSet<(Stamp, [u8; 16])>>,
     /// Entries with node selectors by cluster, in memory only: a verdict must not cost a walk over all entries.
     pub(crate) asking: BTreeMap<ClusterId, BTreeSet<EntryId>>,
+    /// Entries that end, by when, in memory only: a tick must not cost a walk over all entries.
+    pub(crate) expiring: BTreeSet<(Stamp, EntryId)>,
     /// Requests remembered, oldest first, in memory only: forgetting those whose time is over must not cost a walk over
     /// all of them, every second.
     pub(crate) dedupe_by_age: VecDeque<(Stamp, RequestKey)>,
@@ -114,7 +118,8 @@ macro_rules! each_table {
             $s.incarnations,
             $s.jwt_authorities,
             $s.peer_jwt,
-            $s.admins
+            $s.admins,
+            $s.minted_tokens
         )
     };
 }
@@ -213,8 +218,10 @@ impl State {
             jwt_authorities: Table::new(id()),
             peer_jwt: Table::new(id()),
             admins: Table::new(id()),
+            minted_tokens: Table::new(id()),
             live_leaves: BTreeMap::new(),
             asking: BTreeMap::new(),
+            expiring: BTreeSet::new(),
             dedupe_by_age: VecDeque::new(),
         }
     }
@@ -471,6 +478,10 @@ impl State {
     /// Records of leaves that may still be valid.
     pub fn issued(&self) -> impl DoubleEndedIterator<Item = &Issuance> {
         self.issued.iter().map(|(_, v)| v)
+    }
+    /// Tokens that administrators minted, oldest first.
+    pub fn minted_tokens(&self) -> impl DoubleEndedIterator<Item = &JwtIssuance> {
+        self.minted_tokens.iter().map(|(_, token)| token)
     }
     /// Policies of this cell and its peers.
     pub fn policies(&self) -> impl Iterator<Item = (&OwnedName, &PolicyRow)> {

@@ -59,6 +59,8 @@ impl Agent {
             pin_dir: unused(),
             pods_dir: unused(),
             workload_socket: unused(),
+            broker_socket: None,
+            brokers: std::collections::BTreeSet::new(),
             metrics_listen: replica.address,
             hbone_listen: replica.address,
         };

@@ -186,6 +186,7 @@ pub const METHODS: &[(&str, Who)] = &[
     ("/ambit.v1.Administrators/ListAdmins", Who::AuditReader),
     ("/ambit.v1.Administrators/ChangeRoles", Who::Admin),
     ("/ambit.v1.Administrators/CertifyAdmin", Who::Admin),
+    ("/ambit.v1.Svid/MintJWTSVID", Who::Admin),
     ("/grpc.health.v1.Health/Check", Who::Anyone),
     ("/grpc.health.v1.Health/Watch", Who::Anyone),
     ("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", Who::AnyAdmin),

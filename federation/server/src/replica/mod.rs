@@ -7,6 +7,7 @@ pub mod budget;
 pub mod evidence;
 pub mod files;
 pub mod found;
+pub mod issuing;
 pub mod jwt;
 pub mod peering;
 pub mod policies;
@@ -68,6 +69,7 @@ struct Inner {
     verdicts: verdicts::Verdicts,
     ticket_keys: ticket::OpenKeys,
     jwt_keys: jwt::OpenJwtKeys,
+    issuance_budgets: issuing::Budgets,
     policies: policies::Policies,
     /// The cell's revision, once trust follows it: what streams wait for, instead of every entry applied.
     revision: watch::Sender<u64>,
@@ -143,6 +145,10 @@ impl Replica {
     /// Ticket keys, unwrapped.
     pub fn ticket_keys(&self) -> &ticket::OpenKeys {
         &self.inner.ticket_keys
+    }
+    /// What nodes may have signed.
+    pub fn issuance_budgets(&self) -> &issuing::Budgets {
+        &self.inner.issuance_budgets
     }
     /// JWT authorities, unwrapped.
     pub fn jwt_keys(&self) -> &jwt::OpenJwtKeys {

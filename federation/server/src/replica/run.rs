@@ -118,6 +118,7 @@ fn open(
         verdicts,
         ticket_keys: super::ticket::OpenKeys::default(),
         jwt_keys: super::jwt::OpenJwtKeys::default(),
+        issuance_budgets: super::issuing::Budgets::default(),
         policies: super::policies::Policies::default(),
         revision: watch::Sender::new(0),
         refusals: crate::authorise::Refusals::default(),

@@ -3,9 +3,9 @@
 use super::{At, cell_row};
 use crate::command::{Command, LeafRequest, Reply};
 use crate::committed::{Issuance, JwtIssuance, Subject};
-use crate::objects::NodeRow;
+use crate::objects::{EntryRow, NodeRow};
 use crate::state::State;
-use ambit_model::{Code, EntryId, Generation, JwtTtl, Lifetime, NodeId, Refusal, Stamp, SvidTtl};
+use ambit_model::{Code, EntryId, Generation, Lifetime, NodeId, Refusal, Stamp, SvidTtl};
 
 /// Administrators' certificates last 8 h (design.md section 4).
 const ADMIN_MS: u64 = 8 * 3_600_000;
@@ -37,14 +37,26 @@ fn authority_ends(s: &State, authority: &str) -> Result<Stamp, Refusal> {
 }
 
 /// I6: the earliest of the TTL, the issuer's end less a margin, and the last verdict plus the unattested maximum.
-fn lifetime(s: &State, at: At, authority: &str, ttl_ms: u64, verdict: Option<Stamp>) -> Result<Lifetime, Refusal> {
-    let not_after = ends(at, authority_ends(s, authority)?, ttl_ms, verdict)?;
+pub(super) fn lifetime(
+    s: &State,
+    at: At,
+    authority: &str,
+    ttl_ms: u64,
+    verdict: Option<Stamp>,
+) -> Result<Lifetime, Refusal> {
+    let issuer = authority_ends(s, authority)?.minus_ms(crate::ISSUER_MARGIN_MS);
+    let not_after = ends(at, issuer, ttl_ms, verdict)?;
     Ok(Lifetime { not_before: at.stamp.minus_ms(crate::NOT_BEFORE_SLACK_MS), not_after })
 }
 
-/// See [`lifetime`].
-fn ends(at: At, issuer: Stamp, ttl_ms: u64, verdict: Option<Stamp>) -> Result<Stamp, Refusal> {
-    let mut not_after = at.stamp.plus_ms(ttl_ms).min(issuer.minus_ms(crate::ISSUER_MARGIN_MS));
+/// What is issued under an entry does not outlive it.
+fn ttl_ms(at: At, row: &EntryRow, ttl_ms: u64) -> u64 {
+    ttl_ms.min(row.entry.extras.expires_at.0.saturating_sub(at.stamp.0))
+}
+
+/// See [`lifetime`]; `issuer` is the last instant at which what it signs may be valid.
+pub(super) fn ends(at: At, issuer: Stamp, ttl_ms: u64, verdict: Option<Stamp>) -> Result<Stamp, Refusal> {
+    let mut not_after = at.stamp.plus_ms(ttl_ms).min(issuer);
     if let Some(verdict) = verdict {
         not_after = not_after.min(verdict.plus_ms(crate::UNATTESTED_MAX_MS));
     }
@@ -164,10 +176,10 @@ pub(crate) fn answer_again(s: &State, at: At, command: &Command, reply: Reply) -
 /// Whether what was issued would be issued again, as far as its entry is concerned.
 fn fits_still(s: &State, node: &NodeId, subject: &Subject) -> bool {
     match subject {
-        Subject::Workload(id, revision) => {
+        Subject::Workload(id, revision) | Subject::NamedWorkload(id, revision, _) => {
             s.entry(id).is_some_and(|row| row.revision == *revision && s.fits(&row.entry, node))
         }
-        Subject::Node | Subject::Admin => true,
+        Subject::Node | Subject::Admin | Subject::Minted(..) => true,
     }
 }
 
@@ -220,11 +232,11 @@ fn leaf(
         authority: authority.to_owned(),
         serial: serial(cell.epoch, at, position),
         spiffe_id: entry.entry.spiffe_id.clone(),
-        subject: Subject::Workload(request.entry.clone(), entry.revision),
+        subject: Subject::workload(entry),
         binding: Some((*node, row.generation)),
         epoch: cell.epoch,
         key_hash: request.key_hash,
-        lifetime: lifetime(s, at, authority, entry.entry.ttl.ms(), Some(verdict(s, node)))?,
+        lifetime: lifetime(s, at, authority, ttl_ms(at, entry, entry.entry.ttl.ms()), Some(verdict(s, node)))?,
         index: at.index,
     })
 }
@@ -267,15 +279,15 @@ pub(super) fn token(
         binding: Some((*node, generation)),
         audience_sha256: *audience_sha256,
         stamp: at.stamp,
-        not_after: ends(at, signer_ends(s, kid)?, JwtTtl::DEFAULT.ms(), verdict)?,
+        not_after: ends(at, signer_ends(s, kid)?, ttl_ms(at, row, row.entry.extras.jwt_ttl.ms()), verdict)?,
         index: at.index,
     })))
 }
 
-/// When the JWT authority ends that signs now, or a refusal where another one is named.
-fn signer_ends(s: &State, kid: &str) -> Result<Stamp, Refusal> {
+/// The last instant of tokens of the JWT authority that signs now, or a refusal where another one is named.
+pub(super) fn signer_ends(s: &State, kid: &str) -> Result<Stamp, Refusal> {
     let signer = s.jwt_signer().filter(|row| row.kid == kid);
     signer
-        .map(|row| row.not_after)
+        .map(|row| row.not_after.minus_ms(crate::ISSUER_MARGIN_MS))
         .ok_or_else(|| Refusal::new(Code::AuthorityMismatch, "the JWT authority that signs now", kid))
 }

@@ -9,6 +9,7 @@ mod federation;
 mod incarnation;
 mod issue;
 pub(crate) mod jwt;
+mod mint;
 mod node;
 mod objects;
 mod roles;
@@ -79,6 +80,12 @@ pub(crate) fn apply(s: &mut State, index: RaftIndex, stamp: Stamp, command: &Com
         Command::ChangeRoles { admin, change, by } => roles::change(s, at, admin, change, by),
         Command::CertifyAdmin { admin, key_hash, authority } => roles::certify(s, at, admin, *key_hash, authority),
         Command::Within(clusters, command) => roles::within(s, at, clusters, command),
+        Command::MintX509 { spiffe_id, dns_names, ttl, key_hash, authority, by } => {
+            mint::x509(s, at, &mint::X509 { spiffe_id, dns_names, ttl: *ttl, key_hash: *key_hash, authority, by })
+        }
+        Command::MintJwt { spiffe_id, audience_sha256, ttl, kid, by } => {
+            mint::jwt(s, at, spiffe_id, audience_sha256, *ttl, kid, by)
+        }
     }
 }
 

@@ -1,0 +1,123 @@
+//! What a workload may be told, given what it was recognised by. Pure; the services only put it into their messages.
+
+use crate::issued::{Known, Svid};
+use ambit_model::{Entry, Selector, TrustDomain};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+/// What a workload may be told now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Answer<T> {
+    /// The full set.
+    Set(T),
+    /// What is held of a set that another SVID is on its way to.
+    Part(T),
+    /// It has an identity, but nothing is held of it.
+    Coming,
+    /// It has none.
+    Nobody,
+}
+
+impl<T> Answer<T> {
+    /// The same in another form.
+    pub fn map<U>(self, form: impl FnOnce(T) -> U) -> Answer<U> {
+        match self {
+            Self::Set(set) => Answer::Set(form(set)),
+            Self::Part(part) => Answer::Part(form(part)),
+            Self::Coming => Answer::Coming,
+            Self::Nobody => Answer::Nobody,
+        }
+    }
+}
+
+/// One identity of a workload.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    /// Its certificate and key.
+    pub svid: Arc<Svid>,
+    /// Unique in its set, as an entry has one SVID.
+    pub hint: String,
+}
+
+/// Every identity of a workload, the default one first, and the roots that it may believe.
+#[derive(Clone, Debug)]
+pub struct Identities {
+    /// At least one.
+    pub svids: Vec<Identity>,
+    /// See [`Roots`].
+    pub roots: Roots,
+}
+
+/// Roots (DER) of the own trust domain and of those that the workload's entries federate with; never one pool.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Roots {
+    /// Whose nodes these are.
+    pub own: TrustDomain,
+    /// By trust domain, the own one among them.
+    pub all: BTreeMap<TrustDomain, Vec<Vec<u8>>>,
+}
+
+impl Roots {
+    /// Of the own trust domain, one DER after the other.
+    pub fn own_der(&self) -> Vec<u8> {
+        self.all.get(&self.own).map(|roots| roots.concat()).unwrap_or_default()
+    }
+    /// The same of each other one, by the SPIFFE ID of its trust domain.
+    pub fn foreign_der(&self) -> BTreeMap<String, Vec<u8>> {
+        self.all.iter().filter(|(td, _)| **td != self.own).map(|(td, roots)| (id(td), roots.concat())).collect()
+    }
+    /// The same of all.
+    pub fn all_der(&self) -> BTreeMap<String, Vec<u8>> {
+        self.all.iter().map(|(td, roots)| (id(td), roots.concat())).collect()
+    }
+}
+
+/// The SPIFFE ID of a trust domain.
+pub fn id(trust_domain: &TrustDomain) -> String {
+    format!("spiffe://{trust_domain}")
+}
+
+/// The identities of whoever has the selectors `found`.
+pub fn identities(known: &Known, found: &BTreeSet<Selector>) -> Answer<Identities> {
+    let entries = entries(known, found);
+    let (mut svids, mut coming) = (Vec::new(), false);
+    for entry in &entries {
+        match known.svids.get(&entry.id) {
+            Some(Ok(svid)) => svids.push(Identity { svid: svid.clone(), hint: entry.id.to_string() }),
+            Some(Err(_)) => {}
+            None => coming = true,
+        }
+    }
+    match (svids.is_empty(), coming, roots_of(known, &entries)) {
+        (false, false, Some(roots)) => Answer::Set(Identities { svids, roots }),
+        (false, true, Some(roots)) => Answer::Part(Identities { svids, roots }),
+        (true, true, _) | (_, _, None) => Answer::Coming,
+        (true, false, _) => Answer::Nobody,
+    }
+}
+
+/// The roots for whoever has the selectors `found`.
+pub fn roots(known: &Known, found: &BTreeSet<Selector>) -> Answer<Roots> {
+    let entries = entries(known, found);
+    match roots_of(known, &entries) {
+        None => Answer::Coming,
+        Some(_) if entries.is_empty() => Answer::Nobody,
+        Some(roots) => Answer::Set(roots),
+    }
+}
+
+/// The entries that recognise it. The first is the identity that its connections have in the mesh.
+pub fn entries<'a>(known: &'a Known, found: &BTreeSet<Selector>) -> Vec<&'a Entry> {
+    let mut entries: Vec<&Entry> = known.view.iter().flat_map(|view| view.entries_of(found)).collect();
+    entries.sort_by(|a, b| b.selectors.len().cmp(&a.selectors.len()).then_with(|| a.id.cmp(&b.id)));
+    entries
+}
+
+fn roots_of(known: &Known, entries: &[&Entry]) -> Option<Roots> {
+    let view = known.view.as_ref()?;
+    let named: BTreeSet<&TrustDomain> = entries.iter().flat_map(|e| &e.federates_with).collect();
+    let foreign = view.foreign.iter().filter(|bundle| named.contains(bundle.trust_domain()));
+    let foreign = foreign.map(|bundle| (bundle.trust_domain().clone(), bundle.roots().to_vec()));
+    let own = (view.trust_domain.clone(), view.own.roots().to_vec());
+    Some(Roots { own: view.trust_domain.clone(), all: foreign.chain([own]).collect() })
+}

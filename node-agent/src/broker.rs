@@ -1,0 +1,335 @@
+//! The SPIFFE Broker API on a Unix socket of its own: a node proxy asks for the SVIDs and roots of a workload that it
+//! stands for, which it names by its process.
+//!
+//! SPIFFE_Broker_Endpoint.md sections 3 and 5: mutual TLS, the header, and a list of brokers that only a configuration
+//! writes. A broker of another node, or one that was denied since, is refused although its certificate is good. Never: an
+//! answer about a process that this agent did not look at itself (SPIFFE_Broker_API.md section 3.1.1).
+
+use crate::answers::{self, Answer, Identities};
+use crate::authority::Lenient;
+use crate::cgroup::MeshRoot;
+use crate::clock::Clock;
+use crate::denials::Lane;
+use crate::enrol::Enrolled;
+use crate::follow::{Follower, Leave, Stream as Followed, Why, Workload};
+use crate::issued::{Issued, Known};
+use crate::metrics::METRICS;
+use crate::process::Process;
+use crate::workload_api::ServeError;
+use ambit_identity::SharedTrust;
+use ambit_identity::tls::{Clients, server_config};
+use ambit_model::{Generation, NodeId, Refusal, Selector, SpiffeId};
+use ambit_proto::SPIFFE_DESCRIPTORS;
+use ambit_proto::broker::api_server::{Api, ApiServer};
+use ambit_proto::broker::{
+    FetchJwtsvidRequest, FetchJwtsvidResponse, SubscribeToJwtBundlesRequest, SubscribeToJwtBundlesResponse,
+    SubscribeToX509BundlesRequest, SubscribeToX509BundlesResponse, SubscribeToX509svidRequest,
+    SubscribeToX509svidResponse, WorkloadPidReference, WorkloadReference, X509svid,
+};
+use ambit_proto::xds::google::rpc;
+use prost::Message;
+use prost_types::Any;
+use rustls::server::{ClientHello, ResolvesServerCert};
+use rustls::sign::CertifiedKey;
+use rustls_pki_types::CertificateDer;
+use std::collections::BTreeSet;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::time::Instant;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::server::Connected;
+use tonic::{Code as Grpc, Request, Response, Status};
+
+/// Streams open at once: a proxy has two for each workload of its node.
+const STREAMS_MAX: usize = 4096;
+/// Of these on one connection; a node proxy has but one.
+const STREAMS_PER_CONNECTION_MAX: u32 = 2048;
+/// Handshakes under way at once; more wait in the listener's backlog.
+const HANDSHAKES_MAX: usize = 16;
+/// Slow handshakes are cut, so that they cannot hold their places.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+/// The one kind of reference that is understood.
+const BY_PID: &str = "type.googleapis.com/spiffe.broker.WorkloadPIDReference";
+const JWT_UNBUILT: &str =
+    "JWT-SVIDs are not built yet: this agent issues X.509-SVIDs only (see the limits in README.md)";
+
+/// The service.
+#[derive(Clone, Debug)]
+pub struct Broker {
+    /// What it answers from.
+    pub issued: Issued,
+    /// Where the mesh's cgroups are.
+    pub mesh: Arc<MeshRoot>,
+    /// Who may ask.
+    pub gate: Gate,
+    streams: Arc<Semaphore>,
+}
+
+/// Who may ask.
+#[derive(Clone, Debug)]
+pub struct Gate {
+    /// These, and nobody else.
+    pub brokers: Arc<BTreeSet<SpiffeId>>,
+    /// What their certificates are verified against.
+    pub trust: SharedTrust,
+    /// The time.
+    pub clock: Arc<Clock>,
+    /// Whom the cell refuses.
+    pub denials: Lane,
+    /// This node.
+    pub node: watch::Receiver<Option<(NodeId, Generation)>>,
+}
+
+/// The node's own SVID, as it is at each handshake.
+#[derive(Debug)]
+pub struct NodeIdentity(pub watch::Receiver<Option<Arc<Enrolled>>>);
+
+impl ResolvesServerCert for NodeIdentity {
+    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        self.0.borrow().as_ref().map(|enrolled| enrolled.identity.clone())
+    }
+}
+
+impl Broker {
+    /// A service that answers whom `gate` lets in.
+    pub fn new(issued: Issued, mesh: Arc<MeshRoot>, gate: Gate) -> Self {
+        Self { issued, mesh, gate, streams: Arc::new(Semaphore::new(STREAMS_MAX)) }
+    }
+
+    /// Serves on `listener`, showing what `identity` resolves to, with reflection, until it fails.
+    pub async fn serve(self, listener: UnixListener, identity: Arc<dyn ResolvesServerCert>) -> Result<(), ServeError> {
+        let config = server_config(self.gate.trust.clone(), Clients::Certified, identity, &[b"h2"])?;
+        let reflection = || {
+            tonic_reflection::server::Builder::configure()
+                .register_encoded_file_descriptor_set(SPIFFE_DESCRIPTORS)
+                .with_service_name("spiffe.broker.API")
+        };
+        let (ready, accepted) = mpsc::channel(HANDSHAKES_MAX);
+        let router = tonic::transport::Server::builder()
+            .max_concurrent_streams(STREAMS_PER_CONNECTION_MAX)
+            .add_service(ApiServer::new(self))
+            .add_service(reflection().build_v1()?)
+            .add_service(reflection().build_v1alpha()?);
+        tokio::select! {
+            served = router.serve_with_incoming(ReceiverStream::new(accepted)) => Ok(served?),
+            () = accept(listener, TlsAcceptor::from(Arc::new(config)), ready) => Ok(()),
+        }
+    }
+}
+
+async fn accept(
+    listener: UnixListener,
+    acceptor: TlsAcceptor,
+    ready: mpsc::Sender<std::io::Result<Lenient<Accepted>>>,
+) {
+    let places = Arc::new(Semaphore::new(HANDSHAKES_MAX));
+    while let Ok(place) = places.clone().acquire_owned().await {
+        let Ok((stream, _)) = listener.accept().await else {
+            // Out of descriptors, most likely: wait for some to close.
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            continue;
+        };
+        let (acceptor, ready) = (acceptor.clone(), ready.clone());
+        tokio::spawn(async move {
+            match tokio::time::timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await {
+                Ok(Ok(stream)) => drop(ready.send(Ok(Lenient::new(Accepted(stream)))).await),
+                Ok(Err(error)) => tracing::debug!(%error, "broker's handshake refused"),
+                Err(_) => tracing::debug!("broker's handshake too slow"),
+            }
+            drop(place);
+        });
+    }
+}
+
+/// A connection with a certificate that was good when it was made.
+struct Accepted(TlsStream<UnixStream>);
+
+/// Its chain, leaf first: judged anew for each call and each message.
+#[derive(Clone, Debug, Default)]
+struct Shown(Arc<Vec<CertificateDer<'static>>>);
+
+impl Connected for Accepted {
+    type ConnectInfo = Shown;
+    fn connect_info(&self) -> Shown {
+        let chain = self.0.get_ref().1.peer_certificates().unwrap_or_default();
+        Shown(Arc::new(chain.iter().map(|der| der.clone().into_owned()).collect()))
+    }
+}
+impl AsyncRead for Accepted {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.0).poll_read(cx, buf)
+    }
+}
+impl AsyncWrite for Accepted {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<std::io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write(cx, buf)
+    }
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(cx)
+    }
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.0).poll_shutdown(cx)
+    }
+}
+
+impl Gate {
+    /// Whether whoever shows `chain` may ask now; until when, if nothing changes.
+    fn lets_in(&self, chain: &[CertificateDer<'_>]) -> Result<Instant, Status> {
+        let now = self.clock.now();
+        let unknown = |refusal: Refusal| Status::unauthenticated(refusal.for_node().to_string());
+        let peer = self.trust.current().verify(chain, now).map_err(unknown)?;
+        let listed = self.brokers.contains(peer.id());
+        let here = *self.node.borrow();
+        let ours = peer.binding().zip(here).is_some_and(|(binding, (node, _))| binding.node == node);
+        let denials = self.denials.now();
+        let denied = peer.binding().is_none_or(|b| denials.denies(&peer.id().trust_domain(), &b.node, b.generation));
+        if !listed || !ours || denied {
+            tracing::warn!(broker = %peer.id(), listed, ours, denied, "broker refused");
+            return Err(Status::permission_denied("no broker of this node"));
+        }
+        Ok(Instant::now() + Duration::from_millis(peer.not_after().0.saturating_sub(now.0)))
+    }
+}
+
+type Streamed<T> = ReceiverStream<Result<T, Status>>;
+
+#[tonic::async_trait]
+impl Api for Broker {
+    type SubscribeToX509SVIDStream = Streamed<SubscribeToX509svidResponse>;
+    async fn subscribe_to_x509svid(
+        &self,
+        request: Request<SubscribeToX509svidRequest>,
+    ) -> Result<Response<Self::SubscribeToX509SVIDStream>, Status> {
+        let answer = |known: &Known, found: &BTreeSet<Selector>| answers::identities(known, found).map(svids);
+        self.stream("SubscribeToX509SVID", &request, request.get_ref().reference.as_ref(), answer)
+    }
+
+    type SubscribeToX509BundlesStream = Streamed<SubscribeToX509BundlesResponse>;
+    async fn subscribe_to_x509_bundles(
+        &self,
+        request: Request<SubscribeToX509BundlesRequest>,
+    ) -> Result<Response<Self::SubscribeToX509BundlesStream>, Status> {
+        let answer = |known: &Known, found: &BTreeSet<Selector>| {
+            let response =
+                |roots: answers::Roots| SubscribeToX509BundlesResponse { crl: vec![], bundles: roots.all_der() };
+            answers::roots(known, found).map(response)
+        };
+        self.stream("SubscribeToX509Bundles", &request, request.get_ref().reference.as_ref(), answer)
+    }
+
+    async fn fetch_jwtsvid(
+        &self,
+        request: Request<FetchJwtsvidRequest>,
+    ) -> Result<Response<FetchJwtsvidResponse>, Status> {
+        self.caller(&request)?;
+        Err(Status::unimplemented(JWT_UNBUILT))
+    }
+
+    type SubscribeToJWTBundlesStream = Streamed<SubscribeToJwtBundlesResponse>;
+    async fn subscribe_to_jwt_bundles(
+        &self,
+        request: Request<SubscribeToJwtBundlesRequest>,
+    ) -> Result<Response<Self::SubscribeToJWTBundlesStream>, Status> {
+        self.caller(&request)?;
+        Err(Status::unimplemented(JWT_UNBUILT))
+    }
+}
+
+impl Broker {
+    /// Who asks, if he may: first the header, then the gate.
+    fn caller<T>(&self, request: &Request<T>) -> Result<Shown, Status> {
+        let header = request.metadata().get("broker.spiffe.io").and_then(|v| v.to_str().ok());
+        if header != Some("true") {
+            return Err(Status::invalid_argument("the metadata 'broker.spiffe.io: true' is required"));
+        }
+        let shown = request.extensions().get::<Shown>().cloned().unwrap_or_default();
+        self.gate.lets_in(&shown.0)?;
+        Ok(shown)
+    }
+
+    fn stream<R, T: PartialEq + Clone + Send + 'static>(
+        &self,
+        method: &'static str,
+        request: &Request<R>,
+        reference: Option<&WorkloadReference>,
+        answer: fn(&Known, &BTreeSet<Selector>) -> Answer<T>,
+    ) -> Result<Response<Streamed<T>>, Status> {
+        let invalid = |_: &Status| METRICS.workload_api.inc([method, "invalid"]);
+        let shown = self.caller(request).inspect_err(invalid)?;
+        let workload = self.workload(reference).inspect_err(invalid)?;
+        let place = self.streams.clone().try_acquire_owned().map_err(|_| Status::unavailable("too many streams"))?;
+        let (send, receive) = mpsc::channel(1);
+        let gate = self.gate.clone();
+        let stream = Followed {
+            method,
+            follower: Follower::new(&self.issued, workload),
+            answer,
+            refuse,
+            leave: Leave::While { denials: gate.denials.watch(), check: Box::new(move || gate.lets_in(&shown.0)) },
+            send,
+            place,
+        };
+        tokio::spawn(stream.run());
+        Ok(Response::new(ReceiverStream::new(receive)))
+    }
+
+    /// The process that a reference names, as this agent finds it.
+    fn workload(&self, reference: Option<&WorkloadReference>) -> Result<Workload, Status> {
+        let reference = reference.and_then(|r| r.reference.as_ref()).ok_or_else(|| bad("no reference"))?;
+        if reference.type_url != BY_PID {
+            return Err(bad("workloads are named by WorkloadPIDReference here"));
+        }
+        let named =
+            WorkloadPidReference::decode(reference.value.as_slice()).map_err(|_| bad("no WorkloadPIDReference"))?;
+        if named.pid <= 0 {
+            return Err(bad("a process has a positive number"));
+        }
+        let found = Process::numbered(named.pid).and_then(|process| Ok((process.facts()?, Arc::new(process))));
+        let (facts, process) = found.map_err(|error| {
+            tracing::debug!(pid = named.pid, %error, "a broker's workload not found");
+            refuse(Why::Ended)
+        })?;
+        Ok(Workload::new(process, facts, &self.mesh))
+    }
+}
+
+fn bad(what: &str) -> Status {
+    status(Grpc::InvalidArgument, what, "WORKLOAD_REFERENCE_INVALID")
+}
+
+/// SPIFFE_Broker_API.md section 4.8, SPIFFE_Broker_Endpoint.md section 6.
+fn refuse(why: Why) -> Status {
+    match why {
+        Why::Ended => status(Grpc::NotFound, "no such process, or it has ended", "WORKLOAD_NOT_FOUND"),
+        Why::Nobody => status(Grpc::PermissionDenied, "no entry recognises this process", "WORKLOAD_NOT_ENTITLED"),
+        Why::Starting => Status::unavailable("the agent has no word from its cell yet"),
+        Why::NotIssued => Status::unavailable("the SVID is not issued yet"),
+    }
+}
+
+/// A status that says its reason to programs too (google.rpc.ErrorInfo).
+fn status(code: Grpc, message: &str, reason: &str) -> Status {
+    let info = rpc::ErrorInfo { reason: reason.to_owned(), domain: "spiffe.io".to_owned(), ..Default::default() };
+    let info = Any { type_url: "type.googleapis.com/google.rpc.ErrorInfo".to_owned(), value: info.encode_to_vec() };
+    let rich = rpc::Status { code: code as i32, message: message.to_owned(), details: vec![info] };
+    Status::with_details(code, message, rich.encode_to_vec().into())
+}
+
+fn svids(set: Identities) -> SubscribeToX509svidResponse {
+    let own = set.roots.own_der();
+    let svids = set.svids.into_iter().map(|identity| X509svid {
+        spiffe_id: identity.svid.id.to_string(),
+        x509_svid: identity.svid.chain_der.concat(),
+        x509_svid_key: identity.svid.key_pkcs8.to_vec(),
+        bundle: own.clone(),
+        hint: identity.hint,
+    });
+    SubscribeToX509svidResponse { svids: svids.collect(), crl: vec![], federated_bundles: set.roots.foreign_der() }
+}
