@@ -7,6 +7,8 @@ use std::path::PathBuf;
 pub enum Svid {
     /// Whether an X.509-SVID is valid: exit code 0, or 4 with the reason
     Verify(SvidVerify),
+    /// Revokes SVIDs at the cell: of an identity all so far, or one; live connections end
+    Revoke(super::SvidRevoke),
     /// Every rule of the standard that the certificates of a file break; exit code 4 if one of them must hold
     Lint {
         /// A chain, leaf first (PEM), or one certificate (PEM or DER)

@@ -18,10 +18,11 @@ use std::path::Path;
 
 const FILE_BYTES_MAX: u64 = DOCUMENT_BYTES_MAX as u64;
 
-pub(super) fn run(session: &Session, verb: Svid) -> Result<Answer, Refusal> {
+pub(super) async fn run(session: &Session, verb: Svid) -> Result<Answer, Refusal> {
     match verb {
         Svid::Verify(options) => verify(session.form, &options),
         Svid::Lint { file } => lint(session.form, &file),
+        Svid::Revoke(what) => super::deny::revoke(session, what).await,
     }
 }
 

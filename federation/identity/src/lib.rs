@@ -7,6 +7,7 @@
 pub mod authority;
 pub mod bundle;
 pub mod csr;
+pub mod document;
 pub mod keys;
 pub mod profile;
 pub mod record;

@@ -8,6 +8,7 @@
 pub mod appraisal;
 pub mod backup;
 pub mod bundle;
+pub mod denial;
 pub mod entry;
 pub mod id;
 pub mod policy;
@@ -19,6 +20,7 @@ pub mod trust;
 
 pub use appraisal::AppraisalPolicy;
 pub use bundle::{Bundle, Foreign, Own};
+pub use denial::{IdDenial, LeafDenial, Serial};
 pub use entry::{Entry, EntryId, Selector, Selectors};
 pub use id::{
     ClusterId, Generation, NodeId, NumericIdentity, ObjectName, RaftIndex, ReplicaId, Revision, SpiffeId, TrustDomain,

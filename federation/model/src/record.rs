@@ -20,6 +20,10 @@ pub enum Kind {
     Endpoint,
     /// A node that is no longer trusted, with its generation; key = node id.
     NodeDenial,
+    /// SVIDs of an identity of the origin that are refused; key = SPIFFE ID.
+    IdDenial,
+    /// One SVID of the origin that is refused; key = authority, slash, serial in hexadecimal digits.
+    LeafDenial,
 }
 
 /// One decision of its origin. An empty payload removes the object.

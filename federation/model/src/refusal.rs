@@ -154,6 +154,7 @@ codes! {
     RecoverUnconfirmed = "recover_unconfirmed", Precondition, "read what would be given up, then name exactly these replicas with --i-accept-the-loss-of";
     BundleMalformed = "bundle_malformed", Invalid, "publish a SPIFFE bundle: keys of use x509-svid (with x5c) or jwt-svid (with kid)";
     LastAdmin = "last_admin", Precondition, "make another administrator federation-admin first (ambit admin grant)";
+    SvidRevoked = "svid_revoked", Denied, "get a new SVID: this one was revoked; where its identity is denied, ask an operator (ambit deny list)";
 }
 
 impl fmt::Display for Code {

@@ -8,6 +8,7 @@
 mod apply;
 pub mod command;
 pub mod committed;
+mod denied;
 mod fit;
 #[cfg(ambit_mutant)]
 pub mod mutant;
@@ -20,8 +21,9 @@ mod table;
 mod watched;
 
 pub use apply::{Beginning, ENDPOINTS_PER_NODE_MAX};
-pub use command::{Command, LogEntry, NodeVerb, Nodes, Reply, RoleChange};
-pub use committed::{Committed, Issuance, Subject};
+pub use command::{Command, IdVerb, LogEntry, NodeVerb, Nodes, Reply, RoleChange};
+pub use committed::{Committed, Issuance, RevokedLeaves, Subject};
+pub use denied::SvidDenials;
 pub use roles::FOUNDER;
 pub use slice::{Bundles, Slice};
 pub use state::{Applied, OwnedName, State};

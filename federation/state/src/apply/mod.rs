@@ -4,6 +4,7 @@ mod addresses;
 mod appraisal;
 mod attest;
 mod cell;
+mod deny;
 mod endorse;
 mod federation;
 mod incarnation;
@@ -73,6 +74,10 @@ pub(crate) fn apply(s: &mut State, index: RaftIndex, stamp: Stamp, command: &Com
         Command::ChangeRoles { admin, change, by } => roles::change(s, at, admin, change, by),
         Command::CertifyAdmin { admin, key_hash, authority } => roles::certify(s, at, admin, *key_hash, authority),
         Command::Within(clusters, command) => roles::within(s, at, clusters, command),
+        Command::DenyId(id, verb) => deny::id(s, at, id, *verb),
+        Command::DenyLeaf(authority, serial) => deny::leaf(s, at, authority, serial),
+        Command::RetireEntries(ids) => deny::retire_entries(s, at, ids),
+        Command::ReplaceEntries(entries) => deny::replace_entries(s, at, entries),
     }
 }
 

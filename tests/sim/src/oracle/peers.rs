@@ -158,6 +158,8 @@ impl Ledger {
                         out.insert(key, record.payload.clone());
                     }
                 }
+                // Not decided by the simulated load.
+                Kind::IdDenial | Kind::LeafDenial => {}
                 Kind::Cluster | Kind::Bundle | Kind::Service | Kind::Endpoint => {}
             }
         }
