@@ -3,6 +3,7 @@
 mod admin;
 mod attest;
 mod cluster;
+mod deny;
 mod entry;
 mod node;
 mod svid;
@@ -11,6 +12,7 @@ mod watch;
 pub use admin::Admin;
 pub use attest::{Appraise, Attest, AttestPolicy, LearnPolicy};
 pub use cluster::{Cluster, EkRoot};
+pub use deny::{Deny, SvidRevoke};
 pub use entry::{Entry, EntryCreate, EntryList, EntryUpdate};
 pub use node::{Claimed, Node, Selected};
 pub use svid::{BundleFile, Svid, SvidMint, SvidUsage, SvidVerify};
@@ -78,11 +80,14 @@ pub enum Verb {
     /// What a machine must have booted, and whether it did
     #[command(subcommand)]
     Attest(Attest),
-    /// X.509-SVIDs checked to the letter of the SPIFFE standard, without a cell
+    /// X.509-SVIDs checked to the letter of the SPIFFE standard, without a cell; and revoked, at one
     #[command(subcommand)]
     Svid(Svid),
     /// Objects as they change, a line each; goes on at another replica where one is lost
     Watch(Watch),
+    /// Identities that are refused everywhere
+    #[command(subcommand)]
+    Deny(Deny),
     /// Administrators: roles, certificates, and who was refused what
     #[command(subcommand)]
     Admin(Admin),
@@ -338,6 +343,13 @@ mod tests {
             ("ambit attest appraise dir --policy p.yaml -o json --nonce 00 --roots ca.pem", true),
             ("ambit attest appraise dir --policy p.yaml --class lab", false),
             ("ambit attest policy diff a.yaml", false),
+            ("ambit deny id spiffe://west/web", true),
+            ("ambit deny id web", false),
+            ("ambit svid revoke spiffe://west/web", true),
+            ("ambit svid revoke --serial 40aa --authority 00ff", true),
+            ("ambit svid revoke --serial 40aa", false),
+            ("ambit svid revoke spiffe://west/web --serial 40aa --authority 00ff", false),
+            ("ambit svid revoke", false),
             ("ambit admin grant alice operator cluster-admin:west", true),
             ("ambit admin grant alice", false),
             ("ambit admin grant alice root", false),

@@ -108,6 +108,10 @@ macro_rules! client {
     (Administrators, $c:expr) => {
         ambit_proto::v1::administrators_client::AdministratorsClient::new($c)
     };
+    (Revocation, $c:expr) => {
+        ambit_proto::v1::revocation_client::RevocationClient::new($c)
+            .max_decoding_message_size($crate::cell::ANSWER_BYTES_MAX)
+    };
     (Audit, $c:expr) => {
         ambit_proto::v1::audit_client::AuditClient::new($c)
     };

@@ -1,15 +1,34 @@
-//! Whom this node refuses: the newest list of the cell, and whether the cell has put this very node out.
+//! Whom this node refuses: the newest list of the cell (nodes, identities, single SVIDs), and whether the cell has put this
+//! very node out.
 //!
 //! Lists come ahead of everything else and are in force from the moment they arrive, before any table is compiled:
 //! whoever carries or opens a connection asks here, and is woken when the answer changes. A list stands until one of the
 //! same or a later revision comes; an older one, from a replica that lags behind, undoes nothing.
 
+use ambit_identity::svid::Presented;
 use ambit_model::policy::Endpoint;
-use ambit_model::{Generation, NodeId, Refusal, Revision, TrustDomain};
+use ambit_model::{Code, Generation, NodeId, Refusal, Revision, Serial, SpiffeId, TrustDomain};
 use ambit_proto::v1;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use tokio::sync::watch;
+
+/// Which SVIDs of an identity are refused.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Refused {
+    All,
+    /// With serials up to and including this one; what is of another length tells nothing of when it was issued.
+    UpTo(Serial),
+}
+
+impl Refused {
+    fn covers(&self, serial: &[u8]) -> bool {
+        match self {
+            Self::All => true,
+            Self::UpTo(last) => serial.len() != last.len() || *serial <= last[..],
+        }
+    }
+}
 
 /// One list.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -17,6 +36,10 @@ pub struct Denials {
     revision: Revision,
     /// Leaves of these nodes of a trust domain, up to and including the generation, are refused.
     by_node: BTreeMap<(TrustDomain, NodeId), Generation>,
+    /// SVIDs of these identities: all of them, or those with serials up to and including this one.
+    by_id: BTreeMap<SpiffeId, Refused>,
+    /// These SVIDs: whose, authority, serial.
+    by_serial: BTreeSet<(TrustDomain, String, Vec<u8>)>,
     /// The cell put this node out: nothing may be opened from here or to here.
     out: bool,
 }
@@ -30,7 +53,33 @@ impl Denials {
             let to: &mut Generation = by_node.entry(key).or_default();
             *to = (*to).max(Generation(message.generation));
         }
-        Ok(Self { revision, by_node, out: false })
+        Ok(Self { revision, by_node, ..Self::default() })
+    }
+
+    /// The same list with identities and SVIDs. Anything unclear refuses it whole.
+    pub fn with_svids(mut self, ids: &[v1::IdDenial], leaves: &[v1::LeafDenial]) -> Result<Self, Refusal> {
+        for message in ids {
+            let bad = |_| Refusal::new(Code::BadRequest, "a serial of 16 bytes", message.up_to.len().to_string());
+            let up_to: Serial = message.up_to.as_slice().try_into().map_err(bad)?;
+            let refused = if message.barred { Refused::All } else { Refused::UpTo(up_to) };
+            if self.by_id.insert(message.spiffe_id.parse()?, refused).is_some() {
+                return Err(Refusal::new(Code::BadRequest, "each identity once", message.spiffe_id.clone()));
+            }
+        }
+        for message in leaves {
+            let key = (message.trust_domain.parse()?, message.authority.clone(), message.serial.clone());
+            self.by_serial.insert(key);
+        }
+        Ok(self)
+    }
+
+    /// Whether an SVID is refused, by its identity or by itself; whether its node is, [`Denials::denies`] says.
+    pub fn denies_svid(&self, id: &SpiffeId, authority: &str, serial: &[u8]) -> bool {
+        if self.by_id.get(id).is_some_and(|refused| refused.covers(serial)) {
+            return true;
+        }
+        !self.by_serial.is_empty()
+            && self.by_serial.contains(&(id.trust_domain(), authority.to_owned(), serial.to_vec()))
     }
 
     /// The cell's revision that it is of.
@@ -42,6 +91,11 @@ impl Denials {
     /// its nodes; and a node that was put out serves nobody.
     pub fn denies(&self, origin: &TrustDomain, node: &NodeId, generation: Generation) -> bool {
         self.out || self.lists(origin, node, generation)
+    }
+
+    /// The same of what a far end showed.
+    pub fn denies_presented(&self, peer: &Presented) -> bool {
+        self.denies_svid(&peer.id, &peer.authority, &peer.serial)
     }
 
     /// Whether nothing may be opened to this endpoint: its node is denied by the cell that it belongs to.
@@ -70,7 +124,8 @@ impl Lane {
         let mut taken = false;
         self.0.send_if_modified(|now| {
             taken = list.revision >= now.revision;
-            let changed = taken && list.by_node != now.by_node;
+            let changed =
+                taken && (&list.by_node, &list.by_id, &list.by_serial) != (&now.by_node, &now.by_id, &now.by_serial);
             if taken {
                 *now = Arc::new(Denials { out: now.out, ..list });
             }
@@ -172,5 +227,53 @@ mod tests {
             let bad = v1::NodeDenial { trust_domain: td.into(), node, generation: 1 };
             assert!(Denials::parse(Revision(1), &[good, bad]).is_err());
         }
+    }
+
+    fn with(revision: u64, ids: &[(&str, u8, bool)], leaves: &[(&str, &str, u8)]) -> Result<Denials, Refusal> {
+        let id = |(id, up_to, barred): &(&str, u8, bool)| v1::IdDenial {
+            spiffe_id: (*id).into(),
+            up_to: vec![*up_to; 16],
+            barred: *barred,
+        };
+        let leaf = |(td, authority, serial): &(&str, &str, u8)| v1::LeafDenial {
+            trust_domain: (*td).into(),
+            authority: (*authority).into(),
+            serial: vec![*serial; 16],
+        };
+        let (ids, leaves): (Vec<_>, Vec<_>) = (ids.iter().map(id).collect(), leaves.iter().map(leaf).collect());
+        list(revision, &[]).with_svids(&ids, &leaves)
+    }
+
+    #[test]
+    fn svids_are_denied_by_identity_up_to_a_serial_or_one_by_one() {
+        let list =
+            with(1, &[("spiffe://west/a", 5, false), ("spiffe://west/b", 0, true)], &[("west", "aa", 7)]).unwrap();
+        for (id, authority, serial, denied) in [
+            ("spiffe://west/a", "aa", vec![5; 16], true),
+            ("spiffe://west/a", "aa", vec![6; 16], false),
+            ("spiffe://west/a", "bb", vec![4; 16], true),
+            ("spiffe://west/a", "aa", vec![9; 8], true),
+            ("spiffe://west/a", "aa", vec![7; 16], true),
+            ("spiffe://west/b", "aa", vec![255; 16], true),
+            ("spiffe://west/c", "aa", vec![7; 16], true),
+            ("spiffe://west/c", "bb", vec![7; 16], false),
+            ("spiffe://east/a", "aa", vec![5; 16], false),
+            ("spiffe://east/a", "aa", vec![7; 16], false),
+        ] {
+            assert_eq!(
+                list.denies_svid(&id.parse().unwrap(), authority, &serial),
+                denied,
+                "{id} {authority} {serial:?}"
+            );
+        }
+        let bad = v1::IdDenial { spiffe_id: "spiffe://west/a".into(), up_to: vec![1; 15], barred: false };
+        assert!(Denials::default().with_svids(&[bad], &[]).is_err());
+        assert!(with(1, &[("spiffe://west/a", 5, false), ("spiffe://west/a", 4, false)], &[]).is_err());
+        let lane = Lane::default();
+        let mut woken = lane.watch();
+        assert!(lane.offer(list.clone()) && woken.has_changed().unwrap());
+        woken.borrow_and_update();
+        assert!(lane.offer(Denials { revision: Revision(2), ..list }) && !woken.has_changed().unwrap());
+        assert!(lane.offer(with(3, &[], &[]).unwrap()) && woken.has_changed().unwrap());
     }
 }

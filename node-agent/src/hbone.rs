@@ -2,6 +2,7 @@
 //!
 //! Knows nothing of policy: who may open a stream is decided by [`crate::inbound`], where to by [`crate::outbound`].
 
+use ambit_identity::svid::Presented;
 use bytes::Bytes;
 use h2::client::SendRequest;
 use h2::{Ping, PingPong, RecvStream, SendStream};
@@ -74,6 +75,9 @@ pub enum TunnelError {
     /// Its node is denied, or ours is.
     #[error("the node at the other end is denied")]
     NodeDenied,
+    /// What it showed was revoked.
+    #[error("the SVID at the other end was revoked")]
+    SvidRevoked,
     /// We have nothing to show: no SVID for the caller.
     #[error("no SVID for the calling workload")]
     NoSvid,
@@ -87,7 +91,7 @@ impl TunnelError {
     /// Whether another endpoint may succeed where this one failed. A refusal by policy stands.
     pub fn is_retryable(&self) -> bool {
         self.is_tunnel()
-            || matches!(self, Self::NodeDenied)
+            || matches!(self, Self::NodeDenied | Self::SvidRevoked)
             || matches!(self, Self::Refused(code) if *code != StatusCode::FORBIDDEN)
     }
     /// A label for figures.
@@ -101,6 +105,7 @@ impl TunnelError {
             Self::Refused(_) => "refused",
             Self::Busy => "busy",
             Self::NodeDenied => "node_untrusted",
+            Self::SvidRevoked => "svid_revoked",
             Self::NoSvid => "no_svid",
         }
     }
@@ -120,6 +125,8 @@ pub struct Shared {
 pub struct Tunnel {
     requests: SendRequest<Bytes>,
     shared: Arc<Shared>,
+    /// What the far end showed.
+    peer: Arc<Presented>,
 }
 
 /// One connection's place in a tunnel; gives it back when dropped.
@@ -153,6 +160,8 @@ async fn connect(
     let _ = tcp.set_nodelay(true);
     let shake = |source| TunnelError::Handshake { node, source };
     let tls = tokio_rustls::TlsConnector::from(config).connect(name, tcp).await.map_err(shake)?;
+    let leaf = tls.get_ref().1.peer_certificates().and_then(|chain| chain.first());
+    let peer = leaf.and_then(Presented::of).ok_or_else(|| shake(std::io::Error::other("no SVID")))?;
     let (requests, mut connection) = h2::client::Builder::new()
         .enable_push(false)
         .initial_window_size(STREAM_WINDOW)
@@ -163,7 +172,7 @@ async fn connect(
         .map_err(|e| shake(std::io::Error::other(e)))?;
     let shared = Arc::new(Shared::default());
     let ping = connection.ping_pong();
-    let tunnel = Tunnel { requests, shared: shared.clone() };
+    let tunnel = Tunnel { requests, shared: shared.clone(), peer: Arc::new(peer) };
     tokio::spawn(async move {
         tokio::select! {
             end = connection => if let Err(error) = end { tracing::debug!(%node, %error, "tunnel ended") },
@@ -196,7 +205,22 @@ pub async fn silence(ping: Option<PingPong>, shared: Option<Arc<Shared>>) {
     }
 }
 
+impl Lease {
+    /// What the far end of the tunnel showed.
+    pub fn peer(&self) -> &Arc<Presented> {
+        &self.tunnel.peer
+    }
+    /// Ends the whole tunnel.
+    pub fn cut(&self) {
+        self.tunnel.cut();
+    }
+}
+
 impl Tunnel {
+    /// What the far end showed.
+    pub fn peer(&self) -> &Presented {
+        &self.peer
+    }
     /// Whether it can still be used.
     pub fn is_open(&self) -> bool {
         !self.shared.closed.load(Ordering::Relaxed)

@@ -257,7 +257,7 @@ fn judge(
     Err(Refusal::new(Code::PolicyDenied, "an allowed connection", found))
 }
 
-/// Is the caller's node one that its cell trusts now?
+/// Is the caller's node one that its cell trusts now, and its SVID one that was not revoked?
 fn trusted(denials: &Denials, call: &Call) -> Result<(), Refusal> {
     // Callers outside the mesh lack the binding; no policy can name such a caller yet, so they are refused.
     let binding =
@@ -265,6 +265,10 @@ fn trusted(denials: &Denials, call: &Call) -> Result<(), Refusal> {
     // A cell speaks for its own nodes only: what a peer denies is nothing against a caller of another trust domain.
     if denials.denies(&call.peer.id().trust_domain(), &binding.node, binding.generation) {
         return Err(Refusal::new(Code::NodeUntrusted, "a trusted node", binding.node.to_string()));
+    }
+    let peer = &call.peer;
+    if denials.denies_svid(peer.id(), peer.authority(), peer.serial()) {
+        return Err(Refusal::new(Code::SvidRevoked, "an SVID that was not revoked", peer.id().as_str()));
     }
     Ok(())
 }

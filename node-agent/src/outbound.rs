@@ -3,7 +3,7 @@
 //! The kernel has allowed it already. What cannot be traced back, proved or reached ends in a reset, never in a
 //! connection by another way.
 
-use crate::denials::Lane;
+use crate::denials::{Denials, Lane};
 use crate::hbone::{Lease, TunnelError};
 use crate::health::{self, Health};
 use crate::kernel::KernelHandle;
@@ -110,12 +110,14 @@ impl Outbound {
             (Some(_), Err(_)) => Err(TunnelError::Busy),
         };
         match opened {
-            Ok((Opened { _lease, send, recv, endpoint }, _place)) => {
+            Ok((Opened { lease, send, recv, endpoint }, _place)) => {
                 METRICS.connections.inc(["outbound", "ok"]);
                 METRICS.setup.observe(begun.elapsed());
                 METRICS.open.add(["outbound"], 1.0);
                 let cut = async {
-                    self.denials.until(|denials| denials.denies_endpoint(&endpoint)).await;
+                    let refused =
+                        |now: &Arc<Denials>| now.denies_endpoint(&endpoint) || now.denies_presented(lease.peer());
+                    self.denials.until(refused).await;
                     METRICS.cut.inc(["outbound"]);
                     tracing::info!(caller = %pod.id(), called = %endpoint.spiffe_id, node = %endpoint.node, "live connection cut");
                 };
@@ -125,7 +127,11 @@ impl Outbound {
             Err(error) => {
                 METRICS.connections.inc([
                     "outbound",
-                    if matches!(error.reason(), "denied" | "node_untrusted") { "denied" } else { "failed" },
+                    if matches!(error.reason(), "denied" | "node_untrusted" | "svid_revoked") {
+                        "denied"
+                    } else {
+                        "failed"
+                    },
                 ]);
                 tracing::debug!(caller = %pod.id(), ?captured, %error, "outbound refused");
                 reset(&tcp);
@@ -179,8 +185,13 @@ impl Outbound {
         };
         let opened = async {
             let lease = self.pool.lease(&key, || health::credentials(plane, pod.id(), &endpoint.spiffe_id)).await?;
+            // It may have been dialed before the list came, or by a far end that has nothing newer to show.
+            if self.denials.now().denies_presented(lease.peer()) {
+                lease.cut();
+                return Err(TunnelError::SvidRevoked);
+            }
             let (send, recv) = lease.open(SocketAddrV4::new(endpoint.address, port)).await?;
-            Ok(Opened { _lease: lease, send, recv, endpoint: endpoint.clone() })
+            Ok(Opened { lease, send, recv, endpoint: endpoint.clone() })
         }
         .await;
         if let Err(error) = &opened
@@ -208,7 +219,7 @@ impl Outbound {
 
 /// An open stream, and to whom.
 struct Opened {
-    _lease: Lease,
+    lease: Lease,
     send: SendStream<Bytes>,
     recv: RecvStream,
     endpoint: Endpoint,

@@ -75,7 +75,8 @@ impl Pool {
         Ok(lease)
     }
 
-    /// Cuts and forgets every tunnel to a node that is denied; says how many. A tunnel that is being dialed meanwhile is
+    /// Cuts and forgets every tunnel to a node that is denied, and cuts those whose far end showed an SVID that was
+    /// revoked since; says how many. A tunnel that is being dialed meanwhile is
     /// forgotten too: whoever dials it asks again before it is used.
     pub fn cut(&self, denials: &Denials) -> usize {
         let mut peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
@@ -83,6 +84,13 @@ impl Pool {
         peers.retain(|key, peer| {
             let (node, generation) = key.holder;
             if !denials.denies(&key.destination.trust_domain(), &node, generation) {
+                if let Ok(tunnels) = peer.try_lock() {
+                    let revoked = |t: &&Tunnel| t.is_open() && denials.denies_presented(t.peer());
+                    tunnels.open.iter().filter(revoked).for_each(|t| {
+                        t.cut();
+                        cut += 1;
+                    });
+                }
                 return true;
             }
             if let Ok(tunnels) = peer.try_lock() {

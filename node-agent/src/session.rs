@@ -236,7 +236,8 @@ impl Session {
     /// In force from here on for whoever carries or opens a connection; the kernel follows within milliseconds.
     fn take_denials(&self, list: &ambit_proto::v1::Denials) {
         self.clock.seen(Stamp(list.stamp_ms));
-        match Denials::parse(Revision(list.revision), &list.denials) {
+        let parsed = Denials::parse(Revision(list.revision), &list.denials);
+        match parsed.and_then(|denials| denials.with_svids(&list.ids, &list.leaves)) {
             Ok(denials) => {
                 if !self.denials.offer(denials) {
                     tracing::debug!(revision = list.revision, "older denials dropped");

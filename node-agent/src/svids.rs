@@ -8,6 +8,7 @@ use crate::clock::Clock;
 use crate::denials::{Denials, Lane};
 use crate::issued::{Issued, Svid, Svids};
 use crate::metrics::METRICS;
+use ambit_identity::svid::Presented;
 use ambit_identity::{SharedTrust, SvidKey};
 use ambit_model::refusal::Class;
 use ambit_model::{Code, EntryId, Generation, NodeId, Refusal, SpiffeId, Stamp};
@@ -120,7 +121,7 @@ impl Issuance {
         }
     }
 
-    /// After a release the node is a new generation, and what was certified through an earlier one stays refused
+    /// What was revoked is due now, if it may be had anew. After a release the node is a new generation, and what was certified through an earlier one stays refused
     /// everywhere: those SVIDs are due now, not at half-life.
     fn hurry(&self, state: &mut State, denials: &Denials) {
         let back = state.out && !denials.is_out();
@@ -128,7 +129,11 @@ impl Issuance {
         let Some((node, _)) = *self.node.borrow() else { return };
         let State { svids, due, idle, .. } = state;
         due.retain(|entry, _| match svids.get(entry) {
-            Some(Ok(svid)) => !back && !denials.lists(&svid.id.trust_domain(), &node, svid.generation),
+            Some(Ok(svid)) => {
+                let revoked = || svid.chain_der.first().and_then(|leaf| Presented::of(&leaf.as_slice().into()));
+                let revoked = || revoked().is_some_and(|leaf| denials.denies_presented(&leaf));
+                !back && !denials.lists(&svid.id.trust_domain(), &node, svid.generation) && !revoked()
+            }
             Some(Err(_)) => !back,
             None => true,
         });

@@ -67,7 +67,8 @@ impl View {
             services: slice.services.iter().map(Service::try_from).collect::<Result<_, _>>()?,
             endpoints: endpoints(&slice.endpoints, trust_domain)?,
             numbers: numbers(&slice.identities)?,
-            denials: Denials::parse(Revision(slice.revision), &slice.denials)?,
+            denials: Denials::parse(Revision(slice.revision), &slice.denials)?
+                .with_svids(&slice.id_denials, &slice.leaf_denials)?,
             imported: slice.imported,
         })
     }

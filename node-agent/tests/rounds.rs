@@ -170,7 +170,7 @@ async fn a_hung_tpm_makes_late_and_holds_up_nothing_else() {
     // Slices and denials are taken while the TPM hangs.
     assert!(stage.slice(2).await < Duration::from_secs(2));
     let denial = v1::NodeDenial { node: "ab".repeat(32), generation: 1, trust_domain: "west".into() };
-    stage.stream.send(Down::Denials(v1::Denials { revision: 3, stamp_ms: 0, denials: vec![denial] })).await;
+    stage.stream.send(Down::Denials(v1::Denials { revision: 3, denials: vec![denial], ..Default::default() })).await;
     let denied = stage
         .agent
         .denials

@@ -16,6 +16,7 @@ use ambit_agent::outbound::{Captured, Outbound};
 use ambit_agent::plane::{Credentials, LocalPod, Plane};
 use ambit_agent::pods::Pod;
 use ambit_agent::view::{View, Workload};
+use ambit_identity::svid::Presented;
 use ambit_identity::{SharedTrust, Trust, TrustStore};
 use ambit_model::{NumericIdentity, Revision};
 use ambit_proto::v1;
@@ -323,6 +324,64 @@ async fn the_caller_cuts_and_opens_nothing_to_a_denied_node() {
     assert!(is_reset(app).await);
     assert!(is_reset(stage.call_db().await).await);
     stage.west_denials.set_out(false);
+    let mut app = stage.call_db().await;
+    let (mut pod, _) = stage.served().await;
+    round_trip(&mut app, &mut pod, 10).await;
+}
+
+/// Everything issued to this identity so far, up to this SVID.
+fn revoked(svid: &Svid) -> v1::IdDenial {
+    let leaf = Presented::of(&svid.chain_der[0].as_slice().into()).unwrap();
+    v1::IdDenial { spiffe_id: svid.id.to_string(), up_to: leaf.serial, barred: false }
+}
+
+fn ids(denials: &[v1::IdDenial]) -> Denials {
+    Denials::parse(Revision(1), &[]).unwrap().with_svids(denials, &[]).unwrap()
+}
+
+#[tokio::test]
+async fn a_caller_that_is_revoked_is_cut_by_the_receiver_until_it_has_a_new_svid() {
+    let mut stage = Stage::set(12).await;
+    let mut app = stage.call_db().await;
+    let (mut pod, _) = stage.served().await;
+    round_trip(&mut app, &mut pod, 10).await;
+    // Another identity's revocation is none of this one's.
+    let other = v1::IdDenial { spiffe_id: "spiffe://west/other".into(), ..revoked(&stage.web_svid) };
+    assert!(stage.east_denials.offer(ids(&[other])));
+    round_trip(&mut app, &mut pod, 10).await;
+    let (begun, web) = (Instant::now(), revoked(&stage.web_svid));
+    assert!(stage.east_denials.offer(ids(std::slice::from_ref(&web))));
+    assert!(is_reset(app).await && begun.elapsed() < Duration::from_millis(500), "{:?}", begun.elapsed());
+    assert!(timeout(SOON, pod.read(&mut [0; 1])).await.expect("the pod sees an end").is_err());
+    no_tunnel(&stage.outbound).await;
+    assert!(is_reset(stage.call_db().await).await, "a new one is refused");
+    assert!(METRICS.handshakes.value(["failed", "svid_revoked"]) > 0.0, "already in the handshake");
+    // What is issued after it is good.
+    stage.web_svid = stage.west.svid("web");
+    stage.publish(|_| (), |e| e.id_denials = vec![web.clone()]);
+    let mut app = stage.call_db().await;
+    let (mut pod, _) = stage.served().await;
+    round_trip(&mut app, &mut pod, 10).await;
+    // And barred, nothing is.
+    assert!(stage.east_denials.offer(ids(&[v1::IdDenial { barred: true, ..web.clone() }])));
+    assert!(is_reset(app).await && is_reset(stage.call_db().await).await);
+}
+
+#[tokio::test]
+async fn a_callee_that_is_revoked_is_cut_by_the_caller_until_it_has_a_new_svid() {
+    let mut stage = Stage::set(13).await;
+    let mut app = stage.call_db().await;
+    let (mut pod, _) = stage.served().await;
+    round_trip(&mut app, &mut pod, 10).await;
+    let db = revoked(&stage.db_svid);
+    assert!(stage.west_denials.offer(ids(std::slice::from_ref(&db))));
+    assert!(is_reset(app).await, "the live connection is cut");
+    no_tunnel(&stage.outbound).await;
+    assert!(is_reset(stage.call_db().await).await, "a new one is refused");
+    assert!(timeout(Duration::from_millis(200), stage.db.accept()).await.is_err(), "the pod saw nothing");
+    assert!(stage.health.unhealthy().is_empty(), "a revoked SVID is not a broken tunnel");
+    stage.db_svid = stage.east.svid("db");
+    stage.publish(|w| w.id_denials = vec![db], |_| ());
     let mut app = stage.call_db().await;
     let (mut pod, _) = stage.served().await;
     round_trip(&mut app, &mut pod, 10).await;

@@ -95,9 +95,21 @@ impl Cell {
 
     /// The same, of replicas that wait so long for their leader.
     pub async fn patient(trust_domain: &str, replicas: usize, election_ms: u64) -> Result<Cell> {
-        let folder = Folder::new()?;
+        let mut cell = Cell::found(Folder::new()?, trust_domain, election_ms, "").await?;
+        for number in 2..=replicas {
+            cell.add(number).await?;
+        }
+        Ok(cell)
+    }
+
+    /// A cell of one replica with `more` lines in its configuration, which may name files of `folder`.
+    pub async fn configured(folder: Folder, trust_domain: &str, more: &str) -> Result<Cell> {
+        Cell::found(folder, trust_domain, ELECTION_MS, more).await
+    }
+
+    async fn found(folder: Folder, trust_domain: &str, election_ms: u64, more: &str) -> Result<Cell> {
         let td: TrustDomain = trust_domain.parse()?;
-        let seat = Seat::patient(&folder, "r1", "", election_ms)?;
+        let seat = Seat::patient(&folder, "r1", more, election_ms)?;
         let out = folder.path("admin").display().to_string();
         let made = seat.ambitd("init", &["--trust-domain", trust_domain, "--replica", "1", "--admin-out", &out])?;
         ensure!(made.status.success(), "ambitd init: {}", String::from_utf8_lossy(&made.stderr));
@@ -108,11 +120,8 @@ impl Cell {
         let admin = admin_dialer(&folder.path("admin"), &td, fingerprint)?;
         let process = Some(seat.start()?);
         let first = Replica { seat, process };
-        let mut cell = Cell { trust_domain: td, fingerprint, replicas: vec![first], admin, election_ms, folder };
+        let cell = Cell { trust_domain: td, fingerprint, replicas: vec![first], admin, election_ms, folder };
         cell.wait_for_voters().await?;
-        for number in 2..=replicas {
-            cell.add(number).await?;
-        }
         Ok(cell)
     }
 

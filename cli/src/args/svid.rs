@@ -9,6 +9,8 @@ pub enum Svid {
     Verify(SvidVerify),
     /// Certifies a new key, or signs a token, for an identity that no node speaks for. The cell keeps who did it
     Mint(SvidMint),
+    /// Revokes SVIDs at the cell: of an identity all so far, or one; live connections end
+    Revoke(super::SvidRevoke),
     /// Every rule of the standard that the certificates of a file break; exit code 4 if one of them must hold
     Lint {
         /// A chain, leaf first (PEM), or one certificate (PEM or DER)

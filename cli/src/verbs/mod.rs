@@ -4,6 +4,7 @@ mod admin;
 mod attest;
 mod check;
 mod cluster;
+mod deny;
 mod drill;
 mod entry;
 mod lab;
@@ -64,6 +65,7 @@ pub async fn run(args: Args) -> Result<Answer, Refusal> {
         Verb::Raft(verb) => raft::run(&session, verb).await,
         Verb::Attest(verb) => attest::run(&session, verb).await,
         Verb::Svid(verb) => svid::run(&session, verb).await,
+        Verb::Deny(verb) => deny::run(&session, verb).await,
         Verb::Watch(options) => watch::run(&session, options).await,
         Verb::Admin(verb) => admin::run(&session, verb).await,
         Verb::Lab { args } => lab::run(args).await,

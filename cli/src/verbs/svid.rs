@@ -25,6 +25,7 @@ pub(super) async fn run(session: &Session, verb: Svid) -> Result<Answer, Refusal
         Svid::Mint(options) => mint::run(session, options).await,
         Svid::Verify(options) => verify(session.form, &options),
         Svid::Lint { file } => lint(session.form, &file),
+        Svid::Revoke(what) => super::deny::revoke(session, what).await,
     }
 }
 

@@ -4,10 +4,11 @@ use crate::csr::Csr;
 use crate::keys::{SvidKey, internal};
 use ambit_model::{Code, DnsName, Generation, Lifetime, NodeId, Refusal, SpiffeId, Stamp, TrustDomain};
 use ambit_state::committed::ReplicaAdmission;
-use ambit_state::{Committed, Issuance};
+use ambit_state::{Committed, Issuance, RevokedLeaves};
 use rcgen::{
-    BasicConstraints, CertificateParams, CustomExtension, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
-    Issuer, KeyIdMethod, KeyUsagePurpose, SanType, SerialNumber, SubjectPublicKeyInfo,
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, CustomExtension, DistinguishedName, DnType,
+    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyIdMethod, KeyUsagePurpose, RevokedCertParams, SanType, SerialNumber,
+    SubjectPublicKeyInfo,
 };
 use rustls_pki_types::CertificateDer;
 use sha2::{Digest, Sha256};
@@ -225,6 +226,34 @@ impl IssuingKey {
         let spki = SubjectPublicKeyInfo::from_der(csr.spki()).map_err(|e| internal("a key", e))?;
         let cert = params.signed_by(&spki, &issuer).map_err(|e| internal("a leaf", e))?;
         Ok(vec![cert.der().clone(), self.intermediate.clone()])
+    }
+
+    /// The CRL of this authority (RFC 5280 section 5), from what the cell committed about it. Refuses another authority's.
+    pub fn crl(&self, revoked: &Committed<RevokedLeaves>, valid_ms: u64) -> Result<Vec<u8>, Refusal> {
+        let list = revoked.get();
+        if list.authority != self.authority {
+            return Err(Refusal::new(Code::AuthorityMismatch, self.authority.clone(), list.authority.clone()));
+        }
+        let leaf = |(serial, since): &(Vec<u8>, Stamp)| {
+            Ok(RevokedCertParams {
+                serial_number: SerialNumber::from_slice(serial),
+                revocation_time: date(*since)?,
+                reason_code: None,
+                invalidity_date: None,
+            })
+        };
+        let params = CertificateRevocationListParams {
+            this_update: date(list.stamp)?,
+            next_update: date(list.stamp.plus_ms(valid_ms).min(self.not_after))?,
+            // Grows with every change (section 5.2.3).
+            crl_number: SerialNumber::from(list.revision.0.max(1)),
+            issuing_distribution_point: None,
+            revoked_certs: list.leaves.iter().map(leaf).collect::<Result<_, Refusal>>()?,
+            key_identifier_method: KeyIdMethod::PreSpecified(key_id(&spki_of(&self.key))),
+        };
+        let issuer =
+            Issuer::from_ca_cert_der(&self.intermediate, &self.key.pair).map_err(|e| internal("an issuer", e))?;
+        Ok(params.signed_by(&issuer).map_err(|e| internal("a CRL", e))?.der().to_vec())
     }
 
     /// This replica's own TLS leaf, under the admission that gave it the intermediate.

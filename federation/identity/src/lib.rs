@@ -9,6 +9,7 @@ pub mod bundle;
 pub mod csr;
 mod json;
 pub mod jwt;
+pub mod document;
 pub mod keys;
 pub mod profile;
 pub mod record;

@@ -60,6 +60,25 @@ impl PeerSvid {
     }
 }
 
+/// What a leaf says of itself. It proves nothing: for certificates that a handshake has verified, or that are one's own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Presented {
+    /// Who it says that it is.
+    pub id: SpiffeId,
+    /// Key identifier (hex) of the authority that it names; empty where it names none.
+    pub authority: String,
+    /// Serial number, big-endian.
+    pub serial: Vec<u8>,
+}
+
+impl Presented {
+    /// Reads a leaf; none for what is no X.509-SVID.
+    pub fn of(leaf: &CertificateDer<'_>) -> Option<Self> {
+        let PeerSvid { id, authority, serial, .. } = parse_leaf(std::slice::from_ref(leaf)).ok()?;
+        Some(Self { id, authority, serial })
+    }
+}
+
 /// Roots by trust domain. Each vouches for its own domain only: bundles are never pooled.
 #[derive(Clone, Debug, Default)]
 pub struct TrustStore {

@@ -8,6 +8,7 @@
 pub mod appraisal;
 pub mod backup;
 pub mod bundle;
+pub mod denial;
 pub mod entry;
 pub mod extras;
 pub mod id;
@@ -22,6 +23,7 @@ pub mod trust;
 
 pub use appraisal::AppraisalPolicy;
 pub use bundle::{Bundle, Foreign, Own};
+pub use denial::{IdDenial, LeafDenial, Serial};
 pub use entry::{Entry, EntryId, Selector, Selectors};
 pub use extras::{DnsName, EntryExtras, Extras};
 pub use id::{

@@ -22,6 +22,10 @@ pub enum Kind {
     NodeDenial,
     /// The origin's keys of JWT-SVIDs, with the sequence of the bundle that they came with; key = trust domain.
     JwtKeys,
+    /// SVIDs of an identity of the origin that are refused; key = SPIFFE ID.
+    IdDenial,
+    /// One SVID of the origin that is refused; key = authority, slash, serial in hexadecimal digits.
+    LeafDenial,
 }
 
 /// One decision of its origin. An empty payload removes the object.

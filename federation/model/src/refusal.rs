@@ -157,6 +157,7 @@ codes! {
     JwtUntrusted = "jwt_untrusted", Denied, "present a JWT-SVID that a key of its trust domain's bundle signed and that is in time";
     JwtAudience = "jwt_audience", Denied, "fetch a JWT-SVID for this very audience";
     LastAdmin = "last_admin", Precondition, "make another administrator federation-admin first (ambit admin grant)";
+    SvidRevoked = "svid_revoked", Denied, "get a new SVID: this one was revoked; where its identity is denied, ask an operator (ambit deny list)";
 }
 
 impl fmt::Display for Code {

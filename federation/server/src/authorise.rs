@@ -95,6 +95,8 @@ pub struct Actor {
     pub remote: IpAddr,
     /// When its certificate ends: a stream must not outlive it. None for a caller without one.
     pub until: Option<Stamp>,
+    /// Its certificate, which may be revoked while a stream goes on. None for a caller without one.
+    pub svid: Option<PeerSvid>,
 }
 
 /// What a certificate makes of its holder, as of `state`, which is asked for only where it matters: a lock on it waits
@@ -109,6 +111,10 @@ pub fn role_of<S: Deref<Target = State>>(
     let nobody = || Refusal::new(Code::PermissionDenied, "an admin, node, replica or peer", id.as_str());
     let (foreign, replica) = (id.trust_domain() != *own, id.path().strip_prefix("/ambit/replica/"));
     let (state, replica) = (state(), replica.and_then(|n| n.parse().ok()));
+    if state.svid_denied(id, svid.authority(), svid.serial()) {
+        let found = format!("serial {} of {id}", hex::encode(svid.serial()));
+        return Err(Refusal::new(Code::SvidRevoked, "an SVID that was not revoked", found));
+    }
     if let Some(name) = id.path().strip_prefix("/ambit/admin/").filter(|_| !foreign) {
         let roles = state.admin_roles(name);
         if roles.is_empty() {
@@ -190,7 +196,14 @@ pub fn authorise<S: Deref<Target = State>>(
     }
     let name = name_of(caller);
     let client = Client { id: Sha256::digest(&name).into(), reach: reach(&role, admitted) };
-    Ok(Actor { role, client, name, remote: caller.remote.ip(), until: caller.svid.as_ref().map(PeerSvid::not_after) })
+    Ok(Actor {
+        role,
+        client,
+        name,
+        remote: caller.remote.ip(),
+        until: caller.svid.as_ref().map(PeerSvid::not_after),
+        svid: caller.svid.clone(),
+    })
 }
 
 /// The caller as text: its identity, or where it calls from.

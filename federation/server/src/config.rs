@@ -10,6 +10,11 @@ use std::time::Duration;
 const ELECTION_MS_MIN: u64 = 100;
 const ELECTION_MS_MAX: u64 = 10_000;
 
+/// The standard's advice where a bundle says nothing, and the shortest that readers follow.
+const REFRESH_HINT_S: u64 = 300;
+const REFRESH_HINT_S_MIN: u64 = 60;
+const REFRESH_HINT_S_MAX: u64 = 86_400;
+
 /// A replica's configuration.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -23,6 +28,76 @@ pub struct Config {
     /// Raft's timers.
     #[serde(default)]
     pub raft: RaftTimers,
+    /// What outsiders may fetch; without it nothing is served to them.
+    #[serde(default)]
+    pub bundle_endpoint: Option<Outside>,
+}
+
+/// The bundle endpoint (SPIFFE_Federation.md section 5).
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "Written")]
+pub struct Outside {
+    /// Where HTTPS is served to anybody.
+    pub listen: SocketAddr,
+    /// How the endpoint shows that it is the trust domain's.
+    pub profile: EndpointProfile,
+    /// How often others should come, seconds; new keys are published three to five of these before they are used.
+    pub refresh_hint_s: u64,
+    /// The https URL, without a slash at its end, in whose name JWT-SVIDs are verified by OIDC; then its documents are served.
+    pub oidc_issuer: Option<String>,
+}
+
+/// Profiles of a bundle endpoint (SPIFFE_Federation.md section 5.2).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum EndpointProfile {
+    /// By a certificate of the web's authorities.
+    HttpsWeb {
+        /// PEM, leaf first.
+        certificate: PathBuf,
+        /// PEM, PKCS#8, mode 0600.
+        key: PathBuf,
+    },
+    /// By the replica's own SVID.
+    HttpsSpiffe,
+}
+
+/// As in the file.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Written {
+    listen: SocketAddr,
+    profile: String,
+    certificate: Option<PathBuf>,
+    key: Option<PathBuf>,
+    refresh_hint_s: Option<u64>,
+    oidc_issuer: Option<String>,
+}
+
+impl TryFrom<Written> for Outside {
+    type Error = String;
+    fn try_from(w: Written) -> Result<Self, String> {
+        let profile = match (w.profile.as_str(), w.certificate, w.key) {
+            ("https_web", Some(certificate), Some(key)) => EndpointProfile::HttpsWeb { certificate, key },
+            ("https_spiffe", None, None) => EndpointProfile::HttpsSpiffe,
+            ("https_web", ..) => return Err("profile https_web needs certificate and key".into()),
+            ("https_spiffe", ..) => {
+                return Err("profile https_spiffe shows the replica's own SVID: no certificate, no key".into());
+            }
+            (other, ..) => return Err(format!("profile https_web or https_spiffe, not {other}")),
+        };
+        let refresh_hint_s = w.refresh_hint_s.unwrap_or(REFRESH_HINT_S);
+        if !(REFRESH_HINT_S_MIN..=REFRESH_HINT_S_MAX).contains(&refresh_hint_s) {
+            return Err(format!("refresh_hint_s of {REFRESH_HINT_S_MIN}-{REFRESH_HINT_S_MAX}, not {refresh_hint_s}"));
+        }
+        let issuer = |url: &String| {
+            let host = url.strip_prefix("https://").unwrap_or_default();
+            !host.is_empty() && !url.ends_with('/') && !host.contains(['?', '#', '@', ' '])
+        };
+        if let Some(url) = w.oidc_issuer.as_ref().filter(|url| !issuer(url)) {
+            return Err(format!("oidc_issuer of the form https://host/path without a slash at its end, not {url}"));
+        }
+        Ok(Self { listen: w.listen, profile, refresh_hint_s, oidc_issuer: w.oidc_issuer })
+    }
 }
 
 /// Raft's timers.
@@ -76,7 +151,8 @@ impl Config {
             let code = if unknown { Code::ConfigUnknownKey } else { Code::ConfigInvalid };
             Refusal::new(
                 code,
-                "data_dir, listen, metrics_listen and [raft] election_timeout_ms, heartbeat_ms",
+                "data_dir, listen, metrics_listen, [raft] election_timeout_ms, heartbeat_ms and [bundle_endpoint] listen, profile, \
+                 certificate, key, refresh_hint_s, oidc_issuer",
                 e.to_string(),
             )
         })?;
@@ -109,5 +185,36 @@ mod tests {
         let timers = format!("{good}[raft]\nelection_timeout_ms=300\nheartbeat_ms=200\n");
         assert_eq!(Config::parse(&timers).unwrap_err().code, Code::ConfigInvalid);
         assert_eq!(Config::parse("data_dir='d'").unwrap_err().code, Code::ConfigInvalid);
+    }
+
+    #[test]
+    fn a_bundle_endpoint_is_wholly_said_or_not_at_all() {
+        let good = "data_dir='d'\nlisten='127.0.0.1:1'\nmetrics_listen='127.0.0.1:2'\n[bundle_endpoint]\n";
+        assert!(
+            Config::parse("data_dir='d'\nlisten='127.0.0.1:1'\nmetrics_listen='127.0.0.1:2'\n")
+                .unwrap()
+                .bundle_endpoint
+                .is_none()
+        );
+        for (text, taken) in [
+            ("listen='127.0.0.1:3'\nprofile='https_spiffe'", true),
+            ("listen='127.0.0.1:3'\nprofile='https_web'\ncertificate='c'\nkey='k'\nrefresh_hint_s=60", true),
+            ("listen='127.0.0.1:3'\nprofile='https_spiffe'\noidc_issuer='https://id.example.org/west'", true),
+            ("profile='https_spiffe'", false),
+            ("listen='127.0.0.1:3'", false),
+            ("listen='127.0.0.1:3'\nprofile='http'", false),
+            ("listen='127.0.0.1:3'\nprofile='https_web'", false),
+            ("listen='127.0.0.1:3'\nprofile='https_web'\ncertificate='c'", false),
+            ("listen='127.0.0.1:3'\nprofile='https_spiffe'\nkey='k'", false),
+            ("listen='127.0.0.1:3'\nprofile='https_spiffe'\nrefresh_hint_s=59", false),
+            ("listen='127.0.0.1:3'\nprofile='https_spiffe'\nrefresh_hint_s=86401", false),
+            ("listen='127.0.0.1:3'\nprofile='https_spiffe'\noidc_issuer='http://id.example.org'", false),
+            ("listen='127.0.0.1:3'\nprofile='https_spiffe'\noidc_issuer='https://id.example.org/'", false),
+            ("listen='127.0.0.1:3'\nprofile='https_spiffe'\noidc_issuer='https://u@id.example.org'", false),
+            ("listen='127.0.0.1:3'\nprofile='https_spiffe'\nclient_auth=true", false),
+        ] {
+            let read = Config::parse(&format!("{good}{text}\n"));
+            assert_eq!(read.is_ok(), taken, "{text}: {:?}", read.err().map(|r| r.found));
+        }
     }
 }

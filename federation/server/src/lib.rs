@@ -7,6 +7,7 @@
 pub mod authorise;
 pub mod config;
 pub mod metrics;
+pub mod outside;
 pub mod raft;
 pub mod replica;
 pub mod services;

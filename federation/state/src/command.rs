@@ -350,6 +350,26 @@ pub enum Command {
         /// The administrator.
         by: String,
     },
+    /// Revokes SVIDs of an identity.
+    DenyId(SpiffeId, IdVerb),
+    /// Revokes one leaf, by the authority's key identifier (hex) and the serial.
+    DenyLeaf(String, Vec<u8>),
+    /// Deletes entries, each with its own outcome; what was issued under them is revoked.
+    RetireEntries(Vec<EntryId>),
+    /// Writes entries over what they are, each with its own outcome; where one is not for all that it was for, what was
+    /// issued under it is revoked.
+    ReplaceEntries(Vec<(Entry, Presence)>),
+}
+
+/// What an operator says of the SVIDs of an identity.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum IdVerb {
+    /// Those issued so far are refused; new ones may be had.
+    Revoke,
+    /// All are refused, and none is issued, until it is lifted.
+    Bar,
+    /// New ones may be had again; those issued before stay refused.
+    Lift,
 }
 
 /// What becomes of an administrator's roles.

@@ -168,3 +168,16 @@ pub struct NodeResult {
     /// As of which entry.
     pub index: RaftIndex,
 }
+
+/// What a CRL of one authority says: the leaves that it issued, that have not ended, and that the cell refuses.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RevokedLeaves {
+    /// Subject key identifier (hex) of the authority.
+    pub authority: String,
+    /// The cell's revision: grows with each change of who is refused.
+    pub revision: Revision,
+    /// The cell's time.
+    pub stamp: ambit_model::Stamp,
+    /// Serial, and since when it is refused.
+    pub leaves: Vec<(Vec<u8>, ambit_model::Stamp)>,
+}

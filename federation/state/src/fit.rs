@@ -6,11 +6,13 @@ use std::collections::BTreeSet;
 
 impl State {
     /// Whether the node may run this workload as things stand: slices, issuance and endpoints all go by it. An unknown
-    /// node fits nothing; one without a verdict fits nothing that asks for what a verdict shows.
+    /// node fits nothing; one without a verdict fits nothing that asks for what a verdict shows. A barred identity is run
+    /// nowhere.
     pub fn fits(&self, entry: &Entry, id: &NodeId) -> bool {
         let named = self.node(id).is_some_and(|row| entry.may_run_on(&row.cluster, id));
         named
             && entry.extras.expires_at > self.stamp()
+            && !self.barred(&entry.spiffe_id)
             && entry.node_selectors().all(|selector| self.shows(id, selector))
     }
 

@@ -8,6 +8,7 @@
 mod apply;
 pub mod command;
 pub mod committed;
+mod denied;
 mod fit;
 #[cfg(ambit_mutant)]
 pub mod mutant;
@@ -21,8 +22,9 @@ mod watched;
 
 pub use apply::jwt::{JWT_PUBLISHED_MIN_MS, JWT_PUBLISHED_MS, JWT_SIGNS_MS, JwtDue};
 pub use apply::{Beginning, ENDPOINTS_PER_NODE_MAX};
-pub use command::{Command, LogEntry, NodeVerb, Nodes, Reply, RoleChange};
-pub use committed::{Committed, Issuance, JwtIssuance, Subject};
+pub use command::{Command, IdVerb, LogEntry, NodeVerb, Nodes, Reply, RoleChange};
+pub use committed::{Committed, Issuance, JwtIssuance, RevokedLeaves, Subject};
+pub use denied::SvidDenials;
 pub use roles::FOUNDER;
 pub use slice::{Bundles, Slice};
 pub use state::{Applied, OwnedName, State};

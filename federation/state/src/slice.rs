@@ -1,5 +1,6 @@
 //! What one node needs, computed from the state: nothing about workloads it may not run or reach.
 
+use crate::denied::SvidDenials;
 use crate::objects::PeerState;
 use crate::state::State;
 use ambit_model::policy::{Endpoint, Policy, Service};
@@ -36,6 +37,8 @@ pub struct Slice {
     pub identities: BTreeMap<SpiffeId, u32>,
     /// Leaves of these nodes up to the generation are refused; a node is the trust domain's that denied it.
     pub denials: BTreeMap<(TrustDomain, NodeId), Generation>,
+    /// SVIDs that are refused.
+    pub svid_denials: SvidDenials,
     /// How far each peer was imported.
     pub imported: BTreeMap<TrustDomain, u64>,
 }
@@ -74,6 +77,7 @@ impl State {
             endpoints,
             identities,
             denials: self.node_denials.iter().map(|(key, generation)| (key.clone(), *generation)).collect(),
+            svid_denials: self.svid_denials(),
             imported: self.imported(),
         })
     }

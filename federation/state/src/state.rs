@@ -7,7 +7,8 @@ use crate::objects::*;
 use crate::table::{Journal, Packed, Table, TableWrite};
 use ambit_model::record::Record;
 use ambit_model::{
-    ClusterId, Code, EntryId, Generation, NodeId, ObjectName, RaftIndex, Refusal, SpiffeId, Stamp, TrustDomain,
+    ClusterId, Code, EntryId, Generation, IdDenial, LeafDenial, NodeId, ObjectName, RaftIndex, Refusal, SpiffeId,
+    Stamp, TrustDomain,
 };
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
@@ -68,6 +69,10 @@ pub struct State {
     pub(crate) admins: Table<ObjectName, AdminRow>,
     /// Tokens that administrators minted, by index.
     pub(crate) minted_tokens: Table<u64, JwtIssuance>,
+    /// SVIDs refused by identity, by who says so.
+    pub(crate) id_denials: Table<(TrustDomain, SpiffeId), IdDenial>,
+    /// Leaves refused: whose they are, their authority, their serial.
+    pub(crate) leaf_denials: Table<(TrustDomain, String, Vec<u8>), LeafDenial>,
     /// `issued` by node and end, in memory only: counting a node's leaves must not cost a walk over everybody's.
     pub(crate) live_leaves: BTreeMap<NodeId, BTreeSet<(Stamp, [u8; 16])>>,
     /// Entries with node selectors by cluster, in memory only: a verdict must not cost a walk over all entries.
@@ -119,7 +124,9 @@ macro_rules! each_table {
             $s.jwt_authorities,
             $s.peer_jwt,
             $s.admins,
-            $s.minted_tokens
+            $s.minted_tokens,
+            $s.id_denials,
+            $s.leaf_denials
         )
     };
 }
@@ -219,6 +226,8 @@ impl State {
             peer_jwt: Table::new(id()),
             admins: Table::new(id()),
             minted_tokens: Table::new(id()),
+            id_denials: Table::new(id()),
+            leaf_denials: Table::new(id()),
             live_leaves: BTreeMap::new(),
             asking: BTreeMap::new(),
             expiring: BTreeSet::new(),

@@ -35,6 +35,10 @@ pub async fn run(config: &Config, mut stop: watch::Receiver<bool>) -> Result<(),
     let metrics_listener = listen(config.metrics_listen).await?;
     let (verdicts, waiting) = super::verdicts::Verdicts::new();
     let (replica, tls) = open(config, &files, verdicts)?;
+    let outside = match &config.bundle_endpoint {
+        Some(at) => Some(crate::outside::Endpoint::open(at, &tls).await?),
+        None => None,
+    };
     tracing::info!(trust_domain = %replica.trust_domain(), replica = replica.id(), listen = %config.listen, "replica starts");
     let router = crate::services::router(&replica)?;
     let alpn: &[&[u8]] = &[b"h2"];
@@ -45,6 +49,7 @@ pub async fn run(config: &Config, mut stop: watch::Receiver<bool>) -> Result<(),
     };
     let chores = upkeep::spawn(&replica, waiting);
     let page = tokio::spawn(crate::metrics::serve(metrics_listener, replica.clone()));
+    let outside = outside.map(|endpoint| tokio::spawn(endpoint.serve(replica.clone())));
     let served = tokio::select! {
         served = ambit_transport::serve(listener, server, replica.trust().clone(), router, shutdown) => {
             served.map_err(|e| Refusal::new(Code::Unavailable, "a serving replica", e.to_string()))
@@ -54,11 +59,14 @@ pub async fn run(config: &Config, mut stop: watch::Receiver<bool>) -> Result<(),
     };
     chores.abort_all();
     page.abort();
+    if let Some(outside) = outside {
+        outside.abort();
+    }
     replica.cell().clone().shutdown().await;
     served
 }
 
-async fn listen(at: SocketAddr) -> Result<TcpListener, Refusal> {
+pub(crate) async fn listen(at: SocketAddr) -> Result<TcpListener, Refusal> {
     TcpListener::bind(at).await.map_err(|e| {
         Refusal::new(Code::ConfigInvalid, format!("an address that can be listened on, {at}"), e.to_string())
     })

@@ -4,13 +4,14 @@ use super::OrStatus;
 use super::rounds::{Rounds, Todo};
 use crate::authorise::{Role, actor};
 use crate::replica::Replica;
+use ambit_identity::PeerSvid;
 use ambit_model::policy::Endpoint;
-use ambit_model::{Code, Generation, NodeId, Refusal, Stamp, TrustDomain};
+use ambit_model::{Code, Generation, IdDenial, NodeId, Refusal, SpiffeId, Stamp, TrustDomain};
 use ambit_proto::convert::{policy_message, service_message};
 use ambit_proto::status::to_status;
 use ambit_proto::v1;
 use ambit_state::objects::NodeState;
-use ambit_state::{Command, ENDPOINTS_PER_NODE_MAX, Reply, Slice, State};
+use ambit_state::{Command, ENDPOINTS_PER_NODE_MAX, Reply, Slice, State, SvidDenials};
 use sha2::{Digest, Sha256};
 use std::pin::Pin;
 use std::sync::LazyLock;
@@ -59,7 +60,8 @@ impl v1::agent_stream_server::AgentStream for Streams {
         let newer = self.0.agents().connected(node, subscribe.node_address, stream);
         let (down, queue) = mpsc::channel::<Down>(QUEUE);
         let rounds = Rounds::new(self.0.clone(), node, generation);
-        let session = Session { replica: self.0.clone(), node, generation, until: actor.until, stream, newer, rounds };
+        let (replica, until, svid) = (self.0.clone(), actor.until, actor.svid);
+        let session = Session { replica, node, generation, until, svid, stream, newer, rounds };
         tokio::spawn(session.run(up, down));
         Ok(Response::new(Box::pin(ReceiverStream::new(queue))))
     }
@@ -70,11 +72,16 @@ struct Session {
     node: NodeId,
     generation: Generation,
     until: Option<Stamp>,
+    /// What it showed when the stream began.
+    svid: Option<PeerSvid>,
     stream: u64,
     /// Closed once there is a newer stream of this node here.
     newer: watch::Receiver<()>,
     rounds: Rounds,
 }
+
+/// Nodes, identities and leaves to refuse, as messages.
+type Refused = (Vec<v1::NodeDenial>, Vec<v1::IdDenial>, Vec<v1::LeafDenial>);
 
 /// What went down last, and at which revisions that same content still held.
 #[derive(Default)]
@@ -85,7 +92,7 @@ struct Sent {
     holds: u64,
     acked: u64,
     /// Whom it said to refuse.
-    denials: Vec<v1::NodeDenial>,
+    denials: Refused,
 }
 
 impl Session {
@@ -185,7 +192,9 @@ impl Session {
                 .await
                 .map_err(|_| Refusal::new(Code::Unavailable, "an open stream", "a closed one"))?;
             (sent.digest, sent.revision) = (digest, revision);
-            sent.denials = slice.denials.iter().map(denial_message).collect();
+            let nodes = slice.denials.iter().map(denial_message).collect();
+            let (ids, leaves) = svid_denials(&slice.svid_denials);
+            sent.denials = (nodes, ids, leaves);
         }
         sent.holds = revision;
         self.note(sent);
@@ -196,14 +205,17 @@ impl Session {
     async fn push_denials(&self, sent: &mut Sent, down: &mpsc::Sender<Down>) -> Result<(), Refusal> {
         let (revision, stamp, denials) = self.replica.local(|s| {
             self.trusted(s)?;
-            let denials: Vec<_> = s.node_denials().map(|(k, g)| denial_message((k, g))).collect();
+            let nodes = s.node_denials().map(|(k, g)| denial_message((k, g))).collect();
+            let (ids, leaves) = svid_denials(&s.svid_denials());
+            let denials: Refused = (nodes, ids, leaves);
             Ok::<_, Refusal>((s.cell().map(|c| c.revision.0).unwrap_or_default(), s.stamp().0, denials))
         })?;
         if denials == sent.denials {
             return Ok(());
         }
         sent.denials.clone_from(&denials);
-        let list = v1::Denials { revision, stamp_ms: stamp, denials };
+        let (denials, ids, leaves) = denials;
+        let list = v1::Denials { revision, stamp_ms: stamp, denials, ids, leaves };
         let body = Some(v1::server_message::Body::Denials(list));
         let closed = |_| Refusal::new(Code::Unavailable, "an open stream", "a closed one");
         down.send(Ok(v1::ServerMessage { body })).await.map_err(closed)
@@ -211,6 +223,9 @@ impl Session {
 
     /// The node may still be served: it is in, and what its certificate stands for was not denied.
     fn trusted(&self, s: &State) -> Result<(), Refusal> {
+        if self.svid.as_ref().is_some_and(|svid| s.svid_denied(svid.id(), svid.authority(), svid.serial())) {
+            return Err(Refusal::new(Code::SvidRevoked, "an SVID that was not revoked", Code::SvidRevoked.as_str()));
+        }
         let row = s.node(&self.node);
         let row = row.ok_or_else(|| Refusal::new(Code::NodeUnknown, "an enrolled node", "none"))?;
         if let Some(code) = row.state.bars_trust() {
@@ -336,6 +351,7 @@ pub(super) fn in_company(at: Instant) -> Instant {
 }
 
 fn slice_message(s: &Slice) -> v1::Slice {
+    let (id_denials, leaf_denials) = svid_denials(&s.svid_denials);
     let bundles = s.bundles.iter().map(|(td, (sequence, roots_der))| v1::Bundle {
         trust_domain: td.to_string(),
         sequence: *sequence,
@@ -359,11 +375,27 @@ fn slice_message(s: &Slice) -> v1::Slice {
             .collect(),
         denials: s.denials.iter().map(denial_message).collect(),
         imported: s.imported.iter().map(|(td, seq)| v1::ImportedSeq { origin: td.to_string(), seq: *seq }).collect(),
+        id_denials,
+        leaf_denials,
     }
 }
 
 fn denial_message(((td, node), generation): (&(TrustDomain, NodeId), &Generation)) -> v1::NodeDenial {
     v1::NodeDenial { node: node.to_string(), generation: generation.0, trust_domain: td.to_string() }
+}
+
+fn svid_denials(denials: &SvidDenials) -> (Vec<v1::IdDenial>, Vec<v1::LeafDenial>) {
+    let id = |(id, denial): &(SpiffeId, IdDenial)| v1::IdDenial {
+        spiffe_id: id.to_string(),
+        up_to: denial.up_to.to_vec(),
+        barred: denial.barred,
+    };
+    let leaf = |(td, authority, serial): &(TrustDomain, String, Vec<u8>)| v1::LeafDenial {
+        trust_domain: td.to_string(),
+        authority: authority.clone(),
+        serial: serial.clone(),
+    };
+    (denials.ids.iter().map(id).collect(), denials.leaves.iter().map(leaf).collect())
 }
 
 /// SHA-256 over what the node enforces: revision, time and import positions apart.

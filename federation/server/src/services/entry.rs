@@ -41,7 +41,7 @@ impl v1::entry_registry_server::EntryRegistry for Entries {
         let id = request_id(&m.request_id)?;
         bounded(m.ids.len()).or_status()?;
         let ids: Vec<EntryId> = m.ids.iter().map(|i| i.parse()).collect::<Result<_, _>>().or_status()?;
-        let applied = self.0.propose(actor.client, id, Command::DeleteEntries(ids)).await.or_status()?;
+        let applied = self.0.propose(actor.client, id, Command::RetireEntries(ids)).await.or_status()?;
         self.results(m.ids, applied).or_status()
     }
 
@@ -55,7 +55,7 @@ impl v1::entry_registry_server::EntryRegistry for Entries {
         bounded(m.items.len()).or_status()?;
         let entries: Vec<(Entry, Presence)> = m.items.iter().map(update).collect::<Result<_, _>>().or_status()?;
         let names: Vec<String> = entries.iter().map(|(e, _)| e.id.to_string()).collect();
-        let applied = self.0.propose(actor.client, id, Command::PutEntries(entries)).await.or_status()?;
+        let applied = self.0.propose(actor.client, id, Command::ReplaceEntries(entries)).await.or_status()?;
         self.results(names, applied).or_status()
     }
 

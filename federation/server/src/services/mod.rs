@@ -12,6 +12,7 @@ mod membership;
 mod node;
 mod peer_link;
 mod policy;
+mod revocation;
 mod rounds;
 mod svid;
 mod unbuilt;
@@ -81,6 +82,7 @@ pub fn router(
         .add_service(v1::watch_server::WatchServer::new(watch::Watches::new(r())))
         .add_service(v1::drill_server::DrillServer::new(drill::Drills(r())))
         .add_service(v1::audit_server::AuditServer::new(audit::Audit(r())))
+        .add_service(v1::revocation_server::RevocationServer::new(revocation::Revocations(r())))
         .add_service(v1::administrators_server::AdministratorsServer::new(admin::Administrators(r())))
         .add_service(v1::local_authority_server::LocalAuthorityServer::new(unbuilt::LocalAuthority))
         .add_service(v1::trust_domain_registry_server::TrustDomainRegistryServer::new(unbuilt::TrustDomains)))

@@ -38,6 +38,7 @@ pub(super) fn tick(s: &mut State, at: At) -> Result<Reply, Refusal> {
     s.nonces.prune(&mut s.journal, |_, deadline| *deadline < now);
     s.tokens.prune(&mut s.journal, |_, t| t.expires.plus_ms(TOKEN_KEEP_MS) < now);
     super::issue::forget(s, now);
+    super::deny::forget(s, now);
     super::attest::late(s, at)?;
     super::jwt::tick(s, at)?;
     super::objects::expire(s, at)?;

@@ -7,7 +7,9 @@ use crate::state::State;
 use crate::table::{Journal, Table};
 use ambit_model::policy::{Endpoint, Policy, Service};
 use ambit_model::record::{Head, Kind, Record};
-use ambit_model::{Code, Generation, NodeId, ObjectName, Refusal, Revision, TrustDomain};
+use ambit_model::{
+    Code, Generation, IdDenial, LeafDenial, NodeId, ObjectName, Refusal, Revision, SpiffeId, TrustDomain,
+};
 use ambit_policy::Document;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -20,6 +22,8 @@ const FOREIGN_POLICIES_MAX: usize = 10_000;
 const FOREIGN_SERVICES_MAX: usize = 1_000;
 const FOREIGN_ENDPOINTS_MAX: usize = 50_000;
 const FOREIGN_DENIALS_MAX: usize = 100_000;
+/// As many as a cell makes itself.
+const FOREIGN_SVID_DENIALS_MAX: usize = 20_000;
 /// Records in one import; a puller asks for no more.
 pub(crate) const IMPORT_MAX: usize = 1_000;
 
@@ -141,6 +145,8 @@ enum Imported {
     Endpoint(Ipv4Addr, Option<Endpoint>),
     NodeDenial(NodeId, Generation),
     JwtKeys(JwtKeys),
+    IdDenial(SpiffeId, IdDenial),
+    LeafDenial(String, Vec<u8>, LeafDenial),
     Ignored,
 }
 
@@ -174,6 +180,20 @@ fn decode(r: &Record) -> Result<Imported, Refusal> {
         }
         Kind::JwtKeys if r.key == r.origin.as_str() => object(r)?.map_or(Imported::Ignored, Imported::JwtKeys),
         Kind::JwtKeys => Imported::Ignored,
+        Kind::IdDenial => {
+            let id: SpiffeId = r.key.parse()?;
+            // A peer speaks for its own identities; and a denial is never taken back by leaving it out.
+            match object(r)? {
+                Some(denial) if id.trust_domain() == r.origin => Imported::IdDenial(id, denial),
+                Some(_) | None => Imported::Ignored,
+            }
+        }
+        Kind::LeafDenial => {
+            let key = r.key.split_once('/').and_then(|(of, serial)| Some((of.to_owned(), hex::decode(serial).ok()?)));
+            let bad = || Refusal::new(Code::RecordChainBroken, "a key of authority and serial", r.key.clone());
+            let (authority, serial) = key.ok_or_else(bad)?;
+            object(r)?.map_or(Imported::Ignored, |denial| Imported::LeafDenial(authority, serial, denial))
+        }
     })
 }
 
@@ -193,6 +213,8 @@ struct Room {
     services: usize,
     endpoints: usize,
     denials: usize,
+    ids: usize,
+    leaves: usize,
 }
 
 impl Room {
@@ -204,7 +226,11 @@ impl Room {
         let services = s.services.iter().map(|((td, _), _)| td).filter(of_origin).count();
         let endpoints = s.endpoints.from((origin.clone(), Ipv4Addr::UNSPECIFIED)).map(|((td, _), _)| td);
         let denials = s.node_denials.from((origin.clone(), NodeId([0; 32]))).map(|((td, _), _)| td);
+        let ids = s.id_denials.iter().map(|((td, _), _)| td).filter(of_origin).count();
+        let leaves = s.leaf_denials.iter().map(|((td, _, _), _)| td).filter(of_origin).count();
         Room {
+            ids: left(FOREIGN_SVID_DENIALS_MAX, ids),
+            leaves: left(FOREIGN_SVID_DENIALS_MAX, leaves),
             clusters: left(FOREIGN_CLUSTERS_MAX, clusters),
             policies: left(FOREIGN_POLICIES_MAX, policies),
             services: left(FOREIGN_SERVICES_MAX, services),
@@ -274,6 +300,15 @@ fn take(s: &mut State, at: At, origin: &TrustDomain, object: Imported, room: &mu
             put(&mut s.journal, &mut s.node_denials, &mut room.denials, key, Some(known.max(generation)));
         }
         Imported::JwtKeys(keys) => super::jwt::foreign(s, origin, keys),
+        Imported::IdDenial(id, denial) => {
+            let key = (origin.clone(), id);
+            let row = s.id_denials.get(&key).map_or(denial, |known| known.then(denial));
+            put(&mut s.journal, &mut s.id_denials, &mut room.ids, key, Some(row));
+        }
+        Imported::LeafDenial(authority, serial, denial) => {
+            let key = (origin.clone(), authority, serial);
+            put(&mut s.journal, &mut s.leaf_denials, &mut room.leaves, key, Some(denial));
+        }
         Imported::Ignored => {}
     }
 }

@@ -4,6 +4,7 @@ mod addresses;
 mod appraisal;
 mod attest;
 mod cell;
+mod deny;
 mod endorse;
 mod federation;
 mod incarnation;
@@ -86,6 +87,10 @@ pub(crate) fn apply(s: &mut State, index: RaftIndex, stamp: Stamp, command: &Com
         Command::MintJwt { spiffe_id, audience_sha256, ttl, kid, by } => {
             mint::jwt(s, at, spiffe_id, audience_sha256, *ttl, kid, by)
         }
+        Command::DenyId(id, verb) => deny::id(s, at, id, *verb),
+        Command::DenyLeaf(authority, serial) => deny::leaf(s, at, authority, serial),
+        Command::RetireEntries(ids) => deny::retire_entries(s, at, ids),
+        Command::ReplaceEntries(entries) => deny::replace_entries(s, at, entries),
     }
 }
 

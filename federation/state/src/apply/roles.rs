@@ -64,6 +64,10 @@ pub(super) fn certify(
             admin.as_str(),
         ));
     }
+    let id = cell_row(s)?.trust_domain.member(&format!("/ambit/admin/{admin}"))?;
+    if s.barred(&id) {
+        return Err(Refusal::new(Code::SvidRevoked, "an identity that is not denied", id.as_str()));
+    }
     issue::admin(s, at, admin.as_str(), key_hash, authority)
 }
 
@@ -147,8 +151,11 @@ fn check(s: &State, scope: &Scope<'_>, command: &Command) -> Result<(), Refusal>
     let own = cell_row(s)?.trust_domain;
     match command {
         Command::CreateEntries(entries) => entries.iter().try_for_each(|e| scope.entry(s, e)),
-        Command::PutEntries(entries) => entries.iter().try_for_each(|(e, _)| scope.entry(s, e)),
-        Command::DeleteEntries(ids) => {
+        Command::PutEntries(entries) | Command::ReplaceEntries(entries) => {
+            entries.iter().try_for_each(|(e, _)| scope.entry(s, e))
+        }
+        Command::DenyId(id, _) => scope.peers(s, &Peers::Id(id.clone())),
+        Command::DeleteEntries(ids) | Command::RetireEntries(ids) => {
             let known = ids.iter().filter_map(|id| s.entry(id));
             known.map(|row| &row.entry.cluster).try_for_each(|cluster| scope.cluster(cluster))
         }

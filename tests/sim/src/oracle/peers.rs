@@ -158,7 +158,9 @@ impl Ledger {
                         out.insert(key, record.payload.clone());
                     }
                 }
-                Kind::Cluster | Kind::Bundle | Kind::Service | Kind::Endpoint | Kind::JwtKeys => {}
+                // Not decided by the simulated load.
+                Kind::IdDenial | Kind::LeafDenial | Kind::JwtKeys => {}
+                Kind::Cluster | Kind::Bundle | Kind::Service | Kind::Endpoint => {}
             }
         }
         out

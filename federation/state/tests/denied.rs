@@ -1,0 +1,243 @@
+//! Revoking SVIDs: what is refused, from when on, for how long, and who is told.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on fails")]
+
+mod common;
+
+use ambit_model::policy::Endpoint;
+use ambit_model::record::{Head, Kind, Record};
+use ambit_model::{Code, Entry, Generation, IdDenial, SpiffeId, Stamp, SvidTtl};
+use ambit_state::command::{LeafRequest, Presence};
+use ambit_state::objects::{TokenRow, TokenScope};
+use ambit_state::{Command, IdVerb, Issuance, Reply, State};
+use common::{Cell, admission, cluster, code, entry, node, pending};
+
+const NOW: u64 = 1_000_000;
+/// An hour, and the margin for clocks.
+const KEPT_MS: u64 = 3_600_000 + 300_000;
+
+/// A cell with an admitted node and the entries `web` and `db`.
+fn cell() -> Cell {
+    let mut cell = Cell::founded("west");
+    let token = TokenRow { scope: TokenScope::Node(cluster("west")), expires: Stamp(2 * NOW), used: false };
+    cell.run(Command::CreateToken([1; 32], token)).unwrap();
+    let admission = admission(&cell, 1, 1, Some([1; 32]));
+    cell.run(Command::AdmitNode(admission)).unwrap();
+    cell.run(Command::CreateEntries(vec![entry("web", "west"), entry("db", "west")])).unwrap();
+    cell
+}
+
+fn id(text: &str) -> SpiffeId {
+    text.parse().unwrap()
+}
+
+fn leaf(cell: &mut Cell, of: &str) -> Result<Issuance, Code> {
+    let leaves = vec![LeafRequest { entry: of.parse().unwrap(), key_hash: [4; 32] }];
+    let issue = Command::Issue { node: node(1), generation: Generation(1), authority: "a1".into(), leaves };
+    match cell.run(issue).unwrap() {
+        Reply::Leaves(mut leaves) => leaves.remove(0).map_err(|refusal| refusal.code),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn denied(state: &State, leaf: &Issuance) -> bool {
+    state.svid_denied(&leaf.spiffe_id, &leaf.authority, &leaf.serial)
+}
+
+fn endpoint(of: &str, last: u8) -> Endpoint {
+    Endpoint {
+        spiffe_id: id(&format!("spiffe://west/{of}")),
+        address: [10, 0, 0, last].into(),
+        cluster: cluster("west"),
+        node_address: [10, 9, 0, 1].into(),
+        node: node(1),
+        generation: Generation(1),
+    }
+}
+
+fn retire(ids: &[&str]) -> Command {
+    Command::RetireEntries(ids.iter().map(|id| id.parse().unwrap()).collect())
+}
+
+fn replace(entry: Entry) -> Command {
+    Command::ReplaceEntries(vec![(entry, Presence::There)])
+}
+
+#[test]
+fn what_was_issued_under_a_deleted_entry_is_refused_and_told_before_anything_else() {
+    let mut cell = cell();
+    let (web, db) = (leaf(&mut cell, "web").unwrap(), leaf(&mut cell, "db").unwrap());
+    cell.run(Command::ReportEndpoints(node(1), vec![endpoint("web", 1), endpoint("db", 2)])).unwrap();
+    let before = cell.state.cell().unwrap().export_seq;
+    cell.run(retire(&["web", "ghost"])).unwrap();
+    assert!(denied(&cell.state, &web) && !denied(&cell.state, &db));
+    let told: Vec<(Kind, String)> = cell.state.records_after(before).map(|r| (r.kind, r.key.clone())).collect();
+    assert_eq!(told, [(Kind::IdDenial, "spiffe://west/web".to_owned()), (Kind::Endpoint, "10.0.0.1".to_owned())]);
+    let slice = cell.state.slice(&node(1)).unwrap();
+    assert_eq!(slice.svid_denials.ids.len(), 1);
+    assert_eq!(slice.endpoints, [endpoint("db", 2)]);
+    // The same identity, registered anew, has SVIDs that are good; what was refused stays so.
+    cell.run(Command::CreateEntries(vec![entry("web", "west")])).unwrap();
+    let anew = leaf(&mut cell, "web").unwrap();
+    assert!(!denied(&cell.state, &anew) && denied(&cell.state, &web));
+    // Kept until no clock can take the last of them for valid, and forgotten then.
+    cell.at(NOW + KEPT_MS, 0, Command::Tick).unwrap();
+    assert!(denied(&cell.state, &web));
+    let again = State::import(cell.state.export()).unwrap();
+    assert!(denied(&again, &web) && again.digest() == cell.state.digest());
+    cell.at(NOW + KEPT_MS + 1, 0, Command::Tick).unwrap();
+    assert!(!denied(&cell.state, &web) && cell.state.id_denials().count() == 0);
+}
+
+#[test]
+fn an_update_revokes_where_it_changes_who_may_have_the_identity() {
+    let nodes = [node(1)].into();
+    for (what, new, revokes) in [
+        ("another identity", Entry { spiffe_id: id("spiffe://west/other"), ..entry("web", "west") }, true),
+        ("other selectors", Entry { selectors: ["cgroup:web".parse().unwrap()].into(), ..entry("web", "west") }, true),
+        ("other nodes", Entry { nodes, ..entry("web", "west") }, true),
+        ("another lifetime", Entry { ttl: SvidTtl::try_from(60).unwrap(), ..entry("web", "west") }, false),
+        ("other bundles", Entry { federates_with: ["east".parse().unwrap()].into(), ..entry("web", "west") }, false),
+        ("nothing", entry("web", "west"), false),
+    ] {
+        let mut cell = cell();
+        let web = leaf(&mut cell, "web").unwrap();
+        cell.run(Command::ReportEndpoints(node(1), vec![endpoint("web", 1)])).unwrap();
+        let moves = new.spiffe_id != web.spiffe_id;
+        cell.run(replace(new)).unwrap();
+        assert_eq!(denied(&cell.state, &web), revokes, "{what}");
+        assert_eq!(cell.state.endpoints().count(), usize::from(!moves), "{what}: endpoints of the former identity");
+        let anew = leaf(&mut cell, "web").unwrap();
+        assert!(!denied(&cell.state, &anew), "{what}");
+    }
+    // Refused whole: nothing is revoked.
+    let mut cell = cell();
+    let web = leaf(&mut cell, "web").unwrap();
+    let foreign = Entry { spiffe_id: id("spiffe://east/web"), ..entry("web", "west") };
+    cell.run(replace(foreign)).unwrap();
+    assert!(!denied(&cell.state, &web));
+}
+
+#[test]
+fn an_identity_of_two_entries_keeps_what_the_other_gave() {
+    let mut cell = cell();
+    let twin = Entry { spiffe_id: id("spiffe://west/web"), ..entry("twin", "west") };
+    cell.run(Command::CreateEntries(vec![twin])).unwrap();
+    let (web, twin) = (leaf(&mut cell, "web").unwrap(), leaf(&mut cell, "twin").unwrap());
+    cell.run(retire(&["web"])).unwrap();
+    assert!(denied(&cell.state, &web) && !denied(&cell.state, &twin));
+    assert_eq!((cell.state.id_denials().count(), cell.state.leaf_denials().count()), (0, 1));
+    cell.run(retire(&["twin"])).unwrap();
+    assert!(denied(&cell.state, &twin));
+    assert_eq!(cell.state.id_denials().count(), 1);
+}
+
+#[test]
+fn a_barred_identity_has_nothing_until_it_is_lifted_and_what_it_had_stays_refused() {
+    let mut cell = cell();
+    let web = leaf(&mut cell, "web").unwrap();
+    cell.run(Command::ReportEndpoints(node(1), vec![endpoint("web", 1)])).unwrap();
+    let say = |verb| Command::DenyId(id("spiffe://west/web"), verb);
+    assert_eq!(code(cell.run(say(IdVerb::Lift))), Code::NotFound);
+    cell.run(say(IdVerb::Bar)).unwrap();
+    assert!(denied(&cell.state, &web) && cell.state.endpoints().count() == 0);
+    assert!(cell.state.svid_denied(&web.spiffe_id, "another", &[255; 16]), "whatever it shows");
+    assert_eq!(leaf(&mut cell, "web").unwrap_err(), Code::EntryNotOnNode);
+    assert!(!cell.state.slice(&node(1)).unwrap().entries.iter().any(|e| e.id.as_str() == "web"));
+    // Neither a revocation nor time ends it.
+    cell.run(say(IdVerb::Revoke)).unwrap();
+    cell.at(NOW + 10 * KEPT_MS, 0, Command::Tick).unwrap();
+    assert!(cell.state.barred(&web.spiffe_id));
+    cell.run(say(IdVerb::Lift)).unwrap();
+    assert!(!cell.state.barred(&web.spiffe_id) && denied(&cell.state, &web));
+
+    let mut cell = self::cell();
+    let web = leaf(&mut cell, "web").unwrap();
+    cell.run(say(IdVerb::Revoke)).unwrap();
+    let anew = leaf(&mut cell, "web").unwrap();
+    assert!(denied(&cell.state, &web) && !denied(&cell.state, &anew));
+    let replica = Command::DenyId(id("spiffe://west/ambit/replica/1"), IdVerb::Bar);
+    assert_eq!(code(cell.run(replica)), Code::BadRequest);
+}
+
+#[test]
+fn one_leaf_is_refused_by_authority_and_serial_and_stands_in_the_crl() {
+    let mut cell = cell();
+    let (web, db) = (leaf(&mut cell, "web").unwrap(), leaf(&mut cell, "db").unwrap());
+    let deny = |authority: &str, serial: &[u8]| Command::DenyLeaf(authority.into(), serial.to_vec());
+    assert_eq!(code(cell.run(deny("nobody", &web.serial))), Code::AuthorityMismatch);
+    for serial in [&[][..], &[1; 21]] {
+        assert_eq!(code(cell.run(deny("a1", serial))), Code::BadRequest);
+    }
+    cell.run(deny("a1", &web.serial)).unwrap();
+    assert!(denied(&cell.state, &web) && !denied(&cell.state, &db));
+    assert!(!cell.state.svid_denied(&id("spiffe://east/web"), "a1", &web.serial), "of another trust domain");
+    // What no record tells of is refused as long as its issuer lives.
+    cell.run(deny("a1", &[7; 16])).unwrap();
+    let until: Vec<u64> = cell.state.leaf_denials().map(|(_, denial)| denial.until.0).collect();
+    assert_eq!(until, [1_000_000_000 + 300_000, web.lifetime.not_after.0 + 300_000]);
+    cell.run(retire(&["db"])).unwrap();
+    let crl = |cell: &Cell, of: &str| {
+        let mut serials: Vec<Vec<u8>> =
+            cell.state.revoked_leaves(of).get().leaves.iter().map(|(s, _)| s.clone()).collect();
+        serials.sort();
+        serials
+    };
+    let mut all = vec![web.serial.to_vec(), db.serial.to_vec(), vec![7; 16]];
+    all.sort();
+    assert_eq!(crl(&cell, "a1"), all);
+    assert!(crl(&cell, "a2").is_empty());
+    // A node that is out takes all its leaves along, its own too.
+    cell.run(Command::SetNodes(ambit_state::NodeVerb::Ban, ambit_state::Nodes::Ids(vec![node(1)]))).unwrap();
+    assert_eq!(crl(&cell, "a1").len(), 4);
+}
+
+fn record(seq: u64, prev_hash: [u8; 32], kind: Kind, key: &str, payload: Vec<u8>) -> Record {
+    Record { origin: "east".parse().unwrap(), epoch: 1, seq, prev_hash, kind, key: key.into(), payload }
+}
+
+#[test]
+fn a_peer_denies_its_own_identities_only_and_takes_nothing_back() {
+    let mut cell = cell();
+    cell.run(Command::PutPeer("east".parse().unwrap(), pending(), None)).unwrap();
+    cell.run(Command::ApprovePeer("east".parse().unwrap(), [7; 32])).unwrap();
+    let web = leaf(&mut cell, "web").unwrap();
+    let all = |up_to: u8, barred| {
+        let denial = IdDenial { up_to: [up_to; 16], barred, since: Stamp(NOW), until: Stamp(NOW + KEPT_MS) };
+        postcard::to_stdvec(&denial).unwrap()
+    };
+    let mut prev = [0; 32];
+    for (seq, (kind, key, payload)) in [
+        (Kind::IdDenial, "spiffe://west/web", all(255, true)),
+        (Kind::IdDenial, "spiffe://east/db", all(5, false)),
+        (Kind::IdDenial, "spiffe://east/db", all(3, false)),
+        (Kind::IdDenial, "spiffe://east/db", vec![]),
+        (
+            Kind::LeafDenial,
+            "a1/07",
+            postcard::to_stdvec(&ambit_model::LeafDenial { since: Stamp(1), until: Stamp(2 * NOW) }).unwrap(),
+        ),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let record = record(seq as u64 + 1, prev, kind, key, payload);
+        prev = record.hash();
+        let head = Head {
+            origin: "east".parse().unwrap(),
+            epoch: 1,
+            seq: record.seq,
+            hash: prev,
+            stamp: Stamp(NOW),
+            nonce: [0; 16],
+        };
+        cell.run(Command::Import(head, vec![record])).unwrap();
+    }
+    assert!(!denied(&cell.state, &web) && !cell.state.barred(&web.spiffe_id));
+    let db = id("spiffe://east/db");
+    assert!(cell.state.svid_denied(&db, "x", &[5; 16]) && !cell.state.svid_denied(&db, "x", &[6; 16]));
+    assert!(cell.state.svid_denied(&db, "a1", &[7]) && !cell.state.svid_denied(&web.spiffe_id, "a1", &web.serial));
+    // This cell may refuse more than a peer does, here.
+    cell.run(Command::DenyId(db.clone(), IdVerb::Bar)).unwrap();
+    assert!(cell.state.svid_denied(&db, "x", &[6; 16]) && cell.state.svid_denials().ids.len() == 1);
+    assert!(!cell.state.records_after(0).any(|r| r.kind == Kind::IdDenial), "and does not speak for it");
+}
