@@ -79,6 +79,18 @@ impl Workload {
     }
 }
 
+impl Workload {
+    /// Asked last: what was found is of a process that lived until here.
+    fn ends<T>(&self, known: &Known, answer: Answer<T>) -> Result<Answer<T>, Why> {
+        match answer {
+            _ if self.process.has_ended() => Err(Why::Ended),
+            _ if known.view.is_none() => Err(Why::Starting),
+            Answer::Nobody => Err(Why::Nobody),
+            answer => Ok(answer),
+        }
+    }
+}
+
 /// Follows what one workload may know.
 #[derive(Debug)]
 pub struct Follower {
@@ -107,13 +119,7 @@ impl Follower {
         let answer = answer(&known, found);
         let before = std::mem::replace(&mut self.interest, Interest::none());
         self.interest = self.issued.interest(entries, before);
-        // Asked last: what was found is of a process that lived until here.
-        match answer {
-            _ if self.workload.process.has_ended() => Err(Why::Ended),
-            _ if known.view.is_none() => Err(Why::Starting),
-            Answer::Nobody => Err(Why::Nobody),
-            answer => Ok(answer),
-        }
+        self.workload.ends(&known, answer)
     }
 
     /// Returns when something is known that was not looked at yet, or the workload has ended; false if nothing will be.
@@ -123,6 +129,17 @@ impl Follower {
             () = self.workload.process.ended() => true,
         }
     }
+}
+
+/// What holds now for `workload`, once.
+pub async fn once<T>(
+    issued: &Issued,
+    workload: &mut Workload,
+    answer: impl FnOnce(&Known, &BTreeSet<Selector>) -> Answer<T>,
+) -> Result<Answer<T>, Why> {
+    let known = issued.now();
+    let answer = answer(&known, workload.recognise(&known).await);
+    workload.ends(&known, answer)
 }
 
 /// When what is there in part goes out, and when a caller is told to come back.

@@ -9,12 +9,14 @@ use crate::caller::{Caller, Identified};
 use crate::cgroup::MeshRoot;
 use crate::follow::{Follower, Leave, Stream as Followed, Why, Workload};
 use crate::issued::{Issued, Known};
+use crate::jwt::{self, NoToken};
 use crate::metrics::METRICS;
 use crate::sds::Sds;
+use crate::tokens::Tokens;
 use ambit_model::Selector;
 use ambit_proto::workload::spiffe_workload_api_server::{SpiffeWorkloadApi, SpiffeWorkloadApiServer};
 use ambit_proto::workload::{
-    JwtBundlesRequest, JwtBundlesResponse, JwtsvidRequest, JwtsvidResponse, ValidateJwtsvidRequest,
+    JwtBundlesRequest, JwtBundlesResponse, Jwtsvid, JwtsvidRequest, JwtsvidResponse, ValidateJwtsvidRequest,
     ValidateJwtsvidResponse, X509BundlesRequest, X509BundlesResponse, X509svid, X509svidRequest, X509svidResponse,
 };
 use ambit_proto::xds::secret::secret_discovery_service_server::SecretDiscoveryServiceServer;
@@ -22,7 +24,7 @@ use ambit_proto::{ENVOY_DESCRIPTORS, SPIFFE_DESCRIPTORS};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use tokio::net::UnixListener;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status};
@@ -30,20 +32,19 @@ use tonic_health::server::HealthReporter;
 
 /// Streams open at once, those of Envoys among them; each holds a task and a queue of one message.
 const STREAMS_MAX: usize = 1024;
-const JWT_UNBUILT: &str =
-    "JWT-SVIDs are not built yet: this agent issues X.509-SVIDs only (see the limits in README.md)";
 
 /// The service.
 #[derive(Clone, Debug)]
 pub struct WorkloadApi {
     issued: Issued,
+    tokens: Tokens,
     streams: Arc<Semaphore>,
 }
 
 impl WorkloadApi {
-    /// A service that answers from `issued`.
-    pub fn new(issued: Issued) -> Self {
-        Self { issued, streams: Arc::new(Semaphore::new(STREAMS_MAX)) }
+    /// A service that answers from `issued`, with JWT-SVIDs of `tokens`.
+    pub fn new(issued: Issued, tokens: Tokens) -> Self {
+        Self { issued, tokens, streams: Arc::new(Semaphore::new(STREAMS_MAX)) }
     }
 
     /// Serves on `listener`, with health and reflection, until it fails.
@@ -115,8 +116,14 @@ impl SpiffeWorkloadApi for WorkloadApi {
     }
 
     async fn fetch_jwtsvid(&self, request: Request<JwtsvidRequest>) -> Result<Response<JwtsvidResponse>, Status> {
-        caller(&request)?;
-        Err(Status::unimplemented(JWT_UNBUILT))
+        let workload = caller(&request).inspect_err(|_| METRICS.workload_api.inc(["FetchJWTSVID", "invalid"]))?;
+        let _place = self.place()?;
+        let JwtsvidRequest { audience, spiffe_id } = request.into_inner();
+        let fetched = jwt::fetch(&self.issued, &self.tokens, workload, audience, &spiffe_id).await;
+        let fetched = fetched.map_err(|none| counted("FetchJWTSVID", none))?;
+        METRICS.workload_api.inc(["FetchJWTSVID", "ok"]);
+        let svid = |one: jwt::Identity| Jwtsvid { spiffe_id: one.id.to_string(), svid: one.token.0, hint: one.hint };
+        Ok(Response::new(JwtsvidResponse { svids: fetched.into_iter().map(svid).collect() }))
     }
 
     type FetchJWTBundlesStream = Streamed<JwtBundlesResponse>;
@@ -124,17 +131,29 @@ impl SpiffeWorkloadApi for WorkloadApi {
         &self,
         request: Request<JwtBundlesRequest>,
     ) -> Result<Response<Self::FetchJWTBundlesStream>, Status> {
-        caller(&request)?;
-        Err(Status::unimplemented(JWT_UNBUILT))
+        let answer = |known: &Known, found: &BTreeSet<Selector>| {
+            jwt::documents(known, found).map(|bundles| JwtBundlesResponse { bundles })
+        };
+        self.stream("FetchJWTBundles", &request, answer)
     }
 
     async fn validate_jwtsvid(
         &self,
         request: Request<ValidateJwtsvidRequest>,
     ) -> Result<Response<ValidateJwtsvidResponse>, Status> {
-        caller(&request)?;
-        Err(Status::unimplemented(JWT_UNBUILT))
+        let workload = caller(&request).inspect_err(|_| METRICS.workload_api.inc(["ValidateJWTSVID", "invalid"]))?;
+        let _place = self.place()?;
+        let ValidateJwtsvidRequest { audience, svid } = request.into_inner();
+        let judged = jwt::validate(&self.issued, &self.tokens, workload, &audience, &svid).await;
+        let (id, claims) = judged.map_err(|none| counted("ValidateJWTSVID", none))?;
+        METRICS.workload_api.inc(["ValidateJWTSVID", "ok"]);
+        Ok(Response::new(ValidateJwtsvidResponse { spiffe_id: id.to_string(), claims: Some(claims) }))
     }
+}
+
+fn counted(method: &'static str, none: NoToken) -> Status {
+    METRICS.workload_api.inc([method, none.as_str()]);
+    none.status(refuse)
 }
 
 /// Who asks, once the header is there: it proves that no browser or proxy was tricked into asking (section 5 of the
@@ -167,6 +186,11 @@ pub(crate) fn refuse(why: Why) -> Status {
 }
 
 impl WorkloadApi {
+    #[allow(clippy::result_large_err, reason = "a status is what the caller answers with")]
+    fn place(&self) -> Result<OwnedSemaphorePermit, Status> {
+        self.streams.clone().try_acquire_owned().map_err(|_| Status::unavailable("too many streams"))
+    }
+
     fn stream<R, T: PartialEq + Clone + Send + 'static>(
         &self,
         method: &'static str,
@@ -174,7 +198,7 @@ impl WorkloadApi {
         answer: fn(&Known, &BTreeSet<Selector>) -> answers::Answer<T>,
     ) -> Result<Response<Streamed<T>>, Status> {
         let workload = caller(request).inspect_err(|_| METRICS.workload_api.inc([method, "invalid"]))?;
-        let place = self.streams.clone().try_acquire_owned().map_err(|_| Status::unavailable("too many streams"))?;
+        let place = self.place()?;
         let (send, receive) = mpsc::channel(1);
         let stream = Followed {
             method,
