@@ -15,6 +15,7 @@ use crate::follow::{Follower, Leave, Stream as Followed, Why, Workload};
 use crate::issued::{Issued, Known};
 use crate::jwt;
 use crate::metrics::METRICS;
+use crate::places::Places;
 use crate::process::Process;
 use crate::tokens::Tokens;
 use crate::workload_api::ServeError;
@@ -70,7 +71,7 @@ pub struct Broker {
     /// Who may ask.
     pub gate: Gate,
     tokens: Tokens,
-    streams: Arc<Semaphore>,
+    streams: Places,
 }
 
 /// Who may ask.
@@ -101,7 +102,7 @@ impl ResolvesServerCert for NodeIdentity {
 impl Broker {
     /// A service that answers whom `gate` lets in.
     pub fn new(issued: Issued, tokens: Tokens, mesh: Arc<MeshRoot>, gate: Gate) -> Self {
-        Self { issued, mesh, gate, tokens, streams: Arc::new(Semaphore::new(STREAMS_MAX)) }
+        Self { issued, mesh, gate, tokens, streams: Places::new(STREAMS_MAX, STREAMS_MAX) }
     }
 
     /// Serves on `listener`, showing what `identity` resolves to, with reflection, until it fails.
@@ -232,7 +233,7 @@ impl Api for Broker {
         let shown = self.caller(&request)?;
         let FetchJwtsvidRequest { reference, audience, spiffe_id } = request.into_inner();
         let workload = self.workload(reference.as_ref())?;
-        let _place = self.streams.clone().try_acquire_owned().map_err(|_| Status::unavailable("too many streams"))?;
+        let _place = self.streams.take(workload.uid()).ok_or_else(|| Status::unavailable("too many streams"))?;
         let fetched = jwt::fetch(&self.issued, &self.tokens, workload, audience, &spiffe_id).await;
         let fetched = fetched.map_err(|none| {
             METRICS.workload_api.inc(["BrokerFetchJWTSVID", none.as_str()]);
@@ -279,7 +280,7 @@ impl Broker {
         let invalid = |_: &Status| METRICS.workload_api.inc([method, "invalid"]);
         let shown = self.caller(request).inspect_err(invalid)?;
         let workload = self.workload(reference).inspect_err(invalid)?;
-        let place = self.streams.clone().try_acquire_owned().map_err(|_| Status::unavailable("too many streams"))?;
+        let place = self.streams.take(workload.uid()).ok_or_else(|| Status::unavailable("too many streams"))?;
         let (send, receive) = mpsc::channel(1);
         let gate = self.gate.clone();
         let stream = Followed {

@@ -8,12 +8,13 @@ use crate::cgroup::MeshRoot;
 use crate::denials::Denials;
 use crate::issued::{Interest, Issued, Known};
 use crate::metrics::METRICS;
+use crate::places::Place;
 use crate::process::{Facts, Process};
 use ambit_model::{EntryId, Selector};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tonic::Status;
 
@@ -58,6 +59,11 @@ pub struct Workload {
 }
 
 impl Workload {
+    /// The uid that counts for it.
+    pub fn uid(&self) -> u32 {
+        self.facts.uid
+    }
+
     /// The process as `facts` tell it.
     pub fn new(process: Arc<Process>, facts: Facts, mesh: &MeshRoot) -> Self {
         let selectors = facts.selectors(mesh);
@@ -240,7 +246,7 @@ pub struct Stream<T> {
     /// Where messages go.
     pub send: mpsc::Sender<Result<T, Status>>,
     /// Held while it is open.
-    pub place: OwnedSemaphorePermit,
+    pub place: Place,
 }
 
 impl<T: PartialEq + Clone + Send> Stream<T> {

@@ -35,6 +35,7 @@ pub mod netns;
 pub mod node_key;
 pub mod outbound;
 pub mod outbox;
+pub mod places;
 pub mod plane;
 pub mod pods;
 pub mod pool;
