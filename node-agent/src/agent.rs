@@ -18,6 +18,7 @@ use crate::outbound::Outbound;
 use crate::reattest::{Rounds, Turn};
 use crate::session::{self, Session};
 use crate::svids::Issuance;
+use crate::tokens::Tokens;
 use crate::workload_api::{ServeError, WorkloadApi};
 use crate::{hbone, telemetry};
 use ambit_identity::{SharedTrust, Trust};
@@ -128,8 +129,9 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
         clock: clock.clone(),
         denials: denials.clone(),
         node: node_rx.clone(),
-        channel: channel_rx,
+        channel: channel_rx.clone(),
     };
+    let tokens = Tokens::new(channel_rx, clock.clone());
     let gate = Gate {
         brokers: Arc::new(config.brokers.clone()),
         trust: trust.clone(),
@@ -137,7 +139,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
         denials: denials.clone(),
         node: node_rx.clone(),
     };
-    let broker = Broker::new(issued.clone(), Arc::new(mesh.clone()), gate);
+    let broker = Broker::new(issued.clone(), tokens.clone(), Arc::new(mesh.clone()), gate);
     let broker = serve_brokers(broker, broker_socket, NodeIdentity(enrolled_rx.clone()));
     let outbound = Outbound::new(plane_rx.clone(), denials.clone(), health.clone(), hbone::PORT);
     let control = Control {
@@ -171,7 +173,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
         e = never("health", tokio::spawn(health.probe(plane_rx, denials))) => e,
         e = never("denials", tokio::spawn(outbound.cut_denied())) => e,
         e = inbound.serve(hbone) => Err(ended("inbound")(text(e))),
-        e = WorkloadApi::new(issued).serve(socket, mesh) => Err(ended("workload api")(text(e))),
+        e = WorkloadApi::new(issued, tokens).serve(socket, mesh) => Err(ended("workload api")(text(e))),
         e = broker => Err(ended("broker api")(text(e))),
         e = metrics => Err(ended("metrics")(text(e))),
         e = watch_kernel(kernel) => Err(e.into()),

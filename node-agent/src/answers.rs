@@ -35,7 +35,7 @@ impl<T> Answer<T> {
 pub struct Identity {
     /// Its certificate and key.
     pub svid: Arc<Svid>,
-    /// Unique in its set, as an entry has one SVID.
+    /// See [`hints`].
     pub hint: String,
 }
 
@@ -81,9 +81,9 @@ pub fn id(trust_domain: &TrustDomain) -> String {
 pub fn identities(known: &Known, found: &BTreeSet<Selector>) -> Answer<Identities> {
     let entries = entries(known, found);
     let (mut svids, mut coming) = (Vec::new(), false);
-    for entry in &entries {
+    for (entry, hint) in entries.iter().zip(hints(&entries)) {
         match known.svids.get(&entry.id) {
-            Some(Ok(svid)) => svids.push(Identity { svid: svid.clone(), hint: entry.id.to_string() }),
+            Some(Ok(svid)) => svids.push(Identity { svid: svid.clone(), hint }),
             Some(Err(_)) => {}
             None => coming = true,
         }
@@ -111,6 +111,14 @@ pub fn entries<'a>(known: &'a Known, found: &BTreeSet<Selector>) -> Vec<&'a Entr
     let mut entries: Vec<&Entry> = known.view.iter().flat_map(|view| view.entries_of(found)).collect();
     entries.sort_by(|a, b| b.selectors.len().cmp(&a.selectors.len()).then_with(|| a.id.cmp(&b.id)));
     entries
+}
+
+/// What the operator says of each entry, unique in one answer: of two that say the same the first keeps it
+/// (SPIFFE_Workload_API.md section 5.2.1).
+pub fn hints(entries: &[&Entry]) -> Vec<String> {
+    let mut said = BTreeSet::new();
+    let hint = |entry: &&Entry| Some(entry.extras.hint.clone()).filter(|hint| said.insert(hint.clone()));
+    entries.iter().map(hint).map(Option::unwrap_or_default).collect()
 }
 
 fn roots_of(known: &Known, entries: &[&Entry]) -> Option<Roots> {

@@ -13,8 +13,11 @@ use crate::denials::Lane;
 use crate::enrol::Enrolled;
 use crate::follow::{Follower, Leave, Stream as Followed, Why, Workload};
 use crate::issued::{Issued, Known};
+use crate::jwt;
 use crate::metrics::METRICS;
+use crate::places::Places;
 use crate::process::Process;
+use crate::tokens::Tokens;
 use crate::workload_api::ServeError;
 use ambit_identity::SharedTrust;
 use ambit_identity::tls::{Clients, server_config};
@@ -22,7 +25,7 @@ use ambit_model::{Generation, NodeId, Refusal, Selector, SpiffeId};
 use ambit_proto::SPIFFE_DESCRIPTORS;
 use ambit_proto::broker::api_server::{Api, ApiServer};
 use ambit_proto::broker::{
-    FetchJwtsvidRequest, FetchJwtsvidResponse, SubscribeToJwtBundlesRequest, SubscribeToJwtBundlesResponse,
+    FetchJwtsvidRequest, FetchJwtsvidResponse, Jwtsvid, SubscribeToJwtBundlesRequest, SubscribeToJwtBundlesResponse,
     SubscribeToX509BundlesRequest, SubscribeToX509BundlesResponse, SubscribeToX509svidRequest,
     SubscribeToX509svidResponse, WorkloadPidReference, WorkloadReference, X509svid,
 };
@@ -57,8 +60,6 @@ const HANDSHAKES_MAX: usize = 16;
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 /// The one kind of reference that is understood.
 const BY_PID: &str = "type.googleapis.com/spiffe.broker.WorkloadPIDReference";
-const JWT_UNBUILT: &str =
-    "JWT-SVIDs are not built yet: this agent issues X.509-SVIDs only (see the limits in README.md)";
 
 /// The service.
 #[derive(Clone, Debug)]
@@ -69,7 +70,8 @@ pub struct Broker {
     pub mesh: Arc<MeshRoot>,
     /// Who may ask.
     pub gate: Gate,
-    streams: Arc<Semaphore>,
+    tokens: Tokens,
+    streams: Places,
 }
 
 /// Who may ask.
@@ -99,8 +101,8 @@ impl ResolvesServerCert for NodeIdentity {
 
 impl Broker {
     /// A service that answers whom `gate` lets in.
-    pub fn new(issued: Issued, mesh: Arc<MeshRoot>, gate: Gate) -> Self {
-        Self { issued, mesh, gate, streams: Arc::new(Semaphore::new(STREAMS_MAX)) }
+    pub fn new(issued: Issued, tokens: Tokens, mesh: Arc<MeshRoot>, gate: Gate) -> Self {
+        Self { issued, mesh, gate, tokens, streams: Places::new(STREAMS_MAX, STREAMS_MAX) }
     }
 
     /// Serves on `listener`, showing what `identity` resolves to, with reflection, until it fails.
@@ -228,8 +230,20 @@ impl Api for Broker {
         &self,
         request: Request<FetchJwtsvidRequest>,
     ) -> Result<Response<FetchJwtsvidResponse>, Status> {
-        self.caller(&request)?;
-        Err(Status::unimplemented(JWT_UNBUILT))
+        let shown = self.caller(&request)?;
+        let FetchJwtsvidRequest { reference, audience, spiffe_id } = request.into_inner();
+        let workload = self.workload(reference.as_ref())?;
+        let _place = self.streams.take(workload.uid()).ok_or_else(|| Status::unavailable("too many streams"))?;
+        let fetched = jwt::fetch(&self.issued, &self.tokens, workload, audience, &spiffe_id).await;
+        let fetched = fetched.map_err(|none| {
+            METRICS.workload_api.inc(["BrokerFetchJWTSVID", none.as_str()]);
+            none.status(refuse)
+        })?;
+        // The broker may have been denied while the cell was asked.
+        self.gate.lets_in(&shown.0)?;
+        METRICS.workload_api.inc(["BrokerFetchJWTSVID", "ok"]);
+        let svid = |one: jwt::Identity| Jwtsvid { spiffe_id: one.id.to_string(), svid: one.token.0, hint: one.hint };
+        Ok(Response::new(FetchJwtsvidResponse { svids: fetched.into_iter().map(svid).collect() }))
     }
 
     type SubscribeToJWTBundlesStream = Streamed<SubscribeToJwtBundlesResponse>;
@@ -237,8 +251,10 @@ impl Api for Broker {
         &self,
         request: Request<SubscribeToJwtBundlesRequest>,
     ) -> Result<Response<Self::SubscribeToJWTBundlesStream>, Status> {
-        self.caller(&request)?;
-        Err(Status::unimplemented(JWT_UNBUILT))
+        let answer = |known: &Known, found: &BTreeSet<Selector>| {
+            jwt::documents(known, found).map(|bundles| SubscribeToJwtBundlesResponse { bundles })
+        };
+        self.stream("SubscribeToJWTBundles", &request, request.get_ref().reference.as_ref(), answer)
     }
 }
 
@@ -264,7 +280,7 @@ impl Broker {
         let invalid = |_: &Status| METRICS.workload_api.inc([method, "invalid"]);
         let shown = self.caller(request).inspect_err(invalid)?;
         let workload = self.workload(reference).inspect_err(invalid)?;
-        let place = self.streams.clone().try_acquire_owned().map_err(|_| Status::unavailable("too many streams"))?;
+        let place = self.streams.take(workload.uid()).ok_or_else(|| Status::unavailable("too many streams"))?;
         let (send, receive) = mpsc::channel(1);
         let gate = self.gate.clone();
         let stream = Followed {

@@ -1,6 +1,7 @@
 //! Who is at the other end of a Unix socket: the process that connected, as the kernel names it.
 
 use crate::cgroup::MeshRoot;
+use crate::places::Place;
 use crate::process::{Facts, Process};
 use nix::{getsockopt_impl, sockopt_impl};
 use std::io;
@@ -65,14 +66,16 @@ impl Caller {
 pub struct Identified {
     stream: UnixStream,
     caller: Option<Caller>,
+    /// Held while it is open.
+    _place: Place,
 }
 
 impl Identified {
     /// Identifies the peer of `stream` now.
-    pub fn accept(stream: UnixStream, mesh: &Arc<MeshRoot>) -> Self {
+    pub fn accept(stream: UnixStream, place: Place, mesh: &Arc<MeshRoot>) -> Self {
         let caller =
             Caller::of(&stream, mesh).inspect_err(|error| tracing::warn!(%error, "caller not identified")).ok();
-        Self { stream, caller }
+        Self { stream, caller, _place: place }
     }
 }
 

@@ -8,12 +8,13 @@ use crate::cgroup::MeshRoot;
 use crate::denials::Denials;
 use crate::issued::{Interest, Issued, Known};
 use crate::metrics::METRICS;
+use crate::places::Place;
 use crate::process::{Facts, Process};
 use ambit_model::{EntryId, Selector};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tonic::Status;
 
@@ -58,6 +59,11 @@ pub struct Workload {
 }
 
 impl Workload {
+    /// The uid that counts for it.
+    pub fn uid(&self) -> u32 {
+        self.facts.uid
+    }
+
     /// The process as `facts` tell it.
     pub fn new(process: Arc<Process>, facts: Facts, mesh: &MeshRoot) -> Self {
         let selectors = facts.selectors(mesh);
@@ -76,6 +82,18 @@ impl Workload {
             self.selectors.extend(digest.map(Selector::UnixSha256));
         }
         &self.selectors
+    }
+}
+
+impl Workload {
+    /// Asked last: what was found is of a process that lived until here.
+    fn ends<T>(&self, known: &Known, answer: Answer<T>) -> Result<Answer<T>, Why> {
+        match answer {
+            _ if self.process.has_ended() => Err(Why::Ended),
+            _ if known.view.is_none() => Err(Why::Starting),
+            Answer::Nobody => Err(Why::Nobody),
+            answer => Ok(answer),
+        }
     }
 }
 
@@ -107,13 +125,7 @@ impl Follower {
         let answer = answer(&known, found);
         let before = std::mem::replace(&mut self.interest, Interest::none());
         self.interest = self.issued.interest(entries, before);
-        // Asked last: what was found is of a process that lived until here.
-        match answer {
-            _ if self.workload.process.has_ended() => Err(Why::Ended),
-            _ if known.view.is_none() => Err(Why::Starting),
-            Answer::Nobody => Err(Why::Nobody),
-            answer => Ok(answer),
-        }
+        self.workload.ends(&known, answer)
     }
 
     /// Returns when something is known that was not looked at yet, or the workload has ended; false if nothing will be.
@@ -123,6 +135,17 @@ impl Follower {
             () = self.workload.process.ended() => true,
         }
     }
+}
+
+/// What holds now for `workload`, once.
+pub async fn once<T>(
+    issued: &Issued,
+    workload: &mut Workload,
+    answer: impl FnOnce(&Known, &BTreeSet<Selector>) -> Answer<T>,
+) -> Result<Answer<T>, Why> {
+    let known = issued.now();
+    let answer = answer(&known, workload.recognise(&known).await);
+    workload.ends(&known, answer)
 }
 
 /// When what is there in part goes out, and when a caller is told to come back.
@@ -223,7 +246,7 @@ pub struct Stream<T> {
     /// Where messages go.
     pub send: mpsc::Sender<Result<T, Status>>,
     /// Held while it is open.
-    pub place: OwnedSemaphorePermit,
+    pub place: Place,
 }
 
 impl<T: PartialEq + Clone + Send> Stream<T> {

@@ -10,6 +10,8 @@ use tokio::signal::unix::{SignalKind, signal};
 
 /// Two: one for the decision loop while another carries; more would cost memory and gain nothing on small nodes.
 const WORKERS: usize = 2;
+/// More than all connections and tunnels that are bounded elsewhere.
+const DESCRIPTORS_MAX: u64 = 65_536;
 
 #[derive(Parser)]
 #[command(name = "ambit-agent", version, about = "The node agent of Ambit")]
@@ -73,8 +75,16 @@ fn fetched(socket: &std::path::Path, out: &std::path::Path) -> anyhow::Result<()
     writeln!(std::io::stdout(), "{id}").context("writing to stdout")
 }
 
+/// Each connection of a workload holds three descriptors, each tunnel one; the usual soft limit is 1024.
+fn raise_descriptors() -> anyhow::Result<()> {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).context("the limit of descriptors")?;
+    setrlimit(Resource::RLIMIT_NOFILE, hard.min(DESCRIPTORS_MAX), hard).context("the limit of descriptors")
+}
+
 fn run(path: &std::path::Path) -> anyhow::Result<()> {
     let config = Config::read(path)?;
+    raise_descriptors()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKERS)
         .max_blocking_threads(4)

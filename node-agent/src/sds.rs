@@ -9,6 +9,7 @@ use crate::answers::{self, Answer, Identity, Roots};
 use crate::follow::{Follower, Patience, Step, Why, until_then};
 use crate::issued::{Issued, Known};
 use crate::metrics::METRICS;
+use crate::places::{Place, Places};
 use crate::workload_api::{refuse, workload};
 use crate::xds::{Invalid, Meaning, SECRET, Subscription, Wanted, version};
 use ambit_identity::keys::{SvidKey, certificates_to_pem};
@@ -21,8 +22,7 @@ use ambit_proto::xds::tls::{CertificateValidationContext, Secret, SpiffeCertVali
 use prost::Message;
 use prost_types::{Any, value::Kind};
 use std::collections::BTreeSet;
-use std::sync::Arc;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -41,27 +41,23 @@ const VALIDATOR_CONFIG: &str =
 #[derive(Clone, Debug)]
 pub struct Sds {
     issued: Issued,
-    streams: Arc<Semaphore>,
+    streams: Places,
 }
 
 impl Sds {
     /// A service that answers from `issued`, with a place of `streams` for each stream.
-    pub fn new(issued: Issued, streams: Arc<Semaphore>) -> Self {
+    pub fn new(issued: Issued, streams: Places) -> Self {
         Self { issued, streams }
     }
 
-    fn follow<T>(
-        &self,
-        method: &'static str,
-        request: &Request<T>,
-    ) -> Result<(Follower, OwnedSemaphorePermit), Status> {
+    fn follow<T>(&self, method: &'static str, request: &Request<T>) -> Result<(Follower, Place), Status> {
         let header = request.metadata().get("workload.spiffe.io").map(|value| value.to_str());
         if header.is_some_and(|value| value.ok() != Some("true")) {
             METRICS.workload_api.inc([method, "invalid"]);
             return Err(Status::invalid_argument("the metadata 'workload.spiffe.io' is 'true' or absent"));
         }
         let workload = workload(request).ok_or_else(|| refuse(Why::Ended))?;
-        let place = self.streams.clone().try_acquire_owned().map_err(|_| Status::unavailable("too many streams"))?;
+        let place = self.streams.take(workload.uid()).ok_or_else(|| Status::unavailable("too many streams"))?;
         Ok((Follower::new(&self.issued, workload), place))
     }
 }
@@ -144,7 +140,7 @@ struct Stream {
     asked: Subscription,
     form: Form,
     patience: Patience,
-    _place: OwnedSemaphorePermit,
+    _place: Place,
 }
 
 impl Stream {

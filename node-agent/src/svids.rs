@@ -278,7 +278,7 @@ fn still_of(view: Option<&crate::view::View>, entry: &EntryId, svid: &Result<Arc
 }
 
 /// "No" withdraws an SVID; "not now" does not.
-fn withdraws(refusal: &Refusal) -> bool {
+pub(crate) fn withdraws(refusal: &Refusal) -> bool {
     match refusal.code.class() {
         Class::Denied | Class::Unauthenticated | Class::Missing | Class::Invalid => true,
         Class::Conflict | Class::Unavailable | Class::Unimplemented | Class::Precondition => false,

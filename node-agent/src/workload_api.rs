@@ -9,41 +9,51 @@ use crate::caller::{Caller, Identified};
 use crate::cgroup::MeshRoot;
 use crate::follow::{Follower, Leave, Stream as Followed, Why, Workload};
 use crate::issued::{Issued, Known};
+use crate::jwt::{self, NoToken};
 use crate::metrics::METRICS;
+use crate::places::{Place, Places};
 use crate::sds::Sds;
+use crate::tokens::Tokens;
 use ambit_model::Selector;
 use ambit_proto::workload::spiffe_workload_api_server::{SpiffeWorkloadApi, SpiffeWorkloadApiServer};
 use ambit_proto::workload::{
-    JwtBundlesRequest, JwtBundlesResponse, JwtsvidRequest, JwtsvidResponse, ValidateJwtsvidRequest,
+    JwtBundlesRequest, JwtBundlesResponse, Jwtsvid, JwtsvidRequest, JwtsvidResponse, ValidateJwtsvidRequest,
     ValidateJwtsvidResponse, X509BundlesRequest, X509BundlesResponse, X509svid, X509svidRequest, X509svidResponse,
 };
 use ambit_proto::xds::secret::secret_discovery_service_server::SecretDiscoveryServiceServer;
 use ambit_proto::{ENVOY_DESCRIPTORS, SPIFFE_DESCRIPTORS};
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::net::UnixListener;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status};
 use tonic_health::server::HealthReporter;
 
 /// Streams open at once, those of Envoys among them; each holds a task and a queue of one message.
 const STREAMS_MAX: usize = 1024;
-const JWT_UNBUILT: &str =
-    "JWT-SVIDs are not built yet: this agent issues X.509-SVIDs only (see the limits in README.md)";
+/// Of these of one user.
+const STREAMS_PER_USER_MAX: usize = 256;
+/// Connections open at once; each holds three descriptors.
+const CONNECTIONS_MAX: usize = 2048;
+/// Of these of one user.
+const CONNECTIONS_PER_USER_MAX: usize = 256;
+/// Accepted and not yet taken in.
+const ACCEPTED_MAX: usize = 16;
 
 /// The service.
 #[derive(Clone, Debug)]
 pub struct WorkloadApi {
     issued: Issued,
-    streams: Arc<Semaphore>,
+    tokens: Tokens,
+    streams: Places,
 }
 
 impl WorkloadApi {
-    /// A service that answers from `issued`.
-    pub fn new(issued: Issued) -> Self {
-        Self { issued, streams: Arc::new(Semaphore::new(STREAMS_MAX)) }
+    /// A service that answers from `issued`, with JWT-SVIDs of `tokens`.
+    pub fn new(issued: Issued, tokens: Tokens) -> Self {
+        Self { issued, tokens, streams: Places::new(STREAMS_MAX, STREAMS_PER_USER_MAX) }
     }
 
     /// Serves on `listener`, with health and reflection, until it fails.
@@ -59,8 +69,10 @@ impl WorkloadApi {
             .add_service(reflection().build_v1()?)
             // What most tools in use still ask.
             .add_service(reflection().build_v1alpha()?);
+        let (ready, accepted) = mpsc::channel(ACCEPTED_MAX);
         tokio::select! {
-            served = router.serve_with_incoming(connections(listener, mesh)) => Ok(served?),
+            served = router.serve_with_incoming(ReceiverStream::new(accepted)) => Ok(served?),
+            () = accept(listener, mesh, ready) => Ok(()),
             () = telling => Ok(()),
         }
     }
@@ -89,9 +101,24 @@ async fn tell_health(health: HealthReporter, issued: Issued) {
     std::future::pending().await
 }
 
-fn connections(listener: UnixListener, mesh: MeshRoot) -> impl Stream<Item = std::io::Result<Lenient<Identified>>> {
-    let (mesh, accepted) = (Arc::new(mesh), tokio_stream::wrappers::UnixListenerStream::new(listener));
-    accepted.map(move |stream| Ok(Lenient::new(Identified::accept(stream?, &mesh))))
+/// Takes connections in for ever. What goes wrong with one ends none of the others: out of descriptors, most likely, and
+/// then some must close.
+async fn accept(listener: UnixListener, mesh: MeshRoot, ready: mpsc::Sender<std::io::Result<Lenient<Identified>>>) {
+    let (mesh, places) = (Arc::new(mesh), Places::new(CONNECTIONS_MAX, CONNECTIONS_PER_USER_MAX));
+    loop {
+        let accepted = listener.accept().await.and_then(|(stream, _)| Ok((stream.peer_cred()?.uid(), stream)));
+        let Ok((uid, stream)) = accepted.inspect_err(|error| tracing::warn!(%error, "connection not accepted")) else {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            continue;
+        };
+        let Some(place) = places.take(uid) else {
+            tracing::debug!(uid, "too many connections");
+            continue;
+        };
+        if ready.send(Ok(Lenient::new(Identified::accept(stream, place, &mesh)))).await.is_err() {
+            return;
+        }
+    }
 }
 
 type Streamed<T> = ReceiverStream<Result<T, Status>>;
@@ -115,8 +142,14 @@ impl SpiffeWorkloadApi for WorkloadApi {
     }
 
     async fn fetch_jwtsvid(&self, request: Request<JwtsvidRequest>) -> Result<Response<JwtsvidResponse>, Status> {
-        caller(&request)?;
-        Err(Status::unimplemented(JWT_UNBUILT))
+        let workload = caller(&request).inspect_err(|_| METRICS.workload_api.inc(["FetchJWTSVID", "invalid"]))?;
+        let _place = self.place(&workload)?;
+        let JwtsvidRequest { audience, spiffe_id } = request.into_inner();
+        let fetched = jwt::fetch(&self.issued, &self.tokens, workload, audience, &spiffe_id).await;
+        let fetched = fetched.map_err(|none| counted("FetchJWTSVID", none))?;
+        METRICS.workload_api.inc(["FetchJWTSVID", "ok"]);
+        let svid = |one: jwt::Identity| Jwtsvid { spiffe_id: one.id.to_string(), svid: one.token.0, hint: one.hint };
+        Ok(Response::new(JwtsvidResponse { svids: fetched.into_iter().map(svid).collect() }))
     }
 
     type FetchJWTBundlesStream = Streamed<JwtBundlesResponse>;
@@ -124,17 +157,29 @@ impl SpiffeWorkloadApi for WorkloadApi {
         &self,
         request: Request<JwtBundlesRequest>,
     ) -> Result<Response<Self::FetchJWTBundlesStream>, Status> {
-        caller(&request)?;
-        Err(Status::unimplemented(JWT_UNBUILT))
+        let answer = |known: &Known, found: &BTreeSet<Selector>| {
+            jwt::documents(known, found).map(|bundles| JwtBundlesResponse { bundles })
+        };
+        self.stream("FetchJWTBundles", &request, answer)
     }
 
     async fn validate_jwtsvid(
         &self,
         request: Request<ValidateJwtsvidRequest>,
     ) -> Result<Response<ValidateJwtsvidResponse>, Status> {
-        caller(&request)?;
-        Err(Status::unimplemented(JWT_UNBUILT))
+        let workload = caller(&request).inspect_err(|_| METRICS.workload_api.inc(["ValidateJWTSVID", "invalid"]))?;
+        let _place = self.place(&workload)?;
+        let ValidateJwtsvidRequest { audience, svid } = request.into_inner();
+        let judged = jwt::validate(&self.issued, &self.tokens, workload, &audience, &svid).await;
+        let (id, claims) = judged.map_err(|none| counted("ValidateJWTSVID", none))?;
+        METRICS.workload_api.inc(["ValidateJWTSVID", "ok"]);
+        Ok(Response::new(ValidateJwtsvidResponse { spiffe_id: id.to_string(), claims: Some(claims) }))
     }
+}
+
+fn counted(method: &'static str, none: NoToken) -> Status {
+    METRICS.workload_api.inc([method, none.as_str()]);
+    none.status(refuse)
 }
 
 /// Who asks, once the header is there: it proves that no browser or proxy was tricked into asking (section 5 of the
@@ -167,6 +212,11 @@ pub(crate) fn refuse(why: Why) -> Status {
 }
 
 impl WorkloadApi {
+    #[allow(clippy::result_large_err, reason = "a status is what the caller answers with")]
+    fn place(&self, workload: &Workload) -> Result<Place, Status> {
+        self.streams.take(workload.uid()).ok_or_else(|| Status::unavailable("too many streams"))
+    }
+
     fn stream<R, T: PartialEq + Clone + Send + 'static>(
         &self,
         method: &'static str,
@@ -174,7 +224,7 @@ impl WorkloadApi {
         answer: fn(&Known, &BTreeSet<Selector>) -> answers::Answer<T>,
     ) -> Result<Response<Streamed<T>>, Status> {
         let workload = caller(request).inspect_err(|_| METRICS.workload_api.inc([method, "invalid"]))?;
-        let place = self.streams.clone().try_acquire_owned().map_err(|_| Status::unavailable("too many streams"))?;
+        let place = self.place(&workload)?;
         let (send, receive) = mpsc::channel(1);
         let stream = Followed {
             method,

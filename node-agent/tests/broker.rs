@@ -8,6 +8,7 @@ use ambit_agent::broker::{Broker, Gate};
 use ambit_agent::clock::Clock;
 use ambit_agent::denials::{Denials, Lane};
 use ambit_agent::issued::{Issued, Svid};
+use ambit_agent::tokens::Tokens;
 use ambit_identity::tls::{certified, client_config, fixed};
 use ambit_identity::{Expect, SharedTrust, SvidKey, Trust, TrustStore};
 use ambit_model::{Generation, NodeId, Revision};
@@ -20,14 +21,15 @@ use rustls_pki_types::CertificateDer;
 use spiffe::broker_api::SecurityHeader;
 use spiffe::broker_api::pb::spiffe::broker::api_client::ApiClient;
 use spiffe::broker_api::pb::spiffe::broker::{
-    FetchJwtsvidRequest, KubernetesObjectReference, SubscribeToX509BundlesRequest, SubscribeToX509svidRequest,
-    SubscribeToX509svidResponse, WorkloadPidReference, WorkloadReference,
+    FetchJwtsvidRequest, KubernetesObjectReference, SubscribeToJwtBundlesRequest, SubscribeToX509BundlesRequest,
+    SubscribeToX509svidRequest, SubscribeToX509svidResponse, WorkloadPidReference, WorkloadReference,
 };
 use std::collections::BTreeSet;
 use std::process::{Child, Command};
 use std::sync::Arc;
 use std::time::Duration;
 use support::Cell;
+use support::issuer::{Issuer, Served};
 use support::local::{Folder, mesh};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
@@ -40,7 +42,7 @@ const STRANGER: u32 = 424_243;
 
 /// A served Broker API, gone with the test, on a node of west.
 struct Stage {
-    west: Cell,
+    served: Served,
     slice: v1::Slice,
     issued: Issued,
     trust: SharedTrust,
@@ -58,8 +60,11 @@ impl Drop for Stage {
     }
 }
 
-fn stage() -> Stage {
-    let (mut west, east) = (Cell::founded("west", 1), Cell::founded("east", 2));
+async fn stage() -> Stage {
+    let (mut west, mut east) = (Cell::founded("west", 1), Cell::founded("east", 2));
+    for cell in [&mut west, &mut east] {
+        cell.jwt_authority();
+    }
     let web = west.entry("web", &[&format!("unix:uid:{WORKLOAD}")], &["east"]);
     for proxy in ["proxy", "other"] {
         west.entry(proxy, &["unix:uid:0"], &[]);
@@ -85,13 +90,19 @@ fn stage() -> Stage {
         node,
     };
     let listener = UnixListener::bind(folder.join("socket")).unwrap();
-    let broker = Broker::new(issued.clone(), Arc::new(mesh()), gate);
+    let served = Issuer::serve(west).await;
+    let (_, channel) = watch::channel(Some(served.channel.clone()));
+    let tokens = Tokens::new(channel, Arc::default());
+    let broker = Broker::new(issued.clone(), tokens, Arc::new(mesh()), gate);
     let serving = broker.serve(listener, fixed(identity));
     let task = tokio::spawn(async move { serving.await.unwrap() });
-    Stage { west, slice, issued, trust, denials, here, folder, agent, task }
+    Stage { served, slice, issued, trust, denials, here, folder, agent, task }
 }
 
 impl Stage {
+    fn svid(&self, entry: &str) -> Arc<Svid> {
+        self.served.issuer.with(|west| west.svid(entry))
+    }
     async fn connect(&self, me: Option<Arc<CertifiedKey>>, expect: Expect) -> Result<Channel, tonic::transport::Error> {
         let config = client_config(self.trust.clone(), expect, me, &[b"h2"]).unwrap();
         let (connector, path) = (tokio_rustls::TlsConnector::from(Arc::new(config)), self.folder.join("socket"));
@@ -169,8 +180,8 @@ async fn refusal(channel: Channel, reference: Option<WorkloadReference>) -> (Cod
 
 #[tokio::test]
 async fn a_proxy_gets_what_the_workload_would_get_for_as_long_as_it_lives() {
-    let mut stage = stage();
-    let proxy = stage.west.svid("proxy");
+    let stage = stage().await;
+    let proxy = stage.svid("proxy");
     let channel = stage.of(&proxy).await;
     let workload = process(WORKLOAD);
     let held = stage.issued.now().svids[&"web".parse().unwrap()].clone().unwrap();
@@ -181,7 +192,7 @@ async fn a_proxy_gets_what_the_workload_would_get_for_as_long_as_it_lives() {
     assert_eq!(told.svids[0].spiffe_id, "spiffe://west/web");
     assert_eq!(told.svids[0].x509_svid, held.chain_der.concat());
     assert_eq!(told.svids[0].x509_svid_key, held.key_pkcs8.to_vec());
-    assert_eq!(told.svids[0].bundle, stage.west.bundle().roots_der.concat());
+    assert_eq!(told.svids[0].bundle, stage.served.issuer.with(|west| west.bundle()).roots_der.concat());
     assert_eq!(told.federated_bundles.keys().collect::<Vec<_>>(), ["spiffe://east"]);
 
     let mut client = ApiClient::with_interceptor(channel.clone(), SecurityHeader::new());
@@ -190,10 +201,25 @@ async fn a_proxy_gets_what_the_workload_would_get_for_as_long_as_it_lives() {
     let mut known: Vec<String> = bundles.message().await.unwrap().unwrap().bundles.into_keys().collect();
     known.sort();
     assert_eq!(known, ["spiffe://east", "spiffe://west"]);
-    let jwt = FetchJwtsvidRequest { reference: pid(number(&workload)), ..Default::default() };
-    assert_eq!(client.fetch_jwtsvid(jwt).await.unwrap_err().code(), Code::Unimplemented);
 
-    let renewed = stage.west.svid("web");
+    let jwt =
+        FetchJwtsvidRequest { reference: pid(number(&workload)), audience: vec!["a".into()], ..Default::default() };
+    let token = client.fetch_jwtsvid(jwt.clone()).await.unwrap().into_inner().svids.remove(0);
+    assert_eq!(token.spiffe_id, "spiffe://west/web");
+    assert_eq!(token.svid.split('.').count(), 3);
+    let mine = FetchJwtsvidRequest { spiffe_id: "spiffe://west/proxy".into(), ..jwt.clone() };
+    assert_eq!(client.fetch_jwtsvid(mine).await.unwrap_err().code(), Code::PermissionDenied);
+    let nobody = FetchJwtsvidRequest { reference: pid(i32::MAX), ..jwt.clone() };
+    assert_eq!(client.fetch_jwtsvid(nobody).await.unwrap_err().code(), Code::NotFound);
+    let none = FetchJwtsvidRequest { audience: vec![], ..jwt };
+    assert_eq!(client.fetch_jwtsvid(none).await.unwrap_err().code(), Code::InvalidArgument);
+    let keys = SubscribeToJwtBundlesRequest { reference: pid(number(&workload)) };
+    let keys = client.subscribe_to_jwt_bundles(keys).await.unwrap().into_inner().message().await.unwrap().unwrap();
+    let mut known: Vec<String> = keys.bundles.into_keys().collect();
+    known.sort();
+    assert_eq!(known, ["spiffe://east", "spiffe://west"]);
+
+    let renewed = stage.svid("web");
     stage.issued.set_svids([("web".parse().unwrap(), Ok(renewed.clone()))].into());
     assert_eq!(next(&mut stream).await.unwrap().svids[0].x509_svid, renewed.chain_der.concat());
     // Another process of the same kind goes on when this one ends, and so does the connection.
@@ -202,15 +228,16 @@ async fn a_proxy_gets_what_the_workload_would_get_for_as_long_as_it_lives() {
     next(&mut second).await.unwrap();
     end(workload);
     assert_eq!(next(&mut stream).await.unwrap_err().code(), Code::NotFound);
-    stage.issued.set_view(stage.west.view(v1::Slice { revision: 2, entries: vec![], ..stage.slice.clone() }));
+    let nobody = v1::Slice { revision: 2, entries: vec![], ..stage.slice.clone() };
+    stage.issued.set_view(stage.served.issuer.with(|west| west.view(nobody)));
     assert_eq!(next(&mut second).await.unwrap_err().code(), Code::PermissionDenied);
     end(twin);
 }
 
 #[tokio::test]
 async fn a_reference_is_checked_and_says_what_is_wrong_with_it() {
-    let mut stage = stage();
-    let proxy = stage.west.svid("proxy");
+    let stage = stage().await;
+    let proxy = stage.svid("proxy");
     let channel = stage.of(&proxy).await;
     let (stranger, gone) = (process(STRANGER), process(WORKLOAD));
     let ended = number(&gone);
@@ -239,8 +266,8 @@ async fn a_reference_is_checked_and_says_what_is_wrong_with_it() {
 
 #[tokio::test]
 async fn only_a_broker_of_this_node_that_is_listed_and_not_denied_is_answered() {
-    let mut stage = stage();
-    let (proxy, other, workload) = (stage.west.svid("proxy"), stage.west.svid("other"), process(WORKLOAD));
+    let stage = stage().await;
+    let (proxy, other, workload) = (stage.svid("proxy"), stage.svid("other"), process(WORKLOAD));
     let reference = || pid(number(&workload));
     let denied = (Code::PermissionDenied, String::new());
     let id = Expect::Id(stage.agent.clone());
@@ -278,12 +305,12 @@ async fn only_a_broker_of_this_node_that_is_listed_and_not_denied_is_answered() 
     assert_eq!(refusal(channel.clone(), reference()).await, denied);
     stage.here.send_replace(None);
     assert_eq!(refusal(channel.clone(), reference()).await, denied);
-    stage.here.send_replace(Some((stage.west.node(), Generation(2))));
+    stage.here.send_replace(Some((stage.served.issuer.with(|west| west.node()), Generation(2))));
 
     // A live stream ends with the denial of its broker.
     let mut stream = subscribe(channel.clone(), reference()).await.unwrap();
     next(&mut stream).await.unwrap();
-    let node = stage.west.node().to_string();
+    let node = stage.served.issuer.with(|west| west.node()).to_string();
     let denial = v1::NodeDenial { node, generation: 2, trust_domain: "west".into() };
     assert!(stage.denials.offer(Denials::parse(Revision(2), &[denial]).unwrap()));
     assert_eq!(next(&mut stream).await.unwrap_err().code(), Code::PermissionDenied);

@@ -8,6 +8,7 @@ pub mod authority;
 pub mod bundle;
 pub mod csr;
 mod json;
+pub mod jwks;
 pub mod jwt;
 pub mod document;
 pub mod keys;

@@ -3,10 +3,12 @@
 use super::Cell;
 use ambit_agent::cgroup::MeshRoot;
 use ambit_agent::issued::Issued;
+use ambit_agent::tokens::Tokens;
 use ambit_agent::workload_api::WorkloadApi;
 use ambit_proto::v1;
 use bytes::{Buf, BufMut, Bytes};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use tokio::net::UnixListener;
 use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
@@ -46,11 +48,15 @@ pub(crate) struct Socket {
 
 impl Socket {
     pub(crate) fn serve(name: &str, issued: &Issued) -> Socket {
+        // Without a cell: no token.
+        Socket::with(name, issued, Tokens::new(tokio::sync::watch::channel(None).1, Arc::default()))
+    }
+    pub(crate) fn with(name: &str, issued: &Issued, tokens: Tokens) -> Socket {
         let folder = Folder::new(name);
         let listener = UnixListener::bind(folder.join("socket")).unwrap();
         let everyone = std::os::unix::fs::PermissionsExt::from_mode(0o777);
         std::fs::set_permissions(folder.join("socket"), everyone).unwrap();
-        let serving = WorkloadApi::new(issued.clone()).serve(listener, mesh());
+        let serving = WorkloadApi::new(issued.clone(), tokens).serve(listener, mesh());
         Socket { folder, task: tokio::spawn(async move { serving.await.unwrap() }) }
     }
     pub(crate) fn path(&self) -> PathBuf {

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
 pub(crate) mod agent;
+pub(crate) mod issuer;
 pub(crate) mod local;
 pub(crate) mod replica;
 pub(crate) mod tpm;
@@ -10,9 +11,11 @@ pub(crate) mod tpm;
 use ambit_agent::issued::Svid;
 use ambit_agent::view::View;
 use ambit_identity::tls::certified;
-use ambit_identity::{Csr, IssuingKey, Root, SvidKey, issue};
+use ambit_identity::{Csr, IssuingKey, JwtKey, Root, SvidKey, issue, issue_jwt};
 use ambit_model::appraisal::PcrBank;
-use ambit_model::{ClusterId, Entry, Generation, Lifetime, NodeId, RaftIndex, Revision, Stamp, TrustDomain};
+use ambit_model::{
+    Audience, ClusterId, Entry, Generation, Lifetime, NodeId, RaftIndex, Refusal, Revision, Stamp, TrustDomain,
+};
 use ambit_proto::v1;
 use ambit_state::command::{Admission, LeafRequest, Seen};
 use ambit_state::objects::{AkFacts, BootPcrs, CellRow, Counters, EkFacts, ImaPoint, KeySetRow, Member, PolicyRef};
@@ -32,6 +35,7 @@ pub(crate) struct Cell {
     state: State,
     index: u64,
     node: NodeId,
+    jwt: Option<JwtKey>,
 }
 
 impl Cell {
@@ -63,7 +67,8 @@ impl Cell {
             wrap_key: vec![],
             record_key: [1; 32],
         };
-        let mut cell = Cell { td: td.clone(), root, key, state: State::new(), index: 0, node: NodeId([node; 32]) };
+        let mut cell =
+            Cell { td: td.clone(), root, key, state: State::new(), index: 0, node: NodeId([node; 32]), jwt: None };
         let cluster: ClusterId = td.as_str().parse().unwrap();
         cell.run(Command::FoundCell(row, 1, member, KeySetRow::default())).outcome.unwrap();
         cell.run(Command::RegisterCluster(cluster.clone(), vec![], 30_000)).outcome.unwrap();
@@ -173,6 +178,24 @@ impl Cell {
         })
     }
 
+    /// A key that signs tokens from now on, in place of the one before.
+    pub(crate) fn jwt_authority(&mut self) {
+        let key = JwtKey::generate().unwrap();
+        let wrapped = std::collections::BTreeMap::from([(1, vec![1])]);
+        self.run(Command::PutJwtAuthority(key.spki().to_vec(), wrapped)).outcome.unwrap();
+        self.jwt = Some(key);
+    }
+
+    /// A token of an entry, issued as a replica would: committed, applied, signed.
+    pub(crate) fn token(&mut self, entry: &str, audience: &[String]) -> Result<String, Refusal> {
+        let audience = Audience::new(audience.to_vec())?;
+        let (node, generation) = (self.node, self.state.node(&self.node).unwrap().generation);
+        let kid = self.jwt.as_ref().expect("a JWT authority").kid().to_owned();
+        let (entry, audience_sha256) = (entry.parse().unwrap(), audience.sha256());
+        let committed = self.run(Command::IssueJwt { node, generation, kid, entry, audience_sha256 }).into_token()?;
+        Ok(issue_jwt(committed, &audience, self.jwt.as_ref().unwrap())?.to_string())
+    }
+
     pub(crate) fn id(&self, path: &str) -> String {
         format!("spiffe://{}/{path}", self.td)
     }
@@ -181,7 +204,9 @@ impl Cell {
     }
     pub(crate) fn bundle(&self) -> v1::Bundle {
         let roots_der = vec![self.root.der().to_vec()];
-        v1::Bundle { trust_domain: self.td.to_string(), sequence: 1, roots_der, ..v1::Bundle::default() }
+        let known = self.state.jwt_bundles().remove(&self.td).unwrap_or_default();
+        let jwt_authorities = known.iter().map(Into::into).collect();
+        v1::Bundle { trust_domain: self.td.to_string(), sequence: 1, roots_der, jwt_authorities }
     }
     /// A slice of this cell that knows the bundles of `peers`.
     pub(crate) fn slice(&self, revision: u64, peers: &[&Cell]) -> v1::Slice {
