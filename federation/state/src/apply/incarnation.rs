@@ -74,6 +74,10 @@ impl State {
             let Some(oldest) = self.incarnations.iter().next().map(|(k, _)| *k) else { break };
             self.incarnations.remove(&mut self.journal, &oldest);
         }
+        #[cfg(ambit_mutant)]
+        if crate::mutant::is("anew-forgets-entries") {
+            self.entries.prune(&mut self.journal, |_, _| true);
+        }
         // Tokens that were spent, and tickets that were answered, after what came along are spent still.
         self.tokens.prune(&mut self.journal, |_, _| true);
         self.ticket_keys.prune(&mut self.journal, |_, _| true);
