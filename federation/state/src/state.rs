@@ -268,6 +268,10 @@ impl State {
         if crate::mutant::is("no-dedupe") {
             return apply::apply(self, index, stamp, &entry.command);
         }
+        #[cfg(ambit_mutant)]
+        if crate::mutant::is("dedupe-of-leaves-only") && !matches!(entry.command, Command::Issue { .. }) {
+            return apply::apply(self, index, stamp, &entry.command);
+        }
         if let Some(row) = self.dedupe.get(&key) {
             if row.command_sha256 == command_sha256 {
                 let reply = row.outcome?;

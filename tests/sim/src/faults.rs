@@ -16,6 +16,9 @@ use ambitd::store::model::{Fault, ModelDisk, Part};
 const CUT_MAX: Micros = 2 * SECOND;
 /// A pause: longer than election timeouts.
 const PAUSE_MAX: Micros = 1_500 * MS;
+/// Now and then one lasts longer than a clock may be off: what was missed must not count as time.
+const LONG: (Micros, Micros) = (3 * SECOND, 6 * SECOND);
+const LONG_PER_MILLE: u64 = 120;
 /// A clock that is off by less may be the median.
 const STAMP_SLACK_MS: u64 = 2_500;
 
@@ -89,7 +92,7 @@ impl World {
                 }
             }
             Kind::Pause => {
-                let (until, one) = (self.now + self.dice.between(50 * MS, PAUSE_MAX), self.one_up());
+                let (until, one) = (self.now + self.lasts(50 * MS, PAUSE_MAX), self.one_up());
                 if let Some(host) = one.and_then(|id| self.hosts.get_mut(&id)) {
                     host.paused_until = until;
                     self.tally.pauses += 1;
@@ -140,9 +143,14 @@ impl World {
             self.hosts.values().filter(|h| h.condition != Condition::Removed).map(|h| h.id).collect();
         let how = self.network.cut(&members);
         self.tally.partitions += 1;
-        let until = self.now + self.dice.between(100 * MS, CUT_MAX);
+        let until = self.now + self.lasts(100 * MS, CUT_MAX);
         self.say(|| format!("the network is cut, {how}, until {} ms", until / MS));
         self.at(until, Event::Mend);
+    }
+
+    fn lasts(&mut self, min: Micros, max: Micros) -> Micros {
+        let (min, max) = if self.dice.per_mille(LONG_PER_MILLE) { LONG } else { (min, max) };
+        self.dice.between(min, max)
     }
 
     fn jump(&mut self) {

@@ -1,7 +1,7 @@
 //! `ambit-sim`: seeds in, violations out. `cargo xtask sim` builds and runs it.
 
 use ambit_sim::{Counts, Failure, Simulator};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -48,7 +48,7 @@ fn number(of: &str, text: Option<String>) -> Result<u64, String> {
 }
 
 /// Faults that this build can plant: name and what is wrong.
-fn mutants() -> Vec<(&'static str, &'static str)> {
+fn mutants() -> Vec<(&'static str, &'static str, &'static str)> {
     #[cfg(ambit_mutant)]
     return ambit_state::mutant::ALL.to_vec();
     #[cfg(not(ambit_mutant))]
@@ -74,8 +74,8 @@ fn main() -> ExitCode {
         }
     };
     if wanted.list {
-        for (name, what) in mutants() {
-            println!("{name} {what}");
+        for (name, oracles, what) in mutants() {
+            println!("{name} {what} [{oracles}]");
         }
         return ExitCode::SUCCESS;
     }
@@ -102,6 +102,9 @@ fn main() -> ExitCode {
     hunt(&simulator, &wanted)
 }
 
+/// Seeds of one cell that a core is to make a second.
+const SPEED: f64 = 100.0;
+
 /// Runs of a kind, by their number of cells: how many, and how long they had a core.
 type Speed = BTreeMap<usize, (u64, Duration)>;
 
@@ -109,6 +112,7 @@ type Speed = BTreeMap<usize, (u64, Duration)>;
 fn hunt(simulator: &Simulator, wanted: &Wanted) -> ExitCode {
     let (mut counts, mut failures) = (Counts::default(), Vec::<Failure>::new());
     let (mut digest, mut speed) = (String::new(), Speed::new());
+    let mut others = BTreeSet::new();
     for seed in wanted.from..wanted.from + wanted.seeds {
         let began = on_core();
         match simulator.run(seed, wanted.seconds, wanted.replay) {
@@ -119,7 +123,13 @@ fn hunt(simulator: &Simulator, wanted: &Wanted) -> ExitCode {
                 digest = chain(&digest, &outcome.digest());
             }
             Err(failure) => {
-                if wanted.mutant.is_some() {
+                if let Some(name) = &wanted.mutant {
+                    // Another oracle, or raft's own panic, may see it first: that is not what shows that this one would.
+                    let of = mutants().into_iter().find(|(known, ..)| known == name).map_or("", |(_, of, _)| of);
+                    if !of.split(' ').any(|one| one == failure.invariant) {
+                        others.insert(failure.invariant);
+                        continue;
+                    }
                     println!("caught by {} at seed {}: {}", failure.invariant, failure.seed, failure.violation);
                     return ExitCode::SUCCESS;
                 }
@@ -132,7 +142,7 @@ fn hunt(simulator: &Simulator, wanted: &Wanted) -> ExitCode {
     }
     summary(&counts, &speed, &digest, wanted.seconds);
     if wanted.mutant.is_some() {
-        println!("not caught in {} seeds", wanted.seeds);
+        println!("not caught in {} seeds by the oracle that should; by others: {others:?}", wanted.seeds);
         return ExitCode::from(1);
     }
     println!("{} seeds, {} violations", wanted.seeds, failures.len());
@@ -140,14 +150,19 @@ fn hunt(simulator: &Simulator, wanted: &Wanted) -> ExitCode {
 }
 
 fn summary(counts: &Counts, speed: &Speed, digest: &str, seconds: u64) {
-    let (judged, not_yet) = Simulator::scope();
+    let [judged, elsewhere, not_yet] = Simulator::scope();
     println!("{counts}");
     println!("judged: {judged}");
+    println!("{elsewhere}");
     println!("{not_yet}");
     for (cells, (seeds, took)) in speed {
         let each = *seeds as f64 / took.as_secs_f64().max(0.001);
-        let what = if *cells == 1 { "one cell" } else { "three cells" };
-        println!("{what}: {seeds} seeds of {seconds} s, {each:.0} a second of one core");
+        let (what, target) = match *cells {
+            1 if each >= SPEED => ("one cell", format!(", target {SPEED}: met")),
+            1 => ("one cell", format!(", target {SPEED}: missed")),
+            _ => ("three cells", String::new()),
+        };
+        println!("{what}: {seeds} seeds of {seconds} s, {each:.0} a second of one core{target}");
     }
     println!("digest {}", digest.get(..16).unwrap_or("none"));
 }

@@ -48,7 +48,7 @@ impl World {
         }
         self.invited = None;
         self.say(|| format!("the cell begins anew at {} with replica {id}", whole.state.applied()));
-        self.history.begin_anew(whole.state, whole.term + 1);
+        self.history.begin_anew(whole.state, whole.term + 1)?;
         self.add_host(id, disk);
         Ok(true)
     }

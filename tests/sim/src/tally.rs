@@ -5,6 +5,8 @@
 pub(crate) struct Tally {
     pub(crate) acknowledged: u64,
     pub(crate) reads: u64,
+    /// Runs in which two of three voters had to go on by themselves.
+    pub(crate) quorums: u64,
     pub(crate) entries: u64,
     pub(crate) crashes: u64,
     pub(crate) partitions: u64,
@@ -31,10 +33,11 @@ impl Tally {
         }
     }
 
-    fn counts(&mut self) -> [&mut u64; 13] {
+    fn counts(&mut self) -> [&mut u64; 14] {
         [
             &mut self.acknowledged,
             &mut self.reads,
+            &mut self.quorums,
             &mut self.entries,
             &mut self.crashes,
             &mut self.partitions,

@@ -400,6 +400,10 @@ impl<S: Storage> RaftCore<S> {
         wire.node_id = id;
         match self.node.apply_conf_change(&wire) {
             Ok(conf) => {
+                if let Change::AddLearner(id) = change {
+                    // Another machine under a number that was given before counts its starts from one.
+                    self.incarnations.remove(&id);
+                }
                 // raft-rs lets a leader that was taken out lead on, refusing every proposal: a change that was asked of one
                 // leader may be applied by the next, whom it concerns. The simulator found it.
                 let is_out = self.node.raft.state == StateRole::Leader && !self.node.raft.promotable();

@@ -315,6 +315,8 @@ impl<D: Disk> Engine<D> {
         let median = self.clocks.median(self.options.id.0, &self.machine.membership().voters, now);
         #[cfg(ambit_mutant)]
         let median = if ambit_state::mutant::is("stamp-of-own-wall") { now.wall } else { median };
+        #[cfg(ambit_mutant)]
+        let floor = if ambit_state::mutant::is("stamp-without-floor") { Stamp(0) } else { floor };
         TermClock::start(term, floor, median, now)
     }
 
@@ -384,6 +386,8 @@ impl<D: Disk> Engine<D> {
         self.send(early, now, send);
         if let Some((base, bytes)) = install {
             self.machine.install(base, &bytes, self.core.store_mut())?;
+            // Its stamp is of now at the earliest: the time that passed since the last one applied here is in it already.
+            self.stamped = Some(now.boot);
             // Whoever follows the state must not wait for the next entry.
             self.applied.send_replace(self.machine.applied());
             self.shared.metrics.snapshot_made();

@@ -114,3 +114,5 @@ pub fn prepare_join_on(disk: &impl Disk, id: ReplicaId) -> Result<(), StartError
 
 #[cfg(test)]
 mod cell_tests;
+#[cfg(test)]
+mod engine_tests;

@@ -69,14 +69,13 @@ pub(super) fn ends(at: At, issuer: Stamp, ttl_ms: u64, verdict: Option<Stamp>) -
 /// I4: the node as it stands at this index, if it may be issued anything at all.
 fn trusted_node<'a>(s: &'a State, at: At, id: &NodeId, generation: Generation) -> Result<&'a NodeRow, Refusal> {
     let node = s.node(id).ok_or_else(|| Refusal::new(Code::NodeUnknown, "an enrolled node", id.to_string()))?;
+    let (barred, denied) = (node.state.bars_trust(), s.denied(id).is_some_and(|g| generation <= g));
     #[cfg(ambit_mutant)]
-    if crate::mutant::is("revocation-unchecked") {
-        return Ok(node);
-    }
-    if let Some(code) = node.state.bars_trust() {
+    let (barred, denied) = if crate::mutant::is("revocation-unchecked") { (None, false) } else { (barred, denied) };
+    if let Some(code) = barred {
         return Err(Refusal::new(code, "an admitted node", node.state.as_str()));
     }
-    if node.generation < generation || s.denied(id).is_some_and(|g| generation <= g) {
+    if node.generation < generation || denied {
         return Err(Refusal::new(
             Code::NodeUntrusted,
             format!("generation {}", node.generation),

@@ -1,6 +1,6 @@
 //! The one history: what was applied anywhere, in order, applied once more by the oracle itself.
 
-use super::promises::Promises;
+use super::promises::{self, Promises};
 use super::{News, Violation};
 use crate::client::OpId;
 use crate::host::EPOCH_MS;
@@ -13,6 +13,11 @@ use std::collections::BTreeMap;
 
 /// The founding is index 1 and lives in the first snapshot only.
 const FOUNDING: u64 = 1;
+
+/// Tables that an incarnation has for itself: clock, cell, members and their admissions, tokens, record keys, ticket keys.
+const INCARNATIONS_OWN: [u8; 7] = [1, 2, 3, 4, 5, 6, 7];
+/// Tables that its beginning adds to: records for peers, and beginnings.
+const ADDED_TO: [u8; 2] = [22, 30];
 
 /// What one replica shows after it ran.
 pub(crate) struct View {
@@ -116,16 +121,12 @@ impl History {
             None => self.state.skip(RaftIndex(index)),
             Some(bytes) => {
                 let entry = LogEntry::decode(bytes).map_err(|r| Violation::of("I2", format!("{index}: {r}")))?;
-                let before = self.state.stamp();
+                self.time_goes_on(index, &entry, now)?;
                 let outcome = self.state.apply(RaftIndex(index), &entry).outcome;
-                let (stamp, truth) = (self.state.stamp(), EPOCH_MS + now / MS);
-                // It may have waited long for its majority: how old it is says nothing.
-                if stamp < before || stamp.0 > truth.saturating_add(self.stamps_lead_max_ms) {
-                    let found = format!("the stamp at {index} is {} ms ahead", stamp.0 as i128 - i128::from(truth));
-                    return Err(Violation::of("I15", found));
-                }
-                self.promises.judge(index, stamp, &entry, &outcome, &self.state)?;
-                self.leaves += super::promises::leaves(&outcome).len() as u64;
+                let (stamp, writes) = (self.state.stamp(), self.state.take_writes());
+                let applied = promises::Applied { index, stamp, entry: &entry, outcome: &outcome, writes: &writes };
+                self.promises.judge(&applied, &self.state)?;
+                self.leaves += promises::leaves(&outcome).len() as u64;
                 if outcome.is_ok() {
                     self.tell(index, entry.command);
                 }
@@ -138,15 +139,50 @@ impl History {
         Ok(())
     }
 
-    /// The cell begins anew with this state. What was acknowledged is in it; nodes must be seen again before they get
-    /// anything.
-    pub(crate) fn begin_anew(&mut self, state: State, term: u64) {
+    /// I15, of what the leader wrote and not of what apply makes of it: stamps never go back, and none is far ahead of the
+    /// true time. How old one is says nothing: it may have waited long for its majority.
+    fn time_goes_on(&self, index: u64, entry: &LogEntry, now: Micros) -> Result<(), Violation> {
+        let (before, truth) = (self.state.stamp(), EPOCH_MS + now / MS);
+        if entry.stamp < before {
+            let found = format!("the stamp at {index} is {} ms before the last", before.0 - entry.stamp.0);
+            return Err(Violation::of("I15", found));
+        }
+        if entry.stamp.0 > truth.saturating_add(self.stamps_lead_max_ms) {
+            let ahead = i128::from(entry.stamp.0) - i128::from(truth);
+            return Err(Violation::of("I15", format!("the stamp at {index} is {ahead} ms ahead")));
+        }
+        Ok(())
+    }
+
+    /// The cell begins anew with this state; nodes must be seen again before they get anything.
+    pub(crate) fn begin_anew(&mut self, state: State, term: u64) -> Result<(), Violation> {
+        self.nothing_is_forgotten(&state)?;
         self.first = state.applied().0;
         self.places = vec![Place { term, command: None, digest: state.digest() }];
         self.state = state;
         self.leaders.clear();
         self.promises.nodes_unseen();
         self.tell(self.first, Command::Tick);
+        Ok(())
+    }
+
+    /// I1, where a cell begins anew: of what was acknowledged every row is there as it was. Only what speaks of the
+    /// incarnation itself may change; what is exported, and the beginnings themselves, may only be added to.
+    fn nothing_is_forgotten(&self, anew: &State) -> Result<(), Violation> {
+        let rows = |state: &State| -> BTreeMap<(u8, Vec<u8>), Option<Vec<u8>>> {
+            state.export().into_iter().map(|row| ((row.table, row.key), row.value)).collect()
+        };
+        let (before, after) = (rows(&self.state), rows(anew));
+        let kept = |key: &(u8, Vec<u8>)| !INCARNATIONS_OWN.contains(&key.0);
+        let lost = before.iter().find(|(key, value)| kept(key) && after.get(*key) != Some(*value));
+        let new = after.keys().find(|key| kept(key) && !ADDED_TO.contains(&key.0) && !before.contains_key(*key));
+        match lost.map(|(key, _)| key).or(new) {
+            None => Ok(()),
+            Some((table, key)) => {
+                let found = format!("the cell begins anew with another row {} of table {table}", hex::encode(key));
+                Err(Violation::of("I1", found))
+            }
+        }
     }
 
     /// What other cells are judged by.

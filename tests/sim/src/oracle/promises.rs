@@ -3,13 +3,18 @@
 use super::Violation;
 use crate::client::OpId;
 use ambit_model::{Generation, NodeId, Refusal, Stamp};
-use ambit_state::{Command, Issuance, LogEntry, NodeVerb, Nodes, OwnedName, Reply, State, UNATTESTED_MAX_MS};
+use ambit_state::{
+    Command, Issuance, LogEntry, NodeVerb, Nodes, OwnedName, Reply, State, TableWrite, UNATTESTED_MAX_MS,
+};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// As design.md says (I6).
 const NOT_BEFORE_SLACK_MS: u64 = 60_000;
 /// The most that a leaf's lifetime may be: the ceiling of a TTL.
 const LIFETIME_MAX_MS: u64 = 24 * 3_600_000;
+
+/// The table that each entry changes: time and position.
+const CLOCK: u8 = 1;
 
 /// What operators and verdicts made of a node, as the oracle counts it.
 #[derive(Clone, Copy, Debug)]
@@ -27,22 +32,26 @@ pub(super) struct Promises {
     nodes: BTreeMap<NodeId, Node>,
     nonces: BTreeSet<[u8; 32]>,
     serials: BTreeMap<[u8; 16], u64>,
-    /// Serials that each request was given, at its first application.
-    given: BTreeMap<Request, (u64, Vec<[u8; 16]>)>,
+    /// What became of each request, at its first application.
+    given: BTreeMap<Request, (u64, Result<Reply, Refusal>)>,
     policies: BTreeMap<OwnedName, u64>,
+}
+
+/// An entry as it was applied.
+pub(super) struct Applied<'a> {
+    pub(super) index: u64,
+    pub(super) stamp: Stamp,
+    pub(super) entry: &'a LogEntry,
+    pub(super) outcome: &'a Result<Reply, Refusal>,
+    /// The rows that it changed.
+    pub(super) writes: &'a [TableWrite],
 }
 
 impl Promises {
     /// One entry was applied; `state` is after it.
-    pub(super) fn judge(
-        &mut self,
-        index: u64,
-        stamp: Stamp,
-        entry: &LogEntry,
-        outcome: &Result<Reply, Refusal>,
-        state: &State,
-    ) -> Result<(), Violation> {
-        let repeated = self.repeated(index, entry, outcome)?;
+    pub(super) fn judge(&mut self, applied: &Applied<'_>, state: &State) -> Result<(), Violation> {
+        let Applied { index, stamp, entry, outcome, .. } = *applied;
+        let repeated = self.repeated(applied)?;
         if let Ok(reply) = outcome
             && !repeated
         {
@@ -64,23 +73,25 @@ impl Promises {
         Ok(())
     }
 
-    /// I10: a request has its effect once; a repetition gives the same leaves or fewer.
-    fn repeated(&mut self, index: u64, entry: &LogEntry, outcome: &Result<Reply, Refusal>) -> Result<bool, Violation> {
+    /// I10: a request has its effect once. A repetition moves the clock and nothing else, and is answered as before.
+    fn repeated(&mut self, applied: &Applied<'_>) -> Result<bool, Violation> {
+        let Applied { index, entry, outcome, writes, .. } = *applied;
         if entry.request == [0; 16] {
             return Ok(false);
         }
-        let serials: Vec<[u8; 16]> = leaves(outcome).iter().map(|leaf| leaf.serial).collect();
         let key = (entry.client, entry.request);
-        match self.given.get(&key) {
-            None => {
-                self.given.insert(key, (index, serials));
-                Ok(false)
-            }
-            Some((_, before)) if serials.iter().all(|serial| before.contains(serial)) => Ok(true),
-            Some((first, _)) => {
-                Err(Violation::of("I10", format!("the request of {first} was given other leaves at {index}")))
-            }
+        let Some((first, before)) = self.given.get(&key) else {
+            self.given.insert(key, (index, outcome.clone()));
+            return Ok(false);
+        };
+        if let Some(write) = writes.iter().find(|write| write.table != CLOCK) {
+            let found = format!("the request of {first} changed table {} again at {index}", write.table);
+            return Err(Violation::of("I10", found));
         }
+        if !same_answer(before, outcome) {
+            return Err(Violation::of("I10", format!("the request of {first} was answered otherwise at {index}")));
+        }
+        Ok(true)
     }
 
     fn effect(&mut self, index: u64, stamp: Stamp, command: &Command, reply: &Reply) -> Result<(), Violation> {
@@ -165,14 +176,22 @@ impl Promises {
 
     /// A client was answered: what it got is what the history gave to its request.
     pub(super) fn answered(&self, op: OpId, index: u64, outcome: &Result<Reply, Refusal>) -> Result<(), Violation> {
-        let given = self.given.get(&(op.identity(), op.request()));
-        let told = leaves(outcome);
-        let known = given.is_some_and(|(_, serials)| told.iter().all(|leaf| serials.contains(&leaf.serial)));
-        if known {
-            return Ok(());
+        match self.given.get(&(op.identity(), op.request())) {
+            Some((_, given)) if same_answer(given, outcome) => Ok(()),
+            _ => Err(Violation::of("I10", format!("{op} was told {outcome:?}, which {index} did not give"))),
         }
-        Err(Violation::of("I10", format!("{op} was told of leaves that {index} did not give")))
     }
+}
+
+/// Whether `later` answers the same request as `first`. Leaves may be fewer, or refused by now: none goes to a node that is
+/// out meanwhile.
+fn same_answer(first: &Result<Reply, Refusal>, later: &Result<Reply, Refusal>) -> bool {
+    let (given, told) = (leaves(first), leaves(later));
+    if given.is_empty() {
+        return first == later;
+    }
+    let refused_or_leaves = matches!(later, Err(_) | Ok(Reply::Leaves(_) | Reply::Admitted(..)));
+    refused_or_leaves && told.iter().all(|leaf| given.contains(leaf))
 }
 
 pub(super) fn leaves(outcome: &Result<Reply, Refusal>) -> Vec<Issuance> {

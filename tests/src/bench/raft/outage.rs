@@ -3,6 +3,8 @@
 use super::System;
 use super::load::Client;
 use anyhow::{Context, Result, bail};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use std::time::{Duration, Instant};
 use tokio::task::JoinSet;
 
@@ -16,9 +18,18 @@ const SETTLE: Duration = Duration::from_millis(500);
 /// Between two questions to a member that starts.
 const ASK_EVERY: Duration = Duration::from_millis(5);
 
-/// SIGKILL of the leader; the time to the next write that an outside probe, at the survivors, got acknowledged. Then
-/// the member is brought back. `next` is the first object not written yet, and is moved on.
-pub(super) async fn failover<S: System>(system: &mut S, next: &mut u64) -> Result<Duration> {
+/// How a leader is lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Loss {
+    /// SIGKILL: its connections break, and say so at once to who listens.
+    Killed,
+    /// SIGSTOP: it is silent, as behind a link that was cut, and only a timer tells.
+    Stopped,
+}
+
+/// The leader is lost; the time to the next write that an outside probe, at the survivors, got acknowledged. Then the
+/// member is brought back. `next` is the first object not written yet, and is moved on.
+pub(super) async fn failover<S: System>(system: &mut S, loss: Loss, next: &mut u64) -> Result<Duration> {
     let leader = system.leader().await?;
     let mut survivors = Vec::new();
     for member in (1..=super::MEMBERS).filter(|member| *member != leader) {
@@ -26,8 +37,12 @@ pub(super) async fn failover<S: System>(system: &mut S, next: &mut u64) -> Resul
         client.get(0).await?;
         survivors.push(client);
     }
-    let killed = Instant::now();
-    system.kill(leader)?;
+    let pid = Pid::from_raw(i32::try_from(system.process(leader)?.id())?);
+    let lost = Instant::now();
+    match loss {
+        Loss::Killed => system.kill(leader)?,
+        Loss::Stopped => kill(pid, Signal::SIGSTOP)?,
+    }
     let (mut probes, mut every) = (JoinSet::new(), tokio::time::interval(PROBE_EVERY));
     let took = loop {
         tokio::select! {
@@ -38,15 +53,18 @@ pub(super) async fn failover<S: System>(system: &mut S, next: &mut u64) -> Resul
                 probes.spawn(async move { tokio::time::timeout(PROBE_TIMEOUT, client.put(n)).await });
             }
             Some(answer) = probes.join_next() => if let Ok(Ok(())) = answer? {
-                break killed.elapsed();
+                break lost.elapsed();
             }
         }
-        if killed.elapsed() > PATIENCE {
-            bail!("no write within {PATIENCE:?} after the leader was killed");
+        if lost.elapsed() > PATIENCE {
+            bail!("no write within {PATIENCE:?} after the leader was lost");
         }
     };
     probes.shutdown().await;
-    system.restart(leader)?;
+    match loss {
+        Loss::Killed => system.restart(leader)?,
+        Loss::Stopped => kill(pid, Signal::SIGCONT)?,
+    }
     answers(system, leader).await?;
     tokio::time::sleep(SETTLE).await;
     Ok(took)
