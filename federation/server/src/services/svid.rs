@@ -2,7 +2,7 @@
 
 use super::unbuilt::unbuilt;
 use super::{OrStatus, request_id};
-use crate::authorise::{Role, actor};
+use crate::authorise::{Client, Role, actor};
 use crate::replica::{Replica, jwt};
 use ambit_identity::{Csr, issue, issue_jwt};
 use ambit_model::{Audience, Code, NodeId, Refusal, TrustDomain};
@@ -178,7 +178,7 @@ impl Svids {
     /// Commits and signs a token. The key is every replica's, but a record is signed where it was proposed, or by nobody.
     async fn token(
         &self,
-        client: [u8; 32],
+        client: Client,
         request: [u8; 16],
         audience: &Audience,
         command: impl FnOnce(String, [u8; 32]) -> Command,
