@@ -129,3 +129,76 @@ fn roots_of(known: &Known, entries: &[&Entry]) -> Option<Roots> {
     let own = (view.trust_domain.clone(), view.own.roots().to_vec());
     Some(Roots { own: view.trust_domain.clone(), all: foreign.chain([own]).collect() })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::view::tests::{entry, slice, view};
+    use ambit_model::{Code, Generation, Refusal, Stamp};
+    use ambit_proto::v1;
+
+    fn found() -> BTreeSet<Selector> {
+        ["cgroup:web", "unix:uid:0"].iter().map(|text| text.parse().unwrap()).collect()
+    }
+
+    #[test]
+    fn the_default_identity_comes_first_and_no_hint_comes_twice() {
+        let hinted = |id: &str, selectors: &[&str], hint: &str| {
+            let entry = entry(id, &format!("spiffe://west/{id}"), selectors);
+            v1::Entry { hint: hint.into(), ..entry }
+        };
+        let entries = vec![
+            hinted("b", &["cgroup:web"], "inner"),
+            hinted("a", &["cgroup:web"], "inner"),
+            hinted("most", &["cgroup:web", "unix:uid:0"], "outer"),
+            hinted("none", &["unix:uid:0"], ""),
+            hinted("other", &["unix:uid:7"], "inner"),
+        ];
+        let view = view(v1::Slice { entries, ..slice() }).unwrap();
+        let known = Known { view: Some(Arc::new(view)), ..Known::default() };
+        let entries = entries_of(&known);
+        let told: Vec<_> = entries.iter().map(|e| e.id.as_str()).zip(hints(&entries)).collect();
+        let expected = [("most", "outer"), ("a", "inner"), ("b", ""), ("none", "")];
+        assert_eq!(told, expected.map(|(id, hint)| (id, hint.to_owned())));
+    }
+
+    fn entries_of(known: &Known) -> Vec<&Entry> {
+        entries(known, &found())
+    }
+
+    #[test]
+    fn what_is_told_follows_what_is_held() {
+        let svid = || {
+            Ok(Arc::new(Svid {
+                id: "spiffe://west/web".parse().unwrap(),
+                key_pkcs8: Vec::new().into(),
+                chain_der: vec![],
+                generation: Generation(1),
+                since: Stamp(0),
+                not_after: Stamp(1),
+            }))
+        };
+        let refused = || Err(Refusal::new(Code::NotFound, "", ""));
+        // The slice has two entries of this workload: web and web-root.
+        for (held, told) in [
+            (vec![], "coming"),
+            (vec![("web", svid())], "part of 1"),
+            (vec![("web", svid()), ("web-root", svid())], "2"),
+            (vec![("web", svid()), ("web-root", refused())], "1"),
+            (vec![("web-root", refused())], "coming"),
+            (vec![("web", refused()), ("web-root", refused())], "nobody"),
+            (vec![("any", svid())], "coming"),
+        ] {
+            let names: Vec<_> = held.iter().map(|(name, svid)| (*name, svid.is_ok())).collect();
+            let svids = held.into_iter().map(|(name, svid)| (name.parse().unwrap(), svid)).collect();
+            let known = Known { view: Some(Arc::new(view(slice()).unwrap())), svids: Arc::new(svids) };
+            let answer = match identities(&known, &found()) {
+                Answer::Set(set) => format!("{}", set.svids.len()),
+                Answer::Part(part) => format!("part of {}", part.svids.len()),
+                Answer::Coming => "coming".to_owned(),
+                Answer::Nobody => "nobody".to_owned(),
+            };
+            assert_eq!(answer, told, "{names:?}");
+        }
+    }
+}

@@ -127,8 +127,18 @@ fn shown(svid: &Svid) -> Arc<CertifiedKey> {
     certified(chain, &SvidKey::from_pkcs8(&svid.key_pkcs8).unwrap()).unwrap()
 }
 
-/// A process that runs as `uid` until the test ends it.
-fn process(uid: u32) -> Child {
+/// A process that ends with the test.
+struct Process(Child);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// One that runs as `uid` until the test ends it.
+fn process(uid: u32) -> Process {
     let id = uid.to_string();
     let mut command = Command::new("setpriv");
     command.args(["--reuid", &id, "--regid", &id, "--clear-groups", "sleep", "300"]);
@@ -137,20 +147,15 @@ fn process(uid: u32) -> Child {
     while !std::fs::read_to_string(&status).unwrap().contains(&format!("Uid:\t{id}\t{id}")) {
         std::thread::sleep(Duration::from_millis(5));
     }
-    child
-}
-
-fn end(mut child: Child) {
-    child.kill().unwrap();
-    child.wait().unwrap();
+    Process(child)
 }
 
 fn pid(pid: i32) -> Option<WorkloadReference> {
     Some(WorkloadReference::from(WorkloadPidReference { pid }))
 }
 
-fn number(child: &Child) -> i32 {
-    child.id().try_into().unwrap()
+fn number(process: &Process) -> i32 {
+    process.0.id().try_into().unwrap()
 }
 
 async fn next(stream: &mut Streaming<SubscribeToX509svidResponse>) -> Result<SubscribeToX509svidResponse, Status> {
@@ -226,12 +231,12 @@ async fn a_proxy_gets_what_the_workload_would_get_for_as_long_as_it_lives() {
     let twin = process(WORKLOAD);
     let mut second = subscribe(channel.clone(), pid(number(&twin))).await.unwrap();
     next(&mut second).await.unwrap();
-    end(workload);
+    drop(workload);
     assert_eq!(next(&mut stream).await.unwrap_err().code(), Code::NotFound);
     let nobody = v1::Slice { revision: 2, entries: vec![], ..stage.slice.clone() };
     stage.issued.set_view(stage.served.issuer.with(|west| west.view(nobody)));
     assert_eq!(next(&mut second).await.unwrap_err().code(), Code::PermissionDenied);
-    end(twin);
+    drop(twin);
 }
 
 #[tokio::test]
@@ -241,7 +246,7 @@ async fn a_reference_is_checked_and_says_what_is_wrong_with_it() {
     let channel = stage.of(&proxy).await;
     let (stranger, gone) = (process(STRANGER), process(WORKLOAD));
     let ended = number(&gone);
-    end(gone);
+    drop(gone);
     let kubernetes = Some(WorkloadReference::from(KubernetesObjectReference::default()));
     let any = |type_url: &str, value: &[u8]| {
         let reference = Some(prost_types::Any { type_url: type_url.into(), value: value.to_vec() });
@@ -261,7 +266,7 @@ async fn a_reference_is_checked_and_says_what_is_wrong_with_it() {
     ] {
         assert_eq!(refusal(channel.clone(), reference).await, (code, reason.to_owned()), "{case}");
     }
-    end(stranger);
+    drop(stranger);
 }
 
 #[tokio::test]
@@ -315,5 +320,5 @@ async fn only_a_broker_of_this_node_that_is_listed_and_not_denied_is_answered() 
     assert!(stage.denials.offer(Denials::parse(Revision(2), &[denial]).unwrap()));
     assert_eq!(next(&mut stream).await.unwrap_err().code(), Code::PermissionDenied);
     assert_eq!(refusal(channel, reference()).await, denied);
-    end(workload);
+    drop(workload);
 }

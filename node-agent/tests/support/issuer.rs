@@ -1,4 +1,4 @@
-//! A replica as far as tokens go: it commits and signs what its cell lets it.
+//! A replica as far as SVIDs go: it commits and signs what its cell lets it.
 
 use super::Cell;
 use super::local::Folder;
@@ -77,6 +77,27 @@ macro_rules! unasked {
                 let token = token.map_err(|refusal| to_status(&refusal))?;
                 Ok(Response::new(v1::NewJwtsvidResponse { token, ..Default::default() }))
             }
+            async fn batch_new_x509svid(
+                &self,
+                request: Request<v1::BatchNewX509svidRequest>,
+            ) -> Result<Response<v1::BatchNewX509svidResponse>, Status> {
+                *self.asked.lock().unwrap() += 1;
+                let result = |item: v1::NewX509svid| match self.cell.lock().unwrap().leaf(&item.entry_id, &item.csr) {
+                    Ok(chain_der) => v1::X509svidResult {
+                        entry_id: item.entry_id,
+                        code: "ok".into(),
+                        chain_der,
+                        ..Default::default()
+                    },
+                    Err(refusal) => v1::X509svidResult {
+                        entry_id: item.entry_id,
+                        code: refusal.code.to_string(),
+                        ..Default::default()
+                    },
+                };
+                let results = request.into_inner().items.into_iter().map(result).collect();
+                Ok(Response::new(v1::BatchNewX509svidResponse { results }))
+            }
             $(async fn $name(&self, _: Request<$request>) -> Result<Response<$response>, Status> {
                 Err(Status::unimplemented("not asked here"))
             })*
@@ -85,7 +106,6 @@ macro_rules! unasked {
 }
 
 unasked! {
-    batch_new_x509svid(v1::BatchNewX509svidRequest) -> v1::BatchNewX509svidResponse;
     mint_x509svid(v1::MintX509svidRequest) -> v1::MintX509svidResponse;
     new_intermediate_ca(v1::Unbuilt) -> v1::Unbuilt;
     renew_admin(v1::RenewAdminRequest) -> v1::RenewAdminResponse;

@@ -178,6 +178,19 @@ impl Cell {
         })
     }
 
+    /// The chain for a CSR under an entry, as a replica would answer.
+    pub(crate) fn leaf(&mut self, entry: &str, csr: &[u8]) -> Result<Vec<Vec<u8>>, Refusal> {
+        let csr = Csr::parse(csr)?;
+        let command = Command::Issue {
+            node: self.node,
+            generation: self.state.node(&self.node).unwrap().generation,
+            authority: self.key.authority().to_owned(),
+            leaves: vec![LeafRequest { entry: entry.parse()?, key_hash: csr.spki_sha256() }],
+        };
+        let committed = self.run(command).into_issuances()?.remove(0)?;
+        Ok(issue(committed, &csr, &self.key)?.iter().map(|der| der.to_vec()).collect())
+    }
+
     /// A key that signs tokens from now on, in place of the one before.
     pub(crate) fn jwt_authority(&mut self) {
         let key = JwtKey::generate().unwrap();
