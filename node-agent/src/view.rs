@@ -195,7 +195,7 @@ pub(crate) mod tests {
     }
 
     pub(crate) fn slice() -> v1::Slice {
-        let bundle = |td: &str| v1::Bundle { trust_domain: td.into(), sequence: 1, roots_der: vec![] };
+        let bundle = |td: &str| v1::Bundle { trust_domain: td.into(), sequence: 1, ..v1::Bundle::default() };
         let number = |id: &str, number| v1::NumericIdentity { spiffe_id: id.into(), number };
         v1::Slice {
             revision: 7,

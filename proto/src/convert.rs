@@ -3,7 +3,9 @@
 use crate::v1;
 use ambit_model::bundle::Bundle;
 use ambit_model::policy::{Action, Endpoint, Peers, Policy, Service};
-use ambit_model::{Code, Entry, Generation, Refusal, SvidTtl, TrustDomain};
+use ambit_model::{
+    Code, DnsName, Entry, EntryExtras, Extras, Generation, JwtAuthority, JwtTtl, Refusal, Stamp, SvidTtl, TrustDomain,
+};
 use std::str::FromStr;
 
 fn all<T: FromStr<Err = Refusal>, C: FromIterator<T>>(texts: &[String]) -> Result<C, Refusal> {
@@ -31,6 +33,22 @@ pub fn peers_text(p: &Peers) -> String {
     p.to_string()
 }
 
+/// A certificate's lifetime; 0 is the default.
+pub fn svid_ttl(seconds: u32) -> Result<SvidTtl, Refusal> {
+    if seconds == 0 { Ok(SvidTtl::DEFAULT) } else { seconds.try_into() }
+}
+
+/// A token's lifetime; 0 is the default.
+pub fn jwt_ttl(seconds: u32) -> Result<JwtTtl, Refusal> {
+    if seconds == 0 { Ok(JwtTtl::DEFAULT) } else { seconds.try_into() }
+}
+
+/// DNS names of one certificate: bounded, each once.
+pub fn dns_names(names: &[String]) -> Result<Vec<DnsName>, Refusal> {
+    let extras = EntryExtras { dns_names: all(names)?, ..EntryExtras::NONE };
+    Ok(Extras::new(extras)?.dns_names.clone())
+}
+
 impl TryFrom<&v1::Entry> for Entry {
     type Error = Refusal;
     fn try_from(m: &v1::Entry) -> Result<Self, Refusal> {
@@ -43,8 +61,14 @@ impl TryFrom<&v1::Entry> for Entry {
             cluster: m.cluster.parse()?,
             nodes: all(&m.nodes)?,
             selectors: all(&m.selectors)?,
-            ttl: if m.ttl_seconds == 0 { SvidTtl::DEFAULT } else { m.ttl_seconds.try_into()? },
+            ttl: svid_ttl(m.ttl_seconds)?,
             federates_with: all(&m.federates_with)?,
+            extras: Extras::new(EntryExtras {
+                hint: m.hint.clone(),
+                dns_names: dns_names(&m.dns_names)?,
+                jwt_ttl: jwt_ttl(m.jwt_ttl_seconds)?,
+                expires_at: if m.expires_at_ms == 0 { EntryExtras::NONE.expires_at } else { Stamp(m.expires_at_ms) },
+            })?,
         })
     }
 }
@@ -60,6 +84,10 @@ impl From<&Entry> for v1::Entry {
             ttl_seconds: e.ttl.seconds(),
             federates_with: e.federates_with.iter().map(ToString::to_string).collect(),
             revision: 0,
+            hint: e.extras.hint.clone(),
+            dns_names: e.extras.dns_names.iter().map(ToString::to_string).collect(),
+            jwt_ttl_seconds: e.extras.jwt_ttl.seconds(),
+            expires_at_ms: if e.extras.expires_at == EntryExtras::NONE.expires_at { 0 } else { e.extras.expires_at.0 },
         }
     }
 }
@@ -159,10 +187,28 @@ impl From<&Endpoint> for v1::Endpoint {
 
 /// A bundle from its message. The caller says whose it is by the type it asks for.
 pub fn bundle<Whose>(m: &v1::Bundle) -> Result<Bundle<Whose>, Refusal> {
-    Ok(Bundle::new(m.trust_domain.parse()?, m.sequence, m.roots_der.clone()))
+    let jwt = m.jwt_authorities.iter().map(JwtAuthority::from).collect();
+    Ok(Bundle::new(m.trust_domain.parse()?, m.sequence, m.roots_der.clone()).with_jwt_authorities(jwt))
+}
+
+impl From<&v1::JwtAuthority> for JwtAuthority {
+    fn from(m: &v1::JwtAuthority) -> Self {
+        JwtAuthority { kid: m.kid.clone(), spki_der: m.spki_der.clone(), not_after: Stamp(m.not_after_ms) }
+    }
+}
+
+impl From<&JwtAuthority> for v1::JwtAuthority {
+    fn from(a: &JwtAuthority) -> Self {
+        v1::JwtAuthority { kid: a.kid.clone(), spki_der: a.spki_der.clone(), not_after_ms: a.not_after.0 }
+    }
 }
 
 /// A bundle as a message.
 pub fn bundle_message<Whose>(b: &Bundle<Whose>) -> v1::Bundle {
-    v1::Bundle { trust_domain: b.trust_domain().to_string(), sequence: b.sequence(), roots_der: b.roots().to_vec() }
+    v1::Bundle {
+        trust_domain: b.trust_domain().to_string(),
+        sequence: b.sequence(),
+        roots_der: b.roots().to_vec(),
+        jwt_authorities: b.jwt_authorities().iter().map(Into::into).collect(),
+    }
 }

@@ -40,6 +40,8 @@ const PACKAGES: &[(&str, &str)] = &[
     ("git", "tidy tests: which files are part of the project"),
     ("prometheus", "promtool: checks every metrics endpoint"),
     ("etcd-server", "cargo xtask bench raft: what our figures stand beside"),
+    ("python3-jwt", "PyJWT: judges our JWT-SVIDs"),
+    ("golang-cfssl", "cargo xtask bench issuance: what our figures stand beside"),
 ];
 
 /// How much to print.

@@ -65,7 +65,19 @@ pub struct EntryCreate {
     /// Lifetime of its SVIDs, 60s to 1h
     #[arg(long, value_name = "TIME", conflicts_with = "file")]
     pub ttl: Option<Millis>,
-    /// A trust domain whose bundle the workload also gets
+    /// A trust domain whose bundle the workload also gets; it may be known later
     #[arg(long = "federates-with", value_name = "TRUST_DOMAIN", conflicts_with = "file")]
     pub federates_with: Vec<String>,
+    /// Tells the workload which of its identities this is
+    #[arg(long, default_value = "", conflicts_with = "file")]
+    pub hint: String,
+    /// A DNS name that its X.509-SVIDs carry beside the SPIFFE ID
+    #[arg(long = "dns-name", value_name = "NAME", conflicts_with = "file")]
+    pub dns_names: Vec<String>,
+    /// Lifetime of its JWT-SVIDs, 30s to 1h; 5m where nothing is said
+    #[arg(long, value_name = "TIME", conflicts_with = "file")]
+    pub jwt_ttl: Option<Millis>,
+    /// When the entry ends: 2026-11-23T14:03:26Z
+    #[arg(long, value_name = "TIME", conflicts_with = "file")]
+    pub expires_at: Option<String>,
 }

@@ -7,6 +7,8 @@ use std::path::PathBuf;
 pub enum Svid {
     /// Whether an X.509-SVID is valid: exit code 0, or 4 with the reason
     Verify(SvidVerify),
+    /// Certifies a new key, or signs a token, for an identity that no node speaks for. The cell keeps who did it
+    Mint(SvidMint),
     /// Revokes SVIDs at the cell: of an identity all so far, or one; live connections end
     Revoke(super::SvidRevoke),
     /// Every rule of the standard that the certificates of a file break; exit code 4 if one of them must hold
@@ -14,6 +16,24 @@ pub enum Svid {
         /// A chain, leaf first (PEM), or one certificate (PEM or DER)
         file: PathBuf,
     },
+}
+
+#[derive(Debug, clap::Args)]
+pub struct SvidMint {
+    /// An identity of this trust domain, outside /ambit/
+    pub spiffe_id: ambit_model::SpiffeId,
+    /// Folder for svid.pem, svid.key (mode 600) and bundle.pem; none of them may be there
+    #[arg(long, value_name = "FOLDER", required_unless_present = "audience")]
+    pub out: Option<PathBuf>,
+    /// A JWT-SVID for this recipient, printed, instead of a certificate; repeat for more
+    #[arg(long, value_name = "RECIPIENT", conflicts_with = "out")]
+    pub audience: Vec<String>,
+    /// A DNS name that the certificate carries beside the SPIFFE ID
+    #[arg(long = "dns-name", value_name = "NAME", conflicts_with = "audience")]
+    pub dns_names: Vec<String>,
+    /// Lifetime: of a certificate 1m to 1h (1h), of a token 30s to 1h (5m)
+    #[arg(long, value_name = "TIME")]
+    pub ttl: Option<crate::duration::Millis>,
 }
 
 #[derive(Debug, clap::Args)]

@@ -170,7 +170,7 @@ fn entry(job: &Job, number: u64) -> v1::Entry {
         selectors: vec!["cgroup:drill".to_owned()],
         ttl_seconds: 0,
         federates_with: Vec::new(),
-        revision: 0,
+        ..v1::Entry::default()
     }
 }
 

@@ -8,6 +8,7 @@ use crate::context::read_bounded;
 use crate::duration::Millis;
 use crate::exit::Exit;
 use crate::output::{Answer, Table, counted};
+use crate::when::{parse_utc, utc};
 use ambit_model::{Code, Refusal};
 use ambit_proto::v1;
 use serde::Deserialize;
@@ -71,8 +72,20 @@ async fn pages(cell: &Cell, list: EntryList) -> Result<Vec<v1::Entry>, Refusal> 
 }
 
 fn table(entries: &[v1::Entry]) -> Table {
-    const COLUMNS: &[&str] =
-        &["id", "spiffe_id", "cluster", "selectors", "nodes", "ttl_seconds", "federates_with", "revision"];
+    const COLUMNS: &[&str] = &[
+        "id",
+        "spiffe_id",
+        "cluster",
+        "selectors",
+        "nodes",
+        "ttl_seconds",
+        "federates_with",
+        "revision",
+        "hint",
+        "dns_names",
+        "jwt_ttl_seconds",
+        "expires_at",
+    ];
     let mut table = Table::new("entry", COLUMNS);
     for e in entries {
         table.row(vec![
@@ -84,6 +97,10 @@ fn table(entries: &[v1::Entry]) -> Table {
             json!(e.ttl_seconds),
             json!(e.federates_with),
             json!(e.revision),
+            json!(e.hint),
+            json!(e.dns_names),
+            json!(e.jwt_ttl_seconds),
+            json!(if e.expires_at_ms == 0 { String::new() } else { utc(e.expires_at_ms) }),
         ]);
     }
     table
@@ -142,6 +159,16 @@ struct Spec {
     ttl: Option<Millis>,
     #[serde(default)]
     federates_with: Vec<String>,
+    #[serde(default)]
+    hint: String,
+    #[serde(default)]
+    dns_names: Vec<String>,
+    jwt_ttl: Option<Millis>,
+    expires_at: Option<String>,
+}
+
+fn instant(text: &str) -> Result<u64, Refusal> {
+    parse_utc(text).ok_or_else(|| Refusal::new(Code::BadRequest, "a time as 2026-11-23T14:03:26Z", text))
 }
 
 fn entries_of(written: EntryCreate) -> Result<Vec<v1::Entry>, Refusal> {
@@ -155,6 +182,10 @@ fn entries_of(written: EntryCreate) -> Result<Vec<v1::Entry>, Refusal> {
             selectors: written.selectors,
             ttl_seconds: written.ttl.map(seconds).transpose()?.unwrap_or(0),
             federates_with: written.federates_with,
+            hint: written.hint,
+            dns_names: written.dns_names,
+            jwt_ttl_seconds: written.jwt_ttl.map(seconds).transpose()?.unwrap_or(0),
+            expires_at_ms: written.expires_at.as_deref().map(instant).transpose()?.unwrap_or(0),
             revision: 0,
         }],
     };
@@ -181,6 +212,10 @@ fn documents(text: &str) -> Result<Vec<v1::Entry>, Refusal> {
             selectors: spec.selectors,
             ttl_seconds: spec.ttl.map(seconds).transpose()?.unwrap_or(0),
             federates_with: spec.federates_with,
+            hint: spec.hint,
+            dns_names: spec.dns_names,
+            jwt_ttl_seconds: spec.jwt_ttl.map(seconds).transpose()?.unwrap_or(0),
+            expires_at_ms: spec.expires_at.as_deref().map(instant).transpose()?.unwrap_or(0),
             revision: 0,
         });
     }

@@ -1,5 +1,7 @@
 //! `ambit svid`: certificates checked to the letter of the SPIFFE standard, without a cell.
 
+mod mint;
+
 use super::Session;
 use crate::args::{BundleFile, Svid, SvidUsage, SvidVerify};
 use crate::exit::Exit;
@@ -20,6 +22,7 @@ const FILE_BYTES_MAX: u64 = DOCUMENT_BYTES_MAX as u64;
 
 pub(super) async fn run(session: &Session, verb: Svid) -> Result<Answer, Refusal> {
     match verb {
+        Svid::Mint(options) => mint::run(session, options).await,
         Svid::Verify(options) => verify(session.form, &options),
         Svid::Lint { file } => lint(session.form, &file),
         Svid::Revoke(what) => super::deny::revoke(session, what).await,

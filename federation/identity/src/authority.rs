@@ -2,7 +2,7 @@
 
 use crate::csr::Csr;
 use crate::keys::{SvidKey, internal};
-use ambit_model::{Code, Generation, Lifetime, NodeId, Refusal, SpiffeId, Stamp, TrustDomain};
+use ambit_model::{Code, DnsName, Generation, Lifetime, NodeId, Refusal, SpiffeId, Stamp, TrustDomain};
 use ambit_state::committed::ReplicaAdmission;
 use ambit_state::{Committed, Issuance, RevokedLeaves};
 use rcgen::{
@@ -200,6 +200,7 @@ impl IssuingKey {
     fn leaf(
         &self,
         id: &SpiffeId,
+        dns_names: &[DnsName],
         binding: Option<(NodeId, Generation, u64)>,
         lifetime: Lifetime,
         serial: &[u8; 16],
@@ -208,6 +209,10 @@ impl IssuingKey {
         let mut params = base(lifetime, serial)?;
         // SPIFFE X509-SVID 2: the SAN is critical because the subject is empty (RFC 5280 4.2.1.6); rcgen does so.
         params.subject_alt_names = vec![uri(id.as_str())?];
+        for name in dns_names {
+            let name = name.as_str().try_into().map_err(|e| internal("an IA5 DNS name", e))?;
+            params.subject_alt_names.push(SanType::DnsName(name));
+        }
         params.is_ca = IsCa::ExplicitNoCa;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
@@ -263,7 +268,7 @@ impl IssuingKey {
         serial[0] = 0x7e;
         serial[1..9].copy_from_slice(&lifetime.not_before.0.to_be_bytes());
         serial[15] = replica as u8;
-        self.leaf(&td.member(&format!("/ambit/replica/{replica}"))?, None, lifetime, &serial, csr)
+        self.leaf(&td.member(&format!("/ambit/replica/{replica}"))?, &[], None, lifetime, &serial, csr)
     }
 
     /// The founding administrator's leaf; there is no log to commit to before it.
@@ -277,7 +282,7 @@ impl IssuingKey {
         let mut serial = [0u8; 16];
         serial[0] = 0x7d;
         serial[15] = 1;
-        self.leaf(&td.member(&format!("/ambit/admin/{name}"))?, None, lifetime, &serial, csr)
+        self.leaf(&td.member(&format!("/ambit/admin/{name}"))?, &[], None, lifetime, &serial, csr)
     }
 }
 
@@ -312,5 +317,5 @@ pub fn issue(
         return Err(Refusal::new(Code::AuthorityMismatch, "the key that was committed", "another"));
     }
     let binding = i.binding.map(|(node, generation)| (node, generation, i.epoch));
-    key.leaf(&i.spiffe_id, binding, i.lifetime, &i.serial, csr)
+    key.leaf(&i.spiffe_id, i.subject.dns_names(), binding, i.lifetime, &i.serial, csr)
 }

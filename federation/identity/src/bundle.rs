@@ -1,15 +1,14 @@
 //! SPIFFE bundles as documents (SPIFFE_Trust_Domain_and_Bundle.md section 4, RFC 7517), read for the roots of their trust
 //! domains. A document names no trust domain; who fetched it knows whose it is.
 
+use crate::json::Once;
 use crate::profile;
 use ambit_model::{Code, Refusal, TrustDomain};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use serde::de::{MapAccess, Visitor};
-use serde::{Deserialize, Deserializer};
+use serde::Deserialize;
 use serde_json::{Map, Value};
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
 
 /// A document larger than this is no bundle.
 pub const DOCUMENT_BYTES_MAX: usize = 1 << 20;
@@ -21,39 +20,35 @@ const HINT_S_MAX: u64 = 366 * 86_400;
 /// Root certificates of a trust domain, DER. None: every X.509-SVID of it is revoked.
 pub type Roots = Vec<Vec<u8>>;
 
-/// A JSON object that refuses a key that comes twice: two readers must not read two documents.
-struct Once(Map<String, Value>);
-
-impl<'de> Deserialize<'de> for Once {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Object;
-        impl<'de> Visitor<'de> for Object {
-            type Value = Once;
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a JSON object")
-            }
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Once, A::Error> {
-                let mut out = Map::new();
-                while let Some((key, value)) = map.next_entry::<String, Value>()? {
-                    if out.insert(key.clone(), value).is_some() {
-                        return Err(serde::de::Error::custom(format!("'{key}' twice")));
-                    }
-                }
-                Ok(Once(out))
-            }
-        }
-        deserializer.deserialize_map(Object)
-    }
+/// What a bundle document says, but for keys of JWT-SVIDs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Document {
+    /// `spiffe_sequence`; a publisher should give one.
+    pub sequence: Option<u64>,
+    /// `spiffe_refresh_hint`, seconds.
+    pub refresh_hint_s: Option<u64>,
+    /// See the type.
+    pub roots: Roots,
 }
 
 /// Reads a bundle document.
 ///
 /// # Errors
 /// [`Code::BundleMalformed`].
-pub fn roots(document: &str) -> Result<Roots, Refusal> {
-    bounded(document)?;
-    let Once(object) = serde_json::from_str(document).map_err(|e| bad("a JSON object", e.to_string()))?;
-    read(&object)
+pub fn document(text: &str) -> Result<Document, Refusal> {
+    bounded(text)?;
+    let Once(object) = serde_json::from_str(text).map_err(|e| bad("a JSON object", e.to_string()))?;
+    let roots = read(&object)?;
+    let number = |name: &str| object.get(name).and_then(Value::as_u64);
+    Ok(Document { sequence: number("spiffe_sequence"), refresh_hint_s: number("spiffe_refresh_hint"), roots })
+}
+
+/// The roots of a bundle document.
+///
+/// # Errors
+/// [`Code::BundleMalformed`].
+pub fn roots(text: &str) -> Result<Roots, Refusal> {
+    document(text).map(|document| document.roots)
 }
 
 /// Reads a bundle map: the bundles of several trust domains (section 4.3).

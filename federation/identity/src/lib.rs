@@ -1,6 +1,6 @@
-//! X.509-SVIDs: strict verification, issuance from committed records only, and the TLS configurations built on them.
+//! X.509- and JWT-SVIDs: strict verification, issuance from committed records only, and the TLS configurations built on them.
 //!
-//! Never: IO, a clock (time is an argument, or rustls' own), or a leaf without a `Committed<Issuance>`.
+//! Never: IO, a clock (time is an argument, or rustls' own), or a leaf or token without its committed record.
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
@@ -8,6 +8,8 @@ pub mod authority;
 pub mod bundle;
 pub mod csr;
 pub mod document;
+mod json;
+pub mod jwt;
 pub mod keys;
 pub mod profile;
 pub mod record;
@@ -19,6 +21,7 @@ pub mod wrap;
 
 pub use authority::{IssuingKey, Root, issue};
 pub use csr::Csr;
+pub use jwt::{JwtKey, JwtSvid, JwtTrust, issue_jwt, verify_jwt};
 pub use keys::{SvidKey, fingerprint};
 pub use record::{KeySet, RecordKey};
 pub use remote::RemoteKey;

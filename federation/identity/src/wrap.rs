@@ -18,6 +18,8 @@ pub enum Purpose {
     Ticket,
     /// The session of a cell that registers as a peer.
     Peering,
+    /// The private key of a JWT authority, for one replica.
+    JwtAuthority,
 }
 
 impl Purpose {
@@ -26,6 +28,7 @@ impl Purpose {
             Purpose::Key => b"ambit/wrap/v1",
             Purpose::Ticket => b"ambit/ticket/v1",
             Purpose::Peering => b"ambit/peering/v1",
+            Purpose::JwtAuthority => b"ambit/jwt-authority/v1",
         }
     }
 }
@@ -55,23 +58,32 @@ impl WrapKey {
     pub fn public(&self) -> Result<Vec<u8>, Refusal> {
         Ok(self.key.compute_public_key().map_err(|e| internal("a wrap key", e))?.as_ref().to_vec())
     }
-    /// Opens what was wrapped to this key.
+    /// Opens what [`wrap`] wrapped to this key.
     pub fn unwrap(&self, wrapped: &[u8]) -> Result<Zeroizing<Vec<u8>>, Refusal> {
+        self.unwrap_for(Purpose::Key, wrapped)
+    }
+    /// Opens what [`wrap_for`] wrapped to this key for this purpose.
+    pub fn unwrap_for(&self, purpose: Purpose, wrapped: &[u8]) -> Result<Zeroizing<Vec<u8>>, Refusal> {
         let bad = || Refusal::new(Code::Internal, "a key wrapped to this replica", "another");
         let (point, sealed) = wrapped.split_at_checked(POINT).ok_or_else(bad)?;
         let key = agree(&self.key, UnparsedPublicKey::new(&ECDH_P256, point), bad(), |shared| derive(shared, point))?;
-        open(&key, Purpose::Key, sealed).map_err(|_| bad())
+        open(&key, purpose, sealed).map_err(|_| bad())
     }
 }
 
-/// Wraps `secret` to the holder of `public`.
+/// Wraps a ticket key to the holder of `public`.
 pub fn wrap(public: &[u8], secret: &[u8]) -> Result<Vec<u8>, Refusal> {
+    wrap_for(Purpose::Key, public, secret)
+}
+
+/// Wraps `secret` to the holder of `public`; it opens for this purpose only.
+pub fn wrap_for(purpose: Purpose, public: &[u8], secret: &[u8]) -> Result<Vec<u8>, Refusal> {
     let bad = || Refusal::new(Code::Internal, "a P-256 public point", "another");
     let mine = EphemeralPrivateKey::generate(&ECDH_P256, &SystemRandom::new()).map_err(|_| bad())?;
     let point = mine.compute_public_key().map_err(|_| bad())?.as_ref().to_vec();
     let key =
         agree_ephemeral(mine, UnparsedPublicKey::new(&ECDH_P256, public), bad(), |shared| derive(shared, &point))?;
-    Ok([point, seal(&key, Purpose::Key, secret)?].concat())
+    Ok([point, seal(&key, purpose, secret)?].concat())
 }
 
 fn derive(shared: &[u8], point: &[u8]) -> Result<Zeroizing<[u8; 32]>, Refusal> {

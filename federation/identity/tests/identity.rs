@@ -202,6 +202,47 @@ fn a_request_carries_a_key_and_nothing_else() {
     for bad in [named, other, flipped, long, renamed, vec![]] {
         assert_eq!(Csr::parse(&bad).unwrap_err().code, Code::CsrMalformed);
     }
+    for bad in with_more() {
+        assert_eq!(Csr::parse(&bad).unwrap_err().code, Code::CsrMalformed);
+    }
+}
+
+/// Requests with names and extensions in them, and of other kinds of keys, each signed as it should be.
+fn with_more() -> Vec<Vec<u8>> {
+    use openssl::x509::extension::{BasicConstraints, KeyUsage, SubjectAlternativeName};
+    use openssl::{ec, hash, nid, pkey, rsa, stack, x509};
+    let group = ec::EcGroup::from_curve_name(nid::Nid::X9_62_PRIME256V1).unwrap();
+    let p256 = pkey::PKey::from_ec_key(ec::EcKey::generate(&group).unwrap()).unwrap();
+    let mut out = Vec::new();
+    let builder = || x509::X509ReqBuilder::new().unwrap();
+    let context = builder();
+    let context = context.x509v3_context(None);
+    let san = |name: &mut SubjectAlternativeName| name.build(&context).unwrap();
+    for extension in [
+        san(SubjectAlternativeName::new().uri("spiffe://west/root")),
+        san(SubjectAlternativeName::new().dns("root")),
+        san(SubjectAlternativeName::new().uri("spiffe://west/a").uri("spiffe://east/b")),
+        BasicConstraints::new().critical().ca().build().unwrap(),
+        KeyUsage::new().critical().key_cert_sign().build().unwrap(),
+    ] {
+        let mut request = builder();
+        request.set_pubkey(&p256).unwrap();
+        let mut extensions = stack::Stack::new().unwrap();
+        extensions.push(extension).unwrap();
+        request.add_extensions(&extensions).unwrap();
+        request.sign(&p256, hash::MessageDigest::sha256()).unwrap();
+        out.push(request.build().to_der().unwrap());
+    }
+    let rsa = pkey::PKey::from_rsa(rsa::Rsa::generate(2048).unwrap()).unwrap();
+    for (key, digest) in
+        [(rsa, hash::MessageDigest::sha256()), (pkey::PKey::generate_ed25519().unwrap(), hash::MessageDigest::null())]
+    {
+        let mut request = builder();
+        request.set_pubkey(&key).unwrap();
+        request.sign(&key, digest).unwrap();
+        out.push(request.build().to_der().unwrap());
+    }
+    out
 }
 
 #[test]

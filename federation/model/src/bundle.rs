@@ -1,6 +1,7 @@
 //! Trust bundles. A foreign bundle vouches for its own trust domain and for nothing else.
 
 use crate::id::{SpiffeId, TrustDomain};
+use crate::jwt::JwtAuthority;
 use crate::refusal::{Code, Refusal};
 use serde::{Deserialize, Serialize};
 use std::marker::PhantomData;
@@ -12,7 +13,7 @@ pub enum Own {}
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Foreign {}
 
-/// The roots of one trust domain.
+/// The roots and JWT keys of one trust domain.
 ///
 /// ```compile_fail,E0308
 /// use ambit_model::bundle::{Bundle, Foreign, Own};
@@ -27,6 +28,8 @@ pub struct Bundle<Whose> {
     sequence: u64,
     /// Root certificates, DER.
     roots: Vec<Vec<u8>>,
+    /// Keys of its JWT-SVIDs.
+    jwt_authorities: Vec<JwtAuthority>,
     #[serde(skip)]
     whose: PhantomData<fn() -> Whose>,
 }
@@ -34,7 +37,16 @@ pub struct Bundle<Whose> {
 impl<Whose> Bundle<Whose> {
     /// A bundle of `roots` (DER). An empty bundle is legal and means that everything is revoked.
     pub fn new(trust_domain: TrustDomain, sequence: u64, roots: Vec<Vec<u8>>) -> Self {
-        Self { trust_domain, sequence, roots, whose: PhantomData }
+        Self { trust_domain, sequence, roots, jwt_authorities: Vec::new(), whose: PhantomData }
+    }
+    /// The same bundle with these keys of JWT-SVIDs.
+    #[must_use]
+    pub fn with_jwt_authorities(self, jwt_authorities: Vec<JwtAuthority>) -> Self {
+        Self { jwt_authorities, ..self }
+    }
+    /// Keys of JWT-SVIDs of this trust domain.
+    pub fn jwt_authorities(&self) -> &[JwtAuthority] {
+        &self.jwt_authorities
     }
     /// The trust domain that these roots vouch for.
     pub fn trust_domain(&self) -> &TrustDomain {

@@ -1,6 +1,7 @@
 //! Entries: which workload, recognised how, gets which SPIFFE ID on which nodes.
 
 use crate::appraisal::PcrBank;
+use crate::extras::Extras;
 use crate::id::{ClusterId, NodeId, ObjectName, SpiffeId};
 use crate::refusal::{Code, Refusal};
 use crate::time::SvidTtl;
@@ -142,7 +143,8 @@ impl std::ops::Deref for Selectors {
 }
 
 /// Registration of a workload.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// Its stored form is in [`crate::extras`].
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
     /// Its name in the cell.
     pub id: EntryId,
@@ -158,6 +160,8 @@ pub struct Entry {
     pub ttl: SvidTtl,
     /// Trust domains whose bundles the workload receives beside its own.
     pub federates_with: BTreeSet<crate::id::TrustDomain>,
+    /// What most entries leave as it is.
+    pub extras: Extras,
 }
 
 impl Entry {
@@ -241,6 +245,7 @@ mod tests {
                 selectors: set(selectors).into_iter().collect(),
                 ttl: SvidTtl::DEFAULT,
                 federates_with: BTreeSet::new(),
+                extras: Extras::default(),
             };
             assert_eq!(entry.recognises(&found), recognised, "{selectors:?}");
         }

@@ -10,7 +10,9 @@ pub mod backup;
 pub mod bundle;
 pub mod denial;
 pub mod entry;
+pub mod extras;
 pub mod id;
+pub mod jwt;
 pub mod policy;
 pub mod record;
 pub mod refusal;
@@ -22,9 +24,11 @@ pub use appraisal::AppraisalPolicy;
 pub use bundle::{Bundle, Foreign, Own};
 pub use denial::{IdDenial, LeafDenial, Serial};
 pub use entry::{Entry, EntryId, Selector, Selectors};
+pub use extras::{DnsName, EntryExtras, Extras};
 pub use id::{
     ClusterId, Generation, NodeId, NumericIdentity, ObjectName, RaftIndex, ReplicaId, Revision, SpiffeId, TrustDomain,
 };
+pub use jwt::{Audience, JwtAuthority, JwtTtl};
 pub use policy::{Action, Endpoint, Order, Peers, Policy, Service};
 pub use refusal::{Code, Refusal};
 pub use role::AdminRole;

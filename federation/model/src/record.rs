@@ -20,6 +20,8 @@ pub enum Kind {
     Endpoint,
     /// A node that is no longer trusted, with its generation; key = node id.
     NodeDenial,
+    /// The origin's keys of JWT-SVIDs, with the sequence of the bundle that they came with; key = trust domain.
+    JwtKeys,
     /// SVIDs of an identity of the origin that are refused; key = SPIFFE ID.
     IdDenial,
     /// One SVID of the origin that is refused; key = authority, slash, serial in hexadecimal digits.

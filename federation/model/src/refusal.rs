@@ -153,8 +153,15 @@ codes! {
     RecoverUnsafe = "recover_unsafe", Precondition, "recover only a stopped voter, and only where the majority is lost for good: start what can be started first";
     RecoverUnconfirmed = "recover_unconfirmed", Precondition, "read what would be given up, then name exactly these replicas with --i-accept-the-loss-of";
     BundleMalformed = "bundle_malformed", Invalid, "publish a SPIFFE bundle: keys of use x509-svid (with x5c) or jwt-svid (with kid)";
+    JwtMalformed = "jwt_malformed", Denied, "present a JWT-SVID: a compact JWS with no header but alg, kid and typ, and with sub, aud and exp";
+    JwtUntrusted = "jwt_untrusted", Denied, "present a JWT-SVID that a key of its trust domain's bundle signed and that is in time";
+    JwtAudience = "jwt_audience", Denied, "fetch a JWT-SVID for this very audience";
     LastAdmin = "last_admin", Precondition, "make another administrator federation-admin first (ambit admin grant)";
     SvidRevoked = "svid_revoked", Denied, "get a new SVID: this one was revoked; where its identity is denied, ask an operator (ambit deny list)";
+    BundleRollback = "bundle_rollback", Precondition, "the endpoint serves an older bundle than it did: ask its operator; remove and add the relationship if it began anew";
+    BundleEquivocation = "bundle_equivocation", Precondition, "the endpoint served two bundles under one sequence: do not trust it before its operator explains them";
+    BundleShrunk = "bundle_shrunk", Precondition, "the bundle became empty, which revokes everything: confirm it (ambit federation confirm) if that is meant";
+    EndpointRefused = "endpoint_refused", Unavailable, "check the URL, profile and endpoint SPIFFE ID of the relationship, and what answers there";
 }
 
 impl fmt::Display for Code {

@@ -1,15 +1,15 @@
 //! Commands: the only ways the state changes. Their encoding is versioned; a log entry is never reinterpreted.
 
-use crate::committed::{Issuance, ReplicaAdmission, SealedReport};
+use crate::committed::{Issuance, JwtIssuance, ReplicaAdmission, SealedReport};
 use crate::objects::{
-    AkFacts, BootPcrs, CellRow, Counters, DenialRow, EkDenyRow, EkFacts, ImaPoint, KeySetRow, Member, PeerRow,
-    PolicyRef, PolicyVersion, TokenRow,
+    AkFacts, BootPcrs, CellRow, Counters, DenialRow, EkDenyRow, EkFacts, EndpointProfile, ImaPoint, KeySetRow, Member,
+    PeerRow, PolicyRef, PolicyVersion, TokenRow,
 };
 use ambit_model::policy::{Endpoint, Policy, Service};
 use ambit_model::record::{Head, Record};
 use ambit_model::{
-    AdminRole, ClusterId, Code, Entry, EntryId, Generation, NodeId, ObjectName, Refusal, Revision, SpiffeId, Stamp,
-    TrustDomain, TrustVector,
+    AdminRole, ClusterId, Code, DnsName, Entry, EntryId, Generation, JwtTtl, NodeId, ObjectName, Refusal, Revision,
+    SpiffeId, Stamp, SvidTtl, TrustDomain, TrustVector,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -280,6 +280,51 @@ pub enum Command {
     DeleteAppraisalPolicy(ObjectName),
     /// Writes entries over what they are, each with its own outcome.
     PutEntries(Vec<(Entry, Presence)>),
+    /// A new JWT authority: SubjectPublicKeyInfo (DER), and its private key wrapped to each replica.
+    PutJwtAuthority(Vec<u8>, BTreeMap<u64, Vec<u8>>),
+    /// A JWT authority, wrapped to further replicas.
+    WrapJwtAuthority(String, BTreeMap<u64, Vec<u8>>),
+    /// A token for a workload of one node.
+    IssueJwt {
+        /// On whose certificate.
+        node: NodeId,
+        /// The generation in it.
+        generation: Generation,
+        /// The authority that will sign.
+        kid: String,
+        /// Under which entry.
+        entry: EntryId,
+        /// [`ambit_model::Audience::sha256`].
+        audience_sha256: [u8; 32],
+    },
+    /// A certificate that an administrator mints.
+    MintX509 {
+        /// For whom.
+        spiffe_id: SpiffeId,
+        /// Beside the SPIFFE ID.
+        dns_names: Vec<DnsName>,
+        /// How long at most.
+        ttl: SvidTtl,
+        /// SHA-256 of the key's SPKI.
+        key_hash: [u8; 32],
+        /// The intermediate that will sign.
+        authority: String,
+        /// The administrator.
+        by: String,
+    },
+    /// A token that an administrator mints.
+    MintJwt {
+        /// For whom.
+        spiffe_id: SpiffeId,
+        /// [`ambit_model::Audience::sha256`].
+        audience_sha256: [u8; 32],
+        /// How long at most.
+        ttl: JwtTtl,
+        /// The authority that will sign.
+        kid: String,
+        /// The administrator.
+        by: String,
+    },
     /// Changes the roles of an administrator.
     ChangeRoles {
         /// The name after /ambit/admin/.
@@ -309,6 +354,29 @@ pub enum Command {
     /// Writes entries over what they are, each with its own outcome; where one is not for all that it was for, what was
     /// issued under it is revoked.
     ReplaceEntries(Vec<(Entry, Presence)>),
+    /// Writes the relationship with a foreign trust domain: URL, profile, bootstrap roots (DER), and who asked.
+    PutRelationship(TrustDomain, String, EndpointProfile, Vec<Vec<u8>>, String),
+    /// Ends it: its bundle goes too.
+    RemoveRelationship(TrustDomain),
+    /// A bundle fetched from the URL that the relationship had then.
+    TakeBundle(TrustDomain, FetchedBundle),
+    /// An operator says that the empty bundle with this SHA-256 is meant.
+    ConfirmBundle(TrustDomain, [u8; 32]),
+}
+
+/// A foreign bundle, read strictly.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FetchedBundle {
+    /// Where it came from.
+    pub url: String,
+    /// `spiffe_sequence`, where it had one.
+    pub sequence: Option<u64>,
+    /// `spiffe_refresh_hint`, seconds.
+    pub refresh_hint_s: u64,
+    /// Root certificates, DER.
+    pub roots: Vec<Vec<u8>>,
+    /// SHA-256 of the document.
+    pub sha256: [u8; 32],
 }
 
 /// What an operator says of the SVIDs of an identity.
@@ -376,4 +444,6 @@ pub enum Reply {
     Documents(Vec<bool>, u64),
     /// A report was sealed.
     Report(Box<SealedReport>),
+    /// A token to sign.
+    Token(Box<JwtIssuance>),
 }

@@ -1,6 +1,6 @@
 //! Proof that something was committed and applied. No commit, no certificate (I5, design.md section 2).
 
-use ambit_model::{EntryId, Generation, Lifetime, NodeId, RaftIndex, Revision, SpiffeId};
+use ambit_model::{DnsName, EntryId, Generation, Lifetime, NodeId, RaftIndex, Revision, SpiffeId};
 use serde::{Deserialize, Serialize};
 
 /// A `T` that the state machine applied from a committed entry. Only `apply` makes one; it is used once.
@@ -37,6 +37,39 @@ pub enum Subject {
     Workload(EntryId, Revision),
     /// An administrator.
     Admin,
+    /// A workload by its entry at a revision, with DNS names beside its SPIFFE ID.
+    NamedWorkload(EntryId, Revision, Vec<DnsName>),
+    /// Whoever an administrator, by this name, minted it for, with these DNS names.
+    Minted(String, Vec<DnsName>),
+}
+
+impl Subject {
+    /// The subject of a leaf under an entry.
+    pub(crate) fn workload(row: &crate::objects::EntryRow) -> Subject {
+        let (id, names) = (row.entry.id.clone(), row.entry.extras.dns_names.clone());
+        match names.is_empty() {
+            true => Subject::Workload(id, row.revision),
+            false => Subject::NamedWorkload(id, row.revision, names),
+        }
+    }
+    /// DNS names that the leaf carries beside its SPIFFE ID.
+    pub fn dns_names(&self) -> &[DnsName] {
+        match self {
+            Subject::NamedWorkload(_, _, names) | Subject::Minted(_, names) => names,
+            Subject::Node | Subject::Workload(..) | Subject::Admin => &[],
+        }
+    }
+    /// As operators read it.
+    pub fn text(&self) -> String {
+        match self {
+            Subject::Node => "node".to_owned(),
+            Subject::Admin => "administrator".to_owned(),
+            Subject::Workload(id, revision) | Subject::NamedWorkload(id, revision, _) => {
+                format!("entry {id}@{revision}")
+            }
+            Subject::Minted(by, _) => format!("minted by {by}"),
+        }
+    }
 }
 
 /// The compact record of one leaf, many to a log entry. The leaf itself never enters the log.
@@ -58,6 +91,29 @@ pub struct Issuance {
     pub key_hash: [u8; 32],
     /// From when to when.
     pub lifetime: Lifetime,
+    /// Where it was committed.
+    pub index: RaftIndex,
+}
+
+/// The record of one JWT-SVID: what may be signed. The token itself never enters the log.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JwtIssuance {
+    /// The authority that must sign it; another refuses.
+    pub kid: String,
+    /// 16 bytes: epoch, log index, position. Unique for ever, across failover, and among certificates too (I6).
+    pub jti: [u8; 16],
+    /// The identity that it speaks for.
+    pub spiffe_id: SpiffeId,
+    /// For whom.
+    pub subject: Subject,
+    /// Through which admission of which node; none for one that an administrator minted.
+    pub binding: Option<(NodeId, Generation)>,
+    /// [`ambit_model::Audience::sha256`] of those whom it is for.
+    pub audience_sha256: [u8; 32],
+    /// When it was committed.
+    pub stamp: ambit_model::Stamp,
+    /// When it ends.
+    pub not_after: ambit_model::Stamp,
     /// Where it was committed.
     pub index: RaftIndex,
 }

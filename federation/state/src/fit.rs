@@ -1,7 +1,7 @@
 //! Which entries fit a node: those that name it and whose node selectors hold for its last verdict.
 
 use crate::state::State;
-use ambit_model::{Entry, EntryId, NodeId, Selector};
+use ambit_model::{Entry, EntryExtras, EntryId, NodeId, Selector};
 use std::collections::BTreeSet;
 
 impl State {
@@ -10,7 +10,10 @@ impl State {
     /// nowhere.
     pub fn fits(&self, entry: &Entry, id: &NodeId) -> bool {
         let named = self.node(id).is_some_and(|row| entry.may_run_on(&row.cluster, id));
-        named && !self.barred(&entry.spiffe_id) && entry.node_selectors().all(|selector| self.shows(id, selector))
+        named
+            && !self.barred(&entry.spiffe_id)
+            && entry.extras.expires_at > self.stamp()
+            && entry.node_selectors().all(|selector| self.shows(id, selector))
     }
 
     /// Whether a node selector holds. Those of a workload are not the cell's to judge.
@@ -33,8 +36,13 @@ impl State {
         entries.filter(|row| self.fits(&row.entry, id)).map(|row| row.entry.id.clone()).collect()
     }
 
-    /// Keeps [`State::asking`] in step with an entry that is there now, or was until now.
+    /// Keeps [`State::asking`] and [`State::expiring`] in step with an entry that is there now, or was until now.
     pub(crate) fn index_entry(&mut self, entry: &Entry, present: bool) {
+        let expires_at = entry.extras.expires_at;
+        if expires_at != EntryExtras::NONE.expires_at {
+            let key = (expires_at, entry.id.clone());
+            let _ = if present { self.expiring.insert(key) } else { self.expiring.remove(&key) };
+        }
         if entry.node_selectors().next().is_none() {
             return;
         }

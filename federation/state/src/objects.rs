@@ -3,8 +3,8 @@
 use ambit_model::appraisal::PcrBank;
 use ambit_model::policy::{Endpoint, Policy, Service};
 use ambit_model::{
-    AdminRole, ClusterId, Code, Entry, Generation, NodeId, ObjectName, RaftIndex, Revision, SpiffeId, Stamp,
-    TrustDomain, TrustVector,
+    AdminRole, ClusterId, Code, Entry, Generation, JwtAuthority, NodeId, ObjectName, RaftIndex, Revision, SpiffeId,
+    Stamp, TrustDomain, TrustVector,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -477,6 +477,57 @@ pub struct DedupeRow {
 /// An identity's number.
 pub type IdentityRow = (SpiffeId, u32);
 
+/// Where a JWT authority is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum JwtAuthorityState {
+    /// Published, signs nothing yet.
+    Prepared,
+    /// Signs.
+    Active,
+    /// Signs nothing more; its last tokens may still be valid.
+    Old,
+}
+
+impl JwtAuthorityState {
+    /// As operators read it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            JwtAuthorityState::Prepared => "prepared",
+            JwtAuthorityState::Active => "active",
+            JwtAuthorityState::Old => "old",
+        }
+    }
+}
+
+/// A key of the trust domain that signs JWT-SVIDs. It has no chain, so it is shared by the replicas: its private part is
+/// wrapped to each of them, never in plain in log, snapshot or backup.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JwtAuthorityRow {
+    /// Its name.
+    pub kid: String,
+    /// SubjectPublicKeyInfo, DER.
+    pub spki_der: Vec<u8>,
+    /// See the type.
+    pub state: JwtAuthorityState,
+    /// When it was made, and published.
+    pub made: Stamp,
+    /// When the next one is to sign instead; without end while it is prepared.
+    pub leaves: Stamp,
+    /// No token of it is valid after.
+    pub not_after: Stamp,
+    /// Replica number -> wrapped private key; none once it is old.
+    pub wrapped: BTreeMap<u64, Vec<u8>>,
+}
+
+/// The keys of JWT-SVIDs in a trust domain's bundle: what peers are told.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JwtKeys {
+    /// Of the bundle that they came with.
+    pub sequence: u64,
+    /// All of them.
+    pub authorities: Vec<JwtAuthority>,
+}
+
 /// What an administrator may do, by the name in the certificate. Without a row nobody is one, but for the founder.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AdminRow {
@@ -486,4 +537,39 @@ pub struct AdminRow {
     pub changed_by: String,
     /// When.
     pub changed: Stamp,
+}
+
+/// How a bundle endpoint is authenticated (SPIFFE_Federation.md section 5.2).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum EndpointProfile {
+    /// By the web's authorities.
+    HttpsWeb,
+    /// By an SVID of this identity, verified with the bundle that is known.
+    HttpsSpiffe(SpiffeId),
+}
+
+/// A foreign trust domain that is no cell of ours: where its bundle is, and what it was when it was last taken. URL, profile and
+/// trust domain are each said by an operator, never inferred from one another.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RelationshipRow {
+    /// https, as configured.
+    pub url: String,
+    /// See the type.
+    pub profile: EndpointProfile,
+    /// Root certificates, DER: the bootstrap bundle, or the last one taken. None: everything is revoked, or nothing is known.
+    pub roots: Vec<Vec<u8>>,
+    /// `spiffe_sequence` of the last one taken, where it had one.
+    pub sequence: Option<u64>,
+    /// SHA-256 of the last one taken; zeros where none was.
+    pub sha256: [u8; 32],
+    /// When it said that it wants to be asked again, seconds.
+    pub refresh_hint_s: u64,
+    /// When the last one was taken; zero where none was.
+    pub taken: Stamp,
+    /// An empty bundle that waits for an operator's word.
+    pub held: Option<(Option<u64>, [u8; 32])>,
+    /// Why the last one offered was not taken; empty where it was.
+    pub trouble: String,
+    /// Who wrote the relationship.
+    pub written_by: String,
 }

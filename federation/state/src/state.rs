@@ -2,7 +2,7 @@
 
 use crate::apply::{self, At};
 use crate::command::{Command, LogEntry, Reply};
-use crate::committed::{Committed, Issuance, ReplicaAdmission, SealedReport};
+use crate::committed::{Committed, Issuance, JwtIssuance, ReplicaAdmission, SealedReport};
 use crate::objects::*;
 use crate::table::{Journal, Packed, Table, TableWrite};
 use ambit_model::record::Record;
@@ -62,15 +62,25 @@ pub struct State {
     pub(crate) boots: Table<NodeId, BootPcrs>,
     /// Beginnings of incarnations after the first, by epoch.
     pub(crate) incarnations: Table<u64, IncarnationRow>,
+    /// By the index that made them.
+    pub(crate) jwt_authorities: Table<u64, JwtAuthorityRow>,
+    /// Keys of JWT-SVIDs of peers.
+    pub(crate) peer_jwt: Table<TrustDomain, JwtKeys>,
+    /// Tokens that administrators minted, by index.
+    pub(crate) minted_tokens: Table<u64, JwtIssuance>,
     pub(crate) admins: Table<ObjectName, AdminRow>,
     /// SVIDs refused by identity, by who says so.
     pub(crate) id_denials: Table<(TrustDomain, SpiffeId), IdDenial>,
     /// Leaves refused: whose they are, their authority, their serial.
     pub(crate) leaf_denials: Table<(TrustDomain, String, Vec<u8>), LeafDenial>,
+    /// Foreign trust domains that are no cells.
+    pub(crate) relationships: Table<TrustDomain, RelationshipRow>,
     /// `issued` by node and end, in memory only: counting a node's leaves must not cost a walk over everybody's.
     pub(crate) live_leaves: BTreeMap<NodeId, BTreeSet<(Stamp, [u8; 16])>>,
     /// Entries with node selectors by cluster, in memory only: a verdict must not cost a walk over all entries.
     pub(crate) asking: BTreeMap<ClusterId, BTreeSet<EntryId>>,
+    /// Entries that end, by when, in memory only: a tick must not cost a walk over all entries.
+    pub(crate) expiring: BTreeSet<(Stamp, EntryId)>,
     /// Requests remembered, oldest first, in memory only: forgetting those whose time is over must not cost a walk over
     /// all of them, every second.
     pub(crate) dedupe_by_age: VecDeque<(Stamp, RequestKey)>,
@@ -113,9 +123,13 @@ macro_rules! each_table {
             $s.appraisal_policies,
             $s.boots,
             $s.incarnations,
+            $s.jwt_authorities,
+            $s.peer_jwt,
+            $s.minted_tokens,
             $s.admins,
             $s.id_denials,
-            $s.leaf_denials
+            $s.leaf_denials,
+            $s.relationships
         )
     };
 }
@@ -147,6 +161,13 @@ impl Applied {
         match self.outcome? {
             Reply::Replica(one) => Ok(Committed::new(*one)),
             _ => Err(Refusal::new(Code::Internal, "a replica's admission", "another outcome")),
+        }
+    }
+    /// The token that may be signed.
+    pub fn into_token(self) -> Result<Committed<JwtIssuance>, Refusal> {
+        match self.outcome? {
+            Reply::Token(one) => Ok(Committed::new(*one)),
+            _ => Err(Refusal::new(Code::Internal, "a token", "another outcome")),
         }
     }
     /// The report that may be signed.
@@ -204,11 +225,16 @@ impl State {
             appraisal_policies: Table::new(id()),
             boots: Table::new(id()),
             incarnations: Table::new(id()),
+            jwt_authorities: Table::new(id()),
+            peer_jwt: Table::new(id()),
+            minted_tokens: Table::new(id()),
             admins: Table::new(id()),
             id_denials: Table::new(id()),
             leaf_denials: Table::new(id()),
+            relationships: Table::new(id()),
             live_leaves: BTreeMap::new(),
             asking: BTreeMap::new(),
+            expiring: BTreeSet::new(),
             dedupe_by_age: VecDeque::new(),
         }
     }
@@ -465,6 +491,10 @@ impl State {
     /// Records of leaves that may still be valid.
     pub fn issued(&self) -> impl DoubleEndedIterator<Item = &Issuance> {
         self.issued.iter().map(|(_, v)| v)
+    }
+    /// Tokens that administrators minted, oldest first.
+    pub fn minted_tokens(&self) -> impl DoubleEndedIterator<Item = &JwtIssuance> {
+        self.minted_tokens.iter().map(|(_, token)| token)
     }
     /// Policies of this cell and its peers.
     pub fn policies(&self) -> impl Iterator<Item = (&OwnedName, &PolicyRow)> {

@@ -179,7 +179,8 @@ impl Cell {
         self.node
     }
     pub(crate) fn bundle(&self) -> v1::Bundle {
-        v1::Bundle { trust_domain: self.td.to_string(), sequence: 1, roots_der: vec![self.root.der().to_vec()] }
+        let roots_der = vec![self.root.der().to_vec()];
+        v1::Bundle { trust_domain: self.td.to_string(), sequence: 1, roots_der, ..v1::Bundle::default() }
     }
     /// A slice of this cell that knows the bundles of `peers`.
     pub(crate) fn slice(&self, revision: u64, peers: &[&Cell]) -> v1::Slice {

@@ -209,6 +209,7 @@ fn entry(cell: &TrustDomain, id: &str) -> Result<Entry, Refusal> {
         selectors: [Selector::UnixUid(1000)].into(),
         ttl: SvidTtl::DEFAULT,
         federates_with: Default::default(),
+        extras: Default::default(),
     })
 }
 

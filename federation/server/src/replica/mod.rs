@@ -5,8 +5,11 @@ pub mod backup;
 pub mod blobs;
 pub mod budget;
 pub mod evidence;
+pub mod federate;
 pub mod files;
 pub mod found;
+pub mod issuing;
+pub mod jwt;
 pub mod peering;
 pub mod policies;
 pub mod pull;
@@ -66,11 +69,15 @@ struct Inner {
     work: work::Work,
     verdicts: verdicts::Verdicts,
     ticket_keys: ticket::OpenKeys,
+    jwt_keys: jwt::OpenJwtKeys,
+    issuance_budgets: issuing::Budgets,
     policies: policies::Policies,
     /// The cell's revision, once trust follows it: what streams wait for, instead of every entry applied.
     revision: watch::Sender<u64>,
     /// What was refused here.
     refusals: Refusals,
+    /// Fetches foreign bundles, where this replica leads.
+    fetcher: federate::Fetcher,
     /// How old what is known of each peer is; known where pulling happens.
     heard: Mutex<pull::Heard>,
 }
@@ -134,6 +141,10 @@ impl Replica {
     pub fn verdicts(&self) -> &verdicts::Verdicts {
         &self.inner.verdicts
     }
+    /// Fetches foreign bundles.
+    pub fn fetcher(&self) -> &federate::Fetcher {
+        &self.inner.fetcher
+    }
     /// What was refused here.
     pub fn refusals(&self) -> &Refusals {
         &self.inner.refusals
@@ -141,6 +152,14 @@ impl Replica {
     /// Ticket keys, unwrapped.
     pub fn ticket_keys(&self) -> &ticket::OpenKeys {
         &self.inner.ticket_keys
+    }
+    /// What nodes may have signed.
+    pub fn issuance_budgets(&self) -> &issuing::Budgets {
+        &self.inner.issuance_budgets
+    }
+    /// JWT authorities, unwrapped.
+    pub fn jwt_keys(&self) -> &jwt::OpenJwtKeys {
+        &self.inner.jwt_keys
     }
     /// Changes of anything that a slice is made of.
     pub fn watch_revision(&self) -> watch::Receiver<u64> {

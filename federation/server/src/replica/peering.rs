@@ -104,6 +104,7 @@ pub fn own_card(replica: &Replica) -> Result<v1::CellCard, Refusal> {
                 trust_domain: cell.trust_domain.to_string(),
                 sequence: cell.bundle_sequence,
                 roots_der: vec![cell.root_der.clone()],
+                ..v1::Bundle::default()
             }),
             key_set: Some(v1::KeySet { statement: keys.statement, signature: keys.signature }),
         })

@@ -125,9 +125,12 @@ fn open(
         work: super::work::Work::start()?,
         verdicts,
         ticket_keys: super::ticket::OpenKeys::default(),
+        jwt_keys: super::jwt::OpenJwtKeys::default(),
+        issuance_budgets: super::issuing::Budgets::default(),
         policies: super::policies::Policies::default(),
         revision: watch::Sender::new(0),
         refusals: crate::authorise::Refusals::default(),
+        fetcher: super::federate::Fetcher::new(config.web_roots.clone()),
         heard: Mutex::new(super::pull::Heard::default()),
     };
     Ok((Replica { inner: Arc::new(inner) }, tls))

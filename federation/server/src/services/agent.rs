@@ -356,6 +356,7 @@ fn slice_message(s: &Slice) -> v1::Slice {
         trust_domain: td.to_string(),
         sequence: *sequence,
         roots_der: roots_der.clone(),
+        jwt_authorities: s.jwt_authorities.get(td).into_iter().flatten().map(Into::into).collect(),
     });
     v1::Slice {
         revision: s.revision.0,

@@ -3,13 +3,16 @@
 use super::unbuilt::unbuilt;
 use super::{OrStatus, request_id};
 use crate::authorise::{Role, actor};
-use crate::replica::Replica;
-use ambit_identity::{Csr, issue};
-use ambit_model::{Code, Refusal};
+use crate::replica::{Replica, jwt};
+use ambit_identity::{Csr, issue, issue_jwt};
+use ambit_model::{Audience, Code, NodeId, Refusal, TrustDomain};
+use ambit_proto::convert::{dns_names, jwt_ttl, svid_ttl};
+use ambit_proto::status::to_status;
 use ambit_proto::v1;
-use ambit_state::Command;
 use ambit_state::command::LeafRequest;
+use ambit_state::{Applied, Command, JwtIssuance};
 use sha2::{Digest as _, Sha256};
+use std::time::Instant;
 use tonic::{Request, Response, Status};
 
 /// Leaves in one request: more than a node has workloads.
@@ -34,6 +37,7 @@ impl v1::svid_server::Svid for Svids {
             return Err(Refusal::new(Code::BadRequest, format!("1-{BATCH_MAX} items"), m.items.len().to_string()))
                 .or_status();
         }
+        self.within_budget(node, m.items.len())?;
         let mut csrs = Vec::with_capacity(m.items.len());
         let mut leaves = Vec::with_capacity(m.items.len());
         for item in &m.items {
@@ -55,11 +59,55 @@ impl v1::svid_server::Svid for Svids {
         Ok(Response::new(v1::BatchNewX509svidResponse { results }))
     }
 
-    async fn new_jwtsvid(&self, _: Request<v1::Unbuilt>) -> Result<Response<v1::Unbuilt>, Status> {
-        unbuilt("Svid.NewJWTSVID (issue D)")
+    async fn new_jwtsvid(
+        &self,
+        request: Request<v1::NewJwtsvidRequest>,
+    ) -> Result<Response<v1::NewJwtsvidResponse>, Status> {
+        let actor = actor(&request)?;
+        let Role::Node(node, generation) = actor.role else {
+            return Err(Refusal::new(Code::PermissionDenied, "a node", actor.name)).or_status();
+        };
+        let m = request.into_inner();
+        let id = request_id(&m.request_id)?;
+        let (entry, audience) = (m.entry_id.parse().or_status()?, Audience::new(m.audience).or_status()?);
+        self.within_budget(node, 1)?;
+        let command = |kid, audience_sha256| Command::IssueJwt { node, generation, kid, entry, audience_sha256 };
+        let token = self.token(actor.client, id, &audience, command).await;
+        token.map(Response::new).map_err(|r| r.for_node()).or_status()
     }
-    async fn mint_x509svid(&self, _: Request<v1::Unbuilt>) -> Result<Response<v1::Unbuilt>, Status> {
-        unbuilt("Svid.MintX509SVID (issue D)")
+
+    async fn mint_x509svid(
+        &self,
+        request: Request<v1::MintX509svidRequest>,
+    ) -> Result<Response<v1::MintX509svidResponse>, Status> {
+        let (actor, m) = (actor(&request)?, request.into_inner());
+        let csr = Csr::parse(&m.csr).or_status()?;
+        let authority = self.0.issuer().authority().to_owned();
+        let id = signed_here(request_id(&m.request_id)?, &authority);
+        let command = Command::MintX509 {
+            spiffe_id: m.spiffe_id.parse().or_status()?,
+            dns_names: dns_names(&m.dns_names).or_status()?,
+            ttl: svid_ttl(m.ttl_seconds).or_status()?,
+            key_hash: csr.spki_sha256(),
+            authority,
+            by: actor.name,
+        };
+        let applied = self.0.propose(actor.client, id, command).await.or_status()?;
+        let (chain_der, not_after_ms) = self.one_leaf(applied, &csr).or_status()?;
+        Ok(Response::new(v1::MintX509svidResponse { chain_der, not_after_ms }))
+    }
+
+    async fn mint_jwtsvid(
+        &self,
+        request: Request<v1::MintJwtsvidRequest>,
+    ) -> Result<Response<v1::NewJwtsvidResponse>, Status> {
+        let (actor, m) = (actor(&request)?, request.into_inner());
+        let id = request_id(&m.request_id)?;
+        let audience = Audience::new(m.audience).or_status()?;
+        let (spiffe_id, ttl) = (m.spiffe_id.parse().or_status()?, jwt_ttl(m.ttl_seconds).or_status()?);
+        let by = actor.name;
+        let command = |kid, audience_sha256| Command::MintJwt { spiffe_id, audience_sha256, ttl, kid, by };
+        self.token(actor.client, id, &audience, command).await.map(Response::new).or_status()
     }
     async fn new_intermediate_ca(&self, _: Request<v1::Unbuilt>) -> Result<Response<v1::Unbuilt>, Status> {
         unbuilt("Svid.NewIntermediateCA (issue D)")
@@ -80,13 +128,7 @@ impl v1::svid_server::Svid for Svids {
         let admin = name.parse().or_status()?;
         let command = Command::CertifyAdmin { admin, key_hash: csr.spki_sha256(), authority };
         let applied = self.0.propose(actor.client, id, command).await.or_status()?;
-        let mut issuances = applied.into_issuances().or_status()?;
-        let committed =
-            issuances.pop().unwrap_or_else(|| Err(Refusal::new(Code::Internal, "one leaf", "none"))).or_status()?;
-        let not_after_ms = committed.get().lifetime.not_after.0;
-        self.0.check_clock().or_status()?;
-        let chain = issue(committed, &csr, self.0.issuer()).or_status()?;
-        let chain_der = chain.iter().map(|c| c.to_vec()).collect();
+        let (chain_der, not_after_ms) = self.one_leaf(applied, &csr).or_status()?;
         Ok(Response::new(v1::RenewAdminResponse { chain_der, not_after_ms }))
     }
 
@@ -98,8 +140,14 @@ impl v1::svid_server::Svid for Svids {
             0 => LIST_MAX,
             n => n.min(LIST_MAX),
         };
-        let issued = self.0.read(|s| s.issued().rev().take(limit).map(issued_message).collect()).await.or_status()?;
-        Ok(Response::new(v1::ListIssuedResponse { issued }))
+        let issued = self.0.read(|s| {
+            let mut all: Vec<v1::Issued> = s.issued().rev().take(limit).map(issued_message).collect();
+            all.extend(s.minted_tokens().rev().take(limit).map(token_message));
+            all.sort_by_key(|one| std::cmp::Reverse(one.index));
+            all.truncate(limit);
+            all
+        });
+        Ok(Response::new(v1::ListIssuedResponse { issued: issued.await.or_status()? }))
     }
 }
 
@@ -113,6 +161,48 @@ pub(super) fn signed_here(request: [u8; 16], authority: &str) -> [u8; 16] {
 }
 
 impl Svids {
+    /// Before any signature is checked.
+    #[allow(clippy::result_large_err, reason = "a status is what the caller answers with")]
+    fn within_budget(&self, node: NodeId, count: usize) -> Result<(), Status> {
+        self.0.issuance_budgets().take(node, count, Instant::now()).map_err(|early| {
+            let mut status = to_status(&early.refusal);
+            // gRPC A6: when a client that retries by itself is to come again.
+            let after = early.after.as_millis().saturating_add(1).to_string();
+            if let Ok(after) = after.parse() {
+                status.metadata_mut().insert("grpc-retry-pushback-ms", after);
+            }
+            status
+        })
+    }
+
+    /// Commits and signs a token. The key is every replica's, but a record is signed where it was proposed, or by nobody.
+    async fn token(
+        &self,
+        client: crate::authorise::Client,
+        request: [u8; 16],
+        audience: &Audience,
+        command: impl FnOnce(String, [u8; 32]) -> Command,
+    ) -> Result<v1::NewJwtsvidResponse, Refusal> {
+        let key = jwt::signer(&self.0)?;
+        let id = signed_here(request, &format!("{} at {}", key.kid(), self.0.id()));
+        let command = command(key.kid().to_owned(), audience.sha256());
+        let committed = self.0.propose(client, id, command).await?.into_token()?;
+        self.0.check_clock()?;
+        let (expires_at_ms, spiffe_id) = (committed.get().not_after.0, committed.get().spiffe_id.to_string());
+        let token = issue_jwt(committed, audience, &key)?.to_string();
+        Ok(v1::NewJwtsvidResponse { token, expires_at_ms, spiffe_id })
+    }
+
+    /// Signs the one leaf that was committed: the chain, and when it ends.
+    fn one_leaf(&self, applied: Applied, csr: &Csr) -> Result<(Vec<Vec<u8>>, u64), Refusal> {
+        let one = applied.into_issuances()?.pop();
+        let committed = one.unwrap_or_else(|| Err(Refusal::new(Code::Internal, "one leaf", "none")))?;
+        let not_after_ms = committed.get().lifetime.not_after.0;
+        self.0.check_clock()?;
+        let chain = issue(committed, csr, self.0.issuer())?;
+        Ok((chain.iter().map(|c| c.to_vec()).collect(), not_after_ms))
+    }
+
     fn leaf(
         &self,
         entry_id: String,
@@ -153,6 +243,22 @@ fn issued_message(i: &ambit_state::Issuance) -> v1::Issued {
         not_before_ms: i.lifetime.not_before.0,
         not_after_ms: i.lifetime.not_after.0,
         index: i.index.0,
+        kind: "x509".to_owned(),
+        subject: i.subject.text(),
+    }
+}
+
+fn token_message(i: &JwtIssuance) -> v1::Issued {
+    v1::Issued {
+        spiffe_id: i.spiffe_id.to_string(),
+        serial: hex::encode(i.jti),
+        authority: i.kid.clone(),
+        not_before_ms: i.stamp.0,
+        not_after_ms: i.not_after.0,
+        index: i.index.0,
+        kind: "jwt".to_owned(),
+        subject: i.subject.text(),
+        ..v1::Issued::default()
     }
 }
 
@@ -162,10 +268,14 @@ impl Bundles {
     async fn all(&self) -> Result<Vec<v1::Bundle>, Refusal> {
         self.0
             .read(|s| {
-                s.bundles()
-                    .into_iter()
-                    .map(|(td, (sequence, roots_der))| v1::Bundle { trust_domain: td.to_string(), sequence, roots_der })
-                    .collect()
+                let jwt = s.jwt_bundles();
+                let message = |(td, (sequence, roots_der)): (TrustDomain, (u64, Vec<Vec<u8>>))| v1::Bundle {
+                    trust_domain: td.to_string(),
+                    sequence,
+                    roots_der,
+                    jwt_authorities: jwt.get(&td).into_iter().flatten().map(Into::into).collect(),
+                };
+                s.bundles().into_iter().map(message).collect()
             })
             .await
     }

@@ -40,6 +40,8 @@ pub(super) fn tick(s: &mut State, at: At) -> Result<Reply, Refusal> {
     super::issue::forget(s, now);
     super::deny::forget(s, now);
     super::attest::late(s, at)?;
+    super::jwt::tick(s, at)?;
+    super::objects::expire(s, at)?;
     // Stamps never go backwards, so neither do those of the requests.
     while let Some((_, key)) = s.dedupe_by_age.pop_front_if(|(stamp, _)| stamp.plus_ms(crate::DEDUPE_MS) < now) {
         s.dedupe.remove(&mut s.journal, &key);
@@ -121,10 +123,10 @@ pub(super) fn put_member(s: &mut State, id: u64, member: &Member, keys: &KeySetR
     Ok(Reply::Done)
 }
 
-pub(super) fn remove_member(s: &mut State, id: u64) -> Result<Reply, Refusal> {
+pub(super) fn remove_member(s: &mut State, at: At, id: u64) -> Result<Reply, Refusal> {
     s.admissions.remove(&mut s.journal, &id);
     match s.members.remove(&mut s.journal, &id) {
-        Some(_) => Ok(Reply::Done),
+        Some(_) => super::jwt::without(s, at, id).map(|()| Reply::Done),
         None => Err(Refusal::new(Code::NotFound, "a replica of this cell", id.to_string())),
     }
 }

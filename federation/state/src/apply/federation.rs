@@ -2,7 +2,7 @@
 
 use super::{At, addresses, cell::burn, cell_row, touch};
 use crate::command::Reply;
-use crate::objects::{ForeignCluster, Owned, PeerRow, PeerState, TokenScope};
+use crate::objects::{ForeignCluster, JwtKeys, Owned, PeerRow, PeerState, TokenScope};
 use crate::state::State;
 use crate::table::{Journal, Table};
 use ambit_model::policy::{Endpoint, Policy, Service};
@@ -37,6 +37,10 @@ pub(super) fn put_peer(
     let own = cell_row(s)?.trust_domain;
     if *td == own {
         return Err(Refusal::new(Code::AlreadyExists, "another trust domain", td.as_str()));
+    }
+    if s.relationships.contains(td) {
+        let found = format!("{td}, whose bundle is fetched (ambit federation remove)");
+        return Err(Refusal::new(Code::AlreadyExists, "a trust domain without a federation relationship", found));
     }
     if s.peers.len() >= PEERS_MAX && !s.peers.contains(td) {
         return Err(Refusal::new(Code::Busy, format!("at most {PEERS_MAX} peers"), "one more"));
@@ -144,6 +148,7 @@ enum Imported {
     Service(ObjectName, Option<Service>),
     Endpoint(Ipv4Addr, Option<Endpoint>),
     NodeDenial(NodeId, Generation),
+    JwtKeys(JwtKeys),
     IdDenial(SpiffeId, IdDenial),
     LeafDenial(String, Vec<u8>, LeafDenial),
     Ignored,
@@ -177,6 +182,8 @@ fn decode(r: &Record) -> Result<Imported, Refusal> {
             let generation = object(r)?.unwrap_or_default();
             Imported::NodeDenial(r.key.parse()?, generation)
         }
+        Kind::JwtKeys if r.key == r.origin.as_str() => object(r)?.map_or(Imported::Ignored, Imported::JwtKeys),
+        Kind::JwtKeys => Imported::Ignored,
         Kind::IdDenial => {
             let id: SpiffeId = r.key.parse()?;
             // A peer speaks for its own identities; and a denial is never taken back by leaving it out.
@@ -296,6 +303,7 @@ fn take(s: &mut State, at: At, origin: &TrustDomain, object: Imported, room: &mu
             let known = s.node_denials.get(&key).copied().unwrap_or_default();
             put(&mut s.journal, &mut s.node_denials, &mut room.denials, key, Some(known.max(generation)));
         }
+        Imported::JwtKeys(keys) => super::jwt::foreign(s, origin, keys),
         Imported::IdDenial(id, denial) => {
             let key = (origin.clone(), id);
             let row = s.id_denials.get(&key).map_or(denial, |known| known.then(denial));

@@ -93,6 +93,7 @@ impl State {
         // Its first record: whoever imports it refuses the lost incarnation from then on.
         let (td, sequence) = self.cell().map(|c| (c.trust_domain.to_string(), c.bundle_sequence)).unwrap_or_default();
         export(self, Kind::Bundle, td, payload(&sequence)?);
+        super::jwt::begin_anew(self)?;
         touch(self, at);
         Ok(admission.map(Committed::new))
     }

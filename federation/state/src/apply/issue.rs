@@ -2,10 +2,10 @@
 
 use super::{At, cell_row};
 use crate::command::{Command, LeafRequest, Reply};
-use crate::committed::{Issuance, Subject};
-use crate::objects::NodeRow;
+use crate::committed::{Issuance, JwtIssuance, Subject};
+use crate::objects::{EntryRow, NodeRow};
 use crate::state::State;
-use ambit_model::{Code, Generation, Lifetime, NodeId, Refusal, Stamp, SvidTtl};
+use ambit_model::{Code, EntryId, Generation, Lifetime, NodeId, Refusal, Stamp, SvidTtl};
 
 /// Administrators' certificates last 8 h (design.md section 4).
 const ADMIN_MS: u64 = 8 * 3_600_000;
@@ -37,8 +37,25 @@ fn authority_ends(s: &State, authority: &str) -> Result<Stamp, Refusal> {
 }
 
 /// I6: the earliest of the TTL, the issuer's end less a margin, and the last verdict plus the unattested maximum.
-fn lifetime(s: &State, at: At, authority: &str, ttl_ms: u64, verdict: Option<Stamp>) -> Result<Lifetime, Refusal> {
+pub(super) fn lifetime(
+    s: &State,
+    at: At,
+    authority: &str,
+    ttl_ms: u64,
+    verdict: Option<Stamp>,
+) -> Result<Lifetime, Refusal> {
     let issuer = authority_ends(s, authority)?.minus_ms(crate::ISSUER_MARGIN_MS);
+    let not_after = ends(at, issuer, ttl_ms, verdict)?;
+    Ok(Lifetime { not_before: at.stamp.minus_ms(crate::NOT_BEFORE_SLACK_MS), not_after })
+}
+
+/// What is issued under an entry does not outlive it.
+fn ttl_ms(at: At, row: &EntryRow, ttl_ms: u64) -> u64 {
+    ttl_ms.min(row.entry.extras.expires_at.0.saturating_sub(at.stamp.0))
+}
+
+/// See [`lifetime`]; `issuer` is the last instant at which what it signs may be valid.
+pub(super) fn ends(at: At, issuer: Stamp, ttl_ms: u64, verdict: Option<Stamp>) -> Result<Stamp, Refusal> {
     let mut not_after = at.stamp.plus_ms(ttl_ms).min(issuer);
     if let Some(verdict) = verdict {
         not_after = not_after.min(verdict.plus_ms(crate::UNATTESTED_MAX_MS));
@@ -46,7 +63,7 @@ fn lifetime(s: &State, at: At, authority: &str, ttl_ms: u64, verdict: Option<Sta
     if not_after <= at.stamp {
         return Err(Refusal::new(Code::IssuerUnavailable, "an issuer with time left", "one that ends"));
     }
-    Ok(Lifetime { not_before: at.stamp.minus_ms(crate::NOT_BEFORE_SLACK_MS), not_after })
+    Ok(not_after)
 }
 
 /// I4: the node as it stands at this index, if it may be issued anything at all.
@@ -139,16 +156,30 @@ pub(crate) fn answer_again(s: &State, at: At, command: &Command, reply: Reply) -
     match (command, reply) {
         (Command::Issue { node, generation, .. }, Reply::Leaves(leaves)) => {
             trusted_node(s, at, node, *generation)?;
-            let fits = |leaf: &Issuance| match &leaf.subject {
-                Subject::Workload(id, revision) => {
-                    s.entry(id).is_some_and(|row| row.revision == *revision && s.fits(&row.entry, node))
-                }
-                Subject::Node | Subject::Admin => true,
+            let again = |leaf: Issuance| {
+                if fits_still(s, node, &leaf.subject) { Ok(leaf) } else { Err(unfit(leaf.spiffe_id.as_str())) }
             };
-            let again = |leaf: Issuance| if fits(&leaf) { Ok(leaf) } else { Err(unfit(leaf.spiffe_id.as_str())) };
             Ok(Reply::Leaves(leaves.into_iter().map(|leaf| leaf.and_then(again)).collect()))
         }
+        (Command::IssueJwt { node, generation, .. }, Reply::Token(token)) => {
+            trusted_node(s, at, node, *generation)?;
+            if fits_still(s, node, &token.subject) {
+                Ok(Reply::Token(token))
+            } else {
+                Err(unfit(token.spiffe_id.as_str()))
+            }
+        }
         (_, reply) => Ok(reply),
+    }
+}
+
+/// Whether what was issued would be issued again, as far as its entry is concerned.
+fn fits_still(s: &State, node: &NodeId, subject: &Subject) -> bool {
+    match subject {
+        Subject::Workload(id, revision) | Subject::NamedWorkload(id, revision, _) => {
+            s.entry(id).is_some_and(|row| row.revision == *revision && s.fits(&row.entry, node))
+        }
+        Subject::Node | Subject::Admin | Subject::Minted(..) => true,
     }
 }
 
@@ -201,11 +232,11 @@ fn leaf(
         authority: authority.to_owned(),
         serial: serial(cell.epoch, at, position),
         spiffe_id: entry.entry.spiffe_id.clone(),
-        subject: Subject::Workload(request.entry.clone(), entry.revision),
+        subject: Subject::workload(entry),
         binding: Some((*node, row.generation)),
         epoch: cell.epoch,
         key_hash: request.key_hash,
-        lifetime: lifetime(s, at, authority, entry.entry.ttl.ms(), Some(verdict(s, node)))?,
+        lifetime: lifetime(s, at, authority, ttl_ms(at, entry, entry.entry.ttl.ms()), Some(verdict(s, node)))?,
         index: at.index,
     })
 }
@@ -225,4 +256,38 @@ pub(super) fn admin(s: &mut State, at: At, name: &str, key_hash: [u8; 32], autho
     };
     keep(s, &issuance);
     Ok(Reply::Leaves(vec![Ok(issuance)]))
+}
+
+/// A token: the node and the entry as for a leaf, the authority the one that signs now (I4, I5, I6).
+pub(super) fn token(
+    s: &mut State,
+    at: At,
+    node: &NodeId,
+    generation: Generation,
+    kid: &str,
+    entry: &EntryId,
+    audience_sha256: &[u8; 32],
+) -> Result<Reply, Refusal> {
+    let generation = trusted_node(s, at, node, generation)?.generation;
+    let row = s.entry(entry).filter(|row| s.fits(&row.entry, node)).ok_or_else(|| unfit(entry.as_str()))?;
+    let verdict = Some(verdict(s, node));
+    Ok(Reply::Token(Box::new(JwtIssuance {
+        kid: kid.to_owned(),
+        jti: serial(cell_row(s)?.epoch, at, 0),
+        spiffe_id: row.entry.spiffe_id.clone(),
+        subject: Subject::Workload(entry.clone(), row.revision),
+        binding: Some((*node, generation)),
+        audience_sha256: *audience_sha256,
+        stamp: at.stamp,
+        not_after: ends(at, signer_ends(s, kid)?, ttl_ms(at, row, row.entry.extras.jwt_ttl.ms()), verdict)?,
+        index: at.index,
+    })))
+}
+
+/// The last instant of tokens of the JWT authority that signs now, or a refusal where another one is named.
+pub(super) fn signer_ends(s: &State, kid: &str) -> Result<Stamp, Refusal> {
+    let signer = s.jwt_signer().filter(|row| row.kid == kid);
+    signer
+        .map(|row| row.not_after.minus_ms(crate::ISSUER_MARGIN_MS))
+        .ok_or_else(|| Refusal::new(Code::AuthorityMismatch, "the JWT authority that signs now", kid))
 }

@@ -9,8 +9,11 @@ mod endorse;
 mod federation;
 mod incarnation;
 mod issue;
+pub(crate) mod jwt;
+mod mint;
 mod node;
 mod objects;
+mod relationship;
 mod roles;
 
 pub use incarnation::Beginning;
@@ -40,7 +43,7 @@ pub(crate) fn apply(s: &mut State, index: RaftIndex, stamp: Stamp, command: &Com
             cell::admit_replica(s, at, token, *replica, issuer_key_hash, tls_key_hash)
         }
         Command::PutMember(id, member, keys) => cell::put_member(s, *id, member, keys),
-        Command::RemoveMember(id) => cell::remove_member(s, *id),
+        Command::RemoveMember(id) => cell::remove_member(s, at, *id),
         Command::RotateTicketKey(wrapped) => cell::rotate_ticket_key(s, at, wrapped),
         Command::RegisterCluster(id, roots, interval_ms) => cell::register_cluster(s, at, id, roots, *interval_ms),
         Command::AllowEk(cluster, nodes) => endorse::allow(s, at, cluster, nodes),
@@ -71,6 +74,17 @@ pub(crate) fn apply(s: &mut State, index: RaftIndex, stamp: Stamp, command: &Com
         Command::PutAppraisalPolicy { name, content, staged, by } => appraisal::put(s, at, name, content, *staged, by),
         Command::PromoteAppraisalPolicy(name) => appraisal::promote(s, at, name),
         Command::DeleteAppraisalPolicy(name) => appraisal::delete(s, at, name),
+        Command::PutJwtAuthority(spki_der, wrapped) => jwt::put(s, at, spki_der, wrapped),
+        Command::WrapJwtAuthority(kid, wrapped) => jwt::wrap(s, kid, wrapped),
+        Command::IssueJwt { node, generation, kid, entry, audience_sha256 } => {
+            issue::token(s, at, node, *generation, kid, entry, audience_sha256)
+        }
+        Command::MintX509 { spiffe_id, dns_names, ttl, key_hash, authority, by } => {
+            mint::x509(s, at, &mint::X509 { spiffe_id, dns_names, ttl: *ttl, key_hash: *key_hash, authority, by })
+        }
+        Command::MintJwt { spiffe_id, audience_sha256, ttl, kid, by } => {
+            mint::jwt(s, at, spiffe_id, audience_sha256, *ttl, kid, by)
+        }
         Command::ChangeRoles { admin, change, by } => roles::change(s, at, admin, change, by),
         Command::CertifyAdmin { admin, key_hash, authority } => roles::certify(s, at, admin, *key_hash, authority),
         Command::Within(clusters, command) => roles::within(s, at, clusters, command),
@@ -78,6 +92,10 @@ pub(crate) fn apply(s: &mut State, index: RaftIndex, stamp: Stamp, command: &Com
         Command::DenyLeaf(authority, serial) => deny::leaf(s, at, authority, serial),
         Command::RetireEntries(ids) => deny::retire_entries(s, at, ids),
         Command::ReplaceEntries(entries) => deny::replace_entries(s, at, entries),
+        Command::PutRelationship(td, url, profile, roots, by) => relationship::put(s, at, td, url, profile, roots, by),
+        Command::RemoveRelationship(td) => relationship::remove(s, at, td),
+        Command::TakeBundle(td, bundle) => relationship::take(s, at, td, bundle),
+        Command::ConfirmBundle(td, sha256) => relationship::confirm(s, at, td, sha256),
     }
 }
 

@@ -89,6 +89,10 @@ fn check_entry(s: &State, own: &TrustDomain, entry: &Entry) -> Result<(), Refusa
     if !s.clusters.contains(&entry.cluster) {
         return Err(Refusal::new(Code::NotFound, "a cluster of this cell", entry.cluster.as_str()));
     }
+    if entry.extras.expires_at <= s.stamp() {
+        let found = format!("{} ms, which is over", entry.extras.expires_at.0);
+        return Err(Refusal::new(Code::BadRequest, "an end that is still to come", found));
+    }
     // A node is no workload: by its TPM alone every process on it would be meant, and none is recognised.
     if !entry.names_a_workload() {
         let expected = "a selector of the workload (unix:uid, unix:gid or cgroup) beside those of its node";
@@ -112,6 +116,13 @@ pub(super) fn delete_entries(s: &mut State, at: At, ids: &[EntryId]) -> Result<R
         touch(s, at);
     }
     Ok(Reply::Items(out))
+}
+
+/// Entries that ended go. Nothing was issued under them since.
+pub(super) fn expire(s: &mut State, at: At) -> Result<(), Refusal> {
+    let ended: Vec<EntryId> =
+        s.expiring.iter().take_while(|(end, _)| *end <= at.stamp).map(|(_, id)| id.clone()).collect();
+    if ended.is_empty() { Ok(()) } else { delete_entries(s, at, &ended).map(drop) }
 }
 
 /// Numbers are handed out in log order and never twice.

@@ -91,6 +91,7 @@ pub(crate) fn entry(id: &str, td: &str) -> Entry {
         selectors: [Selector::UnixUid(1000)].into(),
         ttl: SvidTtl::DEFAULT,
         federates_with: Default::default(),
+        extras: Default::default(),
     }
 }
 pub(crate) fn admission(cell: &Cell, n: u8, nonce: u8, token: Option<[u8; 32]>) -> Admission {

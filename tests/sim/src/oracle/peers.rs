@@ -160,7 +160,7 @@ impl Ledger {
                 }
                 // Not decided by the simulated load.
                 Kind::IdDenial | Kind::LeafDenial => {}
-                Kind::Cluster | Kind::Bundle | Kind::Service | Kind::Endpoint => {}
+                Kind::Cluster | Kind::Bundle | Kind::Service | Kind::Endpoint | Kind::JwtKeys => {}
             }
         }
         out

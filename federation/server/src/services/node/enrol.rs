@@ -289,6 +289,7 @@ impl Enrolment {
                 trust_domain: c.trust_domain.to_string(),
                 sequence: c.bundle_sequence,
                 roots_der: vec![c.root_der.clone()],
+                ..v1::Bundle::default()
             })
         });
         Ok(Ok(v1::Verdict {

@@ -1,0 +1,99 @@
+//! The trust domain's JWT authorities at a replica: made and wrapped by the leader, opened and used by every replica.
+
+use super::Replica;
+use ambit_identity::JwtKey;
+use ambit_identity::wrap::{Purpose, wrap_for};
+use ambit_model::{Code, Refusal};
+use ambit_state::{Command, JwtDue};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Keys held open: the one that signs, and the one before while requests for it are under way.
+const OPEN_MAX: usize = 2;
+
+/// Authorities as this replica unwrapped them: unwrapping costs a key agreement.
+#[derive(Default)]
+pub struct OpenJwtKeys {
+    keys: Mutex<Vec<Arc<JwtKey>>>,
+}
+
+impl OpenJwtKeys {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Arc<JwtKey>>> {
+        self.keys.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+    fn get(&self, kid: &str) -> Option<Arc<JwtKey>> {
+        self.lock().iter().find(|key| key.kid() == kid).cloned()
+    }
+    fn keep(&self, key: &Arc<JwtKey>) {
+        let mut keys = self.lock();
+        if keys.len() >= OPEN_MAX {
+            keys.remove(0);
+        }
+        keys.push(key.clone());
+    }
+}
+
+/// The authority that signs now.
+///
+/// # Errors
+/// [`Code::IssuerUnavailable`] while there is none, or none that this replica can open yet.
+pub fn signer(replica: &Replica) -> Result<Arc<JwtKey>, Refusal> {
+    let row = replica.local(|s| s.jwt_signer().map(|row| (row.kid.clone(), row.spki_der.clone(), row.wrapped.clone())));
+    let none = |found: &str| Refusal::new(Code::IssuerUnavailable, "a JWT authority that this replica can open", found);
+    let (kid, spki, wrapped) = row.ok_or_else(|| none("none: the cell is starting"))?;
+    open(replica, &kid, &spki, &wrapped)?.ok_or_else(|| none("one that was not wrapped to it yet"))
+}
+
+/// None where it was not wrapped to this replica.
+fn open(
+    replica: &Replica,
+    kid: &str,
+    spki: &[u8],
+    wrapped: &BTreeMap<u64, Vec<u8>>,
+) -> Result<Option<Arc<JwtKey>>, Refusal> {
+    if let Some(known) = replica.jwt_keys().get(kid) {
+        return Ok(Some(known));
+    }
+    let Some(mine) = wrapped.get(&replica.id()) else { return Ok(None) };
+    let private = replica.wrap().unwrap_for(Purpose::JwtAuthority, mine)?;
+    let key = Arc::new(JwtKey::open(&private, spki)?);
+    replica.jwt_keys().keep(&key);
+    Ok(Some(key))
+}
+
+/// The leader's part, each second: a new authority where one is due, and what replicas cannot open wrapped to them.
+pub async fn rotate_if_due(replica: &Replica) -> Result<(), Refusal> {
+    match replica.local(ambit_state::State::jwt_due) {
+        JwtDue::Nothing => Ok(()),
+        JwtDue::Prepare => {
+            let key = JwtKey::generate()?;
+            let members: Vec<u64> = replica.local(|s| s.members().map(|(id, _)| id).collect());
+            let wrapped = wrap_to(replica, &key, &members)?;
+            let command = Command::PutJwtAuthority(key.spki().to_vec(), wrapped);
+            replica.propose_own(command).await?.outcome?;
+            tracing::info!(kid = key.kid(), "JWT authority made");
+            Ok(())
+        }
+        JwtDue::Wrap(kid, members) => {
+            let row = replica.local(|s| {
+                let mut all = s.jwt_authorities();
+                all.find(|row| row.kid == kid).map(|row| (row.spki_der.clone(), row.wrapped.clone()))
+            });
+            let Some((spki, wrapped)) = row else { return Ok(()) };
+            // A leader that cannot open it either has a later term's leader do it, or the next authority.
+            let Some(key) = open(replica, &kid, &spki, &wrapped)? else { return Ok(()) };
+            let wrapped = wrap_to(replica, &key, &members)?;
+            replica.propose_own(Command::WrapJwtAuthority(kid, wrapped)).await?.outcome.map(drop)
+        }
+    }
+}
+
+fn wrap_to(replica: &Replica, key: &JwtKey, members: &[u64]) -> Result<BTreeMap<u64, Vec<u8>>, Refusal> {
+    let private = key.private()?;
+    let publics: Vec<(u64, Vec<u8>)> = replica.local(|s| {
+        let one = |id: &u64| s.member(*id).map(|member| (*id, member.wrap_key.clone()));
+        members.iter().filter_map(one).collect()
+    });
+    let wrap = |(id, public): (u64, Vec<u8>)| Ok((id, wrap_for(Purpose::JwtAuthority, &public, &private)?));
+    publics.into_iter().map(wrap).collect()
+}
