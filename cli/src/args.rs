@@ -5,6 +5,7 @@ mod attest;
 mod cluster;
 mod deny;
 mod entry;
+mod federation;
 mod node;
 mod svid;
 mod watch;
@@ -14,6 +15,7 @@ pub use attest::{Appraise, Attest, AttestPolicy, LearnPolicy};
 pub use cluster::{Cluster, EkRoot};
 pub use deny::{Deny, SvidRevoke};
 pub use entry::{Entry, EntryCreate, EntryList, EntryUpdate};
+pub use federation::{Federation, FederationProfile, FederationPut};
 pub use node::{Claimed, Node, Selected};
 pub use svid::{BundleFile, Svid, SvidMint, SvidUsage, SvidVerify};
 pub use watch::{Watch, WatchedKind};
@@ -85,6 +87,9 @@ pub enum Verb {
     Svid(Svid),
     /// Objects as they change, a line each; goes on at another replica where one is lost
     Watch(Watch),
+    /// Foreign trust domains that are no cells, and their bundles
+    #[command(subcommand)]
+    Federation(Federation),
     /// Identities that are refused everywhere
     #[command(subcommand)]
     Deny(Deny),
@@ -343,6 +348,10 @@ mod tests {
             ("ambit attest appraise dir --policy p.yaml -o json --nonce 00 --roots ca.pem", true),
             ("ambit attest appraise dir --policy p.yaml --class lab", false),
             ("ambit attest policy diff a.yaml", false),
+            ("ambit federation put example.org --url https://b.example.org/ --profile https-web", true),
+            ("ambit federation put example.org --url https://b.example.org/", false),
+            ("ambit federation put example.org --url https://b.example.org/ --profile https-spiffe", false),
+            ("ambit federation put Example.org --url https://b.example.org/ --profile https-web", false),
             ("ambit deny id spiffe://west/web", true),
             ("ambit deny id web", false),
             ("ambit svid revoke spiffe://west/web", true),

@@ -112,6 +112,10 @@ macro_rules! client {
         ambit_proto::v1::revocation_client::RevocationClient::new($c)
             .max_decoding_message_size($crate::cell::ANSWER_BYTES_MAX)
     };
+    (TrustDomainRegistry, $c:expr) => {
+        ambit_proto::v1::trust_domain_registry_client::TrustDomainRegistryClient::new($c)
+            .max_decoding_message_size($crate::cell::ANSWER_BYTES_MAX)
+    };
     (Audit, $c:expr) => {
         ambit_proto::v1::audit_client::AuditClient::new($c)
     };

@@ -98,8 +98,12 @@ impl Denials {
         self.denies_svid(&peer.id, &peer.authority, &peer.serial)
     }
 
-    /// Whether nothing may be opened to this endpoint: its node is denied by the cell that it belongs to.
+    /// Whether nothing may be opened to this endpoint: its node is denied by the cell that it belongs to, or its identity is
+    /// barred. One whose SVIDs so far were revoked may have a new one.
     pub fn denies_endpoint(&self, endpoint: &Endpoint) -> bool {
+        if self.by_id.get(&endpoint.spiffe_id) == Some(&Refused::All) {
+            return true;
+        }
         self.denies(&endpoint.spiffe_id.trust_domain(), &endpoint.node, endpoint.generation)
     }
 

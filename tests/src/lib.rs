@@ -7,6 +7,7 @@
 pub mod agent;
 pub mod bench;
 pub mod cell;
+pub mod hostile;
 pub mod machine;
 pub mod operator;
 pub mod peering;

@@ -9,6 +9,7 @@ use ambit_proto::status::from_status;
 use ambit_proto::v1;
 use ambit_proto::v1::membership_client::MembershipClient;
 use ambit_tests::cell::{Cell, fresh};
+use ambit_tests::operator::within;
 use ambit_tests::peering::grant;
 use ambit_tests::process::{Folder, free_address, must_run, run};
 use ambit_transport::Identity;
@@ -57,7 +58,12 @@ async fn the_bundle_is_served_to_the_letter_by_the_replicas_own_svid() {
     let oidc = "profile = \"https_spiffe\"\nrefresh_hint_s = 120\noidc_issuer = \"https://id.example.org/west\"";
     let (cell, at) = endpoint(oidc, Folder::new().unwrap()).await;
     let root_pem = cell.admin_file("root.pem").display().to_string();
-    let (head, body) = curl(at, "/", &["--insecure"]);
+    // The first key of JWT-SVIDs is made within a tick or two of the founding, and is a change of the bundle.
+    let (head, body) = within("a key of JWT-SVIDs", async || {
+        let (head, body) = curl(at, "/", &["--insecure"]);
+        body.contains("jwt-svid").then_some((head, body))
+    })
+    .await;
     assert_eq!(header(&head, "content-type"), "application/json");
 
     // Each member as the standard has it, read by another's JSON reader, the key's numbers by openssl.
@@ -65,14 +71,15 @@ async fn the_bundle_is_served_to_the_letter_by_the_replicas_own_svid() {
 import base64, json, subprocess, sys
 doc, der, point = json.load(sys.stdin), open(sys.argv[1], "rb").read(), bytes.fromhex(sys.argv[2])
 assert set(doc) == {"keys", "spiffe_sequence", "spiffe_refresh_hint"}, doc
-assert doc["spiffe_sequence"] == (1 << 40 | 1) and doc["spiffe_refresh_hint"] == 120, doc
-[key] = doc["keys"]
+assert doc["spiffe_sequence"] == (1 << 40 | 2) and doc["spiffe_refresh_hint"] == 120, doc
+key, jwt = doc["keys"]
 assert set(key) == {"kty", "crv", "x", "y", "use", "x5c"}, key
 assert (key["kty"], key["crv"], key["use"]) == ("EC", "P-256", "x509-svid"), key
 [x5c] = key["x5c"]
 assert base64.b64decode(x5c, validate=True) == der
 un = lambda s: base64.urlsafe_b64decode(s + "=" * (-len(s) % 4))
 assert b"\x04" + un(key["x"]) + un(key["y"]) == point and "=" not in key["x"] + key["y"]
+assert set(jwt) == {"kty", "crv", "x", "y", "use", "kid"} and jwt["kid"] and jwt["use"] == "jwt-svid", jwt
 print("ok")
 "#;
     let der = cell.file("root.der").display().to_string();
@@ -117,7 +124,19 @@ print("ok")
     assert_eq!(discovery["issuer"], "https://id.example.org/west");
     assert_eq!(discovery["jwks_uri"], "https://id.example.org/west/keys");
     let (_, keys) = curl(at, "/keys", &["--insecure"]);
-    assert!(serde_json::from_str::<serde_json::Value>(&keys).unwrap()["keys"].is_array(), "{keys}");
+    // Another's library finds the keys in both documents, by their names.
+    let td = spiffe::TrustDomain::new("west").unwrap();
+    let kids = |text: &str| {
+        let keys = serde_json::from_str::<serde_json::Value>(text).unwrap()["keys"].take();
+        let named = keys.as_array().unwrap().iter().filter(|key| key.get("kid").is_some());
+        let named: Vec<_> = named.cloned().collect();
+        let document = serde_json::json!({ "keys": named }).to_string();
+        let bundle = spiffe::JwtBundle::from_jwt_authorities(td.clone(), document.as_bytes()).unwrap();
+        bundle.jwt_authorities().map(|key| key.key_id().to_owned()).collect::<Vec<_>>()
+    };
+    assert!(kids(&keys).len() == 1 && kids(&keys) == kids(&body), "{keys}");
+    let alg = &serde_json::from_str::<serde_json::Value>(&keys).unwrap()["keys"][0];
+    assert!(alg["alg"] == "ES256" && alg["use"] == "sig", "{keys}");
     revoked_leaves_stand_in_the_crl(&cell, at).await;
     strangers_hold_few_connections(at);
 }

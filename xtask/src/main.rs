@@ -38,6 +38,7 @@ usage: cargo xtask <verb>
                         seed with a trace; find planted faults. Last line: N seeds, M violations (N mutants, M caught)
   bench memory          resident memory of idle release processes; last line: N figures, M met
   bench revoke          from a ban to the other cluster's kernel, 50 times; last line: N figures, M met
+  bench deny            from the denial of an identity to its live connection's end and the first refusal, 50 times
   bench attest          CPU time of enrolments and rounds, and of 10,000 nodes that attest (release; 6 minutes)
   bench raft            a cell of three replicas beside etcd of Debian, in turn: writes, reads, failover, restart, memory
                         (release; 6 minutes)
@@ -97,7 +98,7 @@ fn run(args: &[&str]) -> Result<(), Stop> {
         ["mutants", part] => mutants::run(part),
         ["sim", "--mutants"] => sim::mutants(),
         ["sim", options @ ..] if !options.is_empty() => sim::run(options),
-        ["bench", name @ ("memory" | "revoke")] => lab::bench(name),
+        ["bench", name @ ("memory" | "revoke" | "deny")] => lab::bench(name),
         ["bench", name @ ("attest" | "raft")] => lab::bench_cell(name),
         ["bench", name] if !name.starts_with('-') => unbuilt::bench(name),
         ["fuzz", options @ ..] => fuzz::run(options),

@@ -7,6 +7,7 @@ mod cluster;
 mod deny;
 mod drill;
 mod entry;
+mod federation;
 mod lab;
 mod node;
 mod peer;
@@ -65,6 +66,7 @@ pub async fn run(args: Args) -> Result<Answer, Refusal> {
         Verb::Raft(verb) => raft::run(&session, verb).await,
         Verb::Attest(verb) => attest::run(&session, verb).await,
         Verb::Svid(verb) => svid::run(&session, verb).await,
+        Verb::Federation(verb) => federation::run(&session, verb).await,
         Verb::Deny(verb) => deny::run(&session, verb).await,
         Verb::Watch(options) => watch::run(&session, options).await,
         Verb::Admin(verb) => admin::run(&session, verb).await,

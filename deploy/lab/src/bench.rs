@@ -1,7 +1,9 @@
 //! Benchmarks of whole processes in a lab. Targets are printed met or missed; a missed one fails nothing.
 
+mod deny;
 mod revoke;
 
+pub use deny::deny;
 pub use revoke::revoke;
 
 use crate::lab::{Lab, LabError, make_folder, write_file};

@@ -144,7 +144,7 @@ enum Verb {
     /// Measure whole processes in a lab of their own
     Bench {
         /// What to measure
-        #[arg(value_parser = ["memory", "revoke"])]
+        #[arg(value_parser = ["memory", "revoke", "deny"])]
         name: String,
     },
     /// (internal) Stand in for IMA on a node
@@ -246,6 +246,7 @@ fn run(verb: Verb) -> Result<ExitCode, LabError> {
         Verb::Guardian { lab, parent } => guardian::guard(&lab.name, parent)?,
         Verb::Bench { name } => match name.as_str() {
             "revoke" => ambit_lab::bench::revoke()?,
+            "deny" => ambit_lab::bench::deny()?,
             _ => ambit_lab::bench::memory()?,
         },
         Verb::Measurer { folder, ima_log, tpm } => measurer::Measurer::new(folder, ima_log, tpm)?.run(),

@@ -20,14 +20,35 @@ const HINT_S_MAX: u64 = 366 * 86_400;
 /// Root certificates of a trust domain, DER. None: every X.509-SVID of it is revoked.
 pub type Roots = Vec<Vec<u8>>;
 
+/// What a bundle document says, but for keys of JWT-SVIDs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Document {
+    /// `spiffe_sequence`; a publisher should give one.
+    pub sequence: Option<u64>,
+    /// `spiffe_refresh_hint`, seconds.
+    pub refresh_hint_s: Option<u64>,
+    /// See the type.
+    pub roots: Roots,
+}
+
 /// Reads a bundle document.
 ///
 /// # Errors
 /// [`Code::BundleMalformed`].
-pub fn roots(document: &str) -> Result<Roots, Refusal> {
-    bounded(document)?;
-    let Once(object) = serde_json::from_str(document).map_err(|e| bad("a JSON object", e.to_string()))?;
-    read(&object)
+pub fn document(text: &str) -> Result<Document, Refusal> {
+    bounded(text)?;
+    let Once(object) = serde_json::from_str(text).map_err(|e| bad("a JSON object", e.to_string()))?;
+    let roots = read(&object)?;
+    let number = |name: &str| object.get(name).and_then(Value::as_u64);
+    Ok(Document { sequence: number("spiffe_sequence"), refresh_hint_s: number("spiffe_refresh_hint"), roots })
+}
+
+/// The roots of a bundle document.
+///
+/// # Errors
+/// [`Code::BundleMalformed`].
+pub fn roots(text: &str) -> Result<Roots, Refusal> {
+    document(text).map(|document| document.roots)
 }
 
 /// Reads a bundle map: the bundles of several trust domains (section 4.3).

@@ -4,22 +4,13 @@
 //! The same content gives the same bytes. What is published names no trust domain; who fetches it knows whose it is.
 
 use crate::profile;
-use ambit_model::{Code, Refusal};
+use ambit_model::{Code, JwtAuthority, Refusal};
 use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use serde_json::{Map, Value, json};
 use x509_parser::prelude::FromDer;
 use x509_parser::public_key::PublicKey;
 use x509_parser::x509::SubjectPublicKeyInfo;
-
-/// A key that signs JWT-SVIDs.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct JwtKey {
-    /// Its name in the heads of tokens.
-    pub kid: String,
-    /// SubjectPublicKeyInfo, DER.
-    pub spki_der: Vec<u8>,
-}
 
 /// What is published of one trust domain.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,7 +22,7 @@ pub struct Published<'a> {
     /// Root certificates, DER.
     pub roots: &'a [Vec<u8>],
     /// Keys of JWT-SVIDs.
-    pub jwt_keys: &'a [JwtKey],
+    pub jwt_keys: &'a [JwtAuthority],
 }
 
 impl Published<'_> {
@@ -64,7 +55,7 @@ impl Published<'_> {
     /// # Errors
     /// [`Code::Internal`] for a key that is not readable.
     pub fn oidc_keys(&self) -> Result<String, Refusal> {
-        let key = |key: &JwtKey| {
+        let key = |key: &JwtAuthority| {
             let mut jwk = named(key, "sig")?;
             jwk.insert("alg".into(), json!(algorithm(&jwk)?));
             Ok(Value::Object(jwk))
@@ -99,7 +90,7 @@ impl Published<'_> {
     }
 }
 
-fn named(key: &JwtKey, r#use: &str) -> Result<Map<String, Value>, Refusal> {
+fn named(key: &JwtAuthority, r#use: &str) -> Result<Map<String, Value>, Refusal> {
     let (_, spki) =
         SubjectPublicKeyInfo::from_der(&key.spki_der).map_err(|e| unreadable("a public key", e.to_string()))?;
     let mut jwk = jwk(&spki)?;

@@ -7,10 +7,10 @@
 pub mod authority;
 pub mod bundle;
 pub mod csr;
+pub mod document;
 mod json;
 pub mod jwks;
 pub mod jwt;
-pub mod document;
 pub mod keys;
 pub mod profile;
 pub mod record;

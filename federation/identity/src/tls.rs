@@ -279,3 +279,18 @@ pub fn public_server_config(identity: Arc<CertifiedKey>) -> Result<rustls::Serve
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
     Ok(config)
 }
+
+/// A client of the web: the server is verified by these authorities (PEM) and its name. It shows no certificate.
+pub fn web_client_config(authorities_pem: &str, alpn: &[&[u8]]) -> Result<rustls::ClientConfig, Refusal> {
+    let mut roots = rustls::RootCertStore::empty();
+    // Some that a system lists are not to the letter; one that cannot be read vouches for nobody.
+    let (_added, _ignored) = roots.add_parsable_certificates(crate::keys::certificates_from_pem(authorities_pem)?);
+    let mut config = rustls::ClientConfig::builder_with_provider(provider())
+        .with_safe_default_protocol_versions()
+        .map_err(|e| internal("TLS 1.2 and 1.3", e))?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    config.resumption = Resumption::disabled();
+    config.alpn_protocols = alpn.iter().map(|p| p.to_vec()).collect();
+    Ok(config)
+}

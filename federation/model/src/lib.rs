@@ -16,8 +16,8 @@ pub mod jwt;
 pub mod policy;
 pub mod record;
 pub mod refusal;
-mod text;
 pub mod role;
+mod text;
 pub mod time;
 pub mod trust;
 

@@ -158,6 +158,10 @@ codes! {
     JwtAudience = "jwt_audience", Denied, "fetch a JWT-SVID for this very audience";
     LastAdmin = "last_admin", Precondition, "make another administrator federation-admin first (ambit admin grant)";
     SvidRevoked = "svid_revoked", Denied, "get a new SVID: this one was revoked; where its identity is denied, ask an operator (ambit deny list)";
+    BundleRollback = "bundle_rollback", Precondition, "the endpoint serves an older bundle than it did: ask its operator; remove and add the relationship if it began anew";
+    BundleEquivocation = "bundle_equivocation", Precondition, "the endpoint served two bundles under one sequence: do not trust it before its operator explains them";
+    BundleShrunk = "bundle_shrunk", Precondition, "the bundle became empty, which revokes everything: confirm it (ambit federation confirm) if that is meant";
+    EndpointRefused = "endpoint_refused", Unavailable, "check the URL, profile and endpoint SPIFFE ID of the relationship, and what answers there";
 }
 
 impl fmt::Display for Code {

@@ -28,6 +28,9 @@ pub struct Config {
     /// Raft's timers.
     #[serde(default)]
     pub raft: RaftTimers,
+    /// Authorities of the web (PEM), by which bundle endpoints of the profile https_web are verified.
+    #[serde(default = "web_roots_default")]
+    pub web_roots: PathBuf,
     /// What outsiders may fetch; without it nothing is served to them.
     #[serde(default)]
     pub bundle_endpoint: Option<Outside>,
@@ -112,6 +115,10 @@ pub struct RaftTimers {
     pub heartbeat_ms: u64,
 }
 
+/// Where Debian keeps them.
+fn web_roots_default() -> PathBuf {
+    "/etc/ssl/certs/ca-certificates.crt".into()
+}
 fn election_default() -> u64 {
     300
 }
@@ -151,7 +158,7 @@ impl Config {
             let code = if unknown { Code::ConfigUnknownKey } else { Code::ConfigInvalid };
             Refusal::new(
                 code,
-                "data_dir, listen, metrics_listen, [raft] election_timeout_ms, heartbeat_ms and [bundle_endpoint] listen, profile, \
+                "data_dir, listen, metrics_listen, web_roots, [raft] election_timeout_ms, heartbeat_ms and [bundle_endpoint] listen, profile, \
                  certificate, key, refresh_hint_s, oidc_issuer",
                 e.to_string(),
             )

@@ -2,8 +2,8 @@
 
 use crate::committed::{Issuance, JwtIssuance, ReplicaAdmission, SealedReport};
 use crate::objects::{
-    AkFacts, BootPcrs, CellRow, Counters, DenialRow, EkDenyRow, EkFacts, ImaPoint, KeySetRow, Member, PeerRow,
-    PolicyRef, PolicyVersion, TokenRow,
+    AkFacts, BootPcrs, CellRow, Counters, DenialRow, EkDenyRow, EkFacts, EndpointProfile, ImaPoint, KeySetRow, Member,
+    PeerRow, PolicyRef, PolicyVersion, TokenRow,
 };
 use ambit_model::policy::{Endpoint, Policy, Service};
 use ambit_model::record::{Head, Record};
@@ -359,6 +359,29 @@ pub enum Command {
     /// Writes entries over what they are, each with its own outcome; where one is not for all that it was for, what was
     /// issued under it is revoked.
     ReplaceEntries(Vec<(Entry, Presence)>),
+    /// Writes the relationship with a foreign trust domain: URL, profile, bootstrap roots (DER), and who asked.
+    PutRelationship(TrustDomain, String, EndpointProfile, Vec<Vec<u8>>, String),
+    /// Ends it: its bundle goes too.
+    RemoveRelationship(TrustDomain),
+    /// A bundle fetched from the URL that the relationship had then.
+    TakeBundle(TrustDomain, FetchedBundle),
+    /// An operator says that the empty bundle with this SHA-256 is meant.
+    ConfirmBundle(TrustDomain, [u8; 32]),
+}
+
+/// A foreign bundle, read strictly.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FetchedBundle {
+    /// Where it came from.
+    pub url: String,
+    /// `spiffe_sequence`, where it had one.
+    pub sequence: Option<u64>,
+    /// `spiffe_refresh_hint`, seconds.
+    pub refresh_hint_s: u64,
+    /// Root certificates, DER.
+    pub roots: Vec<Vec<u8>>,
+    /// SHA-256 of the document.
+    pub sha256: [u8; 32],
 }
 
 /// What an operator says of the SVIDs of an identity.

@@ -11,6 +11,7 @@ impl State {
     pub fn fits(&self, entry: &Entry, id: &NodeId) -> bool {
         let named = self.node(id).is_some_and(|row| entry.may_run_on(&row.cluster, id));
         named
+            && !self.barred(&entry.spiffe_id)
             && entry.extras.expires_at > self.stamp()
             && !self.barred(&entry.spiffe_id)
             && entry.node_selectors().all(|selector| self.shows(id, selector))

@@ -22,7 +22,7 @@ mod watched;
 
 pub use apply::jwt::{JWT_PUBLISHED_MIN_MS, JWT_PUBLISHED_MS, JWT_SIGNS_MS, JwtDue};
 pub use apply::{Beginning, ENDPOINTS_PER_NODE_MAX};
-pub use command::{Command, IdVerb, LogEntry, NodeVerb, Nodes, Reply, RoleChange};
+pub use command::{Command, FetchedBundle, IdVerb, LogEntry, NodeVerb, Nodes, Reply, RoleChange};
 pub use committed::{Committed, Issuance, JwtIssuance, RevokedLeaves, Subject};
 pub use denied::SvidDenials;
 pub use roles::FOUNDER;

@@ -3,8 +3,8 @@
 use ambit_model::appraisal::PcrBank;
 use ambit_model::policy::{Endpoint, Policy, Service};
 use ambit_model::{
-    AdminRole, ClusterId, Code, Entry, Generation, JwtAuthority, NodeId, ObjectName, RaftIndex, Revision, SpiffeId, Stamp,
-    TrustDomain, TrustVector,
+    AdminRole, ClusterId, Code, Entry, Generation, JwtAuthority, NodeId, ObjectName, RaftIndex, Revision, SpiffeId,
+    Stamp, TrustDomain, TrustVector,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -537,4 +537,39 @@ pub struct AdminRow {
     pub changed_by: String,
     /// When.
     pub changed: Stamp,
+}
+
+/// How a bundle endpoint is authenticated (SPIFFE_Federation.md section 5.2).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum EndpointProfile {
+    /// By the web's authorities.
+    HttpsWeb,
+    /// By an SVID of this identity, verified with the bundle that is known.
+    HttpsSpiffe(SpiffeId),
+}
+
+/// A foreign trust domain that is no cell of ours: where its bundle is, and what it was when it was last taken. URL, profile and
+/// trust domain are each said by an operator, never inferred from one another.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RelationshipRow {
+    /// https, as configured.
+    pub url: String,
+    /// See the type.
+    pub profile: EndpointProfile,
+    /// Root certificates, DER: the bootstrap bundle, or the last one taken. None: everything is revoked, or nothing is known.
+    pub roots: Vec<Vec<u8>>,
+    /// `spiffe_sequence` of the last one taken, where it had one.
+    pub sequence: Option<u64>,
+    /// SHA-256 of the last one taken; zeros where none was.
+    pub sha256: [u8; 32],
+    /// When it said that it wants to be asked again, seconds.
+    pub refresh_hint_s: u64,
+    /// When the last one was taken; zero where none was.
+    pub taken: Stamp,
+    /// An empty bundle that waits for an operator's word.
+    pub held: Option<(Option<u64>, [u8; 32])>,
+    /// Why the last one offered was not taken; empty where it was.
+    pub trouble: String,
+    /// Who wrote the relationship.
+    pub written_by: String,
 }

@@ -1,7 +1,7 @@
 //! What one node needs, computed from the state: nothing about workloads it may not run or reach.
 
 use crate::denied::SvidDenials;
-use crate::objects::PeerState;
+use crate::objects::{PeerState, RelationshipRow};
 use crate::state::State;
 use ambit_model::policy::{Endpoint, Policy, Service};
 use ambit_model::{ClusterId, Entry, Generation, JwtAuthority, NodeId, Revision, SpiffeId, Stamp, TrustDomain};
@@ -69,7 +69,7 @@ impl State {
             stamp: self.stamp(),
             trust_domain: cell.trust_domain.clone(),
             cluster: node.cluster.clone(),
-            bundles: self.bundles(),
+            bundles: self.bundles_for(&entries),
             jwt_authorities: self.jwt_bundles(),
             policies: policies.iter().map(|(origin, p)| (origin.clone(), p.clone())).collect(),
             entries,
@@ -90,6 +90,30 @@ impl State {
             .filter(|(_, p)| p.state != PeerState::Pending)
             .map(|(td, p)| (td.clone(), (p.bundle_sequence, vec![p.root_der.clone()])));
         own.into_iter().chain(peers).collect()
+    }
+
+    /// [`State::bundles`], and those of foreign trust domains that are no cells, for entries that federate with them.
+    fn bundles_for(&self, entries: &[Entry]) -> Bundles {
+        let mut bundles = self.bundles();
+        for td in entries.iter().flat_map(|entry| &entry.federates_with) {
+            if let Some(bundle) = self.foreign_bundle(td) {
+                bundles.entry(td.clone()).or_insert(bundle);
+            }
+        }
+        bundles
+    }
+
+    /// The bundle of a foreign trust domain that is no cell, once one is known.
+    pub fn foreign_bundle(&self, td: &TrustDomain) -> Option<(u64, Vec<Vec<u8>>)> {
+        let row = self.relationships.get(td)?;
+        // Nothing known is not the same as an empty bundle, which revokes everything.
+        let known = row.taken != Stamp(0) || !row.roots.is_empty();
+        known.then(|| (row.sequence.unwrap_or_default(), row.roots.clone()))
+    }
+
+    /// Relationships with foreign trust domains that are no cells.
+    pub fn relationships(&self) -> impl Iterator<Item = (&TrustDomain, &RelationshipRow)> {
+        self.relationships.iter()
     }
 
     /// How far each peer was imported.

@@ -73,6 +73,8 @@ pub struct State {
     pub(crate) id_denials: Table<(TrustDomain, SpiffeId), IdDenial>,
     /// Leaves refused: whose they are, their authority, their serial.
     pub(crate) leaf_denials: Table<(TrustDomain, String, Vec<u8>), LeafDenial>,
+    /// Foreign trust domains that are no cells.
+    pub(crate) relationships: Table<TrustDomain, RelationshipRow>,
     /// `issued` by node and end, in memory only: counting a node's leaves must not cost a walk over everybody's.
     pub(crate) live_leaves: BTreeMap<NodeId, BTreeSet<(Stamp, [u8; 16])>>,
     /// Entries with node selectors by cluster, in memory only: a verdict must not cost a walk over all entries.
@@ -126,7 +128,8 @@ macro_rules! each_table {
             $s.admins,
             $s.minted_tokens,
             $s.id_denials,
-            $s.leaf_denials
+            $s.leaf_denials,
+            $s.relationships
         )
     };
 }
@@ -228,6 +231,7 @@ impl State {
             minted_tokens: Table::new(id()),
             id_denials: Table::new(id()),
             leaf_denials: Table::new(id()),
+            relationships: Table::new(id()),
             live_leaves: BTreeMap::new(),
             asking: BTreeMap::new(),
             expiring: BTreeSet::new(),

@@ -13,11 +13,11 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 const LAB: &str = "revoke";
-const TRIALS: usize = 50;
-const TARGET_MS: f64 = 500.0;
+pub(super) const TRIALS: usize = 50;
+pub(super) const TARGET_MS: f64 = 500.0;
 /// How often the caller calls: the figure's grain.
 const EVERY: Duration = Duration::from_millis(2);
-const SETTLE_MAX: Duration = Duration::from_secs(40);
+pub(super) const SETTLE_MAX: Duration = Duration::from_secs(40);
 const DOCUMENTS: &str = "
 kind: Policy
 metadata: {name: web-to-db}
@@ -49,26 +49,40 @@ pub fn revoke() -> Result<(), LabError> {
 }
 
 fn trials(lab: &Lab, say: &Say) -> Result<Vec<f64>, LabError> {
-    let mut demo = Demo::with_cells(lab, say, Figures::default())?;
-    demo.peer()?;
-    for node in ["west-n1", "east-n1"] {
-        lab.start_agent(node)?;
-        lab.wait_enrolled(node, SETTLE_MAX)?;
-    }
-    for (site, node, name) in [("west", "west-n1", "db"), ("east", "east-n1", "web")] {
-        let (id, selector) = (format!("spiffe://{site}/{name}"), format!("cgroup:{name}"));
-        let whose = ["--spiffe-id", &id, "--cluster", site, "--selector", &selector];
-        lab.ambit(site, &[&["entry", "create", "--id", name], &whose[..]].concat())?;
-        lab.add_pod(node, name, crate::workload::UID)?;
-    }
-    demo.serve(&demo.pod("west-n1", "db")?, "page")?;
-    demo.apply("west", "policies", DOCUMENTS)?;
-    let db = SocketAddr::from((demo.pod("west-n1", "db")?.address, PORT));
-    let calls = Calls::start(lab, "east-n1-web", db, EVERY)?;
-    calls.flow(0.0, SETTLE_MAX, "calls that succeed")?;
+    let Stage { demo, calls, .. } = Stage::set(lab, say)?;
     let id = demo.node_id("west", "west-n1")?;
     say.chapter(&format!("{TRIALS} bans"));
     (0..TRIALS).map(|n| trial(lab, say, &calls, &id, &demo.west, n)).collect()
+}
+
+/// Two peered clusters of a node each: `web` of the one calls `db` of the other, all the time.
+pub(super) struct Stage<'a> {
+    pub(super) demo: Demo<'a>,
+    pub(super) calls: Calls,
+    pub(super) db: SocketAddr,
+}
+
+impl<'a> Stage<'a> {
+    pub(super) fn set(lab: &Lab, say: &'a Say) -> Result<Stage<'a>, LabError> {
+        let mut demo = Demo::with_cells(lab, say, Figures::default())?;
+        demo.peer()?;
+        for node in ["west-n1", "east-n1"] {
+            lab.start_agent(node)?;
+            lab.wait_enrolled(node, SETTLE_MAX)?;
+        }
+        for (site, node, name) in [("west", "west-n1", "db"), ("east", "east-n1", "web")] {
+            let (id, selector) = (format!("spiffe://{site}/{name}"), format!("cgroup:{name}"));
+            let whose = ["--spiffe-id", &id, "--cluster", site, "--selector", &selector];
+            lab.ambit(site, &[&["entry", "create", "--id", name], &whose[..]].concat())?;
+            lab.add_pod(node, name, crate::workload::UID)?;
+        }
+        demo.serve(&demo.pod("west-n1", "db")?, "page")?;
+        demo.apply("west", "policies", DOCUMENTS)?;
+        let db = SocketAddr::from((demo.pod("west-n1", "db")?.address, PORT));
+        let calls = Calls::start(lab, "east-n1-web", db, EVERY)?;
+        calls.flow(0.0, SETTLE_MAX, "calls that succeed")?;
+        Ok(Stage { demo, calls, db })
+    }
 }
 
 fn trial(lab: &Lab, say: &Say, calls: &Calls, id: &str, west: &Cell, n: usize) -> Result<f64, LabError> {

@@ -148,6 +148,7 @@ pub const METHODS: &[(&str, Who)] = &[
     ("/ambit.v1.Svid/NewJWTSVID", Who::Node),
     ("/ambit.v1.Svid/MintX509SVID", Who::Admin),
     ("/ambit.v1.Svid/NewIntermediateCA", Who::Admin),
+    ("/ambit.v1.Svid/MintJWTSVID", Who::Admin),
     ("/ambit.v1.Svid/RenewAdmin", Who::AnyAdmin),
     ("/ambit.v1.Svid/ListIssued", Who::AuditReader),
     ("/ambit.v1.BundleRegistry/GetBundle", Who::AnyAdmin),
@@ -159,6 +160,10 @@ pub const METHODS: &[(&str, Who)] = &[
     ("/ambit.v1.LocalAuthority/RevokeX509Authority", Who::Admin),
     ("/ambit.v1.TrustDomainRegistry/ListFederationRelationships", Who::Reader),
     ("/ambit.v1.TrustDomainRegistry/CreateFederationGroup", Who::Admin),
+    ("/ambit.v1.TrustDomainRegistry/PutFederationRelationship", Who::Admin),
+    ("/ambit.v1.TrustDomainRegistry/DeleteFederationRelationship", Who::Admin),
+    ("/ambit.v1.TrustDomainRegistry/RefreshBundle", Who::AdminOrReplica),
+    ("/ambit.v1.TrustDomainRegistry/ConfirmBundle", Who::Admin),
     ("/ambit.v1.PolicyRegistry/Apply", Who::ClusterAdmin),
     ("/ambit.v1.PolicyRegistry/Delete", Who::ClusterAdmin),
     // Who may speak to whom concerns both ends, whichever cluster they are of.

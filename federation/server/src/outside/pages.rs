@@ -3,7 +3,7 @@
 use super::crl::Crls;
 use crate::config::Outside;
 use crate::replica::Replica;
-use ambit_identity::document::{JwtKey, Published};
+use ambit_identity::document::Published;
 use ambit_model::{Code, Refusal};
 use axum::Router;
 use axum::extract::{Path, State};
@@ -75,12 +75,15 @@ fn not_served() -> Response {
 impl Pages {
     fn answer(&self, headers: &HeaderMap, write: impl FnOnce(&Published<'_>) -> Result<String, Refusal>) -> Response {
         let own = self.replica.trust_domain();
-        let found = self.replica.local(|s| s.bundles().remove(own));
-        let Some((sequence, roots)) = found else {
+        // Of one state: the sequence is that of roots and keys together.
+        let found = self.replica.local(|s| {
+            let jwt_keys = s.jwt_bundles().remove(own).unwrap_or_default();
+            s.bundles().remove(own).map(|(sequence, roots)| (sequence, roots, jwt_keys))
+        });
+        let Some((sequence, roots, jwt_keys)) = found else {
             // A joiner before its first entry knows no bundle, and an empty one would mean that all is revoked.
             return (StatusCode::SERVICE_UNAVAILABLE, "no bundle yet\n").into_response();
         };
-        let jwt_keys: Vec<JwtKey> = Vec::new();
         let refresh_hint_s = self.config.refresh_hint_s;
         let published = Published { sequence, refresh_hint_s, roots: &roots, jwt_keys: &jwt_keys };
         match write(&published) {

@@ -5,6 +5,7 @@ pub mod backup;
 pub mod blobs;
 pub mod budget;
 pub mod evidence;
+pub mod federate;
 pub mod files;
 pub mod found;
 pub mod issuing;
@@ -75,6 +76,8 @@ struct Inner {
     revision: watch::Sender<u64>,
     /// What was refused here.
     refusals: Refusals,
+    /// Fetches foreign bundles, where this replica leads.
+    fetcher: federate::Fetcher,
     /// How old what is known of each peer is; known where pulling happens.
     heard: Mutex<pull::Heard>,
 }
@@ -137,6 +140,10 @@ impl Replica {
     /// Where good verdicts of rounds go.
     pub fn verdicts(&self) -> &verdicts::Verdicts {
         &self.inner.verdicts
+    }
+    /// Fetches foreign bundles.
+    pub fn fetcher(&self) -> &federate::Fetcher {
+        &self.inner.fetcher
     }
     /// What was refused here.
     pub fn refusals(&self) -> &Refusals {

@@ -130,6 +130,7 @@ fn open(
         policies: super::policies::Policies::default(),
         revision: watch::Sender::new(0),
         refusals: crate::authorise::Refusals::default(),
+        fetcher: super::federate::Fetcher::new(config.web_roots.clone()),
         heard: Mutex::new(super::pull::Heard::default()),
     };
     Ok((Replica { inner: Arc::new(inner) }, tls))

@@ -42,6 +42,7 @@ pub fn spawn(replica: &Replica, verdicts: super::verdicts::Queue) -> Chores {
             tokio::spawn(follow_trust(r())),
             tokio::spawn(tick(r())),
             tokio::spawn(pull_from_peers(r())),
+            tokio::spawn(super::federate::run(r())),
             tokio::spawn(ask_for_vote(r())),
             tokio::spawn(super::verdicts::run(r(), verdicts)),
             tokio::spawn(keep_blobs(r())),

@@ -12,6 +12,7 @@ mod membership;
 mod node;
 mod peer_link;
 mod policy;
+mod relationship;
 mod revocation;
 mod rounds;
 mod svid;
@@ -85,7 +86,7 @@ pub fn router(
         .add_service(v1::revocation_server::RevocationServer::new(revocation::Revocations(r())))
         .add_service(v1::administrators_server::AdministratorsServer::new(admin::Administrators(r())))
         .add_service(v1::local_authority_server::LocalAuthorityServer::new(unbuilt::LocalAuthority))
-        .add_service(v1::trust_domain_registry_server::TrustDomainRegistryServer::new(unbuilt::TrustDomains)))
+        .add_service(v1::trust_domain_registry_server::TrustDomainRegistryServer::new(relationship::TrustDomains(r()))))
 }
 
 /// The caller's request id: 16 bytes, not all zero.

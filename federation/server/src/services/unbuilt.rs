@@ -11,7 +11,6 @@ pub(crate) fn unbuilt<T>(what: &str) -> Result<Response<T>, Status> {
 }
 
 pub(crate) struct LocalAuthority;
-pub(crate) struct TrustDomains;
 
 #[tonic::async_trait]
 impl v1::local_authority_server::LocalAuthority for LocalAuthority {
@@ -29,15 +28,5 @@ impl v1::local_authority_server::LocalAuthority for LocalAuthority {
     }
     async fn revoke_x509_authority(&self, _: Request<v1::Unbuilt>) -> Result<Response<v1::Unbuilt>, Status> {
         unbuilt("LocalAuthority.RevokeX509Authority (issue D)")
-    }
-}
-
-#[tonic::async_trait]
-impl v1::trust_domain_registry_server::TrustDomainRegistry for TrustDomains {
-    async fn list_federation_relationships(&self, _: Request<v1::Unbuilt>) -> Result<Response<v1::Unbuilt>, Status> {
-        unbuilt("TrustDomainRegistry.ListFederationRelationships (issue F)")
-    }
-    async fn create_federation_group(&self, _: Request<v1::Unbuilt>) -> Result<Response<v1::Unbuilt>, Status> {
-        unbuilt("TrustDomainRegistry.CreateFederationGroup (issue F)")
     }
 }

@@ -113,10 +113,10 @@ pub(super) fn replace_entries(s: &mut State, at: At, entries: &[(Entry, Presence
     let reply = objects::put_entries(s, at, entries)?;
     let other = |was: &&Entry| {
         let is = s.entry(&was.id).map(|row| &row.entry);
-        // A lifetime, or whose bundles go along, changes nothing of who may have it.
+        // Lifetimes, a hint, or whose bundles go along change nothing of who may have it or of what it says.
         let same = |is: &Entry| {
-            (&is.spiffe_id, &is.cluster, &is.nodes, &is.selectors)
-                == (&was.spiffe_id, &was.cluster, &was.nodes, &was.selectors)
+            let of = |entry: &Entry| (entry.spiffe_id.clone(), entry.cluster.clone(), entry.extras.dns_names.clone());
+            of(is) == of(was) && is.nodes == was.nodes && is.selectors == was.selectors
         };
         !is.is_some_and(same)
     };

@@ -38,6 +38,10 @@ pub(super) fn put_peer(
     if *td == own {
         return Err(Refusal::new(Code::AlreadyExists, "another trust domain", td.as_str()));
     }
+    if s.relationships.contains(td) {
+        let found = format!("{td}, whose bundle is fetched (ambit federation remove)");
+        return Err(Refusal::new(Code::AlreadyExists, "a trust domain without a federation relationship", found));
+    }
     if s.peers.len() >= PEERS_MAX && !s.peers.contains(td) {
         return Err(Refusal::new(Code::Busy, format!("at most {PEERS_MAX} peers"), "one more"));
     }

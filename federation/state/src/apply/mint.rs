@@ -13,6 +13,9 @@ const MINTED_TOKENS_MAX: usize = 10_000;
 /// A workload's identity of this trust domain: what replicas, nodes and administrators have is not minted.
 fn mintable(s: &State, id: &SpiffeId) -> Result<u64, Refusal> {
     let cell = cell_row(s)?;
+    if s.barred(id) {
+        return Err(Refusal::new(Code::SvidRevoked, "an identity that is not denied", id.as_str()));
+    }
     if id.trust_domain() == cell.trust_domain && !id.path().starts_with("/ambit/") {
         return Ok(cell.epoch);
     }

@@ -13,6 +13,7 @@ pub(crate) mod jwt;
 mod mint;
 mod node;
 mod objects;
+mod relationship;
 mod roles;
 
 pub use incarnation::Beginning;
@@ -91,6 +92,10 @@ pub(crate) fn apply(s: &mut State, index: RaftIndex, stamp: Stamp, command: &Com
         Command::DenyLeaf(authority, serial) => deny::leaf(s, at, authority, serial),
         Command::RetireEntries(ids) => deny::retire_entries(s, at, ids),
         Command::ReplaceEntries(entries) => deny::replace_entries(s, at, entries),
+        Command::PutRelationship(td, url, profile, roots, by) => relationship::put(s, at, td, url, profile, roots, by),
+        Command::RemoveRelationship(td) => relationship::remove(s, at, td),
+        Command::TakeBundle(td, bundle) => relationship::take(s, at, td, bundle),
+        Command::ConfirmBundle(td, sha256) => relationship::confirm(s, at, td, sha256),
     }
 }
 
