@@ -40,20 +40,28 @@ pub struct Denials {
     by_id: BTreeMap<SpiffeId, Refused>,
     /// These SVIDs: whose, authority, serial.
     by_serial: BTreeSet<(TrustDomain, String, Vec<u8>)>,
+    /// Whatever these intermediates of a trust domain signed is refused.
+    authorities: BTreeSet<(TrustDomain, String)>,
     /// The cell put this node out: nothing may be opened from here or to here.
     out: bool,
 }
 
 impl Denials {
     /// Parses a list of `revision`. Anything unclear refuses it whole.
-    pub fn parse(revision: Revision, found: &[v1::NodeDenial]) -> Result<Self, Refusal> {
+    pub fn parse(
+        revision: Revision,
+        found: &[v1::NodeDenial],
+        authorities: &[v1::AuthorityDenial],
+    ) -> Result<Self, Refusal> {
         let mut by_node = BTreeMap::new();
         for message in found {
             let key = (message.trust_domain.parse()?, message.node.parse()?);
             let to: &mut Generation = by_node.entry(key).or_default();
             *to = (*to).max(Generation(message.generation));
         }
-        Ok(Self { revision, by_node, ..Self::default() })
+        let name = |d: &v1::AuthorityDenial| Ok((d.trust_domain.parse()?, authority_name(&d.authority)?));
+        let authorities = authorities.iter().map(name).collect::<Result<_, Refusal>>()?;
+        Ok(Self { revision, by_node, authorities, ..Self::default() })
     }
 
     /// The same list with identities and SVIDs. Anything unclear refuses it whole.
@@ -80,6 +88,16 @@ impl Denials {
         }
         !self.by_serial.is_empty()
             && self.by_serial.contains(&(id.trust_domain(), authority.to_owned(), serial.to_vec()))
+    }
+
+    /// Whether whatever this intermediate signed is refused. Only `origin` decides about its intermediates.
+    pub fn denies_authority(&self, origin: &TrustDomain, authority: &str) -> bool {
+        !self.authorities.is_empty() && self.authorities.contains(&(origin.clone(), authority.to_owned()))
+    }
+
+    /// The intermediates whose leaves are refused.
+    pub fn authorities(&self) -> &BTreeSet<(TrustDomain, String)> {
+        &self.authorities
     }
 
     /// The cell's revision that it is of.
@@ -118,6 +136,14 @@ impl Denials {
     }
 }
 
+/// The name of an intermediate: its key identifier, 40 hex digits.
+pub fn authority_name(text: &str) -> Result<String, Refusal> {
+    let is_one = text.len() == 40 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+    is_one
+        .then(|| text.to_owned())
+        .ok_or_else(|| Refusal::new(Code::BadRequest, "a key identifier of 40 hex digits", text))
+}
+
 /// The list in force. Cloning shares.
 #[derive(Clone, Debug, Default)]
 pub struct Lane(Arc<watch::Sender<Arc<Denials>>>);
@@ -128,8 +154,11 @@ impl Lane {
         let mut taken = false;
         self.0.send_if_modified(|now| {
             taken = list.revision >= now.revision;
-            let changed =
-                taken && (&list.by_node, &list.by_id, &list.by_serial) != (&now.by_node, &now.by_id, &now.by_serial);
+            let same = list.by_node == now.by_node
+                && list.by_id == now.by_id
+                && list.by_serial == now.by_serial
+                && list.authorities == now.authorities;
+            let changed = taken && !same;
             if taken {
                 *now = Arc::new(Denials { out: now.out, ..list });
             }
@@ -177,7 +206,7 @@ mod tests {
             generation: *generation,
         };
         let messages: Vec<_> = denied.iter().map(message).collect();
-        Denials::parse(Revision(revision), &messages).unwrap()
+        Denials::parse(Revision(revision), &messages, &[]).unwrap()
     }
 
     fn denies(lane: &Lane, td: &str, node: u8, generation: u64) -> bool {
@@ -229,7 +258,7 @@ mod tests {
         for (td, node) in [("", "ab".repeat(32)), ("west", "ab".into()), ("West", "ab".repeat(32))] {
             let good = v1::NodeDenial { trust_domain: "west".into(), node: "cd".repeat(32), generation: 1 };
             let bad = v1::NodeDenial { trust_domain: td.into(), node, generation: 1 };
-            assert!(Denials::parse(Revision(1), &[good, bad]).is_err());
+            assert!(Denials::parse(Revision(1), &[good, bad], &[]).is_err());
         }
     }
 

@@ -9,6 +9,7 @@ pub mod bench;
 pub mod cell;
 pub mod hostile;
 pub mod machine;
+pub mod node;
 pub mod operator;
 pub mod peering;
 pub mod process;

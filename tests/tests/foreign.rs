@@ -222,9 +222,9 @@ async fn a_web_endpoint_is_read_by_its_name_and_authorities() {
     let profile = format!(
         "[bundle_endpoint]\nlisten = \"{at}\"\nprofile = \"https_web\"\ncertificate = \"{cert}\"\nkey = \"{key}\"\n"
     );
-    let east = Cell::configured(folder, "east", &profile).await.unwrap();
+    let east = Cell::configured(folder, "east", 1, &profile).await.unwrap();
     let roots = format!("web_roots = \"{}\"\n", east.file("ca.pem").display());
-    let west = Cell::configured(Folder::new().unwrap(), "west", &roots).await.unwrap();
+    let west = Cell::configured(Folder::new().unwrap(), "west", 1, &roots).await.unwrap();
     let blind = Cell::start("north", 1).await.unwrap();
     let web = v1::FederationRelationship {
         trust_domain: "east".into(),

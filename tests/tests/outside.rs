@@ -42,7 +42,7 @@ fn header(head: &str, name: &str) -> String {
 async fn endpoint(profile: &str, folder: Folder) -> (Cell, SocketAddr) {
     let at = free_address().unwrap();
     let more = format!("[bundle_endpoint]\nlisten = \"{at}\"\n{profile}\n");
-    (Cell::configured(folder, "west", &more).await.unwrap(), at)
+    (Cell::configured(folder, "west", 1, &more).await.unwrap(), at)
 }
 
 /// The public point of a certificate's key as openssl shows it: 04, x, y in hexadecimal digits.

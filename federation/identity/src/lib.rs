@@ -20,7 +20,7 @@ pub mod svid;
 pub mod tls;
 pub mod wrap;
 
-pub use authority::{IssuingKey, Root, issue};
+pub use authority::{IssuingKey, Named, Root, issue};
 pub use csr::Csr;
 pub use jwt::{JwtKey, JwtSvid, JwtTrust, issue_jwt, verify_jwt};
 pub use keys::{SvidKey, fingerprint};

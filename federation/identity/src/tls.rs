@@ -268,12 +268,12 @@ pub fn server_config(
 }
 
 /// A server for anybody: it asks for no client certificate, ever (SPIFFE_Federation.md section 5.2), and speaks TLS 1.2 too.
-pub fn public_server_config(identity: Arc<CertifiedKey>) -> Result<rustls::ServerConfig, Refusal> {
+pub fn public_server_config(identity: Arc<dyn ResolvesServerCert>) -> Result<rustls::ServerConfig, Refusal> {
     let mut config = rustls::ServerConfig::builder_with_provider(provider())
         .with_safe_default_protocol_versions()
         .map_err(|e| internal("TLS 1.2 and 1.3", e))?
         .with_no_client_auth()
-        .with_cert_resolver(fixed(identity));
+        .with_cert_resolver(identity);
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
     config.alpn_protocols = vec![b"http/1.1".to_vec()];

@@ -26,6 +26,8 @@ pub enum Kind {
     IdDenial,
     /// One SVID of the origin that is refused; key = authority, slash, serial in hexadecimal digits.
     LeafDenial,
+    /// An intermediate whose leaves are refused, until it ended; key = its name.
+    AuthorityDenial,
 }
 
 /// One decision of its origin. An empty payload removes the object.

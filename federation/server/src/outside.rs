@@ -15,8 +15,10 @@ use crate::replica::Replica;
 use crate::replica::files::private;
 use ambit_identity::SvidKey;
 use ambit_identity::keys::certificates_from_pem;
-use ambit_identity::tls::{certified, public_server_config};
+use ambit_identity::tls::{certified, fixed, public_server_config};
 use ambit_model::{Code, Refusal};
+use ambit_transport::Identity;
+use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 use std::path::Path;
 use std::sync::Arc;
@@ -30,19 +32,15 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
-    /// Listens. `svid`: what the replica itself presents, leaf first.
+    /// Listens. `own`: what the replica itself presents, leaf first; it is renewed while this serves.
     ///
     /// # Errors
     /// [`Code::ConfigInvalid`] for an address in use, or a certificate and key that are not there or do not fit.
-    pub async fn open(config: &Outside, svid: &CertifiedKey) -> Result<Endpoint, Refusal> {
+    pub async fn open(config: &Outside, own: &Identity) -> Result<Endpoint, Refusal> {
         let listener = crate::replica::run::listen(config.listen).await?;
-        let identity = match &config.profile {
-            // Without the root, which is for those who know only its fingerprint: here the bundle is what is served.
-            EndpointProfile::HttpsSpiffe => {
-                let chain = svid.cert.iter().take(2).cloned().collect();
-                Arc::new(CertifiedKey::new(chain, svid.key.clone()))
-            }
-            EndpointProfile::HttpsWeb { certificate, key } => web_identity(certificate, key)?,
+        let identity: Arc<dyn ResolvesServerCert> = match &config.profile {
+            EndpointProfile::HttpsSpiffe => Arc::new(OwnSvid(own.clone())),
+            EndpointProfile::HttpsWeb { certificate, key } => fixed(web_identity(certificate, key)?),
         };
         Ok(Endpoint { listener, tls: public_server_config(identity)?, config: config.clone() })
     }
@@ -51,6 +49,24 @@ impl Endpoint {
     pub async fn serve(self, replica: Replica) {
         let router = router(replica, self.config);
         listener::serve(self.listener, self.tls, router).await;
+    }
+}
+
+/// The replica's SVID as it is at that moment, without the roots, which are for those who know only a fingerprint: here the
+/// bundle is what is served.
+struct OwnSvid(Identity);
+
+impl std::fmt::Debug for OwnSvid {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("OwnSvid")
+    }
+}
+
+impl ResolvesServerCert for OwnSvid {
+    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        let svid = self.0.current()?;
+        let chain = svid.cert.iter().take(2).cloned().collect();
+        Some(Arc::new(CertifiedKey::new(chain, svid.key.clone())))
     }
 }
 

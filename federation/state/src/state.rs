@@ -1,8 +1,11 @@
 //! The state: typed tables, and how an entry is taken in.
 
 use crate::apply::{self, At};
+use crate::authorities::{AuthorityRow, PeerRoots, RootId, RootRow};
 use crate::command::{Command, LogEntry, Reply};
-use crate::committed::{Committed, Issuance, JwtIssuance, ReplicaAdmission, SealedReport};
+use crate::committed::{
+    Committed, Issuance, JwtIssuance, PreparedRoot, ReplicaAdmission, ReplicaAuthority, SealedReport,
+};
 use crate::objects::*;
 use crate::table::{Journal, Packed, Table, TableWrite};
 use ambit_model::record::Record;
@@ -75,6 +78,14 @@ pub struct State {
     pub(crate) leaf_denials: Table<(TrustDomain, String, Vec<u8>), LeafDenial>,
     /// Foreign trust domains that are no cells.
     pub(crate) relationships: Table<TrustDomain, RelationshipRow>,
+    /// Roots of the own trust domain; none while it has the one that it was founded with.
+    pub(crate) roots: Table<RootId, RootRow>,
+    /// Intermediates by name; none for one that its replica joined with and never renewed.
+    pub(crate) authorities: Table<String, AuthorityRow>,
+    /// Roots of peers that changed since they registered.
+    pub(crate) peer_roots: Table<TrustDomain, PeerRoots>,
+    /// Intermediates whose leaves are refused, each the trust domain's that said so, until when.
+    pub(crate) authority_denials: Table<(TrustDomain, String), Stamp>,
     /// `issued` by node and end, in memory only: counting a node's leaves must not cost a walk over everybody's.
     pub(crate) live_leaves: BTreeMap<NodeId, BTreeSet<(Stamp, [u8; 16])>>,
     /// Entries with node selectors by cluster, in memory only: a verdict must not cost a walk over all entries.
@@ -129,7 +140,11 @@ macro_rules! each_table {
             $s.minted_tokens,
             $s.id_denials,
             $s.leaf_denials,
-            $s.relationships
+            $s.relationships,
+            $s.roots,
+            $s.authorities,
+            $s.peer_roots,
+            $s.authority_denials
         )
     };
 }
@@ -168,6 +183,20 @@ impl Applied {
         match self.outcome? {
             Reply::Token(one) => Ok(Committed::new(*one)),
             _ => Err(Refusal::new(Code::Internal, "a token", "another outcome")),
+        }
+    }
+    /// The replica whose next intermediate may be signed.
+    pub fn into_authority(self) -> Result<Committed<ReplicaAuthority>, Refusal> {
+        match self.outcome? {
+            Reply::Authority(one) => Ok(Committed::new(*one)),
+            _ => Err(Refusal::new(Code::Internal, "a replica's intermediate", "another outcome")),
+        }
+    }
+    /// The root that may be certified by the one before it.
+    pub fn into_root(self) -> Result<Committed<PreparedRoot>, Refusal> {
+        match self.outcome? {
+            Reply::Root(one) => Ok(Committed::new(*one)),
+            _ => Err(Refusal::new(Code::Internal, "a prepared root", "another outcome")),
         }
     }
     /// The report that may be signed.
@@ -232,6 +261,10 @@ impl State {
             id_denials: Table::new(id()),
             leaf_denials: Table::new(id()),
             relationships: Table::new(id()),
+            roots: Table::new(id()),
+            authorities: Table::new(id()),
+            peer_roots: Table::new(id()),
+            authority_denials: Table::new(id()),
             live_leaves: BTreeMap::new(),
             asking: BTreeMap::new(),
             expiring: BTreeSet::new(),

@@ -7,6 +7,7 @@ mod audit;
 mod cluster;
 mod drill;
 mod entry;
+mod local_authority;
 mod logs;
 mod membership;
 mod node;
@@ -85,7 +86,7 @@ pub fn router(
         .add_service(v1::audit_server::AuditServer::new(audit::Audit(r())))
         .add_service(v1::revocation_server::RevocationServer::new(revocation::Revocations(r())))
         .add_service(v1::administrators_server::AdministratorsServer::new(admin::Administrators(r())))
-        .add_service(v1::local_authority_server::LocalAuthorityServer::new(unbuilt::LocalAuthority))
+        .add_service(v1::local_authority_server::LocalAuthorityServer::new(local_authority::Authorities(r())))
         .add_service(v1::trust_domain_registry_server::TrustDomainRegistryServer::new(relationship::TrustDomains(r()))))
 }
 

@@ -212,7 +212,8 @@ impl Svids {
         let signed = committed.and_then(|c| {
             let not_after_ms = c.get().lifetime.not_after.0;
             self.0.check_clock()?;
-            Ok((issue(c, csr, self.0.issuer())?, not_after_ms))
+            let issuer = self.0.issuing(&c.get().authority)?;
+            Ok((issue(c, csr, &issuer)?, not_after_ms))
         });
         match signed {
             Ok((chain, not_after_ms)) => v1::X509svidResult {

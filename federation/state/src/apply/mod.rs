@@ -3,6 +3,7 @@
 mod addresses;
 mod appraisal;
 mod attest;
+mod authority;
 mod cell;
 mod deny;
 mod endorse;
@@ -15,6 +16,7 @@ mod node;
 mod objects;
 mod relationship;
 mod roles;
+mod root;
 
 pub use incarnation::Beginning;
 pub(crate) use issue::answer_again;
@@ -96,6 +98,17 @@ pub(crate) fn apply(s: &mut State, index: RaftIndex, stamp: Stamp, command: &Com
         Command::RemoveRelationship(td) => relationship::remove(s, at, td),
         Command::TakeBundle(td, bundle) => relationship::take(s, at, td, bundle),
         Command::ConfirmBundle(td, sha256) => relationship::confirm(s, at, td, sha256),
+        Command::RenewAuthority { replica, key_hash, lifetime_ms } => {
+            authority::renew(s, at, *replica, key_hash, *lifetime_ms)
+        }
+        Command::WrapRoot(root, wrapped) => root::wrap(s, root, wrapped),
+        Command::PrepareRoot(der, wrapped) => root::prepare(s, at, der, wrapped),
+        Command::CrossSignRoot(root, der) => root::cross_sign(s, root, der),
+        Command::ActivateRoot(root, keys) => root::activate(s, at, root, keys),
+        Command::TaintRoot(root) => root::taint(s, at, root),
+        Command::RevokeRoot(root) => root::revoke(s, at, root),
+        Command::TaintAuthority(id) => authority::taint(s, at, id),
+        Command::RevokeAuthority(id) => authority::revoke(s, at, id),
     }
 }
 
