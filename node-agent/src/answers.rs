@@ -174,6 +174,7 @@ mod tests {
                 key_pkcs8: Vec::new().into(),
                 chain_der: vec![],
                 generation: Generation(1),
+                authority: "aa".repeat(20),
                 since: Stamp(0),
                 not_after: Stamp(1),
             }))

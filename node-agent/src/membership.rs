@@ -125,11 +125,12 @@ impl Membership {
         let mut known = self.issued.watch();
         let tainted = async {
             let is = |k: &Known| k.view.as_ref().is_some_and(|view| view.tainted.contains(&enrolled.authority));
-            match known.wait_for(is).await {
-                // Every node of the cell hears of it at once.
-                Ok(_) => tokio::time::sleep(Duration::from_millis(random() % REISSUE_MS)).await,
-                Err(_) => std::future::pending().await,
+            let heard = known.wait_for(is).await.is_ok();
+            if !heard {
+                std::future::pending::<()>().await;
             }
+            // Every node of the cell hears of it at once.
+            tokio::time::sleep(Duration::from_millis(random() % REISSUE_MS)).await;
         };
         tokio::pin!(tainted);
         loop {

@@ -100,6 +100,7 @@ mod tests {
             key_pkcs8: Vec::new().into(),
             chain_der: vec![],
             generation: Generation(1),
+            authority: "aa".repeat(20),
             since: Stamp(since),
             not_after: Stamp(not_after),
         }))

@@ -317,7 +317,7 @@ async fn only_a_broker_of_this_node_that_is_listed_and_not_denied_is_answered() 
     next(&mut stream).await.unwrap();
     let node = stage.served.issuer.with(|west| west.node()).to_string();
     let denial = v1::NodeDenial { node, generation: 2, trust_domain: "west".into() };
-    assert!(stage.denials.offer(Denials::parse(Revision(2), &[denial]).unwrap()));
+    assert!(stage.denials.offer(Denials::parse(Revision(2), &[denial], &[]).unwrap()));
     assert_eq!(next(&mut stream).await.unwrap_err().code(), Code::PermissionDenied);
     assert_eq!(refusal(channel, reference()).await, denied);
     drop(workload);

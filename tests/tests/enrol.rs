@@ -63,7 +63,8 @@ async fn a_node_key_in_the_tpm_is_certified_and_opens_the_stream() {
     ))
     .unwrap();
     let attester = Attester::open(&tpm.tcti(), &tpm.state()).unwrap();
-    let me = enrol(&config, &attester, &Turn::default(), &Clock::default()).await.unwrap();
+    let trust = SharedTrust::new(Trust::Pinned(cell.trust_domain.clone(), cell.fingerprint));
+    let me = enrol(&config, &attester, &Turn::default(), &Clock::default(), &trust).await.unwrap();
 
     let told = explain(&cell, 1, &me.node.to_string()).await.unwrap();
     let claims: serde_json::Value = serde_json::from_str(&told.attestation_result_json).unwrap();

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test says that it failed by panicking")]
 
 use ambit_identity::document::Published;
-use ambit_identity::tls::{certified, public_server_config};
+use ambit_identity::tls::{fixed, certified, public_server_config};
 use ambit_identity::{Csr, IssuingKey, Root, SvidKey};
 use ambit_model::{Lifetime, Stamp};
 use ambit_proto::status::from_status;
@@ -31,7 +31,7 @@ async fn foreign(td: &str) -> Foreign {
     let intermediate = root.found(1, &Csr::parse(&key.csr().unwrap()).unwrap(), lifetime).unwrap();
     let issuer = IssuingKey::new(key, intermediate).unwrap();
     let chain = issuer.replica_leaf(1, &td, lifetime, &Csr::parse(&tls.csr().unwrap()).unwrap()).unwrap();
-    let config = public_server_config(certified(chain, &tls).unwrap()).unwrap();
+    let config = public_server_config(fixed(certified(chain, &tls).unwrap())).unwrap();
     Foreign { root, endpoint: Endpoint::start(config).await.unwrap() }
 }
 

@@ -347,7 +347,7 @@ impl IssuingKey {
         };
         let params = CertificateRevocationListParams {
             this_update: date(list.stamp)?,
-            next_update: date(list.stamp.plus_ms(valid_ms).min(self.not_after))?,
+            next_update: date(list.stamp.plus_ms(valid_ms).min(self.not_after()))?,
             // Grows with every change (section 5.2.3).
             crl_number: SerialNumber::from(list.revision.0.max(1)),
             issuing_distribution_point: None,

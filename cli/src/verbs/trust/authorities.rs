@@ -185,7 +185,7 @@ mod tests {
             assert_eq!(found.len(), usize::from(said.is_some()), "{root:?}: {found:?}");
             assert!(found.iter().all(|line| line.contains(said.unwrap_or_default())), "{found:?}");
         }
-        let one = |state: &str, current, left_ms| v1::X509Intermediate {
+        let one = |state: &str, current, left_ms: u64| v1::X509Intermediate {
             state: state.into(),
             replica: 2,
             current,

@@ -49,7 +49,8 @@ impl v1::administrators_server::Administrators for Administrators {
             issuances.pop().unwrap_or_else(|| Err(Refusal::new(Code::Internal, "one leaf", "none"))).or_status()?;
         let not_after_ms = committed.get().lifetime.not_after.0;
         self.0.check_clock().or_status()?;
-        let chain = issue(committed, &csr, self.0.issuer()).or_status()?;
+        let issuer = self.0.issuing(&committed.get().authority).or_status()?;
+        let chain = issue(committed, &csr, &issuer).or_status()?;
         let root_der = self.0.local(|s| s.cell().map(|c| c.root_der.clone()).unwrap_or_default());
         let chain_der = chain.iter().map(|c| c.to_vec()).collect();
         Ok(Response::new(v1::CertifyAdminResponse { chain_der, not_after_ms, root_der }))

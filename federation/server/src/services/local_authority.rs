@@ -31,7 +31,7 @@ enum Named {
 
 /// A write as it came: whose, under which id, and how.
 struct Asked {
-    client: [u8; 32],
+    client: crate::authorise::Client,
     id: [u8; 16],
     m: v1::X509AuthorityRequest,
 }
@@ -180,7 +180,7 @@ impl Authorities {
         let root = self.0.open_root(&id)?;
         let keys = self.certify_keys(&root)?;
         let command = Command::ActivateRoot(id, keys);
-        self.0.propose(asked.client, asked.then("activate"), command).await?.outcome?;
+        self.0.propose(asked.client.clone(), asked.then("activate"), command).await?.outcome?;
         tracing::info!(root = hex::encode(id), "root activated");
         Ok(missing)
     }
@@ -204,7 +204,7 @@ impl Authorities {
             Named::Root(id) => Command::TaintRoot(id),
             Named::Intermediate(id) => Command::TaintAuthority(id),
         };
-        self.0.propose(asked.client, asked.then("taint"), command).await?.outcome?;
+        self.0.propose(asked.client.clone(), asked.then("taint"), command).await?.outcome?;
         Ok(())
     }
 
@@ -225,7 +225,7 @@ impl Authorities {
         if asked.m.dry_run {
             return Ok(missing);
         }
-        self.0.propose(asked.client, asked.then("revoke"), command).await?.outcome?;
+        self.0.propose(asked.client.clone(), asked.then("revoke"), command).await?.outcome?;
         Ok(missing)
     }
 }

@@ -199,7 +199,8 @@ impl Svids {
         let committed = one.unwrap_or_else(|| Err(Refusal::new(Code::Internal, "one leaf", "none")))?;
         let not_after_ms = committed.get().lifetime.not_after.0;
         self.0.check_clock()?;
-        let chain = issue(committed, csr, self.0.issuer())?;
+        let issuer = self.0.issuing(&committed.get().authority)?;
+        let chain = issue(committed, csr, &issuer)?;
         Ok((chain.iter().map(|c| c.to_vec()).collect(), not_after_ms))
     }
 

@@ -2,13 +2,9 @@
 
 use ambit_model::{Code, Refusal};
 use ambit_proto::status::to_status;
-use ambit_proto::v1;
-use tonic::{Request, Response, Status};
+use tonic::{Response, Status};
 
 /// Names the method and says that it is not built.
 pub(crate) fn unbuilt<T>(what: &str) -> Result<Response<T>, Status> {
     Err(to_status(&Refusal::new(Code::Unimplemented, "a method that is built", what)))
-}
-
-    }
 }

@@ -159,7 +159,7 @@ impl Ledger {
                     }
                 }
                 // Not decided by the simulated load.
-                Kind::IdDenial | Kind::LeafDenial | Kind::JwtKeys => {}
+                Kind::IdDenial | Kind::LeafDenial | Kind::AuthorityDenial | Kind::JwtKeys => {}
                 Kind::Cluster | Kind::Bundle | Kind::Service | Kind::Endpoint => {}
             }
         }
