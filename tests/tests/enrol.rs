@@ -5,6 +5,7 @@ use ambit_agent::clock::Clock;
 use ambit_agent::config::Config;
 use ambit_agent::enrol::enrol;
 use ambit_agent::reattest::Turn;
+use ambit_identity::tls::{SharedTrust, Trust};
 use ambit_lab::tpm::{BOOT_LOG, IMA_LOG};
 use ambit_model::refusal::Class;
 use ambit_proto::status::from_status;

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test says that it failed by panicking")]
 
 use ambit_identity::document::Published;
-use ambit_identity::tls::{fixed, certified, public_server_config};
+use ambit_identity::tls::{certified, fixed, public_server_config};
 use ambit_identity::{Csr, IssuingKey, Root, SvidKey};
 use ambit_model::{Lifetime, Stamp};
 use ambit_proto::status::from_status;

@@ -9,6 +9,7 @@ use ambit_tests::cell::{Cell, fresh};
 use ambit_tests::machine::{Machine, join_token, register_cluster};
 use ambit_tests::node::Node;
 use ambit_tests::operator::{create_entry, within};
+use ambit_tests::process::Folder;
 use ambit_tests::process::{binary, run};
 use ambit_tests::tpm::Maker;
 use std::collections::BTreeMap;

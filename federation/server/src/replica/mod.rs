@@ -87,8 +87,11 @@ struct Inner {
     /// How old what is known of each peer is; known where pulling happens.
     heard: Mutex<pull::Heard>,
     /// By which of our roots each peer said that it verifies, and when.
-    peers_hold: Mutex<BTreeMap<TrustDomain, (Vec<[u8; 32]>, Instant)>>,
+    peers_hold: Mutex<BTreeMap<TrustDomain, HeldRoots>>,
 }
+
+/// SHA-256 of roots by which somebody verifies, and when it said so.
+type HeldRoots = (Vec<[u8; 32]>, Instant);
 
 impl Replica {
     /// The Raft group.
