@@ -136,6 +136,39 @@ pub enum Trust {
         #[arg(long)]
         pem: bool,
     },
+    /// Roots and intermediates, who holds and who shows what; ends 5 where something is under way or wrong
+    Check,
+    /// A new root: prepare, activate, taint, revoke, waiting for everybody in between; goes on where it was broken off
+    Rotate {
+        /// How long to wait for everybody at each step
+        #[arg(long, default_value = "10m", value_name = "TIME")]
+        wait: Millis,
+        /// Go on after that without those who are missing: they will be cut off
+        #[arg(long)]
+        without_acks: bool,
+        /// Say what comes next and who is missing, and change nothing
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Has whatever is under the old root or an intermediate issued anew
+    Taint {
+        /// A root's fingerprint (64 hex digits) or an intermediate's key identifier (40)
+        authority: String,
+        /// Change nothing
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Has whatever is under a tainted root or intermediate refused, everywhere and for ever
+    Revoke {
+        /// A root's fingerprint (64 hex digits) or an intermediate's key identifier (40)
+        authority: String,
+        /// Also while somebody shows something that is under it
+        #[arg(long)]
+        without_acks: bool,
+        /// Say who does, and change nothing
+        #[arg(long)]
+        dry_run: bool,
+    },
 }
 
 #[derive(Debug, Subcommand)]

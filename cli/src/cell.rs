@@ -95,6 +95,9 @@ macro_rules! client {
     (BundleRegistry, $c:expr) => {
         ambit_proto::v1::bundle_registry_client::BundleRegistryClient::new($c)
     };
+    (LocalAuthority, $c:expr) => {
+        ambit_proto::v1::local_authority_client::LocalAuthorityClient::new($c)
+    };
     (PolicyRegistry, $c:expr) => {
         ambit_proto::v1::policy_registry_client::PolicyRegistryClient::new($c)
             .max_decoding_message_size($crate::cell::ANSWER_BYTES_MAX)

@@ -99,6 +99,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
         denials: denials.clone(),
         enrolled,
         node,
+        issued: issued.clone(),
         told: told_rx,
     };
     let session = Session {
@@ -116,6 +117,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
             desired: Arc::new(desired),
             outcome: outcome_rx,
             endpoints: endpoints_rx,
+            issued: issued.clone(),
             channel: Arc::new(channel),
         },
     };

@@ -375,6 +375,7 @@ impl Control {
     fn replace_trust(&self, view: &View) {
         let store = TrustStore::new(&view.own).and_then(|mut store| {
             view.foreign.iter().try_for_each(|bundle| store.add_foreign(bundle))?;
+            store.deny_authorities(view.denials.authorities().iter().cloned());
             Ok(store)
         });
         match store {

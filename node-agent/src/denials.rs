@@ -5,9 +5,9 @@
 //! same or a later revision comes; an older one, from a replica that lags behind, undoes nothing.
 
 use ambit_model::policy::Endpoint;
-use ambit_model::{Generation, NodeId, Refusal, Revision, TrustDomain};
+use ambit_model::{Code, Generation, NodeId, Refusal, Revision, TrustDomain};
 use ambit_proto::v1;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use tokio::sync::watch;
 
@@ -17,20 +17,38 @@ pub struct Denials {
     revision: Revision,
     /// Leaves of these nodes of a trust domain, up to and including the generation, are refused.
     by_node: BTreeMap<(TrustDomain, NodeId), Generation>,
+    /// Whatever these intermediates of a trust domain signed is refused.
+    authorities: BTreeSet<(TrustDomain, String)>,
     /// The cell put this node out: nothing may be opened from here or to here.
     out: bool,
 }
 
 impl Denials {
     /// Parses a list of `revision`. Anything unclear refuses it whole.
-    pub fn parse(revision: Revision, found: &[v1::NodeDenial]) -> Result<Self, Refusal> {
+    pub fn parse(
+        revision: Revision,
+        found: &[v1::NodeDenial],
+        authorities: &[v1::AuthorityDenial],
+    ) -> Result<Self, Refusal> {
         let mut by_node = BTreeMap::new();
         for message in found {
             let key = (message.trust_domain.parse()?, message.node.parse()?);
             let to: &mut Generation = by_node.entry(key).or_default();
             *to = (*to).max(Generation(message.generation));
         }
-        Ok(Self { revision, by_node, out: false })
+        let name = |d: &v1::AuthorityDenial| Ok((d.trust_domain.parse()?, authority_name(&d.authority)?));
+        let authorities = authorities.iter().map(name).collect::<Result<_, Refusal>>()?;
+        Ok(Self { revision, by_node, authorities, out: false })
+    }
+
+    /// Whether whatever this intermediate signed is refused. Only `origin` decides about its intermediates.
+    pub fn denies_authority(&self, origin: &TrustDomain, authority: &str) -> bool {
+        !self.authorities.is_empty() && self.authorities.contains(&(origin.clone(), authority.to_owned()))
+    }
+
+    /// The intermediates whose leaves are refused.
+    pub fn authorities(&self) -> &BTreeSet<(TrustDomain, String)> {
+        &self.authorities
     }
 
     /// The cell's revision that it is of.
@@ -60,6 +78,14 @@ impl Denials {
     }
 }
 
+/// The name of an intermediate: its key identifier, 40 hex digits.
+pub fn authority_name(text: &str) -> Result<String, Refusal> {
+    let is_one = text.len() == 40 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+    is_one
+        .then(|| text.to_owned())
+        .ok_or_else(|| Refusal::new(Code::BadRequest, "a key identifier of 40 hex digits", text))
+}
+
 /// The list in force. Cloning shares.
 #[derive(Clone, Debug, Default)]
 pub struct Lane(Arc<watch::Sender<Arc<Denials>>>);
@@ -70,7 +96,7 @@ impl Lane {
         let mut taken = false;
         self.0.send_if_modified(|now| {
             taken = list.revision >= now.revision;
-            let changed = taken && list.by_node != now.by_node;
+            let changed = taken && (&list.by_node, &list.authorities) != (&now.by_node, &now.authorities);
             if taken {
                 *now = Arc::new(Denials { out: now.out, ..list });
             }
@@ -118,7 +144,7 @@ mod tests {
             generation: *generation,
         };
         let messages: Vec<_> = denied.iter().map(message).collect();
-        Denials::parse(Revision(revision), &messages).unwrap()
+        Denials::parse(Revision(revision), &messages, &[]).unwrap()
     }
 
     fn denies(lane: &Lane, td: &str, node: u8, generation: u64) -> bool {
@@ -170,7 +196,7 @@ mod tests {
         for (td, node) in [("", "ab".repeat(32)), ("west", "ab".into()), ("West", "ab".repeat(32))] {
             let good = v1::NodeDenial { trust_domain: "west".into(), node: "cd".repeat(32), generation: 1 };
             let bad = v1::NodeDenial { trust_domain: td.into(), node, generation: 1 };
-            assert!(Denials::parse(Revision(1), &[good, bad]).is_err());
+            assert!(Denials::parse(Revision(1), &[good, bad], &[]).is_err());
         }
     }
 }

@@ -51,6 +51,8 @@ pub struct Enrolled {
     pub identity: Arc<CertifiedKey>,
     /// The own trust domain's roots.
     pub bundle: Bundle<Own>,
+    /// The intermediate that signed it (key identifier, hex).
+    pub authority: String,
     /// When it was issued, by our clock.
     pub since: Stamp,
     /// When it ends.
@@ -82,14 +84,21 @@ impl NotEnrolled {
 }
 
 /// Enrols this node with any server of the list. Returns at the first denial; waits out what passes.
-pub async fn enrol(config: &Config, attester: &Attester, turn: &Turn, clock: &Clock) -> Result<Enrolled, NotEnrolled> {
+/// `trust`: what is pinned at first contact, and from then on what the cell's bundles say: a pinned root is replaced one day.
+pub async fn enrol(
+    config: &Config,
+    attester: &Attester,
+    turn: &Turn,
+    clock: &Clock,
+    trust: &SharedTrust,
+) -> Result<Enrolled, NotEnrolled> {
     let mut backoff = Backoff::new(RETRY_BASE, RETRY_CAP);
     let mut at = usize::try_from(random() % 1024).unwrap_or_default();
     loop {
         let Some(server) = config.servers.get(at % config.servers.len().max(1)).copied() else {
             return Err(Refusal::new(Code::ConfigInvalid, "a server", "none").into());
         };
-        match once(config, attester, turn, clock, server).await {
+        match once(config, attester, turn, clock, trust, server).await {
             Ok(enrolled) => {
                 METRICS.enrolments.inc(["ok"]);
                 return Ok(enrolled);
@@ -114,10 +123,10 @@ async fn once(
     attester: &Attester,
     turn: &Turn,
     clock: &Clock,
+    trust: &SharedTrust,
     server: SocketAddr,
 ) -> Result<Enrolled, NotEnrolled> {
-    let pinned = SharedTrust::new(Trust::Pinned(config.trust_domain.clone(), config.fingerprint.0));
-    let dialer = Dialer::new(pinned, Identity::default());
+    let dialer = Dialer::new(trust.clone(), Identity::default());
     let channel = dialer.channel(server, Expect::ReplicaOf(config.trust_domain.clone())).await?;
     let mut client = NodeAttestationClient::new(channel);
     let begun = std::time::Instant::now();
@@ -200,7 +209,7 @@ async fn once(
         svid_certify_signature,
     };
     let verdict = evidence(&mut client, header, &boot_log, &ima_log).await?;
-    let enrolled = accept(config, &key, ak_name, verdict, clock.now())?;
+    let enrolled = accept(config, &trust.current(), &key, ak_name, verdict, clock.now())?;
     tracing::info!(node = %enrolled.node, generation = enrolled.generation.0, took_ms = begun.elapsed().as_millis() as u64, tpm_ms = in_tpm.as_millis() as u64, "enrolled");
     Ok(enrolled)
 }
@@ -234,8 +243,15 @@ async fn evidence(
     }
 }
 
-/// Takes the verdict only if it is of the pinned root, of this key and of this node.
-fn accept(config: &Config, key: &NodeKey, ak_name: Vec<u8>, verdict: Verdict, now: Stamp) -> Result<Enrolled, Refusal> {
+/// Takes the verdict only if it is of a root that is trusted already, of this key and of this node.
+fn accept(
+    config: &Config,
+    trust: &Trust,
+    key: &NodeKey,
+    ak_name: Vec<u8>,
+    verdict: Verdict,
+    now: Stamp,
+) -> Result<Enrolled, Refusal> {
     let bundle: Bundle<Own> = convert::bundle(verdict.bundle.as_ref().ok_or_else(|| malformed("a bundle"))?)?;
     if *bundle.trust_domain() != config.trust_domain {
         return Err(Refusal::new(
@@ -244,9 +260,12 @@ fn accept(config: &Config, key: &NodeKey, ak_name: Vec<u8>, verdict: Verdict, no
             bundle.trust_domain().as_str(),
         ));
     }
-    if !bundle.roots().iter().any(|root| fingerprint(root) == config.fingerprint.0) {
+    // Later on the bundle comes from a replica that the former bundle vouched for, and the pinned root may be gone.
+    if let Trust::Pinned(_, pinned) = trust
+        && !bundle.roots().iter().any(|root| fingerprint(root) == *pinned)
+    {
         let found = format!("{} other roots", bundle.roots().len());
-        return Err(Refusal::new(Code::FingerprintMismatch, hex::encode(config.fingerprint.0), found));
+        return Err(Refusal::new(Code::FingerprintMismatch, hex::encode(pinned), found));
     }
     let node: NodeId = verdict.node_id.parse()?;
     let chain: Vec<CertificateDer<'static>> = verdict.svid_chain_der.into_iter().map(CertificateDer::from).collect();
@@ -261,6 +280,7 @@ fn accept(config: &Config, key: &NodeKey, ak_name: Vec<u8>, verdict: Verdict, no
         ak_name,
         identity: key.certified(chain)?,
         bundle,
+        authority: peer.authority().to_owned(),
         since: now,
         not_after: peer.not_after(),
     })

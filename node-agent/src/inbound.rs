@@ -262,6 +262,10 @@ fn trusted(denials: &Denials, call: &Call) -> Result<(), Refusal> {
     // Callers outside the mesh lack the binding; no policy can name such a caller yet, so they are refused.
     let binding =
         call.peer.binding().ok_or_else(|| Refusal::new(Code::SvidUntrusted, "an SVID bound to a node", "none"))?;
+    if denials.denies_authority(&call.peer.id().trust_domain(), call.peer.authority()) {
+        let found = call.peer.authority();
+        return Err(Refusal::new(Code::SvidUntrusted, "an intermediate that is not revoked", found));
+    }
     // A cell speaks for its own nodes only: what a peer denies is nothing against a caller of another trust domain.
     if denials.denies(&call.peer.id().trust_domain(), &binding.node, binding.generation) {
         return Err(Refusal::new(Code::NodeUntrusted, "a trusted node", binding.node.to_string()));

@@ -18,6 +18,8 @@ pub struct Svid {
     pub chain_der: Vec<Vec<u8>>,
     /// Through which admission of this node it was issued: a denial of it is one of this certificate.
     pub generation: Generation,
+    /// The intermediate that signed it (key identifier, hex).
+    pub authority: String,
     /// When it arrived.
     pub since: Stamp,
     /// When it ends.

@@ -9,6 +9,7 @@ use crate::clock::Clock;
 use crate::config::Config;
 use crate::denials::Lane;
 use crate::enrol::{self, Enrolled, NotEnrolled};
+use crate::issued::{Issued, Known};
 use crate::metrics::METRICS;
 use crate::reattest::Turn;
 use crate::svids::renew_at;
@@ -24,6 +25,8 @@ use tokio::sync::watch;
 const RETRY_BASE: Duration = Duration::from_secs(1);
 /// Never longer: a release restores service within this and one enrolment.
 const RETRY_CAP: Duration = Duration::from_secs(10);
+/// An admission under a tainted intermediate is renewed within this long.
+const REISSUE_MS: u64 = 5000;
 /// An admission that lasted this long was no mistake: the next refusal is a new matter, and waits start over.
 const LASTED: Duration = Duration::from_secs(60);
 
@@ -70,6 +73,8 @@ pub struct Membership {
     pub enrolled: watch::Sender<Option<Arc<Enrolled>>>,
     /// The same, for endpoint reports.
     pub node: watch::Sender<Option<(NodeId, Generation)>>,
+    /// What is known here: which intermediates are tainted.
+    pub issued: Issued,
     /// What the cell says on the stream.
     pub told: watch::Receiver<Option<Told>>,
 }
@@ -84,7 +89,7 @@ impl Membership {
         let mut since = None;
         let mut first = true;
         loop {
-            let refused = match enrol::enrol(&self.config, &self.attester, &self.turn, &self.clock).await {
+            let refused = match enrol::enrol(&self.config, &self.attester, &self.turn, &self.clock, &self.trust).await {
                 Ok(enrolled) => {
                     let enrolled = Arc::new(enrolled);
                     standing.good();
@@ -111,14 +116,27 @@ impl Membership {
         }
     }
 
-    /// Waits until the admission must be renewed (none), or the cell refuses it.
+    /// Waits until the admission must be renewed (none), or the cell refuses it. Under a tainted intermediate it must be
+    /// within seconds.
     async fn last(&mut self, enrolled: &Enrolled) -> Option<Refusal> {
         let due = renew_at(enrolled.since, enrolled.not_after, random());
         let renewal = tokio::time::sleep(Duration::from_millis(due.0.saturating_sub(self.clock.now().0)));
         tokio::pin!(renewal);
+        let mut known = self.issued.watch();
+        let tainted = async {
+            let is = |k: &Known| k.view.as_ref().is_some_and(|view| view.tainted.contains(&enrolled.authority));
+            let heard = known.wait_for(is).await.is_ok();
+            if !heard {
+                std::future::pending::<()>().await;
+            }
+            // Every node of the cell hears of it at once.
+            tokio::time::sleep(Duration::from_millis(random() % REISSUE_MS)).await;
+        };
+        tokio::pin!(tainted);
         loop {
             tokio::select! {
                 () = &mut renewal => return None,
+                () = &mut tainted => return None,
                 changed = self.told.changed() => {
                     let told = self.told.borrow_and_update().clone();
                     match told.filter(|told| told.generation >= enrolled.generation) {

@@ -15,6 +15,8 @@ pub enum Fresh {
     Endpoints,
     /// What became of the newest view.
     Outcome,
+    /// What is in force and shown here.
+    Holding,
 }
 
 /// The next thing to send.
@@ -31,6 +33,7 @@ pub enum Next {
 pub struct Outbox {
     endpoints: bool,
     outcome: bool,
+    holding: bool,
     nack: Option<Nack>,
     answer: Option<Answer>,
     /// Since when the far end takes nothing of it.
@@ -39,17 +42,18 @@ pub struct Outbox {
 
 impl Default for Outbox {
     fn default() -> Self {
-        Self { endpoints: false, outcome: false, nack: None, answer: None, since: Instant::now() }
+        Self { endpoints: false, outcome: false, holding: false, nack: None, answer: None, since: Instant::now() }
     }
 }
 
 impl Outbox {
-    /// Endpoints or the outcome changed.
+    /// Endpoints, the outcome or what is held changed.
     pub fn fresh(&mut self, what: Fresh) {
         self.begin();
         match what {
             Fresh::Endpoints => self.endpoints = true,
             Fresh::Outcome => self.outcome = true,
+            Fresh::Holding => self.holding = true,
         }
     }
 
@@ -72,7 +76,7 @@ impl Outbox {
 
     /// Whether there is anything to send.
     pub fn is_empty(&self) -> bool {
-        !self.endpoints && !self.outcome && self.nack.is_none() && self.answer.is_none()
+        !self.endpoints && !self.outcome && !self.holding && self.nack.is_none() && self.answer.is_none()
     }
 
     /// A place in `up`, or none where the far end takes nothing for `silence_max` or is gone.
@@ -106,6 +110,9 @@ impl Outbox {
         }
         if std::mem::take(&mut self.outcome) {
             return Some(Next::Look(Fresh::Outcome));
+        }
+        if std::mem::take(&mut self.holding) {
+            return Some(Next::Look(Fresh::Holding));
         }
         std::mem::take(&mut self.endpoints).then_some(Next::Look(Fresh::Endpoints))
     }

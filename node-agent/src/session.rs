@@ -8,6 +8,7 @@ use crate::clock::Clock;
 use crate::control::Outcome;
 use crate::denials::{Denials, Lane};
 use crate::enrol::Enrolled;
+use crate::issued::Issued;
 use crate::membership::Told;
 use crate::metrics::METRICS;
 use crate::outbox::{Fresh, Next, Outbox};
@@ -20,9 +21,12 @@ use ambit_proto::status::from_status;
 use ambit_proto::v1::agent_message::Body as Up;
 use ambit_proto::v1::agent_stream_client::AgentStreamClient;
 use ambit_proto::v1::server_message::Body as Down;
-use ambit_proto::v1::{Ack, AgentMessage, EndpointReport, Nack, ServerMessage, Slice, Subscribe};
+use ambit_proto::v1::{
+    Ack, AgentMessage, BundleSequence, EndpointReport, Holding, Nack, ServerMessage, Slice, Subscribe,
+};
 use ambit_transport::{Dialer, Identity};
 use futures::future::{BoxFuture, OptionFuture};
+use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -81,6 +85,8 @@ pub struct Wires {
     pub outcome: watch::Receiver<Option<Outcome>>,
     /// What to report.
     pub endpoints: watch::Receiver<Vec<Endpoint>>,
+    /// What is in force and shown here, which is reported too.
+    pub issued: Issued,
     /// A working channel for other calls, while there is one.
     pub channel: Arc<watch::Sender<Option<Channel>>>,
 }
@@ -167,7 +173,9 @@ impl Session {
         let (up, queue) = mpsc::channel(UP_QUEUE);
         let have = self.wires.desired.borrow().as_ref().map_or(Revision(0), |v| v.revision);
         let hello = Subscribe { node_address: self.node_address.to_string(), have_revision: have.0 };
-        for body in [Up::Subscribe(hello), self.report()] {
+        let mut known = self.wires.issued.watch();
+        let mut held = self.holding(me);
+        for body in [Up::Subscribe(hello), Up::Holding(held.clone()), self.report()] {
             up.send(AgentMessage { body: Some(body) }).await.map_err(|_| ended())?;
         }
         let answer = tokio::time::timeout(SILENCE_MAX, client.sync(ReceiverStream::new(queue))).await;
@@ -188,6 +196,14 @@ impl Session {
                     changed.map_err(|_| ended())?;
                     stream.outbox.fresh(Fresh::Endpoints);
                 }
+                changed = known.changed() => {
+                    changed.map_err(|_| ended())?;
+                    let now = self.holding(me);
+                    if now != held {
+                        held = now.clone();
+                        stream.outbox.fresh(Fresh::Holding);
+                    }
+                }
                 changed = self.wires.outcome.changed() => {
                     changed.map_err(|_| ended())?;
                     stream.outbox.fresh(Fresh::Outcome);
@@ -199,7 +215,7 @@ impl Session {
                 }
                 place = stream.outbox.place(&up, SILENCE_MAX), if !stream.outbox.is_empty() => {
                     let place = place.ok_or_else(silence)?;
-                    if let Some(body) = self.next(&mut stream.outbox) {
+                    if let Some(body) = self.next(me, &mut stream.outbox) {
                         place.send(AgentMessage { body: Some(body) });
                     }
                     self.begin_round(&mut stream);
@@ -235,7 +251,7 @@ impl Session {
     /// In force from here on for whoever carries or opens a connection; the kernel follows within milliseconds.
     fn take_denials(&self, list: &ambit_proto::v1::Denials) {
         self.clock.seen(Stamp(list.stamp_ms));
-        match Denials::parse(Revision(list.revision), &list.denials) {
+        match Denials::parse(Revision(list.revision), &list.denials, &list.authorities) {
             Ok(denials) => {
                 if !self.denials.offer(denials) {
                     tracing::debug!(revision = list.revision, "older denials dropped");
@@ -269,11 +285,12 @@ impl Session {
     }
 
     /// The next message up, as of now.
-    fn next(&mut self, outbox: &mut Outbox) -> Option<Up> {
+    fn next(&mut self, me: &Enrolled, outbox: &mut Outbox) -> Option<Up> {
         match outbox.take()? {
             Next::Message(body) => Some(body),
             Next::Look(Fresh::Endpoints) => Some(self.report()),
             Next::Look(Fresh::Outcome) => self.outcome(),
+            Next::Look(Fresh::Holding) => Some(Up::Holding(self.holding(me))),
         }
     }
 
@@ -289,6 +306,19 @@ impl Session {
             }
             Err(refusal) => Up::Nack(Nack { revision, reason: refusal.to_string() }),
         })
+    }
+
+    /// By which bundles this node verifies, and under which intermediates it shows leaves.
+    fn holding(&self, me: &Enrolled) -> Holding {
+        let known = self.wires.issued.now();
+        let shown = known.svids.values().filter_map(|svid| svid.as_ref().ok()).map(|svid| svid.authority.clone());
+        let authorities: BTreeSet<String> = shown.chain([me.authority.clone()]).collect();
+        let bundle = |td: &TrustDomain, sequence| BundleSequence { trust_domain: td.to_string(), sequence };
+        let bundles = known.view.iter().flat_map(|view| {
+            let foreign = view.foreign.iter().map(|b| bundle(b.trust_domain(), b.sequence()));
+            foreign.chain([bundle(view.own.trust_domain(), view.own.sequence())]).collect::<Vec<_>>()
+        });
+        Holding { bundles: bundles.collect(), authorities: authorities.into_iter().collect() }
     }
 
     fn report(&mut self) -> Up {

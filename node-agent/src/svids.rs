@@ -26,6 +26,8 @@ const BATCH_MAX: usize = 64;
 const ANSWER_MAX: Duration = Duration::from_secs(5);
 /// After a refusal or an outage the same entry is not asked for again for this long.
 const RETRY_MS: u64 = 1000;
+/// What is to be issued anew is asked for within this long.
+const REISSUE_MS: u64 = 2000;
 /// A denied entry is asked for again this late: an operator may have changed it.
 const DENIED_RETRY_MS: u64 = 5000;
 
@@ -53,6 +55,21 @@ struct State {
     due: BTreeMap<EntryId, Stamp>,
     /// This node was out when last looked at.
     out: bool,
+}
+
+impl State {
+    /// What a tainted intermediate signed is due within seconds, not at half-life: spread, since every node of the cell
+    /// hears of it at once.
+    fn reissue(&mut self, tainted: &BTreeSet<String>, now: Stamp) {
+        for (entry, svid) in &self.svids {
+            if svid.as_ref().is_ok_and(|svid| tainted.contains(&svid.authority)) {
+                let due = self.due.entry(entry.clone()).or_insert(now);
+                if *due > now.plus_ms(REISSUE_MS) {
+                    *due = now.plus_ms(random() % REISSUE_MS);
+                }
+            }
+        }
+    }
 }
 
 impl Issuance {
@@ -107,6 +124,9 @@ impl Issuance {
         for entry in changed {
             state.svids.remove(&entry);
             state.due.remove(&entry);
+        }
+        if let Some(view) = &view {
+            state.reissue(&view.tainted, now);
         }
         if state.svids.len() != before {
             self.issued.set_svids(state.svids.clone());
@@ -216,6 +236,7 @@ impl Issuance {
         Ok(Svid {
             id: expected,
             generation: binding.generation,
+            authority: peer.authority().to_owned(),
             key_pkcs8: key.pkcs8(),
             chain_der: result.chain_der.clone(),
             since: now,
@@ -280,6 +301,7 @@ mod tests {
             key_pkcs8: Vec::new().into(),
             chain_der: vec![],
             generation: Generation(generation),
+            authority: "aa".repeat(20),
             since: Stamp(0),
             not_after: Stamp(u64::MAX),
         };
@@ -292,7 +314,7 @@ mod tests {
         }
         let waits = |state: &mut State, revision, td: &str, node: NodeId, generation| {
             let denial = ambit_proto::v1::NodeDenial { node: node.to_string(), generation, trust_domain: td.into() };
-            denials.offer(Denials::parse(ambit_model::Revision(revision), &[denial]).unwrap());
+            denials.offer(Denials::parse(ambit_model::Revision(revision), &[denial], &[]).unwrap());
             issuance.hurry(state, &denials.now());
             state.due.keys().map(ToString::to_string).collect::<Vec<_>>()
         };
@@ -306,6 +328,32 @@ mod tests {
         denials.set_out(false);
         issuance.hurry(&mut state, &denials.now());
         assert!(state.due.is_empty(), "{:?}", state.due);
+    }
+
+    #[test]
+    fn what_a_tainted_intermediate_signed_is_due_within_seconds_and_nothing_else() {
+        let (tainted, now) = ("aa".repeat(20), Stamp(1_000_000));
+        let mut state = State::default();
+        for (name, authority) in [("old", tainted.clone()), ("new", "bb".repeat(20))] {
+            let svid = Svid {
+                id: "spiffe://west/web".parse().unwrap(),
+                key_pkcs8: Vec::new().into(),
+                chain_der: vec![],
+                generation: Generation(1),
+                authority,
+                since: Stamp(0),
+                not_after: Stamp(u64::MAX),
+            };
+            state.svids.insert(name.parse().unwrap(), Ok(Arc::new(svid)));
+            state.due.insert(name.parse().unwrap(), now.plus_ms(600_000));
+        }
+        state.reissue(&[tainted].into(), now);
+        let due = |state: &State, name: &str| state.due.get(&name.parse::<EntryId>().unwrap()).copied().unwrap();
+        let first = due(&state, "old");
+        assert!(first < now.plus_ms(REISSUE_MS), "{first:?}");
+        assert_eq!(due(&state, "new"), now.plus_ms(600_000));
+        state.reissue(&["aa".repeat(20)].into(), now);
+        assert_eq!(due(&state, "old"), first, "not put off by a second look");
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! A slice after parsing: everything this node knows, of one revision, in types. Replaced whole, never edited.
 
-use crate::denials::Denials;
+use crate::denials::{Denials, authority_name};
 use crate::pods::Pod;
 use ambit_model::policy::{Endpoint, Policy, Service};
 use ambit_model::{
@@ -39,6 +39,8 @@ pub struct View {
     pub numbers: BTreeMap<SpiffeId, NumericIdentity>,
     /// Whom to refuse, as of this revision. In force is what [`crate::denials::Lane`] says: newer lists come ahead of slices.
     pub denials: Denials,
+    /// Intermediates of the own cell whose leaves are to be asked for anew.
+    pub tainted: BTreeSet<String>,
     /// How far peers' records are in, handed back in the acknowledgement.
     pub imported: Vec<v1::ImportedSeq>,
 }
@@ -67,7 +69,8 @@ impl View {
             services: slice.services.iter().map(Service::try_from).collect::<Result<_, _>>()?,
             endpoints: endpoints(&slice.endpoints, trust_domain)?,
             numbers: numbers(&slice.identities)?,
-            denials: Denials::parse(Revision(slice.revision), &slice.denials)?,
+            denials: Denials::parse(Revision(slice.revision), &slice.denials, &slice.authority_denials)?,
+            tainted: slice.tainted_authorities.iter().map(|name| authority_name(name)).collect::<Result<_, _>>()?,
             imported: slice.imported,
         })
     }

@@ -509,7 +509,7 @@ async fn a_denied_nodes_endpoints_are_refused_by_the_kernel_within_milliseconds(
     };
     node.apply(cell.view(slice)).await;
     let denial = |generation| v1::NodeDenial { node: bad.clone(), generation, trust_domain: "east".into() };
-    let list = |revision, denials: &[v1::NodeDenial]| Denials::parse(Revision(revision), denials).unwrap();
+    let list = |revision, denials: &[v1::NodeDenial]| Denials::parse(Revision(revision), denials, &[]).unwrap();
     // Calls that wait for no answer (a SYN lost to a full backlog would cost a second), every half millisecond; each
     // change of what the kernel says is one line with its time.
     let script = format!(

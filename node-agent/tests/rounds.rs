@@ -170,7 +170,10 @@ async fn a_hung_tpm_makes_late_and_holds_up_nothing_else() {
     // Slices and denials are taken while the TPM hangs.
     assert!(stage.slice(2).await < Duration::from_secs(2));
     let denial = v1::NodeDenial { node: "ab".repeat(32), generation: 1, trust_domain: "west".into() };
-    stage.stream.send(Down::Denials(v1::Denials { revision: 3, stamp_ms: 0, denials: vec![denial] })).await;
+    stage
+        .stream
+        .send(Down::Denials(v1::Denials { revision: 3, stamp_ms: 0, denials: vec![denial], authorities: vec![] }))
+        .await;
     let denied = stage
         .agent
         .denials
@@ -192,7 +195,7 @@ async fn a_hung_tpm_makes_late_and_holds_up_nothing_else() {
     stage.slice(2).await;
     assert_eq!(stage.agent.denials.now().revision(), Revision(3));
     stage.slice(4).await;
-    assert_eq!(*stage.agent.denials.now(), ambit_agent::denials::Denials::parse(Revision(4), &[]).unwrap());
+    assert_eq!(*stage.agent.denials.now(), ambit_agent::denials::Denials::parse(Revision(4), &[], &[]).unwrap());
     // What is measured while the TPM quotes is in the log that follows: it is read after the quote, never before.
     stage.stream.send(request(4, |_| ())).await;
     tokio::time::sleep(Duration::from_millis(500)).await;

@@ -271,7 +271,7 @@ async fn no_tunnel(outbound: &Outbound) {
 /// One denial, as the cell's list of this revision.
 fn list(revision: u64, td: &str, cell: &Cell, generation: u64) -> Denials {
     let denial = v1::NodeDenial { node: cell.node().to_string(), generation, trust_domain: td.into() };
-    Denials::parse(Revision(revision), &[denial]).unwrap()
+    Denials::parse(Revision(revision), &[denial], &[]).unwrap()
 }
 
 #[tokio::test]

@@ -83,6 +83,8 @@ pub struct Cell {
     replicas: Vec<Replica>,
     admin: Dialer,
     election_ms: u64,
+    /// Further lines of each replica's configuration.
+    more: String,
     // After the processes, which write in it.
     folder: Folder,
 }
@@ -95,9 +97,19 @@ impl Cell {
 
     /// The same, of replicas that wait so long for their leader.
     pub async fn patient(trust_domain: &str, replicas: usize, election_ms: u64) -> Result<Cell> {
+        Cell::made(trust_domain, replicas, election_ms, "").await
+    }
+
+    /// The same as [`Cell::start`], with further lines in front of the tables of each configuration.
+    pub async fn configured(trust_domain: &str, replicas: usize, more: &str) -> Result<Cell> {
+        Cell::made(trust_domain, replicas, ELECTION_MS, more).await
+    }
+
+    async fn made(trust_domain: &str, replicas: usize, election_ms: u64, more: &str) -> Result<Cell> {
         let folder = Folder::new()?;
         let td: TrustDomain = trust_domain.parse()?;
-        let seat = Seat::patient(&folder, "r1", "", election_ms)?;
+        let more = more.to_owned();
+        let seat = Seat::patient(&folder, "r1", &more, election_ms)?;
         let out = folder.path("admin").display().to_string();
         let made = seat.ambitd("init", &["--trust-domain", trust_domain, "--replica", "1", "--admin-out", &out])?;
         ensure!(made.status.success(), "ambitd init: {}", String::from_utf8_lossy(&made.stderr));
@@ -108,7 +120,7 @@ impl Cell {
         let admin = admin_dialer(&folder.path("admin"), &td, fingerprint)?;
         let process = Some(seat.start()?);
         let first = Replica { seat, process };
-        let mut cell = Cell { trust_domain: td, fingerprint, replicas: vec![first], admin, election_ms, folder };
+        let mut cell = Cell { trust_domain: td, fingerprint, replicas: vec![first], admin, election_ms, more, folder };
         cell.wait_for_voters().await?;
         for number in 2..=replicas {
             cell.add(number).await?;
@@ -118,13 +130,33 @@ impl Cell {
 
     /// Lets the replica with the next number join.
     pub async fn add(&mut self, number: usize) -> Result<()> {
-        let seat = Seat::patient(&self.folder, &format!("r{number}"), "", self.election_ms)?;
+        let joined = self.joined(number, &format!("r{number}")).await?;
+        self.replicas.push(joined);
+        self.wait_for_voters().await
+    }
+
+    /// Another machine joins in the place of one that was removed.
+    pub async fn replace(&mut self, number: usize) -> Result<()> {
+        let joined = self.joined(number, &format!("r{number}-new")).await?;
+        *number.checked_sub(1).and_then(|at| self.replicas.get_mut(at)).context("a replica")? = joined;
+        self.wait_for_voters().await
+    }
+
+    async fn joined(&self, number: usize, name: &str) -> Result<Replica> {
+        let seat = Seat::patient(&self.folder, name, &self.more, self.election_ms)?;
         let token = self.replica_token(number as u64, seat.listen).await?;
         let out = self.join(&seat, number as u64, &hex::encode(self.fingerprint), &token)?;
         ensure!(out.status.success(), "ambitd join: {}", String::from_utf8_lossy(&out.stderr));
         let process = Some(seat.start()?);
-        self.replicas.push(Replica { seat, process });
-        self.wait_for_voters().await
+        Ok(Replica { seat, process })
+    }
+
+    /// Pins what the administrator's context names now, and speaks with its certificate.
+    pub fn read_context(&mut self) -> Result<()> {
+        let folder = self.folder.path("admin");
+        let context: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(folder.join("context.json"))?)?;
+        hex::decode_to_slice(context["fingerprint"].as_str().context("a fingerprint")?, &mut self.fingerprint)?;
+        self.administered_by(&folder)
     }
 
     /// A one-time token for a further replica.

@@ -8,6 +8,7 @@ pub mod agent;
 pub mod bench;
 pub mod cell;
 pub mod machine;
+pub mod node;
 pub mod operator;
 pub mod process;
 pub mod soft_tpm;

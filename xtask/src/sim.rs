@@ -32,7 +32,7 @@ pub(crate) fn mutants() -> Result<(), Stop> {
         caught += usize::from(hunt.status.success());
         println!("{name} ({what}): {last}");
     }
-    println!("not yet: old root dropped at once (issue D: no root rotates)");
+    println!("not yet: old root dropped at once (no root rotates in the simulator: tests/tests/rotation.rs)");
     println!("{all} mutants, {caught} caught");
     if all > 0 && caught == all { Ok(()) } else { Err(Stop::Failed(String::new())) }
 }

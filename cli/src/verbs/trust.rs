@@ -1,5 +1,8 @@
 //! `ambit trust` and `ambit identity`.
 
+mod authorities;
+mod rotate;
+
 use super::Session;
 use crate::args::{Identity, Trust};
 use crate::ask;
@@ -17,7 +20,20 @@ use std::path::Path;
 const ROOT_BYTES_MAX: u64 = 64 * 1024;
 
 pub(super) async fn trust(session: &Session, verb: Trust) -> Result<Answer, Refusal> {
-    let Trust::Show { trust_domain, pem } = verb;
+    match verb {
+        Trust::Show { trust_domain, pem } => show(session, trust_domain, pem).await,
+        Trust::Check => authorities::check(session).await,
+        Trust::Taint { authority, dry_run } => authorities::taint(session, authority, dry_run).await,
+        Trust::Revoke { authority, without_acks, dry_run } => {
+            authorities::revoke(session, authority, without_acks, dry_run).await
+        }
+        Trust::Rotate { wait, without_acks, dry_run } => {
+            rotate::rotate(session, rotate::Options { wait: wait.duration(), without_acks, dry_run }).await
+        }
+    }
+}
+
+async fn show(session: &Session, trust_domain: Option<String>, pem: bool) -> Result<Answer, Refusal> {
     let cell = session.cell()?;
     let own = cell.context().trust_domain.to_string();
     let trust_domain = trust_domain.unwrap_or_else(|| own.clone());

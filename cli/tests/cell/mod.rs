@@ -301,6 +301,7 @@ impl v1::membership_server::Membership for Replica {
         transfer_leader(TransferLeaderRequest) -> StatusResponse;
         remove_voter(RemoveVoterRequest) -> StatusResponse;
         snapshot(SnapshotRequest) -> SnapshotResponse;
+        renew_authority(RenewAuthorityRequest) -> RenewAuthorityResponse;
     }
 }
 

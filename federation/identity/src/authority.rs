@@ -3,7 +3,7 @@
 use crate::csr::Csr;
 use crate::keys::{SvidKey, internal};
 use ambit_model::{Code, Generation, Lifetime, NodeId, Refusal, SpiffeId, Stamp, TrustDomain};
-use ambit_state::committed::ReplicaAdmission;
+use ambit_state::committed::{PreparedRoot, ReplicaAdmission, ReplicaAuthority};
 use ambit_state::{Committed, Issuance};
 use rcgen::{
     BasicConstraints, CertificateParams, CustomExtension, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
@@ -113,7 +113,58 @@ impl Root {
         if csr.spki_sha256() != a.issuer_key_hash {
             return Err(Refusal::new(Code::AuthorityMismatch, "the issuing key that was admitted", "another"));
         }
-        self.sign_intermediate(a.replica.0, csr, a.lifetime, &a.serial)
+        // A serial number begins with its epoch, below the two bits that keep it positive and of full length.
+        let epoch = u64::from(u32::from_be_bytes([a.serial[0], a.serial[1], a.serial[2], a.serial[3]]) & 0x3fff_ffff);
+        self.sign_intermediate(Named { replica: a.replica.0, epoch }, csr, a.lifetime, &a.serial)
+    }
+
+    /// A replica's next intermediate, from its own committed entry.
+    pub fn renewed(
+        &self,
+        authority: &Committed<ReplicaAuthority>,
+        csr: &Csr,
+    ) -> Result<CertificateDer<'static>, Refusal> {
+        let a = authority.get();
+        if csr.spki_sha256() != a.key_hash {
+            return Err(Refusal::new(Code::AuthorityMismatch, "the issuing key that was committed", "another"));
+        }
+        if crate::fingerprint(&self.der) != a.root {
+            let found = hex::encode(crate::fingerprint(&self.der));
+            return Err(Refusal::new(Code::AuthorityMismatch, format!("the root {}", hex::encode(a.root)), found));
+        }
+        self.sign_intermediate(Named { replica: a.replica.0, epoch: a.epoch }, csr, a.lifetime, &a.serial)
+    }
+
+    /// The key of the root that was committed as the next, certified by this one: for those who know only this one
+    /// (RFC 4210, 4.4). It ends with this root.
+    pub fn cross_sign(
+        &self,
+        prepared: &Committed<PreparedRoot>,
+        next: &CertificateDer<'_>,
+    ) -> Result<CertificateDer<'static>, Refusal> {
+        use x509_parser::prelude::{FromDer, X509Certificate};
+        let p = prepared.get();
+        let (own, theirs) = (crate::fingerprint(&self.der), crate::fingerprint(next));
+        if (own, theirs) != (p.active, p.root) {
+            let found = format!("{} over {}", hex::encode(own), hex::encode(theirs));
+            return Err(Refusal::new(Code::AuthorityMismatch, "the roots that were committed", found));
+        }
+        let (_, cert) = X509Certificate::from_der(next).map_err(|e| internal("a readable root", e))?;
+        let (_, mine) = X509Certificate::from_der(&self.der).map_err(|e| internal("a readable root", e))?;
+        let ends = |c: &X509Certificate<'_>| u64::try_from(c.validity().not_after.timestamp()).unwrap_or(0);
+        let not_after = Stamp(ends(&cert).min(ends(&mine)).saturating_mul(1000));
+        let mut params = base(Lifetime { not_before: p.stamp.minus_ms(60_000), not_after }, &p.serial)?;
+        // Byte for byte the next root's name and key: chains lead to either.
+        let mut common = cert.subject().iter_common_name();
+        let common = common.next().and_then(|one| one.as_str().ok());
+        params.distinguished_name = name(common.ok_or_else(|| internal("a root with a name", "none"))?);
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        params.subject_alt_names = vec![uri(&format!("spiffe://{}", self.trust_domain))?];
+        params.key_identifier_method = KeyIdMethod::PreSpecified(key_id(cert.public_key().raw));
+        let spki = SubjectPublicKeyInfo::from_der(cert.public_key().raw).map_err(|e| internal("a key", e))?;
+        let signed = params.signed_by(&spki, &self.issuer()?).map_err(|e| internal("a cross-signed root", e))?;
+        Ok(signed.der().clone())
     }
 
     /// The first replica's intermediate: there is no log to commit to before it.
@@ -121,19 +172,30 @@ impl Root {
         let mut serial = [0u8; 16];
         serial[0] = 0x7f;
         serial[8..].copy_from_slice(&replica.to_be_bytes());
-        self.sign_intermediate(replica, csr, lifetime, &serial)
+        self.sign_intermediate(Named { replica, epoch: 1 }, csr, lifetime, &serial)
+    }
+
+    /// The intermediate of a replica that was away until its last one ended: it must speak before anything can be
+    /// committed. A short one, under which the next is committed.
+    pub fn begin_again(&self, named: Named, csr: &Csr, lifetime: Lifetime) -> Result<CertificateDer<'static>, Refusal> {
+        let mut serial = [0u8; 16];
+        serial[0] = 0x7c;
+        serial[1..9].copy_from_slice(&lifetime.not_before.0.to_be_bytes());
+        serial[9..15].copy_from_slice(&key_id(csr.spki())[..6]);
+        serial[15] = named.replica as u8;
+        self.sign_intermediate(named, csr, lifetime, &serial)
     }
 
     fn sign_intermediate(
         &self,
-        replica: u64,
+        Named { replica, epoch }: Named,
         csr: &Csr,
         lifetime: Lifetime,
         serial: &[u8; 16],
     ) -> Result<CertificateDer<'static>, Refusal> {
         let mut params = base(lifetime, serial)?;
         let id = hex::encode(&key_id(csr.spki())[..8]);
-        params.distinguished_name = name(&format!("{} replica {replica} {id}", self.trust_domain));
+        params.distinguished_name = name(&format!("{} replica {replica} epoch {epoch} {id}", self.trust_domain));
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         params.subject_alt_names = vec![uri(&format!("spiffe://{}", self.trust_domain))?];
@@ -159,12 +221,37 @@ fn uri(text: &str) -> Result<SanType, Refusal> {
     Ok(SanType::URI(text.try_into().map_err(|e| internal("an IA5 URI", e))?))
 }
 
+/// Whose an intermediate is, as its subject says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Named {
+    /// The replica's number.
+    pub replica: u64,
+    /// The cell's epoch.
+    pub epoch: u64,
+}
+
+impl Named {
+    /// Reads the common name of an intermediate of `td`; none of another form.
+    pub(crate) fn read(common: &str, td: &TrustDomain) -> Option<Named> {
+        let mut words = common.strip_prefix(td.as_str())?.strip_prefix(" replica ")?.split(' ');
+        let named = match (words.next(), words.next(), words.next(), words.next(), words.next()) {
+            (Some(replica), Some("epoch"), Some(epoch), Some(_), None) => {
+                Named { replica: replica.parse().ok()?, epoch: epoch.parse().ok()? }
+            }
+            _ => return None,
+        };
+        Some(named)
+    }
+}
+
 /// A replica's issuing key with its intermediate. It never leaves the replica.
 pub struct IssuingKey {
     key: SvidKey,
     intermediate: CertificateDer<'static>,
+    /// What leads from the intermediate's root to the one before it, while that one is relied on.
+    cross: Option<CertificateDer<'static>>,
     authority: String,
-    not_after: Stamp,
+    lifetime: Lifetime,
 }
 
 impl IssuingKey {
@@ -176,8 +263,20 @@ impl IssuingKey {
         if cert.public_key().raw != spki.as_slice() {
             return Err(Refusal::new(Code::AuthorityMismatch, "an intermediate of this key", "of another"));
         }
-        let not_after = Stamp(u64::try_from(cert.validity().not_after.timestamp()).unwrap_or(0).saturating_mul(1000));
-        Ok(Self { authority: hex::encode(key_id(&spki)), key, not_after, intermediate })
+        let stamp = |t: x509_parser::time::ASN1Time| Stamp(u64::try_from(t.timestamp()).unwrap_or(0) * 1000);
+        let validity = cert.validity();
+        let lifetime = Lifetime { not_before: stamp(validity.not_before), not_after: stamp(validity.not_after) };
+        Ok(Self { authority: hex::encode(key_id(&spki)), key, lifetime, cross: None, intermediate })
+    }
+    /// The same, presenting the certificate of its root's key by the root before it: so those verify it too who have not
+    /// heard of the new root yet.
+    #[must_use]
+    pub fn crossed(self, cross: CertificateDer<'static>) -> Self {
+        Self { cross: Some(cross), ..self }
+    }
+    /// What it presents above its leaves.
+    pub fn upper(&self) -> Vec<CertificateDer<'static>> {
+        std::iter::once(self.intermediate.clone()).chain(self.cross.clone()).collect()
     }
     /// Subject key identifier (hex): the name of this authority in every issuance.
     pub fn authority(&self) -> &str {
@@ -185,7 +284,11 @@ impl IssuingKey {
     }
     /// When the intermediate ends.
     pub fn not_after(&self) -> Stamp {
-        self.not_after
+        self.lifetime.not_after
+    }
+    /// From when to when the intermediate is valid.
+    pub fn lifetime(&self) -> Lifetime {
+        self.lifetime
     }
     /// The intermediate, DER.
     pub fn intermediate(&self) -> &CertificateDer<'static> {
@@ -219,7 +322,7 @@ impl IssuingKey {
             Issuer::from_ca_cert_der(&self.intermediate, &self.key.pair).map_err(|e| internal("an issuer", e))?;
         let spki = SubjectPublicKeyInfo::from_der(csr.spki()).map_err(|e| internal("a key", e))?;
         let cert = params.signed_by(&spki, &issuer).map_err(|e| internal("a leaf", e))?;
-        Ok(vec![cert.der().clone(), self.intermediate.clone()])
+        Ok(std::iter::once(cert.der().clone()).chain(self.upper()).collect())
     }
 
     /// This replica's own TLS leaf, under the admission that gave it the intermediate.

@@ -16,7 +16,7 @@ pub mod svid;
 pub mod tls;
 pub mod wrap;
 
-pub use authority::{IssuingKey, Root, issue};
+pub use authority::{IssuingKey, Named, Root, issue};
 pub use csr::Csr;
 pub use keys::{SvidKey, fingerprint};
 pub use record::{KeySet, RecordKey};

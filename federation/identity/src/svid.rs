@@ -1,16 +1,19 @@
 //! Verification of X.509-SVIDs to the letter of the SPIFFE standard (X509-SVID.md sections 2-5).
 
+use crate::authority::Named;
 use crate::profile::{self, Kind};
 use ambit_model::bundle::{Bundle, Foreign, Own};
 use ambit_model::{Code, Generation, NodeId, Refusal, SpiffeId, Stamp, TrustDomain};
 use rustls_pki_types::{CertificateDer, TrustAnchor, UnixTime};
-use std::collections::BTreeMap;
+use sha2::{Digest, Sha256};
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 use x509_parser::extensions::ParsedExtension;
 use x509_parser::prelude::X509Certificate;
 
-/// Leaf, intermediate and perhaps the root: nobody needs more, and each costs a signature check.
-const CHAIN_MAX: usize = 4;
+/// Leaf, intermediate, while a root is replaced its key certified by the former, and for those who know a fingerprint only
+/// both roots: nobody needs more, and each costs a signature check.
+const CHAIN_MAX: usize = 5;
 /// What may sign: other trust domains' authorities choose, but nothing with SHA-1 and no RSA key below 2048 bits.
 static SIGNATURES: &[&dyn rustls_pki_types::SignatureVerificationAlgorithm] = webpki::ALL_VERIFICATION_ALGS;
 /// Certificates are a few hundred bytes.
@@ -34,6 +37,7 @@ pub struct PeerSvid {
     binding: Option<NodeBinding>,
     serial: Vec<u8>,
     authority: String,
+    issuer: Option<Named>,
     not_after: Stamp,
 }
 
@@ -54,6 +58,10 @@ impl PeerSvid {
     pub fn authority(&self) -> &str {
         &self.authority
     }
+    /// Whose intermediate signed it, as its trust domain's root named it; none where it says nothing of that.
+    pub fn issuer(&self) -> Option<Named> {
+        self.issuer
+    }
     /// Last instant of validity.
     pub fn not_after(&self) -> Stamp {
         self.not_after
@@ -64,6 +72,8 @@ impl PeerSvid {
 #[derive(Clone, Debug, Default)]
 pub struct TrustStore {
     roots: BTreeMap<TrustDomain, Vec<TrustAnchor<'static>>>,
+    /// Intermediates by name, whatever a chain says of them: nothing under these is accepted.
+    denied: BTreeSet<(TrustDomain, String)>,
 }
 
 impl TrustStore {
@@ -76,6 +86,25 @@ impl TrustStore {
     /// Adds or replaces the bundle of another trust domain.
     pub fn add_foreign(&mut self, bundle: &Bundle<Foreign>) -> Result<(), Refusal> {
         self.put(bundle.trust_domain(), bundle.roots())
+    }
+    /// Refuses whatever these intermediates signed: each by trust domain and key identifier (SHA-256 of its SPKI, the
+    /// first 20 bytes, hex).
+    pub fn deny_authorities(&mut self, denied: impl IntoIterator<Item = (TrustDomain, String)>) {
+        self.denied.extend(denied);
+    }
+    /// By its key and not by what a leaf says of it: who stole the key says what it likes.
+    fn judge_above(&self, domain: &TrustDomain, above: &[CertificateDer<'_>]) -> Result<(), Refusal> {
+        if self.denied.is_empty() {
+            return Ok(());
+        }
+        for der in above {
+            let cert = profile::parse(der).map_err(|e| Refusal::new(Code::SvidMalformed, "a certificate", e))?;
+            let name = key_name(&cert);
+            if self.denied.contains(&(domain.clone(), name.clone())) {
+                return Err(Refusal::new(Code::SvidUntrusted, "an intermediate that is not revoked", name));
+            }
+        }
+        Ok(())
     }
     fn put(&mut self, td: &TrustDomain, roots: &[Vec<u8>]) -> Result<(), Refusal> {
         let anchors = roots.iter().map(|der| anchor(der)).collect::<Result<_, _>>()?;
@@ -126,10 +155,12 @@ pub fn verify_svid_for(
         return Err(Refusal::new(Code::TrustDomainUnknown, "a trust domain with a bundle here", domain.to_string()));
     };
     verify_path(usage, chain, anchors, now)?;
+    trust.judge_above(&domain, chain.get(1..).unwrap_or_default())?;
     Ok(peer)
 }
 
-/// Verifies a chain whose last certificate is the root with this fingerprint: first contact, pinned out of band.
+/// Verifies a chain with the root of this fingerprint above its leaf: first contact, pinned out of band. While a root is
+/// replaced, a chain has both, so that either may be pinned.
 pub fn verify_pinned(
     chain: &[CertificateDer<'_>],
     td: &TrustDomain,
@@ -137,7 +168,7 @@ pub fn verify_pinned(
     now: Stamp,
 ) -> Result<PeerSvid, Refusal> {
     let peer = parse_leaf(chain)?;
-    let root = chain.last().filter(|der| crate::keys::fingerprint(der) == *fingerprint);
+    let root = chain.iter().skip(1).find(|der| crate::keys::fingerprint(der) == *fingerprint);
     let Some(root) = root else {
         let found = chain.last().map(|der| hex::encode(crate::keys::fingerprint(der))).unwrap_or_default();
         return Err(Refusal::new(Code::FingerprintMismatch, hex::encode(fingerprint), found));
@@ -182,11 +213,14 @@ fn parse_leaf(chain: &[CertificateDer<'_>]) -> Result<PeerSvid, Refusal> {
         let cert = profile::parse(above).map_err(|found| bad("a certificate", found))?;
         must(&cert, Kind::Authority)?;
     }
+    let td = id.trust_domain();
     Ok(PeerSvid {
         id,
         binding: binding(&cert)?,
         serial: cert.raw_serial().to_vec(),
-        authority: profile::issuer_key(&cert),
+        authority: authority(&cert, chain.get(1))?,
+        // The path is built by names and signatures: an issuer of this name is an intermediate of this name.
+        issuer: issuer(&cert, &td),
         not_after: Stamp(u64::try_from(cert.validity().not_after.timestamp()).unwrap_or(0).saturating_mul(1000)),
     })
 }
@@ -199,6 +233,30 @@ fn must(cert: &X509Certificate<'_>, kind: Kind) -> Result<(), Refusal> {
             let expected = format!("{} ({kind}, {})", broken.expected, broken.section);
             Err(Refusal::new(Code::SvidMalformed, expected, broken.found))
         }
+    }
+}
+
+/// An authority's name by its key.
+fn key_name(cert: &X509Certificate<'_>) -> String {
+    hex::encode(&Sha256::digest(cert.public_key().raw)[..20])
+}
+
+/// The name that the leaf gives its authority, where the certificate next above has it: the path goes by that one's name
+/// and key. Who signs may write any other name, and gets none.
+fn authority(leaf: &X509Certificate<'_>, above: Option<&CertificateDer<'_>>) -> Result<String, Refusal> {
+    let said = profile::issuer_key(leaf);
+    let Some(above) = above else { return Ok(said) };
+    let above = profile::parse(above).map_err(|found| Refusal::new(Code::SvidMalformed, "a certificate", found))?;
+    let is_it = above.subject().as_raw() == leaf.issuer().as_raw()
+        && (key_name(&above) == said || profile::subject_key(&above) == said);
+    Ok(if is_it { said } else { String::new() })
+}
+
+fn issuer(cert: &X509Certificate<'_>, td: &TrustDomain) -> Option<Named> {
+    let mut names = cert.issuer().iter_common_name();
+    match (names.next(), names.next()) {
+        (Some(one), None) => Named::read(one.as_str().ok()?, td),
+        _ => None,
     }
 }
 

@@ -12,6 +12,52 @@ pub enum Own {}
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Foreign {}
 
+/// Where a root stands with its own trust domain. Only ever further down this list.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum RootState {
+    /// In the bundle, so that everybody knows it before anything is signed under it.
+    Prepared,
+    /// What intermediates are signed under.
+    Active,
+    /// Replaced; what is under it is valid still.
+    Old,
+    /// Not to be relied on much longer: whatever is under it is issued anew.
+    Tainted,
+    /// Out of the bundle, for ever.
+    Revoked,
+}
+
+impl RootState {
+    /// As operators and the wire have it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Prepared => "prepared",
+            Self::Active => "active",
+            Self::Old => "old",
+            Self::Tainted => "tainted",
+            Self::Revoked => "revoked",
+        }
+    }
+}
+
+/// One root of a bundle as its trust domain's cell tells it to peers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RootEntry {
+    /// The certificate, DER.
+    pub der: Vec<u8>,
+    /// Where it stands.
+    pub state: RootState,
+}
+
+/// What a record of a bundle says: its sequence and every root in it, the active one first.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BundleRecord {
+    /// `epoch << 40 | counter`.
+    pub sequence: u64,
+    /// None revoked.
+    pub roots: Vec<RootEntry>,
+}
+
 /// The roots of one trust domain.
 ///
 /// ```compile_fail,E0308

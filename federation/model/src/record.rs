@@ -20,6 +20,8 @@ pub enum Kind {
     Endpoint,
     /// A node that is no longer trusted, with its generation; key = node id.
     NodeDenial,
+    /// An intermediate whose leaves are refused, until it ended; key = its name.
+    AuthorityDenial,
 }
 
 /// One decision of its origin. An empty payload removes the object.

@@ -153,6 +153,9 @@ codes! {
     RecoverUnsafe = "recover_unsafe", Precondition, "recover only a stopped voter, and only where the majority is lost for good: start what can be started first";
     RecoverUnconfirmed = "recover_unconfirmed", Precondition, "read what would be given up, then name exactly these replicas with --i-accept-the-loss-of";
     BundleMalformed = "bundle_malformed", Invalid, "publish a SPIFFE bundle: keys of use x509-svid (with x5c) or jwt-svid (with kid)";
+    RootState = "root_state", Precondition, "roots go from prepared to active, old, tainted and revoked, one at a time (ambit trust show)";
+    AcksMissing = "acks_missing", Precondition, "wait until those named hold what they must, or go on without them (--without-acks)";
+    AuthorityInUse = "authority_in_use", Precondition, "wait until nothing in use is under it (ambit trust show), or go on regardless (--without-acks)";
 }
 
 impl fmt::Display for Code {

@@ -1,10 +1,11 @@
 //! Who may call what: one static table, deny by default. Raw requests stop here.
 
 use crate::replica::wall_clock;
-use ambit_identity::PeerSvid;
+use ambit_identity::{Named, PeerSvid};
 use ambit_model::{Code, Generation, NodeId, Refusal, Stamp, TrustDomain};
 use ambit_proto::status::to_status;
 use ambit_state::State;
+use ambit_state::authorities::AuthorityState;
 use ambit_state::objects::PeerState;
 use ambit_transport::Caller;
 use sha2::{Digest, Sha256};
@@ -112,7 +113,7 @@ pub const METHODS: &[(&str, Who)] = &[
     ("/ambit.v1.Svid/ListIssued", Who::Admin),
     ("/ambit.v1.BundleRegistry/GetBundle", Who::Admin),
     ("/ambit.v1.BundleRegistry/ListBundles", Who::Admin),
-    ("/ambit.v1.LocalAuthority/GetX509AuthorityState", Who::Admin),
+    ("/ambit.v1.LocalAuthority/GetX509AuthorityState", Who::AdminOrReplica),
     ("/ambit.v1.LocalAuthority/PrepareX509Authority", Who::Admin),
     ("/ambit.v1.LocalAuthority/ActivateX509Authority", Who::Admin),
     ("/ambit.v1.LocalAuthority/TaintX509Authority", Who::Admin),
@@ -134,6 +135,7 @@ pub const METHODS: &[(&str, Who)] = &[
     ("/ambit.v1.Membership/RemoveVoter", Who::Admin),
     ("/ambit.v1.Membership/Snapshot", Who::Admin),
     ("/ambit.v1.Membership/Backup", Who::Admin),
+    ("/ambit.v1.Membership/RenewAuthority", Who::Replica),
     ("/ambit.v1.Raft/Exchange", Who::Replica),
     ("/ambit.v1.Raft/Propose", Who::Replica),
     ("/ambit.v1.Drill/SealReport", Who::Admin),
@@ -167,7 +169,7 @@ pub fn role_of<S: Deref<Target = State>>(
     }
     if let Some(n) = replica {
         // A removed replica keeps its certificate and loses its role; one that joins knows nobody before its first entry.
-        let member = state.member(n).is_some_and(|m| m.authority == svid.authority());
+        let member = state.member(n).is_some() && speaks_for(&state, svid, n);
         return if member || state.cell().is_none() { Ok(Role::Replica(n)) } else { Err(nobody()) };
     }
     let (Some(node), Some(binding)) = (id.path().strip_prefix("/ambit/node/"), svid.binding()) else {
@@ -189,6 +191,28 @@ pub fn role_of<S: Deref<Target = State>>(
     Ok(Role::Node(node, binding.generation))
 }
 
+/// Whether the replica's leaf is under an intermediate of its own that is not revoked.
+fn speaks_for(state: &State, svid: &PeerSvid, replica: u64) -> bool {
+    state.authority(svid.authority()).is_some_and(|row| row.replica == replica && row.state != AuthorityState::Revoked)
+}
+
+/// Whether a replica whose intermediate this one has not heard of yet may speak of Raft with it: the root named it in this
+/// epoch, and it is a member. Else a replica that was away while another renewed could never catch up: the entry that
+/// tells of the renewal comes from that very replica.
+fn renewed_unheard<S: Deref<Target = State>>(
+    svid: &PeerSvid,
+    own: &TrustDomain,
+    state: impl FnOnce() -> S,
+) -> Option<Role> {
+    let named = svid.issuer().filter(|_| svid.id().trust_domain() == *own)?;
+    let replica: u64 = svid.id().path().strip_prefix("/ambit/replica/")?.parse().ok()?;
+    let state = state();
+    let epoch = state.cell().map(|cell| cell.epoch)?;
+    let unheard = state.authority(svid.authority()).is_none();
+    let is = unheard && named == Named { replica, epoch } && state.member(replica).is_some();
+    is.then_some(Role::Replica(replica))
+}
+
 fn admits(who: Who, role: &Role) -> bool {
     match who {
         Who::Anyone => true,
@@ -205,7 +229,7 @@ pub fn authorise<S: Deref<Target = State>>(
     path: &str,
     caller: Option<&Caller>,
     own: &TrustDomain,
-    state: impl FnOnce() -> S,
+    state: impl Fn() -> S,
     now: Stamp,
 ) -> Result<Actor, Refusal> {
     let caller = caller.ok_or_else(|| Refusal::new(Code::Internal, "a connection with a known caller", "none"))?;
@@ -221,7 +245,12 @@ pub fn authorise<S: Deref<Target = State>>(
             "one that ended: connect with a new one",
         ));
     }
-    let role = role_of(caller.svid.as_ref(), own, state)?;
+    let role = match role_of(caller.svid.as_ref(), own, &state) {
+        Err(refusal) if refusal.code == Code::PermissionDenied && path.starts_with("/ambit.v1.Raft/") => {
+            caller.svid.as_ref().and_then(|svid| renewed_unheard(svid, own, &state)).ok_or(refusal)?
+        }
+        role => role?,
+    };
     if !admits(who, &role) {
         let code = if role == Role::Anyone { Code::Unauthenticated } else { Code::PermissionDenied };
         return Err(Refusal::new(code, format!("{who:?} for {path}"), format!("{role:?}")));

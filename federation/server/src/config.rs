@@ -9,6 +9,10 @@ use std::time::Duration;
 /// Election timeouts below this would fire on a slow disk (reference/raft.md: contended fsync p99 26 ms).
 const ELECTION_MS_MIN: u64 = 100;
 const ELECTION_MS_MAX: u64 = 10_000;
+/// An intermediate of less would not outlive a day without an operator (design.md section 4: 24 h-7 d).
+const LIFETIME_S_MIN: u64 = 24 * 3600;
+const LIFETIME_S_MAX: u64 = 7 * 24 * 3600;
+const LAB_LIFETIME_S_MIN: u64 = 10;
 
 /// A replica's configuration.
 #[derive(Clone, Debug, Deserialize)]
@@ -23,6 +27,42 @@ pub struct Config {
     /// Raft's timers.
     #[serde(default)]
     pub raft: RaftTimers,
+    /// The replica's own intermediates.
+    #[serde(default)]
+    pub authority: Authority,
+}
+
+/// What a replica's intermediates are like.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Authority {
+    /// How long each is valid, 24 h to 7 d; it is renewed at half of that. Leaves end with it.
+    #[serde(default = "lifetime_default")]
+    pub lifetime_s: u64,
+    /// A lab, where months are rehearsed in minutes: any lifetime from 10 s.
+    #[serde(default)]
+    pub lab: bool,
+}
+
+fn lifetime_default() -> u64 {
+    LIFETIME_S_MAX
+}
+
+impl Default for Authority {
+    fn default() -> Self {
+        Self { lifetime_s: lifetime_default(), lab: false }
+    }
+}
+
+impl Authority {
+    fn check(self) -> Result<(), Refusal> {
+        let least = if self.lab { LAB_LIFETIME_S_MIN } else { LIFETIME_S_MIN };
+        if (least..=LIFETIME_S_MAX).contains(&self.lifetime_s) {
+            return Ok(());
+        }
+        let expected = format!("authority.lifetime_s of {least}-{LIFETIME_S_MAX}");
+        Err(Refusal::new(Code::ConfigInvalid, expected, self.lifetime_s.to_string()))
+    }
 }
 
 /// Raft's timers.
@@ -76,7 +116,7 @@ impl Config {
             let code = if unknown { Code::ConfigUnknownKey } else { Code::ConfigInvalid };
             Refusal::new(
                 code,
-                "data_dir, listen, metrics_listen and [raft] election_timeout_ms, heartbeat_ms",
+                "data_dir, listen, metrics_listen, [raft] election_timeout_ms, heartbeat_ms and [authority] lifetime_s, lab",
                 e.to_string(),
             )
         })?;
@@ -91,6 +131,7 @@ impl Config {
                 format!("{} and {}", t.election_timeout_ms, t.heartbeat_ms),
             ));
         }
+        config.authority.check()?;
         Ok(config)
     }
 }
@@ -108,6 +149,21 @@ mod tests {
         assert!(unknown.found.contains("lisen"), "{unknown}");
         let timers = format!("{good}[raft]\nelection_timeout_ms=300\nheartbeat_ms=200\n");
         assert_eq!(Config::parse(&timers).unwrap_err().code, Code::ConfigInvalid);
+        for (authority, fits) in [
+            ("lifetime_s=604800", true),
+            ("lifetime_s=86400", true),
+            ("lifetime_s=86399", false),
+            ("lifetime_s=604801", false),
+            ("lab=true\nlifetime_s=10", true),
+            ("lab=true\nlifetime_s=9", false),
+        ] {
+            let parsed = Config::parse(&format!("{good}[authority]\n{authority}\n"));
+            assert_eq!(
+                parsed.map(drop).map_err(|r| r.code).err(),
+                (!fits).then_some(Code::ConfigInvalid),
+                "{authority}"
+            );
+        }
         assert_eq!(Config::parse("data_dir='d'").unwrap_err().code, Code::ConfigInvalid);
     }
 }

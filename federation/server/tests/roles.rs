@@ -11,6 +11,7 @@ use ambitd::authorise::authorise;
 
 const NOW: Stamp = Stamp(1_800_000_000_000);
 const RAFT: &str = "/ambit.v1.Raft/Propose";
+const RENEW: &str = "/ambit.v1.Membership/RenewAuthority";
 const PULL: &str = "/ambit.v1.PeerLink/Pull";
 
 struct Domain {
@@ -87,7 +88,7 @@ fn a_replica_is_a_member_by_its_own_authority_and_only_while_it_is_one() {
     assert_eq!(code(RAFT, &member, &west, &state, NOW), None);
     let another_key = replica(&west, &issuer(&west.root), 1);
     assert_eq!(
-        code(RAFT, &another_key, &west, &state, NOW),
+        code(RENEW, &another_key, &west, &state, NOW),
         Some(Code::PermissionDenied),
         "not the member's authority"
     );
@@ -96,6 +97,35 @@ fn a_replica_is_a_member_by_its_own_authority_and_only_while_it_is_one() {
     assert_eq!(code(RAFT, &member, &west, &State::new(), NOW), None, "a joiner hears its cell before its first entry");
     run(&mut state, Command::RemoveMember(1));
     assert_eq!(code(RAFT, &member, &west, &state, NOW), Some(Code::PermissionDenied), "removed");
+}
+
+#[test]
+fn a_replica_that_renewed_unheard_of_speaks_of_raft_and_of_nothing_else() {
+    let west = domain("west");
+    let mut state = founded(&west);
+    let renewed = issuer(&west.root);
+    let caller = replica(&west, &renewed, 1);
+    let propose = code(RAFT, &caller, &west, &state, NOW);
+    assert_eq!(propose, None, "the root named it: whoever was away hears of the renewal from this very replica");
+    assert_eq!(code(RENEW, &caller, &west, &state, NOW), Some(Code::PermissionDenied));
+    let posing = replica(&west, &renewed, 2);
+    assert_eq!(code(RAFT, &posing, &west, &state, NOW), Some(Code::PermissionDenied), "another's number");
+    let east = domain("east");
+    assert_eq!(code(RAFT, &replica(&east, &east.issuer, 1), &west, &state, NOW), Some(Code::PermissionDenied));
+    // Heard of, it is judged by what is known of it.
+    let key_hash = SvidKey::generate().unwrap().spki_sha256();
+    run(&mut state, Command::RenewAuthority { replica: 1, key_hash, lifetime_ms: 86_400_000 });
+    let former = replica(&west, &west.issuer, 1);
+    assert_eq!(code(RENEW, &former, &west, &state, NOW), None, "the former is its own still");
+    let own = west.issuer.authority().to_owned();
+    run(&mut state, Command::TaintAuthority(own.clone()));
+    assert_eq!(code(RENEW, &former, &west, &state, NOW), None, "and has to renew under it");
+    run(&mut state, Command::RevokeAuthority(own));
+    for path in [RAFT, RENEW] {
+        assert_eq!(code(path, &former, &west, &state, NOW), Some(Code::PermissionDenied), "{path}");
+    }
+    run(&mut state, Command::RemoveMember(1));
+    assert_eq!(code(RAFT, &caller, &west, &state, NOW), Some(Code::PermissionDenied), "removed");
 }
 
 #[test]

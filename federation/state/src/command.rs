@@ -1,6 +1,6 @@
 //! Commands: the only ways the state changes. Their encoding is versioned; a log entry is never reinterpreted.
 
-use crate::committed::{Issuance, ReplicaAdmission, SealedReport};
+use crate::committed::{Issuance, PreparedRoot, ReplicaAdmission, ReplicaAuthority, SealedReport};
 use crate::objects::{
     AkFacts, BootPcrs, CellRow, Counters, DenialRow, EkDenyRow, EkFacts, ImaPoint, KeySetRow, Member, PeerRow,
     PolicyRef, PolicyVersion, TokenRow,
@@ -279,6 +279,31 @@ pub enum Command {
     DeleteAppraisalPolicy(ObjectName),
     /// Writes entries over what they are, each with its own outcome.
     PutEntries(Vec<(Entry, Presence)>),
+    /// A replica's next intermediate, for a key that it just made. Its own commit type (I5).
+    RenewAuthority {
+        /// Which replica.
+        replica: u64,
+        /// SHA-256 of SPKI of the issuing key.
+        key_hash: [u8; 32],
+        /// How long it is valid, milliseconds.
+        lifetime_ms: u64,
+    },
+    /// Root (SHA-256) -> its key, wrapped to further replicas.
+    WrapRoot([u8; 32], BTreeMap<u64, Vec<u8>>),
+    /// A root (DER) that is to be the next, with its key wrapped to each replica. The same again answers the same.
+    PrepareRoot(Vec<u8>, BTreeMap<u64, Vec<u8>>),
+    /// The prepared root's key, certified by the active one (DER).
+    CrossSignRoot([u8; 32], Vec<u8>),
+    /// The prepared root becomes the active one, which certified this key set; the active one becomes old.
+    ActivateRoot([u8; 32], KeySetRow),
+    /// Whatever is under the old root is to be issued anew.
+    TaintRoot([u8; 32]),
+    /// A tainted or merely prepared root leaves the bundle.
+    RevokeRoot([u8; 32]),
+    /// An intermediate signs nothing more, and whatever it signed is to be issued anew.
+    TaintAuthority(String),
+    /// Whatever a tainted intermediate signed is refused.
+    RevokeAuthority(String),
 }
 
 /// What an entry must be for a write over it.
@@ -324,4 +349,8 @@ pub enum Reply {
     Documents(Vec<bool>, u64),
     /// A report was sealed.
     Report(Box<SealedReport>),
+    /// A replica's next intermediate is to be signed.
+    Authority(Box<ReplicaAuthority>),
+    /// A root was prepared, and is to be certified by the active one.
+    Root(Box<PreparedRoot>),
 }

@@ -77,6 +77,36 @@ pub struct ReplicaAdmission {
     pub lifetime: Lifetime,
 }
 
+/// A replica's next intermediate, committed before it is signed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReplicaAuthority {
+    /// Which replica.
+    pub replica: ambit_model::ReplicaId,
+    /// The cell's epoch.
+    pub epoch: u64,
+    /// SHA-256 of the root that must sign it.
+    pub root: [u8; 32],
+    /// SHA-256 of the SPKI of its issuing key.
+    pub key_hash: [u8; 32],
+    /// Of the intermediate.
+    pub serial: [u8; 16],
+    /// Of the intermediate.
+    pub lifetime: Lifetime,
+}
+
+/// A root that was committed as the trust domain's next: the present one may certify its key.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PreparedRoot {
+    /// SHA-256 of the certificate.
+    pub root: [u8; 32],
+    /// SHA-256 of the certificate of the root that must sign.
+    pub active: [u8; 32],
+    /// Of the certificate over its key.
+    pub serial: [u8; 16],
+    /// When it was committed.
+    pub stamp: ambit_model::Stamp,
+}
+
 /// A digest that a record key may sign: of a drill's report.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SealedReport {

@@ -6,6 +6,7 @@
 #![warn(missing_docs)]
 
 mod apply;
+pub mod authorities;
 pub mod command;
 pub mod committed;
 mod fit;

@@ -36,6 +36,10 @@ pub struct Slice {
     pub denials: BTreeMap<(TrustDomain, NodeId), Generation>,
     /// How far each peer was imported.
     pub imported: BTreeMap<TrustDomain, u64>,
+    /// Intermediates of the own cell whose leaves are to be issued anew.
+    pub tainted: BTreeSet<String>,
+    /// Leaves of these intermediates are refused; each is the trust domain's that said so.
+    pub authority_denials: BTreeSet<(TrustDomain, String)>,
 }
 
 impl State {
@@ -72,16 +76,21 @@ impl State {
             identities,
             denials: self.node_denials.iter().map(|(key, generation)| (key.clone(), *generation)).collect(),
             imported: self.imported(),
+            tainted: self.tainted_authorities(),
+            authority_denials: self.denied_authorities(),
         })
     }
 
     /// Own roots and those of active peers. A stopped peer's identities keep verifying: only news from it is refused.
     pub fn bundles(&self) -> Bundles {
-        let own = self.cell().map(|c| (c.trust_domain.clone(), (c.bundle_sequence, vec![c.root_der.clone()])));
+        let own = self.cell().zip(self.bundle_record()).map(|(cell, bundle)| {
+            let roots = bundle.roots.into_iter().map(|root| root.der).collect();
+            (cell.trust_domain.clone(), (bundle.sequence, roots))
+        });
         let peers = self
             .peers()
             .filter(|(_, p)| p.state != PeerState::Pending)
-            .map(|(td, p)| (td.clone(), (p.bundle_sequence, vec![p.root_der.clone()])));
+            .map(|(td, p)| (td.clone(), (p.bundle_sequence, self.peer_roots(td))));
         own.into_iter().chain(peers).collect()
     }
 

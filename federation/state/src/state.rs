@@ -1,8 +1,9 @@
 //! The state: typed tables, and how an entry is taken in.
 
 use crate::apply::{self, At};
+use crate::authorities::{AuthorityRow, PeerRoots, RootId, RootRow};
 use crate::command::{Command, LogEntry, Reply};
-use crate::committed::{Committed, Issuance, ReplicaAdmission, SealedReport};
+use crate::committed::{Committed, Issuance, PreparedRoot, ReplicaAdmission, ReplicaAuthority, SealedReport};
 use crate::objects::*;
 use crate::table::{Journal, Packed, Table, TableWrite};
 use ambit_model::record::Record;
@@ -61,6 +62,14 @@ pub struct State {
     pub(crate) boots: Table<NodeId, BootPcrs>,
     /// Beginnings of incarnations after the first, by epoch.
     pub(crate) incarnations: Table<u64, IncarnationRow>,
+    /// Roots of the own trust domain; none while it has the one that it was founded with.
+    pub(crate) roots: Table<RootId, RootRow>,
+    /// Intermediates by name; none for one that its replica joined with and never renewed.
+    pub(crate) authorities: Table<String, AuthorityRow>,
+    /// Roots of peers that changed since they registered.
+    pub(crate) peer_roots: Table<TrustDomain, PeerRoots>,
+    /// Intermediates whose leaves are refused, each the trust domain's that said so, until when.
+    pub(crate) authority_denials: Table<(TrustDomain, String), Stamp>,
     /// `issued` by node and end, in memory only: counting a node's leaves must not cost a walk over everybody's.
     pub(crate) live_leaves: BTreeMap<NodeId, BTreeSet<(Stamp, [u8; 16])>>,
     /// Entries with node selectors by cluster, in memory only: a verdict must not cost a walk over all entries.
@@ -106,7 +115,11 @@ macro_rules! each_table {
             $s.ek_denials,
             $s.appraisal_policies,
             $s.boots,
-            $s.incarnations
+            $s.incarnations,
+            $s.roots,
+            $s.authorities,
+            $s.peer_roots,
+            $s.authority_denials
         )
     };
 }
@@ -138,6 +151,20 @@ impl Applied {
         match self.outcome? {
             Reply::Replica(one) => Ok(Committed::new(*one)),
             _ => Err(Refusal::new(Code::Internal, "a replica's admission", "another outcome")),
+        }
+    }
+    /// The replica whose next intermediate may be signed.
+    pub fn into_authority(self) -> Result<Committed<ReplicaAuthority>, Refusal> {
+        match self.outcome? {
+            Reply::Authority(one) => Ok(Committed::new(*one)),
+            _ => Err(Refusal::new(Code::Internal, "a replica's intermediate", "another outcome")),
+        }
+    }
+    /// The root that may be certified by the one before it.
+    pub fn into_root(self) -> Result<Committed<PreparedRoot>, Refusal> {
+        match self.outcome? {
+            Reply::Root(one) => Ok(Committed::new(*one)),
+            _ => Err(Refusal::new(Code::Internal, "a prepared root", "another outcome")),
         }
     }
     /// The report that may be signed.
@@ -195,6 +222,10 @@ impl State {
             appraisal_policies: Table::new(id()),
             boots: Table::new(id()),
             incarnations: Table::new(id()),
+            roots: Table::new(id()),
+            authorities: Table::new(id()),
+            peer_roots: Table::new(id()),
+            authority_denials: Table::new(id()),
             live_leaves: BTreeMap::new(),
             asking: BTreeMap::new(),
             dedupe_by_age: VecDeque::new(),

@@ -4,6 +4,7 @@ use ambit_identity::tls::{Expect, SharedTrust, Trust, client_config};
 use ambit_model::{Code, Refusal};
 use hyper_util::rt::TokioIo;
 use rustls::pki_types::ServerName;
+use rustls::server::ResolvesServerCert;
 use rustls::sign::CertifiedKey;
 use std::net::SocketAddr;
 use std::sync::{Arc, RwLock};
@@ -30,6 +31,10 @@ impl Identity {
     pub fn new(identity: Option<Arc<CertifiedKey>>) -> Self {
         Self { current: Arc::new(RwLock::new(identity)) }
     }
+    /// A server's resolver that always presents what this is at that moment.
+    pub fn resolver(&self) -> Arc<dyn ResolvesServerCert> {
+        Arc::new(Presented(self.clone()))
+    }
     /// Replaces it for new connections.
     pub fn replace(&self, identity: Arc<CertifiedKey>) {
         *self.current.write().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(identity);
@@ -37,6 +42,21 @@ impl Identity {
     /// What new connections present.
     pub fn current(&self) -> Option<Arc<CertifiedKey>> {
         self.current.read().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+    }
+}
+
+/// An identity as a server presents it; a server without one ends the handshake.
+struct Presented(Identity);
+
+impl std::fmt::Debug for Presented {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Presented")
+    }
+}
+
+impl ResolvesServerCert for Presented {
+    fn resolve(&self, _: rustls::server::ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        self.0.current()
     }
 }
 

@@ -72,6 +72,7 @@ impl Agent {
         let (outcome, outcome_rx) = watch::channel(None);
         let (endpoints, endpoints_rx) = watch::channel(vec![]);
         let (channel, channel_rx) = watch::channel(None);
+        let issued = ambit_agent::issued::Issued::default();
         let session = Session {
             trust: trust.clone(),
             servers: config.servers.clone(),
@@ -93,6 +94,7 @@ impl Agent {
                 desired: Arc::new(desired),
                 outcome: outcome_rx,
                 endpoints: endpoints_rx,
+                issued: issued.clone(),
                 channel: Arc::new(channel),
             },
         };
@@ -105,6 +107,7 @@ impl Agent {
             denials: denials.clone(),
             enrolled,
             node,
+            issued,
             told: told_rx,
         };
         tokio::spawn(session.run());

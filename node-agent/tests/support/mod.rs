@@ -167,6 +167,7 @@ impl Cell {
             key_pkcs8: key.pkcs8(),
             chain_der: chain.iter().map(|c| c.to_vec()).collect(),
             generation: Generation(1),
+            authority: self.key.authority().to_owned(),
             since: now(),
             not_after,
         })

@@ -150,7 +150,7 @@ impl World {
             }
             match serving.step {
                 Serve::News { until } if now >= until || pull::has_news(&state, serving.after) => {
-                    let page = Page::read(&state, serving.after, serving.nonce, serving.limit);
+                    let page = Page::read(&state, serving.after, serving.nonce, serving.limit, &[]);
                     ready.push((serving.to.clone(), serving.back, page.and_then(|page| page.sign(&key))));
                     false
                 }
@@ -202,10 +202,9 @@ impl World {
                 pull.step = Step::Rest { until: now + micros(pull::RETRY) };
                 continue;
             }
-            let Some(known) = state.peer(td).cloned() else { continue };
             self.own_requests += 1;
             pull.number = self.own_requests;
-            let ask = Ask::new(td.clone(), known, self.dice.bytes(), limit);
+            let Some(ask) = Ask::new(&state, td.clone(), self.dice.bytes(), limit) else { continue };
             let back = Back { host: id, life, pull: pull.number };
             let body = Body::Ask { back, at: pull.at, after: ask.after_seq(), nonce: ask.nonce(), limit: ask.limit() };
             pull.step = Step::Asked { ask: Box::new(ask), sent: boot, until: now + micros(pull::TIMEOUT) };

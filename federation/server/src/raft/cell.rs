@@ -207,6 +207,10 @@ impl Cell {
     pub(super) fn options(&self) -> &Options {
         &self.0.options
     }
+    /// What is sent from now on goes over new connections; streams and calls under way go on over theirs.
+    pub fn reconnect(&self) {
+        self.0.connections.forget_all();
+    }
     pub(super) fn connections(&self) -> &Connections {
         &self.0.connections
     }

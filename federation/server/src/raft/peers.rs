@@ -68,6 +68,11 @@ impl Connections {
         self.lock().remove(&peer);
     }
 
+    /// The next use of each connects anew.
+    pub(super) fn forget_all(&self) {
+        self.lock().clear();
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<ReplicaId, (SocketAddr, Channel)>> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }

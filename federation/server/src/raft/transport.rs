@@ -230,6 +230,12 @@ pub(super) async fn forward(
             if status.metadata().is_empty() || refusal.code == Code::Unavailable {
                 connections.forget(leader);
             }
+            // The connection was opened under a leaf that ended since, or that the leader does not take: it says nothing
+            // of what was asked.
+            if matches!(refusal.code, Code::Unauthenticated | Code::PermissionDenied) {
+                connections.forget(leader);
+                return Err(Refusal::new(Code::Unavailable, "a connection that the leader takes", refusal.found));
+            }
             refusal
         }
         Err(_) => {

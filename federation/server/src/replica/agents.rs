@@ -16,6 +16,10 @@ pub struct Agent {
     pub refused: String,
     /// How far each peer's records had been imported in that slice.
     pub imported: Vec<(String, u64)>,
+    /// The sequence of the own bundle by which it verifies, as it said; 0 before it said any.
+    pub bundle_sequence: u64,
+    /// Intermediates (key identifier, hex) under which it shows leaves, as it said; none before it said any.
+    pub authorities: Vec<String>,
     /// Which stream: a newer one replaces an older of the same node.
     pub stream: u64,
 }

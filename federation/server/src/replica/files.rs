@@ -1,13 +1,15 @@
 //! A replica's keys and certificates on disk: mode 0600, written before they are needed, never logged.
 
+use ambit_identity::keys::{certificates_from_pem, certificates_to_pem};
 use ambit_identity::wrap::WrapKey;
-use ambit_identity::{IssuingKey, RecordKey, Root, SvidKey};
+use ambit_identity::{IssuingKey, RecordKey, Root, SvidKey, fingerprint};
 use ambit_model::{Code, Refusal, TrustDomain};
 use rustls_pki_types::CertificateDer;
 use serde::{Deserialize, Serialize};
 use std::io::Write;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use zeroize::Zeroizing;
 
 /// What a replica is told at `init` or `join` and never changes.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -71,6 +73,14 @@ impl Files {
     pub fn root_der(&self) -> Result<CertificateDer<'static>, Refusal> {
         Ok(CertificateDer::from(self.read("root.der")?))
     }
+    /// Keeps the key of a later root, for `ambitd restore`, where that of the first is kept.
+    pub fn put_later_root(&self, root: &Root) -> Result<(), Refusal> {
+        if !self.dir.join("root.key").exists() {
+            return Ok(());
+        }
+        let id = hex::encode(fingerprint(root.der()));
+        self.write(&format!("root-{}.key", &id[..16]), &root.key().pkcs8())
+    }
     /// The root with its key, on the replica that keeps it.
     pub fn root(&self, td: &TrustDomain) -> Result<Option<Root>, Refusal> {
         if !self.dir.join("root.key").exists() {
@@ -79,15 +89,32 @@ impl Files {
         let key = SvidKey::from_pkcs8(&self.read("root.key")?)?;
         Root::pair(td, self.root_der()?, key).map(Some)
     }
-    /// Keeps the issuing key and its intermediate.
+    /// Keeps the issuing key and what is above it, in one file that is replaced in one step: a key without its
+    /// intermediate would be the end of the replica.
     pub fn put_issuer(&self, issuer: &IssuingKey) -> Result<(), Refusal> {
-        self.write("issuer.key", &issuer.key().pkcs8())?;
-        self.write("intermediate.der", issuer.intermediate())
+        let certificates = certificates_to_pem(issuer.upper().iter().map(AsRef::as_ref));
+        let text = Zeroizing::new(format!("{}{certificates}", *issuer.key().pem()));
+        self.write("issuer.pem.new", text.as_bytes())?;
+        let (from, to) = (self.dir.join("issuer.pem.new"), self.dir.join("issuer.pem"));
+        let renamed = std::fs::rename(from, &to).and_then(|()| std::fs::File::open(&self.dir)?.sync_all());
+        renamed.map_err(|e| failed("a written file", &to, e))
     }
-    /// The issuing key.
+    /// The issuing key. Release 0.1 kept it in two files, which no renewal has touched.
     pub fn issuer(&self) -> Result<IssuingKey, Refusal> {
-        let key = SvidKey::from_pkcs8(&self.read("issuer.key")?)?;
-        IssuingKey::new(key, CertificateDer::from(self.read("intermediate.der")?))
+        let path = self.dir.join("issuer.pem");
+        if !path.exists() {
+            let key = SvidKey::from_pkcs8(&self.read("issuer.key")?)?;
+            return IssuingKey::new(key, CertificateDer::from(self.read("intermediate.der")?));
+        }
+        let text = Zeroizing::new(self.read("issuer.pem")?);
+        let text = std::str::from_utf8(&text).map_err(|e| failed("a PEM file", &path, e))?;
+        let mut upper = certificates_from_pem(text)?.into_iter();
+        let none = || failed("an intermediate in", &path, "none");
+        let issuer = IssuingKey::new(SvidKey::from_pem(text)?, upper.next().ok_or_else(none)?)?;
+        Ok(match upper.next() {
+            Some(cross) => issuer.crossed(cross),
+            None => issuer,
+        })
     }
     /// Keeps the TLS key.
     pub fn put_tls(&self, key: &SvidKey) -> Result<(), Refusal> {

@@ -194,12 +194,17 @@ pub async fn join(config: &Config, j: &Join<'_>) -> Result<(), Refusal> {
         .await
         .map_err(|s| from_status(&s))?
         .into_inner();
-    if fingerprint(&answer.root_der) != j.fingerprint {
+    // While a root is replaced either may be pinned: the others show both.
+    let mut roots = std::iter::once(&answer.root_der).chain(&answer.roots_der);
+    let Some(pinned) = roots.find(|der| fingerprint(der) == j.fingerprint) else {
         let found = hex::encode(fingerprint(&answer.root_der));
         return Err(Refusal::new(Code::FingerprintMismatch, hex::encode(j.fingerprint), found));
+    };
+    let mut issuer = IssuingKey::new(issuer_key, CertificateDer::from(answer.intermediate_der))?;
+    if !answer.cross_der.is_empty() {
+        issuer = issuer.crossed(CertificateDer::from(answer.cross_der));
     }
-    let issuer = IssuingKey::new(issuer_key, CertificateDer::from(answer.intermediate_der))?;
-    files.put_root_der(&answer.root_der)?;
+    files.put_root_der(pinned)?;
     files.put_issuer(&issuer)?;
     files.put_tls(&tls)?;
     files.put_record_and_wrap(&record, &wrap)?;

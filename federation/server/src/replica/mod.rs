@@ -1,6 +1,7 @@
 //! One replica: its keys, its place in the cell, and what all services share.
 
 pub mod agents;
+pub mod authority;
 pub mod backup;
 pub mod blobs;
 pub mod budget;
@@ -22,14 +23,15 @@ use crate::raft::Cell;
 use agents::Agents;
 use ambit_identity::tls::{SharedTrust, Trust};
 use ambit_identity::wrap::WrapKey;
-use ambit_identity::{IssuingKey, RecordKey, Root, TrustStore};
+use ambit_identity::{RecordKey, TrustStore};
 use ambit_model::bundle::{Bundle, Foreign, Own};
 use ambit_model::{Code, Refusal, Stamp, TrustDomain};
 use ambit_state::{Applied, Bundles, Command, State};
-use ambit_transport::Dialer;
+use ambit_transport::{Dialer, Identity};
 use sha2::{Digest, Sha256};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::watch;
 
 /// A replica further than this from the cell's time signs nothing.
@@ -54,8 +56,12 @@ struct Inner {
     data_dir: std::path::PathBuf,
     /// The other replicas as `join` was told; replicated state replaces it.
     told: Vec<(u64, String)>,
-    issuer: IssuingKey,
-    root: Option<Root>,
+    issuers: authority::Issuers,
+    /// How long the intermediates last that it asks for, milliseconds.
+    lifetime_ms: u64,
+    files: files::Files,
+    /// What it shows in handshakes.
+    identity: Identity,
     record: RecordKey,
     wrap: WrapKey,
     trust: SharedTrust,
@@ -70,7 +76,12 @@ struct Inner {
     revision: watch::Sender<u64>,
     /// How old what is known of each peer is; known where pulling happens.
     heard: Mutex<pull::Heard>,
+    /// By which of our roots each peer said that it verifies, and when.
+    peers_hold: Mutex<BTreeMap<TrustDomain, HeldRoots>>,
 }
+
+/// SHA-256 of roots by which somebody verifies, and when it said so.
+type HeldRoots = (Vec<[u8; 32]>, Instant);
 
 impl Replica {
     /// The Raft group.
@@ -88,16 +99,6 @@ impl Replica {
     /// This replica's own address.
     pub fn address(&self) -> &str {
         &self.inner.address
-    }
-    /// This replica's issuing key.
-    pub fn issuer(&self) -> &IssuingKey {
-        &self.inner.issuer
-    }
-    /// The root's key, on the replica that keeps it.
-    pub fn root(&self) -> Result<&Root, Refusal> {
-        let none =
-            || Refusal::new(Code::IssuerUnavailable, "the replica that keeps the root (replica 1)", "another replica");
-        self.inner.root.as_ref().ok_or_else(none)
     }
     /// This replica's record key.
     pub fn record(&self) -> &RecordKey {
@@ -153,14 +154,24 @@ impl Replica {
         heard.age(peer, Instant::now()).map(|age| u64::try_from(age.as_millis()).unwrap_or(u64::MAX))
     }
 
+    /// Notes by which of our roots a peer verifies.
+    pub fn peer_holds(&self, peer: TrustDomain, roots: Vec<[u8; 32]>) {
+        let mut hold = self.inner.peers_hold.lock().unwrap_or_else(PoisonError::into_inner);
+        hold.insert(peer, (roots, Instant::now()));
+    }
+    /// What peers said here of the roots by which they verify, and how long ago.
+    pub fn peers_hold(&self) -> Vec<(TrustDomain, Vec<[u8; 32]>, Duration)> {
+        let hold = self.inner.peers_hold.lock().unwrap_or_else(PoisonError::into_inner);
+        hold.iter().map(|(td, (roots, at))| (td.clone(), roots.clone(), at.elapsed())).collect()
+    }
+
     /// Commits and applies a command of `client` under its own request id.
     pub async fn propose(&self, client: [u8; 32], request: [u8; 16], command: Command) -> Result<Applied, Refusal> {
         self.cell().propose(client, request, command).await
     }
     /// Commits a command of this replica's own, which nobody retries.
     pub async fn propose_own(&self, command: Command) -> Result<Applied, Refusal> {
-        let client = Sha256::digest(format!("replica {}", self.id())).into();
-        self.cell().propose(client, fresh(), command).await
+        self.cell().propose(own_client(self.id()), fresh(), command).await
     }
     /// Reads the state as of an index that covers every acknowledged write (I3).
     pub async fn read<T>(&self, f: impl FnOnce(&State) -> T) -> Result<T, Refusal> {
@@ -206,18 +217,28 @@ pub fn random<const N: usize>() -> Result<[u8; N], Refusal> {
     Ok(out)
 }
 
+/// The namespace of a replica's own request ids.
+fn own_client(replica: u64) -> [u8; 32] {
+    Sha256::digest(format!("replica {replica}")).into()
+}
+
 /// A request id of this replica's own.
 fn fresh() -> [u8; 16] {
     // Without randomness nothing else works either; zeros mean "never retried" to the state machine.
     random().unwrap_or_default()
 }
 
-/// Own and foreign roots, from [`State::bundles`].
-pub fn trust_of(mut bundles: Bundles, own: &TrustDomain) -> Result<Trust, Refusal> {
+/// Own and foreign roots, from [`State::bundles`], and whom [`State::denied_authorities`] refuses.
+pub fn trust_of(
+    mut bundles: Bundles,
+    denied: BTreeSet<(TrustDomain, String)>,
+    own: &TrustDomain,
+) -> Result<Trust, Refusal> {
     let (sequence, roots) = bundles.remove(own).unwrap_or_default();
     let mut store = TrustStore::new(&Bundle::<Own>::new(own.clone(), sequence, roots))?;
     for (td, (sequence, roots)) in bundles {
         store.add_foreign(&Bundle::<Foreign>::new(td, sequence, roots))?;
     }
+    store.deny_authorities(denied);
     Ok(Trust::Bundles(store))
 }

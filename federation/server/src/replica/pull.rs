@@ -3,9 +3,10 @@
 //! The leader's chores and the peer link's service drive it over the network, and the simulator over its own. Never: a
 //! record that its origin's signed head does not lead to.
 
-use ambit_identity::{KeySet, RecordKey};
+use ambit_identity::{KeySet, RecordKey, fingerprint};
 use ambit_model::record::{Head, Record};
 use ambit_model::{Code, Refusal, TrustDomain};
+use ambit_state::authorities::RootId;
 use ambit_state::objects::{KeySetRow, PeerRow};
 use ambit_state::{Command, State};
 use std::collections::BTreeMap;
@@ -25,6 +26,8 @@ pub const WAIT: Duration = Duration::from_secs(1);
 pub struct Ask {
     origin: TrustDomain,
     known: PeerRow,
+    /// Its roots, DER: each may have certified its record keys.
+    roots: Vec<Vec<u8>>,
     nonce: [u8; 16],
     limit: u32,
 }
@@ -69,9 +72,14 @@ impl Batch {
 }
 
 impl Ask {
-    /// The next pull from `origin`, of which `known` is known.
-    pub fn new(origin: TrustDomain, known: PeerRow, nonce: [u8; 16], limit: u32) -> Ask {
-        Ask { origin, known, nonce, limit }
+    /// The next pull from `origin`, as `state` knows it; none where it is no peer.
+    pub fn new(state: &State, origin: TrustDomain, nonce: [u8; 16], limit: u32) -> Option<Ask> {
+        let (known, roots) = (state.peer(&origin)?.clone(), state.peer_roots(&origin));
+        Some(Ask { origin, known, roots, nonce, limit })
+    }
+    /// By which roots the origin is verified: it is told, so that it knows what may go.
+    pub fn roots_held(&self) -> Vec<RootId> {
+        self.roots.iter().map(|der| fingerprint(der)).collect()
     }
     /// Records after this one are asked for.
     pub fn after_seq(&self) -> u64 {
@@ -110,18 +118,24 @@ impl Ask {
     }
 
     fn keys(&self, set: &KeySetRow) -> Result<KeySet, Refusal> {
-        let PeerRow { root_der, key_set, .. } = &self.known;
-        let keys = KeySet::verify(&self.origin, root_der, &set.statement, &set.signature)?;
-        if set == key_set {
+        let keys = self.certified(set)?;
+        if *set == self.known.key_set {
             return Ok(keys);
         }
-        let known = KeySet::verify(&self.origin, root_der, &key_set.statement, &key_set.signature)?;
+        // What was certified by a root that is no more says nothing of how old a key set may be.
+        let Ok(known) = self.certified(&self.known.key_set) else { return Ok(keys) };
         if keys.seq() < known.seq() {
             // A replica that lags, not a lie: another is asked.
             let expected = "a key set no older than at registration";
             return Err(Refusal::new(Code::Unavailable, expected, keys.seq().to_string()));
         }
         Ok(keys)
+    }
+
+    fn certified(&self, set: &KeySetRow) -> Result<KeySet, Refusal> {
+        let none = Refusal::new(Code::RecordSignature, "a peer with a root", "none");
+        let by = |root: &Vec<u8>| KeySet::verify(&self.origin, root, &set.statement, &set.signature);
+        self.roots.iter().map(by).reduce(|one, other| one.or(other)).unwrap_or(Err(none))
     }
 
     /// Whether the head can be of the history that was imported so far.
@@ -203,14 +217,15 @@ pub struct Page {
 impl Page {
     /// Up to `limit` records after `after`, and a head at the last of them, so that what is sent always leads to what is
     /// signed. The state must be as new as the pull: a head that goes back looks like a rollback.
-    pub fn read(state: &State, after: u64, nonce: [u8; 16], limit: u32) -> Result<Page, Refusal> {
+    /// `held`: the roots by which whoever asks verifies record keys.
+    pub fn read(state: &State, after: u64, nonce: [u8; 16], limit: u32, held: &[RootId]) -> Result<Page, Refusal> {
         let cell = state.cell().ok_or_else(|| Refusal::new(Code::Unavailable, "a founded cell", "an empty one"))?;
         let batch: Vec<&Record> = state.records_after(after).take(limit as usize).collect();
         let (seq, hash) = batch.last().map_or((cell.export_seq, cell.export_hash), |r| (r.seq, r.hash()));
         let records = batch.into_iter().map(encode).collect::<Result<_, _>>()?;
         let head =
             Head { origin: cell.trust_domain.clone(), epoch: cell.epoch, seq, hash, stamp: state.stamp(), nonce };
-        Ok(Page { head, records, key_set: state.key_set().cloned().unwrap_or_default() })
+        Ok(Page { head, records, key_set: state.key_set_for(held).cloned().unwrap_or_default() })
     }
     /// Signed by the replica that answers.
     pub fn sign(self, key: &RecordKey) -> Result<Answer, Refusal> {
@@ -282,7 +297,8 @@ mod tests {
             }
         }
         fn ask(&self, known: PeerRow, limit: u32) -> Ask {
-            Ask::new(self.td.clone(), known, [7; 16], limit)
+            let roots = vec![known.root_der.clone()];
+            Ask { origin: self.td.clone(), known, roots, nonce: [7; 16], limit }
         }
         fn says(&self, epoch: u64, records: &[Record], seq: u64, hash: [u8; 32]) -> Answer {
             let head = Head { origin: self.td.clone(), epoch, seq, hash, stamp: Stamp(1), nonce: [7; 16] };

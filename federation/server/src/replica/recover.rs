@@ -3,6 +3,7 @@
 //! It is the one act that may lose acknowledged writes, so it refuses wherever there is another way, says what it found,
 //! and does nothing before the operator has named every replica that is given up.
 
+use super::authority;
 use super::files::{Card, Files};
 use super::found::{raft_options, start_failed};
 use super::wall_clock;
@@ -87,7 +88,12 @@ async fn findings(files: &Files, card: &Card, survey: &Survey) -> Result<Finding
     let address = |id: u64| state.member(id).map(|m| m.address.clone()).unwrap_or_default();
     let others: Vec<(u64, String)> = members.map(|id| (*id, address(*id))).collect();
     let root_der = files.root_der()?;
-    let trust = SharedTrust::new(Trust::Pinned(card.trust_domain.clone(), fingerprint(&root_der)));
+    // Roots that this replica's state does not know may have come since: who shows one of those answers still.
+    let trust = match state.cell() {
+        Some(_) => super::trust_of(state.bundles(), state.denied_authorities(), &card.trust_domain)?,
+        None => Trust::Pinned(card.trust_domain.clone(), fingerprint(&root_der)),
+    };
+    let trust = SharedTrust::new(trust);
     let asked = others.into_iter().map(async |(id, address)| {
         let answers = answers(&trust, card, id, &address).await;
         (id, (address, answers))
@@ -101,7 +107,8 @@ async fn findings(files: &Files, card: &Card, survey: &Survey) -> Result<Finding
         voters: membership.voters.clone(),
         learners: membership.learners.clone(),
         others: futures::future::join_all(asked).await.into_iter().collect(),
-        root_here: files.root(&card.trust_domain)?.is_some(),
+        root_here: files.root(&card.trust_domain)?.is_some()
+            || state.active_root().is_some_and(|(_, row)| row.wrapped.contains_key(&card.replica)),
     })
 }
 
@@ -230,7 +237,12 @@ fn go_on(config: &Config, files: &Files, card: &Card, survey: Survey, past_epoch
 
 /// Only the record key of this replica, where the root is here to certify that. Else the next join sees to it.
 fn key_set(files: &Files, card: &Card, state: &State, me: &Member) -> Result<Option<KeySetRow>, Refusal> {
-    let Some(root) = files.root(&card.trust_domain)? else { return Ok(None) };
+    let active = state.active_root().map(|(id, _)| id);
+    let active = active.ok_or_else(|| Refusal::new(Code::Internal, "an active root", "none"))?;
+    let root = match authority::open(files, card, &files.wrap()?, state.roots().remove(&active), &active) {
+        Err(refusal) if refusal.code == Code::IssuerUnavailable => return Ok(None),
+        root => root?,
+    };
     let row = state.key_set().cloned().unwrap_or_default();
     let known = KeySet::verify(&card.trust_domain, root.der(), &row.statement, &row.signature)?;
     let (statement, signature) = KeySet::certify(&root, &card.trust_domain, known.seq() + 1, vec![me.record_key])?;

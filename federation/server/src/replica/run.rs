@@ -3,22 +3,18 @@
 use super::agents::Agents;
 use super::files::{Card, Files};
 use super::found::{raft_options, start_failed};
-use super::{Inner, Replica, trust_of, upkeep, wall_clock};
+use super::{Inner, Replica, authority, trust_of, upkeep};
 use crate::config::Config;
 use crate::raft::{Cell, Network, rebase};
-use ambit_identity::tls::{Clients, Expect, SharedTrust, Trust, certified, fixed, server_config};
-use ambit_identity::{Csr, fingerprint};
-use ambit_model::{Code, Lifetime, Refusal, ReplicaId};
+use ambit_identity::tls::{Clients, Expect, SharedTrust, Trust, server_config};
+use ambit_identity::{IssuingKey, fingerprint};
+use ambit_model::{Code, Refusal, ReplicaId};
 use ambit_transport::{Dialer, Identity};
-use rustls::sign::CertifiedKey;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, OnceLock};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tonic::transport::Channel;
-
-/// The replica's own TLS leaf ends with its intermediate, less the issuer's margin.
-const LEAF_MARGIN_MS: u64 = ambit_state::ISSUER_MARGIN_MS;
 
 /// Serves until `stop` turns true.
 pub async fn run(config: &Config, mut stop: watch::Receiver<bool>) -> Result<(), Refusal> {
@@ -34,11 +30,12 @@ pub async fn run(config: &Config, mut stop: watch::Receiver<bool>) -> Result<(),
     let listener = listen(config.listen).await?;
     let metrics_listener = listen(config.metrics_listen).await?;
     let (verdicts, waiting) = super::verdicts::Verdicts::new();
-    let (replica, tls) = open(config, &files, verdicts)?;
+    let replica = open(config, &files, verdicts)?;
     tracing::info!(trust_domain = %replica.trust_domain(), replica = replica.id(), listen = %config.listen, "replica starts");
     let router = crate::services::router(&replica)?;
     let alpn: &[&[u8]] = &[b"h2"];
-    let server = server_config(replica.trust().clone(), Clients::MayBeAnonymous, fixed(tls), alpn)?;
+    let identity = replica.inner.identity.resolver();
+    let server = server_config(replica.trust().clone(), Clients::MayBeAnonymous, identity, alpn)?;
     let mut stopping = stop.clone();
     let shutdown = async move {
         let _ = stopping.wait_for(|s| *s).await;
@@ -64,30 +61,23 @@ async fn listen(at: SocketAddr) -> Result<TcpListener, Refusal> {
     })
 }
 
-fn open(
-    config: &Config,
-    files: &Files,
-    verdicts: super::verdicts::Verdicts,
-) -> Result<(Replica, Arc<CertifiedKey>), Refusal> {
+fn open(config: &Config, files: &Files, verdicts: super::verdicts::Verdicts) -> Result<Replica, Refusal> {
     let card = files.card()?;
     let (issuer, tls_key, root_der) = (files.issuer()?, files.tls()?, files.root_der()?);
-    let now = wall_clock();
-    let lifetime =
-        Lifetime { not_before: now.minus_ms(60_000), not_after: issuer.not_after().minus_ms(LEAF_MARGIN_MS) };
-    if lifetime.not_after <= now {
-        return Err(Refusal::new(
-            Code::IssuerUnavailable,
-            "an intermediate with time left",
-            "one that ended: join again",
-        ));
-    }
-    let csr = Csr::parse(&tls_key.csr()?)?;
-    let mut chain = issuer.replica_leaf(card.replica, &card.trust_domain, lifetime, &csr)?;
-    // The root goes along, for those who know only its fingerprint.
-    chain.push(root_der.clone());
-    let tls = certified(chain, &tls_key)?;
+    // The root goes along, for those who know only its fingerprint. Once there is a state it says which roots go along.
+    let roots = vec![root_der.clone()];
+    let leaf = |issuer: &_| authority::leaf_of(issuer, card.replica, &card.trust_domain, &tls_key, roots.clone());
+    let (issuer, tls) = match leaf(&issuer) {
+        Err(refusal) if refusal.code == Code::IssuerUnavailable => {
+            let again = begin_again(config, files, &card)?;
+            let tls = leaf(&again)?;
+            (again, tls)
+        }
+        tls => (issuer, tls?),
+    };
     let trust = SharedTrust::new(Trust::Pinned(card.trust_domain.clone(), fingerprint(&root_der)));
-    let dialer = Dialer::new(trust.clone(), Identity::new(Some(tls.clone())));
+    let identity = Identity::new(Some(tls));
+    let dialer = Dialer::new(trust.clone(), identity.clone());
     let late: Arc<OnceLock<Cell>> = Arc::default();
     let network = network(&card, &dialer, &late);
     if rebase::unfinished(&config.data_dir) {
@@ -97,17 +87,19 @@ fn open(
     let cell = Cell::open(raft_options(config, card.replica)?, network).map_err(start_failed)?;
     let _ = late.set(cell.clone());
     if cell.state().cell().is_some() {
-        trust.replace(trust_of(cell.state().bundles(), &card.trust_domain)?);
+        trust.replace(trust_of(cell.state().bundles(), cell.state().denied_authorities(), &card.trust_domain)?);
     }
     let inner = Inner {
         cell,
-        root: files.root(&card.trust_domain)?,
         trust_domain: card.trust_domain,
         id: card.replica,
         told: card.members,
         address: config.listen.to_string(),
         data_dir: config.data_dir.clone(),
-        issuer,
+        issuers: authority::Issuers::new(issuer),
+        lifetime_ms: config.authority.lifetime_s.saturating_mul(1000),
+        files: files.clone(),
+        identity,
         record: files.record()?,
         wrap: files.wrap()?,
         trust,
@@ -120,8 +112,15 @@ fn open(
         policies: super::policies::Policies::default(),
         revision: watch::Sender::new(0),
         heard: Mutex::new(super::pull::Heard::default()),
+        peers_hold: Mutex::default(),
     };
-    Ok((Replica { inner: Arc::new(inner) }, tls))
+    Ok(Replica { inner: Arc::new(inner) })
+}
+
+/// What its store says of the root is all in its log, of which nothing is applied before others are heard.
+fn begin_again(config: &Config, files: &Files, card: &Card) -> Result<IssuingKey, Refusal> {
+    let survey = rebase::survey(&raft_options(config, card.replica)?).map_err(start_failed)?;
+    authority::begin_again(files, card, &survey.whole.state)
 }
 
 /// Addresses from replicated state, else from what `join` was told; connections as this replica to that replica.

@@ -7,8 +7,8 @@ use ambit_identity::tls::Expect;
 use ambit_model::{Code, Refusal, ReplicaId, TrustDomain};
 use ambit_proto::status::from_status;
 use ambit_proto::v1;
+use ambit_state::Command;
 use ambit_state::objects::{KeySetRow, PeerState};
-use ambit_state::{Command, State};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -45,6 +45,8 @@ pub fn spawn(replica: &Replica, verdicts: super::verdicts::Queue) -> Chores {
             tokio::spawn(ask_for_vote(r())),
             tokio::spawn(super::verdicts::run(r(), verdicts)),
             tokio::spawn(keep_blobs(r())),
+            tokio::spawn(super::authority::keep(r())),
+            tokio::spawn(keep_root(r())),
         ],
     }
 }
@@ -57,10 +59,10 @@ async fn follow_trust(replica: Replica) {
         let revision = replica.local(|s| s.cell().map(|c| c.revision));
         if revision.is_some() && revision != seen {
             seen = revision;
-            let bundles = replica.local(State::bundles);
+            let bundles = replica.local(|s| (s.bundles(), s.denied_authorities()));
             // Most of what changes the revision changes no root, and parsing roots costs more than comparing them.
             if known.as_ref() != Some(&bundles) {
-                match trust_of(bundles.clone(), replica.trust_domain()) {
+                match trust_of(bundles.0.clone(), bundles.1.clone(), replica.trust_domain()) {
                     Ok(trust) => replica.trust().replace(trust),
                     Err(refusal) => tracing::error!(%refusal, "bundles are not usable; the last ones stay"),
                 }
@@ -99,6 +101,24 @@ async fn keep_blobs(replica: Replica) {
         every.tick().await;
         replica.fetch_lists().await;
         replica.blobs().expire();
+    }
+}
+
+/// The root's key is wrapped to whoever joined. The leader sees to it, or who can where the leader cannot.
+async fn keep_root(replica: Replica) {
+    let mut every = tokio::time::interval(TICK);
+    every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+    loop {
+        every.tick().await;
+        let leader = replica.cell().status().leader.map(|id| id.0);
+        let leader_opens = replica.local(|s| {
+            s.active_root().is_some_and(|(_, row)| leader.is_some_and(|leader| row.wrapped.contains_key(&leader)))
+        });
+        if (leader == Some(replica.id()) || !leader_opens)
+            && let Err(refusal) = super::authority::wrap_roots(&replica).await
+        {
+            tracing::debug!(%refusal, "root not wrapped yet");
+        }
     }
 }
 
@@ -183,10 +203,15 @@ async fn pull_while_well(replica: &Replica, td: &TrustDomain, address: &str) -> 
     let channel = replica.dialer().channel(at, Expect::ReplicaOf(td.clone())).await?;
     let mut link = v1::peer_link_client::PeerLinkClient::new(channel);
     loop {
-        let Some(peer) = replica.local(|s| s.peer(td).cloned()) else { return Ok(()) };
-        let ask = Ask::new(td.clone(), peer, super::random()?, pull::LIMIT);
+        let nonce = super::random()?;
+        let Some(ask) = replica.local(|s| Ask::new(s, td.clone(), nonce, pull::LIMIT)) else { return Ok(()) };
         let sent = Instant::now();
-        let request = v1::PullRequest { after_seq: ask.after_seq(), nonce: ask.nonce().to_vec(), limit: ask.limit() };
+        let request = v1::PullRequest {
+            after_seq: ask.after_seq(),
+            nonce: ask.nonce().to_vec(),
+            limit: ask.limit(),
+            roots_held: ask.roots_held().iter().map(|id| id.to_vec()).collect(),
+        };
         let answer = tokio::time::timeout(pull::TIMEOUT, link.pull(request))
             .await
             .map_err(|_| Refusal::new(Code::Unavailable, "an answer from the peer", "silence"))?
@@ -212,7 +237,7 @@ fn answer_of(answer: v1::PullResponse) -> Answer {
 
 impl Replica {
     /// Other replicas as known: replicated state first, else what `join` was told.
-    fn known_members(&self) -> Vec<(u64, String)> {
+    pub(crate) fn known_members(&self) -> Vec<(u64, String)> {
         let replicated: Vec<(u64, String)> =
             self.local(|s| s.members().map(|(id, m)| (id, m.address.clone())).collect());
         let mut all = if replicated.is_empty() { self.inner.told.clone() } else { replicated };

@@ -24,6 +24,8 @@ use tonic::{Request, Response, Status, Streaming};
 
 /// Slices not yet taken by the agent; a slow reader gets the newest when it comes back.
 const QUEUE: usize = 4;
+/// Intermediates under which a node shows leaves are a few per replica; bundles as many as a cell has peers.
+const HOLDING_MAX: usize = 1_024;
 /// Changes within this time go out as one slice; small against the 500 ms that a change may take to the kernel.
 const SETTLE: Duration = Duration::from_millis(15);
 /// A stream that carries nothing else shows that its replica's process lives; an agent leaves after two of these without
@@ -86,6 +88,8 @@ struct Sent {
     acked: u64,
     /// Whom it said to refuse.
     denials: Vec<v1::NodeDenial>,
+    /// Whose leaves it said to refuse.
+    authorities: Vec<v1::AuthorityDenial>,
 }
 
 impl Session {
@@ -186,6 +190,7 @@ impl Session {
                 .map_err(|_| Refusal::new(Code::Unavailable, "an open stream", "a closed one"))?;
             (sent.digest, sent.revision) = (digest, revision);
             sent.denials = slice.denials.iter().map(denial_message).collect();
+            sent.authorities = slice.authority_denials.iter().map(authority_message).collect();
         }
         sent.holds = revision;
         self.note(sent);
@@ -194,16 +199,18 @@ impl Session {
 
     /// Sends the list of whom to refuse if it changed since the last slice or list.
     async fn push_denials(&self, sent: &mut Sent, down: &mpsc::Sender<Down>) -> Result<(), Refusal> {
-        let (revision, stamp, denials) = self.replica.local(|s| {
+        let (revision, stamp, denials, authorities) = self.replica.local(|s| {
             self.trusted(s)?;
             let denials: Vec<_> = s.node_denials().map(|(k, g)| denial_message((k, g))).collect();
-            Ok::<_, Refusal>((s.cell().map(|c| c.revision.0).unwrap_or_default(), s.stamp().0, denials))
+            let authorities: Vec<_> = s.authority_denials().map(|(key, _)| authority_message(key)).collect();
+            Ok::<_, Refusal>((s.cell().map(|c| c.revision.0).unwrap_or_default(), s.stamp().0, denials, authorities))
         })?;
-        if denials == sent.denials {
+        if denials == sent.denials && authorities == sent.authorities {
             return Ok(());
         }
         sent.denials.clone_from(&denials);
-        let list = v1::Denials { revision, stamp_ms: stamp, denials };
+        sent.authorities.clone_from(&authorities);
+        let list = v1::Denials { revision, stamp_ms: stamp, denials, authorities };
         let body = Some(v1::server_message::Body::Denials(list));
         let closed = |_| Refusal::new(Code::Unavailable, "an open stream", "a closed one");
         down.send(Ok(v1::ServerMessage { body })).await.map_err(closed)
@@ -285,10 +292,31 @@ impl Session {
                 let todo = self.rounds.chunk(bytes)?;
                 self.act(todo, down).await.map_or(Ok(()), Err)
             }
+            Some(v1::agent_message::Body::Holding(holding)) => self.holding(holding),
             Some(v1::agent_message::Body::Subscribe(_)) | None => {
                 Err(Refusal::new(Code::BadRequest, "endpoints, ack or nack", "another message"))
             }
         }
+    }
+
+    /// What the node verifies by and shows: who waits for acknowledgements looks there.
+    fn holding(&self, holding: v1::Holding) -> Result<(), Refusal> {
+        if holding.authorities.len() > HOLDING_MAX || holding.bundles.len() > HOLDING_MAX {
+            let found = format!("{} and {}", holding.authorities.len(), holding.bundles.len());
+            return Err(Refusal::new(
+                Code::BadRequest,
+                format!("at most {HOLDING_MAX} authorities and bundles"),
+                found,
+            ));
+        }
+        let own = self.replica.trust_domain().as_str();
+        let sequence = holding.bundles.iter().find(|b| b.trust_domain == own).map_or(0, |b| b.sequence);
+        self.replica.agents().update(&self.node, |a| {
+            if a.stream == self.stream {
+                (a.bundle_sequence, a.authorities) = (sequence, holding.authorities);
+            }
+        });
+        Ok(())
     }
 
     async fn endpoints(&self, report: v1::EndpointReport) -> Result<(), Refusal> {
@@ -358,7 +386,13 @@ fn slice_message(s: &Slice) -> v1::Slice {
             .collect(),
         denials: s.denials.iter().map(denial_message).collect(),
         imported: s.imported.iter().map(|(td, seq)| v1::ImportedSeq { origin: td.to_string(), seq: *seq }).collect(),
+        tainted_authorities: s.tainted.iter().cloned().collect(),
+        authority_denials: s.authority_denials.iter().map(authority_message).collect(),
     }
+}
+
+fn authority_message((td, authority): &(TrustDomain, String)) -> v1::AuthorityDenial {
+    v1::AuthorityDenial { trust_domain: td.to_string(), authority: authority.clone() }
 }
 
 fn denial_message(((td, node), generation): (&(TrustDomain, NodeId), &Generation)) -> v1::NodeDenial {

@@ -5,9 +5,10 @@ use crate::authorise::{Role, actor};
 use crate::raft::Role as RaftRole;
 use crate::replica::Replica;
 use crate::replica::budget::Budget;
-use ambit_identity::{Csr, KeySet};
+use ambit_identity::{Csr, KeySet, fingerprint};
 use ambit_model::{Code, Refusal, ReplicaId};
 use ambit_proto::v1;
+use ambit_state::authorities::{AuthorityRow, AuthorityState};
 use ambit_state::objects::{Cause, IncarnationRow, KeySetRow, Member, TokenRow, TokenScope};
 use ambit_state::{Command, State};
 use sha2::{Digest, Sha256};
@@ -101,6 +102,22 @@ impl v1::membership_server::Membership for Membership {
         Ok(Response::new(self.status_message()))
     }
 
+    async fn renew_authority(
+        &self,
+        request: Request<v1::RenewAuthorityRequest>,
+    ) -> Result<Response<v1::RenewAuthorityResponse>, Status> {
+        // For itself and no other: the number is that in its certificate.
+        let Role::Replica(replica) = actor(&request)?.role else {
+            return Err(Refusal::new(Code::PermissionDenied, "a replica of this cell", "another")).or_status();
+        };
+        let m = request.into_inner();
+        let csr = Csr::parse(&m.issuer_csr).or_status()?;
+        let id = request_id(&m.request_id)?;
+        let (intermediate, cross) = self.replica.renew_of(replica, &csr, m.lifetime_ms, id).await.or_status()?;
+        let cross_der = cross.map(|der| der.to_vec()).unwrap_or_default();
+        Ok(Response::new(v1::RenewAuthorityResponse { intermediate_der: intermediate.to_vec(), cross_der }))
+    }
+
     async fn transfer_leader(
         &self,
         request: Request<v1::TransferLeaderRequest>,
@@ -117,6 +134,7 @@ impl v1::membership_server::Membership for Membership {
         let m = request.into_inner();
         let id = request_id(&m.request_id)?;
         self.replica.cell().remove(ReplicaId(m.replica)).await.or_status()?;
+        self.taint_of(m.replica).await.or_status()?;
         self.replica
             .propose(actor.client, id, Command::RemoveMember(m.replica))
             .await
@@ -215,7 +233,8 @@ impl Membership {
 
     /// Token burnt and place reserved in one entry; then the root signs, then the member is recorded with the key set.
     async fn join(&self, m: v1::ReplicaJoinRequest) -> Result<v1::ReplicaJoinResponse, Refusal> {
-        let root = self.replica.root()?;
+        // Whoever cannot sign commits nothing.
+        drop(self.replica.active_root()?);
         let (issuer, tls) = (Csr::parse(&m.issuer_csr)?, Csr::parse(&m.tls_csr)?);
         let record_key: [u8; 32] =
             m.record_key.as_slice().try_into().map_err(|_| {
@@ -246,16 +265,22 @@ impl Membership {
         };
         let admission = self.replica.propose(client, request, command).await?.into_replica()?;
         let not_after = admission.get().lifetime.not_after;
-        let intermediate = root.intermediate(&admission, &issuer)?;
         let authority = ambit_identity::authority::authority_id(&issuer);
+        // The root that was active when it was admitted: what is recorded of the intermediate follows from that.
+        let root = self.replica.local(|s| s.root_at(admission.get()));
+        let root = root.ok_or_else(|| Refusal::new(Code::IssuerUnavailable, "an active root", "none"))?;
+        let root = self.replica.open_root(&root)?;
+        let intermediate = root.intermediate(&admission, &issuer)?;
         let member =
             Member { address: m.address, authority, authority_not_after: not_after, wrap_key: m.wrap_key, record_key };
         let keys = self.next_key_set(record_key)?;
         self.replica.propose_own(Command::PutMember(m.replica, member, keys)).await?.outcome?;
         let status = self.replica.cell().status();
-        let (members, epoch) = self.replica.local(|s| {
+        let (members, epoch, roots_der) = self.replica.local(|s| {
             let own = (self.replica.id(), status.role);
-            (members(s, &status.voters, status.leader, own), s.cell().map(|c| c.epoch).unwrap_or_default())
+            let roots = s.bundle_record().map(|bundle| bundle.roots).unwrap_or_default();
+            let members = members(s, &status.voters, status.leader, own);
+            (members, s.cell().map(|c| c.epoch).unwrap_or_default(), roots.into_iter().map(|root| root.der).collect())
         });
         Ok(v1::ReplicaJoinResponse {
             trust_domain: self.replica.trust_domain().to_string(),
@@ -264,11 +289,23 @@ impl Membership {
             root_der: root.der().to_vec(),
             members,
             epoch,
+            roots_der,
+            cross_der: self.replica.cross_of(&fingerprint(root.der())).map(|der| der.to_vec()).unwrap_or_default(),
         })
     }
 
+    /// Whatever a replica signed that is removed is issued anew: its key is nobody's any more, or somebody else's.
+    async fn taint_of(&self, replica: u64) -> Result<(), Refusal> {
+        let of = |row: &AuthorityRow| row.replica == replica && row.state == AuthorityState::Active;
+        let all = self.replica.local(|s| s.authorities());
+        for (id, _) in all.into_iter().filter(|(_, row)| of(row)) {
+            self.replica.propose_own(Command::TaintAuthority(id)).await?.outcome?;
+        }
+        Ok(())
+    }
+
     fn next_key_set(&self, new: [u8; 32]) -> Result<KeySetRow, Refusal> {
-        let (root, td) = (self.replica.root()?, self.replica.trust_domain());
+        let (root, td) = (&self.replica.active_root()?, self.replica.trust_domain());
         let row = self.replica.local(|s| s.key_set().cloned()).unwrap_or_default();
         let known = KeySet::verify(td, root.der(), &row.statement, &row.signature)?;
         // Keys of the present members only: a removed replica's key goes with the next join.

@@ -5,6 +5,7 @@ mod appraisal;
 mod cluster;
 mod drill;
 mod entry;
+mod local_authority;
 mod logs;
 mod membership;
 mod node;
@@ -79,7 +80,7 @@ pub fn router(
         .add_service(v1::watch_server::WatchServer::new(watch::Watches::new(r())))
         .add_service(v1::drill_server::DrillServer::new(drill::Drills(r())))
         .add_service(v1::audit_server::AuditServer::new(unbuilt::Audit))
-        .add_service(v1::local_authority_server::LocalAuthorityServer::new(unbuilt::LocalAuthority))
+        .add_service(v1::local_authority_server::LocalAuthorityServer::new(local_authority::Authorities(r())))
         .add_service(v1::trust_domain_registry_server::TrustDomainRegistryServer::new(unbuilt::TrustDomains)))
 }
 

@@ -1,7 +1,7 @@
 //! Cell to cell: registration by strangers with a token, and pulls by active peers.
 
 use super::OrStatus;
-use crate::authorise::actor;
+use crate::authorise::{Role, actor};
 use crate::replica::budget::Budget;
 use crate::replica::pull::{self, Answer, Page};
 use crate::replica::{Replica, peering};
@@ -14,6 +14,8 @@ use tonic::{Request, Response, Status};
 
 /// Records in one answer; the importer refuses more.
 const PULL_MAX: u32 = 1_000;
+/// A trust domain has two roots while it rotates.
+const ROOTS_HELD_MAX: usize = 8;
 
 pub(crate) struct PeerLink {
     replica: Replica,
@@ -55,17 +57,26 @@ impl v1::peer_link_server::PeerLink for PeerLink {
     }
 
     async fn pull(&self, request: Request<v1::PullRequest>) -> Result<Response<v1::PullResponse>, Status> {
+        let role = actor(&request)?.role;
         let m = request.into_inner();
+        if m.roots_held.len() > ROOTS_HELD_MAX {
+            let found = m.roots_held.len().to_string();
+            return Err(Refusal::new(Code::BadRequest, format!("at most {ROOTS_HELD_MAX} roots"), found)).or_status();
+        }
         let nonce: [u8; 16] = m
             .nonce
             .as_slice()
             .try_into()
             .map_err(|_| Refusal::new(Code::BadRequest, "a nonce of 16 bytes", m.nonce.len().to_string()))
             .or_status()?;
+        let held: Vec<[u8; 32]> = m.roots_held.iter().filter_map(|id| id.as_slice().try_into().ok()).collect();
+        if let Role::Peer(td) = role {
+            self.replica.peer_holds(td, held.clone());
+        }
         // A replica that lags would show a head that goes back; it answers `unavailable` instead.
         self.replica.cell().read_barrier().await.or_status()?;
         self.wait_for_news(m.after_seq).await;
-        self.answer(m.after_seq, nonce, m.limit.clamp(1, PULL_MAX)).or_status().map(Response::new)
+        self.answer(m.after_seq, nonce, m.limit.clamp(1, PULL_MAX), &held).or_status().map(Response::new)
     }
 }
 
@@ -89,8 +100,8 @@ impl PeerLink {
         let _ = tokio::time::timeout(pull::WAIT, news).await;
     }
 
-    fn answer(&self, after: u64, nonce: [u8; 16], limit: u32) -> Result<v1::PullResponse, Refusal> {
-        let page = self.replica.local(|s| Page::read(s, after, nonce, limit))?;
+    fn answer(&self, after: u64, nonce: [u8; 16], limit: u32, held: &[[u8; 32]]) -> Result<v1::PullResponse, Refusal> {
+        let page = self.replica.local(|s| Page::read(s, after, nonce, limit, held))?;
         let Answer { key_set, head, signature, records } = page.sign(self.replica.record())?;
         let key_set = Some(v1::KeySet { statement: key_set.statement, signature: key_set.signature });
         Ok(v1::PullResponse { records, head, signature, key_index: 0, key_set })

@@ -84,7 +84,8 @@ impl v1::svid_server::Svid for Svids {
             issuances.pop().unwrap_or_else(|| Err(Refusal::new(Code::Internal, "one leaf", "none"))).or_status()?;
         let not_after_ms = committed.get().lifetime.not_after.0;
         self.0.check_clock().or_status()?;
-        let chain = issue(committed, &csr, self.0.issuer()).or_status()?;
+        let issuer = self.0.issuing(&committed.get().authority).or_status()?;
+        let chain = issue(committed, &csr, &issuer).or_status()?;
         let chain_der = chain.iter().map(|c| c.to_vec()).collect();
         Ok(Response::new(v1::RenewAdminResponse { chain_der, not_after_ms }))
     }
@@ -121,7 +122,8 @@ impl Svids {
         let signed = committed.and_then(|c| {
             let not_after_ms = c.get().lifetime.not_after.0;
             self.0.check_clock()?;
-            Ok((issue(c, csr, self.0.issuer())?, not_after_ms))
+            let issuer = self.0.issuing(&c.get().authority)?;
+            Ok((issue(c, csr, &issuer)?, not_after_ms))
         });
         match signed {
             Ok((chain, not_after_ms)) => v1::X509svidResult {

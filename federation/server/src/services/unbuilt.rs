@@ -11,7 +11,6 @@ pub(crate) fn unbuilt<T>(what: &str) -> Result<Response<T>, Status> {
 }
 
 pub(crate) struct Audit;
-pub(crate) struct LocalAuthority;
 pub(crate) struct TrustDomains;
 
 #[tonic::async_trait]
@@ -21,25 +20,6 @@ impl v1::audit_server::Audit for Audit {
     }
     async fn verify_chain(&self, _: Request<v1::AuditUnbuilt>) -> Result<Response<v1::AuditUnbuilt>, Status> {
         unbuilt("Audit.VerifyChain (issue H)")
-    }
-}
-
-#[tonic::async_trait]
-impl v1::local_authority_server::LocalAuthority for LocalAuthority {
-    async fn get_x509_authority_state(&self, _: Request<v1::Unbuilt>) -> Result<Response<v1::Unbuilt>, Status> {
-        unbuilt("LocalAuthority.GetX509AuthorityState (issue D)")
-    }
-    async fn prepare_x509_authority(&self, _: Request<v1::Unbuilt>) -> Result<Response<v1::Unbuilt>, Status> {
-        unbuilt("LocalAuthority.PrepareX509Authority (issue D)")
-    }
-    async fn activate_x509_authority(&self, _: Request<v1::Unbuilt>) -> Result<Response<v1::Unbuilt>, Status> {
-        unbuilt("LocalAuthority.ActivateX509Authority (issue D)")
-    }
-    async fn taint_x509_authority(&self, _: Request<v1::Unbuilt>) -> Result<Response<v1::Unbuilt>, Status> {
-        unbuilt("LocalAuthority.TaintX509Authority (issue D)")
-    }
-    async fn revoke_x509_authority(&self, _: Request<v1::Unbuilt>) -> Result<Response<v1::Unbuilt>, Status> {
-        unbuilt("LocalAuthority.RevokeX509Authority (issue D)")
     }
 }
 

@@ -9,7 +9,7 @@ use ambit_model::record::Kind;
 use ambit_model::{ClusterId, Code, Lifetime, Refusal, ReplicaId, Revision};
 use std::collections::BTreeMap;
 
-/// Replica certificates last this long; renewed by joining again until issue D rotates them.
+/// What a replica joins with lasts this long; from then on it renews by itself, as its configuration says.
 pub(super) const REPLICA_MS: u64 = 7 * 24 * 3_600_000;
 /// Tokens, spent or not, are forgotten this long after they end, so that "used" can still be told from "unknown".
 const TOKEN_KEEP_MS: u64 = 3_600_000;
@@ -39,6 +39,7 @@ pub(super) fn tick(s: &mut State, at: At) -> Result<Reply, Refusal> {
     s.tokens.prune(&mut s.journal, |_, t| t.expires.plus_ms(TOKEN_KEEP_MS) < now);
     super::issue::forget(s, now);
     super::attest::late(s, at)?;
+    super::authority::forget(s, now);
     // Stamps never go backwards, so neither do those of the requests.
     while let Some((_, key)) = s.dedupe_by_age.pop_front_if(|(stamp, _)| stamp.plus_ms(crate::DEDUPE_MS) < now) {
         s.dedupe.remove(&mut s.journal, &key);
@@ -122,6 +123,7 @@ pub(super) fn put_member(s: &mut State, id: u64, member: &Member, keys: &KeySetR
 
 pub(super) fn remove_member(s: &mut State, id: u64) -> Result<Reply, Refusal> {
     s.admissions.remove(&mut s.journal, &id);
+    super::root::unwrap_from(s, id);
     match s.members.remove(&mut s.journal, &id) {
         Some(_) => Ok(Reply::Done),
         None => Err(Refusal::new(Code::NotFound, "a replica of this cell", id.to_string())),

@@ -1,13 +1,15 @@
 //! Peers and what they tell us. A peer speaks only for its own identities and never widens what we allow.
 
 use super::{At, addresses, cell::burn, cell_row, touch};
+use crate::authorities::{PeerRoots, root_id};
 use crate::command::Reply;
 use crate::objects::{ForeignCluster, Owned, PeerRow, PeerState, TokenScope};
 use crate::state::State;
 use crate::table::{Journal, Table};
+use ambit_model::bundle::{BundleRecord, RootEntry, RootState};
 use ambit_model::policy::{Endpoint, Policy, Service};
 use ambit_model::record::{Head, Kind, Record};
-use ambit_model::{Code, Generation, NodeId, ObjectName, Refusal, Revision, TrustDomain};
+use ambit_model::{Code, Generation, NodeId, ObjectName, Refusal, Revision, Stamp, TrustDomain};
 use ambit_policy::Document;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -20,6 +22,11 @@ const FOREIGN_POLICIES_MAX: usize = 10_000;
 const FOREIGN_SERVICES_MAX: usize = 1_000;
 const FOREIGN_ENDPOINTS_MAX: usize = 50_000;
 const FOREIGN_DENIALS_MAX: usize = 100_000;
+const FOREIGN_AUTHORITY_DENIALS_MAX: usize = 1_000;
+/// Roots in a bundle; a trust domain has two while it rotates.
+const FOREIGN_ROOTS_MAX: usize = 8;
+/// Roots of a peer that are no more, remembered so that none comes back.
+const GONE_ROOTS_MAX: usize = 256;
 /// Records in one import; a puller asks for no more.
 pub(crate) const IMPORT_MAX: usize = 1_000;
 
@@ -39,6 +46,7 @@ pub(super) fn put_peer(
     }
     if let Some(known) = s.peer(td)
         && known.fingerprint != row.fingerprint
+        && !s.peer_roots(td).iter().any(|der| root_id(der) == row.fingerprint)
     {
         let (then, now) = (hex::encode(known.fingerprint), hex::encode(row.fingerprint));
         return Err(Refusal::new(Code::FingerprintMismatch, then, now));
@@ -126,7 +134,10 @@ pub(super) fn import(s: &mut State, at: At, head: &Head, records: &[Record]) -> 
     let decoded: Vec<Imported> = records.iter().map(decode).collect::<Result<_, _>>()?;
     let mut room = Room::of(s, &head.origin);
     for object in decoded {
-        take(s, at, &head.origin, object, &mut room);
+        match object {
+            Imported::Bundle(bundle) => take_bundle(s, &head.origin, &mut peer, bundle),
+            object => take(s, at, &head.origin, object, &mut room),
+        }
     }
     s.peers.put(&mut s.journal, head.origin.clone(), peer);
     touch(s, at);
@@ -140,6 +151,8 @@ enum Imported {
     Service(ObjectName, Option<Service>),
     Endpoint(Ipv4Addr, Option<Endpoint>),
     NodeDenial(NodeId, Generation),
+    Bundle(BundleRecord),
+    AuthorityDenial(String, Stamp),
     Ignored,
 }
 
@@ -148,7 +161,12 @@ fn decode(r: &Record) -> Result<Imported, Refusal> {
         || r.key.parse::<Ipv4Addr>().map_err(|_| Refusal::new(Code::RecordChainBroken, "an IPv4 key", r.key.clone()));
     Ok(match r.kind {
         Kind::Cluster => Imported::Cluster(r.key.parse()?),
-        Kind::Bundle => Imported::Ignored,
+        Kind::Bundle => bundle(r)?.map_or(Imported::Ignored, Imported::Bundle),
+        Kind::AuthorityDenial => {
+            let until = object(r)?.unwrap_or_default();
+            let named = r.key.len() == 40 && r.key.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+            if named { Imported::AuthorityDenial(r.key.clone(), until) } else { Imported::Ignored }
+        }
         Kind::Policy => {
             let policy: Option<Policy> = object(r)?;
             let ours =
@@ -183,6 +201,46 @@ fn object<T: DeserializeOwned>(r: &Record) -> Result<Option<T>, Refusal> {
         .map_err(|e| Refusal::new(Code::RecordChainBroken, format!("a readable {:?}", r.kind), e.to_string()))
 }
 
+/// What a record of a bundle says. Those of 0.1 named a sequence only, and said nothing of roots.
+fn bundle(r: &Record) -> Result<Option<BundleRecord>, Refusal> {
+    if r.key != r.origin.as_str() || postcard::take_from_bytes::<u64>(&r.payload).is_ok_and(|(_, rest)| rest.is_empty())
+    {
+        return Ok(None);
+    }
+    object(r)
+}
+
+/// A bundle is taken whole or not at all: later than the one known, neither empty nor without its one active root, and
+/// nothing in it that was in a former one and left it.
+fn take_bundle(s: &mut State, origin: &TrustDomain, peer: &mut PeerRow, bundle: BundleRecord) {
+    let mut known = s.peer_roots.get(origin).cloned().unwrap_or_else(|| PeerRoots {
+        roots: vec![RootEntry { der: peer.root_der.clone(), state: RootState::Active }],
+        gone: Vec::new(),
+    });
+    let back = |root: &RootEntry| known.gone.contains(&root_id(&root.der)) || root.state == RootState::Revoked;
+    let active = bundle.roots.iter().filter(|root| root.state == RootState::Active).count();
+    if bundle.sequence <= peer.bundle_sequence
+        || active != 1
+        || bundle.roots.len() > FOREIGN_ROOTS_MAX
+        || bundle.roots.iter().any(back)
+    {
+        return;
+    }
+    for root in &known.roots {
+        if !bundle.roots.iter().any(|kept| kept.der == root.der) {
+            known.gone.push(root_id(&root.der));
+        }
+    }
+    let excess = known.gone.len().saturating_sub(GONE_ROOTS_MAX);
+    known.gone.drain(..excess);
+    known.roots = bundle.roots;
+    if let Some(active) = known.roots.iter().find(|root| root.state == RootState::Active) {
+        (peer.root_der, peer.fingerprint) = (active.der.clone(), root_id(&active.der));
+    }
+    peer.bundle_sequence = bundle.sequence;
+    s.peer_roots.put(&mut s.journal, origin.clone(), known);
+}
+
 /// How many more objects of each kind may be taken from one origin.
 struct Room {
     clusters: usize,
@@ -190,6 +248,7 @@ struct Room {
     services: usize,
     endpoints: usize,
     denials: usize,
+    authority_denials: usize,
 }
 
 impl Room {
@@ -201,12 +260,14 @@ impl Room {
         let services = s.services.iter().map(|((td, _), _)| td).filter(of_origin).count();
         let endpoints = s.endpoints.from((origin.clone(), Ipv4Addr::UNSPECIFIED)).map(|((td, _), _)| td);
         let denials = s.node_denials.from((origin.clone(), NodeId([0; 32]))).map(|((td, _), _)| td);
+        let authorities = s.authority_denials.from((origin.clone(), String::new())).map(|((td, _), _)| td);
         Room {
             clusters: left(FOREIGN_CLUSTERS_MAX, clusters),
             policies: left(FOREIGN_POLICIES_MAX, policies),
             services: left(FOREIGN_SERVICES_MAX, services),
             endpoints: left(FOREIGN_ENDPOINTS_MAX, endpoints.take_while(of_origin).count()),
             denials: left(FOREIGN_DENIALS_MAX, denials.take_while(of_origin).count()),
+            authority_denials: left(FOREIGN_AUTHORITY_DENIALS_MAX, authorities.take_while(of_origin).count()),
         }
     }
 }
@@ -270,7 +331,13 @@ fn take(s: &mut State, at: At, origin: &TrustDomain, object: Imported, room: &mu
             let known = s.node_denials.get(&key).copied().unwrap_or_default();
             put(&mut s.journal, &mut s.node_denials, &mut room.denials, key, Some(known.max(generation)));
         }
-        Imported::Ignored => {}
+        Imported::AuthorityDenial(id, until) => {
+            let key = (origin.clone(), id);
+            let known = s.authority_denials.get(&key).copied().unwrap_or_default();
+            let until = Some(known.max(until));
+            put(&mut s.journal, &mut s.authority_denials, &mut room.authority_denials, key, until);
+        }
+        Imported::Bundle(_) | Imported::Ignored => {}
     }
 }
 

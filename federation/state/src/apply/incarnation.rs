@@ -4,11 +4,11 @@
 //! incarnation may have done after the last thing that came along is forgotten here and remembered elsewhere (agents,
 //! peers, certificates), so everything that is counted goes on far above what can have been counted.
 
-use super::{At, cell_row, export, payload, touch};
+use super::{At, cell_row, touch};
+use crate::authorities::AuthorityRow;
 use crate::committed::{Committed, ReplicaAdmission};
 use crate::objects::{Cause, IncarnationRow, KeySetRow, Member};
 use crate::state::State;
-use ambit_model::record::Kind;
 use ambit_model::{Code, Generation, Lifetime, NodeId, RaftIndex, Refusal, ReplicaId, Revision, Stamp};
 
 /// Indexes of an incarnation begin at (epoch - 1) << 40: agents keep the highest revision that they saw.
@@ -85,10 +85,20 @@ impl State {
             self.key_set.put(&mut self.journal, 0, keys);
         }
         // Its first record: whoever imports it refuses the lost incarnation from then on.
-        let (td, sequence) = self.cell().map(|c| (c.trust_domain.to_string(), c.bundle_sequence)).unwrap_or_default();
-        export(self, Kind::Bundle, td, payload(&sequence)?);
+        self.forget_intermediates(|row| b.admit.is_none() && row.replica == b.replica);
+        super::root::export_bundle(self)?;
         touch(self, at);
         Ok(admission.map(Committed::new))
+    }
+
+    /// Of the lost incarnation only what the replica goes on with is kept; the others' keys may be anybody's.
+    fn forget_intermediates(&mut self, kept: impl Fn(&AuthorityRow) -> bool) {
+        self.authorities.prune(&mut self.journal, |_, row| !kept(row));
+        let members: Vec<u64> = self.members().map(|(id, _)| id).collect();
+        for (id, mut row) in self.roots.iter().map(|(id, row)| (*id, row.clone())).collect::<Vec<_>>() {
+            row.wrapped.retain(|replica, _| members.contains(replica));
+            self.roots.put(&mut self.journal, id, row);
+        }
     }
 
     /// Whether the node's last verdict is of this incarnation of the cell.

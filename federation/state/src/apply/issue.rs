@@ -28,17 +28,22 @@ pub(super) fn serial(epoch: u64, at: At, position: u32) -> [u8; 16] {
     out
 }
 
-/// When the authority's intermediate ends, or a refusal where no replica holds it.
+/// When leaves of the authority's intermediate end, or a refusal where no replica holds it, or it is not relied on.
 fn authority_ends(s: &State, authority: &str) -> Result<Stamp, Refusal> {
-    s.members()
-        .find(|(_, m)| m.authority == authority)
-        .map(|(_, m)| m.authority_not_after)
-        .ok_or_else(|| Refusal::new(Code::AuthorityMismatch, "the intermediate of a replica of this cell", authority))
+    let row = s.authority(authority).filter(|row| s.member(row.replica).is_some());
+    let row = row.ok_or_else(|| {
+        Refusal::new(Code::AuthorityMismatch, "the intermediate of a replica of this cell", authority)
+    })?;
+    if s.is_tainted(&row) {
+        let found = format!("{authority}, which is tainted");
+        return Err(Refusal::new(Code::AuthorityMismatch, "an intermediate that is relied on", found));
+    }
+    Ok(row.lifetime.not_after.minus_ms(row.margin_ms()))
 }
 
 /// I6: the earliest of the TTL, the issuer's end less a margin, and the last verdict plus the unattested maximum.
 fn lifetime(s: &State, at: At, authority: &str, ttl_ms: u64, verdict: Option<Stamp>) -> Result<Lifetime, Refusal> {
-    let issuer = authority_ends(s, authority)?.minus_ms(crate::ISSUER_MARGIN_MS);
+    let issuer = authority_ends(s, authority)?;
     let mut not_after = at.stamp.plus_ms(ttl_ms).min(issuer);
     if let Some(verdict) = verdict {
         not_after = not_after.min(verdict.plus_ms(crate::UNATTESTED_MAX_MS));

@@ -3,6 +3,7 @@
 mod addresses;
 mod appraisal;
 mod attest;
+mod authority;
 mod cell;
 mod endorse;
 mod federation;
@@ -10,6 +11,7 @@ mod incarnation;
 mod issue;
 mod node;
 mod objects;
+mod root;
 
 pub use incarnation::Beginning;
 pub(crate) use issue::answer_again;
@@ -69,6 +71,17 @@ pub(crate) fn apply(s: &mut State, index: RaftIndex, stamp: Stamp, command: &Com
         Command::PutAppraisalPolicy { name, content, staged, by } => appraisal::put(s, at, name, content, *staged, by),
         Command::PromoteAppraisalPolicy(name) => appraisal::promote(s, at, name),
         Command::DeleteAppraisalPolicy(name) => appraisal::delete(s, at, name),
+        Command::RenewAuthority { replica, key_hash, lifetime_ms } => {
+            authority::renew(s, at, *replica, key_hash, *lifetime_ms)
+        }
+        Command::WrapRoot(root, wrapped) => root::wrap(s, root, wrapped),
+        Command::PrepareRoot(der, wrapped) => root::prepare(s, at, der, wrapped),
+        Command::CrossSignRoot(root, der) => root::cross_sign(s, root, der),
+        Command::ActivateRoot(root, keys) => root::activate(s, at, root, keys),
+        Command::TaintRoot(root) => root::taint(s, at, root),
+        Command::RevokeRoot(root) => root::revoke(s, at, root),
+        Command::TaintAuthority(id) => authority::taint(s, at, id),
+        Command::RevokeAuthority(id) => authority::revoke(s, at, id),
     }
 }
 

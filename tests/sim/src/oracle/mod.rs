@@ -35,5 +35,5 @@ impl fmt::Display for Violation {
 pub(crate) const JUDGED: &str =
     "I1 I2 I3 I4 I5 I6 I7 (replicas) I10 I13 I14 I15 I16 I17 I22; in runs of three cells also I9 I11 I12";
 /// Invariants, or parts of them, whose feature does not stand yet.
-pub(crate) const NOT_YET: &str = "not yet: I7 and I11 at agents (issue E), I8: no root rotates (issue D), I9 against a stolen record key: a head has \
+pub(crate) const NOT_YET: &str = "not yet: I7 and I11 at agents (issue E), I8: no root rotates in it, I9 against a stolen record key: a head has \
      one signature (issue F), I11 with a witness (issue F), I20: no grant (issue F)";

@@ -158,7 +158,7 @@ impl Ledger {
                         out.insert(key, record.payload.clone());
                     }
                 }
-                Kind::Cluster | Kind::Bundle | Kind::Service | Kind::Endpoint => {}
+                Kind::Cluster | Kind::Bundle | Kind::Service | Kind::Endpoint | Kind::AuthorityDenial => {}
             }
         }
         out

@@ -282,14 +282,14 @@ impl Enrolment {
         let committed = issuances.pop().unwrap_or_else(|| Err(Refusal::new(Code::Internal, "one leaf", "none")))?;
         let generation = committed.get().binding.map(|(_, g)| g.0).unwrap_or_default();
         self.replica.check_clock()?;
-        let chain = issue(committed, csr, self.replica.issuer())?;
+        let issuer = self.replica.issuing(&committed.get().authority)?;
+        let chain = issue(committed, csr, &issuer)?;
         tracing::info!(%node, %cluster, generation, "node admitted");
-        let bundle = self.replica.local(|s| {
-            s.cell().map(|c| v1::Bundle {
-                trust_domain: c.trust_domain.to_string(),
-                sequence: c.bundle_sequence,
-                roots_der: vec![c.root_der.clone()],
-            })
+        let own = self.replica.trust_domain();
+        let bundle = self.replica.local(|s| s.bundles().remove(own)).map(|(sequence, roots_der)| v1::Bundle {
+            trust_domain: own.to_string(),
+            sequence,
+            roots_der,
         });
         Ok(Ok(v1::Verdict {
             svid_chain_der: chain.iter().map(|c| c.to_vec()).collect(),

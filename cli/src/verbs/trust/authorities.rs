@@ -1,0 +1,207 @@
+//! Roots and intermediates as they stand, and single steps of a rotation.
+
+use crate::ask;
+use crate::cell::{Cell, request_id};
+use crate::exit::Exit;
+use crate::output::{Answer, Form, Table, counted, pretty};
+use crate::verbs::Session;
+use crate::when::{now_ms, utc};
+use ambit_model::Refusal;
+use ambit_proto::v1;
+use serde_json::{Value, json};
+
+/// What is there now.
+pub(super) async fn state(cell: &Cell) -> Result<v1::X509AuthorityState, Refusal> {
+    ask!(cell, LocalAuthority.get_x509_authority_state(v1::X509AuthorityStateRequest { local_only: false }))
+}
+
+/// A request as the options have it.
+pub(super) fn request(
+    authority: Option<String>,
+    without_acks: bool,
+    dry_run: bool,
+) -> Result<v1::X509AuthorityRequest, Refusal> {
+    let authority = authority.unwrap_or_default();
+    Ok(v1::X509AuthorityRequest { request_id: request_id()?, authority, without_acks, dry_run })
+}
+
+/// `ambit trust check`: ends 5 where something is under way or wrong.
+pub(super) async fn check(session: &Session) -> Result<Answer, Refusal> {
+    let state = state(&session.cell()?).await?;
+    let findings = findings(&state, now_ms());
+    let text = match session.form {
+        Form::Json => pretty(&json!({
+            "sequence": state.sequence,
+            "roots": values(&roots(&state)),
+            "intermediates": values(&intermediates(&state)),
+            "findings": findings,
+        })),
+        Form::Table => {
+            format!("{}\n\n{}", roots(&state).render(Form::Table), intermediates(&state).render(Form::Table))
+        }
+    };
+    let answer = findings.iter().fold(Answer::ok(text), |answer, line| answer.note(line.clone()));
+    Ok(if findings.is_empty() { answer } else { answer.ending(Exit::Drift) })
+}
+
+fn values(table: &Table) -> Value {
+    serde_json::from_str(&table.render(Form::Json)).unwrap_or_default()
+}
+
+/// What an operator should know of: pure, so that every combination can be tested.
+pub(super) fn findings(state: &v1::X509AuthorityState, now_ms: u64) -> Vec<String> {
+    let mut out = Vec::new();
+    for root in &state.roots {
+        let missing = root.missing.join(", ");
+        let using = root.using.join(", ");
+        let name = root.fingerprint.get(..16).unwrap_or(&root.fingerprint);
+        match root.state.as_str() {
+            "prepared" if missing.is_empty() => out.push(format!("root {name}.. is held by all: activate it")),
+            "prepared" | "active" if !missing.is_empty() => {
+                out.push(format!("root {name}.. is not held by {missing}"));
+            }
+            "old" => out.push(format!("root {name}.. is old: taint it, then revoke it")),
+            "tainted" if using.is_empty() => {
+                out.push(format!("root {name}.. is tainted and nothing is under it: revoke it"))
+            }
+            "tainted" => out.push(format!("root {name}.. is tainted, and under it are {using}")),
+            _ => {}
+        }
+    }
+    for one in state.intermediates.iter().filter(|i| i.current) {
+        let life = one.not_after_ms.saturating_sub(one.not_before_ms);
+        let left = one.not_after_ms.saturating_sub(now_ms);
+        // It is renewed at half of its life, a tenth later at the latest.
+        if left < life / 3 {
+            out.push(format!(
+                "the intermediate of replica {} ends {} and was not renewed",
+                one.replica,
+                utc(one.not_after_ms)
+            ));
+        }
+        if one.state == "tainted" {
+            out.push(format!("replica {} has a tainted intermediate and no other", one.replica));
+        }
+    }
+    out
+}
+
+fn roots(state: &v1::X509AuthorityState) -> Table {
+    const COLUMNS: &[&str] = &["root", "state", "since", "acknowledged", "missing", "in_use_by", "opened_by"];
+    let mut table = Table::new("root", COLUMNS);
+    for root in &state.roots {
+        let in_use = if root.state == "active" { counted(root.using.len(), "holder") } else { root.using.join(",") };
+        table.row(vec![
+            json!(root.fingerprint),
+            json!(root.state),
+            json!(if root.since_ms == 0 { "founded".to_owned() } else { utc(root.since_ms) }),
+            json!(format!("{}/{}", root.acked, root.of)),
+            json!(root.missing),
+            json!(in_use),
+            json!(root.opened_by),
+        ]);
+    }
+    table
+}
+
+fn intermediates(state: &v1::X509AuthorityState) -> Table {
+    const COLUMNS: &[&str] = &["authority", "replica", "root", "state", "current", "not_after", "in_use_by"];
+    let mut table = Table::new("intermediate", COLUMNS);
+    for one in &state.intermediates {
+        table.row(vec![
+            json!(one.authority),
+            json!(one.replica),
+            json!(one.root.get(..16)),
+            json!(one.state),
+            json!(one.current),
+            json!(utc(one.not_after_ms)),
+            json!(counted(one.using.len(), "holder")),
+        ]);
+    }
+    table
+}
+
+/// `ambit trust taint AUTHORITY`.
+pub(super) async fn taint(session: &Session, authority: String, dry_run: bool) -> Result<Answer, Refusal> {
+    let (cell, banner) = session.cell_to_change()?;
+    let reply = ask!(cell, LocalAuthority.taint_x509_authority(request(Some(authority.clone()), false, dry_run)?))?;
+    Ok(changed(session, &reply, format!("{authority} is tainted"), dry_run).note(banner))
+}
+
+/// `ambit trust revoke AUTHORITY`.
+pub(super) async fn revoke(
+    session: &Session,
+    authority: String,
+    without_acks: bool,
+    dry_run: bool,
+) -> Result<Answer, Refusal> {
+    let (cell, banner) = session.cell_to_change()?;
+    let request = request(Some(authority.clone()), without_acks, dry_run)?;
+    let reply = ask!(cell, LocalAuthority.revoke_x509_authority(request))?;
+    Ok(changed(session, &reply, format!("{authority} is revoked"), dry_run).note(banner))
+}
+
+fn changed(session: &Session, reply: &v1::X509AuthorityResponse, done: String, dry_run: bool) -> Answer {
+    let what = match (dry_run, reply.missing.is_empty()) {
+        (false, _) => done,
+        (true, true) => "it would be done: nobody is missing".to_owned(),
+        (true, false) => format!("it would be refused: {}", reply.missing.join(", ")),
+    };
+    Answer::ok(match session.form {
+        Form::Table => what,
+        Form::Json => pretty(&json!({"done": !dry_run, "missing": reply.missing})),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn root(state: &str, missing: &[&str], using: &[&str]) -> v1::X509Root {
+        let names = |all: &[&str]| all.iter().map(|name| (*name).to_owned()).collect();
+        v1::X509Root {
+            fingerprint: "ab".repeat(32),
+            state: state.into(),
+            missing: names(missing),
+            using: names(using),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn what_is_under_way_or_wrong_is_found_and_nothing_else() {
+        let of = |root| findings(&v1::X509AuthorityState { roots: vec![root], ..Default::default() }, 0);
+        for (root, said) in [
+            (root("active", &[], &["replica 1"]), None),
+            (root("revoked", &[], &[]), None),
+            (root("active", &["node a"], &[]), Some("not held by node a")),
+            (root("prepared", &["peer east"], &[]), Some("not held by peer east")),
+            (root("prepared", &[], &[]), Some("activate it")),
+            (root("old", &[], &["node a"]), Some("taint it")),
+            (root("tainted", &[], &["node a"]), Some("under it are node a")),
+            (root("tainted", &[], &[]), Some("nothing is under it: revoke it")),
+        ] {
+            let found = of(root.clone());
+            assert_eq!(found.len(), usize::from(said.is_some()), "{root:?}: {found:?}");
+            assert!(found.iter().all(|line| line.contains(said.unwrap_or_default())), "{found:?}");
+        }
+        let one = |state: &str, current, left_ms: u64| v1::X509Intermediate {
+            state: state.into(),
+            replica: 2,
+            current,
+            not_before_ms: 1_000_000 + left_ms - 900,
+            not_after_ms: 1_000_000 + left_ms,
+            ..Default::default()
+        };
+        for (one, lines) in [
+            (one("active", true, 301), 0),
+            (one("active", true, 299), 1),
+            (one("active", false, 1), 0),
+            (one("tainted", true, 600), 1),
+            (one("tainted", false, 600), 0),
+        ] {
+            let state = v1::X509AuthorityState { intermediates: vec![one], ..Default::default() };
+            assert_eq!(findings(&state, 1_000_000).len(), lines, "{state:?}");
+        }
+    }
+}

@@ -1,0 +1,411 @@
+//! This replica's own authority: its issuing keys, its intermediate renewed in time, and what it shows in handshakes.
+//!
+//! Each renewal has a new issuing key. An authority is named by its key, in every issuance and every leaf; with the same
+//! key a tainted intermediate could not be told from its successor, and a key that leaked would leak for ever.
+
+use super::files::{Card, Files};
+use super::{Replica, random, trust_of, wall_clock};
+use ambit_identity::tls::certified;
+use ambit_identity::wrap::WrapKey;
+use ambit_identity::{Csr, IssuingKey, Named, Root, SvidKey, Usage, fingerprint};
+use ambit_model::bundle::RootState;
+use ambit_model::{Code, Lifetime, Refusal, Stamp};
+use ambit_proto::status::from_status;
+use ambit_proto::v1;
+use ambit_state::authorities::{AuthorityRow, RootId, RootRow};
+use ambit_state::{Command, State};
+use rustls::sign::CertifiedKey;
+use rustls_pki_types::CertificateDer;
+use std::collections::BTreeMap;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+
+/// A root that cannot be opened now, or a leader that is being elected, is asked again this soon.
+const RETRY: Duration = Duration::from_millis(500);
+/// At most so long without a look: what makes a renewal due beside time comes with a revision.
+const LOOK: Duration = Duration::from_secs(10);
+/// How long a replica may take to be heard that begins again: an election or two.
+const AGAIN_MS: u64 = 3_600_000;
+/// An answer takes one Raft commit.
+const ANSWER_MAX: Duration = Duration::from_secs(5);
+
+/// The issuing keys of this replica: the one in use, and the one before, for what was committed under it.
+pub struct Issuers {
+    keys: RwLock<(Arc<IssuingKey>, Option<Arc<IssuingKey>>)>,
+}
+
+impl Issuers {
+    /// Begins with the one that is on disk.
+    pub fn new(key: IssuingKey) -> Self {
+        Self { keys: RwLock::new((Arc::new(key), None)) }
+    }
+    fn current(&self) -> Arc<IssuingKey> {
+        self.keys.read().unwrap_or_else(PoisonError::into_inner).0.clone()
+    }
+    fn named(&self, authority: &str) -> Option<Arc<IssuingKey>> {
+        let keys = self.keys.read().unwrap_or_else(PoisonError::into_inner);
+        std::iter::once(&keys.0).chain(&keys.1).find(|key| key.authority() == authority).cloned()
+    }
+    fn replace(&self, key: IssuingKey) {
+        let mut keys = self.keys.write().unwrap_or_else(PoisonError::into_inner);
+        let former = std::mem::replace(&mut keys.0, Arc::new(key));
+        keys.1 = Some(former);
+    }
+}
+
+impl Replica {
+    /// The issuing key in use.
+    pub fn issuer(&self) -> Arc<IssuingKey> {
+        self.inner.issuers.current()
+    }
+
+    /// The issuing key of that name: what was committed under it can be signed by no other.
+    pub fn issuing(&self, authority: &str) -> Result<Arc<IssuingKey>, Refusal> {
+        let none = || Refusal::new(Code::AuthorityMismatch, "an intermediate of this replica", authority);
+        self.inner.issuers.named(authority).ok_or_else(none)
+    }
+
+    /// A root with its key: from this replica's own file, or as it was wrapped to it. Held only while it signs.
+    pub fn open_root(&self, id: &RootId) -> Result<Root, Refusal> {
+        let (files, row) = (&self.inner.files, self.local(|s| s.roots().remove(id)));
+        open(files, &files.card()?, self.wrap(), row, id)
+    }
+
+    /// The root that signs now, with its key.
+    pub fn active_root(&self) -> Result<Root, Refusal> {
+        let id = self.local(|s| s.active_root().map(|(id, _)| id));
+        self.open_root(&id.ok_or_else(|| Refusal::new(Code::Unavailable, "a founded cell", "an empty one"))?)
+    }
+
+    /// What leads from this root to the one before it, while that one is relied on.
+    pub fn cross_of(&self, id: &RootId) -> Option<CertificateDer<'static>> {
+        self.local(|s| {
+            let mut roots = s.roots();
+            let relied_on = roots.values().any(|row| matches!(row.state, RootState::Old | RootState::Tainted));
+            roots.remove(id).filter(|row| relied_on && !row.cross_der.is_empty()).map(|row| row.cross_der.into())
+        })
+    }
+
+    /// Commits and signs the next intermediate of a replica, which asked for itself: the certificate, and what leads from
+    /// its root to the one before.
+    pub async fn renew_of(
+        &self,
+        replica: u64,
+        csr: &Csr,
+        lifetime_ms: u64,
+        request: [u8; 16],
+    ) -> Result<(CertificateDer<'static>, Option<CertificateDer<'static>>), Refusal> {
+        // Before anything is committed: whoever cannot sign commits nothing.
+        drop(self.active_root()?);
+        let client = super::own_client(replica);
+        let command = Command::RenewAuthority { replica, key_hash: csr.spki_sha256(), lifetime_ms };
+        let committed = self.propose(client, request, command).await?.into_authority()?;
+        self.check_clock()?;
+        let id = committed.get().root;
+        let intermediate = self.open_root(&id)?.renewed(&committed, csr)?;
+        tracing::info!(replica, authority = ambit_identity::authority::authority_id(csr), "intermediate signed");
+        Ok((intermediate, self.cross_of(&id)))
+    }
+
+    /// Asks for this replica's own next intermediate: here where the root opens here, else of the others in turn.
+    async fn next_issuer(&self) -> Result<IssuingKey, Refusal> {
+        let key = SvidKey::generate()?;
+        let (csr_der, request) = (key.csr()?, random::<16>()?);
+        let csr = Csr::parse(&csr_der)?;
+        let lifetime_ms = self.inner.lifetime_ms;
+        let signed = match self.renew_of(self.id(), &csr, lifetime_ms, request).await {
+            Err(refusal) if refusal.code == Code::IssuerUnavailable => {
+                let ask = v1::RenewAuthorityRequest { request_id: request.to_vec(), issuer_csr: csr_der, lifetime_ms };
+                self.ask_others(ask, refusal).await
+            }
+            signed => signed,
+        };
+        let (intermediate, cross) = signed?;
+        let issuer = IssuingKey::new(key, intermediate)?;
+        Ok(match cross {
+            Some(cross) => issuer.crossed(cross),
+            None => issuer,
+        })
+    }
+
+    async fn ask_others(
+        &self,
+        ask: v1::RenewAuthorityRequest,
+        mut last: Refusal,
+    ) -> Result<(CertificateDer<'static>, Option<CertificateDer<'static>>), Refusal> {
+        for (id, address) in self.known_members() {
+            let call = async {
+                let channel = self.dial_replica(id, &address).await?;
+                let mut client = v1::membership_client::MembershipClient::new(channel);
+                client.renew_authority(ask.clone()).await.map_err(|s| from_status(&s))
+            };
+            match tokio::time::timeout(ANSWER_MAX, call).await {
+                Ok(Ok(answer)) => {
+                    let answer = answer.into_inner();
+                    let cross = (!answer.cross_der.is_empty()).then(|| CertificateDer::from(answer.cross_der));
+                    return Ok((CertificateDer::from(answer.intermediate_der), cross));
+                }
+                Ok(Err(refusal)) => last = refusal,
+                Err(_) => last = Refusal::new(Code::Unavailable, "an answer", format!("replica {id} is silent")),
+            }
+        }
+        Err(last)
+    }
+
+    /// What this replica shows in handshakes, both as server and as client, under its present intermediate.
+    fn present(&self) -> Result<Arc<CertifiedKey>, Refusal> {
+        let issuer = self.issuer();
+        let roots = self.local(presented_roots);
+        let identity = leaf_of(&issuer, self.id(), self.trust_domain(), &SvidKey::generate()?, roots)?;
+        // Nobody would take what we ourselves would not.
+        let (bundles, denied) = self.local(|s| (s.bundles(), s.denied_authorities()));
+        let trust = trust_of(bundles, denied, self.trust_domain())?;
+        trust.verify_for(Usage::Server, &identity.cert, wall_clock())?;
+        Ok(identity)
+    }
+
+    async fn renew(&self) -> Result<(), Refusal> {
+        let issuer = self.next_issuer().await?;
+        let authority = issuer.authority().to_owned();
+        // On disk before it signs anything: a replica that starts again goes on with it.
+        self.inner.files.put_issuer(&issuer)?;
+        self.keep_later_root();
+        let until = issuer.not_after();
+        self.inner.issuers.replace(issuer);
+        self.show()?;
+        tracing::info!(authority, until_ms = until.0, "this replica has a new intermediate");
+        Ok(())
+    }
+
+    /// Where the first root's key is kept in a file, for `ambitd restore`, that of its successor is too.
+    fn keep_later_root(&self) {
+        let files = &self.inner.files;
+        let kept = files.root(self.trust_domain()).and_then(|first| {
+            let (Some(first), root) = (first, self.active_root()?) else { return Ok(()) };
+            if first.der() == root.der() { Ok(()) } else { files.put_later_root(&root) }
+        });
+        if let Err(refusal) = kept {
+            tracing::warn!(%refusal, "the active root's key is not in a file");
+        }
+    }
+
+    fn show(&self) -> Result<(), Refusal> {
+        self.inner.identity.replace(self.present()?);
+        // What goes over connections from now on goes under the new leaf; calls under way end on theirs.
+        self.cell().reconnect();
+        Ok(())
+    }
+}
+
+/// A root with its key: from the replica's own file, or as `row` has it wrapped to the replica.
+///
+/// # Errors
+/// [`Code::IssuerUnavailable`] where neither is so.
+pub(super) fn open(
+    files: &Files,
+    card: &Card,
+    wrap: &WrapKey,
+    row: Option<RootRow>,
+    id: &RootId,
+) -> Result<Root, Refusal> {
+    let row = row.filter(|row| row.state != RootState::Revoked);
+    if let Some(root) = files.root(&card.trust_domain)?.filter(|root| row.is_some() && fingerprint(root.der()) == *id) {
+        return Ok(root);
+    }
+    let wrapped = row.and_then(|row| row.wrapped.get(&card.replica).cloned().map(|key| (row.der, key)));
+    let Some((der, key)) = wrapped else {
+        let found = format!("replica {}, to which it is not wrapped", card.replica);
+        return Err(Refusal::new(Code::IssuerUnavailable, "a replica that can open the root", found));
+    };
+    Root::pair(&card.trust_domain, CertificateDer::from(der), SvidKey::from_pkcs8(&wrap.unwrap(&key)?)?)
+}
+
+/// A short intermediate for a replica whose last one ended while it was away, signed by itself where it can open the root:
+/// nothing can be committed before its replicas can speak. It is the first thing that it replaces.
+///
+/// # Errors
+/// [`Code::IssuerUnavailable`] where it cannot open the root: then it must join again.
+pub(super) fn begin_again(files: &Files, card: &Card, state: &State) -> Result<IssuingKey, Refusal> {
+    let facts = state.active_root().zip(state.cell().map(|cell| cell.epoch));
+    let ((id, row), epoch) = facts.ok_or_else(|| {
+        Refusal::new(Code::IssuerUnavailable, "an intermediate with time left", "one that ended: join again")
+    })?;
+    let root = open(files, card, &files.wrap()?, Some(row), &id)?;
+    let (key, now) = (SvidKey::generate()?, wall_clock());
+    let lifetime = Lifetime { not_before: now.minus_ms(60_000), not_after: now.plus_ms(AGAIN_MS) };
+    let named = Named { replica: card.replica, epoch };
+    let intermediate = root.begin_again(named, &Csr::parse(&key.csr()?)?, lifetime)?;
+    let issuer = IssuingKey::new(key, intermediate)?;
+    tracing::warn!(
+        authority = issuer.authority(),
+        "the last intermediate ended: this replica begins again with a short one"
+    );
+    files.put_issuer(&issuer)?;
+    Ok(issuer)
+}
+
+/// A TLS leaf for this replica, with everything above it that somebody may know it by.
+pub(super) fn leaf_of(
+    issuer: &IssuingKey,
+    replica: u64,
+    td: &ambit_model::TrustDomain,
+    key: &SvidKey,
+    roots: Vec<CertificateDer<'static>>,
+) -> Result<Arc<CertifiedKey>, Refusal> {
+    let now = wall_clock();
+    let lifetime = Lifetime { not_before: now.minus_ms(60_000), not_after: leaf_end(issuer.lifetime()) };
+    if lifetime.not_after <= now {
+        return Err(Refusal::new(Code::IssuerUnavailable, "an intermediate with time left", "one that ended"));
+    }
+    let mut chain = issuer.replica_leaf(replica, td, lifetime, &Csr::parse(&key.csr()?)?)?;
+    chain.extend(roots);
+    certified(chain, key)
+}
+
+/// The replica's own leaf ends before its intermediate, by the margin that every leaf keeps.
+fn leaf_end(intermediate: Lifetime) -> Stamp {
+    let life = intermediate.not_after.0.saturating_sub(intermediate.not_before.0);
+    intermediate.not_after.minus_ms(ambit_state::ISSUER_MARGIN_MS.min(life / 10))
+}
+
+/// The active root, and the one before it until it is revoked, for those who know only a fingerprint.
+fn presented_roots(s: &State) -> Vec<CertificateDer<'static>> {
+    let bundle = s.bundle_record().map(|bundle| bundle.roots).unwrap_or_default();
+    let shown = bundle.into_iter().filter(|root| root.state != RootState::Prepared);
+    shown.map(|root| root.der.into()).collect()
+}
+
+/// When an intermediate is to be renewed: at half of its life, a tenth earlier or later, so that replicas do not all at
+/// once; now, where it is tainted or another root is active, and where nothing was committed for it.
+fn due(
+    held: Lifetime,
+    lifetime_ms: u64,
+    row: Option<&AuthorityRow>,
+    tainted: bool,
+    active: &RootId,
+    random: u64,
+) -> Stamp {
+    // It is valid a little before it was made, for clocks that lag.
+    let made = held.not_before.plus_ms(ambit_state::NOT_BEFORE_SLACK_MS);
+    let life = held.not_after.0.saturating_sub(made.0);
+    let uncommitted = row.is_none() && life <= AGAIN_MS + 60_000;
+    if tainted || uncommitted || row.is_some_and(|row| row.root != *active) {
+        return Stamp(0);
+    }
+    // What a replica joined with may be longer than what it is to have.
+    let life = life.min(lifetime_ms);
+    made.plus_ms(life / 10 * 4 + random % (life / 10 * 2 + 1))
+}
+
+/// Renews in time, for ever; shows the roots as they change.
+pub(super) async fn keep(replica: Replica) {
+    let mut revisions = replica.watch_revision();
+    let mut random = jitter();
+    let mut shown = None;
+    loop {
+        // A replica that is no member yet has nothing to renew; one whose state is behind may not know of its renewal.
+        let facts = replica.local(|s| {
+            let authority = replica.issuer().authority().to_owned();
+            let row = s.authority(&authority);
+            let tainted = row.as_ref().is_some_and(|row| s.is_tainted(row));
+            let (active, _) = s.active_root()?;
+            s.member(replica.id())?;
+            Some((row, tainted, active, presented_roots(s)))
+        });
+        let mut wait = LOOK;
+        if let Some((row, tainted, active, roots)) = facts {
+            let at =
+                due(replica.issuer().lifetime(), replica.inner.lifetime_ms, row.as_ref(), tainted, &active, random);
+            let now = wall_clock();
+            if at <= now {
+                match replica.renew().await {
+                    Ok(()) => (random, shown) = (jitter(), Some(roots)),
+                    Err(refusal) => {
+                        tracing::warn!(%refusal, "this replica's intermediate is not renewed yet");
+                        wait = RETRY;
+                    }
+                }
+            } else if shown.as_ref() != Some(&roots) {
+                match replica.show() {
+                    Ok(()) => shown = Some(roots),
+                    Err(refusal) => {
+                        tracing::warn!(%refusal, "this replica's own leaf is not renewed yet");
+                        wait = RETRY;
+                    }
+                }
+            }
+            wait = wait.min(Duration::from_millis(at.0.saturating_sub(now.0))).max(Duration::from_millis(50));
+        }
+        tokio::select! {
+            changed = revisions.changed() => if changed.is_err() { return },
+            () = tokio::time::sleep(wait) => {}
+        }
+    }
+}
+
+fn jitter() -> u64 {
+    // Without randomness replicas renew together, which is merely slower.
+    random::<8>().map(u64::from_le_bytes).unwrap_or_default()
+}
+
+/// Wraps roots' keys to replicas that cannot open them yet, so that the loss of no replica is that of the root. Whoever
+/// can open one does it, the leader where it can.
+pub async fn wrap_roots(replica: &Replica) -> Result<(), Refusal> {
+    let (roots, members) = replica.local(|s| {
+        let members: Vec<(u64, Vec<u8>)> = s.members().map(|(id, m)| (id, m.wrap_key.clone())).collect();
+        (s.roots(), members)
+    });
+    for (id, row) in roots.into_iter().filter(|(_, row)| row.state != RootState::Revoked) {
+        let lacking: Vec<_> = members.iter().filter(|(n, _)| !row.wrapped.contains_key(n)).collect();
+        if lacking.is_empty() {
+            continue;
+        }
+        let Ok(root) = replica.open_root(&id) else { continue };
+        let mut wrapped = BTreeMap::new();
+        for (n, public) in lacking {
+            wrapped.insert(*n, ambit_identity::wrap::wrap(public, &root.key().pkcs8())?);
+        }
+        replica.propose_own(Command::WrapRoot(id, wrapped)).await?.outcome?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ambit_state::authorities::AuthorityState;
+
+    const DAY_MS: u64 = 86_400_000;
+
+    #[test]
+    fn a_renewal_is_due_around_half_life_and_at_once_when_what_is_above_it_changed() {
+        let held = Lifetime { not_before: Stamp(970_000), not_after: Stamp(87_400_000) };
+        let row = |root| AuthorityRow {
+            replica: 1,
+            root: [root; 32],
+            serial: [0; 16],
+            lifetime: held,
+            state: AuthorityState::Active,
+        };
+        for random in [0, 7, 17_279_999, 17_280_000, u64::MAX] {
+            for known in [None, Some(&row(1))] {
+                let at = due(held, DAY_MS, known, false, &[1; 32], random).0 - 1_000_000;
+                assert!((34_560_000..=51_840_000).contains(&at), "{at}");
+            }
+        }
+        let joined = Lifetime { not_before: Stamp(970_000), not_after: Stamp(7 * DAY_MS) };
+        let at = due(joined, DAY_MS, None, false, &[1; 32], 0);
+        assert_eq!(at, Stamp(1_000_000 + DAY_MS / 10 * 4), "as it is to be, not as it came");
+        let brief = Lifetime { not_before: Stamp(970_000), not_after: Stamp(1_000_000 + AGAIN_MS) };
+        assert_eq!(due(brief, DAY_MS, None, false, &[1; 32], 0), Stamp(0), "nothing was committed for it");
+        assert_eq!(due(held, DAY_MS, Some(&row(2)), false, &[1; 32], 0), Stamp(0), "under a root that is not active");
+        assert_eq!(due(held, DAY_MS, Some(&row(1)), true, &[1; 32], 0), Stamp(0), "tainted");
+    }
+
+    #[test]
+    fn the_own_leaf_ends_five_minutes_before_a_day_and_a_tenth_before_less() {
+        let of = |ms| leaf_end(Lifetime { not_before: Stamp(0), not_after: Stamp(ms) }).0;
+        assert_eq!(of(86_400_000), 86_400_000 - 300_000);
+        assert_eq!(of(20_000), 18_000);
+    }
+}

@@ -1,0 +1,253 @@
+//! The trust domain's roots and the replicas' intermediates: state, and the steps of a rotation.
+//!
+//! Who must have acknowledged what before a step is asked of all replicas here; whether the step itself is possible is
+//! decided where it is applied.
+
+mod holders;
+
+use super::{OrStatus, request_id};
+use crate::authorise::actor;
+use crate::replica::{Replica, random};
+use ambit_identity::{KeySet, Root, SvidKey, fingerprint};
+use ambit_model::bundle::RootState;
+use ambit_model::{Code, Refusal};
+use ambit_proto::v1;
+use ambit_state::authorities::{RootId, RootRow};
+use ambit_state::objects::KeySetRow;
+use ambit_state::{Command, State};
+use holders::Survey;
+use rustls_pki_types::CertificateDer;
+use sha2::{Digest, Sha256};
+use std::collections::BTreeMap;
+use tonic::{Request, Response, Status};
+
+pub(crate) struct Authorities(pub(crate) Replica);
+
+/// What an operator named: a root by its fingerprint, or an intermediate by its key identifier.
+enum Named {
+    Root(RootId),
+    Intermediate(String),
+}
+
+/// A write as it came: whose, under which id, and how.
+struct Asked {
+    client: [u8; 32],
+    id: [u8; 16],
+    m: v1::X509AuthorityRequest,
+}
+
+impl Asked {
+    fn parse(request: Request<v1::X509AuthorityRequest>) -> Result<Asked, Status> {
+        let client = actor(&request)?.client;
+        let m = request.into_inner();
+        Ok(Asked { client, id: request_id(&m.request_id)?, m })
+    }
+
+    /// A further request id of the same request: some steps take two entries.
+    fn then(&self, step: &str) -> [u8; 16] {
+        let mut id = [0; 16];
+        let digest = Sha256::new().chain_update(self.id).chain_update(step).finalize();
+        id.iter_mut().zip(digest).for_each(|(to, from)| *to = from);
+        id
+    }
+
+    /// What is meant: what was named, or the one root in that state.
+    fn named(&self, s: &State, state: RootState) -> Result<Named, Refusal> {
+        let text = self.m.authority.as_str();
+        let hex = |len: usize| text.len() == len && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+        if hex(40) {
+            return Ok(Named::Intermediate(text.to_owned()));
+        }
+        if hex(64) {
+            return Ok(Named::Root(super::parse_fingerprint(text)?));
+        }
+        if !text.is_empty() {
+            let expected = "a root's fingerprint (64 hex digits) or an intermediate's key identifier (40)";
+            return Err(Refusal::new(Code::BadRequest, expected, text));
+        }
+        let one = s.roots().into_iter().find(|(_, row)| row.state == state).map(|(id, _)| Named::Root(id));
+        one.ok_or_else(|| Refusal::new(Code::RootState, format!("a root that is {}", state.as_str()), "none"))
+    }
+
+    /// Refuses where somebody is missing whom the caller means to wait for.
+    fn waits(&self, code: Code, expected: &str, missing: &[String]) -> Result<(), Refusal> {
+        if missing.is_empty() || self.m.without_acks || self.m.dry_run {
+            return Ok(());
+        }
+        Err(Refusal::new(code, expected, missing.join(", ")))
+    }
+}
+
+#[tonic::async_trait]
+impl v1::local_authority_server::LocalAuthority for Authorities {
+    async fn get_x509_authority_state(
+        &self,
+        request: Request<v1::X509AuthorityStateRequest>,
+    ) -> Result<Response<v1::X509AuthorityState>, Status> {
+        if request.into_inner().local_only {
+            let holders = holders::here(&self.0);
+            return Ok(Response::new(v1::X509AuthorityState { holders, ..Default::default() }));
+        }
+        Ok(Response::new(self.state().await.or_status()?))
+    }
+
+    async fn prepare_x509_authority(
+        &self,
+        request: Request<v1::X509AuthorityRequest>,
+    ) -> Result<Response<v1::X509AuthorityResponse>, Status> {
+        let asked = Asked::parse(request)?;
+        self.prepare(&asked).await.or_status()?;
+        self.answer(Vec::new()).await
+    }
+
+    async fn activate_x509_authority(
+        &self,
+        request: Request<v1::X509AuthorityRequest>,
+    ) -> Result<Response<v1::X509AuthorityResponse>, Status> {
+        let asked = Asked::parse(request)?;
+        let missing = self.activate(&asked).await.or_status()?;
+        self.answer(missing).await
+    }
+
+    async fn taint_x509_authority(
+        &self,
+        request: Request<v1::X509AuthorityRequest>,
+    ) -> Result<Response<v1::X509AuthorityResponse>, Status> {
+        let asked = Asked::parse(request)?;
+        self.taint(&asked).await.or_status()?;
+        self.answer(Vec::new()).await
+    }
+
+    async fn revoke_x509_authority(
+        &self,
+        request: Request<v1::X509AuthorityRequest>,
+    ) -> Result<Response<v1::X509AuthorityResponse>, Status> {
+        let asked = Asked::parse(request)?;
+        let missing = self.revoke(&asked).await.or_status()?;
+        self.answer(missing).await
+    }
+}
+
+impl Authorities {
+    async fn answer(&self, missing: Vec<String>) -> Result<Response<v1::X509AuthorityResponse>, Status> {
+        let state = Some(self.state().await.or_status()?);
+        Ok(Response::new(v1::X509AuthorityResponse { state, missing }))
+    }
+
+    async fn state(&self) -> Result<v1::X509AuthorityState, Refusal> {
+        let survey = Survey::of(&self.0).await?;
+        self.0.read(|s| survey.state(s)).await
+    }
+
+    /// A new root, in every bundle from the entry on, and certified by the active one for those who know only that.
+    async fn prepare(&self, asked: &Asked) -> Result<(), Refusal> {
+        let active = self.0.active_root()?;
+        let (prepared, members) = self.0.local(|s| {
+            let prepared = s.roots().into_iter().find(|(_, row)| row.state == RootState::Prepared);
+            (prepared, s.members().map(|(id, m)| (id, m.wrap_key.clone())).collect::<BTreeMap<_, _>>())
+        });
+        if asked.m.dry_run {
+            return Ok(());
+        }
+        let (der, wrapped) = match prepared {
+            // Prepared before and perhaps not certified: the same again ends what was begun.
+            Some((_, RootRow { der, wrapped, .. })) => (der, wrapped),
+            None => {
+                let mut serial: [u8; 16] = random()?;
+                serial[0] = 0x40 | (serial[0] & 0x3f);
+                let root = Root::create(self.0.trust_domain(), self.0.now(), serial)?;
+                (root.der().to_vec(), wrap_to(&members, root.key())?)
+            }
+        };
+        let command = Command::PrepareRoot(der.clone(), wrapped);
+        let committed = self.0.propose_own(command).await?.into_root()?;
+        self.0.check_clock()?;
+        let id = committed.get().root;
+        let cross = active.cross_sign(&committed, &CertificateDer::from(der))?;
+        self.0.propose_own(Command::CrossSignRoot(id, cross.to_vec())).await?.outcome?;
+        tracing::info!(root = hex::encode(id), "root prepared");
+        Ok(())
+    }
+
+    async fn activate(&self, asked: &Asked) -> Result<Vec<String>, Refusal> {
+        let survey = Survey::of(&self.0).await?;
+        let (id, missing) =
+            self.0.read(|s| root_named(asked, s, RootState::Prepared, |id| survey.missing(s, id))).await??;
+        asked.waits(Code::AcksMissing, "every replica, live node and active peer to hold the root", &missing)?;
+        if asked.m.dry_run {
+            return Ok(missing);
+        }
+        let root = self.0.open_root(&id)?;
+        let keys = self.certify_keys(&root)?;
+        let command = Command::ActivateRoot(id, keys);
+        self.0.propose(asked.client, asked.then("activate"), command).await?.outcome?;
+        tracing::info!(root = hex::encode(id), "root activated");
+        Ok(missing)
+    }
+
+    /// The record keys in force, certified by the next root.
+    fn certify_keys(&self, root: &Root) -> Result<KeySetRow, Refusal> {
+        let td = self.0.trust_domain();
+        let (row, active) =
+            self.0.local(|s| (s.key_set().cloned().unwrap_or_default(), s.cell().map(|c| c.root_der.clone())));
+        let known = KeySet::verify(td, &active.unwrap_or_default(), &row.statement, &row.signature)?;
+        let (statement, signature) = KeySet::certify(root, td, known.seq() + 1, known.keys().to_vec())?;
+        Ok(KeySetRow { statement, signature })
+    }
+
+    async fn taint(&self, asked: &Asked) -> Result<(), Refusal> {
+        let named = self.0.read(|s| asked.named(s, RootState::Old)).await??;
+        if asked.m.dry_run {
+            return Ok(());
+        }
+        let command = match named {
+            Named::Root(id) => Command::TaintRoot(id),
+            Named::Intermediate(id) => Command::TaintAuthority(id),
+        };
+        self.0.propose(asked.client, asked.then("taint"), command).await?.outcome?;
+        Ok(())
+    }
+
+    async fn revoke(&self, asked: &Asked) -> Result<Vec<String>, Refusal> {
+        let survey = Survey::of(&self.0).await?;
+        let decide = |s: &State| {
+            Ok::<_, Refusal>(match asked.named(s, RootState::Tainted)? {
+                Named::Root(id) => (Command::RevokeRoot(id), survey.stranded(s, &id)),
+                Named::Intermediate(id) => (Command::RevokeAuthority(id.clone()), survey.under(s, &id)),
+            })
+        };
+        let (command, missing) = self.0.read(decide).await??;
+        asked.waits(
+            Code::AuthorityInUse,
+            "nobody who shows what is under it, and all to verify by another root",
+            &missing,
+        )?;
+        if asked.m.dry_run {
+            return Ok(missing);
+        }
+        self.0.propose(asked.client, asked.then("revoke"), command).await?.outcome?;
+        Ok(missing)
+    }
+}
+
+fn root_named<T>(
+    asked: &Asked,
+    s: &State,
+    state: RootState,
+    then: impl FnOnce(&RootId) -> T,
+) -> Result<(RootId, T), Refusal> {
+    match asked.named(s, state)? {
+        Named::Root(id) => Ok((id, then(&id))),
+        Named::Intermediate(id) => Err(Refusal::new(Code::BadRequest, "a root's fingerprint (64 hex digits)", id)),
+    }
+}
+
+fn wrap_to(members: &BTreeMap<u64, Vec<u8>>, key: &SvidKey) -> Result<BTreeMap<u64, Vec<u8>>, Refusal> {
+    let pkcs8 = key.pkcs8();
+    members.iter().map(|(id, public)| Ok((*id, ambit_identity::wrap::wrap(public, &pkcs8)?))).collect()
+}
+
+/// The name of a root, as operators compare it.
+fn shown(der: &[u8]) -> String {
+    hex::encode(fingerprint(der))
+}

@@ -1,0 +1,107 @@
+//! Intermediates of replicas: renewed by themselves, tainted and revoked by operators.
+
+use super::{At, cell_row, export, payload, touch};
+use crate::authorities::{AuthorityRow, AuthorityState, authority_of};
+use crate::command::Reply;
+use crate::committed::ReplicaAuthority;
+use crate::objects::Member;
+use crate::state::State;
+use ambit_model::record::Kind;
+use ambit_model::{Code, Lifetime, Refusal, ReplicaId, Stamp};
+
+/// As design.md has it: an intermediate lasts a week at most.
+pub(crate) const LIFETIME_MS_MAX: u64 = 7 * 24 * 3_600_000;
+/// Below this nothing could be renewed in time; cells outside a lab are configured for a day at least.
+const LIFETIME_MS_MIN: u64 = 5_000;
+/// Intermediates of one replica at once: it renews at half of the lifetime, so a third is already one that was lost on its way.
+const PER_REPLICA_MAX: usize = 16;
+/// Denials are kept this long after the intermediate ended: the clocks that judge differ.
+const DENIAL_SKEW_MS: u64 = crate::ISSUER_MARGIN_MS;
+
+pub(super) fn renew(
+    s: &mut State,
+    at: At,
+    replica: u64,
+    key_hash: &[u8; 32],
+    lifetime_ms: u64,
+) -> Result<Reply, Refusal> {
+    let cell = cell_row(s)?;
+    let none = || Refusal::new(Code::NotFound, "a replica of this cell", replica.to_string());
+    let member = s.member(replica).cloned().ok_or_else(none)?;
+    if !(LIFETIME_MS_MIN..=LIFETIME_MS_MAX).contains(&lifetime_ms) {
+        let expected = format!("a lifetime of {LIFETIME_MS_MIN}-{LIFETIME_MS_MAX} ms");
+        return Err(Refusal::new(Code::BadRequest, expected, lifetime_ms.to_string()));
+    }
+    let id = authority_of(key_hash);
+    if s.authority(&id).is_some() {
+        return Err(Refusal::new(Code::AlreadyExists, "a new issuing key", id));
+    }
+    let held = s.authorities.iter().filter(|(_, row)| row.replica == replica && row.lifetime.not_after > at.stamp);
+    if held.count() >= PER_REPLICA_MAX {
+        let expected = format!("at most {PER_REPLICA_MAX} intermediates of a replica at once");
+        return Err(Refusal::new(Code::Busy, expected, "one more"));
+    }
+    let none = || Refusal::new(Code::IssuerUnavailable, "an active root", "none");
+    let (root, _) = s.active_root().ok_or_else(none)?;
+    let lifetime = Lifetime {
+        not_before: at.stamp.minus_ms(crate::NOT_BEFORE_SLACK_MS),
+        not_after: at.stamp.plus_ms(lifetime_ms),
+    };
+    let serial = super::issue::serial(cell.epoch, at, 0);
+    keep_row(s, &member.authority);
+    let row = AuthorityRow { replica, root, serial, lifetime, state: AuthorityState::Active };
+    s.authorities.put(&mut s.journal, id.clone(), row);
+    let member = Member { authority: id, authority_not_after: lifetime.not_after, ..member };
+    s.members.put(&mut s.journal, replica, member);
+    let (replica, epoch, key_hash) = (ReplicaId(replica), cell.epoch, *key_hash);
+    Ok(Reply::Authority(Box::new(ReplicaAuthority { replica, epoch, root, key_hash, serial, lifetime })))
+}
+
+/// What a replica joined with gets a row of its own before it is replaced or judged.
+fn keep_row(s: &mut State, id: &str) {
+    if !s.authorities.contains(&id.to_owned())
+        && let Some(row) = s.authority(id)
+    {
+        s.authorities.put(&mut s.journal, id.to_owned(), row);
+    }
+}
+
+fn named(s: &State, id: &str) -> Result<AuthorityRow, Refusal> {
+    s.authority(id).ok_or_else(|| Refusal::new(Code::NotFound, "an intermediate of this cell, by name", id))
+}
+
+pub(super) fn taint(s: &mut State, at: At, id: &str) -> Result<Reply, Refusal> {
+    let row = named(s, id)?;
+    if row.state != AuthorityState::Active {
+        return Err(Refusal::new(Code::RootState, "an active intermediate", row.state.as_str()));
+    }
+    s.authorities.put(&mut s.journal, id.to_owned(), AuthorityRow { state: AuthorityState::Tainted, ..row });
+    touch(s, at);
+    Ok(Reply::Done)
+}
+
+pub(super) fn revoke(s: &mut State, at: At, id: &str) -> Result<Reply, Refusal> {
+    let row = named(s, id)?;
+    if row.state != AuthorityState::Tainted {
+        return Err(Refusal::new(Code::RootState, "a tainted intermediate", row.state.as_str()));
+    }
+    // A replica that is here and tainted renews within a second; one that does not is lost, and is to be removed.
+    if let Some((replica, _)) = s.members().find(|(_, m)| m.authority == id) {
+        let found = format!("replica {replica} has none but it");
+        return Err(Refusal::new(Code::AuthorityInUse, "an intermediate that no replica signs with", found));
+    }
+    let (td, until) = (cell_row(s)?.trust_domain, row.lifetime.not_after);
+    s.authorities.put(&mut s.journal, id.to_owned(), AuthorityRow { state: AuthorityState::Revoked, ..row });
+    s.authority_denials.put(&mut s.journal, (td, id.to_owned()), until);
+    export(s, Kind::AuthorityDenial, id.to_owned(), payload(&until)?);
+    touch(s, at);
+    Ok(Reply::Done)
+}
+
+/// Forgets intermediates that no clock of the cell can still take for valid, and denials of such.
+pub(super) fn forget(s: &mut State, now: Stamp) {
+    let current: Vec<String> = s.members().map(|(_, m)| m.authority.clone()).collect();
+    s.authorities
+        .prune(&mut s.journal, |id, row| row.lifetime.not_after.plus_ms(DENIAL_SKEW_MS) < now && !current.contains(id));
+    s.authority_denials.prune(&mut s.journal, |_, until| until.plus_ms(DENIAL_SKEW_MS) < now);
+}
