@@ -86,8 +86,13 @@ fn open(config: &Config, files: &Files, verdicts: super::verdicts::Verdicts) -> 
     }
     let cell = Cell::open(raft_options(config, card.replica)?, network).map_err(start_failed)?;
     let _ = late.set(cell.clone());
-    if cell.state().cell().is_some() {
-        trust.replace(trust_of(cell.state().bundles(), cell.state().denied_authorities(), &card.trust_domain)?);
+    // One look at a time: a second would wait for a writer that waits for the first.
+    let known = {
+        let state = cell.state();
+        state.cell().map(|_| (state.bundles(), state.denied_authorities()))
+    };
+    if let Some((bundles, denied)) = known {
+        trust.replace(trust_of(bundles, denied, &card.trust_domain)?);
     }
     let inner = Inner {
         cell,
