@@ -112,11 +112,20 @@ impl Ours {
     pub(super) async fn connect(&mut self) -> Result<()> {
         self._streams = self.bench.connect(self.nodes.clone(), &Arc::default()).await?;
         for (n, node) in self.nodes.iter().enumerate() {
-            let identity = Identity::new(Some(node.identity.clone()));
-            let channel = self.bench.cell.channel_as(identity, n % REPLICAS + 1).await?;
-            self.clients.push(SvidClient::new(channel));
+            self.clients.push(SvidClient::new(self.channel(node, n % REPLICAS + 1).await?));
         }
         Ok(())
+    }
+
+    /// Replicas that make the first slices of all nodes may let a handshake wait.
+    async fn channel(&self, node: &Enrolled, replica: usize) -> Result<Channel> {
+        let until = Instant::now() + PATIENCE;
+        loop {
+            match self.bench.cell.channel_as(Identity::new(Some(node.identity.clone())), replica).await {
+                Err(_) if Instant::now() < until => tokio::time::sleep(RETRY_AFTER).await,
+                channel => return Ok(channel?),
+            }
+        }
     }
 
     /// Has `batch` leaves signed for one node after the other.
