@@ -87,6 +87,8 @@ pub enum Verb {
     Svid(Svid),
     /// Objects as they change, a line each; goes on at another replica where one is lost
     Watch(Watch),
+    /// Reads SPIRE's ClusterStaticEntry, ClusterSPIFFEID and ClusterFederatedTrustDomain as entries and relationships
+    Apply(Apply),
     /// Foreign trust domains that are no cells, and their bundles
     #[command(subcommand)]
     Federation(Federation),
@@ -106,6 +108,19 @@ pub enum Verb {
     /// Rehearsed disaster, measured and sealed
     #[command(subcommand)]
     Drill(Drill),
+}
+
+#[derive(Debug, clap::Args)]
+pub struct Apply {
+    /// The file; `-` reads standard input
+    #[arg(short, long)]
+    pub file: PathBuf,
+    /// The cluster of entries that name a node, or nothing, as their parent
+    #[arg(long)]
+    pub cluster: Option<ambit_model::ClusterId>,
+    /// Only say whether all of it can be said here
+    #[arg(long)]
+    pub dry_run: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -385,6 +400,8 @@ mod tests {
             ("ambit federation put example.org --url https://b.example.org/", false),
             ("ambit federation put example.org --url https://b.example.org/ --profile https-spiffe", false),
             ("ambit federation put Example.org --url https://b.example.org/ --profile https-web", false),
+            ("ambit apply -f spire.yaml --cluster west --dry-run", true),
+            ("ambit apply spire.yaml", false),
             ("ambit deny id spiffe://west/web", true),
             ("ambit deny id web", false),
             ("ambit svid revoke spiffe://west/web", true),

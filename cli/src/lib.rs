@@ -11,5 +11,6 @@ pub mod drill;
 pub mod duration;
 pub mod exit;
 pub mod output;
+pub mod spire;
 pub mod verbs;
 pub mod when;

@@ -1,6 +1,7 @@
 //! The verbs: each asks the cell and turns the answer into rows.
 
 mod admin;
+mod apply;
 mod attest;
 mod check;
 mod cluster;
@@ -66,6 +67,7 @@ pub async fn run(args: Args) -> Result<Answer, Refusal> {
         Verb::Raft(verb) => raft::run(&session, verb).await,
         Verb::Attest(verb) => attest::run(&session, verb).await,
         Verb::Svid(verb) => svid::run(&session, verb).await,
+        Verb::Apply(options) => apply::run(&session, options).await,
         Verb::Federation(verb) => federation::run(&session, verb).await,
         Verb::Deny(verb) => deny::run(&session, verb).await,
         Verb::Watch(options) => watch::run(&session, options).await,

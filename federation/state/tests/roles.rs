@@ -131,6 +131,7 @@ fn an_administrator_of_a_cluster_touches_nothing_of_another() {
         ),
         ("own entry written over", put(own("web")), true),
         ("another's entry taken over", put(own("db")), false),
+        ("another's entry taken over for an own identity", put(named("db", "spiffe://west/web")), false),
         ("own entry handed over", put(theirs("web")), false),
         ("own entry deleted", delete(&["web"]), true),
         ("another's deleted", delete(&["web", "db"]), false),
