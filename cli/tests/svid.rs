@@ -55,6 +55,10 @@ impl Drop for Made {
     }
 }
 
+/// RFC 7517 A.1's first key, as a key of JWT-SVIDs.
+const JWT_KEY: &str = r#"{"kty":"EC","use":"jwt-svid","kid":"a","crv":"P-256",
+    "x":"MKBCTNIcKUSDii11ySs3526iDZ8AiTo7Tu6KPAqv7D4","y":"4Etl6SRW2YiLUrN5vfvVHuhp7x8PxltmWWlbbM4IFyM"}"#;
+
 fn openssl(args: &[&str]) {
     let out = Command::new("openssl").args(args).output().unwrap();
     assert!(out.status.success(), "openssl {args:?}: {}", String::from_utf8_lossy(&out.stderr));
@@ -259,7 +263,8 @@ fn bundles_are_read_in_each_form_and_refused_when_they_are_none() {
             "bundle_malformed",
         ),
         ("no kid on a JWT key", bundle(r#"{"kty":"EC","use":"jwt-svid"}"#), 2, "bundle_malformed"),
-        ("a kid twice", bundle(&[r#"{"kty":"EC","use":"jwt-svid","kid":"a"}"#; 2].join(",")), 2, "each kid once"),
+        ("a JWT key of no curve", bundle(r#"{"kty":"EC","use":"jwt-svid","kid":"a"}"#), 2, "bundle_malformed"),
+        ("a kid twice", bundle(&[JWT_KEY; 2].join(",")), 2, "each kid once"),
         ("no x5c", bundle(r#"{"kty":"EC","use":"x509-svid"}"#), 2, "bundle_malformed"),
         ("x5c that is no certificate", bundle(&key(r#"["AAAA"]"#)), 2, "bundle_malformed"),
         ("a hint of 2^63", good.replace("300", "9223372036854775808"), 2, "bundle_malformed"),

@@ -18,6 +18,7 @@ use ambit_tests::process::{must_run, run};
 use ambit_tests::tpm::Maker;
 use ambitd::raft::{Options, rebase};
 use ambitd::replica::files::Files;
+use base64::Engine as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -110,8 +111,9 @@ async fn every_replica_signs_tokens_that_others_verify_and_none_holds_the_key_in
         let theirs = pyjwt(&one.token, &known[0].spki_der, "b");
         assert!(theirs.contains(r#""sub": "spiffe://west/web""#), "{theirs}");
         assert_eq!(pyjwt(&one.token, &known[0].spki_der, "c"), "InvalidAudienceError");
-        let (rest, _) = one.token.rsplit_once('.').unwrap();
-        let forged = format!("{rest}.{}", tokens[0].token.rsplit_once('.').unwrap().1.replace('A', "B"));
+        let (rest, signature) = one.token.rsplit_once('.').unwrap();
+        let first = if signature.starts_with('A') { 'B' } else { 'A' };
+        let forged = format!("{rest}.{first}{}", &signature[1..]);
         assert_eq!(pyjwt(&forged, &known[0].spki_der, "b"), "InvalidSignatureError");
     }
     let jti =
@@ -312,6 +314,33 @@ async fn an_administrator_mints_and_the_cell_keeps_who_did() {
     .await;
     let known = keys(&cell, 1).await;
     assert!(pyjwt(&minted, &known[0].spki_der, "https://a.example").contains("spiffe://west/ci"));
+    // As a file, with the bundle as a document.
+    let (token, document) = (cell.file("token").display().to_string(), cell.file("bundle.json").display().to_string());
+    std::fs::write(&token, &minted).unwrap();
+    let url = |bytes: &[u8]| base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(bytes);
+    let (x, y) = known[0].spki_der[27..].split_at(32);
+    let key = serde_json::json!({
+        "kty": "EC", "use": "jwt-svid", "kid": known[0].kid, "crv": "P-256", "x": url(x), "y": url(y),
+    });
+    std::fs::write(&document, serde_json::json!({ "keys": [key] }).to_string()).unwrap();
+    let bundle = format!("west={document}");
+    let judged = |more: &[&str]| {
+        let argv = [&[ambit.as_str(), "svid", "verify", &token, "--bundle", &bundle][..], more].concat();
+        run(&argv).unwrap()
+    };
+    let good = judged(&["--audience", "https://a.example"]);
+    assert!(good.status.success(), "{}", String::from_utf8_lossy(&good.stdout));
+    for (more, exit, says) in [
+        (&["--audience", "https://b.example"][..], 4, "jwt_audience"),
+        (&["--audience", "https://a.example", "--at", "2039-01-01T00:00:00Z"], 4, "jwt_untrusted"),
+        (&["--audience", "https://a.example", "--trust-domain", "east"], 4, "jwt_untrusted"),
+        (&[], 2, "bad_request"),
+    ] {
+        let out = judged(more);
+        let told = [out.stdout, out.stderr].concat();
+        assert_eq!(out.status.code(), Some(exit), "{more:?}: {}", String::from_utf8_lossy(&told));
+        assert!(String::from_utf8_lossy(&told).contains(says), "{more:?}: {}", String::from_utf8_lossy(&told));
+    }
     let mut client = SvidClient::new(cell.admin(1).await.unwrap());
     let issued = client.list_issued(v1::ListIssuedRequest { limit: 0 }).await.unwrap().into_inner().issued;
     let rows: Vec<_> = issued.iter().map(|i| (i.kind.as_str(), i.spiffe_id.as_str(), i.subject.as_str())).collect();

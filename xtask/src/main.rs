@@ -41,6 +41,7 @@ usage: cargo xtask <verb>
   bench attest          CPU time of enrolments and rounds, and of 10,000 nodes that attest (release; 6 minutes)
   bench raft            a cell of three replicas beside etcd of Debian, in turn: writes, reads, failover, restart, memory
                         (release; 6 minutes)
+  bench issuance        certificates from a cell of three replicas beside cfssl of Debian, in turn (release; 4 minutes)
   build-bpf [--check]   compile the kernel programs again; --check compares with the committed objects
   mutants [PART]        break each check of the verifier in a copy; last line: N checks, N proven
   fuzz --seconds N [--target NAME] [--merge]
@@ -98,7 +99,7 @@ fn run(args: &[&str]) -> Result<(), Stop> {
         ["sim", "--mutants"] => sim::mutants(),
         ["sim", options @ ..] if !options.is_empty() => sim::run(options),
         ["bench", name @ ("memory" | "revoke")] => lab::bench(name),
-        ["bench", name @ ("attest" | "raft")] => lab::bench_cell(name),
+        ["bench", name @ ("attest" | "issuance" | "raft")] => lab::bench_cell(name),
         ["bench", name] if !name.starts_with('-') => unbuilt::bench(name),
         ["fuzz", options @ ..] => fuzz::run(options),
         [] => Err(Stop::Usage("which verb?".into())),

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 #[derive(Debug, Subcommand)]
 pub enum Svid {
-    /// Whether an X.509-SVID is valid: exit code 0, or 4 with the reason
+    /// Whether an X.509-SVID or a JWT-SVID is valid: exit code 0, or 4 with the reason
     Verify(SvidVerify),
     /// Certifies a new key, or signs a token, for an identity that no node speaks for. The cell keeps who did it
     Mint(SvidMint),
@@ -36,7 +36,7 @@ pub struct SvidMint {
 
 #[derive(Debug, clap::Args)]
 pub struct SvidVerify {
-    /// The chain, leaf first (PEM), or one certificate (PEM or DER)
+    /// The chain, leaf first (PEM), one certificate (PEM or DER), or a token
     pub file: PathBuf,
     /// A SPIFFE bundle or bundle map (JSON), or roots (PEM); whose it is: TD=FILE, or its roots say; repeat for more
     #[arg(long = "bundle", value_name = "[TD=]FILE", required = true)]
@@ -50,6 +50,9 @@ pub struct SvidVerify {
     /// The end at which it is presented
     #[arg(long, value_enum, default_value = "client")]
     pub usage: SvidUsage,
+    /// Of a token: to whom it is presented
+    #[arg(long, value_name = "RECIPIENT")]
+    pub audience: Option<String>,
 }
 
 /// See [`SvidVerify::usage`].

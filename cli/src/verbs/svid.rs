@@ -1,6 +1,7 @@
 //! `ambit svid`: certificates checked to the letter of the SPIFFE standard, without a cell.
 
 mod mint;
+mod token;
 
 use super::Session;
 use crate::args::{BundleFile, Svid, SvidUsage, SvidVerify};
@@ -29,15 +30,19 @@ pub(super) async fn run(session: &Session, verb: Svid) -> Result<Answer, Refusal
 }
 
 fn verify(form: Form, options: &SvidVerify) -> Result<Answer, Refusal> {
+    if let Some(token) = token::of(&read_bytes(&options.file)?) {
+        return token::verify(form, options, &token);
+    }
+    if let Some(audience) = &options.audience {
+        return Err(Refusal::new(
+            Code::BadRequest,
+            "a token, where --audience is given",
+            format!("{audience} for another file"),
+        ));
+    }
     let chain = certificates(&options.file)?;
     let (trust, domains) = trust(options)?;
-    let at = match &options.at {
-        None => now_ms(),
-        Some(text) => {
-            let expected = "a time as 2026-11-23T14:03:26Z";
-            parse_utc(text).ok_or_else(|| Refusal::new(Code::BadRequest, expected, text.clone()))?
-        }
-    };
+    let at = instant(options)?;
     let usage = match options.usage {
         SvidUsage::Client => Usage::Client,
         SvidUsage::Server => Usage::Server,
@@ -45,8 +50,14 @@ fn verify(form: Form, options: &SvidVerify) -> Result<Answer, Refusal> {
     let judged = verify_svid_for(usage, &chain, &trust, Stamp(at)).and_then(|peer| wanted(options, peer));
     Ok(match judged {
         Ok(peer) => valid(form, &chain, &peer, at),
-        Err(refusal) => refused(form, &chain, &refusal, &domains),
+        Err(refusal) => refused(form, chain.len(), &refusal, &domains),
     })
+}
+
+fn instant(options: &SvidVerify) -> Result<u64, Refusal> {
+    let Some(text) = &options.at else { return Ok(now_ms()) };
+    let expected = "a time as 2026-11-23T14:03:26Z";
+    parse_utc(text).ok_or_else(|| Refusal::new(Code::BadRequest, expected, text.clone()))
 }
 
 /// With `--trust-domain`, an identity of that one.
@@ -77,14 +88,14 @@ fn valid(form: Form, chain: &[CertificateDer<'_>], peer: &PeerSvid, at: u64) -> 
     Answer::ok(shown(form, &value, text))
 }
 
-fn refused(form: Form, chain: &[CertificateDer<'_>], refusal: &Refusal, domains: &[TrustDomain]) -> Answer {
+fn refused(form: Form, certificates: usize, refusal: &Refusal, domains: &[TrustDomain]) -> Answer {
     let value = json!({
         "verdict": "refused",
         "code": refusal.code.as_str(),
         "expected": refusal.expected,
         "found": refusal.found,
         "remedy": refusal.code.remedy(),
-        "certificates": chain.len(),
+        "certificates": certificates,
         "bundles": domains.iter().map(TrustDomain::as_str).collect::<Vec<_>>(),
     });
     let text = || {

@@ -2,12 +2,13 @@
 
 use crate::csr::Csr;
 use crate::keys::{SvidKey, internal};
+use crate::leaf::{Leaf, certificate};
 use ambit_model::{Code, DnsName, Generation, Lifetime, NodeId, Refusal, SpiffeId, Stamp, TrustDomain};
 use ambit_state::committed::ReplicaAdmission;
 use ambit_state::{Committed, Issuance};
 use rcgen::{
-    BasicConstraints, CertificateParams, CustomExtension, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
-    Issuer, KeyIdMethod, KeyUsagePurpose, SanType, SerialNumber, SubjectPublicKeyInfo,
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, IsCa, Issuer, KeyIdMethod, KeyUsagePurpose,
+    SanType, SerialNumber, SigningKey as _, SubjectPublicKeyInfo,
 };
 use rustls_pki_types::CertificateDer;
 use sha2::{Digest, Sha256};
@@ -145,7 +146,6 @@ impl Root {
 
     /// Signs a statement (a key set) as the root.
     pub(crate) fn sign(&self, bytes: &[u8]) -> Result<Vec<u8>, Refusal> {
-        use rcgen::SigningKey;
         self.key.pair.sign(bytes).map_err(|e| internal("a signature", e))
     }
 }
@@ -165,19 +165,28 @@ pub struct IssuingKey {
     intermediate: CertificateDer<'static>,
     authority: String,
     not_after: Stamp,
+    /// The intermediate's subject, DER.
+    subject: Vec<u8>,
+    /// The intermediate's key identifier.
+    key_id: Vec<u8>,
 }
 
 impl IssuingKey {
     /// Pairs the key with its intermediate, which must certify it.
     pub fn new(key: SvidKey, intermediate: CertificateDer<'static>) -> Result<Self, Refusal> {
-        use x509_parser::prelude::{FromDer, X509Certificate};
+        use x509_parser::prelude::{FromDer, ParsedExtension, X509Certificate};
         let (_, cert) = X509Certificate::from_der(&intermediate).map_err(|e| internal("a readable intermediate", e))?;
         let spki = spki_of(&key);
         if cert.public_key().raw != spki.as_slice() {
             return Err(Refusal::new(Code::AuthorityMismatch, "an intermediate of this key", "of another"));
         }
         let not_after = Stamp(u64::try_from(cert.validity().not_after.timestamp()).unwrap_or(0).saturating_mul(1000));
-        Ok(Self { authority: hex::encode(key_id(&spki)), key, not_after, intermediate })
+        let own_id = cert.iter_extensions().find_map(|e| match e.parsed_extension() {
+            ParsedExtension::SubjectKeyIdentifier(id) => Some(id.0.to_vec()),
+            _ => None,
+        });
+        let (subject, key_id) = (cert.subject().as_raw().to_vec(), own_id.unwrap_or_else(|| key_id(&spki)));
+        Ok(Self { authority: hex::encode(&key_id), key, not_after, subject, key_id, intermediate })
     }
     /// Subject key identifier (hex): the name of this authority in every issuance.
     pub fn authority(&self) -> &str {
@@ -205,26 +214,21 @@ impl IssuingKey {
         serial: &[u8; 16],
         csr: &Csr,
     ) -> Result<Vec<CertificateDer<'static>>, Refusal> {
-        let mut params = base(lifetime, serial)?;
-        // SPIFFE X509-SVID 2: the SAN is critical because the subject is empty (RFC 5280 4.2.1.6); rcgen does so.
-        params.subject_alt_names = vec![uri(id.as_str())?];
-        for name in dns_names {
-            let name = name.as_str().try_into().map_err(|e| internal("an IA5 DNS name", e))?;
-            params.subject_alt_names.push(SanType::DnsName(name));
-        }
-        params.is_ca = IsCa::ExplicitNoCa;
-        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
-        params.key_identifier_method = KeyIdMethod::PreSpecified(key_id(csr.spki()));
-        if let Some((node, generation, epoch)) = binding {
-            let content = binding_der(&node, generation, epoch);
-            params.custom_extensions.push(CustomExtension::from_oid_content(NODE_BINDING_OID, content));
-        }
-        let issuer =
-            Issuer::from_ca_cert_der(&self.intermediate, &self.key.pair).map_err(|e| internal("an issuer", e))?;
-        let spki = SubjectPublicKeyInfo::from_der(csr.spki()).map_err(|e| internal("a key", e))?;
-        let cert = params.signed_by(&spki, &issuer).map_err(|e| internal("a leaf", e))?;
-        Ok(vec![cert.der().clone(), self.intermediate.clone()])
+        let leaf = Leaf {
+            serial,
+            issuer: &self.subject,
+            authority_key: &self.key_id,
+            lifetime,
+            id,
+            dns_names,
+            spki: csr.spki(),
+            subject_key: &key_id(csr.spki()),
+            binding,
+        };
+        let to_be_signed = leaf.to_be_signed()?;
+        let signature = self.key.pair.sign(&to_be_signed).map_err(|e| internal("a leaf", e))?;
+        let leaf = CertificateDer::from(certificate(&to_be_signed, &signature));
+        Ok(vec![leaf, self.intermediate.clone()])
     }
 
     /// This replica's own TLS leaf, under the admission that gave it the intermediate.
@@ -255,18 +259,6 @@ impl IssuingKey {
         serial[15] = 1;
         self.leaf(&td.member(&format!("/ambit/admin/{name}"))?, &[], None, lifetime, &serial, csr)
     }
-}
-
-fn binding_der(node: &NodeId, generation: Generation, epoch: u64) -> Vec<u8> {
-    let mut body = vec![0x04, 32];
-    body.extend(node.0);
-    body.extend([0x04, 8]);
-    body.extend(generation.0.to_be_bytes());
-    body.extend([0x04, 8]);
-    body.extend(epoch.to_be_bytes());
-    let mut out = vec![0x30, body.len() as u8];
-    out.extend(body);
-    out
 }
 
 /// Signs the leaf that was committed: leaf and intermediate, leaf first. Refuses another authority or another key.

@@ -2,8 +2,9 @@
 //! domains. A document names no trust domain; who fetched it knows whose it is.
 
 use crate::json::Once;
+use crate::jwk;
 use crate::profile;
-use ambit_model::{Code, Refusal, TrustDomain};
+use ambit_model::{Code, JwtAuthority, Refusal, TrustDomain};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde::Deserialize;
@@ -25,6 +26,24 @@ pub type Roots = Vec<Vec<u8>>;
 /// # Errors
 /// [`Code::BundleMalformed`].
 pub fn roots(document: &str) -> Result<Roots, Refusal> {
+    Ok(contents(document)?.roots)
+}
+
+/// The keys of JWT-SVIDs in a bundle document.
+///
+/// # Errors
+/// [`Code::BundleMalformed`].
+pub fn jwt_authorities(document: &str) -> Result<Vec<JwtAuthority>, Refusal> {
+    Ok(contents(document)?.jwt_authorities)
+}
+
+/// What a bundle holds.
+struct Contents {
+    roots: Roots,
+    jwt_authorities: Vec<JwtAuthority>,
+}
+
+fn contents(document: &str) -> Result<Contents, Refusal> {
     bounded(document)?;
     let Once(object) = serde_json::from_str(document).map_err(|e| bad("a JSON object", e.to_string()))?;
     read(&object)
@@ -35,6 +54,18 @@ pub fn roots(document: &str) -> Result<Roots, Refusal> {
 /// # Errors
 /// [`Code::BundleMalformed`], also for a trust domain that comes twice.
 pub fn roots_of_map(document: &str) -> Result<BTreeMap<TrustDomain, Roots>, Refusal> {
+    Ok(contents_of_map(document)?.into_iter().map(|(td, bundle)| (td, bundle.roots)).collect())
+}
+
+/// The keys of JWT-SVIDs in a bundle map.
+///
+/// # Errors
+/// As [`roots_of_map`].
+pub fn jwt_authorities_of_map(document: &str) -> Result<BTreeMap<TrustDomain, Vec<JwtAuthority>>, Refusal> {
+    Ok(contents_of_map(document)?.into_iter().map(|(td, bundle)| (td, bundle.jwt_authorities)).collect())
+}
+
+fn contents_of_map(document: &str) -> Result<BTreeMap<TrustDomain, Contents>, Refusal> {
     #[derive(Deserialize)]
     struct Document {
         trust_domains: Once,
@@ -57,7 +88,7 @@ pub fn is_map(document: &str) -> bool {
         && serde_json::from_str::<Map<String, Value>>(document).is_ok_and(|o| o.contains_key("trust_domains"))
 }
 
-fn read(object: &Map<String, Value>) -> Result<Roots, Refusal> {
+fn read(object: &Map<String, Value>) -> Result<Contents, Refusal> {
     let number = |name: &str| match object.get(name) {
         None => Ok(None),
         Some(value) => {
@@ -72,24 +103,24 @@ fn read(object: &Map<String, Value>) -> Result<Roots, Refusal> {
     if keys.len() > KEYS_MAX {
         return Err(bad(&format!("at most {KEYS_MAX} keys"), keys.len().to_string()));
     }
-    let (mut roots, mut kids) = (Vec::new(), BTreeSet::new());
+    let (mut roots, mut kids, mut jwt_authorities) = (Vec::new(), BTreeSet::new(), Vec::new());
     for (n, key) in keys.iter().enumerate() {
         let jwk = key.as_object().ok_or_else(|| bad("a JWK", format!("key {n}: {key}")))?;
         let text = |name: &str| jwk.get(name).and_then(Value::as_str);
         match (text("kty").unwrap_or_default(), text("use").unwrap_or_default()) {
             ("EC" | "RSA" | "OKP", "x509-svid") => roots.push(root(n, jwk)?),
             ("EC" | "RSA", "jwt-svid") => {
-                let kid = text("kid").filter(|kid| !kid.is_empty());
-                let kid = kid.ok_or_else(|| bad("a kid in a jwt-svid key", format!("none in key {n}")))?;
-                if !kids.insert(kid) {
-                    return Err(bad("each kid once", format!("'{kid}' twice")));
+                let authority = jwk::authority(jwk).map_err(|expected| bad(expected, format!("another key {n}")))?;
+                if !kids.insert(authority.kid.clone()) {
+                    return Err(bad("each kid once", format!("'{}' twice", authority.kid)));
                 }
+                jwt_authorities.push(authority);
             }
             // Of a kind or use that nobody here knows it is passed over (section 4.2.2).
             _ => {}
         }
     }
-    Ok(roots)
+    Ok(Contents { roots, jwt_authorities })
 }
 
 /// The certificate of an x509-svid key. A publisher gives exactly one; of several a reader takes the first.

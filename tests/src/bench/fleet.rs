@@ -37,9 +37,9 @@ const ALLOW_MAX: usize = 5_000;
 const NODES_BYTES_MAX: usize = 64 * 1024 * 1024;
 
 /// The cell and who its leader is.
-struct Bench {
-    cell: Cell,
-    leader: usize,
+pub(super) struct Bench {
+    pub(super) cell: Cell,
+    pub(super) leader: usize,
 }
 
 /// All figures of this part.
@@ -60,7 +60,7 @@ pub(super) async fn run(table: &mut Table, nodes: usize) -> Result<()> {
     attest(table, &mut bench, fleet, &idle, &empty).await
 }
 
-fn descriptors() -> Result<()> {
+pub(super) fn descriptors() -> Result<()> {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     // Only root raises the hard limit; without it a smaller fleet still runs. The replicas inherit it.
     setrlimit(Resource::RLIMIT_NOFILE, DESCRIPTORS, DESCRIPTORS.max(hard))
@@ -76,7 +76,7 @@ struct Share {
 }
 
 impl Bench {
-    async fn register(&self, cluster: &str, attest_interval_s: u32, maker: &Maker) -> Result<()> {
+    pub(super) async fn register(&self, cluster: &str, attest_interval_s: u32, maker: &Maker) -> Result<()> {
         let request = v1::RegisterClusterRequest {
             request_id: fresh(),
             name: cluster.to_owned(),
@@ -108,7 +108,7 @@ impl Bench {
         Ok(())
     }
 
-    fn spent(&mut self) -> Result<Vec<Duration>> {
+    pub(super) fn spent(&mut self) -> Result<Vec<Duration>> {
         (1..=REPLICAS).map(|n| cpu::of_process(self.cell.process(n)?.id())).collect()
     }
 
@@ -129,7 +129,12 @@ impl Bench {
     }
 
     /// Enrols all of `tpms`, spread over the replicas; what each may show from then on.
-    async fn enrol(&self, cluster: &str, tpms: Vec<Arc<SoftTpm>>, maker: &Arc<Maker>) -> Result<Vec<Enrolled>> {
+    pub(super) async fn enrol(
+        &self,
+        cluster: &str,
+        tpms: Vec<Arc<SoftTpm>>,
+        maker: &Arc<Maker>,
+    ) -> Result<Vec<Enrolled>> {
         self.allow(cluster, &tpms).await?;
         let doors = Arc::new(Doors::open(&self.cell, tpms.len()).await?);
         let (mut tasks, mut done) = (JoinSet::new(), Vec::new());
@@ -147,7 +152,7 @@ impl Bench {
     }
 
     /// Opens the stream of every node, at one replica after the other.
-    async fn connect(&self, nodes: Vec<Enrolled>, counts: &Arc<Counts>) -> Result<JoinSet<Result<()>>> {
+    pub(super) async fn connect(&self, nodes: Vec<Enrolled>, counts: &Arc<Counts>) -> Result<JoinSet<Result<()>>> {
         let mut streams = JoinSet::new();
         let mut opening: JoinSet<Result<stream::Open>> = JoinSet::new();
         for (n, node) in nodes.into_iter().enumerate() {
@@ -164,7 +169,7 @@ impl Bench {
     }
 }
 
-fn tpms(count: usize, maker: &Maker) -> Result<Vec<Arc<SoftTpm>>> {
+pub(super) fn tpms(count: usize, maker: &Maker) -> Result<Vec<Arc<SoftTpm>>> {
     (0..count).map(|_| SoftTpm::new(EkKind::P256, maker).map(Arc::new)).collect()
 }
 

@@ -38,6 +38,7 @@ pub(super) struct Doors {
 }
 
 /// An admitted node, and what it shows.
+#[derive(Clone)]
 pub(super) struct Enrolled {
     pub(super) tpm: Arc<SoftTpm>,
     pub(super) cluster: String,

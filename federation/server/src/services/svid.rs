@@ -17,6 +17,8 @@ use tonic::{Request, Response, Status};
 
 /// Leaves in one request: more than a node has workloads.
 const BATCH_MAX: usize = 256;
+/// Signatures that are verified or made on the thread that serves: they take less than to put another one to work twice.
+const AT_ONCE_MAX: usize = 2;
 const LIST_MAX: usize = 10_000;
 
 pub(crate) struct Svids(pub(crate) Replica);
@@ -37,25 +39,21 @@ impl v1::svid_server::Svid for Svids {
             return Err(Refusal::new(Code::BadRequest, format!("1-{BATCH_MAX} items"), m.items.len().to_string()))
                 .or_status();
         }
-        self.within_budget(node, m.items.len())?;
-        let mut csrs = Vec::with_capacity(m.items.len());
-        let mut leaves = Vec::with_capacity(m.items.len());
-        for item in &m.items {
-            let csr = Csr::parse(&item.csr).or_status()?;
-            leaves.push(LeafRequest { entry: item.entry_id.parse().or_status()?, key_hash: csr.spki_sha256() });
-            csrs.push(csr);
-        }
+        let count = m.items.len();
+        self.within_budget(node, count)?;
+        let asked = self.off_thread(count, move || asked(m.items)).await.and_then(|asked| asked).or_status()?;
+        let leaves = asked.iter().map(|one| one.leaf.clone()).collect();
         let authority = self.0.issuer().authority().to_owned();
         let id = signed_here(id, &authority);
         let command = Command::Issue { node, generation, authority, leaves };
         let applied = self.0.propose(actor.client, id, command).await.or_status()?;
         let issuances = applied.into_issuances().or_status()?;
-        let results = m
-            .items
-            .into_iter()
-            .zip(issuances.into_iter().zip(csrs))
-            .map(|(item, (committed, csr))| self.leaf(item.entry_id, committed, &csr))
-            .collect();
+        let signer = Svids(self.0.clone());
+        let sign = move || {
+            let both = asked.into_iter().zip(issuances);
+            both.map(|(one, committed)| signer.leaf(one.leaf.entry.to_string(), committed, &one.csr)).collect()
+        };
+        let results = self.off_thread(count, sign).await.or_status()?;
         Ok(Response::new(v1::BatchNewX509svidResponse { results }))
     }
 
@@ -159,7 +157,32 @@ fn signed_here(request: [u8; 16], authority: &str) -> [u8; 16] {
     id
 }
 
+/// A leaf asked for, with the key that it is for.
+struct Asked {
+    leaf: LeafRequest,
+    csr: Csr,
+}
+
+/// Reads the requests of a batch and verifies their signatures; one that is bad refuses the batch.
+fn asked(items: Vec<v1::NewX509svid>) -> Result<Vec<Asked>, Refusal> {
+    let read = |item: v1::NewX509svid| {
+        let csr = Csr::parse(&item.csr)?;
+        Ok(Asked { leaf: LeafRequest { entry: item.entry_id.parse()?, key_hash: csr.spki_sha256() }, csr })
+    };
+    items.into_iter().map(read).collect()
+}
+
 impl Svids {
+    /// A batch's signatures take milliseconds: they are made and verified where nothing else waits for the thread. A few
+    /// are done at once.
+    async fn off_thread<T: Send + 'static>(
+        &self,
+        count: usize,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, Refusal> {
+        if count <= AT_ONCE_MAX { Ok(work()) } else { self.0.work().run(work).await }
+    }
+
     /// Before any signature is checked.
     #[allow(clippy::result_large_err, reason = "a status is what the caller answers with")]
     fn within_budget(&self, node: NodeId, count: usize) -> Result<(), Status> {
