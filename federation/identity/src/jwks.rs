@@ -49,3 +49,39 @@ fn jwk(key: &JwtAuthority) -> Result<Value, Refusal> {
     }
     Ok(jwk)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::jwk::authority;
+    use ambit_model::Stamp;
+    use openssl::ec::{EcGroup, EcKey};
+    use openssl::nid::Nid;
+    use openssl::pkey::PKey;
+    use openssl::rsa::Rsa;
+
+    /// What openssl wrote as a key is, once written as a document, read into the same key.
+    #[test]
+    fn every_kind_of_key_is_written_as_it_is_read() {
+        let ec = |nid| {
+            let group = EcGroup::from_curve_name(nid).unwrap();
+            PKey::from_ec_key(EcKey::generate(&group).unwrap()).unwrap().public_key_to_der().unwrap()
+        };
+        let rsa = PKey::from_rsa(Rsa::generate(2048).unwrap()).unwrap().public_key_to_der().unwrap();
+        let ders = [ec(Nid::X9_62_PRIME256V1), ec(Nid::SECP384R1), ec(Nid::SECP521R1), rsa];
+        let key = |(n, der): (usize, &Vec<u8>)| JwtAuthority {
+            kid: format!("k{n}"),
+            spki_der: der.clone(),
+            not_after: Stamp(u64::MAX),
+        };
+        let keys: Vec<JwtAuthority> = ders.iter().enumerate().map(key).collect();
+        let document: Value = serde_json::from_str(&jwks(&keys).unwrap()).unwrap();
+        let written = document["keys"].as_array().unwrap();
+        assert!(written.iter().all(|jwk| jwk["use"] == "jwt-svid"), "{document}");
+        let read: Vec<_> = written.iter().map(|jwk| authority(jwk.as_object().unwrap()).unwrap()).collect();
+        assert_eq!(read, keys);
+        assert_eq!(jwks(&[]).unwrap(), r#"{"keys":[]}"#);
+        let bad = JwtAuthority { spki_der: vec![1, 2, 3], ..keys[0].clone() };
+        assert!(jwks(&[bad]).is_err());
+    }
+}
