@@ -1,6 +1,7 @@
 //! Two cells that become peers, and people who administer a cell.
 
 use crate::cell::{Cell, fresh};
+use ambit_identity::keys::certificates_from_pem;
 use ambit_identity::tls::certified;
 use ambit_identity::{Csr, SvidKey};
 use ambit_model::{Lifetime, Refusal, Stamp};
@@ -10,7 +11,6 @@ use ambit_proto::v1::administrators_client::AdministratorsClient;
 use ambit_proto::v1::cluster_registry_client::ClusterRegistryClient;
 use ambit_transport::Identity;
 use anyhow::{Context, Result, ensure};
-use rustls::pki_types::CertificateDer;
 use std::time::{Duration, Instant};
 use tonic::transport::Channel;
 
@@ -100,8 +100,9 @@ pub async fn administrator(cell: &Cell, name: &str, roles: &[&str]) -> Result<Id
 pub fn replica_identity(cell: &Cell, number: u64) -> Result<Identity> {
     let folder = cell.seat_of(usize::try_from(number)?)?.data.join("identity");
     let read = |name: &str| std::fs::read(folder.join(name)).with_context(|| format!("{name} of replica {number}"));
-    let issuer_key = SvidKey::from_pkcs8(&read("issuer.key")?)?;
-    let issuer = ambit_identity::IssuingKey::new(issuer_key, CertificateDer::from(read("intermediate.der")?))?;
+    let text = String::from_utf8(read("issuer.pem")?)?;
+    let intermediate = certificates_from_pem(&text)?.into_iter().next().context("an intermediate")?;
+    let issuer = ambit_identity::IssuingKey::new(SvidKey::from_pem(&text)?, intermediate)?;
     let now = Stamp(u64::try_from(std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_millis())?);
     let key = SvidKey::generate()?;
     let lifetime = Lifetime { not_before: now.minus_ms(60_000), not_after: now.plus_ms(3_600_000) };

@@ -356,7 +356,7 @@ struct SmallDisk(PathBuf);
 impl SmallDisk {
     fn at(folder: PathBuf) -> SmallDisk {
         std::fs::create_dir(&folder).unwrap();
-        must_run(&["mount", "-t", "tmpfs", "-o", "size=12m,mode=0700", "tmpfs", folder.to_str().unwrap()]).unwrap();
+        must_run(&["mount", "-t", "tmpfs", "-o", "size=32m,mode=0700", "tmpfs", folder.to_str().unwrap()]).unwrap();
         SmallDisk(folder)
     }
 

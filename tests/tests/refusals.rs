@@ -80,7 +80,7 @@ fn a_replica_is_founded_once_and_guards_its_keys() {
     let keys: Vec<_> = std::fs::read_dir(&identity)
         .unwrap()
         .map(|entry| entry.unwrap().path())
-        .filter(|path| path.extension().is_some_and(|e| e == "key"))
+        .filter(|path| path.extension().is_some_and(|e| e == "key") || path.ends_with("issuer.pem"))
         .collect();
     assert!(keys.len() >= 5, "{keys:?}");
     for key in keys.iter().chain([&folder.path("admin").join("admin.key")]) {

@@ -12,6 +12,7 @@ use ambit_model::{
     SpiffeId, Stamp, SvidTtl, TrustDomain, TrustVector,
 };
 use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// First byte of every encoded entry.
@@ -40,6 +41,16 @@ impl LogEntry {
         bytes.push(ENTRY_VERSION);
         postcard::to_extend(self, bytes)
             .map_err(|e| Refusal::new(Code::Internal, "a command that encodes", e.to_string()))
+    }
+    /// SHA-256 of the command, by which a request id that comes with another command is told; zeros where the request has
+    /// no id.
+    pub fn command_sha256(&self) -> [u8; 32] {
+        if self.request == [0; 16] {
+            return [0; 32];
+        }
+        // An unencodable command cannot have come out of the log.
+        let bytes = postcard::to_extend(&self.command, Vec::with_capacity(COMMAND_BYTES)).unwrap_or_default();
+        Sha256::digest(bytes).into()
     }
     /// Strict: another version or trailing bytes are refused.
     pub fn decode(bytes: &[u8]) -> Result<Self, Refusal> {

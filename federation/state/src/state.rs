@@ -2,7 +2,7 @@
 
 use crate::apply::{self, At};
 use crate::authorities::{AuthorityRow, PeerRoots, RootId, RootRow};
-use crate::command::{Command, LogEntry, Reply};
+use crate::command::{LogEntry, Reply};
 use crate::committed::{
     Committed, Issuance, JwtIssuance, PreparedRoot, ReplicaAdmission, ReplicaAuthority, SealedReport,
 };
@@ -14,7 +14,6 @@ use ambit_model::{
     Stamp, TrustDomain,
 };
 use serde::{Deserialize, Serialize};
-use sha2::{Digest as _, Sha256};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::Ipv4Addr;
 use std::ops::Bound;
@@ -158,6 +157,8 @@ pub struct Applied {
     pub client: [u8; 32],
     /// Which request.
     pub request: [u8; 16],
+    /// [`LogEntry::command_sha256`]: who asked for something else under the same id is not answered by it.
+    pub command: [u8; 32],
     /// What it answered.
     pub outcome: Result<Reply, Refusal>,
 }
@@ -275,8 +276,9 @@ impl State {
     /// Takes in one committed entry. Never fails: a refused command is an outcome, the same on every replica.
     pub fn apply(&mut self, index: RaftIndex, entry: &LogEntry) -> Applied {
         let stamp = self.advance(index, entry.stamp);
-        let outcome = self.once(index, stamp, entry);
-        Applied { index, client: entry.client, request: entry.request, outcome }
+        let command = entry.command_sha256();
+        let outcome = self.once(index, stamp, entry, command);
+        Applied { index, client: entry.client, request: entry.request, command, outcome }
     }
 
     /// Moves the clock to `index` and, where it is later, to `stamp`; the time that holds there.
@@ -295,18 +297,24 @@ impl State {
     }
 
     /// Exactly once per (client, request): a repeated request is answered from memory (I10).
-    fn once(&mut self, index: RaftIndex, stamp: Stamp, entry: &LogEntry) -> Result<Reply, Refusal> {
+    fn once(
+        &mut self,
+        index: RaftIndex,
+        stamp: Stamp,
+        entry: &LogEntry,
+        command_sha256: [u8; 32],
+    ) -> Result<Reply, Refusal> {
         if entry.request == [0u8; 16] {
             return apply::apply(self, index, stamp, &entry.command);
         }
         let key = (entry.client, entry.request);
-        let command_sha256 = command_hash(&entry.command);
         #[cfg(ambit_mutant)]
         if crate::mutant::is("no-dedupe") {
             return apply::apply(self, index, stamp, &entry.command);
         }
         #[cfg(ambit_mutant)]
-        if crate::mutant::is("dedupe-of-leaves-only") && !matches!(entry.command, Command::Issue { .. }) {
+        if crate::mutant::is("dedupe-of-leaves-only") && !matches!(entry.command, crate::command::Command::Issue { .. })
+        {
             return apply::apply(self, index, stamp, &entry.command);
         }
         if let Some(row) = self.dedupe.get(&key) {
@@ -583,10 +591,4 @@ impl State {
         }
         set
     }
-}
-
-fn command_hash(command: &Command) -> [u8; 32] {
-    // An unencodable command cannot have come out of the log.
-    let bytes = postcard::to_extend(command, Vec::with_capacity(crate::command::COMMAND_BYTES)).unwrap_or_default();
-    Sha256::digest(bytes).into()
 }

@@ -252,7 +252,10 @@ impl World {
             Change::AddLearner(self.invite(&status)?)
         } else {
             let all_up = self.hosts.values().filter(|h| h.condition == Condition::Up).count() >= 3;
+            // Now and then the leader itself, which must end to lead once that is applied.
+            let leader = status.leader.filter(|_| self.dice.per_mille(250));
             let other = status.voters.iter().copied().find(|id| Some(id.0) != status.leader.map(|l| l.0));
+            let other = leader.or(other);
             // While a disk may be ruined, nobody is taken out for nothing: that would leave no quorum.
             match other.filter(|_| all_up && !self.calm && !self.plan.ruin) {
                 Some(id) => Change::Remove(id.0),

@@ -200,8 +200,8 @@ impl World {
         let Some(host) = self.hosts.get_mut(&at) else { return };
         let Some(process) = &mut host.process else { return };
         let (client, request) = (op.identity(), op.request());
-        let ticket = process.shared.wait_for((client, request));
         let entry = LogEntry { stamp: Stamp(0), client, request, command };
+        let ticket = process.shared.wait_for((client, request, entry.command_sha256()));
         process.proposals.push(Proposal { op, entry, ticket, deadline, step: Step::Ask });
         let at_once = self.now.max(host.busy_until).max(host.paused_until);
         self.wake(at, at_once);

@@ -191,7 +191,6 @@ pub const METHODS: &[(&str, Who)] = &[
     ("/ambit.v1.Administrators/ListAdmins", Who::AuditReader),
     ("/ambit.v1.Administrators/ChangeRoles", Who::Admin),
     ("/ambit.v1.Administrators/CertifyAdmin", Who::Admin),
-    ("/ambit.v1.Svid/MintJWTSVID", Who::Admin),
     ("/ambit.v1.Revocation/DenyId", Who::ClusterAdmin),
     ("/ambit.v1.Revocation/DenySvid", Who::Admin),
     ("/ambit.v1.Revocation/ListDenials", Who::AuditReader),

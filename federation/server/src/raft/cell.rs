@@ -78,7 +78,7 @@ impl Cell {
     pub async fn propose(&self, client: [u8; 32], request: [u8; 16], command: Command) -> Result<Applied, Refusal> {
         let _permit = self.permit()?;
         let entry = LogEntry { stamp: Stamp(0), client, request, command };
-        let mut ticket = self.0.shared.wait_for((client, request));
+        let mut ticket = self.0.shared.wait_for((client, request, entry.command_sha256()));
         match tokio::time::timeout(self.0.options.deadline, self.until_applied(&entry, &mut ticket)).await {
             Ok(outcome) => outcome,
             Err(_) => Err(self.no_quorum("the proposal was not applied here in time; it may be later")),

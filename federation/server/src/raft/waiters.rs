@@ -5,8 +5,9 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::oneshot;
 
-/// A caller's request: who, and its request id.
-pub type RequestKey = ([u8; 32], [u8; 16]);
+/// A caller's request: who, its request id, and SHA-256 of what it asks. The same id with another command is another's wait:
+/// it is told what became of its own.
+pub type RequestKey = ([u8; 32], [u8; 16], [u8; 32]);
 type Queue = VecDeque<(u64, oneshot::Sender<Applied>)>;
 
 /// Shared between callers and the engine; bounded by the permits that callers hold. Clones are the same.
@@ -34,7 +35,7 @@ impl Waiters {
 
     /// Gives the outcome to the one who has waited longest for this request, if anyone does.
     pub(super) fn complete(&self, applied: Applied) {
-        let key = (applied.client, applied.request);
+        let key = (applied.client, applied.request, applied.command);
         let mut inner = self.lock();
         let Some(queue) = inner.queues.get_mut(&key) else { return };
         let first = queue.pop_front();

@@ -301,7 +301,8 @@ fn due(
 pub(super) async fn keep(replica: Replica) {
     let mut revisions = replica.watch_revision();
     let mut random = jitter();
-    let mut shown = None;
+    // What it shows since it started: connections that are open need not be opened anew for the same.
+    let mut shown = replica.inner.files.root_der().ok().map(|root| vec![root]);
     loop {
         // A replica that is no member yet has nothing to renew; one whose state is behind may not know of its renewal.
         let facts = replica.local(|s| {
