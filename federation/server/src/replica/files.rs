@@ -51,6 +51,17 @@ impl Files {
         self.dir.join("card.json").exists()
     }
 
+    /// Refuses where a key that lies here may be read by others, also one that is not needed now: the root's, say.
+    pub fn guarded(&self) -> Result<(), Refusal> {
+        for file in std::fs::read_dir(&self.dir).map_err(|e| failed("a readable folder", &self.dir, e))? {
+            let path = file.map_err(|e| failed("a readable folder", &self.dir, e))?.path();
+            if path.extension().is_some_and(|e| e == "key" || e == "pem") {
+                owner_only(&path)?;
+            }
+        }
+        Ok(())
+    }
+
     fn write(&self, name: &str, bytes: &[u8]) -> Result<(), Refusal> {
         let path = self.dir.join(name);
         write_private(&path, bytes)
@@ -150,12 +161,17 @@ impl Files {
 
 /// Reads a file that only its owner may read.
 pub fn private(path: &Path) -> Result<Vec<u8>, Refusal> {
-    let meta = std::fs::metadata(path).map_err(|e| failed("a file", path, e))?;
-    if meta.mode() & 0o077 != 0 {
-        let found = format!("mode {:o}", meta.mode() & 0o777);
-        return Err(Refusal::new(Code::ConfigInvalid, format!("mode 600 on {}", path.display()), found));
-    }
+    owner_only(path)?;
     std::fs::read(path).map_err(|e| failed("a readable file", path, e))
+}
+
+fn owner_only(path: &Path) -> Result<(), Refusal> {
+    let meta = std::fs::metadata(path).map_err(|e| failed("a file", path, e))?;
+    if meta.mode() & 0o077 == 0 {
+        return Ok(());
+    }
+    let found = format!("mode {:o}", meta.mode() & 0o777);
+    Err(Refusal::new(Code::ConfigInvalid, format!("mode 600 on {}", path.display()), found))
 }
 
 /// Writes a file of mode 0600 and syncs it.

@@ -27,6 +27,7 @@ pub async fn run(config: &Config, mut stop: watch::Receiver<bool>) -> Result<(),
             found,
         ));
     }
+    files.guarded()?;
     let listener = listen(config.listen).await?;
     let metrics_listener = listen(config.metrics_listen).await?;
     let (verdicts, waiting) = super::verdicts::Verdicts::new();
