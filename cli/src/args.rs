@@ -82,7 +82,7 @@ pub enum Verb {
     /// What a machine must have booted, and whether it did
     #[command(subcommand)]
     Attest(Attest),
-    /// X.509-SVIDs checked to the letter of the SPIFFE standard, without a cell; and revoked, at one
+    /// SVIDs checked to the letter of the SPIFFE standard, without a cell; and minted or revoked, at one
     #[command(subcommand)]
     Svid(Svid),
     /// Objects as they change, a line each; goes on at another replica where one is lost

@@ -4,7 +4,7 @@ use crate::answers::{self, Answer};
 use crate::follow::{self, Why, Workload};
 use crate::issued::{Issued, Known};
 use crate::tokens::Tokens;
-use ambit_identity::jwks::jwks;
+use ambit_identity::document::jwks;
 use ambit_identity::{JwtTrust, verify_jwt};
 use ambit_model::refusal::Class;
 use ambit_model::{Audience, EntryId, JwtAuthority, Refusal, Selector, SpiffeId, TrustDomain};

@@ -44,9 +44,9 @@ usage: cargo xtask <verb>
                         (release; 6 minutes)
   bench issuance        certificates from a cell of three replicas beside cfssl of Debian, in turn (release; 4 minutes)
   build-bpf [--check]   compile the kernel programs again; --check compares with the committed objects
-  mutants [PART]        break each check of the verifier in a copy; last line: N checks, N proven
+  mutants [PART]        break each check of attestation in a copy; last line: N checks, N proven
   fuzz --seconds N [--target NAME] [--merge]
-                        every parser under libFuzzer, N seconds in all; last line: N executions, N crashes
+                        parsers of attestation and policies under libFuzzer, N seconds in all; last line: N executions, N crashes
   deny                  licences, bans and sources of all dependencies (cargo-deny)
 
 not built yet; these say so, prove nothing and therefore end with 1:

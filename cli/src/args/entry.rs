@@ -55,7 +55,8 @@ pub struct EntryCreate {
     pub spiffe_id: Option<String>,
     #[arg(long, required_unless_present = "file")]
     pub cluster: Option<String>,
-    /// unix:uid:N, unix:gid:N or cgroup:NAME; of its node: tpm:ek_hash:HEX, tpm:pcr:BANK:N:HEX or tpm:policy:NAME.
+    /// unix:uid:N, unix:gid:N, unix:supplementary_gid:N, unix:path:/FILE, unix:sha256:HEX, cgroup:NAME, systemd:unit:NAME or
+    /// container:id:HEX; of its node: tpm:ek_hash:HEX, tpm:pcr:BANK:N:HEX or tpm:policy:NAME.
     /// All must hold, at least one is of the workload
     #[arg(long = "selector", required_unless_present = "file", value_name = "SELECTOR")]
     pub selectors: Vec<String>,

@@ -5,7 +5,7 @@
 
 use ambit_identity::tls::{Clients, certified, fixed, server_config};
 use ambit_identity::{Csr, IssuingKey, KeySet, RecordKey, Root, SharedTrust, SvidKey, Trust, TrustStore};
-use ambit_model::{Bundle, ClusterId, Code, Entry, Lifetime, RaftIndex, Refusal, Revision, Stamp, TrustDomain};
+use ambit_model::{Bundle, ClusterId, Code, Entry, Lifetime, RaftIndex, Refusal, Stamp, TrustDomain};
 use ambit_proto::status::to_status;
 use ambit_proto::v1;
 use ambit_state::objects::{CellRow, KeySetRow, Member};
@@ -101,19 +101,7 @@ impl FakeCell {
 
 fn founded(td: &TrustDomain, root: &Root, record: &RecordKey) -> State {
     let (statement, signature) = KeySet::certify(root, td, 1, vec![record.public()]).unwrap();
-    let row = CellRow {
-        trust_domain: td.clone(),
-        epoch: 1,
-        root_der: root.der().to_vec(),
-        root_form: "file".into(),
-        bundle_sequence: 1,
-        next_identity: 256,
-        revision: Revision(1),
-        endorsement_revision: Revision(1),
-        policy_revision: Revision(1),
-        export_seq: 0,
-        export_hash: [0; 32],
-    };
+    let row = CellRow::founded(td.clone(), root.der().to_vec());
     let member = Member {
         address: "127.0.0.1:1".into(),
         authority: String::new(),

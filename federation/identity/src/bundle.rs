@@ -21,7 +21,7 @@ const HINT_S_MAX: u64 = 366 * 86_400;
 /// Root certificates of a trust domain, DER. None: every X.509-SVID of it is revoked.
 pub type Roots = Vec<Vec<u8>>;
 
-/// What a bundle document says, but for keys of JWT-SVIDs.
+/// What a bundle document says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Document {
     /// `spiffe_sequence`; a publisher should give one.
@@ -30,6 +30,8 @@ pub struct Document {
     pub refresh_hint_s: Option<u64>,
     /// See the type.
     pub roots: Roots,
+    /// Keys of JWT-SVIDs. None: every JWT-SVID of it is revoked.
+    pub jwt_authorities: Vec<JwtAuthority>,
 }
 
 /// Reads a bundle document.
@@ -39,9 +41,7 @@ pub struct Document {
 pub fn document(text: &str) -> Result<Document, Refusal> {
     bounded(text)?;
     let Once(object) = serde_json::from_str(text).map_err(|e| bad("a JSON object", e.to_string()))?;
-    let roots = read(&object)?.roots;
-    let number = |name: &str| object.get(name).and_then(Value::as_u64);
-    Ok(Document { sequence: number("spiffe_sequence"), refresh_hint_s: number("spiffe_refresh_hint"), roots })
+    read(&object)
 }
 
 /// The roots of a bundle document.
@@ -56,20 +56,8 @@ pub fn roots(text: &str) -> Result<Roots, Refusal> {
 ///
 /// # Errors
 /// [`Code::BundleMalformed`].
-pub fn jwt_authorities(document: &str) -> Result<Vec<JwtAuthority>, Refusal> {
-    Ok(contents(document)?.jwt_authorities)
-}
-
-/// What a bundle holds.
-struct Contents {
-    roots: Roots,
-    jwt_authorities: Vec<JwtAuthority>,
-}
-
-fn contents(document: &str) -> Result<Contents, Refusal> {
-    bounded(document)?;
-    let Once(object) = serde_json::from_str(document).map_err(|e| bad("a JSON object", e.to_string()))?;
-    read(&object)
+pub fn jwt_authorities(text: &str) -> Result<Vec<JwtAuthority>, Refusal> {
+    document(text).map(|document| document.jwt_authorities)
 }
 
 /// Reads a bundle map: the bundles of several trust domains (section 4.3).
@@ -77,7 +65,7 @@ fn contents(document: &str) -> Result<Contents, Refusal> {
 /// # Errors
 /// [`Code::BundleMalformed`], also for a trust domain that comes twice.
 pub fn roots_of_map(document: &str) -> Result<BTreeMap<TrustDomain, Roots>, Refusal> {
-    Ok(contents_of_map(document)?.into_iter().map(|(td, bundle)| (td, bundle.roots)).collect())
+    Ok(documents_of_map(document)?.into_iter().map(|(td, bundle)| (td, bundle.roots)).collect())
 }
 
 /// The keys of JWT-SVIDs in a bundle map.
@@ -85,16 +73,16 @@ pub fn roots_of_map(document: &str) -> Result<BTreeMap<TrustDomain, Roots>, Refu
 /// # Errors
 /// As [`roots_of_map`].
 pub fn jwt_authorities_of_map(document: &str) -> Result<BTreeMap<TrustDomain, Vec<JwtAuthority>>, Refusal> {
-    Ok(contents_of_map(document)?.into_iter().map(|(td, bundle)| (td, bundle.jwt_authorities)).collect())
+    Ok(documents_of_map(document)?.into_iter().map(|(td, bundle)| (td, bundle.jwt_authorities)).collect())
 }
 
-fn contents_of_map(document: &str) -> Result<BTreeMap<TrustDomain, Contents>, Refusal> {
+fn documents_of_map(document: &str) -> Result<BTreeMap<TrustDomain, Document>, Refusal> {
     #[derive(Deserialize)]
-    struct Document {
+    struct BundleMap {
         trust_domains: Once,
     }
     bounded(document)?;
-    let map: Document =
+    let map: BundleMap =
         serde_json::from_str(document).map_err(|e| bad("a bundle map, each trust domain once", e.to_string()))?;
     let mut out = BTreeMap::new();
     for (td, bundle) in map.trust_domains.0 {
@@ -111,15 +99,15 @@ pub fn is_map(document: &str) -> bool {
         && serde_json::from_str::<Map<String, Value>>(document).is_ok_and(|o| o.contains_key("trust_domains"))
 }
 
-fn read(object: &Map<String, Value>) -> Result<Contents, Refusal> {
+fn read(object: &Map<String, Value>) -> Result<Document, Refusal> {
     let number = |name: &str| match object.get(name) {
         None => Ok(None),
         Some(value) => {
             value.as_u64().map(Some).ok_or_else(|| bad(&format!("a whole number {name}"), value.to_string()))
         }
     };
-    number("spiffe_sequence")?;
-    if let Some(hint) = number("spiffe_refresh_hint")?.filter(|hint| *hint > HINT_S_MAX) {
+    let (sequence, refresh_hint_s) = (number("spiffe_sequence")?, number("spiffe_refresh_hint")?);
+    if let Some(hint) = refresh_hint_s.filter(|hint| *hint > HINT_S_MAX) {
         return Err(bad("a spiffe_refresh_hint of at most a year", format!("{hint} s")));
     }
     let keys = object.get("keys").and_then(Value::as_array).ok_or_else(|| bad("an array 'keys'", "none".into()))?;
@@ -143,7 +131,7 @@ fn read(object: &Map<String, Value>) -> Result<Contents, Refusal> {
             _ => {}
         }
     }
-    Ok(Contents { roots, jwt_authorities })
+    Ok(Document { sequence, refresh_hint_s, roots, jwt_authorities })
 }
 
 /// The certificate of an x509-svid key. A publisher gives exactly one; of several a reader takes the first.

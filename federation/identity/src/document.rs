@@ -3,13 +3,14 @@
 //!
 //! The same content gives the same bytes. What is published names no trust domain; who fetches it knows whose it is.
 
+use crate::jwk::written;
+use crate::keys::internal;
 use crate::profile;
-use ambit_model::{Code, JwtAuthority, Refusal};
+use ambit_model::{JwtAuthority, Refusal};
 use base64::Engine as _;
-use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
+use base64::engine::general_purpose::STANDARD;
 use serde_json::{Map, Value, json};
 use x509_parser::prelude::FromDer;
-use x509_parser::public_key::PublicKey;
 use x509_parser::x509::SubjectPublicKeyInfo;
 
 /// What is published of one trust domain.
@@ -29,19 +30,17 @@ impl Published<'_> {
     /// The SPIFFE bundle. An `x509-svid` key has exactly one `x5c` and no `kid`, a `jwt-svid` key has a `kid` (section 4.2).
     ///
     /// # Errors
-    /// [`Code::Internal`] for a root or key that is not readable.
+    /// [`ambit_model::Code::Internal`] for a root or key that is not readable.
     pub fn bundle(&self) -> Result<String, Refusal> {
         let mut keys = Vec::new();
         for der in self.roots {
-            let cert = profile::parse(der).map_err(|e| unreadable("a root certificate", e))?;
-            let mut jwk = jwk(cert.public_key())?;
+            let cert = profile::parse(der).map_err(|e| internal("a root certificate", e))?;
+            let mut jwk = written(cert.public_key())?;
             jwk.insert("use".into(), json!("x509-svid"));
             jwk.insert("x5c".into(), json!([STANDARD.encode(der)]));
             keys.push(Value::Object(jwk));
         }
-        for key in self.jwt_keys {
-            keys.push(Value::Object(named(key, "jwt-svid")?));
-        }
+        keys.extend(jwt_svid_keys(self.jwt_keys)?);
         let document = json!({
             "keys": keys,
             "spiffe_refresh_hint": self.refresh_hint_s,
@@ -53,7 +52,7 @@ impl Published<'_> {
     /// The key set of the JWT part, as relying parties of OIDC read it (RFC 7517 section 5).
     ///
     /// # Errors
-    /// [`Code::Internal`] for a key that is not readable.
+    /// [`ambit_model::Code::Internal`] for a key that is not readable.
     pub fn oidc_keys(&self) -> Result<String, Refusal> {
         let key = |key: &JwtAuthority| {
             let mut jwk = named(key, "sig")?;
@@ -67,7 +66,7 @@ impl Published<'_> {
     /// The discovery document of an issuer, which is an https URL without a slash at its end.
     ///
     /// # Errors
-    /// [`Code::Internal`] for a key that is not readable.
+    /// [`ambit_model::Code::Internal`] for a key that is not readable.
     pub fn oidc_discovery(&self, issuer: &str) -> Result<String, Refusal> {
         let mut algorithms: Vec<&str> =
             self.jwt_keys.iter().map(|key| algorithm(&named(key, "sig")?)).collect::<Result<_, Refusal>>()?;
@@ -90,55 +89,69 @@ impl Published<'_> {
     }
 }
 
+/// The JWT part of a bundle as a document of its own: a JWK set (RFC 7517 section 5), which is what the Workload API hands out
+/// (SPIFFE_Workload_API.md section 6.2.2). Without keys it is an empty set, by which nothing verifies.
+///
+/// # Errors
+/// [`ambit_model::Code::Internal`] for a key that is not readable.
+pub fn jwks(keys: &[JwtAuthority]) -> Result<String, Refusal> {
+    Ok(json!({ "keys": jwt_svid_keys(keys)? }).to_string())
+}
+
+fn jwt_svid_keys(keys: &[JwtAuthority]) -> Result<Vec<Value>, Refusal> {
+    keys.iter().map(|key| named(key, "jwt-svid").map(Value::Object)).collect()
+}
+
 fn named(key: &JwtAuthority, r#use: &str) -> Result<Map<String, Value>, Refusal> {
-    let (_, spki) =
-        SubjectPublicKeyInfo::from_der(&key.spki_der).map_err(|e| unreadable("a public key", e.to_string()))?;
-    let mut jwk = jwk(&spki)?;
+    let (_, spki) = SubjectPublicKeyInfo::from_der(&key.spki_der).map_err(|e| internal("a public key", e))?;
+    let mut jwk = written(&spki)?;
     jwk.insert("kid".into(), json!(key.kid));
     jwk.insert("use".into(), json!(r#use));
     Ok(jwk)
-}
-
-/// Key type and numbers (RFC 7518 section 6).
-fn jwk(spki: &SubjectPublicKeyInfo<'_>) -> Result<Map<String, Value>, Refusal> {
-    let mut out = Map::new();
-    let mut put = |name: &str, value: String| out.insert(name.to_owned(), Value::String(value));
-    match spki.parsed().map_err(|e| unreadable("a public key", e.to_string()))? {
-        PublicKey::EC(point) => {
-            // Uncompressed: 04, x, y (SEC 1 section 2.3.3).
-            let (curve, xy) = match point.data() {
-                [0x04, xy @ ..] if xy.len() == 64 => ("P-256", xy),
-                [0x04, xy @ ..] if xy.len() == 96 => ("P-384", xy),
-                other => return Err(unreadable("a point of P-256 or P-384", format!("{} bytes", other.len()))),
-            };
-            let (x, y) = xy.split_at(xy.len() / 2);
-            put("kty", "EC".into());
-            put("crv", curve.into());
-            put("x", URL_SAFE_NO_PAD.encode(x));
-            put("y", URL_SAFE_NO_PAD.encode(y));
-        }
-        PublicKey::RSA(key) => {
-            let bare = |number: &[u8]| {
-                URL_SAFE_NO_PAD.encode(number.iter().copied().skip_while(|b| *b == 0).collect::<Vec<_>>())
-            };
-            put("kty", "RSA".into());
-            put("n", bare(key.modulus));
-            put("e", bare(key.exponent));
-        }
-        _ => return Err(unreadable("an EC or RSA key", spki.algorithm.algorithm.to_id_string())),
-    }
-    Ok(out)
 }
 
 fn algorithm(jwk: &Map<String, Value>) -> Result<&'static str, Refusal> {
     match (jwk.get("kty").and_then(Value::as_str), jwk.get("crv").and_then(Value::as_str)) {
         (Some("EC"), Some("P-256")) => Ok("ES256"),
         (Some("EC"), Some("P-384")) => Ok("ES384"),
+        (Some("EC"), Some("P-521")) => Ok("ES512"),
         (Some("RSA"), _) => Ok("RS256"),
-        (kty, _) => Err(unreadable("an EC or RSA key", format!("{kty:?}"))),
+        (kty, _) => Err(internal("an EC or RSA key", format!("{kty:?}"))),
     }
 }
 
-fn unreadable(expected: &str, found: String) -> Refusal {
-    Refusal::new(Code::Internal, expected, found)
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::jwk::authority;
+    use ambit_model::Stamp;
+    use openssl::ec::{EcGroup, EcKey};
+    use openssl::nid::Nid;
+    use openssl::pkey::PKey;
+    use openssl::rsa::Rsa;
+
+    /// What openssl wrote as a key is, once written as a document, read into the same key.
+    #[test]
+    fn every_kind_of_key_is_written_as_it_is_read() {
+        let ec = |nid| {
+            let group = EcGroup::from_curve_name(nid).unwrap();
+            PKey::from_ec_key(EcKey::generate(&group).unwrap()).unwrap().public_key_to_der().unwrap()
+        };
+        let rsa = PKey::from_rsa(Rsa::generate(2048).unwrap()).unwrap().public_key_to_der().unwrap();
+        let ders = [ec(Nid::X9_62_PRIME256V1), ec(Nid::SECP384R1), ec(Nid::SECP521R1), rsa];
+        let key = |(n, der): (usize, &Vec<u8>)| JwtAuthority {
+            kid: format!("k{n}"),
+            spki_der: der.clone(),
+            not_after: Stamp(u64::MAX),
+        };
+        let keys: Vec<JwtAuthority> = ders.iter().enumerate().map(key).collect();
+        let document: Value = serde_json::from_str(&jwks(&keys).unwrap()).unwrap();
+        let written = document["keys"].as_array().unwrap();
+        assert!(written.iter().all(|jwk| jwk["use"] == "jwt-svid"), "{document}");
+        let read: Vec<_> = written.iter().map(|jwk| authority(jwk.as_object().unwrap()).unwrap()).collect();
+        assert_eq!(read, keys);
+        assert_eq!(jwks(&[]).unwrap(), r#"{"keys":[]}"#);
+        let bad = JwtAuthority { spki_der: vec![1, 2, 3], ..keys[0].clone() };
+        assert!(jwks(&[bad]).is_err());
+    }
 }

@@ -1,11 +1,14 @@
-//! Public keys of JWT-SVIDs as a bundle document has them (RFC 7517, RFC 7518 section 6), read into the form that the
-//! verifier takes.
+//! Public keys as JWKs (RFC 7517, RFC 7518 section 6): those of JWT-SVIDs read from a bundle document into the form that the
+//! verifier takes, and any of ours written.
 
+use crate::keys::internal;
 use crate::leaf::tlv;
-use ambit_model::{JwtAuthority, Stamp};
+use ambit_model::{JwtAuthority, Refusal, Stamp};
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde_json::{Map, Value};
+use x509_parser::public_key::PublicKey;
+use x509_parser::x509::SubjectPublicKeyInfo;
 
 /// AlgorithmIdentifiers of SubjectPublicKeyInfo (RFC 5480 2.1.1, RFC 3279 2.3.1), DER, each with the bytes of a coordinate.
 const CURVES: &[(&str, usize, &[u8])] = &[
@@ -53,6 +56,38 @@ pub(crate) fn authority(jwk: &Map<String, Value>) -> Result<JwtAuthority, &'stat
     let mut spki_der = Vec::new();
     tlv(&mut spki_der, 0x30, &info);
     Ok(JwtAuthority { kid: kid.to_owned(), spki_der, not_after: Stamp(u64::MAX) })
+}
+
+/// Key type and numbers of a public key (RFC 7518 sections 6.2.1 and 6.3.1); what it is for is the caller's to add.
+///
+/// # Errors
+/// [`ambit_model::Code::Internal`] for a key that is not of EC or RSA, or not readable.
+pub(crate) fn written(spki: &SubjectPublicKeyInfo<'_>) -> Result<Map<String, Value>, Refusal> {
+    let members = match spki.parsed().map_err(|e| internal("a public key", e))? {
+        PublicKey::EC(point) => {
+            // Uncompressed: 04, x, y (SEC 1 section 2.3.3).
+            let xy = point.data().strip_prefix(&[4]).ok_or_else(|| internal("an uncompressed point", "another"))?;
+            let curve = CURVES.iter().find(|(_, width, _)| xy.len() == 2 * width);
+            let (curve, width, _) =
+                curve.ok_or_else(|| internal("a point of P-256, P-384 or P-521", format!("{} bytes", xy.len())))?;
+            let (x, y) = xy.split_at(*width);
+            vec![
+                ("kty", "EC".to_owned()),
+                ("crv", (*curve).to_owned()),
+                ("x", URL_SAFE_NO_PAD.encode(x)),
+                ("y", URL_SAFE_NO_PAD.encode(y)),
+            ]
+        }
+        PublicKey::RSA(key) => {
+            let number = |bytes: &[u8]| {
+                let zeros = bytes.iter().take_while(|byte| **byte == 0).count();
+                URL_SAFE_NO_PAD.encode(bytes.get(zeros..).unwrap_or_default())
+            };
+            vec![("kty", "RSA".to_owned()), ("n", number(key.modulus)), ("e", number(key.exponent))]
+        }
+        _ => return Err(internal("an EC or RSA key", spki.algorithm.algorithm.to_id_string())),
+    };
+    Ok(members.into_iter().map(|(name, value)| (name.to_owned(), Value::String(value))).collect())
 }
 
 #[cfg(test)]

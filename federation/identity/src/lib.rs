@@ -10,7 +10,6 @@ pub mod csr;
 pub mod document;
 mod json;
 mod jwk;
-pub mod jwks;
 pub mod jwt;
 pub mod keys;
 mod leaf;

@@ -1,20 +1,19 @@
 //! Issuance and verification against each other and against OpenSSL, which nobody here wrote.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on fails")]
 
+mod common;
+
 use ambit_identity::keys::{certificates_from_pem, certificates_to_pem, fingerprint};
 use ambit_identity::svid::verify_pinned;
 use ambit_identity::wrap::{self, WrapKey};
 use ambit_identity::{Csr, IssuingKey, KeySet, RecordKey, Root, SvidKey, TrustStore, issue, verify_svid};
-use ambit_model::appraisal::PcrBank;
 use ambit_model::bundle::{Bundle, Foreign, Own};
 use ambit_model::record::Head;
-use ambit_model::{Code, Lifetime, NodeId, RaftIndex, Revision, Stamp, TrustDomain};
-use ambit_state::command::{Admission, LogEntry, Seen};
-use ambit_state::objects::*;
-use ambit_state::{Command, State};
+use ambit_model::{Code, Lifetime, RaftIndex, TrustDomain};
+use ambit_state::State;
+use ambit_state::command::LogEntry;
+use common::{NODE, NOW, admission, founding};
 use rustls_pki_types::CertificateDer;
-
-const NOW: Stamp = Stamp(1_800_000_000_000);
 
 struct Fixture {
     td: TrustDomain,
@@ -45,57 +44,10 @@ fn node_leaf(f: &Fixture, authority: &str, key: &SvidKey, csr: &Csr) -> Result<V
         let entry = LogEntry { stamp: NOW, client: [0; 32], request: [0; 16], command };
         state.apply(RaftIndex(index), &entry)
     };
-    let row = CellRow {
-        trust_domain: f.td.clone(),
-        epoch: 1,
-        root_der: f.root.der().to_vec(),
-        root_form: "file".into(),
-        bundle_sequence: 1,
-        next_identity: 256,
-        revision: Revision(0),
-        endorsement_revision: Revision(0),
-        policy_revision: Revision(0),
-        export_seq: 0,
-        export_hash: [0; 32],
-    };
-    let member = Member {
-        address: String::new(),
-        authority: authority.into(),
-        authority_not_after: f.issuer.not_after(),
-        wrap_key: vec![],
-        record_key: [0; 32],
-    };
-    let cluster: ambit_model::ClusterId = "c".parse().unwrap();
-    run(Command::FoundCell(row, 1, member, KeySetRow::default())).outcome.unwrap();
-    run(Command::RegisterCluster(cluster.clone(), vec![], 30_000)).outcome.unwrap();
-    run(Command::AllowEk(cluster.clone(), vec![NodeId([7; 32])])).outcome.unwrap();
-    let admission = Admission {
-        node: NodeId([7; 32]),
-        cluster,
-        nonce: [1; 32],
-        deadline: NOW.plus_ms(1000),
-        join_token: None,
-        endorsement_revision: Revision(3),
-        policy_revision: Revision(0),
-        ak: AkFacts::default(),
-        ek: EkFacts::default(),
-        seen: Seen {
-            counters: Counters::default(),
-            firmware_version: 1,
-            ima: ImaPoint::default(),
-            pcrs: Some(BootPcrs { bank: PcrBank::Sha256, values: Default::default() }),
-            boot_pcrs_sha256: [1; 32],
-            boot_log_sha256: [1; 32],
-            policy: PolicyRef { name: "any".parse().unwrap(), version: 1 },
-            trust: Default::default(),
-            evidence_sha256: [0; 32],
-            evidence_depth: 0,
-        },
-        key_hash: key.spki_sha256(),
-        authority: authority.into(),
-        claims: String::new(),
-    };
-    let mut issuances = run(Command::AdmitNode(admission)).into_issuances().unwrap();
+    for command in founding(f.td.clone(), f.root.der().to_vec(), authority, f.issuer.not_after()) {
+        run(command).outcome.unwrap();
+    }
+    let mut issuances = run(admission(authority, key.spki_sha256())).into_issuances().unwrap();
     issue(issuances.remove(0).unwrap(), csr, &f.issuer).map_err(|r| r.code)
 }
 
@@ -106,8 +58,8 @@ fn a_committed_leaf_verifies_here_and_in_openssl() {
     let csr = Csr::parse(&key.csr().unwrap()).unwrap();
     let chain = node_leaf(&f, f.issuer.authority(), &key, &csr).unwrap();
     let peer = verify_svid(&chain, &store(&f), NOW).unwrap();
-    assert_eq!(peer.id().as_str(), format!("spiffe://west/ambit/node/{}", NodeId([7; 32])));
-    assert_eq!(peer.binding().unwrap().node, NodeId([7; 32]));
+    assert_eq!(peer.id().as_str(), format!("spiffe://west/ambit/node/{}", NODE));
+    assert_eq!(peer.binding().unwrap().node, NODE);
     assert_eq!(peer.binding().unwrap().generation.0, 1);
 
     let x509 = |der: &[u8]| openssl::x509::X509::from_der(der).unwrap();

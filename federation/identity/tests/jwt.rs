@@ -1,16 +1,15 @@
 //! JWT-SVIDs: ours judged by OpenSSL, OpenSSL's judged by us, and every form that the standard refuses.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on fails")]
 
+mod common;
+
 use ambit_identity::{JwtKey, JwtTrust, issue_jwt, verify_jwt};
-use ambit_model::appraisal::PcrBank;
-use ambit_model::{
-    Audience, Code, Entry, JwtAuthority, NodeId, RaftIndex, Refusal, Revision, Selector, Stamp, SvidTtl, TrustDomain,
-};
-use ambit_state::command::{Admission, LogEntry, Seen};
-use ambit_state::objects::*;
+use ambit_model::{Audience, Code, Entry, JwtAuthority, RaftIndex, Refusal, Selector, Stamp, SvidTtl, TrustDomain};
+use ambit_state::command::LogEntry;
 use ambit_state::{Applied, Command, Committed, JwtIssuance, State};
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as B64;
+use common::{NODE, NOW, admission, founding};
 use openssl::bn::BigNum;
 use openssl::ec::{EcGroup, EcKey};
 use openssl::ecdsa::EcdsaSig;
@@ -21,9 +20,7 @@ use openssl::rsa::{Padding, Rsa};
 use openssl::sign::{RsaPssSaltlen, Signer, Verifier};
 use std::collections::BTreeMap;
 
-const NOW: Stamp = Stamp(1_800_000_000_000);
 const NOW_S: u64 = 1_800_000_000;
-const NODE: NodeId = NodeId([7; 32]);
 
 /// A cell with a node, an entry and a JWT authority.
 struct Cell {
@@ -34,30 +31,10 @@ struct Cell {
 impl Cell {
     fn new(key: &JwtKey) -> Cell {
         let mut cell = Cell { state: State::new(), index: 0 };
-        let row = CellRow {
-            trust_domain: "west".parse().unwrap(),
-            epoch: 1,
-            root_der: vec![1],
-            root_form: "file".into(),
-            bundle_sequence: 1,
-            next_identity: 256,
-            revision: Revision(0),
-            endorsement_revision: Revision(0),
-            policy_revision: Revision(0),
-            export_seq: 0,
-            export_hash: [0; 32],
-        };
-        let member = Member {
-            address: String::new(),
-            authority: "a1".into(),
-            authority_not_after: NOW.plus_ms(86_400_000),
-            wrap_key: vec![],
-            record_key: [0; 32],
-        };
-        cell.run(Command::FoundCell(row, 1, member, KeySetRow::default())).outcome.unwrap();
-        cell.run(Command::RegisterCluster("c".parse().unwrap(), vec![], 30_000)).outcome.unwrap();
-        cell.run(Command::AllowEk("c".parse().unwrap(), vec![NODE])).outcome.unwrap();
-        cell.run(Command::AdmitNode(admission())).outcome.unwrap();
+        for command in founding("west".parse().unwrap(), vec![1], "a1", NOW.plus_ms(86_400_000)) {
+            cell.run(command).outcome.unwrap();
+        }
+        cell.run(admission("a1", [1; 32])).outcome.unwrap();
         let entry = Entry {
             id: "web".parse().unwrap(),
             spiffe_id: "spiffe://west/web".parse().unwrap(),
@@ -82,35 +59,6 @@ impl Cell {
         let generation = self.state.node(&NODE).unwrap().generation;
         let (entry, audience_sha256) = ("web".parse().unwrap(), audience.sha256());
         self.run(Command::IssueJwt { node: NODE, generation, kid: kid.to_owned(), entry, audience_sha256 }).into_token()
-    }
-}
-
-fn admission() -> Admission {
-    Admission {
-        node: NODE,
-        cluster: "c".parse().unwrap(),
-        nonce: [1; 32],
-        deadline: NOW.plus_ms(1000),
-        join_token: None,
-        endorsement_revision: Revision(3),
-        policy_revision: Revision(0),
-        ak: AkFacts::default(),
-        ek: EkFacts::default(),
-        seen: Seen {
-            counters: Counters::default(),
-            firmware_version: 1,
-            ima: ImaPoint::default(),
-            pcrs: Some(BootPcrs { bank: PcrBank::Sha256, values: Default::default() }),
-            boot_pcrs_sha256: [1; 32],
-            boot_log_sha256: [1; 32],
-            policy: PolicyRef { name: "any".parse().unwrap(), version: 1 },
-            trust: Default::default(),
-            evidence_sha256: [0; 32],
-            evidence_depth: 0,
-        },
-        key_hash: [1; 32],
-        authority: "a1".into(),
-        claims: String::new(),
     }
 }
 

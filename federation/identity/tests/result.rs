@@ -30,19 +30,7 @@ impl West {
         let root = Root::create(&td, NOW, [1; 16]).unwrap();
         let key = RecordKey::generate().unwrap();
         let mut west = West { td: td.clone(), root, key, state: State::new() };
-        let row = CellRow {
-            trust_domain: td,
-            epoch: 1,
-            root_der: west.root.der().to_vec(),
-            root_form: "file".into(),
-            bundle_sequence: 1,
-            next_identity: 256,
-            revision: Revision(0),
-            endorsement_revision: Revision(0),
-            policy_revision: Revision(0),
-            export_seq: 0,
-            export_hash: [0; 32],
-        };
+        let row = CellRow::founded(td, west.root.der().to_vec());
         let member = Member {
             address: String::new(),
             authority: "a1".into(),

@@ -4,7 +4,7 @@
 use ambit_identity::svid::verify_pinned;
 use ambit_identity::{Csr, IssuingKey, Named, Root, SvidKey, TrustStore, fingerprint, verify_svid};
 use ambit_model::bundle::{Bundle, Own};
-use ambit_model::{Code, Lifetime, RaftIndex, Revision, Stamp, TrustDomain};
+use ambit_model::{Code, Lifetime, RaftIndex, Stamp, TrustDomain};
 use ambit_state::objects::{CellRow, KeySetRow, Member};
 use ambit_state::{Applied, Command, LogEntry, State};
 use rustls_pki_types::CertificateDer;
@@ -40,19 +40,7 @@ fn rotating() -> Rotating {
     let intermediate = old.found(1, &csr(&key), lifetime).unwrap();
     let former = IssuingKey::new(key, intermediate).unwrap();
     let mut state = State::new();
-    let row = CellRow {
-        trust_domain: td.clone(),
-        epoch: 1,
-        root_der: old.der().to_vec(),
-        root_form: "file".into(),
-        bundle_sequence: 1,
-        next_identity: 256,
-        revision: Revision(0),
-        endorsement_revision: Revision(0),
-        policy_revision: Revision(0),
-        export_seq: 0,
-        export_hash: [0; 32],
-    };
+    let row = CellRow::founded(td.clone(), old.der().to_vec());
     let member = Member {
         address: String::new(),
         authority: former.authority().to_owned(),

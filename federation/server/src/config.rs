@@ -51,9 +51,9 @@ pub struct Outside {
     pub listen: SocketAddr,
     /// How the endpoint shows that it is the trust domain's.
     pub profile: EndpointProfile,
-    /// How often others should come, seconds; new keys are published three to five of these before they are used.
+    /// How often others should come, seconds. A rotation does not wait for them: its operator does.
     pub refresh_hint_s: u64,
-    /// The https URL, without a slash at its end, in whose name JWT-SVIDs are verified by OIDC; then its documents are served.
+    /// The https URL, without a slash at its end, that the OIDC documents name; without it they are not served.
     pub oidc_issuer: Option<String>,
 }
 

@@ -3,7 +3,7 @@
 
 use ambit_identity::{Csr, IssuingKey, PeerSvid, Root, SvidKey, TrustStore, verify_svid};
 use ambit_model::bundle::{Bundle, Own};
-use ambit_model::{Code, Lifetime, RaftIndex, Revision, Stamp, TrustDomain};
+use ambit_model::{Code, Lifetime, RaftIndex, Stamp, TrustDomain};
 use ambit_state::objects::{CellRow, KeySetRow, Member, PeerRow, PeerState};
 use ambit_state::{Command, LogEntry, State};
 use ambit_transport::Caller;
@@ -52,19 +52,7 @@ fn run(state: &mut State, command: Command) {
 
 fn founded(d: &Domain) -> State {
     let mut state = State::new();
-    let row = CellRow {
-        trust_domain: d.name.clone(),
-        epoch: 1,
-        root_der: d.root.der().to_vec(),
-        root_form: "file".into(),
-        bundle_sequence: 1,
-        next_identity: 256,
-        revision: Revision(0),
-        endorsement_revision: Revision(0),
-        policy_revision: Revision(0),
-        export_seq: 0,
-        export_hash: [0; 32],
-    };
+    let row = CellRow::founded(d.name.clone(), d.root.der().to_vec());
     let member = Member {
         address: String::new(),
         authority: d.issuer.authority().to_owned(),

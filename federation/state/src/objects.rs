@@ -3,8 +3,8 @@
 use ambit_model::appraisal::PcrBank;
 use ambit_model::policy::{Endpoint, Policy, Service};
 use ambit_model::{
-    AdminRole, ClusterId, Code, Entry, Generation, JwtAuthority, NodeId, ObjectName, RaftIndex, Revision, SpiffeId,
-    Stamp, TrustDomain, TrustVector,
+    AdminRole, ClusterId, Code, Entry, Generation, JwtAuthority, NodeId, NumericIdentity, ObjectName, RaftIndex,
+    Revision, SpiffeId, Stamp, TrustDomain, TrustVector,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -18,7 +18,7 @@ pub struct CellRow {
     pub epoch: u64,
     /// The root certificate, DER.
     pub root_der: Vec<u8>,
-    /// `file` (shown as unsealed); sealed and external follow with issue D.
+    /// `file`, the only form there is: shown as unsealed.
     pub root_form: String,
     /// Bundle sequence: epoch << 40 | counter.
     pub bundle_sequence: u64,
@@ -34,6 +34,25 @@ pub struct CellRow {
     pub export_seq: u64,
     /// See `export_seq`.
     pub export_hash: [u8; 32],
+}
+
+impl CellRow {
+    /// A cell at its founding: the first epoch, a root whose key lies in a file, nothing changed and nothing exported yet.
+    pub fn founded(trust_domain: TrustDomain, root_der: Vec<u8>) -> Self {
+        Self {
+            trust_domain,
+            epoch: 1,
+            root_der,
+            root_form: "file".into(),
+            bundle_sequence: 1 << 40 | 1,
+            next_identity: NumericIdentity::FIRST.0,
+            revision: Revision(0),
+            endorsement_revision: Revision(0),
+            policy_revision: Revision(0),
+            export_seq: 0,
+            export_hash: [0; 32],
+        }
+    }
 }
 
 /// Why a cell began anew.

@@ -13,9 +13,7 @@ use ambit_agent::view::View;
 use ambit_identity::tls::certified;
 use ambit_identity::{Csr, IssuingKey, JwtKey, Root, SvidKey, issue, issue_jwt};
 use ambit_model::appraisal::PcrBank;
-use ambit_model::{
-    Audience, ClusterId, Entry, Generation, Lifetime, NodeId, RaftIndex, Refusal, Revision, Stamp, TrustDomain,
-};
+use ambit_model::{Audience, ClusterId, Entry, Generation, Lifetime, NodeId, RaftIndex, Refusal, Stamp, TrustDomain};
 use ambit_proto::v1;
 use ambit_state::command::{Admission, LeafRequest, Seen};
 use ambit_state::objects::{AkFacts, BootPcrs, CellRow, Counters, EkFacts, ImaPoint, KeySetRow, Member, PolicyRef};
@@ -47,19 +45,7 @@ impl Cell {
         let lifetime = Lifetime { not_before: now().minus_ms(60_000), not_after: now().plus_ms(86_400_000) };
         let intermediate = root.found(1, &Csr::parse(&key.csr().unwrap()).unwrap(), lifetime).unwrap();
         let key = IssuingKey::new(key, intermediate).unwrap();
-        let row = CellRow {
-            trust_domain: td.clone(),
-            epoch: 1,
-            root_der: root.der().to_vec(),
-            root_form: "file".into(),
-            bundle_sequence: 1 << 40 | 1,
-            next_identity: 256,
-            revision: Revision(0),
-            endorsement_revision: Revision(0),
-            policy_revision: Revision(0),
-            export_seq: 0,
-            export_hash: [0; 32],
-        };
+        let row = CellRow::founded(td.clone(), root.der().to_vec());
         let member = Member {
             address: "127.0.0.1:1".into(),
             authority: key.authority().to_owned(),

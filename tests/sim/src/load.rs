@@ -5,9 +5,7 @@ use crate::dice::Dice;
 use crate::template::Seat;
 use ambit_model::appraisal::PcrBank;
 use ambit_model::policy::{Action, Peers, Policy};
-use ambit_model::{
-    ClusterId, Entry, Generation, NodeId, ObjectName, Refusal, Revision, Selector, Stamp, SvidTtl, TrustDomain,
-};
+use ambit_model::{ClusterId, Entry, Generation, NodeId, ObjectName, Refusal, Selector, Stamp, SvidTtl, TrustDomain};
 use ambit_state::command::{Admission, LeafRequest, RoundVerdict, Seen};
 use ambit_state::objects::{
     AkFacts, BootPcrs, CellRow, Counters, EkFacts, ImaPoint, Member, NodeState, PeerRow, PolicyRef,
@@ -53,19 +51,10 @@ impl Load {
         peers: Vec<(TrustDomain, PeerRow)>,
     ) -> Result<Vec<Command>, Refusal> {
         let cell = &seat.name;
-        let row = CellRow {
-            trust_domain: cell.clone(),
-            epoch: 1,
-            root_der: card.map_or_else(|| cell.as_str().as_bytes().to_vec(), |card| card.root_der.clone()),
-            root_form: "file".into(),
-            bundle_sequence: (1 << 40) | 1,
-            next_identity: 256,
-            revision: Revision(0),
-            endorsement_revision: Revision(0),
-            policy_revision: Revision(0),
-            export_seq: 0,
-            export_hash: [0; 32],
-        };
+        let row = CellRow::founded(
+            cell.clone(),
+            card.map_or_else(|| cell.as_str().as_bytes().to_vec(), |card| card.root_der.clone()),
+        );
         let member = member(card.map_or([1; 32], |card| card.key.public()));
         let key_set = card.map(|card| card.key_set.clone()).unwrap_or_default();
         let mut all = vec![

@@ -89,19 +89,7 @@ fn compile(policy: &AppraisalPolicy, list: &[u8]) -> Result<Arc<CompiledPolicy>>
 
 /// A cell of one replica with one cluster and one policy.
 fn founded(now: Stamp, policy: &AppraisalPolicy, roots: &[EkRoot]) -> Result<State> {
-    let row = CellRow {
-        trust_domain: "bench".parse()?,
-        epoch: 1,
-        root_der: vec![1],
-        root_form: "file".into(),
-        bundle_sequence: 1,
-        next_identity: 1,
-        revision: Revision(0),
-        endorsement_revision: Revision(0),
-        policy_revision: Revision(0),
-        export_seq: 0,
-        export_hash: [0; 32],
-    };
+    let row = CellRow::founded("bench".parse()?, vec![1]);
     let member = Member {
         address: "127.0.0.1:1".into(),
         authority: "a1".into(),

@@ -9,7 +9,7 @@ use ambit_identity::keys::certificates_to_pem;
 use ambit_identity::tls::{Expect, SharedTrust, Trust};
 use ambit_identity::wrap::WrapKey;
 use ambit_identity::{Csr, IssuingKey, KeySet, RecordKey, Root, SvidKey, fingerprint};
-use ambit_model::{Code, Lifetime, NumericIdentity, Refusal, ReplicaId, Revision, TrustDomain};
+use ambit_model::{Code, Lifetime, Refusal, ReplicaId, TrustDomain};
 use ambit_proto::status::from_status;
 use ambit_proto::v1;
 use ambit_state::Command;
@@ -106,19 +106,7 @@ async fn found_cell(
         }),
     };
     let cell = Cell::bootstrap(raft_options(config, replica)?, alone).map_err(start_failed)?;
-    let row = CellRow {
-        trust_domain: td.clone(),
-        epoch: 1,
-        root_der: root.der().to_vec(),
-        root_form: "file".into(),
-        bundle_sequence: 1 << 40 | 1,
-        next_identity: NumericIdentity::FIRST.0,
-        revision: Revision(0),
-        endorsement_revision: Revision(0),
-        policy_revision: Revision(0),
-        export_seq: 0,
-        export_hash: [0; 32],
-    };
+    let row = CellRow::founded(td.clone(), root.der().to_vec());
     let propose = cell.propose([0; 32], random()?, Command::FoundCell(row, replica, member, keys));
     let applied = tokio::time::timeout(FOUND_TIMEOUT, propose)
         .await

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use ambit_model::appraisal::PcrBank;
-use ambit_model::{ClusterId, Code, Entry, NodeId, RaftIndex, Refusal, Revision, Selector, Stamp, SvidTtl};
+use ambit_model::{ClusterId, Code, Entry, NodeId, RaftIndex, Refusal, Selector, Stamp, SvidTtl};
 use ambit_state::command::{Admission, Seen};
 use ambit_state::objects::*;
 use ambit_state::{Command, LogEntry, Reply, State};
@@ -17,19 +17,7 @@ pub(crate) struct Cell {
 impl Cell {
     pub(crate) fn founded(td: &str) -> Cell {
         let mut cell = Cell { state: State::new(), index: 0, log: Vec::new() };
-        let row = CellRow {
-            trust_domain: td.parse().unwrap(),
-            epoch: 1,
-            root_der: td.as_bytes().to_vec(),
-            root_form: "file".into(),
-            bundle_sequence: 1 << 40 | 1,
-            next_identity: 256,
-            revision: Revision(0),
-            endorsement_revision: Revision(0),
-            policy_revision: Revision(0),
-            export_seq: 0,
-            export_hash: [0; 32],
-        };
+        let row = CellRow::founded(td.parse().unwrap(), td.as_bytes().to_vec());
         let member = Member {
             address: "127.0.0.1:1".into(),
             authority: "a1".into(),
