@@ -157,6 +157,14 @@ impl State {
         })
     }
 
+    /// Whether a leaf under this intermediate is the replica's own: it is not revoked, and was signed since the replica was
+    /// admitted. Another may have had its number before, and what was signed for that one is nobody's.
+    pub fn speaks_for(&self, authority: &str, replica: u64) -> bool {
+        let admitted = self.admissions.get(&replica).map(|admission| admission.serial).unwrap_or_default();
+        self.authority(authority)
+            .is_some_and(|row| row.replica == replica && row.state != AuthorityState::Revoked && row.serial >= admitted)
+    }
+
     /// The intermediate that a replica joined with, before there is a row for it.
     pub(crate) fn first_authority(&self, replica: u64) -> Option<AuthorityRow> {
         let not_after = self.member(replica)?.authority_not_after;

@@ -403,6 +403,9 @@ pub enum Command {
     TaintAuthority(String),
     /// Whatever a tainted intermediate signed is refused.
     RevokeAuthority(String),
+    /// What brings another key set, refused where the one in force is not the one that it was made from
+    /// ([`KeySetRow::sha256`]) any more: a replica that joins while a root is activated is in the one that comes after.
+    OverKeySet([u8; 32], Box<Command>),
 }
 
 /// A foreign bundle, read strictly.

@@ -3,6 +3,7 @@
 use crate::committed::{Committed, Issuance, RevokedLeaves};
 use crate::state::State;
 use ambit_model::{IdDenial, LeafDenial, SpiffeId, Stamp, TrustDomain};
+use std::collections::BTreeMap;
 
 /// Leaves in one CRL; 40 bytes each.
 const CRL_LEAVES_MAX: usize = 100_000;
@@ -23,9 +24,10 @@ impl State {
         self.id_denials.len() > 0 && self.denials_of(id).any(|denial| denial.barred)
     }
 
-    /// Whether an SVID is refused: by its identity, or by itself. The caller has verified it.
+    /// Whether an SVID is refused: by its authority, by its identity, or by itself. The caller has verified it.
     pub fn svid_denied(&self, id: &SpiffeId, authority: &str, serial: &[u8]) -> bool {
-        self.svid_denied_since(id, authority, serial).is_some()
+        let whole = (id.trust_domain(), authority.to_owned());
+        self.authority_denials.contains(&whole) || self.svid_denied_since(id, authority, serial).is_some()
     }
 
     fn svid_denied_since(&self, id: &SpiffeId, authority: &str, serial: &[u8]) -> Option<Stamp> {
@@ -55,29 +57,32 @@ impl State {
 
     /// What agents are told. Two denials of one identity become one.
     pub fn svid_denials(&self) -> SvidDenials {
-        let mut ids: Vec<(SpiffeId, IdDenial)> = Vec::new();
+        let mut ids: BTreeMap<&SpiffeId, IdDenial> = BTreeMap::new();
         for ((_, id), denial) in self.id_denials.iter() {
-            match ids.iter_mut().find(|(known, _)| known == id) {
-                Some((_, known)) => *known = IdDenial { barred: known.barred || denial.barred, ..known.then(*denial) },
-                None => ids.push((id.clone(), *denial)),
-            }
+            let both = |known: &IdDenial| IdDenial { barred: known.barred || denial.barred, ..known.then(*denial) };
+            let row = ids.get(id).map_or(*denial, both);
+            ids.insert(id, row);
         }
+        let ids = ids.into_iter().map(|(id, denial)| (id.clone(), denial)).collect();
         SvidDenials { ids, leaves: self.leaf_denials.iter().map(|(key, _)| key.clone()).collect() }
     }
 
     /// What the CRL of an authority of this cell says now.
     pub fn revoked_leaves(&self, authority: &str) -> Committed<RevokedLeaves> {
-        let mut leaves: Vec<(Vec<u8>, Stamp)> = self
+        let mut leaves: BTreeMap<Vec<u8>, Stamp> = self
             .issued()
             .filter(|leaf| leaf.authority == authority)
             .filter_map(|leaf| Some((leaf.serial.to_vec(), self.issuance_denied(leaf)?)))
             .collect();
-        for ((_, of, serial), denial) in self.leaf_denials.iter() {
-            if of == authority && !leaves.iter().any(|(known, _)| known == serial) {
-                leaves.push((serial.clone(), denial.since));
-            }
+        // Only this cell says which of its own leaves are refused.
+        let own = self.cell().map(|cell| cell.trust_domain.clone());
+        let first = own.clone().map(|own| (own, authority.to_owned(), Vec::new()));
+        let rows = first.into_iter().flat_map(|first| self.leaf_denials.from(first));
+        for ((_, _, serial), denial) in rows.take_while(|((td, of, _), _)| Some(td) == own.as_ref() && of == authority)
+        {
+            leaves.entry(serial.clone()).or_insert(denial.since);
         }
-        leaves.truncate(CRL_LEAVES_MAX);
+        let leaves = leaves.into_iter().take(CRL_LEAVES_MAX).collect();
         let revision = self.cell().map(|cell| cell.revision).unwrap_or_default();
         Committed::new(RevokedLeaves { authority: authority.to_owned(), revision, stamp: self.stamp(), leaves })
     }

@@ -1,7 +1,8 @@
 //! Which entries fit a node: those that name it and whose node selectors hold for its last verdict.
 
+use crate::objects::EntryRow;
 use crate::state::State;
-use ambit_model::{Entry, EntryExtras, EntryId, NodeId, Selector};
+use ambit_model::{Entry, EntryExtras, EntryId, NodeId, Selector, SpiffeId};
 use std::collections::BTreeSet;
 
 impl State {
@@ -13,7 +14,6 @@ impl State {
         named
             && !self.barred(&entry.spiffe_id)
             && entry.extras.expires_at > self.stamp()
-            && !self.barred(&entry.spiffe_id)
             && entry.node_selectors().all(|selector| self.shows(id, selector))
     }
 
@@ -44,8 +44,23 @@ impl State {
         entries.filter(|row| self.fits(&row.entry, id)).map(|row| row.entry.id.clone()).collect()
     }
 
-    /// Keeps [`State::asking`] and [`State::expiring`] in step with an entry that is there now, or was until now.
+    /// The entries that give this identity.
+    pub(crate) fn entries_of(&self, id: &SpiffeId) -> impl Iterator<Item = &EntryRow> {
+        self.giving.get(id).into_iter().flatten().filter_map(|entry| self.entry(entry))
+    }
+
+    /// Keeps [`State::giving`], [`State::asking`] and [`State::expiring`] in step with an entry that is there now, or was
+    /// until now.
     pub(crate) fn index_entry(&mut self, entry: &Entry, present: bool) {
+        let of_identity = self.giving.entry(entry.spiffe_id.clone()).or_default();
+        if present {
+            of_identity.insert(entry.id.clone());
+        } else {
+            of_identity.remove(&entry.id);
+            if of_identity.is_empty() {
+                self.giving.remove(&entry.spiffe_id);
+            }
+        }
         let expires_at = entry.extras.expires_at;
         if expires_at != EntryExtras::NONE.expires_at {
             let key = (expires_at, entry.id.clone());

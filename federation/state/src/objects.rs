@@ -7,6 +7,7 @@ use ambit_model::{
     Revision, SpiffeId, Stamp, TrustDomain, TrustVector,
 };
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// The cell itself.
@@ -125,6 +126,13 @@ pub struct KeySetRow {
     pub statement: Vec<u8>,
     /// The root's signature over them.
     pub signature: Vec<u8>,
+}
+
+impl KeySetRow {
+    /// SHA-256 of the statement.
+    pub fn sha256(&self) -> [u8; 32] {
+        Sha256::digest(&self.statement).into()
+    }
 }
 
 /// A ticket key, wrapped to each replica. Never in plain in log or snapshot.

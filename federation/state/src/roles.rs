@@ -25,10 +25,14 @@ impl State {
         }
     }
 
-    /// How many administrators may do everything.
-    pub(crate) fn federation_admins(&self) -> usize {
-        let holds = |roles: &BTreeSet<AdminRole>| roles.contains(&AdminRole::FederationAdmin);
-        let founder = self.admins().all(|(name, _)| name.as_str() != FOUNDER);
-        usize::from(founder) + self.admins().filter(|(_, row)| holds(&row.roles)).count()
+    /// Whether this administrator may do everything, and nobody else who is not denied.
+    pub(crate) fn is_last_federation_admin(&self, name: &str) -> bool {
+        let able = |name: &str| {
+            let own = self.cell().map(|cell| &cell.trust_domain);
+            let id = own.and_then(|own| own.member(&format!("/ambit/admin/{name}")).ok());
+            self.admin_roles(name).contains(&AdminRole::FederationAdmin) && !id.is_some_and(|id| self.barred(&id))
+        };
+        let mut all = self.admins().map(|(name, _)| name.as_str()).chain([FOUNDER]);
+        able(name) && !all.any(|other| other != name && able(other))
     }
 }

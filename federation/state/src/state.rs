@@ -87,6 +87,8 @@ pub struct State {
     pub(crate) authority_denials: Table<(TrustDomain, String), Stamp>,
     /// `issued` by node and end, in memory only: counting a node's leaves must not cost a walk over everybody's.
     pub(crate) live_leaves: BTreeMap<NodeId, BTreeSet<(Stamp, [u8; 16])>>,
+    /// Entries by the identity that they give, in memory only: whose an identity is must not cost a walk over all entries.
+    pub(crate) giving: BTreeMap<SpiffeId, BTreeSet<EntryId>>,
     /// Entries with node selectors by cluster, in memory only: a verdict must not cost a walk over all entries.
     pub(crate) asking: BTreeMap<ClusterId, BTreeSet<EntryId>>,
     /// Entries that end, by when, in memory only: a tick must not cost a walk over all entries.
@@ -267,6 +269,7 @@ impl State {
             peer_roots: Table::new(id()),
             authority_denials: Table::new(id()),
             live_leaves: BTreeMap::new(),
+            giving: BTreeMap::new(),
             asking: BTreeMap::new(),
             expiring: BTreeSet::new(),
             dedupe_by_age: VecDeque::new(),

@@ -5,7 +5,7 @@ mod common;
 
 use ambit_model::policy::Endpoint;
 use ambit_model::record::{Head, Kind, Record};
-use ambit_model::{Code, Entry, Generation, IdDenial, SpiffeId, Stamp, SvidTtl};
+use ambit_model::{Code, Entry, EntryExtras, Extras, Generation, IdDenial, SpiffeId, Stamp, SvidTtl};
 use ambit_state::command::{LeafRequest, Presence};
 use ambit_state::objects::{TokenRow, TokenScope};
 use ambit_state::{Command, IdVerb, Issuance, Reply, State};
@@ -88,6 +88,10 @@ fn what_was_issued_under_a_deleted_entry_is_refused_and_told_before_anything_els
     assert!(!denied(&cell.state, &web) && cell.state.id_denials().count() == 0);
 }
 
+fn ends(expires_at: Stamp) -> Extras {
+    Extras::new(EntryExtras { expires_at, ..EntryExtras::NONE }).unwrap()
+}
+
 #[test]
 fn an_update_revokes_where_it_changes_who_may_have_the_identity() {
     let nodes = [node(1)].into();
@@ -97,6 +101,7 @@ fn an_update_revokes_where_it_changes_who_may_have_the_identity() {
         ("other nodes", Entry { nodes, ..entry("web", "west") }, true),
         ("another lifetime", Entry { ttl: SvidTtl::try_from(60).unwrap(), ..entry("web", "west") }, false),
         ("other bundles", Entry { federates_with: ["east".parse().unwrap()].into(), ..entry("web", "west") }, false),
+        ("an end to come", Entry { extras: ends(Stamp(3 * NOW)), ..entry("web", "west") }, true),
         ("nothing", entry("web", "west"), false),
     ] {
         let mut cell = cell();
@@ -182,6 +187,7 @@ fn one_leaf_is_refused_by_authority_and_serial_and_stands_in_the_crl() {
         serials.sort();
         serials
     };
+    assert!(!cell.state.svid_denials().leaves.is_empty());
     let mut all = vec![web.serial.to_vec(), db.serial.to_vec(), vec![7; 16]];
     all.sort();
     assert_eq!(crl(&cell, "a1"), all);
@@ -189,6 +195,95 @@ fn one_leaf_is_refused_by_authority_and_serial_and_stands_in_the_crl() {
     // A node that is out takes all its leaves along, its own too.
     cell.run(Command::SetNodes(ambit_state::NodeVerb::Ban, ambit_state::Nodes::Ids(vec![node(1)]))).unwrap();
     assert_eq!(crl(&cell, "a1").len(), 4);
+}
+
+#[test]
+fn a_leaf_of_a_former_intermediate_is_refused_by_name_and_all_of_one_that_is_revoked() {
+    let mut cell = cell();
+    let (web, db) = (leaf(&mut cell, "web").unwrap(), leaf(&mut cell, "db").unwrap());
+    cell.run(Command::RenewAuthority { replica: 1, key_hash: [5; 32], lifetime_ms: 86_400_000 }).unwrap();
+    cell.run(Command::DenyLeaf("a1".into(), web.serial.to_vec())).unwrap();
+    assert!(denied(&cell.state, &web) && !denied(&cell.state, &db));
+    cell.run(Command::TaintAuthority("a1".into())).unwrap();
+    assert!(!denied(&cell.state, &db), "tainted is not revoked");
+    cell.run(Command::RevokeAuthority("a1".into())).unwrap();
+    assert!(denied(&cell.state, &db), "on connections that were open before, too");
+    assert!(!cell.state.svid_denied(&id("spiffe://east/db"), "a1", &db.serial), "of another trust domain");
+}
+
+#[test]
+fn the_denial_of_an_administrator_lasts_as_long_as_their_certificates() {
+    let mut cell = cell();
+    let operator = [ambit_model::AdminRole::Operator].into();
+    let (admin, by) = ("ada".parse().unwrap(), String::new());
+    cell.run(Command::ChangeRoles { admin, change: ambit_state::RoleChange::Grant(operator), by }).unwrap();
+    let certify = Command::CertifyAdmin { admin: "ada".parse().unwrap(), key_hash: [4; 32], authority: "a1".into() };
+    let Reply::Leaves(mut leaves) = cell.run(certify).unwrap() else { panic!("no leaf") };
+    let ada = leaves.remove(0).unwrap();
+    cell.run(Command::DenyId(ada.spiffe_id.clone(), IdVerb::Revoke)).unwrap();
+    cell.at(ada.lifetime.not_after.0 + 300_000, 0, Command::Tick).unwrap();
+    assert!(denied(&cell.state, &ada));
+    cell.at(ada.lifetime.not_after.0 + 300_001, 0, Command::Tick).unwrap();
+    assert_eq!(cell.state.id_denials().count(), 0);
+}
+
+#[test]
+fn the_last_federation_admin_is_not_denied_and_a_restore_lets_the_founder_in() {
+    let mut cell = cell();
+    let say = |of: &str, verb| Command::DenyId(id(&format!("spiffe://west/ambit/admin/{of}")), verb);
+    let change =
+        |admin: &str, change| Command::ChangeRoles { admin: admin.parse().unwrap(), change, by: String::new() };
+    let roles = || [ambit_model::AdminRole::FederationAdmin].into();
+    for verb in [IdVerb::Bar, IdVerb::Revoke] {
+        assert_eq!(code(cell.run(say("founder", verb))), Code::LastAdmin);
+    }
+    cell.run(change("ada", ambit_state::RoleChange::Grant(roles()))).unwrap();
+    cell.run(say("founder", IdVerb::Bar)).unwrap();
+    // Who is denied is no other one.
+    assert_eq!(code(cell.run(say("ada", IdVerb::Bar))), Code::LastAdmin);
+    assert_eq!(code(cell.run(change("ada", ambit_state::RoleChange::RevokeAll))), Code::LastAdmin);
+    let founder = id("spiffe://west/ambit/admin/founder");
+    let member = cell.state.member(1).unwrap().clone();
+    let mut restored = State::import(cell.state.export()).unwrap();
+    let cause = ambit_state::objects::Cause::Restored;
+    let begin = ambit_state::Beginning { cause, replica: 1, member, admit: None, past_epoch: 0, keys: None };
+    restored.begin_incarnation(Stamp(NOW), begin).unwrap();
+    assert!(cell.state.barred(&founder) && !restored.barred(&founder));
+    // What they had when they were barred stays refused; what this incarnation issues is not.
+    let denial = |state: &State| *state.id_denials().next().unwrap().1;
+    assert_eq!(denial(&restored), IdDenial { barred: false, ..denial(&cell.state) });
+}
+
+#[test]
+fn denials_are_bounded_a_peers_use_none_of_the_cells_own_and_a_clusters_administrator_leaves_some() {
+    let mut cell = cell();
+    let deny = |n: usize| Command::DenyId(id(&format!("spiffe://west/cluster/west/{n}")), IdVerb::Revoke);
+    let within = |command| Command::Within([cluster("west")].into(), Box::new(command));
+    // A thousand at once: entries come and go.
+    let fill = |cell: &mut Cell, thousand: usize| {
+        let entries: Vec<Entry> = (0..1_000).map(|n| entry(&format!("e{}", thousand * 1_000 + n), "west")).collect();
+        let ids = entries.iter().map(|entry| entry.id.clone()).collect();
+        cell.run(Command::CreateEntries(entries)).unwrap();
+        Command::RetireEntries(ids)
+    };
+    for thousand in 0..18 {
+        let retire = fill(&mut cell, thousand);
+        cell.run(within(retire)).unwrap();
+    }
+    assert_eq!(code(cell.run(within(deny(1)))), Code::Busy);
+    assert_eq!(code(cell.run(within(retire(&["web"])))), Code::Busy);
+    for thousand in 18..20 {
+        let retire = fill(&mut cell, thousand);
+        cell.run(retire).unwrap();
+    }
+    assert_eq!(code(cell.run(deny(1))), Code::Busy);
+    cell.run(Command::DenyId(id("spiffe://west/e1"), IdVerb::Bar)).unwrap();
+    // Nothing is half done: the entry is there, and what was issued under it is good.
+    let web = leaf(&mut cell, "web").unwrap();
+    for command in [retire(&["web"]), replace(Entry { spiffe_id: id("spiffe://west/new"), ..entry("web", "west") })] {
+        assert_eq!(code(cell.run(command)), Code::Busy);
+    }
+    assert!(!denied(&cell.state, &web) && cell.state.entry(&"web".parse().unwrap()).is_some());
 }
 
 fn record(seq: u64, prev_hash: [u8; 32], kind: Kind, key: &str, payload: Vec<u8>) -> Record {
@@ -205,17 +300,18 @@ fn a_peer_denies_its_own_identities_only_and_takes_nothing_back() {
         let denial = IdDenial { up_to: [up_to; 16], barred, since: Stamp(NOW), until: Stamp(NOW + KEPT_MS) };
         postcard::to_stdvec(&denial).unwrap()
     };
+    let leaf_denial = ambit_model::LeafDenial { since: Stamp(1), until: Stamp(2 * NOW) };
+    let leaf_denial = postcard::to_stdvec(&leaf_denial).unwrap();
     let mut prev = [0; 32];
     for (seq, (kind, key, payload)) in [
         (Kind::IdDenial, "spiffe://west/web", all(255, true)),
         (Kind::IdDenial, "spiffe://east/db", all(5, false)),
         (Kind::IdDenial, "spiffe://east/db", all(3, false)),
         (Kind::IdDenial, "spiffe://east/db", vec![]),
-        (
-            Kind::LeafDenial,
-            "a1/07",
-            postcard::to_stdvec(&ambit_model::LeafDenial { since: Stamp(1), until: Stamp(2 * NOW) }).unwrap(),
-        ),
+        (Kind::LeafDenial, &format!("{}/07", "a1".repeat(20)), leaf_denial.clone()),
+        (Kind::LeafDenial, "a1/07", leaf_denial.clone()),
+        (Kind::LeafDenial, &format!("{}/{}", "a1".repeat(20), "07".repeat(21)), leaf_denial.clone()),
+        (Kind::LeafDenial, &format!("{}/", "a1".repeat(20)), leaf_denial),
     ]
     .into_iter()
     .enumerate()
@@ -235,8 +331,12 @@ fn a_peer_denies_its_own_identities_only_and_takes_nothing_back() {
     assert!(!denied(&cell.state, &web) && !cell.state.barred(&web.spiffe_id));
     let db = id("spiffe://east/db");
     assert!(cell.state.svid_denied(&db, "x", &[5; 16]) && !cell.state.svid_denied(&db, "x", &[6; 16]));
-    assert!(cell.state.svid_denied(&db, "a1", &[7]) && !cell.state.svid_denied(&web.spiffe_id, "a1", &web.serial));
-    // This cell may refuse more than a peer does, here.
+    let other = id("spiffe://east/other");
+    assert!(cell.state.svid_denied(&other, &"a1".repeat(20), &[7]) && !cell.state.svid_denied(&other, "a1", &[7]));
+    assert_eq!(cell.state.leaf_denials().count(), 1, "keys that no intermediate has, serials that no leaf has");
+    assert!(!cell.state.svid_denied(&web.spiffe_id, "a1", &web.serial));
+    // This cell may refuse more than a peer does, here; of their serials it knows nothing.
+    assert_eq!(code(cell.run(Command::DenyId(db.clone(), IdVerb::Revoke))), Code::NotOwner);
     cell.run(Command::DenyId(db.clone(), IdVerb::Bar)).unwrap();
     assert!(cell.state.svid_denied(&db, "x", &[6; 16]) && cell.state.svid_denials().ids.len() == 1);
     assert!(!cell.state.records_after(0).any(|r| r.kind == Kind::IdDenial), "and does not speak for it");

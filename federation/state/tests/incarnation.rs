@@ -192,5 +192,16 @@ fn a_new_intermediate_needs_the_keys_that_were_admitted() {
     let admission = state.begin_incarnation(Stamp(LATER), begin).unwrap().unwrap();
     assert_eq!((admission.get().issuer_key_hash, admission.get().tls_key_hash), ([5; 32], [6; 32]));
     assert_eq!(state.member(1).unwrap().authority_not_after, admission.get().lifetime.not_after);
+    // What was wrapped to its former keys it cannot open: it is wrapped to again. The key set before names lost keys.
+    let mut west = west();
+    let root = ambit_state::Command::WrapRoot(*west.state.roots().keys().next().unwrap(), [(1, vec![1])].into());
+    west.run(root).unwrap();
+    let keys = KeySetRow { statement: vec![9], signature: vec![9] };
+    for (admit, opens) in [(None, vec![1]), (Some(([5; 32], [6; 32])), vec![])] {
+        let mut state = State::import(west.state.export()).unwrap();
+        let begin = Beginning { admit, keys: Some(keys.clone()), ..beginning(Cause::Restored) };
+        state.begin_incarnation(Stamp(LATER), begin).unwrap();
+        assert_eq!(state.roots().into_values().next().unwrap().wrapped.into_keys().collect::<Vec<_>>(), opens);
+    }
     assert_eq!(code(State::new().begin_incarnation(Stamp(1), beginning(Cause::Restored))), Code::Unavailable);
 }

@@ -112,6 +112,7 @@ fn an_administrator_of_a_cluster_touches_nothing_of_another() {
     let delete = |ids: &[&str]| Command::DeleteEntries(ids.iter().map(|id| id.parse().unwrap()).collect());
     let say = |nodes: Nodes| Command::SetNodes(NodeVerb::Ban, nodes);
     let (policies, services) = (|p: Policy| documents(vec![p], vec![]), |s: Service| documents(vec![], vec![s]));
+    let bar = |id: &str| Command::DenyId(id.parse().unwrap(), ambit_state::IdVerb::Bar);
     let held: ambit_model::ObjectName = "held".parse().unwrap();
     for (what, command, allowed) in [
         ("own entry", Command::CreateEntries(vec![own("a")]), true),
@@ -159,6 +160,20 @@ fn an_administrator_of_a_cluster_touches_nothing_of_another() {
         ("own service", services(service("s", &["spiffe://west/web"])), true),
         ("service with another's backend", services(service("s", &["spiffe://west/web", "spiffe://west/db"])), false),
         ("service of another trust domain", services(service("s", &["spiffe://west/web", "spiffe://north/a"])), false),
+        (
+            "service of another trust domain that has our name",
+            services(service("s", &["spiffe://west/web", "spiffe://north/cluster/west/a"])),
+            false,
+        ),
+        (
+            "service of all of another trust domain below our name",
+            services(service("s", &["spiffe://west/web", "spiffe://north/cluster/west/*"])),
+            false,
+        ),
+        ("denial of an own identity", bar("spiffe://west/web"), true),
+        ("denial of another's", bar("spiffe://west/db"), false),
+        ("denial of another trust domain's that has our name", bar("spiffe://north/cluster/west/a"), false),
+        ("denial of an administrator", bar("spiffe://west/ambit/admin/founder"), false),
         ("own appraisal policy", appraisal("mine", &["west"]), true),
         ("appraisal policy of both", appraisal("mine", &["west", "east"]), false),
         ("another's appraisal policy", appraisal("held", &["west"]), false),

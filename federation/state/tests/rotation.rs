@@ -245,6 +245,80 @@ fn a_replica_that_joins_meanwhile_is_under_the_root_that_was_active_when_it_was_
     cell.run(Command::TaintRoot(first())).unwrap();
 }
 
+/// A replica of this number, admitted and recorded.
+fn join(cell: &mut Cell, replica: u64, key: u8) {
+    use ambit_state::objects::{TokenRow, TokenScope};
+    let token = [key; 32];
+    let scope = TokenScope::Replica(replica, "127.0.0.1:2".into());
+    cell.run(Command::CreateToken(token, TokenRow { scope, expires: Stamp(2_000_000), used: false })).unwrap();
+    let (issuer_key_hash, tls_key_hash) = ([key; 32], [9; 32]);
+    cell.run(Command::AdmitReplica { token, replica, issuer_key_hash, tls_key_hash }).unwrap();
+    let authority_not_after = Stamp(1_000_000 + DAY_MS);
+    let member = Member {
+        address: "127.0.0.1:2".into(),
+        authority: name(key),
+        authority_not_after,
+        wrap_key: vec![],
+        record_key: [2; 32],
+    };
+    cell.run(Command::PutMember(replica, member, keys(3))).unwrap();
+}
+
+#[test]
+fn a_replica_that_goes_leaves_nothing_that_speaks_for_whoever_has_its_number_next() {
+    let mut cell = Cell::founded("west");
+    join(&mut cell, 2, 20);
+    cell.run(Command::RenewAuthority { replica: 2, key_hash: [21; 32], lifetime_ms: DAY_MS }).unwrap();
+    let speaks = |cell: &Cell, key: u8| cell.state.speaks_for(&name(key), 2);
+    assert!(speaks(&cell, 20) && speaks(&cell, 21) && !cell.state.speaks_for(&name(21), 1));
+    cell.run(Command::RemoveMember(2)).unwrap();
+    for key in [20, 21] {
+        assert_eq!(cell.state.authority(&name(key)).unwrap().state, AuthorityState::Tainted, "in the same entry");
+    }
+    join(&mut cell, 2, 22);
+    assert!(!speaks(&cell, 20) && !speaks(&cell, 21) && speaks(&cell, 22));
+    // Its own former ones speak for it while they are in time, tainted or not: it may be about to renew.
+    cell.run(Command::TaintAuthority(name(22))).unwrap();
+    assert!(speaks(&cell, 22));
+    cell.run(Command::RenewAuthority { replica: 2, key_hash: [23; 32], lifetime_ms: DAY_MS }).unwrap();
+    assert!(speaks(&cell, 22) && speaks(&cell, 23) && cell.state.speaks_for("a1", 1));
+    cell.run(Command::RevokeAuthority(name(22))).unwrap();
+    assert!(!speaks(&cell, 22));
+}
+
+#[test]
+fn a_key_set_is_not_put_over_one_that_it_was_not_made_from() {
+    let mut cell = Cell::founded("west");
+    let next = b"next root".to_vec();
+    let n = sha256(&next);
+    cell.run(Command::PrepareRoot(next, wrapped())).unwrap();
+    cell.run(Command::CrossSignRoot(n, vec![9])).unwrap();
+    let made_from = cell.state.key_set().unwrap().sha256();
+    let over = |command| Command::OverKeySet(made_from, Box::new(command));
+    let member = cell.state.member(1).unwrap().clone();
+    // A replica was recorded meanwhile, whose key the next root certified not.
+    cell.run(over(Command::PutMember(1, member.clone(), keys(7)))).unwrap();
+    assert_eq!(code(cell.run(over(Command::ActivateRoot(n, keys(2))))), Code::StaleRevision);
+    assert_eq!(code(cell.run(over(Command::PutMember(1, member, keys(8))))), Code::StaleRevision);
+    assert_eq!((cell.state.key_set().unwrap().clone(), roots(&cell)[0].0), (keys(7), b'w'));
+    let made_from = cell.state.key_set().unwrap().sha256();
+    cell.run(Command::OverKeySet(made_from, Box::new(Command::ActivateRoot(n, keys(2))))).unwrap();
+}
+
+#[test]
+fn a_root_that_no_certificate_can_be_is_not_taken_from_a_peer() {
+    let mut peer = Peer::active();
+    for (sequence, der) in [(2, vec![]), (3, vec![2; 8 * 1024 + 1])] {
+        let roots = [vec![1], der].map(|der| RootEntry { state: state_of(&der), der }).into();
+        peer.says(Kind::Bundle, "east", postcard::to_stdvec(&BundleRecord { sequence, roots }).unwrap());
+        assert_eq!(peer.holds(), [1]);
+    }
+}
+
+fn state_of(der: &[u8]) -> RootState {
+    if *der == [1] { RootState::Active } else { RootState::Prepared }
+}
+
 /// A peer's records of its bundle, and what the importer makes of them.
 struct Peer {
     cell: Cell,

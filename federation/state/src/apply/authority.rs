@@ -80,6 +80,15 @@ pub(super) fn taint(s: &mut State, at: At, id: &str) -> Result<Reply, Refusal> {
     Ok(Reply::Done)
 }
 
+/// What a replica that goes signed with.
+pub(super) fn taint_all_of(s: &mut State, at: At, replica: u64) {
+    let active = |row: &AuthorityRow| row.replica == replica && row.state == AuthorityState::Active;
+    for (id, row) in s.authorities().into_iter().filter(|(_, row)| active(row)) {
+        s.authorities.put(&mut s.journal, id, AuthorityRow { state: AuthorityState::Tainted, ..row });
+        touch(s, at);
+    }
+}
+
 pub(super) fn revoke(s: &mut State, at: At, id: &str) -> Result<Reply, Refusal> {
     let row = named(s, id)?;
     if row.state != AuthorityState::Tainted {

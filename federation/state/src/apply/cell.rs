@@ -1,7 +1,7 @@
 //! The cell itself: founding, replicas, tokens, clusters, ticks.
 
 use super::{At, cell_row, export, payload, touch};
-use crate::command::Reply;
+use crate::command::{Command, Reply};
 use crate::committed::{ReplicaAdmission, SealedReport};
 use crate::objects::{CellRow, ClusterRow, KeySetRow, Member, TicketKeyRow, TokenRow, TokenScope};
 use crate::state::State;
@@ -124,7 +124,18 @@ pub(super) fn put_member(s: &mut State, id: u64, member: &Member, keys: &KeySetR
     Ok(Reply::Done)
 }
 
+pub(super) fn over_key_set(s: &mut State, at: At, replaced: &[u8; 32], command: &Command) -> Result<Reply, Refusal> {
+    let now = s.key_set().cloned().unwrap_or_default().sha256();
+    if now != *replaced {
+        let found = format!("{}: the same once more", hex::encode(now));
+        return Err(Refusal::new(Code::StaleRevision, format!("key set {}", hex::encode(replaced)), found));
+    }
+    super::apply(s, at.index, at.stamp, command)
+}
+
+/// Whatever the replica signed is issued anew: its keys are nobody's any more, or somebody else's.
 pub(super) fn remove_member(s: &mut State, at: At, id: u64) -> Result<Reply, Refusal> {
+    super::authority::taint_all_of(s, at, id);
     s.admissions.remove(&mut s.journal, &id);
     super::root::unwrap_from(s, id);
     match s.members.remove(&mut s.journal, &id) {

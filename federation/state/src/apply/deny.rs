@@ -1,28 +1,45 @@
 //! Revoking SVIDs: by identity, one by one, and with the entry that they were issued under.
 
 use super::{At, cell_row, export, issue, objects, payload, touch};
-use crate::command::{IdVerb, Presence, Reply};
+use crate::command::{Command, IdVerb, Presence, Reply};
 use crate::committed::{Issuance, Subject};
 use crate::state::State;
 use ambit_model::record::Kind;
-use ambit_model::{Code, Entry, EntryId, IdDenial, LeafDenial, Refusal, SpiffeId, Stamp};
+use ambit_model::{Code, Entry, EntryId, IdDenial, LeafDenial, ObjectName, Refusal, SpiffeId, Stamp, TrustDomain};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 
-/// Denials of each kind that this cell makes; each goes to every agent (I17).
+/// Denials of each kind that this cell makes; each goes to every agent (I17). Peers have bounds of their own.
 const ID_DENIALS_MAX: usize = 20_000;
 const LEAF_DENIALS_MAX: usize = 20_000;
+/// Of them those that are kept for who administers the whole cell: no cluster's administrator leaves it without any.
+const RESERVED: usize = 2_000;
 /// Leaves of one entry that are refused one by one, where another entry gives the same identity; if there are more, all of
 /// that identity so far are.
 const LEAVES_PER_ENTRY_MAX: usize = 256;
-/// After this no leaf that is issued now can be valid on any clock of the mesh.
-const LEAF_MS_MAX: u64 = crate::UNATTESTED_MAX_MS + crate::ISSUER_MARGIN_MS;
+/// Below it are the identities of administrators.
+const ADMIN_PATH: &str = "/ambit/admin/";
 /// DER allows 20 bytes (RFC 5280 section 4.1.2.2).
-const SERIAL_BYTES_MAX: usize = 20;
+pub(super) const SERIAL_BYTES_MAX: usize = 20;
+
+/// After this no leaf that is issued to the identity now can be valid on any clock of the mesh.
+fn leaf_ms_max(id: &SpiffeId) -> u64 {
+    let longest = if is_admin(id) { issue::ADMIN_MS } else { crate::UNATTESTED_MAX_MS };
+    longest + crate::ISSUER_MARGIN_MS
+}
+
+fn is_admin(id: &SpiffeId) -> bool {
+    id.path().starts_with(ADMIN_PATH)
+}
 
 pub(super) fn id(s: &mut State, at: At, id: &SpiffeId, verb: IdVerb) -> Result<Reply, Refusal> {
     let own = cell_row(s)?.trust_domain;
     let known = s.id_denials.get(&(own.clone(), id.clone())).copied();
+    if verb == IdVerb::Revoke && id.trust_domain() != own {
+        // Whose serials tell nothing here of when they were issued.
+        let expected = format!("an identity of {own}, or one that is barred (ambit identity bar)");
+        return Err(Refusal::new(Code::NotOwner, expected, id.as_str()));
+    }
     if verb == IdVerb::Lift && !known.is_some_and(|denial| denial.barred) {
         return Err(Refusal::new(Code::NotFound, "an identity that this cell denies", id.as_str()));
     }
@@ -30,7 +47,12 @@ pub(super) fn id(s: &mut State, at: At, id: &SpiffeId, verb: IdVerb) -> Result<R
         let expected = "an identity that is not a replica's (ambit raft remove)";
         return Err(Refusal::new(Code::BadRequest, expected, id.as_str()));
     }
-    room(s.id_denials.len(), ID_DENIALS_MAX, known.is_some())?;
+    let admin = id.path().strip_prefix(ADMIN_PATH).filter(|_| id.trust_domain() == own);
+    if verb != IdVerb::Lift && admin.is_some_and(|name| s.is_last_federation_admin(name)) {
+        let expected = "another federation-admin (ambit admin grant) before the last one is denied";
+        return Err(Refusal::new(Code::LastAdmin, expected, id.as_str()));
+    }
+    room(s, &own, &BTreeSet::from([id.clone()]), 0)?;
     let barred = match verb {
         IdVerb::Bar => true,
         IdVerb::Lift => false,
@@ -44,17 +66,56 @@ pub(super) fn id(s: &mut State, at: At, id: &SpiffeId, verb: IdVerb) -> Result<R
     Ok(Reply::Done)
 }
 
-fn room(held: usize, max: usize, known: bool) -> Result<(), Refusal> {
-    if held < max || known {
+/// An administrator whom a restore makes anew is not kept out by what was said of the former; what that one had is.
+pub(super) fn readmit(s: &mut State, admin: &ObjectName) -> Result<(), Refusal> {
+    let id = cell_row(s)?.trust_domain.member(&format!("{ADMIN_PATH}{admin}"))?;
+    let key = (id.trust_domain(), id);
+    if let Some(known) = s.id_denials.get(&key).copied() {
+        let row = IdDenial { barred: false, ..known };
+        s.id_denials.put(&mut s.journal, key.clone(), row);
+        export(s, Kind::IdDenial, key.1.to_string(), payload(&row)?);
+    }
+    Ok(())
+}
+
+/// Refused unless there is room for denials of these identities, and for some more than those.
+fn room(s: &State, own: &TrustDomain, ids: &BTreeSet<SpiffeId>, reserved: usize) -> Result<(), Refusal> {
+    let held = s.id_denials.iter().filter(|((origin, _), _)| origin == own).count();
+    let more = ids.iter().filter(|id| !s.id_denials.contains(&(own.clone(), (*id).clone()))).count();
+    let max = ID_DENIALS_MAX - reserved;
+    if more == 0 || held + more <= max {
         return Ok(());
     }
-    Err(Refusal::new(Code::Busy, format!("at most {max} denials"), "one more"))
+    let found = format!("{held}, and {more} more (ambit identity denied)");
+    Err(Refusal::new(Code::Busy, format!("at most {max} denied identities at once"), found))
+}
+
+/// Room as an administrator of some clusters has it.
+pub(super) fn room_within(s: &State, command: &Command) -> Result<(), Refusal> {
+    let ids = match command {
+        Command::DenyId(id, _) => BTreeSet::from([id.clone()]),
+        Command::RetireEntries(ids) => identities(s, ids.iter()),
+        Command::ReplaceEntries(entries) => identities(s, entries.iter().map(|(entry, _)| &entry.id)),
+        _ => return Ok(()),
+    };
+    room(s, &cell_row(s)?.trust_domain, &ids, RESERVED)
+}
+
+/// The identities that these entries give now.
+fn identities<'a>(s: &State, entries: impl Iterator<Item = &'a EntryId>) -> BTreeSet<SpiffeId> {
+    entries.filter_map(|id| s.entry(id)).map(|row| row.entry.spiffe_id.clone()).collect()
+}
+
+/// Single leaves that may still be denied.
+fn leaves_left(s: &State, own: &TrustDomain) -> usize {
+    let of_own = s.leaf_denials.from((own.clone(), String::new(), Vec::new())).take_while(|((td, _, _), _)| td == own);
+    LEAF_DENIALS_MAX.saturating_sub(of_own.count())
 }
 
 /// Everything issued for the identity up to this entry is refused. The denial is exported before anything that follows.
 fn deny_id(s: &mut State, at: At, id: &SpiffeId, barred: bool) -> Result<(), Refusal> {
     let cell = cell_row(s)?;
-    let (up_to, until) = (issue::serial(cell.epoch, at, u32::MAX), at.stamp.plus_ms(LEAF_MS_MAX));
+    let (up_to, until) = (issue::serial(cell.epoch, at, u32::MAX), at.stamp.plus_ms(leaf_ms_max(id)));
     let new = IdDenial { up_to, barred, since: at.stamp, until };
     let key = (cell.trust_domain.clone(), id.clone());
     let row = s.id_denials.get(&key).map_or(new, |known| known.then(new));
@@ -70,7 +131,11 @@ pub(super) fn leaf(s: &mut State, at: At, authority: &str, serial: &[u8]) -> Res
         let expected = format!("a serial of 1-{SERIAL_BYTES_MAX} bytes");
         return Err(Refusal::new(Code::BadRequest, expected, serial.len().to_string()));
     }
-    let of_replica = s.members().find(|(_, m)| m.authority == authority).map(|(_, m)| m.authority_not_after);
+    let own = cell_row(s)?.trust_domain;
+    if !s.leaf_denials.contains(&(own.clone(), authority.to_owned(), serial.to_vec())) && leaves_left(s, &own) == 0 {
+        return Err(Refusal::new(Code::Busy, format!("at most {LEAF_DENIALS_MAX} denied leaves at once"), "one more"));
+    }
+    let of_replica = s.authority(authority).map(|row| row.lifetime.not_after);
     let known = s.issued().find(|leaf| leaf.serial == serial && leaf.authority == authority);
     // What is on record ends when its record says; what is not, with its issuer.
     let until = known.map(|leaf| leaf.lifetime.not_after).or(of_replica).ok_or_else(|| {
@@ -84,7 +149,6 @@ pub(super) fn leaf(s: &mut State, at: At, authority: &str, serial: &[u8]) -> Res
 fn deny_leaf(s: &mut State, at: At, authority: &str, serial: &[u8], until: Stamp) -> Result<(), Refusal> {
     let own = cell_row(s)?.trust_domain;
     let key = (own, authority.to_owned(), serial.to_vec());
-    room(s.leaf_denials.len(), LEAF_DENIALS_MAX, s.leaf_denials.contains(&key))?;
     let row = LeafDenial { since: at.stamp, until };
     s.leaf_denials.put(&mut s.journal, key, row);
     export(s, Kind::LeafDenial, format!("{authority}/{}", hex::encode(serial)), payload(&row)?);
@@ -98,6 +162,7 @@ pub(super) fn forget(s: &mut State, now: Stamp) {
 }
 
 pub(super) fn retire_entries(s: &mut State, at: At, ids: &[EntryId]) -> Result<Reply, Refusal> {
+    room(s, &cell_row(s)?.trust_domain, &identities(s, ids.iter()), 0)?;
     let before: Vec<Entry> = ids.iter().filter_map(|id| s.entry(id)).map(|row| row.entry.clone()).collect();
     let reply = objects::delete_entries(s, at, ids)?;
     revoke(s, at, &before)?;
@@ -105,6 +170,8 @@ pub(super) fn retire_entries(s: &mut State, at: At, ids: &[EntryId]) -> Result<R
 }
 
 pub(super) fn replace_entries(s: &mut State, at: At, entries: &[(Entry, Presence)]) -> Result<Reply, Refusal> {
+    let former = identities(s, entries.iter().map(|(entry, _)| &entry.id));
+    room(s, &cell_row(s)?.trust_domain, &former, 0)?;
     let before: BTreeMap<EntryId, Entry> = entries
         .iter()
         .filter_map(|(new, _)| s.entry(&new.id))
@@ -113,10 +180,12 @@ pub(super) fn replace_entries(s: &mut State, at: At, entries: &[(Entry, Presence
     let reply = objects::put_entries(s, at, entries)?;
     let other = |was: &&Entry| {
         let is = s.entry(&was.id).map(|row| &row.entry);
-        // Lifetimes, a hint, or whose bundles go along change nothing of who may have it or of what it says.
+        // Lifetimes, a hint, or whose bundles go along change nothing of who may have it or of what it says. An end that
+        // comes earlier than it was to come does: what was issued may outlive it.
         let same = |is: &Entry| {
             let of = |entry: &Entry| (entry.spiffe_id.clone(), entry.cluster.clone(), entry.extras.dns_names.clone());
-            of(is) == of(was) && is.nodes == was.nodes && is.selectors == was.selectors
+            let ends = is.extras.expires_at >= was.extras.expires_at;
+            ends && of(is) == of(was) && is.nodes == was.nodes && is.selectors == was.selectors
         };
         !is.is_some_and(same)
     };
@@ -133,11 +202,8 @@ fn revoke(s: &mut State, at: At, former: &[Entry]) -> Result<(), Refusal> {
     }
     let of: BTreeSet<&EntryId> = former.iter().map(|entry| &entry.id).collect();
     let ids: BTreeSet<SpiffeId> = former.iter().map(|entry| entry.spiffe_id.clone()).collect();
-    let shared: BTreeSet<SpiffeId> = s
-        .entries()
-        .filter(|row| ids.contains(&row.entry.spiffe_id) && !of.contains(&row.entry.id))
-        .map(|row| row.entry.spiffe_id.clone())
-        .collect();
+    let others = |id: &SpiffeId| s.entries_of(id).any(|row| !of.contains(&row.entry.id));
+    let shared: BTreeSet<SpiffeId> = ids.iter().filter(|id| others(id)).cloned().collect();
     let mut whole: BTreeSet<SpiffeId> = ids.difference(&shared).cloned().collect();
     let mut single: BTreeMap<SpiffeId, Vec<Issuance>> = BTreeMap::new();
     if !shared.is_empty() {
@@ -146,8 +212,7 @@ fn revoke(s: &mut State, at: At, former: &[Entry]) -> Result<(), Refusal> {
             single.entry(leaf.spiffe_id.clone()).or_default().push(leaf.clone());
         }
     }
-    let room = LEAF_DENIALS_MAX.saturating_sub(s.leaf_denials.len());
-    let too_many = single.values().map(Vec::len).sum::<usize>() > room;
+    let too_many = single.values().map(Vec::len).sum::<usize>() > leaves_left(s, &cell_row(s)?.trust_domain);
     single.retain(|id, leaves| {
         let few = !too_many && leaves.len() <= LEAVES_PER_ENTRY_MAX;
         if !few {
@@ -170,17 +235,12 @@ fn revoke(s: &mut State, at: At, former: &[Entry]) -> Result<(), Refusal> {
 /// Endpoints of these identities go from nodes that may not run them any more, whatever their agents say.
 fn drop_endpoints(s: &mut State, at: At, ids: &BTreeSet<SpiffeId>) {
     let Some(own) = s.cell().map(|cell| cell.trust_domain.clone()) else { return };
-    let left: Vec<Entry> =
-        s.entries().filter(|row| ids.contains(&row.entry.spiffe_id)).map(|row| row.entry.clone()).collect();
     let gone: Vec<Ipv4Addr> = s
         .endpoints
         .from((own.clone(), Ipv4Addr::UNSPECIFIED))
         .take_while(|((origin, _), _)| *origin == own)
         .filter(|(_, row)| ids.contains(&row.object.spiffe_id))
-        .filter(|(_, row)| {
-            let of = |entry: &&Entry| entry.spiffe_id == row.object.spiffe_id;
-            !left.iter().filter(of).any(|entry| s.fits(entry, &row.object.node))
-        })
+        .filter(|(_, row)| !s.entries_of(&row.object.spiffe_id).any(|e| s.fits(&e.entry, &row.object.node)))
         .map(|((_, address), _)| *address)
         .collect();
     for address in gone {

@@ -1,6 +1,6 @@
 //! Peers and what they tell us. A peer speaks only for its own identities and never widens what we allow.
 
-use super::{At, addresses, cell::burn, cell_row, touch};
+use super::{At, addresses, cell::burn, cell_row, deny::SERIAL_BYTES_MAX, root::ROOT_BYTES_MAX, touch};
 use crate::authorities::{PeerRoots, root_id};
 use crate::command::Reply;
 use crate::objects::{ForeignCluster, JwtKeys, Owned, PeerRow, PeerState, TokenScope};
@@ -175,8 +175,7 @@ fn decode(r: &Record) -> Result<Imported, Refusal> {
         Kind::Bundle => bundle(r)?.map_or(Imported::Ignored, Imported::Bundle),
         Kind::AuthorityDenial => {
             let until = object(r)?.unwrap_or_default();
-            let named = r.key.len() == 40 && r.key.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
-            if named { Imported::AuthorityDenial(r.key.clone(), until) } else { Imported::Ignored }
+            if is_authority(&r.key) { Imported::AuthorityDenial(r.key.clone(), until) } else { Imported::Ignored }
         }
         Kind::Policy => {
             let policy: Option<Policy> = object(r)?;
@@ -214,9 +213,16 @@ fn decode(r: &Record) -> Result<Imported, Refusal> {
             let key = r.key.split_once('/').and_then(|(of, serial)| Some((of.to_owned(), hex::decode(serial).ok()?)));
             let bad = || Refusal::new(Code::RecordChainBroken, "a key of authority and serial", r.key.clone());
             let (authority, serial) = key.ok_or_else(bad)?;
-            object(r)?.map_or(Imported::Ignored, |denial| Imported::LeafDenial(authority, serial, denial))
+            let fits = is_authority(&authority) && (1..=SERIAL_BYTES_MAX).contains(&serial.len());
+            let denial = object(r)?.filter(|_| fits);
+            denial.map_or(Imported::Ignored, |denial| Imported::LeafDenial(authority, serial, denial))
         }
     })
+}
+
+/// The name of an intermediate: its key identifier, 20 bytes, hexadecimal.
+fn is_authority(text: &str) -> bool {
+    text.len() == 40 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
 }
 
 fn object<T: DeserializeOwned>(r: &Record) -> Result<Option<T>, Refusal> {
@@ -250,6 +256,7 @@ fn take_bundle(s: &mut State, origin: &TrustDomain, peer: &mut PeerRow, bundle: 
         || active != 1
         || bundle.roots.len() > FOREIGN_ROOTS_MAX
         || bundle.roots.iter().any(back)
+        || bundle.roots.iter().any(|root| !(1..=ROOT_BYTES_MAX).contains(&root.der.len()))
     {
         return;
     }

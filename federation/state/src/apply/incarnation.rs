@@ -5,7 +5,6 @@
 //! peers, certificates), so everything that is counted goes on far above what can have been counted.
 
 use super::{At, cell_row, touch};
-use crate::authorities::AuthorityRow;
 use crate::committed::{Committed, ReplicaAdmission};
 use crate::objects::{Cause, IncarnationRow, KeySetRow, Member};
 use crate::state::State;
@@ -79,6 +78,7 @@ impl State {
             && let Ok(founder) = crate::FOUNDER.parse()
         {
             self.admins.remove(&mut self.journal, &founder);
+            super::deny::readmit(self, &founder)?;
         }
         #[cfg(ambit_mutant)]
         if crate::mutant::is("anew-forgets-entries") {
@@ -93,21 +93,23 @@ impl State {
         self.members.put(&mut self.journal, b.replica, member);
         if let Some(keys) = b.keys {
             self.key_set.put(&mut self.journal, 0, keys);
+            // The one before names keys of those given up.
+            self.key_set.remove(&mut self.journal, &1);
         }
         // Its first record: whoever imports it refuses the lost incarnation from then on.
         super::jwt::begin_anew(self)?;
-        self.forget_intermediates(|row| b.admit.is_none() && row.replica == b.replica);
+        self.forget_keys(b.admit.is_none().then_some(b.replica));
         super::root::export_bundle(self)?;
         touch(self, at);
         Ok(admission.map(Committed::new))
     }
 
-    /// Of the lost incarnation only what the replica goes on with is kept; the others' keys may be anybody's.
-    fn forget_intermediates(&mut self, kept: impl Fn(&AuthorityRow) -> bool) {
-        self.authorities.prune(&mut self.journal, |_, row| !kept(row));
-        let members: Vec<u64> = self.members().map(|(id, _)| id).collect();
+    /// Of the lost incarnation only the keys that a replica goes on with are kept; the others' may be anybody's. A replica
+    /// with new keys cannot open what was wrapped to its former ones: it is wrapped to again.
+    fn forget_keys(&mut self, goes_on: Option<u64>) {
+        self.authorities.prune(&mut self.journal, |_, row| Some(row.replica) != goes_on);
         for (id, mut row) in self.roots.iter().map(|(id, row)| (*id, row.clone())).collect::<Vec<_>>() {
-            row.wrapped.retain(|replica, _| members.contains(replica));
+            row.wrapped.retain(|replica, _| Some(*replica) == goes_on);
             self.roots.put(&mut self.journal, id, row);
         }
     }

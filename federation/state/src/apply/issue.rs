@@ -8,7 +8,7 @@ use crate::state::State;
 use ambit_model::{Code, EntryId, Generation, Lifetime, NodeId, Refusal, Stamp, SvidTtl};
 
 /// Administrators' certificates last 8 h (design.md section 4).
-const ADMIN_MS: u64 = 8 * 3_600_000;
+pub(super) const ADMIN_MS: u64 = 8 * 3_600_000;
 
 /// Leaves of one node that may be remembered at once: a node of 1,000 workloads renews each a few times an hour, and
 /// one that asks without end fills its own share only (I17).

@@ -109,6 +109,7 @@ pub(crate) fn apply(s: &mut State, index: RaftIndex, stamp: Stamp, command: &Com
         Command::RevokeRoot(root) => root::revoke(s, at, root),
         Command::TaintAuthority(id) => authority::taint(s, at, id),
         Command::RevokeAuthority(id) => authority::revoke(s, at, id),
+        Command::OverKeySet(replaced, command) => cell::over_key_set(s, at, replaced, command),
     }
 }
 

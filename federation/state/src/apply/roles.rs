@@ -5,7 +5,7 @@ use crate::command::{Command, Nodes, Reply, RoleChange};
 use crate::objects::{AdminRow, TokenScope};
 use crate::state::State;
 use ambit_model::policy::{Peers, Policy, Service};
-use ambit_model::{AdminRole, ClusterId, Code, Entry, NodeId, ObjectName, Refusal, SpiffeId};
+use ambit_model::{AdminRole, ClusterId, Code, Entry, NodeId, ObjectName, Refusal, SpiffeId, TrustDomain};
 use std::collections::BTreeSet;
 
 /// Rows of administrators; people, and programs that act for them.
@@ -40,8 +40,8 @@ pub(super) fn change(
         let expected = format!("at most {ADMINS_MAX} administrators of {ROLES_MAX} roles");
         return Err(Refusal::new(Code::Busy, expected, "more"));
     }
-    let falls = before.contains(&AdminRole::FederationAdmin) && !roles.contains(&AdminRole::FederationAdmin);
-    if falls && s.federation_admins() <= 1 {
+    let falls = !roles.contains(&AdminRole::FederationAdmin);
+    if falls && s.is_last_federation_admin(admin.as_str()) {
         let expected = "another federation-admin (ambit admin grant) before the last one goes";
         return Err(Refusal::new(Code::LastAdmin, expected, admin.as_str()));
     }
@@ -78,12 +78,14 @@ pub(super) fn within(
     clusters: &BTreeSet<ClusterId>,
     command: &Command,
 ) -> Result<Reply, Refusal> {
-    check(s, &Scope { clusters }, command)?;
+    check(s, &Scope { own: &cell_row(s)?.trust_domain, clusters }, command)?;
+    super::deny::room_within(s, command)?;
     super::apply(s, at.index, at.stamp, command)
 }
 
 /// The clusters that somebody administers.
 struct Scope<'a> {
+    own: &'a TrustDomain,
     clusters: &'a BTreeSet<ClusterId>,
 }
 
@@ -107,9 +109,12 @@ impl Scope<'_> {
         }
         self.identity(s, &entry.spiffe_id)
     }
-    /// Below `/cluster/NAME/` an identity is that cluster's. Any other is whose entries hold it: nobody takes on an
-    /// identity that another cluster's workload has.
+    /// Below `/cluster/NAME/` an identity of this trust domain is that cluster's. Any other is whose entries hold it: nobody
+    /// takes on an identity that another cluster's workload has.
     fn identity(&self, s: &State, id: &SpiffeId) -> Result<(), Refusal> {
+        if id.trust_domain() != *self.own {
+            return Err(self.refuse(id.as_str()));
+        }
         if let Some(rest) = id.path().strip_prefix("/cluster/") {
             let name = rest.split('/').next().unwrap_or_default();
             return if self.clusters.iter().any(|c| c.as_str() == name) {
@@ -118,7 +123,7 @@ impl Scope<'_> {
                 Err(self.refuse(id.as_str()))
             };
         }
-        let foreign = s.entries().find(|row| row.entry.spiffe_id == *id && !self.clusters.contains(&row.entry.cluster));
+        let foreign = s.entries_of(id).find(|row| !self.clusters.contains(&row.entry.cluster));
         foreign.map_or(Ok(()), |row| Err(self.refuse(format!("{id}, which is of cluster {}", row.entry.cluster))))
     }
     /// A set of identities is ours if each that can ever be in it is: one with an entry of ours, or those below
@@ -128,11 +133,11 @@ impl Scope<'_> {
             Peers::Id(id) => {
                 self.identity(s, id)?;
                 let named = id.path().starts_with("/cluster/");
-                let held = named || s.entries().any(|row| row.entry.spiffe_id == *id);
+                let held = named || s.entries_of(id).next().is_some();
                 if held { Ok(()) } else { Err(self.refuse(format!("{id}, which no entry holds"))) }
             }
-            Peers::Below(_, path) => {
-                let below = |c: &ClusterId| path.starts_with(&format!("/cluster/{c}/"));
+            Peers::Below(td, path) => {
+                let below = |c: &ClusterId| td == self.own && path.starts_with(&format!("/cluster/{c}/"));
                 if self.clusters.iter().any(below) { Ok(()) } else { Err(self.refuse(peers.to_string())) }
             }
             Peers::Domain(_) => Err(self.refuse(peers.to_string())),
@@ -148,7 +153,7 @@ impl Scope<'_> {
 
 /// Whether everything that the command would touch is of the scope. What is not named here is not theirs to ask.
 fn check(s: &State, scope: &Scope<'_>, command: &Command) -> Result<(), Refusal> {
-    let own = cell_row(s)?.trust_domain;
+    let own = scope.own;
     match command {
         Command::CreateEntries(entries) => entries.iter().try_for_each(|e| scope.entry(s, e)),
         Command::PutEntries(entries) | Command::ReplaceEntries(entries) => {
@@ -185,10 +190,10 @@ fn check(s: &State, scope: &Scope<'_>, command: &Command) -> Result<(), Refusal>
             Ok(())
         }
         Command::DeletePolicy(name) => {
-            s.policy(&(own, name.clone())).map_or(Ok(()), |row| scope.policy(s, &row.object))
+            s.policy(&(own.clone(), name.clone())).map_or(Ok(()), |row| scope.policy(s, &row.object))
         }
         Command::DeleteService(name) => {
-            s.service(&(own, name.clone())).map_or(Ok(()), |row| scope.service(s, &row.object))
+            s.service(&(own.clone(), name.clone())).map_or(Ok(()), |row| scope.service(s, &row.object))
         }
         Command::PutAppraisalPolicy { name, content, .. } => {
             content.clusters.iter().try_for_each(|cluster| scope.cluster(cluster))?;

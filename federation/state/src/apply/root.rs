@@ -13,7 +13,7 @@ use ambit_model::{Code, RaftIndex, Refusal};
 use std::collections::BTreeMap;
 
 /// A root with a P-256 key is some hundred bytes; larger ones come from elsewhere.
-const ROOT_BYTES_MAX: usize = 8 * 1024;
+pub(super) const ROOT_BYTES_MAX: usize = 8 * 1024;
 /// Revoked ones are remembered, so that none comes back: a root a month for twenty years.
 const ROOTS_MAX: usize = 256;
 
