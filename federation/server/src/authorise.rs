@@ -12,7 +12,6 @@ use ambit_model::refusal::Class;
 use ambit_model::{AdminRole, ClusterId, Code, Generation, NodeId, Refusal, Stamp, TrustDomain};
 use ambit_proto::status::to_status;
 use ambit_state::State;
-use ambit_state::authorities::AuthorityState;
 use ambit_state::objects::PeerState;
 use ambit_transport::Caller;
 use futures::future::BoxFuture;
@@ -130,7 +129,7 @@ pub fn role_of<S: Deref<Target = State>>(
     }
     if let Some(n) = replica {
         // A removed replica keeps its certificate and loses its role; one that joins knows nobody before its first entry.
-        let member = state.member(n).is_some() && speaks_for(&state, svid, n);
+        let member = state.member(n).is_some() && state.speaks_for(svid.authority(), n);
         return if member || state.cell().is_none() { Ok(Role::Replica(n)) } else { Err(nobody()) };
     }
     let (Some(node), Some(binding)) = (id.path().strip_prefix("/ambit/node/"), svid.binding()) else {
@@ -150,11 +149,6 @@ pub fn role_of<S: Deref<Target = State>>(
         return Err(Refusal::new(Code::NodeUntrusted, expected, binding.generation.to_string()));
     }
     Ok(Role::Node(node, binding.generation))
-}
-
-/// Whether the replica's leaf is under an intermediate of its own that is not revoked.
-fn speaks_for(state: &State, svid: &PeerSvid, replica: u64) -> bool {
-    state.authority(svid.authority()).is_some_and(|row| row.replica == replica && row.state != AuthorityState::Revoked)
 }
 
 /// Whether a replica whose intermediate this one has not heard of yet may speak of Raft with it: the root named it in this

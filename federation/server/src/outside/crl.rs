@@ -5,7 +5,7 @@ use ambit_model::{Code, Refusal};
 use ambit_proto::status::from_status;
 use ambit_proto::v1;
 use std::collections::BTreeMap;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::Mutex as AsyncMutex;
 
@@ -15,45 +15,43 @@ const VALID_MS: u64 = 3_600_000;
 const FRESH: Duration = Duration::from_secs(2);
 const ASK_MAX: Duration = Duration::from_secs(2);
 
-/// The CRL of this replica's own authority, of now.
+/// The CRL of an authority of this replica, of now: the one in use, or the one before.
 pub fn own_crl(replica: &Replica, authority: &str) -> Result<Vec<u8>, Refusal> {
     let revoked = replica.local(|s| s.revoked_leaves(authority));
-    replica.issuer().crl(&revoked, VALID_MS)
+    replica.issuing(authority)?.crl(&revoked, VALID_MS)
 }
 
-/// CRLs as they were last, by authority: no more of them than replicas.
+type Answer = Result<Vec<u8>, Refusal>;
+/// What was answered last, and when. Whoever asks waits for whoever asks already, and finds that one's answer.
+type Last = Arc<AsyncMutex<Option<(Instant, Answer)>>>;
+
+/// CRLs as they were last, by authority: no more of them than the cell has.
 #[derive(Default)]
-pub(super) struct Crls {
-    last: Mutex<BTreeMap<String, (Instant, Vec<u8>)>>,
-    asking: AsyncMutex<()>,
-}
+pub(super) struct Crls(Mutex<BTreeMap<String, Last>>);
 
 impl Crls {
-    /// The CRL of an authority of the cell.
-    pub(super) async fn of(&self, replica: &Replica, authority: &str) -> Result<Vec<u8>, Refusal> {
-        let members = replica
-            .local(|s| s.members().map(|(id, m)| (id, m.address.clone(), m.authority.clone())).collect::<Vec<_>>());
+    /// The CRL of an authority of the cell. A replica that is silent holds up whoever asks for its own only.
+    pub(super) async fn of(&self, replica: &Replica, authority: &str) -> Answer {
+        let (known, found) = replica.local(|s| {
+            let row = s.authority(authority);
+            let member = row.and_then(|row| s.member(row.replica).map(|m| (row.replica, m.address.clone())));
+            (s.authorities(), member)
+        });
         let unknown = || Refusal::new(Code::NotFound, "an issuing authority of this cell", authority.to_owned());
-        let (id, address, _) = members.iter().find(|(_, _, of)| of == authority).ok_or_else(unknown)?;
-        // One at a time: who waited finds what the one before fetched.
-        let _one = self.asking.lock().await;
-        if let Some(der) = self.fresh(authority) {
-            return Ok(der);
-        }
-        let der = if *id == replica.id() {
-            own_crl(replica, authority)?
-        } else {
-            ask(replica, *id, address, authority).await?
+        let (id, address) = found.ok_or_else(unknown)?;
+        let slot = {
+            let mut slots = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            slots.retain(|of, _| known.contains_key(of));
+            slots.entry(authority.to_owned()).or_default().clone()
         };
-        let mut last = self.last.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        last.retain(|of, _| members.iter().any(|(_, _, known)| known == of));
-        last.insert(authority.to_owned(), (Instant::now(), der.clone()));
-        Ok(der)
-    }
-
-    fn fresh(&self, authority: &str) -> Option<Vec<u8>> {
-        let last = self.last.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        last.get(authority).filter(|(at, _)| at.elapsed() < FRESH).map(|(_, der)| der.clone())
+        let mut last = slot.lock().await;
+        if let Some((_, answer)) = last.as_ref().filter(|(at, _)| at.elapsed() < FRESH) {
+            return answer.clone();
+        }
+        let answer =
+            if id == replica.id() { own_crl(replica, authority) } else { ask(replica, id, &address, authority).await };
+        *last = Some((Instant::now(), answer.clone()));
+        answer
     }
 }
 

@@ -264,7 +264,8 @@ fn fresh() -> [u8; 16] {
     random().unwrap_or_default()
 }
 
-/// Own and foreign roots, from [`State::bundles`], and whom [`State::denied_authorities`] refuses.
+/// Own and foreign roots, from [`State::bundles`], and whom [`State::denied_authorities`] refuses. A foreign bundle that
+/// cannot be used is left out: nobody of that trust domain is taken for who it says, and the others are not held up.
 pub fn trust_of(
     mut bundles: Bundles,
     denied: BTreeSet<(TrustDomain, String)>,
@@ -273,7 +274,9 @@ pub fn trust_of(
     let (sequence, roots) = bundles.remove(own).unwrap_or_default();
     let mut store = TrustStore::new(&Bundle::<Own>::new(own.clone(), sequence, roots))?;
     for (td, (sequence, roots)) in bundles {
-        store.add_foreign(&Bundle::<Foreign>::new(td, sequence, roots))?;
+        if let Err(refusal) = store.add_foreign(&Bundle::<Foreign>::new(td.clone(), sequence, roots)) {
+            tracing::error!(trust_domain = %td, %refusal, "foreign bundle not taken");
+        }
     }
     store.deny_authorities(denied);
     Ok(Trust::Bundles(store))

@@ -3,7 +3,7 @@
 use super::{OrStatus, request_id};
 use crate::authorise::actor;
 use crate::replica::Replica;
-use ambit_identity::{Csr, issue};
+use ambit_identity::Csr;
 use ambit_model::{AdminRole, Code, ObjectName, Refusal};
 use ambit_proto::v1;
 use ambit_state::objects::AdminRow;
@@ -44,15 +44,8 @@ impl v1::administrators_server::Administrators for Administrators {
         let admin = m.name.parse().or_status()?;
         let command = Command::CertifyAdmin { admin, key_hash: csr.spki_sha256(), authority };
         let applied = self.0.propose(actor.client, id, command).await.or_status()?;
-        let mut issuances = applied.into_issuances().or_status()?;
-        let committed =
-            issuances.pop().unwrap_or_else(|| Err(Refusal::new(Code::Internal, "one leaf", "none"))).or_status()?;
-        let not_after_ms = committed.get().lifetime.not_after.0;
-        self.0.check_clock().or_status()?;
-        let issuer = self.0.issuing(&committed.get().authority).or_status()?;
-        let chain = issue(committed, &csr, &issuer).or_status()?;
+        let (chain_der, not_after_ms) = super::svid::one_leaf(&self.0, applied, &csr).or_status()?;
         let root_der = self.0.local(|s| s.cell().map(|c| c.root_der.clone()).unwrap_or_default());
-        let chain_der = chain.iter().map(|c| c.to_vec()).collect();
         Ok(Response::new(v1::CertifyAdminResponse { chain_der, not_after_ms, root_der }))
     }
 }

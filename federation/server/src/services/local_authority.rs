@@ -178,21 +178,21 @@ impl Authorities {
             return Ok(missing);
         }
         let root = self.0.open_root(&id)?;
-        let keys = self.certify_keys(&root)?;
-        let command = Command::ActivateRoot(id, keys);
+        let (replaced, keys) = self.certify_keys(&root)?;
+        let command = Command::OverKeySet(replaced, Box::new(Command::ActivateRoot(id, keys)));
         self.0.propose(asked.client.clone(), asked.then("activate"), command).await?.outcome?;
         tracing::info!(root = hex::encode(id), "root activated");
         Ok(missing)
     }
 
-    /// The record keys in force, certified by the next root.
-    fn certify_keys(&self, root: &Root) -> Result<KeySetRow, Refusal> {
+    /// The record keys in force, certified by the next root, and the key set that they stand in.
+    fn certify_keys(&self, root: &Root) -> Result<([u8; 32], KeySetRow), Refusal> {
         let td = self.0.trust_domain();
         let (row, active) =
             self.0.local(|s| (s.key_set().cloned().unwrap_or_default(), s.cell().map(|c| c.root_der.clone())));
         let known = KeySet::verify(td, &active.unwrap_or_default(), &row.statement, &row.signature)?;
         let (statement, signature) = KeySet::certify(root, td, known.seq() + 1, known.keys().to_vec())?;
-        Ok(KeySetRow { statement, signature })
+        Ok((row.sha256(), KeySetRow { statement, signature }))
     }
 
     async fn taint(&self, asked: &Asked) -> Result<(), Refusal> {

@@ -8,7 +8,6 @@ use crate::replica::budget::Budget;
 use ambit_identity::{Csr, KeySet, fingerprint};
 use ambit_model::{Code, Refusal, ReplicaId};
 use ambit_proto::v1;
-use ambit_state::authorities::{AuthorityRow, AuthorityState};
 use ambit_state::objects::{Cause, IncarnationRow, KeySetRow, Member, TokenRow, TokenScope};
 use ambit_state::{Command, State};
 use sha2::{Digest, Sha256};
@@ -21,6 +20,9 @@ use tonic::{Request, Response, Status};
 const BACKUP_PIECES: usize = 4;
 /// Cells are of 1, 3 or 5; seven leaves room for replacing.
 pub(crate) const REPLICA_MAX: u64 = 7;
+
+/// A key set made anew so often when another came in between: roots are activated by hand, and joins are one at a time.
+const KEY_SET_TRIES: usize = 4;
 
 pub(crate) struct Membership {
     replica: Replica,
@@ -134,7 +136,6 @@ impl v1::membership_server::Membership for Membership {
         let m = request.into_inner();
         let id = request_id(&m.request_id)?;
         self.replica.cell().remove(ReplicaId(m.replica)).await.or_status()?;
-        self.taint_of(m.replica).await.or_status()?;
         self.replica
             .propose(actor.client, id, Command::RemoveMember(m.replica))
             .await
@@ -273,8 +274,7 @@ impl Membership {
         let intermediate = root.intermediate(&admission, &issuer)?;
         let member =
             Member { address: m.address, authority, authority_not_after: not_after, wrap_key: m.wrap_key, record_key };
-        let keys = self.next_key_set(record_key)?;
-        self.replica.propose_own(Command::PutMember(m.replica, member, keys)).await?.outcome?;
+        self.put(m.replica, member).await?;
         let status = self.replica.cell().status();
         let (members, epoch, roots_der) = self.replica.local(|s| {
             let own = (self.replica.id(), status.role);
@@ -294,17 +294,23 @@ impl Membership {
         })
     }
 
-    /// Whatever a replica signed that is removed is issued anew: its key is nobody's any more, or somebody else's.
-    async fn taint_of(&self, replica: u64) -> Result<(), Refusal> {
-        let of = |row: &AuthorityRow| row.replica == replica && row.state == AuthorityState::Active;
-        let all = self.replica.local(|s| s.authorities());
-        for (id, _) in all.into_iter().filter(|(_, row)| of(row)) {
-            self.replica.propose_own(Command::TaintAuthority(id)).await?.outcome?;
+    /// Records the replica, its record key in the key set. Where that changed meanwhile, from the one in force.
+    async fn put(&self, replica: u64, member: Member) -> Result<(), Refusal> {
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            let (replaced, keys) = self.next_key_set(member.record_key)?;
+            let put = Command::PutMember(replica, member.clone(), keys);
+            let outcome = self.replica.propose_own(Command::OverKeySet(replaced, Box::new(put))).await?.outcome;
+            match outcome {
+                Err(refusal) if refusal.code == Code::StaleRevision && tries < KEY_SET_TRIES => {}
+                outcome => return outcome.map(drop),
+            }
         }
-        Ok(())
     }
 
-    fn next_key_set(&self, new: [u8; 32]) -> Result<KeySetRow, Refusal> {
+    /// The key set with one more key, and what it is made from.
+    fn next_key_set(&self, new: [u8; 32]) -> Result<([u8; 32], KeySetRow), Refusal> {
         let (root, td) = (&self.replica.active_root()?, self.replica.trust_domain());
         let row = self.replica.local(|s| s.key_set().cloned()).unwrap_or_default();
         let known = KeySet::verify(td, root.der(), &row.statement, &row.signature)?;
@@ -314,6 +320,6 @@ impl Membership {
             keys.push(new);
         }
         let (statement, signature) = KeySet::certify(root, td, known.seq() + 1, keys)?;
-        Ok(KeySetRow { statement, signature })
+        Ok((row.sha256(), KeySetRow { statement, signature }))
     }
 }

@@ -91,7 +91,7 @@ impl v1::svid_server::Svid for Svids {
             by: actor.name,
         };
         let applied = self.0.propose(actor.client, id, command).await.or_status()?;
-        let (chain_der, not_after_ms) = self.one_leaf(applied, &csr).or_status()?;
+        let (chain_der, not_after_ms) = one_leaf(&self.0, applied, &csr).or_status()?;
         Ok(Response::new(v1::MintX509svidResponse { chain_der, not_after_ms }))
     }
 
@@ -126,7 +126,7 @@ impl v1::svid_server::Svid for Svids {
         let admin = name.parse().or_status()?;
         let command = Command::CertifyAdmin { admin, key_hash: csr.spki_sha256(), authority };
         let applied = self.0.propose(actor.client, id, command).await.or_status()?;
-        let (chain_der, not_after_ms) = self.one_leaf(applied, &csr).or_status()?;
+        let (chain_der, not_after_ms) = one_leaf(&self.0, applied, &csr).or_status()?;
         Ok(Response::new(v1::RenewAdminResponse { chain_der, not_after_ms }))
     }
 
@@ -214,17 +214,6 @@ impl Svids {
         let (expires_at_ms, spiffe_id) = (committed.get().not_after.0, committed.get().spiffe_id.to_string());
         let token = issue_jwt(committed, audience, &key)?.to_string();
         Ok(v1::NewJwtsvidResponse { token, expires_at_ms, spiffe_id })
-    }
-
-    /// Signs the one leaf that was committed: the chain, and when it ends.
-    fn one_leaf(&self, applied: Applied, csr: &Csr) -> Result<(Vec<Vec<u8>>, u64), Refusal> {
-        let one = applied.into_issuances()?.pop();
-        let committed = one.unwrap_or_else(|| Err(Refusal::new(Code::Internal, "one leaf", "none")))?;
-        let not_after_ms = committed.get().lifetime.not_after.0;
-        self.0.check_clock()?;
-        let issuer = self.0.issuing(&committed.get().authority)?;
-        let chain = issue(committed, csr, &issuer)?;
-        Ok((chain.iter().map(|c| c.to_vec()).collect(), not_after_ms))
     }
 
     fn leaf(
@@ -322,4 +311,15 @@ impl v1::bundle_registry_server::BundleRegistry for Bundles {
     ) -> Result<Response<v1::ListBundlesResponse>, Status> {
         Ok(Response::new(v1::ListBundlesResponse { bundles: self.all().await.or_status()? }))
     }
+}
+
+/// Signs the one leaf that was committed: the chain, and when it ends.
+pub(super) fn one_leaf(replica: &Replica, applied: Applied, csr: &Csr) -> Result<(Vec<Vec<u8>>, u64), Refusal> {
+    let one = applied.into_issuances()?.pop();
+    let committed = one.unwrap_or_else(|| Err(Refusal::new(Code::Internal, "one leaf", "none")))?;
+    let not_after_ms = committed.get().lifetime.not_after.0;
+    replica.check_clock()?;
+    let issuer = replica.issuing(&committed.get().authority)?;
+    let chain = issue(committed, csr, &issuer)?;
+    Ok((chain.iter().map(|c| c.to_vec()).collect(), not_after_ms))
 }

@@ -105,8 +105,9 @@ impl Survey {
         replicas.chain(nodes).chain(peers.map(|td| format!("peer {td}"))).collect()
     }
 
-    /// Who shows something that is under one of these intermediates. A live node that nobody hears may.
-    fn showing(&self, s: &State, authorities: &BTreeSet<String>) -> Vec<String> {
+    /// Who shows something that is under one of these intermediates: of those who are no nodes as [`newest`] has it. A live
+    /// node that nobody hears may.
+    fn showing(&self, s: &State, newest: &[(String, String)], authorities: &BTreeSet<String>) -> Vec<String> {
         let under = |holder: &v1::Holder| holder.authorities.iter().any(|a| authorities.contains(a));
         let members = s.members().filter(|(_, m)| authorities.contains(&m.authority));
         let replicas = members.map(|(n, _)| format!("replica {n}"));
@@ -114,25 +115,13 @@ impl Survey {
             Some(holder) => holder.authorities.is_empty() || under(holder),
             None => true,
         });
-        // Whoever is no node renews by itself: its newest leaf is the one that it shows.
-        let mut newest = BTreeMap::new();
-        for leaf in s.issued().filter(|i| i.binding.is_none() && i.lifetime.not_after > s.stamp()) {
-            let known = newest.entry(leaf.spiffe_id.clone()).or_insert(leaf);
-            if leaf.index > known.index {
-                *known = leaf;
-            }
-        }
-        let others: Vec<String> = newest
-            .into_iter()
-            .filter(|(_, leaf)| authorities.contains(&leaf.authority))
-            .map(|(id, _)| id.to_string())
-            .collect();
+        let others = newest.iter().filter(|(authority, _)| authorities.contains(authority)).map(|(_, id)| id.clone());
         replicas.chain(nodes.map(|node| format!("node {node}"))).chain(others).collect()
     }
 
     /// Who shows something that is under this intermediate.
     pub(super) fn under(&self, s: &State, authority: &str) -> Vec<String> {
-        self.showing(s, &[authority.to_owned()].into())
+        self.showing(s, &newest(s), &[authority.to_owned()].into())
     }
 
     /// Who would be cut off without this root: shows something under it, or does not hold the active one. Under a root
@@ -143,7 +132,7 @@ impl Survey {
             return Vec::new();
         }
         let missing = s.active_root().map(|(active, _)| self.missing(s, &active)).unwrap_or_default();
-        let mut all = self.showing(s, &under_root(&s.authorities(), id));
+        let mut all = self.showing(s, &newest(s), &under_root(&s.authorities(), id));
         all.extend(missing);
         all.sort();
         all.dedup();
@@ -152,13 +141,13 @@ impl Survey {
 
     /// All of it, for operators.
     pub(super) fn state(&self, s: &State) -> v1::X509AuthorityState {
-        let authorities = s.authorities();
+        let (authorities, newest) = (s.authorities(), newest(s));
         let mut roots: Vec<_> = s.roots().into_iter().collect();
         roots.sort_by_key(|(_, row)| (row.state == RootState::Revoked, row.activated));
         v1::X509AuthorityState {
             sequence: s.cell().map(|c| c.bundle_sequence).unwrap_or_default(),
-            roots: roots.iter().map(|(id, row)| self.root(s, &authorities, id, row)).collect(),
-            intermediates: authorities.iter().map(|(id, row)| self.intermediate(s, id, row)).collect(),
+            roots: roots.iter().map(|(id, row)| self.root(s, &newest, &authorities, id, row)).collect(),
+            intermediates: authorities.iter().map(|(id, row)| self.intermediate(s, &newest, id, row)).collect(),
             holders: Vec::new(),
         }
     }
@@ -166,13 +155,14 @@ impl Survey {
     fn root(
         &self,
         s: &State,
+        newest: &[(String, String)],
         authorities: &BTreeMap<String, AuthorityRow>,
         id: &RootId,
         row: &RootRow,
     ) -> v1::X509Root {
         let gone = row.state == RootState::Revoked;
         let (missing, of) = if gone { (Vec::new(), 0) } else { (self.missing(s, id), Self::all(s)) };
-        let using = if gone { Vec::new() } else { self.showing(s, &under_root(authorities, id)) };
+        let using = if gone { Vec::new() } else { self.showing(s, newest, &under_root(authorities, id)) };
         let fingerprint = if gone { hex::encode(id) } else { shown(&row.der) };
         v1::X509Root {
             fingerprint,
@@ -186,7 +176,13 @@ impl Survey {
         }
     }
 
-    fn intermediate(&self, s: &State, id: &str, row: &AuthorityRow) -> v1::X509Intermediate {
+    fn intermediate(
+        &self,
+        s: &State,
+        newest: &[(String, String)],
+        id: &str,
+        row: &AuthorityRow,
+    ) -> v1::X509Intermediate {
         v1::X509Intermediate {
             authority: id.to_owned(),
             replica: row.replica,
@@ -195,9 +191,21 @@ impl Survey {
             not_before_ms: row.lifetime.not_before.0,
             not_after_ms: row.lifetime.not_after.0,
             current: s.members().any(|(_, m)| m.authority == id),
-            using: self.under(s, id).into_iter().take(NAMES_MAX).collect(),
+            using: self.showing(s, newest, &[id.to_owned()].into()).into_iter().take(NAMES_MAX).collect(),
         }
     }
+}
+
+/// Whoever is no node renews by itself: the authority of its newest leaf, which is the one that it shows, and its identity.
+fn newest(s: &State) -> Vec<(String, String)> {
+    let mut newest = BTreeMap::new();
+    for leaf in s.issued().filter(|i| i.binding.is_none() && i.lifetime.not_after > s.stamp()) {
+        let known = newest.entry(&leaf.spiffe_id).or_insert(leaf);
+        if leaf.index > known.index {
+            *known = leaf;
+        }
+    }
+    newest.into_iter().map(|(id, leaf)| (leaf.authority.clone(), id.to_string())).collect()
 }
 
 fn under_root(authorities: &BTreeMap<String, AuthorityRow>, id: &RootId) -> BTreeSet<String> {
