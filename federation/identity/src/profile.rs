@@ -218,16 +218,6 @@ fn shown(uri: &str) -> String {
     text
 }
 
-/// The key identifier of whoever signed it, hexadecimal; empty where it names none.
-/// A certificate's own key identifier, hex; empty where it names none.
-pub(crate) fn subject_key(cert: &X509Certificate<'_>) -> String {
-    let found = cert.extensions().iter().find_map(|e| match e.parsed_extension() {
-        ParsedExtension::SubjectKeyIdentifier(id) => Some(hex::encode(id.0)),
-        _ => None,
-    });
-    found.unwrap_or_default()
-}
-
 /// The key identifier of the authority that signed, hex; empty where it is not named.
 pub(crate) fn issuer_key(cert: &X509Certificate<'_>) -> String {
     let found = cert.extensions().iter().find_map(|e| match e.parsed_extension() {
