@@ -331,7 +331,7 @@ async fn the_caller_cuts_and_opens_nothing_to_a_denied_node() {
 
 /// Everything issued to this identity so far, up to this SVID.
 fn revoked(svid: &Svid) -> v1::IdDenial {
-    let leaf = Presented::of(&svid.chain_der[0].as_slice().into()).unwrap();
+    let leaf = Presented::of(&[svid.chain_der[0].as_slice().into()]).unwrap();
     v1::IdDenial { spiffe_id: svid.id.to_string(), up_to: leaf.serial, barred: false }
 }
 
@@ -382,6 +382,36 @@ async fn a_callee_that_is_revoked_is_cut_by_the_caller_until_it_has_a_new_svid()
     assert!(stage.health.unhealthy().is_empty(), "a revoked SVID is not a broken tunnel");
     stage.db_svid = stage.east.svid("db");
     stage.publish(|w| w.id_denials = vec![db], |_| ());
+    let mut app = stage.call_db().await;
+    let (mut pod, _) = stage.served().await;
+    round_trip(&mut app, &mut pod, 10).await;
+}
+
+/// The word of `td` on the intermediate that signed this SVID.
+fn authority(revision: u64, td: &str, svid: &Svid) -> Denials {
+    let denial = v1::AuthorityDenial { trust_domain: td.into(), authority: svid.authority.clone() };
+    Denials::parse(Revision(revision), &[], &[denial]).unwrap()
+}
+
+#[tokio::test]
+async fn a_callee_whose_intermediate_is_revoked_is_cut_by_the_caller() {
+    let stage = Stage::set(14).await;
+    let mut app = stage.call_db().await;
+    let (mut pod, _) = stage.served().await;
+    round_trip(&mut app, &mut pod, 10).await;
+    // The word of another trust domain about that name is none about east's intermediate; nor is one about another's.
+    assert!(stage.west_denials.offer(authority(2, "west", &stage.db_svid)));
+    assert!(stage.west_denials.offer(authority(3, "east", &stage.web_svid)));
+    round_trip(&mut app, &mut pod, 10).await;
+    assert_eq!(stage.outbound.tunnels(), 1);
+    // The list alone: no slice, no new plane, and a far end that still shows what it has.
+    assert!(stage.west_denials.offer(authority(4, "east", &stage.db_svid)));
+    assert!(is_reset(app).await, "the live connection is cut");
+    no_tunnel(&stage.outbound).await;
+    assert!(is_reset(stage.call_db().await).await, "a new one is refused");
+    assert!(timeout(Duration::from_millis(200), stage.db.accept()).await.is_err(), "the pod saw nothing");
+    assert!(stage.health.unhealthy().is_empty(), "a revoked intermediate is not a broken tunnel");
+    assert!(stage.west_denials.offer(Denials::parse(Revision(5), &[], &[]).unwrap()));
     let mut app = stage.call_db().await;
     let (mut pod, _) = stage.served().await;
     round_trip(&mut app, &mut pod, 10).await;

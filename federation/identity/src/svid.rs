@@ -75,23 +75,25 @@ impl PeerSvid {
     }
 }
 
-/// What a leaf says of itself. It proves nothing: for certificates that a handshake has verified, or that are one's own.
+/// What a chain says of itself. It proves nothing: for one that a handshake has verified, or that is one's own.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Presented {
     /// Who it says that it is.
     pub id: SpiffeId,
-    /// Key identifier (hex) of the authority that it names; empty where it names none.
-    pub authority: String,
+    /// The names (as of [`PeerSvid::authority`]) of all that came above the leaf: whose key signed it is among them, or a
+    /// root. What the leaf itself names is up to its signer, who may be a thief.
+    pub above: Vec<String>,
     /// Serial number, big-endian.
     pub serial: Vec<u8>,
 }
 
 impl Presented {
-    /// Reads a leaf; none for what is no X.509-SVID.
-    pub fn of(leaf: &CertificateDer<'_>) -> Option<Self> {
-        let Leaf { id, serial, .. } = parse_leaf(std::slice::from_ref(leaf)).ok()?;
-        let authority = profile::issuer_key(&profile::parse(leaf).ok()?);
-        Some(Self { id, authority, serial })
+    /// Reads a chain, leaf first; none for what is no X.509-SVID.
+    pub fn of(chain: &[CertificateDer<'_>]) -> Option<Self> {
+        let Leaf { id, serial, .. } = parse_leaf(chain).ok()?;
+        let name = |der| profile::parse(der).ok().map(|cert| key_name(cert.public_key().raw));
+        let above = chain.iter().skip(1).map(|der| name(der)).collect::<Option<_>>()?;
+        Some(Self { id, above, serial })
     }
 }
 

@@ -1,7 +1,7 @@
 //! Chains while a root is replaced, by this crate and by OpenSSL, and what a thief of an intermediate can say.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on fails")]
 
-use ambit_identity::svid::verify_pinned;
+use ambit_identity::svid::{Presented, verify_pinned};
 use ambit_identity::{Csr, IssuingKey, Named, Root, SvidKey, TrustStore, fingerprint, verify_svid};
 use ambit_model::bundle::{Bundle, Own};
 use ambit_model::{Code, Lifetime, RaftIndex, Stamp, TrustDomain};
@@ -176,6 +176,10 @@ fn a_revoked_intermediate_is_known_by_its_key_whatever_its_leaves_say() {
     let believed = verify_svid(&chain, &store(&r, &[&r.old, &r.new]), NOW).unwrap();
     assert_eq!(believed.authority(), r.former.authority(), "whose key signed it, not whom it names");
     assert_eq!(verify_svid(&chain, &trust, NOW).unwrap_err().code, Code::SvidUntrusted);
+    // Who keeps what was shown can tell as much, for a list that comes later.
+    let above = [&r.issuer, &r.former].map(|key| key.authority().to_owned());
+    assert_eq!(Presented::of(&chain).unwrap().above, above);
+    assert_eq!(Presented::of(&chain[..1]).unwrap().above, [""; 0]);
 }
 
 #[test]
