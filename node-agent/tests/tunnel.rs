@@ -80,6 +80,7 @@ struct Stage {
     east_plane: watch::Sender<Option<Arc<Plane>>>,
     west_denials: Lane,
     east_denials: Lane,
+    east_clock: Arc<Clock>,
     health: Health,
     outbound: Outbound,
 }
@@ -98,7 +99,7 @@ impl Stage {
         let (east_plane, east_rx) = watch::channel(None);
         let (west_denials, east_denials) = (Lane::default(), Lane::default());
         let clock = Arc::new(Clock::default());
-        let inbound = Inbound::new(east_rx, east_denials.clone(), NetnsThread::start().unwrap(), clock);
+        let inbound = Inbound::new(east_rx, east_denials.clone(), NetnsThread::start().unwrap(), clock.clone());
         tokio::spawn(inbound.serve(hbone));
         let health = Health::new(None);
         let outbound = Outbound::new(west_rx, west_denials.clone(), health.clone(), at.port());
@@ -121,6 +122,7 @@ impl Stage {
             east_plane,
             west_denials,
             east_denials,
+            east_clock: clock,
             health,
             outbound,
         };
@@ -385,6 +387,39 @@ async fn a_callee_that_is_revoked_is_cut_by_the_caller_until_it_has_a_new_svid()
     let mut app = stage.call_db().await;
     let (mut pod, _) = stage.served().await;
     round_trip(&mut app, &mut pod, 10).await;
+}
+
+#[tokio::test]
+async fn a_connection_that_outlives_its_svid_is_still_judged_by_policy() {
+    let mut stage = Stage::set(15).await;
+    let mut app = stage.call_db().await;
+    let (mut pod, _) = stage.served().await;
+    round_trip(&mut app, &mut pod, 10).await;
+    stage.east_clock.seen(stage.web_svid.not_after.plus_ms(60_000));
+    // A change that wakes whoever judges, and withdraws nothing.
+    stage.publish(|_| (), |e| e.policies.push(allow("more", "spiffe://east/db", "spiffe://west/web", &[1])));
+    round_trip(&mut app, &mut pod, 10).await;
+    assert!(is_reset(stage.call_db().await).await, "but it begins no other");
+    stage.publish(|_| (), |e| e.policies.clear());
+    assert!(is_reset(app).await, "the live connection is cut");
+    assert!(timeout(SOON, pod.read(&mut [0; 1])).await.expect("the pod sees an end").is_err());
+}
+
+#[tokio::test]
+async fn a_caller_whose_intermediate_is_revoked_is_cut_and_told_apart_from_a_stranger() {
+    let stage = Stage::set(16).await;
+    let mut app = stage.call_db().await;
+    let (mut pod, _) = stage.served().await;
+    round_trip(&mut app, &mut pod, 10).await;
+    assert!(stage.east_denials.offer(authority(2, "east", &stage.web_svid)));
+    round_trip(&mut app, &mut pod, 10).await;
+    assert!(stage.east_denials.offer(authority(3, "west", &stage.web_svid)));
+    assert!(is_reset(app).await, "the live connection is cut");
+    no_tunnel(&stage.outbound).await;
+    assert!(is_reset(stage.call_db().await).await, "a new one is refused");
+    // By its own code: whoever looks for an SVID in time must not be sent looking at clocks.
+    assert!(METRICS.handshakes.value(["failed", "svid_revoked"]) > 0.0);
+    assert_eq!(METRICS.handshakes.value(["failed", "svid_untrusted"]), 0.0);
 }
 
 /// The word of `td` on the intermediate that signed this SVID.
