@@ -191,7 +191,10 @@ impl Gate {
         let here = *self.node.borrow();
         let ours = peer.binding().zip(here).is_some_and(|(binding, (node, _))| binding.node == node);
         let denials = self.denials.now();
-        let denied = peer.binding().is_none_or(|b| denials.denies(&peer.id().trust_domain(), &b.node, b.generation));
+        let origin = peer.id().trust_domain();
+        let denied = peer.binding().is_none_or(|b| denials.denies(&origin, &b.node, b.generation))
+            || denials.denies_authority(&origin, peer.authority())
+            || denials.denies_svid(peer.id(), peer.authority(), peer.serial());
         if !listed || !ours || denied {
             tracing::warn!(broker = %peer.id(), listed, ours, denied, "broker refused");
             return Err(Status::permission_denied("no broker of this node"));

@@ -111,9 +111,16 @@ impl Denials {
         self.out || self.lists(origin, node, generation)
     }
 
-    /// The same of what a far end showed.
+    /// Whether what a far end showed is refused now: by its identity, or under any of the authorities that it showed. Which
+    /// of them signed was found in the handshake and is not asked again; nobody honest shows a revoked one.
     pub fn denies_presented(&self, peer: &Presented) -> bool {
-        self.denies_svid(&peer.id, &peer.authority, &peer.serial)
+        if self.by_id.get(&peer.id).is_some_and(|refused| refused.covers(&peer.serial)) {
+            return true;
+        }
+        let origin = peer.id.trust_domain();
+        let denies =
+            |name: &String| self.denies_authority(&origin, name) || self.denies_svid(&peer.id, name, &peer.serial);
+        peer.above.iter().any(denies)
     }
 
     /// Whether nothing may be opened to this endpoint: its node is denied by the cell that it belongs to, or its identity is

@@ -160,8 +160,12 @@ async fn connect(
     let _ = tcp.set_nodelay(true);
     let shake = |source| TunnelError::Handshake { node, source };
     let tls = tokio_rustls::TlsConnector::from(config).connect(name, tcp).await.map_err(shake)?;
-    let leaf = tls.get_ref().1.peer_certificates().and_then(|chain| chain.first());
-    let peer = leaf.and_then(Presented::of).ok_or_else(|| shake(std::io::Error::other("no SVID")))?;
+    let peer = tls
+        .get_ref()
+        .1
+        .peer_certificates()
+        .and_then(Presented::of)
+        .ok_or_else(|| shake(std::io::Error::other("no SVID")))?;
     let (requests, mut connection) = h2::client::Builder::new()
         .enable_push(false)
         .initial_window_size(STREAM_WINDOW)

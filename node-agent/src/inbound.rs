@@ -209,11 +209,9 @@ impl Inbound {
             // At first too: something may have changed since the connection was admitted.
             let now = plane.borrow_and_update().clone();
             let denied = denials.borrow_and_update().clone();
-            if let Some(Err(refusal)) = now.map(|p| judge(&p, &denied, call, to, self.clock.now())) {
-                // An SVID that ran out does not end a connection that it began; being denied does.
-                if refusal.code != Code::SvidUntrusted {
-                    return refusal;
-                }
+            // An SVID that ran out does not end a connection that it began; being denied does, and so does policy.
+            if let Some(Err(refusal)) = now.map(|p| permitted(&p, &denied, call, to)) {
+                return refusal;
             }
             let changed = tokio::select! {
                 changed = plane.changed() => changed,
@@ -248,6 +246,11 @@ fn judge(
         let found = format!("ended at {} ms", call.peer.not_after().0);
         return Err(Refusal::new(Code::SvidUntrusted, "an SVID in time", found));
     }
+    permitted(plane, denials, call, to)
+}
+
+/// The same of a connection that is open already: all of it but the time.
+fn permitted(plane: &Plane, denials: &Denials, call: &Call, to: SocketAddrV4) -> Result<(), Refusal> {
     trusted(denials, call)?;
     let verdict = plane.view.policies.evaluate(call.peer.id(), &call.to, to.port());
     if verdict.allowed {
@@ -264,7 +267,7 @@ fn trusted(denials: &Denials, call: &Call) -> Result<(), Refusal> {
         call.peer.binding().ok_or_else(|| Refusal::new(Code::SvidUntrusted, "an SVID bound to a node", "none"))?;
     if denials.denies_authority(&call.peer.id().trust_domain(), call.peer.authority()) {
         let found = call.peer.authority();
-        return Err(Refusal::new(Code::SvidUntrusted, "an intermediate that is not revoked", found));
+        return Err(Refusal::new(Code::SvidRevoked, "an intermediate that is not revoked", found));
     }
     // A cell speaks for its own nodes only: what a peer denies is nothing against a caller of another trust domain.
     if denials.denies(&call.peer.id().trust_domain(), &binding.node, binding.generation) {

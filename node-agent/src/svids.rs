@@ -150,8 +150,8 @@ impl Issuance {
         let State { svids, due, idle, .. } = state;
         due.retain(|entry, _| match svids.get(entry) {
             Some(Ok(svid)) => {
-                let revoked = || svid.chain_der.first().and_then(|leaf| Presented::of(&leaf.as_slice().into()));
-                let revoked = || revoked().is_some_and(|leaf| denials.denies_presented(&leaf));
+                let chain = || svid.chain_der.iter().map(|der| der.as_slice().into()).collect::<Vec<_>>();
+                let revoked = || Presented::of(&chain()).is_some_and(|shown| denials.denies_presented(&shown));
                 !back && !denials.lists(&svid.id.trust_domain(), &node, svid.generation) && !revoked()
             }
             Some(Err(_)) => !back,

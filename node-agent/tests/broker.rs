@@ -9,6 +9,7 @@ use ambit_agent::clock::Clock;
 use ambit_agent::denials::{Denials, Lane};
 use ambit_agent::issued::{Issued, Svid};
 use ambit_agent::tokens::Tokens;
+use ambit_identity::svid::Presented;
 use ambit_identity::tls::{certified, client_config, fixed};
 use ambit_identity::{Expect, SharedTrust, SvidKey, Trust, TrustStore};
 use ambit_model::{Generation, NodeId, Revision};
@@ -312,13 +313,36 @@ async fn only_a_broker_of_this_node_that_is_listed_and_not_denied_is_answered() 
     assert_eq!(refusal(channel.clone(), reference()).await, denied);
     stage.here.send_replace(Some((stage.served.issuer.with(|west| west.node()), Generation(2))));
 
-    // A live stream ends with the denial of its broker.
-    let mut stream = subscribe(channel.clone(), reference()).await.unwrap();
-    next(&mut stream).await.unwrap();
+    // A live stream ends with the denial of its broker: of its node, its identity, its SVID or what signed that.
     let node = stage.served.issuer.with(|west| west.node()).to_string();
-    let denial = v1::NodeDenial { node, generation: 2, trust_domain: "west".into() };
-    assert!(stage.denials.offer(Denials::parse(Revision(2), &[denial], &[]).unwrap()));
-    assert_eq!(next(&mut stream).await.unwrap_err().code(), Code::PermissionDenied);
-    assert_eq!(refusal(channel, reference()).await, denied);
+    let node = v1::NodeDenial { node, generation: 2, trust_domain: "west".into() };
+    let (authority, trust_domain) = (proxy.authority.clone(), "west".to_owned());
+    let serial = Presented::of(&[proxy.chain_der[0].as_slice().into()]).unwrap().serial;
+    let up_to = v1::IdDenial { spiffe_id: proxy.id.to_string(), up_to: serial.clone(), barred: false };
+    let barred = v1::IdDenial { up_to: vec![0; 16], barred: true, ..up_to.clone() };
+    let leaf = v1::LeafDenial { trust_domain: trust_domain.clone(), authority: authority.clone(), serial };
+    let elsewhere = v1::LeafDenial { trust_domain: "east".into(), ..leaf.clone() };
+    let whole = v1::AuthorityDenial { trust_domain, authority };
+    let lists = [
+        ("its node", vec![node], vec![], vec![], vec![], true),
+        ("its identity so far", vec![], vec![], vec![up_to], vec![], true),
+        ("its identity", vec![], vec![], vec![barred], vec![], true),
+        ("its SVID", vec![], vec![], vec![], vec![leaf], true),
+        ("what signed it", vec![], vec![whole], vec![], vec![], true),
+        ("an SVID of another trust domain", vec![], vec![], vec![], vec![elsewhere], false),
+    ];
+    for (n, (what, nodes, authorities, ids, leaves, refused)) in (1..).zip(lists) {
+        let mut stream = subscribe(channel.clone(), reference()).await.unwrap();
+        next(&mut stream).await.unwrap();
+        let list = Denials::parse(Revision(2 * n), &nodes, &authorities).unwrap();
+        assert!(stage.denials.offer(list.with_svids(&ids, &leaves).unwrap()), "{what}");
+        if refused {
+            assert_eq!(next(&mut stream).await.unwrap_err().code(), Code::PermissionDenied, "{what}");
+            assert_eq!(refusal(channel.clone(), reference()).await, denied, "{what}");
+        } else {
+            next(&mut subscribe(channel.clone(), reference()).await.unwrap()).await.unwrap();
+        }
+        assert!(stage.denials.offer(Denials::parse(Revision(2 * n + 1), &[], &[]).unwrap()));
+    }
     drop(workload);
 }

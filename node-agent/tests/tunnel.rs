@@ -80,6 +80,7 @@ struct Stage {
     east_plane: watch::Sender<Option<Arc<Plane>>>,
     west_denials: Lane,
     east_denials: Lane,
+    east_clock: Arc<Clock>,
     health: Health,
     outbound: Outbound,
 }
@@ -98,7 +99,7 @@ impl Stage {
         let (east_plane, east_rx) = watch::channel(None);
         let (west_denials, east_denials) = (Lane::default(), Lane::default());
         let clock = Arc::new(Clock::default());
-        let inbound = Inbound::new(east_rx, east_denials.clone(), NetnsThread::start().unwrap(), clock);
+        let inbound = Inbound::new(east_rx, east_denials.clone(), NetnsThread::start().unwrap(), clock.clone());
         tokio::spawn(inbound.serve(hbone));
         let health = Health::new(None);
         let outbound = Outbound::new(west_rx, west_denials.clone(), health.clone(), at.port());
@@ -121,6 +122,7 @@ impl Stage {
             east_plane,
             west_denials,
             east_denials,
+            east_clock: clock,
             health,
             outbound,
         };
@@ -331,7 +333,7 @@ async fn the_caller_cuts_and_opens_nothing_to_a_denied_node() {
 
 /// Everything issued to this identity so far, up to this SVID.
 fn revoked(svid: &Svid) -> v1::IdDenial {
-    let leaf = Presented::of(&svid.chain_der[0].as_slice().into()).unwrap();
+    let leaf = Presented::of(&[svid.chain_der[0].as_slice().into()]).unwrap();
     v1::IdDenial { spiffe_id: svid.id.to_string(), up_to: leaf.serial, barred: false }
 }
 
@@ -382,6 +384,69 @@ async fn a_callee_that_is_revoked_is_cut_by_the_caller_until_it_has_a_new_svid()
     assert!(stage.health.unhealthy().is_empty(), "a revoked SVID is not a broken tunnel");
     stage.db_svid = stage.east.svid("db");
     stage.publish(|w| w.id_denials = vec![db], |_| ());
+    let mut app = stage.call_db().await;
+    let (mut pod, _) = stage.served().await;
+    round_trip(&mut app, &mut pod, 10).await;
+}
+
+#[tokio::test]
+async fn a_connection_that_outlives_its_svid_is_still_judged_by_policy() {
+    let mut stage = Stage::set(15).await;
+    let mut app = stage.call_db().await;
+    let (mut pod, _) = stage.served().await;
+    round_trip(&mut app, &mut pod, 10).await;
+    stage.east_clock.seen(stage.web_svid.not_after.plus_ms(60_000));
+    // A change that wakes whoever judges, and withdraws nothing.
+    stage.publish(|_| (), |e| e.policies.push(allow("more", "spiffe://east/db", "spiffe://west/web", &[1])));
+    round_trip(&mut app, &mut pod, 10).await;
+    assert!(is_reset(stage.call_db().await).await, "but it begins no other");
+    stage.publish(|_| (), |e| e.policies.clear());
+    assert!(is_reset(app).await, "the live connection is cut");
+    assert!(timeout(SOON, pod.read(&mut [0; 1])).await.expect("the pod sees an end").is_err());
+}
+
+#[tokio::test]
+async fn a_caller_whose_intermediate_is_revoked_is_cut_and_told_apart_from_a_stranger() {
+    let stage = Stage::set(16).await;
+    let mut app = stage.call_db().await;
+    let (mut pod, _) = stage.served().await;
+    round_trip(&mut app, &mut pod, 10).await;
+    assert!(stage.east_denials.offer(authority(2, "east", &stage.web_svid)));
+    round_trip(&mut app, &mut pod, 10).await;
+    assert!(stage.east_denials.offer(authority(3, "west", &stage.web_svid)));
+    assert!(is_reset(app).await, "the live connection is cut");
+    no_tunnel(&stage.outbound).await;
+    assert!(is_reset(stage.call_db().await).await, "a new one is refused");
+    // By its own code: whoever looks for an SVID in time must not be sent looking at clocks.
+    assert!(METRICS.handshakes.value(["failed", "svid_revoked"]) > 0.0);
+    assert_eq!(METRICS.handshakes.value(["failed", "svid_untrusted"]), 0.0);
+}
+
+/// The word of `td` on the intermediate that signed this SVID.
+fn authority(revision: u64, td: &str, svid: &Svid) -> Denials {
+    let denial = v1::AuthorityDenial { trust_domain: td.into(), authority: svid.authority.clone() };
+    Denials::parse(Revision(revision), &[], &[denial]).unwrap()
+}
+
+#[tokio::test]
+async fn a_callee_whose_intermediate_is_revoked_is_cut_by_the_caller() {
+    let stage = Stage::set(14).await;
+    let mut app = stage.call_db().await;
+    let (mut pod, _) = stage.served().await;
+    round_trip(&mut app, &mut pod, 10).await;
+    // The word of another trust domain about that name is none about east's intermediate; nor is one about another's.
+    assert!(stage.west_denials.offer(authority(2, "west", &stage.db_svid)));
+    assert!(stage.west_denials.offer(authority(3, "east", &stage.web_svid)));
+    round_trip(&mut app, &mut pod, 10).await;
+    assert_eq!(stage.outbound.tunnels(), 1);
+    // The list alone: no slice, no new plane, and a far end that still shows what it has.
+    assert!(stage.west_denials.offer(authority(4, "east", &stage.db_svid)));
+    assert!(is_reset(app).await, "the live connection is cut");
+    no_tunnel(&stage.outbound).await;
+    assert!(is_reset(stage.call_db().await).await, "a new one is refused");
+    assert!(timeout(Duration::from_millis(200), stage.db.accept()).await.is_err(), "the pod saw nothing");
+    assert!(stage.health.unhealthy().is_empty(), "a revoked intermediate is not a broken tunnel");
+    assert!(stage.west_denials.offer(Denials::parse(Revision(5), &[], &[]).unwrap()));
     let mut app = stage.call_db().await;
     let (mut pod, _) = stage.served().await;
     round_trip(&mut app, &mut pod, 10).await;

@@ -3,7 +3,7 @@
 
 use ambit_model::{Code, Refusal, SpiffeId, TrustDomain};
 use std::fmt;
-use x509_parser::extensions::{GeneralName, ParsedExtension};
+use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::{FromDer, X509Certificate, X509Version};
 
 /// One rule that does not hold.
@@ -216,23 +216,4 @@ fn shown(uri: &str) -> String {
         text.push_str(&format!("... ({} bytes)", uri.len()));
     }
     text
-}
-
-/// The key identifier of whoever signed it, hexadecimal; empty where it names none.
-/// A certificate's own key identifier, hex; empty where it names none.
-pub(crate) fn subject_key(cert: &X509Certificate<'_>) -> String {
-    let found = cert.extensions().iter().find_map(|e| match e.parsed_extension() {
-        ParsedExtension::SubjectKeyIdentifier(id) => Some(hex::encode(id.0)),
-        _ => None,
-    });
-    found.unwrap_or_default()
-}
-
-/// The key identifier of the authority that signed, hex; empty where it is not named.
-pub(crate) fn issuer_key(cert: &X509Certificate<'_>) -> String {
-    let found = cert.extensions().iter().find_map(|e| match e.parsed_extension() {
-        ParsedExtension::AuthorityKeyIdentifier(aki) => aki.key_identifier.as_ref().map(|id| hex::encode(id.0)),
-        _ => None,
-    });
-    found.unwrap_or_default()
 }

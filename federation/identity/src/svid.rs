@@ -33,10 +33,16 @@ pub struct NodeBinding {
 /// A verified peer: made by [`verify_svid`] only.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PeerSvid {
+    leaf: Leaf,
+    authority: String,
+}
+
+/// What a leaf says, in its place in a chain of the right form. It proves nothing yet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Leaf {
     id: SpiffeId,
     binding: Option<NodeBinding>,
     serial: Vec<u8>,
-    authority: String,
     issuer: Option<Named>,
     not_after: Stamp,
 }
@@ -44,46 +50,50 @@ pub struct PeerSvid {
 impl PeerSvid {
     /// Who it is.
     pub fn id(&self) -> &SpiffeId {
-        &self.id
+        &self.leaf.id
     }
     /// Through which node it was issued; foreign authorities carry none.
     pub fn binding(&self) -> Option<NodeBinding> {
-        self.binding
+        self.leaf.binding
     }
     /// Serial number, big-endian.
     pub fn serial(&self) -> &[u8] {
-        &self.serial
+        &self.leaf.serial
     }
-    /// Key identifier (hex) of the authority that signed it, as covered by that signature; empty where it names none.
+    /// Key identifier (hex) of the authority whose key signed it: of the certificate that the verified path goes by,
+    /// whatever the leaf says and in whatever order the chain was sent. Never empty.
     pub fn authority(&self) -> &str {
         &self.authority
     }
     /// Whose intermediate signed it, as its trust domain's root named it; none where it says nothing of that.
     pub fn issuer(&self) -> Option<Named> {
-        self.issuer
+        self.leaf.issuer
     }
     /// Last instant of validity.
     pub fn not_after(&self) -> Stamp {
-        self.not_after
+        self.leaf.not_after
     }
 }
 
-/// What a leaf says of itself. It proves nothing: for certificates that a handshake has verified, or that are one's own.
+/// What a chain says of itself. It proves nothing: for one that a handshake has verified, or that is one's own.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Presented {
     /// Who it says that it is.
     pub id: SpiffeId,
-    /// Key identifier (hex) of the authority that it names; empty where it names none.
-    pub authority: String,
+    /// The names (as of [`PeerSvid::authority`]) of all that came above the leaf: whose key signed it is among them, or a
+    /// root. What the leaf itself names is up to its signer, who may be a thief.
+    pub above: Vec<String>,
     /// Serial number, big-endian.
     pub serial: Vec<u8>,
 }
 
 impl Presented {
-    /// Reads a leaf; none for what is no X.509-SVID.
-    pub fn of(leaf: &CertificateDer<'_>) -> Option<Self> {
-        let PeerSvid { id, authority, serial, .. } = parse_leaf(std::slice::from_ref(leaf)).ok()?;
-        Some(Self { id, authority, serial })
+    /// Reads a chain, leaf first; none for what is no X.509-SVID.
+    pub fn of(chain: &[CertificateDer<'_>]) -> Option<Self> {
+        let Leaf { id, serial, .. } = parse_leaf(chain).ok()?;
+        let name = |der| profile::parse(der).ok().map(|cert| key_name(cert.public_key().raw));
+        let above = chain.iter().skip(1).map(|der| name(der)).collect::<Option<_>>()?;
+        Some(Self { id, above, serial })
     }
 }
 
@@ -118,7 +128,7 @@ impl TrustStore {
         }
         for der in above {
             let cert = profile::parse(der).map_err(|e| Refusal::new(Code::SvidMalformed, "a certificate", e))?;
-            let name = key_name(&cert);
+            let name = key_name(cert.public_key().raw);
             if self.denied.contains(&(domain.clone(), name.clone())) {
                 return Err(Refusal::new(Code::SvidUntrusted, "an intermediate that is not revoked", name));
             }
@@ -168,14 +178,14 @@ pub fn verify_svid_for(
     trust: &TrustStore,
     now: Stamp,
 ) -> Result<PeerSvid, Refusal> {
-    let peer = parse_leaf(chain)?;
-    let domain = peer.id.trust_domain();
+    let leaf = parse_leaf(chain)?;
+    let domain = leaf.id.trust_domain();
     let Some(anchors) = trust.roots.get(&domain) else {
         return Err(Refusal::new(Code::TrustDomainUnknown, "a trust domain with a bundle here", domain.to_string()));
     };
-    verify_path(usage, chain, anchors, now)?;
+    let authority = verify_path(usage, chain, anchors, now)?;
     trust.judge_above(&domain, chain.get(1..).unwrap_or_default())?;
-    Ok(peer)
+    Ok(PeerSvid { leaf, authority })
 }
 
 /// Verifies a chain with the root of this fingerprint above its leaf: first contact, pinned out of band. While a root is
@@ -186,25 +196,27 @@ pub fn verify_pinned(
     fingerprint: &[u8; 32],
     now: Stamp,
 ) -> Result<PeerSvid, Refusal> {
-    let peer = parse_leaf(chain)?;
+    let leaf = parse_leaf(chain)?;
     let root = chain.iter().skip(1).find(|der| crate::keys::fingerprint(der) == *fingerprint);
     let Some(root) = root else {
         let found = chain.last().map(|der| hex::encode(crate::keys::fingerprint(der))).unwrap_or_default();
         return Err(Refusal::new(Code::FingerprintMismatch, hex::encode(fingerprint), found));
     };
-    if peer.id.trust_domain() != *td {
-        return Err(Refusal::new(Code::SvidUntrusted, format!("an identity of {td}"), peer.id.as_str()));
+    if leaf.id.trust_domain() != *td {
+        return Err(Refusal::new(Code::SvidUntrusted, format!("an identity of {td}"), leaf.id.as_str()));
     }
-    verify_path(Usage::Server, chain, &[anchor(root)?], now)?;
-    Ok(peer)
+    let authority = verify_path(Usage::Server, chain, &[anchor(root)?], now)?;
+    Ok(PeerSvid { leaf, authority })
 }
 
+/// The name of the authority next above the leaf in the path that was verified. A path is built by names and signatures,
+/// in whatever order the certificates were sent: their places in the chain say nothing.
 fn verify_path(
     usage: Usage,
     chain: &[CertificateDer<'_>],
     anchors: &[TrustAnchor<'static>],
     now: Stamp,
-) -> Result<(), Refusal> {
+) -> Result<String, Refusal> {
     let untrusted =
         |e: webpki::Error| Refusal::new(Code::SvidUntrusted, "a chain to the bundle, in time", e.to_string());
     let [leaf, rest @ ..] = chain else {
@@ -216,10 +228,11 @@ fn verify_path(
         Usage::Server => webpki::KeyUsage::server_auth(),
     };
     let at = UnixTime::since_unix_epoch(Duration::from_millis(now.0));
-    leaf.verify_for_usage(SIGNATURES, anchors, rest, at, usage, None, None).map(|_| ()).map_err(untrusted)
+    let path = leaf.verify_for_usage(SIGNATURES, anchors, rest, at, usage, None, None).map_err(untrusted)?;
+    Ok(key_name(&path.issuer_spki()))
 }
 
-fn parse_leaf(chain: &[CertificateDer<'_>]) -> Result<PeerSvid, Refusal> {
+fn parse_leaf(chain: &[CertificateDer<'_>]) -> Result<Leaf, Refusal> {
     let bad = |expected: &str, found: String| Refusal::new(Code::SvidMalformed, expected, found);
     if chain.len() > CHAIN_MAX || chain.iter().any(|c| c.len() > CERTIFICATE_MAX_BYTES) {
         return Err(bad("a short chain of small certificates", format!("{} certificates", chain.len())));
@@ -233,11 +246,10 @@ fn parse_leaf(chain: &[CertificateDer<'_>]) -> Result<PeerSvid, Refusal> {
         must(&cert, Kind::Authority)?;
     }
     let td = id.trust_domain();
-    Ok(PeerSvid {
+    Ok(Leaf {
         id,
         binding: binding(&cert)?,
         serial: cert.raw_serial().to_vec(),
-        authority: authority(&cert, chain.get(1))?,
         // The path is built by names and signatures: an issuer of this name is an intermediate of this name.
         issuer: issuer(&cert, &td),
         not_after: Stamp(u64::try_from(cert.validity().not_after.timestamp()).unwrap_or(0).saturating_mul(1000)),
@@ -255,20 +267,9 @@ fn must(cert: &X509Certificate<'_>, kind: Kind) -> Result<(), Refusal> {
     }
 }
 
-/// An authority's name by its key.
-fn key_name(cert: &X509Certificate<'_>) -> String {
-    hex::encode(&Sha256::digest(cert.public_key().raw)[..20])
-}
-
-/// The name that the leaf gives its authority, where the certificate next above has it: the path goes by that one's name
-/// and key. Who signs may write any other name, and gets none.
-fn authority(leaf: &X509Certificate<'_>, above: Option<&CertificateDer<'_>>) -> Result<String, Refusal> {
-    let said = profile::issuer_key(leaf);
-    let Some(above) = above else { return Ok(said) };
-    let above = profile::parse(above).map_err(|found| Refusal::new(Code::SvidMalformed, "a certificate", found))?;
-    let is_it = above.subject().as_raw() == leaf.issuer().as_raw()
-        && (key_name(&above) == said || profile::subject_key(&above) == said);
-    Ok(if is_it { said } else { String::new() })
+/// An authority's name by its key (SubjectPublicKeyInfo, DER).
+fn key_name(spki: &[u8]) -> String {
+    hex::encode(&Sha256::digest(spki)[..20])
 }
 
 fn issuer(cert: &X509Certificate<'_>, td: &TrustDomain) -> Option<Named> {

@@ -1,7 +1,7 @@
 //! Chains while a root is replaced, by this crate and by OpenSSL, and what a thief of an intermediate can say.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on fails")]
 
-use ambit_identity::svid::verify_pinned;
+use ambit_identity::svid::{Presented, verify_pinned};
 use ambit_identity::{Csr, IssuingKey, Named, Root, SvidKey, TrustStore, fingerprint, verify_svid};
 use ambit_model::bundle::{Bundle, Own};
 use ambit_model::{Code, Lifetime, RaftIndex, Stamp, TrustDomain};
@@ -174,16 +174,64 @@ fn a_revoked_intermediate_is_known_by_its_key_whatever_its_leaves_say() {
     let said = forged(&r);
     let chain = vec![said.clone(), r.issuer.intermediate().clone(), r.former.intermediate().clone()];
     let believed = verify_svid(&chain, &store(&r, &[&r.old, &r.new]), NOW).unwrap();
-    assert_ne!(believed.authority(), r.issuer.authority(), "a name that the chain does not bear out is none");
+    assert_eq!(believed.authority(), r.former.authority(), "whose key signed it, not whom it names");
     assert_eq!(verify_svid(&chain, &trust, NOW).unwrap_err().code, Code::SvidUntrusted);
+    // Who keeps what was shown can tell as much, for a list that comes later.
+    let above = [&r.issuer, &r.former].map(|key| key.authority().to_owned());
+    assert_eq!(Presented::of(&chain).unwrap().above, above);
+    assert_eq!(Presented::of(&chain[..1]).unwrap().above, [""; 0]);
 }
 
-fn thief_key(r: &Rotating) -> rcgen::KeyPair {
-    rcgen::KeyPair::try_from(r.former.key().pkcs8().as_slice()).unwrap()
+#[test]
+fn an_authority_keeps_its_name_in_whatever_order_its_chain_is_sent() {
+    let r = rotating();
+    let [under_old, under_new] = [&r.former, &r.issuer].map(|issuer| leaf(&r, issuer, 1));
+    let junk = Root::create(&r.td, NOW, [9; 16]).unwrap();
+    let (old, new, junk) = (r.old.der(), r.new.der(), junk.der());
+    let (former, issuer) = (r.former.intermediate(), r.issuer.intermediate());
+    let (first, second, cross) = (&under_old[0], &under_new[0], &under_new[2]);
+    let trust = store(&r, &[&r.old, &r.new]);
+    for (what, chain, authority, pinned) in [
+        ("as it should be", vec![first, former, old], &r.former, &r.old),
+        ("the root first", vec![first, old, former], &r.former, &r.old),
+        ("a certificate of no use first", vec![first, junk, former, old], &r.former, &r.old),
+        ("another's intermediate first", vec![first, issuer, former, old], &r.former, &r.old),
+        ("the crossed root first", vec![second, cross, issuer, old], &r.issuer, &r.old),
+        ("both roots first", vec![second, old, new, issuer], &r.issuer, &r.new),
+        ("all but its own first", vec![second, junk, junk, issuer, new], &r.issuer, &r.new),
+    ] {
+        let chain: Vec<_> = chain.into_iter().cloned().collect();
+        let verified = verify_svid(&chain, &trust, NOW).unwrap();
+        assert_eq!(verified.authority(), authority.authority(), "{what}");
+        let verified = verify_pinned(&chain, &r.td, &fingerprint(pinned.der()), NOW).unwrap();
+        assert_eq!(verified.authority(), authority.authority(), "{what}, pinned");
+    }
+}
+
+#[test]
+fn a_root_that_signs_leaves_itself_has_a_name_too() {
+    let r = rotating();
+    let signed = forged_by(r.former.authority(), r.old.der(), r.old.key());
+    for chain in
+        [vec![signed.clone(), r.old.der().clone()], vec![signed, r.former.intermediate().clone(), r.old.der().clone()]]
+    {
+        let name = authority_of(r.old.key());
+        assert_eq!(verify_svid(&chain, &store(&r, &[&r.old]), NOW).unwrap().authority(), name);
+        assert_eq!(verify_pinned(&chain, &r.td, &fingerprint(r.old.der()), NOW).unwrap().authority(), name);
+    }
+}
+
+fn authority_of(key: &SvidKey) -> String {
+    ambit_identity::authority::authority_id(&csr(key))
 }
 
 /// Signed by the former intermediate's key, with the key identifier of the other.
 fn forged(r: &Rotating) -> CertificateDer<'static> {
+    forged_by(r.issuer.authority(), r.former.intermediate(), r.former.key())
+}
+
+/// Signed by `thief`, the key of `certificate`, with the key identifier `said`.
+fn forged_by(said: &str, certificate: &CertificateDer<'_>, thief: &SvidKey) -> CertificateDer<'static> {
     use rcgen::{CertificateParams, DistinguishedName, ExtendedKeyUsagePurpose, IsCa, KeyUsagePurpose, SanType};
     let mut params = CertificateParams::default();
     params.distinguished_name = DistinguishedName::new();
@@ -194,10 +242,10 @@ fn forged(r: &Rotating) -> CertificateDer<'static> {
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
     params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
     let mut identifier = vec![0x30, 0x16, 0x80, 0x14];
-    identifier.extend(hex::decode(r.issuer.authority()).unwrap());
+    identifier.extend(hex::decode(said).unwrap());
     params.custom_extensions.push(rcgen::CustomExtension::from_oid_content(&[2, 5, 29, 35], identifier));
     let key = rcgen::KeyPair::generate().unwrap();
-    let thief = thief_key(r);
-    let issuer = rcgen::Issuer::from_ca_cert_der(r.former.intermediate(), &thief).unwrap();
+    let thief = rcgen::KeyPair::try_from(thief.pkcs8().as_slice()).unwrap();
+    let issuer = rcgen::Issuer::from_ca_cert_der(certificate, &thief).unwrap();
     params.signed_by(&key, &issuer).unwrap().der().clone()
 }
