@@ -14,6 +14,7 @@ mod fit;
 #[cfg(ambit_mutant)]
 pub mod mutant;
 pub mod objects;
+mod read;
 mod result;
 mod roles;
 pub mod slice;
