@@ -188,6 +188,19 @@ async fn revoked_leaves_stand_in_the_crl(cell: &Cell, at: SocketAddr) {
         assert_eq!(verified.status.success(), good, "{name}: {said}");
         assert_eq!(said.contains("certificate revoked"), !good, "{name}: {said}");
     }
+    // The replica goes on to another intermediate: the list of the former is signed with its key still, and served.
+    let mut authorities = v1::local_authority_client::LocalAuthorityClient::new(cell.admin(1).await.unwrap());
+    let taint = v1::X509AuthorityRequest { request_id: fresh(), authority: authority.clone(), ..Default::default() };
+    authorities.taint_x509_authority(taint).await.unwrap();
+    cell.wait_for("another intermediate", |all| all[0].members[0].authority != authority).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(2_100)).await;
+    must_run(&["curl", "--silent", "--insecure", "--output", &crl, &format!("https://{at}/crl/{authority}")]).unwrap();
+    let said =
+        run(&["openssl", "crl", "-inform", "DER", "-in", &crl, "-CAfile", &path("eve.issuer.pem"), "-noout", "-text"]);
+    let said = said.unwrap();
+    let again = String::from_utf8_lossy(&[said.stdout, said.stderr].concat()).into_owned();
+    assert!(again.contains("verify OK") && again.matches("Serial Number:").count() == 1, "{again}");
+    assert!(again != text, "of now, not the one that was kept");
     assert_eq!(status(at, "/crl/00ff", &[]), 404);
     assert_eq!(status(at, &format!("/crl/{}", "a".repeat(8_000)), &[]), 404);
 }

@@ -86,7 +86,10 @@ fn a_replica_is_founded_once_and_guards_its_keys() {
     for key in keys.iter().chain([&folder.path("admin").join("admin.key")]) {
         assert_eq!(mode(key), 0o600, "{}", key.display());
     }
-    for key in keys {
+    // What a crash between writing and renaming leaves is a key as well.
+    let half = identity.join("issuer.pem.new");
+    std::fs::copy(identity.join("issuer.pem"), &half).unwrap();
+    for key in keys.into_iter().chain([half]) {
         std::fs::set_permissions(&key, PermissionsExt::from_mode(0o640)).unwrap();
         let said = refused(seat.ambitd("run", &[]).unwrap());
         holds(&said, &["error[config_invalid]", "mode 640", key.file_name().unwrap().to_str().unwrap()]);

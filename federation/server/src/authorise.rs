@@ -153,7 +153,8 @@ pub fn role_of<S: Deref<Target = State>>(
 
 /// Whether a replica whose intermediate this one has not heard of yet may speak of Raft with it: the root named it in this
 /// epoch, and it is a member. Else a replica that was away while another renewed could never catch up: the entry that
-/// tells of the renewal comes from that very replica.
+/// tells of the renewal comes from that very replica. Whoever had its number before is heard of by all who know that it
+/// has it: what the root signs was committed, before its removal was.
 fn renewed_unheard<S: Deref<Target = State>>(
     svid: &PeerSvid,
     own: &TrustDomain,

@@ -1,13 +1,15 @@
 //! What a certificate makes of its holder, by the state and the moment of the call, not of the handshake.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on fails")]
 
-use ambit_identity::{Csr, IssuingKey, PeerSvid, Root, SvidKey, TrustStore, verify_svid};
+use ambit_identity::{Csr, IssuingKey, PeerSvid, Root, SvidKey, Trust, TrustStore, verify_svid};
 use ambit_model::bundle::{Bundle, Own};
 use ambit_model::{Code, Lifetime, RaftIndex, Stamp, TrustDomain};
-use ambit_state::objects::{CellRow, KeySetRow, Member, PeerRow, PeerState};
-use ambit_state::{Command, LogEntry, State};
+use ambit_state::objects::{CellRow, KeySetRow, Member, PeerRow, PeerState, TokenRow, TokenScope};
+use ambit_state::{Applied, Command, LogEntry, State};
 use ambit_transport::Caller;
 use ambitd::authorise::authorise;
+use ambitd::replica::trust_of;
+use rustls_pki_types::CertificateDer;
 
 const NOW: Stamp = Stamp(1_800_000_000_000);
 const RAFT: &str = "/ambit.v1.Raft/Propose";
@@ -34,34 +36,46 @@ fn issuer(root: &Root) -> IssuingKey {
     IssuingKey::new(key, root.found(1, &csr, lifetime).unwrap()).unwrap()
 }
 
-/// A replica's certificate of an hour, verified as at a handshake.
-fn replica(d: &Domain, issuer: &IssuingKey, number: u64) -> Caller {
+/// A replica's certificate of an hour.
+fn replica_chain(d: &Domain, issuer: &IssuingKey, number: u64) -> Vec<CertificateDer<'static>> {
     let csr = Csr::parse(&SvidKey::generate().unwrap().csr().unwrap()).unwrap();
     let lifetime = Lifetime { not_before: NOW.minus_ms(60_000), not_after: NOW.plus_ms(3_600_000) };
-    let chain = issuer.replica_leaf(number, &d.name, lifetime, &csr).unwrap();
+    issuer.replica_leaf(number, &d.name, lifetime, &csr).unwrap()
+}
+
+/// The same, verified as at a handshake.
+fn replica(d: &Domain, issuer: &IssuingKey, number: u64) -> Caller {
+    let chain = replica_chain(d, issuer, number);
     let trust = TrustStore::new(&Bundle::<Own>::new(d.name.clone(), 1, vec![d.root.der().to_vec()])).unwrap();
     let svid: PeerSvid = verify_svid(&chain, &trust, NOW).unwrap();
     Caller { svid: Some(svid), remote: "127.0.0.1:1".parse().unwrap() }
 }
 
 fn run(state: &mut State, command: Command) {
+    run_committed(state, command).outcome.unwrap();
+}
+
+fn run_committed(state: &mut State, command: Command) -> Applied {
     let entry = LogEntry { stamp: NOW, client: [0; 32], request: [0; 16], command };
     let index = RaftIndex(state.applied().0 + 1);
-    state.apply(index, &entry).outcome.unwrap();
+    state.apply(index, &entry)
 }
 
 fn founded(d: &Domain) -> State {
     let mut state = State::new();
     let row = CellRow::founded(d.name.clone(), d.root.der().to_vec());
-    let member = Member {
+    run(&mut state, Command::FoundCell(row, 1, member(&d.issuer), KeySetRow::default()));
+    state
+}
+
+fn member(issuer: &IssuingKey) -> Member {
+    Member {
         address: String::new(),
-        authority: d.issuer.authority().to_owned(),
-        authority_not_after: d.issuer.not_after(),
+        authority: issuer.authority().to_owned(),
+        authority_not_after: issuer.not_after(),
         wrap_key: vec![],
         record_key: [0; 32],
-    };
-    run(&mut state, Command::FoundCell(row, 1, member, KeySetRow::default()));
-    state
+    }
 }
 
 fn code(path: &str, caller: &Caller, own: &Domain, state: &State, now: Stamp) -> Option<Code> {
@@ -110,10 +124,32 @@ fn a_replica_that_renewed_unheard_of_speaks_of_raft_and_of_nothing_else() {
     assert_eq!(code(RENEW, &former, &west, &state, NOW), None, "and has to renew under it");
     run(&mut state, Command::RevokeAuthority(own));
     for path in [RAFT, RENEW] {
-        assert_eq!(code(path, &former, &west, &state, NOW), Some(Code::PermissionDenied), "{path}");
+        assert_eq!(code(path, &former, &west, &state, NOW), Some(Code::SvidRevoked), "{path}");
     }
     run(&mut state, Command::RemoveMember(1));
     assert_eq!(code(RAFT, &caller, &west, &state, NOW), Some(Code::PermissionDenied), "removed");
+}
+
+#[test]
+fn a_replica_that_was_removed_is_not_the_one_that_has_its_number_now() {
+    let west = domain("west");
+    let mut state = founded(&west);
+    let former = replica(&west, &west.issuer, 1);
+    run(&mut state, Command::RemoveMember(1));
+    let token =
+        TokenRow { scope: TokenScope::Replica(1, "127.0.0.1:1".into()), expires: NOW.plus_ms(60_000), used: false };
+    run(&mut state, Command::CreateToken([7; 32], token));
+    let key = SvidKey::generate().unwrap();
+    let [issuer_key_hash, tls_key_hash] = [key.spki_sha256(); 2];
+    let admit = Command::AdmitReplica { token: [7; 32], replica: 1, issuer_key_hash, tls_key_hash };
+    let admission = run_committed(&mut state, admit).into_replica().unwrap();
+    let csr = Csr::parse(&key.csr().unwrap()).unwrap();
+    let present = IssuingKey::new(key, west.root.intermediate(&admission, &csr).unwrap()).unwrap();
+    run(&mut state, Command::PutMember(1, member(&present), KeySetRow::default()));
+    assert_eq!(code(RAFT, &replica(&west, &present, 1), &west, &state, NOW), None, "the machine that has it now");
+    for path in [RAFT, RENEW] {
+        assert_eq!(code(path, &former, &west, &state, NOW), Some(Code::PermissionDenied), "{path}");
+    }
 }
 
 #[test]
@@ -123,6 +159,22 @@ fn a_certificate_that_ended_on_an_open_connection_is_worth_nothing() {
     let member = replica(&west, &west.issuer, 1);
     let late = NOW.plus_ms(3_600_001);
     assert_eq!(code(RAFT, &member, &west, &state, late), Some(Code::Unauthenticated));
+}
+
+#[test]
+fn a_bundle_of_a_peer_that_cannot_be_used_holds_up_nobody_else() {
+    let [west, east, north] = ["west", "east", "north"].map(domain);
+    let roots = |d: &Domain| (d.name.clone(), (1, vec![d.root.der().to_vec()]));
+    let bundles = [roots(&west), roots(&north), (east.name.clone(), (1, vec![b"no certificate".to_vec()]))];
+    let denied = (west.name.clone(), west.issuer.authority().to_owned());
+    let trust = trust_of(bundles.into(), [denied].into(), &west.name).unwrap();
+    let Trust::Bundles(trust) = trust else { panic!("bundles") };
+    let judged = |d: &Domain, issuer: &IssuingKey| verify_svid(&replica_chain(d, issuer, 1), &trust, NOW);
+    assert!(judged(&west, &issuer(&west.root)).is_ok() && judged(&north, &north.issuer).is_ok());
+    assert_eq!(judged(&east, &east.issuer).unwrap_err().code, Code::TrustDomainUnknown);
+    assert_eq!(judged(&west, &west.issuer).unwrap_err().code, Code::SvidUntrusted, "denied all the same");
+    let own = [(west.name.clone(), (1, vec![b"no certificate".to_vec()])), roots(&north)];
+    assert!(trust_of(own.into(), [].into(), &west.name).is_err(), "without its own it knows nobody");
 }
 
 #[test]

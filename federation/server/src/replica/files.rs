@@ -51,13 +51,12 @@ impl Files {
         self.dir.join("card.json").exists()
     }
 
-    /// Refuses where a key that lies here may be read by others, also one that is not needed now: the root's, say.
+    /// Refuses where a file here may be read by others, also one that is not needed now: the root's key, say, or what a
+    /// crash left half-written. All were written for the owner only.
     pub fn guarded(&self) -> Result<(), Refusal> {
         for file in std::fs::read_dir(&self.dir).map_err(|e| failed("a readable folder", &self.dir, e))? {
             let path = file.map_err(|e| failed("a readable folder", &self.dir, e))?.path();
-            if path.extension().is_some_and(|e| e == "key" || e == "pem") {
-                owner_only(&path)?;
-            }
+            owner_only(&path)?;
         }
         Ok(())
     }
