@@ -1,9 +1,10 @@
-//! What a cell shows to its peers: its root, and the record key that the root certified. Real keys, made once a process; no
-//! choice of a run depends on their bytes.
+//! What a cell shows to its peers: its root, and the record key that the root certified. Real keys, made once for all
+//! (`ambit-sim --make-cards > tests/sim/cards.txt`): entries hold them, and the same seed is to write the same entries. They
+//! open nothing but simulated cells.
 
 use crate::host::EPOCH_MS;
 use ambit_identity::{KeySet, RecordKey, Root};
-use ambit_model::{Refusal, Stamp, TrustDomain};
+use ambit_model::{Code, Refusal, Stamp, TrustDomain};
 use ambit_state::objects::{KeySetRow, PeerRow, PeerState};
 use sha2::{Digest as _, Sha256};
 use std::rc::Rc;
@@ -15,14 +16,34 @@ pub(crate) struct Card {
     pub(crate) key_set: KeySetRow,
 }
 
+/// The cells that know each other.
+pub(crate) const PEERED: [&str; 3] = ["west", "east", "core"];
+
+/// A card per line: whose and which, root (DER), record key (PKCS#8), key set, its signature.
+const CARDS: &str = include_str!("../cards.txt");
+
+/// Of each of [`PEERED`] the one that it has, and the one that a forger shows in its name.
+pub fn made() -> Result<String, Refusal> {
+    let lines = PEERED.iter().flat_map(|name| ["own", "forged"].map(|which| (name, which))).map(|(name, which)| {
+        let td: TrustDomain = name.parse()?;
+        let (root, key) = (Root::create(&td, Stamp(EPOCH_MS), [1; 16])?, RecordKey::generate()?);
+        let (statement, signature) = KeySet::certify(&root, &td, 1, vec![key.public()])?;
+        let parts = [root.der().as_ref(), key.pkcs8(), &statement, &signature].map(hex::encode);
+        Ok(format!("{name} {which} {}\n", parts.join(" ")))
+    });
+    lines.collect()
+}
+
 impl Card {
-    pub(crate) fn make(name: &str) -> Result<Card, Refusal> {
-        let name: TrustDomain = name.parse()?;
-        let root = Root::create(&name, Stamp(EPOCH_MS), [1; 16])?;
-        let key = RecordKey::generate()?;
-        let (statement, signature) = KeySet::certify(&root, &name, 1, vec![key.public()])?;
-        let key_set = KeySetRow { statement, signature };
-        Ok(Card { name, root_der: root.der().to_vec(), key: Rc::new(key), key_set })
+    /// The cell's own, or the one that a forger shows.
+    pub(crate) fn of(name: &str, which: &str) -> Result<Card, Refusal> {
+        let unreadable = || Refusal::new(Code::Internal, "a card (ambit-sim --make-cards)", format!("{name} {which}"));
+        let line = CARDS.lines().find_map(|line| line.strip_prefix(&format!("{name} {which} ")));
+        let parts = line.ok_or_else(unreadable)?.split(' ').map(hex::decode).collect::<Result<Vec<_>, _>>();
+        let [root_der, key, statement, signature] =
+            <[Vec<u8>; 4]>::try_from(parts.map_err(|_| unreadable())?).map_err(|_| unreadable())?;
+        let key = Rc::new(RecordKey::from_pkcs8(&key)?);
+        Ok(Card { name: name.parse()?, root_der, key, key_set: KeySetRow { statement, signature } })
     }
 
     /// As a peer keeps it.

@@ -25,4 +25,5 @@ mod template;
 mod turn;
 mod world;
 
+pub use card::made as cards_made;
 pub use run::{Counts, Failure, Outcome, Simulator};

@@ -20,10 +20,12 @@ struct Wanted {
     mutant: Option<String>,
     /// Only name the faults that can be planted.
     list: bool,
+    /// Only make the cells' cards anew.
+    cards: bool,
 }
 
 fn wanted(args: impl Iterator<Item = String>) -> Result<Wanted, String> {
-    let mut wanted = Wanted { seeds: 100, from: 1, seconds: 5, replay: false, mutant: None, list: false };
+    let mut wanted = Wanted { seeds: 100, from: 1, seconds: 5, replay: false, mutant: None, list: false, cards: false };
     let mut args = args;
     while let Some(arg) = args.next() {
         match arg.as_str() {
@@ -33,8 +35,9 @@ fn wanted(args: impl Iterator<Item = String>) -> Result<Wanted, String> {
             "--seed" => (wanted.from, wanted.seeds, wanted.replay) = (number(&arg, args.next())?, 1, true),
             "--mutant" => wanted.mutant = Some(args.next().ok_or("--mutant needs a name")?),
             "--list-mutants" => wanted.list = true,
+            "--make-cards" => wanted.cards = true,
             other => {
-                let known = "--seeds, --from, --seconds, --seed, --mutant or --list-mutants";
+                let known = "--seeds, --from, --seconds, --seed, --mutant, --list-mutants or --make-cards";
                 return Err(format!("'{other}': expected {known}"));
             }
         }
@@ -78,6 +81,18 @@ fn main() -> ExitCode {
             println!("{name} {what} [{oracles}]");
         }
         return ExitCode::SUCCESS;
+    }
+    if wanted.cards {
+        return match ambit_sim::cards_made() {
+            Ok(lines) => {
+                print!("{lines}");
+                ExitCode::SUCCESS
+            }
+            Err(refusal) => {
+                eprintln!("{refusal}");
+                ExitCode::from(1)
+            }
+        };
     }
     if let Some(name) = &wanted.mutant
         && !plant(name)

@@ -1,5 +1,6 @@
 //! Runs of seeds: a phase of faults, then a healed quorum that must make progress, then what must be true in the end.
 
+use crate::card::PEERED;
 use crate::federation::Federation;
 use crate::host::{Condition, Process};
 use crate::oracle::{ELSEWHERE, JUDGED, NOT_YET, Violation};
@@ -13,9 +14,6 @@ use ambit_state::{Command, LogEntry, State};
 use ambitd::raft::engine::Request;
 use std::fmt;
 use std::sync::PoisonError;
-
-/// Of a run of several.
-const CELLS: [&str; 3] = ["west", "east", "core"];
 
 /// A healed quorum acknowledges a write, and all of it agree, within this.
 const PROGRESS_MAX: Micros = 12 * SECOND;
@@ -145,7 +143,7 @@ impl Simulator {
     /// Sets the cells up once.
     pub fn new() -> Result<Simulator, String> {
         let alone = Template::alone().map_err(|v| v.to_string())?;
-        let peered = Template::peered(&CELLS).map_err(|v| v.to_string())?;
+        let peered = Template::peered(&PEERED).map_err(|v| v.to_string())?;
         Ok(Simulator { alone, peered })
     }
 
@@ -158,7 +156,7 @@ impl Simulator {
     pub fn run(&self, seed: u64, seconds: u64, trace: bool) -> Result<Outcome, Failure> {
         let length = seconds * SECOND;
         let plans: Vec<Plan> = if Plan::is_of_several(seed) {
-            (0..CELLS.len() as u64).map(|n| Plan::of_cell(seed, n, length)).collect()
+            (0..PEERED.len() as u64).map(|n| Plan::of_cell(seed, n, length)).collect()
         } else {
             vec![Plan::of(seed, length)]
         };

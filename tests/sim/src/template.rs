@@ -60,7 +60,8 @@ impl Template {
     /// Cells that know each other.
     pub(crate) fn peered(names: &[&str]) -> Result<Vec<Template>, Violation> {
         let wrong = |r: Refusal| Violation::of("set-up", r.to_string());
-        let cards: Vec<Card> = names.iter().map(|name| Card::make(name)).collect::<Result<_, _>>().map_err(wrong)?;
+        let cards: Vec<Card> =
+            names.iter().map(|name| Card::of(name, "own")).collect::<Result<_, _>>().map_err(wrong)?;
         let each = cards.iter().enumerate().map(|(n, card)| {
             let others = cards.iter().enumerate().filter(|(other, _)| *other != n);
             let peers = others.map(|(_, card)| (card.name.clone(), card.row())).collect();
@@ -104,7 +105,7 @@ impl Template {
         for process in setup.processes.values_mut() {
             process.engine.close().map_err(|e| wrong(e.to_string()))?;
         }
-        let forged = card.map(|card| Card::make(card.name.as_str()).map(Rc::new)).transpose();
+        let forged = card.map(|card| Card::of(card.name.as_str(), "forged").map(Rc::new)).transpose();
         let forged = forged.map_err(|r| wrong(r.to_string()))?;
         Ok(Template { seat, record_key: card.map(|card| card.key.clone()), forged, disks, entries })
     }

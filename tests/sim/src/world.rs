@@ -86,7 +86,6 @@ impl World {
         for (index, term, command) in &template.entries {
             world.history.applied(0, *index, *term, command.clone(), 0)?;
         }
-        world.history.begin_trail();
         for (id, disk) in &template.disks {
             world.add_host(*id, disk.copied());
         }

@@ -32,3 +32,20 @@ fn a_seed_is_one_run() {
         assert!(seen.insert(first.unwrap()), "another seed is another run");
     }
 }
+
+/// Cells that know each other, one of which begins anew: its root, and every signature, is in the entries.
+const BETWEEN_CELLS: &str = "24";
+
+#[test]
+fn a_seed_is_the_same_run_in_another_process() {
+    let digest = || {
+        let out = std::process::Command::new(env!("CARGO_BIN_EXE_ambit-sim"))
+            .args(["--seed", BETWEEN_CELLS])
+            .output()
+            .unwrap();
+        let text = String::from_utf8(out.stdout).unwrap();
+        assert!(text.contains("begins anew") && text.contains("1 seeds, 0 violations"), "{text}");
+        text.lines().find(|line| line.starts_with("digest ")).unwrap().to_owned()
+    };
+    assert_eq!(digest(), digest());
+}

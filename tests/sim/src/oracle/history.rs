@@ -212,11 +212,6 @@ impl History {
         self.trail.clone().finalize().into()
     }
 
-    /// From here on the trail counts: what was set up before has keys in it, which are made anew for each process.
-    pub(crate) fn begin_trail(&mut self) {
-        self.trail = Sha256::new();
-    }
-
     /// A replica shows this state.
     pub(crate) fn shows(&mut self, view: &View) -> Result<(), Violation> {
         if let Some(term) = view.leads_in {
