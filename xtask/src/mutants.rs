@@ -84,18 +84,21 @@ fn parse(list: &str, text: &str) -> Result<Vec<Check>, Stop> {
     Ok(checks)
 }
 
-/// The files that git tracks or would track. Those that are the same already keep their time, so that cargo builds only
-/// what changed.
+/// The files that git tracks or would track, and no others. Those that are the same already keep their time, so that cargo
+/// builds only what changed.
 fn copy(root: &Path) -> Result<PathBuf, Stop> {
     let tree = root.join("target/mutants/tree");
     let mut git = Command::new("git");
     git.args(["-c", "safe.directory=*", "ls-files", "-z", "--cached", "--others", "--exclude-standard"])
         .current_dir(root);
     let listed = git.output().map_err(|e| Stop::Failed(format!("git ls-files: {e}")))?;
-    for file in String::from_utf8_lossy(&listed.stdout).split('\0').filter(|file| !file.is_empty()) {
+    let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
+    let mut kept = BTreeSet::new();
+    for file in listed.split('\0').filter(|file| !file.is_empty()) {
         // A file deleted but not yet committed is listed too.
         let Ok(now) = std::fs::read(root.join(file)) else { continue };
         let to = tree.join(file);
+        kept.insert(to.clone());
         if std::fs::read(&to).is_ok_and(|then| then == now) {
             continue;
         }
@@ -103,7 +106,21 @@ fn copy(root: &Path) -> Result<PathBuf, Stop> {
         let copied = std::fs::create_dir_all(folder).and_then(|()| std::fs::write(&to, now));
         copied.map_err(|e| Stop::Failed(format!("{}: {e}", to.display())))?;
     }
+    sweep(&tree, &kept).map_err(|e| Stop::Failed(format!("{}: {e}", tree.display())))?;
     Ok(tree)
+}
+
+/// What was copied before and is gone or elsewhere now.
+fn sweep(folder: &Path, kept: &BTreeSet<PathBuf>) -> std::io::Result<()> {
+    for entry in std::fs::read_dir(folder)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            sweep(&entry.path(), kept)?;
+        } else if !kept.contains(&entry.path()) {
+            std::fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 /// One crate's copy, and how it is tested.

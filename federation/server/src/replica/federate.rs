@@ -57,6 +57,11 @@ impl Fetcher {
         };
     }
 
+    fn keep_only(&self, relationships: &[(TrustDomain, String)]) {
+        let mut etags = self.etags.lock().unwrap_or_else(PoisonError::into_inner);
+        etags.retain(|url, _| relationships.iter().any(|(_, known)| known == url));
+    }
+
     fn web(&self) -> Result<rustls::ClientConfig, Refusal> {
         use std::io::Read;
         let failed = |e: std::io::Error| {
@@ -89,6 +94,7 @@ pub async fn run(replica: Replica) {
         let all: Vec<(TrustDomain, String)> =
             replica.local(|s| s.relationships().map(|(td, row)| (td.clone(), row.url.clone())).collect());
         due.retain(|key, _| all.contains(key));
+        replica.fetcher().keep_only(&all);
         for (td, url) in all {
             // New ones at once.
             let at = due.get(&(td.clone(), url.clone())).copied().unwrap_or_else(Instant::now);
