@@ -7,7 +7,7 @@
 
 use ambit_identity::svid::Presented;
 use ambit_model::policy::Endpoint;
-use ambit_model::{Code, Generation, NodeId, Refusal, Revision, Serial, SpiffeId, TrustDomain};
+use ambit_model::{Code, Generation, NodeId, Refusal, Revision, Serial, SpiffeId, TrustDomain, serial_number};
 use ambit_proto::v1;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -75,7 +75,8 @@ impl Denials {
             }
         }
         for message in leaves {
-            let key = (message.trust_domain.parse()?, message.authority.clone(), message.serial.clone());
+            let key =
+                (message.trust_domain.parse()?, message.authority.clone(), serial_number(&message.serial).to_vec());
             self.by_serial.insert(key);
         }
         Ok(self)

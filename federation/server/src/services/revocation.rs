@@ -3,7 +3,7 @@
 use super::{OrStatus, request_id};
 use crate::authorise::actor;
 use crate::replica::Replica;
-use ambit_model::{Code, IdDenial, LeafDenial, Refusal, SpiffeId, TrustDomain};
+use ambit_model::{Code, IdDenial, LeafDenial, Refusal, SpiffeId, TrustDomain, serial_number};
 use ambit_proto::v1;
 use ambit_state::{Command, IdVerb};
 use tonic::{Request, Response, Status};
@@ -67,7 +67,7 @@ impl v1::revocation_server::Revocation for Revocations {
 /// As openssl and `ambit identity list` show it: hexadecimal digits, with or without colons.
 fn serial(text: &str) -> Result<Vec<u8>, Refusal> {
     let bad = || Refusal::new(Code::BadRequest, "a serial in hexadecimal digits", text.to_owned());
-    hex::decode(text.replace(':', "")).map_err(|_| bad())
+    hex::decode(text.replace(':', "")).map(|bytes| serial_number(&bytes).to_vec()).map_err(|_| bad())
 }
 
 fn id_message((origin, id): &(TrustDomain, SpiffeId), denial: &IdDenial) -> v1::DeniedId {
