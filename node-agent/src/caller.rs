@@ -55,9 +55,13 @@ impl Caller {
     pub fn mesh(&self) -> &MeshRoot {
         &self.mesh
     }
-    /// What it is now; uid and gid are those that it connected with.
+    /// What it is now; an error if it no longer runs as whom it connected as.
     pub fn facts(&self) -> io::Result<Facts> {
-        Ok(Facts { uid: self.uid, gid: self.gid, ..self.process.facts()? })
+        let facts = self.process.facts()?;
+        if (facts.uid, facts.gid) != (self.uid, self.gid) {
+            return Err(io::Error::other("the process changed its ids after it connected"));
+        }
+        Ok(facts)
     }
 }
 

@@ -22,6 +22,7 @@ use ambit_proto::workload::{
 };
 use ambit_proto::xds::secret::secret_discovery_service_server::SecretDiscoveryServiceServer;
 use ambit_proto::{ENVOY_DESCRIPTORS, SPIFFE_DESCRIPTORS};
+use prost::Message;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
@@ -202,9 +203,9 @@ pub(crate) fn workload<T>(request: &Request<T>) -> Option<Workload> {
 /// The status codes of SPIFFE_Workload_Endpoint.md section 6.
 pub(crate) fn refuse(why: Why) -> Status {
     match why {
-        Why::Ended => {
-            Status::permission_denied("the process that opened this connection has ended, or could not be identified")
-        }
+        Why::Ended => Status::permission_denied(
+            "who opened this has ended, is another program or user now, or was not identified",
+        ),
         Why::Starting => Status::unavailable("the agent has no word from its cell yet"),
         Why::Nobody => Status::permission_denied("no identity issued: no entry recognises this process"),
         Why::NotIssued => Status::unavailable("the SVID is not issued yet"),
@@ -217,7 +218,7 @@ impl WorkloadApi {
         self.streams.take(workload.uid()).ok_or_else(|| Status::unavailable("too many streams"))
     }
 
-    fn stream<R, T: PartialEq + Clone + Send + 'static>(
+    fn stream<R, T: Message + 'static>(
         &self,
         method: &'static str,
         request: &Request<R>,
