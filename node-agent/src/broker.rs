@@ -18,7 +18,7 @@ use crate::metrics::METRICS;
 use crate::places::Places;
 use crate::process::Process;
 use crate::tokens::Tokens;
-use crate::workload_api::ServeError;
+use crate::workload_api::{ANSWER_MAX, REQUEST_BYTES_MAX, ServeError};
 use ambit_identity::SharedTrust;
 use ambit_identity::tls::{Clients, server_config};
 use ambit_model::{Generation, NodeId, Refusal, Selector, SpiffeId};
@@ -118,9 +118,10 @@ impl Broker {
         let (ready, accepted) = mpsc::channel(ACCEPTED_MAX);
         let router = tonic::transport::Server::builder()
             .max_concurrent_streams(STREAMS_PER_CONNECTION_MAX)
-            .add_service(ApiServer::new(self))
-            .add_service(reflection().build_v1()?)
-            .add_service(reflection().build_v1alpha()?);
+            .timeout(ANSWER_MAX)
+            .add_service(ApiServer::new(self).max_decoding_message_size(REQUEST_BYTES_MAX))
+            .add_service(reflection().build_v1()?.max_decoding_message_size(REQUEST_BYTES_MAX))
+            .add_service(reflection().build_v1alpha()?.max_decoding_message_size(REQUEST_BYTES_MAX));
         tokio::select! {
             served = router.serve_with_incoming(ReceiverStream::new(accepted)) => Ok(served?),
             () = accept(listener, TlsAcceptor::from(Arc::new(config)), ready) => Ok(()),

@@ -78,7 +78,7 @@ impl Identified {
     /// Identifies the peer of `stream` now.
     pub fn accept(stream: UnixStream, place: Place, mesh: &Arc<MeshRoot>) -> Self {
         let caller =
-            Caller::of(&stream, mesh).inspect_err(|error| tracing::warn!(%error, "caller not identified")).ok();
+            Caller::of(&stream, mesh).inspect_err(|error| tracing::debug!(%error, "caller not identified")).ok();
         Self { stream, caller, _place: place }
     }
 }

@@ -307,6 +307,11 @@ mod tests {
                 "{id} {authority} {serial:?}"
             );
         }
+        // DER writes a zero before a first bit that is set; what is compared does not.
+        let serial = [&[0], [0x80; 16].as_slice()].concat();
+        let leaf = v1::LeafDenial { trust_domain: "west".into(), authority: "aa".into(), serial };
+        let high = Denials::default().with_svids(&[], &[leaf]).unwrap();
+        assert!(high.denies_svid(&"spiffe://west/c".parse().unwrap(), "aa", &[0x80; 16]));
         let bad = v1::IdDenial { spiffe_id: "spiffe://west/a".into(), up_to: vec![1; 15], barred: false };
         assert!(Denials::default().with_svids(&[bad], &[]).is_err());
         assert!(with(1, &[("spiffe://west/a", 5, false), ("spiffe://west/a", 4, false)], &[]).is_err());

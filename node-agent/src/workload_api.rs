@@ -42,6 +42,11 @@ const CONNECTIONS_MAX: usize = 2048;
 const CONNECTIONS_PER_USER_MAX: usize = 256;
 /// Accepted and not yet taken in.
 const ACCEPTED_MAX: usize = 16;
+/// The largest request: a token of 16 KiB and its audience, or what an Envoy tells of itself. It is in memory before
+/// anybody is asked who sent it.
+pub(crate) const REQUEST_BYTES_MAX: usize = 64 * 1024;
+/// For a request to come whole and its answer to begin. Streams last as long as they like after that.
+pub(crate) const ANSWER_MAX: Duration = Duration::from_secs(60);
 
 /// The service.
 #[derive(Clone, Debug)]
@@ -64,12 +69,13 @@ impl WorkloadApi {
         let sds = Sds::new(self.issued.clone(), self.streams.clone());
         let router = tonic::transport::Server::builder()
             .max_concurrent_streams(64)
-            .add_service(SpiffeWorkloadApiServer::new(self))
-            .add_service(SecretDiscoveryServiceServer::new(sds))
-            .add_service(health_service)
-            .add_service(reflection().build_v1()?)
+            .timeout(ANSWER_MAX)
+            .add_service(SpiffeWorkloadApiServer::new(self).max_decoding_message_size(REQUEST_BYTES_MAX))
+            .add_service(SecretDiscoveryServiceServer::new(sds).max_decoding_message_size(REQUEST_BYTES_MAX))
+            .add_service(health_service.max_decoding_message_size(REQUEST_BYTES_MAX))
+            .add_service(reflection().build_v1()?.max_decoding_message_size(REQUEST_BYTES_MAX))
             // What most tools in use still ask.
-            .add_service(reflection().build_v1alpha()?);
+            .add_service(reflection().build_v1alpha()?.max_decoding_message_size(REQUEST_BYTES_MAX));
         let (ready, accepted) = mpsc::channel(ACCEPTED_MAX);
         tokio::select! {
             served = router.serve_with_incoming(ReceiverStream::new(accepted)) => Ok(served?),

@@ -8,7 +8,7 @@ use ambit_agent::issued::{Issued, Svids};
 use ambit_model::{Code, Refusal};
 use ambit_proto::v1;
 use ambit_proto::workload::spiffe_workload_api_client::SpiffeWorkloadApiClient;
-use ambit_proto::workload::{JwtsvidRequest, X509svidRequest};
+use ambit_proto::workload::{JwtsvidRequest, ValidateJwtsvidRequest, X509svidRequest};
 use spiffe::workload_api::WorkloadApiError;
 use spiffe::{TrustDomain, WorkloadApiClient};
 use std::collections::BTreeMap;
@@ -416,5 +416,27 @@ async fn a_thousand_streams_are_told_a_change_and_no_more_are_opened_than_places
     let until = Instant::now() + Duration::from_secs(10);
     while call(socket.channel().await, "/SpiffeWorkloadAPI/FetchX509SVID").await.is_err() {
         assert!(Instant::now() < until, "no place comes back");
+    }
+}
+
+#[tokio::test]
+async fn a_request_is_as_large_as_a_token_and_no_larger() {
+    let Stage { west, slice, .. } = stage();
+    let issued = Issued::default();
+    issued.set_view(west.view(slice));
+    let socket = Socket::serve("large", &issued);
+    let channel = socket.channel().await;
+    let mut raw = SpiffeWorkloadApiClient::new(channel.clone());
+    let mut health = tonic_health::pb::health_client::HealthClient::new(channel);
+    for (bytes, code, health_code) in [
+        (16 * 1024, tonic::Code::InvalidArgument, tonic::Code::NotFound),
+        (1024 * 1024, tonic::Code::OutOfRange, tonic::Code::OutOfRange),
+    ] {
+        let text = "a".repeat(bytes);
+        let mut request = tonic::Request::new(ValidateJwtsvidRequest { audience: "a".into(), svid: text.clone() });
+        request.metadata_mut().insert("workload.spiffe.io", "true".parse().unwrap());
+        assert_eq!(raw.validate_jwtsvid(request).await.unwrap_err().code(), code, "{bytes}");
+        let request = tonic_health::pb::HealthCheckRequest { service: text };
+        assert_eq!(health.check(request).await.unwrap_err().code(), health_code, "{bytes}");
     }
 }

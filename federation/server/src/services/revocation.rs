@@ -90,3 +90,20 @@ fn leaf_message((td, authority, serial): &(TrustDomain, String, Vec<u8>), denial
         until_ms: denial.until.0,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_serial_is_its_number_however_it_is_written() {
+        for (text, number) in [
+            ("40aa", Some(&[0x40, 0xaa][..])),
+            ("F1:00", Some(&[0xf1, 0])),
+            ("00:f1:00", Some(&[0xf1, 0])),
+            ("f1x", None),
+        ] {
+            assert_eq!(serial(text).ok().as_deref(), number, "{text}");
+        }
+    }
+}
