@@ -18,7 +18,7 @@ use crate::metrics::METRICS;
 use crate::places::Places;
 use crate::process::Process;
 use crate::tokens::Tokens;
-use crate::workload_api::ServeError;
+use crate::workload_api::{ANSWER_MAX, REQUEST_BYTES_MAX, ServeError};
 use ambit_identity::SharedTrust;
 use ambit_identity::tls::{Clients, server_config};
 use ambit_model::{Generation, NodeId, Refusal, Selector, SpiffeId};
@@ -42,7 +42,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::time::Instant;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
@@ -54,8 +54,10 @@ use tonic::{Code as Grpc, Request, Response, Status};
 const STREAMS_MAX: usize = 4096;
 /// Of these on one connection; a node proxy has but one.
 const STREAMS_PER_CONNECTION_MAX: u32 = 2048;
-/// Handshakes under way at once; more wait in the listener's backlog.
-const HANDSHAKES_MAX: usize = 16;
+/// Connections open at once, those in their handshake among them; a node has a proxy or two.
+const CONNECTIONS_MAX: usize = 64;
+/// Accepted and not yet taken in.
+const ACCEPTED_MAX: usize = 16;
 /// Slow handshakes are cut, so that they cannot hold their places.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 /// The one kind of reference that is understood.
@@ -113,12 +115,13 @@ impl Broker {
                 .register_encoded_file_descriptor_set(SPIFFE_DESCRIPTORS)
                 .with_service_name("spiffe.broker.API")
         };
-        let (ready, accepted) = mpsc::channel(HANDSHAKES_MAX);
+        let (ready, accepted) = mpsc::channel(ACCEPTED_MAX);
         let router = tonic::transport::Server::builder()
             .max_concurrent_streams(STREAMS_PER_CONNECTION_MAX)
-            .add_service(ApiServer::new(self))
-            .add_service(reflection().build_v1()?)
-            .add_service(reflection().build_v1alpha()?);
+            .timeout(ANSWER_MAX)
+            .add_service(ApiServer::new(self).max_decoding_message_size(REQUEST_BYTES_MAX))
+            .add_service(reflection().build_v1()?.max_decoding_message_size(REQUEST_BYTES_MAX))
+            .add_service(reflection().build_v1alpha()?.max_decoding_message_size(REQUEST_BYTES_MAX));
         tokio::select! {
             served = router.serve_with_incoming(ReceiverStream::new(accepted)) => Ok(served?),
             () = accept(listener, TlsAcceptor::from(Arc::new(config)), ready) => Ok(()),
@@ -131,7 +134,8 @@ async fn accept(
     acceptor: TlsAcceptor,
     ready: mpsc::Sender<std::io::Result<Lenient<Accepted>>>,
 ) {
-    let places = Arc::new(Semaphore::new(HANDSHAKES_MAX));
+    let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    // Those who find no place wait in the listener's backlog.
     while let Ok(place) = places.clone().acquire_owned().await {
         let Ok((stream, _)) = listener.accept().await else {
             // Out of descriptors, most likely: wait for some to close.
@@ -141,17 +145,16 @@ async fn accept(
         let (acceptor, ready) = (acceptor.clone(), ready.clone());
         tokio::spawn(async move {
             match tokio::time::timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await {
-                Ok(Ok(stream)) => drop(ready.send(Ok(Lenient::new(Accepted(stream)))).await),
+                Ok(Ok(stream)) => drop(ready.send(Ok(Lenient::new(Accepted(stream, place)))).await),
                 Ok(Err(error)) => tracing::debug!(%error, "broker's handshake refused"),
                 Err(_) => tracing::debug!("broker's handshake too slow"),
             }
-            drop(place);
         });
     }
 }
 
-/// A connection with a certificate that was good when it was made.
-struct Accepted(TlsStream<UnixStream>);
+/// A connection with a certificate that was good when it was made, and its place, held while it is open.
+struct Accepted(TlsStream<UnixStream>, #[allow(dead_code, reason = "held")] OwnedSemaphorePermit);
 
 /// Its chain, leaf first: judged anew for each call and each message.
 #[derive(Clone, Debug, Default)]
@@ -273,7 +276,7 @@ impl Broker {
         Ok(shown)
     }
 
-    fn stream<R, T: PartialEq + Clone + Send + 'static>(
+    fn stream<R, T: Message + 'static>(
         &self,
         method: &'static str,
         request: &Request<R>,
@@ -326,7 +329,9 @@ fn bad(what: &str) -> Status {
 /// SPIFFE_Broker_API.md section 4.8, SPIFFE_Broker_Endpoint.md section 6.
 fn refuse(why: Why) -> Status {
     match why {
-        Why::Ended => status(Grpc::NotFound, "no such process, or it has ended", "WORKLOAD_NOT_FOUND"),
+        Why::Ended => {
+            status(Grpc::NotFound, "no such process, or it ended or became another program", "WORKLOAD_NOT_FOUND")
+        }
         Why::Nobody => status(Grpc::PermissionDenied, "no entry recognises this process", "WORKLOAD_NOT_ENTITLED"),
         Why::Starting => Status::unavailable("the agent has no word from its cell yet"),
         Why::NotIssued => Status::unavailable("the SVID is not issued yet"),

@@ -55,9 +55,13 @@ impl Caller {
     pub fn mesh(&self) -> &MeshRoot {
         &self.mesh
     }
-    /// What it is now; uid and gid are those that it connected with.
+    /// What it is now; an error if it no longer runs as whom it connected as.
     pub fn facts(&self) -> io::Result<Facts> {
-        Ok(Facts { uid: self.uid, gid: self.gid, ..self.process.facts()? })
+        let facts = self.process.facts()?;
+        if (facts.uid, facts.gid) != (self.uid, self.gid) {
+            return Err(io::Error::other("the process changed its ids after it connected"));
+        }
+        Ok(facts)
     }
 }
 
@@ -74,7 +78,7 @@ impl Identified {
     /// Identifies the peer of `stream` now.
     pub fn accept(stream: UnixStream, place: Place, mesh: &Arc<MeshRoot>) -> Self {
         let caller =
-            Caller::of(&stream, mesh).inspect_err(|error| tracing::warn!(%error, "caller not identified")).ok();
+            Caller::of(&stream, mesh).inspect_err(|error| tracing::debug!(%error, "caller not identified")).ok();
         Self { stream, caller, _place: place }
     }
 }

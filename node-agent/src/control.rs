@@ -373,12 +373,7 @@ impl Control {
     }
 
     fn replace_trust(&self, view: &View) {
-        let store = TrustStore::new(&view.own).and_then(|mut store| {
-            view.foreign.iter().try_for_each(|bundle| store.add_foreign(bundle))?;
-            store.deny_authorities(view.denials.authorities().iter().cloned());
-            Ok(store)
-        });
-        match store {
+        match trust_of(view) {
             Ok(store) => self.trust.replace(Trust::Bundles(store)),
             Err(refusal) => tracing::error!(%refusal, "bundles not taken; the former ones stay in use"),
         }
@@ -426,6 +421,19 @@ impl Control {
     }
 }
 
+/// Whom to trust. A foreign bundle that cannot be used is left out: nobody of that trust domain is taken for who it says, and
+/// the others, and what is denied, are not held up.
+fn trust_of(view: &View) -> Result<TrustStore, Refusal> {
+    let mut store = TrustStore::new(&view.own)?;
+    for bundle in &view.foreign {
+        if let Err(refusal) = store.add_foreign(bundle) {
+            tracing::error!(trust_domain = %bundle.trust_domain(), %refusal, "foreign bundle not taken");
+        }
+    }
+    store.deny_authorities(view.denials.authorities().iter().cloned());
+    Ok(store)
+}
+
 /// A cgroup can be removed only when no process is left in it.
 fn is_gone((path, id): &FormerCgroup) -> bool {
     use std::os::unix::fs::MetadataExt;
@@ -439,4 +447,35 @@ fn is_gone((path, id): &FormerCgroup) -> bool {
 pub fn mesh_root(cgroup_root: &std::path::Path) -> Result<MeshRoot, Refusal> {
     MeshRoot::find(cgroup_root)
         .map_err(|e| Refusal::new(Code::ConfigInvalid, "'cgroup_root' on a cgroup2 mount", e.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::view::tests::{slice, view};
+    use ambit_identity::{Csr, IssuingKey, Root, SvidKey, verify_svid};
+    use ambit_model::{Lifetime, Stamp, TrustDomain};
+    use ambit_proto::v1;
+
+    #[test]
+    fn a_foreign_bundle_that_cannot_be_used_holds_up_neither_roots_nor_denials() {
+        let (now, west): (_, TrustDomain) = (Stamp(1_800_000_000_000), "west".parse().unwrap());
+        let lifetime = Lifetime { not_before: now.minus_ms(60_000), not_after: now.plus_ms(60_000) };
+        let root = Root::create(&west, now, [1; 16]).unwrap();
+        let (key, leaf) = (SvidKey::generate().unwrap(), SvidKey::generate().unwrap());
+        let csr = |key: &SvidKey| Csr::parse(&key.csr().unwrap()).unwrap();
+        let intermediate = root.found(1, &csr(&key), lifetime).unwrap();
+        let issuer = IssuingKey::new(key, intermediate).unwrap();
+        let chain = issuer.replica_leaf(1, &west, lifetime, &csr(&leaf)).unwrap();
+        let authority = v1::AuthorityDenial { trust_domain: "west".into(), authority: issuer.authority().into() };
+        for (denied, good) in [(vec![], true), (vec![authority], false)] {
+            let mut slice = v1::Slice { authority_denials: denied, ..slice() };
+            slice.bundles[0].roots_der = vec![root.der().to_vec()];
+            slice.bundles[1].roots_der = vec![b"no certificate".to_vec()];
+            slice.bundles.push(v1::Bundle { trust_domain: "north".into(), ..slice.bundles[0].clone() });
+            let trust = trust_of(&view(slice).unwrap()).unwrap();
+            assert_eq!(trust.domains().map(TrustDomain::as_str).collect::<Vec<_>>(), ["north", "west"]);
+            assert_eq!(verify_svid(&chain, &trust, now).is_ok(), good);
+        }
+    }
 }

@@ -7,7 +7,7 @@
 
 use ambit_identity::svid::Presented;
 use ambit_model::policy::Endpoint;
-use ambit_model::{Code, Generation, NodeId, Refusal, Revision, Serial, SpiffeId, TrustDomain};
+use ambit_model::{Code, Generation, NodeId, Refusal, Revision, Serial, SpiffeId, TrustDomain, serial_number};
 use ambit_proto::v1;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -75,7 +75,8 @@ impl Denials {
             }
         }
         for message in leaves {
-            let key = (message.trust_domain.parse()?, message.authority.clone(), message.serial.clone());
+            let key =
+                (message.trust_domain.parse()?, message.authority.clone(), serial_number(&message.serial).to_vec());
             self.by_serial.insert(key);
         }
         Ok(self)
@@ -306,6 +307,11 @@ mod tests {
                 "{id} {authority} {serial:?}"
             );
         }
+        // DER writes a zero before a first bit that is set; what is compared does not.
+        let serial = [&[0], [0x80; 16].as_slice()].concat();
+        let leaf = v1::LeafDenial { trust_domain: "west".into(), authority: "aa".into(), serial };
+        let high = Denials::default().with_svids(&[], &[leaf]).unwrap();
+        assert!(high.denies_svid(&"spiffe://west/c".parse().unwrap(), "aa", &[0x80; 16]));
         let bad = v1::IdDenial { spiffe_id: "spiffe://west/a".into(), up_to: vec![1; 15], barred: false };
         assert!(Denials::default().with_svids(&[bad], &[]).is_err());
         assert!(with(1, &[("spiffe://west/a", 5, false), ("spiffe://west/a", 4, false)], &[]).is_err());

@@ -11,12 +11,15 @@ use crate::metrics::METRICS;
 use crate::places::Place;
 use crate::process::{Facts, Process};
 use ambit_model::{EntryId, Selector};
+use prost::Message;
+use sha2::{Digest, Sha256};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tonic::Status;
+use zeroize::Zeroizing;
 
 /// How long a caller waits for an SVID that the cell is issuing just now, before it is told to come back.
 const COMING_MAX: Duration = Duration::from_secs(10);
@@ -27,7 +30,7 @@ const PART_MAX: Duration = Duration::from_secs(1);
 /// Why a stream ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Why {
-    /// The process ended, or was never identified.
+    /// The process ended, or runs another program, as somebody else or elsewhere; or it was never identified.
     Ended,
     /// The agent has no word from its cell yet.
     Starting,
@@ -64,7 +67,7 @@ impl Workload {
         self.facts.uid
     }
 
-    /// The process as `facts` tell it.
+    /// The process as `facts` tell it, for as long as it is so.
     pub fn new(process: Arc<Process>, facts: Facts, mesh: &MeshRoot) -> Self {
         let selectors = facts.selectors(mesh);
         Self { process, facts, selectors, hashed: false }
@@ -86,10 +89,10 @@ impl Workload {
 }
 
 impl Workload {
-    /// Asked last: what was found is of a process that lived until here.
+    /// Asked last: what was found is of a process that lived until here, and was until here what it was recognised as.
     fn ends<T>(&self, known: &Known, answer: Answer<T>) -> Result<Answer<T>, Why> {
         match answer {
-            _ if self.process.has_ended() => Err(Why::Ended),
+            _ if !self.process.still_is(&self.facts) => Err(Why::Ended),
             _ if known.view.is_none() => Err(Why::Starting),
             Answer::Nobody => Err(Why::Nobody),
             answer => Ok(answer),
@@ -249,7 +252,7 @@ pub struct Stream<T> {
     pub place: Place,
 }
 
-impl<T: PartialEq + Clone + Send> Stream<T> {
+impl<T: Message> Stream<T> {
     /// Runs until either side ends it.
     pub async fn run(mut self) {
         let (mut last, mut patience) = (None, Patience::default());
@@ -268,12 +271,13 @@ impl<T: PartialEq + Clone + Send> Stream<T> {
                     return self.end(why.as_str(), status).await;
                 }
                 Step::Wait(until) => until,
-                Step::Send(set) if last.as_ref() == Some(&set) => None,
                 Step::Send(set) => {
-                    METRICS.workload_api.inc([self.method, "ok"]);
-                    last = Some(set.clone());
-                    if self.send.send(Ok(set)).await.is_err() {
-                        return;
+                    let now = Some(digest(&set));
+                    if std::mem::replace(&mut last, now) != now {
+                        METRICS.workload_api.inc([self.method, "ok"]);
+                        if self.send.send(Ok(set)).await.is_err() {
+                            return;
+                        }
                     }
                     None
                 }
@@ -291,6 +295,11 @@ impl<T: PartialEq + Clone + Send> Stream<T> {
         METRICS.workload_api.inc([self.method, result]);
         let _ = self.send.send(Err(status)).await;
     }
+}
+
+/// Of what was sent last no more than this is kept: it may hold keys. The same set is the same bytes.
+fn digest(message: &impl Message) -> [u8; 32] {
+    Sha256::digest(Zeroizing::new(message.encode_to_vec())).into()
 }
 
 /// Waits until `at`; without one for ever.

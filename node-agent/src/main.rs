@@ -75,7 +75,8 @@ fn fetched(socket: &std::path::Path, out: &std::path::Path) -> anyhow::Result<()
     writeln!(std::io::stdout(), "{id}").context("writing to stdout")
 }
 
-/// Each connection of a workload holds three descriptors, each tunnel one; the usual soft limit is 1024.
+/// Each connection of a workload holds three descriptors and each of its streams one, each tunnel one; the usual soft limit
+/// is 1024.
 fn raise_descriptors() -> anyhow::Result<()> {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).context("the limit of descriptors")?;

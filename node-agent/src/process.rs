@@ -7,14 +7,14 @@
 use crate::cgroup::{self, MeshRoot};
 use ambit_model::Selector;
 use aws_lc_rs::digest::{Context, SHA256};
-use nix::fcntl::{OFlag, openat, readlinkat};
-use nix::sys::stat::Mode;
+use nix::fcntl::{AtFlags, OFlag, openat, readlinkat};
+use nix::sys::stat::{Mode, fstatat};
 use nix::sys::statfs::{FUSE_SUPER_MAGIC, NFS_SUPER_MAGIC, SMB_SUPER_MAGIC, fstatfs};
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -38,7 +38,7 @@ pub struct Process {
 }
 
 /// What the kernel says of a process at one moment.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct Facts {
     /// Effective uid.
     pub uid: u32,
@@ -50,6 +50,17 @@ pub struct Facts {
     pub cgroup: String,
     /// The program, if it is the file that its path names on this node.
     pub program: Option<PathBuf>,
+    run: Run,
+}
+
+/// One run of a program: from one execve(2) to the next, which gives the process another memory.
+#[derive(Debug)]
+struct Run {
+    /// `/proc/<pid>/pagemap`, which stays that of the memory for which it was opened.
+    memory: File,
+    /// Device and inode of the program's file. Whoever shares its memory (clone(2), CLONE_VM) can leave that behind without
+    /// an end; but while anybody uses it, nobody can write to the file.
+    file: Option<(u64, u64)>,
 }
 
 impl Process {
@@ -94,11 +105,33 @@ impl Process {
 
     /// What it is now.
     pub fn facts(&self) -> io::Result<Facts> {
-        let (uid, gid, groups) = ids(&self.read("status")?)
-            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "no ids in /proc/<pid>/status"))?;
+        // First, so that nothing of what follows is of an earlier program, and asked last, so that nothing is of a later one.
+        let run = Run { memory: self.open("pagemap")?, file: self.program_file() };
+        let (uid, gid, groups) = self.ids()?;
         let cgroup = self.read("cgroup")?;
         let program = self.program().map(|(path, _)| path);
-        if self.has_ended() { Err(gone()) } else { Ok(Facts { uid, gid, groups, cgroup, program }) }
+        let facts = Facts { uid, gid, groups, cgroup, program, run };
+        if self.still_is(&facts) { Ok(facts) } else { Err(gone()) }
+    }
+
+    /// Whether it is what `facts` tell, that is runs what it ran, as whom it did and where. (The path of its program is not
+    /// asked again: an upgrade replaces files of what runs on.) What was found before this was asked is of no other program
+    /// and user.
+    pub fn still_is(&self, facts: &Facts) -> bool {
+        let ids =
+            self.ids().is_ok_and(|(uid, gid, groups)| (uid, gid, &groups) == (facts.uid, facts.gid, &facts.groups));
+        let cgroup = self.read("cgroup").is_ok_and(|cgroup| cgroup == facts.cgroup);
+        ids && cgroup && self.program_file() == facts.run.file && facts.run.goes_on() && !self.has_ended()
+    }
+
+    fn ids(&self) -> io::Result<(u32, u32, Vec<u32>)> {
+        let ids = ids(&self.read("status")?);
+        ids.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "no ids in /proc/<pid>/status"))
+    }
+
+    fn program_file(&self) -> Option<(u64, u64)> {
+        let file = fstatat(&self.folder, "exe", AtFlags::empty()).ok()?;
+        Some((file.st_dev, file.st_ino))
     }
 
     /// SHA-256 of its program's file, if that is still `expected`. Nothing is remembered of it: what identifies a file
@@ -148,10 +181,21 @@ impl Process {
     }
 
     fn read(&self, name: &str) -> io::Result<String> {
-        let file = openat(self.folder.as_fd(), name, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())?;
         let mut text = String::new();
-        File::from(file).take(PROC_BYTES_MAX).read_to_string(&mut text)?;
+        self.open(name)?.take(PROC_BYTES_MAX).read_to_string(&mut text)?;
         Ok(text)
+    }
+
+    fn open(&self, name: &str) -> io::Result<File> {
+        Ok(openat(self.folder.as_fd(), name, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())?.into())
+    }
+}
+
+impl Run {
+    /// Whether its memory is in use. Less than an entry cannot be read from it (EINVAL), nothing at all once nobody uses
+    /// it; and neither answer waits for a lock of it, which its owner could hold.
+    fn goes_on(&self) -> bool {
+        self.memory.read_at(&mut [0], 0).is_err_and(|error| error.raw_os_error() == Some(libc::EINVAL))
     }
 }
 

@@ -22,6 +22,7 @@ use ambit_proto::workload::{
 };
 use ambit_proto::xds::secret::secret_discovery_service_server::SecretDiscoveryServiceServer;
 use ambit_proto::{ENVOY_DESCRIPTORS, SPIFFE_DESCRIPTORS};
+use prost::Message;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
@@ -41,6 +42,11 @@ const CONNECTIONS_MAX: usize = 2048;
 const CONNECTIONS_PER_USER_MAX: usize = 256;
 /// Accepted and not yet taken in.
 const ACCEPTED_MAX: usize = 16;
+/// The largest request: a token of 16 KiB and its audience, or what an Envoy tells of itself. It is in memory before
+/// anybody is asked who sent it.
+pub(crate) const REQUEST_BYTES_MAX: usize = 64 * 1024;
+/// For a request to come whole and its answer to begin. Streams last as long as they like after that.
+pub(crate) const ANSWER_MAX: Duration = Duration::from_secs(60);
 
 /// The service.
 #[derive(Clone, Debug)]
@@ -63,12 +69,13 @@ impl WorkloadApi {
         let sds = Sds::new(self.issued.clone(), self.streams.clone());
         let router = tonic::transport::Server::builder()
             .max_concurrent_streams(64)
-            .add_service(SpiffeWorkloadApiServer::new(self))
-            .add_service(SecretDiscoveryServiceServer::new(sds))
-            .add_service(health_service)
-            .add_service(reflection().build_v1()?)
+            .timeout(ANSWER_MAX)
+            .add_service(SpiffeWorkloadApiServer::new(self).max_decoding_message_size(REQUEST_BYTES_MAX))
+            .add_service(SecretDiscoveryServiceServer::new(sds).max_decoding_message_size(REQUEST_BYTES_MAX))
+            .add_service(health_service.max_decoding_message_size(REQUEST_BYTES_MAX))
+            .add_service(reflection().build_v1()?.max_decoding_message_size(REQUEST_BYTES_MAX))
             // What most tools in use still ask.
-            .add_service(reflection().build_v1alpha()?);
+            .add_service(reflection().build_v1alpha()?.max_decoding_message_size(REQUEST_BYTES_MAX));
         let (ready, accepted) = mpsc::channel(ACCEPTED_MAX);
         tokio::select! {
             served = router.serve_with_incoming(ReceiverStream::new(accepted)) => Ok(served?),
@@ -202,9 +209,9 @@ pub(crate) fn workload<T>(request: &Request<T>) -> Option<Workload> {
 /// The status codes of SPIFFE_Workload_Endpoint.md section 6.
 pub(crate) fn refuse(why: Why) -> Status {
     match why {
-        Why::Ended => {
-            Status::permission_denied("the process that opened this connection has ended, or could not be identified")
-        }
+        Why::Ended => Status::permission_denied(
+            "who opened this has ended, is another program or user now, or was not identified",
+        ),
         Why::Starting => Status::unavailable("the agent has no word from its cell yet"),
         Why::Nobody => Status::permission_denied("no identity issued: no entry recognises this process"),
         Why::NotIssued => Status::unavailable("the SVID is not issued yet"),
@@ -217,7 +224,7 @@ impl WorkloadApi {
         self.streams.take(workload.uid()).ok_or_else(|| Status::unavailable("too many streams"))
     }
 
-    fn stream<R, T: PartialEq + Clone + Send + 'static>(
+    fn stream<R, T: Message + 'static>(
         &self,
         method: &'static str,
         request: &Request<R>,

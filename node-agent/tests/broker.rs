@@ -346,3 +346,26 @@ async fn only_a_broker_of_this_node_that_is_listed_and_not_denied_is_answered() 
     }
     drop(workload);
 }
+
+#[tokio::test]
+async fn no_more_connections_are_open_than_places_and_places_come_back() {
+    const PLACES: usize = 64;
+    let stage = stage().await;
+    let proxy = stage.svid("proxy");
+    let workload = process(WORKLOAD);
+    let mut open = Vec::new();
+    for _ in 0..PLACES {
+        let channel = stage.of(&proxy).await;
+        let mut stream = subscribe(channel, pid(number(&workload))).await.unwrap();
+        next(&mut stream).await.unwrap();
+        open.push(stream);
+    }
+    let soon = Duration::from_secs(2);
+    let one_more = stage.of(&proxy);
+    tokio::pin!(one_more);
+    assert!(tokio::time::timeout(soon, &mut one_more).await.is_err(), "no place");
+    open.pop();
+    let channel = tokio::time::timeout(Duration::from_secs(10), one_more).await.expect("a place");
+    next(&mut subscribe(channel, pid(number(&workload))).await.unwrap()).await.unwrap();
+    drop(workload);
+}

@@ -8,7 +8,7 @@ use ambit_agent::issued::{Issued, Svids};
 use ambit_model::{Code, Refusal};
 use ambit_proto::v1;
 use ambit_proto::workload::spiffe_workload_api_client::SpiffeWorkloadApiClient;
-use ambit_proto::workload::{JwtsvidRequest, X509svidRequest};
+use ambit_proto::workload::{JwtsvidRequest, ValidateJwtsvidRequest, X509svidRequest};
 use spiffe::workload_api::WorkloadApiError;
 use spiffe::{TrustDomain, WorkloadApiClient};
 use std::collections::BTreeMap;
@@ -172,6 +172,78 @@ async fn a_stream_ends_with_the_process_that_opened_it_not_with_the_socket() {
     issued.set_svids(BTreeMap::from([("me".parse().unwrap(), Ok(west.svid("me")))]));
     let refused = raw.fetch_x509svid(ask()).await.unwrap_err();
     assert_eq!(refused.code(), tonic::Code::PermissionDenied, "{refused}");
+}
+
+/// A program that connects, leaves its connection to a child that relays for the test, and becomes what it is told.
+const CHANGED: &str = r#"
+import os, socket, sys, threading
+up = socket.socket(socket.AF_UNIX); up.connect(sys.argv[1])
+here = socket.socket(socket.AF_UNIX); here.bind(sys.argv[2]); here.listen()
+if os.fork():
+    here.close(); up.close()
+    told = sys.stdin.readline().strip()
+    if told == "user": os.setresuid(424242, 424242, 424242)
+    if told == "group": os.setresgid(424242, 424242, 424242)
+    if told == "groups": os.setgroups([424242])
+    if told == "same": os.execv(sys.executable, [sys.executable, "-c", "print(flush=True); import sys; sys.stdin.read()"])
+    if told == "other": os.execvp("sh", ["sh", "-c", "echo; exec cat"])
+    print(flush=True); sys.stdin.read(); os._exit(0)
+os.close(0)
+down = here.accept()[0]
+def relay(a, b):
+    try:
+        while data := a.recv(65536): b.sendall(data)
+    finally: os._exit(0)
+threading.Thread(target=relay, args=(down, up)).start()
+relay(up, down)
+"#;
+
+#[tokio::test]
+async fn who_becomes_another_is_told_nothing_more() {
+    let Stage { mut west, slice, .. } = stage();
+    let issued = Issued::default();
+    issued.set_view(west.view(slice));
+    let socket = Socket::serve("changed", &issued);
+    // What it becomes, whether its stream goes on, and whether a new one on the same connection is answered.
+    for (told, goes_on, anew) in [
+        ("nothing", true, true),
+        ("other", false, true),
+        ("same", false, true),
+        ("groups", false, true),
+        ("user", false, false),
+        ("group", false, false),
+    ] {
+        issued.set_svids(BTreeMap::from([("me".parse().unwrap(), Ok(west.svid("me")))]));
+        let folder = Folder::new("relay");
+        let relay = folder.join("relay");
+        let mut command = std::process::Command::new("python3");
+        command.args(["-c", CHANGED]).args([&socket.path(), &relay]);
+        command.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped());
+        let mut caller = command.spawn().unwrap();
+        while !relay.exists() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        let endpoint = tonic::transport::Endpoint::from_shared(format!("unix:{}", relay.display())).unwrap();
+        let channel = endpoint.connect().await.unwrap();
+        let mut stream = call(channel.clone(), "/SpiffeWorkloadAPI/FetchX509SVID").await.unwrap();
+        assert!(stream.message().await.unwrap().is_some());
+
+        let mut stdin = caller.stdin.take().unwrap();
+        std::io::Write::write_all(&mut stdin, format!("{told}\n").as_bytes()).unwrap();
+        let mut done = [0];
+        std::io::Read::read_exact(caller.stdout.as_mut().unwrap(), &mut done).unwrap();
+        issued.set_svids(BTreeMap::from([("me".parse().unwrap(), Ok(west.svid("me")))]));
+        let next = tokio::time::timeout(Duration::from_secs(10), stream.message()).await.expect("a word");
+        let code = next.map(|_| ()).map_err(|status| status.code());
+        assert_eq!(code, if goes_on { Ok(()) } else { Err(tonic::Code::PermissionDenied) }, "{told}");
+        let again = match call(channel, "/SpiffeWorkloadAPI/FetchX509SVID").await {
+            Ok(mut stream) => stream.message().await.map(|_| ()),
+            Err(status) => Err(status),
+        };
+        assert_eq!(again.is_ok(), anew, "{told}: {again:?}");
+        drop(stdin);
+        caller.wait().unwrap();
+    }
 }
 
 /// The SVIDs of these entries, as issued now.
@@ -344,5 +416,27 @@ async fn a_thousand_streams_are_told_a_change_and_no_more_are_opened_than_places
     let until = Instant::now() + Duration::from_secs(10);
     while call(socket.channel().await, "/SpiffeWorkloadAPI/FetchX509SVID").await.is_err() {
         assert!(Instant::now() < until, "no place comes back");
+    }
+}
+
+#[tokio::test]
+async fn a_request_is_as_large_as_a_token_and_no_larger() {
+    let Stage { west, slice, .. } = stage();
+    let issued = Issued::default();
+    issued.set_view(west.view(slice));
+    let socket = Socket::serve("large", &issued);
+    let channel = socket.channel().await;
+    let mut raw = SpiffeWorkloadApiClient::new(channel.clone());
+    let mut health = tonic_health::pb::health_client::HealthClient::new(channel);
+    for (bytes, code, health_code) in [
+        (16 * 1024, tonic::Code::InvalidArgument, tonic::Code::NotFound),
+        (1024 * 1024, tonic::Code::OutOfRange, tonic::Code::OutOfRange),
+    ] {
+        let text = "a".repeat(bytes);
+        let mut request = tonic::Request::new(ValidateJwtsvidRequest { audience: "a".into(), svid: text.clone() });
+        request.metadata_mut().insert("workload.spiffe.io", "true".parse().unwrap());
+        assert_eq!(raw.validate_jwtsvid(request).await.unwrap_err().code(), code, "{bytes}");
+        let request = tonic_health::pb::HealthCheckRequest { service: text };
+        assert_eq!(health.check(request).await.unwrap_err().code(), health_code, "{bytes}");
     }
 }

@@ -33,11 +33,7 @@ pub mod envoy {
                 pub mod v3 {
                     tonic::include_proto!("envoy.extensions.transport_sockets.tls.v3");
 
-                    impl std::fmt::Debug for TlsCertificate {
-                        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                            f.debug_struct("TlsCertificate").finish_non_exhaustive()
-                        }
-                    }
+                    discreet! { TlsCertificate {} }
                 }
             }
         }
@@ -46,6 +42,12 @@ pub mod envoy {
         pub mod discovery {
             pub mod v3 {
                 tonic::include_proto!("envoy.service.discovery.v3");
+
+                // What is packed in them may be a key.
+                discreet! {
+                    DiscoveryResponse { version_info, nonce }
+                    Resource { name, version }
+                }
             }
         }
         pub mod secret {

@@ -259,7 +259,8 @@ pub struct IssuingKey {
 }
 
 impl IssuingKey {
-    /// Pairs the key with its intermediate, which must certify it.
+    /// Pairs the key with its intermediate, which must certify it, and under the name that verifiers derive from the key:
+    /// under another one it could not be revoked.
     pub fn new(key: SvidKey, intermediate: CertificateDer<'static>) -> Result<Self, Refusal> {
         use x509_parser::prelude::{FromDer, ParsedExtension, X509Certificate};
         let (_, cert) = X509Certificate::from_der(&intermediate).map_err(|e| internal("a readable intermediate", e))?;
@@ -267,11 +268,16 @@ impl IssuingKey {
         if cert.public_key().raw != spki.as_slice() {
             return Err(Refusal::new(Code::AuthorityMismatch, "an intermediate of this key", "of another"));
         }
-        let own_id = cert.iter_extensions().find_map(|e| match e.parsed_extension() {
-            ParsedExtension::SubjectKeyIdentifier(id) => Some(id.0.to_vec()),
-            _ => None,
-        });
-        let (subject, key_id) = (cert.subject().as_raw().to_vec(), own_id.unwrap_or_else(|| key_id(&spki)));
+        let key_id = key_id(&spki);
+        for extension in cert.iter_extensions() {
+            if let ParsedExtension::SubjectKeyIdentifier(id) = extension.parsed_extension()
+                && id.0 != key_id
+            {
+                let expected = format!("an intermediate with the key identifier {}", hex::encode(&key_id));
+                return Err(Refusal::new(Code::AuthorityMismatch, expected, hex::encode(id.0)));
+            }
+        }
+        let subject = cert.subject().as_raw().to_vec();
         let stamp = |t: x509_parser::time::ASN1Time| Stamp(u64::try_from(t.timestamp()).unwrap_or(0) * 1000);
         let validity = cert.validity();
         let lifetime = Lifetime { not_before: stamp(validity.not_before), not_after: stamp(validity.not_after) };

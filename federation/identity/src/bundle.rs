@@ -1,7 +1,7 @@
 //! SPIFFE bundles as documents (SPIFFE_Trust_Domain_and_Bundle.md section 4, RFC 7517), read for the roots of their trust
 //! domains. A document names no trust domain; who fetched it knows whose it is.
 
-use crate::json::Once;
+use crate::json::once;
 use crate::jwk;
 use crate::profile;
 use ambit_model::{Code, JwtAuthority, Refusal, TrustDomain};
@@ -40,7 +40,7 @@ pub struct Document {
 /// [`Code::BundleMalformed`].
 pub fn document(text: &str) -> Result<Document, Refusal> {
     bounded(text)?;
-    let Once(object) = serde_json::from_str(text).map_err(|e| bad("a JSON object", e.to_string()))?;
+    let object = once(text.as_bytes()).map_err(|e| bad("a JSON object, each name once", e.to_string()))?;
     read(&object)
 }
 
@@ -79,13 +79,13 @@ pub fn jwt_authorities_of_map(document: &str) -> Result<BTreeMap<TrustDomain, Ve
 fn documents_of_map(document: &str) -> Result<BTreeMap<TrustDomain, Document>, Refusal> {
     #[derive(Deserialize)]
     struct BundleMap {
-        trust_domains: Once,
+        trust_domains: Map<String, Value>,
     }
     bounded(document)?;
     let map: BundleMap =
-        serde_json::from_str(document).map_err(|e| bad("a bundle map, each trust domain once", e.to_string()))?;
+        once(document.as_bytes()).map_err(|e| bad("a bundle map, each trust domain once", e.to_string()))?;
     let mut out = BTreeMap::new();
-    for (td, bundle) in map.trust_domains.0 {
+    for (td, bundle) in map.trust_domains {
         let object = bundle.as_object().ok_or_else(|| bad("a bundle", format!("{bundle} of {td}")))?;
         let name: TrustDomain = td.parse().map_err(|_| bad("a trust domain", td.clone()))?;
         out.insert(name, read(object)?);

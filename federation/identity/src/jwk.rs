@@ -2,7 +2,7 @@
 //! verifier takes, and any of ours written.
 
 use crate::keys::internal;
-use crate::leaf::tlv;
+use crate::leaf::{integer, tlv};
 use ambit_model::{JwtAuthority, Refusal, Stamp};
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -42,8 +42,7 @@ pub(crate) fn authority(jwk: &Map<String, Value>) -> Result<JwtAuthority, &'stat
             }
             let mut numbers = Vec::new();
             for bytes in [n, e] {
-                let sign = bytes.first().is_some_and(|first| *first >= 0x80).then_some(0);
-                tlv(&mut numbers, 0x02, &sign.into_iter().chain(bytes).collect::<Vec<_>>());
+                integer(&mut numbers, &bytes);
             }
             let mut key = Vec::new();
             tlv(&mut key, 0x30, &numbers);
@@ -51,11 +50,16 @@ pub(crate) fn authority(jwk: &Map<String, Value>) -> Result<JwtAuthority, &'stat
         }
         _ => return Err("kty EC or RSA"),
     };
-    let mut info = algorithm.to_vec();
-    tlv(&mut info, 0x03, &[&[0], key.as_slice()].concat());
-    let mut spki_der = Vec::new();
-    tlv(&mut spki_der, 0x30, &info);
-    Ok(JwtAuthority { kid: kid.to_owned(), spki_der, not_after: Stamp(u64::MAX) })
+    Ok(JwtAuthority { kid: kid.to_owned(), spki_der: info(algorithm, &key), not_after: Stamp(u64::MAX) })
+}
+
+/// SubjectPublicKeyInfo of a key of this algorithm.
+fn info(algorithm: &[u8], key: &[u8]) -> Vec<u8> {
+    let mut body = algorithm.to_vec();
+    tlv(&mut body, 0x03, &[&[0], key].concat());
+    let mut out = Vec::new();
+    tlv(&mut out, 0x30, &body);
+    out
 }
 
 /// Key type and numbers of a public key (RFC 7518 sections 6.2.1 and 6.3.1); what it is for is the caller's to add.
@@ -67,9 +71,11 @@ pub(crate) fn written(spki: &SubjectPublicKeyInfo<'_>) -> Result<Map<String, Val
         PublicKey::EC(point) => {
             // Uncompressed: 04, x, y (SEC 1 section 2.3.3).
             let xy = point.data().strip_prefix(&[4]).ok_or_else(|| internal("an uncompressed point", "another"))?;
-            let curve = CURVES.iter().find(|(_, width, _)| xy.len() == 2 * width);
+            // The curve is the one that is named: others have points of the same length (secp256k1, brainpool).
+            let is_of = |algorithm: &[u8]| info(algorithm, point.data()) == spki.raw;
+            let curve = CURVES.iter().find(|(_, width, algorithm)| xy.len() == 2 * width && is_of(algorithm));
             let (curve, width, _) =
-                curve.ok_or_else(|| internal("a point of P-256, P-384 or P-521", format!("{} bytes", xy.len())))?;
+                curve.ok_or_else(|| internal("a key of P-256, P-384 or P-521", hex::encode(spki.raw)))?;
             let (x, y) = xy.split_at(*width);
             vec![
                 ("kty", "EC".to_owned()),
@@ -99,6 +105,7 @@ mod tests {
     use openssl::pkey::PKey;
     use openssl::rsa::Rsa;
     use serde_json::json;
+    use x509_parser::prelude::FromDer;
 
     fn read(jwk: &Value) -> Result<Vec<u8>, &'static str> {
         authority(jwk.as_object().unwrap()).map(|a| a.spki_der)
@@ -126,6 +133,16 @@ mod tests {
             let jwk = json!({ "kty": "RSA", "kid": "k", "n": url(&key.n().to_vec()), "e": url(&key.e().to_vec()) });
             assert_eq!(read(&jwk).unwrap(), PKey::from_rsa(key).unwrap().public_key_to_der().unwrap());
         }
+    }
+
+    #[test]
+    fn a_curve_is_what_its_key_names_and_not_how_long_its_points_are() {
+        let ders = [Nid::SECP256K1, Nid::BRAINPOOL_P256R1, Nid::BRAINPOOL_P384R1, Nid::X9_62_PRIME256V1].map(|nid| {
+            let group = EcGroup::from_curve_name(nid).unwrap();
+            PKey::from_ec_key(EcKey::generate(&group).unwrap()).unwrap().public_key_to_der().unwrap()
+        });
+        let is_written = |der: &Vec<u8>| written(&SubjectPublicKeyInfo::from_der(der).unwrap().1).is_ok();
+        assert_eq!(ders.each_ref().map(is_written), [false, false, false, true]);
     }
 
     #[test]

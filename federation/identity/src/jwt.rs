@@ -1,6 +1,6 @@
 //! JWT-SVIDs (SPIFFE JWT-SVID.md, RFC 7519, RFC 7515): signed from a committed record only, verified to the letter.
 
-use crate::json::Once;
+use crate::json::once;
 use crate::keys::internal;
 use ambit_model::jwt::kid_of;
 use ambit_model::{Audience, Code, JwtAuthority, Refusal, SpiffeId, Stamp, TrustDomain};
@@ -328,9 +328,7 @@ impl Header {
 }
 
 fn object(what: &str, bytes: &[u8]) -> Result<Map<String, Value>, Refusal> {
-    let read: Result<Once, _> = serde_json::from_slice(bytes);
-    read.map(|Once(map)| map)
-        .map_err(|e| malformed(&format!("{what} as one JSON object, each name once"), e.to_string()))
+    once(bytes).map_err(|e| malformed(&format!("{what} as one JSON object, each name once"), e.to_string()))
 }
 
 fn subject(claims: &Map<String, Value>) -> Result<SpiffeId, Refusal> {

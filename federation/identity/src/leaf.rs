@@ -3,7 +3,7 @@
 //!
 //! The fields are those of X509-SVID.md and RFC 5280 4.1 in the order in which rcgen writes them; a test compares the two.
 
-use ambit_model::{Code, DnsName, Generation, Lifetime, NodeId, Refusal, SpiffeId, Stamp};
+use ambit_model::{Code, DnsName, Generation, Lifetime, NodeId, Refusal, SpiffeId, Stamp, serial_number};
 use time::OffsetDateTime;
 
 const SEQUENCE: u8 = 0x30;
@@ -54,7 +54,7 @@ impl Leaf<'_> {
     pub(crate) fn to_be_signed(&self) -> Result<Vec<u8>, Refusal> {
         let mut body = Vec::with_capacity(768);
         body.extend(VERSION);
-        tlv(&mut body, INTEGER, self.serial);
+        integer(&mut body, self.serial);
         body.extend(ECDSA_SHA256);
         body.extend(self.issuer);
         let mut times = Vec::with_capacity(34);
@@ -134,6 +134,13 @@ pub(crate) fn tlv(out: &mut Vec<u8>, tag: u8, content: &[u8]) {
         }
     }
     out.extend(content);
+}
+
+/// A number that is not negative, big-endian: in the fewest bytes, with a zero before a first bit that is set (X.690 8.3).
+pub(crate) fn integer(out: &mut Vec<u8>, number: &[u8]) {
+    let number = serial_number(number);
+    let sign = number.first().is_none_or(|first| *first >= 0x80).then_some(0);
+    tlv(out, INTEGER, &sign.into_iter().chain(number.iter().copied()).collect::<Vec<_>>());
 }
 
 /// `head` is the OID, with `critical` where it is.
@@ -223,7 +230,7 @@ mod tests {
                 for dns_names in [&[][..], &names, &many] {
                     for binding in [None, Some((NodeId([n as u8; 32]), Generation(n as u64), u64::MAX))] {
                         let mut serial = [0xff; 16];
-                        serial[0] = 0x40 + n as u8;
+                        serial[0] = [0x40, 0x80, 0xff, 0x00][n];
                         let not_after = Stamp(end * 1000);
                         let leaf = Leaf {
                             serial: &serial,

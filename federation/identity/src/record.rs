@@ -133,7 +133,8 @@ impl KeySet {
             Refusal::new(Code::RecordSignature, format!("a key set certified by the root of {td}"), found)
         };
         let (_, root) = X509Certificate::from_der(root_der).map_err(|_| bad("an unreadable root"))?;
-        let key = root.public_key().subject_public_key.data.as_ref();
+        // With its algorithm: a bare point would be taken for one of P-256, whatever curve is named.
+        let key = root.public_key().raw;
         let signed = UnparsedPublicKey::new(&ECDSA_P256_SHA256_ASN1, key)
             .verify(&[KEY_SET_CONTEXT, statement].concat(), signature);
         #[cfg(ambit_mutant)]

@@ -3,6 +3,7 @@
 //!
 //! A JWS signing input begins with `eyJ`, every other message that a record key signs with `ambit/`: none is the other.
 
+use crate::json::once;
 use crate::keys::internal;
 use crate::record::{KeySet, RecordKey};
 use ambit_model::trust::{CONTRAINDICATED, TrustVector, UNPROVED};
@@ -231,7 +232,7 @@ impl ExportedResult {
     /// # Errors
     /// [`Code::ResultInvalid`] for everything that is not, from root to claims, what a cell of that root signed.
     pub fn verify(text: &str, fingerprint: &[u8; 32]) -> Result<VerifiedResult, Refusal> {
-        let exported: Self = serde_json::from_str(text).map_err(|e| bad("an exported result", e.to_string()))?;
+        let exported: Self = once(text.as_bytes()).map_err(|e| bad("an exported result", e.to_string()))?;
         if exported.format != FORMAT {
             return Err(bad(FORMAT, exported.format));
         }
@@ -257,7 +258,7 @@ impl KeySet {
         let parts = || bad("a compact JWS: header, payload and signature", "other parts");
         let (input, signature) = jws.rsplit_once('.').ok_or_else(parts)?;
         let (header, payload) = input.split_once('.').ok_or_else(parts)?;
-        let header: Header = serde_json::from_slice(&decode(header)?).map_err(|e| bad("a header", e.to_string()))?;
+        let header: Header = once(&decode(header)?).map_err(|e| bad("a header", e.to_string()))?;
         // Never what the header would have: one algorithm, one type (RFC 8725, sections 3.1 and 3.11).
         if header.alg != "EdDSA" || header.typ != TYP {
             return Err(bad(format!("alg EdDSA, typ {TYP}"), format!("alg {}, typ {}", header.alg, header.typ)));
@@ -267,7 +268,7 @@ impl KeySet {
         if !crate::record::is_signed_by(key, input.as_bytes(), &decode(signature)?) {
             return Err(bad("a result signed by a record key of the cell", "another signature"));
         }
-        let claims: Value = serde_json::from_slice(&decode(payload)?).map_err(|e| bad("claims", e.to_string()))?;
+        let claims: Value = once(&decode(payload)?).map_err(|e| bad("claims", e.to_string()))?;
         let said = |name: &str| claims.get(name).and_then(Value::as_str).unwrap_or_default().to_owned();
         if said("eat_profile") != PROFILE {
             return Err(bad(PROFILE, said("eat_profile")));

@@ -3,7 +3,7 @@
 use crate::authority::Named;
 use crate::profile::{self, Kind};
 use ambit_model::bundle::{Bundle, Foreign, Own};
-use ambit_model::{Code, Generation, NodeId, Refusal, SpiffeId, Stamp, TrustDomain};
+use ambit_model::{Code, Generation, NodeId, Refusal, SpiffeId, Stamp, TrustDomain, serial_number};
 use rustls_pki_types::{CertificateDer, TrustAnchor, UnixTime};
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, BTreeSet};
@@ -56,7 +56,7 @@ impl PeerSvid {
     pub fn binding(&self) -> Option<NodeBinding> {
         self.leaf.binding
     }
-    /// Serial number, big-endian.
+    /// Serial number, as of [`serial_number`].
     pub fn serial(&self) -> &[u8] {
         &self.leaf.serial
     }
@@ -83,7 +83,7 @@ pub struct Presented {
     /// The names (as of [`PeerSvid::authority`]) of all that came above the leaf: whose key signed it is among them, or a
     /// root. What the leaf itself names is up to its signer, who may be a thief.
     pub above: Vec<String>,
-    /// Serial number, big-endian.
+    /// Serial number, as of [`serial_number`].
     pub serial: Vec<u8>,
 }
 
@@ -249,7 +249,7 @@ fn parse_leaf(chain: &[CertificateDer<'_>]) -> Result<Leaf, Refusal> {
     Ok(Leaf {
         id,
         binding: binding(&cert)?,
-        serial: cert.raw_serial().to_vec(),
+        serial: serial_number(cert.raw_serial()).to_vec(),
         // The path is built by names and signatures: an issuer of this name is an intermediate of this name.
         issuer: issuer(&cert, &td),
         not_after: Stamp(u64::try_from(cert.validity().not_after.timestamp()).unwrap_or(0).saturating_mul(1000)),

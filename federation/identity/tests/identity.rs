@@ -4,7 +4,7 @@
 mod common;
 
 use ambit_identity::keys::{certificates_from_pem, certificates_to_pem, fingerprint};
-use ambit_identity::svid::verify_pinned;
+use ambit_identity::svid::{Presented, verify_pinned};
 use ambit_identity::wrap::{self, WrapKey};
 use ambit_identity::{Csr, IssuingKey, KeySet, RecordKey, Root, SvidKey, TrustStore, issue, verify_svid};
 use ambit_model::bundle::{Bundle, Foreign, Own};
@@ -217,4 +217,64 @@ fn key_sets_heads_and_wrapped_keys_hold_or_are_refused() {
     let wrapped = wrap::wrap(&holder.public().unwrap(), &[5; 32]).unwrap();
     assert_eq!(holder.unwrap(&wrapped).unwrap().as_slice(), &[5; 32]);
     assert!(WrapKey::generate().unwrap().unwrap(&wrapped).is_err());
+}
+
+/// A certificate of `key`, self-signed by rcgen, with this serial and key identifier.
+fn made(key: &SvidKey, serial: &[u8], key_id: &[u8], ca: bool) -> CertificateDer<'static> {
+    let pair = rcgen::KeyPair::try_from(key.pkcs8().as_slice()).unwrap();
+    let mut params = rcgen::CertificateParams::default();
+    params.serial_number = Some(rcgen::SerialNumber::from_slice(serial));
+    params.key_identifier_method = rcgen::KeyIdMethod::PreSpecified(key_id.to_vec());
+    params.subject_alt_names = vec![rcgen::SanType::URI("spiffe://west/web".try_into().unwrap())];
+    params.key_usages = vec![rcgen::KeyUsagePurpose::DigitalSignature];
+    if ca {
+        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Constrained(0));
+    }
+    params.self_signed(&pair).unwrap().der().clone()
+}
+
+#[test]
+fn an_issuing_key_is_named_as_verifiers_name_it() {
+    let (key, other) = (SvidKey::generate().unwrap(), SvidKey::generate().unwrap());
+    let name = key.spki_sha256()[..20].to_vec();
+    for (case, of, id, good) in [
+        ("its name", &key, &name, true),
+        ("another name", &key, &vec![9; 20], false),
+        ("another key", &other, &name, false),
+    ] {
+        let certificate = made(of, &[1], id, true);
+        let paired = IssuingKey::new(SvidKey::from_pkcs8(&key.pkcs8()).unwrap(), certificate);
+        let told = paired.map(|key| key.authority().to_owned()).map_err(|refusal| refusal.code);
+        assert_eq!(told, if good { Ok(hex::encode(&name)) } else { Err(Code::AuthorityMismatch) }, "{case}");
+    }
+}
+
+#[test]
+fn a_serial_has_one_form_whatever_der_and_people_write_before_it() {
+    let key = SvidKey::generate().unwrap();
+    for serial in [[0x40; 16].as_slice(), &[0x80; 16], &[0xff; 20], &[0x7f, 0, 0], &[1]] {
+        let der = made(&key, serial, &[9; 20], false);
+        let theirs = openssl::x509::X509::from_der(&der).unwrap().serial_number().to_bn().unwrap();
+        assert_eq!(theirs.to_vec(), serial, "what openssl prints");
+        assert_eq!(Presented::of(&[der]).unwrap().serial, serial);
+    }
+    for (written, number) in [(&[0, 0x80, 1][..], &[0x80, 1][..]), (&[0, 0, 7], &[7]), (&[0], &[]), (&[7, 0], &[7, 0])]
+    {
+        assert_eq!(ambit_model::serial_number(written), number);
+    }
+}
+
+#[test]
+fn a_key_set_is_certified_by_a_root_that_names_the_curve_of_its_key() {
+    let f = fixture("west");
+    let (statement, signature) = KeySet::certify(&f.root, &f.td, 1, vec![[1; 32]]).unwrap();
+    // prime256v1 to prime239v3: the same point under another curve's name (RFC 5480 2.1.1.1).
+    let curve = [0x2a, 0x86, 0x48, 0xce, 0x3d, 3, 1, 7];
+    let root = f.root.der().to_vec();
+    let at = root.windows(curve.len()).position(|part| part == curve).unwrap();
+    let mut renamed = root.clone();
+    renamed[at + curve.len() - 1] = 6;
+    for (root, good) in [(root, true), (renamed, false)] {
+        assert_eq!(KeySet::verify(&f.td, &root, &statement, &signature).is_ok(), good);
+    }
 }

@@ -6,6 +6,13 @@ use serde::{Deserialize, Serialize};
 /// Serial of a leaf that a cell issues: epoch, log index, position. Later ones are greater, also across incarnations.
 pub type Serial = [u8; 16];
 
+/// A certificate's serial as the one form that is compared: big-endian, in the fewest bytes. DER has a zero before a first
+/// bit that is set (X.690 8.3), and people write zeros, or not.
+pub fn serial_number(bytes: &[u8]) -> &[u8] {
+    let zeros = bytes.iter().take_while(|byte| **byte == 0).count();
+    bytes.get(zeros..).unwrap_or_default()
+}
+
 /// The denial of a SPIFFE ID by its trust domain, or by the cell that keeps it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct IdDenial {

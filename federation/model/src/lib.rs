@@ -23,7 +23,7 @@ pub mod trust;
 
 pub use appraisal::AppraisalPolicy;
 pub use bundle::{Bundle, Foreign, Own};
-pub use denial::{IdDenial, LeafDenial, Serial};
+pub use denial::{IdDenial, LeafDenial, Serial, serial_number};
 pub use entry::{Entry, EntryId, Selector, Selectors};
 pub use extras::{DnsName, EntryExtras, Extras};
 pub use id::{

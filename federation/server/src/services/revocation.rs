@@ -3,7 +3,7 @@
 use super::{OrStatus, request_id};
 use crate::authorise::actor;
 use crate::replica::Replica;
-use ambit_model::{Code, IdDenial, LeafDenial, Refusal, SpiffeId, TrustDomain};
+use ambit_model::{Code, IdDenial, LeafDenial, Refusal, SpiffeId, TrustDomain, serial_number};
 use ambit_proto::v1;
 use ambit_state::{Command, IdVerb};
 use tonic::{Request, Response, Status};
@@ -67,7 +67,7 @@ impl v1::revocation_server::Revocation for Revocations {
 /// As openssl and `ambit identity list` show it: hexadecimal digits, with or without colons.
 fn serial(text: &str) -> Result<Vec<u8>, Refusal> {
     let bad = || Refusal::new(Code::BadRequest, "a serial in hexadecimal digits", text.to_owned());
-    hex::decode(text.replace(':', "")).map_err(|_| bad())
+    hex::decode(text.replace(':', "")).map(|bytes| serial_number(&bytes).to_vec()).map_err(|_| bad())
 }
 
 fn id_message((origin, id): &(TrustDomain, SpiffeId), denial: &IdDenial) -> v1::DeniedId {
@@ -88,5 +88,22 @@ fn leaf_message((td, authority, serial): &(TrustDomain, String, Vec<u8>), denial
         serial: hex::encode(serial),
         since_ms: denial.since.0,
         until_ms: denial.until.0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_serial_is_its_number_however_it_is_written() {
+        for (text, number) in [
+            ("40aa", Some(&[0x40, 0xaa][..])),
+            ("F1:00", Some(&[0xf1, 0])),
+            ("00:f1:00", Some(&[0xf1, 0])),
+            ("f1x", None),
+        ] {
+            assert_eq!(serial(text).ok().as_deref(), number, "{text}");
+        }
     }
 }
