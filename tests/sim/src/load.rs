@@ -36,12 +36,14 @@ pub(crate) struct Load {
     made: u64,
     /// Of the last admission, as one ticket sealed them: an attacker tries them again.
     ticket: ([u8; 32], Stamp),
+    /// Whether operators put nodes out. Where the question is whether honest nodes stay in, none does.
+    strict: bool,
 }
 
 impl Load {
-    pub(crate) fn new(seat: &Seat) -> Load {
+    pub(crate) fn new(seat: &Seat, strict: bool) -> Load {
         let machines = (1..=NODES).map(|n| Machine { id: node(seat.number, n), clock: 0 }).collect();
-        Load { cell: seat.name.clone(), machines, made: 0, ticket: ([7; 32], Stamp(0)) }
+        Load { cell: seat.name.clone(), machines, made: 0, ticket: ([7; 32], Stamp(0)), strict }
     }
 
     /// The founding, and what operators set up before anything else.
@@ -84,7 +86,7 @@ impl Load {
                 _ => self.admission(at, dice, state)?,
             },
             9..=13 => issue(id, known.map_or(Generation(1), |(generation, _)| generation), dice)?,
-            14..=15 => Command::SetNodes(verb(dice, known), Nodes::Ids(vec![id])),
+            14..=15 if self.strict => Command::SetNodes(verb(dice, known), Nodes::Ids(vec![id])),
             _ => {
                 let name: ObjectName = format!("p{}", dice.below(POLICIES)).parse()?;
                 let policy = Policy {

@@ -284,6 +284,9 @@ impl World {
     /// Two of three are gone for a long time; nodes attested just before.
     fn lose_quorum(&mut self, length: Micros) -> Result<(), Violation> {
         self.attest_until(self.now + 3 * SECOND)?;
+        if self.history.admitted() == 0 {
+            return Err(Violation::of("sim", "an outage without nodes shows nothing of them"));
+        }
         let leader = self.leader().map(|status| status.id.0);
         let members: Vec<u64> = self.hosts.values().filter(|h| h.condition == Condition::Up).map(|h| h.id).collect();
         let gone: Vec<u64> = members.into_iter().filter(|id| Some(*id) != leader).take(2).collect();

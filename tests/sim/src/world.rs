@@ -65,7 +65,7 @@ impl World {
             network,
             hosts: BTreeMap::new(),
             clients: (0..plan.clients).map(|_| Client::new()).collect(),
-            load: Load::new(&template.seat),
+            load: Load::new(&template.seat, !plan.outage),
             history: History::new(template.record_key.is_some()),
             tally: Tally::default(),
             calm: false,

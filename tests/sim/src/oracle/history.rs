@@ -6,6 +6,7 @@ use crate::client::OpId;
 use crate::host::EPOCH_MS;
 use crate::plan::{MS, Micros};
 use ambit_model::{RaftIndex, Refusal};
+use ambit_state::objects::NodeState;
 use ambit_state::{Command, LogEntry, Reply, State};
 use bytes::Bytes;
 use sha2::{Digest as _, Sha256};
@@ -283,6 +284,11 @@ impl History {
         }
         let found = format!("a read at replica {host} saw {applied}; {after} was acknowledged before it began");
         Err(Violation::of("I3", found))
+    }
+
+    /// Nodes that are relied on.
+    pub(crate) fn admitted(&self) -> usize {
+        self.state.nodes().filter(|(_, row)| row.state == NodeState::Admitted).count()
     }
 
     /// After ten minutes without a quorum.

@@ -39,7 +39,11 @@ pub(crate) fn judge_answer(
     refused: Option<(&Refusal, bool)>,
 ) -> Result<(), Violation> {
     match (lie, refused) {
-        (Some(lie), None) => Err(Violation::of("I9", format!("an answer of {origin} was believed: {lie:?}"))),
+        (Some(lie), None) => {
+            // Who hears an earlier answer as one of now takes what is old for new; its records are the origin's all the same.
+            let of = if lie == Lie::Replayed { "I12" } else { "I9" };
+            Err(Violation::of(of, format!("an answer of {origin} was believed: {lie:?}")))
+        }
         (None, Some((refusal, true))) => {
             Err(Violation::of("I9", format!("a true answer of {origin} stops the import: {refusal}")))
         }

@@ -3,6 +3,7 @@
 
 use super::clients::Clients;
 use super::draw::{Act, Part, Who};
+use super::observe::Views;
 use super::{Done, LeaderKill, SITE, SMALL_DISK};
 use crate::fault::Fault;
 use crate::lab::{Lab, LabError};
@@ -14,7 +15,7 @@ use std::time::{Duration, Instant};
 /// A fault left behind by a run that failed ends by itself.
 const LEASE: Duration = Duration::from_secs(60);
 /// How long to wait for a leader where a step needs one.
-const LEADER_MAX: Duration = Duration::from_secs(20);
+const SEEN_MAX: Duration = Duration::from_secs(20);
 /// How long a replica may take to end when it is asked to.
 const END_MAX: Duration = Duration::from_secs(15);
 /// Replicas of the cell, all with a machine of their own.
@@ -134,13 +135,18 @@ impl Stage<'_> {
     }
 
     fn leader(&self) -> Result<usize, LabError> {
-        let deadline = Instant::now() + LEADER_MAX;
+        self.seen("a leader", |views| views.leader().map(|(leader, _)| leader))
+    }
+
+    /// What the replicas say, once they do: one that was down a moment ago has not been asked yet.
+    fn seen<T>(&self, what: &str, of: impl Fn(&Views) -> Option<T>) -> Result<T, LabError> {
+        let deadline = Instant::now() + SEEN_MAX;
         loop {
-            if let Some((leader, _)) = self.clients.views().leader() {
-                return Ok(leader);
+            if let Some(found) = of(&self.clients.views()) {
+                return Ok(found);
             }
             if Instant::now() > deadline {
-                let expected = format!("a leader within {} s", LEADER_MAX.as_secs());
+                let expected = format!("{what} within {} s", SEEN_MAX.as_secs());
                 return Err(Refusal::new(Code::Unavailable, expected, "none").into());
             }
             std::thread::sleep(Duration::from_millis(20));
@@ -154,8 +160,7 @@ impl Stage<'_> {
     }
 
     fn number(&self, at: usize) -> Result<u64, LabError> {
-        let unknown = || Refusal::new(Code::Unavailable, "the number of a replica", role(at)).into();
-        self.clients.views().number(at).ok_or_else(unknown)
+        self.seen(&format!("the number of {}", role(at)), |views| views.number(at))
     }
 
     /// One that no replica had before: those in use are the latest of their machines.
