@@ -7,6 +7,11 @@ use clap::{Parser, Subcommand};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use tokio::signal::unix::{SignalKind, signal};
+use zeroizing_alloc::ZeroAlloc;
+
+/// What is freed is wiped: keys of workloads pass through buffers of libraries that do not.
+#[global_allocator]
+static ALLOCATOR: ZeroAlloc<std::alloc::System> = ZeroAlloc(std::alloc::System);
 
 /// Two: one for the decision loop while another carries; more would cost memory and gain nothing on small nodes.
 const WORKERS: usize = 2;

@@ -13,6 +13,8 @@ pub mod node;
 pub mod operator;
 pub mod peering;
 pub mod process;
+pub mod secrets;
+pub mod small;
 pub mod soft_tpm;
 pub mod table;
 pub mod tpm;

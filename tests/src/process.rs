@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 const PORT_FIRST: u32 = 18_000;
 const PORTS: u32 = 14_000;
 
-/// A folder that is removed at its end.
+/// A folder that is removed at its end. No log that was written in it may hold a private key.
 #[derive(Debug)]
 pub struct Folder(PathBuf);
 
@@ -32,9 +32,17 @@ impl Folder {
 }
 
 impl Drop for Folder {
+    #[allow(clippy::panic, reason = "a test whose logs hold a key fails")]
     fn drop(&mut self) {
+        let found = crate::secrets::in_logs(&self.0);
         // Left behind only where the disk itself fails; a test has nothing to add to that.
         let _ = std::fs::remove_dir_all(&self.0);
+        if !std::thread::panicking()
+            && let Ok(found) = found
+            && !found.is_empty()
+        {
+            panic!("private keys in {found:?}");
+        }
     }
 }
 

@@ -1,10 +1,10 @@
 //! The real thing: the demonstration to its end, a lab with its cells under bad input, and what is left of them.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test says that it failed by panicking")]
 
-use ambit_lab::guardian::Guardian;
 use ambit_lab::process::ProcessId;
 use ambit_lab::{Lab, Member, Place, cell, cgroup, down, net, process, topology};
 use ambit_tests::process::{Folder, binary, must_run, run};
+use ambit_tests::small::{Small, needs_root};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
@@ -48,7 +48,7 @@ const ANSWER_MAX: Duration = Duration::from_millis(150);
 
 #[test]
 fn the_demo_ends_well_with_every_figure_and_leaves_nothing() {
-    needs_root();
+    needs_root().unwrap();
     down::down("testdemo").unwrap();
     let folder = Folder::new().unwrap();
     let json = folder.path("demo.json");
@@ -83,8 +83,7 @@ fn the_demo_ends_well_with_every_figure_and_leaves_nothing() {
 
 #[test]
 fn a_lab_with_its_cell_serves_clean_metrics_and_withstands_garbage() {
-    needs_root();
-    let small = Small::up("testsmall");
+    let small = Small::up("testsmall").unwrap();
     let lab = &small.lab;
     let members = lab.spec().members();
     for member in &members {
@@ -113,7 +112,7 @@ fn a_lab_with_its_cell_serves_clean_metrics_and_withstands_garbage() {
 
 #[test]
 fn an_agent_that_cannot_start_says_why_and_makes_nothing() {
-    needs_root();
+    needs_root().unwrap();
     let folder = Folder::new().unwrap();
     let data = folder.path("data");
     let good = format!(
@@ -148,37 +147,6 @@ fn an_agent_that_cannot_start_says_why_and_makes_nothing() {
     nobody.args(["run", "--config"]).arg(&config).uid(NOBODY).gid(NOBODY);
     refused(&mut nobody, &["needs_root", "root", "65534"]);
     assert!(!data.exists(), "half-made");
-}
-
-/// A small lab with its cell, gone with the test, however that ends.
-struct Small {
-    lab: Lab,
-    _guardian: Guardian,
-}
-
-impl Small {
-    fn up(name: &str) -> Small {
-        down::down(name).unwrap();
-        let _guardian = Guardian::post(name).unwrap();
-        let program = binary("ambit-lab").unwrap().display().to_string();
-        let shape = ["--clusters", "1", "--nodes", "2", "--replicas", "3"];
-        must_run(&[&[program.as_str(), "up", "--cells", "--name", name], &shape[..]].concat()).unwrap();
-        Small { lab: Lab::open(name).unwrap(), _guardian }
-    }
-}
-
-impl Drop for Small {
-    fn drop(&mut self) {
-        let removed = down::down(self.lab.name());
-        if !std::thread::panicking() {
-            removed.unwrap();
-        }
-    }
-}
-
-fn needs_root() {
-    let out = must_run(&["id", "-u"]).unwrap();
-    assert_eq!(out.trim(), "0", "this test needs root: it makes namespaces and cgroups");
 }
 
 fn running(lab: &Lab, name: &str) -> ProcessId {

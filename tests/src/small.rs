@@ -1,0 +1,51 @@
+//! A lab of one cluster: three replicas, two nodes.
+
+use crate::process::{binary, must_run};
+use ambit_lab::guardian::Guardian;
+use ambit_lab::process::ProcessId;
+use ambit_lab::{Lab, down};
+use anyhow::{Context, Result, ensure};
+
+/// A small lab with its cell, gone with the test, however that ends.
+pub struct Small {
+    /// The lab.
+    pub lab: Lab,
+    _guardian: Guardian,
+}
+
+impl Small {
+    /// Sets it up, as root.
+    pub fn up(name: &str) -> Result<Small> {
+        needs_root()?;
+        down::down(name)?;
+        let _guardian = Guardian::post(name)?;
+        let program = binary("ambit-lab")?.display().to_string();
+        let shape = ["--clusters", "1", "--nodes", "2", "--replicas", "3"];
+        must_run(&[&[program.as_str(), "up", "--cells", "--name", name], &shape[..]].concat())?;
+        Ok(Small { lab: Lab::open(name)?, _guardian })
+    }
+
+    /// One of its processes.
+    pub fn process(&self, name: &str) -> Result<ProcessId> {
+        Ok(self.lab.state()?.process(name).with_context(|| format!("no {name}"))?.id)
+    }
+}
+
+impl Drop for Small {
+    #[allow(clippy::panic, reason = "a test that leaves something behind fails")]
+    fn drop(&mut self) {
+        let removed = down::down(self.lab.name());
+        if !std::thread::panicking()
+            && let Err(error) = removed
+        {
+            panic!("{error}");
+        }
+    }
+}
+
+/// Labs make namespaces and cgroups.
+pub fn needs_root() -> Result<()> {
+    let out = must_run(&["id", "-u"])?;
+    ensure!(out.trim() == "0", "this test needs root: it makes namespaces and cgroups");
+    Ok(())
+}

@@ -1,0 +1,143 @@
+//! The memory of live replicas and agents, dumped as root, and their logs: no key but those in use.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test says that it failed by panicking")]
+
+use ambit_identity::SvidKey;
+use ambit_lab::{Lab, Place, Ready};
+use ambit_tests::process::{binary, must_run};
+use ambit_tests::secrets::{self, Secret, in_file};
+use ambit_tests::small::Small;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+const REPLICAS: [&str; 3] = ["west-r1", "west-r2", "west-r3"];
+const SOON: Duration = Duration::from_secs(30);
+
+/// Asked until it is so.
+fn until<T>(what: &str, mut of: impl FnMut() -> Option<T>) -> T {
+    let begun = Instant::now();
+    loop {
+        if let Some(found) = of() {
+            return found;
+        }
+        assert!(begun.elapsed() < SOON, "{what}: not within {SOON:?}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+fn identity(lab: &Lab, replica: &str, file: &str) -> PathBuf {
+    lab.folder(replica).join("data/identity").join(file)
+}
+
+/// The name by key of a certificate or of what signed it.
+fn name_in(file: &Path, extension: &str) -> String {
+    let file = file.display().to_string();
+    let told = must_run(&["openssl", "x509", "-in", &file, "-noout", "-ext", extension]).unwrap();
+    told.lines().last().unwrap().trim().trim_start_matches("keyid:").replace(':', "").to_lowercase()
+}
+
+/// The SVID key of the pod and who signed it, as a workload without a library of its own gets it; its files are gone after.
+fn fetched(lab: &Lab, pod: &str) -> Option<(Secret, String)> {
+    let out = lab.folder("west-n1").join("fetched");
+    std::fs::create_dir_all(&out).unwrap();
+    let (agent, socket) = (binary("ambit-agent").unwrap(), lab.workload_socket("west-n1"));
+    let argv = ["fetch", "--socket", socket.to_str().unwrap(), "--out", out.to_str().unwrap()];
+    let place = Place { uid: None, ..lab.place(pod).unwrap() };
+    let told = lab.run_in(&place, &[&[agent.to_str().unwrap()], &argv[..]].concat(), SOON).unwrap();
+    let file = |name| out.join(name);
+    let key = told
+        .status
+        .success()
+        .then(|| (in_file(&file("svid.key")).unwrap(), name_in(&file("svid.pem"), "authorityKeyIdentifier")));
+    std::fs::remove_dir_all(&out).unwrap();
+    key
+}
+
+/// Every replica goes on to another issuing key; the former ones by replica.
+fn renew(lab: &Lab) -> BTreeMap<&'static str, Secret> {
+    let keys = || REPLICAS.map(|replica| (replica, in_file(&identity(lab, replica, "issuer.pem")).unwrap()));
+    let former: BTreeMap<_, _> = keys().into();
+    for replica in REPLICAS {
+        let authority = name_in(&identity(lab, replica, "issuer.pem"), "subjectKeyIdentifier");
+        lab.ambit("west", &["trust", "taint", &authority]).unwrap();
+    }
+    until("every replica has another issuing key", || keys().iter().all(|(r, key)| former[r] != *key).then_some(()));
+    former
+}
+
+#[test]
+fn live_processes_and_their_logs_hold_no_keys_but_those_in_use() {
+    let small = Small::up("testkeys").unwrap();
+    let lab = &small.lab;
+    let whose = ["--spiffe-id", "spiffe://west/web", "--cluster", "west", "--selector", "cgroup:web"];
+    lab.ambit("west", &[&["entry", "create", "--id", "web"], &whose[..]].concat()).unwrap();
+    lab.start_pod("west-n1", "web", &["sleep", "600"], Ready::Started).unwrap();
+    let svid = || fetched(lab, "west-n1-web");
+    let (revoked, _) = until("an SVID", svid);
+    lab.ambit("west", &["svid", "revoke", "spiffe://west/web"]).unwrap();
+    let (former, _) = until("another SVID", || svid().filter(|(key, _)| *key != revoked));
+    let [first, second] = [renew(lab), renew(lab)];
+    // What tainted intermediates signed is issued anew, by push.
+    let present = REPLICAS.map(|replica| name_in(&identity(lab, replica, "issuer.pem"), "subjectKeyIdentifier"));
+    let (web, _) = until("an SVID under them", || svid().filter(|(_, by)| present.contains(by)));
+
+    let mut known = vec![("web's key".to_owned(), web), ("web's revoked key".to_owned(), revoked)];
+    known.push(("web's former key".into(), former));
+    known.push(("the administrator's key".into(), in_file(&lab.folder("operator").join("west/admin.key")).unwrap()));
+    known.push(("the root's key".into(), in_file(&identity(lab, "west-r1", "root.key")).unwrap()));
+    let mut of_replica: BTreeMap<&str, BTreeSet<String>> = BTreeMap::new();
+    for replica in REPLICAS {
+        for (file, what) in [
+            ("issuer.pem", "issuing key"),
+            ("tls.key", "TLS key"),
+            ("record.key", "record key"),
+            ("wrap.key", "wrap key"),
+        ] {
+            known.push((format!("{replica}'s {what}"), in_file(&identity(lab, replica, file)).unwrap()));
+            of_replica.entry(replica).or_default().insert(format!("{replica}'s {what}"));
+        }
+        known.push((format!("{replica}'s former issuing key"), second[replica]));
+        // What was committed under it is signed by no other.
+        of_replica.entry(replica).or_default().insert(format!("{replica}'s former issuing key"));
+        known.push((format!("{replica}'s first issuing key"), first[replica]));
+    }
+    let mut wrong = Vec::new();
+    for (process, allowed) in of_replica
+        .into_iter()
+        .chain([("west-n1-agent", BTreeSet::from(["web's key".to_owned()])), ("west-n2-agent", BTreeSet::new())])
+    {
+        let id = small.process(process).unwrap();
+        let (names, forms) = secrets::search(u32::try_from(id.pid).unwrap(), &known).unwrap();
+        let unknown: Vec<&Secret> = forms.iter().filter(|f| known.iter().all(|(_, secret)| secret != *f)).collect();
+        println!("{process}: {names:?}, and {} others", unknown.len());
+        wrong.extend(names.iter().filter(|name| !allowed.contains(**name)).map(|name| format!("{name} in {process}")));
+        wrong.extend(unknown.iter().map(|u| format!("{} in {process}", hex::encode(&u[..4]))));
+        let issuing = format!("{process}'s issuing key");
+        assert!(!allowed.contains(&issuing) || names.contains(issuing.as_str()), "the search would find it");
+    }
+    assert_eq!(wrong, [""; 0]);
+    assert_eq!(secrets::in_logs(&lab.spec().root()).unwrap(), [""; 0]);
+}
+
+#[test]
+fn a_planted_key_is_found_by_the_same_search() {
+    let key = SvidKey::generate().unwrap();
+    let pem = key.pem();
+    let planted = *secrets::by_form(pem.as_bytes()).first().unwrap();
+    let another = SvidKey::generate().unwrap();
+    let another = *secrets::by_form(&another.pkcs8()).first().unwrap();
+    let mut holder = Command::new("sleep").arg("60").env("KEY", pem.as_str()).stdout(Stdio::null()).spawn().unwrap();
+    // Until it is `sleep` and no more this process.
+    until("its own memory", || {
+        let names = std::fs::read_link(format!("/proc/{}/exe", holder.id())).ok()?;
+        names.ends_with("sleep").then_some(())
+    });
+    let another = [("another".to_owned(), another)];
+    let found = secrets::search(holder.id(), &another);
+    holder.kill().unwrap();
+    holder.wait().unwrap();
+    let (names, forms) = found.unwrap();
+    assert_eq!(forms, [planted].into());
+    assert!(names.is_empty());
+}
