@@ -1,12 +1,15 @@
 //! Roots and intermediates as they stand, and single steps of a rotation.
 
+use crate::args::Approvals;
 use crate::ask;
 use crate::cell::{Cell, request_id};
+use crate::context::fingerprint;
 use crate::exit::Exit;
 use crate::output::{Answer, Form, Table, counted, pretty};
 use crate::verbs::Session;
+use crate::verbs::approver::{Outcome, approved, or_proposal};
 use crate::when::{now_ms, utc};
-use ambit_model::Refusal;
+use ambit_model::{Act, Code, Refusal};
 use ambit_proto::v1;
 use serde_json::{Value, json};
 
@@ -22,25 +25,35 @@ pub(super) fn request(
     dry_run: bool,
 ) -> Result<v1::X509AuthorityRequest, Refusal> {
     let authority = authority.unwrap_or_default();
-    Ok(v1::X509AuthorityRequest { request_id: request_id()?, authority, without_acks, dry_run })
+    Ok(v1::X509AuthorityRequest { request_id: request_id()?, authority, without_acks, dry_run, approved: None })
 }
 
 /// `ambit trust check`: ends 5 where something is under way or wrong.
 pub(super) async fn check(session: &Session) -> Result<Answer, Refusal> {
-    let state = state(&session.cell()?).await?;
-    let findings = findings(&state, now_ms());
+    let cell = session.cell()?;
+    let state = state(&cell).await?;
+    let approvers = ask!(cell, Membership.status(v1::StatusRequest {}))?.approvers;
+    let mut findings = findings(&state, now_ms());
+    if approvers == 1 {
+        findings.push("one approver alone: no root can be revoked until there is a second (ambit approver add)".into());
+    }
+    // A cell may mean to have none: nothing is wrong, and yet it should be known.
+    let weakness = (approvers == 0)
+        .then_some("weakness: no approvers: any federation-admin alone can revoke a root (ambit approver add)");
     let text = match session.form {
         Form::Json => pretty(&json!({
             "sequence": state.sequence,
             "roots": values(&roots(&state)),
             "intermediates": values(&intermediates(&state)),
+            "approvers": approvers,
             "findings": findings,
         })),
         Form::Table => {
             format!("{}\n\n{}", roots(&state).render(Form::Table), intermediates(&state).render(Form::Table))
         }
     };
-    let answer = findings.iter().fold(Answer::ok(text), |answer, line| answer.note(line.clone()));
+    let lines = findings.iter().map(String::as_str).chain(weakness);
+    let answer = lines.fold(Answer::ok(text), Answer::note);
     Ok(if findings.is_empty() { answer } else { answer.ending(Exit::Drift) })
 }
 
@@ -134,10 +147,26 @@ pub(super) async fn revoke(
     authority: String,
     without_acks: bool,
     dry_run: bool,
+    approvals: &Approvals,
 ) -> Result<Answer, Refusal> {
     let (cell, banner) = session.cell_to_change()?;
-    let request = request(Some(authority.clone()), without_acks, dry_run)?;
-    let reply = ask!(cell, LocalAuthority.revoke_x509_authority(request))?;
+    let mut request = request(Some(authority.clone()), without_acks, dry_run)?;
+    // An intermediate is no root: it takes no approvals, and the cell says whether there is one of that name.
+    let Ok(root) = fingerprint(&authority) else {
+        if let Some(file) = approvals.files.first() {
+            let found = format!("{} for {authority}", file.display());
+            return Err(Refusal::new(Code::BadRequest, "approvals of a root's revocation only", found));
+        }
+        let reply = ask!(cell, LocalAuthority.revoke_x509_authority(request))?;
+        return Ok(changed(session, &reply, format!("{authority} is revoked"), dry_run).note(banner));
+    };
+    let act = Act::RevokeRoot(root);
+    request.approved = approved(&cell, &act, &approvals.files)?;
+    let done = ask!(cell, LocalAuthority.revoke_x509_authority(request));
+    let reply = match or_proposal(&cell, act, approvals, done).await? {
+        Outcome::Done(reply) => reply,
+        Outcome::Proposed(answer) => return Ok(answer.note(banner)),
+    };
     Ok(changed(session, &reply, format!("{authority} is revoked"), dry_run).note(banner))
 }
 
