@@ -13,6 +13,9 @@ use ambit_model::{Act, Code, Refusal};
 use ambit_proto::v1;
 use serde_json::{Value, json};
 
+/// What a replica begins with lasts a week.
+const WEEK_MS: u64 = 7 * 24 * 3_600_000;
+
 /// What is there now.
 pub(super) async fn state(cell: &Cell) -> Result<v1::X509AuthorityState, Refusal> {
     ask!(cell, LocalAuthority.get_x509_authority_state(v1::X509AuthorityStateRequest { local_only: false }))
@@ -82,7 +85,9 @@ pub(super) fn findings(state: &v1::X509AuthorityState, now_ms: u64) -> Vec<Strin
         }
     }
     for one in state.intermediates.iter().filter(|i| i.current) {
-        let life = one.not_after_ms.saturating_sub(one.not_before_ms);
+        // Of what a cell was founded with it keeps no beginning.
+        let began = if one.not_before_ms == 0 { one.not_after_ms.saturating_sub(WEEK_MS) } else { one.not_before_ms };
+        let life = one.not_after_ms.saturating_sub(began);
         let left = one.not_after_ms.saturating_sub(now_ms);
         // It is renewed at half of its life, a tenth later at the latest.
         if left < life / 3 {
@@ -231,6 +236,12 @@ mod tests {
         ] {
             let state = v1::X509AuthorityState { intermediates: vec![one], ..Default::default() };
             assert_eq!(findings(&state, 1_000_000).len(), lines, "{state:?}");
+        }
+        for (left_ms, lines) in [(WEEK_MS, 0), (WEEK_MS / 4, 1)] {
+            let founded =
+                v1::X509Intermediate { not_before_ms: 0, not_after_ms: 9 * WEEK_MS, ..one("active", true, 0) };
+            let state = v1::X509AuthorityState { intermediates: vec![founded], ..Default::default() };
+            assert_eq!(findings(&state, 9 * WEEK_MS - left_ms).len(), lines, "{left_ms} of the first week left");
         }
     }
 }
