@@ -1,6 +1,7 @@
 //! The command tree. Everything a user can type is declared here and nowhere else; nouns with much to say have a file each.
 
 mod admin;
+mod approver;
 mod attest;
 mod cluster;
 mod deny;
@@ -11,6 +12,7 @@ mod svid;
 mod watch;
 
 pub use admin::Admin;
+pub use approver::{Approvals, Approve, Approver};
 pub use attest::{Appraise, Attest, AttestPolicy, LearnPolicy};
 pub use cluster::{Cluster, EkRoot};
 pub use deny::{Deny, SvidRevoke};
@@ -98,6 +100,11 @@ pub enum Verb {
     /// Administrators: roles, certificates, and who was refused what
     #[command(subcommand)]
     Admin(Admin),
+    /// People without whom no administrator does what cannot be undone, such as revoking a root
+    #[command(subcommand)]
+    Approver(Approver),
+    /// Signs a proposal as an approver, without a cell; prints what to give to the verb that wrote it
+    Approve(Approve),
     /// The one-machine lab (runs ambit-lab)
     #[command(disable_help_flag = true)]
     Lab {
@@ -198,6 +205,9 @@ pub enum Trust {
         /// Say who does, and change nothing
         #[arg(long)]
         dry_run: bool,
+        /// Of a root's revocation, in a cell with approvers
+        #[command(flatten)]
+        approvals: Approvals,
     },
 }
 
@@ -401,6 +411,12 @@ mod tests {
             ("ambit federation put example.org --url https://b.example.org/ --profile https-spiffe", false),
             ("ambit federation put Example.org --url https://b.example.org/ --profile https-web", false),
             ("ambit apply -f spire.yaml --cluster west --dry-run", true),
+            ("ambit approver keygen --out alice.key", true),
+            ("ambit approver add alice --public ab", false),
+            ("ambit approver remove alice --approval a.json --approval b.json", true),
+            ("ambit approve p.json", false),
+            ("ambit approve p.json --key alice.key", true),
+            ("ambit trust revoke ab --approval a.json --approval b.json", true),
             ("ambit apply spire.yaml", false),
             ("ambit deny id spiffe://west/web", true),
             ("ambit deny id web", false),

@@ -1,6 +1,7 @@
 //! Messages to model types, strictly; model types to messages, totally.
 
 use crate::v1;
+use ambit_model::act::{Approval, Approved, SIGNATURE_BYTES};
 use ambit_model::bundle::Bundle;
 use ambit_model::policy::{Action, Endpoint, Peers, Policy, Service};
 use ambit_model::{
@@ -47,6 +48,27 @@ pub fn jwt_ttl(seconds: u32) -> Result<JwtTtl, Refusal> {
 pub fn dns_names(names: &[String]) -> Result<Vec<DnsName>, Refusal> {
     let extras = EntryExtras { dns_names: all(names)?, ..EntryExtras::NONE };
     Ok(Extras::new(extras)?.dns_names.clone())
+}
+
+/// What approvers signed. None where nothing was: whether that is enough the cell says.
+pub fn approved(m: Option<v1::Approved>) -> Result<Option<Approved>, Refusal> {
+    let Some(m) = m else { return Ok(None) };
+    let bad = |what: &str| Refusal::new(Code::BadRequest, format!("approvals with {what}"), "another length");
+    let nonce = m.nonce.as_slice().try_into().map_err(|_| bad("a nonce of 16 bytes"))?;
+    let one = |a: v1::Approval| {
+        let key = a.key.as_slice().try_into().map_err(|_| bad("keys of 32 bytes"))?;
+        let signature = Some(a.signature).filter(|s| s.len() == SIGNATURE_BYTES);
+        Ok(Approval { key, signature: signature.ok_or_else(|| bad("signatures of 64 bytes"))? })
+    };
+    let approvals = m.approvals.into_iter().map(one).collect::<Result<_, Refusal>>()?;
+    Ok(Some(Approved { epoch: m.epoch, expires: Stamp(m.expires_ms), nonce, approvals }))
+}
+
+/// See [`approved`].
+pub fn approved_message(a: &Approved) -> v1::Approved {
+    let one = |a: &Approval| v1::Approval { key: a.key.to_vec(), signature: a.signature.clone() };
+    let approvals = a.approvals.iter().map(one).collect();
+    v1::Approved { epoch: a.epoch, expires_ms: a.expires.0, nonce: a.nonce.to_vec(), approvals }
 }
 
 impl TryFrom<&v1::Entry> for Entry {

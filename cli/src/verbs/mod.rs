@@ -2,6 +2,7 @@
 
 mod admin;
 mod apply;
+mod approver;
 mod attest;
 mod check;
 mod cluster;
@@ -72,6 +73,8 @@ pub async fn run(args: Args) -> Result<Answer, Refusal> {
         Verb::Deny(verb) => deny::run(&session, verb).await,
         Verb::Watch(options) => watch::run(&session, options).await,
         Verb::Admin(verb) => admin::run(&session, verb).await,
+        Verb::Approver(verb) => approver::run(&session, verb).await,
+        Verb::Approve(options) => approver::approve(&options),
         Verb::Lab { args } => lab::run(args).await,
         Verb::Drill(verb) => drill::run(&session, verb).await,
     }

@@ -12,7 +12,7 @@ use crate::when::utc;
 use ambit_identity::keys::certificates_to_pem;
 use ambit_model::{Code, Refusal};
 use ambit_proto::v1;
-use serde_json::json;
+use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use std::path::Path;
 
@@ -24,8 +24,8 @@ pub(super) async fn trust(session: &Session, verb: Trust) -> Result<Answer, Refu
         Trust::Show { trust_domain, pem } => show(session, trust_domain, pem).await,
         Trust::Check => authorities::check(session).await,
         Trust::Taint { authority, dry_run } => authorities::taint(session, authority, dry_run).await,
-        Trust::Revoke { authority, without_acks, dry_run } => {
-            authorities::revoke(session, authority, without_acks, dry_run).await
+        Trust::Revoke { authority, without_acks, dry_run, approvals } => {
+            authorities::revoke(session, authority, without_acks, dry_run, &approvals).await
         }
         Trust::Rotate { wait, without_acks, dry_run } => {
             rotate::rotate(session, rotate::Options { wait: wait.duration(), without_acks, dry_run }).await
@@ -45,19 +45,21 @@ async fn show(session: &Session, trust_domain: Option<String>, pem: bool) -> Res
             Form::Json => pretty(&json!({"trust_domain": bundle.trust_domain, "roots_pem": text})),
         }));
     }
-    let (fingerprint, form) = if trust_domain == own {
+    let (fingerprint, form, approvers) = if trust_domain == own {
         let status = ask!(cell, Membership.status(v1::StatusRequest {}))?;
-        (status.fingerprint, status.root_form)
+        (status.fingerprint, status.root_form, json!(status.approvers))
     } else {
         let peers = ask!(cell, ClusterRegistry.list_peers(v1::ListPeersRequest {}))?.peers;
         let peer = peers.into_iter().find(|p| p.trust_domain == trust_domain).unwrap_or_default();
-        (peer.fingerprint, String::new())
+        (peer.fingerprint, String::new(), Value::Null)
     };
-    let mut table = Table::new("bundle", &["trust_domain", "fingerprint", "root_form", "sequence", "roots_sha256"]);
+    const COLUMNS: &[&str] = &["trust_domain", "fingerprint", "root_form", "approvers", "sequence", "roots_sha256"];
+    let mut table = Table::new("bundle", COLUMNS);
     table.row(vec![
         json!(bundle.trust_domain),
         json!(fingerprint),
         json!(form),
+        approvers,
         json!(bundle.sequence),
         json!(bundle.roots_der.iter().map(|der| hex::encode(Sha256::digest(der))).collect::<Vec<_>>()),
     ]);

@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
+pub mod approver;
 pub mod authority;
 pub mod bundle;
 pub mod csr;
@@ -21,6 +22,7 @@ pub mod svid;
 pub mod tls;
 pub mod wrap;
 
+pub use approver::ApproverKey;
 pub use authority::{IssuingKey, Named, Root, issue};
 pub use csr::Csr;
 pub use jwt::{JwtKey, JwtSvid, JwtTrust, issue_jwt, verify_jwt};

@@ -17,6 +17,17 @@ const REPORT_CONTEXT: &[u8] = b"ambit/report/v1";
 /// A cell has at most a handful of replicas, past and present.
 const KEYS_MAX: usize = 64;
 
+/// The public key of a pair, 32 bytes (RFC 8032).
+pub(crate) fn public_of(pair: &Ed25519KeyPair) -> [u8; 32] {
+    let mut out = [0u8; 32];
+    if let (len, bytes) = (out.len(), pair.public_key().as_ref())
+        && bytes.len() == len
+    {
+        out.copy_from_slice(bytes);
+    }
+    out
+}
+
 /// A replica's record key.
 pub struct RecordKey {
     pair: Ed25519KeyPair,
@@ -41,13 +52,7 @@ impl RecordKey {
     }
     /// The public key, 32 bytes.
     pub fn public(&self) -> [u8; 32] {
-        let mut out = [0u8; 32];
-        if let (len, bytes) = (out.len(), self.pair.public_key().as_ref())
-            && bytes.len() == len
-        {
-            out.copy_from_slice(bytes);
-        }
-        out
+        public_of(&self.pair)
     }
     /// The bare signature, for this crate's functions that take a proof.
     pub(crate) fn sign(&self, message: &[u8]) -> Vec<u8> {

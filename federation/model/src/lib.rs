@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
+pub mod act;
 pub mod appraisal;
 pub mod backup;
 pub mod bundle;
@@ -21,6 +22,7 @@ mod text;
 pub mod time;
 pub mod trust;
 
+pub use act::{Act, Approval, Approved, ApproverCard, Proposal};
 pub use appraisal::AppraisalPolicy;
 pub use bundle::{Bundle, Foreign, Own};
 pub use denial::{IdDenial, LeafDenial, Serial, serial_number};

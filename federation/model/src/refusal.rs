@@ -165,6 +165,11 @@ codes! {
     RootState = "root_state", Precondition, "roots go from prepared to active, old, tainted and revoked, one at a time (ambit trust show)";
     AcksMissing = "acks_missing", Precondition, "wait until those named hold what they must, or go on without them (--without-acks)";
     AuthorityInUse = "authority_in_use", Precondition, "wait until nothing in use is under it (ambit trust show), or go on regardless (--without-acks)";
+    NeedsSecondApprover = "needs_second_approver", Precondition, "add a second approver first (ambit approver add): one alone does not do this";
+    ApprovalMissing = "approval_missing", Precondition, "have approvers sign the proposal (ambit approve), and give what each signed (--approval)";
+    ApprovalInvalid = "approval_invalid", Denied, "have approvers of this cell sign a proposal of this very act, each once";
+    ApprovalExpired = "approval_expired", Denied, "propose the act again: what was signed is no longer good";
+    ApprovalUsed = "approval_used", Denied, "propose the act again: what was signed is good for one time";
 }
 
 impl fmt::Display for Code {

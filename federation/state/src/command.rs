@@ -8,8 +8,8 @@ use crate::objects::{
 use ambit_model::policy::{Endpoint, Policy, Service};
 use ambit_model::record::{Head, Record};
 use ambit_model::{
-    AdminRole, ClusterId, Code, DnsName, Entry, EntryId, Generation, JwtTtl, NodeId, ObjectName, Refusal, Revision,
-    SpiffeId, Stamp, SvidTtl, TrustDomain, TrustVector,
+    Act, AdminRole, Approved, ClusterId, Code, DnsName, Entry, EntryId, Generation, JwtTtl, NodeId, ObjectName,
+    Refusal, Revision, SpiffeId, Stamp, SvidTtl, TrustDomain, TrustVector,
 };
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
@@ -397,7 +397,7 @@ pub enum Command {
     ActivateRoot([u8; 32], KeySetRow),
     /// Whatever is under the old root is to be issued anew.
     TaintRoot([u8; 32]),
-    /// A tainted or merely prepared root leaves the bundle.
+    /// A tainted or merely prepared root leaves the bundle; refused in a cell with approvers ([`Command::Act`]).
     RevokeRoot([u8; 32]),
     /// An intermediate signs nothing more, and whatever it signed is to be issued anew.
     TaintAuthority(String),
@@ -406,6 +406,15 @@ pub enum Command {
     /// What brings another key set, refused where the one in force is not the one that it was made from
     /// ([`KeySetRow::sha256`]) any more: a replica that joins while a root is activated is in the one that comes after.
     OverKeySet([u8; 32], Box<Command>),
+    /// An act, with the approvals that it takes.
+    Act {
+        /// What.
+        act: Act,
+        /// None where nobody was asked.
+        approved: Option<Approved>,
+        /// The administrator.
+        by: String,
+    },
 }
 
 /// A foreign bundle, read strictly.

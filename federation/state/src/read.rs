@@ -25,6 +25,14 @@ impl State {
     pub fn incarnations(&self) -> impl DoubleEndedIterator<Item = (u64, &IncarnationRow)> {
         self.incarnations.iter().map(|(epoch, row)| (*epoch, row))
     }
+    /// Who approves, by name.
+    pub fn approvers(&self) -> impl Iterator<Item = (&ObjectName, &ApproverRow)> {
+        self.approvers.iter()
+    }
+    /// Acts that took approvers, by index.
+    pub fn acts(&self) -> impl DoubleEndedIterator<Item = (u64, &ActRow)> {
+        self.acts.iter().map(|(index, row)| (*index, row))
+    }
     /// The root-certified record keys.
     pub fn key_set(&self) -> Option<&KeySetRow> {
         self.key_set.get(&0)

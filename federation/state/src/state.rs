@@ -84,6 +84,9 @@ pub struct State {
     pub(crate) peer_roots: Table<TrustDomain, PeerRoots>,
     /// Intermediates whose leaves are refused, each the trust domain's that said so, until when.
     pub(crate) authority_denials: Table<(TrustDomain, String), Stamp>,
+    pub(crate) approvers: Table<ObjectName, ApproverRow>,
+    /// Acts that took approvers, by index.
+    pub(crate) acts: Table<u64, ActRow>,
     /// `issued` by node and end, in memory only: counting a node's leaves must not cost a walk over everybody's.
     pub(crate) live_leaves: BTreeMap<NodeId, BTreeSet<(Stamp, [u8; 16])>>,
     /// Entries by the identity that they give, in memory only: whose an identity is must not cost a walk over all entries.
@@ -144,7 +147,9 @@ macro_rules! each_table {
             $s.roots,
             $s.authorities,
             $s.peer_roots,
-            $s.authority_denials
+            $s.authority_denials,
+            $s.approvers,
+            $s.acts
         )
     };
 }
@@ -267,6 +272,8 @@ impl State {
             authorities: Table::new(id()),
             peer_roots: Table::new(id()),
             authority_denials: Table::new(id()),
+            approvers: Table::new(id()),
+            acts: Table::new(id()),
             live_leaves: BTreeMap::new(),
             giving: BTreeMap::new(),
             asking: BTreeMap::new(),

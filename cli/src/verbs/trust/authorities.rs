@@ -1,14 +1,20 @@
 //! Roots and intermediates as they stand, and single steps of a rotation.
 
+use crate::args::Approvals;
 use crate::ask;
 use crate::cell::{Cell, request_id};
+use crate::context::fingerprint;
 use crate::exit::Exit;
 use crate::output::{Answer, Form, Table, counted, pretty};
 use crate::verbs::Session;
+use crate::verbs::approver::{Outcome, approved, or_proposal};
 use crate::when::{now_ms, utc};
-use ambit_model::Refusal;
+use ambit_model::{Act, Code, Refusal};
 use ambit_proto::v1;
 use serde_json::{Value, json};
+
+/// What a replica begins with lasts a week.
+const WEEK_MS: u64 = 7 * 24 * 3_600_000;
 
 /// What is there now.
 pub(super) async fn state(cell: &Cell) -> Result<v1::X509AuthorityState, Refusal> {
@@ -22,25 +28,35 @@ pub(super) fn request(
     dry_run: bool,
 ) -> Result<v1::X509AuthorityRequest, Refusal> {
     let authority = authority.unwrap_or_default();
-    Ok(v1::X509AuthorityRequest { request_id: request_id()?, authority, without_acks, dry_run })
+    Ok(v1::X509AuthorityRequest { request_id: request_id()?, authority, without_acks, dry_run, approved: None })
 }
 
 /// `ambit trust check`: ends 5 where something is under way or wrong.
 pub(super) async fn check(session: &Session) -> Result<Answer, Refusal> {
-    let state = state(&session.cell()?).await?;
-    let findings = findings(&state, now_ms());
+    let cell = session.cell()?;
+    let state = state(&cell).await?;
+    let approvers = ask!(cell, Membership.status(v1::StatusRequest {}))?.approvers;
+    let mut findings = findings(&state, now_ms());
+    if approvers == 1 {
+        findings.push("one approver alone: no root can be revoked until there is a second (ambit approver add)".into());
+    }
+    // A cell may mean to have none: nothing is wrong, and yet it should be known.
+    let weakness = (approvers == 0)
+        .then_some("weakness: no approvers: any federation-admin alone can revoke a root (ambit approver add)");
     let text = match session.form {
         Form::Json => pretty(&json!({
             "sequence": state.sequence,
             "roots": values(&roots(&state)),
             "intermediates": values(&intermediates(&state)),
+            "approvers": approvers,
             "findings": findings,
         })),
         Form::Table => {
             format!("{}\n\n{}", roots(&state).render(Form::Table), intermediates(&state).render(Form::Table))
         }
     };
-    let answer = findings.iter().fold(Answer::ok(text), |answer, line| answer.note(line.clone()));
+    let lines = findings.iter().map(String::as_str).chain(weakness);
+    let answer = lines.fold(Answer::ok(text), Answer::note);
     Ok(if findings.is_empty() { answer } else { answer.ending(Exit::Drift) })
 }
 
@@ -69,7 +85,9 @@ pub(super) fn findings(state: &v1::X509AuthorityState, now_ms: u64) -> Vec<Strin
         }
     }
     for one in state.intermediates.iter().filter(|i| i.current) {
-        let life = one.not_after_ms.saturating_sub(one.not_before_ms);
+        // Of what a cell was founded with it keeps no beginning.
+        let began = if one.not_before_ms == 0 { one.not_after_ms.saturating_sub(WEEK_MS) } else { one.not_before_ms };
+        let life = one.not_after_ms.saturating_sub(began);
         let left = one.not_after_ms.saturating_sub(now_ms);
         // It is renewed at half of its life, a tenth later at the latest.
         if left < life / 3 {
@@ -134,10 +152,26 @@ pub(super) async fn revoke(
     authority: String,
     without_acks: bool,
     dry_run: bool,
+    approvals: &Approvals,
 ) -> Result<Answer, Refusal> {
     let (cell, banner) = session.cell_to_change()?;
-    let request = request(Some(authority.clone()), without_acks, dry_run)?;
-    let reply = ask!(cell, LocalAuthority.revoke_x509_authority(request))?;
+    let mut request = request(Some(authority.clone()), without_acks, dry_run)?;
+    // An intermediate is no root: it takes no approvals, and the cell says whether there is one of that name.
+    let Ok(root) = fingerprint(&authority) else {
+        if let Some(file) = approvals.files.first() {
+            let found = format!("{} for {authority}", file.display());
+            return Err(Refusal::new(Code::BadRequest, "approvals of a root's revocation only", found));
+        }
+        let reply = ask!(cell, LocalAuthority.revoke_x509_authority(request))?;
+        return Ok(changed(session, &reply, format!("{authority} is revoked"), dry_run).note(banner));
+    };
+    let act = Act::RevokeRoot(root);
+    request.approved = approved(&cell, &act, &approvals.files)?;
+    let done = ask!(cell, LocalAuthority.revoke_x509_authority(request));
+    let reply = match or_proposal(&cell, act, approvals, done).await? {
+        Outcome::Done(reply) => reply,
+        Outcome::Proposed(answer) => return Ok(answer.note(banner)),
+    };
     Ok(changed(session, &reply, format!("{authority} is revoked"), dry_run).note(banner))
 }
 
@@ -202,6 +236,12 @@ mod tests {
         ] {
             let state = v1::X509AuthorityState { intermediates: vec![one], ..Default::default() };
             assert_eq!(findings(&state, 1_000_000).len(), lines, "{state:?}");
+        }
+        for (left_ms, lines) in [(WEEK_MS, 0), (WEEK_MS / 4, 1)] {
+            let founded =
+                v1::X509Intermediate { not_before_ms: 0, not_after_ms: 9 * WEEK_MS, ..one("active", true, 0) };
+            let state = v1::X509AuthorityState { intermediates: vec![founded], ..Default::default() };
+            assert_eq!(findings(&state, 9 * WEEK_MS - left_ms).len(), lines, "{left_ms} of the first week left");
         }
     }
 }

@@ -2,13 +2,15 @@
 //! stopped, so that it may be broken off and run again at any point.
 
 use super::authorities::{request, state};
+use crate::args::Approvals;
 use crate::ask;
 use crate::cell::{Cell, request_id};
 use crate::output::{Answer, Form, pretty};
 use crate::verbs::Session;
+use crate::verbs::approver::{Outcome, or_proposal};
 use ambit_identity::SvidKey;
 use ambit_identity::keys::certificates_to_pem;
-use ambit_model::{Code, Refusal};
+use ambit_model::{Act, Code, Refusal};
 use ambit_proto::v1;
 use serde_json::json;
 use std::io::Write;
@@ -53,6 +55,11 @@ pub(super) async fn rotate(session: &Session, options: Options) -> Result<Answer
     let (mut cell, banner) = session.cell_to_change()?;
     let mut steps = Steps { began: Instant::now(), done: Vec::new() };
     let first = state(&cell).await?;
+    // Better not begun than stopped before its last step.
+    if next(&first) == Step::Prepare && ask!(cell, Membership.status(v1::StatusRequest {}))?.approvers == 1 {
+        let expected = "no approver or two, who revoke the old root at the end";
+        return Err(Refusal::new(Code::NeedsSecondApprover, expected, "one"));
+    }
     if options.dry_run {
         return plan(session, &cell, &first, banner).await;
     }
@@ -90,8 +97,11 @@ pub(super) async fn rotate(session: &Session, options: Options) -> Result<Answer
                 let cut_off = |root: &v1::X509Root| root.using.clone();
                 wait(&mut steps, &cell, &options, "tainted", cut_off).await?;
                 wait(&mut steps, &cell, &options, "active", |root| root.missing.clone()).await?;
-                let ask = request(None, options.without_acks, false)?;
-                ask!(cell, LocalAuthority.revoke_x509_authority(ask))?;
+                if let Some(proposed) = revoke(&cell, &now, options.without_acks).await? {
+                    steps
+                        .say("tainted still: its revocation takes approvals (ambit trust revoke ROOT --approval FILE)");
+                    return Ok(proposed);
+                }
                 steps.say("revoked: the old root is out of the bundle");
                 revoked = true;
             }
@@ -105,6 +115,18 @@ pub(super) async fn rotate(session: &Session, options: Options) -> Result<Answer
     };
     Ok(Answer::ok(text)
         .note("pin it in the configuration of agents and in other contexts: who starts anew knows no other"))
+}
+
+/// Revokes the tainted root, or says what approvers have to sign first.
+async fn revoke(cell: &Cell, now: &v1::X509AuthorityState, without_acks: bool) -> Result<Option<Answer>, Refusal> {
+    let tainted = now.roots.iter().find(|root| root.state == "tainted").map(|root| root.fingerprint.clone());
+    let act = Act::RevokeRoot(crate::context::fingerprint(&tainted.clone().unwrap_or_default())?);
+    let ask = request(tainted, without_acks, false)?;
+    let done = ask!(cell, LocalAuthority.revoke_x509_authority(ask));
+    match or_proposal(cell, act, &Approvals { files: Vec::new() }, done).await? {
+        Outcome::Done(_) => Ok(None),
+        Outcome::Proposed(answer) => Ok(Some(answer)),
+    }
 }
 
 struct Steps {

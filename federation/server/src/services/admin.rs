@@ -1,10 +1,10 @@
 //! Administrators: who they are, what they may do, and their certificates.
 
-use super::{OrStatus, request_id};
+use super::{OrStatus, approvers, request_id};
 use crate::authorise::actor;
 use crate::replica::Replica;
 use ambit_identity::Csr;
-use ambit_model::{AdminRole, Code, ObjectName, Refusal};
+use ambit_model::{Act, AdminRole, Code, ObjectName, Refusal};
 use ambit_proto::v1;
 use ambit_state::objects::AdminRow;
 use ambit_state::{Command, FOUNDER, RoleChange, State};
@@ -47,6 +47,31 @@ impl v1::administrators_server::Administrators for Administrators {
         let (chain_der, not_after_ms) = super::svid::one_leaf(&self.0, applied, &csr).or_status()?;
         let root_der = self.0.local(|s| s.cell().map(|c| c.root_der.clone()).unwrap_or_default());
         Ok(Response::new(v1::CertifyAdminResponse { chain_der, not_after_ms, root_der }))
+    }
+
+    async fn list_approvers(
+        &self,
+        _: Request<v1::ListApproversRequest>,
+    ) -> Result<Response<v1::ListApproversResponse>, Status> {
+        self.0.read(approvers::listing).await.map(Response::new).or_status()
+    }
+
+    async fn add_approver(
+        &self,
+        request: Request<v1::AddApproverRequest>,
+    ) -> Result<Response<v1::ListApproversResponse>, Status> {
+        let (actor, m) = (actor(&request)?, request.into_inner());
+        let act = Act::AddApprover(m.name.parse().or_status()?, m.public.parse().or_status()?);
+        approvers::perform(&self.0, actor, &m.request_id, act, m.approved).await
+    }
+
+    async fn remove_approver(
+        &self,
+        request: Request<v1::RemoveApproverRequest>,
+    ) -> Result<Response<v1::ListApproversResponse>, Status> {
+        let (actor, m) = (actor(&request)?, request.into_inner());
+        let act = Act::RemoveApprover(m.name.parse().or_status()?);
+        approvers::perform(&self.0, actor, &m.request_id, act, m.approved).await
     }
 }
 

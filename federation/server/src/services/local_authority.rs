@@ -10,8 +10,8 @@ use crate::authorise::actor;
 use crate::replica::{Replica, random};
 use ambit_identity::{KeySet, Root, SvidKey, fingerprint};
 use ambit_model::bundle::RootState;
-use ambit_model::{Code, Refusal};
-use ambit_proto::v1;
+use ambit_model::{Act, Approved, Code, Refusal};
+use ambit_proto::{convert, v1};
 use ambit_state::authorities::{RootId, RootRow};
 use ambit_state::objects::KeySetRow;
 use ambit_state::{Command, State};
@@ -32,15 +32,18 @@ enum Named {
 /// A write as it came: whose, under which id, and how.
 struct Asked {
     client: crate::authorise::Client,
+    by: String,
     id: [u8; 16],
+    approved: Option<Approved>,
     m: v1::X509AuthorityRequest,
 }
 
 impl Asked {
     fn parse(request: Request<v1::X509AuthorityRequest>) -> Result<Asked, Status> {
-        let client = actor(&request)?.client;
-        let m = request.into_inner();
-        Ok(Asked { client, id: request_id(&m.request_id)?, m })
+        let actor = actor(&request)?;
+        let mut m = request.into_inner();
+        let approved = convert::approved(m.approved.take()).or_status()?;
+        Ok(Asked { client: actor.client, by: actor.name, id: request_id(&m.request_id)?, approved, m })
     }
 
     /// A further request id of the same request: some steps take two entries.
@@ -212,7 +215,10 @@ impl Authorities {
         let survey = Survey::of(&self.0).await?;
         let decide = |s: &State| {
             Ok::<_, Refusal>(match asked.named(s, RootState::Tainted)? {
-                Named::Root(id) => (Command::RevokeRoot(id), survey.stranded(s, &id)),
+                Named::Root(id) => {
+                    let (act, by) = (Act::RevokeRoot(id), asked.by.clone());
+                    (Command::Act { act, approved: asked.approved.clone(), by }, survey.stranded(s, &id))
+                }
                 Named::Intermediate(id) => (Command::RevokeAuthority(id.clone()), survey.under(s, &id)),
             })
         };

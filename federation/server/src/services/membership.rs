@@ -228,6 +228,7 @@ impl Membership {
                 epoch: cell.map(|c| c.epoch).unwrap_or_default(),
                 membership_version: status.membership_version,
                 incarnations: s.incarnations().map(incarnation).collect(),
+                approvers: u32::try_from(s.approvers().count()).unwrap_or(u32::MAX),
             }
         })
     }

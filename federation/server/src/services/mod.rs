@@ -3,6 +3,7 @@
 mod admin;
 mod agent;
 mod appraisal;
+mod approvers;
 mod audit;
 mod cluster;
 mod drill;

@@ -1,5 +1,6 @@
 //! One function per command. Each either refuses before its first change or changes everything it names.
 
+mod act;
 mod addresses;
 mod appraisal;
 mod attest;
@@ -106,10 +107,11 @@ pub(crate) fn apply(s: &mut State, index: RaftIndex, stamp: Stamp, command: &Com
         Command::CrossSignRoot(root, der) => root::cross_sign(s, root, der),
         Command::ActivateRoot(root, keys) => root::activate(s, at, root, keys),
         Command::TaintRoot(root) => root::taint(s, at, root),
-        Command::RevokeRoot(root) => root::revoke(s, at, root),
+        Command::RevokeRoot(root) => act::revoke_root_alone(s, at, root),
         Command::TaintAuthority(id) => authority::taint(s, at, id),
         Command::RevokeAuthority(id) => authority::revoke(s, at, id),
         Command::OverKeySet(replaced, command) => cell::over_key_set(s, at, replaced, command),
+        Command::Act { act, approved, by } => act::perform(s, at, act, approved.as_ref(), by),
     }
 }
 

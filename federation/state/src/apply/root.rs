@@ -188,12 +188,18 @@ pub(super) fn taint(s: &mut State, at: At, id: &RootId) -> Result<Reply, Refusal
     changed(s, at)
 }
 
-pub(super) fn revoke(s: &mut State, at: At, id: &RootId) -> Result<Reply, Refusal> {
+/// The root, where nothing speaks against its revocation.
+pub(super) fn revocable(s: &State, id: &RootId) -> Result<RootRow, Refusal> {
     let row = named(s, id)?;
     if !matches!(row.state, RootState::Tainted | RootState::Prepared) {
         return Err(wrong("a tainted or a merely prepared root", id, &row));
     }
     unused(s, id)?;
+    Ok(row)
+}
+
+pub(super) fn revoke(s: &mut State, at: At, id: &RootId) -> Result<Reply, Refusal> {
+    let row = revocable(s, id)?;
     let gone = RootRow { der: Vec::new(), cross_der: Vec::new(), wrapped: BTreeMap::new(), ..row };
     put(s, at, id, RootState::Revoked, gone);
     s.key_set.remove(&mut s.journal, &1);

@@ -2,7 +2,8 @@
 
 use ambit_model::policy::{Endpoint, Policy, Service};
 use ambit_model::{
-    AdminRole, ClusterId, Entry, JwtAuthority, NumericIdentity, RaftIndex, Revision, SpiffeId, Stamp, TrustDomain,
+    Act, AdminRole, ClusterId, Entry, JwtAuthority, NumericIdentity, ObjectName, RaftIndex, Revision, SpiffeId, Stamp,
+    TrustDomain,
 };
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -326,6 +327,34 @@ pub struct AdminRow {
     pub changed_by: String,
     /// When.
     pub changed: Stamp,
+}
+
+/// Whoever is asked before an act that no administrator does alone.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ApproverRow {
+    /// Ed25519.
+    pub key: [u8; 32],
+    /// When.
+    pub added: Stamp,
+    /// The administrator.
+    pub added_by: String,
+}
+
+/// An act that takes approvers, as it was done: what was approved for it is good for nothing more.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ActRow {
+    /// What.
+    pub act: Act,
+    /// The administrator.
+    pub by: String,
+    /// Nobody, where the cell had no approvers.
+    pub approved_by: Vec<ObjectName>,
+    /// When.
+    pub stamp: Stamp,
+    /// SHA-256 of what was signed; zeros where nothing was.
+    pub statement: [u8; 32],
+    /// The end of what was signed.
+    pub expires: Stamp,
 }
 
 /// How a bundle endpoint is authenticated (SPIFFE_Federation.md section 5.2).

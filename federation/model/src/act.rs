@@ -1,0 +1,191 @@
+//! Acts that one administrator must not do alone, and the statement that approvers sign for them.
+//!
+//! An approver reads the act as the text that is parsed back into it, and signs what the state machine acts on: nobody
+//! signs bytes that he cannot read.
+
+use crate::id::{ObjectName, TrustDomain};
+use crate::refusal::{Code, Refusal};
+use crate::time::Stamp;
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::str::FromStr;
+
+/// Before every statement that an approver signs.
+const ACT_CONTEXT: &[u8] = b"ambit/act/v1\0";
+/// Before the key in the proof that somebody holds it.
+const CARD_CONTEXT: &[u8] = b"ambit/approver/v1\0";
+/// Of a signature by Ed25519 (RFC 8032).
+pub const SIGNATURE_BYTES: usize = 64;
+
+/// What an approver hands out: his Ed25519 public key, and its signature over itself. A key that was mistyped, for which
+/// nobody could ever sign, so makes no approver. Written as 192 hexadecimal digits.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ApproverCard {
+    /// The public key.
+    pub key: [u8; 32],
+    /// [`SIGNATURE_BYTES`] over [`ApproverCard::proved`].
+    pub proof: Vec<u8>,
+}
+
+impl ApproverCard {
+    /// What is signed to prove that the key is somebody's.
+    pub fn proved(key: &[u8; 32]) -> Vec<u8> {
+        [CARD_CONTEXT, key].concat()
+    }
+}
+
+impl fmt::Display for ApproverCard {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}{}", hex::encode(self.key), hex::encode(&self.proof))
+    }
+}
+
+impl FromStr for ApproverCard {
+    type Err = Refusal;
+    fn from_str(s: &str) -> Result<Self, Refusal> {
+        let bad =
+            || Refusal::new(Code::BadRequest, "192 lower-case hex digits, as ambit approver keygen prints them", s);
+        let (key, proof) = s.split_at_checked(64).ok_or_else(bad)?;
+        Ok(Self { key: digest(key).ok_or_else(bad)?, proof: bytes(proof, SIGNATURE_BYTES).ok_or_else(bad)? })
+    }
+}
+
+/// An act that takes approvers, as soon as a cell has some.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Act {
+    /// The root with this SHA-256 leaves the bundle for ever.
+    RevokeRoot([u8; 32]),
+    /// Whoever holds this key approves from now on.
+    AddApprover(ObjectName, ApproverCard),
+    /// Whoever has this name approves no more.
+    RemoveApprover(ObjectName),
+}
+
+impl fmt::Display for Act {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::RevokeRoot(root) => write!(f, "revoke root {}", hex::encode(root)),
+            Self::AddApprover(name, card) => write!(f, "add approver {} {card}", name.as_str()),
+            Self::RemoveApprover(name) => write!(f, "remove approver {}", name.as_str()),
+        }
+    }
+}
+
+impl FromStr for Act {
+    type Err = Refusal;
+    fn from_str(s: &str) -> Result<Self, Refusal> {
+        let words: Vec<&str> = s.split(' ').collect();
+        let bad = || Refusal::new(Code::BadRequest, "an act as ambit writes it into a proposal", s);
+        match words.as_slice() {
+            ["revoke", "root", root] => Ok(Self::RevokeRoot(digest(root).ok_or_else(bad)?)),
+            ["add", "approver", name, card] => Ok(Self::AddApprover(name.parse()?, card.parse()?)),
+            ["remove", "approver", name] => Ok(Self::RemoveApprover(name.parse()?)),
+            _ => Err(bad()),
+        }
+    }
+}
+
+/// An act proposed to one incarnation of one cell, until then. What approvers sign.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Proposal {
+    /// The cell's.
+    pub trust_domain: TrustDomain,
+    /// The cell's: what was approved before it began anew counts for nothing.
+    pub epoch: u64,
+    /// No longer good after.
+    pub expires: Stamp,
+    /// Random: the same act can be proposed a second time.
+    pub nonce: [u8; 16],
+    /// What is to be done.
+    pub act: Act,
+}
+
+impl Proposal {
+    /// The exact bytes that an approver signs: a context string, then all fields in the log's own encoding, in which each
+    /// length is told before its bytes.
+    ///
+    /// # Errors
+    /// [`Code::Internal`], which no proposal leads to.
+    pub fn statement(&self) -> Result<Vec<u8>, Refusal> {
+        postcard::to_extend(self, ACT_CONTEXT.to_vec())
+            .map_err(|e| Refusal::new(Code::Internal, "a proposal that encodes", e.to_string()))
+    }
+}
+
+/// One approver's word.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Approval {
+    /// His public key.
+    pub key: [u8; 32],
+    /// [`SIGNATURE_BYTES`] over [`Proposal::statement`].
+    pub signature: Vec<u8>,
+}
+
+/// What goes with a command beside the act itself: the rest of the proposal, which the cell puts together by itself, and
+/// the signatures over it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Approved {
+    /// See [`Proposal::epoch`].
+    pub epoch: u64,
+    /// See [`Proposal::expires`].
+    pub expires: Stamp,
+    /// See [`Proposal::nonce`].
+    pub nonce: [u8; 16],
+    /// Each approver's once.
+    pub approvals: Vec<Approval>,
+}
+
+/// 64 lower-case hexadecimal digits.
+fn digest(text: &str) -> Option<[u8; 32]> {
+    bytes(text, 32)?.try_into().ok()
+}
+
+/// Lower-case hexadecimal digits of so many bytes: one form only, so that what is read is what was written.
+fn bytes(text: &str, len: usize) -> Option<Vec<u8>> {
+    let strict = text.len() == 2 * len && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+    strict.then(|| hex::decode(text).ok()).flatten()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn proposal(act: Act) -> Proposal {
+        Proposal { trust_domain: "west".parse().unwrap(), epoch: 1, expires: Stamp(9), nonce: [7; 16], act }
+    }
+
+    #[test]
+    fn an_act_is_read_as_it_is_written_and_in_no_other_form() {
+        let (root, card) = ("ab".repeat(32), "cd".repeat(96));
+        for (text, good) in [
+            (format!("revoke root {root}"), true),
+            (format!("revoke root {}", root.to_uppercase()), false),
+            (format!("revoke  root {root}"), false),
+            (format!("revoke root {root} "), false),
+            (format!("revoke root {root}\n"), false),
+            (format!("revoke root {}", &root[1..]), false),
+            (format!("add approver alice {card}"), true),
+            (format!("add approver Alice {card}"), false),
+            (format!("add approver alice {}", &card[2..]), false),
+            (format!("add approver alice {}é", &card[2..]), false),
+            ("remove approver alice".to_owned(), true),
+            ("remove approver".to_owned(), false),
+            ("remove approver alice bob".to_owned(), false),
+            (String::new(), false),
+        ] {
+            let read = text.parse::<Act>();
+            assert_eq!(read.is_ok(), good, "{text}");
+            assert!(read.is_err() || read.unwrap().to_string() == text, "{text}");
+        }
+    }
+
+    /// The bytes are fixed: an approval of one release is one of the next.
+    #[test]
+    fn a_statement_has_these_very_bytes() {
+        let statement = proposal(Act::RemoveApprover("al".parse().unwrap())).statement().unwrap();
+        let golden = [&b"ambit/act/v1\0"[..], &[4], b"west", &[1, 9], &[7; 16], &[2, 2], b"al"].concat();
+        assert_eq!(statement, golden);
+        let other = proposal(Act::RevokeRoot([1; 32])).statement().unwrap();
+        assert_eq!(other, [&b"ambit/act/v1\0"[..], &[4], b"west", &[1, 9], &[7; 16], &[0], &[1; 32]].concat());
+    }
+}

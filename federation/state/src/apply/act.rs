@@ -1,0 +1,174 @@
+//! Acts that take approvers. Every replica verifies their signatures where it applies the entry: Ed25519 verification is a
+//! function of key, message and signature, so that all come to the same.
+
+use super::{At, cell_row, root};
+use crate::command::Reply;
+use crate::objects::{ActRow, ApproverRow};
+use crate::state::State;
+use ambit_model::act::{Act, Approval, Approved, ApproverCard, Proposal, SIGNATURE_BYTES};
+use ambit_model::{Code, ObjectName, Refusal};
+use aws_lc_rs::signature::{ED25519, UnparsedPublicKey};
+use sha2::{Digest, Sha256};
+
+/// People who are asked; one that lost his key is removed by two others.
+const APPROVERS_MAX: usize = 16;
+/// Acts remembered. One that could still be repeated is never forgotten: then there is no room until it ended.
+const ACTS_MAX: usize = 1_000;
+/// A proposal ends within a day: what was signed long ago may not be meant any more.
+const PROPOSAL_MAX_MS: u64 = 24 * 3_600_000;
+/// Of an act that takes two.
+const TWO: usize = 2;
+
+/// Does an act, or says why not before anything is changed. What an approver signed counts for one time.
+pub(super) fn perform(
+    s: &mut State,
+    at: At,
+    act: &Act,
+    approved: Option<&Approved>,
+    by: &str,
+) -> Result<Reply, Refusal> {
+    possible(s, act)?;
+    let needed = needed(s, act)?;
+    let checked = match approved {
+        None if needed == 0 => Checked { statement: [0; 32], expires: at.stamp, by: Vec::new() },
+        None => return Err(missing(needed, 0)),
+        Some(approved) => check(s, at, act, approved, needed)?,
+    };
+    room(s, at)?;
+    match act {
+        Act::RevokeRoot(id) => drop(root::revoke(s, at, id)?),
+        Act::AddApprover(name, card) => {
+            let row = ApproverRow { key: card.key, added: at.stamp, added_by: by.to_owned() };
+            s.approvers.put(&mut s.journal, name.clone(), row);
+        }
+        Act::RemoveApprover(name) => drop(s.approvers.remove(&mut s.journal, name)),
+    }
+    let Checked { statement, expires, by: approved_by } = checked;
+    let row = ActRow { act: act.clone(), by: by.to_owned(), approved_by, stamp: at.stamp, statement, expires };
+    s.acts.put(&mut s.journal, at.index.0, row);
+    Ok(Reply::Done)
+}
+
+/// The command of releases without approvers: good while a cell has none.
+pub(super) fn revoke_root_alone(s: &mut State, at: At, id: &crate::authorities::RootId) -> Result<Reply, Refusal> {
+    match needed(s, &Act::RevokeRoot(*id))? {
+        0 => root::revoke(s, at, id),
+        needed => Err(missing(needed, 0)),
+    }
+}
+
+/// How many approvers the act takes now. A cell without any lets one administrator act alone, as ever; from the first
+/// approver on none can. Whom to ask is decided by those who are asked already: with one, by him.
+fn needed(s: &State, act: &Act) -> Result<usize, Refusal> {
+    match (act, s.approvers.len()) {
+        (_, 0) => Ok(0),
+        (Act::RevokeRoot(_), 1) => {
+            Err(Refusal::new(Code::NeedsSecondApprover, "a cell with two approvers or more", "one with one"))
+        }
+        (Act::AddApprover(..) | Act::RemoveApprover(_), 1) => Ok(1),
+        (Act::RevokeRoot(_) | Act::AddApprover(..) | Act::RemoveApprover(_), _) => Ok(TWO),
+    }
+}
+
+/// What does not depend on who approves is refused before anybody is asked to.
+fn possible(s: &State, act: &Act) -> Result<(), Refusal> {
+    match act {
+        Act::RevokeRoot(id) => root::revocable(s, id).map(drop),
+        Act::AddApprover(name, card) => addable(s, name, card),
+        Act::RemoveApprover(name) if s.approvers.contains(name) => Ok(()),
+        Act::RemoveApprover(name) => Err(Refusal::new(Code::NotFound, "an approver of this cell", name.as_str())),
+    }
+}
+
+/// A key approves under one name only: else one person were two.
+fn addable(s: &State, name: &ObjectName, card: &ApproverCard) -> Result<(), Refusal> {
+    if let Some((other, _)) = s.approvers().find(|(other, row)| *other == name || row.key == card.key) {
+        return Err(Refusal::new(Code::AlreadyExists, "a name and a key that no approver has", other.as_str()));
+    }
+    if s.approvers.len() >= APPROVERS_MAX {
+        return Err(Refusal::new(Code::Busy, format!("at most {APPROVERS_MAX} approvers"), "more"));
+    }
+    if signs(&card.key, &ApproverCard::proved(&card.key), &card.proof) {
+        return Ok(());
+    }
+    Err(Refusal::new(Code::BadRequest, "a key with its own signature (ambit approver keygen)", "another signature"))
+}
+
+/// What approvals were found to be.
+struct Checked {
+    statement: [u8; 32],
+    expires: ambit_model::Stamp,
+    by: Vec<ObjectName>,
+}
+
+/// What costs least is asked first.
+fn check(s: &State, at: At, act: &Act, approved: &Approved, needed: usize) -> Result<Checked, Refusal> {
+    let Approved { epoch, expires, nonce, approvals } = approved;
+    let cell = cell_row(s)?;
+    if *epoch != cell.epoch {
+        let expected = format!("a proposal of epoch {}", cell.epoch);
+        return Err(Refusal::new(Code::ApprovalInvalid, expected, epoch.to_string()));
+    }
+    let last = at.stamp.plus_ms(PROPOSAL_MAX_MS);
+    if *expires < at.stamp || *expires > last {
+        let expected = format!("a proposal that ends between {} and {} (ms)", at.stamp.0, last.0);
+        return Err(Refusal::new(Code::ApprovalExpired, expected, expires.0.to_string()));
+    }
+    let (td, act) = (cell.trust_domain, act.clone());
+    let proposal = Proposal { trust_domain: td, epoch: *epoch, expires: *expires, nonce: *nonce, act };
+    let message = proposal.statement()?;
+    let statement: [u8; 32] = Sha256::digest(&message).into();
+    if let Some((index, _)) = s.acts().find(|(_, row)| row.statement == statement) {
+        return Err(Refusal::new(Code::ApprovalUsed, "a proposal that was not acted on", format!("index {index}")));
+    }
+    if approvals.len() > APPROVERS_MAX {
+        let expected = format!("at most {APPROVERS_MAX} approvals");
+        return Err(Refusal::new(Code::ApprovalInvalid, expected, approvals.len().to_string()));
+    }
+    let mut by: Vec<ObjectName> = Vec::with_capacity(approvals.len());
+    for approval in approvals {
+        let name = approver(s, approval)?;
+        if by.contains(name) {
+            return Err(Refusal::new(Code::ApprovalInvalid, "approvals of different approvers", name.as_str()));
+        }
+        by.push(name.clone());
+    }
+    if by.len() < needed {
+        return Err(missing(needed, by.len()));
+    }
+    for (approval, name) in approvals.iter().zip(&by) {
+        if !signs(&approval.key, &message, &approval.signature) {
+            let found = format!("another signature of {name}'s key");
+            return Err(Refusal::new(Code::ApprovalInvalid, format!("a signature over: {}", proposal.act), found));
+        }
+    }
+    Ok(Checked { statement, expires: *expires, by })
+}
+
+/// Whose approval it says it is.
+fn approver<'a>(s: &'a State, approval: &Approval) -> Result<&'a ObjectName, Refusal> {
+    let found = s.approvers().find(|(_, row)| row.key == approval.key).map(|(name, _)| name);
+    let none = || Refusal::new(Code::ApprovalInvalid, "a key of an approver of this cell", hex::encode(approval.key));
+    found.ok_or_else(none)
+}
+
+/// RFC 8032, with the check of S against the group's order that aws-lc makes: a signature has one form.
+fn signs(key: &[u8; 32], message: &[u8], signature: &[u8]) -> bool {
+    signature.len() == SIGNATURE_BYTES && UnparsedPublicKey::new(&ED25519, key).verify(message, signature).is_ok()
+}
+
+fn missing(needed: usize, found: usize) -> Refusal {
+    Refusal::new(Code::ApprovalMissing, format!("{needed} approvers"), found.to_string())
+}
+
+/// Makes room for one act more, where the oldest can be repeated by nobody any more.
+fn room(s: &mut State, at: At) -> Result<(), Refusal> {
+    while s.acts.len() >= ACTS_MAX {
+        let oldest = s.acts.iter().find(|(_, row)| row.expires < at.stamp).map(|(index, _)| *index);
+        let Some(index) = oldest else {
+            return Err(Refusal::new(Code::Busy, format!("at most {ACTS_MAX} acts within a day"), "more"));
+        };
+        s.acts.remove(&mut s.journal, &index);
+    }
+    Ok(())
+}
