@@ -406,6 +406,12 @@ pub enum Command {
     /// What brings another key set, refused where the one in force is not the one that it was made from
     /// ([`KeySetRow::sha256`]) any more: a replica that joins while a root is activated is in the one that comes after.
     OverKeySet([u8; 32], Box<Command>),
+    /// The prepared JWT authority, by its kid, signs from here on; the one that signed is old.
+    ActivateJwtAuthority(String),
+    /// Tokens of an old JWT authority are to be asked for anew.
+    TaintJwtAuthority(String),
+    /// A tainted or merely prepared JWT authority leaves the bundle: its tokens are refused.
+    RevokeJwtAuthority(String),
 }
 
 /// A foreign bundle, read strictly.

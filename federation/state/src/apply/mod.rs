@@ -110,6 +110,9 @@ pub(crate) fn apply(s: &mut State, index: RaftIndex, stamp: Stamp, command: &Com
         Command::TaintAuthority(id) => authority::taint(s, at, id),
         Command::RevokeAuthority(id) => authority::revoke(s, at, id),
         Command::OverKeySet(replaced, command) => cell::over_key_set(s, at, replaced, command),
+        Command::ActivateJwtAuthority(kid) => jwt::activate_now(s, at, kid),
+        Command::TaintJwtAuthority(kid) => jwt::taint(s, at, kid),
+        Command::RevokeJwtAuthority(kid) => jwt::revoke(s, at, kid),
     }
 }
 
