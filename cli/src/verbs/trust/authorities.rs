@@ -1,5 +1,6 @@
 //! Roots and intermediates as they stand, and single steps of a rotation.
 
+use super::jwt;
 use crate::ask;
 use crate::cell::{Cell, request_id};
 use crate::exit::Exit;
@@ -27,24 +28,28 @@ pub(super) fn request(
 
 /// `ambit trust check`: ends 5 where something is under way or wrong.
 pub(super) async fn check(session: &Session) -> Result<Answer, Refusal> {
-    let state = state(&session.cell()?).await?;
-    let findings = findings(&state, now_ms());
+    let cell = session.cell()?;
+    let (state, keys) = (state(&cell).await?, jwt::state(&cell).await?);
+    let mut findings = findings(&state, now_ms());
+    findings.extend(jwt::findings(&keys));
     let text = match session.form {
         Form::Json => pretty(&json!({
             "sequence": state.sequence,
             "roots": values(&roots(&state)),
             "intermediates": values(&intermediates(&state)),
+            "jwt_authorities": values(&jwt::table(&keys)),
             "findings": findings,
         })),
         Form::Table => {
-            format!("{}\n\n{}", roots(&state).render(Form::Table), intermediates(&state).render(Form::Table))
+            let tables = [roots(&state), intermediates(&state), jwt::table(&keys)];
+            tables.map(|table| table.render(Form::Table)).join("\n\n")
         }
     };
     let answer = findings.iter().fold(Answer::ok(text), |answer, line| answer.note(line.clone()));
     Ok(if findings.is_empty() { answer } else { answer.ending(Exit::Drift) })
 }
 
-fn values(table: &Table) -> Value {
+pub(super) fn values(table: &Table) -> Value {
     serde_json::from_str(&table.render(Form::Json)).unwrap_or_default()
 }
 
@@ -125,7 +130,7 @@ fn intermediates(state: &v1::X509AuthorityState) -> Table {
 pub(super) async fn taint(session: &Session, authority: String, dry_run: bool) -> Result<Answer, Refusal> {
     let (cell, banner) = session.cell_to_change()?;
     let reply = ask!(cell, LocalAuthority.taint_x509_authority(request(Some(authority.clone()), false, dry_run)?))?;
-    Ok(changed(session, &reply, format!("{authority} is tainted"), dry_run).note(banner))
+    Ok(changed(session, &reply.missing, format!("{authority} is tainted"), dry_run).note(banner))
 }
 
 /// `ambit trust revoke AUTHORITY`.
@@ -138,18 +143,18 @@ pub(super) async fn revoke(
     let (cell, banner) = session.cell_to_change()?;
     let request = request(Some(authority.clone()), without_acks, dry_run)?;
     let reply = ask!(cell, LocalAuthority.revoke_x509_authority(request))?;
-    Ok(changed(session, &reply, format!("{authority} is revoked"), dry_run).note(banner))
+    Ok(changed(session, &reply.missing, format!("{authority} is revoked"), dry_run).note(banner))
 }
 
-fn changed(session: &Session, reply: &v1::X509AuthorityResponse, done: String, dry_run: bool) -> Answer {
-    let what = match (dry_run, reply.missing.is_empty()) {
+pub(super) fn changed(session: &Session, missing: &[String], done: String, dry_run: bool) -> Answer {
+    let what = match (dry_run, missing.is_empty()) {
         (false, _) => done,
         (true, true) => "it would be done: nobody is missing".to_owned(),
-        (true, false) => format!("it would be refused: {}", reply.missing.join(", ")),
+        (true, false) => format!("it would be refused: {}", missing.join(", ")),
     };
     Answer::ok(match session.form {
         Form::Table => what,
-        Form::Json => pretty(&json!({"done": !dry_run, "missing": reply.missing})),
+        Form::Json => pretty(&json!({"done": !dry_run, "missing": missing})),
     })
 }
 

@@ -5,7 +5,7 @@ use super::{OrStatus, request_id};
 use crate::authorise::{Client, Role, actor};
 use crate::replica::{Replica, jwt};
 use ambit_identity::{Csr, issue, issue_jwt};
-use ambit_model::{Audience, Code, NodeId, Refusal, TrustDomain};
+use ambit_model::{Audience, Code, JwtAuthority, NodeId, Refusal, TrustDomain};
 use ambit_proto::convert::{dns_names, jwt_ttl, svid_ttl};
 use ambit_proto::status::to_status;
 use ambit_proto::v1;
@@ -283,11 +283,20 @@ impl Bundles {
         self.0
             .read(|s| {
                 let jwt = s.jwt_bundles();
+                let own = s.cell().map(|cell| &cell.trust_domain);
+                let state = |kid: &str| {
+                    let row = s.jwt_authorities().find(|row| row.kid == kid);
+                    row.map(|row| row.state.as_str().to_owned()).unwrap_or_default()
+                };
+                let key = |td: &TrustDomain, key: &JwtAuthority| v1::JwtAuthority {
+                    state: if Some(td) == own { state(&key.kid) } else { String::new() },
+                    ..key.into()
+                };
                 let message = |(td, (sequence, roots_der)): (TrustDomain, (u64, Vec<Vec<u8>>))| v1::Bundle {
                     trust_domain: td.to_string(),
                     sequence,
                     roots_der,
-                    jwt_authorities: jwt.get(&td).into_iter().flatten().map(Into::into).collect(),
+                    jwt_authorities: jwt.get(&td).into_iter().flatten().map(|one| key(&td, one)).collect(),
                 };
                 s.bundles().into_iter().map(message).collect()
             })

@@ -66,6 +66,10 @@ impl State {
         let tainted = self.jwt_authorities().filter(|row| row.state == JwtAuthorityState::Tainted);
         tainted.map(|row| row.kid.clone()).collect()
     }
+    /// Keys of JWT-SVIDs of a peer, as it told of them last.
+    pub fn peer_jwt(&self, td: &TrustDomain) -> &[JwtAuthority] {
+        self.peer_jwt.get(td).map_or(&[], |keys| keys.authorities.as_slice())
+    }
     /// What a leader is to do, as of the last entry.
     pub fn jwt_due(&self) -> JwtDue {
         let now = self.stamp();
