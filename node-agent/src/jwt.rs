@@ -106,11 +106,12 @@ pub async fn fetch(
         let tainted = known.view.as_ref().map(|view| view.tainted_jwt.clone()).unwrap_or_default();
         keys(known, found).map(|keys| Entitled { own, trust: trusting(&keys), tainted })
     };
-    let Entitled { own, trust, tainted } = match follow::once(issued, &mut workload, entitled).await.map_err(NoToken::Why)? {
-        Answer::Set(entitled) | Answer::Part(entitled) => entitled,
-        Answer::Coming => return Err(NoToken::Why(Why::Starting)),
-        Answer::Nobody => return Err(NoToken::Why(Why::Nobody)),
-    };
+    let Entitled { own, trust, tainted } =
+        match follow::once(issued, &mut workload, entitled).await.map_err(NoToken::Why)? {
+            Answer::Set(entitled) | Answer::Part(entitled) => entitled,
+            Answer::Coming => return Err(NoToken::Why(Why::Starting)),
+            Answer::Nobody => return Err(NoToken::Why(Why::Nobody)),
+        };
     let mut all = Vec::new();
     for (entry, id, hint) in own {
         match tokens.token(&entry, &id, &audience, &trust, &tainted).await {

@@ -221,7 +221,8 @@ mod tests {
     fn what_was_handed_out_longest_ago_goes_first() {
         let mut kept = Kept::default();
         let key = |n: usize| (format!("e{n}").parse::<EntryId>().unwrap(), [0; 32]);
-        let token = || Token { text: Arc::default(), kid: String::new(), since: Stamp(0), not_after: Stamp(100), used: 0 };
+        let token =
+            || Token { text: Arc::default(), kid: String::new(), since: Stamp(0), not_after: Stamp(100), used: 0 };
         for n in 0..KEPT_MAX {
             kept.keep(key(n), token());
         }

@@ -50,8 +50,7 @@ struct Judge {
 impl Judge {
     fn start() -> Judge {
         let mut python = Command::new("/usr/bin/python3");
-        let mut child =
-            python.args(["-c", JUDGE]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut child = python.args(["-c", JUDGE]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let (ask, answers) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
         Judge { child, ask, answers }
     }
@@ -162,7 +161,8 @@ async fn a_stolen_key_is_replaced_at_once_and_refused_everywhere_and_no_good_tok
 
     // Tokens by each replica in turn, judged by what the other cell says at that moment.
     let (west, east) = (Arc::new(west), Arc::new(east));
-    let (stop, done, failed) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)), Arc::new(Mutex::new(vec![])));
+    let (stop, done, failed) =
+        (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)), Arc::new(Mutex::new(vec![])));
     let judging = {
         let (west, east, stop, done, failed) = (west.clone(), east.clone(), stop.clone(), done.clone(), failed.clone());
         tokio::spawn(async move {

@@ -11,6 +11,9 @@ use ambit_model::Refusal;
 use ambit_proto::v1;
 use serde_json::{Value, json};
 
+/// The longest that an intermediate lasts. When the one began that a cell was founded with no row says.
+const WEEK_MS: u64 = 7 * 24 * 3_600_000;
+
 /// What is there now.
 pub(super) async fn state(cell: &Cell) -> Result<v1::X509AuthorityState, Refusal> {
     ask!(cell, LocalAuthority.get_x509_authority_state(v1::X509AuthorityStateRequest { local_only: false }))
@@ -74,7 +77,7 @@ pub(super) fn findings(state: &v1::X509AuthorityState, now_ms: u64) -> Vec<Strin
         }
     }
     for one in state.intermediates.iter().filter(|i| i.current) {
-        let life = one.not_after_ms.saturating_sub(one.not_before_ms);
+        let life = one.not_after_ms.saturating_sub(one.not_before_ms).min(WEEK_MS);
         let left = one.not_after_ms.saturating_sub(now_ms);
         // It is renewed at half of its life, a tenth later at the latest.
         if left < life / 3 {
@@ -198,7 +201,14 @@ mod tests {
             not_after_ms: 1_000_000 + left_ms,
             ..Default::default()
         };
+        let founded = |left_ms: u64| v1::X509Intermediate {
+            not_before_ms: 0,
+            not_after_ms: 1_000_000 + left_ms,
+            ..one("active", true, 1)
+        };
         for (one, lines) in [
+            (founded(WEEK_MS - 1_000), 0),
+            (founded(WEEK_MS / 3 - 1_000), 1),
             (one("active", true, 301), 0),
             (one("active", true, 299), 1),
             (one("active", false, 1), 0),

@@ -116,9 +116,9 @@ fn next(state: &v1::JwtAuthorityState, began_with: &str) -> Option<Step> {
 /// The key to replace: one whose replacement was broken off after it was tainted, else the one that signs.
 fn outgoing(state: &v1::JwtAuthorityState) -> Result<String, Refusal> {
     let of = |wanted: &str| state.authorities.iter().find(|key| key.state == wanted).map(|key| key.kid.clone());
-    of("tainted")
-        .or_else(|| of("active"))
-        .ok_or_else(|| Refusal::new(Code::IssuerUnavailable, "a JWT authority that signs", "none: the cell is starting"))
+    of("tainted").or_else(|| of("active")).ok_or_else(|| {
+        Refusal::new(Code::IssuerUnavailable, "a JWT authority that signs", "none: the cell is starting")
+    })
 }
 
 /// Replaces the key that signs, from the preparation of the next one to its own revocation. Steps are told on standard
@@ -161,7 +161,8 @@ pub(super) async fn rotate(session: &Session, options: Options) -> Result<Answer
         Form::Table => format!("JWT key: {}", active.kid),
         Form::Json => pretty(&json!({"kid": active.kid, "revoked": former, "steps": steps.done})),
     };
-    Ok(Answer::ok(text).note("outsiders who fetch the bundle or the OIDC keys believe the former one until they do so again"))
+    Ok(Answer::ok(text)
+        .note("outsiders who fetch the bundle or the OIDC keys believe the former one until they do so again"))
 }
 
 /// Waits until nobody is waited for at the key in that state.

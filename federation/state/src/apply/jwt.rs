@@ -243,8 +243,7 @@ pub(super) fn tick(s: &mut State, at: At) -> Result<(), Refusal> {
     }
     if s.jwt_authorities().any(|row| row.not_after < at.stamp) {
         // One that is published no more goes without a word.
-        changed |=
-            s.jwt_authorities().any(|row| row.not_after < at.stamp && row.state != JwtAuthorityState::Revoked);
+        changed |= s.jwt_authorities().any(|row| row.not_after < at.stamp && row.state != JwtAuthorityState::Revoked);
         s.jwt_authorities.prune(&mut s.journal, |_, row| row.not_after < at.stamp);
     }
     if changed { publish(s, at) } else { Ok(()) }

@@ -116,9 +116,8 @@ impl Survey {
         let holds = |holder: Option<&v1::Holder>| holder.is_some_and(|h| h.sequence >= since);
         let replicas = s.members().filter(|(n, _)| !holds(self.get("replica", n.to_string())));
         let nodes = live_nodes(s).filter(|node| !holds(self.get("node", node.clone())));
-        let peers = active_peers(s).filter(|td| {
-            !self.get("peer", td.clone()).is_some_and(|h| h.age_ms <= PEER_AGE_MS_MAX && peer_holds(h))
-        });
+        let peers = active_peers(s)
+            .filter(|td| !self.get("peer", td.clone()).is_some_and(|h| h.age_ms <= PEER_AGE_MS_MAX && peer_holds(h)));
         let replicas = replicas.map(|(n, _)| format!("replica {n}"));
         let nodes = nodes.map(|node| format!("node {node}"));
         replicas.chain(nodes).chain(peers.map(|td| format!("peer {td}"))).collect()
