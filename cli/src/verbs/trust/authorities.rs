@@ -193,17 +193,18 @@ mod tests {
             assert_eq!(found.len(), usize::from(said.is_some()), "{root:?}: {found:?}");
             assert!(found.iter().all(|line| line.contains(said.unwrap_or_default())), "{found:?}");
         }
+        const NOW: u64 = 10 * WEEK_MS;
         let one = |state: &str, current, left_ms: u64| v1::X509Intermediate {
             state: state.into(),
             replica: 2,
             current,
-            not_before_ms: 1_000_000 + left_ms - 900,
-            not_after_ms: 1_000_000 + left_ms,
+            not_before_ms: NOW + left_ms - 900,
+            not_after_ms: NOW + left_ms,
             ..Default::default()
         };
         let founded = |left_ms: u64| v1::X509Intermediate {
             not_before_ms: 0,
-            not_after_ms: 1_000_000 + left_ms,
+            not_after_ms: NOW + left_ms,
             ..one("active", true, 1)
         };
         for (one, lines) in [
@@ -216,7 +217,7 @@ mod tests {
             (one("tainted", false, 600), 0),
         ] {
             let state = v1::X509AuthorityState { intermediates: vec![one], ..Default::default() };
-            assert_eq!(findings(&state, 1_000_000).len(), lines, "{state:?}");
+            assert_eq!(findings(&state, NOW).len(), lines, "{state:?}");
         }
     }
 }
