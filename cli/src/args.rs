@@ -177,6 +177,9 @@ pub enum Trust {
     Check,
     /// A new root: prepare, activate, taint, revoke, waiting for everybody in between; goes on where it was broken off
     Rotate {
+        /// A new key of JWT-SVIDs instead: tokens by the one that signs now are refused in the end
+        #[arg(long)]
+        jwt: bool,
         /// How long to wait for everybody at each step
         #[arg(long, default_value = "10m", value_name = "TIME")]
         wait: Millis,
@@ -187,17 +190,17 @@ pub enum Trust {
         #[arg(long)]
         dry_run: bool,
     },
-    /// Has whatever is under the old root or an intermediate issued anew
+    /// Has whatever is under the old root, an intermediate or an old JWT key issued anew
     Taint {
-        /// A root's fingerprint (64 hex digits) or an intermediate's key identifier (40)
+        /// A root's fingerprint (64 hex digits), an intermediate's key identifier (40) or a JWT key's kid (32)
         authority: String,
         /// Change nothing
         #[arg(long)]
         dry_run: bool,
     },
-    /// Has whatever is under a tainted root or intermediate refused, everywhere and for ever
+    /// Has whatever is under a tainted root, intermediate or JWT key refused, everywhere and for ever
     Revoke {
-        /// A root's fingerprint (64 hex digits) or an intermediate's key identifier (40)
+        /// A root's fingerprint (64 hex digits), an intermediate's key identifier (40) or a JWT key's kid (32)
         authority: String,
         /// Also while somebody shows something that is under it
         #[arg(long)]

@@ -78,7 +78,7 @@ impl Table {
     pub fn render_one(&self, form: Form) -> String {
         let Some(row) = self.rows.first() else { return String::new() };
         match form {
-            Form::Json => pretty(&Value::Object(self.object(row))),
+            Form::Json => pretty(&Value::Object(self.value_of_one())),
             Form::Table => {
                 let width = self.columns.iter().map(|c| c.len()).max().unwrap_or(0) + 1;
                 let line = |(name, cell): (&&str, &Value)| format!("{:width$} {}", format!("{name}:"), plain(cell));
@@ -86,6 +86,11 @@ impl Table {
                 lines.iter().map(|l| l.trim_end()).collect::<Vec<_>>().join("\n")
             }
         }
+    }
+
+    /// One row as a JSON object, to be told with more.
+    pub fn value_of_one(&self) -> Map<String, Value> {
+        self.rows.first().map(|row| self.object(row)).unwrap_or_default()
     }
 
     fn object(&self, row: &[Value]) -> Map<String, Value> {

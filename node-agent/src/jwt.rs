@@ -46,6 +46,8 @@ pub enum NoToken {
 struct Entitled {
     own: Vec<(EntryId, SpiffeId, String)>,
     trust: JwtTrust,
+    /// Keys of the own trust domain whose tokens are to be asked for anew.
+    tainted: BTreeSet<String>,
 }
 
 /// Keys of JWT-SVIDs by trust domain, for whoever has the selectors `found`.
@@ -101,16 +103,18 @@ pub async fn fetch(
         let held = named.filter(|(entry, _)| !known.svids.get(&entry.id).is_some_and(Result::is_err));
         let own = held.map(|(entry, hint)| (entry.id.clone(), entry.spiffe_id.clone(), hint));
         let own: Vec<_> = own.filter(|(_, id, _)| only.as_ref().is_none_or(|only| only == id)).collect();
-        keys(known, found).map(|keys| Entitled { own, trust: trusting(&keys) })
+        let tainted = known.view.as_ref().map(|view| view.tainted_jwt.clone()).unwrap_or_default();
+        keys(known, found).map(|keys| Entitled { own, trust: trusting(&keys), tainted })
     };
-    let Entitled { own, trust } = match follow::once(issued, &mut workload, entitled).await.map_err(NoToken::Why)? {
-        Answer::Set(entitled) | Answer::Part(entitled) => entitled,
-        Answer::Coming => return Err(NoToken::Why(Why::Starting)),
-        Answer::Nobody => return Err(NoToken::Why(Why::Nobody)),
-    };
+    let Entitled { own, trust, tainted } =
+        match follow::once(issued, &mut workload, entitled).await.map_err(NoToken::Why)? {
+            Answer::Set(entitled) | Answer::Part(entitled) => entitled,
+            Answer::Coming => return Err(NoToken::Why(Why::Starting)),
+            Answer::Nobody => return Err(NoToken::Why(Why::Nobody)),
+        };
     let mut all = Vec::new();
     for (entry, id, hint) in own {
-        match tokens.token(&entry, &id, &audience, &trust).await {
+        match tokens.token(&entry, &id, &audience, &trust, &tainted).await {
             Ok(token) => all.push(Identity { id, token: Token(token.to_string()), hint }),
             Err(refusal) if refusal.code.class() == Class::Unavailable => {
                 tracing::debug!(entry = %entry, %refusal, "JWT-SVID not issued now");

@@ -1,6 +1,6 @@
 //! JWT-SVIDs for workloads: asked of the cell for one entry and audience, and kept until half of their life is over; longer
 //! where the cell is away. What is kept is verified again each time it is handed out: a key that was revoked since, or an
-//! entry that has another identity now, ends it.
+//! entry that has another identity now, ends it. What a tainted key signed is asked for anew.
 //!
 //! Never: a token for an audience that was not asked for, or one that does not verify by the own bundle.
 
@@ -8,12 +8,12 @@ use crate::backoff::random;
 use crate::clock::Clock;
 use crate::metrics::METRICS;
 use crate::svids::withdraws;
-use ambit_identity::{JwtTrust, verify_jwt};
+use ambit_identity::{JwtSvid, JwtTrust, verify_jwt};
 use ambit_model::{Audience, Code, EntryId, Refusal, SpiffeId, Stamp};
 use ambit_proto::status::from_status;
 use ambit_proto::v1::NewJwtsvidRequest;
 use ambit_proto::v1::svid_client::SvidClient;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::{Semaphore, watch};
@@ -56,6 +56,7 @@ struct Kept {
 #[derive(Clone)]
 struct Token {
     text: Arc<Zeroizing<String>>,
+    kid: String,
     since: Stamp,
     not_after: Stamp,
     used: u64,
@@ -78,18 +79,20 @@ impl Tokens {
         self.clock.now()
     }
 
-    /// A token of `entry`, whose identity is `id`, for `audience`; `trust` holds the own bundle.
+    /// A token of `entry`, whose identity is `id`, for `audience`; `trust` holds the own bundle, of which the keys `tainted`
+    /// are soon revoked.
     pub async fn token(
         &self,
         entry: &EntryId,
         id: &SpiffeId,
         audience: &Audience,
         trust: &JwtTrust,
+        tainted: &BTreeSet<String>,
     ) -> Result<Arc<Zeroizing<String>>, Refusal> {
         let key = (entry.clone(), audience.sha256());
         let now = self.clock.now();
         let kept = self.lock().find(&key).filter(|token| checked(&token.text, id, audience, trust, now).is_ok());
-        if let Some(fresh) = kept.as_ref().filter(|token| now < token.half()) {
+        if let Some(fresh) = kept.as_ref().filter(|token| now < token.half() && !tainted.contains(&token.kid)) {
             return Ok(fresh.text.clone());
         }
         match self.ask(entry, id, audience, trust).await {
@@ -134,9 +137,9 @@ impl Tokens {
         let late = |_| Refusal::new(Code::Unavailable, "an answer", format!("none in {ANSWER_MAX:?}"));
         let text = Arc::new(Zeroizing::new(answer.map_err(late)?.map_err(|s| from_status(&s))?.into_inner().token));
         let now = self.clock.now();
-        let not_after = checked(&text, id, audience, trust, now)
+        let token = checked(&text, id, audience, trust, now)
             .map_err(|refusal| Refusal::new(Code::Internal, "the token that was asked for", refusal.to_string()))?;
-        Ok(Token { text, since: now, not_after, used: 0 })
+        Ok(Token { text, kid: token.kid().to_owned(), since: now, not_after: token.not_after(), used: 0 })
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Kept> {
@@ -144,8 +147,8 @@ impl Tokens {
     }
 }
 
-/// Until when a token says `id` to exactly this audience, by `trust`.
-fn checked(text: &str, id: &SpiffeId, audience: &Audience, trust: &JwtTrust, now: Stamp) -> Result<Stamp, Refusal> {
+/// A token that says `id` to exactly this audience, by `trust`.
+fn checked(text: &str, id: &SpiffeId, audience: &Audience, trust: &JwtTrust, now: Stamp) -> Result<JwtSvid, Refusal> {
     let first = audience.recipients().first().map(String::as_str).unwrap_or_default();
     let token = verify_jwt(text, first, trust, now)?;
     if token.id() != id {
@@ -154,7 +157,7 @@ fn checked(text: &str, id: &SpiffeId, audience: &Audience, trust: &JwtTrust, now
     if token.audience() != audience.recipients() {
         return Err(Refusal::new(Code::JwtAudience, audience.recipients().join(", "), token.audience().join(", ")));
     }
-    Ok(token.not_after())
+    Ok(token)
 }
 
 impl Token {
@@ -218,7 +221,8 @@ mod tests {
     fn what_was_handed_out_longest_ago_goes_first() {
         let mut kept = Kept::default();
         let key = |n: usize| (format!("e{n}").parse::<EntryId>().unwrap(), [0; 32]);
-        let token = || Token { text: Arc::default(), since: Stamp(0), not_after: Stamp(100), used: 0 };
+        let token =
+            || Token { text: Arc::default(), kid: String::new(), since: Stamp(0), not_after: Stamp(100), used: 0 };
         for n in 0..KEPT_MAX {
             kept.keep(key(n), token());
         }

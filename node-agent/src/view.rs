@@ -41,6 +41,8 @@ pub struct View {
     pub denials: Denials,
     /// Intermediates of the own cell whose leaves are to be asked for anew.
     pub tainted: BTreeSet<String>,
+    /// JWT authorities of the own cell whose tokens are to be asked for anew.
+    pub tainted_jwt: BTreeSet<String>,
     /// How far peers' records are in, handed back in the acknowledgement.
     pub imported: Vec<v1::ImportedSeq>,
 }
@@ -72,6 +74,7 @@ impl View {
             denials: Denials::parse(Revision(slice.revision), &slice.denials, &slice.authority_denials)?
                 .with_svids(&slice.id_denials, &slice.leaf_denials)?,
             tainted: slice.tainted_authorities.iter().map(|name| authority_name(name)).collect::<Result<_, _>>()?,
+            tainted_jwt: slice.tainted_jwt_authorities.into_iter().collect(),
             imported: slice.imported,
         })
     }

@@ -196,6 +196,36 @@ async fn a_token_is_kept_while_it_is_good_and_no_longer() {
 }
 
 #[tokio::test]
+async fn what_a_tainted_key_signed_is_asked_for_anew_and_told_only_while_the_cell_is_away() {
+    let stage = stage().await;
+    let issuer = &stage.served.issuer;
+    let first = stage.mine("a").await.unwrap();
+    let (bundle, tainted) = issuer.with(|west| {
+        west.taint_jwt();
+        (west.bundle(), west.tainted_jwt())
+    });
+    assert_eq!((bundle.jwt_authorities.len(), tainted.len()), (2, 1));
+    let mut slice = v1::Slice { revision: 2, tainted_jwt_authorities: tainted, ..stage.slice.clone() };
+    slice.bundles[0] = bundle;
+    stage.issued.set_view(issuer.with(|west| west.view(slice.clone())));
+    stage.cell.send_replace(None);
+    assert_eq!(stage.mine("a").await, Ok(first.clone()), "valid still, and better than none");
+    stage.cell.send_replace(Some(stage.served.channel.clone()));
+    issuer.asked();
+    let second = stage.mine("a").await.unwrap();
+    assert_ne!(second, first);
+    assert_eq!((stage.mine("a").await, issuer.asked()), (Ok(second), 1), "kept again");
+
+    // Revoked: whoever holds the first one is refused with it.
+    assert!(stage.validate("a", &first).await.is_ok());
+    slice.bundles[0].jwt_authorities.remove(0);
+    let slice = v1::Slice { revision: 3, tainted_jwt_authorities: vec![], ..slice };
+    stage.issued.set_view(issuer.with(|west| west.view(slice)));
+    assert_eq!(stage.validate("a", &first).await.unwrap_err().code(), Code::InvalidArgument);
+    assert!(stage.mine("a").await.is_ok());
+}
+
+#[tokio::test]
 async fn one_that_asks_for_ever_new_audiences_is_stopped() {
     let stage = stage().await;
     let mut told = 0;

@@ -221,7 +221,8 @@ impl From<&v1::JwtAuthority> for JwtAuthority {
 
 impl From<&JwtAuthority> for v1::JwtAuthority {
     fn from(a: &JwtAuthority) -> Self {
-        v1::JwtAuthority { kid: a.kid.clone(), spki_der: a.spki_der.clone(), not_after_ms: a.not_after.0 }
+        let (kid, spki_der, state) = (a.kid.clone(), a.spki_der.clone(), String::new());
+        v1::JwtAuthority { kid, spki_der, not_after_ms: a.not_after.0, state }
     }
 }
 

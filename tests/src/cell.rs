@@ -128,6 +128,11 @@ impl Cell {
         Ok(cell)
     }
 
+    /// Replicas that join from here on have these lines instead.
+    pub fn configure(&mut self, more: &str) {
+        more.clone_into(&mut self.more);
+    }
+
     /// Lets the replica with the next number join.
     pub async fn add(&mut self, number: usize) -> Result<()> {
         let joined = self.joined(number, &format!("r{number}")).await?;

@@ -210,7 +210,7 @@ async fn peers_administrators_are_nobody(west: &Cell, east: &Cell) {
     let foreign = west.channel_as(east.admin_identity().unwrap(), 1).await.unwrap();
     let listed = ClusterRegistryClient::new(foreign.clone()).list_peers(v1::ListPeersRequest {}).await;
     assert_eq!(refusal(listed).unwrap().code.as_str(), "permission_denied");
-    let pull = v1::PullRequest { after_seq: 0, nonce: vec![1; 16], limit: 1, roots_held: Vec::new() };
+    let pull = v1::PullRequest { after_seq: 0, nonce: vec![1; 16], limit: 1, ..Default::default() };
     let pulled = v1::peer_link_client::PeerLinkClient::new(foreign).pull(pull).await;
     assert_eq!(refusal(pulled).unwrap().code.as_str(), "permission_denied");
 }

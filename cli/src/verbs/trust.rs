@@ -1,6 +1,7 @@
 //! `ambit trust` and `ambit identity`.
 
 mod authorities;
+mod jwt;
 mod rotate;
 
 use super::Session;
@@ -23,12 +24,18 @@ pub(super) async fn trust(session: &Session, verb: Trust) -> Result<Answer, Refu
     match verb {
         Trust::Show { trust_domain, pem } => show(session, trust_domain, pem).await,
         Trust::Check => authorities::check(session).await,
+        Trust::Taint { authority, dry_run } if jwt::is_kid(&authority) => jwt::taint(session, authority, dry_run).await,
         Trust::Taint { authority, dry_run } => authorities::taint(session, authority, dry_run).await,
+        Trust::Revoke { authority, without_acks, dry_run, approvals } if jwt::is_kid(&authority) => {
+            authorities::takes_none(&approvals, &authority)?;
+            jwt::revoke(session, authority, without_acks, dry_run).await
+        }
         Trust::Revoke { authority, without_acks, dry_run, approvals } => {
             authorities::revoke(session, authority, without_acks, dry_run, &approvals).await
         }
-        Trust::Rotate { wait, without_acks, dry_run } => {
-            rotate::rotate(session, rotate::Options { wait: wait.duration(), without_acks, dry_run }).await
+        Trust::Rotate { jwt, wait, without_acks, dry_run } => {
+            let options = rotate::Options { wait: wait.duration(), without_acks, dry_run };
+            if jwt { jwt::rotate(session, options).await } else { rotate::rotate(session, options).await }
         }
     }
 }
@@ -63,7 +70,15 @@ async fn show(session: &Session, trust_domain: Option<String>, pem: bool) -> Res
         json!(bundle.sequence),
         json!(bundle.roots_der.iter().map(|der| hex::encode(Sha256::digest(der))).collect::<Vec<_>>()),
     ]);
-    Ok(Answer::ok(table.render_one(session.form)))
+    let keys = jwt::published(&bundle);
+    Ok(Answer::ok(match session.form {
+        Form::Table => format!("{}\n\n{}", table.render_one(Form::Table), keys.render(Form::Table)),
+        Form::Json => {
+            let mut one = table.value_of_one();
+            one.insert("jwt_authorities".to_owned(), authorities::values(&keys));
+            pretty(&one.into())
+        }
+    }))
 }
 
 /// The root that the operator trusts, by file or fingerprint: whatever came with what is to be checked is not asked.

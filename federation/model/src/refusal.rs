@@ -162,7 +162,7 @@ codes! {
     BundleEquivocation = "bundle_equivocation", Precondition, "the endpoint served two bundles under one sequence: do not trust it before its operator explains them";
     BundleShrunk = "bundle_shrunk", Precondition, "the bundle became empty, which revokes everything: confirm it (ambit federation confirm) if that is meant";
     EndpointRefused = "endpoint_refused", Unavailable, "check the URL, profile and endpoint SPIFFE ID of the relationship, and what answers there";
-    RootState = "root_state", Precondition, "roots go from prepared to active, old, tainted and revoked, one at a time (ambit trust show)";
+    RootState = "root_state", Precondition, "roots and JWT authorities go from prepared to active, old, tainted and revoked, one at a time (ambit trust check)";
     AcksMissing = "acks_missing", Precondition, "wait until those named hold what they must, or go on without them (--without-acks)";
     AuthorityInUse = "authority_in_use", Precondition, "wait until nothing in use is under it (ambit trust show), or go on regardless (--without-acks)";
     NeedsSecondApprover = "needs_second_approver", Precondition, "add a second approver first (ambit approver add): one alone does not do this";

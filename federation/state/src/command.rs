@@ -415,6 +415,12 @@ pub enum Command {
         /// The administrator.
         by: String,
     },
+    /// The prepared JWT authority, by its kid, signs from here on; the one that signed is old.
+    ActivateJwtAuthority(String),
+    /// Tokens of an old JWT authority are to be asked for anew.
+    TaintJwtAuthority(String),
+    /// A tainted or merely prepared JWT authority leaves the bundle: its tokens are refused.
+    RevokeJwtAuthority(String),
 }
 
 /// A foreign bundle, read strictly.

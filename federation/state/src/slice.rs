@@ -43,6 +43,8 @@ pub struct Slice {
     pub imported: BTreeMap<TrustDomain, u64>,
     /// Intermediates of the own cell whose leaves are to be issued anew.
     pub tainted: BTreeSet<String>,
+    /// JWT authorities of the own cell whose tokens are to be asked for anew.
+    pub tainted_jwt: BTreeSet<String>,
     /// Leaves of these intermediates are refused; each is the trust domain's that said so.
     pub authority_denials: BTreeSet<(TrustDomain, String)>,
 }
@@ -84,6 +86,7 @@ impl State {
             svid_denials: self.svid_denials(),
             imported: self.imported(),
             tainted: self.tainted_authorities(),
+            tainted_jwt: self.tainted_jwt(),
             authority_denials: self.denied_authorities(),
         })
     }

@@ -127,6 +127,119 @@ fn a_replica_that_joins_is_wrapped_to_and_one_that_leaves_ends_what_it_knew() {
 }
 
 #[test]
+fn operators_take_an_authority_down_its_steps_one_at_a_time_and_never_back() {
+    let mut west = Cell::founded("west");
+    let (activate, taint, revoke) = (
+        |n| Command::ActivateJwtAuthority(kid(n)),
+        |n| Command::TaintJwtAuthority(kid(n)),
+        |n| Command::RevokeJwtAuthority(kid(n)),
+    );
+    let wrap = |n| Command::WrapJwtAuthority(kid(n), to(&[1]));
+    west.at(T, 0, put(1, &[1])).unwrap();
+    let (first, records) = (sequence(&west), west.state.records_after(0).count());
+    for (what, command, refused) in [
+        ("none of that name", activate(9), Some(Code::NotFound)),
+        ("none of that name", taint(9), Some(Code::NotFound)),
+        ("none of that name", revoke(9), Some(Code::NotFound)),
+        ("activate what signs", activate(1), Some(Code::RootState)),
+        ("taint what signs", taint(1), Some(Code::RootState)),
+        ("revoke what signs", revoke(1), Some(Code::RootState)),
+        ("prepared", put(2, &[1]), None),
+        ("a second one", put(3, &[1]), Some(Code::AlreadyExists)),
+        ("taint what never signed", taint(2), Some(Code::RootState)),
+        ("activated", activate(2), None),
+        ("again", activate(2), Some(Code::RootState)),
+        ("the former again", activate(1), Some(Code::RootState)),
+        ("revoke what is old", revoke(1), Some(Code::RootState)),
+        ("tainted", taint(1), None),
+        ("again", taint(1), Some(Code::RootState)),
+        ("wrap what is tainted", wrap(1), Some(Code::RootState)),
+        ("activate what is tainted", activate(1), Some(Code::RootState)),
+        ("revoked", revoke(1), None),
+        ("again", revoke(1), Some(Code::RootState)),
+        ("wrap what is revoked", wrap(1), Some(Code::RootState)),
+        ("activate what is revoked", activate(1), Some(Code::RootState)),
+        ("never back", put(1, &[1]), Some(Code::AlreadyExists)),
+        ("prepared", put(3, &[1]), None),
+        ("given up", revoke(3), None),
+        ("never back", put(3, &[1]), Some(Code::AlreadyExists)),
+    ] {
+        let outcome = west.at(T + 1, 0, command);
+        assert_eq!(outcome.as_ref().err().map(|r| r.code), refused, "{what}: {outcome:?}");
+    }
+    assert_eq!(life(&west), [(kid(1), "revoked"), (kid(2), "active"), (kid(3), "revoked")]);
+    // Prepared, activated, tainted, revoked, prepared, revoked: each is another bundle, and a record for peers.
+    assert_eq!((sequence(&west), west.state.records_after(0).count()), (first + 6, records + 6));
+    let td: TrustDomain = "west".parse().unwrap();
+    let published: Vec<String> = west.state.jwt_bundles()[&td].iter().map(|a| a.kid.clone()).collect();
+    assert_eq!(published, [kid(2)], "what is revoked is published nowhere");
+    let gone = west.state.jwt_authorities().find(|row| row.kid == kid(1)).unwrap().clone();
+    assert!(gone.spki_der.is_empty() && gone.wrapped.is_empty(), "{gone:?}");
+    assert_eq!(west.state.jwt_due(), JwtDue::Nothing);
+
+    // It is forgotten once no token of it could be valid, which is no other bundle.
+    let (before, end) = (sequence(&west), T + 1 + 1_000 * u64::from(JwtTtl::CEILING_S) + ISSUER_MARGIN_MS);
+    west.at(end, 0, Command::Tick).unwrap();
+    assert_eq!(life(&west).len(), 3);
+    west.at(end + 1, 0, Command::Tick).unwrap();
+    assert_eq!((life(&west), sequence(&west)), (vec![(kid(2), "active")], before));
+    let restored = State::import(west.state.export()).unwrap();
+    assert_eq!(restored.digest(), west.state.digest());
+}
+
+#[test]
+fn an_operator_replaces_a_key_at_once_and_what_was_signed_by_it_is_to_be_had_anew() {
+    let mut west = with_node();
+    west.run(put(2, &[1])).unwrap();
+    assert_eq!(token(west.run(ask(1, 2, "db"))), Err(Code::AuthorityMismatch), "it signs nothing yet");
+    west.run(Command::ActivateJwtAuthority(kid(2))).unwrap();
+    assert_eq!(token(west.run(ask(1, 1, "db"))), Err(Code::AuthorityMismatch), "it signs nothing more");
+    assert_eq!(token(west.run(ask(1, 2, "db"))).unwrap().kid, kid(2));
+    let former = west.state.jwt_authorities().next().unwrap().clone();
+    assert_eq!((former.leaves, former.wrapped.len()), (Stamp(T), 0));
+    assert_eq!(west.state.jwt_signer().unwrap().leaves, Stamp(T + JWT_SIGNS_MS), "the next by time, from here on");
+
+    let said = |cell: &Cell| {
+        let slice = cell.state.slice(&node(1)).unwrap();
+        let td: TrustDomain = "west".parse().unwrap();
+        (slice.tainted_jwt.into_iter().collect::<Vec<_>>(), slice.jwt_authorities[&td].len())
+    };
+    assert_eq!(said(&west), (vec![], 2));
+    let revision = west.state.slice(&node(1)).unwrap().revision;
+    west.run(Command::TaintJwtAuthority(kid(1))).unwrap();
+    assert_eq!(said(&west), (vec![kid(1)], 2), "still believed, and to be had anew");
+    west.run(Command::RevokeJwtAuthority(kid(1))).unwrap();
+    assert_eq!(said(&west), (vec![], 1));
+    assert!(west.state.slice(&node(1)).unwrap().revision > revision);
+}
+
+#[test]
+fn revoked_ones_leave_room_for_new_ones_and_are_not_remembered_without_bound() {
+    let mut west = Cell::founded("west");
+    west.run(put(0, &[1])).unwrap();
+    for n in 1..=8 {
+        let prepared = west.run(put(n, &[1]));
+        if n == 8 {
+            assert_eq!(code(prepared), Code::Busy, "eight are published");
+            break;
+        }
+        prepared.unwrap();
+        west.run(Command::ActivateJwtAuthority(kid(n))).unwrap();
+    }
+    for n in 0..7 {
+        west.run(Command::TaintJwtAuthority(kid(n))).unwrap();
+        west.run(Command::RevokeJwtAuthority(kid(n))).unwrap();
+    }
+    for n in 8..=100 {
+        west.run(put(n, &[1])).unwrap();
+        west.run(Command::RevokeJwtAuthority(kid(n))).unwrap();
+    }
+    let life = life(&west);
+    assert_eq!((life.len(), life.last().cloned()), (65, Some((kid(100), "revoked"))));
+    assert!(life.contains(&(kid(7), "active")), "{life:?}");
+}
+
+#[test]
 fn authorities_are_bounded_and_belong_to_replicas() {
     let mut west = Cell::founded("west");
     for bad in [
@@ -235,6 +348,13 @@ fn a_peer_learns_the_keys_of_this_cell_and_never_older_ones() {
     east.at(T + JWT_SIGNS_MS, 0, put(2, &[1])).unwrap();
     pull(&east, &mut west);
     assert_eq!(known(&west), [kid(1), kid(2)]);
+    east.at(T + JWT_SIGNS_MS, 0, Command::ActivateJwtAuthority(kid(2))).unwrap();
+    east.at(T + JWT_SIGNS_MS, 0, Command::TaintJwtAuthority(kid(1))).unwrap();
+    pull(&east, &mut west);
+    assert_eq!(known(&west), [kid(1), kid(2)], "tainted is believed still");
+    east.at(T + JWT_SIGNS_MS, 0, Command::RevokeJwtAuthority(kid(1))).unwrap();
+    pull(&east, &mut west);
+    assert_eq!(known(&west), [kid(2)]);
     // The same keys again under an older sequence are passed over: what was revoked does not come back.
     let older = JwtKeys { sequence: 1, authorities: vec![] };
     let record = |kind, key: &str, payload: Vec<u8>, west: &Cell| {
@@ -255,7 +375,7 @@ fn a_peer_learns_the_keys_of_this_cell_and_never_older_ones() {
         let (seq, hash) = (one.seq, one.hash());
         let head = Head { origin: td.clone(), epoch: 1, seq, hash, stamp: Stamp(T), nonce: [0; 16] };
         west.run(Command::Import(head, vec![one])).unwrap();
-        assert_eq!(known(&west), [kid(1), kid(2)], "{key}");
+        assert_eq!(known(&west), [kid(2)], "{key}");
     }
     let own: TrustDomain = "west".parse().unwrap();
     assert_eq!(west.state.jwt_bundles()[&own], [], "a peer does not speak for us");

@@ -186,6 +186,19 @@ impl Cell {
         self.jwt = Some(key);
     }
 
+    /// Another key signs from now on, at an operator's word, and tokens by the one before are to be had anew.
+    pub(crate) fn taint_jwt(&mut self) {
+        let former = self.jwt.as_ref().expect("a JWT authority").kid().to_owned();
+        self.jwt_authority();
+        let kid = self.jwt.as_ref().expect("a JWT authority").kid().to_owned();
+        self.run(Command::ActivateJwtAuthority(kid)).outcome.unwrap();
+        self.run(Command::TaintJwtAuthority(former)).outcome.unwrap();
+    }
+    /// Names of the keys whose tokens are to be had anew.
+    pub(crate) fn tainted_jwt(&self) -> Vec<String> {
+        self.state.tainted_jwt().into_iter().collect()
+    }
+
     /// A token of an entry, issued as a replica would: committed, applied, signed.
     pub(crate) fn token(&mut self, entry: &str, audience: &[String]) -> Result<String, Refusal> {
         let audience = Audience::new(audience.to_vec())?;

@@ -1,5 +1,6 @@
 //! Roots and intermediates as they stand, and single steps of a rotation.
 
+use super::jwt;
 use crate::args::Approvals;
 use crate::ask;
 use crate::cell::{Cell, request_id};
@@ -13,7 +14,7 @@ use ambit_model::{Act, Code, Refusal};
 use ambit_proto::v1;
 use serde_json::{Value, json};
 
-/// What a replica begins with lasts a week.
+/// The longest that an intermediate lasts. When the one began that a cell was founded with no row says.
 const WEEK_MS: u64 = 7 * 24 * 3_600_000;
 
 /// What is there now.
@@ -34,9 +35,10 @@ pub(super) fn request(
 /// `ambit trust check`: ends 5 where something is under way or wrong.
 pub(super) async fn check(session: &Session) -> Result<Answer, Refusal> {
     let cell = session.cell()?;
-    let state = state(&cell).await?;
+    let (state, keys) = (state(&cell).await?, jwt::state(&cell).await?);
     let approvers = ask!(cell, Membership.status(v1::StatusRequest {}))?.approvers;
     let mut findings = findings(&state, now_ms());
+    findings.extend(jwt::findings(&keys));
     if approvers == 1 {
         findings.push("one approver alone: no root can be revoked until there is a second (ambit approver add)".into());
     }
@@ -49,10 +51,12 @@ pub(super) async fn check(session: &Session) -> Result<Answer, Refusal> {
             "roots": values(&roots(&state)),
             "intermediates": values(&intermediates(&state)),
             "approvers": approvers,
+            "jwt_authorities": values(&jwt::table(&keys)),
             "findings": findings,
         })),
         Form::Table => {
-            format!("{}\n\n{}", roots(&state).render(Form::Table), intermediates(&state).render(Form::Table))
+            let tables = [roots(&state), intermediates(&state), jwt::table(&keys)];
+            tables.map(|table| table.render(Form::Table)).join("\n\n")
         }
     };
     let lines = findings.iter().map(String::as_str).chain(weakness);
@@ -60,7 +64,7 @@ pub(super) async fn check(session: &Session) -> Result<Answer, Refusal> {
     Ok(if findings.is_empty() { answer } else { answer.ending(Exit::Drift) })
 }
 
-fn values(table: &Table) -> Value {
+pub(super) fn values(table: &Table) -> Value {
     serde_json::from_str(&table.render(Form::Json)).unwrap_or_default()
 }
 
@@ -85,9 +89,7 @@ pub(super) fn findings(state: &v1::X509AuthorityState, now_ms: u64) -> Vec<Strin
         }
     }
     for one in state.intermediates.iter().filter(|i| i.current) {
-        // Of what a cell was founded with it keeps no beginning.
-        let began = if one.not_before_ms == 0 { one.not_after_ms.saturating_sub(WEEK_MS) } else { one.not_before_ms };
-        let life = one.not_after_ms.saturating_sub(began);
+        let life = one.not_after_ms.saturating_sub(one.not_before_ms).min(WEEK_MS);
         let left = one.not_after_ms.saturating_sub(now_ms);
         // It is renewed at half of its life, a tenth later at the latest.
         if left < life / 3 {
@@ -143,7 +145,7 @@ fn intermediates(state: &v1::X509AuthorityState) -> Table {
 pub(super) async fn taint(session: &Session, authority: String, dry_run: bool) -> Result<Answer, Refusal> {
     let (cell, banner) = session.cell_to_change()?;
     let reply = ask!(cell, LocalAuthority.taint_x509_authority(request(Some(authority.clone()), false, dry_run)?))?;
-    Ok(changed(session, &reply, format!("{authority} is tainted"), dry_run).note(banner))
+    Ok(changed(session, &reply.missing, format!("{authority} is tainted"), dry_run).note(banner))
 }
 
 /// `ambit trust revoke AUTHORITY`.
@@ -158,12 +160,9 @@ pub(super) async fn revoke(
     let mut request = request(Some(authority.clone()), without_acks, dry_run)?;
     // An intermediate is no root: it takes no approvals, and the cell says whether there is one of that name.
     let Ok(root) = fingerprint(&authority) else {
-        if let Some(file) = approvals.files.first() {
-            let found = format!("{} for {authority}", file.display());
-            return Err(Refusal::new(Code::BadRequest, "approvals of a root's revocation only", found));
-        }
+        takes_none(approvals, &authority)?;
         let reply = ask!(cell, LocalAuthority.revoke_x509_authority(request))?;
-        return Ok(changed(session, &reply, format!("{authority} is revoked"), dry_run).note(banner));
+        return Ok(changed(session, &reply.missing, format!("{authority} is revoked"), dry_run).note(banner));
     };
     let act = Act::RevokeRoot(root);
     request.approved = approved(&cell, &act, &approvals.files)?;
@@ -172,18 +171,25 @@ pub(super) async fn revoke(
         Outcome::Done(reply) => reply,
         Outcome::Proposed(answer) => return Ok(answer.note(banner)),
     };
-    Ok(changed(session, &reply, format!("{authority} is revoked"), dry_run).note(banner))
+    Ok(changed(session, &reply.missing, format!("{authority} is revoked"), dry_run).note(banner))
 }
 
-fn changed(session: &Session, reply: &v1::X509AuthorityResponse, done: String, dry_run: bool) -> Answer {
-    let what = match (dry_run, reply.missing.is_empty()) {
+/// Refused where approvals are given for what takes none.
+pub(super) fn takes_none(approvals: &Approvals, authority: &str) -> Result<(), Refusal> {
+    let Some(file) = approvals.files.first() else { return Ok(()) };
+    let found = format!("{} for {authority}", file.display());
+    Err(Refusal::new(Code::BadRequest, "approvals of a root's revocation only", found))
+}
+
+pub(super) fn changed(session: &Session, missing: &[String], done: String, dry_run: bool) -> Answer {
+    let what = match (dry_run, missing.is_empty()) {
         (false, _) => done,
         (true, true) => "it would be done: nobody is missing".to_owned(),
-        (true, false) => format!("it would be refused: {}", reply.missing.join(", ")),
+        (true, false) => format!("it would be refused: {}", missing.join(", ")),
     };
     Answer::ok(match session.form {
         Form::Table => what,
-        Form::Json => pretty(&json!({"done": !dry_run, "missing": reply.missing})),
+        Form::Json => pretty(&json!({"done": !dry_run, "missing": missing})),
     })
 }
 
@@ -219,15 +225,23 @@ mod tests {
             assert_eq!(found.len(), usize::from(said.is_some()), "{root:?}: {found:?}");
             assert!(found.iter().all(|line| line.contains(said.unwrap_or_default())), "{found:?}");
         }
+        const NOW: u64 = 10 * WEEK_MS;
         let one = |state: &str, current, left_ms: u64| v1::X509Intermediate {
             state: state.into(),
             replica: 2,
             current,
-            not_before_ms: 1_000_000 + left_ms - 900,
-            not_after_ms: 1_000_000 + left_ms,
+            not_before_ms: NOW + left_ms - 900,
+            not_after_ms: NOW + left_ms,
             ..Default::default()
         };
+        let founded = |left_ms: u64| v1::X509Intermediate {
+            not_before_ms: 0,
+            not_after_ms: NOW + left_ms,
+            ..one("active", true, 1)
+        };
         for (one, lines) in [
+            (founded(WEEK_MS - 1_000), 0),
+            (founded(WEEK_MS / 3 - 1_000), 1),
             (one("active", true, 301), 0),
             (one("active", true, 299), 1),
             (one("active", false, 1), 0),
@@ -235,7 +249,7 @@ mod tests {
             (one("tainted", false, 600), 0),
         ] {
             let state = v1::X509AuthorityState { intermediates: vec![one], ..Default::default() };
-            assert_eq!(findings(&state, 1_000_000).len(), lines, "{state:?}");
+            assert_eq!(findings(&state, NOW).len(), lines, "{state:?}");
         }
         for (left_ms, lines) in [(WEEK_MS, 0), (WEEK_MS / 4, 1)] {
             let founded =

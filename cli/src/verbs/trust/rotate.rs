@@ -18,7 +18,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// How often the state is looked at while something is waited for.
-const LOOK: Duration = Duration::from_millis(300);
+pub(super) const LOOK: Duration = Duration::from_millis(300);
 
 /// How to rotate.
 pub(super) struct Options {
@@ -53,7 +53,7 @@ fn next(state: &v1::X509AuthorityState) -> Step {
 /// Rotates. Steps are told on standard error as they are done.
 pub(super) async fn rotate(session: &Session, options: Options) -> Result<Answer, Refusal> {
     let (mut cell, banner) = session.cell_to_change()?;
-    let mut steps = Steps { began: Instant::now(), done: Vec::new() };
+    let mut steps = Steps::new();
     let first = state(&cell).await?;
     // Better not begun than stopped before its last step.
     if next(&first) == Step::Prepare && ask!(cell, Membership.status(v1::StatusRequest {}))?.approvers == 1 {
@@ -129,13 +129,17 @@ async fn revoke(cell: &Cell, now: &v1::X509AuthorityState, without_acks: bool) -
     }
 }
 
-struct Steps {
+/// What was done so far, told as it is done.
+pub(super) struct Steps {
     began: Instant,
-    done: Vec<String>,
+    pub(super) done: Vec<String>,
 }
 
 impl Steps {
-    fn say(&mut self, line: &str) {
+    pub(super) fn new() -> Steps {
+        Steps { began: Instant::now(), done: Vec::new() }
+    }
+    pub(super) fn say(&mut self, line: &str) {
         let _ = writeln!(std::io::stderr(), "{:>7.1} s  {line}", self.began.elapsed().as_secs_f64());
         self.done.push(line.to_owned());
     }

@@ -61,17 +61,23 @@ fn open(
     Ok(Some(key))
 }
 
+/// A fresh key, wrapped to every replica and published; its kid.
+pub async fn make(replica: &Replica) -> Result<String, Refusal> {
+    let key = JwtKey::generate()?;
+    let members: Vec<u64> = replica.local(|s| s.members().map(|(id, _)| id).collect());
+    let wrapped = wrap_to(replica, &key, &members)?;
+    let command = Command::PutJwtAuthority(key.spki().to_vec(), wrapped);
+    replica.propose_own(command).await?.outcome?;
+    Ok(key.kid().to_owned())
+}
+
 /// The leader's part, each second: a new authority where one is due, and what replicas cannot open wrapped to them.
 pub async fn rotate_if_due(replica: &Replica) -> Result<(), Refusal> {
     match replica.local(ambit_state::State::jwt_due) {
         JwtDue::Nothing => Ok(()),
         JwtDue::Prepare => {
-            let key = JwtKey::generate()?;
-            let members: Vec<u64> = replica.local(|s| s.members().map(|(id, _)| id).collect());
-            let wrapped = wrap_to(replica, &key, &members)?;
-            let command = Command::PutJwtAuthority(key.spki().to_vec(), wrapped);
-            replica.propose_own(command).await?.outcome?;
-            tracing::info!(kid = key.kid(), "JWT authority made");
+            let kid = make(replica).await?;
+            tracing::info!(kid, "JWT authority made");
             Ok(())
         }
         JwtDue::Wrap(kid, members) => {

@@ -86,12 +86,18 @@ struct Inner {
     fetcher: federate::Fetcher,
     /// How old what is known of each peer is; known where pulling happens.
     heard: Mutex<pull::Heard>,
-    /// By which of our roots each peer said that it verifies, and when.
-    peers_hold: Mutex<BTreeMap<TrustDomain, HeldRoots>>,
+    /// By which of our roots and keys each peer said that it verifies, and when.
+    peers_hold: Mutex<BTreeMap<TrustDomain, (Held, Instant)>>,
 }
 
-/// SHA-256 of roots by which somebody verifies, and when it said so.
-type HeldRoots = (Vec<[u8; 32]>, Instant);
+/// By what somebody verifies.
+#[derive(Clone, Debug, Default)]
+pub struct Held {
+    /// SHA-256 of roots.
+    pub roots: Vec<[u8; 32]>,
+    /// JWT authorities.
+    pub kids: Vec<String>,
+}
 
 impl Replica {
     /// The Raft group.
@@ -180,15 +186,15 @@ impl Replica {
         heard.age(peer, Instant::now()).map(|age| u64::try_from(age.as_millis()).unwrap_or(u64::MAX))
     }
 
-    /// Notes by which of our roots a peer verifies.
-    pub fn peer_holds(&self, peer: TrustDomain, roots: Vec<[u8; 32]>) {
+    /// Notes by what of ours a peer verifies.
+    pub fn peer_holds(&self, peer: TrustDomain, held: Held) {
         let mut hold = self.inner.peers_hold.lock().unwrap_or_else(PoisonError::into_inner);
-        hold.insert(peer, (roots, Instant::now()));
+        hold.insert(peer, (held, Instant::now()));
     }
-    /// What peers said here of the roots by which they verify, and how long ago.
-    pub fn peers_hold(&self) -> Vec<(TrustDomain, Vec<[u8; 32]>, Duration)> {
+    /// What peers said here that they verify by, and how long ago.
+    pub fn peers_hold(&self) -> Vec<(TrustDomain, Held, Duration)> {
         let hold = self.inner.peers_hold.lock().unwrap_or_else(PoisonError::into_inner);
-        hold.iter().map(|(td, (roots, at))| (td.clone(), roots.clone(), at.elapsed())).collect()
+        hold.iter().map(|(td, (held, at))| (td.clone(), held.clone(), at.elapsed())).collect()
     }
 
     /// Commits and applies a command of `client` under its own request id.

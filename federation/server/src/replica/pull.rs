@@ -28,6 +28,8 @@ pub struct Ask {
     known: PeerRow,
     /// Its roots, DER: each may have certified its record keys.
     roots: Vec<Vec<u8>>,
+    /// Its JWT authorities, by kid.
+    kids: Vec<String>,
     nonce: [u8; 16],
     limit: u32,
 }
@@ -75,11 +77,16 @@ impl Ask {
     /// The next pull from `origin`, as `state` knows it; none where it is no peer.
     pub fn new(state: &State, origin: TrustDomain, nonce: [u8; 16], limit: u32) -> Option<Ask> {
         let (known, roots) = (state.peer(&origin)?.clone(), state.peer_roots(&origin));
-        Some(Ask { origin, known, roots, nonce, limit })
+        let kids = state.peer_jwt(&origin).iter().map(|key| key.kid.clone()).collect();
+        Some(Ask { origin, known, roots, kids, nonce, limit })
     }
     /// By which roots the origin is verified: it is told, so that it knows what may go.
     pub fn roots_held(&self) -> Vec<RootId> {
         self.roots.iter().map(|der| fingerprint(der)).collect()
+    }
+    /// The keys by which the origin's tokens are verified: it is told, as of its roots.
+    pub fn kids_held(&self) -> &[String] {
+        &self.kids
     }
     /// Records after this one are asked for.
     pub fn after_seq(&self) -> u64 {
@@ -298,7 +305,7 @@ mod tests {
         }
         fn ask(&self, known: PeerRow, limit: u32) -> Ask {
             let roots = vec![known.root_der.clone()];
-            Ask { origin: self.td.clone(), known, roots, nonce: [7; 16], limit }
+            Ask { origin: self.td.clone(), known, roots, kids: Vec::new(), nonce: [7; 16], limit }
         }
         fn says(&self, epoch: u64, records: &[Record], seq: u64, hash: [u8; 32]) -> Answer {
             let head = Head { origin: self.td.clone(), epoch, seq, hash, stamp: Stamp(1), nonce: [7; 16] };

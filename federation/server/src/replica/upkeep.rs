@@ -213,6 +213,7 @@ async fn pull_while_well(replica: &Replica, td: &TrustDomain, address: &str) -> 
             nonce: ask.nonce().to_vec(),
             limit: ask.limit(),
             roots_held: ask.roots_held().iter().map(|id| id.to_vec()).collect(),
+            kids_held: ask.kids_held().to_vec(),
         };
         let answer = tokio::time::timeout(pull::TIMEOUT, link.pull(request))
             .await

@@ -406,6 +406,7 @@ fn slice_message(s: &Slice) -> v1::Slice {
         id_denials,
         leaf_denials,
         tainted_authorities: s.tainted.iter().cloned().collect(),
+        tainted_jwt_authorities: s.tainted_jwt.iter().cloned().collect(),
         authority_denials: s.authority_denials.iter().map(authority_message).collect(),
     }
 }

@@ -1,9 +1,10 @@
-//! The trust domain's roots and the replicas' intermediates: state, and the steps of a rotation.
+//! The trust domain's roots, the replicas' intermediates and the JWT authorities: state, and the steps of a rotation.
 //!
 //! Who must have acknowledged what before a step is asked of all replicas here; whether the step itself is possible is
 //! decided where it is applied.
 
 mod holders;
+mod jwt;
 
 use super::{OrStatus, request_id};
 use crate::authorise::actor;
@@ -23,10 +24,11 @@ use tonic::{Request, Response, Status};
 
 pub(crate) struct Authorities(pub(crate) Replica);
 
-/// What an operator named: a root by its fingerprint, or an intermediate by its key identifier.
+/// What an operator named: a root by its fingerprint, an intermediate by its key identifier, or a JWT authority by its kid.
 enum Named {
     Root(RootId),
     Intermediate(String),
+    Jwt(String),
 }
 
 /// A write as it came: whose, under which id, and how.
@@ -39,9 +41,9 @@ struct Asked {
 }
 
 impl Asked {
-    fn parse(request: Request<v1::X509AuthorityRequest>) -> Result<Asked, Status> {
+    fn parse<M>(request: Request<M>, read: fn(M) -> v1::X509AuthorityRequest) -> Result<Asked, Status> {
         let actor = actor(&request)?;
-        let mut m = request.into_inner();
+        let mut m = read(request.into_inner());
         let approved = convert::approved(m.approved.take()).or_status()?;
         Ok(Asked { client: actor.client, by: actor.name, id: request_id(&m.request_id)?, approved, m })
     }
@@ -54,19 +56,27 @@ impl Asked {
         id
     }
 
-    /// What is meant: what was named, or the one root in that state.
-    fn named(&self, s: &State, state: RootState) -> Result<Named, Refusal> {
+    /// What was named, by the form of the name; none where nothing was.
+    fn name(&self) -> Result<Option<Named>, Refusal> {
         let text = self.m.authority.as_str();
-        let hex = |len: usize| text.len() == len && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
-        if hex(40) {
-            return Ok(Named::Intermediate(text.to_owned()));
+        let is_hex = text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+        match text.len() {
+            0 => Ok(None),
+            32 if is_hex => Ok(Some(Named::Jwt(text.to_owned()))),
+            40 if is_hex => Ok(Some(Named::Intermediate(text.to_owned()))),
+            64 if is_hex => Ok(Some(Named::Root(super::parse_fingerprint(text)?))),
+            _ => {
+                let expected =
+                    "a root's fingerprint (64 hex digits), an intermediate's key identifier (40) or a key's kid (32)";
+                Err(Refusal::new(Code::BadRequest, expected, text))
+            }
         }
-        if hex(64) {
-            return Ok(Named::Root(super::parse_fingerprint(text)?));
-        }
-        if !text.is_empty() {
-            let expected = "a root's fingerprint (64 hex digits) or an intermediate's key identifier (40)";
-            return Err(Refusal::new(Code::BadRequest, expected, text));
+    }
+
+    /// What is meant of roots and intermediates: what was named, or the one root in that state.
+    fn named(&self, s: &State, state: RootState) -> Result<Named, Refusal> {
+        if let Some(named) = self.name()? {
+            return Ok(named);
         }
         let one = s.roots().into_iter().find(|(_, row)| row.state == state).map(|(id, _)| Named::Root(id));
         one.ok_or_else(|| Refusal::new(Code::RootState, format!("a root that is {}", state.as_str()), "none"))
@@ -98,7 +108,7 @@ impl v1::local_authority_server::LocalAuthority for Authorities {
         &self,
         request: Request<v1::X509AuthorityRequest>,
     ) -> Result<Response<v1::X509AuthorityResponse>, Status> {
-        let asked = Asked::parse(request)?;
+        let asked = Asked::parse(request, |m| m)?;
         self.prepare(&asked).await.or_status()?;
         self.answer(Vec::new()).await
     }
@@ -107,7 +117,7 @@ impl v1::local_authority_server::LocalAuthority for Authorities {
         &self,
         request: Request<v1::X509AuthorityRequest>,
     ) -> Result<Response<v1::X509AuthorityResponse>, Status> {
-        let asked = Asked::parse(request)?;
+        let asked = Asked::parse(request, |m| m)?;
         let missing = self.activate(&asked).await.or_status()?;
         self.answer(missing).await
     }
@@ -116,7 +126,7 @@ impl v1::local_authority_server::LocalAuthority for Authorities {
         &self,
         request: Request<v1::X509AuthorityRequest>,
     ) -> Result<Response<v1::X509AuthorityResponse>, Status> {
-        let asked = Asked::parse(request)?;
+        let asked = Asked::parse(request, |m| m)?;
         self.taint(&asked).await.or_status()?;
         self.answer(Vec::new()).await
     }
@@ -125,9 +135,52 @@ impl v1::local_authority_server::LocalAuthority for Authorities {
         &self,
         request: Request<v1::X509AuthorityRequest>,
     ) -> Result<Response<v1::X509AuthorityResponse>, Status> {
-        let asked = Asked::parse(request)?;
+        let asked = Asked::parse(request, |m| m)?;
         let missing = self.revoke(&asked).await.or_status()?;
         self.answer(missing).await
+    }
+
+    async fn get_jwt_authority_state(
+        &self,
+        _: Request<v1::JwtAuthorityStateRequest>,
+    ) -> Result<Response<v1::JwtAuthorityState>, Status> {
+        Ok(Response::new(self.jwt_state().await.or_status()?))
+    }
+
+    async fn prepare_jwt_authority(
+        &self,
+        request: Request<v1::JwtAuthorityRequest>,
+    ) -> Result<Response<v1::JwtAuthorityResponse>, Status> {
+        let asked = Asked::parse(request, jwt::as_x509)?;
+        self.jwt_prepare(&asked).await.or_status()?;
+        self.jwt_answer(Vec::new()).await.or_status()
+    }
+
+    async fn activate_jwt_authority(
+        &self,
+        request: Request<v1::JwtAuthorityRequest>,
+    ) -> Result<Response<v1::JwtAuthorityResponse>, Status> {
+        let asked = Asked::parse(request, jwt::as_x509)?;
+        let missing = self.jwt_activate(&asked).await.or_status()?;
+        self.jwt_answer(missing).await.or_status()
+    }
+
+    async fn taint_jwt_authority(
+        &self,
+        request: Request<v1::JwtAuthorityRequest>,
+    ) -> Result<Response<v1::JwtAuthorityResponse>, Status> {
+        let asked = Asked::parse(request, jwt::as_x509)?;
+        self.jwt_taint(&asked).await.or_status()?;
+        self.jwt_answer(Vec::new()).await.or_status()
+    }
+
+    async fn revoke_jwt_authority(
+        &self,
+        request: Request<v1::JwtAuthorityRequest>,
+    ) -> Result<Response<v1::JwtAuthorityResponse>, Status> {
+        let asked = Asked::parse(request, jwt::as_x509)?;
+        let missing = self.jwt_revoke(&asked).await.or_status()?;
+        self.jwt_answer(missing).await.or_status()
     }
 }
 
@@ -206,6 +259,7 @@ impl Authorities {
         let command = match named {
             Named::Root(id) => Command::TaintRoot(id),
             Named::Intermediate(id) => Command::TaintAuthority(id),
+            Named::Jwt(kid) => return Err(no_certificate(kid)),
         };
         self.0.propose(asked.client.clone(), asked.then("taint"), command).await?.outcome?;
         Ok(())
@@ -220,6 +274,7 @@ impl Authorities {
                     (Command::Act { act, approved: asked.approved.clone(), by }, survey.stranded(s, &id))
                 }
                 Named::Intermediate(id) => (Command::RevokeAuthority(id.clone()), survey.under(s, &id)),
+                Named::Jwt(kid) => return Err(no_certificate(kid)),
             })
         };
         let (command, missing) = self.0.read(decide).await??;
@@ -244,8 +299,15 @@ fn root_named<T>(
 ) -> Result<(RootId, T), Refusal> {
     match asked.named(s, state)? {
         Named::Root(id) => Ok((id, then(&id))),
-        Named::Intermediate(id) => Err(Refusal::new(Code::BadRequest, "a root's fingerprint (64 hex digits)", id)),
+        Named::Intermediate(id) | Named::Jwt(id) => {
+            Err(Refusal::new(Code::BadRequest, "a root's fingerprint (64 hex digits)", id))
+        }
     }
+}
+
+fn no_certificate(kid: String) -> Refusal {
+    let expected = "a root's fingerprint (64 hex digits) or an intermediate's key identifier (40)";
+    Refusal::new(Code::BadRequest, expected, kid)
 }
 
 fn wrap_to(members: &BTreeMap<u64, Vec<u8>>, key: &SvidKey) -> Result<BTreeMap<u64, Vec<u8>>, Refusal> {

@@ -4,7 +4,7 @@ use super::OrStatus;
 use crate::authorise::{Role, actor};
 use crate::replica::budget::Budget;
 use crate::replica::pull::{self, Answer, Page};
-use crate::replica::{Replica, peering};
+use crate::replica::{Held, Replica, peering};
 use ambit_model::{Code, Refusal, TrustDomain};
 use ambit_proto::v1;
 use ambit_state::objects::{PeerRow, TokenScope};
@@ -14,8 +14,10 @@ use tonic::{Request, Response, Status};
 
 /// Records in one answer; the importer refuses more.
 const PULL_MAX: u32 = 1_000;
-/// A trust domain has two roots while it rotates.
-const ROOTS_HELD_MAX: usize = 8;
+/// A trust domain has two roots while it rotates, and at most eight keys of JWT-SVIDs.
+const HELD_MAX: usize = 8;
+/// A kid is 32 hexadecimal digits.
+const KID_BYTES_MAX: usize = 128;
 
 pub(crate) struct PeerLink {
     replica: Replica,
@@ -59,9 +61,11 @@ impl v1::peer_link_server::PeerLink for PeerLink {
     async fn pull(&self, request: Request<v1::PullRequest>) -> Result<Response<v1::PullResponse>, Status> {
         let role = actor(&request)?.role;
         let m = request.into_inner();
-        if m.roots_held.len() > ROOTS_HELD_MAX {
-            let found = m.roots_held.len().to_string();
-            return Err(Refusal::new(Code::BadRequest, format!("at most {ROOTS_HELD_MAX} roots"), found)).or_status();
+        let long = m.kids_held.iter().any(|kid| kid.len() > KID_BYTES_MAX);
+        if long || m.roots_held.len() > HELD_MAX || m.kids_held.len() > HELD_MAX {
+            let found = format!("{} and {}", m.roots_held.len(), m.kids_held.len());
+            return Err(Refusal::new(Code::BadRequest, format!("at most {HELD_MAX} roots and keys"), found))
+                .or_status();
         }
         let nonce: [u8; 16] = m
             .nonce
@@ -71,7 +75,7 @@ impl v1::peer_link_server::PeerLink for PeerLink {
             .or_status()?;
         let held: Vec<[u8; 32]> = m.roots_held.iter().filter_map(|id| id.as_slice().try_into().ok()).collect();
         if let Role::Peer(td) = role {
-            self.replica.peer_holds(td, held.clone());
+            self.replica.peer_holds(td, Held { roots: held.clone(), kids: m.kids_held });
         }
         // A replica that lags would show a head that goes back; it answers `unavailable` instead.
         self.replica.cell().read_barrier().await.or_status()?;

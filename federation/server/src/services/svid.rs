@@ -4,8 +4,8 @@ use super::unbuilt::unbuilt;
 use super::{OrStatus, request_id};
 use crate::authorise::{Client, Role, actor};
 use crate::replica::{Replica, jwt};
-use ambit_identity::{Csr, issue, issue_jwt};
-use ambit_model::{Audience, Code, NodeId, Refusal, TrustDomain};
+use ambit_identity::{Csr, JwtKey, issue, issue_jwt};
+use ambit_model::{Audience, Code, EntryId, JwtAuthority, NodeId, Refusal, SpiffeId, TrustDomain};
 use ambit_proto::convert::{dns_names, jwt_ttl, svid_ttl};
 use ambit_proto::status::to_status;
 use ambit_proto::v1;
@@ -67,9 +67,12 @@ impl v1::svid_server::Svid for Svids {
         };
         let m = request.into_inner();
         let id = request_id(&m.request_id)?;
-        let (entry, audience) = (m.entry_id.parse().or_status()?, Audience::new(m.audience).or_status()?);
+        let (entry, audience): (EntryId, _) = (m.entry_id.parse().or_status()?, Audience::new(m.audience).or_status()?);
         self.within_budget(node, 1)?;
-        let command = |kid, audience_sha256| Command::IssueJwt { node, generation, kid, entry, audience_sha256 };
+        let command = |kid, audience_sha256| {
+            let entry = entry.clone();
+            Command::IssueJwt { node, generation, kid, entry, audience_sha256 }
+        };
         let token = self.token(actor.client, id, &audience, command).await;
         token.map(Response::new).map_err(|r| r.for_node()).or_status()
     }
@@ -102,9 +105,11 @@ impl v1::svid_server::Svid for Svids {
         let (actor, m) = (actor(&request)?, request.into_inner());
         let id = request_id(&m.request_id)?;
         let audience = Audience::new(m.audience).or_status()?;
-        let (spiffe_id, ttl) = (m.spiffe_id.parse().or_status()?, jwt_ttl(m.ttl_seconds).or_status()?);
-        let by = actor.name;
-        let command = |kid, audience_sha256| Command::MintJwt { spiffe_id, audience_sha256, ttl, kid, by };
+        let (minted_for, ttl): (SpiffeId, _) = (m.spiffe_id.parse().or_status()?, jwt_ttl(m.ttl_seconds).or_status()?);
+        let command = |kid, audience_sha256| {
+            let (spiffe_id, by) = (minted_for.clone(), actor.name.clone());
+            Command::MintJwt { spiffe_id, audience_sha256, ttl, kid, by }
+        };
         self.token(actor.client, id, &audience, command).await.map(Response::new).or_status()
     }
     async fn new_intermediate_ca(&self, _: Request<v1::Unbuilt>) -> Result<Response<v1::Unbuilt>, Status> {
@@ -199,17 +204,27 @@ impl Svids {
     }
 
     /// Commits and signs a token. The key is every replica's, but a record is signed where it was proposed, or by nobody.
+    /// Where another key signs since this replica looked, it looks once more.
     async fn token(
         &self,
         client: Client,
         request: [u8; 16],
         audience: &Audience,
-        command: impl FnOnce(String, [u8; 32]) -> Command,
+        command: impl Fn(String, [u8; 32]) -> Command,
     ) -> Result<v1::NewJwtsvidResponse, Refusal> {
-        let key = jwt::signer(&self.0)?;
-        let id = signed_here(request, &format!("{} at {}", key.kid(), self.0.id()));
-        let command = command(key.kid().to_owned(), audience.sha256());
-        let committed = self.0.propose(client, id, command).await?.into_token()?;
+        let commit = async |key: &JwtKey| {
+            let id = signed_here(request, &format!("{} at {}", key.kid(), self.0.id()));
+            let command = command(key.kid().to_owned(), audience.sha256());
+            self.0.propose(client.clone(), id, command).await?.into_token()
+        };
+        let mut key = jwt::signer(&self.0)?;
+        let mut committed = commit(&key).await;
+        if committed.as_ref().is_err_and(|refusal| refusal.code == Code::AuthorityMismatch) {
+            self.0.cell().read_barrier().await?;
+            key = jwt::signer(&self.0)?;
+            committed = commit(&key).await;
+        }
+        let committed = committed?;
         self.0.check_clock()?;
         let (expires_at_ms, spiffe_id) = (committed.get().not_after.0, committed.get().spiffe_id.to_string());
         let token = issue_jwt(committed, audience, &key)?.to_string();
@@ -283,11 +298,20 @@ impl Bundles {
         self.0
             .read(|s| {
                 let jwt = s.jwt_bundles();
+                let own = s.cell().map(|cell| &cell.trust_domain);
+                let state = |kid: &str| {
+                    let row = s.jwt_authorities().find(|row| row.kid == kid);
+                    row.map(|row| row.state.as_str().to_owned()).unwrap_or_default()
+                };
+                let key = |td: &TrustDomain, key: &JwtAuthority| v1::JwtAuthority {
+                    state: if Some(td) == own { state(&key.kid) } else { String::new() },
+                    ..key.into()
+                };
                 let message = |(td, (sequence, roots_der)): (TrustDomain, (u64, Vec<Vec<u8>>))| v1::Bundle {
                     trust_domain: td.to_string(),
                     sequence,
                     roots_der,
-                    jwt_authorities: jwt.get(&td).into_iter().flatten().map(Into::into).collect(),
+                    jwt_authorities: jwt.get(&td).into_iter().flatten().map(|one| key(&td, one)).collect(),
                 };
                 s.bundles().into_iter().map(message).collect()
             })

@@ -1,5 +1,5 @@
 //! The trust domain's JWT authorities: made by a leader, wrapped to the replicas, published before they sign, replaced on
-//! committed ticks.
+//! committed ticks, or at an operator's word: prepared, active, old, tainted, revoked, one step at a time and never back.
 
 use super::{At, export, payload, touch};
 use crate::command::Reply;
@@ -8,7 +8,7 @@ use crate::state::State;
 use ambit_model::jwt::kid_of;
 use ambit_model::record::Kind;
 use ambit_model::{Code, JwtAuthority, Refusal, Stamp, TrustDomain};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// An authority signs this long, then the next one does.
 pub const JWT_SIGNS_MS: u64 = 3 * 24 * 3_600_000;
@@ -21,6 +21,8 @@ pub const JWT_PUBLISHED_MIN_MS: u64 = 10 * 60_000;
 const OLD_MS: u64 = 1_000 * ambit_model::JwtTtl::CEILING_S as u64 + crate::ISSUER_MARGIN_MS;
 /// Published at once: the one before, the one that signs, the next; more only where replicas leave one after the other.
 const AUTHORITIES_MAX: usize = 8;
+/// Revoked ones are remembered until no token of theirs could be valid anyway, and only so many of them.
+const REVOKED_MAX: usize = 64;
 /// A P-256 key is 91 bytes.
 const SPKI_BYTES_MAX: usize = 1_024;
 
@@ -57,20 +59,30 @@ impl State {
             spki_der: row.spki_der.clone(),
             not_after: row.not_after,
         };
-        self.jwt_authorities().map(public).collect()
+        self.jwt_authorities().filter(|row| row.state != JwtAuthorityState::Revoked).map(public).collect()
+    }
+    /// Names of the own authorities whose tokens are to be asked for anew.
+    pub fn tainted_jwt(&self) -> BTreeSet<String> {
+        let tainted = self.jwt_authorities().filter(|row| row.state == JwtAuthorityState::Tainted);
+        tainted.map(|row| row.kid.clone()).collect()
+    }
+    /// Keys of JWT-SVIDs of a peer, as it told of them last.
+    pub fn peer_jwt(&self, td: &TrustDomain) -> &[JwtAuthority] {
+        self.peer_jwt.get(td).map_or(&[], |keys| keys.authorities.as_slice())
     }
     /// What a leader is to do, as of the last entry.
     pub fn jwt_due(&self) -> JwtDue {
         let now = self.stamp();
         let prepared = self.jwt_authorities().any(|row| row.state == JwtAuthorityState::Prepared);
         let soon = self.jwt_signer().is_none_or(|row| row.leaves <= now.plus_ms(JWT_PUBLISHED_MS));
-        if soon && !prepared && self.jwt_authorities.len() < AUTHORITIES_MAX {
+        if soon && !prepared && self.published().len() < AUTHORITIES_MAX {
             return JwtDue::Prepare;
         }
         let missing = |row: &JwtAuthorityRow| {
             let ids = self.members().map(|(id, _)| id).filter(|id| !row.wrapped.contains_key(id));
             let ids: Vec<u64> = ids.collect();
-            (row.state != JwtAuthorityState::Old && !ids.is_empty()).then(|| (row.kid.clone(), ids))
+            let signs = matches!(row.state, JwtAuthorityState::Prepared | JwtAuthorityState::Active);
+            (signs && !ids.is_empty()).then(|| (row.kid.clone(), ids))
         };
         self.jwt_authorities().find_map(missing).map_or(JwtDue::Nothing, |(kid, ids)| JwtDue::Wrap(kid, ids))
     }
@@ -87,7 +99,7 @@ pub(super) fn put(s: &mut State, at: At, spki_der: &[u8], wrapped: &BTreeMap<u64
     if let Some(row) = prepared {
         return Err(Refusal::new(Code::AlreadyExists, "no authority prepared", row.kid.clone()));
     }
-    if s.jwt_authorities.len() >= AUTHORITIES_MAX {
+    if s.published().len() >= AUTHORITIES_MAX {
         return Err(Refusal::new(Code::Busy, format!("at most {AUTHORITIES_MAX} JWT authorities"), "one more"));
     }
     only_members(s, wrapped)?;
@@ -112,11 +124,18 @@ pub(super) fn put(s: &mut State, at: At, spki_der: &[u8], wrapped: &BTreeMap<u64
 /// The same key, wrapped to replicas that joined since.
 pub(super) fn wrap(s: &mut State, kid: &str, wrapped: &BTreeMap<u64, Vec<u8>>) -> Result<Reply, Refusal> {
     only_members(s, wrapped)?;
-    let found = s.jwt_authorities.iter().find(|(_, row)| row.kid == kid).map(|(n, row)| (*n, row.clone()));
-    let (n, mut row) = found.ok_or_else(|| Refusal::new(Code::NotFound, "a JWT authority of this cell", kid))?;
+    let (n, mut row) = named(s, kid)?;
+    if matches!(row.state, JwtAuthorityState::Tainted | JwtAuthorityState::Revoked) {
+        return Err(wrong("a JWT authority that signs, or is to", &row));
+    }
     row.wrapped.extend(wrapped.iter().map(|(id, bytes)| (*id, bytes.clone())));
     s.jwt_authorities.put(&mut s.journal, n, row);
     Ok(Reply::Done)
+}
+
+fn named(s: &State, kid: &str) -> Result<(u64, JwtAuthorityRow), Refusal> {
+    let found = s.jwt_authorities.iter().find(|(_, row)| row.kid == kid).map(|(n, row)| (*n, row.clone()));
+    found.ok_or_else(|| Refusal::new(Code::NotFound, "a JWT authority of this cell", kid))
 }
 
 fn only_members(s: &State, wrapped: &BTreeMap<u64, Vec<u8>>) -> Result<(), Refusal> {
@@ -145,10 +164,66 @@ fn activate(s: &mut State, at: At, number: u64) {
                 wrapped: BTreeMap::new(),
                 ..row
             },
-            JwtAuthorityState::Prepared | JwtAuthorityState::Old => continue,
+            JwtAuthorityState::Prepared
+            | JwtAuthorityState::Old
+            | JwtAuthorityState::Tainted
+            | JwtAuthorityState::Revoked => continue,
         };
         s.jwt_authorities.put(&mut s.journal, n, row);
     }
+}
+
+fn wrong(expected: &str, row: &JwtAuthorityRow) -> Refusal {
+    Refusal::new(Code::RootState, expected, format!("{} is {}", row.kid, row.state.as_str()))
+}
+
+/// An operator's word: the prepared one signs now. Who must have heard of it is asked outside.
+pub(super) fn activate_now(s: &mut State, at: At, kid: &str) -> Result<Reply, Refusal> {
+    let (n, row) = named(s, kid)?;
+    if row.state != JwtAuthorityState::Prepared {
+        return Err(wrong("a prepared JWT authority", &row));
+    }
+    let signer = s.jwt_authorities.iter().find(|(_, row)| row.state == JwtAuthorityState::Active);
+    let signer = signer.map(|(n, row)| (*n, JwtAuthorityRow { leaves: row.leaves.min(at.stamp), ..row.clone() }));
+    if let Some((former, row)) = signer {
+        s.jwt_authorities.put(&mut s.journal, former, row);
+    }
+    activate(s, at, n);
+    publish(s, at)?;
+    Ok(Reply::Done)
+}
+
+pub(super) fn taint(s: &mut State, at: At, kid: &str) -> Result<Reply, Refusal> {
+    let (n, row) = named(s, kid)?;
+    if row.state != JwtAuthorityState::Old {
+        return Err(wrong("an old JWT authority", &row));
+    }
+    s.jwt_authorities.put(&mut s.journal, n, JwtAuthorityRow { state: JwtAuthorityState::Tainted, ..row });
+    publish(s, at)?;
+    Ok(Reply::Done)
+}
+
+/// Out of the bundle at once; its name stays, so that it is seen and does not come back.
+pub(super) fn revoke(s: &mut State, at: At, kid: &str) -> Result<Reply, Refusal> {
+    let (n, row) = named(s, kid)?;
+    if !matches!(row.state, JwtAuthorityState::Tainted | JwtAuthorityState::Prepared) {
+        return Err(wrong("a tainted or a merely prepared JWT authority", &row));
+    }
+    let revoked = s.jwt_authorities.iter().filter(|(_, row)| row.state == JwtAuthorityState::Revoked);
+    let (count, oldest) = revoked.fold((0, None), |(count, oldest), (n, _)| (count + 1, oldest.or(Some(*n))));
+    if let Some(oldest) = oldest.filter(|_| count >= REVOKED_MAX) {
+        s.jwt_authorities.remove(&mut s.journal, &oldest);
+    }
+    let gone = JwtAuthorityRow {
+        state: JwtAuthorityState::Revoked,
+        spki_der: Vec::new(),
+        wrapped: BTreeMap::new(),
+        not_after: row.not_after.min(at.stamp.plus_ms(OLD_MS)),
+        ..row
+    };
+    s.jwt_authorities.put(&mut s.journal, n, gone);
+    publish(s, at)?;
+    Ok(Reply::Done)
 }
 
 /// Each second: the next one becomes active when it is time, and what ended goes.
@@ -167,8 +242,9 @@ pub(super) fn tick(s: &mut State, at: At) -> Result<(), Refusal> {
         }
     }
     if s.jwt_authorities().any(|row| row.not_after < at.stamp) {
+        // One that is published no more goes without a word.
+        changed |= s.jwt_authorities().any(|row| row.not_after < at.stamp && row.state != JwtAuthorityState::Revoked);
         s.jwt_authorities.prune(&mut s.journal, |_, row| row.not_after < at.stamp);
-        changed = true;
     }
     if changed { publish(s, at) } else { Ok(()) }
 }

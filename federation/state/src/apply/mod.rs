@@ -112,6 +112,9 @@ pub(crate) fn apply(s: &mut State, index: RaftIndex, stamp: Stamp, command: &Com
         Command::RevokeAuthority(id) => authority::revoke(s, at, id),
         Command::OverKeySet(replaced, command) => cell::over_key_set(s, at, replaced, command),
         Command::Act { act, approved, by } => act::perform(s, at, act, approved.as_ref(), by),
+        Command::ActivateJwtAuthority(kid) => jwt::activate_now(s, at, kid),
+        Command::TaintJwtAuthority(kid) => jwt::taint(s, at, kid),
+        Command::RevokeJwtAuthority(kid) => jwt::revoke(s, at, kid),
     }
 }
 

@@ -276,6 +276,10 @@ pub enum JwtAuthorityState {
     Active,
     /// Signs nothing more; its last tokens may still be valid.
     Old,
+    /// An operator says that whatever it signed is to be signed anew.
+    Tainted,
+    /// An operator says that whatever it signed is refused: it is published no more.
+    Revoked,
 }
 
 impl JwtAuthorityState {
@@ -285,6 +289,8 @@ impl JwtAuthorityState {
             JwtAuthorityState::Prepared => "prepared",
             JwtAuthorityState::Active => "active",
             JwtAuthorityState::Old => "old",
+            JwtAuthorityState::Tainted => "tainted",
+            JwtAuthorityState::Revoked => "revoked",
         }
     }
 }
@@ -295,13 +301,13 @@ impl JwtAuthorityState {
 pub struct JwtAuthorityRow {
     /// Its name.
     pub kid: String,
-    /// SubjectPublicKeyInfo, DER.
+    /// SubjectPublicKeyInfo, DER; empty once revoked.
     pub spki_der: Vec<u8>,
     /// See the type.
     pub state: JwtAuthorityState,
     /// When it was made, and published.
     pub made: Stamp,
-    /// When the next one is to sign instead; without end while it is prepared.
+    /// When the next one is to sign instead, or did at an operator's word; without end while it is prepared.
     pub leaves: Stamp,
     /// No token of it is valid after.
     pub not_after: Stamp,

@@ -2,13 +2,13 @@
 
 use super::shown;
 use crate::replica::Replica;
-use ambit_model::Refusal;
 use ambit_model::bundle::RootState;
+use ambit_model::{Refusal, Stamp};
 use ambit_proto::status::from_status;
 use ambit_proto::v1;
 use ambit_state::State;
 use ambit_state::authorities::{AuthorityRow, RootId, RootRow};
-use ambit_state::objects::{NodeState, PeerState};
+use ambit_state::objects::{JwtAuthorityRow, JwtAuthorityState, NodeState, PeerState};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
@@ -33,9 +33,10 @@ pub(super) fn here(replica: &Replica) -> Vec<v1::Holder> {
         authorities: agent.authorities,
         ..holder("node", node.to_string())
     });
-    let peers = replica.peers_hold().into_iter().map(|(td, roots, age)| v1::Holder {
+    let peers = replica.peers_hold().into_iter().map(|(td, held, age)| v1::Holder {
         age_ms: u64::try_from(age.as_millis()).unwrap_or(u64::MAX),
-        roots_held: roots.iter().map(|id| id.to_vec()).collect(),
+        roots_held: held.roots.iter().map(|id| id.to_vec()).collect(),
+        kids_held: held.kids,
         ..holder("peer", td.to_string())
     });
     std::iter::once(own).chain(agents).chain(peers).collect()
@@ -93,13 +94,30 @@ impl Survey {
     /// Who must hold this root and has not said so.
     pub(super) fn missing(&self, s: &State, id: &RootId) -> Vec<String> {
         let since = s.roots().get(id).map_or(u64::MAX, |row| row.sequence);
+        self.lacking(s, since, |peer| peer.roots_held.iter().any(|held| held.as_slice() == id.as_slice()))
+    }
+
+    /// Who must know this JWT authority and has not said so. No row says with which bundle a key came: whoever holds the
+    /// present one has it, and knows what is tainted.
+    pub(super) fn missing_jwt(&self, s: &State, row: &JwtAuthorityRow) -> Vec<String> {
+        let sequence = s.cell().map_or(u64::MAX, |cell| cell.bundle_sequence);
+        let mut missing = self.lacking(s, sequence, |peer| peer.kids_held.contains(&row.kid));
+        if matches!(row.state, JwtAuthorityState::Prepared | JwtAuthorityState::Active) {
+            let blind = s.members().filter(|(n, _)| !row.wrapped.contains_key(n)).map(|(n, _)| format!("replica {n}"));
+            missing.extend(blind);
+            missing.sort();
+            missing.dedup();
+        }
+        missing
+    }
+
+    /// Replicas and live nodes with an older bundle than that, and active peers of which `peer_holds` does not hold.
+    fn lacking(&self, s: &State, since: u64, peer_holds: impl Fn(&v1::Holder) -> bool) -> Vec<String> {
         let holds = |holder: Option<&v1::Holder>| holder.is_some_and(|h| h.sequence >= since);
         let replicas = s.members().filter(|(n, _)| !holds(self.get("replica", n.to_string())));
         let nodes = live_nodes(s).filter(|node| !holds(self.get("node", node.clone())));
-        let peers = active_peers(s).filter(|td| {
-            let holder = self.get("peer", td.clone()).filter(|h| h.age_ms <= PEER_AGE_MS_MAX);
-            !holder.is_some_and(|h| h.roots_held.iter().any(|held| held.as_slice() == id.as_slice()))
-        });
+        let peers = active_peers(s)
+            .filter(|td| !self.get("peer", td.clone()).is_some_and(|h| h.age_ms <= PEER_AGE_MS_MAX && peer_holds(h)));
         let replicas = replicas.map(|(n, _)| format!("replica {n}"));
         let nodes = nodes.map(|node| format!("node {node}"));
         replicas.chain(nodes).chain(peers.map(|td| format!("peer {td}"))).collect()
@@ -149,6 +167,32 @@ impl Survey {
             roots: roots.iter().map(|(id, row)| self.root(s, &newest, &authorities, id, row)).collect(),
             intermediates: authorities.iter().map(|(id, row)| self.intermediate(s, &newest, id, row)).collect(),
             holders: Vec::new(),
+        }
+    }
+
+    /// JWT authorities, for operators.
+    pub(super) fn jwt_state(&self, s: &State) -> v1::JwtAuthorityState {
+        v1::JwtAuthorityState {
+            sequence: s.cell().map(|c| c.bundle_sequence).unwrap_or_default(),
+            authorities: s.jwt_authorities().map(|row| self.jwt(s, row)).collect(),
+        }
+    }
+
+    fn jwt(&self, s: &State, row: &JwtAuthorityRow) -> v1::JwtKey {
+        let gone = row.state == JwtAuthorityState::Revoked;
+        let (missing, of) = if gone { (Vec::new(), 0) } else { (self.missing_jwt(s, row), Self::all(s)) };
+        let minted = s.minted_tokens().filter(|token| token.kid == row.kid && token.not_after > s.stamp()).count();
+        v1::JwtKey {
+            kid: row.kid.clone(),
+            state: row.state.as_str().into(),
+            made_ms: row.made.0,
+            leaves_ms: if row.leaves == Stamp(u64::MAX) { 0 } else { row.leaves.0 },
+            not_after_ms: row.not_after.0,
+            acked: u32::try_from(of.saturating_sub(missing.len())).unwrap_or(u32::MAX),
+            of: u32::try_from(of).unwrap_or(u32::MAX),
+            missing: missing.into_iter().take(NAMES_MAX).collect(),
+            opened_by: row.wrapped.keys().copied().collect(),
+            minted: u32::try_from(minted).unwrap_or(u32::MAX),
         }
     }
 
