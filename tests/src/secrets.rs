@@ -94,7 +94,7 @@ pub fn each_piece(pid: u32, mut look: impl FnMut(&[u8])) -> Result<u64> {
 }
 
 /// What is found of `known` by their bytes, and of all keys by their forms.
-pub fn search<'a>(pid: u32, known: &'a [(String, Secret)]) -> Result<(BTreeSet<&'a str>, BTreeSet<Secret>)> {
+pub fn search(pid: u32, known: &[(String, Secret)]) -> Result<(BTreeSet<&str>, BTreeSet<Secret>)> {
     let (mut names, mut forms) = (BTreeSet::new(), BTreeSet::new());
     let bytes = each_piece(pid, |piece| {
         names.extend(known.iter().filter(|(_, secret)| by_bytes(piece, secret)).map(|(name, _)| name.as_str()));
