@@ -21,6 +21,7 @@ const PEM: &str = "PRIVATE KEY-----";
 /// Read at once; forms that lie across are found by what is read again.
 const PIECE: u64 = 8 << 20;
 const AGAIN: u64 = 4096;
+const PAGE: u64 = 4096;
 /// A key's bytes are random: fewer different ones are something else that happens to follow the form's first bytes.
 const DIFFERENT_MIN: usize = 20;
 
@@ -80,10 +81,11 @@ pub fn each_piece(pid: u32, mut look: impl FnMut(&[u8])) -> Result<u64> {
         }
         while at < to {
             let length = usize::try_from((to - at).min(PIECE))?;
-            // A part of it may be given back meanwhile.
-            let Ok(read) = memory.read_at(&mut piece[..length], at) else { break };
+            // A part of it may be given back meanwhile, or be nobody's to read.
+            let read = memory.read_at(&mut piece[..length], at).unwrap_or_default();
             if read == 0 {
-                break;
+                at += PAGE;
+                continue;
             }
             look(&piece[..read]);
             all += read as u64;
@@ -100,40 +102,59 @@ pub fn search(pid: u32, known: &[(String, Secret)]) -> Result<(BTreeSet<&str>, B
         names.extend(known.iter().filter(|(_, secret)| by_bytes(piece, secret)).map(|(name, _)| name.as_str()));
         forms.extend(by_form(piece));
     })?;
-    ensure!(bytes > 100_000, "only {bytes} bytes of {pid} were read");
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB"));
+    let resident: u64 = resident.context("VmRSS")?.trim().parse()?;
+    ensure!(bytes >= resident * 1024, "only {bytes} bytes of {pid} were read, of {resident} kB");
     Ok((names, forms))
 }
 
 /// Keys in the files below a folder whose names end with `.log`, each with the file.
 pub fn in_logs(folder: &Path) -> Result<Vec<String>> {
     let mut out = Vec::new();
-    for entry in std::fs::read_dir(folder).with_context(|| folder.display().to_string())? {
+    let Some(entries) = unless_gone(std::fs::read_dir(folder), folder)? else { return Ok(out) };
+    for entry in entries {
         let path = entry?.path();
         if path.is_dir() && !path.is_symlink() {
             out.extend(in_logs(&path)?);
-        } else if path.extension().is_some_and(|e| e == "log") {
-            let text = std::fs::read(&path).with_context(|| path.display().to_string())?;
-            if in_text(&text) {
-                out.push(path.display().to_string());
-            }
+        } else if path.extension().is_some_and(|e| e == "log")
+            && let Some(text) = unless_gone(std::fs::read(&path), &path)?
+            && in_text(&text)
+        {
+            out.push(path.display().to_string());
         }
     }
     Ok(out)
 }
 
+/// What vanished meanwhile holds nothing any more.
+fn unless_gone<T>(found: std::io::Result<T>, path: &Path) -> Result<Option<T>> {
+    match found {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        found => found.map(Some).with_context(|| path.display().to_string()),
+    }
+}
+
 /// Whether a text holds a private key as programs write one: PEM, or the bytes of DER raw, as base64, as hexadecimal or as Rust
 /// shows them.
 pub fn in_text(text: &[u8]) -> bool {
-    // The beginning of PKCS#8 for P-256 and for Ed25519, and of SEC 1, as base64 of any alignment that starts there.
-    let written: [&[u8]; 6] =
-        [b"MIGHAgEAMBMGByqGSM49", b"MC4CAQAwBQYDK2Vw", b"MHcCAQEEI", b"0201010420", b"04220420", b"2, 1, 1, 4, 32, "];
+    // The beginning of PKCS#8 for P-256 and for Ed25519, and of SEC 1, as base64 that starts there.
+    let written: [&[u8]; 7] = [
+        b"MIGHAgEAMBMGByqGSM49",
+        b"MC4CAQAwBQYDK2Vw",
+        b"MHcCAQEEI",
+        b"0201010420",
+        b"04220420",
+        b"2, 1, 1, 4, 32, ",
+        b"4, 34, 4, 32, ",
+    ];
     !by_form(text).is_empty() || written.iter().any(|form| memmem::find(text, form).is_some())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ambit_identity::SvidKey;
+    use ambit_identity::{RecordKey, SvidKey};
 
     #[test]
     fn a_key_is_found_in_every_form_and_nothing_in_what_has_none() {
@@ -148,6 +169,8 @@ mod tests {
             (STANDARD.encode(&*der).into_bytes(), true),
             (hex::encode(&*der).into_bytes(), true),
             (format!("{:?}", &**der).into_bytes(), true),
+            (format!("{:?}", RecordKey::generate().unwrap().pkcs8()).into_bytes(), true),
+            (RecordKey::generate().unwrap().pkcs8().to_vec(), true),
             (b"-----BEGIN PRIVATE KEY----- is what a key begins with".to_vec(), false),
             (vec![2, 1, 1, 4, 32, 0, 0], false),
         ] {

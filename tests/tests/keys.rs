@@ -154,7 +154,8 @@ async fn a_stolen_key_is_replaced_at_once_and_refused_everywhere_and_no_good_tok
     assert_eq!(waited.status.code(), Some(5), "{}", said(&waited));
     assert!(said(&waited).contains("acks_missing") && said(&waited).contains("peer east"), "{}", said(&waited));
     let plan = told(&west, &["trust", "rotate", "--jwt", "--dry-run"]);
-    assert_eq!(plan, json!({"next": "activate", "missing": ["peer east"]}));
+    // What was made ready then is old by now: a thief of the one may have it too.
+    assert_eq!(plan, json!({"next": "drop what was to sign next", "missing": []}));
     assert_eq!(kid(&told(&west, &["trust", "show"]), "active").as_deref(), Some(former.as_str()));
     east.restart(1).unwrap();
     east.wait_for_voters().await.unwrap();

@@ -248,10 +248,14 @@ fn what_was_signed_is_good_once_and_not_in_a_cell_that_began_anew() {
 fn one_person_is_one_approver() {
     let (mut cell, _, alice, bob) = two();
     let forged = ApproverCard { proof: bob.card().proof, ..Key::new().card() };
+    // The neutral point: R = A and S = 0 verify for every message.
+    let neutral: [u8; 32] = std::array::from_fn(|at| u8::from(at == 0));
+    let anybodys = ApproverCard { key: neutral, proof: [neutral, [0; 32]].concat() };
     for (what, act, code) in [
         ("her key under another name", add("carol", &alice), Code::AlreadyExists),
         ("another key under her name", add("alice", &Key::new()), Code::AlreadyExists),
         ("a key that nobody showed to have", Act::AddApprover("carol".parse().unwrap(), forged), Code::BadRequest),
+        ("a key of anybody's", Act::AddApprover("carol".parse().unwrap(), anybodys), Code::BadRequest),
     ] {
         let before = bare(&cell.state);
         assert_eq!(cell.run(by(&act, 9, &[&alice, &bob])).map_err(|r| r.code), Err(code), "{what}");

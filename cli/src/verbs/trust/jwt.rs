@@ -90,79 +90,82 @@ pub(super) async fn revoke(
     Ok(super::authorities::changed(session, &reply.missing, format!("{kid} is revoked"), dry_run).note(banner))
 }
 
-/// What is to be done next, by the state alone.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What is to be done next.
+#[derive(Clone, Debug, PartialEq, Eq)]
 enum Step {
+    /// A key that was to sign next leaves: who stole another may have it too.
+    Drop(String),
     Prepare,
     Activate,
-    Taint,
-    Revoke,
+    Taint(String),
+    Revoke(String),
 }
 
-/// `began_with`: the key that signed when the rotation began. It alone is replaced: another that is old went by time. None
-/// of its name, and nothing is left to be done.
-fn next(state: &v1::JwtAuthorityState, began_with: &str) -> Option<Step> {
-    let is = |kid: &str, wanted: &str| state.authorities.iter().any(|key| key.kid == kid && key.state == wanted);
-    let prepared = state.authorities.iter().any(|key| key.state == "prepared");
-    match () {
-        () if is(began_with, "active") && prepared => Some(Step::Activate),
-        () if is(began_with, "active") => Some(Step::Prepare),
-        () if is(began_with, "old") => Some(Step::Taint),
-        () if is(began_with, "tainted") => Some(Step::Revoke),
-        () => None,
+/// `before`: the keys that were published when the rotation began. In the end none of them is.
+fn next(state: &v1::JwtAuthorityState, before: &[String]) -> Option<Step> {
+    let of = |wanted: &'static str| state.authorities.iter().filter(move |key| key.state == wanted).map(|key| key.kid.clone());
+    let former = |wanted| of(wanted).find(|kid| before.contains(kid));
+    let signs = former("active").map(|_| if of("prepared").next().is_some() { Step::Activate } else { Step::Prepare });
+    former("prepared")
+        .map(Step::Drop)
+        .or(signs)
+        .or_else(|| former("old").map(Step::Taint))
+        .or_else(|| former("tainted").map(Step::Revoke))
+}
+
+fn published_now(state: &v1::JwtAuthorityState) -> Result<Vec<String>, Refusal> {
+    if !state.authorities.iter().any(|key| key.state == "active") {
+        let found = "none: the cell is starting";
+        return Err(Refusal::new(Code::IssuerUnavailable, "a JWT authority that signs", found));
     }
+    Ok(state.authorities.iter().filter(|key| key.state != "revoked").map(|key| key.kid.clone()).collect())
 }
 
-/// The key to replace: one whose replacement was broken off after it was tainted, else the one that signs.
-fn outgoing(state: &v1::JwtAuthorityState) -> Result<String, Refusal> {
-    let of = |wanted: &str| state.authorities.iter().find(|key| key.state == wanted).map(|key| key.kid.clone());
-    of("tainted").or_else(|| of("active")).ok_or_else(|| {
-        Refusal::new(Code::IssuerUnavailable, "a JWT authority that signs", "none: the cell is starting")
-    })
-}
-
-/// Replaces the key that signs, from the preparation of the next one to its own revocation. Steps are told on standard
-/// error as they are done.
+/// Replaces the keys that are published, whichever of them a thief may have. Where it is broken off, whoever begins again
+/// replaces what is there then. Steps are told on standard error as they are done.
 pub(super) async fn rotate(session: &Session, options: Options) -> Result<Answer, Refusal> {
     let (cell, banner) = session.cell_to_change()?;
     let first = state(&cell).await?;
-    let former = outgoing(&first)?;
+    let before = published_now(&first)?;
     if options.dry_run {
-        return plan(session, &cell, next(&first, &former), banner).await;
+        return plan(session, &cell, next(&first, &before), banner).await;
     }
     let mut steps = Steps::new();
     steps.say(&banner);
-    loop {
-        match next(&state(&cell).await?, &former) {
-            Some(Step::Prepare) => {
+    while let Some(step) = next(&state(&cell).await?, &before) {
+        match step {
+            Step::Drop(kid) => {
+                ask!(cell, LocalAuthority.revoke_jwt_authority(request(Some(kid.clone()), true, false)?))?;
+                steps.say(&format!("dropped: {kid} was to sign next, and will not"));
+            }
+            Step::Prepare => {
                 ask!(cell, LocalAuthority.prepare_jwt_authority(request(None, false, false)?))?;
                 steps.say("prepared: a new JWT key is in the bundle");
             }
-            Some(Step::Activate) => {
+            Step::Activate => {
                 wait(&mut steps, &cell, &options, "prepared").await?;
                 ask!(cell, LocalAuthority.activate_jwt_authority(request(None, options.without_acks, false)?))?;
                 steps.say("activated: tokens are signed by the new key");
             }
-            Some(Step::Taint) => {
-                ask!(cell, LocalAuthority.taint_jwt_authority(request(Some(former.clone()), false, false)?))?;
+            Step::Taint(kid) => {
+                ask!(cell, LocalAuthority.taint_jwt_authority(request(Some(kid), false, false)?))?;
                 steps.say("tainted: agents ask for new tokens in place of those by the former key");
             }
-            Some(Step::Revoke) => {
+            Step::Revoke(kid) => {
                 wait(&mut steps, &cell, &options, "active").await?;
-                let ask = request(Some(former.clone()), options.without_acks, false)?;
+                let ask = request(Some(kid), options.without_acks, false)?;
                 ask!(cell, LocalAuthority.revoke_jwt_authority(ask))?;
                 steps.say("revoked: the former key is out of the bundle, and its tokens are refused");
             }
-            None => break,
         }
     }
     let active = state(&cell).await?.authorities.into_iter().find(|key| key.state == "active").unwrap_or_default();
     let text = match session.form {
         Form::Table => format!("JWT key: {}", active.kid),
-        Form::Json => pretty(&json!({"kid": active.kid, "revoked": former, "steps": steps.done})),
+        Form::Json => pretty(&json!({"kid": active.kid, "revoked": before, "steps": steps.done})),
     };
     Ok(Answer::ok(text)
-        .note("outsiders who fetch the bundle or the OIDC keys believe the former one until they do so again"))
+        .note("outsiders who fetch the bundle or the OIDC keys believe the former ones until they do so again"))
 }
 
 /// Waits until nobody is waited for at the key in that state.
@@ -200,9 +203,10 @@ async fn plan(session: &Session, cell: &Cell, step: Option<Step>, banner: String
             let ask = request(None, false, true)?;
             ("activate", ask!(cell, LocalAuthority.activate_jwt_authority(ask))?.missing)
         }
-        Some(Step::Taint) => ("taint", Vec::new()),
-        Some(Step::Revoke) => {
-            let ask = request(None, false, true)?;
+        Some(Step::Drop(_)) => ("drop what was to sign next", Vec::new()),
+        Some(Step::Taint(_)) => ("taint", Vec::new()),
+        Some(Step::Revoke(kid)) => {
+            let ask = request(Some(kid), false, true)?;
             ("revoke", ask!(cell, LocalAuthority.revoke_jwt_authority(ask))?.missing)
         }
         None => ("nothing", Vec::new()),
@@ -229,21 +233,40 @@ mod tests {
     }
 
     #[test]
-    fn the_key_that_signed_is_replaced_step_by_step_and_no_other() {
-        for (keys, begin, step) in [
-            (&[("a", "active")][..], "a", Some(Step::Prepare)),
-            (&[("z", "old"), ("a", "active")], "a", Some(Step::Prepare)),
-            (&[("z", "old"), ("a", "active"), ("b", "prepared")], "a", Some(Step::Activate)),
-            (&[("z", "old"), ("a", "old"), ("b", "active")], "a", Some(Step::Taint)),
-            (&[("z", "old"), ("a", "tainted"), ("b", "active")], "a", Some(Step::Revoke)),
-            (&[("z", "old"), ("a", "revoked"), ("b", "active")], "a", None),
-            (&[("z", "old"), ("b", "active")], "a", None),
+    fn none_of_the_keys_that_were_published_is_left_wherever_one_begins() {
+        for keys in [
+            &[("a", "active")][..],
+            &[("z", "old"), ("a", "active")],
+            &[("a", "active"), ("b", "prepared")],
+            &[("y", "tainted"), ("z", "old"), ("a", "active"), ("b", "prepared")],
+            &[("a", "tainted"), ("b", "active")],
         ] {
-            assert_eq!(next(&state(keys), begin), step, "{keys:?}");
+            let mut keys: Vec<(String, String)> = keys.iter().map(|(k, s)| ((*k).into(), (*s).into())).collect();
+            let shown = |keys: &[(String, String)]| {
+                state(&keys.iter().map(|(k, s)| (k.as_str(), s.as_str())).collect::<Vec<_>>())
+            };
+            let before = published_now(&shown(&keys)).unwrap();
+            let put = |keys: &mut Vec<(String, String)>, from: &str, to: &str| {
+                keys.iter_mut().filter(|(kid, state)| kid == from || state == from).for_each(|(_, s)| *s = to.into());
+            };
+            let mut steps = 0;
+            // As the cell does it.
+            while let Some(step) = next(&shown(&keys), &before) {
+                match step {
+                    Step::Drop(kid) | Step::Revoke(kid) => put(&mut keys, &kid, "revoked"),
+                    Step::Taint(kid) => put(&mut keys, &kid, "tainted"),
+                    Step::Prepare => keys.push(("new".into(), "prepared".into())),
+                    Step::Activate => {
+                        put(&mut keys, "active", "old");
+                        put(&mut keys, "prepared", "active");
+                    }
+                }
+                steps += 1;
+                assert!(steps < 20, "{keys:?}");
+            }
+            assert_eq!(published_now(&shown(&keys)).unwrap(), ["new"], "{keys:?}");
         }
-        assert_eq!(outgoing(&state(&[("z", "old"), ("a", "active")])).ok().as_deref(), Some("a"));
-        assert_eq!(outgoing(&state(&[("a", "tainted"), ("b", "active")])).ok().as_deref(), Some("a"));
-        assert!(outgoing(&state(&[])).is_err());
+        assert!(published_now(&state(&[])).is_err());
     }
 
     #[test]

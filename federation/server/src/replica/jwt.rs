@@ -4,6 +4,7 @@ use super::Replica;
 use ambit_identity::JwtKey;
 use ambit_identity::wrap::{Purpose, wrap_for};
 use ambit_model::{Code, Refusal};
+use ambit_state::objects::{JwtAuthorityRow, JwtAuthorityState};
 use ambit_state::{Command, JwtDue};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -42,6 +43,14 @@ pub fn signer(replica: &Replica) -> Result<Arc<JwtKey>, Refusal> {
     let none = |found: &str| Refusal::new(Code::IssuerUnavailable, "a JWT authority that this replica can open", found);
     let (kid, spki, wrapped) = row.ok_or_else(|| none("none: the cell is starting"))?;
     open(replica, &kid, &spki, &wrapped)?.ok_or_else(|| none("one that was not wrapped to it yet"))
+}
+
+/// What signs no more is not held: a thief of this memory gets no key that is believed and no use.
+pub fn forget(replica: &Replica) {
+    let signs = |row: &JwtAuthorityRow| matches!(row.state, JwtAuthorityState::Active | JwtAuthorityState::Prepared);
+    let kids: Vec<String> =
+        replica.local(|s| s.jwt_authorities().filter(|row| signs(row)).map(|row| row.kid.clone()).collect());
+    replica.jwt_keys().lock().retain(|key| kids.iter().any(|kid| kid == key.kid()));
 }
 
 /// None where it was not wrapped to this replica.

@@ -82,6 +82,7 @@ async fn tick(replica: Replica) {
     every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
     loop {
         every.tick().await;
+        super::jwt::forget(&replica);
         if replica.cell().status().role != Role::Leader || replica.local(|s| s.cell().is_none()) {
             continue;
         }

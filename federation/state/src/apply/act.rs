@@ -88,10 +88,36 @@ fn addable(s: &State, name: &ObjectName, card: &ApproverCard) -> Result<(), Refu
     if s.approvers.len() >= APPROVERS_MAX {
         return Err(Refusal::new(Code::Busy, format!("at most {APPROVERS_MAX} approvers"), "more"));
     }
+    if has_small_order(&card.key) {
+        // Its signatures verify whoever made them.
+        return Err(Refusal::new(Code::BadRequest, "an Ed25519 key that somebody holds", "a point of small order"));
+    }
     if signs(&card.key, &ApproverCard::proved(&card.key), &card.proof) {
         return Ok(());
     }
     Err(Refusal::new(Code::BadRequest, "a key with its own signature (ambit approver keygen)", "another signature"))
+}
+
+/// Whether the point is one of the eight whose order divides the cofactor (RFC 8032 section 5.1), in whatever encoding.
+fn has_small_order(key: &[u8; 32]) -> bool {
+    const P: [u8; 32] = [
+        0xed, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff,
+        0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x7f,
+    ];
+    const OF_ORDER_EIGHT: [u8; 32] = [
+        0x26, 0xe8, 0x95, 0x8f, 0xc2, 0xb2, 0x27, 0xb0, 0x45, 0xc3, 0xf4, 0x89, 0xf2, 0xef, 0x98, 0xf0, 0xd5, 0xdf,
+        0xac, 0x05, 0xd3, 0xc6, 0x33, 0x39, 0xb1, 0x38, 0x02, 0x88, 0x6d, 0x53, 0xfc, 0x05,
+    ];
+    const OF_ORDER_EIGHT_TOO: [u8; 32] = [
+        0xc7, 0x17, 0x6a, 0x70, 0x3d, 0x4d, 0xd8, 0x4f, 0xba, 0x3c, 0x0b, 0x76, 0x0d, 0x10, 0x67, 0x0f, 0x2a, 0x20,
+        0x53, 0xfa, 0x2c, 0x39, 0xcc, 0xc6, 0x4e, 0xc7, 0xfd, 0x77, 0x92, 0xac, 0x03, 0x7a,
+    ];
+    // The last bit is x's sign; what is left is y: 0, 1, -1, two more, and 0 and 1 once more as p and p + 1.
+    let (mut y, first) = (*key, |byte: u8, of: [u8; 32]| [&[byte], &of[1..]].concat());
+    y[31] &= 0x7f;
+    let zero = [0; 32];
+    let small = [first(0, zero), first(1, zero), first(0xec, P), first(0xed, P), first(0xee, P)];
+    small.iter().any(|of| of.as_slice() == y) || [OF_ORDER_EIGHT, OF_ORDER_EIGHT_TOO].contains(&y)
 }
 
 /// What approvals were found to be.

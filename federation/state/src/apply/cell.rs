@@ -135,13 +135,16 @@ pub(super) fn over_key_set(s: &mut State, at: At, replaced: &[u8; 32], command: 
 
 /// Whatever the replica signed is issued anew: its keys are nobody's any more, or somebody else's.
 pub(super) fn remove_member(s: &mut State, at: At, id: u64) -> Result<Reply, Refusal> {
+    if !s.members.contains(&id) {
+        // Its number may be promised to another already.
+        return Err(Refusal::new(Code::NotFound, "a replica of this cell", id.to_string()));
+    }
     super::authority::taint_all_of(s, at, id);
     s.admissions.remove(&mut s.journal, &id);
     super::root::unwrap_from(s, id);
-    match s.members.remove(&mut s.journal, &id) {
-        Some(_) => super::jwt::without(s, at, id).map(|()| Reply::Done),
-        None => Err(Refusal::new(Code::NotFound, "a replica of this cell", id.to_string())),
-    }
+    s.members.remove(&mut s.journal, &id);
+    super::jwt::without(s, at, id)?;
+    Ok(Reply::Done)
 }
 
 pub(super) fn rotate_ticket_key(s: &mut State, at: At, wrapped: &BTreeMap<u64, Vec<u8>>) -> Result<Reply, Refusal> {

@@ -5,14 +5,16 @@ use crate::command::{Command, IdVerb, Presence, Reply};
 use crate::committed::{Issuance, Subject};
 use crate::state::State;
 use ambit_model::record::Kind;
-use ambit_model::{Code, Entry, EntryId, IdDenial, LeafDenial, ObjectName, Refusal, SpiffeId, Stamp, TrustDomain};
+use ambit_model::{
+    Code, Entry, EntryId, IdDenial, LeafDenial, ObjectName, Refusal, SpiffeId, Stamp, TrustDomain, serial_number,
+};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 
 /// Denials of each kind that this cell makes; each goes to every agent (I17). Peers have bounds of their own.
 const ID_DENIALS_MAX: usize = 20_000;
 const LEAF_DENIALS_MAX: usize = 20_000;
-/// Of them those that are kept for who administers the whole cell: no cluster's administrator leaves it without any.
+/// Of each those that are kept for who administers the whole cell: no cluster's administrator leaves it without any.
 const RESERVED: usize = 2_000;
 /// Leaves of one entry that are refused one by one, where another entry gives the same identity; if there are more, all of
 /// that identity so far are.
@@ -127,6 +129,7 @@ fn deny_id(s: &mut State, at: At, id: &SpiffeId, barred: bool) -> Result<(), Ref
 }
 
 pub(super) fn leaf(s: &mut State, at: At, authority: &str, serial: &[u8]) -> Result<Reply, Refusal> {
+    let serial = serial_number(serial);
     if serial.is_empty() || serial.len() > SERIAL_BYTES_MAX {
         let expected = format!("a serial of 1-{SERIAL_BYTES_MAX} bytes");
         return Err(Refusal::new(Code::BadRequest, expected, serial.len().to_string()));
@@ -212,7 +215,9 @@ fn revoke(s: &mut State, at: At, former: &[Entry]) -> Result<(), Refusal> {
             single.entry(leaf.spiffe_id.clone()).or_default().push(leaf.clone());
         }
     }
-    let too_many = single.values().map(Vec::len).sum::<usize>() > leaves_left(s, &cell_row(s)?.trust_domain);
+    // Some are left for leaves that an operator names.
+    let left = leaves_left(s, &cell_row(s)?.trust_domain).saturating_sub(RESERVED);
+    let too_many = single.values().map(Vec::len).sum::<usize>() > left;
     single.retain(|id, leaves| {
         let few = !too_many && leaves.len() <= LEAVES_PER_ENTRY_MAX;
         if !few {

@@ -11,6 +11,7 @@ use ambit_model::policy::{Endpoint, Policy, Service};
 use ambit_model::record::{Head, Kind, Record};
 use ambit_model::{
     Code, Generation, IdDenial, LeafDenial, NodeId, ObjectName, Refusal, Revision, SpiffeId, Stamp, TrustDomain,
+    serial_number,
 };
 use ambit_policy::Document;
 use serde::Serialize;
@@ -210,7 +211,10 @@ fn decode(r: &Record) -> Result<Imported, Refusal> {
             }
         }
         Kind::LeafDenial => {
-            let key = r.key.split_once('/').and_then(|(of, serial)| Some((of.to_owned(), hex::decode(serial).ok()?)));
+            let key = r
+                .key
+                .split_once('/')
+                .and_then(|(of, serial)| Some((of.to_owned(), serial_number(&hex::decode(serial).ok()?).to_vec())));
             let bad = || Refusal::new(Code::RecordChainBroken, "a key of authority and serial", r.key.clone());
             let (authority, serial) = key.ok_or_else(bad)?;
             let fits = is_authority(&authority) && (1..=SERIAL_BYTES_MAX).contains(&serial.len());
