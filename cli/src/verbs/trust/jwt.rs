@@ -103,7 +103,9 @@ enum Step {
 
 /// `before`: the keys that were published when the rotation began. In the end none of them is.
 fn next(state: &v1::JwtAuthorityState, before: &[String]) -> Option<Step> {
-    let of = |wanted: &'static str| state.authorities.iter().filter(move |key| key.state == wanted).map(|key| key.kid.clone());
+    let of = |wanted: &'static str| {
+        state.authorities.iter().filter(move |key| key.state == wanted).map(|key| key.kid.clone())
+    };
     let former = |wanted| of(wanted).find(|kid| before.contains(kid));
     let signs = former("active").map(|_| if of("prepared").next().is_some() { Step::Activate } else { Step::Prepare });
     former("prepared")
