@@ -146,7 +146,14 @@ pub(super) async fn rotate(session: &Session, options: Options) -> Result<Answer
             }
             Step::Activate => {
                 wait(&mut steps, &cell, &options, "prepared").await?;
-                ask!(cell, LocalAuthority.activate_jwt_authority(request(None, options.without_acks, false)?))?;
+                let ask = request(None, options.without_acks, false)?;
+                match ask!(cell, LocalAuthority.activate_jwt_authority(ask)) {
+                    Err(refusal) if steps.joined_since(&refusal, &options) => {
+                        tokio::time::sleep(LOOK).await;
+                        continue;
+                    }
+                    done => drop(done?),
+                }
                 steps.say("activated: tokens are signed by the new key");
             }
             Step::Taint(kid) => {
@@ -156,7 +163,13 @@ pub(super) async fn rotate(session: &Session, options: Options) -> Result<Answer
             Step::Revoke(kid) => {
                 wait(&mut steps, &cell, &options, "active").await?;
                 let ask = request(Some(kid), options.without_acks, false)?;
-                ask!(cell, LocalAuthority.revoke_jwt_authority(ask))?;
+                match ask!(cell, LocalAuthority.revoke_jwt_authority(ask)) {
+                    Err(refusal) if steps.joined_since(&refusal, &options) => {
+                        tokio::time::sleep(LOOK).await;
+                        continue;
+                    }
+                    done => drop(done?),
+                }
                 steps.say("revoked: the former key is out of the bundle, and its tokens are refused");
             }
         }

@@ -76,7 +76,13 @@ pub(super) async fn rotate(session: &Session, options: Options) -> Result<Answer
             Step::Activate => {
                 wait(&mut steps, &cell, &options, "prepared", |root| root.missing.clone()).await?;
                 let ask = request(None, options.without_acks, false)?;
-                ask!(cell, LocalAuthority.activate_x509_authority(ask))?;
+                match ask!(cell, LocalAuthority.activate_x509_authority(ask)) {
+                    Err(refusal) if steps.joined_since(&refusal, &options) => {
+                        tokio::time::sleep(LOOK).await;
+                        continue;
+                    }
+                    done => drop(done?),
+                }
                 steps.say("activated: intermediates are signed under the new root");
             }
             Step::AwaitReplicas => {
@@ -97,7 +103,14 @@ pub(super) async fn rotate(session: &Session, options: Options) -> Result<Answer
                 let cut_off = |root: &v1::X509Root| root.using.clone();
                 wait(&mut steps, &cell, &options, "tainted", cut_off).await?;
                 wait(&mut steps, &cell, &options, "active", |root| root.missing.clone()).await?;
-                if let Some(proposed) = revoke(&cell, &now, options.without_acks).await? {
+                let proposed = match revoke(&cell, &now, options.without_acks).await {
+                    Err(refusal) if steps.joined_since(&refusal, &options) => {
+                        tokio::time::sleep(LOOK).await;
+                        continue;
+                    }
+                    done => done?,
+                };
+                if let Some(proposed) = proposed {
                     steps
                         .say("tainted still: its revocation takes approvals (ambit trust revoke ROOT --approval FILE)");
                     return Ok(proposed);
@@ -142,6 +155,10 @@ impl Steps {
     pub(super) fn say(&mut self, line: &str) {
         let _ = writeln!(std::io::stderr(), "{:>7.1} s  {line}", self.began.elapsed().as_secs_f64());
         self.done.push(line.to_owned());
+    }
+    /// Whether somebody came between the last look and the step, who is to be waited for as all others are.
+    pub(super) fn joined_since(&self, refusal: &Refusal, options: &Options) -> bool {
+        matches!(refusal.code, Code::AcksMissing | Code::AuthorityInUse) && self.began.elapsed() < options.wait
     }
 }
 
