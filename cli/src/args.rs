@@ -177,7 +177,7 @@ pub enum Trust {
     Check,
     /// A new root: prepare, activate, taint, revoke, waiting for everybody in between; goes on where it was broken off
     Rotate {
-        /// A new key of JWT-SVIDs instead: tokens by the one that signs now are refused in the end
+        /// A new key of JWT-SVIDs instead: all tokens that were signed before are refused in the end
         #[arg(long)]
         jwt: bool,
         /// How long to wait for everybody at each step

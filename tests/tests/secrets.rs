@@ -2,10 +2,14 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test says that it failed by panicking")]
 
 use ambit_identity::SvidKey;
+use ambit_identity::wrap::Purpose;
 use ambit_lab::{Lab, Place, Ready};
+use ambit_model::ReplicaId;
 use ambit_tests::process::{binary, must_run};
 use ambit_tests::secrets::{self, Secret, in_file};
 use ambit_tests::small::Small;
+use ambitd::raft::{Options, rebase};
+use ambitd::replica::files::Files;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -66,6 +70,28 @@ fn renew(lab: &Lab) -> BTreeMap<&'static str, Secret> {
     former
 }
 
+/// What each process holds beside what it may.
+fn found_wrong(
+    small: &Small,
+    of_process: &BTreeMap<&str, BTreeSet<String>>,
+    known: &[(String, Secret)],
+) -> BTreeSet<String> {
+    let mut wrong = BTreeSet::new();
+    for (process, allowed) in of_process {
+        let pid = u32::try_from(small.process(process).unwrap().pid).unwrap();
+        let (names, forms) = secrets::search(pid, known).unwrap();
+        let unknown: Vec<&Secret> = forms.iter().filter(|f| known.iter().all(|(_, secret)| secret != *f)).collect();
+        println!("{process}: {names:?}, and {} others", unknown.len());
+        wrong.extend(names.iter().filter(|name| !allowed.contains(**name)).map(|name| format!("{name} in {process}")));
+        wrong.extend(unknown.iter().map(|u| format!("{} in {process}", hex::encode(&u[..4]))));
+        for sure in [format!("{process}'s issuing key"), "web's key".to_owned()] {
+            let seen = !allowed.contains(&sure) || names.contains(sure.as_str());
+            assert!(seen, "the search finds what is in use: {sure}");
+        }
+    }
+    wrong
+}
+
 #[test]
 fn live_processes_and_their_logs_hold_no_keys_but_those_in_use() {
     let small = Small::up("testkeys").unwrap();
@@ -102,26 +128,52 @@ fn live_processes_and_their_logs_hold_no_keys_but_those_in_use() {
         of_replica.entry(replica).or_default().insert(format!("{replica}'s former issuing key"));
         known.push((format!("{replica}'s first issuing key"), first[replica]));
     }
-    let mut wrong = Vec::new();
-    for (process, allowed) in of_replica
-        .into_iter()
-        .chain([("west-n1-agent", BTreeSet::from(["web's key".to_owned()])), ("west-n2-agent", BTreeSet::new())])
-    {
-        let id = small.process(process).unwrap();
-        let (names, forms) = secrets::search(u32::try_from(id.pid).unwrap(), &known).unwrap();
-        let unknown: Vec<&Secret> = forms.iter().filter(|f| known.iter().all(|(_, secret)| secret != *f)).collect();
-        println!("{process}: {names:?}, and {} others", unknown.len());
-        wrong.extend(names.iter().filter(|name| !allowed.contains(**name)).map(|name| format!("{name} in {process}")));
-        wrong.extend(unknown.iter().map(|u| format!("{} in {process}", hex::encode(&u[..4]))));
-        for sure in [format!("{process}'s issuing key"), "web's key".to_owned()] {
-            assert!(
-                !allowed.contains(&sure) || names.contains(sure.as_str()),
-                "the search finds what is in use: {sure}"
-            );
+    let agents = [("west-n1-agent", BTreeSet::from(["web's key".to_owned()])), ("west-n2-agent", BTreeSet::new())];
+    let of_process: BTreeMap<_, _> = of_replica.into_iter().chain(agents).collect();
+    // A key that is asked a certificate for at that moment is in use, and a second later it is held in no such form: wrong
+    // is what is found again and again.
+    let mut wrong = found_wrong(&small, &of_process, &known);
+    for _ in 0..4 {
+        if !wrong.is_empty() {
+            std::thread::sleep(Duration::from_secs(1));
+            wrong = &wrong & &found_wrong(&small, &of_process, &known);
         }
     }
-    assert_eq!(wrong, [""; 0]);
+    assert_eq!(wrong, BTreeSet::new());
     assert_eq!(secrets::in_logs(&lab.spec().root()).unwrap(), [""; 0]);
+}
+
+/// The key that signs tokens, as a replica's own files open it: those of one that does not run.
+fn jwt_key(lab: &Lab, replica: &str, number: u64) -> Secret {
+    let data = lab.folder(replica).join("data");
+    // Its lock ends with its last thread.
+    let survey = || rebase::survey(&Options::new(ReplicaId(number), data.clone())).ok();
+    let state = until("its files are nobody's", survey).whole.state;
+    let wrap = Files::create(&data).unwrap().wrap().unwrap();
+    let private = wrap.unwrap_for(Purpose::JwtAuthority, &state.jwt_signer().unwrap().wrapped[&number]).unwrap();
+    private.as_slice().try_into().unwrap()
+}
+
+#[test]
+fn a_key_of_tokens_that_was_replaced_is_held_by_no_replica() {
+    let small = Small::up("testtokens").unwrap();
+    let lab = &small.lab;
+    let mint = || lab.ambit("west", &["svid", "mint", "--audience", "a", "spiffe://west/ci"]);
+    until("a token", || mint().ok());
+    small.process("west-r3").unwrap().kill();
+    let former = [("the former key of tokens".to_owned(), jwt_key(lab, "west-r3", 3))];
+    lab.restart("west-r3").unwrap();
+    let holders = || {
+        let holds = |replica: &&str| {
+            let pid = u32::try_from(small.process(replica).unwrap().pid).unwrap();
+            !secrets::search(pid, &former).unwrap().0.is_empty()
+        };
+        REPLICAS.into_iter().filter(holds).count()
+    };
+    assert!(holders() > 0, "the search finds what signs");
+    lab.ambit("west", &["trust", "rotate", "--jwt", "--wait", "60s"]).unwrap();
+    until("another token", || mint().ok());
+    until("nobody holds the former", || (holders() == 0).then_some(()));
 }
 
 #[test]

@@ -180,6 +180,10 @@ fn one_leaf_is_refused_by_authority_and_serial_and_stands_in_the_crl() {
     cell.run(deny("a1", &[7; 16])).unwrap();
     let until: Vec<u64> = cell.state.leaf_denials().map(|(_, denial)| denial.until.0).collect();
     assert_eq!(until, [1_000_000_000 + 300_000, web.lifetime.not_after.0 + 300_000]);
+    // DER writes a zero before a first bit that is set; it is the same number.
+    let zero_first = [&[0], web.serial.as_slice()].concat();
+    cell.run(deny("a1", &zero_first)).unwrap();
+    assert_eq!(cell.state.leaf_denials().count(), 2);
     cell.run(retire(&["db"])).unwrap();
     let crl = |cell: &Cell, of: &str| {
         let mut serials: Vec<Vec<u8>> =
@@ -286,6 +290,22 @@ fn denials_are_bounded_a_peers_use_none_of_the_cells_own_and_a_clusters_administ
     assert!(!denied(&cell.state, &web) && cell.state.entry(&"web".parse().unwrap()).is_some());
 }
 
+#[test]
+fn single_leaves_of_entries_leave_room_for_those_that_an_operator_names() {
+    let mut cell = cell();
+    for n in 0u32..18_000 {
+        cell.run(Command::DenyLeaf("a1".into(), [[7; 12].as_slice(), &n.to_be_bytes()].concat())).unwrap();
+    }
+    let another = Entry { spiffe_id: id("spiffe://west/web"), ..entry("another", "west") };
+    cell.run(Command::CreateEntries(vec![another])).unwrap();
+    let web = leaf(&mut cell, "web").unwrap();
+    // It would be one more leaf, as the other entry's are good; without room all of the identity so far is refused.
+    cell.run(retire(&["web"])).unwrap();
+    assert!(denied(&cell.state, &web));
+    assert_eq!((cell.state.leaf_denials().count(), cell.state.id_denials().count()), (18_000, 1));
+    cell.run(Command::DenyLeaf("a1".into(), vec![8; 16])).unwrap();
+}
+
 fn record(seq: u64, prev_hash: [u8; 32], kind: Kind, key: &str, payload: Vec<u8>) -> Record {
     Record { origin: "east".parse().unwrap(), epoch: 1, seq, prev_hash, kind, key: key.into(), payload }
 }
@@ -310,6 +330,7 @@ fn a_peer_denies_its_own_identities_only_and_takes_nothing_back() {
         (Kind::IdDenial, "spiffe://east/db", vec![]),
         (Kind::LeafDenial, &format!("{}/07", "a1".repeat(20)), leaf_denial.clone()),
         (Kind::LeafDenial, "a1/07", leaf_denial.clone()),
+        (Kind::LeafDenial, &format!("{}/0088", "a1".repeat(20)), leaf_denial.clone()),
         (Kind::LeafDenial, &format!("{}/{}", "a1".repeat(20), "07".repeat(21)), leaf_denial.clone()),
         (Kind::LeafDenial, &format!("{}/", "a1".repeat(20)), leaf_denial),
     ]
@@ -333,7 +354,8 @@ fn a_peer_denies_its_own_identities_only_and_takes_nothing_back() {
     assert!(cell.state.svid_denied(&db, "x", &[5; 16]) && !cell.state.svid_denied(&db, "x", &[6; 16]));
     let other = id("spiffe://east/other");
     assert!(cell.state.svid_denied(&other, &"a1".repeat(20), &[7]) && !cell.state.svid_denied(&other, "a1", &[7]));
-    assert_eq!(cell.state.leaf_denials().count(), 1, "keys that no intermediate has, serials that no leaf has");
+    assert!(cell.state.svid_denied(&other, &"a1".repeat(20), &[0x88]), "the number, not how DER writes it");
+    assert_eq!(cell.state.leaf_denials().count(), 2, "keys that no intermediate has, serials that no leaf has");
     assert!(!cell.state.svid_denied(&web.spiffe_id, "a1", &web.serial));
     // This cell may refuse more than a peer does, here; of their serials it knows nothing.
     assert_eq!(code(cell.run(Command::DenyId(db.clone(), IdVerb::Revoke))), Code::NotOwner);

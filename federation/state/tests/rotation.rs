@@ -5,7 +5,7 @@ mod common;
 
 use ambit_model::bundle::{BundleRecord, RootEntry, RootState};
 use ambit_model::record::{Head, Kind, Record};
-use ambit_model::{Code, Generation, Stamp};
+use ambit_model::{Code, Generation, Refusal, Stamp};
 use ambit_state::authorities::AuthorityState;
 use ambit_state::command::LeafRequest;
 use ambit_state::objects::{KeySetRow, Member};
@@ -247,12 +247,20 @@ fn a_replica_that_joins_meanwhile_is_under_the_root_that_was_active_when_it_was_
 
 /// A replica of this number, admitted and recorded.
 fn join(cell: &mut Cell, replica: u64, key: u8) {
+    admit(cell, replica, key);
+    record(cell, replica, key).unwrap();
+}
+
+fn admit(cell: &mut Cell, replica: u64, key: u8) {
     use ambit_state::objects::{TokenRow, TokenScope};
     let token = [key; 32];
     let scope = TokenScope::Replica(replica, "127.0.0.1:2".into());
     cell.run(Command::CreateToken(token, TokenRow { scope, expires: Stamp(2_000_000), used: false })).unwrap();
     let (issuer_key_hash, tls_key_hash) = ([key; 32], [9; 32]);
     cell.run(Command::AdmitReplica { token, replica, issuer_key_hash, tls_key_hash }).unwrap();
+}
+
+fn record(cell: &mut Cell, replica: u64, key: u8) -> Result<Reply, Refusal> {
     let authority_not_after = Stamp(1_000_000 + DAY_MS);
     let member = Member {
         address: "127.0.0.1:2".into(),
@@ -261,7 +269,19 @@ fn join(cell: &mut Cell, replica: u64, key: u8) {
         wrap_key: vec![],
         record_key: [2; 32],
     };
-    cell.run(Command::PutMember(replica, member, keys(3))).unwrap();
+    cell.run(Command::PutMember(replica, member, keys(3)))
+}
+
+#[test]
+fn a_removal_that_is_refused_changes_nothing() {
+    let mut cell = Cell::founded("west");
+    join(&mut cell, 2, 20);
+    cell.run(Command::RemoveMember(2)).unwrap();
+    // Sent once more, when the number is promised to the next already.
+    admit(&mut cell, 2, 22);
+    assert_eq!(code(cell.run(Command::RemoveMember(2))), Code::NotFound);
+    record(&mut cell, 2, 22).unwrap();
+    assert!(cell.state.speaks_for(&name(22), 2));
 }
 
 #[test]

@@ -39,7 +39,7 @@ pub(super) fn id(s: &mut State, at: At, id: &SpiffeId, verb: IdVerb) -> Result<R
     let known = s.id_denials.get(&(own.clone(), id.clone())).copied();
     if verb == IdVerb::Revoke && id.trust_domain() != own {
         // Whose serials tell nothing here of when they were issued.
-        let expected = format!("an identity of {own}, or one that is barred (ambit identity bar)");
+        let expected = format!("an identity of {own}, or one that is barred (ambit deny id)");
         return Err(Refusal::new(Code::NotOwner, expected, id.as_str()));
     }
     if verb == IdVerb::Lift && !known.is_some_and(|denial| denial.barred) {
@@ -82,13 +82,17 @@ pub(super) fn readmit(s: &mut State, admin: &ObjectName) -> Result<(), Refusal> 
 
 /// Refused unless there is room for denials of these identities, and for some more than those.
 fn room(s: &State, own: &TrustDomain, ids: &BTreeSet<SpiffeId>, reserved: usize) -> Result<(), Refusal> {
+    if s.id_denials.len() + ids.len() <= ID_DENIALS_MAX - reserved {
+        // With peers' and all: no need to count.
+        return Ok(());
+    }
     let held = s.id_denials.iter().filter(|((origin, _), _)| origin == own).count();
     let more = ids.iter().filter(|id| !s.id_denials.contains(&(own.clone(), (*id).clone()))).count();
     let max = ID_DENIALS_MAX - reserved;
     if more == 0 || held + more <= max {
         return Ok(());
     }
-    let found = format!("{held}, and {more} more (ambit identity denied)");
+    let found = format!("{held}, and {more} more (ambit deny list)");
     Err(Refusal::new(Code::Busy, format!("at most {max} denied identities at once"), found))
 }
 
@@ -135,7 +139,8 @@ pub(super) fn leaf(s: &mut State, at: At, authority: &str, serial: &[u8]) -> Res
         return Err(Refusal::new(Code::BadRequest, expected, serial.len().to_string()));
     }
     let own = cell_row(s)?.trust_domain;
-    if !s.leaf_denials.contains(&(own.clone(), authority.to_owned(), serial.to_vec())) && leaves_left(s, &own) == 0 {
+    let known = s.leaf_denials.contains(&(own.clone(), authority.to_owned(), serial.to_vec()));
+    if !known && s.leaf_denials.len() >= LEAF_DENIALS_MAX && leaves_left(s, &own) == 0 {
         return Err(Refusal::new(Code::Busy, format!("at most {LEAF_DENIALS_MAX} denied leaves at once"), "one more"));
     }
     let of_replica = s.authority(authority).map(|row| row.lifetime.not_after);
