@@ -185,8 +185,11 @@ impl State {
     }
 
     fn active_at(&self, index: RaftIndex) -> Option<RootId> {
-        let then = self.roots().into_iter().filter(|(_, row)| row.activated <= index);
-        then.max_by_key(|(_, row)| row.activated).map(|(id, _)| id)
+        if self.roots.len() == 0 {
+            return self.cell().map(|cell| root_id(&cell.root_der));
+        }
+        let then = self.roots.iter().filter(|(_, row)| row.activated <= index);
+        then.max_by_key(|(_, row)| row.activated).map(|(id, _)| *id)
     }
 
     /// All intermediates that may be in time, by name.

@@ -1,5 +1,6 @@
 //! Dialing a cell.
 
+use crate::coalesced::Coalesced;
 use ambit_identity::tls::{Expect, SharedTrust, Trust, client_config};
 use ambit_model::{Code, Refusal};
 use hyper_util::rt::TokioIo;
@@ -84,7 +85,7 @@ impl Dialer {
                 let tcp = TcpStream::connect(addr).await?;
                 crate::alive::watch(&tcp)?;
                 let stream = tls.connect(ServerName::IpAddress(addr.ip().into()), tcp).await?;
-                Ok::<_, std::io::Error>(TokioIo::new(stream))
+                Ok::<_, std::io::Error>(TokioIo::new(Coalesced::new(stream)))
             }
         };
         let endpoint = Endpoint::from_shared(format!("http://{addr}"))

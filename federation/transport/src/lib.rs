@@ -6,6 +6,7 @@
 
 mod alive;
 mod client;
+mod coalesced;
 mod server;
 
 pub use client::{Dialer, Identity};

@@ -1,5 +1,6 @@
 //! Serving gRPC over mutual TLS.
 
+use crate::coalesced::Coalesced;
 use ambit_identity::svid::PeerSvid;
 use ambit_identity::tls::SharedTrust;
 use ambit_model::{Refusal, Stamp};
@@ -47,7 +48,7 @@ pub struct Caller {
 
 /// An accepted, verified stream.
 struct Accepted {
-    stream: TlsStream<TcpStream>,
+    stream: Coalesced<TlsStream<TcpStream>>,
     caller: Caller,
     /// Held while the connection is open.
     _place: OwnedSemaphorePermit,
@@ -193,7 +194,7 @@ async fn handshake(
         Some(chain) => Some(trust.current().verify(chain, now()).map_err(|r: Refusal| std::io::Error::other(r))?),
     };
     let place = open.place(svid.is_some()).ok_or_else(|| std::io::Error::other("too many open connections"))?;
-    Ok(Accepted { stream, caller: Caller { svid, remote }, _place: place })
+    Ok(Accepted { stream: Coalesced::new(stream), caller: Caller { svid, remote }, _place: place })
 }
 
 fn now() -> Stamp {

@@ -16,6 +16,11 @@ use std::time::{Duration, Instant};
 const QUEUE_MAX: usize = 4096;
 /// Requests taken in before the next append.
 const BATCH_MAX: usize = 1024;
+/// Where so many proposals came at once, more are about to: those that wait for the answers that are just being given. A
+/// round for a few costs as much as one for all, so the next is put off a little. One caller alone never waits.
+const COMPANY: usize = 4;
+/// How long it is put off; a sync takes as long.
+const GATHER: Duration = Duration::from_millis(1);
 /// Ticks made up for after a stall; more would turn a pause of this process into an election.
 const TICKS_CAUGHT_UP_MAX: u32 = 2;
 
@@ -52,6 +57,48 @@ pub(super) struct Driver {
     engine: Engine<Folder>,
     outbox: Outbox,
     inbox: Receiver<Request>,
+    gathered: Gathered,
+}
+
+/// Proposals on their way into the engine: a few are handed on as they come, many together.
+#[derive(Default)]
+struct Gathered {
+    held: Vec<Request>,
+    /// When those held are handed on.
+    due: Option<Instant>,
+    /// Handed on since the last round, and in the one before.
+    now: usize,
+    last: usize,
+}
+
+impl Gathered {
+    /// What is to be handed on at once.
+    fn take(&mut self, request: Request) -> Option<Request> {
+        if !matches!(request, Request::Propose(..)) {
+            return Some(request);
+        }
+        if self.last < COMPANY {
+            self.now += 1;
+            return Some(request);
+        }
+        self.due.get_or_insert_with(|| Instant::now() + GATHER);
+        self.held.push(request);
+        None
+    }
+
+    /// A round begins: what is due goes into it.
+    fn round(&mut self) -> Vec<Request> {
+        let due = self.due.is_some_and(|at| at <= Instant::now()) || self.held.len() >= BATCH_MAX;
+        let held = if due { std::mem::take(&mut self.held) } else { Vec::new() };
+        if due {
+            self.due = None;
+        }
+        match std::mem::take(&mut self.now) + held.len() {
+            0 => {}
+            n => self.last = n,
+        }
+        held
+    }
 }
 
 impl Driver {
@@ -62,7 +109,7 @@ impl Driver {
         outbox: Outbox,
     ) -> Result<std::thread::JoinHandle<()>, StartError> {
         let name = format!("raft-{}", options.id);
-        let driver = Self { options, engine, outbox, inbox };
+        let driver = Self { options, engine, outbox, inbox, gathered: Gathered::default() };
         let run = move || {
             let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| driver.run()));
             match outcome {
@@ -77,6 +124,12 @@ impl Driver {
         std::thread::Builder::new().name(name).spawn(run).map_err(StartError::Thread)
     }
 
+    fn take(&mut self, request: Request) {
+        if let Some(request) = self.gathered.take(request) {
+            self.engine.take(request, Now::read());
+        }
+    }
+
     fn run(mut self) -> Result<(), Fatal> {
         let tick = tick_of(&self.options);
         let mut next_tick = Instant::now() + tick;
@@ -85,10 +138,11 @@ impl Driver {
             let outbox = &mut self.outbox;
             self.engine.work(Now::read(), &mut |messages| outbox.send(messages, &shared.metrics))?;
             let pressed = self.engine.is_pressed();
-            let wait = if pressed { Duration::ZERO } else { next_tick.saturating_duration_since(Instant::now()) };
+            let until = self.gathered.due.map_or(next_tick, |due| due.min(next_tick));
+            let wait = if pressed { Duration::ZERO } else { until.saturating_duration_since(Instant::now()) };
             match self.inbox.recv_timeout(wait) {
                 Ok(Request::Stop) | Err(RecvTimeoutError::Disconnected) => break,
-                Ok(request) => self.engine.take(request, Now::read()),
+                Ok(request) => self.take(request),
                 Err(RecvTimeoutError::Timeout) => {}
             }
             for _ in 1..BATCH_MAX {
@@ -96,9 +150,12 @@ impl Driver {
                     Ok(Request::Stop) => {
                         return self.engine.close();
                     }
-                    Ok(request) => self.engine.take(request, Now::read()),
+                    Ok(request) => self.take(request),
                     Err(_) => break,
                 }
+            }
+            for proposal in self.gathered.round() {
+                self.engine.take(proposal, Now::read());
             }
             // After the queue: a stalled process hears its leader's heartbeats before it counts the time without them.
             let mut caught_up = 0;

@@ -50,8 +50,12 @@ pub(super) fn lifetime(
     verdict: Option<Stamp>,
 ) -> Result<Lifetime, Refusal> {
     let issuer = authority_ends(s, authority)?;
-    let not_after = ends(at, issuer, ttl_ms, verdict)?;
-    Ok(Lifetime { not_before: at.stamp.minus_ms(crate::NOT_BEFORE_SLACK_MS), not_after })
+    Ok(lasts(at, ends(at, issuer, ttl_ms, verdict)?))
+}
+
+/// From now, a little earlier for clocks that lag.
+fn lasts(at: At, not_after: Stamp) -> Lifetime {
+    Lifetime { not_before: at.stamp.minus_ms(crate::NOT_BEFORE_SLACK_MS), not_after }
 }
 
 /// What is issued under an entry does not outlive it.
@@ -149,9 +153,12 @@ pub(super) fn forget(s: &mut State, now: Stamp) {
     });
 }
 
-/// The node's leaves that have not ended.
-fn live(s: &State, at: At, node: &NodeId) -> usize {
-    s.live_leaves.get(node).map_or(0, |leaves| leaves.range((at.stamp, [0; 16])..).count())
+/// How many of `asked` leaves the node may have; those that have not ended are counted only where it matters.
+fn room(s: &State, at: At, node: &NodeId, asked: usize) -> usize {
+    let Some(leaves) = s.live_leaves.get(node).filter(|leaves| leaves.len() + asked > LEAVES_PER_NODE_MAX) else {
+        return asked;
+    };
+    LEAVES_PER_NODE_MAX.saturating_sub(leaves.range((at.stamp, [0; 16])..).count())
 }
 
 /// What was answered before, as far as it may be answered again: no leaf to a node that is out by now, nor one of an
@@ -199,9 +206,9 @@ pub(super) fn leaves(
     authority: &str,
     requests: &[LeafRequest],
 ) -> Result<Reply, Refusal> {
-    let row = trusted_node(s, at, node, generation)?.clone();
-    authority_ends(s, authority)?;
-    let mut room = LEAVES_PER_NODE_MAX.saturating_sub(live(s, at, node));
+    let generation = trusted_node(s, at, node, generation)?.generation;
+    let issuer = authority_ends(s, authority)?;
+    let mut room = room(s, at, node, requests.len());
     let mut out = Vec::with_capacity(requests.len());
     for (position, request) in requests.iter().enumerate() {
         let leaf = match room {
@@ -209,7 +216,7 @@ pub(super) fn leaves(
                 let expected = format!("at most {LEAVES_PER_NODE_MAX} leaves of a node at once");
                 Err(Refusal::new(Code::Busy, expected, "one more"))
             }
-            _ => leaf(s, at, node, &row, authority, request, position as u32),
+            _ => leaf(s, at, (node, generation), (authority, issuer), request, position as u32),
         };
         if let Ok(issuance) = &leaf {
             keep(s, issuance);
@@ -223,24 +230,24 @@ pub(super) fn leaves(
 fn leaf(
     s: &State,
     at: At,
-    node: &NodeId,
-    row: &NodeRow,
-    authority: &str,
+    (node, generation): (&NodeId, Generation),
+    (authority, issuer): (&str, Stamp),
     request: &LeafRequest,
     position: u32,
 ) -> Result<Issuance, Refusal> {
     let cell = cell_row(s)?;
     let entry =
         s.entry(&request.entry).filter(|e| s.fits(&e.entry, node)).ok_or_else(|| unfit(request.entry.as_str()))?;
+    let not_after = ends(at, issuer, ttl_ms(at, entry, entry.entry.ttl.ms()), Some(verdict(s, node)))?;
     Ok(Issuance {
         authority: authority.to_owned(),
         serial: serial(cell.epoch, at, position),
         spiffe_id: entry.entry.spiffe_id.clone(),
         subject: Subject::workload(entry),
-        binding: Some((*node, row.generation)),
+        binding: Some((*node, generation)),
         epoch: cell.epoch,
         key_hash: request.key_hash,
-        lifetime: lifetime(s, at, authority, ttl_ms(at, entry, entry.entry.ttl.ms()), Some(verdict(s, node)))?,
+        lifetime: lasts(at, not_after),
         index: at.index,
     })
 }
