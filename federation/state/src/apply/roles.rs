@@ -79,8 +79,10 @@ pub(super) fn within(
     command: &Command,
 ) -> Result<Reply, Refusal> {
     check(s, &Scope { own: &cell_row(s)?.trust_domain, clusters }, command)?;
-    super::deny::room_within(s, command)?;
-    super::apply(s, at.index, at.stamp, command)
+    let shares = super::deny::room_within(s, command)?;
+    let reply = super::apply(s, at.index, at.stamp, command)?;
+    super::deny::charge(s, shares);
+    Ok(reply)
 }
 
 /// The clusters that somebody administers.
