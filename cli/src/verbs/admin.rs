@@ -110,16 +110,21 @@ fn certified(session: &Session, name: &str, folder: &Path, not_after_ms: u64) ->
 async fn refusals(session: &Session) -> Result<Answer, Refusal> {
     let cell = session.cell()?;
     let columns: &[&str] = &["caller", "method", "code", "count", "first", "last", "replica"];
-    let (mut table, mut silent) = (Table::new("refusal", columns), Vec::new());
+    let (mut table, mut notes) = (Table::new("refusal", columns), Vec::new());
     for address in &cell.context().addresses {
         let reply = match ask_at!(cell, *address, Audit.list_refusals(v1::ListRefusalsRequest {})) {
             Ok(reply) => reply,
             Err(refusal) if refusal.code == Code::Unavailable => {
-                silent.push(format!("{address} did not answer; what it refused is not shown"));
+                notes.push(format!("{address} did not answer; what it refused is not shown"));
                 continue;
             }
             Err(refusal) => return Err(refusal),
         };
+        if reply.unlogged + reply.forgotten > 0 {
+            let v1::ListRefusalsResponse { replica, unlogged, forgotten, .. } = &reply;
+            let left_out = format!("{unlogged} refusals without a line in its log, {forgotten} without a row");
+            notes.push(format!("replica {replica}: {left_out}"));
+        }
         for r in reply.refused {
             let (first, last) = (utc(r.first_ms), utc(r.last_ms));
             table.row(vec![
@@ -133,7 +138,7 @@ async fn refusals(session: &Session) -> Result<Answer, Refusal> {
             ]);
         }
     }
-    Ok(silent.into_iter().fold(Answer::ok(table.render(session.form)), Answer::note))
+    Ok(notes.into_iter().fold(Answer::ok(table.render(session.form)), Answer::note))
 }
 
 fn pem(chain_der: &[Vec<u8>]) -> String {

@@ -1,5 +1,6 @@
 //! `/metrics` (Prometheus text format 0.0.4), `/healthz` and `/readyz` of a replica.
 
+use crate::authorise::LeftOut;
 use crate::raft::Role;
 use crate::replica::Replica;
 use axum::Router;
@@ -108,6 +109,9 @@ fn state_families(p: &mut Page, replica: &Replica) {
     let refused: Vec<_> =
         replica.refusals().by_code().into_iter().map(|(code, n)| (label("code", code), n as f64)).collect();
     p.family("ambit_refusals_total", "counter", "Calls refused because of who asked.", &refused);
+    let LeftOut { unlogged, forgotten } = replica.refusals().left_out();
+    p.counter("ambit_refusals_unlogged_total", "Refusals without a line of the log.", unlogged as f64);
+    p.counter("ambit_refusals_forgotten_total", "Refusals whose row gave way.", forgotten as f64);
     p.gauge("ambit_agent_streams", "Agents whose streams end here.", replica.agents().all().len() as f64);
 }
 
