@@ -4,6 +4,7 @@
 use ambit_identity::SvidKey;
 use ambit_proto::v1;
 use ambit_tests::cell::{Cell, Seat, admin_identity, fresh};
+use ambit_tests::contexts::Expiring;
 use ambit_tests::machine::{Lies, Machine, identity, join_token, node_identity, register_cluster};
 use ambit_tests::peering::{administrator, peer, replica_identity, revoke_all};
 use ambit_tests::process::Folder;
@@ -255,6 +256,7 @@ async fn only_who_is_in_the_matrix_is_let_in() {
     }
     refusals_are_kept(&cell, &callers[&'O']).await;
     every_refused_cell_of_the_matrix_is_told(&cell, &callers[&'O']).await;
+    so_is_a_stream_that_ends_refused(&cell, &callers[&'O']).await;
     unbuilt_methods_say_so(&callers[&'F'], &callers[&'N']).await;
     foreign_certificates_end_at_the_handshake(&cell).await;
 }
@@ -321,6 +323,25 @@ async fn every_refused_cell_of_the_matrix_is_told(cell: &Cell, operator: &Channe
         }
     }
     row(48, &format!("{refused} refused cells of the matrix in the audit, with who, method and code"), "all").unwrap();
+}
+
+/// Its certificate ends while it goes on: what it was refused with stands in the trailers, after messages.
+async fn so_is_a_stream_that_ends_refused(cell: &Cell, operator: &Channel) {
+    let founder = Expiring::of(cell, 1).unwrap().identity(-1_000, 4_000).unwrap();
+    let mut watch = v1::watch_client::WatchClient::new(cell.channel_as(founder, 1).await.unwrap());
+    let request = v1::WatchRequest { kinds: vec!["entry".into()], after_revision: 0, stale_ok: false };
+    let mut events = watch.watch(request).await.unwrap().into_inner();
+    let ended = loop {
+        match events.message().await {
+            Ok(event) => assert!(event.is_some(), "it ended well"),
+            Err(status) => break status,
+        }
+    };
+    assert_eq!(code(&ended), "unauthenticated");
+    let mut audit = v1::audit_client::AuditClient::new(operator.clone());
+    let rows = audit.list_refusals(v1::ListRefusalsRequest {}).await.unwrap().into_inner().refused;
+    let of_watch = |r: &&v1::RefusedCall| r.method.ends_with("v1.Watch/Watch") && r.caller.ends_with("/founder");
+    assert_eq!(rows.iter().find(of_watch).map(|r| r.code.as_str()), Some("unauthenticated"));
 }
 
 /// A workload's SVID, issued through the node as its agent would ask for it.
