@@ -3,6 +3,7 @@
 use crate::authorise::LeftOut;
 use crate::raft::Role;
 use crate::replica::Replica;
+use ambit_model::Act;
 use axum::Router;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
@@ -85,6 +86,8 @@ fn state_families(p: &mut Page, replica: &Replica) {
             &[(label("state", "desired"), revision)],
         );
         p.gauge("ambit_nodes", "Nodes known.", s.nodes().count() as f64);
+        let glass = s.acts().filter(|(_, row)| matches!(row.act, Act::BreakGlass(..))).count();
+        p.counter("ambit_break_glass_total", "Administrators certified by replicas themselves.", glass as f64);
         p.gauge("ambit_entries", "Entries.", s.entries().count() as f64);
         p.gauge("ambit_certificates", "Leaves committed that may still be valid.", s.issued().count() as f64);
         let ends = s.members().map(|(_, m)| m.authority_not_after.0).min().unwrap_or_default();

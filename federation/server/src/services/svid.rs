@@ -342,7 +342,7 @@ impl v1::bundle_registry_server::BundleRegistry for Bundles {
 }
 
 /// Signs the one leaf that was committed: the chain, and when it ends.
-pub(super) fn one_leaf(replica: &Replica, applied: Applied, csr: &Csr) -> Result<(Vec<Vec<u8>>, u64), Refusal> {
+pub(crate) fn one_leaf(replica: &Replica, applied: Applied, csr: &Csr) -> Result<(Vec<Vec<u8>>, u64), Refusal> {
     let one = applied.into_issuances()?.pop();
     let committed = one.unwrap_or_else(|| Err(Refusal::new(Code::Internal, "one leaf", "none")))?;
     let not_after_ms = committed.get().lifetime.not_after.0;
