@@ -64,7 +64,7 @@ fn socket(folder: &std::fs::File) -> PathBuf {
 }
 
 /// Opens the socket of a replica that starts.
-pub(super) fn listen(data_dir: &Path) -> Result<UnixListener, Refusal> {
+fn listen(data_dir: &Path) -> Result<UnixListener, Refusal> {
     let folder = place(data_dir);
     let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder);
     made.map_err(|e| failed("a writable folder", &folder, e))?;
@@ -89,8 +89,12 @@ pub(super) fn listen(data_dir: &Path) -> Result<UnixListener, Refusal> {
     Ok(listener)
 }
 
-/// Answers until it is called off.
-pub(super) async fn serve(listener: UnixListener, replica: Replica) {
+/// Answers until it is called off. A replica that cannot (its disk is full, say) is a replica all the same.
+pub(super) async fn serve(data_dir: PathBuf, replica: Replica) {
+    let listener = match listen(&data_dir) {
+        Ok(listener) => listener,
+        Err(refusal) => return tracing::error!(%refusal, "no glass can be broken at this replica"),
+    };
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     while let Ok(place) = places.clone().acquire_owned().await {
         let Ok((stream, _)) = listener.accept().await else {

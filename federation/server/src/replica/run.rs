@@ -32,7 +32,6 @@ pub async fn run(config: &Config, mut stop: watch::Receiver<bool>) -> Result<(),
     let metrics_listener = listen(config.metrics_listen).await?;
     let (verdicts, waiting) = super::verdicts::Verdicts::new();
     let replica = open(config, &files, verdicts)?;
-    let local = super::local::listen(&config.data_dir)?;
     let outside = match &config.bundle_endpoint {
         Some(at) => Some(crate::outside::Endpoint::open(at, &replica.inner.identity).await?),
         None => None,
@@ -48,7 +47,7 @@ pub async fn run(config: &Config, mut stop: watch::Receiver<bool>) -> Result<(),
     };
     let chores = upkeep::spawn(&replica, waiting);
     let page = tokio::spawn(crate::metrics::serve(metrics_listener, replica.clone()));
-    let local = tokio::spawn(super::local::serve(local, replica.clone()));
+    let local = tokio::spawn(super::local::serve(config.data_dir.clone(), replica.clone()));
     let outside = outside.map(|endpoint| tokio::spawn(endpoint.serve(replica.clone())));
     let served = tokio::select! {
         served = ambit_transport::serve(listener, server, replica.trust().clone(), router, shutdown) => {
