@@ -35,7 +35,7 @@ use std::path::PathBuf;
 #[derive(Debug, Parser)]
 #[command(name = "ambit", version, disable_help_subcommand = true)]
 pub struct Args {
-    /// The administrator's context.json, with admin.pem and admin.key beside it
+    /// The administrator's context.json, with his certificate and key beside it (admin.pem)
     /// [env: AMBIT_CONTEXT] [default: ~/.config/ambit/context.json]
     #[arg(long, global = true, value_name = "FILE")]
     pub context: Option<PathBuf>,
@@ -103,7 +103,7 @@ pub enum Verb {
     /// People without whom no administrator does what cannot be undone, such as revoking a root
     #[command(subcommand)]
     Approver(Approver),
-    /// Signs a proposal as an approver, without a cell; prints what to give to the verb that wrote it
+    /// Signs a proposal as an approver, after it was read and confirmed; prints what to give to the verb that wrote it
     Approve(Approve),
     /// The one-machine lab (runs ambit-lab)
     #[command(disable_help_flag = true)]

@@ -1,10 +1,10 @@
 //! Asking a cell: its replicas are tried in turn, and the same request id goes to each of them.
 
-use crate::context::{Context, read_bounded};
+use crate::context::Context;
 use crate::duration::Millis;
-use ambit_identity::keys::certificates_from_pem;
+use crate::pair::{self, Validity};
 use ambit_identity::tls::certified;
-use ambit_identity::{Expect, SharedTrust, SvidKey, Trust};
+use ambit_identity::{Expect, SharedTrust, Trust};
 use ambit_model::{Code, Refusal};
 use ambit_proto::status::from_status;
 use ambit_transport::{Dialer, Identity};
@@ -16,7 +16,6 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tonic::transport::Channel;
 use tonic::{Response, Status};
-use zeroize::Zeroizing;
 
 /// A list of all entries or nodes may be long; gRPC's own default of 4 MiB holds about 20 000 entries.
 pub const ANSWER_BYTES_MAX: usize = 64 << 20;
@@ -24,9 +23,6 @@ pub const ANSWER_BYTES_MAX: usize = 64 << 20;
 const TRY_MIN: Duration = Duration::from_secs(1);
 /// An election takes a few hundred milliseconds; asking again sooner only adds load.
 const PAUSE: Duration = Duration::from_millis(100);
-
-/// An administrator's certificate and key are a few kilobytes of PEM.
-const PEM_BYTES_MAX: u64 = 64 * 1024;
 
 /// A cell as the command line sees it. Cheap to clone.
 #[derive(Clone)]
@@ -36,6 +32,7 @@ pub struct Cell {
 
 struct Inner {
     context: Context,
+    validity: Validity,
     dialer: Dialer,
     timeout: Duration,
     /// One connection per replica, kept until it fails.
@@ -130,18 +127,22 @@ macro_rules! client {
 impl Cell {
     /// The cell of a context, with the administrator's certificate beside it. Nothing is sent yet.
     pub fn open(context: Context, timeout: Duration) -> Result<Cell, Refusal> {
-        let read = |name: &str| read_bounded(&context.folder.join(name), PEM_BYTES_MAX);
-        let chain = certificates_from_pem(&read("admin.pem")?)?;
-        let key = SvidKey::from_pem(&Zeroizing::new(read("admin.key")?))?;
+        let (chain, key) = pair::read(&context.folder)?;
+        let validity = Validity::of(&chain)?;
         let identity = certified(chain, &key)?;
         let trust = SharedTrust::new(Trust::Pinned(context.trust_domain.clone(), context.fingerprint));
         let dialer = Dialer::new(trust, Identity::new(Some(identity)));
-        Ok(Cell { inner: Arc::new(Inner { context, dialer, timeout, channels: Mutex::default() }) })
+        Ok(Cell { inner: Arc::new(Inner { context, validity, dialer, timeout, channels: Mutex::default() }) })
     }
 
     /// Which cell, and where.
     pub fn context(&self) -> &Context {
         &self.inner.context
+    }
+
+    /// When the administrator's certificate is valid.
+    pub fn validity(&self) -> Validity {
+        self.inner.validity
     }
 
     /// Asks the replicas in turn. While one at least answers `busy` or `unavailable` (an election, say) the round is

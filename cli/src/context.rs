@@ -56,7 +56,7 @@ impl Context {
             trust_domain: written.trust_domain,
             fingerprint: fingerprint(&written.fingerprint)?,
             addresses: written.addresses,
-            folder: file.parent().map(Path::to_path_buf).unwrap_or_default(),
+            folder: file.parent().filter(|of| !of.as_os_str().is_empty()).unwrap_or(Path::new(".")).to_owned(),
         })
     }
 

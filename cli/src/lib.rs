@@ -11,6 +11,7 @@ pub mod drill;
 pub mod duration;
 pub mod exit;
 pub mod output;
+pub mod pair;
 pub mod spire;
 pub mod verbs;
 pub mod when;

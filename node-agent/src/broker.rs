@@ -43,7 +43,7 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
-use tokio::time::Instant;
+use tokio::time::{Instant, Sleep};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
@@ -56,6 +56,10 @@ const STREAMS_MAX: usize = 4096;
 const STREAMS_PER_CONNECTION_MAX: u32 = 2048;
 /// Connections open at once, those in their handshake among them; a node has a proxy or two.
 const CONNECTIONS_MAX: usize = 64;
+/// Connections of those who are not let in, until they were told so; more are closed unheard. They take no place.
+const TOLD_MAX: usize = 8;
+/// A refusal is asked for and read well within this.
+const TOLD_WITHIN: Duration = Duration::from_secs(5);
 /// Accepted and not yet taken in.
 const ACCEPTED_MAX: usize = 16;
 /// Slow handshakes are cut, so that they cannot hold their places.
@@ -116,6 +120,7 @@ impl Broker {
                 .with_service_name("spiffe.broker.API")
         };
         let (ready, accepted) = mpsc::channel(ACCEPTED_MAX);
+        let gate = self.gate.clone();
         let router = tonic::transport::Server::builder()
             .max_concurrent_streams(STREAMS_PER_CONNECTION_MAX)
             .timeout(ANSWER_MAX)
@@ -124,7 +129,7 @@ impl Broker {
             .add_service(reflection().build_v1alpha()?.max_decoding_message_size(REQUEST_BYTES_MAX));
         tokio::select! {
             served = router.serve_with_incoming(ReceiverStream::new(accepted)) => Ok(served?),
-            () = accept(listener, TlsAcceptor::from(Arc::new(config)), ready) => Ok(()),
+            () = accept(listener, TlsAcceptor::from(Arc::new(config)), gate, ready) => Ok(()),
         }
     }
 }
@@ -132,9 +137,11 @@ impl Broker {
 async fn accept(
     listener: UnixListener,
     acceptor: TlsAcceptor,
+    gate: Gate,
     ready: mpsc::Sender<std::io::Result<Lenient<Accepted>>>,
 ) {
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let told = Arc::new(Semaphore::new(TOLD_MAX));
     // Those who find no place wait in the listener's backlog.
     while let Ok(place) = places.clone().acquire_owned().await {
         let Ok((stream, _)) = listener.accept().await else {
@@ -142,10 +149,20 @@ async fn accept(
             tokio::time::sleep(Duration::from_millis(50)).await;
             continue;
         };
-        let (acceptor, ready) = (acceptor.clone(), ready.clone());
+        let (acceptor, gate, told, ready) = (acceptor.clone(), gate.clone(), told.clone(), ready.clone());
         tokio::spawn(async move {
             match tokio::time::timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await {
-                Ok(Ok(stream)) => drop(ready.send(Ok(Lenient::new(Accepted(stream, place)))).await),
+                Ok(Ok(stream)) => {
+                    let stay = match gate.lets_in(&shown(&stream)) {
+                        Ok(_) => Stay::Placed(place),
+                        Err(_) => {
+                            drop(place);
+                            let Ok(turn) = told.try_acquire_owned() else { return };
+                            Stay::Told(turn, Box::pin(tokio::time::sleep(TOLD_WITHIN)))
+                        }
+                    };
+                    drop(ready.send(Ok(Lenient::new(Accepted(stream, stay)))).await);
+                }
                 Ok(Err(error)) => tracing::debug!(%error, "broker's handshake refused"),
                 Err(_) => tracing::debug!("broker's handshake too slow"),
             }
@@ -153,8 +170,22 @@ async fn accept(
     }
 }
 
-/// A connection with a certificate that was good when it was made, and its place, held while it is open.
-struct Accepted(TlsStream<UnixStream>, #[allow(dead_code, reason = "held")] OwnedSemaphorePermit);
+/// A connection with a certificate that was good when it was made, and how long it may stay.
+struct Accepted(TlsStream<UnixStream>, Stay);
+
+/// What is held while a connection is open.
+enum Stay {
+    /// Of who was let in when it was made: a place.
+    Placed(#[allow(dead_code, reason = "held")] OwnedSemaphorePermit),
+    /// Of who was not: until then it can ask, and hear why not.
+    Told(#[allow(dead_code, reason = "held")] OwnedSemaphorePermit, Pin<Box<Sleep>>),
+}
+
+/// The chain that was shown in the handshake.
+fn shown(stream: &TlsStream<UnixStream>) -> Vec<CertificateDer<'static>> {
+    let chain = stream.get_ref().1.peer_certificates().unwrap_or_default();
+    chain.iter().map(|der| der.clone().into_owned()).collect()
+}
 
 /// Its chain, leaf first: judged anew for each call and each message.
 #[derive(Clone, Debug, Default)]
@@ -163,12 +194,17 @@ struct Shown(Arc<Vec<CertificateDer<'static>>>);
 impl Connected for Accepted {
     type ConnectInfo = Shown;
     fn connect_info(&self) -> Shown {
-        let chain = self.0.get_ref().1.peer_certificates().unwrap_or_default();
-        Shown(Arc::new(chain.iter().map(|der| der.clone().into_owned()).collect()))
+        Shown(Arc::new(shown(&self.0)))
     }
 }
 impl AsyncRead for Accepted {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<std::io::Result<()>> {
+        if let Stay::Told(_, over) = &mut self.1
+            && over.as_mut().poll(cx).is_ready()
+        {
+            // As if the other side had ended it.
+            return Poll::Ready(Ok(()));
+        }
         Pin::new(&mut self.0).poll_read(cx, buf)
     }
 }

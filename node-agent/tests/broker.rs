@@ -369,3 +369,22 @@ async fn no_more_connections_are_open_than_places_and_places_come_back() {
     next(&mut subscribe(channel, pid(number(&workload))).await.unwrap()).await.unwrap();
     drop(workload);
 }
+
+#[tokio::test]
+async fn who_is_not_let_in_takes_no_place() {
+    let stage = stage().await;
+    let (proxy, other, workload) = (stage.svid("proxy"), stage.svid("other"), process(WORKLOAD));
+    let mut idle = Vec::new();
+    for _ in 0..70 {
+        let id = Expect::Id(stage.agent.clone());
+        let connected = stage.connect(Some(shown(&other)), id);
+        // One that is closed at once may look like either.
+        idle.push(tokio::time::timeout(Duration::from_secs(2), connected).await.ok());
+    }
+    let let_in = async {
+        let mut stream = subscribe(stage.of(&proxy).await, pid(number(&workload))).await.unwrap();
+        next(&mut stream).await.unwrap();
+    };
+    tokio::time::timeout(Duration::from_secs(4), let_in).await.expect("a place");
+    drop((idle, workload));
+}

@@ -7,6 +7,7 @@
 pub mod agent;
 pub mod bench;
 pub mod cell;
+pub mod contexts;
 pub mod hostile;
 pub mod machine;
 pub mod node;

@@ -42,7 +42,9 @@ impl Desk<'_> {
     fn approve(&self, proposal: &str, who: &str, said: &str) -> String {
         let (asked, key) = (self.file("proposal.json"), self.file(&format!("{who}.key")));
         std::fs::write(&asked, proposal).unwrap();
-        let word = self.ends(0, said, &["approve", &asked, "--key", &key]);
+        // Without a terminal nobody was asked, and nothing is signed; what would be is told all the same.
+        assert_eq!(self.ends(2, "you are asked to sign", &["approve", &asked, "--key", &key]), "");
+        let word = self.ends(0, said, &["approve", &asked, "--key", &key, "--yes"]);
         let file = self.file(&format!("{who}.json"));
         std::fs::write(&file, word).unwrap();
         file
@@ -70,6 +72,24 @@ async fn one_administrator_revokes_no_root_once_there_are_approvers() {
     desk.ends(5, "needs_second_approver", &["trust", "rotate"]);
     let proposal = desk.ends(5, "approval_missing", &["approver", "add", "bob", "--public", &bob]);
     let own = desk.approve(&proposal, "bob", "approved: add approver bob");
+    for (cell, code, said) in [
+        (["--trust-domain", "east", "--epoch", "1"], 4, "expected a proposal to east (epoch 1)"),
+        (["--trust-domain", "west", "--epoch", "2"], 4, "found west (epoch 1)"),
+        (["--trust-domain", "west", "--epoch", "1"], 0, "the cell was not asked"),
+    ] {
+        let (asked, key) = (desk.file("proposal.json"), desk.file("bob.key"));
+        let sign = ["approve", &asked, "--key", &key, "--yes"];
+        assert_eq!(desk.ends(code, said, &[&sign[..], &cell].concat()).is_empty(), code != 0);
+    }
+    let (asked, key) = (desk.file("proposal.json"), desk.file("alice.key"));
+    let seconded = ["approve", &asked, "--key", &key, "--yes", "--approval", &own];
+    desk.ends(0, "2 with yours, of 1 that it needs", &seconded);
+    for (changed, found) in [("\"epoch\": 2", "west (epoch 2)"), ("\"trust_domain\": \"east\"", "east (epoch 1)")] {
+        let (name, _) = changed.split_once(':').unwrap();
+        let lines = proposal.lines().map(|l| if l.contains(name) { format!("{changed},") } else { l.to_owned() });
+        std::fs::write(&asked, lines.collect::<Vec<_>>().join("\n")).unwrap();
+        assert_eq!(desk.ends(4, found, &["approve", &asked, "--key", &key, "--yes"]), "", "of another cell than asked");
+    }
     let add_bob = ["approver", "add", "bob", "--public", &bob, "--approval"];
     desk.ends(4, "approval_invalid", &[&add_bob[..], &[&own]].concat());
     let of_another_act = desk.file("of-another-act.json");
@@ -100,6 +120,9 @@ async fn one_administrator_revokes_no_root_once_there_are_approvers() {
     desk.ends(2, "chmod 600", &["approve", &desk.file("proposal.json"), "--key", &desk.file("alice.key")]);
     desk.ends(0, "is revoked", &[&revoke[..], &["--approval", &a, "--approval", &b]].concat());
     desk.ends(5, "root_state", &[&revoke[..], &["--approval", &a, "--approval", &b]].concat());
+    // What lacked a word, or had the wrong one, is told of in the audit like whatever else is refused.
+    let refused = desk.ends(0, "approval_invalid", &["admin", "refusals"]);
+    assert!(refused.contains("approval_missing"), "{refused}");
     let acts = desk.ends(0, "alice,bob", &["approver", "acts"]);
     assert!(acts.lines().nth(1).unwrap().contains(&root), "{acts}");
 

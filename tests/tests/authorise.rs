@@ -4,6 +4,7 @@
 use ambit_identity::SvidKey;
 use ambit_proto::v1;
 use ambit_tests::cell::{Cell, Seat, admin_identity, fresh};
+use ambit_tests::contexts::Expiring;
 use ambit_tests::machine::{Lies, Machine, identity, join_token, node_identity, register_cluster};
 use ambit_tests::peering::{administrator, peer, replica_identity, revoke_all};
 use ambit_tests::process::Folder;
@@ -254,6 +255,8 @@ async fn only_who_is_in_the_matrix_is_let_in() {
         }
     }
     refusals_are_kept(&cell, &callers[&'O']).await;
+    every_refused_cell_of_the_matrix_is_told(&cell, &callers[&'O']).await;
+    so_is_a_stream_that_ends_refused(&cell, &callers[&'O']).await;
     unbuilt_methods_say_so(&callers[&'F'], &callers[&'N']).await;
     foreign_certificates_end_at_the_handshake(&cell).await;
 }
@@ -275,6 +278,70 @@ async fn refusals_are_kept(cell: &Cell, operator: &Channel) {
     }
     let page = cell.metrics_page(1).unwrap();
     assert!(page.contains("ambit_refusals_total{code=\"permission_denied\"}"), "{page}");
+}
+
+/// By who, method and code: a row, and a line of the replica's log.
+async fn every_refused_cell_of_the_matrix_is_told(cell: &Cell, operator: &Channel) {
+    let mut audit = v1::audit_client::AuditClient::new(operator.clone());
+    let kept = audit.list_refusals(v1::ListRefusalsRequest {}).await.unwrap().into_inner();
+    assert_eq!(kept.forgotten, 0);
+    let rows: BTreeSet<_> = kept.refused.into_iter().map(|r| (r.caller, r.method, r.code)).collect();
+    let log = std::fs::read_to_string(&cell.seat_of(1).unwrap().log).unwrap();
+    let said = |value: &serde_json::Value, name: &str| value["fields"][name].as_str().unwrap_or_default().to_owned();
+    let lines = log.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    let lines: BTreeSet<_> = lines
+        .filter(|line| said(line, "message") == "call refused")
+        .map(|line| (said(&line, "caller"), said(&line, "method"), said(&line, "code")))
+        .collect();
+    let node = rows.iter().map(|(caller, ..)| caller).find(|caller| caller.starts_with("spiffe://west/ambit/node/"));
+    let callers = BTreeMap::from([
+        ('-', "anonymous 127.0.0.1".to_owned()),
+        ('F', "spiffe://west/ambit/admin/alice".to_owned()),
+        ('C', "spiffe://west/ambit/admin/carol".to_owned()),
+        ('O', "spiffe://west/ambit/admin/olga".to_owned()),
+        ('A', "spiffe://west/ambit/admin/anna".to_owned()),
+        ('N', node.unwrap().clone()),
+        ('R', "spiffe://west/ambit/replica/1".to_owned()),
+        ('P', "spiffe://east/ambit/replica/1".to_owned()),
+    ]);
+    let mut refused = 0;
+    for (method, who) in MATRIX {
+        for (letter, caller) in &callers {
+            let code = if *letter == '-' { "unauthenticated" } else { "permission_denied" };
+            let cell = (caller.clone(), format!("/{method}"), code.to_owned());
+            if who.contains(*letter) {
+                continue;
+            }
+            assert!(rows.contains(&cell), "no row: {cell:?}");
+            assert!(lines.contains(&cell), "no line: {cell:?}");
+            refused += 1;
+        }
+        for gone in ["spiffe://west/ambit/admin/gone", "spiffe://west/web"] {
+            let cell = (gone.to_owned(), format!("/{method}"), "permission_denied".to_owned());
+            assert!(rows.contains(&cell) && lines.contains(&cell), "{cell:?}");
+            refused += 1;
+        }
+    }
+    row(48, &format!("{refused} refused cells of the matrix in the audit, with who, method and code"), "all").unwrap();
+}
+
+/// Its certificate ends while it goes on: what it was refused with stands in the trailers, after messages.
+async fn so_is_a_stream_that_ends_refused(cell: &Cell, operator: &Channel) {
+    let founder = Expiring::of(cell, 1).unwrap().identity(-1_000, 4_000).unwrap();
+    let mut watch = v1::watch_client::WatchClient::new(cell.channel_as(founder, 1).await.unwrap());
+    let request = v1::WatchRequest { kinds: vec!["entry".into()], after_revision: 0, stale_ok: false };
+    let mut events = watch.watch(request).await.unwrap().into_inner();
+    let ended = loop {
+        match events.message().await {
+            Ok(event) => assert!(event.is_some(), "it ended well"),
+            Err(status) => break status,
+        }
+    };
+    assert_eq!(code(&ended), "unauthenticated");
+    let mut audit = v1::audit_client::AuditClient::new(operator.clone());
+    let rows = audit.list_refusals(v1::ListRefusalsRequest {}).await.unwrap().into_inner().refused;
+    let of_watch = |r: &&v1::RefusedCall| r.method.ends_with("v1.Watch/Watch") && r.caller.ends_with("/founder");
+    assert_eq!(rows.iter().find(of_watch).map(|r| r.code.as_str()), Some("unauthenticated"));
 }
 
 /// A workload's SVID, issued through the node as its agent would ask for it.

@@ -191,7 +191,11 @@ async fn empty_needs_a_word(cell: &Cell, f: &Foreign) {
     assert_eq!(from_status(&confirm("00".repeat(32)).await.unwrap_err()).code.as_str(), "not_found");
     let confirmed = confirm(held.held_sha256.clone()).await.unwrap().into_inner();
     assert!(confirmed.roots_der.is_empty() && confirmed.sequence == 12, "{confirmed:?}");
-    let request = v1::FederationRelationshipRef { request_id: fresh(), trust_domain: "example.org".into() };
+    let request = v1::DeleteFederationRelationshipRequest {
+        request_id: fresh(),
+        trust_domain: "example.org".into(),
+        approved: None,
+    };
     registry(cell).await.delete_federation_relationship(request).await.unwrap();
     assert_eq!(refresh(cell).await, "not_found");
 }

@@ -30,8 +30,16 @@ pub enum Admin {
         #[arg(long, value_name = "DIR")]
         out: PathBuf,
     },
-    /// Has a new key of one's own certified, and writes it in the place of the old one
+    /// Has a new key of one's own certified, and writes it in the place of the old one; any verb does so past half of its life
     Renew,
+    /// Makes a key, and prints the request for it, where another way than one's own certificate leads to its certificate
+    Request,
+    /// Puts the certificate for that key in its place
+    Install {
+        /// PEM, as ambitd admin break-glass prints it; `-` reads standard input
+        #[arg(value_name = "FILE")]
+        certificate: PathBuf,
+    },
     /// What each replica refused since it started: who, which method, why, how often
     Refusals,
 }

@@ -1,6 +1,6 @@
 //! `ambit approver` and `ambit approve`.
 
-use ambit_model::{ApproverCard, ObjectName};
+use ambit_model::{ApproverCard, ObjectName, TrustDomain};
 use clap::{Args, Subcommand};
 use std::path::PathBuf;
 
@@ -50,4 +50,16 @@ pub struct Approve {
     /// The approver's key
     #[arg(long, value_name = "FILE")]
     pub key: PathBuf,
+    /// What others signed already, to be counted
+    #[arg(long = "approval", value_name = "FILE")]
+    pub others: Vec<PathBuf>,
+    /// Signs without asking; what is signed is told first all the same
+    #[arg(long)]
+    pub yes: bool,
+    /// The cell that the act is for; without this and the epoch, the context's, which is asked
+    #[arg(long, value_name = "NAME", requires = "epoch")]
+    pub trust_domain: Option<TrustDomain>,
+    /// The cell's epoch (ambit raft status)
+    #[arg(long, requires = "trust_domain")]
+    pub epoch: Option<u64>,
 }

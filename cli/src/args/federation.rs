@@ -1,5 +1,6 @@
 //! `ambit federation`.
 
+use super::Approvals;
 use ambit_model::{SpiffeId, TrustDomain};
 use clap::Subcommand;
 use std::path::PathBuf;
@@ -11,7 +12,11 @@ pub enum Federation {
     /// Writes a relationship; trust domain, URL and profile are each said, and none follows from another
     Put(FederationPut),
     /// Ends a relationship: its bundle goes
-    Remove { trust_domain: TrustDomain },
+    Remove {
+        trust_domain: TrustDomain,
+        #[command(flatten)]
+        approvals: Approvals,
+    },
     /// Fetches a bundle now
     Refresh { trust_domain: TrustDomain },
     /// Says that an empty bundle, which revokes everything of its trust domain, is meant

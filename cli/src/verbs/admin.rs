@@ -1,20 +1,28 @@
 //! `ambit admin`.
 
 use super::Session;
+use super::renewal::renewed;
 use crate::args::Admin;
 use crate::cell::request_id;
+use crate::context::read_bounded;
 use crate::exit::file_refusal;
 use crate::output::{Answer, Table};
+use crate::pair::{Locked, Validity, write_private};
 use crate::when::utc;
 use crate::{ask, ask_at};
 use ambit_identity::SvidKey;
-use ambit_identity::keys::certificates_to_pem;
+use ambit_identity::keys::{certificates_from_pem, certificates_to_pem, csr_to_pem};
 use ambit_model::{AdminRole, Code, ObjectName, Refusal};
 use ambit_proto::v1;
 use serde_json::json;
-use std::io::Write;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
+use zeroize::Zeroizing;
+
+/// A key whose certificate is asked for elsewhere.
+const REQUESTED: &str = "request.key";
+/// A key or a chain is a few kilobytes of PEM.
+const PEM_BYTES_MAX: u64 = 64 * 1024;
 
 pub(super) async fn run(session: &Session, verb: Admin) -> Result<Answer, Refusal> {
     match verb {
@@ -33,6 +41,8 @@ pub(super) async fn run(session: &Session, verb: Admin) -> Result<Answer, Refusa
         }
         Admin::Issue { name, out } => issue(session, &name, &out).await,
         Admin::Renew => renew(session).await,
+        Admin::Request => request(session),
+        Admin::Install { certificate } => install(session, &certificate),
         Admin::Refusals => refusals(session).await,
     }
 }
@@ -52,10 +62,11 @@ async fn changed(session: &Session, request: v1::ChangeRolesRequest) -> Result<A
 }
 
 fn table(admins: &[v1::Admin]) -> Table {
-    let mut table = Table::new("admin", &["name", "roles", "changed", "changed_by"]);
+    let mut table = Table::new("admin", &["name", "roles", "changed", "changed_by", "break_glass"]);
     for a in admins {
         let changed = if a.changed_ms == 0 { String::new() } else { utc(a.changed_ms) };
-        table.row(vec![json!(a.name), json!(a.roles), json!(changed), json!(a.changed_by)]);
+        let glass = if a.break_glass_ms == 0 { String::new() } else { utc(a.break_glass_ms) + " " + &a.break_glass };
+        table.row(vec![json!(a.name), json!(a.roles), json!(changed), json!(a.changed_by), json!(glass)]);
     }
     table
 }
@@ -84,20 +95,41 @@ async fn issue(session: &Session, name: &ObjectName, out: &Path) -> Result<Answe
     Ok(Answer::ok(certified(session, name.as_str(), out, reply.not_after_ms)).note(banner))
 }
 
-/// Key and certificate belong together, so both are written aside before either takes the place of the old one.
 async fn renew(session: &Session) -> Result<Answer, Refusal> {
     let (cell, banner) = session.cell_to_change()?;
-    let key = SvidKey::generate()?;
-    let request = v1::RenewAdminRequest { request_id: request_id()?, csr: key.csr()? };
-    let reply = ask!(cell, Svid.renew_admin(request))?;
     let folder = &cell.context().folder;
-    let (new_key, new_pem) = (folder.join("admin.key.new"), folder.join("admin.pem.new"));
-    write_private(&new_key, key.pem().as_bytes())?;
-    write_private(&new_pem, pem(&reply.chain_der).as_bytes())?;
-    for (new, name) in [(&new_key, "admin.key"), (&new_pem, "admin.pem")] {
-        std::fs::rename(new, folder.join(name)).map_err(|e| file_refusal(new, &e))?;
-    }
-    Ok(Answer::ok(certified(session, "self", folder, reply.not_after_ms)).note(banner))
+    let not_after_ms = renewed(&cell, &Locked::wait(folder)?).await?;
+    Ok(Answer::ok(certified(session, "self", folder, not_after_ms)).note(banner))
+}
+
+/// The request for a key that waits in the folder for its certificate. The same again is the same key: an approver may have
+/// signed for it.
+fn request(session: &Session) -> Result<Answer, Refusal> {
+    let context = session.context()?;
+    let locked = Locked::wait(&context.folder)?;
+    let file = context.folder.join(REQUESTED);
+    let key = if file.exists() {
+        SvidKey::from_pem(&Zeroizing::new(read_bounded(&file, PEM_BYTES_MAX)?))?
+    } else {
+        let key = SvidKey::generate()?;
+        locked.replace(REQUESTED, key.pem().as_bytes())?;
+        key
+    };
+    let hint = "give this to ambitd admin break-glass on a replica; its key stays here until ambit admin install";
+    Ok(Answer::ok(csr_to_pem(&key.csr()?).trim_end()).note(hint))
+}
+
+/// Puts a certificate for the key of [`request`] in its place.
+fn install(session: &Session, file: &Path) -> Result<Answer, Refusal> {
+    let context = session.context()?;
+    let chain = certificates_from_pem(&read_bounded(file, PEM_BYTES_MAX)?)?;
+    let locked = Locked::wait(&context.folder)?;
+    let requested = context.folder.join(REQUESTED);
+    let key = SvidKey::from_pem(&Zeroizing::new(read_bounded(&requested, PEM_BYTES_MAX)?))?;
+    locked.install(&chain, &key)?;
+    std::fs::remove_file(&requested).map_err(|e| file_refusal(&requested, &e))?;
+    let not_after_ms = Validity::of(&chain)?.not_after_ms;
+    Ok(Answer::ok(certified(session, "self", &context.folder, not_after_ms)).note(context.banner()))
 }
 
 fn certified(session: &Session, name: &str, folder: &Path, not_after_ms: u64) -> String {
@@ -110,16 +142,21 @@ fn certified(session: &Session, name: &str, folder: &Path, not_after_ms: u64) ->
 async fn refusals(session: &Session) -> Result<Answer, Refusal> {
     let cell = session.cell()?;
     let columns: &[&str] = &["caller", "method", "code", "count", "first", "last", "replica"];
-    let (mut table, mut silent) = (Table::new("refusal", columns), Vec::new());
+    let (mut table, mut notes) = (Table::new("refusal", columns), Vec::new());
     for address in &cell.context().addresses {
         let reply = match ask_at!(cell, *address, Audit.list_refusals(v1::ListRefusalsRequest {})) {
             Ok(reply) => reply,
             Err(refusal) if refusal.code == Code::Unavailable => {
-                silent.push(format!("{address} did not answer; what it refused is not shown"));
+                notes.push(format!("{address} did not answer; what it refused is not shown"));
                 continue;
             }
             Err(refusal) => return Err(refusal),
         };
+        if reply.unlogged + reply.forgotten > 0 {
+            let v1::ListRefusalsResponse { replica, unlogged, forgotten, .. } = &reply;
+            let left_out = format!("{unlogged} refusals without a line in its log, {forgotten} without a row");
+            notes.push(format!("replica {replica}: {left_out}"));
+        }
         for r in reply.refused {
             let (first, last) = (utc(r.first_ms), utc(r.last_ms));
             table.row(vec![
@@ -133,16 +170,9 @@ async fn refusals(session: &Session) -> Result<Answer, Refusal> {
             ]);
         }
     }
-    Ok(silent.into_iter().fold(Answer::ok(table.render(session.form)), Answer::note))
+    Ok(notes.into_iter().fold(Answer::ok(table.render(session.form)), Answer::note))
 }
 
 fn pem(chain_der: &[Vec<u8>]) -> String {
     certificates_to_pem(chain_der.iter().map(Vec::as_slice))
-}
-
-/// Writes a new file of mode 0600.
-fn write_private(path: &Path, bytes: &[u8]) -> Result<(), Refusal> {
-    let opened = std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path);
-    let mut file = opened.map_err(|e| file_refusal(path, &e))?;
-    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(|e| file_refusal(path, &e))
 }

@@ -1,8 +1,8 @@
-//! `ambit approver` and `ambit approve`, and what the verbs that take approvals have in common: without any they print the
+//! `ambit approver`, and what the verbs that take approvals have in common: without any they print the
 //! proposal that is to be signed.
 
 use super::Session;
-use crate::args::{Approvals, Approve, Approver};
+use crate::args::{Approvals, Approver};
 use crate::ask;
 use crate::cell::{Cell, request_id};
 use crate::context::read_bounded;
@@ -10,20 +10,17 @@ use crate::exit::{Exit, file_refusal, refusal_text};
 use crate::output::{Answer, Table};
 use crate::when::utc;
 use ambit_identity::ApproverKey;
-use ambit_identity::approver::{approval_text, proposal_text, read_approval, read_proposal};
-use ambit_model::{Act, Approved, Code, Proposal, Refusal, Stamp};
+use ambit_identity::approver::{gather, proposal_text, propose};
+use ambit_model::{Act, Code, Refusal, Stamp};
 use ambit_proto::convert::approved_message;
 use ambit_proto::v1;
 use serde_json::json;
 use std::io::Write;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use zeroize::Zeroizing;
 
 /// A proposal, an approval or a key is a few hundred bytes.
-const FILE_BYTES_MAX: u64 = 16 * 1024;
-/// Approvers are asked within a working day; the cell takes a day at most.
-const PROPOSAL_MS: u64 = 8 * 3_600_000;
+pub(super) const FILE_BYTES_MAX: u64 = 16 * 1024;
 
 pub(super) async fn run(session: &Session, verb: Approver) -> Result<Answer, Refusal> {
     match verb {
@@ -70,47 +67,11 @@ fn keygen(out: &Path) -> Result<Answer, Refusal> {
     Ok(Answer::ok(key.card().to_string()).note(hint))
 }
 
-/// Signs a proposal. What is signed is told, since the file may come from anybody.
-pub(super) fn approve(options: &Approve) -> Result<Answer, Refusal> {
-    let proposal = read_proposal(&read_bounded(&options.proposal, FILE_BYTES_MAX)?)?;
-    let approval = private_key(&options.key)?.approve(&proposal)?;
-    let Proposal { trust_domain, epoch, expires, act, .. } = &proposal;
-    let told = format!("approved: {act}\n  of {trust_domain} (epoch {epoch}), once, until {}", utc(expires.0));
-    Ok(Answer::ok(approval_text(&proposal, &approval)?).note(told))
-}
-
-fn private_key(file: &Path) -> Result<ApproverKey, Refusal> {
-    let mode = std::fs::metadata(file).map_err(|e| file_refusal(file, &e))?.mode();
-    if mode & 0o077 != 0 {
-        let expected = format!("a key that only its owner may read: chmod 600 {}", file.display());
-        return Err(Refusal::new(Code::BadRequest, expected, format!("mode {:o}", mode & 0o7777)));
-    }
-    ApproverKey::from_pem(&Zeroizing::new(read_bounded(file, FILE_BYTES_MAX)?))
-}
-
 /// What approvers signed of this act; none where no file was given.
 pub(super) fn approved(cell: &Cell, act: &Act, files: &[PathBuf]) -> Result<Option<v1::Approved>, Refusal> {
-    let mut all: Option<Approved> = None;
-    for file in files {
-        let (proposal, approval) = read_approval(&read_bounded(file, FILE_BYTES_MAX)?)?;
-        let wrong = |expected: String, found: &str| {
-            Err(Refusal::new(Code::ApprovalInvalid, expected, format!("{found} in {}", file.display())))
-        };
-        if proposal.act != *act {
-            return wrong(act.to_string(), &proposal.act.to_string());
-        }
-        let own = &cell.context().trust_domain;
-        if proposal.trust_domain != *own {
-            return wrong(format!("a proposal to {own}"), proposal.trust_domain.as_str());
-        }
-        let Proposal { epoch, expires, nonce, .. } = proposal;
-        let all = all.get_or_insert(Approved { epoch, expires, nonce, approvals: Vec::new() });
-        if (all.epoch, all.expires, all.nonce) != (epoch, expires, nonce) {
-            return wrong("approvals of one proposal".to_owned(), "another one");
-        }
-        all.approvals.push(approval);
-    }
-    Ok(all.as_ref().map(approved_message))
+    let read = |file: &PathBuf| Ok((file.display().to_string(), read_bounded(file, FILE_BYTES_MAX)?));
+    let files = files.iter().map(read).collect::<Result<Vec<_>, Refusal>>()?;
+    Ok(gather(&cell.context().trust_domain, act, &files)?.as_ref().map(approved_message))
 }
 
 /// How an act ended.
@@ -132,24 +93,13 @@ pub(super) async fn or_proposal<T>(
         Ok(done) => Ok(Outcome::Done(done)),
         Err(refusal) if refusal.code == Code::ApprovalMissing && given.files.is_empty() => {
             let status = ask!(cell, Membership.status(v1::StatusRequest {}))?;
-            let proposal = Proposal {
-                trust_domain: cell.context().trust_domain.clone(),
-                epoch: status.epoch,
-                expires: Stamp(status.stamp_ms + PROPOSAL_MS),
-                nonce: nonce()?,
-                act,
-            };
+            let own = cell.context().trust_domain.clone();
+            let proposal = propose(own, status.epoch, Stamp(status.stamp_ms), act)?;
             let answer = Answer::ok(proposal_text(&proposal)?).note(refusal_text(&refusal));
             Ok(Outcome::Proposed(answer.ending(Exit::of(&refusal))))
         }
         Err(refusal) => Err(refusal),
     }
-}
-
-fn nonce() -> Result<[u8; 16], Refusal> {
-    let mut nonce = [0; 16];
-    aws_lc_rs::rand::fill(&mut nonce).map_err(|_| Refusal::new(Code::Internal, "random bytes", "none"))?;
-    Ok(nonce)
 }
 
 async fn changed(
@@ -180,9 +130,10 @@ fn approvers(all: &v1::ListApproversResponse) -> Table {
 }
 
 fn acts(all: &v1::ListApproversResponse) -> Table {
-    let mut table = Table::new("act", &["index", "at", "act", "by", "approved_by"]);
+    let mut table = Table::new("act", &["index", "at", "event", "act", "by", "approved_by"]);
     for a in &all.acts {
-        table.row(vec![json!(a.index), json!(utc(a.at_ms)), json!(a.act), json!(a.by), json!(a.approved_by)]);
+        let (at, by) = (utc(a.at_ms), &a.approved_by);
+        table.row(vec![json!(a.index), json!(at), json!(a.event), json!(a.act), json!(a.by), json!(by)]);
     }
     table
 }

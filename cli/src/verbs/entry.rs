@@ -249,7 +249,8 @@ mod tests {
 
     #[test]
     fn the_worst_item_decides_the_end() {
-        let session = Session { context: None, form: crate::output::Form::Table, timeout: std::time::Duration::ZERO };
+        let (form, timeout) = (crate::output::Form::Table, std::time::Duration::ZERO);
+        let session = Session { context: None, form, timeout, opened: Default::default() };
         let item = |id: &str, code: &str| v1::EntryStatus { id: id.into(), code: code.into(), message: "m".into() };
         let results = vec![item("a", "ok"), item("b", "already_exists"), item("c", "permission_denied")];
         let answer = statuses(&session, &v1::BatchEntryResponse { results, revision: 7 }, "created");

@@ -1,14 +1,15 @@
 //! `ambit federation`.
 
 use super::Session;
-use crate::args::{Federation, FederationProfile, FederationPut};
+use super::approver::{Outcome, approved, or_proposal};
+use crate::args::{Approvals, Federation, FederationProfile, FederationPut};
 use crate::ask;
 use crate::cell::request_id;
 use crate::context::read_bounded;
 use crate::output::{Answer, Table};
 use crate::when::utc;
 use ambit_identity::bundle::{DOCUMENT_BYTES_MAX, roots};
-use ambit_model::{Refusal, TrustDomain};
+use ambit_model::{Act, Refusal, TrustDomain};
 use ambit_proto::v1;
 use serde_json::json;
 use std::path::Path;
@@ -22,12 +23,7 @@ pub(super) async fn run(session: &Session, verb: Federation) -> Result<Answer, R
             Ok(Answer::ok(table(&reply.relationships).render(session.form)))
         }
         Federation::Put(put) => write(session, put).await,
-        Federation::Remove { trust_domain } => {
-            let (cell, banner) = session.cell_to_change()?;
-            let request = of(&trust_domain)?;
-            let row = ask!(cell, TrustDomainRegistry.delete_federation_relationship(request))?;
-            Ok(Answer::ok(table(&[row]).render_one(session.form)).note(banner))
-        }
+        Federation::Remove { trust_domain, approvals } => remove(session, trust_domain, &approvals).await,
         Federation::Refresh { trust_domain } => {
             let (cell, banner) = session.cell_to_change()?;
             let request = of(&trust_domain)?;
@@ -42,6 +38,19 @@ pub(super) async fn run(session: &Session, verb: Federation) -> Result<Answer, R
             Ok(Answer::ok(table(&[row]).render_one(session.form)).note(banner))
         }
     }
+}
+
+async fn remove(session: &Session, td: TrustDomain, approvals: &Approvals) -> Result<Answer, Refusal> {
+    let (cell, banner) = session.cell_to_change()?;
+    let (request_id, trust_domain) = (request_id()?, td.to_string());
+    let act = Act::RemoveTrustDomain(td);
+    let approved = approved(&cell, &act, &approvals.files)?;
+    let request = v1::DeleteFederationRelationshipRequest { request_id, trust_domain, approved };
+    let done = ask!(cell, TrustDomainRegistry.delete_federation_relationship(request));
+    Ok(match or_proposal(&cell, act, approvals, done).await? {
+        Outcome::Done(row) => Answer::ok(table(&[row]).render_one(session.form)).note(banner),
+        Outcome::Proposed(answer) => answer.note(banner),
+    })
 }
 
 fn of(trust_domain: &TrustDomain) -> Result<v1::FederationRelationshipRef, Refusal> {

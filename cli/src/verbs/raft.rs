@@ -108,6 +108,7 @@ fn table(seen: &[(std::net::SocketAddr, Result<v1::StatusResponse, Refusal>)]) -
         "epoch",
         "digest",
         "incarnation",
+        "intermediate_until",
         "trouble",
     ];
     let mut table = Table::new("replica", COLUMNS);
@@ -116,7 +117,8 @@ fn table(seen: &[(std::net::SocketAddr, Result<v1::StatusResponse, Refusal>)]) -
         let address = json!(address.to_string());
         match view {
             Ok(s) => {
-                let role = s.members.iter().find(|m| m.id == s.replica).map(|m| m.role.clone());
+                let member = s.members.iter().find(|m| m.id == s.replica);
+                let role = member.map(|m| m.role.clone());
                 let digest = hex::encode(&s.digest);
                 table.row(vec![
                     address,
@@ -131,6 +133,7 @@ fn table(seen: &[(std::net::SocketAddr, Result<v1::StatusResponse, Refusal>)]) -
                     json!(s.epoch),
                     json!(digest.get(..16).unwrap_or(&digest)),
                     json!(s.incarnations.last().map_or("founded".to_owned(), incarnation)),
+                    json!(member.map(|m| utc(m.intermediate_not_after_ms))),
                     json!(null),
                 ]);
             }

@@ -76,6 +76,9 @@ async fn show(session: &Session, trust_domain: Option<String>, pem: bool) -> Res
         Form::Json => {
             let mut one = table.value_of_one();
             one.insert("jwt_authorities".to_owned(), authorities::values(&keys));
+            if trust_domain == own {
+                one.extend(authorities::standing(&cell).await?);
+            }
             pretty(&one.into())
         }
     }))

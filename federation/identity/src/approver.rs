@@ -5,9 +5,9 @@
 
 use crate::keys::internal;
 use crate::record::public_of;
-use ambit_model::act::{Act, Approval, ApproverCard, Proposal, SIGNATURE_BYTES};
+use ambit_model::act::{Act, Approval, Approved, ApproverCard, Proposal, SIGNATURE_BYTES};
 use ambit_model::{Code, Refusal, Stamp, TrustDomain};
-use aws_lc_rs::signature::Ed25519KeyPair;
+use aws_lc_rs::signature::{ED25519, Ed25519KeyPair, UnparsedPublicKey};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Serialize};
@@ -53,6 +53,22 @@ impl ApproverKey {
     }
 }
 
+/// Approvers are asked within a working day; the cell takes a day at most.
+const PROPOSAL_MS: u64 = 8 * 3_600_000;
+
+/// An act as it is proposed now.
+pub fn propose(trust_domain: TrustDomain, epoch: u64, now: Stamp, act: Act) -> Result<Proposal, Refusal> {
+    let mut nonce = [0; 16];
+    aws_lc_rs::rand::fill(&mut nonce).map_err(|e| internal("random bytes", e))?;
+    Ok(Proposal { trust_domain, epoch, expires: now.plus_ms(PROPOSAL_MS), nonce, act })
+}
+
+/// Whether this is its key's signature over the proposal. Whether the key is an approver's, the cell says.
+pub fn signed(proposal: &Proposal, approval: &Approval) -> Result<bool, Refusal> {
+    let key = UnparsedPublicKey::new(&ED25519, approval.key);
+    Ok(key.verify(&proposal.statement()?, &approval.signature).is_ok())
+}
+
 /// A proposal's file.
 pub fn proposal_text(proposal: &Proposal) -> Result<String, Refusal> {
     text(&Proposed::from(proposal))
@@ -82,6 +98,31 @@ pub fn read_approval(text: &str) -> Result<(Proposal, Approval), Refusal> {
     let mut signature = vec![0; SIGNATURE_BYTES];
     hex::decode_to_slice(&read.signature, &mut signature).map_err(|_| bad("signature"))?;
     Ok((read.proposal.parse()?, Approval { key, signature }))
+}
+
+/// What approvers signed of this act in this trust domain: files, each with its name for who reads the refusal. None where
+/// there are none.
+pub fn gather(own: &TrustDomain, act: &Act, files: &[(String, String)]) -> Result<Option<Approved>, Refusal> {
+    let mut all: Option<Approved> = None;
+    for (name, text) in files {
+        let (proposal, approval) = read_approval(text)?;
+        let wrong = |expected: String, found: &str| {
+            Err(Refusal::new(Code::ApprovalInvalid, expected, format!("{found} in {name}")))
+        };
+        if proposal.act != *act {
+            return wrong(act.to_string(), &proposal.act.to_string());
+        }
+        if proposal.trust_domain != *own {
+            return wrong(format!("a proposal to {own}"), proposal.trust_domain.as_str());
+        }
+        let Proposal { epoch, expires, nonce, .. } = proposal;
+        let all = all.get_or_insert(Approved { epoch, expires, nonce, approvals: Vec::new() });
+        if (all.epoch, all.expires, all.nonce) != (epoch, expires, nonce) {
+            return wrong("approvals of one proposal".to_owned(), "another one");
+        }
+        all.approvals.push(approval);
+    }
+    Ok(all)
 }
 
 #[derive(Serialize, Deserialize)]

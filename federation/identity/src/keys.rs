@@ -77,21 +77,37 @@ pub fn certificates_from_pem(pem: &str) -> Result<Vec<CertificateDer<'static>>, 
     }
 }
 
+/// The request of a PEM file that holds one, DER.
+pub fn csr_from_pem(pem: &str) -> Result<Vec<u8>, Refusal> {
+    use rustls_pki_types::CertificateSigningRequestDer;
+    use rustls_pki_types::pem::PemObject;
+    let read = CertificateSigningRequestDer::from_pem_slice(pem.as_bytes());
+    let bad = |e| Refusal::new(Code::CsrMalformed, "a PKCS#10 request in PEM", format!("{e:?}"));
+    Ok(read.map_err(bad)?.to_vec())
+}
+
+/// A request as PEM text.
+pub fn csr_to_pem(der: &[u8]) -> String {
+    pem("CERTIFICATE REQUEST", der)
+}
+
 /// Certificates as PEM text.
 pub fn certificates_to_pem<'a>(chain: impl IntoIterator<Item = &'a [u8]>) -> String {
+    chain.into_iter().map(|der| pem("CERTIFICATE", der)).collect()
+}
+
+/// RFC 7468.
+fn pem(what: &str, der: &[u8]) -> String {
     use base64::Engine as _;
-    let mut out = String::new();
-    for der in chain {
-        out.push_str("-----BEGIN CERTIFICATE-----\n");
-        let text = base64::engine::general_purpose::STANDARD.encode(der);
-        let mut rest = text.as_str();
-        while !rest.is_empty() {
-            let (line, tail) = rest.split_at(rest.len().min(64));
-            out.push_str(line);
-            out.push('\n');
-            rest = tail;
-        }
-        out.push_str("-----END CERTIFICATE-----\n");
+    let mut out = format!("-----BEGIN {what}-----\n");
+    let text = base64::engine::general_purpose::STANDARD.encode(der);
+    let mut rest = text.as_str();
+    while !rest.is_empty() {
+        let (line, tail) = rest.split_at(rest.len().min(64));
+        out.push_str(line);
+        out.push('\n');
+        rest = tail;
     }
+    out.push_str(&format!("-----END {what}-----\n"));
     out
 }

@@ -16,6 +16,8 @@ const ACT_CONTEXT: &[u8] = b"ambit/act/v1\0";
 const CARD_CONTEXT: &[u8] = b"ambit/approver/v1\0";
 /// Of a signature by Ed25519 (RFC 8032).
 pub const SIGNATURE_BYTES: usize = 64;
+/// Of an act that takes two.
+const TWO: usize = 2;
 
 /// What an approver hands out: his Ed25519 public key, and its signature over itself. A key that was mistyped, for which
 /// nobody could ever sign, so makes no approver. Written as 192 hexadecimal digits.
@@ -59,6 +61,46 @@ pub enum Act {
     AddApprover(ObjectName, ApproverCard),
     /// Whoever has this name approves no more.
     RemoveApprover(ObjectName),
+    /// The relationship with this foreign trust domain ends, and its bundle goes.
+    RemoveTrustDomain(TrustDomain),
+    /// This administrator gets a certificate for the key with this SHA-256 (of its SPKI) from a replica itself, where he
+    /// has none left to ask with.
+    BreakGlass(ObjectName, [u8; 32]),
+}
+
+impl Act {
+    /// How many approvers the act takes in a cell with so many. A cell without any lets one administrator act alone, as
+    /// ever, but where no administrator acts at all; from the first approver on none can. Whom to ask is decided by those
+    /// who are asked already: with one, by him.
+    ///
+    /// # Errors
+    /// [`Code::NeedsSecondApprover`] and [`Code::ApprovalMissing`], where there are too few of them.
+    pub fn needs(&self, approvers: usize) -> Result<usize, Refusal> {
+        match (self, approvers) {
+            (Self::BreakGlass(..), 0) => {
+                let expected =
+                    "a cell with an approver (ambit approver add, while a federation-admin has a certificate)";
+                Err(Refusal::new(Code::ApprovalMissing, expected, "one without any"))
+            }
+            (Self::BreakGlass(..), _) => Ok(1),
+            (_, 0) => Ok(0),
+            (Self::RevokeRoot(_) | Self::RemoveTrustDomain(_), 1) => {
+                Err(Refusal::new(Code::NeedsSecondApprover, "a cell with two approvers or more", "one with one"))
+            }
+            (Self::AddApprover(..) | Self::RemoveApprover(_), 1) => Ok(1),
+            (Self::RevokeRoot(_) | Self::RemoveTrustDomain(_) | Self::AddApprover(..) | Self::RemoveApprover(_), _) => {
+                Ok(TWO)
+            }
+        }
+    }
+
+    /// What audits tell it by, where it is not the ordinary way.
+    pub fn event(&self) -> &'static str {
+        match self {
+            Self::BreakGlass(..) => "break_glass",
+            Self::RevokeRoot(_) | Self::AddApprover(..) | Self::RemoveApprover(_) | Self::RemoveTrustDomain(_) => "act",
+        }
+    }
 }
 
 impl fmt::Display for Act {
@@ -67,6 +109,8 @@ impl fmt::Display for Act {
             Self::RevokeRoot(root) => write!(f, "revoke root {}", hex::encode(root)),
             Self::AddApprover(name, card) => write!(f, "add approver {} {card}", name.as_str()),
             Self::RemoveApprover(name) => write!(f, "remove approver {}", name.as_str()),
+            Self::RemoveTrustDomain(td) => write!(f, "remove trust-domain {td}"),
+            Self::BreakGlass(name, key) => write!(f, "break glass admin {} {}", name.as_str(), hex::encode(key)),
         }
     }
 }
@@ -80,6 +124,8 @@ impl FromStr for Act {
             ["revoke", "root", root] => Ok(Self::RevokeRoot(digest(root).ok_or_else(bad)?)),
             ["add", "approver", name, card] => Ok(Self::AddApprover(name.parse()?, card.parse()?)),
             ["remove", "approver", name] => Ok(Self::RemoveApprover(name.parse()?)),
+            ["remove", "trust-domain", td] => Ok(Self::RemoveTrustDomain(td.parse()?)),
+            ["break", "glass", "admin", name, key] => Ok(Self::BreakGlass(name.parse()?, digest(key).ok_or_else(bad)?)),
             _ => Err(bad()),
         }
     }
@@ -171,6 +217,13 @@ mod tests {
             ("remove approver alice".to_owned(), true),
             ("remove approver".to_owned(), false),
             ("remove approver alice bob".to_owned(), false),
+            ("remove trust-domain east".to_owned(), true),
+            ("remove trust-domain East".to_owned(), false),
+            ("remove trust-domain".to_owned(), false),
+            (format!("break glass admin founder {root}"), true),
+            (format!("break glass admin founder {}", &root[1..]), false),
+            (format!("break glass admin Founder {root}"), false),
+            (format!("break glass founder {root}"), false),
             (String::new(), false),
         ] {
             let read = text.parse::<Act>();
@@ -187,5 +240,25 @@ mod tests {
         assert_eq!(statement, golden);
         let other = proposal(Act::RevokeRoot([1; 32])).statement().unwrap();
         assert_eq!(other, [&b"ambit/act/v1\0"[..], &[4], b"west", &[1, 9], &[7; 16], &[0], &[1; 32]].concat());
+        let glass = proposal(Act::BreakGlass("al".parse().unwrap(), [3; 32])).statement().unwrap();
+        let golden = [&b"ambit/act/v1\0"[..], &[4], b"west", &[1, 9], &[7; 16], &[4, 2], b"al", &[3; 32]].concat();
+        assert_eq!(glass, golden);
+    }
+
+    /// By hand: which act takes how many, in cells with none, one, two and three approvers. `-`: refused.
+    #[test]
+    fn each_act_takes_so_many_approvers() {
+        let card = ApproverCard { key: [1; 32], proof: vec![0; SIGNATURE_BYTES] };
+        let al: ObjectName = "al".parse().unwrap();
+        for (act, needs) in [
+            (Act::RevokeRoot([1; 32]), "0-22"),
+            (Act::AddApprover(al.clone(), card), "0122"),
+            (Act::RemoveApprover(al.clone()), "0122"),
+            (Act::RemoveTrustDomain("east".parse().unwrap()), "0-22"),
+            (Act::BreakGlass(al, [1; 32]), "-111"),
+        ] {
+            let said = (0..4).map(|n| act.needs(n).map_or("-".to_owned(), |n| n.to_string()));
+            assert_eq!(said.collect::<String>(), needs, "{act}");
+        }
     }
 }

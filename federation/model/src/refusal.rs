@@ -170,6 +170,7 @@ codes! {
     ApprovalInvalid = "approval_invalid", Denied, "have approvers of this cell sign a proposal of this very act, each once";
     ApprovalExpired = "approval_expired", Denied, "propose the act again: what was signed is no longer good";
     ApprovalUsed = "approval_used", Denied, "propose the act again: what was signed is good for one time";
+    AdminExpired = "admin_expired", Unauthenticated, "have a federation-admin issue a new one (ambit admin issue); where none has one in time, break glass: ambit admin request, ambitd admin break-glass, ambit admin install";
 }
 
 impl fmt::Display for Code {

@@ -2,8 +2,9 @@
 
 mod refused;
 mod table;
+mod trailers;
 
-pub use refused::{RefusalKey, RefusalRow, Refusals};
+pub use refused::{LeftOut, RefusalKey, RefusalRow, Refusals};
 pub use table::{METHODS, Who};
 
 use crate::replica::wall_clock;
@@ -297,10 +298,16 @@ where
                     let response = inner.await?;
                     // What a method itself refuses at once: its code stands in the head of an answer without a body.
                     let code = response.headers().get("ambit-code").and_then(|code| code.to_str().ok());
-                    if let Some(code) = code.and_then(Code::from_text) {
-                        note(&replica, caller.as_ref(), &path, code);
+                    match code.and_then(Code::from_text) {
+                        Some(code) => {
+                            note(&replica, caller.as_ref(), &path, code);
+                            Ok(response)
+                        }
+                        // A stream that was begun may end so still.
+                        None => Ok(response.map(|body| {
+                            trailers::watched(body, move |code| note(&replica, caller.as_ref(), &path, code))
+                        })),
                     }
-                    Ok(response)
                 })
             }
             Err(refusal) => {
@@ -312,9 +319,15 @@ where
     }
 }
 
-/// Keeps what was refused because of who asked; what was wrong or came too early is no refusal of a caller.
+/// Whether it is about who asked, or whose word there was; what was wrong or came too early is no refusal of a caller.
+fn audited(code: Code) -> bool {
+    matches!(code.class(), Class::Denied | Class::Unauthenticated)
+        || matches!(code, Code::ApprovalMissing | Code::NeedsSecondApprover | Code::LastAdmin)
+}
+
+/// Keeps what was refused to a caller.
 fn note(replica: &crate::replica::Replica, caller: Option<&Caller>, path: &str, code: Code) {
-    if !matches!(code.class(), Class::Denied | Class::Unauthenticated) {
+    if !audited(code) {
         return;
     }
     let name = caller.map_or_else(|| "unknown".to_owned(), name_of);

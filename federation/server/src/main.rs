@@ -3,14 +3,15 @@
 #[cfg(ambit_mutant)]
 compile_error!("faults are planted for the simulator only: no ambitd is built with them");
 
-use ambit_model::{Code, Refusal, TrustDomain};
+use ambit_identity::keys::csr_from_pem;
+use ambit_model::{Code, ObjectName, Refusal, TrustDomain};
 use ambitd::config::Config;
-use ambitd::replica::{found, recover, restore, run};
+use ambitd::replica::{found, local, recover, restore, run};
 use ambitd::services::parse_fingerprint;
 use clap::{Parser, Subcommand};
 use std::io::IsTerminal;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -21,6 +22,9 @@ use zeroizing_alloc::ZeroAlloc;
 /// buffers of libraries that do not.
 #[global_allocator]
 static ALLOCATOR: ZeroAlloc<tikv_jemallocator::Jemalloc> = ZeroAlloc(tikv_jemallocator::Jemalloc);
+
+/// Of what is read for `ambitd admin`; what is longer is cut and does not parse.
+const FILE_BYTES_MAX: u64 = 16 * 1024;
 
 /// A replica of an Ambit cell: Raft, identity, policy, federation.
 #[derive(Parser)]
@@ -111,11 +115,33 @@ enum Verb {
         #[arg(long, default_value_t = 0)]
         past_epoch: u64,
     },
+    /// What only a replica's own machine may ask.
+    #[command(subcommand)]
+    Admin(Admin),
     /// Serve.
     Run {
         /// Configuration file (TOML).
         #[arg(long)]
         config: PathBuf,
+    },
+}
+
+#[derive(Subcommand)]
+enum Admin {
+    /// Certify an administrator for 8 h, where none has a certificate left to ask with: asks the replica that runs here.
+    /// Prints the proposal that an approver is to sign (`ambit approve`); with what he signed, the certificate.
+    BreakGlass {
+        /// Configuration file (TOML) of the replica that runs.
+        #[arg(long)]
+        config: PathBuf,
+        /// The administrator, who has a role.
+        name: ObjectName,
+        /// The request for the key (PEM, `ambit admin request`).
+        #[arg(long, value_name = "FILE")]
+        csr: PathBuf,
+        /// What an approver signed.
+        #[arg(long = "approval", value_name = "FILE")]
+        approvals: Vec<PathBuf>,
     },
 }
 
@@ -175,6 +201,9 @@ async fn execute(verb: Verb) -> Result<(), Refusal> {
             let recovered = recover::recover(&Config::load(&config)?, accepted.as_deref(), past_epoch, found).await?;
             say(format_args!("{recovered}"))
         }
+        Verb::Admin(Admin::BreakGlass { config, name, csr, approvals }) => {
+            break_glass(&Config::load(&config)?, name, &csr, &approvals).await
+        }
         Verb::Run { config } => {
             let config = Config::load(&config)?;
             let (tell, stop) = watch::channel(false);
@@ -190,6 +219,33 @@ async fn execute(verb: Verb) -> Result<(), Refusal> {
             run::run(&config, stop).await
         }
     }
+}
+
+async fn break_glass(config: &Config, admin: ObjectName, csr: &Path, files: &[PathBuf]) -> Result<(), Refusal> {
+    let csr = csr_from_pem(&text(csr)?)?;
+    let approvals = files.iter().map(|file| Ok((file.display().to_string(), text(file)?)));
+    let approvals = approvals.collect::<Result<_, Refusal>>()?;
+    match local::ask(&config.data_dir, &local::Asked { admin, csr, approvals }).await? {
+        local::Answer::Proposal(text) => {
+            eprintln!("an approver is to sign this (ambit approve); give what he signed with --approval");
+            say(format_args!("{text}"))
+        }
+        local::Answer::Certified(pem) => {
+            eprintln!("certified, and told in the cell's audit; put it in its place with ambit admin install");
+            say(format_args!("{}", pem.trim_end()))
+        }
+        local::Answer::Refused(refusal) => Err(refusal),
+    }
+}
+
+/// A request or an approval is a few hundred bytes.
+fn text(file: &Path) -> Result<String, Refusal> {
+    use std::io::Read;
+    let mut text = String::new();
+    let read = std::fs::File::open(file).and_then(|open| open.take(FILE_BYTES_MAX).read_to_string(&mut text));
+    let usable =
+        |e: std::io::Error| Refusal::new(Code::BadRequest, format!("a usable file {}", file.display()), e.to_string());
+    read.map(|_| text).map_err(usable)
 }
 
 fn say(what: std::fmt::Arguments<'_>) -> Result<(), Refusal> {

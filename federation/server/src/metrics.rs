@@ -1,7 +1,9 @@
 //! `/metrics` (Prometheus text format 0.0.4), `/healthz` and `/readyz` of a replica.
 
+use crate::authorise::LeftOut;
 use crate::raft::Role;
 use crate::replica::Replica;
+use ambit_model::Act;
 use axum::Router;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
@@ -84,6 +86,8 @@ fn state_families(p: &mut Page, replica: &Replica) {
             &[(label("state", "desired"), revision)],
         );
         p.gauge("ambit_nodes", "Nodes known.", s.nodes().count() as f64);
+        let glass = s.acts().filter(|(_, row)| matches!(row.act, Act::BreakGlass(..))).count();
+        p.counter("ambit_break_glass_total", "Administrators certified by replicas themselves.", glass as f64);
         p.gauge("ambit_entries", "Entries.", s.entries().count() as f64);
         p.gauge("ambit_certificates", "Leaves committed that may still be valid.", s.issued().count() as f64);
         let ends = s.members().map(|(_, m)| m.authority_not_after.0).min().unwrap_or_default();
@@ -108,6 +112,9 @@ fn state_families(p: &mut Page, replica: &Replica) {
     let refused: Vec<_> =
         replica.refusals().by_code().into_iter().map(|(code, n)| (label("code", code), n as f64)).collect();
     p.family("ambit_refusals_total", "counter", "Calls refused because of who asked.", &refused);
+    let LeftOut { unlogged, forgotten } = replica.refusals().left_out();
+    p.counter("ambit_refusals_unlogged_total", "Refusals without a line of the log.", unlogged as f64);
+    p.counter("ambit_refusals_forgotten_total", "Refusals whose row gave way.", forgotten as f64);
     p.gauge("ambit_agent_streams", "Agents whose streams end here.", replica.agents().all().len() as f64);
 }
 

@@ -421,6 +421,20 @@ pub enum Command {
     TaintJwtAuthority(String),
     /// A tainted or merely prepared JWT authority leaves the bundle: its tokens are refused.
     RevokeJwtAuthority(String),
+    /// A certificate for an administrator, asked of a replica by who has its machine, under an approver's word
+    /// ([`Act::BreakGlass`]). Its own commit type (I5).
+    BreakGlass {
+        /// The name after /ambit/admin/.
+        admin: ObjectName,
+        /// SHA-256 of the key's SPKI.
+        key_hash: [u8; 32],
+        /// The intermediate that will sign.
+        authority: String,
+        /// Which replica was asked.
+        replica: u64,
+        /// Who approved it.
+        approved: Approved,
+    },
 }
 
 /// A foreign bundle, read strictly.

@@ -1,6 +1,6 @@
 //! Proof that something was committed and applied. No commit, no certificate (I5, design.md section 2).
 
-use ambit_model::{DnsName, EntryId, Generation, Lifetime, NodeId, RaftIndex, Revision, SpiffeId};
+use ambit_model::{DnsName, EntryId, Generation, Lifetime, NodeId, ObjectName, RaftIndex, Revision, SpiffeId};
 use serde::{Deserialize, Serialize};
 
 /// A `T` that the state machine applied from a committed entry. Only `apply` makes one; it is used once.
@@ -41,6 +41,8 @@ pub enum Subject {
     NamedWorkload(EntryId, Revision, Vec<DnsName>),
     /// Whoever an administrator, by this name, minted it for, with these DNS names.
     Minted(String, Vec<DnsName>),
+    /// An administrator, by a replica itself under the word of these approvers.
+    BreakGlass(Vec<ObjectName>),
 }
 
 impl Subject {
@@ -56,7 +58,7 @@ impl Subject {
     pub fn dns_names(&self) -> &[DnsName] {
         match self {
             Subject::NamedWorkload(_, _, names) | Subject::Minted(_, names) => names,
-            Subject::Node | Subject::Workload(..) | Subject::Admin => &[],
+            Subject::Node | Subject::Workload(..) | Subject::Admin | Subject::BreakGlass(_) => &[],
         }
     }
     /// As operators read it.
@@ -68,6 +70,10 @@ impl Subject {
                 format!("entry {id}@{revision}")
             }
             Subject::Minted(by, _) => format!("minted by {by}"),
+            Subject::BreakGlass(approvers) => {
+                let names: Vec<&str> = approvers.iter().map(ObjectName::as_str).collect();
+                format!("administrator, break_glass approved by {}", names.join(", "))
+            }
         }
     }
 }

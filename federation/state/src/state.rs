@@ -87,6 +87,8 @@ pub struct State {
     pub(crate) approvers: Table<ObjectName, ApproverRow>,
     /// Acts that took approvers, by index.
     pub(crate) acts: Table<u64, ActRow>,
+    /// Identities that administrators of clusters deny, by the cluster whose share of denials they take.
+    pub(crate) id_shares: Table<SpiffeId, ClusterId>,
     /// `issued` by node and end, in memory only: counting a node's leaves must not cost a walk over everybody's.
     pub(crate) live_leaves: BTreeMap<NodeId, BTreeSet<(Stamp, [u8; 16])>>,
     /// Entries by the identity that they give, in memory only: whose an identity is must not cost a walk over all entries.
@@ -149,7 +151,8 @@ macro_rules! each_table {
             $s.peer_roots,
             $s.authority_denials,
             $s.approvers,
-            $s.acts
+            $s.acts,
+            $s.id_shares
         )
     };
 }
@@ -274,6 +277,7 @@ impl State {
             authority_denials: Table::new(id()),
             approvers: Table::new(id()),
             acts: Table::new(id()),
+            id_shares: Table::new(id()),
             live_leaves: BTreeMap::new(),
             giving: BTreeMap::new(),
             asking: BTreeMap::new(),

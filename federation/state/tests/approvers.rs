@@ -312,3 +312,116 @@ fn acts_have_a_bound_and_none_that_could_be_repeated_is_forgotten() {
     // Bob's is the oldest, and what was signed for it is good for an hour.
     assert_eq!(kept(&cell), (1_000, first));
 }
+
+/// What a replica proposes that breaks glass for this administrator and key.
+fn glass(admin: &str, key: u8, approved: Approved) -> Command {
+    let (admin, authority) = (admin.parse().unwrap(), "a1".to_owned());
+    Command::BreakGlass { admin, key_hash: [key; 32], authority, replica: 1, approved }
+}
+fn broken(admin: &str, key: u8) -> Act {
+    Act::BreakGlass(admin.parse().unwrap(), [key; 32])
+}
+
+#[test]
+fn glass_is_broken_under_one_approvers_word_and_for_what_it_names() {
+    let (mut cell, _, alice, _bob) = two();
+    let grant = |admin: &str| Command::ChangeRoles {
+        admin: admin.parse().unwrap(),
+        change: ambit_state::RoleChange::Grant([ambit_model::AdminRole::Operator].into()),
+        by: ADMIN.into(),
+    };
+    cell.run(grant("olga")).unwrap();
+    cell.run(grant("otto")).unwrap();
+    let barred = "spiffe://west/ambit/admin/otto".parse().unwrap();
+    cell.run(Command::DenyId(barred, ambit_state::IdVerb::Bar)).unwrap();
+    let p = proposal(&broken("founder", 7), 9);
+    let word = |of: &Proposal| approved(of, vec![alice.approve(of)]);
+    let of = |act: &Act| word(&proposal(act, 8));
+    let elsewhere = Proposal { trust_domain: "east".parse().unwrap(), ..p.clone() };
+    let (past, next) = (Proposal { expires: Stamp(NOW - 1), ..p.clone() }, Proposal { epoch: 2, ..p.clone() });
+    let late = Proposal { expires: Stamp(NOW + DAY_MS + 1), ..p.clone() };
+    let other = |authority: &str| match glass("founder", 7, word(&p)) {
+        Command::BreakGlass { admin, key_hash, replica, approved, .. } => {
+            Command::BreakGlass { admin, key_hash, authority: authority.into(), replica, approved }
+        }
+        other => other,
+    };
+    let west = [common::cluster("west")].into();
+    for (what, command, code) in [
+        ("nobody's word", glass("founder", 7, approved(&p, vec![])), Code::ApprovalMissing),
+        ("a stranger's", glass("founder", 7, approved(&p, vec![Key::new().approve(&p)])), Code::ApprovalInvalid),
+        ("another key", glass("founder", 6, word(&p)), Code::ApprovalInvalid),
+        ("another name", glass("olga", 7, word(&p)), Code::ApprovalInvalid),
+        ("a word for another act", glass("founder", 7, of(&remove("bob"))), Code::ApprovalInvalid),
+        ("another cell's", glass("founder", 7, word(&elsewhere)), Code::ApprovalInvalid),
+        ("another epoch's", glass("founder", 7, word(&next)), Code::ApprovalInvalid),
+        ("one that ended", glass("founder", 7, word(&past)), Code::ApprovalExpired),
+        ("one without an end", glass("founder", 7, word(&late)), Code::ApprovalExpired),
+        ("nobody who has a role", glass("eve", 7, of(&broken("eve", 7))), Code::PermissionDenied),
+        ("one who is denied", glass("otto", 7, of(&broken("otto", 7))), Code::SvidRevoked),
+        ("an intermediate of nobody's", other("a9"), Code::AuthorityMismatch),
+        ("an administrator", command(&broken("founder", 7), Some(word(&p))), Code::BadRequest),
+        ("one of a cluster", Command::Within(west, Box::new(glass("founder", 7, word(&p)))), Code::PermissionDenied),
+    ] {
+        let before = bare(&cell.state);
+        assert_eq!(cell.run(command).map_err(|r| r.code), Err(code), "{what}");
+        assert!(bare(&cell.state) == before, "{what} left something behind");
+    }
+    let leaf = match cell.run(glass("founder", 7, word(&p))) {
+        Ok(Reply::Leaves(leaves)) => leaves[0].clone().unwrap(),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!((leaf.spiffe_id.as_str(), leaf.key_hash), (ADMIN, [7; 32]));
+    assert_eq!(leaf.subject, ambit_state::Subject::BreakGlass(vec!["alice".parse().unwrap()]));
+    assert!(leaf.lifetime.not_after.0 <= NOW + 8 * 3_600_000, "{leaf:?}");
+    let (_, row) = cell.state.acts().next_back().unwrap();
+    assert_eq!((row.act.event(), row.by.as_str()), ("break_glass", "spiffe://west/ambit/replica/1"));
+    assert_eq!(row.approved_by, ["alice".parse().unwrap()]);
+    // Once, whoever asks and however the request is numbered.
+    for _ in 0..2 {
+        assert_eq!(cell.run(glass("founder", 7, word(&p))).map_err(|r| r.code), Err(Code::ApprovalUsed));
+    }
+    let again = proposal(&broken("founder", 7), 10);
+    cell.run(glass("founder", 7, word(&again))).unwrap();
+}
+
+#[test]
+fn a_cell_without_approvers_breaks_no_glass() {
+    let (mut cell, _) = cell();
+    let key = Key::new();
+    let p = proposal(&broken("founder", 7), 9);
+    let command = glass("founder", 7, approved(&p, vec![key.approve(&p)]));
+    assert_eq!(cell.run(command).map_err(|r| r.code), Err(Code::ApprovalMissing));
+}
+
+#[test]
+fn a_foreign_trust_domain_is_removed_by_two_once_there_are_approvers() {
+    let (mut cell, _) = cell();
+    let [alice, bob] = [Key::new(), Key::new()];
+    let td: ambit_model::TrustDomain = "far".parse().unwrap();
+    let put = |td: &ambit_model::TrustDomain| {
+        let (url, profile) = ("https://far/bundle".to_owned(), ambit_state::objects::EndpointProfile::HttpsWeb);
+        Command::PutRelationship(td.clone(), url, profile, Vec::new(), ADMIN.into())
+    };
+    let act = Act::RemoveTrustDomain(td.clone());
+    let former = || Command::RemoveRelationship(td.clone());
+    // Without any approver as ever, by either command.
+    for remove in [former(), command(&act, None)] {
+        cell.run(put(&td)).unwrap();
+        cell.run(remove).unwrap();
+        assert_eq!(cell.state.relationships().count(), 0);
+    }
+    assert_eq!(cell.run(command(&act, None)).map_err(|r| r.code), Err(Code::NotFound));
+    cell.run(put(&td)).unwrap();
+    cell.run(command(&add("alice", &alice), None)).unwrap();
+    for one in [former(), command(&act, None), by(&act, 3, &[&alice])] {
+        assert_eq!(cell.run(one).map_err(|r| r.code), Err(Code::NeedsSecondApprover));
+    }
+    cell.run(by(&add("bob", &bob), 1, &[&alice])).unwrap();
+    for one in [former(), command(&act, None), by(&act, 4, &[&alice])] {
+        assert_eq!(cell.run(one).map_err(|r| r.code), Err(Code::ApprovalMissing));
+    }
+    assert_eq!(cell.state.relationships().count(), 1);
+    cell.run(by(&act, 5, &[&alice, &bob])).unwrap();
+    assert_eq!(cell.state.relationships().count(), 0);
+}

@@ -363,3 +363,31 @@ fn a_peer_denies_its_own_identities_only_and_takes_nothing_back() {
     assert!(cell.state.svid_denied(&db, "x", &[6; 16]) && cell.state.svid_denials().ids.len() == 1);
     assert!(!cell.state.records_after(0).any(|r| r.kind == Kind::IdDenial), "and does not speak for it");
 }
+
+#[test]
+fn a_clusters_administrator_leaves_the_other_clusters_their_share() {
+    let mut cell = cell();
+    cell.run(Command::RegisterCluster(cluster("east"), vec![(common::ROOT.to_vec(), "lab".into())], 10_000)).unwrap();
+    let deny = |of: &str, n: usize, verb| {
+        let command = Command::DenyId(id(&format!("spiffe://west/cluster/{of}/{n}")), verb);
+        Command::Within([cluster(of)].into(), Box::new(command))
+    };
+    // Half of the eighteen thousand each. Of entries that went no path tells any more whose they were.
+    for thousand in 0..9 {
+        let entries: Vec<Entry> = (0..1_000).map(|n| entry(&format!("e{}", thousand * 1_000 + n), "west")).collect();
+        let ids = entries.iter().map(|entry| entry.id.clone()).collect();
+        cell.run(Command::CreateEntries(entries)).unwrap();
+        cell.run(Command::Within([cluster("west")].into(), Box::new(Command::RetireEntries(ids)))).unwrap();
+    }
+    assert_eq!(code(cell.run(deny("west", 1, IdVerb::Revoke))), Code::Busy);
+    cell.run(deny("east", 1, IdVerb::Bar)).unwrap();
+    cell.run(deny("east", 1, IdVerb::Lift)).unwrap();
+    // Who administers the whole cell takes no cluster's share.
+    cell.run(Command::DenyId(id("spiffe://west/cluster/west/2"), IdVerb::Revoke)).unwrap();
+    let mut again = State::import(cell.state.export()).unwrap();
+    std::mem::swap(&mut again, &mut cell.state);
+    assert_eq!(code(cell.run(deny("west", 1, IdVerb::Revoke))), Code::Busy);
+    // A share comes back with the denials that end.
+    cell.at(NOW + KEPT_MS + 1, 0, Command::Tick).unwrap();
+    cell.at(NOW + KEPT_MS + 1, 0, deny("west", 1, IdVerb::Revoke)).unwrap();
+}

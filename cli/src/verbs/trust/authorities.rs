@@ -64,6 +64,18 @@ pub(super) async fn check(session: &Session) -> Result<Answer, Refusal> {
     Ok(if findings.is_empty() { answer } else { answer.ending(Exit::Drift) })
 }
 
+/// Roots and intermediates for programs, as far as who asks may read them: a bundle is shown to every administrator.
+pub(super) async fn standing(cell: &Cell) -> Result<Vec<(String, Value)>, Refusal> {
+    match state(cell).await {
+        Ok(state) => Ok(vec![
+            ("roots".to_owned(), values(&roots(&state))),
+            ("intermediates".to_owned(), values(&intermediates(&state))),
+        ]),
+        Err(refusal) if refusal.code == Code::PermissionDenied => Ok(Vec::new()),
+        Err(refusal) => Err(refusal),
+    }
+}
+
 pub(super) fn values(table: &Table) -> Value {
     serde_json::from_str(&table.render(Form::Json)).unwrap_or_default()
 }

@@ -4,17 +4,17 @@
 use super::authorities::{request, state};
 use crate::args::Approvals;
 use crate::ask;
-use crate::cell::{Cell, request_id};
+use crate::cell::Cell;
 use crate::output::{Answer, Form, pretty};
+use crate::pair::Locked;
 use crate::verbs::Session;
 use crate::verbs::approver::{Outcome, or_proposal};
-use ambit_identity::SvidKey;
+use crate::verbs::renewal::renewed;
 use ambit_identity::keys::certificates_to_pem;
 use ambit_model::{Act, Code, Refusal};
 use ambit_proto::v1;
 use serde_json::json;
 use std::io::Write;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// How often the state is looked at while something is waited for.
@@ -237,35 +237,15 @@ async fn follow(session: &Session, cell: &Cell) -> Result<Cell, Refusal> {
     let roots = ask!(cell, BundleRegistry.get_bundle(bundle))?.roots_der;
     let root = roots.into_iter().find(|der| hex::encode(ambit_identity::fingerprint(der)) == active);
     let root = root.ok_or_else(|| Refusal::new(Code::Internal, "the active root in the bundle", "none"))?;
-    let key = SvidKey::generate()?;
-    let renewal = v1::RenewAdminRequest { request_id: request_id()?, csr: key.csr()? };
-    let chain = ask!(cell, Svid.renew_admin(renewal))?.chain_der;
     let addresses: Vec<String> = context.addresses.iter().map(ToString::to_string).collect();
     let written = json!({"trust_domain": context.trust_domain.as_str(), "fingerprint": active, "addresses": addresses});
-    let folder = context.folder.clone();
-    // Certificate and key belong together, and the context names the root that both are known by: written aside first.
-    let files: [(&str, Vec<u8>); 4] = [
-        ("admin.key", key.pem().as_bytes().to_vec()),
-        ("admin.pem", certificates_to_pem(chain.iter().map(Vec::as_slice)).into_bytes()),
-        ("root.pem", certificates_to_pem([root.as_slice()]).into_bytes()),
-        ("context.json", written.to_string().into_bytes()),
-    ];
-    for (name, bytes) in &files {
-        put_aside(&folder.join(format!("{name}.new")), bytes)?;
-    }
-    for (name, _) in &files {
-        let (from, to) = (folder.join(format!("{name}.new")), folder.join(name));
-        std::fs::rename(&from, &to).map_err(|e| crate::exit::file_refusal(&to, &e))?;
-    }
+    let locked = Locked::wait(&context.folder)?;
+    // The new certificate is taken by who shows either root, and both are shown until the old one is revoked: wherever
+    // this breaks off the context is of use, and the next run goes on.
+    renewed(cell, &locked).await?;
+    locked.replace("root.pem", certificates_to_pem([root.as_slice()]).as_bytes())?;
+    locked.replace("context.json", written.to_string().as_bytes())?;
     session.cell()
-}
-
-fn put_aside(path: &Path, bytes: &[u8]) -> Result<(), Refusal> {
-    use std::os::unix::fs::OpenOptionsExt;
-    let opened = std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path);
-    opened
-        .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))
-        .map_err(|e| crate::exit::file_refusal(path, &e))
 }
 
 #[cfg(test)]

@@ -30,7 +30,7 @@ pub struct Files {
     dir: PathBuf,
 }
 
-fn failed(what: &str, path: &Path, e: impl std::fmt::Display) -> Refusal {
+pub(super) fn failed(what: &str, path: &Path, e: impl std::fmt::Display) -> Refusal {
     Refusal::new(Code::ConfigInvalid, format!("{what} {}", path.display()), e.to_string())
 }
 

@@ -11,6 +11,7 @@ pub mod files;
 pub mod found;
 pub mod issuing;
 pub mod jwt;
+pub mod local;
 pub mod peering;
 pub mod policies;
 pub mod pull;

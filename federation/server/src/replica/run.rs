@@ -47,6 +47,7 @@ pub async fn run(config: &Config, mut stop: watch::Receiver<bool>) -> Result<(),
     };
     let chores = upkeep::spawn(&replica, waiting);
     let page = tokio::spawn(crate::metrics::serve(metrics_listener, replica.clone()));
+    let local = tokio::spawn(super::local::serve(config.data_dir.clone(), replica.clone()));
     let outside = outside.map(|endpoint| tokio::spawn(endpoint.serve(replica.clone())));
     let served = tokio::select! {
         served = ambit_transport::serve(listener, server, replica.trust().clone(), router, shutdown) => {
@@ -57,6 +58,7 @@ pub async fn run(config: &Config, mut stop: watch::Receiver<bool>) -> Result<(),
     };
     chores.abort_all();
     page.abort();
+    local.abort();
     if let Some(outside) = outside {
         outside.abort();
     }

@@ -6,7 +6,7 @@ use crate::replica::Replica;
 use ambit_identity::Csr;
 use ambit_model::{Act, AdminRole, Code, ObjectName, Refusal};
 use ambit_proto::v1;
-use ambit_state::objects::AdminRow;
+use ambit_state::objects::{ActRow, AdminRow};
 use ambit_state::{Command, FOUNDER, RoleChange, State};
 use std::collections::BTreeSet;
 use tonic::{Request, Response, Status};
@@ -28,7 +28,7 @@ impl v1::administrators_server::Administrators for Administrators {
         let command = Command::ChangeRoles { admin: admin.clone(), change: change(&m).or_status()?, by: actor.name };
         self.0.propose(actor.client, id, command).await.or_status()?.outcome.or_status()?;
         let written =
-            self.0.local(|s| s.admins().find(|(name, _)| **name == admin).map(|(n, row)| message(n.as_str(), row)));
+            self.0.local(|s| s.admins().find(|(name, _)| **name == admin).map(|(n, row)| message(s, n.as_str(), row)));
         written.map(Response::new).ok_or_else(|| Refusal::new(Code::Internal, "the row written", "none")).or_status()
     }
 
@@ -90,15 +90,23 @@ fn change(m: &v1::ChangeRolesRequest) -> Result<RoleChange, Refusal> {
 fn listing(s: &State) -> Vec<v1::Admin> {
     let unwritten = s.admins().all(|(name, _)| name.as_str() != FOUNDER);
     let founder = AdminRow { roles: s.admin_roles(FOUNDER), ..AdminRow::default() };
-    let founder = unwritten.then(|| v1::Admin { changed_by: "ambitd init".into(), ..message(FOUNDER, &founder) });
-    founder.into_iter().chain(s.admins().map(|(name, row)| message(name.as_str(), row))).collect()
+    let founder = unwritten.then(|| v1::Admin { changed_by: "ambitd init".into(), ..message(s, FOUNDER, &founder) });
+    founder.into_iter().chain(s.admins().map(|(name, row)| message(s, name.as_str(), row))).collect()
 }
 
-fn message(name: &str, row: &AdminRow) -> v1::Admin {
+fn message(s: &State, name: &str, row: &AdminRow) -> v1::Admin {
+    let glass = |row: &ActRow| matches!(&row.act, Act::BreakGlass(admin, _) if admin.as_str() == name);
+    let last = s.acts().map(|(_, row)| row).filter(|row| glass(row)).next_back();
+    let told = |row: &ActRow| {
+        let names: Vec<&str> = row.approved_by.iter().map(ObjectName::as_str).collect();
+        format!("by {}, approved by {}", row.by, names.join(", "))
+    };
     v1::Admin {
         name: name.to_owned(),
         roles: row.roles.iter().map(ToString::to_string).collect(),
         changed_by: row.changed_by.clone(),
         changed_ms: row.changed.0,
+        break_glass_ms: last.map_or(0, |row| row.stamp.0),
+        break_glass: last.map(told).unwrap_or_default(),
     }
 }

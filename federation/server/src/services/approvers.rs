@@ -36,6 +36,7 @@ pub(super) fn listing(s: &State) -> v1::ListApproversResponse {
         act: row.act.to_string(),
         by: row.by.clone(),
         approved_by: row.approved_by.iter().map(ToString::to_string).collect(),
+        event: row.act.event().to_owned(),
     });
     v1::ListApproversResponse { approvers: approvers.collect(), acts: acts.collect() }
 }

@@ -1,6 +1,7 @@
 //! What was refused. The audit log itself is issue H's.
 
 use super::unbuilt::unbuilt;
+use crate::authorise::LeftOut;
 use crate::replica::Replica;
 use ambit_proto::v1;
 use tonic::{Request, Response, Status};
@@ -28,6 +29,8 @@ impl v1::audit_server::Audit for Audit {
             first_ms: row.first_ms,
             last_ms: row.last_ms,
         });
-        Ok(Response::new(v1::ListRefusalsResponse { refused: refused.collect(), replica: self.0.id() }))
+        let (refused, replica) = (refused.collect(), self.0.id());
+        let LeftOut { unlogged, forgotten } = self.0.refusals().left_out();
+        Ok(Response::new(v1::ListRefusalsResponse { refused, replica, unlogged, forgotten }))
     }
 }

@@ -22,6 +22,7 @@ mod unbuilt;
 mod watch;
 
 pub(crate) use membership::REPLICA_MAX;
+pub(crate) use svid::one_leaf;
 
 use crate::authorise::AuthoriseLayer;
 use crate::replica::Replica;

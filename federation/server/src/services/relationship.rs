@@ -4,8 +4,8 @@ use super::unbuilt::unbuilt;
 use super::{OrStatus, parse_fingerprint, request_id};
 use crate::authorise::actor;
 use crate::replica::{Replica, federate};
-use ambit_model::{Code, Refusal, SpiffeId, TrustDomain};
-use ambit_proto::v1;
+use ambit_model::{Act, Code, Refusal, SpiffeId, TrustDomain};
+use ambit_proto::{convert, v1};
 use ambit_state::objects::{EndpointProfile, RelationshipRow};
 use ambit_state::{Command, State};
 use tonic::{Request, Response, Status};
@@ -47,13 +47,15 @@ impl v1::trust_domain_registry_server::TrustDomainRegistry for TrustDomains {
 
     async fn delete_federation_relationship(
         &self,
-        request: Request<v1::FederationRelationshipRef>,
+        request: Request<v1::DeleteFederationRelationshipRequest>,
     ) -> Result<Response<v1::FederationRelationship>, Status> {
         let (actor, m) = (actor(&request)?, request.into_inner());
         let id = request_id(&m.request_id)?;
         let td: TrustDomain = m.trust_domain.parse().or_status()?;
         let before = self.one(&td);
-        self.0.propose(actor.client, id, Command::RemoveRelationship(td)).await.or_status()?.outcome.or_status()?;
+        let approved = convert::approved(m.approved).or_status()?;
+        let command = Command::Act { act: Act::RemoveTrustDomain(td), approved, by: actor.name };
+        self.0.propose(actor.client, id, command).await.or_status()?.outcome.or_status()?;
         before.or_status()
     }
 

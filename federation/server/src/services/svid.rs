@@ -53,7 +53,11 @@ impl v1::svid_server::Svid for Svids {
             let both = asked.into_iter().zip(issuances);
             both.map(|(one, committed)| signer.leaf(one.leaf.entry.to_string(), committed, &one.csr)).collect()
         };
-        let results = self.off_thread(count, sign).await.or_status()?;
+        let results: Vec<v1::X509svidResult> = self.off_thread(count, sign).await.or_status()?;
+        // The call is answered, and yet some of it may be refused.
+        for refused in results.iter().filter_map(|one| Code::from_text(&one.code)) {
+            self.0.refusals().note_denied(&actor.name, "/ambit.v1.Svid/BatchNewX509SVID", refused);
+        }
         Ok(Response::new(v1::BatchNewX509svidResponse { results }))
     }
 
@@ -338,7 +342,7 @@ impl v1::bundle_registry_server::BundleRegistry for Bundles {
 }
 
 /// Signs the one leaf that was committed: the chain, and when it ends.
-pub(super) fn one_leaf(replica: &Replica, applied: Applied, csr: &Csr) -> Result<(Vec<Vec<u8>>, u64), Refusal> {
+pub(crate) fn one_leaf(replica: &Replica, applied: Applied, csr: &Csr) -> Result<(Vec<Vec<u8>>, u64), Refusal> {
     let one = applied.into_issuances()?.pop();
     let committed = one.unwrap_or_else(|| Err(Refusal::new(Code::Internal, "one leaf", "none")))?;
     let not_after_ms = committed.get().lifetime.not_after.0;

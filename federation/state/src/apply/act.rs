@@ -1,12 +1,13 @@
 //! Acts that take approvers. Every replica verifies their signatures where it applies the entry: Ed25519 verification is a
 //! function of key, message and signature, so that all come to the same.
 
-use super::{At, cell_row, root};
+use super::{At, cell_row, issue, relationship, roles, root};
 use crate::command::Reply;
+use crate::committed::Subject;
 use crate::objects::{ActRow, ApproverRow};
 use crate::state::State;
 use ambit_model::act::{Act, Approval, Approved, ApproverCard, Proposal, SIGNATURE_BYTES};
-use ambit_model::{Code, ObjectName, Refusal};
+use ambit_model::{Code, ObjectName, Refusal, TrustDomain};
 use aws_lc_rs::signature::{ED25519, UnparsedPublicKey};
 use sha2::{Digest, Sha256};
 
@@ -16,8 +17,6 @@ const APPROVERS_MAX: usize = 16;
 const ACTS_MAX: usize = 1_000;
 /// A proposal ends within a day: what was signed long ago may not be meant any more.
 const PROPOSAL_MAX_MS: u64 = 24 * 3_600_000;
-/// Of an act that takes two.
-const TWO: usize = 2;
 
 /// Does an act, or says why not before anything is changed. What an approver signed counts for one time.
 pub(super) fn perform(
@@ -28,7 +27,7 @@ pub(super) fn perform(
     by: &str,
 ) -> Result<Reply, Refusal> {
     possible(s, act)?;
-    let needed = needed(s, act)?;
+    let needed = act.needs(s.approvers.len())?;
     let checked = match approved {
         None if needed == 0 => Checked { statement: [0; 32], expires: at.stamp, by: Vec::new() },
         None => return Err(missing(needed, 0)),
@@ -42,32 +41,64 @@ pub(super) fn perform(
             s.approvers.put(&mut s.journal, name.clone(), row);
         }
         Act::RemoveApprover(name) => drop(s.approvers.remove(&mut s.journal, name)),
+        Act::RemoveTrustDomain(td) => drop(relationship::remove(s, at, td)?),
+        Act::BreakGlass(..) => return Err(replicas_only(act)),
     }
+    remember(s, at, act, checked, by);
+    Ok(Reply::Done)
+}
+
+/// What who has a replica's machine asks of it.
+pub(super) struct BreakGlass<'a> {
+    pub(super) admin: &'a ObjectName,
+    pub(super) key_hash: [u8; 32],
+    pub(super) authority: &'a str,
+    pub(super) replica: u64,
+    pub(super) approved: &'a Approved,
+}
+
+/// An administrator's certificate where none asks for it: who it is and what he may do is not changed by it.
+pub(super) fn break_glass(s: &mut State, at: At, asked: &BreakGlass<'_>) -> Result<Reply, Refusal> {
+    roles::certifiable(s, asked.admin)?;
+    issue::lifetime(s, at, asked.authority, issue::ADMIN_MS, None)?;
+    let act = Act::BreakGlass(asked.admin.clone(), asked.key_hash);
+    let checked = check(s, at, &act, asked.approved, act.needs(s.approvers.len())?)?;
+    room(s, at)?;
+    let by = cell_row(s)?.trust_domain.member(&format!("/ambit/replica/{}", asked.replica))?;
+    let subject = Subject::BreakGlass(checked.by.clone());
+    let reply = issue::admin(s, at, asked.admin.as_str(), asked.key_hash, asked.authority, subject)?;
+    remember(s, at, &act, checked, by.as_str());
+    Ok(reply)
+}
+
+/// What was done, by whom, and that it was approved for this one time.
+fn remember(s: &mut State, at: At, act: &Act, checked: Checked, by: &str) {
     let Checked { statement, expires, by: approved_by } = checked;
     let row = ActRow { act: act.clone(), by: by.to_owned(), approved_by, stamp: at.stamp, statement, expires };
     s.acts.put(&mut s.journal, at.index.0, row);
-    Ok(Reply::Done)
 }
 
 /// The command of releases without approvers: good while a cell has none.
 pub(super) fn revoke_root_alone(s: &mut State, at: At, id: &crate::authorities::RootId) -> Result<Reply, Refusal> {
-    match needed(s, &Act::RevokeRoot(*id))? {
-        0 => root::revoke(s, at, id),
+    alone(s, &Act::RevokeRoot(*id))?;
+    root::revoke(s, at, id)
+}
+
+/// The same.
+pub(super) fn remove_relationship_alone(s: &mut State, at: At, td: &TrustDomain) -> Result<Reply, Refusal> {
+    alone(s, &Act::RemoveTrustDomain(td.clone()))?;
+    relationship::remove(s, at, td)
+}
+
+fn alone(s: &State, act: &Act) -> Result<(), Refusal> {
+    match act.needs(s.approvers.len())? {
+        0 => Ok(()),
         needed => Err(missing(needed, 0)),
     }
 }
 
-/// How many approvers the act takes now. A cell without any lets one administrator act alone, as ever; from the first
-/// approver on none can. Whom to ask is decided by those who are asked already: with one, by him.
-fn needed(s: &State, act: &Act) -> Result<usize, Refusal> {
-    match (act, s.approvers.len()) {
-        (_, 0) => Ok(0),
-        (Act::RevokeRoot(_), 1) => {
-            Err(Refusal::new(Code::NeedsSecondApprover, "a cell with two approvers or more", "one with one"))
-        }
-        (Act::AddApprover(..) | Act::RemoveApprover(_), 1) => Ok(1),
-        (Act::RevokeRoot(_) | Act::AddApprover(..) | Act::RemoveApprover(_), _) => Ok(TWO),
-    }
+fn replicas_only(act: &Act) -> Refusal {
+    Refusal::new(Code::BadRequest, "an act of administrators; a replica breaks glass (ambitd admin)", act.to_string())
 }
 
 /// What does not depend on who approves is refused before anybody is asked to.
@@ -77,6 +108,8 @@ fn possible(s: &State, act: &Act) -> Result<(), Refusal> {
         Act::AddApprover(name, card) => addable(s, name, card),
         Act::RemoveApprover(name) if s.approvers.contains(name) => Ok(()),
         Act::RemoveApprover(name) => Err(Refusal::new(Code::NotFound, "an approver of this cell", name.as_str())),
+        Act::RemoveTrustDomain(td) => relationship::removable(s, td),
+        Act::BreakGlass(..) => Err(replicas_only(act)),
     }
 }
 

@@ -6,7 +6,8 @@ use crate::committed::{Issuance, Subject};
 use crate::state::State;
 use ambit_model::record::Kind;
 use ambit_model::{
-    Code, Entry, EntryId, IdDenial, LeafDenial, ObjectName, Refusal, SpiffeId, Stamp, TrustDomain, serial_number,
+    ClusterId, Code, Entry, EntryId, IdDenial, LeafDenial, ObjectName, Refusal, SpiffeId, Stamp, TrustDomain,
+    serial_number,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
@@ -96,15 +97,51 @@ fn room(s: &State, own: &TrustDomain, ids: &BTreeSet<SpiffeId>, reserved: usize)
     Err(Refusal::new(Code::Busy, format!("at most {max} denied identities at once"), found))
 }
 
-/// Room as an administrator of some clusters has it.
-pub(super) fn room_within(s: &State, command: &Command) -> Result<(), Refusal> {
-    let ids = match command {
-        Command::DenyId(id, _) => BTreeSet::from([id.clone()]),
-        Command::RetireEntries(ids) => identities(s, ids.iter()),
-        Command::ReplaceEntries(entries) => identities(s, entries.iter().map(|(entry, _)| &entry.id)),
-        _ => return Ok(()),
+/// Room as an administrator of some clusters has it: that of all clusters together, and of each its share, so that none
+/// leaves the others without any. Gives whose shares the identities take, which are known before they are denied only.
+pub(super) fn room_within(s: &State, command: &Command) -> Result<BTreeMap<SpiffeId, ClusterId>, Refusal> {
+    let of_entry = |id: &EntryId| s.entry(id).map(|row| (row.entry.spiffe_id.clone(), row.entry.cluster.clone()));
+    let shares: BTreeMap<SpiffeId, ClusterId> = match command {
+        Command::DenyId(id, _) => cluster_of(s, id).map(|cluster| (id.clone(), cluster)).into_iter().collect(),
+        Command::RetireEntries(ids) => ids.iter().filter_map(of_entry).collect(),
+        Command::ReplaceEntries(entries) => entries.iter().filter_map(|(entry, _)| of_entry(&entry.id)).collect(),
+        _ => return Ok(BTreeMap::new()),
     };
-    room(s, &cell_row(s)?.trust_domain, &ids, RESERVED)
+    let own = cell_row(s)?.trust_domain;
+    room(s, &own, &shares.keys().cloned().collect(), RESERVED)?;
+    let max = (ID_DENIALS_MAX - RESERVED) / s.clusters.len().max(1);
+    for cluster in shares.values().collect::<BTreeSet<_>>() {
+        let new = |id: &SpiffeId| !s.id_denials.contains(&(own.clone(), id.clone()));
+        let more = shares.iter().filter(|(id, of)| *of == cluster && new(id)).count();
+        let held = s.id_shares.iter().filter(|(_, of)| *of == cluster).count();
+        if more > 0 && held + more > max {
+            let found = format!("{held}, and {more} more (ambit deny list)");
+            return Err(Refusal::new(
+                Code::Busy,
+                format!("at most {max} denied identities of cluster {cluster}"),
+                found,
+            ));
+        }
+    }
+    Ok(shares)
+}
+
+/// Whose an identity is that somebody of a cluster may deny: by its path, else by an entry that gives it.
+fn cluster_of(s: &State, id: &SpiffeId) -> Option<ClusterId> {
+    match id.path().strip_prefix("/cluster/") {
+        Some(rest) => rest.split('/').next()?.parse().ok(),
+        None => s.entries_of(id).next().map(|row| row.entry.cluster.clone()),
+    }
+}
+
+/// Notes whose shares these take, of which not all need have been denied, nor by this command first.
+pub(super) fn charge(s: &mut State, shares: BTreeMap<SpiffeId, ClusterId>) {
+    let Some(own) = s.cell().map(|cell| cell.trust_domain.clone()) else { return };
+    for (id, cluster) in shares {
+        if s.id_denials.contains(&(own.clone(), id.clone())) && !s.id_shares.contains(&id) {
+            s.id_shares.put(&mut s.journal, id, cluster);
+        }
+    }
 }
 
 /// The identities that these entries give now.
@@ -165,7 +202,14 @@ fn deny_leaf(s: &mut State, at: At, authority: &str, serial: &[u8], until: Stamp
 
 /// Forgets what covers no leaf that anybody can still take for valid. What is barred stays.
 pub(super) fn forget(s: &mut State, now: Stamp) {
+    let before = s.id_denials.len();
     s.id_denials.prune(&mut s.journal, |_, denial| !denial.barred && denial.until < now);
+    if s.id_denials.len() < before
+        && let Some(own) = s.cell().map(|cell| cell.trust_domain.clone())
+    {
+        let denied = &s.id_denials;
+        s.id_shares.prune(&mut s.journal, |id, _| !denied.contains(&(own.clone(), id.clone())));
+    }
     s.leaf_denials.prune(&mut s.journal, |_, denial| denial.until < now);
 }
 

@@ -190,7 +190,7 @@ fn fits_still(s: &State, node: &NodeId, subject: &Subject) -> bool {
         Subject::Workload(id, revision) | Subject::NamedWorkload(id, revision, _) => {
             s.entry(id).is_some_and(|row| row.revision == *revision && s.fits(&row.entry, node))
         }
-        Subject::Node | Subject::Admin | Subject::Minted(..) => true,
+        Subject::Node | Subject::Admin | Subject::Minted(..) | Subject::BreakGlass(_) => true,
     }
 }
 
@@ -252,13 +252,20 @@ fn leaf(
     })
 }
 
-pub(super) fn admin(s: &mut State, at: At, name: &str, key_hash: [u8; 32], authority: &str) -> Result<Reply, Refusal> {
+pub(super) fn admin(
+    s: &mut State,
+    at: At,
+    name: &str,
+    key_hash: [u8; 32],
+    authority: &str,
+    subject: Subject,
+) -> Result<Reply, Refusal> {
     let cell = cell_row(s)?;
     let issuance = Issuance {
         authority: authority.to_owned(),
         serial: serial(cell.epoch, at, 0),
         spiffe_id: cell.trust_domain.member(&format!("/ambit/admin/{name}"))?,
-        subject: Subject::Admin,
+        subject,
         binding: None,
         epoch: cell.epoch,
         key_hash,

@@ -24,6 +24,7 @@ pub(crate) use issue::answer_again;
 pub use objects::ENDPOINTS_PER_NODE_MAX;
 
 use crate::command::{Command, Reply};
+use crate::committed::Subject;
 use crate::objects::CellRow;
 use crate::state::State;
 use ambit_model::record::{Kind, Record};
@@ -59,7 +60,9 @@ pub(crate) fn apply(s: &mut State, index: RaftIndex, stamp: Stamp, command: &Com
         Command::Issue { node, generation, authority, leaves } => {
             issue::leaves(s, at, node, *generation, authority, leaves)
         }
-        Command::IssueAdmin { name, key_hash, authority } => issue::admin(s, at, name, *key_hash, authority),
+        Command::IssueAdmin { name, key_hash, authority } => {
+            issue::admin(s, at, name, *key_hash, authority, Subject::Admin)
+        }
         Command::ApplyDocuments { policies, services, by } => objects::apply_documents(s, at, policies, services, by),
         Command::DeletePolicy(name) => objects::delete_policy(s, at, name),
         Command::DeleteService(name) => objects::delete_service(s, at, name),
@@ -96,7 +99,7 @@ pub(crate) fn apply(s: &mut State, index: RaftIndex, stamp: Stamp, command: &Com
         Command::RetireEntries(ids) => deny::retire_entries(s, at, ids),
         Command::ReplaceEntries(entries) => deny::replace_entries(s, at, entries),
         Command::PutRelationship(td, url, profile, roots, by) => relationship::put(s, at, td, url, profile, roots, by),
-        Command::RemoveRelationship(td) => relationship::remove(s, at, td),
+        Command::RemoveRelationship(td) => act::remove_relationship_alone(s, at, td),
         Command::TakeBundle(td, bundle) => relationship::take(s, at, td, bundle),
         Command::ConfirmBundle(td, sha256) => relationship::confirm(s, at, td, sha256),
         Command::RenewAuthority { replica, key_hash, lifetime_ms } => {
@@ -115,6 +118,11 @@ pub(crate) fn apply(s: &mut State, index: RaftIndex, stamp: Stamp, command: &Com
         Command::ActivateJwtAuthority(kid) => jwt::activate_now(s, at, kid),
         Command::TaintJwtAuthority(kid) => jwt::taint(s, at, kid),
         Command::RevokeJwtAuthority(kid) => jwt::revoke(s, at, kid),
+        Command::BreakGlass { admin, key_hash, authority, replica, approved } => act::break_glass(
+            s,
+            at,
+            &act::BreakGlass { admin, key_hash: *key_hash, authority, replica: *replica, approved },
+        ),
     }
 }
 

@@ -61,6 +61,11 @@ fn known(s: &State, td: &TrustDomain) -> Result<RelationshipRow, Refusal> {
     s.relationships.get(td).cloned().ok_or_else(none)
 }
 
+/// Whether there is one to remove.
+pub(super) fn removable(s: &State, td: &TrustDomain) -> Result<(), Refusal> {
+    known(s, td).map(drop)
+}
+
 pub(super) fn remove(s: &mut State, at: At, td: &TrustDomain) -> Result<Reply, Refusal> {
     known(s, td)?;
     s.relationships.remove(&mut s.journal, td);

@@ -2,6 +2,7 @@
 
 use super::{At, cell_row, issue};
 use crate::command::{Command, Nodes, Reply, RoleChange};
+use crate::committed::Subject;
 use crate::objects::{AdminRow, TokenScope};
 use crate::state::State;
 use ambit_model::policy::{Peers, Policy, Service};
@@ -57,6 +58,12 @@ pub(super) fn certify(
     key_hash: [u8; 32],
     authority: &str,
 ) -> Result<Reply, Refusal> {
+    certifiable(s, admin)?;
+    issue::admin(s, at, admin.as_str(), key_hash, authority, Subject::Admin)
+}
+
+/// Whether this administrator may have a certificate at all.
+pub(super) fn certifiable(s: &State, admin: &ObjectName) -> Result<(), Refusal> {
     if s.admin_roles(admin.as_str()).is_empty() {
         return Err(Refusal::new(
             Code::PermissionDenied,
@@ -68,7 +75,7 @@ pub(super) fn certify(
     if s.barred(&id) {
         return Err(Refusal::new(Code::SvidRevoked, "an identity that is not denied", id.as_str()));
     }
-    issue::admin(s, at, admin.as_str(), key_hash, authority)
+    Ok(())
 }
 
 /// Applies what an administrator of these clusters asks, on the very state that it is judged by.
@@ -79,8 +86,10 @@ pub(super) fn within(
     command: &Command,
 ) -> Result<Reply, Refusal> {
     check(s, &Scope { own: &cell_row(s)?.trust_domain, clusters }, command)?;
-    super::deny::room_within(s, command)?;
-    super::apply(s, at.index, at.stamp, command)
+    let shares = super::deny::room_within(s, command)?;
+    let reply = super::apply(s, at.index, at.stamp, command)?;
+    super::deny::charge(s, shares);
+    Ok(reply)
 }
 
 /// The clusters that somebody administers.
