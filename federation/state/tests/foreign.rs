@@ -133,8 +133,10 @@ fn keys_of_tokens_come_with_the_bundle_to_the_same_nodes_and_go_by_the_same_rule
     assert_eq!(again.digest(), cell.state.digest());
     // A relationship that is written anew begins anew.
     for anew in [put(&td(), vec![vec![9]]), Command::RemoveRelationship(td())] {
+        assert!(!cell.state.peer_jwt(&td()).is_empty());
         cell.run(anew).unwrap();
         assert!(cell.state.peer_jwt(&td()).is_empty());
+        let _ = take_keys(&mut cell, 12, &[9], keys(&["e"]), 8);
     }
     assert_eq!(kids(&cell, 1), None);
 }
