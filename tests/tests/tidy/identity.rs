@@ -300,10 +300,10 @@ fn every_case_of_identity_is_shown_by_a_test() {
 /// Whether the harness runs it: it is marked as a test, and not as one to pass over.
 fn is_a_test(source: &str, name: &str) -> bool {
     let lines: Vec<&str> = source.lines().map(str::trim).collect();
-    let begins = |line: &&str| {
+    let begins = |line: &str| {
         line.trim_start_matches("async ").strip_prefix("fn ").is_some_and(|rest| rest.starts_with(&format!("{name}(")))
     };
-    let Some(at) = lines.iter().position(|line| begins(&line)) else { return false };
+    let Some(at) = lines.iter().position(|line| begins(line)) else { return false };
     let marks: Vec<_> = lines[..at].iter().rev().take_while(|line| line.starts_with("#[")).collect();
     marks.iter().any(|mark| mark.contains("test")) && !marks.iter().any(|mark| mark.contains("ignore"))
 }
