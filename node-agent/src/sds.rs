@@ -3,7 +3,8 @@
 //!
 //! `default` is the default identity, a SPIFFE ID that identity; `ROOTCA` are the own roots, `spiffe://<trust domain>` those
 //! of one trust domain, `ALL` all of them, each for its own identities only. The caller is recognised as one of the
-//! Workload API is. The security header is not asked for, since no Envoy sends it unless told to.
+//! Workload API is. The security header is not asked for, since no Envoy sends it unless told to. Secrets are told in either
+//! form of the protocol, state of the world (`api_type: GRPC`) or incremental (`DELTA_GRPC`), and to who asks once.
 
 use crate::answers::{self, Answer, Identity, Roots};
 use crate::follow::{Follower, Patience, Step, Why, until_then};
@@ -11,7 +12,7 @@ use crate::issued::{Issued, Known};
 use crate::metrics::METRICS;
 use crate::places::{Place, Places};
 use crate::workload_api::{refuse, workload};
-use crate::xds::{Invalid, Meaning, SECRET, Subscription, Wanted, version};
+use crate::xds::{Increments, Invalid, Meaning, Named, SECRET, Subscription, Told, Variant, Wanted, version};
 use ambit_identity::keys::{SvidKey, certificates_to_pem};
 use ambit_model::{Selector, TrustDomain};
 use ambit_proto::xds::core::{DataSource, Node, TypedExtensionConfig, data_source, node};
@@ -60,30 +61,15 @@ impl Sds {
         let place = self.streams.take(workload.uid()).ok_or_else(|| Status::unavailable("too many streams"))?;
         Ok((Follower::new(&self.issued, workload), place))
     }
-}
 
-#[tonic::async_trait]
-impl SecretDiscoveryService for Sds {
-    type DeltaSecretsStream = ReceiverStream<Result<DeltaDiscoveryResponse, Status>>;
-    async fn delta_secrets(
-        &self,
-        _: Request<Streaming<DeltaDiscoveryRequest>>,
-    ) -> Result<Response<Self::DeltaSecretsStream>, Status> {
-        Err(Status::unimplemented("secrets are served state of the world: api_type GRPC"))
-    }
-
-    type StreamSecretsStream = ReceiverStream<Result<DiscoveryResponse, Status>>;
-    async fn stream_secrets(
-        &self,
-        request: Request<Streaming<DiscoveryRequest>>,
-    ) -> Result<Response<Self::StreamSecretsStream>, Status> {
-        let (follower, place) = self.follow("StreamSecrets", &request)?;
+    fn stream<V: Variant>(&self, request: Request<Streaming<V::Request>>) -> Answers<V> {
+        let (follower, place) = self.follow(V::METHOD, &request)?;
         let (send, receive) = mpsc::channel(1);
         let stream = Stream {
             follower,
             requests: request.into_inner(),
             send,
-            asked: Subscription::default(),
+            asked: V::default(),
             form: Form::Spiffe,
             patience: Patience::default(),
             _place: place,
@@ -91,11 +77,33 @@ impl SecretDiscoveryService for Sds {
         tokio::spawn(stream.run());
         Ok(Response::new(ReceiverStream::new(receive)))
     }
+}
+
+type Answers<V> = Result<Response<ReceiverStream<Result<<V as Variant>::Response, Status>>>, Status>;
+
+#[tonic::async_trait]
+impl SecretDiscoveryService for Sds {
+    type DeltaSecretsStream = ReceiverStream<Result<DeltaDiscoveryResponse, Status>>;
+    async fn delta_secrets(
+        &self,
+        request: Request<Streaming<DeltaDiscoveryRequest>>,
+    ) -> Result<Response<Self::DeltaSecretsStream>, Status> {
+        self.stream::<Increments>(request)
+    }
+
+    type StreamSecretsStream = ReceiverStream<Result<DiscoveryResponse, Status>>;
+    async fn stream_secrets(
+        &self,
+        request: Request<Streaming<DiscoveryRequest>>,
+    ) -> Result<Response<Self::StreamSecretsStream>, Status> {
+        self.stream::<Subscription>(request)
+    }
 
     async fn fetch_secrets(&self, request: Request<DiscoveryRequest>) -> Result<Response<DiscoveryResponse>, Status> {
         let (mut follower, _place) = self.follow("FetchSecrets", &request)?;
         let request = request.into_inner();
-        let (wanted, form) = (Wanted::once(&request).map_err(invalid)?, Form::of(request.node.as_ref()));
+        let wanted = Wanted::once(&request).map_err(|what| invalid("FetchSecrets", what))?;
+        let form = Form::of(request.node.as_ref());
         let mut patience = Patience::default();
         loop {
             let answer = follower.look(|known, found| secrets(known, found, &wanted, form)).await;
@@ -106,9 +114,10 @@ impl SecretDiscoveryService for Sds {
             let until = match step {
                 Step::Send(secrets) if !secrets.is_empty() => {
                     METRICS.workload_api.inc(["FetchSecrets", "ok"]);
-                    let (version_info, type_url) = (version(&secrets), SECRET.to_owned());
+                    let resources: Vec<Any> = secrets.into_iter().map(|named| named.secret).collect();
+                    let (version_info, type_url) = (version(&resources), SECRET.to_owned());
                     let nonce = String::new();
-                    return Ok(Response::new(DiscoveryResponse { version_info, resources: secrets, type_url, nonce }));
+                    return Ok(Response::new(DiscoveryResponse { version_info, resources, type_url, nonce }));
                 }
                 Step::Send(_) => return Err(ended("FetchSecrets", Why::Nobody)),
                 Step::End(why) => return Err(ended("FetchSecrets", why)),
@@ -127,23 +136,23 @@ fn ended(method: &'static str, why: Why) -> Status {
     refuse(why)
 }
 
-fn invalid(invalid: Invalid) -> Status {
-    METRICS.workload_api.inc(["StreamSecrets", "invalid"]);
+fn invalid(method: &'static str, invalid: Invalid) -> Status {
+    METRICS.workload_api.inc([method, "invalid"]);
     Status::invalid_argument(invalid.to_string())
 }
 
 /// One stream of an Envoy.
-struct Stream {
+struct Stream<V: Variant> {
     follower: Follower,
-    requests: Streaming<DiscoveryRequest>,
-    send: mpsc::Sender<Result<DiscoveryResponse, Status>>,
-    asked: Subscription,
+    requests: Streaming<V::Request>,
+    send: mpsc::Sender<Result<V::Response, Status>>,
+    asked: V,
     form: Form,
     patience: Patience,
     _place: Place,
 }
 
-impl Stream {
+impl<V: Variant> Stream<V> {
     async fn run(mut self) {
         if let Err(status) = self.until_end().await {
             let _ = self.send.send(Err(status)).await;
@@ -156,8 +165,10 @@ impl Stream {
         loop {
             let look = tokio::select! {
                 request = self.requests.message() => match request {
-                    Ok(Some(request)) => self.take(&request)?,
-                    Ok(None) | Err(_) => return Ok(()),
+                    Ok(Some(request)) => self.take(request)?,
+                    Ok(None) => return Ok(()),
+                    // What could not be read, for who is still there to hear it.
+                    Err(status) => return Err(status),
                 },
                 more = self.follower.changed(), if self.asked.wanted().is_some() => match more {
                     true => true,
@@ -173,15 +184,15 @@ impl Stream {
     }
 
     /// Whether something is wanted that may not have been told.
-    fn take(&mut self, request: &DiscoveryRequest) -> Result<bool, Status> {
+    fn take(&mut self, request: V::Request) -> Result<bool, Status> {
         if self.asked.wanted().is_none() {
-            self.form = Form::of(request.node.as_ref());
+            self.form = Form::of(V::node(&request));
         }
-        match self.asked.request(request).map_err(invalid)? {
+        match self.asked.request(request).map_err(|what| invalid(V::METHOD, what))? {
             Meaning::More => return Ok(true),
-            Meaning::Accepted => METRICS.workload_api.inc(["StreamSecrets", "accepted"]),
+            Meaning::Accepted => METRICS.workload_api.inc([V::METHOD, "accepted"]),
             Meaning::Rejected(error) => {
-                METRICS.workload_api.inc(["StreamSecrets", "rejected"]);
+                METRICS.workload_api.inc([V::METHOD, "rejected"]);
                 tracing::warn!(?error, "an Envoy rejected its secrets");
             }
             Meaning::Stale => {}
@@ -194,26 +205,30 @@ impl Stream {
         let Self { follower, asked, form, patience, .. } = self;
         let Some(wanted) = asked.wanted() else { return Ok(None) };
         let answer = follower.look(|known, found| secrets(known, found, wanted, *form)).await;
-        let answer = answer.map_err(|why| ended("StreamSecrets", why))?;
-        let secrets = match patience.step(answer, asked.was_told(), Instant::now()) {
-            Step::End(why) => return Err(ended("StreamSecrets", why)),
-            Step::Wait(until) => return Ok(until),
-            Step::Send(secrets) => secrets,
+        let step = answer.map(|answer| patience.step(answer, asked.was_told(), Instant::now()));
+        let why = match step {
+            Ok(Step::Wait(until)) => return Ok(until),
+            Ok(Step::Send(secrets)) => return self.say(secrets).await.map(|()| None),
+            Ok(Step::End(why)) | Err(why) => why,
         };
-        match (secrets.is_empty(), asked.was_told()) {
-            // Nothing of that name yet. An Envoy rejects an empty response; it waits for what an operator may add.
-            (true, false) => tracing::debug!(wanted = ?asked.wanted(), "no such secrets"),
-            // No response can take back what is gone.
-            (true, true) => return Err(ended("StreamSecrets", Why::Nobody)),
-            (false, _) => {
-                if let Some(response) = asked.respond(secrets) {
-                    METRICS.workload_api.inc(["StreamSecrets", "ok"]);
-                    // A closed stream is noticed by the loop.
-                    let _ = self.send.send(Ok(response)).await;
-                }
-            }
+        // Who has no identity any more is told that all is gone, where that can be told, and then why.
+        if why == Why::Nobody && self.asked.was_told() {
+            self.say(Vec::new()).await?;
         }
-        Ok(None)
+        Err(ended(V::METHOD, why))
+    }
+
+    async fn say(&mut self, secrets: Vec<Named>) -> Result<(), Status> {
+        match self.asked.respond(secrets) {
+            Told::Response(response) => {
+                METRICS.workload_api.inc([V::METHOD, "ok"]);
+                // A closed stream is noticed by the loop.
+                let _ = self.send.send(Ok(response)).await;
+                Ok(())
+            }
+            Told::Nothing => Ok(()),
+            Told::Gone => Err(ended(V::METHOD, Why::Nobody)),
+        }
     }
 }
 
@@ -248,12 +263,8 @@ impl Form {
 }
 
 /// What there is of what is wanted. Sorted, so that the same secrets are the same bytes.
-fn secrets(known: &Known, found: &BTreeSet<Selector>, wanted: &Wanted, form: Form) -> Answer<Vec<Any>> {
-    let only_roots = match wanted {
-        Wanted::All => false,
-        Wanted::Named(names) => names.iter().all(|name| is_of_roots(name)),
-    };
-    if only_roots {
+fn secrets(known: &Known, found: &BTreeSet<Selector>, wanted: &Wanted, form: Form) -> Answer<Vec<Named>> {
+    if !wanted.all && wanted.named.iter().all(|name| is_of_roots(name)) {
         return answers::roots(known, found).map(|roots| packed(validations(&roots, wanted, form)));
     }
     answers::identities(known, found).map(|set| {
@@ -267,19 +278,20 @@ fn is_of_roots(name: &str) -> bool {
     of_domain || [ROOTCA, ALL].contains(&name)
 }
 
-fn packed(mut secrets: Vec<Secret>) -> Vec<Any> {
+fn packed(mut secrets: Vec<Secret>) -> Vec<Named> {
     secrets.sort_by(|a, b| a.name.cmp(&b.name));
     // One name is one secret: two entries may give the same SPIFFE ID, and the first of them stands.
     secrets.dedup_by(|b, a| a.name == b.name);
-    secrets.iter().map(|secret| Any { type_url: SECRET.to_owned(), value: secret.encode_to_vec() }).collect()
+    let any = |secret: &Secret| Any { type_url: SECRET.to_owned(), value: secret.encode_to_vec() };
+    secrets.into_iter().map(|secret| Named { secret: any(&secret), name: secret.name }).collect()
 }
 
 fn certificates(svids: &[Identity], wanted: &Wanted) -> Vec<Secret> {
     let default = svids.first().map(|first| (DEFAULT.to_owned(), first));
     let named = svids.iter().map(|one| (one.svid.id.to_string(), one));
     // Who asks for all gets each under its own name only.
-    let default = default.filter(|_| *wanted != Wanted::All);
-    let all = default.into_iter().chain(named).filter(|(name, _)| wanted.wants(name));
+    let default = default.filter(|(name, _)| wanted.named.contains(name));
+    let all = default.into_iter().chain(named.filter(|(name, _)| wanted.wants(name)));
     all.filter_map(|(name, identity)| {
         let key = SvidKey::from_pkcs8(&identity.svid.key_pkcs8).ok()?.pem();
         let chain = certificates_to_pem(identity.svid.chain_der.iter().map(Vec::as_slice));
@@ -296,9 +308,10 @@ fn validations(roots: &Roots, wanted: &Wanted, form: Form) -> Vec<Secret> {
     let named = roots.all.keys().map(|td| (answers::id(td), vec![td]));
     let own = (ROOTCA.to_owned(), vec![&roots.own]);
     let all = (ALL.to_owned(), roots.all.keys().collect());
-    let extra = [own, all].into_iter().filter(|_| *wanted != Wanted::All);
-    let wanted = named.chain(extra).filter(|(name, _)| wanted.wants(name));
-    wanted
+    let extra = [own, all].into_iter().filter(|(name, _)| wanted.named.contains(name));
+    named
+        .filter(|(name, _)| wanted.wants(name))
+        .chain(extra)
         .filter_map(|(name, domains)| {
             let context = validation(roots, &domains, form)?;
             Some(Secret { name, r#type: Some(secret::Type::ValidationContext(context)) })

@@ -39,7 +39,7 @@ static_resources:
           common_tls_context:
             tls_certificate_sds_secret_configs: [{ name: default, sds_config: &agent {
               resource_api_version: V3, api_config_source: {
-                api_type: GRPC, transport_api_version: V3, grpc_services: [{ envoy_grpc: { cluster_name: agent } }] } } }]
+                api_type: API, transport_api_version: V3, grpc_services: [{ envoy_grpc: { cluster_name: agent } }] } } }]
             validation_context_sds_secret_config: { name: ROOTS, sds_config: *agent }
       filters:
       - name: envoy.filters.network.http_connection_manager
@@ -64,11 +64,13 @@ struct Envoy {
 }
 
 impl Envoy {
-    fn start(folder: &Folder, socket: &Socket, roots: &str, metadata: &str) -> Envoy {
+    /// One that asks for its secrets by `api`, GRPC or DELTA_GRPC.
+    fn start(folder: &Folder, socket: &Socket, api: &str, roots: &str, metadata: &str) -> Envoy {
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let config = CONFIG
             .replace("SOCKET", &socket.path().display().to_string())
             .replace("PORT", &port.to_string())
+            .replace("api_type: API", &format!("api_type: {api}"))
             .replace("ROOTS", roots)
             .replace("METADATA", metadata);
         let (config, log) = (folder.write(&format!("{roots}.yaml"), config), folder.join(&format!("{roots}.log")));
@@ -185,6 +187,15 @@ fn svids(name: &str, svid: &Arc<Svid>) -> Svids {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn envoy_lets_in_each_trust_domain_for_itself_and_rotates_without_a_restart() {
+    secrets_are_told_to_envoy("GRPC").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn envoy_that_asks_for_increments_does_too() {
+    secrets_are_told_to_envoy("DELTA_GRPC").await;
+}
+
+async fn secrets_are_told_to_envoy(api: &str) {
     let (mut west, east, folder) = (Cell::founded("west", 1), Foreign::of("east"), Folder::new("envoy"));
     let envoy = west.entry("envoy", &[&uid()], &["east"]);
     let client = west.entry("client", &["unix:uid:424242"], &[]);
@@ -205,7 +216,7 @@ async fn envoy_lets_in_each_trust_domain_for_itself_and_rotates_without_a_restar
     let theirs = east.signs("good", "spiffe://east/client");
     let ok = Some("hello 200".to_owned());
 
-    let mut envoy = Envoy::start(&folder, &socket, "ALL", "");
+    let mut envoy = Envoy::start(&folder, &socket, api, "ALL", "");
     envoy.until("the right client", |envoy| envoy.get(Some(&ours)) == ok);
     for (case, client, answer) in [
         ("own trust domain", Some(ours.clone()), ok.clone()),
@@ -229,7 +240,7 @@ async fn envoy_lets_in_each_trust_domain_for_itself_and_rotates_without_a_restar
     assert_eq!(envoy.get(Some(&ours)), ok);
 
     // One that wants the plain form: what chains to the own roots.
-    let mut plain = Envoy::start(&folder, &socket, "ROOTCA", "disable_spiffe_cert_validation: true");
+    let mut plain = Envoy::start(&folder, &socket, api, "ROOTCA", "disable_spiffe_cert_validation: true");
     plain.until("the right client of the plain one", |envoy| envoy.get(Some(&ours)) == ok);
     assert_eq!((plain.get(Some(&theirs)), plain.get(None)), (None, None));
 }

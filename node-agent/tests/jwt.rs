@@ -26,6 +26,8 @@ use tonic::{Code, Request, Status};
 struct Stage {
     served: Served,
     east: Cell,
+    /// A peer of the cell with which no entry federates.
+    north: Cell,
     slice: v1::Slice,
     issued: Issued,
     cell: watch::Sender<Option<Channel>>,
@@ -46,7 +48,7 @@ async fn stage() -> Stage {
     let served = Issuer::serve(west).await;
     let (cell, channel) = watch::channel(Some(served.channel.clone()));
     let socket = Socket::with("jwt", &issued, Tokens::new(channel, Arc::new(Clock::default())));
-    Stage { served, east, slice, issued, cell, socket }
+    Stage { served, east, north, slice, issued, cell, socket }
 }
 
 impl Stage {
@@ -107,17 +109,40 @@ with WorkloadApiClient(sys.argv[1]) as client:
             JwtSvid.parse_and_validate(token, by, audience)
         except Exception as error:
             print("refused")
+    # A token of the other trust domain, by its keys and no others; and one of a third, whose keys are told to nobody here.
+    theirs, thirds = sys.argv[2:4]
+    print(JwtSvid.parse_and_validate(theirs, other, {"me"}).spiffe_id, client.validate_jwt_svid(theirs, "me").spiffe_id)
+    print(sorted(str(one.trust_domain) for one in bundles.bundles))
+    for judge in [lambda: JwtSvid.parse_and_validate(theirs, bundle, {"me"}), lambda: client.validate_jwt_svid(theirs, "you"),
+                  lambda: client.validate_jwt_svid(thirds, "me")]:
+        try:
+            judge()
+        except Exception as error:
+            print("refused")
 "#;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn py_spiffe_verifies_a_token_with_the_keys_that_it_is_told() {
-    let stage = stage().await;
+    let mut stage = stage().await;
     let mut python = Command::new(interop("python"));
-    let done =
-        python.args(["-c", PY_SPIFFE]).arg(format!("unix://{}", stage.socket.path().display())).output().unwrap();
+    python.args(["-c", PY_SPIFFE]).arg(format!("unix://{}", stage.socket.path().display()));
+    for cell in [&mut stage.east, &mut stage.north] {
+        python.arg(cell.token("peer", &["me".into()]).unwrap());
+    }
+    let done = python.output().unwrap();
     assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
     let said = String::from_utf8(done.stdout).unwrap();
-    assert_eq!(said, "spiffe://west/two ['a', 'b'] spiffe://west/two\nrefused\nrefused\n");
+    let lines = [
+        "spiffe://west/two ['a', 'b'] spiffe://west/two",
+        "refused",
+        "refused",
+        "spiffe://east/peer spiffe://east/peer",
+        "['east', 'west']",
+        "refused",
+        "refused",
+        "refused",
+    ];
+    assert_eq!(said.lines().collect::<Vec<_>>(), lines);
 }
 
 #[tokio::test]
@@ -249,12 +274,7 @@ async fn what_others_present_is_judged_by_the_bundle_of_their_trust_domain() {
     let mut stage = stage().await;
     let good = stage.mine("me").await.unwrap();
     let theirs = stage.east.token("peer", &["me".into()]).unwrap();
-    let north = {
-        let mut north = Cell::founded("north", 3);
-        north.jwt_authority();
-        north.entry("peer", &["unix:uid:1"], &[]);
-        north.token("peer", &["me".into()]).unwrap()
-    };
+    let north = stage.north.token("peer", &["me".into()]).unwrap();
     let judged = stage.validate("me", &good).await.unwrap();
     assert_eq!(judged.spiffe_id, "spiffe://west/me");
     let claims = judged.claims.unwrap().fields;

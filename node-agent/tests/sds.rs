@@ -8,7 +8,7 @@ use ambit_agent::issued::{Issued, Svids};
 use ambit_agent::xds::SECRET;
 use ambit_proto::v1;
 use ambit_proto::xds::core::{BuildVersion, Node, data_source::Specifier, node::UserAgentVersionType};
-use ambit_proto::xds::discovery::{DeltaDiscoveryRequest, DiscoveryRequest, DiscoveryResponse};
+use ambit_proto::xds::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, DiscoveryRequest, DiscoveryResponse};
 use ambit_proto::xds::envoy::r#type::v3::SemanticVersion;
 use ambit_proto::xds::google::rpc;
 use ambit_proto::xds::secret::secret_discovery_service_client::SecretDiscoveryServiceClient;
@@ -53,6 +53,55 @@ impl Stream {
     async fn ask(&mut self, names: &[&str]) {
         let (version_info, response_nonce) = (self.last.version_info.clone(), self.last.nonce.clone());
         self.up.send(DiscoveryRequest { version_info, response_nonce, ..request(names) }).await.unwrap();
+    }
+}
+
+/// An open incremental stream of one Envoy.
+struct Delta {
+    up: mpsc::Sender<DeltaDiscoveryRequest>,
+    down: Streaming<DeltaDiscoveryResponse>,
+}
+
+fn list(names: &[&str]) -> Vec<String> {
+    names.iter().map(|name| (*name).to_owned()).collect()
+}
+
+fn delta(more: &[&str], less: &[&str], response_nonce: &str) -> DeltaDiscoveryRequest {
+    DeltaDiscoveryRequest {
+        type_url: SECRET.into(),
+        resource_names_subscribe: list(more),
+        resource_names_unsubscribe: list(less),
+        response_nonce: response_nonce.into(),
+        ..Default::default()
+    }
+}
+
+impl Delta {
+    async fn open(socket: &Socket, first: DeltaDiscoveryRequest) -> Delta {
+        let (up, queue) = mpsc::channel(8);
+        up.send(first).await.unwrap();
+        let mut client = SecretDiscoveryServiceClient::new(socket.channel().await);
+        let down = client.delta_secrets(ReceiverStream::new(queue)).await.unwrap().into_inner();
+        Delta { up, down }
+    }
+    async fn next(&mut self) -> Result<DeltaDiscoveryResponse, Status> {
+        let next = tokio::time::timeout(Duration::from_secs(30), self.down.message()).await.expect("a message");
+        next.map(|message| message.expect("no end"))
+    }
+    /// What is there and what is gone, of the next response, which is then taken.
+    async fn told(&mut self) -> (Vec<String>, Vec<String>) {
+        let next = self.next().await.unwrap();
+        // After its last response it is ended.
+        let _ = self.up.send(delta(&[], &[], &next.nonce)).await;
+        let name = |resource: &ambit_proto::xds::discovery::Resource| {
+            let any = resource.resource.as_ref().unwrap();
+            assert_eq!(Secret::decode(any.value.as_slice()).unwrap().name, resource.name);
+            resource.name.clone()
+        };
+        (next.resources.iter().map(name).collect(), next.removed_resources)
+    }
+    async fn is_silent(&mut self) -> bool {
+        tokio::time::timeout(Duration::from_millis(300), self.down.message()).await.is_err()
     }
 }
 
@@ -218,6 +267,58 @@ async fn a_stream_tells_each_change_once_and_ends_where_nothing_is_left() {
 }
 
 #[tokio::test]
+async fn an_incremental_stream_tells_what_is_new_and_what_is_gone() {
+    let mut stage = stage();
+    let issued = Issued::default();
+    issued.set_view(stage.west.view(stage.slice.clone()));
+    issued.set_svids(svids(&mut stage, &["me"]));
+    let socket = Socket::serve("increments", &issued);
+    let both = |there: &[&str], gone: &[&str]| (list(there), list(gone));
+    let mut stream = Delta::open(&socket, delta(&["default", "ROOTCA", "spiffe://west/two"], &[], "")).await;
+    assert_eq!(stream.told().await, both(&["ROOTCA", "default"], &["spiffe://west/two"]));
+    assert!(stream.is_silent().await, "each once");
+    // A new certificate is no reason to tell the roots again.
+    issued.set_svids(svids(&mut stage, &["me"]));
+    let changed = stream.next().await.unwrap();
+    assert_eq!((changed.resources.len(), changed.resources[0].name.as_str()), (1, "default"));
+    let rejected = DeltaDiscoveryRequest {
+        error_detail: Some(rpc::Status { code: 3, message: "no".into(), details: vec![] }),
+        ..delta(&[], &[], &changed.nonce)
+    };
+    stream.up.send(rejected).await.unwrap();
+    assert!(stream.is_silent().await, "a rejection is no reason to tell the same again");
+    // Another stream, of one that has this already.
+    let known = [("default".to_owned(), changed.resources[0].version.clone()), ("old".to_owned(), "1".to_owned())];
+    let first =
+        DeltaDiscoveryRequest { initial_resource_versions: known.into(), ..delta(&["default", "old"], &[], "") };
+    let mut again = Delta::open(&socket, first).await;
+    assert_eq!(again.told().await, both(&[], &["old"]));
+    again.up.send(delta(&["ALL"], &["default", "never asked for"], "no such nonce")).await.unwrap();
+    assert_eq!(again.told().await, both(&["ALL"], &[]));
+    issued.set_svids(svids(&mut stage, &["me"]));
+    assert_eq!(stream.told().await, both(&["default"], &[]));
+    assert!(again.is_silent().await, "no longer asked for");
+
+    // The second identity comes and goes, then the first.
+    let two = stage.west.entry("two", &[&uid()], &[]);
+    stage.slice.entries.push(two);
+    issued.set_view(stage.west.view(v1::Slice { revision: 2, ..stage.slice.clone() }));
+    let held = svids(&mut stage, &["me", "two"]);
+    issued.set_svids(held);
+    let mut there = stream.told().await;
+    if there == both(&["default"], &[]) {
+        there = stream.told().await;
+    }
+    assert!(there.0.contains(&"spiffe://west/two".to_owned()), "{there:?}");
+    stage.slice.entries.pop();
+    issued.set_view(stage.west.view(v1::Slice { revision: 3, ..stage.slice.clone() }));
+    assert_eq!(stream.told().await, both(&[], &["spiffe://west/two"]));
+    issued.set_view(stage.west.view(v1::Slice { revision: 4, entries: vec![], ..stage.slice.clone() }));
+    assert_eq!(stream.told().await, both(&[], &["ROOTCA", "default"]), "all of it, and then why");
+    assert_eq!(stream.next().await.unwrap_err().code(), Code::PermissionDenied);
+}
+
+#[tokio::test]
 async fn what_makes_no_sense_is_refused() {
     let stage = stage();
     let issued = Issued::default();
@@ -237,6 +338,21 @@ async fn what_makes_no_sense_is_refused() {
     let mut tricked = Request::new(request(&["ROOTCA"]));
     tricked.metadata_mut().insert("workload.spiffe.io", "yes".parse().unwrap());
     assert_eq!(client.fetch_secrets(tricked).await.unwrap_err().code(), Code::InvalidArgument);
-    let delta = tokio_stream::iter([DeltaDiscoveryRequest::default()]);
-    assert_eq!(client.delta_secrets(delta).await.map(|_| ()).unwrap_err().code(), Code::Unimplemented);
+    let other = DeltaDiscoveryRequest { type_url: "type.googleapis.com/x.Cluster".into(), ..delta(&[], &[], "") };
+    let many: Vec<String> = (0..65).map(|n| format!("n{n}")).collect();
+    let many: Vec<&str> = many.iter().map(String::as_str).collect();
+    let (huge, long) = ("a".repeat(1 << 20), "a".repeat(2049));
+    let too_large = Delta::open(&socket, delta(&[&huge], &[], "")).await.next().await.unwrap_err();
+    assert_eq!(too_large.code(), Code::OutOfRange, "no message is that large");
+    for bad in [other, delta(&many, &[], ""), delta(&[], &many, ""), delta(&[&long], &[], "")] {
+        let mut stream = Delta::open(&socket, bad).await;
+        assert_eq!(stream.next().await.unwrap_err().code(), Code::InvalidArgument);
+    }
+    // What was known comes first or not at all.
+    let mut stream = Delta::open(&socket, delta(&["ROOTCA"], &[], "")).await;
+    assert_eq!(stream.told().await.0, ["ROOTCA"]);
+    let late =
+        DeltaDiscoveryRequest { initial_resource_versions: [("a".into(), "1".into())].into(), ..delta(&[], &[], "") };
+    stream.up.send(late).await.unwrap();
+    assert_eq!(stream.next().await.unwrap_err().code(), Code::InvalidArgument);
 }

@@ -291,6 +291,7 @@ async fn an_ek_must_be_endorsed_and_expected() {
     assert_eq!(begin(&machine, "west", "").await, "ek_not_expected");
     assert_eq!(begin(&machine, "west", "join-0000").await, "join_token_invalid");
     assert_eq!(begin(&machine, "west", &"x".repeat(100_000)).await, "join_token_invalid");
+    assert_eq!(begin(&machine, "west", "../../../../etc/passwd").await, "join_token_invalid");
     assert_eq!(begin(&machine, "nowhere", "").await, "not_found");
     let token = join_token(&cell, "west").await.unwrap();
     assert_eq!(begin(&foreign, "west", &token).await, "ek_chain_untrusted");

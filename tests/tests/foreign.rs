@@ -2,9 +2,10 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test says that it failed by panicking")]
 
 use ambit_identity::document::Published;
-use ambit_identity::tls::{certified, fixed, public_server_config};
-use ambit_identity::{Csr, IssuingKey, Root, SvidKey};
-use ambit_model::{Lifetime, Stamp};
+use ambit_identity::tls::{Clients, SharedTrust, Trust, certified, fixed, public_server_config, server_config};
+use ambit_identity::{Csr, IssuingKey, JwtKey, Root, SvidKey, TrustStore};
+use ambit_model::bundle::{Bundle, Own};
+use ambit_model::{JwtAuthority, Lifetime, Stamp};
 use ambit_proto::status::from_status;
 use ambit_proto::v1;
 use ambit_proto::v1::trust_domain_registry_client::TrustDomainRegistryClient;
@@ -24,6 +25,11 @@ struct Foreign {
 }
 
 async fn foreign(td: &str) -> Foreign {
+    foreign_that(td, false).await
+}
+
+/// One whose endpoint demands a certificate of its clients, which none may (SPIFFE_Federation.md section 5.2), or does not.
+async fn foreign_that(td: &str, demands: bool) -> Foreign {
     let td = td.parse().unwrap();
     let root = Root::create(&td, now(), [0x41; 16]).unwrap();
     let (key, tls) = (SvidKey::generate().unwrap(), SvidKey::generate().unwrap());
@@ -31,13 +37,32 @@ async fn foreign(td: &str) -> Foreign {
     let intermediate = root.found(1, &Csr::parse(&key.csr().unwrap()).unwrap(), lifetime).unwrap();
     let issuer = IssuingKey::new(key, intermediate).unwrap();
     let chain = issuer.replica_leaf(1, &td, lifetime, &Csr::parse(&tls.csr().unwrap()).unwrap()).unwrap();
-    let config = public_server_config(fixed(certified(chain, &tls).unwrap())).unwrap();
+    let identity = fixed(certified(chain, &tls).unwrap());
+    let config = if demands {
+        let own = Bundle::<Own>::new(td, 1, vec![root.der().to_vec()]);
+        let trust = SharedTrust::new(Trust::Bundles(TrustStore::new(&own).unwrap()));
+        server_config(trust, Clients::Certified, identity, &[b"http/1.1"]).unwrap()
+    } else {
+        public_server_config(identity).unwrap()
+    };
     Foreign { root, endpoint: Endpoint::start(config).await.unwrap() }
 }
 
 fn bundle(sequence: u64, roots: &[&Root]) -> String {
     let roots: Vec<Vec<u8>> = roots.iter().map(|root| root.der().to_vec()).collect();
     Published { sequence, refresh_hint_s: 60, roots: &roots, jwt_keys: &[] }.bundle().unwrap()
+}
+
+/// A bundle with the keys of these.
+fn with_keys(sequence: u64, roots: &[&Root], keys: &[&JwtKey]) -> String {
+    let roots: Vec<Vec<u8>> = roots.iter().map(|root| root.der().to_vec()).collect();
+    let key = |key: &&JwtKey| JwtAuthority {
+        kid: key.kid().to_owned(),
+        spki_der: key.spki().to_vec(),
+        not_after: Stamp(u64::MAX),
+    };
+    let jwt_keys: Vec<_> = keys.iter().map(key).collect();
+    Published { sequence, refresh_hint_s: 60, roots: &roots, jwt_keys: &jwt_keys }.bundle().unwrap()
 }
 
 async fn registry(cell: &Cell) -> TrustDomainRegistryClient<tonic::transport::Channel> {
@@ -161,7 +186,69 @@ async fn a_foreign_bundle_only_grows_and_its_endpoint_is_who_it_should_be() {
     assert_eq!(refresh(&cell).await, "ok");
     assert_eq!((row(&cell).await.roots_der.len(), row(&cell).await.trouble.as_str()), (2, ""));
     the_endpoint_is_verified(&cell, &f).await;
+    keys_of_tokens_go_by_the_same_rules(&cell, &f).await;
     empty_needs_a_word(&cell, &f).await;
+}
+
+async fn confirm(cell: &Cell, sha256: String) -> Result<v1::FederationRelationship, tonic::Status> {
+    let request = v1::ConfirmBundleRequest { request_id: fresh(), trust_domain: "example.org".into(), sha256 };
+    registry(cell).await.confirm_bundle(request).await.map(tonic::Response::into_inner)
+}
+
+async fn keys_of_tokens_go_by_the_same_rules(cell: &Cell, f: &Foreign) {
+    let [one, two] = [JwtKey::generate().unwrap(), JwtKey::generate().unwrap()];
+    let kids = async || {
+        let held = row(cell).await;
+        held.jwt_authorities.into_iter().map(|key| key.kid).collect::<Vec<_>>()
+    };
+    for (document, code, then) in [
+        (with_keys(20, &[&f.root], &[&one]), "ok", vec![one.kid()]),
+        (with_keys(21, &[&f.root], &[&one, &two]), "ok", vec![one.kid(), two.kid()]),
+        (with_keys(20, &[&f.root], &[&one]), "bundle_rollback", vec![one.kid(), two.kid()]),
+        (with_keys(21, &[&f.root], &[&two]), "bundle_equivocation", vec![one.kid(), two.kid()]),
+        (with_keys(22, &[&f.root], &[&one, &one]), "bundle_malformed", vec![one.kid(), two.kid()]),
+        (with_keys(22, &[&f.root], &[&two]), "ok", vec![two.kid()]),
+        (with_keys(23, &[&f.root], &[]), "bundle_shrunk", vec![two.kid()]),
+    ] {
+        f.endpoint.serve(&document, "");
+        assert_eq!(refresh(cell).await, code, "{document}");
+        assert_eq!(kids().await, then, "{code}");
+    }
+    // None any more, because an operator says so too: the roots stay.
+    let confirmed = confirm(cell, row(cell).await.held_sha256).await.unwrap();
+    assert_eq!((confirmed.roots_der.len(), confirmed.jwt_authorities.len(), confirmed.sequence), (1, 0, 23));
+}
+
+/// What a bundle says of when it wants to be asked again is bounded, and beyond belief it is no bundle. An endpoint that wants
+/// a certificate gets none.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hints_are_bounded_and_an_endpoint_that_demands_a_certificate_gets_none() {
+    let cell = Cell::start("west", 1).await.unwrap();
+    let f = foreign("example.org").await;
+    f.endpoint.serve(&bundle(1, &[&f.root]), "");
+    assert_eq!(put(&cell, relationship(&f)).await, "ok");
+    for (sequence, hint, code, then) in [
+        (2, "0", "ok", 60),
+        (3, "1", "ok", 60),
+        (4, "86401", "ok", 86_400),
+        (5, "31536001000", "bundle_malformed", 86_400),
+        (5, "18446744073709551616", "bundle_malformed", 86_400),
+        (5, "-1", "bundle_malformed", 86_400),
+        (5, "\"300\"", "bundle_malformed", 86_400),
+        (5, "300", "ok", 300),
+    ] {
+        let document = bundle(sequence, &[&f.root]);
+        let (before, after) = ("\"spiffe_refresh_hint\":60", format!("\"spiffe_refresh_hint\":{hint}"));
+        assert!(document.contains(before), "{document}");
+        f.endpoint.serve(&document.replace(before, &after), "");
+        assert_eq!(refresh(&cell).await, code, "{hint}");
+        assert_eq!(row(&cell).await.refresh_hint_s, then, "{hint}");
+    }
+    let demanding = foreign_that("example.org", true).await;
+    demanding.endpoint.serve(&bundle(9, &[&demanding.root]), "");
+    assert_eq!(put(&cell, relationship(&demanding)).await, "ok");
+    assert_eq!(refresh(&cell).await, "endpoint_refused");
+    assert!(demanding.endpoint.asked().is_empty());
 }
 
 /// Another authority of the same name, or another identity, is not who it should be.
@@ -181,16 +268,12 @@ async fn the_endpoint_is_verified(cell: &Cell, f: &Foreign) {
 }
 
 async fn empty_needs_a_word(cell: &Cell, f: &Foreign) {
-    f.endpoint.serve(&bundle(12, &[]), "");
+    f.endpoint.serve(&bundle(24, &[]), "");
     assert_eq!(refresh(cell).await, "bundle_shrunk");
     let held = row(cell).await;
-    let confirm = |sha256: String| async {
-        let request = v1::ConfirmBundleRequest { request_id: fresh(), trust_domain: "example.org".into(), sha256 };
-        registry(cell).await.confirm_bundle(request).await
-    };
-    assert_eq!(from_status(&confirm("00".repeat(32)).await.unwrap_err()).code.as_str(), "not_found");
-    let confirmed = confirm(held.held_sha256.clone()).await.unwrap().into_inner();
-    assert!(confirmed.roots_der.is_empty() && confirmed.sequence == 12, "{confirmed:?}");
+    assert_eq!(from_status(&confirm(cell, "00".repeat(32)).await.unwrap_err()).code.as_str(), "not_found");
+    let confirmed = confirm(cell, held.held_sha256.clone()).await.unwrap();
+    assert!(confirmed.roots_der.is_empty() && confirmed.sequence == 24, "{confirmed:?}");
     let request = v1::DeleteFederationRelationshipRequest {
         request_id: fresh(),
         trust_domain: "example.org".into(),

@@ -105,6 +105,16 @@ print("ok")
         assert_eq!(said.matches("BEGIN CERTIFICATE").count(), 2, "leaf and intermediate: {said}");
         assert!(!said.contains("NewSessionTicket"), "a session that can be resumed: {said}");
     }
+    // Nor is one of the cell's own RPCs, before or after a client says who it is.
+    let rpc = cell.address(1).unwrap();
+    let (admin, key) =
+        (cell.admin_file("admin.pem").display().to_string(), cell.admin_file("admin.key").display().to_string());
+    for client in [String::new(), format!("-cert {admin} -key {key} -cert_chain {admin}")] {
+        let tls = format!("-connect {rpc} -alpn h2 -msg -CAfile {root_pem} -verify_return_error {client}");
+        let said = must_run(&["sh", "-c", &format!("sleep 1 | openssl s_client {tls} 2>&1; true")]).unwrap();
+        assert!(said.contains("ALPN protocol: h2") && said.contains("Verify return code: 0 (ok)"), "{said}");
+        assert!(!said.contains("NewSessionTicket") && !said.contains("Early data was accepted"), "{said}");
+    }
     let leaf = format!("echo | openssl s_client -connect {at} 2>/dev/null | openssl x509 -noout -ext subjectAltName");
     assert!(must_run(&["sh", "-c", &leaf]).unwrap().contains("URI:spiffe://west/ambit/replica/1"));
 

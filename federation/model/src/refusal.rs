@@ -160,7 +160,7 @@ codes! {
     SvidRevoked = "svid_revoked", Denied, "get a new SVID: this one was revoked; where its identity is denied, ask an operator (ambit deny list)";
     BundleRollback = "bundle_rollback", Precondition, "the endpoint serves an older bundle than it did: ask its operator; remove and add the relationship if it began anew";
     BundleEquivocation = "bundle_equivocation", Precondition, "the endpoint served two bundles under one sequence: do not trust it before its operator explains them";
-    BundleShrunk = "bundle_shrunk", Precondition, "the bundle became empty, which revokes everything: confirm it (ambit federation confirm) if that is meant";
+    BundleShrunk = "bundle_shrunk", Precondition, "all roots, or all JWT keys, are gone from the bundle, which revokes what they signed: confirm it (ambit federation confirm) if that is meant";
     EndpointRefused = "endpoint_refused", Unavailable, "check the URL, profile and endpoint SPIFFE ID of the relationship, and what answers there";
     RootState = "root_state", Precondition, "roots and JWT authorities go from prepared to active, old, tainted and revoked, one at a time (ambit trust check)";
     AcksMissing = "acks_missing", Precondition, "wait until those named hold what they must, or go on without them (--without-acks)";

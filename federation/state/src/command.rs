@@ -8,8 +8,8 @@ use crate::objects::{
 use ambit_model::policy::{Endpoint, Policy, Service};
 use ambit_model::record::{Head, Record};
 use ambit_model::{
-    Act, AdminRole, Approved, ClusterId, Code, DnsName, Entry, EntryId, Generation, JwtTtl, NodeId, ObjectName,
-    Refusal, Revision, SpiffeId, Stamp, SvidTtl, TrustDomain, TrustVector,
+    Act, AdminRole, Approved, ClusterId, Code, DnsName, Entry, EntryId, Generation, JwtAuthority, JwtTtl, NodeId,
+    ObjectName, Refusal, Revision, SpiffeId, Stamp, SvidTtl, TrustDomain, TrustVector,
 };
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
@@ -435,6 +435,8 @@ pub enum Command {
         /// Who approved it.
         approved: Approved,
     },
+    /// What was fetched from a foreign trust domain's endpoint, with its keys of JWT-SVIDs.
+    TakeBundleWithKeys(TrustDomain, FetchedBundle, Vec<JwtAuthority>),
 }
 
 /// A foreign bundle, read strictly.

@@ -76,7 +76,7 @@ impl State {
             trust_domain: cell.trust_domain.clone(),
             cluster: node.cluster.clone(),
             bundles: self.bundles_for(&entries),
-            jwt_authorities: self.jwt_bundles(),
+            jwt_authorities: self.jwt_bundles_for(&entries),
             policies: policies.iter().map(|(origin, p)| (origin.clone(), p.clone())).collect(),
             entries,
             services,
@@ -111,6 +111,16 @@ impl State {
             if let Some(bundle) = self.foreign_bundle(td) {
                 bundles.entry(td.clone()).or_insert(bundle);
             }
+        }
+        bundles
+    }
+
+    /// [`State::jwt_bundles`] in the same way.
+    fn jwt_bundles_for(&self, entries: &[Entry]) -> BTreeMap<TrustDomain, Vec<JwtAuthority>> {
+        let mut bundles = self.jwt_bundles();
+        let named = entries.iter().flat_map(|entry| &entry.federates_with);
+        for td in named.filter(|td| self.relationships.contains(td)) {
+            bundles.entry(td.clone()).or_insert_with(|| self.peer_jwt(td).to_vec());
         }
         bundles
     }

@@ -3,7 +3,7 @@
 
 mod common;
 
-use ambit_model::{Code, Entry, Refusal, Stamp, TrustDomain};
+use ambit_model::{Code, Entry, JwtAuthority, Refusal, Stamp, TrustDomain};
 use ambit_state::objects::{EndpointProfile, TokenRow, TokenScope};
 use ambit_state::{Command, FetchedBundle, Reply, State};
 use common::{Cell, admission, cluster, code, entry, node, pending};
@@ -25,6 +25,27 @@ fn take(cell: &mut Cell, url: &str, sequence: Option<u64>, roots: &[u8], sha256:
         Reply::Items(mut items) => items.remove(0),
         other => panic!("{other:?}"),
     }
+}
+
+fn keys(kids: &[&str]) -> Vec<JwtAuthority> {
+    let key = |kid: &&str| JwtAuthority { kid: (*kid).to_owned(), spki_der: vec![1; 91], not_after: Stamp(u64::MAX) };
+    kids.iter().map(key).collect()
+}
+
+/// The same with keys of JWT-SVIDs.
+fn take_keys(cell: &mut Cell, sequence: u64, roots: &[u8], jwt: Vec<JwtAuthority>, sha256: u8) -> Result<(), Refusal> {
+    let roots = roots.iter().map(|byte| vec![*byte]).collect();
+    let sequence = Some(sequence);
+    let bundle = FetchedBundle { url: URL.into(), sequence, refresh_hint_s: 60, roots, sha256: [sha256; 32] };
+    match cell.run(Command::TakeBundleWithKeys(td(), bundle, jwt))? {
+        Reply::Items(mut items) => items.remove(0),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn kids(cell: &Cell, n: u8) -> Option<Vec<String>> {
+    let slice = cell.state.slice(&node(n)).unwrap();
+    slice.jwt_authorities.get(&td()).map(|keys| keys.iter().map(|key| key.kid.clone()).collect())
 }
 
 fn bundle_of(cell: &Cell, n: u8) -> Option<Vec<Vec<u8>>> {
@@ -53,6 +74,71 @@ fn only_nodes_whose_entries_federate_with_it_are_given_a_foreign_bundle() {
     assert_eq!(again.digest(), cell.state.digest());
     cell.run(Command::RemoveRelationship(td())).unwrap();
     assert_eq!(bundle_of(&cell, 1), None);
+}
+
+#[test]
+fn keys_of_tokens_come_with_the_bundle_to_the_same_nodes_and_go_by_the_same_rules() {
+    let mut cell = Cell::founded("west");
+    for n in [1, 2] {
+        let token = TokenRow { scope: TokenScope::Node(cluster("west")), expires: Stamp(2_000_000), used: false };
+        cell.run(Command::CreateToken([n; 32], token)).unwrap();
+        let admission = admission(&cell, n, n, Some([n; 32]));
+        cell.run(Command::AdmitNode(admission)).unwrap();
+    }
+    let web = Entry { federates_with: [td()].into(), nodes: [node(1)].into(), ..entry("web", "west") };
+    cell.run(Command::CreateEntries(vec![web, entry("db", "west")])).unwrap();
+    cell.run(put(&td(), vec![vec![9]])).unwrap();
+    assert_eq!(kids(&cell, 1), Some(vec![]), "a bootstrap bundle has none");
+    let told = |kids: &[&str]| Some(kids.iter().map(|kid| (*kid).to_owned()).collect::<Vec<_>>());
+    let big = |kid: String, bytes| vec![JwtAuthority { spki_der: vec![1; bytes], kid, not_after: Stamp(u64::MAX) }];
+    let many = (0..65).map(|n| keys(&[n.to_string().as_str()]).remove(0)).collect();
+    for (what, sequence, roots, jwt, sha256, expected, then) in [
+        ("the first", 5, &[9][..], keys(&["a"]), 1, Ok(()), told(&["a"])),
+        ("the same", 5, &[9], keys(&["a"]), 1, Ok(()), told(&["a"])),
+        ("older", 4, &[9], keys(&["b"]), 2, Err(Code::BundleRollback), told(&["a"])),
+        ("another", 5, &[9], keys(&["b"]), 2, Err(Code::BundleEquivocation), told(&["a"])),
+        ("without roots", 6, &[], keys(&["b"]), 2, Err(Code::BundleShrunk), told(&["a"])),
+        ("too many", 6, &[9], many, 2, Err(Code::BadRequest), told(&["a"])),
+        ("a long name", 6, &[9], big("a".repeat(129), 91), 2, Err(Code::BadRequest), told(&["a"])),
+        ("no name", 6, &[9], big(String::new(), 91), 2, Err(Code::BadRequest), told(&["a"])),
+        ("a huge key", 6, &[9], big("a".into(), 1101), 2, Err(Code::BadRequest), told(&["a"])),
+        ("one more", 6, &[9], keys(&["a", "b"]), 2, Ok(()), told(&["a", "b"])),
+        ("one less", 7, &[9], keys(&["b"]), 3, Ok(()), told(&["b"])),
+        ("none, and another root", 8, &[8], vec![], 4, Err(Code::BundleShrunk), told(&["b"])),
+        ("none again", 8, &[8], vec![], 4, Err(Code::BundleShrunk), told(&["b"])),
+    ] {
+        let revision = cell.state.slice(&node(1)).unwrap().revision;
+        let outcome = take_keys(&mut cell, sequence, roots, jwt, sha256).map_err(|refusal| refusal.code);
+        assert_eq!((outcome, kids(&cell, 1)), (expected, then), "{what}");
+        assert_eq!(kids(&cell, 2), None, "{what}: for nobody else");
+        let news = ["the first", "one more", "one less", "none, and another root"].contains(&what);
+        assert_eq!(cell.state.slice(&node(1)).unwrap().revision != revision, news, "{what}: nodes hear of news only");
+    }
+    assert!(!cell.state.jwt_bundles().contains_key(&td()), "the cell itself believes nobody of it");
+    assert_eq!(bundle_of(&cell, 1), Some(vec![vec![8]]), "the roots were taken");
+    assert_eq!(code(cell.run(Command::ConfirmBundle(td(), [3; 32]))), Code::NotFound);
+    cell.run(Command::ConfirmBundle(td(), [4; 32])).unwrap();
+    assert_eq!((kids(&cell, 1), bundle_of(&cell, 1)), (Some(vec![]), Some(vec![vec![8]])), "revoked, and nothing else");
+    take_keys(&mut cell, 9, &[8], keys(&["c"]), 5).unwrap();
+    // A replica of the former release says nothing of keys.
+    take(&mut cell, URL, Some(10), &[8], 6).unwrap();
+    assert_eq!(kids(&cell, 1), told(&["c"]));
+    // Everything is revoked.
+    assert_eq!(take_keys(&mut cell, 11, &[], keys(&["d"]), 7).unwrap_err().code, Code::BundleShrunk);
+    cell.run(Command::ConfirmBundle(td(), [7; 32])).unwrap();
+    assert_eq!((kids(&cell, 1), bundle_of(&cell, 1)), (Some(vec![]), Some(vec![])));
+    take_keys(&mut cell, 11, &[], keys(&["d"]), 7).unwrap();
+    assert_eq!(kids(&cell, 1), told(&["d"]), "confirmed as it is");
+    let again = State::import(cell.state.export()).unwrap();
+    assert_eq!(again.digest(), cell.state.digest());
+    // A relationship that is written anew begins anew.
+    for anew in [put(&td(), vec![vec![9]]), Command::RemoveRelationship(td())] {
+        assert!(!cell.state.peer_jwt(&td()).is_empty());
+        cell.run(anew).unwrap();
+        assert!(cell.state.peer_jwt(&td()).is_empty());
+        let _ = take_keys(&mut cell, 12, &[9], keys(&["e"]), 8);
+    }
+    assert_eq!(kids(&cell, 1), None);
 }
 
 #[test]

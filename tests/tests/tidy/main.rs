@@ -3,4 +3,5 @@
 
 mod commands;
 mod edges;
+mod identity;
 mod sources;

@@ -152,7 +152,8 @@ pub async fn refresh(replica: &Replica, td: &TrustDomain) -> Result<(), Refusal>
 async fn take(replica: &Replica, td: &TrustDomain, row: &RelationshipRow, text: &str) -> Result<(), Refusal> {
     let read = document(text)?;
     let sha256: [u8; 32] = Sha256::digest(text).into();
-    if sha256 == row.sha256 && row.trouble.is_empty() {
+    let known = replica.local(|s| s.peer_jwt(td) == read.jwt_authorities);
+    if sha256 == row.sha256 && row.trouble.is_empty() && known {
         return Ok(());
     }
     let bundle = FetchedBundle {
@@ -162,7 +163,8 @@ async fn take(replica: &Replica, td: &TrustDomain, row: &RelationshipRow, text: 
         roots: read.roots,
         sha256,
     };
-    match replica.propose_own(Command::TakeBundle(td.clone(), bundle)).await?.outcome? {
+    let command = Command::TakeBundleWithKeys(td.clone(), bundle, read.jwt_authorities);
+    match replica.propose_own(command).await?.outcome? {
         Reply::Items(mut items) if items.len() == 1 => items.remove(0),
         _ => Err(Refusal::new(Code::Internal, "one outcome", "another")),
     }

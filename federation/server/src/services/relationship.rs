@@ -18,7 +18,7 @@ impl v1::trust_domain_registry_server::TrustDomainRegistry for TrustDomains {
         &self,
         _: Request<v1::ListFederationRelationshipsRequest>,
     ) -> Result<Response<v1::ListFederationRelationshipsResponse>, Status> {
-        let read = |s: &State| s.relationships().map(|(td, row)| message(td, row)).collect();
+        let read = |s: &State| s.relationships().map(|(td, row)| message(s, td, row)).collect();
         let relationships = self.0.read(read).await.or_status()?;
         Ok(Response::new(v1::ListFederationRelationshipsResponse { relationships }))
     }
@@ -89,7 +89,7 @@ impl v1::trust_domain_registry_server::TrustDomainRegistry for TrustDomains {
 
 impl TrustDomains {
     fn one(&self, td: &TrustDomain) -> Result<Response<v1::FederationRelationship>, Refusal> {
-        let found = self.0.local(|s| s.relationships().find(|(of, _)| *of == td).map(|(td, row)| message(td, row)));
+        let found = self.0.local(|s| s.relationships().find(|(of, _)| *of == td).map(|(td, row)| message(s, td, row)));
         found.map(Response::new).ok_or_else(|| Refusal::new(Code::NotFound, "a federation relationship", td.as_str()))
     }
 }
@@ -113,7 +113,7 @@ fn profile(m: &v1::FederationRelationship, td: &TrustDomain) -> Result<EndpointP
     }
 }
 
-fn message(td: &TrustDomain, row: &RelationshipRow) -> v1::FederationRelationship {
+fn message(s: &State, td: &TrustDomain, row: &RelationshipRow) -> v1::FederationRelationship {
     let (profile, endpoint_spiffe_id) = match &row.profile {
         EndpointProfile::HttpsWeb => ("https_web", String::new()),
         EndpointProfile::HttpsSpiffe(id) => ("https_spiffe", id.to_string()),
@@ -132,5 +132,6 @@ fn message(td: &TrustDomain, row: &RelationshipRow) -> v1::FederationRelationshi
         trouble: row.trouble.clone(),
         held_sha256: row.held.map(|(_, sha256)| hex::encode(sha256)).unwrap_or_default(),
         written_by: row.written_by.clone(),
+        jwt_authorities: s.peer_jwt(td).iter().map(Into::into).collect(),
     }
 }

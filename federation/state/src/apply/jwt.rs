@@ -25,6 +25,11 @@ const AUTHORITIES_MAX: usize = 8;
 const REVOKED_MAX: usize = 64;
 /// A P-256 key is 91 bytes.
 const SPKI_BYTES_MAX: usize = 1_024;
+/// Keys of a foreign trust domain that is no cell: SPIRE publishes two of each of its servers.
+const FOREIGN_MAX: usize = 64;
+/// An RSA key of 8,192 bits is 1,058 bytes.
+const FOREIGN_SPKI_BYTES_MAX: usize = 1_100;
+const KID_BYTES_MAX: usize = 128;
 
 /// What a leader is to do about the authorities.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -66,7 +71,7 @@ impl State {
         let tainted = self.jwt_authorities().filter(|row| row.state == JwtAuthorityState::Tainted);
         tainted.map(|row| row.kid.clone()).collect()
     }
-    /// Keys of JWT-SVIDs of a peer, as it told of them last.
+    /// Keys of JWT-SVIDs of a peer, or of a foreign trust domain that is no cell, as it told of them last.
     pub fn peer_jwt(&self, td: &TrustDomain) -> &[JwtAuthority] {
         self.peer_jwt.get(td).map_or(&[], |keys| keys.authorities.as_slice())
     }
@@ -295,9 +300,30 @@ fn say(s: &mut State) -> Result<(), Refusal> {
 /// What a peer says of its keys is taken if it is of its own trust domain, not older than what is known, and of a size
 /// that a bundle has.
 pub(super) fn foreign(s: &mut State, origin: &TrustDomain, keys: JwtKeys) {
-    let fits = |a: &JwtAuthority| (1..=128).contains(&a.kid.len()) && (1..=SPKI_BYTES_MAX).contains(&a.spki_der.len());
+    let fits = |a: &JwtAuthority| fits(a, SPKI_BYTES_MAX);
     let newer = s.peer_jwt.get(origin).is_none_or(|known| known.sequence < keys.sequence);
     if newer && keys.authorities.len() <= AUTHORITIES_MAX && keys.authorities.iter().all(fits) {
         s.peer_jwt.put(&mut s.journal, origin.clone(), keys);
+    }
+}
+
+fn fits(authority: &JwtAuthority, spki_bytes_max: usize) -> bool {
+    (1..=KID_BYTES_MAX).contains(&authority.kid.len()) && (1..=spki_bytes_max).contains(&authority.spki_der.len())
+}
+
+/// Keys that a foreign trust domain may have.
+pub(super) fn bounded(keys: &[JwtAuthority]) -> Result<(), Refusal> {
+    if keys.len() <= FOREIGN_MAX && keys.iter().all(|key| fits(key, FOREIGN_SPKI_BYTES_MAX)) {
+        return Ok(());
+    }
+    let expected = format!("at most {FOREIGN_MAX} JWT keys with names of at most {KID_BYTES_MAX} bytes");
+    Err(Refusal::new(Code::BadRequest, expected, format!("{} keys", keys.len())))
+}
+
+/// What its endpoint said of its keys; without any nothing is remembered.
+pub(super) fn put_foreign(s: &mut State, td: &TrustDomain, sequence: u64, authorities: &[JwtAuthority]) {
+    match authorities {
+        [] => _ = s.peer_jwt.remove(&mut s.journal, td),
+        some => s.peer_jwt.put(&mut s.journal, td.clone(), JwtKeys { sequence, authorities: some.to_vec() }),
     }
 }

@@ -100,7 +100,12 @@ pub(crate) fn apply(s: &mut State, index: RaftIndex, stamp: Stamp, command: &Com
         Command::ReplaceEntries(entries) => deny::replace_entries(s, at, entries),
         Command::PutRelationship(td, url, profile, roots, by) => relationship::put(s, at, td, url, profile, roots, by),
         Command::RemoveRelationship(td) => act::remove_relationship_alone(s, at, td),
-        Command::TakeBundle(td, bundle) => relationship::take(s, at, td, bundle),
+        // It says nothing of keys: those that are known stay.
+        Command::TakeBundle(td, bundle) => {
+            let known = s.peer_jwt(td).to_vec();
+            relationship::take(s, at, td, bundle, &known)
+        }
+        Command::TakeBundleWithKeys(td, bundle, keys) => relationship::take(s, at, td, bundle, keys),
         Command::ConfirmBundle(td, sha256) => relationship::confirm(s, at, td, sha256),
         Command::RenewAuthority { replica, key_hash, lifetime_ms } => {
             authority::renew(s, at, *replica, key_hash, *lifetime_ms)

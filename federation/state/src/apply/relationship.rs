@@ -1,11 +1,11 @@
 //! Foreign trust domains that are no cells, and their bundles (SPIFFE_Federation.md). What is fetched is judged here, against
 //! what was taken before: never older, never another under the same sequence, never empty without an operator's word.
 
-use super::{At, cell_row, touch};
+use super::{At, cell_row, jwt, touch};
 use crate::command::{FetchedBundle, Reply};
 use crate::objects::{EndpointProfile, RelationshipRow};
 use crate::state::State;
-use ambit_model::{Code, Refusal, Stamp, TrustDomain};
+use ambit_model::{Code, JwtAuthority, Refusal, Stamp, TrustDomain};
 
 const RELATIONSHIPS_MAX: usize = 1_000;
 /// Roots of one trust domain; it has a handful.
@@ -52,6 +52,8 @@ pub(super) fn put(
         written_by: by.to_owned(),
     };
     s.relationships.put(&mut s.journal, td.clone(), row);
+    // Keys come with a bundle that was fetched, never before.
+    jwt::put_foreign(s, td, 0, &[]);
     touch(s, at);
     Ok(Reply::Done)
 }
@@ -69,12 +71,20 @@ pub(super) fn removable(s: &State, td: &TrustDomain) -> Result<(), Refusal> {
 pub(super) fn remove(s: &mut State, at: At, td: &TrustDomain) -> Result<Reply, Refusal> {
     known(s, td)?;
     s.relationships.remove(&mut s.journal, td);
+    jwt::put_foreign(s, td, 0, &[]);
     touch(s, at);
     Ok(Reply::Done)
 }
 
-/// What was fetched is taken, or its row says why not: the outcome is that of the one item.
-pub(super) fn take(s: &mut State, at: At, td: &TrustDomain, bundle: &FetchedBundle) -> Result<Reply, Refusal> {
+/// What was fetched is taken, or its row says why not: the outcome is that of the one item. Where only its JWT keys are gone,
+/// the roots are taken, and the keys that were known stay until an operator's word.
+pub(super) fn take(
+    s: &mut State,
+    at: At,
+    td: &TrustDomain,
+    bundle: &FetchedBundle,
+    keys: &[JwtAuthority],
+) -> Result<Reply, Refusal> {
     let mut row = known(s, td)?;
     if row.url != bundle.url {
         return Err(Refusal::new(Code::StaleRevision, row.url, bundle.url.clone()));
@@ -86,21 +96,26 @@ pub(super) fn take(s: &mut State, at: At, td: &TrustDomain, bundle: &FetchedBund
             bundle.roots.len().to_string(),
         ));
     }
-    let judged = judge(&row, bundle);
-    let changes = bundle.sha256 != row.sha256;
-    match &judged {
-        Ok(()) => {
-            row.roots.clone_from(&bundle.roots);
-            (row.sequence, row.sha256, row.refresh_hint_s) = (bundle.sequence, bundle.sha256, bundle.refresh_hint_s);
-            (row.taken, row.held, row.trouble) = (at.stamp, None, String::new());
-        }
-        Err(refusal) => {
-            row.trouble = refusal.code.to_string();
-            row.held = (refusal.code == Code::BundleShrunk).then_some((bundle.sequence, bundle.sha256));
+    jwt::bounded(keys)?;
+    let (before, keys_before) = (row.sha256, s.peer_jwt(td).to_vec());
+    let mut judged = judge(&row, bundle);
+    if judged.is_ok() {
+        row.roots.clone_from(&bundle.roots);
+        (row.sequence, row.sha256, row.refresh_hint_s) = (bundle.sequence, bundle.sha256, bundle.refresh_hint_s);
+        (row.taken, row.held, row.trouble) = (at.stamp, None, String::new());
+        if keys.is_empty() && !keys_before.is_empty() {
+            judged = Err(Refusal::new(Code::BundleShrunk, "JWT keys, or an operator's word", "none"));
+        } else if keys != keys_before {
+            jwt::put_foreign(s, td, bundle.sequence.unwrap_or_default(), keys);
         }
     }
+    if let Err(refusal) = &judged {
+        row.trouble = refusal.code.to_string();
+        row.held = (refusal.code == Code::BundleShrunk).then_some((bundle.sequence, bundle.sha256));
+    }
+    let changed = row.sha256 != before || *s.peer_jwt(td) != keys_before;
     s.relationships.put(&mut s.journal, td.clone(), row);
-    if judged.is_ok() && changes {
+    if changed {
         touch(s, at);
     }
     Ok(Reply::Items(vec![judged]))
@@ -131,7 +146,7 @@ fn judge(row: &RelationshipRow, new: &FetchedBundle) -> Result<(), Refusal> {
     Ok(())
 }
 
-/// Everything of that trust domain is revoked, because its operators say so and ours confirm it.
+/// Everything of that trust domain is revoked, or all its JWT-SVIDs, because its operators say so and ours confirm it.
 pub(super) fn confirm(s: &mut State, at: At, td: &TrustDomain, sha256: &[u8; 32]) -> Result<Reply, Refusal> {
     let mut row = known(s, td)?;
     let Some((sequence, held)) = row.held.filter(|(_, held)| held == sha256) else {
@@ -142,7 +157,11 @@ pub(super) fn confirm(s: &mut State, at: At, td: &TrustDomain, sha256: &[u8; 32]
             found,
         ));
     };
-    row.roots.clear();
+    // One that was taken but for its keys has roots still.
+    if row.sha256 != held {
+        row.roots.clear();
+    }
+    jwt::put_foreign(s, td, 0, &[]);
     (row.sequence, row.sha256, row.taken) = (sequence, held, at.stamp);
     (row.held, row.trouble) = (None, String::new());
     s.relationships.put(&mut s.journal, td.clone(), row);
