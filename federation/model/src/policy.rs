@@ -4,7 +4,7 @@ use crate::id::{ClusterId, ObjectName, SpiffeId, TrustDomain};
 use crate::refusal::{Code, Refusal};
 use serde::{Deserialize, Serialize};
 use std::fmt;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::str::FromStr;
 
 /// What a policy does when it matches. Deny wins over allow; without an allow the answer is deny.
@@ -132,6 +132,23 @@ pub struct Service {
     pub backends: Vec<Peers>,
     /// Which healthy endpoint is chosen first.
     pub order: Order,
+}
+
+/// Where tunnels of a node come from: the address that it registered on its attested stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct NodeAddress {
+    /// The one address. What else the machine has counts for nothing.
+    pub address: Ipv4Addr,
+    /// The admission under which it was registered first: it holds for leaves of this one and of later ones.
+    pub since: crate::id::Generation,
+}
+
+impl NodeAddress {
+    /// Whether a leaf of this generation of the node may come from there. What a listener of both families calls
+    /// `::ffff:a.b.c.d` is the same address (RFC 4291 2.5.5.2).
+    pub fn is_home_of(&self, generation: crate::id::Generation, from: IpAddr) -> bool {
+        self.since <= generation && from.to_canonical() == IpAddr::V4(self.address)
+    }
 }
 
 /// Where an enrolled workload listens.

@@ -170,6 +170,7 @@ codes! {
     ApprovalInvalid = "approval_invalid", Denied, "have approvers of this cell sign a proposal of this very act, each once";
     ApprovalExpired = "approval_expired", Denied, "propose the act again: what was signed is no longer good";
     ApprovalUsed = "approval_used", Denied, "propose the act again: what was signed is good for one time";
+    NodeAddressMismatch = "node_address_mismatch", Denied, "call from the address that the SVID's node registered (node_address), with no translation between nodes; otherwise the SVID is a copy: revoke it";
 }
 
 impl fmt::Display for Code {

@@ -14,6 +14,7 @@ use ambit_model::{
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::Ipv4Addr;
 
 /// First byte of every encoded entry.
 pub const ENTRY_VERSION: u8 = 2;
@@ -421,6 +422,8 @@ pub enum Command {
     TaintJwtAuthority(String),
     /// A tainted or merely prepared JWT authority leaves the bundle: its tokens are refused.
     RevokeJwtAuthority(String),
+    /// Where tunnels of a node come from, as it says on the stream of this admission.
+    RegisterAddress(NodeId, Generation, Ipv4Addr),
 }
 
 /// A foreign bundle, read strictly.

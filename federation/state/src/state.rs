@@ -8,6 +8,7 @@ use crate::committed::{
 };
 use crate::objects::*;
 use crate::table::{Journal, Packed, Table, TableWrite};
+use ambit_model::policy::NodeAddress;
 use ambit_model::record::Record;
 use ambit_model::{
     ClusterId, Code, EntryId, Generation, IdDenial, LeafDenial, NodeId, ObjectName, RaftIndex, Refusal, SpiffeId,
@@ -87,6 +88,8 @@ pub struct State {
     pub(crate) approvers: Table<ObjectName, ApproverRow>,
     /// Acts that took approvers, by index.
     pub(crate) acts: Table<u64, ActRow>,
+    /// Where tunnels of nodes come from, each the trust domain's that says so.
+    pub(crate) node_addresses: Table<(TrustDomain, NodeId), NodeAddress>,
     /// `issued` by node and end, in memory only: counting a node's leaves must not cost a walk over everybody's.
     pub(crate) live_leaves: BTreeMap<NodeId, BTreeSet<(Stamp, [u8; 16])>>,
     /// Entries by the identity that they give, in memory only: whose an identity is must not cost a walk over all entries.
@@ -149,7 +152,8 @@ macro_rules! each_table {
             $s.peer_roots,
             $s.authority_denials,
             $s.approvers,
-            $s.acts
+            $s.acts,
+            $s.node_addresses
         )
     };
 }
@@ -274,6 +278,7 @@ impl State {
             authority_denials: Table::new(id()),
             approvers: Table::new(id()),
             acts: Table::new(id()),
+            node_addresses: Table::new(id()),
             live_leaves: BTreeMap::new(),
             giving: BTreeMap::new(),
             asking: BTreeMap::new(),

@@ -14,6 +14,7 @@ mod issue;
 pub(crate) mod jwt;
 mod mint;
 mod node;
+mod node_address;
 mod objects;
 mod relationship;
 mod roles;
@@ -115,6 +116,9 @@ pub(crate) fn apply(s: &mut State, index: RaftIndex, stamp: Stamp, command: &Com
         Command::ActivateJwtAuthority(kid) => jwt::activate_now(s, at, kid),
         Command::TaintJwtAuthority(kid) => jwt::taint(s, at, kid),
         Command::RevokeJwtAuthority(kid) => jwt::revoke(s, at, kid),
+        Command::RegisterAddress(node, generation, address) => {
+            node_address::register(s, at, node, *generation, *address)
+        }
     }
 }
 
