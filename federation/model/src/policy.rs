@@ -167,3 +167,28 @@ pub struct Endpoint {
     /// The node's generation when it was reported.
     pub generation: crate::id::Generation,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::id::Generation;
+
+    #[test]
+    fn a_leaf_comes_from_its_home_by_either_form_and_from_nowhere_else() {
+        let home = NodeAddress { address: Ipv4Addr::new(10, 0, 0, 2), since: Generation(3) };
+        for (generation, from, good) in [
+            (3, "10.0.0.2", true),
+            (4, "10.0.0.2", true),
+            (2, "10.0.0.2", false),
+            (3, "::ffff:10.0.0.2", true),
+            (3, "10.0.0.3", false),
+            (3, "::ffff:10.0.0.3", false),
+            // Neither the compatible form of old nor a translated one is the address (RFC 4291 2.5.5.1, RFC 6052).
+            (3, "::10.0.0.2", false),
+            (3, "64:ff9b::10.0.0.2", false),
+            (3, "2001:db8::2", false),
+        ] {
+            assert_eq!(home.is_home_of(Generation(generation), from.parse().unwrap()), good, "{generation} {from}");
+        }
+    }
+}
