@@ -113,7 +113,7 @@ pub struct Config {
     pub fingerprint: Fingerprint,
     /// The cell's replicas; any of them will do.
     pub servers: Vec<SocketAddr>,
-    /// Where other nodes reach this one; what it registers on its stream.
+    /// Where other nodes reach this one, and where its tunnels come from; what it registers on its stream.
     pub node_address: Ipv4Addr,
     /// The agent's own folder (the AK's blobs live there; no SVID key does).
     pub data_dir: PathBuf,

@@ -60,7 +60,7 @@ pub struct Control {
     pub pods_dir: PathBuf,
     /// The node's mesh cgroup.
     pub cgroup_root: PathBuf,
-    /// Where tunnels to this node end.
+    /// Where tunnels to this node end, and where its own come from.
     pub node_address: Ipv4Addr,
     /// The kernel side.
     pub kernel: KernelHandle,
@@ -403,7 +403,8 @@ impl Control {
             *old = endpoints;
             changed
         });
-        let plane = Plane::new(view, pods, state.credentials.values().cloned(), self.trust.clone());
+        let credentials = state.credentials.values().cloned();
+        let plane = Plane::new(view, pods, credentials, self.trust.clone(), self.node_address);
         self.wires.plane.send_replace(Some(Arc::new(plane)));
     }
 

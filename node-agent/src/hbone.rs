@@ -7,14 +7,15 @@ use bytes::Bytes;
 use h2::client::SendRequest;
 use h2::{Ping, PingPong, RecvStream, SendStream};
 use http::{Method, Request, StatusCode, Version};
+use nix::sys::socket::{setsockopt, sockopt};
 use rustls::ClientConfig;
 use rustls_pki_types::ServerName;
-use std::net::{SocketAddr, SocketAddrV4};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::sync::Notify;
 use tokio::time::timeout;
 
@@ -141,21 +142,23 @@ impl Drop for Lease {
     }
 }
 
-/// Opens a tunnel to `node`. The verifier in `config` accepts exactly one SPIFFE ID; `name` only selects it.
+/// Opens a tunnel from `from`, this node's registered address, to `node`. The verifier in `config` accepts exactly one SPIFFE ID; `name` only selects it.
 pub async fn dial(
+    from: Ipv4Addr,
     node: SocketAddr,
     name: ServerName<'static>,
     config: Arc<ClientConfig>,
 ) -> Result<Tunnel, TunnelError> {
-    timeout(DIAL_MAX, connect(node, name, config)).await.map_err(|_| TunnelError::Timeout)?
+    timeout(DIAL_MAX, connect(from, node, name, config)).await.map_err(|_| TunnelError::Timeout)?
 }
 
 async fn connect(
+    from: Ipv4Addr,
     node: SocketAddr,
     name: ServerName<'static>,
     config: Arc<ClientConfig>,
 ) -> Result<Tunnel, TunnelError> {
-    let tcp = TcpStream::connect(node).await.map_err(|source| TunnelError::Unreachable { node, source })?;
+    let tcp = reach(from, node).await.map_err(|source| TunnelError::Unreachable { node, source })?;
     // A request's last bytes must not wait for an acknowledgement of the first.
     let _ = tcp.set_nodelay(true);
     let shake = |source| TunnelError::Handshake { node, source };
@@ -186,6 +189,19 @@ async fn connect(
         shared.closed.store(true, Ordering::Relaxed);
     });
     Ok(tunnel)
+}
+
+/// The receiver takes this node's leaves from the registered address only, and a route may choose another of the machine's.
+async fn reach(from: Ipv4Addr, node: SocketAddr) -> std::io::Result<TcpStream> {
+    let socket = TcpSocket::new_v4()?;
+    // The port is chosen at connect: tunnels to different nodes share ports.
+    setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)?;
+    match socket.bind((from, 0).into()) {
+        // Behind a translation one to one the machine does not have the address itself. What arrives is judged there.
+        Err(e) if e.kind() == std::io::ErrorKind::AddrNotAvailable => {}
+        bound => bound?,
+    }
+    socket.connect(node).await
 }
 
 /// Returns once the peer has stopped answering or, where `shared` is given, the tunnel has been idle too long.

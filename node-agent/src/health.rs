@@ -101,7 +101,9 @@ impl Health {
         let known = plane.view.endpoints.get(&address) == Some(&suspect.endpoint)
             && !denials.now().denies_endpoint(&suspect.endpoint);
         let answers = match credentials(plane, &suspect.source, &suspect.endpoint.spiffe_id) {
-            Ok((name, config)) if known => pool::dial(node(&suspect.endpoint), name, config).await.is_ok(),
+            Ok((name, config)) if known => {
+                pool::dial(plane.address, node(&suspect.endpoint), name, config).await.is_ok()
+            }
             Ok(_) | Err(_) => true,
         };
         let mut list = self.lock();

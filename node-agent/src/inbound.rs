@@ -8,14 +8,15 @@ use crate::hbone::{self, POD_CONNECT_MAX};
 use crate::metrics::METRICS;
 use crate::netns::NetnsThread;
 use crate::plane::{LocalPod, Plane};
+use crate::view::View;
 use crate::{pump, tls};
-use ambit_identity::PeerSvid;
+use ambit_identity::{NodeBinding, PeerSvid};
 use ambit_model::{Code, Refusal, SpiffeId};
 use bytes::Bytes;
 use h2::RecvStream;
 use h2::server::SendResponse;
 use http::{Method, Request, Response, StatusCode};
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::net::{TcpListener, TcpStream};
@@ -40,10 +41,11 @@ pub struct Inbound {
     flows: Arc<Semaphore>,
 }
 
-/// A proven caller and the identity it called.
+/// A proven caller, where it calls from and the identity it called.
 #[derive(Clone, Debug)]
 struct Call {
     peer: Arc<PeerSvid>,
+    from: IpAddr,
     to: SpiffeId,
 }
 
@@ -87,7 +89,7 @@ impl Inbound {
 
     async fn tunnel(&self, tcp: TcpStream, from: SocketAddr) -> Result<(), Refusal> {
         let _ = tcp.set_nodelay(true);
-        let shaken = timeout(HANDSHAKE_MAX, self.handshake(tcp)).await.unwrap_or_else(|_| {
+        let shaken = timeout(HANDSHAKE_MAX, self.handshake(tcp, from.ip())).await.unwrap_or_else(|_| {
             Err(("timeout", Refusal::new(Code::Unauthenticated, "a handshake within 3 s", "silence")))
         });
         let (mut streams, call) = shaken.map_err(|(reason, refusal)| {
@@ -99,12 +101,15 @@ impl Inbound {
         let quiet = hbone::silence(streams.ping_pong(), None);
         // A node that was put out keeps no tunnel, not even an idle one.
         let denied = self.denials.until(|denials| trusted(denials, &call).is_err());
-        tokio::pin!(quiet, denied);
+        // Nor one whose node is elsewhere by now, or nowhere.
+        let moved = self.moved(&call);
+        tokio::pin!(quiet, denied, moved);
         loop {
             let next = tokio::select! {
                 next = streams.accept() => next,
                 () = &mut quiet => return Ok(()),
                 () = &mut denied => return trusted(&self.denials.now(), &call),
+                refusal = &mut moved => return Err(refusal),
             };
             let Some(Ok((request, respond))) = next else { return Ok(()) };
             let (this, call) = (self.clone(), call.clone());
@@ -115,6 +120,7 @@ impl Inbound {
     async fn handshake(
         &self,
         tcp: TcpStream,
+        from: IpAddr,
     ) -> Result<
         (h2::server::Connection<tokio_rustls::server::TlsStream<TcpStream>, Bytes>, Call),
         (&'static str, Refusal),
@@ -127,14 +133,16 @@ impl Inbound {
             ("unknown_name", Refusal::new(Code::NotFound, "the name of a workload of this node", name))
         })?;
         let stream = start.into_stream(called.server.clone()).await.map_err(broken)?;
-        let trust = plane.map(|p| p.trust.clone());
-        let (peer, trust) = (stream.get_ref().1.peer_certificates(), trust);
-        let peer = match (peer, trust) {
-            (Some(chain), Some(trust)) => tls::peer(chain, &trust, self.clock.now()).map_err(|r| ("svid", r))?,
-            _ => return Err(("svid", Refusal::new(Code::Unauthenticated, "an X.509-SVID", "none"))),
+        let (Some(chain), Some(plane)) = (stream.get_ref().1.peer_certificates(), plane) else {
+            return Err(("svid", Refusal::new(Code::Unauthenticated, "an X.509-SVID", "none")));
         };
-        let call = Call { peer: Arc::new(peer), to: called.id.clone() };
+        let peer = tls::peer(chain, &plane.trust, self.clock.now()).map_err(|r| ("svid", r))?;
+        let call = Call { peer: Arc::new(peer), from, to: called.id.clone() };
         trusted(&self.denials.now(), &call).map_err(|r| (r.code.as_str(), r))?;
+        at_home(&plane.view, &call).map_err(|r| {
+            tracing::warn!(caller = %call.peer.id(), called = %call.to, refusal = %r, "tunnel refused");
+            (r.code.as_str(), r)
+        })?;
         let h2 = hbone::accept(stream)
             .await
             .map_err(|e| ("http2", Refusal::new(Code::BadRequest, "HTTP/2", e.to_string())))?;
@@ -218,7 +226,21 @@ impl Inbound {
                 changed = denials.changed() => changed,
             };
             if changed.is_err() {
-                return Refusal::new(Code::Unavailable, "a running agent", "it is ending");
+                return ending();
+            }
+        }
+    }
+
+    /// Returns the refusal once the caller's node is not where the tunnel comes from.
+    async fn moved(&self, call: &Call) -> Refusal {
+        let mut plane = self.plane.clone();
+        loop {
+            let now = plane.borrow_and_update().clone();
+            if let Some(Err(refusal)) = now.map(|p| at_home(&p.view, call)) {
+                return refusal;
+            }
+            if plane.changed().await.is_err() {
+                return ending();
             }
         }
     }
@@ -252,6 +274,7 @@ fn judge(
 /// The same of a connection that is open already: all of it but the time.
 fn permitted(plane: &Plane, denials: &Denials, call: &Call, to: SocketAddrV4) -> Result<(), Refusal> {
     trusted(denials, call)?;
+    at_home(&plane.view, call)?;
     let verdict = plane.view.policies.evaluate(call.peer.id(), &call.to, to.port());
     if verdict.allowed {
         return Ok(());
@@ -262,9 +285,7 @@ fn permitted(plane: &Plane, denials: &Denials, call: &Call, to: SocketAddrV4) ->
 
 /// Is the caller's node one that its cell trusts now, and its SVID one that was not revoked?
 fn trusted(denials: &Denials, call: &Call) -> Result<(), Refusal> {
-    // Callers outside the mesh lack the binding; no policy can name such a caller yet, so they are refused.
-    let binding =
-        call.peer.binding().ok_or_else(|| Refusal::new(Code::SvidUntrusted, "an SVID bound to a node", "none"))?;
+    let binding = binding(call)?;
     if denials.denies_authority(&call.peer.id().trust_domain(), call.peer.authority()) {
         let found = call.peer.authority();
         return Err(Refusal::new(Code::SvidRevoked, "an intermediate that is not revoked", found));
@@ -278,6 +299,31 @@ fn trusted(denials: &Denials, call: &Call) -> Result<(), Refusal> {
         return Err(Refusal::new(Code::SvidRevoked, "an SVID that was not revoked", peer.id().as_str()));
     }
     Ok(())
+}
+
+/// Does the tunnel come from where the caller's node is? A key that was copied to another node does not bring that along.
+fn at_home(view: &View, call: &Call) -> Result<(), Refusal> {
+    let NodeBinding { node, generation, .. } = binding(call)?;
+    let known = view.callers.get(&(call.peer.id().trust_domain(), node));
+    if known.is_some_and(|home| home.is_home_of(generation, call.from)) {
+        return Ok(());
+    }
+    let expected = match known {
+        Some(home) => format!("{}, where node {node} is since its generation {}", home.address, home.since),
+        None => format!("node {node} among those whose workloads may call here"),
+    };
+    let found = format!("{}, with an SVID of its generation {generation}", call.from.to_canonical());
+    Err(Refusal::new(Code::NodeAddressMismatch, expected, found))
+}
+
+/// The node that the caller's SVID was issued through.
+fn binding(call: &Call) -> Result<NodeBinding, Refusal> {
+    // Callers outside the mesh lack the binding; no policy can name such a caller yet, so they are refused.
+    call.peer.binding().ok_or_else(|| Refusal::new(Code::SvidUntrusted, "an SVID bound to a node", "none"))
+}
+
+fn ending() -> Refusal {
+    Refusal::new(Code::Unavailable, "a running agent", "it is ending")
 }
 
 /// One of 127.64.0.0/10 by hash: one address alone would have 28,000 ports for all callers of a pod.

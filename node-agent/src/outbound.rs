@@ -179,6 +179,7 @@ impl Outbound {
         let key = Key {
             source: pod.id().clone(),
             destination: endpoint.spiffe_id.clone(),
+            from: plane.address,
             node,
             holder: (endpoint.node, endpoint.generation),
             credentials: own.svid().since.0,

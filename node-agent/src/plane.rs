@@ -70,6 +70,8 @@ pub struct Plane {
     pub by_name: BTreeMap<String, Arc<Credentials>>,
     /// Whom to trust, by trust domain; always the newest bundles.
     pub trust: SharedTrust,
+    /// Where this node's tunnels come from: what it registered.
+    pub address: Ipv4Addr,
 }
 
 impl Plane {
@@ -79,11 +81,12 @@ impl Plane {
         pods: impl IntoIterator<Item = Arc<LocalPod>>,
         credentials: impl IntoIterator<Item = Arc<Credentials>>,
         trust: SharedTrust,
+        address: Ipv4Addr,
     ) -> Self {
         let credentials: BTreeMap<_, _> = credentials.into_iter().map(|c| (c.id.clone(), c)).collect();
         let by_name = credentials.values().map(|c| (sni::server_name(&c.id), c.clone())).collect();
         let pods = pods.into_iter().map(|p| (p.workload.pod.address, p)).collect();
-        Self { view, pods, credentials, by_name, trust }
+        Self { view, pods, credentials, by_name, trust, address }
     }
     /// The credentials of `id`, or a refusal.
     pub fn credentials_of(&self, id: &SpiffeId) -> Result<&Arc<Credentials>, Refusal> {

@@ -8,7 +8,7 @@ use ambit_model::{Generation, NodeId, SpiffeId};
 use rustls::ClientConfig;
 use rustls_pki_types::ServerName;
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 use tokio::sync::Mutex as AsyncMutex;
@@ -25,6 +25,8 @@ pub struct Key {
     pub source: SpiffeId,
     /// The workload called.
     pub destination: SpiffeId,
+    /// This node's registered address, where they come from.
+    pub from: Ipv4Addr,
     /// Where tunnels to its node end.
     pub node: SocketAddr,
     /// The node that runs it, by its admission: what a denial names.
@@ -69,7 +71,8 @@ impl Pool {
             return Err(TunnelError::Busy);
         }
         let (name, config) = config()?;
-        let tunnel = dial(key.node, name, config).await.inspect_err(|_| tunnels.failed = Some(Instant::now()))?;
+        let tunnel =
+            dial(key.from, key.node, name, config).await.inspect_err(|_| tunnels.failed = Some(Instant::now()))?;
         let lease = tunnel.lease().ok_or(TunnelError::Busy)?;
         tunnels.open.push(tunnel);
         Ok(lease)
@@ -123,11 +126,12 @@ impl Pool {
 
 /// Dials and counts the handshake.
 pub async fn dial(
+    from: Ipv4Addr,
     node: SocketAddr,
     name: ServerName<'static>,
     config: Arc<ClientConfig>,
 ) -> Result<Tunnel, TunnelError> {
-    let dialed = hbone::dial(node, name, config).await;
+    let dialed = hbone::dial(from, node, name, config).await;
     match &dialed {
         Ok(_) => METRICS.handshakes.inc(["ok", "none"]),
         Err(error) => METRICS.handshakes.inc(["failed", error.reason()]),

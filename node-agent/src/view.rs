@@ -2,10 +2,10 @@
 
 use crate::denials::{Denials, authority_name};
 use crate::pods::Pod;
-use ambit_model::policy::{Endpoint, Policy, Service};
+use ambit_model::policy::{Endpoint, NodeAddress, Policy, Service};
 use ambit_model::{
-    Bundle, ClusterId, Code, Entry, EntryId, Foreign, NumericIdentity, Own, Refusal, Revision, Selector, SpiffeId,
-    Stamp, TrustDomain,
+    Bundle, ClusterId, Code, Entry, EntryId, Foreign, NodeId, NumericIdentity, Own, Refusal, Revision, Selector,
+    SpiffeId, Stamp, TrustDomain,
 };
 use ambit_policy::PolicySet;
 use ambit_proto::{convert, v1};
@@ -35,6 +35,8 @@ pub struct View {
     pub services: Vec<Service>,
     /// Who is behind which address.
     pub endpoints: BTreeMap<Ipv4Addr, Endpoint>,
+    /// From where tunnels of nodes may come, by whose they are: who calls from elsewhere is refused, whatever it shows.
+    pub callers: BTreeMap<(TrustDomain, NodeId), NodeAddress>,
     /// The kernel's names of identities.
     pub numbers: BTreeMap<SpiffeId, NumericIdentity>,
     /// Whom to refuse, as of this revision. In force is what [`crate::denials::Lane`] says: newer lists come ahead of slices.
@@ -70,6 +72,7 @@ impl View {
             policies: policies(&slice.policies, known)?,
             services: slice.services.iter().map(Service::try_from).collect::<Result<_, _>>()?,
             endpoints: endpoints(&slice.endpoints, trust_domain)?,
+            callers: callers(&slice.callers)?,
             numbers: numbers(&slice.identities)?,
             denials: Denials::parse(Revision(slice.revision), &slice.denials, &slice.authority_denials)?
                 .with_svids(&slice.id_denials, &slice.leaf_denials)?,
@@ -181,6 +184,17 @@ fn endpoints(found: &[v1::Endpoint], own: &TrustDomain) -> Result<BTreeMap<Ipv4A
     Ok(ours)
 }
 
+fn callers(found: &[v1::NodeAddress]) -> Result<BTreeMap<(TrustDomain, NodeId), NodeAddress>, Refusal> {
+    let mut by_node = BTreeMap::new();
+    for message in found {
+        let (node, address) = convert::node_address(message)?;
+        if by_node.insert(node, address).is_some() {
+            return Err(Refusal::new(Code::BadRequest, "one address per node", message.node.as_str()));
+        }
+    }
+    Ok(by_node)
+}
+
 fn numbers(found: &[v1::NumericIdentity]) -> Result<BTreeMap<SpiffeId, NumericIdentity>, Refusal> {
     let (mut by_id, mut used) = (BTreeMap::new(), BTreeSet::new());
     for message in found {
@@ -257,6 +271,11 @@ pub(crate) mod tests {
         }
     }
 
+    fn caller(td: &str, address: &str) -> v1::NodeAddress {
+        let (trust_domain, node) = (td.to_owned(), "ab".repeat(32));
+        v1::NodeAddress { trust_domain, node, generation: 1, address: address.into() }
+    }
+
     pub(crate) fn view(slice: v1::Slice) -> Result<View, Refusal> {
         View::parse(slice, &"west".parse().unwrap(), &"west".parse().unwrap())
     }
@@ -284,6 +303,10 @@ pub(crate) mod tests {
             ("bad entry", |s| s.entries[0].selectors.clear()),
             ("bad denial", |s| s.denials.push(denial("west", "aa", 1))),
             ("nobody's denial", |s| s.denials.push(denial("", &"ab".repeat(32), 1))),
+            ("no address", |s| s.callers.push(caller("west", "10.70.0"))),
+            ("two addresses of one node", |s| {
+                s.callers = ["10.70.0.21", "10.70.0.22"].map(|a| caller("west", a)).into()
+            }),
             ("two own endpoints at one address", |s| s.endpoints = vec![endpoint("west", 1), endpoint("west", 1)]),
         ];
         for (name, spoil) in cases {

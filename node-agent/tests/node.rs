@@ -225,6 +225,12 @@ async fn programs_are_captured_carried_and_cut_by_policy() {
             order: "local-first".into(),
         }],
         policies: policies.to_vec(),
+        callers: vec![v1::NodeAddress {
+            trust_domain: "west".into(),
+            node: cell.node().to_string(),
+            generation: 1,
+            address: "127.0.0.1".into(),
+        }],
         ..cell.slice(revision, &[])
     };
     let open = allow("db", "spiffe://west/db", "spiffe://west/web", &[PORT]);

@@ -7,7 +7,8 @@ mod support;
 
 use ambit_agent::clock::Clock;
 use ambit_agent::denials::{Denials, Lane};
-use ambit_agent::health::Health;
+use ambit_agent::hbone::{self, TunnelError};
+use ambit_agent::health::{self, Health};
 use ambit_agent::inbound::Inbound;
 use ambit_agent::issued::Svid;
 use ambit_agent::metrics::METRICS;
@@ -31,6 +32,8 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 
 const SOON: Duration = Duration::from_secs(5);
+/// Of east's node, which calls nobody.
+const HERE: Ipv4Addr = Ipv4Addr::LOCALHOST;
 
 fn trust(view: &View) -> SharedTrust {
     let mut store = TrustStore::new(&view.own).unwrap();
@@ -58,15 +61,16 @@ fn pod(view: &View, entry: &v1::Entry, address: Ipv4Addr) -> Arc<LocalPod> {
     Arc::new(LocalPod { workload, netns: Netns::open(path).unwrap() })
 }
 
-fn plane(view: Arc<View>, pods: Vec<Arc<LocalPod>>, svids: &[Arc<Svid>]) -> Arc<Plane> {
+fn plane(view: Arc<View>, pods: Vec<Arc<LocalPod>>, svids: &[Arc<Svid>], address: Ipv4Addr) -> Arc<Plane> {
     let trust = trust(&view);
     let credentials: Vec<_> =
         svids.iter().map(|s| Arc::new(Credentials::new(s.clone(), trust.clone()).unwrap())).collect();
-    Arc::new(Plane::new(view, pods, credentials, trust))
+    Arc::new(Plane::new(view, pods, credentials, trust, address))
 }
 
-/// West's `web` calls east's `db` at `db_address`; east's agent listens on `hbone`.
+/// West's `web` calls east's `db` at `db_address`; east's agent listens on `hbone`, and west's node is at `home`.
 struct Stage {
+    home: Ipv4Addr,
     west: Cell,
     east: Cell,
     web: Arc<LocalPod>,
@@ -105,6 +109,7 @@ impl Stage {
         let outbound = Outbound::new(west_rx, west_denials.clone(), health.clone(), at.port());
         tokio::spawn(outbound.clone().cut_denied());
         let mut stage = Stage {
+            home: Ipv4Addr::new(127, 0, 76, n),
             web: pod(
                 &west.view(v1::Slice { entries: vec![web_entry.clone()], ..west.slice(0, &[]) }),
                 &web_entry,
@@ -143,6 +148,11 @@ impl Stage {
             generation: 1,
         }
     }
+    /// Where west's node is since this generation of it.
+    fn caller(&self, generation: u64, address: &str) -> v1::NodeAddress {
+        let (trust_domain, node) = ("west".to_owned(), self.west.node().to_string());
+        v1::NodeAddress { trust_domain, node, generation, address: address.into() }
+    }
     /// Publishes both planes; by default both cells allow web -> db on every port.
     fn publish(&mut self, west: impl FnOnce(&mut v1::Slice), east: impl FnOnce(&mut v1::Slice)) {
         let policy = allow("db", "spiffe://east/db", "spiffe://west/web", &[]);
@@ -154,13 +164,15 @@ impl Stage {
         let mut e = self.east.slice(1, &[&self.west]);
         e.entries = vec![self.db_entry.clone()];
         e.policies = vec![policy];
+        e.callers = vec![self.caller(1, &self.home.to_string())];
         east(&mut e);
         let (w, e) = (self.west.view(w), self.east.view(e));
         // As the stream does: whom to refuse is known before the plane is made.
         assert!(self.west_denials.offer(w.denials.clone()) && self.east_denials.offer(e.denials.clone()));
-        self.west_plane.send_replace(Some(plane(w, vec![self.web.clone()], std::slice::from_ref(&self.web_svid))));
+        let (web, svid) = (vec![self.web.clone()], std::slice::from_ref(&self.web_svid));
+        self.west_plane.send_replace(Some(plane(w, web, svid, self.home)));
         let db = pod(&e, &self.db_entry, *self.db_at().ip());
-        self.east_plane.send_replace(Some(plane(e, vec![db], std::slice::from_ref(&self.db_svid))));
+        self.east_plane.send_replace(Some(plane(e, vec![db], std::slice::from_ref(&self.db_svid), HERE)));
     }
     /// An application's connection, captured with this record.
     async fn call(&self, captured: Option<Captured>) -> TcpStream {
@@ -260,6 +272,76 @@ async fn leaves_of_a_denied_node_are_refused_until_a_new_generation() {
     let mut app = stage.call_db().await;
     let (mut pod, _) = stage.served().await;
     round_trip(&mut app, &mut pod, 10).await;
+}
+
+/// web's own key and SVID in a tunnel from this address, and the answer to a CONNECT to db: none where the tunnel is refused.
+async fn asked_from(stage: &Stage, from: Ipv4Addr) -> Option<http::StatusCode> {
+    let plane = stage.west_plane.borrow().clone().unwrap();
+    let (name, config) =
+        health::credentials(&plane, stage.web.id(), &stage.east.id("db").parse().unwrap()).expect("web's SVID");
+    let tunnel = hbone::dial(from, stage.hbone, name, config).await.ok()?;
+    match tunnel.lease()?.open(stage.db_at()).await {
+        Ok(_) => Some(http::StatusCode::OK),
+        Err(TunnelError::Refused(code)) => Some(code),
+        Err(_) => None,
+    }
+}
+
+#[tokio::test]
+async fn a_key_copied_to_another_node_is_refused_there_and_good_at_home() {
+    let mut stage = Stage::set(17).await;
+    let (home, elsewhere) = (stage.home, Ipv4Addr::new(127, 0, 75, 17));
+    assert_eq!(asked_from(&stage, home).await, Some(http::StatusCode::OK));
+    assert_eq!(asked_from(&stage, elsewhere).await, None, "the same SVID and key");
+    assert!(METRICS.handshakes.value(["failed", "node_address_mismatch"]) > 0.0, "already in the handshake");
+    // Of another node, of another trust domain, of a later admission only, or none: it says nothing of this one.
+    let good = stage.caller(1, &home.to_string());
+    for wrong in [
+        vec![v1::NodeAddress { node: "cd".repeat(32), ..good.clone() }],
+        vec![v1::NodeAddress { trust_domain: "east".into(), ..good.clone() }],
+        vec![v1::NodeAddress { generation: 2, ..good.clone() }],
+        vec![],
+    ] {
+        stage.publish(|_| (), |e| e.callers.clone_from(&wrong));
+        assert_eq!(asked_from(&stage, home).await, None, "{wrong:?}");
+    }
+    // An earlier admission registered it, and nothing was heard since.
+    stage.publish(|_| (), |e| e.callers = vec![v1::NodeAddress { generation: 0, ..good.clone() }]);
+    assert_eq!(asked_from(&stage, home).await, Some(http::StatusCode::OK));
+}
+
+#[tokio::test]
+async fn a_listener_of_both_families_knows_an_address_by_its_mapped_form() {
+    let stage = Stage::set(18).await;
+    let both = TcpListener::bind("[::]:0").await.expect("IPv6 on this machine");
+    let at = SocketAddr::from((Ipv4Addr::new(127, 0, 78, 18), both.local_addr().unwrap().port()));
+    let (clock, netns) = (Arc::new(Clock::default()), NetnsThread::start().unwrap());
+    tokio::spawn(Inbound::new(stage.east_plane.subscribe(), stage.east_denials.clone(), netns, clock).serve(both));
+    let stage = Stage { hbone: at, ..stage };
+    assert_eq!(asked_from(&stage, stage.home).await, Some(http::StatusCode::OK));
+    assert_eq!(asked_from(&stage, Ipv4Addr::new(127, 0, 75, 18)).await, None);
+}
+
+#[tokio::test]
+async fn tunnels_of_a_node_that_moved_or_went_are_cut_and_the_moved_node_gets_through() {
+    let mut stage = Stage::set(19).await;
+    for moved in [Some(Ipv4Addr::new(127, 0, 75, 19)), None] {
+        let mut app = stage.call_db().await;
+        let (mut pod, from) = stage.served().await;
+        round_trip(&mut app, &mut pod, 10).await;
+        assert_eq!(stage.outbound.tunnels(), 1, "{from}");
+        let callers: Vec<_> = moved.iter().map(|at| stage.caller(1, &at.to_string())).collect();
+        stage.publish(|_| (), |e| e.callers = callers);
+        assert!(is_reset(app).await, "the live connection is cut");
+        assert!(timeout(SOON, pod.read(&mut [0; 1])).await.expect("the pod sees an end").is_err());
+        no_tunnel(&stage.outbound).await;
+        assert!(is_reset(stage.call_db().await).await, "and from there none is opened");
+        if let Some(at) = moved {
+            // As its agent does that starts anew, with the new address.
+            stage.home = at;
+            stage.publish(|_| (), |_| ());
+        }
+    }
 }
 
 async fn no_tunnel(outbound: &Outbound) {
@@ -489,7 +571,7 @@ async fn without_a_record_or_an_svid_the_application_is_reset() {
     let nowhere = SocketAddrV4::new(Ipv4Addr::new(127, 0, 99, 99), 80);
     assert!(is_reset(stage.call(Some(Captured { asked: nowhere, endpoint: nowhere })).await).await, "no endpoint");
     let view = stage.west_plane.borrow().as_ref().unwrap().view.clone();
-    stage.west_plane.send_replace(Some(plane(view, vec![stage.web.clone()], &[])));
+    stage.west_plane.send_replace(Some(plane(view, vec![stage.web.clone()], &[], stage.home)));
     assert!(is_reset(stage.call_db().await).await, "no SVID");
     // A trust domain that east has no bundle of is refused in the handshake.
     let mut stranger = Cell::founded("west", 9);

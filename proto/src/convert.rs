@@ -3,9 +3,10 @@
 use crate::v1;
 use ambit_model::act::{Approval, Approved, SIGNATURE_BYTES};
 use ambit_model::bundle::Bundle;
-use ambit_model::policy::{Action, Endpoint, Peers, Policy, Service};
+use ambit_model::policy::{Action, Endpoint, NodeAddress, Peers, Policy, Service};
 use ambit_model::{
-    Code, DnsName, Entry, EntryExtras, Extras, Generation, JwtAuthority, JwtTtl, Refusal, Stamp, SvidTtl, TrustDomain,
+    Code, DnsName, Entry, EntryExtras, Extras, Generation, JwtAuthority, JwtTtl, NodeId, Refusal, Stamp, SvidTtl,
+    TrustDomain,
 };
 use std::str::FromStr;
 
@@ -20,7 +21,8 @@ fn port(n: u32) -> Result<u16, Refusal> {
     }
 }
 
-fn address(s: &str) -> Result<std::net::Ipv4Addr, Refusal> {
+/// An IPv4 address.
+pub fn address(s: &str) -> Result<std::net::Ipv4Addr, Refusal> {
     s.parse().map_err(|_| Refusal::new(Code::BadRequest, "an IPv4 address", s))
 }
 
@@ -205,6 +207,18 @@ impl From<&Endpoint> for v1::Endpoint {
             generation: e.generation.0,
         }
     }
+}
+
+/// Of which node of which trust domain, and from where its tunnels come.
+pub fn node_address(m: &v1::NodeAddress) -> Result<((TrustDomain, NodeId), NodeAddress), Refusal> {
+    let row = NodeAddress { address: address(&m.address)?, since: Generation(m.generation) };
+    Ok(((m.trust_domain.parse()?, m.node.parse()?), row))
+}
+
+/// The same as a message.
+pub fn node_address_message(((td, node), row): (&(TrustDomain, NodeId), &NodeAddress)) -> v1::NodeAddress {
+    let (trust_domain, node) = (td.to_string(), node.to_string());
+    v1::NodeAddress { trust_domain, node, generation: row.since.0, address: row.address.to_string() }
 }
 
 /// A bundle from its message. The caller says whose it is by the type it asks for.

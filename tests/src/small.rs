@@ -1,4 +1,4 @@
-//! A lab of one cluster: three replicas, two nodes.
+//! A small lab: one cluster with three replicas and two nodes, where a test asks for no other.
 
 use crate::process::{binary, must_run};
 use ambit_lab::guardian::Guardian;
@@ -16,11 +16,17 @@ pub struct Small {
 impl Small {
     /// Sets it up, as root.
     pub fn up(name: &str) -> Result<Small> {
+        Small::shaped(name, 1, 2, 3)
+    }
+
+    /// The same with so many clusters, nodes and replicas of each.
+    pub fn shaped(name: &str, clusters: u8, nodes: u8, replicas: u8) -> Result<Small> {
         needs_root()?;
         down::down(name)?;
         let _guardian = Guardian::post(name)?;
         let program = binary("ambit-lab")?.display().to_string();
-        let shape = ["--clusters", "1", "--nodes", "2", "--replicas", "3"];
+        let (clusters, nodes, replicas) = (clusters.to_string(), nodes.to_string(), replicas.to_string());
+        let shape = ["--clusters", &clusters, "--nodes", &nodes, "--replicas", &replicas];
         must_run(&[&[program.as_str(), "up", "--cells", "--name", name], &shape[..]].concat())?;
         Ok(Small { lab: Lab::open(name)?, _guardian })
     }

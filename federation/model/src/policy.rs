@@ -4,7 +4,7 @@ use crate::id::{ClusterId, ObjectName, SpiffeId, TrustDomain};
 use crate::refusal::{Code, Refusal};
 use serde::{Deserialize, Serialize};
 use std::fmt;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::str::FromStr;
 
 /// What a policy does when it matches. Deny wins over allow; without an allow the answer is deny.
@@ -134,6 +134,23 @@ pub struct Service {
     pub order: Order,
 }
 
+/// Where tunnels of a node come from: the address that it registered on its attested stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct NodeAddress {
+    /// The one address. What else the machine has counts for nothing.
+    pub address: Ipv4Addr,
+    /// The admission under which it was registered first: it holds for leaves of this one and of later ones.
+    pub since: crate::id::Generation,
+}
+
+impl NodeAddress {
+    /// Whether a leaf of this generation of the node may come from there. What a listener of both families calls
+    /// `::ffff:a.b.c.d` is the same address (RFC 4291 2.5.5.2).
+    pub fn is_home_of(&self, generation: crate::id::Generation, from: IpAddr) -> bool {
+        self.since <= generation && from.to_canonical() == IpAddr::V4(self.address)
+    }
+}
+
 /// Where an enrolled workload listens.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Endpoint {
@@ -149,4 +166,29 @@ pub struct Endpoint {
     pub node: crate::id::NodeId,
     /// The node's generation when it was reported.
     pub generation: crate::id::Generation,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::id::Generation;
+
+    #[test]
+    fn a_leaf_comes_from_its_home_by_either_form_and_from_nowhere_else() {
+        let home = NodeAddress { address: Ipv4Addr::new(10, 0, 0, 2), since: Generation(3) };
+        for (generation, from, good) in [
+            (3, "10.0.0.2", true),
+            (4, "10.0.0.2", true),
+            (2, "10.0.0.2", false),
+            (3, "::ffff:10.0.0.2", true),
+            (3, "10.0.0.3", false),
+            (3, "::ffff:10.0.0.3", false),
+            // Neither the compatible form of old nor a translated one is the address (RFC 4291 2.5.5.1, RFC 6052).
+            (3, "::10.0.0.2", false),
+            (3, "64:ff9b::10.0.0.2", false),
+            (3, "2001:db8::2", false),
+        ] {
+            assert_eq!(home.is_home_of(Generation(generation), from.parse().unwrap()), good, "{generation} {from}");
+        }
+    }
 }

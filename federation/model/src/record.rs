@@ -28,6 +28,8 @@ pub enum Kind {
     LeafDenial,
     /// An intermediate whose leaves are refused, until it ended; key = its name.
     AuthorityDenial,
+    /// Where tunnels of a node of the origin come from; key = node id.
+    NodeAddress,
 }
 
 /// One decision of its origin. An empty payload removes the object.

@@ -171,6 +171,7 @@ codes! {
     ApprovalExpired = "approval_expired", Denied, "propose the act again: what was signed is no longer good";
     ApprovalUsed = "approval_used", Denied, "propose the act again: what was signed is good for one time";
     AdminExpired = "admin_expired", Unauthenticated, "have a federation-admin issue a new one (ambit admin issue); where none has one in time, break glass: ambit admin request, ambitd admin break-glass, ambit admin install";
+    NodeAddressMismatch = "node_address_mismatch", Denied, "call from the address that the SVID's node registered (node_address), with no translation between nodes; otherwise the SVID is a copy: revoke it";
 }
 
 impl fmt::Display for Code {

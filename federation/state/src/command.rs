@@ -14,6 +14,7 @@ use ambit_model::{
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::Ipv4Addr;
 
 /// First byte of every encoded entry.
 pub const ENTRY_VERSION: u8 = 2;
@@ -437,6 +438,8 @@ pub enum Command {
     },
     /// What was fetched from a foreign trust domain's endpoint, with its keys of JWT-SVIDs.
     TakeBundleWithKeys(TrustDomain, FetchedBundle, Vec<JwtAuthority>),
+    /// Where tunnels of a node come from, as it says on the stream of this admission.
+    RegisterAddress(NodeId, Generation, Ipv4Addr),
 }
 
 /// A foreign bundle, read strictly.

@@ -11,10 +11,12 @@ impl State {
     /// nowhere.
     pub fn fits(&self, entry: &Entry, id: &NodeId) -> bool {
         let named = self.node(id).is_some_and(|row| entry.may_run_on(&row.cluster, id));
-        named
-            && !self.barred(&entry.spiffe_id)
-            && entry.extras.expires_at > self.stamp()
-            && entry.node_selectors().all(|selector| self.shows(id, selector))
+        named && self.is_given(entry) && entry.node_selectors().all(|selector| self.shows(id, selector))
+    }
+
+    /// Whether its identity is given to anybody: it is not barred, and the entry has not ended.
+    pub(crate) fn is_given(&self, entry: &Entry) -> bool {
+        !self.barred(&entry.spiffe_id) && entry.extras.expires_at > self.stamp()
     }
 
     /// Whether a node selector holds. Those of a workload are not the cell's to judge.

@@ -7,6 +7,7 @@
 
 mod apply;
 pub mod authorities;
+mod callers;
 pub mod command;
 pub mod committed;
 mod denied;

@@ -3,6 +3,7 @@
 use crate::committed::{Issuance, JwtIssuance, SealedReport};
 use crate::objects::*;
 use crate::state::{OwnedName, State};
+use ambit_model::policy::NodeAddress;
 use ambit_model::record::Record;
 use ambit_model::{ClusterId, EntryId, Generation, NodeId, ObjectName, TrustDomain};
 use std::collections::BTreeSet;
@@ -96,6 +97,14 @@ impl State {
     /// Leaves of these nodes up to the generation are refused; a node is the trust domain's that denied it.
     pub fn node_denials(&self) -> impl Iterator<Item = (&(TrustDomain, NodeId), &Generation)> {
         self.node_denials.iter()
+    }
+    /// Where tunnels of nodes come from; a node is the trust domain's that says so.
+    pub fn node_addresses(&self) -> impl Iterator<Item = (&(TrustDomain, NodeId), &NodeAddress)> {
+        self.node_addresses.iter()
+    }
+    /// The same of a node of this cell, once it registered one.
+    pub fn node_address(&self, id: &NodeId) -> Option<&NodeAddress> {
+        self.node_addresses.get(&(self.cell()?.trust_domain.clone(), *id))
     }
     /// Rules of the EK deny-list.
     pub fn ek_denials(&self) -> impl Iterator<Item = (&ObjectName, &EkDenyRow)> {

@@ -3,7 +3,7 @@
 use crate::denied::SvidDenials;
 use crate::objects::{PeerState, RelationshipRow};
 use crate::state::State;
-use ambit_model::policy::{Endpoint, Policy, Service};
+use ambit_model::policy::{Endpoint, NodeAddress, Policy, Service};
 use ambit_model::{ClusterId, Entry, Generation, JwtAuthority, NodeId, Revision, SpiffeId, Stamp, TrustDomain};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -33,6 +33,8 @@ pub struct Slice {
     pub services: Vec<(TrustDomain, Service)>,
     /// Endpoints that they may reach.
     pub endpoints: Vec<Endpoint>,
+    /// From where tunnels of nodes come that may call them; a node is the trust domain's that says so.
+    pub callers: BTreeMap<(TrustDomain, NodeId), NodeAddress>,
     /// Numbers of every identity named above.
     pub identities: BTreeMap<SpiffeId, u32>,
     /// Leaves of these nodes up to the generation are refused; a node is the trust domain's that denied it.
@@ -77,6 +79,7 @@ impl State {
             cluster: node.cluster.clone(),
             bundles: self.bundles_for(&entries),
             jwt_authorities: self.jwt_bundles_for(&entries),
+            callers: self.callers(&local, &policies),
             policies: policies.iter().map(|(origin, p)| (origin.clone(), p.clone())).collect(),
             entries,
             services,

@@ -8,6 +8,7 @@ use crate::committed::{
 };
 use crate::objects::*;
 use crate::table::{Journal, Packed, Table, TableWrite};
+use ambit_model::policy::NodeAddress;
 use ambit_model::record::Record;
 use ambit_model::{
     ClusterId, Code, EntryId, Generation, IdDenial, LeafDenial, NodeId, ObjectName, RaftIndex, Refusal, SpiffeId,
@@ -89,6 +90,8 @@ pub struct State {
     pub(crate) acts: Table<u64, ActRow>,
     /// Identities that administrators of clusters deny, by the cluster whose share of denials they take.
     pub(crate) id_shares: Table<SpiffeId, ClusterId>,
+    /// Where tunnels of nodes come from, each the trust domain's that says so.
+    pub(crate) node_addresses: Table<(TrustDomain, NodeId), NodeAddress>,
     /// `issued` by node and end, in memory only: counting a node's leaves must not cost a walk over everybody's.
     pub(crate) live_leaves: BTreeMap<NodeId, BTreeSet<(Stamp, [u8; 16])>>,
     /// Entries by the identity that they give, in memory only: whose an identity is must not cost a walk over all entries.
@@ -152,7 +155,8 @@ macro_rules! each_table {
             $s.authority_denials,
             $s.approvers,
             $s.acts,
-            $s.id_shares
+            $s.id_shares,
+            $s.node_addresses
         )
     };
 }
@@ -278,6 +282,7 @@ impl State {
             approvers: Table::new(id()),
             acts: Table::new(id()),
             id_shares: Table::new(id()),
+            node_addresses: Table::new(id()),
             live_leaves: BTreeMap::new(),
             giving: BTreeMap::new(),
             asking: BTreeMap::new(),

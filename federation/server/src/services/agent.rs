@@ -7,12 +7,13 @@ use crate::replica::Replica;
 use ambit_identity::PeerSvid;
 use ambit_model::policy::Endpoint;
 use ambit_model::{Code, Generation, IdDenial, NodeId, Refusal, SpiffeId, Stamp, TrustDomain};
-use ambit_proto::convert::{policy_message, service_message};
+use ambit_proto::convert::{address, node_address_message, policy_message, service_message};
 use ambit_proto::status::to_status;
 use ambit_proto::v1;
 use ambit_state::objects::NodeState;
 use ambit_state::{Command, ENDPOINTS_PER_NODE_MAX, Reply, Slice, State, SvidDenials};
 use sha2::{Digest, Sha256};
+use std::net::Ipv4Addr;
 use std::pin::Pin;
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -57,13 +58,14 @@ impl v1::agent_stream_server::AgentStream for Streams {
             Some(v1::agent_message::Body::Subscribe(subscribe)) => subscribe,
             _ => return Err(Refusal::new(Code::BadRequest, "Subscribe first", "another message")).or_status(),
         };
+        let address = address(&subscribe.node_address).or_status()?;
         let stream = STREAMS.fetch_add(1, Ordering::Relaxed);
         // From here on an older stream of this node ends.
         let newer = self.0.agents().connected(node, subscribe.node_address, stream);
         let (down, queue) = mpsc::channel::<Down>(QUEUE);
         let rounds = Rounds::new(self.0.clone(), node, generation);
         let (replica, until, svid) = (self.0.clone(), actor.until, actor.svid);
-        let session = Session { replica, node, generation, until, svid, stream, newer, rounds };
+        let session = Session { replica, node, generation, address, until, svid, stream, newer, rounds };
         tokio::spawn(session.run(up, down));
         Ok(Response::new(Box::pin(ReceiverStream::new(queue))))
     }
@@ -73,6 +75,8 @@ struct Session {
     replica: Replica,
     node: NodeId,
     generation: Generation,
+    /// Where its tunnels come from, as it says.
+    address: Ipv4Addr,
     until: Option<Stamp>,
     /// What it showed when the stream began.
     svid: Option<PeerSvid>,
@@ -101,56 +105,80 @@ struct Sent {
 
 impl Session {
     async fn run(mut self, mut up: Streaming<v1::AgentMessage>, down: mpsc::Sender<Down>) {
-        let mut newer = self.newer.clone();
-        let mut revisions = self.replica.watch_revision();
-        let mut sent = Sent::default();
-        let beat = tokio::time::sleep(Duration::ZERO);
-        tokio::pin!(beat);
-        let ended = loop {
-            if let Err(refusal) = self.push(&mut sent, &down).await {
-                break Some(refusal);
-            }
-            tokio::select! {
-                message = up.message() => match message {
-                    Ok(Some(message)) => {
-                        if let Err(refusal) = self.take(message, &mut sent, &down).await {
-                            break Some(refusal);
-                        }
-                    }
-                    Ok(None) | Err(_) => break None,
-                },
-                todo = self.rounds.next() => {
-                    if matches!(todo, Todo::Send(_)) {
-                        beat.as_mut().reset(self.next_beat());
-                    }
-                    if let Some(refusal) = self.act(todo, &down).await {
-                        break Some(refusal);
-                    }
-                }
-                changed = revisions.changed() => {
-                    if changed.is_err() {
-                        break None;
-                    }
-                    // Whom to refuse does not wait for the rest to settle.
-                    if let Err(refusal) = self.push_denials(&mut sent, &down).await {
-                        break Some(refusal);
-                    }
-                    tokio::time::sleep(SETTLE).await;
-                }
-                _ = newer.changed() => break self.newest().err(),
-                () = &mut beat => {
-                    if let Err(refusal) = self.beat(&sent, &down) {
-                        break Some(refusal);
-                    }
-                    beat.as_mut().reset(self.next_beat());
-                }
-            }
+        // Before its slice, with which its workloads get SVIDs: whoever they call should have heard by then.
+        let ended = match self.register().await {
+            Ok(()) => self.serve(&mut up, &down).await,
+            Err(refusal) => Some(refusal),
         };
         if let Some(refusal) = ended {
             tracing::info!(node = %self.node, code = %refusal.code, "agent stream ended");
             let _ = down.send(Err(to_status(&told(refusal)))).await;
         }
         self.replica.agents().gone(&self.node, self.stream);
+    }
+
+    /// Until the stream breaks, or the refusal that ends it.
+    async fn serve(&mut self, up: &mut Streaming<v1::AgentMessage>, down: &mpsc::Sender<Down>) -> Option<Refusal> {
+        let mut newer = self.newer.clone();
+        let mut revisions = self.replica.watch_revision();
+        let mut sent = Sent::default();
+        let beat = tokio::time::sleep(Duration::ZERO);
+        tokio::pin!(beat);
+        loop {
+            if let Err(refusal) = self.push(&mut sent, down).await {
+                return Some(refusal);
+            }
+            tokio::select! {
+                message = up.message() => match message {
+                    Ok(Some(message)) => {
+                        if let Err(refusal) = self.take(message, &mut sent, down).await {
+                            return Some(refusal);
+                        }
+                    }
+                    Ok(None) | Err(_) => return None,
+                },
+                todo = self.rounds.next() => {
+                    if matches!(todo, Todo::Send(_)) {
+                        beat.as_mut().reset(self.next_beat());
+                    }
+                    if let Some(refusal) = self.act(todo, down).await {
+                        return Some(refusal);
+                    }
+                }
+                changed = revisions.changed() => {
+                    if changed.is_err() {
+                        return None;
+                    }
+                    // Whom to refuse does not wait for the rest to settle.
+                    if let Err(refusal) = self.push_denials(&mut sent, down).await {
+                        return Some(refusal);
+                    }
+                    tokio::time::sleep(SETTLE).await;
+                }
+                _ = newer.changed() => return self.newest().err(),
+                () = &mut beat => {
+                    if let Err(refusal) = self.beat(&sent, down) {
+                        return Some(refusal);
+                    }
+                    beat.as_mut().reset(self.next_beat());
+                }
+            }
+        }
+    }
+
+    /// Commits where the node's tunnels come from, unless that is known. A replica that knows of this admission knows what
+    /// was registered before it, and an agent registers one address in its life: what it finds the same here is the same.
+    async fn register(&self) -> Result<(), Refusal> {
+        self.newest()?;
+        let known = self.replica.local(|s| {
+            self.trusted(s)?;
+            Ok::<_, Refusal>(s.node_address(&self.node).is_some_and(|known| known.address == self.address))
+        })?;
+        if known {
+            return Ok(());
+        }
+        let command = Command::RegisterAddress(self.node, self.generation, self.address);
+        self.replica.propose_own(command).await?.outcome.map(drop)
     }
 
     /// Shows that the stream lives. A stream does not outlive the certificate that opened it.
@@ -396,6 +424,7 @@ fn slice_message(s: &Slice) -> v1::Slice {
         policies: s.policies.iter().map(|(origin, p)| policy_message(origin, p)).collect(),
         services: s.services.iter().map(|(origin, v)| service_message(origin, v)).collect(),
         endpoints: s.endpoints.iter().map(Into::into).collect(),
+        callers: s.callers.iter().map(node_address_message).collect(),
         identities: s
             .identities
             .iter()

@@ -7,7 +7,7 @@ use crate::objects::{ForeignCluster, JwtKeys, Owned, PeerRow, PeerState, TokenSc
 use crate::state::State;
 use crate::table::{Journal, Table};
 use ambit_model::bundle::{BundleRecord, RootEntry, RootState};
-use ambit_model::policy::{Endpoint, Policy, Service};
+use ambit_model::policy::{Endpoint, NodeAddress, Policy, Service};
 use ambit_model::record::{Head, Kind, Record};
 use ambit_model::{
     Code, Generation, IdDenial, LeafDenial, NodeId, ObjectName, Refusal, Revision, SpiffeId, Stamp, TrustDomain,
@@ -28,6 +28,8 @@ const FOREIGN_DENIALS_MAX: usize = 100_000;
 /// As many as a cell makes itself.
 const FOREIGN_SVID_DENIALS_MAX: usize = 20_000;
 const FOREIGN_AUTHORITY_DENIALS_MAX: usize = 1_000;
+/// A slice may carry them all: 20,000 take two of its sixteen MiB.
+const FOREIGN_NODE_ADDRESSES_MAX: usize = 20_000;
 /// Roots in a bundle; a trust domain has two while it rotates.
 const FOREIGN_ROOTS_MAX: usize = 8;
 /// Roots of a peer that are no more, remembered so that none comes back.
@@ -165,6 +167,7 @@ enum Imported {
     LeafDenial(String, Vec<u8>, LeafDenial),
     Bundle(BundleRecord),
     AuthorityDenial(String, Stamp),
+    NodeAddress(NodeId, Option<NodeAddress>),
     Ignored,
 }
 
@@ -199,6 +202,12 @@ fn decode(r: &Record) -> Result<Imported, Refusal> {
         Kind::NodeDenial => {
             let generation = object(r)?.unwrap_or_default();
             Imported::NodeDenial(r.key.parse()?, generation)
+        }
+        Kind::NodeAddress => {
+            // Whose node it is says the origin: a peer's word is about leaves of its own trust domain only.
+            // One that is no machine's leaves the node with none: its leaves are refused.
+            let address: Option<NodeAddress> = object(r)?;
+            Imported::NodeAddress(r.key.parse()?, address.filter(|a| super::node_address::is_of_a_node(a.address)))
         }
         Kind::JwtKeys if r.key == r.origin.as_str() => object(r)?.map_or(Imported::Ignored, Imported::JwtKeys),
         Kind::JwtKeys => Imported::Ignored,
@@ -289,6 +298,7 @@ struct Room {
     ids: usize,
     leaves: usize,
     authority_denials: usize,
+    node_addresses: usize,
 }
 
 impl Room {
@@ -303,6 +313,7 @@ impl Room {
         let ids = s.id_denials.iter().map(|((td, _), _)| td).filter(of_origin).count();
         let leaves = s.leaf_denials.iter().map(|((td, _, _), _)| td).filter(of_origin).count();
         let authorities = s.authority_denials.from((origin.clone(), String::new())).map(|((td, _), _)| td);
+        let nodes = s.node_addresses.from((origin.clone(), NodeId([0; 32]))).map(|((td, _), _)| td);
         Room {
             ids: left(FOREIGN_SVID_DENIALS_MAX, ids),
             leaves: left(FOREIGN_SVID_DENIALS_MAX, leaves),
@@ -312,6 +323,7 @@ impl Room {
             endpoints: left(FOREIGN_ENDPOINTS_MAX, endpoints.take_while(of_origin).count()),
             denials: left(FOREIGN_DENIALS_MAX, denials.take_while(of_origin).count()),
             authority_denials: left(FOREIGN_AUTHORITY_DENIALS_MAX, authorities.take_while(of_origin).count()),
+            node_addresses: left(FOREIGN_NODE_ADDRESSES_MAX, nodes.take_while(of_origin).count()),
         }
     }
 }
@@ -390,6 +402,10 @@ fn take(s: &mut State, at: At, origin: &TrustDomain, object: Imported, room: &mu
             let known = s.authority_denials.get(&key).copied().unwrap_or_default();
             let until = Some(known.max(until));
             put(&mut s.journal, &mut s.authority_denials, &mut room.authority_denials, key, until);
+        }
+        Imported::NodeAddress(node, address) => {
+            let key = (origin.clone(), node);
+            put(&mut s.journal, &mut s.node_addresses, &mut room.node_addresses, key, address);
         }
         Imported::Bundle(_) | Imported::Ignored => {}
     }

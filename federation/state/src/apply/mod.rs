@@ -14,6 +14,7 @@ mod issue;
 pub(crate) mod jwt;
 mod mint;
 mod node;
+mod node_address;
 mod objects;
 mod relationship;
 mod roles;
@@ -128,6 +129,9 @@ pub(crate) fn apply(s: &mut State, index: RaftIndex, stamp: Stamp, command: &Com
             at,
             &act::BreakGlass { admin, key_hash: *key_hash, authority, replica: *replica, approved },
         ),
+        Command::RegisterAddress(node, generation, address) => {
+            node_address::register(s, at, node, *generation, *address)
+        }
     }
 }
 

@@ -152,8 +152,10 @@ impl Ledger {
         for (record, _) in self.exported.get(origin).into_iter().flatten() {
             let key = (record.kind, record.key.clone());
             match record.kind {
-                Kind::Policy | Kind::NodeDenial if record.payload.is_empty() => drop(out.remove(&key)),
-                Kind::Policy => drop(out.insert(key, record.payload.clone())),
+                Kind::Policy | Kind::NodeDenial | Kind::NodeAddress if record.payload.is_empty() => {
+                    drop(out.remove(&key))
+                }
+                Kind::Policy | Kind::NodeAddress => drop(out.insert(key, record.payload.clone())),
                 Kind::NodeDenial => {
                     // Denials only grow.
                     let generation = |bytes: &[u8]| postcard::from_bytes::<Generation>(bytes).unwrap_or_default();
@@ -181,5 +183,9 @@ fn held(state: &State, origin: &TrustDomain) -> BTreeMap<(Kind, String), Vec<u8>
     let denials = denials.map(|((_, node), generation): (&(TrustDomain, NodeId), _)| {
         ((Kind::NodeDenial, node.to_string()), bytes(generation))
     });
-    policies.chain(denials).collect()
+    let addresses = state
+        .node_addresses()
+        .filter(|((td, _), _)| td == origin)
+        .map(|((_, node), row)| ((Kind::NodeAddress, node.to_string()), postcard::to_stdvec(row).unwrap_or_default()));
+    policies.chain(denials).chain(addresses).collect()
 }

@@ -1,0 +1,57 @@
+//! Where tunnels of nodes come from: a key that was copied to another attested node is refused there.
+
+use super::{At, cell_row, export, payload, touch};
+use crate::command::Reply;
+use crate::objects::NodeState;
+use crate::state::State;
+use ambit_model::policy::NodeAddress;
+use ambit_model::record::Kind;
+use ambit_model::{Code, Generation, NodeId, Refusal};
+use std::net::Ipv4Addr;
+
+/// The node says it on the stream of this admission. The same again moves nothing, also under a later admission: nodes
+/// renew theirs all day, and nobody need hear of it.
+pub(super) fn register(
+    s: &mut State,
+    at: At,
+    id: &NodeId,
+    generation: Generation,
+    address: Ipv4Addr,
+) -> Result<Reply, Refusal> {
+    let Some(node) = s.node(id).filter(|n| n.state == NodeState::Admitted) else {
+        return Err(Refusal::new(Code::NodeUntrusted, "an admitted node", id.to_string()));
+    };
+    if node.generation != generation {
+        let expected = format!("the leaf of generation {}", node.generation);
+        return Err(Refusal::new(Code::SvidUntrusted, expected, generation.to_string()));
+    }
+    if !is_of_a_node(address) {
+        return Err(Refusal::new(Code::BadRequest, "the address of one machine", address.to_string()));
+    }
+    if s.node_address(id).is_some_and(|known| known.address == address) {
+        return Ok(Reply::Done);
+    }
+    let row = NodeAddress { address, since: generation };
+    let own = cell_row(s)?.trust_domain;
+    s.node_addresses.put(&mut s.journal, (own, *id), row);
+    export(s, Kind::NodeAddress, id.to_string(), payload(&row)?);
+    // Who runs nothing calls nobody, and is in no slice.
+    if s.entries().any(|row| s.fits(&row.entry, id)) {
+        touch(s, at);
+    }
+    Ok(Reply::Done)
+}
+
+/// The node is out: no leaf of it comes from anywhere.
+pub(super) fn forget(s: &mut State, id: &NodeId) -> Result<(), Refusal> {
+    let own = cell_row(s)?.trust_domain;
+    if s.node_addresses.remove(&mut s.journal, &(own, *id)).is_some() {
+        export(s, Kind::NodeAddress, id.to_string(), Vec::new());
+    }
+    Ok(())
+}
+
+/// Not one that stands for none or for many (RFC 6890).
+pub(super) fn is_of_a_node(address: Ipv4Addr) -> bool {
+    !address.is_unspecified() && !address.is_multicast() && !address.is_broadcast()
+}
