@@ -11,7 +11,7 @@ mod node;
 mod svid;
 mod watch;
 
-pub use admin::Admin;
+pub use admin::{Admin, Administrator};
 pub use approver::{Approvals, Approve, Approver};
 pub use attest::{Appraise, Attest, AttestPolicy, LearnPolicy};
 pub use cluster::{Cluster, EkRoot};

@@ -228,8 +228,6 @@ impl At<'_> {
 }
 
 fn static_entry(at: &At<'_>, name: &str, e: StaticEntry, cluster: Option<&ClusterId>) -> Result<v1::Entry, Refusal> {
-    at.unset("admin", e.admin)?;
-    at.unset("downstream", e.downstream)?;
     at.unset("storeSVID", e.store_svid)?;
     let id: SpiffeId = at.parsed("spiffeID", &e.spiffe_id)?;
     let parent: SpiffeId = at.parsed("parentID", &e.parent_id)?;
@@ -257,6 +255,8 @@ fn static_entry(at: &At<'_>, name: &str, e: StaticEntry, cluster: Option<&Cluste
         hint: e.hint,
         dns_names: e.dns_names,
         jwt_ttl_seconds: at.seconds("jwtSVIDTTL", e.jwt_ttl.as_ref())?,
+        admin: e.admin,
+        downstream: e.downstream,
         ..v1::Entry::default()
     })
 }
@@ -275,8 +275,6 @@ fn cluster_spiffe_id(
     };
     open("podSelector", &e.pod_selector)?;
     open("namespaceSelector", &e.namespace_selector)?;
-    at.unset("admin", e.admin)?;
-    at.unset("downstream", e.downstream)?;
     at.unset("autoPopulateDNSNames", e.auto_populate_dns_names)?;
     at.unset("fallback", e.fallback)?;
     at.constant("spiffeIDTemplate", &e.spiffe_id)?;
@@ -301,6 +299,8 @@ fn cluster_spiffe_id(
         hint: e.hint,
         dns_names: e.dns_names,
         jwt_ttl_seconds: at.seconds("jwtTtl", e.jwt_ttl.as_ref())?,
+        admin: e.admin,
+        downstream: e.downstream,
         ..v1::Entry::default()
     })
 }

@@ -14,7 +14,7 @@ fn a_static_entry_is_an_entry_field_by_field() {
     let spec = format!(
         "{{spiffeID: 'spiffe://west/web', parentID: 'spiffe://west/ambit/node/{node}', className: x,
            selectors: ['unix:uid:1000', 'cgroup:web'], federatesWith: [example.org], x509SVIDTTL: 30m0s,
-           jwtSVIDTTL: 5m, dnsNames: [web.west], hint: inner, admin: false, downstream: false}}"
+           jwtSVIDTTL: 5m, dnsNames: [web.west], hint: inner, admin: false, downstream: true}}"
     );
     let entry = one("ClusterStaticEntry", &spec).unwrap().entries.remove(0);
     let expected = v1::Entry {
@@ -28,6 +28,7 @@ fn a_static_entry_is_an_entry_field_by_field() {
         hint: "inner".into(),
         dns_names: vec!["web.west".into()],
         jwt_ttl_seconds: 300,
+        downstream: true,
         ..Default::default()
     };
     assert_eq!(entry, expected);
@@ -72,8 +73,6 @@ fn what_cannot_be_said_is_refused_with_its_field() {
     let cgroup = "workloadSelectorTemplates: ['cgroup:web']";
     let web = "trustDomain: example.org, bundleEndpointURL: 'https://b.example.org/'";
     for (kind, spec, field) in [
-        ("ClusterStaticEntry", format!("{{{id}, {parent}, {uid}, admin: true}}"), "spec.admin"),
-        ("ClusterStaticEntry", format!("{{{id}, {parent}, {uid}, downstream: true}}"), "spec.downstream"),
         ("ClusterStaticEntry", format!("{{{id}, {parent}, {uid}, storeSVID: true}}"), "spec.storeSVID"),
         (
             "ClusterStaticEntry",

@@ -224,6 +224,62 @@ fn time_authority_and_trust_domain_decide_too() {
 }
 
 #[test]
+fn under_a_downstream_authority_workloads_are_valid_and_the_cells_own_are_not() {
+    let made = Made::new("downstream");
+    let roots = made.at("example.org.pem");
+    let mark = "1.3.6.1.4.1.61999.1.2=DER:05:00";
+    let authority = |name: &str, constraints: &str, mark: &str| {
+        let extensions = format!(
+            "basicConstraints=critical,{constraints}\nkeyUsage=critical,keyCertSign,cRLSign\n\
+             subjectAltName=URI:spiffe://example.org\n{mark}\n"
+        );
+        // It signs as an authority of the folder does: by the key of its leaves.
+        let out = made.leaf("example.org", name, "/O=issuer", &extensions);
+        std::fs::copy(made.at("leaf.key"), made.at(&format!("{name}.key"))).unwrap();
+        out
+    };
+    let marked = authority("marked", "CA:TRUE,pathlen:0", mark);
+    let plain = authority("plain", "CA:TRUE,pathlen:0", "");
+    let loose = authority("loose", "CA:TRUE", mark);
+    let bound = format!(
+        "1.3.6.1.4.1.61999.1.1=DER:30:36:04:20{}:04:08{}:04:08{}",
+        ":07".repeat(32),
+        ":00".repeat(8),
+        ":00".repeat(8)
+    );
+    let text = |file: &str| std::fs::read_to_string(file).unwrap();
+    for (what, by, id, more, rule) in [
+        ("a workload", ("marked", &marked), "spiffe://example.org/w", "", None),
+        ("an administrator", ("marked", &marked), "spiffe://example.org/ambit/admin/x", "", Some("downstream-own-id")),
+        (
+            "bound to a node",
+            ("marked", &marked),
+            "spiffe://example.org/w",
+            bound.as_str(),
+            Some("downstream-node-binding"),
+        ),
+        ("an administrator of the cell", ("plain", &plain), "spiffe://example.org/ambit/admin/x", "", None),
+        ("under one without a bound", ("loose", &loose), "spiffe://example.org/w", "", Some("downstream-last")),
+    ] {
+        let (name, upper) = by;
+        let leaf = made.leaf(name, "under", "/O=w", &(with(&format!("URI:{id}")) + more));
+        let chain = made.at("chain.pem");
+        std::fs::write(&chain, text(&leaf) + &text(upper)).unwrap();
+        let (exit, out, err) = ambit(&["svid", "verify", &chain, "--bundle", &roots, "-o", "json"]);
+        assert_eq!(exit, if rule.is_some() { 4 } else { 0 }, "{what}: {out}{err}");
+        if rule.is_none() {
+            let answer: Value = serde_json::from_str(&out).unwrap();
+            assert_eq!(answer["downstream"], name == "marked", "{what}");
+        }
+        let (lint, findings, _) = ambit(&["svid", "lint", &chain, "-o", "json"]);
+        let findings: Value = serde_json::from_str(&findings).unwrap();
+        let mut musts =
+            findings.as_array().unwrap().iter().filter(|f| f["level"] == "must").map(|f| f["rule"].as_str());
+        assert_eq!((lint, musts.next().flatten()), (exit, rule), "{what}: {findings}");
+    }
+}
+
+#[test]
 fn bundles_are_read_in_each_form_and_refused_when_they_are_none() {
     let made = Made::new("bundles");
     let leaf = made.leaf("example.org", "leaf", "/O=w", &with("URI:spiffe://example.org/w"));

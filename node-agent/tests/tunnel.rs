@@ -504,6 +504,26 @@ async fn a_caller_whose_intermediate_is_revoked_is_cut_and_told_apart_from_a_str
     assert_eq!(METRICS.handshakes.value(["failed", "svid_untrusted"]), 0.0);
 }
 
+#[tokio::test]
+async fn a_caller_under_a_downstream_authority_that_forges_a_node_is_refused() {
+    let mut stage = Stage::set(17).await;
+    let mut app = stage.call_db().await;
+    let (mut pod, _) = stage.served().await;
+    round_trip(&mut app, &mut pod, 10).await;
+    // The same identity, bound to the same node: nothing differs but who signed.
+    let mut pretender = stage.west.pretender();
+    pretender.entry("web", &["cgroup:web"], &[]);
+    stage.web_svid = pretender.svid("web");
+    stage.publish(|_| (), |_| ());
+    assert!(is_reset(stage.call_db().await).await, "refused");
+    assert!(timeout(Duration::from_millis(200), stage.db.accept()).await.is_err(), "the pod saw nothing");
+    stage.web_svid = stage.west.svid("web");
+    stage.publish(|_| (), |_| ());
+    let mut app = stage.call_db().await;
+    let (mut pod, _) = stage.served().await;
+    round_trip(&mut app, &mut pod, 10).await;
+}
+
 /// The word of `td` on the intermediate that signed this SVID.
 fn authority(revision: u64, td: &str, svid: &Svid) -> Denials {
     let denial = v1::AuthorityDenial { trust_domain: td.into(), authority: svid.authority.clone() };

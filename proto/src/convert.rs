@@ -92,6 +92,9 @@ impl TryFrom<&v1::Entry> for Entry {
                 dns_names: dns_names(&m.dns_names)?,
                 jwt_ttl: jwt_ttl(m.jwt_ttl_seconds)?,
                 expires_at: if m.expires_at_ms == 0 { EntryExtras::NONE.expires_at } else { Stamp(m.expires_at_ms) },
+                downstream: m.downstream,
+                admin: m.admin,
+                federates_with_groups: all(&m.federates_with_groups)?,
             })?,
         })
     }
@@ -112,6 +115,9 @@ impl From<&Entry> for v1::Entry {
             dns_names: e.extras.dns_names.iter().map(ToString::to_string).collect(),
             jwt_ttl_seconds: e.extras.jwt_ttl.seconds(),
             expires_at_ms: if e.extras.expires_at == EntryExtras::NONE.expires_at { 0 } else { e.extras.expires_at.0 },
+            downstream: e.extras.downstream,
+            admin: e.extras.admin,
+            federates_with_groups: e.extras.federates_with_groups.iter().map(ToString::to_string).collect(),
         }
     }
 }

@@ -24,8 +24,8 @@ use tonic::{Request, Status};
 const ANSWER_MAX: Duration = Duration::from_secs(2);
 
 /// Callers: F federation-admin, C cluster-admin:west, O operator, A auditor, N node, R replica, P replica of an active peer,
-/// `-` without a certificate. A workload's certificate, and an administrator's whose roles were taken away, open nothing.
-const EVERYBODY: &str = "-FCOANRP";
+/// D issuer of a cluster (an SVID of a downstream entry), `-` without a certificate. A workload's certificate, and an administrator's whose roles were taken away, open nothing.
+const EVERYBODY: &str = "-FCOANRPD";
 
 /// Who is let in. A row more, or a letter more, is a decision.
 const MATRIX: &[(&str, &str)] = &[
@@ -73,7 +73,7 @@ const MATRIX: &[(&str, &str)] = &[
     ("ambit.v1.Svid/BatchNewX509SVID", "N"),
     ("ambit.v1.Svid/NewJWTSVID", "N"),
     ("ambit.v1.Svid/MintX509SVID", "F"),
-    ("ambit.v1.Svid/NewIntermediateCA", "F"),
+    ("ambit.v1.Svid/NewIntermediateCA", "D"),
     ("ambit.v1.Svid/MintJWTSVID", "F"),
     ("ambit.v1.Svid/RenewAdmin", "FCOA"),
     ("ambit.v1.Svid/ListIssued", "FOA"),
@@ -214,7 +214,8 @@ async fn only_who_is_in_the_matrix_is_let_in() {
     };
     let out_of_office = by_role("gone", "federation-admin").await;
     revoke_all(&cell, "gone").await.unwrap();
-    let workload = cell.channel_as(workload(&cell, &node).await, 1).await.unwrap();
+    let issuer = cell.channel_as(workload(&cell, &node, "site", true).await, 1).await.unwrap();
+    let workload = cell.channel_as(workload(&cell, &node, "web", false).await, 1).await.unwrap();
     let callers: BTreeMap<char, Channel> = BTreeMap::from([
         ('-', cell.anonymous(1).await.unwrap()),
         ('F', by_role("alice", "federation-admin").await),
@@ -224,6 +225,7 @@ async fn only_who_is_in_the_matrix_is_let_in() {
         ('N', node),
         ('R', cell.channel_as(replica_identity(&cell, 1).unwrap(), 1).await.unwrap()),
         ('P', cell.channel_as(replica_identity(&east, 1).unwrap(), 1).await.unwrap()),
+        ('D', issuer),
     ]);
     assert_eq!(callers.len(), EVERYBODY.len());
 
@@ -246,7 +248,7 @@ async fn only_who_is_in_the_matrix_is_let_in() {
     }
     let closed = MATRIX.iter().filter(|(_, who)| !who.contains('-')).count();
     row(48, &format!("{closed} RPCs without a client certificate, one by one"), "unauthenticated").unwrap();
-    row(48, &format!("{} RPCs x 10 roles, {calls} calls by a table written by hand", MATRIX.len()), "as written")
+    row(48, &format!("{} RPCs x 11 roles, {calls} calls by a table written by hand", MATRIX.len()), "as written")
         .unwrap();
     // Not in the table, whoever asks.
     for letter in ['-', 'F'] {
@@ -345,10 +347,11 @@ async fn so_is_a_stream_that_ends_refused(cell: &Cell, operator: &Channel) {
 }
 
 /// A workload's SVID, issued through the node as its agent would ask for it.
-async fn workload(cell: &Cell, node: &Channel) -> Identity {
+async fn workload(cell: &Cell, node: &Channel, id: &str, downstream: bool) -> Identity {
     let entry = v1::Entry {
-        id: "web".into(),
-        spiffe_id: "spiffe://west/web".into(),
+        id: id.into(),
+        spiffe_id: format!("spiffe://west/{id}"),
+        downstream,
         cluster: "west".into(),
         selectors: vec!["unix:uid:1000".into()],
         ..Default::default()
@@ -357,7 +360,7 @@ async fn workload(cell: &Cell, node: &Channel) -> Identity {
     let request = v1::BatchCreateEntryRequest { request_id: fresh(), entries: vec![entry] };
     assert_eq!(entries.batch_create_entry(request).await.unwrap().into_inner().results[0].code, "ok");
     let key = SvidKey::generate().unwrap();
-    let items = vec![v1::NewX509svid { entry_id: "web".into(), csr: key.csr().unwrap() }];
+    let items = vec![v1::NewX509svid { entry_id: id.into(), csr: key.csr().unwrap() }];
     let mut svids = v1::svid_client::SvidClient::new(node.clone());
     let request = v1::BatchNewX509svidRequest { request_id: fresh(), items };
     let issued = svids.batch_new_x509svid(request).await.unwrap().into_inner().results.remove(0);

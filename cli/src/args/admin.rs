@@ -1,6 +1,6 @@
 //! `ambit admin`.
 
-use ambit_model::{AdminRole, ObjectName};
+use ambit_model::{AdminRole, ObjectName, Refusal, SpiffeId};
 use clap::Subcommand;
 use std::path::PathBuf;
 
@@ -10,13 +10,15 @@ pub enum Admin {
     List,
     /// Gives roles: federation-admin, cluster-admin:NAME, operator, auditor
     Grant {
-        name: ObjectName,
+        /// An administrator's name, or the SPIFFE ID of entries that are marked `admin`
+        name: Administrator,
         #[arg(required = true, value_name = "ROLE")]
         roles: Vec<AdminRole>,
     },
     /// Takes roles away; no certificate is of use without one
     Revoke {
-        name: ObjectName,
+        /// As of `grant`
+        name: Administrator,
         #[arg(required_unless_present = "all", value_name = "ROLE")]
         roles: Vec<AdminRole>,
         /// All roles
@@ -42,4 +44,28 @@ pub enum Admin {
     },
     /// What each replica refused since it started: who, which method, why, how often
     Refusals,
+}
+
+/// Whoever has roles.
+#[derive(Clone, Debug)]
+pub enum Administrator {
+    /// The name in a certificate below /ambit/admin/.
+    Name(ObjectName),
+    /// The SPIFFE ID of entries that are marked `admin`.
+    Id(SpiffeId),
+}
+
+impl std::str::FromStr for Administrator {
+    type Err = Refusal;
+    fn from_str(s: &str) -> Result<Self, Refusal> {
+        if s.starts_with("spiffe://") { s.parse().map(Self::Id) } else { s.parse().map(Self::Name) }
+    }
+}
+impl std::fmt::Display for Administrator {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Name(name) => name.fmt(f),
+            Self::Id(id) => id.fmt(f),
+        }
+    }
 }

@@ -42,6 +42,15 @@ pub struct EntryList {
     /// With all of these selectors
     #[arg(long = "selector", value_name = "SELECTOR")]
     pub selectors: Vec<String>,
+    /// Only those that may have a downstream authority
+    #[arg(long)]
+    pub downstream: bool,
+    /// Only those whose holders are administrators
+    #[arg(long)]
+    pub admin: bool,
+    /// Those that federate with this trust domain, or with this group
+    #[arg(long, default_value = "", value_name = "TRUST_DOMAIN|GROUP")]
+    pub federates_with: String,
 }
 
 #[derive(Debug, clap::Args)]
@@ -69,6 +78,15 @@ pub struct EntryCreate {
     /// A trust domain whose bundle the workload also gets; it may be known later
     #[arg(long = "federates-with", value_name = "TRUST_DOMAIN", conflicts_with = "file")]
     pub federates_with: Vec<String>,
+    /// A federation group whose bundles the workload also gets; it may come to be later
+    #[arg(long = "federates-with-group", value_name = "GROUP", conflicts_with = "file")]
+    pub federates_with_groups: Vec<String>,
+    /// Whoever shows an SVID of it may have a downstream authority, which issues SVIDs of the trust domain by itself
+    #[arg(long, conflicts_with = "file")]
+    pub downstream: bool,
+    /// Whoever shows an SVID of it is an administrator, with the roles that its SPIFFE ID was given
+    #[arg(long, conflicts_with = "file")]
+    pub admin: bool,
     /// Tells the workload which of its identities this is
     #[arg(long, default_value = "", conflicts_with = "file")]
     pub hint: String,

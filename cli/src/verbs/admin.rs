@@ -2,7 +2,7 @@
 
 use super::Session;
 use super::renewal::renewed;
-use crate::args::Admin;
+use crate::args::{Admin, Administrator};
 use crate::cell::request_id;
 use crate::context::read_bounded;
 use crate::exit::file_refusal;
@@ -51,7 +51,7 @@ fn texts(roles: &[AdminRole]) -> Vec<String> {
     roles.iter().map(ToString::to_string).collect()
 }
 
-fn change(name: &ObjectName) -> Result<v1::ChangeRolesRequest, Refusal> {
+fn change(name: &Administrator) -> Result<v1::ChangeRolesRequest, Refusal> {
     Ok(v1::ChangeRolesRequest { request_id: request_id()?, name: name.to_string(), ..Default::default() })
 }
 

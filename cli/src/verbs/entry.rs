@@ -57,9 +57,17 @@ pub(super) async fn run(session: &Session, verb: Entry) -> Result<Answer, Refusa
 
 /// All pages of a list.
 async fn pages(cell: &Cell, list: EntryList) -> Result<Vec<v1::Entry>, Refusal> {
-    let EntryList { cluster, spiffe_id, selectors } = list;
-    let mut request =
-        v1::ListEntriesRequest { cluster, spiffe_id, selectors, page_size: PAGE, after_id: String::new() };
+    let EntryList { cluster, spiffe_id, selectors, downstream, admin, federates_with } = list;
+    let mut request = v1::ListEntriesRequest {
+        cluster,
+        spiffe_id,
+        selectors,
+        page_size: PAGE,
+        after_id: String::new(),
+        downstream,
+        admin,
+        federates_with,
+    };
     let mut entries = Vec::new();
     loop {
         let reply = ask!(cell, EntryRegistry.list_entries(request.clone()))?;
@@ -85,6 +93,9 @@ fn table(entries: &[v1::Entry]) -> Table {
         "dns_names",
         "jwt_ttl_seconds",
         "expires_at",
+        "downstream",
+        "admin",
+        "federates_with_groups",
     ];
     let mut table = Table::new("entry", COLUMNS);
     for e in entries {
@@ -101,6 +112,9 @@ fn table(entries: &[v1::Entry]) -> Table {
             json!(e.dns_names),
             json!(e.jwt_ttl_seconds),
             json!(if e.expires_at_ms == 0 { String::new() } else { utc(e.expires_at_ms) }),
+            json!(e.downstream),
+            json!(e.admin),
+            json!(e.federates_with_groups),
         ]);
     }
     table
@@ -165,6 +179,12 @@ struct Spec {
     dns_names: Vec<String>,
     jwt_ttl: Option<Millis>,
     expires_at: Option<String>,
+    #[serde(default)]
+    downstream: bool,
+    #[serde(default)]
+    admin: bool,
+    #[serde(default)]
+    federates_with_groups: Vec<String>,
 }
 
 fn instant(text: &str) -> Result<u64, Refusal> {
@@ -187,6 +207,9 @@ fn entries_of(written: EntryCreate) -> Result<Vec<v1::Entry>, Refusal> {
             jwt_ttl_seconds: written.jwt_ttl.map(seconds).transpose()?.unwrap_or(0),
             expires_at_ms: written.expires_at.as_deref().map(instant).transpose()?.unwrap_or(0),
             revision: 0,
+            downstream: written.downstream,
+            admin: written.admin,
+            federates_with_groups: written.federates_with_groups,
         }],
     };
     // Refused here already, where the place is known; the cell checks again.
@@ -217,6 +240,9 @@ fn documents(text: &str) -> Result<Vec<v1::Entry>, Refusal> {
             jwt_ttl_seconds: spec.jwt_ttl.map(seconds).transpose()?.unwrap_or(0),
             expires_at_ms: spec.expires_at.as_deref().map(instant).transpose()?.unwrap_or(0),
             revision: 0,
+            downstream: spec.downstream,
+            admin: spec.admin,
+            federates_with_groups: spec.federates_with_groups,
         });
     }
     if entries.is_empty() {
@@ -233,9 +259,12 @@ mod tests {
     fn documents_are_read_strictly() {
         let good = "kind: Entry\nmetadata: {name: web}\nspec:\n  spiffeId: spiffe://west/web\n  cluster: west\n  \
                     selectors: [\"unix:uid:1000\"]\n  ttl: 2m\n---\n# nothing\n---\nkind: Entry\nmetadata: {name: db}\n\
-                    spec: {spiffeId: spiffe://west/db, cluster: west, selectors: [\"cgroup:db\"]}\n";
+                    spec: {spiffeId: spiffe://west/db, cluster: west, selectors: [\"cgroup:db\"], downstream: true, \
+                    federatesWithGroups: [partners]}\n";
         let entries = documents(good).unwrap();
         assert_eq!((entries.len(), entries[0].ttl_seconds, entries[1].id.as_str()), (2, 120, "db"));
+        assert_eq!((entries[0].downstream, entries[1].downstream, entries[1].admin), (false, true, false));
+        assert_eq!(entries[1].federates_with_groups, ["partners"]);
         for bad in [
             "",
             "kind: Policy\nmetadata: {name: web}\nspec: {spiffeId: a, cluster: b, selectors: []}",

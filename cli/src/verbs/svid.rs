@@ -81,11 +81,13 @@ fn valid(form: Form, chain: &[CertificateDer<'_>], peer: &PeerSvid, at: u64) -> 
         "trust_domain": peer.id().trust_domain().as_str(),
         "serial": hex::encode(peer.serial()),
         "authority": peer.authority(),
+        "downstream": peer.downstream(),
         "not_after": utc(peer.not_after().0),
         "at": utc(at),
         "certificates": chain.len(),
     });
-    let text = || format!("valid: {}\n  until: {}", peer.id().as_str(), utc(peer.not_after().0));
+    let under = if peer.downstream() { "\n  under: a downstream authority" } else { "" };
+    let text = || format!("valid: {}\n  until: {}{under}", peer.id().as_str(), utc(peer.not_after().0));
     Answer::ok(shown(form, &value, text))
 }
 
@@ -115,6 +117,8 @@ fn lint(form: Form, file: &Path) -> Result<Answer, Refusal> {
     let chain = certificates(file)?;
     let mut table = Table::new("finding", &["certificate", "kind", "level", "rule", "section", "expected", "found"]);
     let mut broken = false;
+    let above = chain.iter().skip(1).map(|der| profile::certificate(der)).collect::<Result<Vec<_>, _>>()?;
+    let downstream = above.iter().any(profile::is_downstream);
     for (n, der) in chain.iter().enumerate() {
         let cert = profile::certificate(der)?;
         // The first is the leaf whatever it says of itself, unless it stands alone and is an authority.
@@ -123,7 +127,8 @@ fn lint(form: Form, file: &Path) -> Result<Answer, Refusal> {
             0 => profile::kind_of(&cert),
             _ => Kind::Authority,
         };
-        for finding in profile::judge(&cert, kind) {
+        let beyond = if n == 0 && downstream { profile::beyond(&cert) } else { None };
+        for finding in profile::judge(&cert, kind).into_iter().chain(beyond) {
             broken |= finding.must;
             let level = if finding.must { "must" } else { "should" };
             table.row(vec![

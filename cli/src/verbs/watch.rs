@@ -119,6 +119,7 @@ fn told(event: &Event) -> (&'static str, String, Value) {
             let entry = json!({
                 "id": e.id, "spiffe_id": e.spiffe_id, "cluster": e.cluster, "nodes": e.nodes, "selectors": e.selectors,
                 "ttl_seconds": e.ttl_seconds, "federates_with": e.federates_with, "revision": e.revision,
+                "downstream": e.downstream, "admin": e.admin, "federates_with_groups": e.federates_with_groups,
             });
             ("entry", e.id.clone(), entry)
         }

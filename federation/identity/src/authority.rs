@@ -4,11 +4,12 @@ use crate::csr::Csr;
 use crate::keys::{SvidKey, internal};
 use crate::leaf::{Leaf, certificate};
 use ambit_model::{Code, DnsName, Generation, Lifetime, NodeId, Refusal, SpiffeId, Stamp, TrustDomain};
-use ambit_state::committed::{PreparedRoot, ReplicaAdmission, ReplicaAuthority};
+use ambit_state::committed::{DownstreamAuthority, PreparedRoot, ReplicaAdmission, ReplicaAuthority};
 use ambit_state::{Committed, Issuance, RevokedLeaves};
 use rcgen::{
-    BasicConstraints, CertificateParams, CertificateRevocationListParams, DistinguishedName, DnType, IsCa, Issuer,
-    KeyIdMethod, KeyUsagePurpose, RevokedCertParams, SanType, SerialNumber, SigningKey as _, SubjectPublicKeyInfo,
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, CustomExtension, DistinguishedName, DnType,
+    IsCa, Issuer, KeyIdMethod, KeyUsagePurpose, RevokedCertParams, SanType, SerialNumber, SigningKey as _,
+    SubjectPublicKeyInfo,
 };
 use rustls_pki_types::CertificateDer;
 use sha2::{Digest, Sha256};
@@ -136,6 +137,34 @@ impl Root {
         self.sign_intermediate(Named { replica: a.replica.0, epoch: a.epoch }, csr, a.lifetime, &a.serial)
     }
 
+    /// The intermediate of a cluster's own issuer, from its committed entry: marked, so that nobody takes what it signs for
+    /// our own. It ends before this root.
+    pub fn downstream(
+        &self,
+        authority: &Committed<DownstreamAuthority>,
+        csr: &Csr,
+    ) -> Result<CertificateDer<'static>, Refusal> {
+        let a = authority.get();
+        if csr.spki_sha256() != a.key_hash {
+            return Err(Refusal::new(Code::AuthorityMismatch, "the issuing key that was committed", "another"));
+        }
+        if crate::fingerprint(&self.der) != a.root {
+            let found = hex::encode(crate::fingerprint(&self.der));
+            return Err(Refusal::new(Code::AuthorityMismatch, format!("the root {}", hex::encode(a.root)), found));
+        }
+        let root = crate::profile::certificate(&self.der)?;
+        let ends = u64::try_from(root.validity().not_after.timestamp()).unwrap_or(0).saturating_mul(1000);
+        if a.lifetime.not_after.0 > ends {
+            return Err(Refusal::new(Code::IssuerUnavailable, "a root with time left", "one that ends"));
+        }
+        let mut params = self.intermediate_params(csr, a.lifetime, &a.serial)?;
+        let id = hex::encode(&key_id(csr.spki())[..8]);
+        params.distinguished_name = name(&format!("{} downstream {} {id}", self.trust_domain, a.entry));
+        let mark = CustomExtension::from_oid_content(crate::profile::DOWNSTREAM_OID, vec![0x05, 0x00]);
+        params.custom_extensions = vec![mark];
+        self.certify(&params, csr)
+    }
+
     /// The key of the root that was committed as the next, certified by this one: for those who know only this one
     /// (RFC 4210, 4.4). It ends with this root.
     pub fn cross_sign(
@@ -194,13 +223,28 @@ impl Root {
         lifetime: Lifetime,
         serial: &[u8; 16],
     ) -> Result<CertificateDer<'static>, Refusal> {
-        let mut params = base(lifetime, serial)?;
+        let mut params = self.intermediate_params(csr, lifetime, serial)?;
         let id = hex::encode(&key_id(csr.spki())[..8]);
         params.distinguished_name = name(&format!("{} replica {replica} epoch {epoch} {id}", self.trust_domain));
+        self.certify(&params, csr)
+    }
+
+    /// What every intermediate has: pathLen 0, and the key identifier by which it is named.
+    fn intermediate_params(
+        &self,
+        csr: &Csr,
+        lifetime: Lifetime,
+        serial: &[u8; 16],
+    ) -> Result<CertificateParams, Refusal> {
+        let mut params = base(lifetime, serial)?;
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         params.subject_alt_names = vec![uri(&format!("spiffe://{}", self.trust_domain))?];
         params.key_identifier_method = KeyIdMethod::PreSpecified(key_id(csr.spki()));
+        Ok(params)
+    }
+
+    fn certify(&self, params: &CertificateParams, csr: &Csr) -> Result<CertificateDer<'static>, Refusal> {
         let spki = SubjectPublicKeyInfo::from_der(csr.spki()).map_err(|e| internal("a key", e))?;
         let cert = params.signed_by(&spki, &self.issuer()?).map_err(|e| internal("an intermediate", e))?;
         Ok(cert.der().clone())

@@ -6,6 +6,16 @@ use std::fmt;
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::{FromDer, X509Certificate, X509Version};
 
+/// Marks a downstream authority: a signing certificate that was given away, to a cluster's own issuer. DER NULL, not
+/// critical, so that whoever knows nothing of it still verifies what is under it; the root's signature covers it. Whoever
+/// holds such a key is none of us: it names no member of the cell and binds nothing to a node ([`beyond`]). The arc is
+/// private and not registered, as that of the node binding ([`crate::authority::NODE_BINDING_OID`]).
+pub const DOWNSTREAM_OID: &[u64] = &[1, 3, 6, 1, 4, 1, 61999, 1, 2];
+/// As text, for parsers.
+pub const DOWNSTREAM_OID_TEXT: &str = "1.3.6.1.4.1.61999.1.2";
+/// Below it are the cell's own identities: replicas, nodes, administrators.
+const OWN_PATH: &str = "/ambit/";
+
 /// One rule that does not hold.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Finding {
@@ -87,6 +97,30 @@ pub fn authority_domain(cert: &X509Certificate<'_>) -> Option<TrustDomain> {
         [one] => one.strip_prefix("spiffe://")?.parse().ok(),
         _ => None,
     }
+}
+
+/// Whether a signing certificate is a downstream authority's. Whatever the extension holds, it is none of our own.
+pub fn is_downstream(cert: &X509Certificate<'_>) -> bool {
+    has(cert, DOWNSTREAM_OID_TEXT)
+}
+
+/// What a leaf under a downstream authority says that only the cell itself may: that it is a replica, a node or an
+/// administrator, or that it was issued through a node.
+pub fn beyond(leaf: &X509Certificate<'_>) -> Option<Finding> {
+    const OWN: Finding =
+        rule("downstream-own-id", "Ambit downstream", true, "no identity below /ambit/ under a downstream authority");
+    const BOUND: Finding =
+        rule("downstream-node-binding", "Ambit downstream", true, "no node binding under a downstream authority");
+    let own = uris(leaf).unwrap_or_default().into_iter().filter_map(|uri| uri.parse::<SpiffeId>().ok());
+    if let Some(id) = own.into_iter().find(|id| id.path().starts_with(OWN_PATH)) {
+        return Some(Finding { found: id.to_string(), ..OWN });
+    }
+    let bound = has(leaf, crate::authority::NODE_BINDING_OID_TEXT);
+    bound.then(|| Finding { found: "a node binding".into(), ..BOUND })
+}
+
+fn has(cert: &X509Certificate<'_>, oid: &str) -> bool {
+    cert.extensions().iter().any(|extension| extension.oid.to_id_string() == oid)
 }
 
 fn uris<'a>(cert: &'a X509Certificate<'_>) -> Option<Vec<&'a str>> {
@@ -193,6 +227,14 @@ fn authority(cert: &X509Certificate<'_>, out: &mut Vec<Finding>) {
         Ok(Some(c)) => out.push(Finding { found: format!("cA={}, critical={}", c.value.ca, c.critical), ..CA }),
         Ok(None) => out.push(Finding { found: "none".into(), ..CA }),
         Err(e) => out.push(Finding { found: e.to_string(), ..CA }),
+    }
+    const LAST: Finding = rule("downstream-last", "Ambit downstream", true, "pathLen 0 in a downstream authority");
+    if is_downstream(cert) {
+        let length = cert.basic_constraints().ok().flatten().and_then(|b| b.value.path_len_constraint);
+        if length != Some(0) {
+            let found = length.map_or_else(|| "none".to_owned(), |n| format!("pathLen {n}"));
+            out.push(Finding { found, ..LAST });
+        }
     }
     match cert.key_usage() {
         Ok(Some(usage)) if usage.critical && usage.value.key_cert_sign() => {}

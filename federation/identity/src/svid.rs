@@ -45,6 +45,7 @@ struct Leaf {
     serial: Vec<u8>,
     issuer: Option<Named>,
     not_after: Stamp,
+    downstream: bool,
 }
 
 impl PeerSvid {
@@ -68,6 +69,10 @@ impl PeerSvid {
     /// Whose intermediate signed it, as its trust domain's root named it; none where it says nothing of that.
     pub fn issuer(&self) -> Option<Named> {
         self.leaf.issuer
+    }
+    /// Whether it is under a downstream authority ([`profile::DOWNSTREAM_OID`]): a cluster's own issuer vouches for it.
+    pub fn downstream(&self) -> bool {
+        self.leaf.downstream
     }
     /// Last instant of validity.
     pub fn not_after(&self) -> Stamp {
@@ -241,9 +246,15 @@ fn parse_leaf(chain: &[CertificateDer<'_>]) -> Result<Leaf, Refusal> {
     let cert = profile::parse(leaf).map_err(|found| bad("a certificate", found))?;
     must(&cert, Kind::Leaf)?;
     let id = profile::leaf_id(&cert).ok_or_else(|| bad("a SPIFFE ID", "none".into()))?;
+    let mut downstream = false;
     for above in chain.iter().skip(1) {
         let cert = profile::parse(above).map_err(|found| bad("a certificate", found))?;
         must(&cert, Kind::Authority)?;
+        downstream |= profile::is_downstream(&cert);
+    }
+    // Whichever of them signed: nobody honest shows one that did not.
+    if let Some(broken) = profile::beyond(&cert).filter(|_| downstream) {
+        return Err(Refusal::new(Code::SvidUntrusted, broken.expected, broken.found));
     }
     let td = id.trust_domain();
     Ok(Leaf {
@@ -253,6 +264,7 @@ fn parse_leaf(chain: &[CertificateDer<'_>]) -> Result<Leaf, Refusal> {
         // The path is built by names and signatures: an issuer of this name is an intermediate of this name.
         issuer: issuer(&cert, &td),
         not_after: Stamp(u64::try_from(cert.validity().not_after.timestamp()).unwrap_or(0).saturating_mul(1000)),
+        downstream,
     })
 }
 

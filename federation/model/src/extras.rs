@@ -1,7 +1,7 @@
 //! What only some entries say, and how an entry is stored: those that say nothing of it are stored as they always were.
 
 use crate::entry::Entry;
-use crate::id::TrustDomain;
+use crate::id::{ObjectName, TrustDomain};
 use crate::jwt::JwtTtl;
 use crate::refusal::{Code, Refusal};
 use crate::time::{Stamp, SvidTtl};
@@ -64,11 +64,13 @@ impl From<DnsName> for String {
 
 /// DNS names of one leaf.
 pub const DNS_NAMES_MAX: usize = 16;
+/// Federation groups that one entry names.
+pub const GROUPS_MAX: usize = 32;
 /// Bytes of a hint.
 const HINT_BYTES_MAX: usize = 256;
 
 /// What most entries leave as it is.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EntryExtras {
     /// How the workload is told apart which of several identities this is (SPIFFE Workload API 5.2.1); empty for none.
     pub hint: String,
@@ -78,6 +80,12 @@ pub struct EntryExtras {
     pub jwt_ttl: JwtTtl,
     /// Nothing is issued under it from then on, nothing issued lasts longer, and it goes; without end for most.
     pub expires_at: Stamp,
+    /// Whoever shows an SVID of it may have a downstream authority: it issues SVIDs of this trust domain by itself.
+    pub downstream: bool,
+    /// Whoever shows an SVID of it is an administrator, with the roles that its SPIFFE ID was given.
+    pub admin: bool,
+    /// Groups of trust domains whose bundles the workload also gets; they may come to be later.
+    pub federates_with_groups: BTreeSet<ObjectName>,
 }
 
 impl EntryExtras {
@@ -87,7 +95,15 @@ impl EntryExtras {
         dns_names: Vec::new(),
         jwt_ttl: JwtTtl::DEFAULT,
         expires_at: Stamp(u64::MAX),
+        downstream: false,
+        admin: false,
+        federates_with_groups: BTreeSet::new(),
     };
+
+    /// Whether its holder is more than a workload: only who administers the whole cell makes such an entry, or changes it.
+    pub fn is_privileged(&self) -> bool {
+        self.downstream || self.admin
+    }
 
     /// Bounded, and each name once.
     fn check(&self) -> Result<(), Refusal> {
@@ -99,6 +115,14 @@ impl EntryExtras {
         if self.dns_names.len() > DNS_NAMES_MAX || distinct.len() != self.dns_names.len() {
             let found = format!("{} names, {} of them different", self.dns_names.len(), distinct.len());
             return Err(Refusal::new(Code::BadRequest, format!("at most {DNS_NAMES_MAX} DNS names, each once"), found));
+        }
+        if self.admin && self.downstream {
+            let expected = "an entry marked admin or downstream: who issues for a cluster does not administer the cell";
+            return Err(Refusal::new(Code::BadRequest, expected, "both"));
+        }
+        if self.federates_with_groups.len() > GROUPS_MAX {
+            let found = format!("{}", self.federates_with_groups.len());
+            return Err(Refusal::new(Code::BadRequest, format!("at most {GROUPS_MAX} federation groups"), found));
         }
         Ok(())
     }
@@ -134,8 +158,73 @@ impl fmt::Debug for Extras {
 /// Set in the stored TTL, which is far below it, where extras follow: a reader of the former form refuses such an entry
 /// for its TTL and never takes it for one without them.
 const EXTRAS_FOLLOW: u32 = 1 << 31;
-/// Of what follows. Another form is refused.
-const EXTRAS_VERSION: u8 = 1;
+/// Of what follows: the first form, as long as it says all there is to say, and the second. Another is refused.
+const EXTRAS_FIRST: u8 = 1;
+const EXTRAS_SECOND: u8 = 2;
+
+/// [`EntryExtras`] as version 1 stores them.
+#[derive(Serialize, Deserialize)]
+struct First {
+    hint: String,
+    dns_names: Vec<DnsName>,
+    jwt_ttl: JwtTtl,
+    expires_at: Stamp,
+}
+
+/// What version 2 adds.
+#[derive(Default, PartialEq, Serialize, Deserialize)]
+struct Second {
+    downstream: bool,
+    admin: bool,
+    federates_with_groups: BTreeSet<ObjectName>,
+}
+
+struct StoredExtras(EntryExtras);
+
+impl Serialize for StoredExtras {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let EntryExtras { hint, dns_names, jwt_ttl, expires_at, downstream, admin, federates_with_groups } =
+            self.0.clone();
+        let first = First { hint, dns_names, jwt_ttl, expires_at };
+        let second = Second { downstream, admin, federates_with_groups };
+        if second == Second::default() {
+            (EXTRAS_FIRST, first).serialize(serializer)
+        } else {
+            (EXTRAS_SECOND, first, second).serialize(serializer)
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for StoredExtras {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Versioned;
+        impl<'de> Visitor<'de> for Versioned {
+            type Value = StoredExtras;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("extras as they are stored")
+            }
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<StoredExtras, A::Error> {
+                let version: u8 = next(&mut seq, 0)?;
+                if !matches!(version, EXTRAS_FIRST | EXTRAS_SECOND) {
+                    return Err(A::Error::custom(format!("extras of version {version}")));
+                }
+                let First { hint, dns_names, jwt_ttl, expires_at } = next(&mut seq, 1)?;
+                let second = if version == EXTRAS_FIRST { Second::default() } else { next(&mut seq, 2)? };
+                let Second { downstream, admin, federates_with_groups } = second;
+                Ok(StoredExtras(EntryExtras {
+                    hint,
+                    dns_names,
+                    jwt_ttl,
+                    expires_at,
+                    downstream,
+                    admin,
+                    federates_with_groups,
+                }))
+            }
+        }
+        deserializer.deserialize_tuple(3, Versioned)
+    }
+}
 
 impl Serialize for Entry {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
@@ -149,7 +238,7 @@ impl Serialize for Entry {
         out.serialize_field("ttl", &(self.ttl.seconds() | extras.map_or(0, |_| EXTRAS_FOLLOW)))?;
         out.serialize_field("federates_with", &self.federates_with)?;
         if let Some(extras) = extras {
-            out.serialize_field("extras", &(EXTRAS_VERSION, extras))?;
+            out.serialize_field("extras", &StoredExtras(extras.clone()))?;
         }
         out.end()
     }
@@ -163,6 +252,10 @@ impl<'de> Deserialize<'de> for Entry {
     }
 }
 
+fn next<'de, T: Deserialize<'de>, A: SeqAccess<'de>>(seq: &mut A, at: usize) -> Result<T, A::Error> {
+    seq.next_element()?.ok_or_else(|| A::Error::invalid_length(at, &"an entry as it is stored"))
+}
+
 struct Stored;
 
 impl<'de> Visitor<'de> for Stored {
@@ -171,9 +264,6 @@ impl<'de> Visitor<'de> for Stored {
         f.write_str("an entry as it is stored")
     }
     fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Entry, A::Error> {
-        fn next<'de, T: Deserialize<'de>, A: SeqAccess<'de>>(seq: &mut A, at: usize) -> Result<T, A::Error> {
-            seq.next_element()?.ok_or_else(|| A::Error::invalid_length(at, &"an entry as it is stored"))
-        }
         let (id, spiffe_id, cluster) = (next(&mut seq, 0)?, next(&mut seq, 1)?, next(&mut seq, 2)?);
         let (nodes, selectors) = (next(&mut seq, 3)?, next(&mut seq, 4)?);
         let ttl: u32 = next(&mut seq, 5)?;
@@ -181,10 +271,8 @@ impl<'de> Visitor<'de> for Stored {
         let extras = if ttl & EXTRAS_FOLLOW == 0 {
             Extras::default()
         } else {
-            match next::<(u8, EntryExtras), A>(&mut seq, 7)? {
-                (EXTRAS_VERSION, extras) => Extras::new(extras).map_err(A::Error::custom)?,
-                (other, _) => return Err(A::Error::custom(format!("extras of version {other}"))),
-            }
+            let StoredExtras(extras) = next(&mut seq, 7)?;
+            Extras::new(extras).map_err(A::Error::custom)?
         };
         let ttl = SvidTtl::try_from(ttl & !EXTRAS_FOLLOW).map_err(A::Error::custom)?;
         Ok(Entry { id, spiffe_id, cluster, nodes, selectors, ttl, federates_with, extras })
@@ -239,11 +327,31 @@ mod tests {
             dns_names: vec!["web.west.example".parse().unwrap(), "*.west.example".parse().unwrap()],
             jwt_ttl: 60.try_into().unwrap(),
             expires_at: Stamp(1_900_000_000_000),
+            ..EntryExtras::NONE
         };
-        let entry = Entry { extras: Extras::new(extras).unwrap(), ..plain.clone() };
+        // Version 1, as it was derived before there was another.
+        let first = (1u8, "internal", ["web.west.example", "*.west.example"].to_vec(), 60u32, 1_900_000_000_000u64);
+        let entry = Entry { extras: Extras::new(extras.clone()).unwrap(), ..plain.clone() };
         let bytes = postcard::to_stdvec(&(&entry, 17u64)).unwrap();
+        assert!(bytes.ends_with(&postcard::to_stdvec(&(first, 17u64)).unwrap()));
         assert_eq!(postcard::from_bytes::<(Entry, u64)>(&bytes).unwrap(), (entry, 17));
         assert!(postcard::from_bytes::<Former>(&bytes).is_err());
+        let second = EntryExtras {
+            downstream: true,
+            federates_with_groups: ["partners".parse().unwrap()].into(),
+            ..extras.clone()
+        };
+        for extras in [second.clone(), EntryExtras { admin: true, ..EntryExtras::NONE }] {
+            let entry = Entry { extras: Extras::new(extras).unwrap(), ..plain.clone() };
+            let bytes = postcard::to_stdvec(&(&entry, 17u64)).unwrap();
+            assert_eq!(postcard::from_bytes::<(Entry, u64)>(&bytes).unwrap(), (entry, 17));
+        }
+        // A third version is nobody's.
+        let entry = Entry { extras: Extras::new(second).unwrap(), ..plain.clone() };
+        let mut bytes = postcard::to_stdvec(&entry).unwrap();
+        let at = bytes.windows(2).rposition(|two| two == [2, 8]).unwrap();
+        bytes[at] = 3;
+        assert!(postcard::from_bytes::<Entry>(&bytes).unwrap_err().to_string().contains("Serde"), "refused");
         let said_nothing = Entry { extras: Extras::new(EntryExtras::NONE).unwrap(), ..plain.clone() };
         assert_eq!(said_nothing, plain);
     }
@@ -296,6 +404,10 @@ mod tests {
         assert!(!with(|e| e.hint = "a".repeat(257)));
         assert!(!with(|e| e.hint = "a\n".into()));
         assert!(!with(|e| e.dns_names = vec!["a".parse().unwrap(); 2]));
+        assert!(!with(|e| (e.admin, e.downstream) = (true, true)));
+        let groups = |n: usize| (0..n).map(|n| format!("g{n}").parse().unwrap()).collect();
+        assert!(Extras::new(EntryExtras { federates_with_groups: groups(32), ..EntryExtras::NONE }).is_ok());
+        assert!(Extras::new(EntryExtras { federates_with_groups: groups(33), ..EntryExtras::NONE }).is_err());
         assert!(!with(|e| e.dns_names = (0..17).map(|n| format!("a{n}").parse().unwrap()).collect()));
     }
 }

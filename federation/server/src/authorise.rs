@@ -8,7 +8,7 @@ pub use refused::{LeftOut, RefusalKey, RefusalRow, Refusals};
 pub use table::{METHODS, Who};
 
 use crate::replica::wall_clock;
-use ambit_identity::{Named, PeerSvid};
+use ambit_identity::{Named, NodeBinding, PeerSvid};
 use ambit_model::refusal::Class;
 use ambit_model::{AdminRole, ClusterId, Code, Generation, NodeId, Refusal, Stamp, TrustDomain};
 use ambit_proto::status::to_status;
@@ -30,7 +30,8 @@ use tower::{Layer, Service};
 pub enum Role {
     /// No certificate.
     Anyone,
-    /// An administrator of this trust domain: the name in the certificate, and the roles that the cell agreed on.
+    /// An administrator of this trust domain: the name in the certificate, or the SPIFFE ID of an entry that is marked
+    /// `admin`, and the roles that the cell agreed on.
     Admin(String, BTreeSet<AdminRole>),
     /// An admitted node, by the generation in its certificate.
     Node(NodeId, Generation),
@@ -38,6 +39,19 @@ pub enum Role {
     Replica(u64),
     /// A replica of an active peer.
     Peer(TrustDomain),
+    /// The issuer of a cluster: who shows an SVID of an entry that is marked `downstream`.
+    Downstream(Issuer),
+}
+
+/// The SVID that makes somebody a cluster's issuer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Issuer {
+    /// Through which node it was issued.
+    pub node: NodeId,
+    /// Which of the node's admissions.
+    pub generation: Generation,
+    /// Of the SVID, by which the cell finds its entry.
+    pub serial: [u8; 16],
 }
 
 /// How far a call may reach.
@@ -133,8 +147,9 @@ pub fn role_of<S: Deref<Target = State>>(
         let member = state.member(n).is_some() && state.speaks_for(svid.authority(), n);
         return if member || state.cell().is_none() { Ok(Role::Replica(n)) } else { Err(nobody()) };
     }
-    let (Some(node), Some(binding)) = (id.path().strip_prefix("/ambit/node/"), svid.binding()) else {
-        return Err(nobody());
+    let Some(binding) = svid.binding() else { return Err(nobody()) };
+    let Some(node) = id.path().strip_prefix("/ambit/node/") else {
+        return role_of_entry(svid, binding, &state).ok_or_else(nobody);
     };
     let node: NodeId = node.parse()?;
     let row = state.node(&node).ok_or_else(|| Refusal::new(Code::NodeUnknown, "an enrolled node", node.to_string()))?;
@@ -150,6 +165,22 @@ pub fn role_of<S: Deref<Target = State>>(
         return Err(Refusal::new(Code::NodeUntrusted, expected, binding.generation.to_string()));
     }
     Ok(Role::Node(node, binding.generation))
+}
+
+/// What the entry of a workload's SVID makes of it, as things stand: nothing, for nearly all of them. The entry is found by
+/// the record of the SVID, so that one that was minted, or that another entry gives to the same identity, is nobody's.
+fn role_of_entry(svid: &PeerSvid, binding: NodeBinding, state: &State) -> Option<Role> {
+    let (node, generation) = (binding.node, binding.generation);
+    let entry = &state.entry_of_svid(svid.authority(), svid.serial(), (node, generation))?.entry;
+    if *svid.id() != entry.spiffe_id {
+        return None;
+    }
+    if entry.extras.admin {
+        let roles = state.id_admin_roles(svid.id());
+        return (!roles.is_empty()).then(|| Role::Admin(svid.id().to_string(), roles));
+    }
+    let serial = svid.serial().try_into().ok()?;
+    entry.extras.downstream.then_some(Role::Downstream(Issuer { node, generation, serial }))
 }
 
 /// Whether a replica whose intermediate this one has not heard of yet may speak of Raft with it: the root named it in this

@@ -6,7 +6,7 @@
 use crate::committed::ReplicaAdmission;
 use crate::state::State;
 use ambit_model::bundle::{BundleRecord, RootEntry, RootState};
-use ambit_model::{Lifetime, RaftIndex, Stamp, TrustDomain};
+use ambit_model::{EntryId, Generation, Lifetime, NodeId, RaftIndex, Stamp, TrustDomain};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, BTreeSet};
@@ -77,6 +77,25 @@ impl AuthorityRow {
         let life = self.lifetime.not_after.0.saturating_sub(self.lifetime.not_before.0);
         crate::ISSUER_MARGIN_MS.min(life / 10)
     }
+}
+
+/// A downstream authority: the intermediate of a cluster's own issuer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DownstreamRow {
+    /// Under which entry it was given.
+    pub entry: EntryId,
+    /// Through which node its holder showed that it is of that entry.
+    pub node: NodeId,
+    /// Which of the node's admissions.
+    pub generation: Generation,
+    /// The root that signed it.
+    pub root: RootId,
+    /// Of the certificate.
+    pub serial: [u8; 16],
+    /// Of the certificate.
+    pub lifetime: Lifetime,
+    /// See the type.
+    pub state: AuthorityState,
 }
 
 /// The roots of a peer's trust domain.
@@ -197,6 +216,16 @@ impl State {
         let joined = self.members().filter_map(|(id, m)| Some((m.authority.clone(), self.first_authority(id)?)));
         // A row says more than what a replica joined with.
         joined.chain(self.authorities.iter().map(|(id, row)| (id.clone(), row.clone()))).collect()
+    }
+
+    /// A downstream authority by its name, of whatever state.
+    pub fn downstream(&self, id: &str) -> Option<&DownstreamRow> {
+        self.downstreams.get(&id.to_owned())
+    }
+
+    /// Downstream authorities that may be in time, by name.
+    pub fn downstreams(&self) -> impl Iterator<Item = (&String, &DownstreamRow)> {
+        self.downstreams.iter()
     }
 
     /// Whether what this intermediate signed is to be issued anew: it is tainted, or its root is.

@@ -1,6 +1,8 @@
 //! Commands: the only ways the state changes. Their encoding is versioned; a log entry is never reinterpreted.
 
-use crate::committed::{Issuance, JwtIssuance, PreparedRoot, ReplicaAdmission, ReplicaAuthority, SealedReport};
+use crate::committed::{
+    DownstreamAuthority, Issuance, JwtIssuance, PreparedRoot, ReplicaAdmission, ReplicaAuthority, SealedReport,
+};
 use crate::objects::{
     AkFacts, BootPcrs, CellRow, Counters, DenialRow, EkDenyRow, EkFacts, EndpointProfile, ImaPoint, KeySetRow, Member,
     PeerRow, PolicyRef, PolicyVersion, TokenRow,
@@ -440,6 +442,28 @@ pub enum Command {
     TakeBundleWithKeys(TrustDomain, FetchedBundle, Vec<JwtAuthority>),
     /// Where tunnels of a node come from, as it says on the stream of this admission.
     RegisterAddress(NodeId, Generation, Ipv4Addr),
+    /// A downstream authority for whoever shows an SVID of this entry. Its own commit type (I5).
+    NewDownstream {
+        /// Through which node the SVID was issued.
+        node: NodeId,
+        /// The generation in it.
+        generation: Generation,
+        /// Of the SVID, which is on record.
+        serial: [u8; 16],
+        /// SHA-256 of SPKI of the key to be certified.
+        key_hash: [u8; 32],
+        /// How long it is valid at most, milliseconds.
+        lifetime_ms: u64,
+    },
+    /// Changes the roles of whoever shows an SVID of this identity, of an entry that is marked `admin`.
+    ChangeIdRoles {
+        /// The identity.
+        id: SpiffeId,
+        /// How.
+        change: RoleChange,
+        /// Who asked.
+        by: String,
+    },
 }
 
 /// A foreign bundle, read strictly.
@@ -528,4 +552,6 @@ pub enum Reply {
     Authority(Box<ReplicaAuthority>),
     /// A root was prepared, and is to be certified by the active one.
     Root(Box<PreparedRoot>),
+    /// A downstream authority is to be signed.
+    Downstream(Box<DownstreamAuthority>),
 }

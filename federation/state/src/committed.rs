@@ -156,6 +156,21 @@ pub struct ReplicaAuthority {
     pub lifetime: Lifetime,
 }
 
+/// A downstream authority, committed before it is signed: the intermediate of a cluster's own issuer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DownstreamAuthority {
+    /// Under which entry.
+    pub entry: EntryId,
+    /// SHA-256 of the root that must sign it.
+    pub root: [u8; 32],
+    /// SHA-256 of the SPKI of its key.
+    pub key_hash: [u8; 32],
+    /// Of the certificate.
+    pub serial: [u8; 16],
+    /// Of the certificate.
+    pub lifetime: Lifetime,
+}
+
 /// A root that was committed as the trust domain's next: the present one may certify its key.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PreparedRoot {

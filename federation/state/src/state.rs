@@ -1,10 +1,11 @@
 //! The state: typed tables, and how an entry is taken in.
 
 use crate::apply::{self, At};
-use crate::authorities::{AuthorityRow, PeerRoots, RootId, RootRow};
+use crate::authorities::{AuthorityRow, DownstreamRow, PeerRoots, RootId, RootRow};
 use crate::command::{LogEntry, Reply};
 use crate::committed::{
-    Committed, Issuance, JwtIssuance, PreparedRoot, ReplicaAdmission, ReplicaAuthority, SealedReport,
+    Committed, DownstreamAuthority, Issuance, JwtIssuance, PreparedRoot, ReplicaAdmission, ReplicaAuthority,
+    SealedReport,
 };
 use crate::objects::*;
 use crate::table::{Journal, Packed, Table, TableWrite};
@@ -92,6 +93,10 @@ pub struct State {
     pub(crate) id_shares: Table<SpiffeId, ClusterId>,
     /// Where tunnels of nodes come from, each the trust domain's that says so.
     pub(crate) node_addresses: Table<(TrustDomain, NodeId), NodeAddress>,
+    /// Downstream authorities by name.
+    pub(crate) downstreams: Table<String, DownstreamRow>,
+    /// Administrators by the identity of their entry.
+    pub(crate) id_admins: Table<SpiffeId, AdminRow>,
     /// `issued` by node and end, in memory only: counting a node's leaves must not cost a walk over everybody's.
     pub(crate) live_leaves: BTreeMap<NodeId, BTreeSet<(Stamp, [u8; 16])>>,
     /// Entries by the identity that they give, in memory only: whose an identity is must not cost a walk over all entries.
@@ -156,7 +161,9 @@ macro_rules! each_table {
             $s.approvers,
             $s.acts,
             $s.id_shares,
-            $s.node_addresses
+            $s.node_addresses,
+            $s.downstreams,
+            $s.id_admins
         )
     };
 }
@@ -204,6 +211,13 @@ impl Applied {
         match self.outcome? {
             Reply::Authority(one) => Ok(Committed::new(*one)),
             _ => Err(Refusal::new(Code::Internal, "a replica's intermediate", "another outcome")),
+        }
+    }
+    /// The downstream authority that may be signed.
+    pub fn into_downstream(self) -> Result<Committed<DownstreamAuthority>, Refusal> {
+        match self.outcome? {
+            Reply::Downstream(one) => Ok(Committed::new(*one)),
+            _ => Err(Refusal::new(Code::Internal, "a downstream authority", "another outcome")),
         }
     }
     /// The root that may be certified by the one before it.
@@ -283,6 +297,8 @@ impl State {
             acts: Table::new(id()),
             id_shares: Table::new(id()),
             node_addresses: Table::new(id()),
+            downstreams: Table::new(id()),
+            id_admins: Table::new(id()),
             live_leaves: BTreeMap::new(),
             giving: BTreeMap::new(),
             asking: BTreeMap::new(),

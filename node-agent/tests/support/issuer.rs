@@ -107,7 +107,7 @@ macro_rules! unasked {
 
 unasked! {
     mint_x509svid(v1::MintX509svidRequest) -> v1::MintX509svidResponse;
-    new_intermediate_ca(v1::Unbuilt) -> v1::Unbuilt;
+    new_intermediate_ca(v1::NewIntermediateCaRequest) -> v1::NewIntermediateCaResponse;
     renew_admin(v1::RenewAdminRequest) -> v1::RenewAdminResponse;
     list_issued(v1::ListIssuedRequest) -> v1::ListIssuedResponse;
     mint_jwtsvid(v1::MintJwtsvidRequest) -> v1::NewJwtsvidResponse;

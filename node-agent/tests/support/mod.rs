@@ -13,7 +13,10 @@ use ambit_agent::view::View;
 use ambit_identity::tls::certified;
 use ambit_identity::{Csr, IssuingKey, JwtKey, Root, SvidKey, issue, issue_jwt};
 use ambit_model::appraisal::PcrBank;
-use ambit_model::{Audience, ClusterId, Entry, Generation, Lifetime, NodeId, RaftIndex, Refusal, Stamp, TrustDomain};
+use ambit_model::{
+    Audience, ClusterId, Entry, EntryExtras, Extras, Generation, Lifetime, NodeId, RaftIndex, Refusal, Stamp,
+    TrustDomain,
+};
 use ambit_proto::v1;
 use ambit_state::command::{Admission, LeafRequest, Seen};
 use ambit_state::objects::{AkFacts, BootPcrs, CellRow, Counters, EkFacts, ImaPoint, KeySetRow, Member, PolicyRef};
@@ -44,7 +47,35 @@ impl Cell {
         let key = SvidKey::generate().unwrap();
         let lifetime = Lifetime { not_before: now().minus_ms(60_000), not_after: now().plus_ms(86_400_000) };
         let intermediate = root.found(1, &Csr::parse(&key.csr().unwrap()).unwrap(), lifetime).unwrap();
-        let key = IssuingKey::new(key, intermediate).unwrap();
+        Cell::under(td, node, root, IssuingKey::new(key, intermediate).unwrap())
+    }
+
+    /// Whoever holds a downstream authority of this cell, and plays the cell with it: it signs whatever the cell would.
+    pub(crate) fn pretender(&mut self) -> Cell {
+        let extras = Extras::new(EntryExtras { downstream: true, ..EntryExtras::NONE }).unwrap();
+        let site = Entry { extras, ..Entry::try_from(&self.entry("plain-site", &["cgroup:site"], &[])).unwrap() };
+        self.run(Command::CreateEntries(vec![Entry { id: "site".parse().unwrap(), ..site }])).outcome.unwrap();
+        let key = SvidKey::generate().unwrap();
+        let csr = Csr::parse(&key.csr().unwrap()).unwrap();
+        let leaves = vec![LeafRequest { entry: "site".parse().unwrap(), key_hash: [3; 32] }];
+        let authority = self.key.authority().to_owned();
+        let issue = Command::Issue { node: self.node, generation: Generation(1), authority, leaves };
+        let svid = self.run(issue).into_issuances().unwrap().remove(0).unwrap();
+        let committed = self.run(Command::NewDownstream {
+            node: self.node,
+            generation: Generation(1),
+            serial: svid.get().serial,
+            key_hash: csr.spki_sha256(),
+            lifetime_ms: 86_400_000,
+        });
+        let intermediate = self.root.downstream(&committed.into_downstream().unwrap(), &csr).unwrap();
+        let root_key = SvidKey::from_pkcs8(&self.root.key().pkcs8()).unwrap();
+        let root = Root::pair(&self.td, self.root.der().clone(), root_key).unwrap();
+        let [node, ..] = self.node.0;
+        Cell::under(self.td.clone(), node, root, IssuingKey::new(key, intermediate).unwrap())
+    }
+
+    fn under(td: TrustDomain, node: u8, root: Root, key: IssuingKey) -> Cell {
         let row = CellRow::founded(td.clone(), root.der().to_vec());
         let member = Member {
             address: "127.0.0.1:1".into(),

@@ -50,13 +50,15 @@ pub(super) async fn check(session: &Session) -> Result<Answer, Refusal> {
             "sequence": state.sequence,
             "roots": values(&roots(&state)),
             "intermediates": values(&intermediates(&state)),
+            "downstreams": values(&downstreams(&state)),
             "approvers": approvers,
             "jwt_authorities": values(&jwt::table(&keys)),
             "findings": findings,
         })),
         Form::Table => {
-            let tables = [roots(&state), intermediates(&state), jwt::table(&keys)];
-            tables.map(|table| table.render(Form::Table)).join("\n\n")
+            let given = (!state.downstreams.is_empty()).then(|| downstreams(&state));
+            let tables = [roots(&state), intermediates(&state)].into_iter().chain(given).chain([jwt::table(&keys)]);
+            tables.map(|table| table.render(Form::Table)).collect::<Vec<_>>().join("\n\n")
         }
     };
     let lines = findings.iter().map(String::as_str).chain(weakness);
@@ -148,6 +150,24 @@ fn intermediates(state: &v1::X509AuthorityState) -> Table {
             json!(one.current),
             json!(utc(one.not_after_ms)),
             json!(counted(one.using.len(), "holder")),
+        ]);
+    }
+    table
+}
+
+/// What was given to clusters' own issuers: `trust taint` and `trust revoke` take them by name.
+fn downstreams(state: &v1::X509AuthorityState) -> Table {
+    const COLUMNS: &[&str] = &["authority", "entry", "node", "generation", "root", "state", "not_after"];
+    let mut table = Table::new("downstream", COLUMNS);
+    for one in &state.downstreams {
+        table.row(vec![
+            json!(one.authority),
+            json!(one.entry),
+            json!(one.node),
+            json!(one.generation),
+            json!(one.root.get(..16)),
+            json!(one.state),
+            json!(utc(one.not_after_ms)),
         ]);
     }
     table

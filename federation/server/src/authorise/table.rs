@@ -18,6 +18,8 @@ pub enum Who {
     Replica,
     /// Replicas of active peers.
     Peer,
+    /// Issuers of clusters, by an entry that is marked `downstream`.
+    Downstream,
     /// Administrators of whatever role: what each must know of the cell, or does for himself.
     AnyAdmin,
     /// The same, and replicas of the cell on their behalf.
@@ -56,7 +58,7 @@ impl Who {
     fn by_role(self, role: &AdminRole) -> Admitted {
         use AdminRole::{Auditor, ClusterAdmin, FederationAdmin, Operator};
         match (self, role) {
-            (Who::Node | Who::Replica | Who::Peer, _) => Admitted::No,
+            (Who::Node | Who::Replica | Who::Peer | Who::Downstream, _) => Admitted::No,
             (Who::Anyone | Who::AnyAdmin | Who::AnyAdminOrReplica, _) | (_, FederationAdmin) => Admitted::Yes,
             (
                 Who::Reader
@@ -82,6 +84,7 @@ impl Who {
             Role::Anyone => or_no(self == Who::Anyone),
             Role::Node(..) => or_no(matches!(self, Who::Anyone | Who::Node)),
             Role::Peer(_) => or_no(matches!(self, Who::Anyone | Who::Peer)),
+            Role::Downstream(_) => or_no(matches!(self, Who::Anyone | Who::Downstream)),
             Role::Replica(_) => or_no(matches!(
                 self,
                 Who::Anyone
@@ -147,7 +150,7 @@ pub const METHODS: &[(&str, Who)] = &[
     ("/ambit.v1.Svid/BatchNewX509SVID", Who::Node),
     ("/ambit.v1.Svid/NewJWTSVID", Who::Node),
     ("/ambit.v1.Svid/MintX509SVID", Who::Admin),
-    ("/ambit.v1.Svid/NewIntermediateCA", Who::Admin),
+    ("/ambit.v1.Svid/NewIntermediateCA", Who::Downstream),
     ("/ambit.v1.Svid/MintJWTSVID", Who::Admin),
     ("/ambit.v1.Svid/RenewAdmin", Who::AnyAdmin),
     ("/ambit.v1.Svid/ListIssued", Who::AuditReader),

@@ -5,6 +5,7 @@
 
 use super::files::{Card, Files};
 use super::{Replica, random, trust_of, wall_clock};
+use crate::authorise::{Client, Issuer};
 use ambit_identity::tls::certified;
 use ambit_identity::wrap::WrapKey;
 use ambit_identity::{Csr, IssuingKey, Named, Root, SvidKey, Usage, fingerprint};
@@ -105,6 +106,31 @@ impl Replica {
         let intermediate = self.open_root(&id)?.renewed(&committed, csr)?;
         tracing::info!(replica, authority = ambit_identity::authority::authority_id(csr), "intermediate signed");
         Ok((intermediate, self.cross_of(&id)))
+    }
+
+    /// Commits and signs a downstream authority for the issuer of a cluster.
+    pub async fn downstream_of(
+        &self,
+        client: Client,
+        request: [u8; 16],
+        issuer: &Issuer,
+        csr: &Csr,
+        lifetime_ms: u64,
+    ) -> Result<v1::NewIntermediateCaResponse, Refusal> {
+        // Before anything is committed: whoever cannot sign commits nothing.
+        drop(self.active_root()?);
+        let Issuer { node, generation, serial } = *issuer;
+        let command = Command::NewDownstream { node, generation, serial, key_hash: csr.spki_sha256(), lifetime_ms };
+        let committed = self.propose(client, request, command).await?.into_downstream()?;
+        self.check_clock()?;
+        let (id, not_after_ms) = (committed.get().root, committed.get().lifetime.not_after.0);
+        let authority = ambit_identity::authority::authority_id(csr);
+        let signed = self.open_root(&id)?.downstream(&committed, csr)?;
+        tracing::info!(entry = %committed.get().entry, authority, "downstream authority signed");
+        let chain_der = std::iter::once(signed).chain(self.cross_of(&id)).map(|der| der.to_vec()).collect();
+        let roots = self.local(|s| s.bundle_record()).map(|bundle| bundle.roots).unwrap_or_default();
+        let roots_der = roots.into_iter().map(|root| root.der).collect();
+        Ok(v1::NewIntermediateCaResponse { chain_der, roots_der, not_after_ms, authority })
     }
 
     /// Asks for this replica's own next intermediate: here where the root opens here, else of the others in turn.

@@ -1,10 +1,10 @@
 //! Administrators: who they are, what they may do, and their certificates.
 
 use super::{OrStatus, approvers, request_id};
-use crate::authorise::actor;
+use crate::authorise::{Actor, actor};
 use crate::replica::Replica;
 use ambit_identity::Csr;
-use ambit_model::{Act, AdminRole, Code, ObjectName, Refusal};
+use ambit_model::{Act, AdminRole, Code, ObjectName, Refusal, SpiffeId};
 use ambit_proto::v1;
 use ambit_state::objects::{ActRow, AdminRow};
 use ambit_state::{Command, FOUNDER, RoleChange, State};
@@ -24,6 +24,9 @@ impl v1::administrators_server::Administrators for Administrators {
         let actor = actor(&request)?;
         let m = request.into_inner();
         let id = request_id(&m.request_id)?;
+        if m.name.starts_with("spiffe://") {
+            return self.change_of_id(actor, id, &m).await.map(Response::new).or_status();
+        }
         let admin: ObjectName = m.name.parse().or_status()?;
         let command = Command::ChangeRoles { admin: admin.clone(), change: change(&m).or_status()?, by: actor.name };
         self.0.propose(actor.client, id, command).await.or_status()?.outcome.or_status()?;
@@ -75,6 +78,19 @@ impl v1::administrators_server::Administrators for Administrators {
     }
 }
 
+impl Administrators {
+    /// Of whoever shows an SVID of an entry that is marked `admin`.
+    async fn change_of_id(&self, actor: Actor, id: [u8; 16], m: &v1::ChangeRolesRequest) -> Result<v1::Admin, Refusal> {
+        let who: SpiffeId = m.name.parse()?;
+        let command = Command::ChangeIdRoles { id: who.clone(), change: change(m)?, by: actor.name };
+        self.0.propose(actor.client, id, command).await?.outcome?;
+        let written =
+            self.0.local(|s| s.id_admins().find(|(id, _)| **id == who).map(|(id, r)| message(id.as_str(), r)));
+        // Without a role there is no row.
+        Ok(written.unwrap_or_else(|| message(who.as_str(), &AdminRow::default())))
+    }
+}
+
 fn change(m: &v1::ChangeRolesRequest) -> Result<RoleChange, Refusal> {
     let roles = |texts: &[String]| texts.iter().map(|t| t.parse()).collect::<Result<BTreeSet<AdminRole>, _>>();
     match (m.grant.as_slice(), m.revoke.as_slice(), m.revoke_all) {
@@ -91,7 +107,8 @@ fn listing(s: &State) -> Vec<v1::Admin> {
     let unwritten = s.admins().all(|(name, _)| name.as_str() != FOUNDER);
     let founder = AdminRow { roles: s.admin_roles(FOUNDER), ..AdminRow::default() };
     let founder = unwritten.then(|| v1::Admin { changed_by: "ambitd init".into(), ..message(s, FOUNDER, &founder) });
-    founder.into_iter().chain(s.admins().map(|(name, row)| message(s, name.as_str(), row))).collect()
+    let named = s.admins().map(|(name, row)| message(s, name.as_str(), row));
+    founder.into_iter().chain(named).chain(s.id_admins().map(|(id, row)| message(s, id.as_str(), row))).collect()
 }
 
 fn message(s: &State, name: &str, row: &AdminRow) -> v1::Admin {

@@ -121,6 +121,9 @@ struct Filter {
     cluster: Option<ClusterId>,
     ids: Option<Peers>,
     selectors: Vec<Selector>,
+    downstream: bool,
+    admin: bool,
+    with: Option<String>,
 }
 
 impl Filter {
@@ -130,10 +133,20 @@ impl Filter {
             cluster: given(&m.cluster).map(|cluster| cluster.parse()).transpose()?,
             ids: given(&m.spiffe_id).map(|ids| ids.parse()).transpose()?,
             selectors: m.selectors.iter().map(|s| s.parse()).collect::<Result<_, _>>()?,
+            downstream: m.downstream,
+            admin: m.admin,
+            with: given(&m.federates_with),
         })
     }
     fn takes(&self, entry: &Entry) -> bool {
+        let federates = |with: &String| {
+            entry.federates_with.iter().any(|td| td.as_str() == with)
+                || entry.extras.federates_with_groups.iter().any(|group| group.as_str() == with)
+        };
         self.cluster.as_ref().is_none_or(|cluster| *cluster == entry.cluster)
+            && (entry.extras.downstream || !self.downstream)
+            && (entry.extras.admin || !self.admin)
+            && self.with.as_ref().is_none_or(federates)
             && self.ids.as_ref().is_none_or(|ids| ids.contains(&entry.spiffe_id))
             && self.selectors.iter().all(|selector| entry.selectors.contains(selector))
     }

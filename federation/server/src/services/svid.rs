@@ -1,6 +1,5 @@
 //! SVIDs and bundles. Commit first, then sign; the CSR carries a key and nothing else.
 
-use super::unbuilt::unbuilt;
 use super::{OrStatus, request_id};
 use crate::authorise::{Client, Role, actor};
 use crate::replica::{Replica, jwt};
@@ -20,6 +19,8 @@ const BATCH_MAX: usize = 256;
 /// Signatures that are verified or made on the thread that serves: they take less than to put another one to work twice.
 const AT_ONCE_MAX: usize = 2;
 const LIST_MAX: usize = 10_000;
+/// A downstream authority lasts so long where nothing else is asked for.
+const DOWNSTREAM_MS: u64 = 24 * 3_600_000;
 
 pub(crate) struct Svids(pub(crate) Replica);
 
@@ -116,8 +117,25 @@ impl v1::svid_server::Svid for Svids {
         };
         self.token(actor.client, id, &audience, command).await.map(Response::new).or_status()
     }
-    async fn new_intermediate_ca(&self, _: Request<v1::Unbuilt>) -> Result<Response<v1::Unbuilt>, Status> {
-        unbuilt("Svid.NewIntermediateCA (issue D)")
+
+    async fn new_intermediate_ca(
+        &self,
+        request: Request<v1::NewIntermediateCaRequest>,
+    ) -> Result<Response<v1::NewIntermediateCaResponse>, Status> {
+        let actor = actor(&request)?;
+        let Role::Downstream(issuer) = actor.role else {
+            return Err(Refusal::new(Code::PermissionDenied, "an issuer of a cluster", actor.name)).or_status();
+        };
+        let m = request.into_inner();
+        let id = request_id(&m.request_id)?;
+        self.within_budget(issuer.node, 1)?;
+        let csr = Csr::parse(&m.csr).or_status()?;
+        let lifetime_ms = match m.lifetime_seconds {
+            0 => DOWNSTREAM_MS,
+            seconds => u64::from(seconds) * 1_000,
+        };
+        let signed = self.0.downstream_of(actor.client, id, &issuer, &csr, lifetime_ms).await;
+        signed.map(Response::new).map_err(|r| r.for_node()).or_status()
     }
 
     async fn renew_admin(
@@ -132,7 +150,8 @@ impl v1::svid_server::Svid for Svids {
         let csr = Csr::parse(&m.csr).or_status()?;
         let authority = self.0.issuer().authority().to_owned();
         let id = signed_here(request_id(&m.request_id)?, &authority);
-        let admin = name.parse().or_status()?;
+        let own = |_| Refusal::new(Code::PermissionDenied, "an administrator below /ambit/admin/", name.as_str());
+        let admin = name.parse().map_err(own).or_status()?;
         let command = Command::CertifyAdmin { admin, key_hash: csr.spki_sha256(), authority };
         let applied = self.0.propose(actor.client, id, command).await.or_status()?;
         let (chain_der, not_after_ms) = one_leaf(&self.0, applied, &csr).or_status()?;

@@ -1,7 +1,7 @@
 //! Intermediates of replicas: renewed by themselves, tainted and revoked by operators.
 
-use super::{At, cell_row, export, payload, touch};
-use crate::authorities::{AuthorityRow, AuthorityState, authority_of};
+use super::{At, cell_row, downstream, export, payload, touch};
+use crate::authorities::{AuthorityRow, AuthorityState, DownstreamRow, authority_of};
 use crate::command::Reply;
 use crate::committed::ReplicaAuthority;
 use crate::objects::Member;
@@ -10,9 +10,9 @@ use ambit_model::record::Kind;
 use ambit_model::{Code, Lifetime, Refusal, ReplicaId, Stamp};
 
 /// As design.md has it: an intermediate lasts a week at most.
-pub(crate) const LIFETIME_MS_MAX: u64 = 7 * 24 * 3_600_000;
+pub(super) const LIFETIME_MS_MAX: u64 = 7 * 24 * 3_600_000;
 /// Below this nothing could be renewed in time; cells outside a lab are configured for a day at least.
-const LIFETIME_MS_MIN: u64 = 5_000;
+pub(super) const LIFETIME_MS_MIN: u64 = 5_000;
 /// Intermediates of one replica at once: it renews at half of the lifetime, so a third is already one that was lost on its way.
 const PER_REPLICA_MAX: usize = 16;
 /// Denials are kept this long after the intermediate ended: the clocks that judge differ.
@@ -33,7 +33,7 @@ pub(super) fn renew(
         return Err(Refusal::new(Code::BadRequest, expected, lifetime_ms.to_string()));
     }
     let id = authority_of(key_hash);
-    if s.authority(&id).is_some() {
+    if s.authority(&id).is_some() || s.downstream(&id).is_some() {
         return Err(Refusal::new(Code::AlreadyExists, "a new issuing key", id));
     }
     let held = s.authorities.iter().filter(|(_, row)| row.replica == replica && row.lifetime.not_after > at.stamp);
@@ -71,6 +71,14 @@ fn named(s: &State, id: &str) -> Result<AuthorityRow, Refusal> {
 }
 
 pub(super) fn taint(s: &mut State, at: At, id: &str) -> Result<Reply, Refusal> {
+    if let Some(row) = s.downstream(id).cloned() {
+        if row.state != AuthorityState::Active {
+            return Err(Refusal::new(Code::RootState, "an active intermediate", row.state.as_str()));
+        }
+        s.downstreams.put(&mut s.journal, id.to_owned(), DownstreamRow { state: AuthorityState::Tainted, ..row });
+        touch(s, at);
+        return Ok(Reply::Done);
+    }
     let row = named(s, id)?;
     if row.state != AuthorityState::Active {
         return Err(Refusal::new(Code::RootState, "an active intermediate", row.state.as_str()));
@@ -90,6 +98,13 @@ pub(super) fn taint_all_of(s: &mut State, at: At, replica: u64) {
 }
 
 pub(super) fn revoke(s: &mut State, at: At, id: &str) -> Result<Reply, Refusal> {
+    if let Some(row) = s.downstream(id) {
+        if row.state != AuthorityState::Tainted {
+            return Err(Refusal::new(Code::RootState, "a tainted intermediate", row.state.as_str()));
+        }
+        downstream::revoke(s, at, id)?;
+        return Ok(Reply::Done);
+    }
     let row = named(s, id)?;
     if row.state != AuthorityState::Tainted {
         return Err(Refusal::new(Code::RootState, "a tainted intermediate", row.state.as_str()));
@@ -99,12 +114,19 @@ pub(super) fn revoke(s: &mut State, at: At, id: &str) -> Result<Reply, Refusal> 
         let found = format!("replica {replica} has none but it");
         return Err(Refusal::new(Code::AuthorityInUse, "an intermediate that no replica signs with", found));
     }
-    let (td, until) = (cell_row(s)?.trust_domain, row.lifetime.not_after);
+    let until = row.lifetime.not_after;
     s.authorities.put(&mut s.journal, id.to_owned(), AuthorityRow { state: AuthorityState::Revoked, ..row });
+    deny(s, at, id, until)?;
+    Ok(Reply::Done)
+}
+
+/// Whatever this intermediate signed is refused, here and at peers.
+pub(super) fn deny(s: &mut State, at: At, id: &str, until: Stamp) -> Result<(), Refusal> {
+    let td = cell_row(s)?.trust_domain;
     s.authority_denials.put(&mut s.journal, (td, id.to_owned()), until);
     export(s, Kind::AuthorityDenial, id.to_owned(), payload(&until)?);
     touch(s, at);
-    Ok(Reply::Done)
+    Ok(())
 }
 
 /// Forgets intermediates that no clock of the cell can still take for valid, and denials of such.
@@ -112,5 +134,6 @@ pub(super) fn forget(s: &mut State, now: Stamp) {
     let current: Vec<String> = s.members().map(|(_, m)| m.authority.clone()).collect();
     s.authorities
         .prune(&mut s.journal, |id, row| row.lifetime.not_after.plus_ms(DENIAL_SKEW_MS) < now && !current.contains(id));
+    s.downstreams.prune(&mut s.journal, |_, row| row.lifetime.not_after.plus_ms(DENIAL_SKEW_MS) < now);
     s.authority_denials.prune(&mut s.journal, |_, until| until.plus_ms(DENIAL_SKEW_MS) < now);
 }

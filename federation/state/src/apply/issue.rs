@@ -1,6 +1,7 @@
 //! Issuance records: what may be signed, by whom, for how long.
 
 use super::{At, cell_row};
+use crate::authorities::{AuthorityState, authority_of};
 use crate::command::{Command, LeafRequest, Reply};
 use crate::committed::{Issuance, JwtIssuance, Subject};
 use crate::objects::{EntryRow, NodeRow};
@@ -76,7 +77,12 @@ pub(super) fn ends(at: At, issuer: Stamp, ttl_ms: u64, verdict: Option<Stamp>) -
 }
 
 /// I4: the node as it stands at this index, if it may be issued anything at all.
-fn trusted_node<'a>(s: &'a State, at: At, id: &NodeId, generation: Generation) -> Result<&'a NodeRow, Refusal> {
+pub(super) fn trusted_node<'a>(
+    s: &'a State,
+    at: At,
+    id: &NodeId,
+    generation: Generation,
+) -> Result<&'a NodeRow, Refusal> {
     let node = s.node(id).ok_or_else(|| Refusal::new(Code::NodeUnknown, "an enrolled node", id.to_string()))?;
     let (barred, denied) = (node.state.bars_trust(), s.denied(id).is_some_and(|g| generation <= g));
     #[cfg(ambit_mutant)]
@@ -178,6 +184,15 @@ pub(crate) fn answer_again(s: &State, at: At, command: &Command, reply: Reply) -
                 Ok(Reply::Token(token))
             } else {
                 Err(unfit(token.spiffe_id.as_str()))
+            }
+        }
+        (Command::NewDownstream { node, generation, .. }, Reply::Downstream(one)) => {
+            trusted_node(s, at, node, *generation)?;
+            let row = s.downstream(&authority_of(&one.key_hash));
+            if row.is_some_and(|row| row.state == AuthorityState::Active) {
+                Ok(Reply::Downstream(one))
+            } else {
+                Err(Refusal::new(Code::SvidRevoked, "a downstream authority that is relied on", one.entry.as_str()))
             }
         }
         (_, reply) => Ok(reply),

@@ -7,6 +7,7 @@ mod attest;
 mod authority;
 mod cell;
 mod deny;
+mod downstream;
 mod endorse;
 mod federation;
 mod incarnation;
@@ -38,8 +39,15 @@ pub(crate) struct At {
     pub(crate) stamp: Stamp,
 }
 
+/// Applies a command; whatever it changed, a downstream authority does not outlive what it was given for.
 pub(crate) fn apply(s: &mut State, index: RaftIndex, stamp: Stamp, command: &Command) -> Result<Reply, Refusal> {
     let at = At { index, stamp };
+    let reply = perform(s, at, command);
+    downstream::end_unfounded(s, at)?;
+    reply
+}
+
+fn perform(s: &mut State, at: At, command: &Command) -> Result<Reply, Refusal> {
     match command {
         Command::FoundCell(row, id, member, keys) => cell::found(s, row, *id, member, keys),
         Command::Tick => cell::tick(s, at),
@@ -132,6 +140,12 @@ pub(crate) fn apply(s: &mut State, index: RaftIndex, stamp: Stamp, command: &Com
         Command::RegisterAddress(node, generation, address) => {
             node_address::register(s, at, node, *generation, *address)
         }
+        Command::NewDownstream { node, generation, serial, key_hash, lifetime_ms } => downstream::new(
+            s,
+            at,
+            &downstream::Asked { node, generation: *generation, serial, key_hash, lifetime_ms: *lifetime_ms },
+        ),
+        Command::ChangeIdRoles { id, change, by } => roles::change_of_id(s, at, id, change, by),
     }
 }
 

@@ -21,8 +21,48 @@ pub(super) fn change(
     change: &RoleChange,
     by: &str,
 ) -> Result<Reply, Refusal> {
-    let before = s.admin_roles(admin.as_str());
-    let mut roles = before.clone();
+    let roles = changed(s, s.admin_roles(admin.as_str()), change)?;
+    if roles.len() > ROLES_MAX || (s.admins.len() >= ADMINS_MAX && !s.admins.contains(admin)) {
+        let expected = format!("at most {ADMINS_MAX} administrators of {ROLES_MAX} roles");
+        return Err(Refusal::new(Code::Busy, expected, "more"));
+    }
+    let falls = !roles.contains(&AdminRole::FederationAdmin);
+    if falls && s.is_last_federation_admin(admin.as_str()) {
+        let expected = "another federation-admin (ambit admin grant) before the last one goes";
+        return Err(Refusal::new(Code::LastAdmin, expected, admin.as_str()));
+    }
+    let row = AdminRow { roles, changed_by: by.to_owned(), changed: at.stamp };
+    s.admins.put(&mut s.journal, admin.clone(), row);
+    Ok(Reply::Done)
+}
+
+/// The same for whoever shows an SVID of this identity. None of them is ever the last federation-admin: the entry, its node
+/// or the identity may go at any time.
+pub(super) fn change_of_id(
+    s: &mut State,
+    at: At,
+    id: &SpiffeId,
+    change: &RoleChange,
+    by: &str,
+) -> Result<Reply, Refusal> {
+    let own = cell_row(s)?.trust_domain;
+    if id.trust_domain() != own || id.path().starts_with("/ambit/") {
+        return Err(Refusal::new(Code::NotOwner, format!("an identity of {own} outside /ambit/"), id.as_str()));
+    }
+    let roles = changed(s, s.id_admins.get(id).map(|row| row.roles.clone()).unwrap_or_default(), change)?;
+    if roles.len() > ROLES_MAX || (s.id_admins.len() >= ADMINS_MAX && !s.id_admins.contains(id)) {
+        let expected = format!("at most {ADMINS_MAX} administrators of {ROLES_MAX} roles");
+        return Err(Refusal::new(Code::Busy, expected, "more"));
+    }
+    if roles.is_empty() {
+        s.id_admins.remove(&mut s.journal, id);
+    } else {
+        s.id_admins.put(&mut s.journal, id.clone(), AdminRow { roles, changed_by: by.to_owned(), changed: at.stamp });
+    }
+    Ok(Reply::Done)
+}
+
+fn changed(s: &State, mut roles: BTreeSet<AdminRole>, change: &RoleChange) -> Result<BTreeSet<AdminRole>, Refusal> {
     match change {
         RoleChange::Grant(more) => {
             for role in more {
@@ -37,18 +77,7 @@ pub(super) fn change(
         RoleChange::Revoke(less) => roles.retain(|role| !less.contains(role)),
         RoleChange::RevokeAll => roles.clear(),
     }
-    if roles.len() > ROLES_MAX || (s.admins.len() >= ADMINS_MAX && !s.admins.contains(admin)) {
-        let expected = format!("at most {ADMINS_MAX} administrators of {ROLES_MAX} roles");
-        return Err(Refusal::new(Code::Busy, expected, "more"));
-    }
-    let falls = !roles.contains(&AdminRole::FederationAdmin);
-    if falls && s.is_last_federation_admin(admin.as_str()) {
-        let expected = "another federation-admin (ambit admin grant) before the last one goes";
-        return Err(Refusal::new(Code::LastAdmin, expected, admin.as_str()));
-    }
-    let row = AdminRow { roles, changed_by: by.to_owned(), changed: at.stamp };
-    s.admins.put(&mut s.journal, admin.clone(), row);
-    Ok(Reply::Done)
+    Ok(roles)
 }
 
 pub(super) fn certify(
@@ -113,8 +142,13 @@ impl Scope<'_> {
     /// What the entry is to be, and what it is now.
     fn entry(&self, s: &State, entry: &Entry) -> Result<(), Refusal> {
         self.cluster(&entry.cluster)?;
-        if let Some(before) = s.entry(&entry.id) {
-            self.cluster(&before.entry.cluster)?;
+        let before = s.entry(&entry.id).map(|row| &row.entry);
+        if let Some(before) = before {
+            self.cluster(&before.cluster)?;
+        }
+        // Who writes such an entry decides who administers the cell, or issues for all of the trust domain.
+        if std::iter::once(entry).chain(before).any(|entry| entry.extras.is_privileged()) {
+            return Err(self.refuse(format!("entry {}, which is marked admin or downstream", entry.id)));
         }
         self.identity(s, &entry.spiffe_id)
     }

@@ -7,7 +7,7 @@ use ambit_model::{Refusal, Stamp};
 use ambit_proto::status::from_status;
 use ambit_proto::v1;
 use ambit_state::State;
-use ambit_state::authorities::{AuthorityRow, RootId, RootRow};
+use ambit_state::authorities::{AuthorityRow, DownstreamRow, RootId, RootRow};
 use ambit_state::objects::{JwtAuthorityRow, JwtAuthorityState, NodeState, PeerState};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -137,8 +137,11 @@ impl Survey {
         replicas.chain(nodes.map(|node| format!("node {node}"))).chain(others).collect()
     }
 
-    /// Who shows something that is under this intermediate.
+    /// Who shows something that is under this intermediate. What a cluster's own issuer signed nobody here knows.
     pub(super) fn under(&self, s: &State, authority: &str) -> Vec<String> {
+        if s.downstream(authority).is_some() {
+            return Vec::new();
+        }
         self.showing(s, &newest(s), &[authority.to_owned()].into())
     }
 
@@ -167,6 +170,7 @@ impl Survey {
             roots: roots.iter().map(|(id, row)| self.root(s, &newest, &authorities, id, row)).collect(),
             intermediates: authorities.iter().map(|(id, row)| self.intermediate(s, &newest, id, row)).collect(),
             holders: Vec::new(),
+            downstreams: s.downstreams().map(downstream).collect(),
         }
     }
 
@@ -237,6 +241,19 @@ impl Survey {
             current: s.members().any(|(_, m)| m.authority == id),
             using: self.showing(s, newest, &[id.to_owned()].into()).into_iter().take(NAMES_MAX).collect(),
         }
+    }
+}
+
+fn downstream((id, row): (&String, &DownstreamRow)) -> v1::X509Downstream {
+    v1::X509Downstream {
+        authority: id.clone(),
+        entry: row.entry.to_string(),
+        node: row.node.to_string(),
+        generation: row.generation.0,
+        root: hex::encode(row.root),
+        state: row.state.as_str().into(),
+        not_before_ms: row.lifetime.not_before.0,
+        not_after_ms: row.lifetime.not_after.0,
     }
 }
 
