@@ -59,6 +59,42 @@ pub enum Act {
     AddApprover(ObjectName, ApproverCard),
     /// Whoever has this name approves no more.
     RemoveApprover(ObjectName),
+    /// The key of the root with this SHA-256 is split, so that any `threshold` of these people open it together.
+    ShareRoot {
+        /// Which root.
+        root: [u8; 32],
+        /// How many it takes.
+        threshold: u8,
+        /// Each gets one share.
+        holders: Vec<ShareHolder>,
+    },
+}
+
+/// Bytes of an uncompressed P-256 point.
+const POINT_BYTES: usize = 65;
+
+/// Who holds a recovery share. Written as NAME=POINT, the point in 130 hexadecimal digits.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShareHolder {
+    /// For people.
+    pub name: ObjectName,
+    /// The P-256 point to which the share is encrypted.
+    pub key: Vec<u8>,
+}
+
+impl fmt::Display for ShareHolder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}={}", self.name.as_str(), hex::encode(&self.key))
+    }
+}
+
+impl FromStr for ShareHolder {
+    type Err = Refusal;
+    fn from_str(s: &str) -> Result<Self, Refusal> {
+        let bad = || Refusal::new(Code::BadRequest, "NAME=KEY, as ambit trust holder-key prints it", s);
+        let (name, key) = s.split_once('=').ok_or_else(bad)?;
+        Ok(Self { name: name.parse()?, key: bytes(key, POINT_BYTES).ok_or_else(bad)? })
+    }
 }
 
 impl fmt::Display for Act {
@@ -67,6 +103,10 @@ impl fmt::Display for Act {
             Self::RevokeRoot(root) => write!(f, "revoke root {}", hex::encode(root)),
             Self::AddApprover(name, card) => write!(f, "add approver {} {card}", name.as_str()),
             Self::RemoveApprover(name) => write!(f, "remove approver {}", name.as_str()),
+            Self::ShareRoot { root, threshold, holders } => {
+                write!(f, "share root {} among {threshold} of", hex::encode(root))?;
+                holders.iter().try_for_each(|holder| write!(f, " {holder}"))
+            }
         }
     }
 }
@@ -80,6 +120,15 @@ impl FromStr for Act {
             ["revoke", "root", root] => Ok(Self::RevokeRoot(digest(root).ok_or_else(bad)?)),
             ["add", "approver", name, card] => Ok(Self::AddApprover(name.parse()?, card.parse()?)),
             ["remove", "approver", name] => Ok(Self::RemoveApprover(name.parse()?)),
+            ["share", "root", root, "among", threshold, "of", holders @ ..] => {
+                let count: u8 = threshold.parse().map_err(|_| bad())?;
+                // One form only: `+2` and `02` are read as numbers too.
+                if count.to_string() != *threshold {
+                    return Err(bad());
+                }
+                let holders = holders.iter().map(|holder| holder.parse()).collect::<Result<_, _>>()?;
+                Ok(Self::ShareRoot { root: digest(root).ok_or_else(bad)?, threshold: count, holders })
+            }
             _ => Err(bad()),
         }
     }
@@ -156,7 +205,7 @@ mod tests {
 
     #[test]
     fn an_act_is_read_as_it_is_written_and_in_no_other_form() {
-        let (root, card) = ("ab".repeat(32), "cd".repeat(96));
+        let (root, card, point) = ("ab".repeat(32), "cd".repeat(96), "ef".repeat(65));
         for (text, good) in [
             (format!("revoke root {root}"), true),
             (format!("revoke root {}", root.to_uppercase()), false),
@@ -171,6 +220,12 @@ mod tests {
             ("remove approver alice".to_owned(), true),
             ("remove approver".to_owned(), false),
             ("remove approver alice bob".to_owned(), false),
+            (format!("share root {root} among 2 of al={point} bo={point}"), true),
+            (format!("share root {root} among 2 of"), true),
+            (format!("share root {root} among +2 of al={point}"), false),
+            (format!("share root {root} among 02 of al={point}"), false),
+            (format!("share root {root} among 2 of al={}", &point[2..]), false),
+            (format!("share root {root} among 2 of al {point}"), false),
             (String::new(), false),
         ] {
             let read = text.parse::<Act>();

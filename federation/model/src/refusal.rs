@@ -170,6 +170,9 @@ codes! {
     ApprovalInvalid = "approval_invalid", Denied, "have approvers of this cell sign a proposal of this very act, each once";
     ApprovalExpired = "approval_expired", Denied, "propose the act again: what was signed is no longer good";
     ApprovalUsed = "approval_used", Denied, "propose the act again: what was signed is good for one time";
+    ShareInvalid = "share_invalid", Denied, "bring enough undamaged shares of this root, all made together (ambit trust shares)";
+    ReplicaUnattested = "replica_unattested", Denied, "give the replica a TPM (tpm in its configuration) that is on the allow-list of cluster `replica` and booted as the policy `replica` says";
+    SealIncomplete = "seal_incomplete", Precondition, "see what lacks (ambit trust seal --dry-run): every replica attested, and recovery shares of each root";
 }
 
 impl fmt::Display for Code {

@@ -7,6 +7,7 @@ use crate::committed::{
     Committed, Issuance, JwtIssuance, PreparedRoot, ReplicaAdmission, ReplicaAuthority, SealedReport,
 };
 use crate::objects::*;
+use crate::sealing::{AttestedReplica, SealingRow};
 use crate::table::{Journal, Packed, Table, TableWrite};
 use ambit_model::record::Record;
 use ambit_model::{
@@ -87,6 +88,10 @@ pub struct State {
     pub(crate) approvers: Table<ObjectName, ApproverRow>,
     /// Acts that took approvers, by index.
     pub(crate) acts: Table<u64, ActRow>,
+    /// What replicas' TPMs proved.
+    pub(crate) attested_replicas: Table<u64, AttestedReplica>,
+    /// What the cell has settled about its replicas and its root; one row.
+    pub(crate) sealing: Table<u8, SealingRow>,
     /// `issued` by node and end, in memory only: counting a node's leaves must not cost a walk over everybody's.
     pub(crate) live_leaves: BTreeMap<NodeId, BTreeSet<(Stamp, [u8; 16])>>,
     /// Entries by the identity that they give, in memory only: whose an identity is must not cost a walk over all entries.
@@ -149,7 +154,9 @@ macro_rules! each_table {
             $s.peer_roots,
             $s.authority_denials,
             $s.approvers,
-            $s.acts
+            $s.acts,
+            $s.attested_replicas,
+            $s.sealing
         )
     };
 }
@@ -274,6 +281,8 @@ impl State {
             authority_denials: Table::new(id()),
             approvers: Table::new(id()),
             acts: Table::new(id()),
+            attested_replicas: Table::new(id()),
+            sealing: Table::new(id()),
             live_leaves: BTreeMap::new(),
             giving: BTreeMap::new(),
             asking: BTreeMap::new(),

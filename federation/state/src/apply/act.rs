@@ -1,7 +1,7 @@
 //! Acts that take approvers. Every replica verifies their signatures where it applies the entry: Ed25519 verification is a
 //! function of key, message and signature, so that all come to the same.
 
-use super::{At, cell_row, root};
+use super::{At, cell_row, root, seal};
 use crate::command::Reply;
 use crate::objects::{ActRow, ApproverRow};
 use crate::state::State;
@@ -42,6 +42,10 @@ pub(super) fn perform(
             s.approvers.put(&mut s.journal, name.clone(), row);
         }
         Act::RemoveApprover(name) => drop(s.approvers.remove(&mut s.journal, name)),
+        Act::ShareRoot { root, threshold, holders } => {
+            let names: Vec<ObjectName> = holders.iter().map(|holder| holder.name.clone()).collect();
+            seal::shared(s, at, root, *threshold, &names);
+        }
     }
     let Checked { statement, expires, by: approved_by } = checked;
     let row = ActRow { act: act.clone(), by: by.to_owned(), approved_by, stamp: at.stamp, statement, expires };
@@ -62,11 +66,11 @@ pub(super) fn revoke_root_alone(s: &mut State, at: At, id: &crate::authorities::
 fn needed(s: &State, act: &Act) -> Result<usize, Refusal> {
     match (act, s.approvers.len()) {
         (_, 0) => Ok(0),
-        (Act::RevokeRoot(_), 1) => {
+        (Act::RevokeRoot(_) | Act::ShareRoot { .. }, 1) => {
             Err(Refusal::new(Code::NeedsSecondApprover, "a cell with two approvers or more", "one with one"))
         }
         (Act::AddApprover(..) | Act::RemoveApprover(_), 1) => Ok(1),
-        (Act::RevokeRoot(_) | Act::AddApprover(..) | Act::RemoveApprover(_), _) => Ok(TWO),
+        (Act::RevokeRoot(_) | Act::ShareRoot { .. } | Act::AddApprover(..) | Act::RemoveApprover(_), _) => Ok(TWO),
     }
 }
 
@@ -75,6 +79,7 @@ fn possible(s: &State, act: &Act) -> Result<(), Refusal> {
     match act {
         Act::RevokeRoot(id) => root::revocable(s, id).map(drop),
         Act::AddApprover(name, card) => addable(s, name, card),
+        Act::ShareRoot { root, threshold, holders } => root::shareable(s, root, *threshold, holders),
         Act::RemoveApprover(name) if s.approvers.contains(name) => Ok(()),
         Act::RemoveApprover(name) => Err(Refusal::new(Code::NotFound, "an approver of this cell", name.as_str())),
     }

@@ -18,6 +18,7 @@ mod objects;
 mod relationship;
 mod roles;
 mod root;
+mod seal;
 
 pub use incarnation::Beginning;
 pub(crate) use issue::answer_again;
@@ -115,6 +116,9 @@ pub(crate) fn apply(s: &mut State, index: RaftIndex, stamp: Stamp, command: &Com
         Command::ActivateJwtAuthority(kid) => jwt::activate_now(s, at, kid),
         Command::TaintJwtAuthority(kid) => jwt::taint(s, at, kid),
         Command::RevokeJwtAuthority(kid) => jwt::revoke(s, at, kid),
+        Command::AttestReplica(verdict) => seal::attest(s, at, verdict),
+        Command::AttestedReplicasOnly(only) => seal::attested_only(s, *only),
+        Command::SealRoots(seal) => seal::seal(s, seal),
     }
 }
 
