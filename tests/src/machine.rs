@@ -111,6 +111,10 @@ impl Machine {
         self.node.clone()
     }
 
+    /// Its TPM answers nothing any more, and breaks no connection.
+    pub fn hang(&self) -> Result<()> {
+        self.tpm.hang()
+    }
     /// How to reach its TPM.
     pub fn tcti(&self) -> String {
         self.tpm.tcti()
