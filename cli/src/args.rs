@@ -9,6 +9,7 @@ mod entry;
 mod federation;
 mod node;
 mod svid;
+mod trust;
 mod watch;
 
 pub use admin::{Admin, Administrator};
@@ -20,6 +21,7 @@ pub use entry::{Entry, EntryCreate, EntryList, EntryUpdate};
 pub use federation::{Federation, FederationProfile, FederationPut};
 pub use node::{Claimed, Node, Selected};
 pub use svid::{BundleFile, Svid, SvidMint, SvidUsage, SvidVerify};
+pub use trust::{OpenShare, Shares};
 pub use watch::{Watch, WatchedKind};
 
 use crate::duration::Millis;
@@ -212,6 +214,22 @@ pub enum Trust {
         #[command(flatten)]
         approvals: Approvals,
     },
+    /// Wraps the root's key to the TPMs of all replicas and to nothing else; no file of theirs opens it any more
+    Seal {
+        /// Say what lacks, and change nothing
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Splits the root's key among people, for the day on which all its TPMs are lost
+    Shares(Shares),
+    /// Makes a key for somebody who is to hold a share; prints what it is encrypted to
+    HolderKey {
+        /// Where the key goes; keep it
+        #[arg(long, value_name = "FILE")]
+        out: PathBuf,
+    },
+    /// Opens an encrypted share with its holder's key
+    OpenShare(OpenShare),
 }
 
 #[derive(Debug, Subcommand)]
@@ -286,6 +304,12 @@ pub enum Raft {
         /// How long the token may be used
         #[arg(long, default_value = "10m", value_name = "TIME")]
         ttl: Millis,
+    },
+    /// Lets only replicas join whose TPM proved what they booted
+    RequireAttested {
+        /// Lets others join again; refused while the root is sealed
+        #[arg(long)]
+        off: bool,
     },
     /// Takes a replica out of the cell
     Remove {

@@ -189,7 +189,7 @@ async fn once(
         ima_log: extent(&ima_log),
         svid_key: &svid_key,
     };
-    let (svid_public, svid_certify, svid_certify_signature) = svid_key.to_wire();
+    let ((svid_public, svid_certify, svid_certify_signature), _) = svid_key.to_wire();
     let header = EvidenceHeader {
         hmac: transcript.hmac(&secret).to_vec(),
         ticket: challenge.ticket,
@@ -207,6 +207,7 @@ async fn once(
         svid_public,
         svid_certify,
         svid_certify_signature,
+        ..Default::default()
     };
     let verdict = evidence(&mut client, header, &boot_log, &ima_log).await?;
     let enrolled = accept(config, &trust.current(), &key, ak_name, verdict, clock.now())?;

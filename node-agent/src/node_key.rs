@@ -44,7 +44,7 @@ impl NodeKey {
     pub async fn home(&self, qualifying: [u8; 32]) -> Result<KeyHome, Refusal> {
         let NodeKey::Tpm(key) = self else { return Ok(KeyHome::InMemory) };
         let certified = key.0.certify(qualifying).await.map_err(tpm)?;
-        KeyHome::from_wire(certified.public, certified.attest, certified.signature)
+        KeyHome::from_wire((certified.public, certified.attest, certified.signature), Default::default())
     }
 
     /// With its chain (leaf first), as rustls signs with it.

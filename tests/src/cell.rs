@@ -195,6 +195,11 @@ impl Cell {
         Seat::new(&self.folder, name, "")
     }
 
+    /// Where its replicas live.
+    pub fn folder(&self) -> &Folder {
+        &self.folder
+    }
+
     /// How many replicas there are, running or not. They are numbered from 1.
     pub fn size(&self) -> usize {
         self.replicas.len()

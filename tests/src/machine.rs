@@ -111,6 +111,15 @@ impl Machine {
         self.node.clone()
     }
 
+    /// Its TPM answers nothing any more, and breaks no connection.
+    pub fn hang(&self) -> Result<()> {
+        self.tpm.hang()
+    }
+    /// How to reach its TPM.
+    pub fn tcti(&self) -> String {
+        self.tpm.tcti()
+    }
+
     /// The same machine with another AK, as after its state was deleted, or in the hands of whoever drives its TPM.
     pub async fn rekeyed(mut self) -> Result<Machine> {
         // A folder that no AK was kept in before: another AK each time.

@@ -135,6 +135,12 @@ impl Tpm {
         Ok(tpm_wire::extend(&mut connect(self.port)?, pcr, digests)?)
     }
 
+    /// Has it answer nothing any more, for good.
+    pub(crate) fn hang(&self) -> Result<()> {
+        let process = self.process.as_ref().context("a running TPM")?;
+        must_run(&["kill", "-STOP", &process.id().to_string()]).map(drop)
+    }
+
     /// How to reach it.
     pub fn tcti(&self) -> String {
         format!("swtpm:host=127.0.0.1,port={}", self.port)

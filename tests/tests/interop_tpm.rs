@@ -220,6 +220,7 @@ impl<'a> Tools<'a> {
             svid_public: Vec::new(),
             svid_certify: Vec::new(),
             svid_certify_signature: Vec::new(),
+            ..Default::default()
         };
         let chunks = [BOOT_LOG, IMA_LOG].map(|log| evidence_request::Part::Chunk(log.to_vec()));
         let parts = std::iter::once(evidence_request::Part::Header(header)).chain(chunks);

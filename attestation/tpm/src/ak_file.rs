@@ -36,21 +36,29 @@ pub(crate) fn load(path: &Path) -> Result<Option<WrappedKey>, TpmError> {
     };
     let mut bytes = Vec::new();
     file.take(FILE_BYTES_MAX).read_to_end(&mut bytes).map_err(io)?;
-    match parse(&bytes) {
+    match parse(MAGIC, &bytes) {
         Some(saved) => Ok(Some(saved)),
         None => Err(TpmError::StateDamaged { path: path.to_owned() }),
+    }
+}
+
+impl WrappedKey {
+    /// Both halves, behind `magic`.
+    pub(crate) fn encode(&self, magic: &[u8; 8]) -> Result<Vec<u8>, TpmError> {
+        let mut bytes = magic.to_vec();
+        for part in [&self.public, &self.private] {
+            let size = u16::try_from(part.len()).map_err(|_| TpmError::Malformed { what: "key" })?;
+            bytes.extend_from_slice(&size.to_be_bytes());
+            bytes.extend_from_slice(part);
+        }
+        Ok(bytes)
     }
 }
 
 /// Saves `ak` so that the file is whole or absent, whenever the machine stops.
 pub(crate) fn save(path: &Path, ak: &WrappedKey) -> Result<(), TpmError> {
     let io = |source| TpmError::State { path: path.to_owned(), source };
-    let mut bytes = MAGIC.to_vec();
-    for part in [&ak.public, &ak.private] {
-        let size = u16::try_from(part.len()).map_err(|_| TpmError::Malformed { what: "AK" })?;
-        bytes.extend_from_slice(&size.to_be_bytes());
-        bytes.extend_from_slice(part);
-    }
+    let bytes = ak.encode(MAGIC)?;
     let unfinished = path.with_extension("new");
     match std::fs::remove_file(&unfinished) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(io(e)),
@@ -63,8 +71,9 @@ pub(crate) fn save(path: &Path, ak: &WrappedKey) -> Result<(), TpmError> {
     File::open(folder).and_then(|f| f.sync_all()).map_err(io)
 }
 
-fn parse(bytes: &[u8]) -> Option<WrappedKey> {
-    let rest = bytes.strip_prefix(MAGIC)?;
+/// What [`WrappedKey::encode`] made.
+pub(crate) fn parse(magic: &[u8; 8], bytes: &[u8]) -> Option<WrappedKey> {
+    let rest = bytes.strip_prefix(magic)?;
     let (public, rest) = part(rest)?;
     let (private, rest) = part(rest)?;
     rest.is_empty().then(|| WrappedKey { public: public.to_vec(), private: private.to_vec() })

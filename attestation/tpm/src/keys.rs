@@ -238,6 +238,33 @@ pub(crate) fn svid_public() -> TssResult<Public> {
     ecc_signing(EccCurve::NistP256, HashingAlgorithm::Sha256, false)
 }
 
+/// The public area of a key that others wrap to: TPM2_ECDH_ZGen takes a key that decrypts and is not restricted (Part 3,
+/// 14.5). It answers to its empty authorisation, not to a policy over PCRs: what booted is judged by the cell, again at each
+/// change of policy, while a key bound to PCRs would be lost with the next update of the kernel.
+pub(crate) fn wrap_public() -> TssResult<Public> {
+    let attributes = ObjectAttributesBuilder::new()
+        .with_fixed_tpm(true)
+        .with_fixed_parent(true)
+        .with_sensitive_data_origin(true)
+        .with_user_with_auth(true)
+        .with_decrypt(true)
+        .build()?;
+    let parameters = PublicEccParametersBuilder::new()
+        .with_symmetric(SymmetricDefinitionObject::Null)
+        .with_ecc_scheme(EccScheme::EcDh(HashScheme::new(HashingAlgorithm::Sha256)))
+        .with_curve(EccCurve::NistP256)
+        .with_key_derivation_function_scheme(KeyDerivationFunctionScheme::Null)
+        .with_is_decryption_key(true)
+        .build()?;
+    PublicBuilder::new()
+        .with_public_algorithm(PublicAlgorithm::Ecc)
+        .with_name_hashing_algorithm(HashingAlgorithm::Sha256)
+        .with_object_attributes(attributes)
+        .with_ecc_parameters(parameters)
+        .with_ecc_unique_identifier(EccPoint::default())
+        .build()
+}
+
 fn signing(restricted: bool, kind: PublicAlgorithm, hash: HashingAlgorithm) -> TssResult<PublicBuilder> {
     let attributes = ObjectAttributesBuilder::new()
         .with_fixed_tpm(true)

@@ -19,10 +19,12 @@ mod options;
 mod svid_key;
 mod tpm;
 mod worker;
+mod wrap_key;
 
 pub use error::TpmError;
 pub use options::{AkKind, CREATION_MAX, EkChoice, EkKind, LOCKOUT_REST, OPERATION_MAX, Options};
 pub use svid_key::TpmKey;
+pub use wrap_key::TpmWrapKey;
 
 use std::path::Path;
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
@@ -142,6 +144,17 @@ impl Attester {
     pub async fn create_key(&self) -> Result<TpmKey, TpmError> {
         let key = self.ask("create a key", self.creation_max, Tpm::create_key).await?;
         TpmKey::new(self.clone(), key)
+    }
+
+    /// Makes a P-256 key to which others wrap. It lives as long as somebody keeps [`TpmWrapKey::saved`].
+    pub async fn create_wrap_key(&self) -> Result<TpmWrapKey, TpmError> {
+        let key = self.ask("create a wrap key", self.creation_max, Tpm::create_wrap_key).await?;
+        TpmWrapKey::new(self.clone(), key)
+    }
+
+    /// The wrap key of [`TpmWrapKey::saved`]. Nothing is asked of the TPM yet.
+    pub fn wrap_key(&self, saved: &[u8]) -> Result<TpmWrapKey, TpmError> {
+        TpmWrapKey::read(self.clone(), saved)
     }
 
     async fn operate<T: Send + 'static>(

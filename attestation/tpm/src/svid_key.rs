@@ -66,7 +66,7 @@ impl TpmKey {
 }
 
 /// The point at the end of a P-256 TPMT_PUBLIC: x and y, each a TPM2B of at most 32 bytes.
-fn point(public: &[u8]) -> Option<[u8; 65]> {
+pub(crate) fn point(public: &[u8]) -> Option<[u8; 65]> {
     use tss_esapi::structures::Public;
     use tss_esapi::traits::UnMarshall;
     let Public::Ecc { unique, .. } = Public::unmarshall(public).ok()? else { return None };

@@ -15,8 +15,8 @@ use tss_esapi::handles::KeyHandle;
 use tss_esapi::interface_types::algorithm::HashingAlgorithm;
 use tss_esapi::interface_types::session_handles::AuthSession;
 use tss_esapi::structures::{
-    Data, Digest, EncryptedSecret, HashcheckTicket, IdObject, PcrSelectionList, PcrSlot, Public, Signature,
-    SignatureScheme,
+    Data, Digest, EccParameter, EccPoint, EncryptedSecret, HashcheckTicket, IdObject, PcrSelectionList, PcrSlot,
+    Public, Signature, SignatureScheme,
 };
 use tss_esapi::tcti_ldr::TctiNameConf;
 use tss_esapi::traits::{Marshall, UnMarshall};
@@ -158,6 +158,33 @@ impl Tpm {
                     }
                     _ => Err(Error::WrapperError(WrapperErrorKind::WrongValueFromTpm)),
                 }
+            })
+        })
+    }
+
+    /// A new key to which others wrap.
+    pub(crate) fn create_wrap_key(&mut self, due: Instant) -> Result<WrappedKey, TpmError> {
+        self.run("create a wrap key", due, |keys, ctx| keys.create(ctx, &keys::wrap_public()?))
+    }
+
+    /// The x coordinate, 32 bytes, of what `key` and the point agree on (TPM2_ECDH_ZGen). The TPM refuses what is no point of
+    /// the curve.
+    pub(crate) fn agree(
+        &mut self,
+        key: &WrappedKey,
+        point: &[u8; 65],
+        due: Instant,
+    ) -> Result<Zeroizing<Vec<u8>>, TpmError> {
+        self.run("agree on a key", due, |keys, ctx| {
+            let (x, y) = point.get(1..).unwrap_or_default().split_at(32);
+            let point = EccPoint::new(EccParameter::try_from(x)?, EccParameter::try_from(y)?);
+            keys.with_key(ctx, key, |_, ctx, handle| {
+                let agreed = with_password(ctx, |ctx| ctx.ecdh_z_gen(handle, point))?;
+                let x = agreed.x().value();
+                // TPMs may strip leading zeros.
+                let mut out = Zeroizing::new(vec![0; 32usize.saturating_sub(x.len())]);
+                out.extend_from_slice(x);
+                Ok(out)
             })
         })
     }

@@ -96,6 +96,8 @@ pub struct NodeEvidence {
     pub csr_spki: Vec<u8>,
     /// Whether the TPM certified that it holds the private half of that key.
     pub svid_key_in_tpm: bool,
+    /// The P-256 point (uncompressed) of a replica's wrap key that the TPM certified to hold; none where none was shown.
+    pub wrap_key: Option<Vec<u8>>,
     /// The server's nonce, to be consumed by the entry that admits the node.
     pub nonce: [u8; 32],
     /// Until when the consumed nonce is remembered, and the deadline the answer kept.

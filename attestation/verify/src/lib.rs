@@ -46,7 +46,7 @@ pub use chain::{
 };
 pub use ek::{EkClass, EkDenyRule, EkMake, EkRoot, Endorsements, Quirk};
 pub use hash::{Bank, HashAlg};
-pub use public::Public;
+pub use public::{Public, node_id};
 pub use round::{FreshRound, KnownNode, Round, RoundQuote};
 pub use ticket::TicketBody;
 

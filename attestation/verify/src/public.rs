@@ -1,9 +1,9 @@
 //! TPMT_PUBLIC (TPM 2.0 Part 2, 12.2.4), and the two kinds of key that this protocol knows: an EK and an AK.
 
 use crate::ek::roca;
-use crate::hash::HashAlg;
+use crate::hash::{HashAlg, sha256};
 use crate::wire::{Malformed, Reader};
-use ambit_model::{Code, Refusal};
+use ambit_model::{Code, NodeId, Refusal};
 
 /// TPMA_OBJECT bits (Part 2, 8.3).
 mod bit {
@@ -156,6 +156,14 @@ impl Public {
         self.attributes & (must | must_not) == must && self.name_alg != HashAlg::Sha1
     }
 
+    /// Whether this is a P-256 key that its TPM made and keeps, and that agrees on secrets but signs nothing.
+    pub(crate) fn is_confined_to_agreement(&self) -> bool {
+        let must = bit::FIXED_TPM | bit::FIXED_PARENT | bit::SENSITIVE_DATA_ORIGIN | bit::DECRYPT;
+        let must_not = bit::RESTRICTED | bit::SIGN;
+        let p256 = matches!(self.key, Key::Ec { curve: Curve::P256, .. });
+        self.attributes & (must | must_not) == must && p256 && self.name_alg != HashAlg::Sha1
+    }
+
     /// Parses the whole of `bytes`, which must be a TPMT_PUBLIC (no size in front) of an asymmetric key.
     pub(crate) fn parse(bytes: &[u8]) -> Result<Public, Malformed> {
         let mut r = Reader::new(bytes);
@@ -255,6 +263,12 @@ pub(crate) fn padded(bytes: &[u8], n: usize) -> Vec<u8> {
     let mut out = vec![0; n.saturating_sub(bytes.len())];
     out.extend_from_slice(bytes);
     out
+}
+
+/// The node id of the machine whose EK has the TPMT_PUBLIC in `ek_public`: SHA-256 of its SubjectPublicKeyInfo.
+pub fn node_id(ek_public: &[u8]) -> Result<NodeId, Refusal> {
+    let public = Public::parse(ek_public).map_err(|e| e.refuse(Code::EkMalformed, "TPMT_PUBLIC"))?;
+    Ok(NodeId(sha256(&public.spki_der())))
 }
 
 /// A public area that is an EK's: a restricted decryption key that never left its TPM.

@@ -126,6 +126,12 @@ impl Transcript<'_> {
                 put(attest);
                 put(signature);
             }
+            KeyHome::WrapKeyInTpm { public, attest, signature } => {
+                put(&[2]);
+                put(public);
+                put(attest);
+                put(signature);
+            }
         }
         out
     }

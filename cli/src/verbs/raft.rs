@@ -21,7 +21,20 @@ pub(super) async fn run(session: &Session, verb: Raft) -> Result<Answer, Refusal
                 return Err(refusal);
             }
             let answer = Answer::ok(table(&seen).render(session.form));
+            let form = seen.iter().find_map(|(_, view)| view.as_ref().ok()).map(|status| status.root_form.clone());
+            let answer = form.into_iter().fold(answer, |answer, form| answer.note(format!("root: {form}")));
             Ok(unasked(&cell, &seen).into_iter().fold(answer, Answer::note))
+        }
+        Raft::RequireAttested { off } => {
+            let (cell, banner) = session.cell_to_change()?;
+            let request = v1::RequireAttestedReplicasRequest { request_id: request_id()?, required: !off };
+            let reply = ask!(cell, Membership.require_attested_replicas(request))?;
+            let text = match session.form {
+                Form::Table if reply.attested_replicas_only => "only attested replicas join".to_owned(),
+                Form::Table => "any replica joins".to_owned(),
+                Form::Json => pretty(&json!({"attested_replicas_only": reply.attested_replicas_only})),
+            };
+            Ok(Answer::ok(text).note(banner))
         }
         Raft::Add { replica, address, ttl } => {
             let (cell, banner) = session.cell_to_change()?;

@@ -3,6 +3,7 @@
 mod authorities;
 mod jwt;
 mod rotate;
+mod seal;
 
 use super::Session;
 use crate::args::{Identity, Trust};
@@ -24,6 +25,10 @@ pub(super) async fn trust(session: &Session, verb: Trust) -> Result<Answer, Refu
     match verb {
         Trust::Show { trust_domain, pem } => show(session, trust_domain, pem).await,
         Trust::Check => authorities::check(session).await,
+        Trust::Seal { dry_run } => seal::seal(session, dry_run).await,
+        Trust::Shares(options) => seal::shares(session, options).await,
+        Trust::HolderKey { out } => seal::holder_key(&out),
+        Trust::OpenShare(options) => seal::open_share(&options),
         Trust::Taint { authority, dry_run } if jwt::is_kid(&authority) => jwt::taint(session, authority, dry_run).await,
         Trust::Taint { authority, dry_run } => authorities::taint(session, authority, dry_run).await,
         Trust::Revoke { authority, without_acks, dry_run, approvals } if jwt::is_kid(&authority) => {

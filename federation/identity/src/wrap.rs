@@ -1,4 +1,7 @@
-//! Wrapping ticket keys to replicas: ephemeral P-256 ECDH, HKDF-SHA-256, AES-256-GCM. Never in plain in log or snapshot.
+//! Wrapping keys to replicas: ephemeral P-256 ECDH, HKDF-SHA-256, AES-256-GCM. Never in plain in log or snapshot.
+//!
+//! Who wraps does not know whether the private half of the replica's key is in a file ([`WrapKey`]) or in a TPM, which does
+//! the agreement ([`agreed_with`], [`unwrap_agreed`]).
 
 use crate::keys::internal;
 use ambit_model::{Code, Refusal};
@@ -20,6 +23,8 @@ pub enum Purpose {
     Peering,
     /// The private key of a JWT authority, for one replica.
     JwtAuthority,
+    /// A recovery share of a root's key, for its holder.
+    RootShare,
 }
 
 impl Purpose {
@@ -29,13 +34,15 @@ impl Purpose {
             Purpose::Ticket => b"ambit/ticket/v1",
             Purpose::Peering => b"ambit/peering/v1",
             Purpose::JwtAuthority => b"ambit/jwt-authority/v1",
+            Purpose::RootShare => b"ambit/root-share/v1",
         }
     }
 }
 
-const POINT: usize = 65;
+/// Bytes of an uncompressed P-256 point.
+pub const POINT: usize = 65;
 
-/// A replica's key to which others wrap.
+/// A key to which others wrap, in memory.
 pub struct WrapKey {
     key: PrivateKey,
 }
@@ -64,11 +71,29 @@ impl WrapKey {
     }
     /// Opens what [`wrap_for`] wrapped to this key for this purpose.
     pub fn unwrap_for(&self, purpose: Purpose, wrapped: &[u8]) -> Result<Zeroizing<Vec<u8>>, Refusal> {
-        let bad = || Refusal::new(Code::Internal, "a key wrapped to this replica", "another");
-        let (point, sealed) = wrapped.split_at_checked(POINT).ok_or_else(bad)?;
-        let key = agree(&self.key, UnparsedPublicKey::new(&ECDH_P256, point), bad(), |shared| derive(shared, point))?;
-        open(&key, purpose, sealed).map_err(|_| bad())
+        let point = agreed_with(wrapped)?;
+        let agreed = agree(&self.key, UnparsedPublicKey::new(&ECDH_P256, point), other_key(), |shared| {
+            Ok(Zeroizing::new(shared.to_vec()))
+        })?;
+        unwrap_agreed(purpose, wrapped, &agreed)
     }
+}
+
+fn other_key() -> Refusal {
+    Refusal::new(Code::Internal, "a key wrapped to this replica", "another")
+}
+
+/// The point to agree with, for whoever does that elsewhere.
+pub fn agreed_with(wrapped: &[u8]) -> Result<&[u8; POINT], Refusal> {
+    wrapped.first_chunk().ok_or_else(other_key)
+}
+
+/// Opens what [`wrap_for`] wrapped, by the x coordinate (32 bytes) that the holder of the private half and
+/// [`agreed_with`] came to.
+pub fn unwrap_agreed(purpose: Purpose, wrapped: &[u8], agreed: &[u8]) -> Result<Zeroizing<Vec<u8>>, Refusal> {
+    let (point, sealed) = wrapped.split_first_chunk::<POINT>().ok_or_else(other_key)?;
+    let key = derive(agreed, point)?;
+    open(&key, purpose, sealed).map_err(|_| other_key())
 }
 
 /// Wraps a ticket key to the holder of `public`.

@@ -66,6 +66,15 @@ pub enum Act {
     /// This administrator gets a certificate for the key with this SHA-256 (of its SPKI) from a replica itself, where he
     /// has none left to ask with.
     BreakGlass(ObjectName, [u8; 32]),
+    /// The key of the root with this SHA-256 is split, so that any `threshold` of these people open it together.
+    ShareRoot {
+        /// Which root.
+        root: [u8; 32],
+        /// How many it takes.
+        threshold: u8,
+        /// Each gets one share.
+        holders: Vec<ShareHolder>,
+    },
 }
 
 impl Act {
@@ -84,13 +93,18 @@ impl Act {
             }
             (Self::BreakGlass(..), _) => Ok(1),
             (_, 0) => Ok(0),
-            (Self::RevokeRoot(_) | Self::RemoveTrustDomain(_), 1) => {
+            (Self::RevokeRoot(_) | Self::RemoveTrustDomain(_) | Self::ShareRoot { .. }, 1) => {
                 Err(Refusal::new(Code::NeedsSecondApprover, "a cell with two approvers or more", "one with one"))
             }
             (Self::AddApprover(..) | Self::RemoveApprover(_), 1) => Ok(1),
-            (Self::RevokeRoot(_) | Self::RemoveTrustDomain(_) | Self::AddApprover(..) | Self::RemoveApprover(_), _) => {
-                Ok(TWO)
-            }
+            (
+                Self::RevokeRoot(_)
+                | Self::RemoveTrustDomain(_)
+                | Self::ShareRoot { .. }
+                | Self::AddApprover(..)
+                | Self::RemoveApprover(_),
+                _,
+            ) => Ok(TWO),
         }
     }
 
@@ -98,8 +112,39 @@ impl Act {
     pub fn event(&self) -> &'static str {
         match self {
             Self::BreakGlass(..) => "break_glass",
-            Self::RevokeRoot(_) | Self::AddApprover(..) | Self::RemoveApprover(_) | Self::RemoveTrustDomain(_) => "act",
+            Self::RevokeRoot(_)
+            | Self::AddApprover(..)
+            | Self::RemoveApprover(_)
+            | Self::RemoveTrustDomain(_)
+            | Self::ShareRoot { .. } => "act",
         }
+    }
+}
+
+/// Bytes of an uncompressed P-256 point.
+const POINT_BYTES: usize = 65;
+
+/// Who holds a recovery share. Written as NAME=POINT, the point in 130 hexadecimal digits.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShareHolder {
+    /// For people.
+    pub name: ObjectName,
+    /// The P-256 point to which the share is encrypted.
+    pub key: Vec<u8>,
+}
+
+impl fmt::Display for ShareHolder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}={}", self.name.as_str(), hex::encode(&self.key))
+    }
+}
+
+impl FromStr for ShareHolder {
+    type Err = Refusal;
+    fn from_str(s: &str) -> Result<Self, Refusal> {
+        let bad = || Refusal::new(Code::BadRequest, "NAME=KEY, as ambit trust holder-key prints it", s);
+        let (name, key) = s.split_once('=').ok_or_else(bad)?;
+        Ok(Self { name: name.parse()?, key: bytes(key, POINT_BYTES).ok_or_else(bad)? })
     }
 }
 
@@ -111,6 +156,10 @@ impl fmt::Display for Act {
             Self::RemoveApprover(name) => write!(f, "remove approver {}", name.as_str()),
             Self::RemoveTrustDomain(td) => write!(f, "remove trust-domain {td}"),
             Self::BreakGlass(name, key) => write!(f, "break glass admin {} {}", name.as_str(), hex::encode(key)),
+            Self::ShareRoot { root, threshold, holders } => {
+                write!(f, "share root {} among {threshold} of", hex::encode(root))?;
+                holders.iter().try_for_each(|holder| write!(f, " {holder}"))
+            }
         }
     }
 }
@@ -126,6 +175,15 @@ impl FromStr for Act {
             ["remove", "approver", name] => Ok(Self::RemoveApprover(name.parse()?)),
             ["remove", "trust-domain", td] => Ok(Self::RemoveTrustDomain(td.parse()?)),
             ["break", "glass", "admin", name, key] => Ok(Self::BreakGlass(name.parse()?, digest(key).ok_or_else(bad)?)),
+            ["share", "root", root, "among", threshold, "of", holders @ ..] => {
+                let count: u8 = threshold.parse().map_err(|_| bad())?;
+                // One form only: `+2` and `02` are read as numbers too.
+                if count.to_string() != *threshold {
+                    return Err(bad());
+                }
+                let holders = holders.iter().map(|holder| holder.parse()).collect::<Result<_, _>>()?;
+                Ok(Self::ShareRoot { root: digest(root).ok_or_else(bad)?, threshold: count, holders })
+            }
             _ => Err(bad()),
         }
     }
@@ -202,7 +260,7 @@ mod tests {
 
     #[test]
     fn an_act_is_read_as_it_is_written_and_in_no_other_form() {
-        let (root, card) = ("ab".repeat(32), "cd".repeat(96));
+        let (root, card, point) = ("ab".repeat(32), "cd".repeat(96), "ef".repeat(65));
         for (text, good) in [
             (format!("revoke root {root}"), true),
             (format!("revoke root {}", root.to_uppercase()), false),
@@ -224,6 +282,12 @@ mod tests {
             (format!("break glass admin founder {}", &root[1..]), false),
             (format!("break glass admin Founder {root}"), false),
             (format!("break glass founder {root}"), false),
+            (format!("share root {root} among 2 of al={point} bo={point}"), true),
+            (format!("share root {root} among 2 of"), true),
+            (format!("share root {root} among +2 of al={point}"), false),
+            (format!("share root {root} among 02 of al={point}"), false),
+            (format!("share root {root} among 2 of al={}", &point[2..]), false),
+            (format!("share root {root} among 2 of al {point}"), false),
             (String::new(), false),
         ] {
             let read = text.parse::<Act>();

@@ -1,6 +1,7 @@
 //! The configuration file of one replica: TOML, unknown keys refused.
 
 use ambit_model::{Code, Refusal};
+use ambit_tpm::{AkKind, EkChoice};
 use serde::Deserialize;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -29,6 +30,16 @@ pub struct Config {
     pub listen: SocketAddr,
     /// Where `/metrics`, `/healthz` and `/readyz` are served over HTTP.
     pub metrics_listen: SocketAddr,
+    /// The TPM that holds the replica's wrap key and proves what it booted: `device:/dev/tpmrm0`, `tabrmd:`,
+    /// `swtpm:host=127.0.0.1,port=2321`. Without it the wrap key lies in a file, and the root cannot be sealed.
+    #[serde(default)]
+    pub tpm: Option<TpmConfig>,
+    /// Where the kernel shows the boot log.
+    #[serde(default = "boot_log_default")]
+    pub boot_log: PathBuf,
+    /// Where the kernel shows the IMA log.
+    #[serde(default = "ima_log_default")]
+    pub ima_log: PathBuf,
     /// Raft's timers.
     #[serde(default)]
     pub raft: RaftTimers,
@@ -41,6 +52,24 @@ pub struct Config {
     /// What outsiders may fetch; without it nothing is served to them.
     #[serde(default)]
     pub bundle_endpoint: Option<Outside>,
+}
+
+/// The replica's TPM, named as an agent names its own. EK and AK are those of an agent's defaults.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(from = "String")]
+pub struct TpmConfig {
+    /// As tpm2-tools name it.
+    pub tcti: String,
+    /// The EK.
+    pub ek: EkChoice,
+    /// The AK.
+    pub ak: AkKind,
+}
+
+impl From<String> for TpmConfig {
+    fn from(tcti: String) -> Self {
+        Self { tcti, ek: EkChoice::default(), ak: AkKind::default() }
+    }
 }
 
 /// The bundle endpoint (SPIFFE_Federation.md section 5).
@@ -155,6 +184,12 @@ pub struct RaftTimers {
     pub heartbeat_ms: u64,
 }
 
+fn boot_log_default() -> PathBuf {
+    "/sys/kernel/security/tpm0/binary_bios_measurements".into()
+}
+fn ima_log_default() -> PathBuf {
+    "/sys/kernel/security/ima/binary_runtime_measurements".into()
+}
 /// Where Debian keeps them.
 fn web_roots_default() -> PathBuf {
     "/etc/ssl/certs/ca-certificates.crt".into()
@@ -198,7 +233,7 @@ impl Config {
             let code = if unknown { Code::ConfigUnknownKey } else { Code::ConfigInvalid };
             Refusal::new(
                 code,
-                "data_dir, listen, metrics_listen, web_roots, [raft] election_timeout_ms, heartbeat_ms, [authority] lifetime_s, lab and \
+                "data_dir, listen, metrics_listen, tpm, boot_log, ima_log, web_roots, [raft] election_timeout_ms, heartbeat_ms, [authority] lifetime_s, lab and \
                  [bundle_endpoint] listen, profile, certificate, key, refresh_hint_s, oidc_issuer",
                 e.to_string(),
             )

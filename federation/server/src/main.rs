@@ -88,8 +88,11 @@ enum Verb {
         #[arg(long)]
         fingerprint: String,
         /// The root's private key, kept apart from backups: `identity/root.key` of the replica that kept the root.
-        #[arg(long, value_name = "FILE")]
-        root_key: PathBuf,
+        #[arg(long, value_name = "FILE", required_unless_present = "shares", conflicts_with = "shares")]
+        root_key: Option<PathBuf>,
+        /// Recovery shares of the root's key (`ambit trust shares`), each as its holder opened it, mode 0600.
+        #[arg(long, value_name = "FILE", num_args = 1..)]
+        shares: Vec<PathBuf>,
         /// This replica's number.
         #[arg(long, default_value_t = 1)]
         replica: u64,
@@ -181,19 +184,30 @@ async fn execute(verb: Verb) -> Result<(), Refusal> {
             let join = found::Join { trust_domain: &trust_domain, fingerprint: print, via, replica, token: &token };
             found::join(&config, &join).await
         }
-        Verb::Restore { config, snapshot, trust_domain, fingerprint, root_key, replica, past_epoch, admin_out } => {
+        Verb::Restore {
+            config,
+            snapshot,
+            trust_domain,
+            fingerprint,
+            root_key,
+            shares,
+            replica,
+            past_epoch,
+            admin_out,
+        } => {
             let restored = restore::restore(
                 &Config::load(&config)?,
                 &restore::Restore {
                     trust_domain: &trust_domain,
                     fingerprint: parse_fingerprint(&fingerprint)?,
                     snapshot: &snapshot,
-                    root_key: &root_key,
+                    root_key: root_key.as_deref().map_or(restore::RootKey::Shares(&shares), restore::RootKey::File),
                     past_epoch,
                     replica,
                     admin_out: &admin_out,
                 },
-            )?;
+            )
+            .await?;
             say(format_args!("{restored}"))
         }
         Verb::Recover { config, accepted, past_epoch } => {

@@ -7,6 +7,7 @@ use crate::objects::{
     AkFacts, BootPcrs, CellRow, Counters, DenialRow, EkDenyRow, EkFacts, EndpointProfile, ImaPoint, KeySetRow, Member,
     PeerRow, PolicyRef, PolicyVersion, TokenRow,
 };
+use crate::sealing::{ReplicaVerdict, Seal};
 use ambit_model::policy::{Endpoint, Policy, Service};
 use ambit_model::record::{Head, Record};
 use ambit_model::{
@@ -464,6 +465,12 @@ pub enum Command {
         /// Who asked.
         by: String,
     },
+    /// A replica's TPM proved what it booted and that it holds the replica's wrap key. Its own commit type (I5).
+    AttestReplica(Box<ReplicaVerdict>),
+    /// Whether no replica joins any more that was not attested.
+    AttestedReplicasOnly(bool),
+    /// The keys of roots and JWT authorities, wrapped to the TPMs of all replicas and to nothing else.
+    SealRoots(Box<Seal>),
 }
 
 /// A foreign bundle, read strictly.

@@ -18,6 +18,7 @@ pub mod objects;
 mod read;
 mod result;
 mod roles;
+pub mod sealing;
 pub mod slice;
 mod state;
 mod table;

@@ -8,6 +8,7 @@ use crate::committed::{
     SealedReport,
 };
 use crate::objects::*;
+use crate::sealing::{AttestedReplica, SealingRow};
 use crate::table::{Journal, Packed, Table, TableWrite};
 use ambit_model::policy::NodeAddress;
 use ambit_model::record::Record;
@@ -97,6 +98,10 @@ pub struct State {
     pub(crate) downstreams: Table<String, DownstreamRow>,
     /// Administrators by the identity of their entry.
     pub(crate) id_admins: Table<SpiffeId, AdminRow>,
+    /// What replicas' TPMs proved.
+    pub(crate) attested_replicas: Table<u64, AttestedReplica>,
+    /// What the cell has settled about its replicas and its root; one row.
+    pub(crate) sealing: Table<u8, SealingRow>,
     /// `issued` by node and end, in memory only: counting a node's leaves must not cost a walk over everybody's.
     pub(crate) live_leaves: BTreeMap<NodeId, BTreeSet<(Stamp, [u8; 16])>>,
     /// Entries by the identity that they give, in memory only: whose an identity is must not cost a walk over all entries.
@@ -163,7 +168,9 @@ macro_rules! each_table {
             $s.id_shares,
             $s.node_addresses,
             $s.downstreams,
-            $s.id_admins
+            $s.id_admins,
+            $s.attested_replicas,
+            $s.sealing
         )
     };
 }
@@ -299,6 +306,8 @@ impl State {
             node_addresses: Table::new(id()),
             downstreams: Table::new(id()),
             id_admins: Table::new(id()),
+            attested_replicas: Table::new(id()),
+            sealing: Table::new(id()),
             live_leaves: BTreeMap::new(),
             giving: BTreeMap::new(),
             asking: BTreeMap::new(),

@@ -26,6 +26,8 @@ const EDGES: &[(&str, &[&str])] = &[
             "ambit-identity",
             "ambit-verify",
             "ambit-proto",
+            // A replica's own TPM: its wrap key, and what it booted.
+            "ambit-tpm",
             "ambit-transport",
         ],
     ),

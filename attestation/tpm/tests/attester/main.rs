@@ -6,6 +6,7 @@ mod common;
 mod failing;
 mod svid_key;
 mod tabrmd;
+mod wrap_key;
 
 use ambit_model::appraisal::{AppraisalPolicy, EndorsementClass};
 use ambit_model::{Code, Revision, Stamp};

@@ -2,7 +2,7 @@
 
 use super::{Counters, Denial, NodeEvidence, Verified, logs};
 use crate::appraisal::{CompiledPolicy, Endorsement};
-use crate::certify::KeyHome;
+use crate::certify::{KeyHome, Proven};
 use crate::ek::{EkDenyRule, deny};
 use crate::hash::sha256;
 use crate::public::{AttestationKey, EndorsementKey, Public};
@@ -162,8 +162,8 @@ impl ActivatedAk {
         let quoted = quote.judge(&self.ak)?;
         deny::after_quote(denied, &self.ticket.backing.make, quoted.head.firmware_version)?;
         let key = &self.header.svid_key;
-        let svid_key_in_tpm = key.judge(&self.ak, &self.qualified_signer, &extra_data, &csr_spki)?;
-        Ok(FreshQuote { activated: self, csr_spki, svid_key_in_tpm, quoted })
+        let proven = key.judge(&self.ak, &self.qualified_signer, &extra_data, &csr_spki)?;
+        Ok(FreshQuote { activated: self, csr_spki, proven, quoted })
     }
 }
 
@@ -177,8 +177,10 @@ fn sizes(header: &EvidenceHeader) -> Result<(), Refusal> {
         ("AK public", &header.ak_public),
     ];
     quote::sizes(&objects, &header.pcrs)?;
-    if let KeyHome::InTpm { public, attest, signature } = &header.svid_key {
-        quote::sizes(&[("SVID key", public), ("certification", attest), ("its signature", signature)], &[])?;
+    if let KeyHome::InTpm { public, attest, signature } | KeyHome::WrapKeyInTpm { public, attest, signature } =
+        &header.svid_key
+    {
+        quote::sizes(&[("key", public), ("certification", attest), ("its signature", signature)], &[])?;
     }
     if header.boot_log.len > BOOT_LOG_BYTES_MAX {
         return Err(quote::too_large("boot log", header.boot_log.len));
@@ -194,7 +196,7 @@ fn sizes(header: &EvidenceHeader) -> Result<(), Refusal> {
 pub struct FreshQuote {
     activated: ActivatedAk,
     csr_spki: Vec<u8>,
-    svid_key_in_tpm: bool,
+    proven: Proven,
     quoted: Quoted,
 }
 
@@ -252,7 +254,11 @@ impl FreshQuote {
             ak_name,
             qualified_signer,
             csr_spki: self.csr_spki,
-            svid_key_in_tpm: self.svid_key_in_tpm,
+            svid_key_in_tpm: self.proven == Proven::SvidKey,
+            wrap_key: match self.proven {
+                Proven::WrapKey(point) => Some(point),
+                Proven::Nothing | Proven::SvidKey => None,
+            },
             nonce: ticket.server_nonce,
             deadline: ticket.deadline,
             bank: ticket.bank,

@@ -4,16 +4,18 @@
 //! key a tainted intermediate could not be told from its successor, and a key that leaked would leak for ever.
 
 use super::files::{Card, Files};
+use super::keyring::Keyring;
 use super::{Replica, random, trust_of, wall_clock};
 use crate::authorise::{Client, Issuer};
 use ambit_identity::tls::certified;
-use ambit_identity::wrap::WrapKey;
+use ambit_identity::wrap::Purpose;
 use ambit_identity::{Csr, IssuingKey, Named, Root, SvidKey, Usage, fingerprint};
 use ambit_model::bundle::RootState;
 use ambit_model::{Code, Lifetime, Refusal, Stamp};
 use ambit_proto::status::from_status;
 use ambit_proto::v1;
 use ambit_state::authorities::{AuthorityRow, RootId, RootRow};
+use ambit_state::objects::Member;
 use ambit_state::{Command, State};
 use rustls::sign::CertifiedKey;
 use rustls_pki_types::CertificateDer;
@@ -67,15 +69,15 @@ impl Replica {
     }
 
     /// A root with its key: from this replica's own file, or as it was wrapped to it. Held only while it signs.
-    pub fn open_root(&self, id: &RootId) -> Result<Root, Refusal> {
+    pub async fn open_root(&self, id: &RootId) -> Result<Root, Refusal> {
         let (files, row) = (&self.inner.files, self.local(|s| s.roots().remove(id)));
-        open(files, &files.card()?, self.wrap(), row, id)
+        open(files, &files.card()?, self.keyring(), row, id).await
     }
 
     /// The root that signs now, with its key.
-    pub fn active_root(&self) -> Result<Root, Refusal> {
+    pub async fn active_root(&self) -> Result<Root, Refusal> {
         let id = self.local(|s| s.active_root().map(|(id, _)| id));
-        self.open_root(&id.ok_or_else(|| Refusal::new(Code::Unavailable, "a founded cell", "an empty one"))?)
+        self.open_root(&id.ok_or_else(|| Refusal::new(Code::Unavailable, "a founded cell", "an empty one"))?).await
     }
 
     /// What leads from this root to the one before it, while that one is relied on.
@@ -97,13 +99,13 @@ impl Replica {
         request: [u8; 16],
     ) -> Result<(CertificateDer<'static>, Option<CertificateDer<'static>>), Refusal> {
         // Before anything is committed: whoever cannot sign commits nothing.
-        drop(self.active_root()?);
+        drop(self.active_root().await?);
         let client = super::own_client(replica);
         let command = Command::RenewAuthority { replica, key_hash: csr.spki_sha256(), lifetime_ms };
         let committed = self.propose(client, request, command).await?.into_authority()?;
         self.check_clock()?;
         let id = committed.get().root;
-        let intermediate = self.open_root(&id)?.renewed(&committed, csr)?;
+        let intermediate = self.open_root(&id).await?.renewed(&committed, csr)?;
         tracing::info!(replica, authority = ambit_identity::authority::authority_id(csr), "intermediate signed");
         Ok((intermediate, self.cross_of(&id)))
     }
@@ -195,7 +197,7 @@ impl Replica {
         let authority = issuer.authority().to_owned();
         // On disk before it signs anything: a replica that starts again goes on with it.
         self.inner.files.put_issuer(&issuer)?;
-        self.keep_later_root();
+        self.keep_later_root().await;
         let until = issuer.not_after();
         self.inner.issuers.replace(issuer);
         self.show()?;
@@ -204,13 +206,15 @@ impl Replica {
     }
 
     /// Where the first root's key is kept in a file, for `ambitd restore`, that of its successor is too.
-    fn keep_later_root(&self) {
+    async fn keep_later_root(&self) {
         let files = &self.inner.files;
-        let kept = files.root(self.trust_domain()).and_then(|first| {
-            let (Some(first), root) = (first, self.active_root()?) else { return Ok(()) };
+        let kept = async {
+            let (Some(first), root) = (files.root(self.trust_domain())?, self.active_root().await?) else {
+                return Ok(());
+            };
             if first.der() == root.der() { Ok(()) } else { files.put_later_root(&root) }
-        });
-        if let Err(refusal) = kept {
+        };
+        if let Err(refusal) = kept.await {
             tracing::warn!(%refusal, "the active root's key is not in a file");
         }
     }
@@ -227,10 +231,10 @@ impl Replica {
 ///
 /// # Errors
 /// [`Code::IssuerUnavailable`] where neither is so.
-pub(super) fn open(
+pub(super) async fn open(
     files: &Files,
     card: &Card,
-    wrap: &WrapKey,
+    keyring: &Keyring,
     row: Option<RootRow>,
     id: &RootId,
 ) -> Result<Root, Refusal> {
@@ -243,7 +247,8 @@ pub(super) fn open(
         let found = format!("replica {}, to which it is not wrapped", card.replica);
         return Err(Refusal::new(Code::IssuerUnavailable, "a replica that can open the root", found));
     };
-    Root::pair(&card.trust_domain, CertificateDer::from(der), SvidKey::from_pkcs8(&wrap.unwrap(&key)?)?)
+    let key = SvidKey::from_pkcs8(&keyring.unwrap_for(Purpose::Key, &key).await?)?;
+    Root::pair(&card.trust_domain, CertificateDer::from(der), key)
 }
 
 /// A short intermediate for a replica whose last one ended while it was away, signed by itself where it can open the root:
@@ -251,12 +256,17 @@ pub(super) fn open(
 ///
 /// # Errors
 /// [`Code::IssuerUnavailable`] where it cannot open the root: then it must join again.
-pub(super) fn begin_again(files: &Files, card: &Card, state: &State) -> Result<IssuingKey, Refusal> {
+pub(super) async fn begin_again(
+    files: &Files,
+    card: &Card,
+    keyring: &Keyring,
+    state: &State,
+) -> Result<IssuingKey, Refusal> {
     let facts = state.active_root().zip(state.cell().map(|cell| cell.epoch));
     let ((id, row), epoch) = facts.ok_or_else(|| {
         Refusal::new(Code::IssuerUnavailable, "an intermediate with time left", "one that ended: join again")
     })?;
-    let root = open(files, card, &files.wrap()?, Some(row), &id)?;
+    let root = open(files, card, keyring, Some(row), &id).await?;
     let (key, now) = (SvidKey::generate()?, wall_clock());
     let lifetime = Lifetime { not_before: now.minus_ms(60_000), not_after: now.plus_ms(AGAIN_MS) };
     let named = Named { replica: card.replica, epoch };
@@ -379,7 +389,9 @@ fn jitter() -> u64 {
 /// can open one does it, the leader where it can.
 pub async fn wrap_roots(replica: &Replica) -> Result<(), Refusal> {
     let (roots, members) = replica.local(|s| {
-        let members: Vec<(u64, Vec<u8>)> = s.members().map(|(id, m)| (id, m.wrap_key.clone())).collect();
+        let may = |id: u64, m: &Member| !s.is_sealed() || s.wraps_to_tpm(id, m);
+        let members: Vec<(u64, Vec<u8>)> =
+            s.members().filter(|(id, m)| may(*id, m)).map(|(id, m)| (id, m.wrap_key.clone())).collect();
         (s.roots(), members)
     });
     for (id, row) in roots.into_iter().filter(|(_, row)| row.state != RootState::Revoked) {
@@ -387,7 +399,7 @@ pub async fn wrap_roots(replica: &Replica) -> Result<(), Refusal> {
         if lacking.is_empty() {
             continue;
         }
-        let Ok(root) = replica.open_root(&id) else { continue };
+        let Ok(root) = replica.open_root(&id).await else { continue };
         let mut wrapped = BTreeMap::new();
         for (n, public) in lacking {
             wrapped.insert(*n, ambit_identity::wrap::wrap(public, &root.key().pkcs8())?);

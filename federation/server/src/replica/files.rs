@@ -134,10 +134,50 @@ impl Files {
     pub fn tls(&self) -> Result<SvidKey, Refusal> {
         SvidKey::from_pkcs8(&self.read("tls.key")?)
     }
-    /// Keeps the record key and the wrap key.
-    pub fn put_record_and_wrap(&self, record: &RecordKey, wrap: &WrapKey) -> Result<(), Refusal> {
-        self.write("record.key", record.pkcs8())?;
+    /// The folder itself.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+    /// Keeps the record key.
+    pub fn put_record(&self, record: &RecordKey) -> Result<(), Refusal> {
+        self.write("record.key", record.pkcs8())
+    }
+    /// Keeps the wrap key of a replica without a TPM.
+    pub fn put_wrap(&self, wrap: &WrapKey) -> Result<(), Refusal> {
         self.write("wrap.key", &wrap.der()?)
+    }
+    /// Keeps the wrap key that only the TPM opens.
+    pub fn put_tpm_wrap(&self, saved: &[u8]) -> Result<(), Refusal> {
+        self.write("wrap.tpm", saved)
+    }
+    /// The wrap key that only the TPM opens.
+    pub fn tpm_wrap(&self) -> Result<Option<Vec<u8>>, Refusal> {
+        if self.dir.join("wrap.tpm").exists() { self.read("wrap.tpm").map(Some) } else { Ok(None) }
+    }
+    /// The wrap key in a file, where there is one.
+    pub fn wrap_if_there(&self) -> Result<Option<WrapKey>, Refusal> {
+        if self.dir.join("wrap.key").exists() { self.wrap().map(Some) } else { Ok(None) }
+    }
+    /// Whether a key in a file here opens what is sealed.
+    pub fn has_unsealed(&self) -> bool {
+        self.dir.join("root.key").exists() || self.dir.join("wrap.key").exists()
+    }
+    /// Removes every key that opens what is sealed: those of roots, and the wrap key in a file. Which were there.
+    pub fn forget_unsealed(&self) -> Result<Vec<String>, Refusal> {
+        let mut gone = Vec::new();
+        for file in std::fs::read_dir(&self.dir).map_err(|e| failed("a readable folder", &self.dir, e))? {
+            let name = file.map_err(|e| failed("a readable folder", &self.dir, e))?.file_name();
+            let name = name.to_string_lossy().into_owned();
+            let of_root = name == "root.key" || (name.starts_with("root-") && name.ends_with(".key"));
+            if of_root || name == "wrap.key" {
+                let path = self.dir.join(&name);
+                std::fs::remove_file(&path).map_err(|e| failed("a file that can be removed", &path, e))?;
+                gone.push(name);
+            }
+        }
+        let synced = std::fs::File::open(&self.dir).and_then(|dir| dir.sync_all());
+        synced.map_err(|e| failed("a written folder", &self.dir, e))?;
+        Ok(gone)
     }
     /// The record key.
     pub fn record(&self) -> Result<RecordKey, Refusal> {

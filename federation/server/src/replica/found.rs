@@ -1,25 +1,28 @@
 //! `ambitd init` and `ambitd join`: how a replica gets its keys and its place.
 
+use super::attest::Prover;
 use super::files::{Card, Files, write_private};
+use super::keyring::Keyring;
 use super::{random, wall_clock};
 use crate::config::Config;
 use crate::raft::{self, Cell, Network, Options};
 use crate::store::StoreError;
 use ambit_identity::keys::certificates_to_pem;
 use ambit_identity::tls::{Expect, SharedTrust, Trust};
-use ambit_identity::wrap::WrapKey;
 use ambit_identity::{Csr, IssuingKey, KeySet, RecordKey, Root, SvidKey, fingerprint};
 use ambit_model::{Code, Lifetime, Refusal, ReplicaId, TrustDomain};
 use ambit_proto::status::from_status;
 use ambit_proto::v1;
 use ambit_state::Command;
 use ambit_state::objects::{CellRow, KeySetRow, Member};
+use ambit_tpm::{Attester, TpmWrapKey};
 use ambit_transport::{Dialer, Identity};
 use rustls_pki_types::CertificateDer;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
+use tonic::transport::Channel;
 
 const WEEK_MS: u64 = 7 * 24 * 3_600_000;
 const ADMIN_MS: u64 = 8 * 3_600_000;
@@ -71,19 +74,19 @@ pub async fn init(config: &Config, td: &TrustDomain, replica: u64, admin_out: &P
     let key = SvidKey::generate()?;
     let csr = Csr::parse(&key.csr()?)?;
     let issuer = IssuingKey::new(key, root.found(replica, &csr, lifetime)?)?;
-    let (record, wrap) = (RecordKey::generate()?, WrapKey::generate()?);
+    let (record, keyring) = (RecordKey::generate()?, Keyring::create(config, &files).await?);
     let (statement, signature) = KeySet::certify(&root, td, 1, vec![record.public()])?;
     let member = Member {
         address: config.listen.to_string(),
         authority: issuer.authority().to_owned(),
         authority_not_after: issuer.not_after(),
-        wrap_key: wrap.public()?,
+        wrap_key: keyring.public()?,
         record_key: record.public(),
     };
     files.put_root(&root)?;
     files.put_issuer(&issuer)?;
     files.put_tls(&SvidKey::generate()?)?;
-    files.put_record_and_wrap(&record, &wrap)?;
+    files.put_record(&record)?;
     found_cell(config, td, replica, &root, member, KeySetRow { statement, signature }).await?;
     put_admin(admin_out, config, td, &root, &issuer)?;
     files.put_card(&Card { trust_domain: td.clone(), replica, epoch: 1, members: Vec::new() })?;
@@ -166,14 +169,17 @@ pub async fn join(config: &Config, j: &Join<'_>) -> Result<(), Refusal> {
     let dialer = Dialer::new(trust, Identity::default());
     let channel = dialer.channel(j.via, Expect::ReplicaOf(j.trust_domain.clone())).await?;
     let (issuer_key, tls) = (SvidKey::generate()?, SvidKey::generate()?);
-    let (record, wrap) = (RecordKey::generate()?, WrapKey::generate()?);
+    let (record, keyring) = (RecordKey::generate()?, Keyring::create(config, &files).await?);
+    if let Some((attester, wrap_key)) = keyring.in_tpm() {
+        attest(config, j, &tls, attester, wrap_key, channel.clone()).await?;
+    }
     let request = v1::ReplicaJoinRequest {
         token: j.token.to_owned(),
         replica: j.replica,
         address: config.listen.to_string(),
         tls_csr: tls.csr()?,
         issuer_csr: issuer_key.csr()?,
-        wrap_key: wrap.public()?,
+        wrap_key: keyring.public()?,
         record_key: record.public().to_vec(),
         request_id: Vec::new(),
     };
@@ -195,8 +201,27 @@ pub async fn join(config: &Config, j: &Join<'_>) -> Result<(), Refusal> {
     files.put_root_der(pinned)?;
     files.put_issuer(&issuer)?;
     files.put_tls(&tls)?;
-    files.put_record_and_wrap(&record, &wrap)?;
+    files.put_record(&record)?;
     raft::prepare_join(&raft_options(config, j.replica)?).map_err(start_failed)?;
     let members = answer.members.into_iter().map(|m| (m.id, m.address)).collect();
     files.put_card(&Card { trust_domain: j.trust_domain.clone(), replica: j.replica, epoch: answer.epoch, members })
+}
+
+/// A cell that has no rules for its replicas yet judges none; whether it takes one unattested is for it to say.
+async fn attest(
+    config: &Config,
+    j: &Join<'_>,
+    tls: &SvidKey,
+    attester: &Attester,
+    wrap_key: &TpmWrapKey,
+    channel: Channel,
+) -> Result<(), Refusal> {
+    let (boot_log, ima_log) = (config.boot_log.as_path(), config.ima_log.as_path());
+    match (Prover { attester, wrap_key, tls, boot_log, ima_log, token: j.token }).prove(channel).await {
+        Err(refusal) if matches!(refusal.code, Code::AppraisalPolicyMissing | Code::NotFound) => {
+            tracing::warn!(%refusal, "this replica joins unattested: it attests once there is a policy");
+            Ok(())
+        }
+        outcome => outcome,
+    }
 }

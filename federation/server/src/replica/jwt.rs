@@ -38,11 +38,11 @@ impl OpenJwtKeys {
 ///
 /// # Errors
 /// [`Code::IssuerUnavailable`] while there is none, or none that this replica can open yet.
-pub fn signer(replica: &Replica) -> Result<Arc<JwtKey>, Refusal> {
+pub async fn signer(replica: &Replica) -> Result<Arc<JwtKey>, Refusal> {
     let row = replica.local(|s| s.jwt_signer().map(|row| (row.kid.clone(), row.spki_der.clone(), row.wrapped.clone())));
     let none = |found: &str| Refusal::new(Code::IssuerUnavailable, "a JWT authority that this replica can open", found);
     let (kid, spki, wrapped) = row.ok_or_else(|| none("none: the cell is starting"))?;
-    open(replica, &kid, &spki, &wrapped)?.ok_or_else(|| none("one that was not wrapped to it yet"))
+    open(replica, &kid, &spki, &wrapped).await?.ok_or_else(|| none("one that was not wrapped to it yet"))
 }
 
 /// What signs no more is not held: a thief of this memory gets no key that is believed and no use.
@@ -54,7 +54,7 @@ pub fn forget(replica: &Replica) {
 }
 
 /// None where it was not wrapped to this replica.
-fn open(
+async fn open(
     replica: &Replica,
     kid: &str,
     spki: &[u8],
@@ -64,7 +64,7 @@ fn open(
         return Ok(Some(known));
     }
     let Some(mine) = wrapped.get(&replica.id()) else { return Ok(None) };
-    let private = replica.wrap().unwrap_for(Purpose::JwtAuthority, mine)?;
+    let private = replica.keyring().unwrap_for(Purpose::JwtAuthority, mine).await?;
     let key = Arc::new(JwtKey::open(&private, spki)?);
     replica.jwt_keys().keep(&key);
     Ok(Some(key))
@@ -96,7 +96,7 @@ pub async fn rotate_if_due(replica: &Replica) -> Result<(), Refusal> {
             });
             let Some((spki, wrapped)) = row else { return Ok(()) };
             // A leader that cannot open it either has a later term's leader do it, or the next authority.
-            let Some(key) = open(replica, &kid, &spki, &wrapped)? else { return Ok(()) };
+            let Some(key) = open(replica, &kid, &spki, &wrapped).await? else { return Ok(()) };
             let wrapped = wrap_to(replica, &key, &members)?;
             replica.propose_own(Command::WrapJwtAuthority(kid, wrapped)).await?.outcome.map(drop)
         }

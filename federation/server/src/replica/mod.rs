@@ -1,6 +1,7 @@
 //! One replica: its keys, its place in the cell, and what all services share.
 
 pub mod agents;
+pub mod attest;
 pub mod authority;
 pub mod backup;
 pub mod blobs;
@@ -11,6 +12,7 @@ pub mod files;
 pub mod found;
 pub mod issuing;
 pub mod jwt;
+pub mod keyring;
 pub mod local;
 pub mod peering;
 pub mod policies;
@@ -18,6 +20,7 @@ pub mod pull;
 pub mod recover;
 pub mod restore;
 pub mod run;
+pub mod seal;
 pub mod ticket;
 pub mod upkeep;
 pub mod verdicts;
@@ -27,7 +30,6 @@ use crate::authorise::{Client, Reach, Refusals};
 use crate::raft::Cell;
 use agents::Agents;
 use ambit_identity::tls::{SharedTrust, Trust};
-use ambit_identity::wrap::WrapKey;
 use ambit_identity::{RecordKey, TrustStore};
 use ambit_model::bundle::{Bundle, Foreign, Own};
 use ambit_model::{Code, Refusal, Stamp, TrustDomain};
@@ -68,7 +70,8 @@ struct Inner {
     /// What it shows in handshakes.
     identity: Identity,
     record: RecordKey,
-    wrap: WrapKey,
+    keyring: keyring::Keyring,
+    logs: attest::Logs,
     trust: SharedTrust,
     dialer: Dialer,
     agents: Agents,
@@ -121,9 +124,9 @@ impl Replica {
     pub fn record(&self) -> &RecordKey {
         &self.inner.record
     }
-    /// This replica's wrap key.
-    pub fn wrap(&self) -> &WrapKey {
-        &self.inner.wrap
+    /// The keys to which others wrap.
+    pub fn keyring(&self) -> &keyring::Keyring {
+        &self.inner.keyring
     }
     /// Bundles as of the last applied entry.
     pub fn trust(&self) -> &SharedTrust {

@@ -184,7 +184,7 @@ async fn converse(
 }
 
 /// The called side, first half: proves possession and seals the session.
-pub fn hello(replica: &Replica, request: v1::HelloRequest) -> Result<v1::HelloResponse, Refusal> {
+pub async fn hello(replica: &Replica, request: v1::HelloRequest) -> Result<v1::HelloResponse, Refusal> {
     if request.nonce.len() != NONCE {
         return Err(Refusal::new(Code::BadRequest, "a nonce of 32 bytes", request.nonce.len().to_string()));
     }
@@ -196,15 +196,15 @@ pub fn hello(replica: &Replica, request: v1::HelloRequest) -> Result<v1::HelloRe
     let signature = replica.record().prove(&transcript(&me.trust_domain, &caller, &me, &nonces));
     let deadline = replica.now().plus_ms(SESSION_MS);
     let session = [b"peering".as_slice(), &deadline.0.to_be_bytes(), &caller.fingerprint, &nonces].concat();
-    let session = ticket::seal_ticket(replica, Purpose::Peering, &session)?;
+    let session = ticket::seal_ticket(replica, Purpose::Peering, &session).await?;
     Ok(v1::HelloResponse { nonce: nonce.to_vec(), card: Some(card), signature, session })
 }
 
 /// The called side, second half: the caller's possession, its token's scope, and then a pending peer.
-pub fn prove(replica: &Replica, request: v1::ProveRequest) -> Result<(TrustDomain, PeerRow, [u8; 32]), Refusal> {
+pub async fn prove(replica: &Replica, request: v1::ProveRequest) -> Result<(TrustDomain, PeerRow, [u8; 32]), Refusal> {
     let caller = check_card(request.card)?;
     let nonces = [request.nonce.as_slice(), &request.server_nonce].concat();
-    let session = ticket::open_ticket(replica, Purpose::Peering, &request.session)?;
+    let session = ticket::open_ticket(replica, Purpose::Peering, &request.session).await?;
     let wanted = |deadline: &[u8]| [b"peering".as_slice(), deadline, &caller.fingerprint, &nonces].concat();
     let deadline = session.get(7..15).unwrap_or_default();
     let expires = <[u8; 8]>::try_from(deadline).map_or(0, u64::from_be_bytes);

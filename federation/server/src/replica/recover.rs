@@ -6,6 +6,7 @@
 use super::authority;
 use super::files::{Card, Files};
 use super::found::{raft_options, start_failed};
+use super::keyring::Keyring;
 use super::wall_clock;
 use crate::config::Config;
 use crate::raft::rebase::{self, Survey};
@@ -72,7 +73,7 @@ pub async fn recover(
     say(&findings)?;
     findings.safe()?;
     findings.confirmed(accepted)?;
-    go_on(config, &files, &card, survey, past_epoch)
+    go_on(config, &files, &card, survey, past_epoch).await
 }
 
 /// Nobody may write the store that is read here. (The log's own lock says so too.)
@@ -214,7 +215,13 @@ pub(super) fn numbers(ids: &[u64]) -> String {
     ids.iter().map(u64::to_string).collect::<Vec<_>>().join(",")
 }
 
-fn go_on(config: &Config, files: &Files, card: &Card, survey: Survey, past_epoch: u64) -> Result<Recovered, Refusal> {
+async fn go_on(
+    config: &Config,
+    files: &Files,
+    card: &Card,
+    survey: Survey,
+    past_epoch: u64,
+) -> Result<Recovered, Refusal> {
     let mut whole = survey.whole;
     let known = whole.state.member(card.replica).cloned();
     let known = known.ok_or_else(|| {
@@ -223,7 +230,7 @@ fn go_on(config: &Config, files: &Files, card: &Card, survey: Survey, past_epoch
     let beginning = Beginning {
         cause: Cause::Recovered,
         replica: card.replica,
-        keys: key_set(files, card, &whole.state, &known)?,
+        keys: key_set(config, files, card, &whole.state, &known).await?,
         member: Member { address: config.listen.to_string(), ..known },
         admit: None,
         past_epoch,
@@ -236,10 +243,17 @@ fn go_on(config: &Config, files: &Files, card: &Card, survey: Survey, past_epoch
 }
 
 /// Only the record key of this replica, where the root is here to certify that. Else the next join sees to it.
-fn key_set(files: &Files, card: &Card, state: &State, me: &Member) -> Result<Option<KeySetRow>, Refusal> {
+async fn key_set(
+    config: &Config,
+    files: &Files,
+    card: &Card,
+    state: &State,
+    me: &Member,
+) -> Result<Option<KeySetRow>, Refusal> {
     let active = state.active_root().map(|(id, _)| id);
     let active = active.ok_or_else(|| Refusal::new(Code::Internal, "an active root", "none"))?;
-    let root = match authority::open(files, card, &files.wrap()?, state.roots().remove(&active), &active) {
+    let keyring = Keyring::open(config, files).await?;
+    let root = match authority::open(files, card, &keyring, state.roots().remove(&active), &active).await {
         Err(refusal) if refusal.code == Code::IssuerUnavailable => return Ok(None),
         root => root?,
     };

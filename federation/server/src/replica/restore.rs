@@ -7,19 +7,20 @@ use super::backup::Backup;
 use super::blobs::{Blobs, Keep};
 use super::files::{Card, Files, private};
 use super::found::{put_admin, start_failed};
+use super::keyring::Keyring;
 use super::wall_clock;
 use crate::config::Config;
 use crate::raft::rebase::found_on;
 use crate::store::Folder;
-use ambit_identity::wrap::WrapKey;
-use ambit_identity::{Csr, IssuingKey, KeySet, RecordKey, Root, SvidKey};
+use ambit_identity::{Csr, IssuingKey, KeySet, RecordKey, Root, RootShare, SvidKey, share};
 use ambit_model::{Code, Refusal, ReplicaId, TrustDomain};
 use ambit_state::objects::{Cause, KeySetRow, Member};
 use ambit_state::{Beginning, State};
 use rustls_pki_types::CertificateDer;
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
+use zeroize::Zeroizing;
 
 /// A machine's clock may be this far behind the backup's last entry.
 const CLOCK_BEHIND_MS_MAX: u64 = super::CLOCK_SKEW_MS_MAX;
@@ -32,14 +33,22 @@ pub struct Restore<'a> {
     pub fingerprint: [u8; 32],
     /// The backup.
     pub snapshot: &'a Path,
-    /// The root's private key (PKCS#8), kept apart from backups.
-    pub root_key: &'a Path,
+    /// The root's private key, kept apart from backups.
+    pub root_key: RootKey<'a>,
     /// The highest epoch that the cell is known to have had; 0: the backup's.
     pub past_epoch: u64,
     /// The number that this replica gets.
     pub replica: u64,
     /// Folder for the administrator's context, certificate and key.
     pub admin_out: &'a Path,
+}
+
+/// How the root's key was kept.
+pub enum RootKey<'a> {
+    /// In a file (PKCS#8).
+    File(&'a Path),
+    /// In recovery shares, a file each.
+    Shares(&'a [PathBuf]),
 }
 
 /// What was restored.
@@ -54,7 +63,7 @@ pub struct Restored {
 }
 
 /// Restores. Refuses a folder that holds anything of a replica, a damaged file, another cell's, and another root's key.
-pub fn restore(config: &Config, r: &Restore<'_>) -> Result<Restored, Refusal> {
+pub async fn restore(config: &Config, r: &Restore<'_>) -> Result<Restored, Refusal> {
     let started = Instant::now();
     let held = ["identity", "log", "snapshot", "tables"].iter().find(|part| config.data_dir.join(part).exists());
     if let Some(part) = held {
@@ -72,7 +81,9 @@ pub fn restore(config: &Config, r: &Restore<'_>) -> Result<Restored, Refusal> {
 
     let (issuer_key, tls) = (SvidKey::generate()?, SvidKey::generate()?);
     let (issuer_csr, tls_csr) = (Csr::parse(&issuer_key.csr()?)?, Csr::parse(&tls.csr()?)?);
-    let (record, wrap) = (RecordKey::generate()?, WrapKey::generate()?);
+    let record = RecordKey::generate()?;
+    let files = Files::create(&config.data_dir)?;
+    let keyring = Keyring::create(config, &files).await?;
     let beginning = Beginning {
         cause: Cause::Restored,
         replica: r.replica,
@@ -80,7 +91,7 @@ pub fn restore(config: &Config, r: &Restore<'_>) -> Result<Restored, Refusal> {
             address: config.listen.to_string(),
             authority: ambit_identity::authority::authority_id(&issuer_csr),
             authority_not_after: Default::default(),
-            wrap_key: wrap.public()?,
+            wrap_key: keyring.public()?,
             record_key: record.public(),
         },
         admit: Some((issuer_csr.spki_sha256(), tls_csr.spki_sha256())),
@@ -91,11 +102,10 @@ pub fn restore(config: &Config, r: &Restore<'_>) -> Result<Restored, Refusal> {
     let admission = admission.ok_or_else(|| Refusal::new(Code::Internal, "an admission", "none"))?;
     let issuer = IssuingKey::new(issuer_key, root.intermediate(&admission, &issuer_csr)?)?;
 
-    let files = Files::create(&config.data_dir)?;
     files.put_root(&root)?;
     files.put_issuer(&issuer)?;
     files.put_tls(&tls)?;
-    files.put_record_and_wrap(&record, &wrap)?;
+    files.put_record(&record)?;
     let blobs = Blobs::open(config.data_dir.join("blobs"))?;
     backup.lists(|list| blobs.put(Keep::AllowList, &list).map(drop))?;
     put_admin(r.admin_out, config, r.trust_domain, &root, &issuer)?;
@@ -110,8 +120,15 @@ pub fn restore(config: &Config, r: &Restore<'_>) -> Result<Restored, Refusal> {
 
 fn root_of(state: &State, r: &Restore<'_>) -> Result<Root, Refusal> {
     let cell = state.cell().ok_or_else(|| Refusal::new(Code::BackupDamaged, "a founded cell", "an empty one"))?;
-    let key = SvidKey::from_pkcs8(&private(r.root_key)?)?;
-    Root::pair(r.trust_domain, CertificateDer::from(cell.root_der.clone()), key)
+    let der = CertificateDer::from(cell.root_der.clone());
+    match r.root_key {
+        RootKey::File(path) => Root::pair(r.trust_domain, der, SvidKey::from_pkcs8(&Zeroizing::new(private(path)?))?),
+        RootKey::Shares(paths) => {
+            let read = |path: &PathBuf| RootShare::parse(&Zeroizing::new(private(path)?));
+            let shares = paths.iter().map(read).collect::<Result<Vec<_>, Refusal>>()?;
+            share::recover(r.trust_domain, der, &shares)
+        }
+    }
 }
 
 /// A clock far behind would let nothing be signed until it caught up with the cell's time, which does not go back.

@@ -3,6 +3,7 @@
 use super::agents::Agents;
 use super::files::{Card, Files};
 use super::found::{raft_options, start_failed};
+use super::keyring::Keyring;
 use super::{Inner, Replica, authority, trust_of, upkeep};
 use crate::config::Config;
 use crate::raft::{Cell, Network, rebase};
@@ -31,7 +32,7 @@ pub async fn run(config: &Config, mut stop: watch::Receiver<bool>) -> Result<(),
     let listener = listen(config.listen).await?;
     let metrics_listener = listen(config.metrics_listen).await?;
     let (verdicts, waiting) = super::verdicts::Verdicts::new();
-    let replica = open(config, &files, verdicts)?;
+    let replica = open(config, &files, verdicts).await?;
     let outside = match &config.bundle_endpoint {
         Some(at) => Some(crate::outside::Endpoint::open(at, &replica.inner.identity).await?),
         None => None,
@@ -72,15 +73,15 @@ pub(crate) async fn listen(at: SocketAddr) -> Result<TcpListener, Refusal> {
     })
 }
 
-fn open(config: &Config, files: &Files, verdicts: super::verdicts::Verdicts) -> Result<Replica, Refusal> {
-    let card = files.card()?;
+async fn open(config: &Config, files: &Files, verdicts: super::verdicts::Verdicts) -> Result<Replica, Refusal> {
+    let (card, keyring) = (files.card()?, Keyring::open(config, files).await?);
     let (issuer, tls_key, root_der) = (files.issuer()?, files.tls()?, files.root_der()?);
     // The root goes along, for those who know only its fingerprint. Once there is a state it says which roots go along.
     let roots = vec![root_der.clone()];
     let leaf = |issuer: &_| authority::leaf_of(issuer, card.replica, &card.trust_domain, &tls_key, roots.clone());
     let (issuer, tls) = match leaf(&issuer) {
         Err(refusal) if refusal.code == Code::IssuerUnavailable => {
-            let again = begin_again(config, files, &card)?;
+            let again = begin_again(config, files, &card, &keyring).await?;
             let tls = leaf(&again)?;
             (again, tls)
         }
@@ -117,7 +118,8 @@ fn open(config: &Config, files: &Files, verdicts: super::verdicts::Verdicts) -> 
         files: files.clone(),
         identity,
         record: files.record()?,
-        wrap: files.wrap()?,
+        keyring,
+        logs: super::attest::Logs::of(config),
         trust,
         dialer,
         agents: Agents::default(),
@@ -138,9 +140,9 @@ fn open(config: &Config, files: &Files, verdicts: super::verdicts::Verdicts) -> 
 }
 
 /// What its store says of the root is all in its log, of which nothing is applied before others are heard.
-fn begin_again(config: &Config, files: &Files, card: &Card) -> Result<IssuingKey, Refusal> {
+async fn begin_again(config: &Config, files: &Files, card: &Card, keyring: &Keyring) -> Result<IssuingKey, Refusal> {
     let survey = rebase::survey(&raft_options(config, card.replica)?).map_err(start_failed)?;
-    authority::begin_again(files, card, &survey.whole.state)
+    authority::begin_again(files, card, keyring, &survey.whole.state).await
 }
 
 /// Addresses from replicated state, else from what `join` was told; connections as this replica to that replica.

@@ -40,32 +40,32 @@ impl OpenKeys {
 }
 
 /// Seals under the newest key: number of the key (8 bytes), then nonce and sealed text.
-pub fn seal_ticket(replica: &Replica, purpose: Purpose, plain: &[u8]) -> Result<Vec<u8>, Refusal> {
+pub async fn seal_ticket(replica: &Replica, purpose: Purpose, plain: &[u8]) -> Result<Vec<u8>, Refusal> {
     let newest = replica.local(|s| s.ticket_keys().next_back().map(|(n, row)| (n, row.wrapped.clone())));
     let (number, wrapped) =
         newest.ok_or_else(|| Refusal::new(Code::Unavailable, "a ticket key", "none yet: the cell is starting"))?;
-    let key = unwrap(replica, &wrapped)?;
+    let key = unwrap(replica, &wrapped).await?;
     Ok([number.to_be_bytes().as_slice(), &seal(&key, purpose, plain)?].concat())
 }
 
 /// Opens what any replica of this cell sealed for this purpose.
-pub fn open_ticket(replica: &Replica, purpose: Purpose, ticket: &[u8]) -> Result<Zeroizing<Vec<u8>>, Refusal> {
+pub async fn open_ticket(replica: &Replica, purpose: Purpose, ticket: &[u8]) -> Result<Zeroizing<Vec<u8>>, Refusal> {
     let bad = || Refusal::new(Code::TicketInvalid, "a ticket sealed by this cell", "another");
     let (number, sealed) = ticket.split_first_chunk::<8>().ok_or_else(bad)?;
     let number = u64::from_be_bytes(*number);
     let wrapped = replica.local(|s| s.ticket_keys().find(|(n, _)| *n == number).map(|(_, row)| row.wrapped.clone()));
-    let key = unwrap(replica, &wrapped.ok_or_else(bad)?)?;
+    let key = unwrap(replica, &wrapped.ok_or_else(bad)?).await?;
     open(&key, purpose, sealed)
 }
 
-fn unwrap(replica: &Replica, wrapped: &BTreeMap<u64, Vec<u8>>) -> Result<Zeroizing<[u8; 32]>, Refusal> {
+async fn unwrap(replica: &Replica, wrapped: &BTreeMap<u64, Vec<u8>>) -> Result<Zeroizing<[u8; 32]>, Refusal> {
     let mine = wrapped
         .get(&replica.id())
         .ok_or_else(|| Refusal::new(Code::Unavailable, "a ticket key wrapped to this replica", "none yet"))?;
     if let Some(known) = replica.ticket_keys().get(mine) {
         return Ok(known);
     }
-    let plain = replica.wrap().unwrap(mine)?;
+    let plain = replica.keyring().unwrap_for(Purpose::Key, mine).await?;
     let mut key = Zeroizing::new([0u8; 32]);
     if plain.len() != key.len() {
         return Err(Refusal::new(Code::Internal, "a ticket key of 32 bytes", plain.len().to_string()));
@@ -87,6 +87,12 @@ pub async fn rotate_if_due(replica: &Replica) -> Result<(), Refusal> {
     if !due || members.is_empty() {
         return Ok(());
     }
+    rotate(replica).await
+}
+
+/// A new key, wrapped to every replica.
+pub async fn rotate(replica: &Replica) -> Result<(), Refusal> {
+    let members: Vec<(u64, Vec<u8>)> = replica.local(|s| s.members().map(|(id, m)| (id, m.wrap_key.clone())).collect());
     let key = Zeroizing::new(super::random::<32>()?);
     let mut wrapped = BTreeMap::new();
     for (id, public) in members {

@@ -18,6 +18,8 @@ use tokio::task::{JoinHandle, JoinSet};
 const TICK: Duration = Duration::from_secs(1);
 /// A list that is missing here is missed by every judgement.
 const BLOB_CARE: Duration = Duration::from_secs(5);
+/// A leader that has not wrapped the root in so many ticks cannot open it.
+const LEADER_TICKS: u32 = 15;
 const PROMOTE_RETRY: Duration = Duration::from_millis(200);
 
 /// The running chores.
@@ -41,6 +43,7 @@ pub fn spawn(replica: &Replica, verdicts: super::verdicts::Queue) -> Chores {
         tasks: vec![
             tokio::spawn(follow_trust(r())),
             tokio::spawn(tick(r())),
+            tokio::spawn(rotate(r())),
             tokio::spawn(pull_from_peers(r())),
             tokio::spawn(super::federate::run(r())),
             tokio::spawn(ask_for_vote(r())),
@@ -48,6 +51,7 @@ pub fn spawn(replica: &Replica, verdicts: super::verdicts::Queue) -> Chores {
             tokio::spawn(keep_blobs(r())),
             tokio::spawn(super::authority::keep(r())),
             tokio::spawn(keep_root(r())),
+            tokio::spawn(super::attest::run(r())),
         ],
     }
 }
@@ -82,17 +86,31 @@ async fn tick(replica: Replica) {
     every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
     loop {
         every.tick().await;
+        if replica.cell().status().role != Role::Leader || replica.local(|s| s.cell().is_none()) {
+            continue;
+        }
+        if let Err(refusal) = replica.propose_own(Command::Tick).await.and_then(|applied| applied.outcome) {
+            tracing::debug!(%refusal, "tick");
+        }
+    }
+}
+
+/// The leader's care for keys that are wrapped to all: it may wait for a TPM, which the cell's time must not.
+async fn rotate(replica: Replica) {
+    let mut every = tokio::time::interval(TICK);
+    every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+    loop {
+        every.tick().await;
         super::jwt::forget(&replica);
         if replica.cell().status().role != Role::Leader || replica.local(|s| s.cell().is_none()) {
             continue;
         }
         let done = async {
-            replica.propose_own(Command::Tick).await?.outcome?;
             ticket::rotate_if_due(&replica).await?;
             super::jwt::rotate_if_due(&replica).await
         };
         if let Err(refusal) = done.await {
-            tracing::debug!(%refusal, "tick");
+            tracing::debug!(%refusal, "keys not rotated yet");
         }
     }
 }
@@ -107,17 +125,22 @@ async fn keep_blobs(replica: Replica) {
     }
 }
 
-/// The root's key is wrapped to whoever joined. The leader sees to it, or who can where the leader cannot.
+/// The root's key is wrapped to whoever joined. The leader sees to it, or who can where the leader cannot: that its TPM does
+/// not answer shows in that it is not done.
 async fn keep_root(replica: Replica) {
     let mut every = tokio::time::interval(TICK);
     every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+    let mut lacking_for = 0u32;
     loop {
         every.tick().await;
         let leader = replica.cell().status().leader.map(|id| id.0);
-        let leader_opens = replica.local(|s| {
-            s.active_root().is_some_and(|(_, row)| leader.is_some_and(|leader| row.wrapped.contains_key(&leader)))
+        let (leader_opens, lacks) = replica.local(|s| {
+            let active = s.active_root().map(|(_, row)| row.wrapped).unwrap_or_default();
+            let lacks = s.members().any(|(id, _)| !active.contains_key(&id));
+            (leader.is_some_and(|leader| active.contains_key(&leader)), lacks)
         });
-        if (leader == Some(replica.id()) || !leader_opens)
+        lacking_for = if lacks { lacking_for.saturating_add(1) } else { 0 };
+        if (leader == Some(replica.id()) || !leader_opens || lacking_for > LEADER_TICKS)
             && let Err(refusal) = super::authority::wrap_roots(&replica).await
         {
             tracing::debug!(%refusal, "root not wrapped yet");

@@ -5,6 +5,7 @@
 
 mod holders;
 mod jwt;
+mod seal;
 
 use super::{OrStatus, request_id};
 use crate::authorise::actor;
@@ -104,6 +105,23 @@ impl v1::local_authority_server::LocalAuthority for Authorities {
         Ok(Response::new(self.state().await.or_status()?))
     }
 
+    async fn share_root(
+        &self,
+        request: Request<v1::ShareRootRequest>,
+    ) -> Result<Response<v1::ShareRootResponse>, Status> {
+        let actor = actor(&request)?;
+        let m = request.into_inner();
+        let id = request_id(&m.request_id)?;
+        self.share(actor, id, m).await.or_status().map(Response::new)
+    }
+
+    async fn seal_root(&self, request: Request<v1::SealRootRequest>) -> Result<Response<v1::SealRootResponse>, Status> {
+        let actor = actor(&request)?;
+        let m = request.into_inner();
+        request_id(&m.request_id)?;
+        self.seal(actor, m.dry_run).await.or_status().map(Response::new)
+    }
+
     async fn prepare_x509_authority(
         &self,
         request: Request<v1::X509AuthorityRequest>,
@@ -197,7 +215,7 @@ impl Authorities {
 
     /// A new root, in every bundle from the entry on, and certified by the active one for those who know only that.
     async fn prepare(&self, asked: &Asked) -> Result<(), Refusal> {
-        let active = self.0.active_root()?;
+        let active = self.0.active_root().await?;
         let (prepared, members) = self.0.local(|s| {
             let prepared = s.roots().into_iter().find(|(_, row)| row.state == RootState::Prepared);
             (prepared, s.members().map(|(id, m)| (id, m.wrap_key.clone())).collect::<BTreeMap<_, _>>())
@@ -233,7 +251,7 @@ impl Authorities {
         if asked.m.dry_run {
             return Ok(missing);
         }
-        let root = self.0.open_root(&id)?;
+        let root = self.0.open_root(&id).await?;
         let (replaced, keys) = self.certify_keys(&root)?;
         let command = Command::OverKeySet(replaced, Box::new(Command::ActivateRoot(id, keys)));
         self.0.propose(asked.client.clone(), asked.then("activate"), command).await?.outcome?;

@@ -120,6 +120,18 @@ impl v1::membership_server::Membership for Membership {
         Ok(Response::new(v1::RenewAuthorityResponse { intermediate_der: intermediate.to_vec(), cross_der }))
     }
 
+    async fn require_attested_replicas(
+        &self,
+        request: Request<v1::RequireAttestedReplicasRequest>,
+    ) -> Result<Response<v1::StatusResponse>, Status> {
+        let actor = actor(&request)?;
+        let m = request.into_inner();
+        let id = request_id(&m.request_id)?;
+        let command = Command::AttestedReplicasOnly(m.required);
+        self.replica.propose(actor.client, id, command).await.or_status()?.outcome.or_status()?;
+        Ok(Response::new(self.status_message()))
+    }
+
     async fn transfer_leader(
         &self,
         request: Request<v1::TransferLeaderRequest>,
@@ -187,6 +199,8 @@ fn members(s: &State, voters: &[ReplicaId], leader: Option<ReplicaId>, own: (u64
                 voter,
                 authority: m.authority.clone(),
                 intermediate_not_after_ms: m.authority_not_after.0,
+                attested_ek: s.attested_replica(id).map(|row| row.ek.to_string()).unwrap_or_default(),
+                attested_policy: s.attested_replica(id).map(|row| row.policy.to_string()).unwrap_or_default(),
             }
         })
         .collect()
@@ -223,11 +237,12 @@ impl Membership {
                 revision: cell.map(|c| c.revision.0).unwrap_or_default(),
                 digest: s.digest().to_vec(),
                 members: members(s, &status.voters, status.leader, (self.replica.id(), status.role)),
-                root_form: cell.map(|c| format!("{} (unsealed)", c.root_form)).unwrap_or_default(),
+                root_form: s.root_form(),
                 stamp_ms: s.stamp().0,
                 epoch: cell.map(|c| c.epoch).unwrap_or_default(),
                 membership_version: status.membership_version,
                 incarnations: s.incarnations().map(incarnation).collect(),
+                attested_replicas_only: s.attested_only(),
                 approvers: u32::try_from(s.approvers().count()).unwrap_or(u32::MAX),
             }
         })
@@ -236,7 +251,7 @@ impl Membership {
     /// Token burnt and place reserved in one entry; then the root signs, then the member is recorded with the key set.
     async fn join(&self, m: v1::ReplicaJoinRequest) -> Result<v1::ReplicaJoinResponse, Refusal> {
         // Whoever cannot sign commits nothing.
-        drop(self.replica.active_root()?);
+        drop(self.replica.active_root().await?);
         let (issuer, tls) = (Csr::parse(&m.issuer_csr)?, Csr::parse(&m.tls_csr)?);
         let record_key: [u8; 32] =
             m.record_key.as_slice().try_into().map_err(|_| {
@@ -271,7 +286,7 @@ impl Membership {
         // The root that was active when it was admitted: what is recorded of the intermediate follows from that.
         let root = self.replica.local(|s| s.root_at(admission.get()));
         let root = root.ok_or_else(|| Refusal::new(Code::IssuerUnavailable, "an active root", "none"))?;
-        let root = self.replica.open_root(&root)?;
+        let root = self.replica.open_root(&root).await?;
         let intermediate = root.intermediate(&admission, &issuer)?;
         let member =
             Member { address: m.address, authority, authority_not_after: not_after, wrap_key: m.wrap_key, record_key };
@@ -300,7 +315,7 @@ impl Membership {
         let mut tries = 0;
         loop {
             tries += 1;
-            let (replaced, keys) = self.next_key_set(member.record_key)?;
+            let (replaced, keys) = self.next_key_set(member.record_key).await?;
             let put = Command::PutMember(replica, member.clone(), keys);
             let outcome = self.replica.propose_own(Command::OverKeySet(replaced, Box::new(put))).await?.outcome;
             match outcome {
@@ -311,8 +326,8 @@ impl Membership {
     }
 
     /// The key set with one more key, and what it is made from.
-    fn next_key_set(&self, new: [u8; 32]) -> Result<([u8; 32], KeySetRow), Refusal> {
-        let (root, td) = (&self.replica.active_root()?, self.replica.trust_domain());
+    async fn next_key_set(&self, new: [u8; 32]) -> Result<([u8; 32], KeySetRow), Refusal> {
+        let (root, td) = (&self.replica.active_root().await?, self.replica.trust_domain());
         let row = self.replica.local(|s| s.key_set().cloned()).unwrap_or_default();
         let known = KeySet::verify(td, root.der(), &row.statement, &row.signature)?;
         // Keys of the present members only: a removed replica's key goes with the next join.

@@ -33,7 +33,7 @@ pub(crate) fn PeerLink(replica: Replica) -> PeerLink {
 impl v1::peer_link_server::PeerLink for PeerLink {
     async fn hello(&self, request: Request<v1::HelloRequest>) -> Result<Response<v1::HelloResponse>, Status> {
         self.budget.take(actor(&request)?.remote).or_status()?;
-        peering::hello(&self.replica, request.into_inner()).or_status().map(Response::new)
+        peering::hello(&self.replica, request.into_inner()).await.or_status().map(Response::new)
     }
 
     async fn prove(&self, request: Request<v1::ProveRequest>) -> Result<Response<v1::ProveResponse>, Status> {
@@ -43,7 +43,7 @@ impl v1::peer_link_server::PeerLink for PeerLink {
         let session: [u8; 32] = Sha256::digest(&m.session).into();
         let mut request_id = [0u8; 16];
         request_id.copy_from_slice(&session[..16]);
-        let (td, row, token) = peering::prove(&self.replica, m).or_status()?;
+        let (td, row, token) = peering::prove(&self.replica, m).await.or_status()?;
         // Judged again at apply; judged here first, so that a stranger's bytes do not reach the log.
         if !self.replica.local(|s| opens(s, &token, &td, &row)) {
             let known = self.replica.read(|s| opens(s, &token, &td, &row)).await.or_status()?;

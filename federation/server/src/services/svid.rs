@@ -240,11 +240,11 @@ impl Svids {
             let command = command(key.kid().to_owned(), audience.sha256());
             self.0.propose(client.clone(), id, command).await?.into_token()
         };
-        let mut key = jwt::signer(&self.0)?;
+        let mut key = jwt::signer(&self.0).await?;
         let mut committed = commit(&key).await;
         if committed.as_ref().is_err_and(|refusal| refusal.code == Code::AuthorityMismatch) {
             self.0.cell().read_barrier().await?;
-            key = jwt::signer(&self.0)?;
+            key = jwt::signer(&self.0).await?;
             committed = commit(&key).await;
         }
         let committed = committed?;

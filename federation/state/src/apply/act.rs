@@ -1,7 +1,7 @@
 //! Acts that take approvers. Every replica verifies their signatures where it applies the entry: Ed25519 verification is a
 //! function of key, message and signature, so that all come to the same.
 
-use super::{At, cell_row, issue, relationship, roles, root};
+use super::{At, cell_row, issue, relationship, roles, root, seal};
 use crate::command::Reply;
 use crate::committed::Subject;
 use crate::objects::{ActRow, ApproverRow};
@@ -43,6 +43,10 @@ pub(super) fn perform(
         Act::RemoveApprover(name) => drop(s.approvers.remove(&mut s.journal, name)),
         Act::RemoveTrustDomain(td) => drop(relationship::remove(s, at, td)?),
         Act::BreakGlass(..) => return Err(replicas_only(act)),
+        Act::ShareRoot { root, threshold, holders } => {
+            let names: Vec<ObjectName> = holders.iter().map(|holder| holder.name.clone()).collect();
+            seal::shared(s, at, root, *threshold, &names);
+        }
     }
     remember(s, at, act, checked, by);
     Ok(Reply::Done)
@@ -106,6 +110,7 @@ fn possible(s: &State, act: &Act) -> Result<(), Refusal> {
     match act {
         Act::RevokeRoot(id) => root::revocable(s, id).map(drop),
         Act::AddApprover(name, card) => addable(s, name, card),
+        Act::ShareRoot { root, threshold, holders } => root::shareable(s, root, *threshold, holders),
         Act::RemoveApprover(name) if s.approvers.contains(name) => Ok(()),
         Act::RemoveApprover(name) => Err(Refusal::new(Code::NotFound, "an approver of this cell", name.as_str())),
         Act::RemoveTrustDomain(td) => relationship::removable(s, td),

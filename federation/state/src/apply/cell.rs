@@ -93,6 +93,7 @@ pub(super) fn admit_replica(
     if s.members.contains(&replica) {
         return Err(Refusal::new(Code::AlreadyExists, "a replica number not in use", replica.to_string()));
     }
+    super::seal::may_join(s, replica)?;
     burn(
         s,
         at,
@@ -119,6 +120,7 @@ pub(super) fn put_member(s: &mut State, id: u64, member: &Member, keys: &KeySetR
     if !s.admissions.contains(&id) && !s.members.contains(&id) {
         return Err(Refusal::new(Code::NotFound, "an admitted replica", id.to_string()));
     }
+    super::seal::may_be_member(s, id, member)?;
     s.members.put(&mut s.journal, id, member.clone());
     s.key_set.put(&mut s.journal, 0, keys.clone());
     Ok(Reply::Done)
@@ -142,6 +144,7 @@ pub(super) fn remove_member(s: &mut State, at: At, id: u64) -> Result<Reply, Ref
     super::authority::taint_all_of(s, at, id);
     s.admissions.remove(&mut s.journal, &id);
     super::root::unwrap_from(s, id);
+    s.attested_replicas.remove(&mut s.journal, &id);
     s.members.remove(&mut s.journal, &id);
     super::jwt::without(s, at, id)?;
     Ok(Reply::Done)

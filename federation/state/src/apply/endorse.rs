@@ -1,8 +1,9 @@
 //! The endorsement store: what makes a genuine TPM one of ours, and what puts it out again.
 
-use super::{At, attest, cell_row};
+use super::{At, attest, cell_row, seal};
 use crate::command::{Admission, Reply};
 use crate::objects::{DenialRow, EkDenyRow, EkFacts, NodeState};
+use crate::sealing::REPLICAS;
 use crate::state::State;
 use ambit_model::{ClusterId, Code, NodeId, ObjectName, Refusal, Revision};
 use sha2::{Digest as _, Sha256};
@@ -31,6 +32,9 @@ pub(super) fn disallow(s: &mut State, at: At, cluster: &ClusterId, nodes: &[Node
         in_cluster == cluster && ek.by_allow_list && nodes.contains(id)
     };
     put_out(s, at, Code::EkNotExpected, "an EK on the allow-list", gone)?;
+    if cluster.as_str() == REPLICAS {
+        seal::put_out(s, |ek, _| nodes.contains(ek));
+    }
     changed(s, at);
     Ok(Reply::Done)
 }
@@ -62,6 +66,9 @@ pub(super) fn put_roots(
         in_cluster == cluster && ek.root_sha256.is_some_and(|root| remove.contains(&root))
     };
     put_out(s, at, Code::EkChainUntrusted, "an EK under a root of the cluster", gone)?;
+    if cluster.as_str() == REPLICAS {
+        seal::put_out(s, |_, ek| ek.root_sha256.is_some_and(|root| remove.contains(&root)));
+    }
     changed(s, at);
     Ok(Reply::Done)
 }
@@ -86,6 +93,7 @@ pub(super) fn put_denials(
     }
     let gone = |_: &NodeId, _: &ClusterId, ek: &EkFacts| add.iter().any(|(_, rule)| rule.denies(ek));
     put_out(s, at, Code::EkDenied, "a TPM that no rule denies", gone)?;
+    seal::put_out(s, |_, ek| add.iter().any(|(_, rule)| rule.denies(ek)));
     changed(s, at);
     Ok(Reply::Done)
 }

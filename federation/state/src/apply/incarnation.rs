@@ -62,6 +62,10 @@ impl State {
         let at = At { index, stamp: self.advance(index, now) };
 
         cell.epoch = epoch;
+        // Whoever restores has the root's key in hand: it is sealed again when its operator says so.
+        if b.admit.is_some() {
+            cell.root_form = "file".to_owned();
+        }
         cell.bundle_sequence = epoch << BUNDLE_SHIFT | 1;
         cell.next_identity = next_identity;
         (cell.endorsement_revision, cell.policy_revision) = (Revision(index.0), Revision(index.0));
@@ -88,6 +92,9 @@ impl State {
         self.tokens.prune(&mut self.journal, |_, _| true);
         self.ticket_keys.prune(&mut self.journal, |_, _| true);
         self.members.prune(&mut self.journal, |_, _| true);
+        // What the lost incarnation's replicas proved was of wrap keys that may be gone: they prove it again.
+        let goes_on = b.admit.is_none().then_some(b.replica);
+        self.attested_replicas.prune(&mut self.journal, |id, _| Some(*id) != goes_on);
         self.admissions.prune(&mut self.journal, |id, _| *id != b.replica || b.admit.is_some());
         let (member, admission) = admit(self, at, epoch, &b);
         self.members.put(&mut self.journal, b.replica, member);
@@ -98,7 +105,7 @@ impl State {
         }
         // Its first record: whoever imports it refuses the lost incarnation from then on.
         super::jwt::begin_anew(self)?;
-        self.forget_keys(b.admit.is_none().then_some(b.replica));
+        self.forget_keys(goes_on);
         super::root::export_bundle(self)?;
         touch(self, at);
         Ok(admission.map(Committed::new))

@@ -20,6 +20,7 @@ mod objects;
 mod relationship;
 mod roles;
 mod root;
+mod seal;
 
 pub use incarnation::Beginning;
 pub(crate) use issue::answer_again;
@@ -146,6 +147,9 @@ fn perform(s: &mut State, at: At, command: &Command) -> Result<Reply, Refusal> {
             &downstream::Asked { node, generation: *generation, serial, key_hash, lifetime_ms: *lifetime_ms },
         ),
         Command::ChangeIdRoles { id, change, by } => roles::change_of_id(s, at, id, change, by),
+        Command::AttestReplica(verdict) => seal::attest(s, at, verdict),
+        Command::AttestedReplicasOnly(only) => seal::attested_only(s, *only),
+        Command::SealRoots(seal) => seal::seal(s, seal),
     }
 }
 

@@ -9,6 +9,7 @@ use ambit_model::{Code, Generation, NodeId, Refusal, Stamp};
 /// One entry: nonce consumed, token burnt, node admitted, issuance recorded (I5). Refuses before its first change.
 pub(super) fn admit(s: &mut State, at: At, a: &Admission) -> Result<Reply, Refusal> {
     let cell = cell_row(s)?;
+    super::seal::not_of_replicas(&a.cluster)?;
     if at.stamp > a.deadline {
         return Err(Refusal::new(Code::TicketExpired, "an answer before the deadline", "a later one"));
     }

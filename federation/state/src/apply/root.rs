@@ -7,15 +7,18 @@ use crate::command::Reply;
 use crate::committed::PreparedRoot;
 use crate::objects::KeySetRow;
 use crate::state::State;
+use ambit_model::act::ShareHolder;
 use ambit_model::bundle::RootState;
 use ambit_model::record::Kind;
 use ambit_model::{Code, RaftIndex, Refusal};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// A root with a P-256 key is some hundred bytes; larger ones come from elsewhere.
 pub(super) const ROOT_BYTES_MAX: usize = 8 * 1024;
 /// Revoked ones are remembered, so that none comes back: a root a month for twenty years.
 const ROOTS_MAX: usize = 256;
+/// More people than this keep no secret.
+const HOLDERS_MAX: usize = 16;
 
 fn hex(id: &RootId) -> String {
     id.iter().map(|byte| format!("{byte:02x}")).collect()
@@ -48,7 +51,7 @@ pub(super) fn export_bundle(s: &mut State) -> Result<(), Refusal> {
 }
 
 /// The root that the cell was founded with gets its row once there is anything to say of it.
-fn keep_first(s: &mut State) {
+pub(super) fn keep_first(s: &mut State) {
     if s.roots.len() == 0
         && let Some(row) = s.first_root()
     {
@@ -67,6 +70,13 @@ pub(super) fn wrap(s: &mut State, id: &RootId, wrapped: &BTreeMap<u64, Vec<u8>>)
     }
     if let Some(stranger) = wrapped.keys().find(|replica| s.member(**replica).is_none()) {
         return Err(Refusal::new(Code::NotFound, "replicas of this cell", stranger.to_string()));
+    }
+    // Wrapped to a key in a file, a sealed root would be sealed no more.
+    let in_tpm = |id: &u64| s.member(*id).is_some_and(|member| s.wraps_to_tpm(*id, member));
+    if s.is_sealed()
+        && let Some(id) = wrapped.keys().find(|id| !in_tpm(id))
+    {
+        return Err(Refusal::new(Code::ReplicaUnattested, "replicas with an attested wrap key", id.to_string()));
     }
     keep_first(s);
     let all = row.wrapped.into_iter().chain(wrapped.iter().map(|(n, key)| (*n, key.clone()))).collect();
@@ -204,4 +214,19 @@ pub(super) fn revoke(s: &mut State, at: At, id: &RootId) -> Result<Reply, Refusa
     put(s, at, id, RootState::Revoked, gone);
     s.key_set.remove(&mut s.journal, &1);
     changed(s, at)
+}
+
+/// Two holders or more, each once: a share that opens the root by itself would be a copy of its key.
+pub(super) fn shareable(s: &State, id: &RootId, threshold: u8, holders: &[ShareHolder]) -> Result<(), Refusal> {
+    let row = named(s, id)?;
+    if row.state == RootState::Revoked {
+        return Err(wrong("a root in the bundle", id, &row));
+    }
+    let (names, keys): (BTreeSet<_>, BTreeSet<_>) = holders.iter().map(|h| (&h.name, &h.key)).unzip();
+    let all = usize::from(threshold) <= holders.len() && holders.len() <= HOLDERS_MAX;
+    if threshold < 2 || !all || names.len() != holders.len() || keys.len() != holders.len() {
+        let expected = format!("a threshold of 2 or more, and up to {HOLDERS_MAX} different holders");
+        return Err(Refusal::new(Code::BadRequest, expected, format!("{threshold} of {}", holders.len())));
+    }
+    Ok(())
 }

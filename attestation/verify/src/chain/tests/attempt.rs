@@ -195,7 +195,7 @@ impl Attempt {
         let name = [&[0, 0x0b][..], &sha256(&public)].concat();
         let attest = [spec.head(), tpm2b(&name), tpm2b(&[1; 34])].concat();
         let signature = self.ak.sign(&attest);
-        KeyHome::from_wire(public, attest, signature).unwrap()
+        KeyHome::from_wire((public, attest, signature), Default::default()).unwrap()
     }
 
     pub(super) fn run(&self) -> Result<Verified<NodeEvidence>, Denial> {

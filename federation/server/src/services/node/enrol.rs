@@ -1,5 +1,7 @@
 //! Enrolling nodes: two round trips, then one commit, then one signature (design.md section 3).
 
+use super::replica;
+use crate::authorise::Role;
 use crate::replica::budget::Budget;
 use crate::replica::evidence::Body;
 use crate::replica::work::Lane;
@@ -13,6 +15,7 @@ use ambit_model::{ClusterId, Code, NodeId, Refusal, Revision};
 use ambit_proto::v1;
 use ambit_state::command::{Admission, Against, Seen};
 use ambit_state::objects::{AkFacts, DenialRow, EkFacts, NodeState, PolicyRef, TokenScope};
+use ambit_state::sealing::REPLICAS;
 use ambit_state::{Command, State};
 use ambit_verify::{
     ActivatedAk, Bank, BeginInput, Denial, EkClass, EkDenyRule, EkMake, EkRoot, Endorsements, Entropy, EvidenceHeader,
@@ -89,7 +92,7 @@ impl Enrolment {
             tracing::info!(%node, ?quirks, "EK certificate read with indulgence");
         }
         Ok(v1::Challenge {
-            ticket: ticket::seal_ticket(&self.replica, Purpose::Ticket, &body.encode())?,
+            ticket: ticket::seal_ticket(&self.replica, Purpose::Ticket, &body.encode()).await?,
             server_nonce: challenge.server_nonce.to_vec(),
             credential_blob: challenge.credential_blob,
             encrypted_secret: challenge.encrypted_secret,
@@ -105,6 +108,7 @@ impl Enrolment {
         &self,
         stream: &mut Streaming<v1::EvidenceRequest>,
         from: IpAddr,
+        role: Role,
     ) -> Result<Result<v1::Verdict, v1::Denied>, Status> {
         let first = tokio::time::timeout(FIRST_FRAME, stream.message()).await;
         let first =
@@ -114,8 +118,8 @@ impl Enrolment {
             _ => return Err(Refusal::new(Code::EvidenceMalformed, "a header first", "something else")).or_status(),
         };
         let ticket = header.ticket.clone();
-        let csr_der = header.csr.clone();
-        let opened = ticket::open_ticket(&self.replica, Purpose::Ticket, &ticket).and_then(|plain| {
+        let (csr_der, join_token) = (header.csr.clone(), header.join_token.clone());
+        let opened = ticket::open_ticket(&self.replica, Purpose::Ticket, &ticket).await.and_then(|plain| {
             let body = TicketBody::decode(&plain)?;
             let header = evidence_header(header)?;
             let extents = (header.boot_log, header.ima_log);
@@ -140,6 +144,13 @@ impl Enrolment {
             Ok(quote) => self.judge_logs(stream, quote, &session, (boot, ima)).await.or_status()?,
         };
         match judged {
+            Judged::Good(good) if session.cluster.as_str() == REPLICAS => {
+                let who = self.replica_of(&role, &join_token);
+                match who.and_then(|who| replica::verdict(who, &good.0, &good.1)) {
+                    Ok(verdict) => self.attest_replica(&good.0, &good.1, verdict).await.or_status(),
+                    Err(refusal) => self.deny(&session, refusal.into(), None).await.or_status(),
+                }
+            }
             Judged::Good(good) => match certifiable(&csr_der, &good.0) {
                 Ok(csr) => self.admit(&good.0, &csr, &good.1).await.or_status(),
                 Err(refusal) => self.deny(&session, refusal.into(), None).await.or_status(),
@@ -175,6 +186,9 @@ impl Enrolment {
                 Err(refusal) => return Ok(Judged::Broken(refusal)),
             };
         let stored = self.replica.local(|s| {
+            if session.cluster.as_str() == REPLICAS {
+                return s.attested_ek(&session.node).map(|(_, row)| super::verifier_counters(&row.counters));
+            }
             let evicted = s.node(&session.node).is_none_or(|n| n.state == NodeState::Evicted);
             s.standing(&session.node).filter(|_| !evicted).map(super::counters)
         });
@@ -258,7 +272,7 @@ impl Enrolment {
 
     /// Each arrival of evidence is a request of its own: that it serves once is the nonce's work, and a second arrival
     /// is told so.
-    async fn propose_for(&self, node: &NodeId, command: Command) -> Result<ambit_state::Applied, Refusal> {
+    pub(super) async fn propose_for(&self, node: &NodeId, command: Command) -> Result<ambit_state::Applied, Refusal> {
         self.replica.propose(<[u8; 32]>::from(Sha256::digest(node.0)), random()?, command).await
     }
 
@@ -313,9 +327,9 @@ enum Judged {
 }
 
 /// What accepted the evidence, and the evidence to keep.
-struct Accepted {
-    body: Body,
-    policy: PolicyRef,
+pub(super) struct Accepted {
+    pub(super) body: Body,
+    pub(super) policy: PolicyRef,
 }
 
 fn admission(
@@ -437,7 +451,10 @@ fn evidence_header(h: v1::EvidenceHeader) -> Result<EvidenceHeader, Refusal> {
         pcrs: h.pcrs.into_iter().map(|p| (p.index, p.value)).collect(),
         ek_public: h.ek_public,
         ak_public: h.ak_public,
-        svid_key: KeyHome::from_wire(h.svid_public, h.svid_certify, h.svid_certify_signature)?,
+        svid_key: KeyHome::from_wire(
+            (h.svid_public, h.svid_certify, h.svid_certify_signature),
+            (h.wrap_public, h.wrap_certify, h.wrap_certify_signature),
+        )?,
     })
 }
 

@@ -4,6 +4,7 @@ mod endorse;
 mod enrol;
 mod history;
 mod operate;
+mod replica;
 
 use super::{OrStatus, new_token, request_id, token_expiry};
 use crate::authorise::actor;
@@ -50,10 +51,11 @@ impl v1::node_attestation_server::NodeAttestation for Nodes {
         &self,
         request: Request<Streaming<v1::EvidenceRequest>>,
     ) -> Result<Response<v1::EvidenceResponse>, Status> {
-        let from = actor(&request)?.remote;
+        let actor = actor(&request)?;
+        let (from, role) = (actor.remote, actor.role);
         self.enrolment.budget.take(from).or_status()?;
         let mut stream = request.into_inner();
-        let result = match self.enrolment.evidence(&mut stream, from).await? {
+        let result = match self.enrolment.evidence(&mut stream, from, role).await? {
             Ok(verdict) => v1::evidence_response::Result::Verdict(verdict),
             Err(denied) => v1::evidence_response::Result::Denied(denied),
         };
@@ -179,7 +181,11 @@ fn maybe_behind(code: Code) -> bool {
 
 /// Counters as the verifier compares them.
 pub(crate) fn counters(standing: &ambit_state::objects::Standing) -> ambit_verify::Counters {
-    let c = standing.counters;
+    verifier_counters(&standing.counters)
+}
+
+/// Counters as the verifier reads them.
+pub(crate) fn verifier_counters(c: &ambit_state::objects::Counters) -> ambit_verify::Counters {
     ambit_verify::Counters { reset: c.resets, restart: c.restarts, clock_ms: c.clock, safe: false }
 }
 

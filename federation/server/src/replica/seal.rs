@@ -1,0 +1,59 @@
+//! The root sealed to TPMs: everything wrapped anew, and then no key in a file that opens it.
+
+use super::Replica;
+use ambit_identity::wrap::{Purpose, wrap_for};
+use ambit_model::bundle::RootState;
+use ambit_model::{Code, Refusal};
+use ambit_state::sealing::Seal;
+use std::collections::BTreeMap;
+
+/// Wraps the keys of all roots and JWT authorities to the wrap keys of now.
+///
+/// # Errors
+/// [`Code::IssuerUnavailable`] where this replica cannot open one of them.
+pub async fn make(replica: &Replica) -> Result<Seal, Refusal> {
+    let (to, roots, jwt) = replica.local(|s| {
+        let to: BTreeMap<u64, Vec<u8>> = s.members().map(|(id, m)| (id, m.wrap_key.clone())).collect();
+        let roots: Vec<_> =
+            s.roots().into_iter().filter(|(_, row)| row.state != RootState::Revoked).map(|(id, _)| id).collect();
+        let jwt: Vec<_> = s
+            .jwt_authorities()
+            .filter(|row| !row.wrapped.is_empty())
+            .map(|row| (row.kid.clone(), row.wrapped.get(&replica.id()).cloned()))
+            .collect();
+        (to, roots, jwt)
+    });
+    let all = |purpose, key: &[u8]| -> Result<BTreeMap<u64, Vec<u8>>, Refusal> {
+        to.iter().map(|(id, public)| Ok((*id, wrap_for(purpose, public, key)?))).collect()
+    };
+    let mut seal = Seal { to: to.clone(), roots: BTreeMap::new(), jwt: BTreeMap::new() };
+    for id in roots {
+        let root = replica.open_root(&id).await?;
+        seal.roots.insert(id, all(Purpose::Key, &root.key().pkcs8())?);
+    }
+    for (kid, mine) in jwt {
+        let none = || Refusal::new(Code::IssuerUnavailable, "a JWT authority wrapped to this replica", kid.clone());
+        let key = replica.keyring().unwrap_for(Purpose::JwtAuthority, &mine.ok_or_else(none)?).await?;
+        seal.jwt.insert(kid, all(Purpose::JwtAuthority, &key)?);
+    }
+    Ok(seal)
+}
+
+/// Once the root is sealed, and this replica's TPM was seen to open it, nothing else here does. A file that is removed may
+/// still be on the disk, or in a copy of it: who must exclude that rotates the root after sealing it.
+pub(super) async fn forget_unsealed(replica: &Replica) -> Result<(), Refusal> {
+    let wrapped = replica.local(|s| {
+        let me = s.member(replica.id()).filter(|member| s.wraps_to_tpm(replica.id(), member));
+        let (_, row) = s.active_root()?;
+        me.filter(|_| s.is_sealed()).and_then(|_| row.wrapped.get(&replica.id()).cloned())
+    });
+    let Some(wrapped) = wrapped else { return Ok(()) };
+    if !replica.inner.files.has_unsealed() {
+        return Ok(());
+    }
+    replica.keyring().tpm_opens(Purpose::Key, &wrapped).await?;
+    let gone = replica.inner.files.forget_unsealed()?;
+    replica.keyring().forget_file();
+    tracing::info!(files = gone.join(", "), "the root is sealed: keys in files are removed");
+    Ok(())
+}

@@ -1,0 +1,187 @@
+//! Replicas attested, and the root sealed to their TPMs.
+
+use super::{At, cell_row, root};
+use crate::authorities::{RootId, RootRow};
+use crate::command::Reply;
+use crate::objects::{EkFacts, JwtAuthorityRow, Member, TokenScope};
+use crate::sealing::{AttestedReplica, REPLICAS, ReplicaVerdict, SEALED, Seal, SharesRow, replicas_cluster};
+use crate::state::State;
+use ambit_model::bundle::RootState;
+use ambit_model::{ClusterId, Code, NodeId, ObjectName, Refusal};
+use std::collections::{BTreeMap, BTreeSet};
+
+fn unattested(found: impl Into<String>) -> Refusal {
+    Refusal::new(Code::ReplicaUnattested, "a replica whose attested TPM certified its wrap key", found)
+}
+
+/// One entry: nonce consumed, verdict kept, and from here on it is wrapped to the key in the TPM. The allow-list of
+/// [`REPLICAS`] is the operator's approval of the machine; a token says which number and address it may join with.
+pub(super) fn attest(s: &mut State, at: At, v: &ReplicaVerdict) -> Result<Reply, Refusal> {
+    let cell = cell_row(s)?;
+    if at.stamp > v.deadline {
+        return Err(Refusal::new(Code::TicketExpired, "an answer before the deadline", "a later one"));
+    }
+    if s.nonces.contains(&v.nonce) {
+        return Err(Refusal::new(Code::NonceConsumed, "a nonce used once", "one consumed before"));
+    }
+    let judged = (v.endorsement_revision, v.policy_revision);
+    if (cell.endorsement_revision, cell.policy_revision) != judged {
+        let now = format!("revisions {} and {}", cell.endorsement_revision, cell.policy_revision);
+        return Err(Refusal::new(Code::StaleAppraisal, now, format!("{} and {}", judged.0, judged.1)));
+    }
+    let new = &v.attested;
+    speaks_for(s, at, v)?;
+    if !s.ek_allowed(&replicas_cluster()?, &new.ek) {
+        let expected = format!("an EK on the allow-list of cluster {REPLICAS}");
+        return Err(Refusal::new(Code::EkNotExpected, expected, new.ek.to_string()));
+    }
+    if new.policy.name.as_str() != REPLICAS {
+        let expected = format!("the appraisal policy {REPLICAS}");
+        return Err(Refusal::new(Code::AppraisalPolicyMissing, expected, new.policy.name.as_str()));
+    }
+    if let Some((other, before)) = s.attested_ek(&new.ek) {
+        if other != v.replica {
+            let expected = "a TPM that is no other replica's";
+            return Err(Refusal::new(Code::AlreadyExists, expected, format!("that of replica {other}")));
+        }
+        if new.counters <= before.counters {
+            let (then, now) = (format!("counters after {:?}", before.counters), format!("{:?}", new.counters));
+            return Err(Refusal::new(Code::ClockStepBack, then, now));
+        }
+    }
+    s.nonces.put(&mut s.journal, v.nonce, v.deadline);
+    let row = AttestedReplica { stamp: at.stamp, ..new.clone() };
+    s.attested_replicas.put(&mut s.journal, v.replica, row);
+    if let Some(mut member) = s.member(v.replica).cloned().filter(|member| member.wrap_key != new.wrap_key) {
+        // It opens what was wrapped to its former key as long as it keeps that; everything new goes to this one.
+        member.wrap_key.clone_from(&new.wrap_key);
+        s.members.put(&mut s.journal, v.replica, member);
+    }
+    Ok(Reply::Done)
+}
+
+/// Who has a token may speak for the replica that it is for, until there is one with that number.
+fn speaks_for(s: &State, at: At, v: &ReplicaVerdict) -> Result<(), Refusal> {
+    let Some(token) = &v.token else {
+        let none = || Refusal::new(Code::NotFound, "a replica of this cell", v.replica.to_string());
+        return s.member(v.replica).map(drop).ok_or_else(none);
+    };
+    if s.member(v.replica).is_some() {
+        let found = format!("replica {}, which is one already", v.replica);
+        return Err(Refusal::new(Code::AlreadyExists, "a replica that is to join", found));
+    }
+    let row = s.token(token).filter(|row| !row.used && row.expires >= at.stamp);
+    match row.map(|row| &row.scope) {
+        Some(TokenScope::Replica(replica, _)) if *replica == v.replica => Ok(()),
+        _ => Err(Refusal::new(Code::JoinTokenInvalid, "an unused token of this replica", "another")),
+    }
+}
+
+/// Whether a machine may join with this number: any, or only one that was attested.
+pub(super) fn may_join(s: &State, replica: u64) -> Result<(), Refusal> {
+    if s.attested_only() && s.attested_replica(replica).is_none() {
+        return Err(unattested(format!("replica {replica}, which was not attested")));
+    }
+    Ok(())
+}
+
+/// What is recorded of a replica has the key that its TPM certified, where there must be one.
+pub(super) fn may_be_member(s: &State, replica: u64, member: &Member) -> Result<(), Refusal> {
+    if s.attested_only() && !s.wraps_to_tpm(replica, member) {
+        return Err(unattested(format!("replica {replica} with another wrap key")));
+    }
+    Ok(())
+}
+
+/// Refused while a replica would not be let in again.
+pub(super) fn attested_only(s: &mut State, only: bool) -> Result<Reply, Refusal> {
+    cell_row(s)?;
+    if only && let Some(id) = s.unattested().first() {
+        return Err(unattested(format!("replica {id}, which was not attested")));
+    }
+    if !only && s.is_sealed() {
+        let expected = "attested replicas only, as long as the root is sealed to their TPMs";
+        return Err(Refusal::new(Code::SealIncomplete, expected, "any replica"));
+    }
+    let row = crate::sealing::SealingRow { attested_only: only, ..s.sealing() };
+    s.sealing.put(&mut s.journal, 0, row);
+    Ok(Reply::Done)
+}
+
+/// Recovery shares of a root were made, as its approvers said.
+pub(super) fn shared(s: &mut State, at: At, id: &RootId, threshold: u8, holders: &[ObjectName]) {
+    let mut row = s.sealing();
+    row.shares.insert(*id, SharesRow { threshold, holders: holders.to_vec(), made: at.stamp });
+    s.sealing.put(&mut s.journal, 0, row);
+}
+
+/// Keeps the key of each root and JWT authority for the attested keys of all replicas, and for nothing else.
+pub(super) fn seal(s: &mut State, seal: &Seal) -> Result<Reply, Refusal> {
+    let mut cell = cell_row(s)?;
+    if let Some(lack) = s.seal_lacks().into_iter().next() {
+        return Err(Refusal::new(Code::SealIncomplete, "every replica attested and every root with shares", lack));
+    }
+    let members: BTreeMap<u64, Vec<u8>> = s.members().map(|(id, m)| (id, m.wrap_key.clone())).collect();
+    if seal.to != members {
+        return Err(Refusal::new(Code::StaleRevision, "the wrap keys of the replicas of now", "others"));
+    }
+    let roots: BTreeMap<RootId, RootRow> =
+        s.roots().into_iter().filter(|(_, row)| row.state != RootState::Revoked).collect();
+    let jwt: Vec<(u64, JwtAuthorityRow)> = s
+        .jwt_authorities
+        .iter()
+        .filter(|(_, row)| !row.wrapped.is_empty())
+        .map(|(index, row)| (*index, row.clone()))
+        .collect();
+    let kids: BTreeSet<&String> = jwt.iter().map(|(_, row)| &row.kid).collect();
+    let whole = |wrapped: &BTreeMap<u64, Vec<u8>>| wrapped.keys().eq(members.keys());
+    let all = seal.roots.keys().eq(roots.keys())
+        && seal.jwt.keys().collect::<BTreeSet<_>>() == kids
+        && seal.roots.values().chain(seal.jwt.values()).all(whole);
+    if !all {
+        return Err(Refusal::new(Code::StaleRevision, "every key of now, wrapped to every replica", "others"));
+    }
+    root::keep_first(s);
+    for (id, row) in roots {
+        let wrapped = seal.roots.get(&id).cloned().unwrap_or_default();
+        s.roots.put(&mut s.journal, id, RootRow { wrapped, ..row });
+    }
+    for (index, row) in jwt {
+        let wrapped = seal.jwt.get(&row.kid).cloned().unwrap_or_default();
+        s.jwt_authorities.put(&mut s.journal, index, JwtAuthorityRow { wrapped, ..row });
+    }
+    SEALED.clone_into(&mut cell.root_form);
+    s.cell.put(&mut s.journal, 0, cell);
+    Ok(Reply::Done)
+}
+
+/// Replicas whose TPM is expected no more are attested no more: the root is shown as unsealed until they are replaced.
+pub(super) fn put_out(s: &mut State, gone: impl Fn(&NodeId, &EkFacts) -> bool) {
+    let out: Vec<u64> =
+        s.attested_replicas.iter().filter(|(_, row)| gone(&row.ek, &facts(row))).map(|(id, _)| *id).collect();
+    for id in out {
+        s.attested_replicas.remove(&mut s.journal, &id);
+    }
+}
+
+/// As rules of endorsement see it.
+fn facts(row: &AttestedReplica) -> EkFacts {
+    EkFacts {
+        class: row.ek_class.clone(),
+        root_sha256: row.ek_root_sha256,
+        manufacturer: row.manufacturer.clone(),
+        model: row.model.clone(),
+        unreadable: false,
+        firmware_version: row.firmware_version,
+        by_allow_list: true,
+    }
+}
+
+/// A machine of [`REPLICAS`] is a replica's, never a node.
+pub(super) fn not_of_replicas(cluster: &ClusterId) -> Result<(), Refusal> {
+    if cluster.as_str() == REPLICAS {
+        let found = "a node in the cluster of the cell's replicas";
+        return Err(Refusal::new(Code::PermissionDenied, "a cluster of nodes", found));
+    }
+    Ok(())
+}

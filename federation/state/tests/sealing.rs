@@ -1,0 +1,246 @@
+//! Replicas attested and the root sealed to their TPMs: rows of entries and outcomes.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on fails")]
+
+mod common;
+
+use ambit_model::act::ShareHolder;
+use ambit_model::{Act, Code, Stamp};
+use ambit_state::objects::*;
+use ambit_state::sealing::{AttestedReplica, ReplicaVerdict, Seal};
+use ambit_state::{Command, State};
+use common::*;
+use std::collections::BTreeMap;
+
+const REPLICAS: &str = "replica";
+
+fn key(n: u8) -> Vec<u8> {
+    vec![n; 65]
+}
+fn first() -> [u8; 32] {
+    sha256(b"west")
+}
+
+/// A cell whose replicas may attest with these EKs.
+fn cell() -> Cell {
+    let mut cell = Cell::founded("west");
+    cell.run(Command::RegisterCluster(cluster(REPLICAS), vec![(ROOT.to_vec(), "lab".into())], 10_000)).unwrap();
+    cell.run(Command::AllowEk(cluster(REPLICAS), vec![node(1), node(2)])).unwrap();
+    cell
+}
+fn verdict(cell: &Cell, replica: u64, n: u8, nonce: u8) -> ReplicaVerdict {
+    let row = cell.state.cell().unwrap();
+    ReplicaVerdict {
+        replica,
+        token: None,
+        nonce: [nonce; 32],
+        deadline: Stamp(1_060_000),
+        endorsement_revision: row.endorsement_revision,
+        policy_revision: row.policy_revision,
+        attested: AttestedReplica {
+            ek: node(n),
+            ak_name: vec![n],
+            wrap_key: key(n),
+            ek_root_sha256: Some(sha256(ROOT)),
+            ek_class: "lab".into(),
+            manufacturer: "IBM".into(),
+            model: "swtpm".into(),
+            firmware_version: 7,
+            counters: Counters { resets: 1, restarts: 0, clock: u64::from(nonce) },
+            policy: PolicyRef { name: REPLICAS.parse().unwrap(), version: 1 },
+            evidence_sha256: [3; 32],
+            stamp: Stamp(0),
+        },
+    }
+}
+fn attest(verdict: ReplicaVerdict) -> Command {
+    Command::AttestReplica(Box::new(verdict))
+}
+fn token(cell: &mut Cell, replica: u64) -> [u8; 32] {
+    let sha256 = [replica as u8; 32];
+    let scope = TokenScope::Replica(replica, "127.0.0.1:2".into());
+    cell.run(Command::CreateToken(sha256, TokenRow { scope, expires: Stamp(2_000_000), used: false })).unwrap();
+    sha256
+}
+fn admit(replica: u64, token: [u8; 32]) -> Command {
+    Command::AdmitReplica { token, replica, issuer_key_hash: [1; 32], tls_key_hash: [2; 32] }
+}
+fn member(n: u8) -> Member {
+    Member {
+        address: "127.0.0.1:2".into(),
+        authority: "a2".into(),
+        authority_not_after: Stamp(1_000_000_000),
+        wrap_key: key(n),
+        record_key: [n; 32],
+    }
+}
+fn put(replica: u64, n: u8) -> Command {
+    Command::PutMember(replica, member(n), KeySetRow::default())
+}
+fn share(threshold: u8, names: &[&str]) -> Command {
+    let holder = |(n, name): (usize, &&str)| ShareHolder { name: name.parse().unwrap(), key: key(n as u8) };
+    let holders = names.iter().enumerate().map(holder).collect();
+    Command::Act { act: Act::ShareRoot { root: first(), threshold, holders }, approved: None, by: "ada".into() }
+}
+fn seal(to: &[(u64, u8)]) -> Seal {
+    let wrapped: BTreeMap<u64, Vec<u8>> = to.iter().map(|(id, _)| (*id, vec![0xee])).collect();
+    let to = to.iter().map(|(id, n)| (*id, key(*n))).collect();
+    Seal { to, roots: [(first(), wrapped)].into(), jwt: BTreeMap::new() }
+}
+fn sealed() -> Cell {
+    let mut cell = cell();
+    let v = verdict(&cell, 1, 1, 1);
+    cell.run(attest(v)).unwrap();
+    cell.run(share(2, &["al", "bo", "cy"])).unwrap();
+    cell.run(Command::SealRoots(Box::new(seal(&[(1, 1)])))).unwrap();
+    cell
+}
+
+#[test]
+fn a_replica_is_attested_by_what_was_judged_now_of_a_tpm_that_an_operator_named() {
+    let mut cell = cell();
+    let token = token(&mut cell, 2);
+    let honest = verdict(&cell, 1, 1, 1);
+    type Row = (&'static str, Code, fn(&mut ReplicaVerdict));
+    let rows: &[Row] = &[
+        ("too late", Code::TicketExpired, |v| v.deadline = Stamp(999_999)),
+        ("by other rules of endorsement", Code::StaleAppraisal, |v| v.endorsement_revision.0 -= 1),
+        ("by another policy revision", Code::StaleAppraisal, |v| v.policy_revision.0 += 1),
+        ("a TPM that nobody named", Code::EkNotExpected, |v| v.attested.ek = node(9)),
+        ("another policy", Code::AppraisalPolicyMissing, |v| v.attested.policy.name = "servers".parse().unwrap()),
+        ("no replica of the cell", Code::NotFound, |v| v.replica = 2),
+        ("a token for one that is there", Code::AlreadyExists, |v| v.token = Some([2; 32])),
+        ("a token of another replica", Code::JoinTokenInvalid, |v| (v.replica, v.token) = (3, Some([2; 32]))),
+        ("an unknown token", Code::JoinTokenInvalid, |v| (v.replica, v.token) = (2, Some([8; 32]))),
+    ];
+    for (what, expected, change) in rows {
+        let mut verdict = honest.clone();
+        change(&mut verdict);
+        let before = cell.state.digest();
+        assert_eq!(code(cell.run(attest(verdict))), *expected, "{what}");
+        // Only the index and the time moved.
+        assert!(cell.state.attested_replica(1).is_none(), "{what}");
+        assert_ne!(before, cell.state.digest());
+    }
+    cell.run(attest(honest.clone())).unwrap();
+    assert_eq!(cell.state.member(1).unwrap().wrap_key, key(1), "from here on it is wrapped to the TPM");
+    assert_eq!(code(cell.run(attest(honest))), Code::NonceConsumed);
+    // Of the same TPM no earlier quote counts, and no other replica has it.
+    let mut back = verdict(&cell, 1, 1, 2);
+    back.attested.counters.clock = 1;
+    assert_eq!(code(cell.run(attest(back))), Code::ClockStepBack);
+    let mut two = verdict(&cell, 2, 1, 3);
+    two.token = Some(token);
+    assert_eq!(code(cell.run(attest(two))), Code::AlreadyExists);
+    let mut two = verdict(&cell, 2, 2, 4);
+    two.token = Some(token);
+    cell.run(attest(two)).unwrap();
+    assert!(cell.state.member(2).is_none(), "attested, and to join yet");
+}
+
+#[test]
+fn where_it_is_required_only_the_attested_join_with_the_very_key() {
+    let mut cell = cell();
+    assert_eq!(code(cell.run(Command::AttestedReplicasOnly(true))), Code::ReplicaUnattested, "it would not be let in");
+    let v = verdict(&cell, 1, 1, 1);
+    cell.run(attest(v)).unwrap();
+    cell.run(Command::AttestedReplicasOnly(true)).unwrap();
+    let token = token(&mut cell, 2);
+    assert_eq!(code(cell.run(admit(2, token))), Code::ReplicaUnattested);
+    assert!(!cell.state.token(&token).unwrap().used, "refused before its first change");
+    let mut v = verdict(&cell, 2, 2, 2);
+    v.token = Some(token);
+    cell.run(attest(v)).unwrap();
+    cell.run(admit(2, token)).unwrap();
+    assert_eq!(code(cell.run(put(2, 7))), Code::ReplicaUnattested, "another key");
+    cell.run(put(2, 2)).unwrap();
+    assert!(cell.state.unattested().is_empty());
+    cell.run(Command::AttestedReplicasOnly(false)).unwrap();
+    assert!(!cell.state.attested_only());
+}
+
+#[test]
+fn a_machine_of_the_replicas_is_no_node() {
+    let mut cell = cell();
+    let mut a = admission(&cell, 1, 1, None);
+    a.cluster = cluster(REPLICAS);
+    assert_eq!(code(cell.run(Command::AdmitNode(a))), Code::PermissionDenied);
+}
+
+#[test]
+fn the_root_is_sealed_when_nothing_lacks_and_to_all_of_now() {
+    let mut cell = cell();
+    let seal_roots = |seal: Seal| Command::SealRoots(Box::new(seal));
+    assert_eq!(cell.state.root_form(), "file (unsealed: no attested TPM key at replica 1)");
+    assert_eq!(cell.state.seal_lacks().len(), 2);
+    assert_eq!(code(cell.run(seal_roots(seal(&[(1, 1)])))), Code::SealIncomplete, "nothing attested");
+    let v = verdict(&cell, 1, 1, 1);
+    cell.run(attest(v)).unwrap();
+    assert_eq!(cell.state.root_form(), "file (unsealed: ambit trust seal)");
+    assert_eq!(code(cell.run(seal_roots(seal(&[(1, 1)])))), Code::SealIncomplete, "no shares");
+    for (what, command) in [
+        ("one opens it", share(1, &["al", "bo"])),
+        ("more than there are", share(3, &["al", "bo"])),
+        ("one person twice", share(2, &["al", "al"])),
+    ] {
+        assert_eq!(code(cell.run(command)), Code::BadRequest, "{what}");
+    }
+    cell.run(share(2, &["al", "bo", "cy"])).unwrap();
+    assert_eq!(code(cell.run(seal_roots(seal(&[(1, 2)])))), Code::StaleRevision, "another key of the replica");
+    assert_eq!(code(cell.run(seal_roots(seal(&[(1, 1), (2, 2)])))), Code::StaleRevision, "a replica more");
+    let mut none = seal(&[(1, 1)]);
+    none.roots.clear();
+    assert_eq!(code(cell.run(seal_roots(none))), Code::StaleRevision, "a root less");
+    let mut half = seal(&[(1, 1)]);
+    half.roots.values_mut().for_each(BTreeMap::clear);
+    assert_eq!(code(cell.run(seal_roots(half))), Code::StaleRevision, "not to every replica");
+    cell.run(seal_roots(seal(&[(1, 1)]))).unwrap();
+    assert_eq!(cell.state.root_form(), "sealed");
+    assert_eq!(cell.state.roots()[&first()].wrapped, [(1, vec![0xee])].into());
+    assert!(cell.state.attested_only());
+    assert_eq!(code(cell.run(Command::AttestedReplicasOnly(false))), Code::SealIncomplete);
+}
+
+#[test]
+fn what_is_sealed_is_wrapped_to_no_file_and_shown_as_unsealed_where_a_tpm_is_expected_no_more() {
+    let mut cell = sealed();
+    let token = token(&mut cell, 2);
+    assert_eq!(code(cell.run(admit(2, token))), Code::ReplicaUnattested);
+    cell.run(Command::WrapRoot(first(), [(1, vec![1])].into())).unwrap();
+    cell.run(Command::DisallowEk(cluster(REPLICAS), vec![node(1)])).unwrap();
+    assert_eq!(cell.state.root_form(), "sealed (unsealed: no attested TPM key at replica 1)");
+    assert_eq!(code(cell.run(Command::WrapRoot(first(), [(1, vec![1])].into()))), Code::ReplicaUnattested);
+}
+
+#[test]
+fn endorsements_that_change_put_replicas_out_too() {
+    let rule =
+        EkDenyRow { manufacturer: "IBM".into(), model: "swtpm".into(), firmware_below: u64::MAX, reason: "".into() };
+    for command in [
+        Command::PutEkRoots { cluster: cluster(REPLICAS), add: vec![], remove: vec![sha256(ROOT)] },
+        Command::PutEkDeny(vec![("weak".parse().unwrap(), rule)], vec![]),
+    ] {
+        let mut cell = sealed();
+        cell.run(command).unwrap();
+        assert_eq!(cell.state.unattested(), [1]);
+    }
+    // Another cluster's list is nothing to a replica.
+    let mut cell = sealed();
+    cell.run(Command::DisallowEk(cluster("west"), vec![node(1)])).unwrap();
+    assert!(cell.state.unattested().is_empty());
+}
+
+#[test]
+fn a_removed_replica_is_attested_no_more_and_a_snapshot_keeps_who_is() {
+    let mut cell = sealed();
+    let token = token(&mut cell, 2);
+    let mut v = verdict(&cell, 2, 2, 2);
+    v.token = Some(token);
+    cell.run(attest(v)).unwrap();
+    cell.run(admit(2, token)).unwrap();
+    cell.run(put(2, 2)).unwrap();
+    let copy = State::import(cell.state.export()).unwrap();
+    assert_eq!(copy.digest(), cell.state.digest());
+    assert!(copy.unattested().is_empty() && copy.is_sealed());
+    cell.run(Command::RemoveMember(2)).unwrap();
+    assert!(cell.state.attested_replica(2).is_none());
+}
