@@ -103,6 +103,7 @@ fn what(act: &Act) -> &'static str {
         Act::AddApprover(..) => "add an approver: who has this key signs acts like this one from then on",
         Act::RemoveApprover(_) => "remove an approver: he signs no more acts",
         Act::RemoveTrustDomain(_) => "remove a foreign trust domain: nobody of it is believed any more",
+        Act::ShareRoot { .. } => "split a root's key: so many of these people together sign anything in its name",
         Act::BreakGlass(..) => "break glass: certify an administrator for 8 h, without any administrator's word",
     }
 }
@@ -113,6 +114,10 @@ fn object(act: &Act) -> String {
         Act::AddApprover(name, card) => format!("{name}, key {}", hex::encode(card.key)),
         Act::RemoveApprover(name) => name.to_string(),
         Act::RemoveTrustDomain(td) => td.to_string(),
+        Act::ShareRoot { root, threshold, holders } => {
+            let holders: Vec<String> = holders.iter().map(ToString::to_string).collect();
+            format!("the root with SHA-256 {}, {threshold} of {}", hex::encode(root), holders.join(", "))
+        }
         Act::BreakGlass(name, key) => format!("{name}, key with SHA-256 {}", hex::encode(key)),
     }
 }

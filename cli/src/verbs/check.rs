@@ -277,6 +277,7 @@ mod tests {
             voter: true,
             authority: String::new(),
             intermediate_not_after_ms: YEAR_MS,
+            ..Default::default()
         };
         v1::StatusResponse {
             trust_domain: "west".into(),

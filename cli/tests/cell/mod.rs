@@ -290,6 +290,7 @@ impl v1::membership_server::Membership for Replica {
         remove_voter(RemoveVoterRequest) -> StatusResponse;
         snapshot(SnapshotRequest) -> SnapshotResponse;
         renew_authority(RenewAuthorityRequest) -> RenewAuthorityResponse;
+        require_attested_replicas(RequireAttestedReplicasRequest) -> StatusResponse;
     }
 }
 

@@ -15,7 +15,7 @@ const ROOM_KEPT: usize = 1024;
 ///
 /// Only for a task that flushes whenever it is polled, as that of an HTTP/2 connection does: a flush that was put off wakes
 /// it, and its next flush writes.
-pub struct Coalesced<S> {
+pub(crate) struct Coalesced<S> {
     stream: S,
     held: Vec<u8>,
     written: usize,
@@ -24,7 +24,7 @@ pub struct Coalesced<S> {
 
 impl<S: AsyncWrite + Unpin> Coalesced<S> {
     /// Holds nothing yet.
-    pub fn new(stream: S) -> Self {
+    pub(crate) fn new(stream: S) -> Self {
         Self { stream, held: Vec::new(), written: 0, put_off: false }
     }
 

@@ -120,14 +120,14 @@ impl Replica {
         lifetime_ms: u64,
     ) -> Result<v1::NewIntermediateCaResponse, Refusal> {
         // Before anything is committed: whoever cannot sign commits nothing.
-        drop(self.active_root()?);
+        drop(self.active_root().await?);
         let Issuer { node, generation, serial } = *issuer;
         let command = Command::NewDownstream { node, generation, serial, key_hash: csr.spki_sha256(), lifetime_ms };
         let committed = self.propose(client, request, command).await?.into_downstream()?;
         self.check_clock()?;
         let (id, not_after_ms) = (committed.get().root, committed.get().lifetime.not_after.0);
         let authority = ambit_identity::authority::authority_id(csr);
-        let signed = self.open_root(&id)?.downstream(&committed, csr)?;
+        let signed = self.open_root(&id).await?.downstream(&committed, csr)?;
         tracing::info!(entry = %committed.get().entry, authority, "downstream authority signed");
         let chain_der = std::iter::once(signed).chain(self.cross_of(&id)).map(|der| der.to_vec()).collect();
         let roots = self.local(|s| s.bundle_record()).map(|bundle| bundle.roots).unwrap_or_default();

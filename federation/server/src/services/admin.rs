@@ -84,10 +84,11 @@ impl Administrators {
         let who: SpiffeId = m.name.parse()?;
         let command = Command::ChangeIdRoles { id: who.clone(), change: change(m)?, by: actor.name };
         self.0.propose(actor.client, id, command).await?.outcome?;
-        let written =
-            self.0.local(|s| s.id_admins().find(|(id, _)| **id == who).map(|(id, r)| message(id.as_str(), r)));
-        // Without a role there is no row.
-        Ok(written.unwrap_or_else(|| message(who.as_str(), &AdminRow::default())))
+        Ok(self.0.local(|s| {
+            // Without a role there is no row.
+            let row = s.id_admins().find(|(id, _)| **id == who).map(|(_, row)| row.clone()).unwrap_or_default();
+            message(s, who.as_str(), &row)
+        }))
     }
 }
 
@@ -113,7 +114,7 @@ fn listing(s: &State) -> Vec<v1::Admin> {
 
 fn message(s: &State, name: &str, row: &AdminRow) -> v1::Admin {
     let glass = |row: &ActRow| matches!(&row.act, Act::BreakGlass(admin, _) if admin.as_str() == name);
-    let last = s.acts().map(|(_, row)| row).filter(|row| glass(row)).next_back();
+    let last = s.acts().map(|(_, row)| row).rfind(|row| glass(row));
     let told = |row: &ActRow| {
         let names: Vec<&str> = row.approved_by.iter().map(ObjectName::as_str).collect();
         format!("by {}, approved by {}", row.by, names.join(", "))

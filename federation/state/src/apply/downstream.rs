@@ -104,7 +104,7 @@ impl State {
         let (node, _) = leaf.binding.as_ref()?;
         let id = match &leaf.subject {
             Subject::Workload(id, _) | Subject::NamedWorkload(id, _, _) => id,
-            Subject::Node | Subject::Admin | Subject::Minted(..) => return None,
+            Subject::Node | Subject::Admin | Subject::BreakGlass(_) | Subject::Minted(..) => return None,
         };
         let row = self.entry(id)?;
         (row.entry.spiffe_id == leaf.spiffe_id && self.fits(&row.entry, node)).then_some(row)
