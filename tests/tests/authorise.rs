@@ -394,7 +394,7 @@ async fn foreign_certificates_end_at_the_handshake(cell: &Cell) {
     let seat = Seat::new(&folder, "foreign", "").unwrap();
     let out = folder.path("admin").display().to_string();
     let made = seat.ambitd("init", &["--trust-domain", "west", "--admin-out", &out]).unwrap();
-    assert!(made.status.success());
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
     let stranger = admin_identity(&folder.path("admin")).unwrap();
     // In TLS 1.3 a client learns of the refusal with its first read.
     if let Ok(channel) = cell.channel_as(stranger, 1).await {

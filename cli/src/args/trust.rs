@@ -1,7 +1,6 @@
 //! Arguments of `ambit trust` that are about the root's key.
 
 use super::Approvals;
-use ambit_model::act::ShareHolder;
 use clap::Args;
 use std::path::PathBuf;
 
@@ -15,7 +14,7 @@ pub struct Shares {
     pub threshold: u8,
     /// Who holds one: NAME=KEY, as `ambit trust holder-key` prints KEY; once for each
     #[arg(long = "holder", value_name = "NAME=KEY", required = true)]
-    pub holders: Vec<ShareHolder>,
+    pub holders: Vec<String>,
     /// Folder for the encrypted shares, NAME.share each; only their holders can read them
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,

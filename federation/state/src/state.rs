@@ -102,8 +102,9 @@ pub struct State {
     pub(crate) attested_replicas: Table<u64, AttestedReplica>,
     /// What the cell has settled about its replicas and its root; one row.
     pub(crate) sealing: Table<u8, SealingRow>,
-    /// `issued` by node and end, in memory only: counting a node's leaves must not cost a walk over everybody's.
-    pub(crate) live_leaves: BTreeMap<NodeId, BTreeSet<(Stamp, [u8; 16])>>,
+    /// `issued` by node, where it is bound to one, and end, in memory only: neither counting a node's leaves nor a tick
+    /// must cost a walk over everybody's.
+    pub(crate) leaves: BTreeMap<Option<NodeId>, BTreeSet<(Stamp, [u8; 16])>>,
     /// Entries by the identity that they give, in memory only: whose an identity is must not cost a walk over all entries.
     pub(crate) giving: BTreeMap<SpiffeId, BTreeSet<EntryId>>,
     /// Entries with node selectors by cluster, in memory only: a verdict must not cost a walk over all entries.
@@ -308,7 +309,7 @@ impl State {
             id_admins: Table::new(id()),
             attested_replicas: Table::new(id()),
             sealing: Table::new(id()),
-            live_leaves: BTreeMap::new(),
+            leaves: BTreeMap::new(),
             giving: BTreeMap::new(),
             asking: BTreeMap::new(),
             expiring: BTreeSet::new(),
@@ -450,10 +451,8 @@ impl State {
         }
         state.journal.take();
         for issuance in state.issued.iter().map(|(_, i)| i) {
-            if let Some((node, _)) = &issuance.binding {
-                let leaf = (issuance.lifetime.not_after, issuance.serial);
-                state.live_leaves.entry(*node).or_default().insert(leaf);
-            }
+            let (node, leaf) = crate::apply::issue::indexed(issuance);
+            state.leaves.entry(node).or_default().insert(leaf);
         }
         let entries: Vec<_> = state.entries().map(|row| row.entry.clone()).collect();
         for entry in entries {

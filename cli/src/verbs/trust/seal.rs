@@ -9,6 +9,7 @@ use crate::context::{fingerprint, read_bounded};
 use crate::output::{Answer, Form, pretty};
 use ambit_identity::RootShare;
 use ambit_identity::wrap::{Purpose, WrapKey};
+use ambit_model::act::ShareHolder;
 use ambit_model::{Act, Code, Refusal};
 use ambit_proto::v1;
 use serde_json::json;
@@ -40,13 +41,13 @@ pub(super) async fn shares(session: &Session, options: Shares) -> Result<Answer,
         Some(root) => fingerprint(root)?,
         None => fingerprint(&ask!(cell, Membership.status(v1::StatusRequest {}))?.fingerprint)?,
     };
-    let act = Act::ShareRoot { root, threshold: options.threshold, holders: options.holders.clone() };
-    let holders = options.holders.iter();
+    let holders: Vec<ShareHolder> = options.holders.iter().map(|holder| holder.parse()).collect::<Result<_, _>>()?;
+    let act = Act::ShareRoot { root, threshold: options.threshold, holders: holders.clone() };
     let request = v1::ShareRootRequest {
         request_id: request_id()?,
         root: hex::encode(root),
         threshold: options.threshold.into(),
-        holders: holders.map(|h| v1::ShareHolder { name: h.name.to_string(), key: h.key.clone() }).collect(),
+        holders: holders.into_iter().map(|h| v1::ShareHolder { name: h.name.to_string(), key: h.key }).collect(),
         approved: approved(&cell, &act, &options.approvals.files)?,
     };
     let done = ask!(cell, LocalAuthority.share_root(request));

@@ -73,7 +73,7 @@ struct Gathered {
 
 impl Gathered {
     /// What is to be handed on at once.
-    fn take(&mut self, request: Request) -> Option<Request> {
+    fn take(&mut self, request: Request, now: Instant) -> Option<Request> {
         if !matches!(request, Request::Propose(..)) {
             return Some(request);
         }
@@ -81,14 +81,14 @@ impl Gathered {
             self.now += 1;
             return Some(request);
         }
-        self.due.get_or_insert_with(|| Instant::now() + GATHER);
+        self.due.get_or_insert(now + GATHER);
         self.held.push(request);
         None
     }
 
     /// A round begins: what is due goes into it.
-    fn round(&mut self) -> Vec<Request> {
-        let due = self.due.is_some_and(|at| at <= Instant::now()) || self.held.len() >= BATCH_MAX;
+    fn round(&mut self, now: Instant) -> Vec<Request> {
+        let due = self.due.is_some_and(|at| at <= now) || self.held.len() >= BATCH_MAX;
         let held = if due { std::mem::take(&mut self.held) } else { Vec::new() };
         if due {
             self.due = None;
@@ -125,7 +125,7 @@ impl Driver {
     }
 
     fn take(&mut self, request: Request) {
-        if let Some(request) = self.gathered.take(request) {
+        if let Some(request) = self.gathered.take(request, Instant::now()) {
             self.engine.take(request, Now::read());
         }
     }
@@ -154,7 +154,7 @@ impl Driver {
                     Err(_) => break,
                 }
             }
-            for proposal in self.gathered.round() {
+            for proposal in self.gathered.round(Instant::now()) {
                 self.engine.take(proposal, Now::read());
             }
             // After the queue: a stalled process hears its leader's heartbeats before it counts the time without them.
@@ -171,5 +171,49 @@ impl Driver {
             self.engine.housekeeping(Now::read());
         }
         self.engine.close()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ambit_model::Stamp;
+    use ambit_state::{Command, LogEntry};
+    use tokio::sync::oneshot;
+
+    fn proposal() -> Request {
+        let entry = LogEntry { stamp: Stamp(0), client: [0; 32], request: [0; 16], command: Command::Tick };
+        Request::Propose(Box::new(entry), oneshot::channel().0)
+    }
+
+    /// How many of so many are handed on at once.
+    fn at_once(gathered: &mut Gathered, proposals: usize, now: Instant) -> usize {
+        (0..proposals).filter(|_| gathered.take(proposal(), now).is_some()).count()
+    }
+
+    #[test]
+    fn one_caller_never_waits_and_many_wait_a_moment_for_each_other() {
+        let (mut gathered, now) = (Gathered::default(), Instant::now());
+        for _ in 0..3 {
+            assert_eq!(at_once(&mut gathered, 1, now), 1, "alone");
+            assert!(gathered.round(now).is_empty() && gathered.due.is_none());
+        }
+        assert_eq!(at_once(&mut gathered, COMPANY, now), COMPANY, "nobody knew of the company");
+        assert!(gathered.round(now).is_empty());
+        assert_eq!(at_once(&mut gathered, 1, now), 0);
+        assert_eq!(at_once(&mut gathered, 1, now + GATHER / 2), 0);
+        assert!(gathered.take(Request::Stop, now).is_some(), "only proposals wait");
+        assert!(gathered.round(now + GATHER / 2).is_empty(), "a round of nothing but messages");
+        assert_eq!(gathered.round(now + GATHER).len(), 2, "as soon as the first has waited long enough");
+        assert!(gathered.held.is_empty() && gathered.due.is_none());
+        assert_eq!(at_once(&mut gathered, 1, now), 1, "two are no company");
+    }
+
+    #[test]
+    fn a_full_round_is_not_put_off() {
+        let (mut gathered, now) = (Gathered { last: COMPANY, ..Gathered::default() }, Instant::now());
+        assert_eq!(at_once(&mut gathered, BATCH_MAX, now), 0);
+        assert_eq!(gathered.round(now).len(), BATCH_MAX);
+        assert!(gathered.round(now + GATHER).is_empty() && gathered.due.is_none());
     }
 }

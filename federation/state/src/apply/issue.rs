@@ -140,28 +140,37 @@ pub(super) fn node_leaf(
     Ok(issuance)
 }
 
+/// How a leaf stands in [`State::leaves`].
+pub(crate) fn indexed(issuance: &Issuance) -> (Option<NodeId>, (Stamp, [u8; 16])) {
+    (issuance.binding.map(|(node, _)| node), (issuance.lifetime.not_after, issuance.serial))
+}
+
 pub(super) fn keep(s: &mut State, issuance: &Issuance) {
+    let (node, leaf) = indexed(issuance);
     s.issued.put(&mut s.journal, issuance.serial, issuance.clone());
-    if let Some((node, _)) = &issuance.binding {
-        s.live_leaves.entry(*node).or_default().insert((issuance.lifetime.not_after, issuance.serial));
-    }
+    s.leaves.entry(node).or_default().insert(leaf);
 }
 
 /// Forgets leaves that no clock of the cell can still take for valid.
 pub(super) fn forget(s: &mut State, now: Stamp) {
-    s.issued.prune(&mut s.journal, |_, i| i.lifetime.not_after.plus_ms(crate::ISSUER_MARGIN_MS) < now);
-    s.live_leaves.retain(|_, leaves| {
+    let is_over = |ends: Stamp| ends.plus_ms(crate::ISSUER_MARGIN_MS) < now;
+    let mut gone = Vec::new();
+    s.leaves.retain(|_, leaves| {
         // Every second, for every node: most have nothing to forget.
-        if leaves.first().is_some_and(|(ends, _)| *ends < now) {
-            *leaves = leaves.split_off(&(now, [0; 16]));
+        while let Some((ends, serial)) = leaves.first().copied().filter(|(ends, _)| is_over(*ends)) {
+            leaves.remove(&(ends, serial));
+            gone.push(serial);
         }
         !leaves.is_empty()
     });
+    for serial in gone {
+        s.issued.remove(&mut s.journal, &serial);
+    }
 }
 
 /// How many of `asked` leaves the node may have; those that have not ended are counted only where it matters.
 fn room(s: &State, at: At, node: &NodeId, asked: usize) -> usize {
-    let Some(leaves) = s.live_leaves.get(node).filter(|leaves| leaves.len() + asked > LEAVES_PER_NODE_MAX) else {
+    let Some(leaves) = s.leaves.get(&Some(*node)).filter(|leaves| leaves.len() + asked > LEAVES_PER_NODE_MAX) else {
         return asked;
     };
     LEAVES_PER_NODE_MAX.saturating_sub(leaves.range((at.stamp, [0; 16])..).count())

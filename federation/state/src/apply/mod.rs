@@ -11,7 +11,7 @@ mod downstream;
 mod endorse;
 mod federation;
 mod incarnation;
-mod issue;
+pub(crate) mod issue;
 pub(crate) mod jwt;
 mod mint;
 mod node;
