@@ -50,6 +50,37 @@ fn done(cell: &Cell, args: &[&str]) -> String {
     assert!(done, "{args:?}: {said}");
     said
 }
+/// Two approvers, who from then on are asked.
+fn approvers(cell: &Cell, path: &impl Fn(&str) -> String) {
+    let public = |name: &str| done(cell, &["approver", "keygen", "--out", &path(&format!("{name}.approver"))]);
+    let [alice, bob] = ["alice", "bob"].map(public);
+    let card = |text: &str| text.lines().next().unwrap().to_owned();
+    let add_bob = ["approver", "add", "bob", "--public", &card(&bob)].map(str::to_owned);
+    done(cell, &["approver", "add", "alice", "--public", &card(&alice)]);
+    approved(cell, path, &["alice"], &add_bob.each_ref().map(String::as_str));
+}
+/// What approvers are asked for, with the word of these.
+fn with_words(cell: &Cell, path: &impl Fn(&str) -> String, who: &[&str], args: &[&str]) -> Vec<String> {
+    let program = binary("ambit").unwrap().display().to_string();
+    let context = cell.admin_file("context.json").display().to_string();
+    let out = run(&[&[program.as_str(), "--context", &context], args].concat()).unwrap();
+    assert!(refused(&out) == "approval_missing", "{}", String::from_utf8_lossy(&out.stderr));
+    std::fs::write(path("proposal.json"), &out.stdout).unwrap();
+    let mut all: Vec<String> = args.iter().map(|arg| (*arg).to_owned()).collect();
+    for name in who {
+        let key = path(&format!("{name}.approver"));
+        let sign = ["approve", &path("proposal.json"), "--key", &key, "--yes"];
+        let out = run(&[&[program.as_str(), "--context", &context], &sign[..]].concat()).unwrap();
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        std::fs::write(path(&format!("{name}.word")), &out.stdout).unwrap();
+        all.extend(["--approval".to_owned(), path(&format!("{name}.word"))]);
+    }
+    all
+}
+fn approved(cell: &Cell, path: &impl Fn(&str) -> String, who: &[&str], args: &[&str]) {
+    let args = with_words(cell, path, who, args);
+    done(cell, &args.iter().map(String::as_str).collect::<Vec<_>>());
+}
 fn refused(out: &Output) -> String {
     let said = String::from_utf8_lossy(&out.stderr).into_owned();
     assert!(!out.status.success(), "accepted, where a refusal was due");
@@ -151,7 +182,11 @@ async fn the_root_is_sealed_to_three_tpms_and_opened_by_two_of_three_people() {
         args.extend(["--holder".to_owned(), format!("{name}={}", key.lines().next().unwrap())]);
     }
     args.extend(["--out".to_owned(), path("shares")]);
-    done(&cell, &args.iter().map(String::as_str).collect::<Vec<_>>());
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    assert!(ambit(&cell, &args).1.contains("needs_second_approver"), "one administrator splits no root");
+    assert!(done(&cell, &["trust", "seal", "--dry-run"]).contains("take two approvers"));
+    approvers(&cell, &path);
+    approved(&cell, &path, &["alice", "bob"], &args);
     let root_key = std::fs::read(cell.seat_of(1).unwrap().data.join("identity/root.key")).unwrap();
     done(&cell, &["trust", "seal"]);
     form(&cell, "sealed").await;

@@ -136,11 +136,18 @@ impl State {
         let mut lacks: Vec<String> =
             self.unattested().iter().map(|id| format!("replica {id} has no attested wrap key in a TPM")).collect();
         let shares = self.sealing().shares;
-        for (id, row) in self.roots() {
-            if row.state != RootState::Revoked && !shares.contains_key(&id) {
-                lacks.push(format!("root {} has no recovery shares (ambit trust shares)", hex::encode(id)));
-            }
+        let unshared: Vec<RootId> = self
+            .roots()
+            .into_iter()
+            .filter(|(id, row)| row.state != RootState::Revoked && !shares.contains_key(id))
+            .map(|(id, _)| id)
+            .collect();
+        let approvers = self.approvers().count();
+        if !unshared.is_empty() && approvers < 2 {
+            lacks.push(format!("recovery shares take two approvers, and there are {approvers} (ambit approver add)"));
         }
+        let unshared = unshared.iter().map(hex::encode);
+        lacks.extend(unshared.map(|id| format!("root {id} has no recovery shares (ambit trust shares)")));
         lacks
     }
     /// The root's form as every status shows it: `sealed` only where each replica's wrap key is in an attested TPM.

@@ -3,12 +3,14 @@
 
 mod common;
 
-use ambit_model::act::ShareHolder;
+use ambit_model::act::{Approval, Approved, ApproverCard, Proposal, ShareHolder};
 use ambit_model::{Act, Code, Stamp};
 use ambit_state::objects::*;
 use ambit_state::sealing::{AttestedReplica, ReplicaVerdict, Seal};
 use ambit_state::{Command, State};
 use common::*;
+use openssl::pkey::PKey;
+use openssl::sign::Signer;
 use std::collections::BTreeMap;
 
 const REPLICAS: &str = "replica";
@@ -76,10 +78,37 @@ fn member(n: u8) -> Member {
 fn put(replica: u64, n: u8) -> Command {
     Command::PutMember(replica, member(n), KeySetRow::default())
 }
+/// Ed25519 keys of the approvers that there may be, and what they sign.
+const APPROVERS: [&str; 2] = ["alice", "bob"];
+fn signed(n: usize, message: &[u8]) -> Vec<u8> {
+    let key = PKey::private_key_from_raw_bytes(&[n as u8 + 1; 32], openssl::pkey::Id::ED25519).unwrap();
+    Signer::new_without_digest(&key).unwrap().sign_oneshot_to_vec(message).unwrap()
+}
+fn public(n: usize) -> [u8; 32] {
+    let key = PKey::private_key_from_raw_bytes(&[n as u8 + 1; 32], openssl::pkey::Id::ED25519).unwrap();
+    key.raw_public_key().unwrap().try_into().unwrap()
+}
+/// The act, with the word of the first so many.
+fn approved(act: Act, by: usize) -> Command {
+    let nonce = sha256(act.to_string().as_bytes())[..16].try_into().unwrap();
+    let (epoch, expires) = (1, Stamp(2_000_000));
+    let proposal = Proposal { trust_domain: "west".parse().unwrap(), epoch, expires, nonce, act: act.clone() };
+    let message = proposal.statement().unwrap();
+    let approvals = (0..by).map(|n| Approval { key: public(n), signature: signed(n, &message) }).collect();
+    let approved = (by > 0).then_some(Approved { epoch, expires, nonce, approvals });
+    Command::Act { act, approved, by: "ada".into() }
+}
+fn add_approver(n: usize) -> Command {
+    let card = ApproverCard { key: public(n), proof: signed(n, &ApproverCard::proved(&public(n))) };
+    approved(Act::AddApprover(APPROVERS[n].parse().unwrap(), card), n)
+}
 fn share(threshold: u8, names: &[&str]) -> Command {
+    share_by(2, threshold, names)
+}
+fn share_by(approvers: usize, threshold: u8, names: &[&str]) -> Command {
     let holder = |(n, name): (usize, &&str)| ShareHolder { name: name.parse().unwrap(), key: key(n as u8) };
     let holders = names.iter().enumerate().map(holder).collect();
-    Command::Act { act: Act::ShareRoot { root: first(), threshold, holders }, approved: None, by: "ada".into() }
+    approved(Act::ShareRoot { root: first(), threshold, holders }, approvers)
 }
 fn seal(to: &[(u64, u8)]) -> Seal {
     let wrapped: BTreeMap<u64, Vec<u8>> = to.iter().map(|(id, _)| (*id, vec![0xee])).collect();
@@ -90,6 +119,7 @@ fn sealed() -> Cell {
     let mut cell = cell();
     let v = verdict(&cell, 1, 1, 1);
     cell.run(attest(v)).unwrap();
+    (0..2).for_each(|n| drop(cell.run(add_approver(n)).unwrap()));
     cell.run(share(2, &["al", "bo", "cy"])).unwrap();
     cell.run(Command::SealRoots(Box::new(seal(&[(1, 1)])))).unwrap();
     cell
@@ -171,12 +201,23 @@ fn the_root_is_sealed_when_nothing_lacks_and_to_all_of_now() {
     let mut cell = cell();
     let seal_roots = |seal: Seal| Command::SealRoots(Box::new(seal));
     assert_eq!(cell.state.root_form(), "file (unsealed: no attested TPM key at replica 1)");
-    assert_eq!(cell.state.seal_lacks().len(), 2);
+    let lacks = cell.state.seal_lacks();
+    let words = ["replica 1 has no attested", "take two approvers, and there are 0", "has no recovery shares"];
+    assert!(lacks.len() == 3 && lacks.iter().zip(words).all(|(lack, word)| lack.contains(word)), "{lacks:?}");
     assert_eq!(code(cell.run(seal_roots(seal(&[(1, 1)])))), Code::SealIncomplete, "nothing attested");
     let v = verdict(&cell, 1, 1, 1);
     cell.run(attest(v)).unwrap();
     assert_eq!(cell.state.root_form(), "file (unsealed: ambit trust seal)");
     assert_eq!(code(cell.run(seal_roots(seal(&[(1, 1)])))), Code::SealIncomplete, "no shares");
+    for there_are in 0..2 {
+        let what = format!("with {there_are} approvers an administrator splits no root");
+        assert_eq!(code(cell.run(share_by(0, 2, &["al", "bo"]))), Code::NeedsSecondApprover, "{what}");
+        cell.run(add_approver(there_are)).unwrap();
+    }
+    for signed in 0..2 {
+        assert_eq!(code(cell.run(share_by(signed, 2, &["al", "bo"]))), Code::ApprovalMissing);
+    }
+    assert_eq!(cell.state.seal_lacks().len(), 1, "who approves is there, the shares are not");
     for (what, command) in [
         ("one opens it", share(1, &["al", "bo"])),
         ("more than there are", share(3, &["al", "bo"])),
