@@ -32,6 +32,12 @@ pub struct AttestedReplica {
     pub ak_name: Vec<u8>,
     /// The point of the wrap key, which is in that TPM.
     pub wrap_key: Vec<u8>,
+    /// SHA-256 of SPKI of the TLS key, which the quote is over.
+    pub tls_key_hash: [u8; 32],
+    /// SHA-256 of the token with which it is to join; none for a replica of the cell.
+    pub token: Option<[u8; 32]>,
+    /// The policies that judged it.
+    pub policy_revision: Revision,
     /// SHA-256 of the EK root; none for an EK that the allow-list alone vouches for.
     pub ek_root_sha256: Option<[u8; 32]>,
     /// hardware, virtual or lab.
@@ -57,16 +63,12 @@ pub struct AttestedReplica {
 pub struct ReplicaVerdict {
     /// Which replica.
     pub replica: u64,
-    /// SHA-256 of the token with which it is to join; none for a replica of the cell.
-    pub token: Option<[u8; 32]>,
     /// The nonce to consume.
     pub nonce: [u8; 32],
     /// Until when it is remembered.
     pub deadline: Stamp,
     /// Judged under.
     pub endorsement_revision: Revision,
-    /// Judged under.
-    pub policy_revision: Revision,
     /// What was proved; the stamp is set here.
     pub attested: AttestedReplica,
 }

@@ -33,15 +33,16 @@ fn verdict(cell: &Cell, replica: u64, n: u8, nonce: u8) -> ReplicaVerdict {
     let row = cell.state.cell().unwrap();
     ReplicaVerdict {
         replica,
-        token: None,
         nonce: [nonce; 32],
         deadline: Stamp(1_060_000),
         endorsement_revision: row.endorsement_revision,
-        policy_revision: row.policy_revision,
         attested: AttestedReplica {
             ek: node(n),
             ak_name: vec![n],
             wrap_key: key(n),
+            tls_key_hash: [2; 32],
+            token: None,
+            policy_revision: row.policy_revision,
             ek_root_sha256: Some(sha256(ROOT)),
             ek_class: "lab".into(),
             manufacturer: "IBM".into(),
@@ -134,13 +135,13 @@ fn a_replica_is_attested_by_what_was_judged_now_of_a_tpm_that_an_operator_named(
     let rows: &[Row] = &[
         ("too late", Code::TicketExpired, |v| v.deadline = Stamp(999_999)),
         ("by other rules of endorsement", Code::StaleAppraisal, |v| v.endorsement_revision.0 -= 1),
-        ("by another policy revision", Code::StaleAppraisal, |v| v.policy_revision.0 += 1),
+        ("by another policy revision", Code::StaleAppraisal, |v| v.attested.policy_revision.0 += 1),
         ("a TPM that nobody named", Code::EkNotExpected, |v| v.attested.ek = node(9)),
         ("another policy", Code::AppraisalPolicyMissing, |v| v.attested.policy.name = "servers".parse().unwrap()),
         ("no replica of the cell", Code::NotFound, |v| v.replica = 2),
-        ("a token for one that is there", Code::AlreadyExists, |v| v.token = Some([2; 32])),
-        ("a token of another replica", Code::JoinTokenInvalid, |v| (v.replica, v.token) = (3, Some([2; 32]))),
-        ("an unknown token", Code::JoinTokenInvalid, |v| (v.replica, v.token) = (2, Some([8; 32]))),
+        ("a token for one that is there", Code::AlreadyExists, |v| v.attested.token = Some([2; 32])),
+        ("a token of another replica", Code::JoinTokenInvalid, |v| (v.replica, v.attested.token) = (3, Some([2; 32]))),
+        ("an unknown token", Code::JoinTokenInvalid, |v| (v.replica, v.attested.token) = (2, Some([8; 32]))),
     ];
     for (what, expected, change) in rows {
         let mut verdict = honest.clone();
@@ -159,10 +160,10 @@ fn a_replica_is_attested_by_what_was_judged_now_of_a_tpm_that_an_operator_named(
     back.attested.counters.clock = 1;
     assert_eq!(code(cell.run(attest(back))), Code::ClockStepBack);
     let mut two = verdict(&cell, 2, 1, 3);
-    two.token = Some(token);
+    two.attested.token = Some(token);
     assert_eq!(code(cell.run(attest(two))), Code::AlreadyExists);
     let mut two = verdict(&cell, 2, 2, 4);
-    two.token = Some(token);
+    two.attested.token = Some(token);
     cell.run(attest(two)).unwrap();
     assert!(cell.state.member(2).is_none(), "attested, and to join yet");
 }
@@ -178,7 +179,7 @@ fn where_it_is_required_only_the_attested_join_with_the_very_key() {
     assert_eq!(code(cell.run(admit(2, token))), Code::ReplicaUnattested);
     assert!(!cell.state.token(&token).unwrap().used, "refused before its first change");
     let mut v = verdict(&cell, 2, 2, 2);
-    v.token = Some(token);
+    v.attested.token = Some(token);
     cell.run(attest(v)).unwrap();
     cell.run(admit(2, token)).unwrap();
     assert_eq!(code(cell.run(put(2, 7))), Code::ReplicaUnattested, "another key");
@@ -186,6 +187,57 @@ fn where_it_is_required_only_the_attested_join_with_the_very_key() {
     assert!(cell.state.unattested().is_empty());
     cell.run(Command::AttestedReplicasOnly(false)).unwrap();
     assert!(!cell.state.attested_only());
+}
+
+/// What was attested lets in who attested: with his token, his TLS key, by the policies of now, and until his token ends.
+#[test]
+fn evidence_serves_the_join_that_it_was_shown_for_and_no_other() {
+    let ready = || {
+        let mut cell = cell();
+        let v = verdict(&cell, 1, 1, 1);
+        cell.run(attest(v)).unwrap();
+        cell.run(Command::AttestedReplicasOnly(true)).unwrap();
+        let token = token(&mut cell, 2);
+        let mut v = verdict(&cell, 2, 2, 2);
+        v.attested.token = Some(token);
+        cell.run(attest(v)).unwrap();
+        let scope = TokenScope::Replica(2, "127.0.0.1:2".into());
+        cell.run(Command::CreateToken([8; 32], TokenRow { scope, expires: Stamp(9_000_000), used: false })).unwrap();
+        (cell, token)
+    };
+    let (mut cell, first_token) = ready();
+    assert_eq!(code(cell.run(admit(2, [8; 32]))), Code::ReplicaUnattested, "a later token of the same number");
+    let other_key =
+        Command::AdmitReplica { token: first_token, replica: 2, issuer_key_hash: [1; 32], tls_key_hash: [7; 32] };
+    assert_eq!(code(cell.run(other_key)), Code::ReplicaUnattested, "another machine's TLS key");
+    assert!(!cell.state.token(&first_token).unwrap().used);
+    cell.run(admit(2, first_token)).unwrap();
+    // Another machine attests with the other token before the first is recorded: what it proved is not the first's.
+    let mut other = verdict(&cell, 2, 2, 3);
+    (other.attested.token, other.attested.tls_key_hash) = (Some([8; 32]), [7; 32]);
+    cell.run(attest(other)).unwrap();
+    assert_eq!(code(cell.run(put(2, 2))), Code::ReplicaUnattested);
+
+    let (mut cell, token) = ready();
+    let content = PolicyVersion { version: 0, sha256: [1; 32], canonical: vec![1], clusters: [cluster("west")].into() };
+    let by = "ada".into();
+    let policy = Command::PutAppraisalPolicy { name: "servers".parse().unwrap(), content, staged: false, by };
+    cell.run(policy).unwrap();
+    assert_eq!(code(cell.run(admit(2, token))), Code::StaleAppraisal, "by policies of before");
+
+    let (mut cell, token) = ready();
+    cell.at(2_000_000, 1, Command::Tick).unwrap();
+    assert!(cell.state.attested_replica(2).is_some(), "as long as the token");
+    cell.at(2_000_001, 2, Command::Tick).unwrap();
+    assert!(cell.state.attested_replica(2).is_none() && cell.state.attested_replica(1).is_some());
+    assert!(cell.state.token(&token).is_some(), "the token itself is remembered longer");
+
+    // Where any may join, what another proved is not shown as the joiner's.
+    let (mut cell, _) = ready();
+    cell.run(Command::AttestedReplicasOnly(false)).unwrap();
+    cell.run(admit(2, [8; 32])).unwrap();
+    cell.run(put(2, 2)).unwrap();
+    assert_eq!(cell.state.unattested(), [2]);
 }
 
 #[test]
@@ -275,7 +327,7 @@ fn a_removed_replica_is_attested_no_more_and_a_snapshot_keeps_who_is() {
     let mut cell = sealed();
     let token = token(&mut cell, 2);
     let mut v = verdict(&cell, 2, 2, 2);
-    v.token = Some(token);
+    v.attested.token = Some(token);
     cell.run(attest(v)).unwrap();
     cell.run(admit(2, token)).unwrap();
     cell.run(put(2, 2)).unwrap();

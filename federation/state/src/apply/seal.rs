@@ -7,7 +7,7 @@ use crate::objects::{EkFacts, JwtAuthorityRow, Member, TokenScope};
 use crate::sealing::{AttestedReplica, REPLICAS, ReplicaVerdict, SEALED, Seal, SharesRow, replicas_cluster};
 use crate::state::State;
 use ambit_model::bundle::RootState;
-use ambit_model::{ClusterId, Code, NodeId, ObjectName, Refusal};
+use ambit_model::{ClusterId, Code, NodeId, ObjectName, Refusal, Stamp};
 use std::collections::{BTreeMap, BTreeSet};
 
 fn unattested(found: impl Into<String>) -> Refusal {
@@ -24,7 +24,7 @@ pub(super) fn attest(s: &mut State, at: At, v: &ReplicaVerdict) -> Result<Reply,
     if s.nonces.contains(&v.nonce) {
         return Err(Refusal::new(Code::NonceConsumed, "a nonce used once", "one consumed before"));
     }
-    let judged = (v.endorsement_revision, v.policy_revision);
+    let judged = (v.endorsement_revision, v.attested.policy_revision);
     if (cell.endorsement_revision, cell.policy_revision) != judged {
         let now = format!("revisions {} and {}", cell.endorsement_revision, cell.policy_revision);
         return Err(Refusal::new(Code::StaleAppraisal, now, format!("{} and {}", judged.0, judged.1)));
@@ -62,7 +62,7 @@ pub(super) fn attest(s: &mut State, at: At, v: &ReplicaVerdict) -> Result<Reply,
 
 /// Who has a token may speak for the replica that it is for, until there is one with that number.
 fn speaks_for(s: &State, at: At, v: &ReplicaVerdict) -> Result<(), Refusal> {
-    let Some(token) = &v.token else {
+    let Some(token) = &v.attested.token else {
         let none = || Refusal::new(Code::NotFound, "a replica of this cell", v.replica.to_string());
         return s.member(v.replica).map(drop).ok_or_else(none);
     };
@@ -77,20 +77,59 @@ fn speaks_for(s: &State, at: At, v: &ReplicaVerdict) -> Result<(), Refusal> {
     }
 }
 
-/// Whether a machine may join with this number: any, or only one that was attested.
-pub(super) fn may_join(s: &State, replica: u64) -> Result<(), Refusal> {
-    if s.attested_only() && s.attested_replica(replica).is_none() {
-        return Err(unattested(format!("replica {replica}, which was not attested")));
+/// Whether a machine may join with this number: any, or only the one that was attested, by the same token, with the same TLS
+/// key, under the policies of now.
+pub(super) fn may_join(s: &State, replica: u64, token: &[u8; 32], tls_key_hash: &[u8; 32]) -> Result<(), Refusal> {
+    if !s.attested_only() {
+        return Ok(());
+    }
+    let none = || unattested(format!("replica {replica}, which was not attested"));
+    let row = s.attested_replica(replica).ok_or_else(none)?;
+    if row.token != Some(*token) || row.tls_key_hash != *tls_key_hash {
+        return Err(unattested(format!("replica {replica}, attested with another token or TLS key")));
+    }
+    let now = cell_row(s)?.policy_revision;
+    if row.policy_revision != now {
+        let found = format!("revision {}: attest again", row.policy_revision);
+        return Err(Refusal::new(Code::StaleAppraisal, format!("a replica attested at revision {now}"), found));
     }
     Ok(())
 }
 
-/// What is recorded of a replica has the key that its TPM certified, where there must be one.
+/// What another machine proved, with another token or key, says nothing of the one that joins.
+pub(super) fn joins(s: &mut State, replica: u64, token: &[u8; 32], tls_key_hash: &[u8; 32]) {
+    let of_another = |row: &AttestedReplica| row.token != Some(*token) || row.tls_key_hash != *tls_key_hash;
+    if s.attested_replica(replica).is_some_and(of_another) {
+        s.attested_replicas.remove(&mut s.journal, &replica);
+    }
+}
+
+/// What is recorded of a replica has the keys that its TPM vouched for, where there must be some.
 pub(super) fn may_be_member(s: &State, replica: u64, member: &Member) -> Result<(), Refusal> {
-    if s.attested_only() && !s.wraps_to_tpm(replica, member) {
-        return Err(unattested(format!("replica {replica} with another wrap key")));
+    if !s.attested_only() {
+        return Ok(());
+    }
+    let admitted = s.admissions.get(&replica).map(|admission| admission.tls_key_hash);
+    // Another token of its number may have been attested with since it was admitted.
+    let same = s.members.contains(&replica) || admitted == s.attested_replica(replica).map(|row| row.tls_key_hash);
+    if !same || !s.wraps_to_tpm(replica, member) {
+        return Err(unattested(format!("replica {replica} with another key")));
     }
     Ok(())
+}
+
+/// Who was attested to join and did not in the time of his token is attested no more.
+pub(super) fn forget(s: &mut State, now: Stamp) {
+    let ended = |token: Option<&[u8; 32]>| token.and_then(|token| s.token(token)).is_none_or(|row| row.expires < now);
+    let late: Vec<u64> = s
+        .attested_replicas
+        .iter()
+        .filter(|(id, row)| !s.members.contains(id) && ended(row.token.as_ref()))
+        .map(|(id, _)| *id)
+        .collect();
+    for id in late {
+        s.attested_replicas.remove(&mut s.journal, &id);
+    }
 }
 
 /// Refused while a replica would not be let in again.

@@ -26,15 +26,16 @@ pub(super) fn verdict(
     let wrap_key = evidence.wrap_key.clone().ok_or_else(none)?;
     Ok(ReplicaVerdict {
         replica: whose.replica,
-        token: whose.token,
         nonce: evidence.nonce,
         deadline: evidence.deadline,
         endorsement_revision: evidence.endorsement_revision,
-        policy_revision: evidence.policy_revision,
         attested: AttestedReplica {
             ek: evidence.node,
             ak_name: evidence.ak_name.clone(),
             wrap_key,
+            tls_key_hash: ambit_verify::hash::sha256(&evidence.csr_spki),
+            token: whose.token,
+            policy_revision: evidence.policy_revision,
             ek_root_sha256: evidence.ek_root_sha256,
             ek_class: evidence.ek_class.as_str().to_owned(),
             manufacturer: evidence.ek_make.manufacturer().to_owned(),
