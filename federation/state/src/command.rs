@@ -471,6 +471,9 @@ pub enum Command {
     AttestedReplicasOnly(bool),
     /// The keys of roots and JWT authorities, wrapped to the TPMs of all replicas and to nothing else.
     SealRoots(Box<Seal>),
+    /// What wraps a secret to replicas, refused where one of these (replica -> wrap key) is not the replica's any more, and,
+    /// where the root is sealed, where it is in no attested TPM.
+    WrappedTo(BTreeMap<u64, Vec<u8>>, Box<Command>),
 }
 
 /// A foreign bundle, read strictly.

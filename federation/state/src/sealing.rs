@@ -109,6 +109,10 @@ impl State {
     pub fn attested_replica(&self, id: u64) -> Option<&AttestedReplica> {
         self.attested_replicas.get(&id)
     }
+    /// Whether a replica ever was attested: before that, a replica of the former release may have to read the log.
+    pub fn has_attested(&self) -> bool {
+        self.attested_replicas.len() > 0 || self.is_sealed()
+    }
     /// By the TPM: the replica whose it is, and what it proved last.
     pub fn attested_ek(&self, ek: &NodeId) -> Option<(u64, &AttestedReplica)> {
         self.attested_replicas.iter().find(|(_, row)| row.ek == *ek).map(|(id, row)| (*id, row))
@@ -116,6 +120,12 @@ impl State {
     /// Whether what is wrapped to this replica goes to a key that its attested TPM certified.
     pub fn wraps_to_tpm(&self, id: u64, member: &Member) -> bool {
         self.attested_replica(id).is_some_and(|row| row.wrap_key == member.wrap_key)
+    }
+    /// To whom secrets of the cell are wrapped, with the keys: all replicas, or, where the root is sealed, those with such a key.
+    pub fn wrap_keys(&self) -> BTreeMap<u64, Vec<u8>> {
+        let sealed = self.is_sealed();
+        let wrapped_to = self.members().filter(|(id, member)| !sealed || self.wraps_to_tpm(*id, member));
+        wrapped_to.map(|(id, member)| (id, member.wrap_key.clone())).collect()
     }
     /// Replicas without such a key.
     pub fn unattested(&self) -> Vec<u64> {

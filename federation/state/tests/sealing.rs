@@ -116,6 +116,11 @@ fn seal(to: &[(u64, u8)]) -> Seal {
     let to = to.iter().map(|(id, n)| (*id, key(*n))).collect();
     Seal { to, roots: [(first(), wrapped)].into(), jwt: BTreeMap::new() }
 }
+/// Wrapped to these keys of these replicas.
+fn wrapped_to(to: &[(u64, u8)], command: impl Fn(BTreeMap<u64, Vec<u8>>) -> Command) -> Command {
+    let wrapped = to.iter().map(|(id, _)| (*id, vec![0xdd])).collect();
+    Command::WrappedTo(to.iter().map(|(id, n)| (*id, key(*n))).collect(), Box::new(command(wrapped)))
+}
 fn sealed() -> Cell {
     let mut cell = cell();
     let v = verdict(&cell, 1, 1, 1);
@@ -298,10 +303,11 @@ fn what_is_sealed_is_wrapped_to_no_file_and_shown_as_unsealed_where_a_tpm_is_exp
     let mut cell = sealed();
     let token = token(&mut cell, 2);
     assert_eq!(code(cell.run(admit(2, token))), Code::ReplicaUnattested);
-    cell.run(Command::WrapRoot(first(), [(1, vec![1])].into())).unwrap();
+    let wrap = |n| wrapped_to(&[(1, n)], |wrapped| Command::WrapRoot(first(), wrapped));
+    cell.run(wrap(1)).unwrap();
     cell.run(Command::DisallowEk(cluster(REPLICAS), vec![node(1)])).unwrap();
     assert_eq!(cell.state.root_form(), "sealed (unsealed: no attested TPM key at replica 1)");
-    assert_eq!(code(cell.run(Command::WrapRoot(first(), [(1, vec![1])].into()))), Code::ReplicaUnattested);
+    assert_eq!(code(cell.run(wrap(1))), Code::ReplicaUnattested);
 }
 
 #[test]
@@ -336,4 +342,42 @@ fn a_removed_replica_is_attested_no_more_and_a_snapshot_keeps_who_is() {
     assert!(copy.unattested().is_empty() && copy.is_sealed());
     cell.run(Command::RemoveMember(2)).unwrap();
     assert!(cell.state.attested_replica(2).is_none());
+}
+
+/// Whatever wraps a secret names the keys, of now and in attested TPMs: a new root is sealed like the one before.
+#[test]
+fn every_secret_of_a_sealed_cell_is_wrapped_to_attested_keys_of_now() {
+    type Made = fn(BTreeMap<u64, Vec<u8>>) -> Command;
+    let all: [(&str, Made); 5] = [
+        ("a root", |wrapped| Command::PrepareRoot(b"next".to_vec(), wrapped)),
+        ("the root", |wrapped| Command::WrapRoot(first(), wrapped)),
+        ("a JWT authority", |wrapped| Command::PutJwtAuthority(b"spki".to_vec(), wrapped)),
+        ("the JWT authority", |wrapped| Command::WrapJwtAuthority("kid".into(), wrapped)),
+        ("a ticket key", Command::RotateTicketKey),
+    ];
+    for (what, made) in all {
+        let mut cell = sealed();
+        let bare = made([(1, vec![0xdd])].into());
+        assert_eq!(code(cell.run(bare)), Code::ReplicaUnattested, "{what} to nobody knows whom");
+        assert_eq!(code(cell.run(wrapped_to(&[(1, 7)], made))), Code::StaleRevision, "{what} to a key of before");
+        assert_eq!(code(cell.run(wrapped_to(&[(9, 1)], made))), Code::NotFound, "{what} to a stranger");
+        let other = Command::WrappedTo([(1, key(1))].into(), Box::new(made([(2, vec![1])].into())));
+        assert_eq!(code(cell.run(other)), Code::BadRequest, "{what} to others than it says");
+        // What was wrapped before the replica's key changed is refused whether or not anything is sealed.
+        let mut open = self::cell();
+        let before = Command::WrappedTo([(1, vec![])].into(), Box::new(made([(1, vec![0xdd])].into())));
+        let v = verdict(&open, 1, 1, 1);
+        open.run(attest(v)).unwrap();
+        assert_eq!(code(open.run(before)), Code::StaleRevision, "{what}, made before the replica attested");
+        let named = cell.run(wrapped_to(&[(1, 1)], made));
+        assert!(named.is_ok() || what == "the JWT authority", "{what}: {named:?}");
+        cell.run(Command::DisallowEk(cluster(REPLICAS), vec![node(1)])).unwrap();
+        assert_eq!(code(cell.run(wrapped_to(&[(1, 1)], made))), Code::ReplicaUnattested, "{what} to no TPM");
+    }
+    let mut cell = sealed();
+    assert_eq!(code(cell.run(Command::WrappedTo(BTreeMap::new(), Box::new(Command::Tick)))), Code::BadRequest);
+    // A root that nobody could open is none.
+    cell.run(Command::DisallowEk(cluster(REPLICAS), vec![node(1)])).unwrap();
+    let prepare = wrapped_to(&[], |wrapped| Command::PrepareRoot(b"next".to_vec(), wrapped));
+    assert_eq!(code(cell.run(prepare)), Code::ReplicaUnattested);
 }

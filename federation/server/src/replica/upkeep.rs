@@ -136,7 +136,7 @@ async fn keep_root(replica: Replica) {
         let leader = replica.cell().status().leader.map(|id| id.0);
         let (leader_opens, lacks) = replica.local(|s| {
             let active = s.active_root().map(|(_, row)| row.wrapped).unwrap_or_default();
-            let lacks = s.members().any(|(id, _)| !active.contains_key(&id));
+            let lacks = s.wrap_keys().keys().any(|id| !active.contains_key(id));
             (leader.is_some_and(|leader| active.contains_key(&leader)), lacks)
         });
         lacking_for = if lacks { lacking_for.saturating_add(1) } else { 0 };

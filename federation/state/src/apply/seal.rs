@@ -2,7 +2,7 @@
 
 use super::{At, cell_row, root};
 use crate::authorities::{RootId, RootRow};
-use crate::command::Reply;
+use crate::command::{Command, Reply};
 use crate::objects::{EkFacts, JwtAuthorityRow, Member, TokenScope};
 use crate::sealing::{AttestedReplica, REPLICAS, ReplicaVerdict, SEALED, Seal, SharesRow, replicas_cluster};
 use crate::state::State;
@@ -192,6 +192,45 @@ pub(super) fn seal(s: &mut State, seal: &Seal) -> Result<Reply, Refusal> {
     SEALED.clone_into(&mut cell.root_form);
     s.cell.put(&mut s.journal, 0, cell);
     Ok(Reply::Done)
+}
+
+/// What a command wraps, where it wraps something to replicas.
+fn wrapped_by(command: &Command) -> Option<&BTreeMap<u64, Vec<u8>>> {
+    match command {
+        Command::RotateTicketKey(wrapped)
+        | Command::WrapRoot(_, wrapped)
+        | Command::PrepareRoot(_, wrapped)
+        | Command::PutJwtAuthority(_, wrapped)
+        | Command::WrapJwtAuthority(_, wrapped) => Some(wrapped),
+        _ => None,
+    }
+}
+
+/// Where the root is sealed nothing is wrapped to a key that is not named: it might be in a file, or in no TPM any more.
+pub(super) fn says_to_which_keys(s: &State, command: &Command) -> Result<(), Refusal> {
+    if !s.is_sealed() || wrapped_by(command).is_none() {
+        return Ok(());
+    }
+    Err(Refusal::new(Code::ReplicaUnattested, "the attested wrap keys to which it is wrapped", "none named"))
+}
+
+/// Exactly those to which it is wrapped, as they are now.
+pub(super) fn are_wrap_keys(s: &State, to: &BTreeMap<u64, Vec<u8>>, command: &Command) -> Result<(), Refusal> {
+    if wrapped_by(command).is_none_or(|wrapped| !wrapped.keys().eq(to.keys())) {
+        return Err(Refusal::new(Code::BadRequest, "something wrapped to these replicas", "something else"));
+    }
+    let known = s.wrap_keys();
+    for (id, key) in to {
+        let none = || Refusal::new(Code::NotFound, "replicas of this cell", id.to_string());
+        if s.member(*id).ok_or_else(none)?.wrap_key != *key {
+            let found = format!("another of replica {id}: the same once more");
+            return Err(Refusal::new(Code::StaleRevision, "the wrap keys of the replicas of now", found));
+        }
+        if !known.contains_key(id) {
+            return Err(unattested(format!("replica {id}")));
+        }
+    }
+    Ok(())
 }
 
 /// Replicas whose TPM is expected no more are attested no more: the root is shown as unsealed until they are replaced.
