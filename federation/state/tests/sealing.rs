@@ -7,7 +7,7 @@ use ambit_model::act::{Approval, Approved, ApproverCard, Proposal, ShareHolder};
 use ambit_model::{Act, Code, Stamp};
 use ambit_state::objects::*;
 use ambit_state::sealing::{AttestedReplica, ReplicaVerdict, Seal};
-use ambit_state::{Command, State};
+use ambit_state::{Command, JwtDue, State};
 use common::*;
 use openssl::pkey::PKey;
 use openssl::sign::Signer;
@@ -380,4 +380,54 @@ fn every_secret_of_a_sealed_cell_is_wrapped_to_attested_keys_of_now() {
     cell.run(Command::DisallowEk(cluster(REPLICAS), vec![node(1)])).unwrap();
     let prepare = wrapped_to(&[], |wrapped| Command::PrepareRoot(b"next".to_vec(), wrapped));
     assert_eq!(code(cell.run(prepare)), Code::ReplicaUnattested);
+}
+
+/// A replica that comes with another key in its TPM is wrapped to anew, by those who can; alone it keeps what it has.
+#[test]
+fn what_was_wrapped_to_a_former_key_is_wrapped_anew() {
+    let mut cell = sealed();
+    let token = token(&mut cell, 2);
+    let mut v = verdict(&cell, 2, 2, 2);
+    v.attested.token = Some(token);
+    cell.run(attest(v)).unwrap();
+    cell.run(admit(2, token)).unwrap();
+    cell.run(put(2, 2)).unwrap();
+    let with_key = |cell: &Cell, n: u8, nonce| {
+        let mut v = verdict(cell, 2, 2, nonce);
+        v.attested.wrap_key = key(n);
+        attest(v)
+    };
+    let made: [(&str, fn(BTreeMap<u64, Vec<u8>>) -> Command); 3] = [
+        ("a root", |wrapped| Command::WrapRoot(first(), wrapped)),
+        ("a JWT authority", |wrapped| Command::PutJwtAuthority(b"spki".to_vec(), wrapped)),
+        ("a ticket key", Command::RotateTicketKey),
+    ];
+    made.iter().for_each(|(_, made)| drop(cell.run(wrapped_to(&[(1, 1), (2, 2)], made)).unwrap()));
+    let held = |cell: &Cell| {
+        let jwt: Vec<Vec<u64>> =
+            cell.state.jwt_authorities().map(|row| row.wrapped.keys().copied().collect()).collect();
+        let tickets: Vec<Vec<u64>> =
+            cell.state.ticket_keys().map(|(_, row)| row.wrapped.keys().copied().collect()).collect();
+        (cell.state.roots()[&first()].wrapped.keys().copied().collect::<Vec<u64>>(), jwt, tickets)
+    };
+    // The same key again changes nothing.
+    let same = with_key(&cell, 2, 3);
+    cell.run(same).unwrap();
+    assert_eq!(held(&cell), (vec![1, 2], vec![vec![1, 2]], vec![vec![1, 2]]));
+    let other = with_key(&cell, 8, 4);
+    cell.run(other).unwrap();
+    assert_eq!(held(&cell), (vec![1], vec![vec![1]], vec![vec![1]]));
+    assert!(matches!(cell.state.jwt_due(), JwtDue::Wrap(_, ids) if ids == [2]));
+    assert_eq!(cell.state.member(2).unwrap().wrap_key, key(8));
+
+    // Who opens a sealed root alone takes no other key: it would be lost.
+    let mut v = verdict(&cell, 1, 1, 5);
+    v.attested.wrap_key = key(9);
+    assert_eq!(code(cell.run(attest(v))), Code::SealIncomplete);
+    assert_eq!(cell.state.member(1).unwrap().wrap_key, key(1));
+    let mut open = self::cell();
+    open.run(Command::WrapRoot(first(), [(1, vec![0xdd])].into())).unwrap();
+    let v = verdict(&open, 1, 1, 1);
+    open.run(attest(v)).unwrap();
+    assert_eq!(open.state.roots()[&first()].wrapped.len(), 1, "unsealed, it has the file with its former key still");
 }

@@ -79,6 +79,14 @@ pub async fn make(replica: &Replica) -> Result<String, Refusal> {
     Ok(key.kid().to_owned())
 }
 
+/// Any other's part: a leader whose wrap key changed cannot open what signs, and who can wraps it to him.
+pub async fn wrap_to_leader(replica: &Replica, leader: u64) -> Result<(), Refusal> {
+    match replica.local(ambit_state::State::jwt_due) {
+        JwtDue::Wrap(_, members) if members.contains(&leader) => rotate_if_due(replica).await,
+        _ => Ok(()),
+    }
+}
+
 /// The leader's part, each second: a new authority where one is due, and what replicas cannot open wrapped to them.
 pub async fn rotate_if_due(replica: &Replica) -> Result<(), Refusal> {
     match replica.local(ambit_state::State::jwt_due) {

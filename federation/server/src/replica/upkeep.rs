@@ -102,10 +102,12 @@ async fn rotate(replica: Replica) {
     loop {
         every.tick().await;
         super::jwt::forget(&replica);
-        if replica.cell().status().role != Role::Leader || replica.local(|s| s.cell().is_none()) {
-            continue;
-        }
+        let status = replica.cell().status();
+        let (Some(leader), false) = (status.leader, replica.local(|s| s.cell().is_none())) else { continue };
         let done = async {
+            if status.role != Role::Leader {
+                return super::jwt::wrap_to_leader(&replica, leader.0).await;
+            }
             ticket::rotate_if_due(&replica).await?;
             super::jwt::rotate_if_due(&replica).await
         };

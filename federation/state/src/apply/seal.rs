@@ -49,15 +49,54 @@ pub(super) fn attest(s: &mut State, at: At, v: &ReplicaVerdict) -> Result<Reply,
             return Err(Refusal::new(Code::ClockStepBack, then, now));
         }
     }
+    let changed = s.member(v.replica).cloned().filter(|member| member.wrap_key != new.wrap_key);
+    if changed.is_some() && s.is_sealed() && opens_alone(s, v.replica) {
+        let expected = "another replica that opens what was wrapped to the former key";
+        return Err(Refusal::new(Code::SealIncomplete, expected, format!("replica {} alone", v.replica)));
+    }
     s.nonces.put(&mut s.journal, v.nonce, v.deadline);
     let row = AttestedReplica { stamp: at.stamp, ..new.clone() };
     s.attested_replicas.put(&mut s.journal, v.replica, row);
-    if let Some(mut member) = s.member(v.replica).cloned().filter(|member| member.wrap_key != new.wrap_key) {
-        // It opens what was wrapped to its former key as long as it keeps that; everything new goes to this one.
+    if let Some(mut member) = changed {
         member.wrap_key.clone_from(&new.wrap_key);
         s.members.put(&mut s.journal, v.replica, member);
+        unwrap(s, v.replica);
     }
     Ok(Reply::Done)
+}
+
+fn alone(wrapped: &BTreeMap<u64, Vec<u8>>, replica: u64) -> bool {
+    wrapped.len() == 1 && wrapped.contains_key(&replica)
+}
+
+/// Whether something is wrapped to this replica and to no other.
+fn opens_alone(s: &State, replica: u64) -> bool {
+    let roots = s.roots.iter().map(|(_, row)| &row.wrapped);
+    roots.chain(s.jwt_authorities().map(|row| &row.wrapped)).any(|wrapped| alone(wrapped, replica))
+}
+
+/// What was wrapped to a replica's former key is wrapped to the new one, by whoever opens it. What it opens alone stays: that
+/// is in no sealed cell, and until then it keeps the file with its former key.
+fn unwrap(s: &mut State, replica: u64) {
+    let held = |wrapped: &BTreeMap<u64, Vec<u8>>| wrapped.contains_key(&replica) && !alone(wrapped, replica);
+    for (id, mut row) in s.roots.iter().map(|(id, row)| (*id, row.clone())).collect::<Vec<_>>() {
+        if held(&row.wrapped) {
+            row.wrapped.remove(&replica);
+            s.roots.put(&mut s.journal, id, row);
+        }
+    }
+    for (n, mut row) in s.jwt_authorities.iter().map(|(n, row)| (*n, row.clone())).collect::<Vec<_>>() {
+        if held(&row.wrapped) {
+            row.wrapped.remove(&replica);
+            s.jwt_authorities.put(&mut s.journal, n, row);
+        }
+    }
+    // Of these there is a new one as soon as a replica lacks one.
+    for (n, mut row) in s.ticket_keys.iter().map(|(n, row)| (*n, row.clone())).collect::<Vec<_>>() {
+        if row.wrapped.remove(&replica).is_some() {
+            s.ticket_keys.put(&mut s.journal, n, row);
+        }
+    }
 }
 
 /// Who has a token may speak for the replica that it is for, until there is one with that number.
