@@ -1,7 +1,7 @@
 //! What the root's form `sealed` rests on: replicas attested, with wrap keys that their TPMs certified, and recovery shares.
 
 use crate::authorities::RootId;
-use crate::objects::{Counters, Member, PolicyRef};
+use crate::objects::{Counters, DenialRow, Member, PolicyRef};
 use crate::state::State;
 use ambit_model::bundle::RootState;
 use ambit_model::{ClusterId, NodeId, ObjectName, Refusal, Revision, Stamp};
@@ -71,6 +71,23 @@ pub struct ReplicaVerdict {
     pub endorsement_revision: Revision,
     /// What was proved; the stamp is set here.
     pub attested: AttestedReplica,
+}
+
+/// Bad evidence of a replica, after a good HMAC.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReplicaDenial {
+    /// The nonce to consume.
+    pub nonce: [u8; 32],
+    /// Until when it is remembered.
+    pub deadline: Stamp,
+    /// The reason, and the TPM.
+    pub row: DenialRow,
+    /// Which replica showed it, where its certificate said so.
+    pub replica: Option<u64>,
+    /// Judged under.
+    pub endorsement_revision: Revision,
+    /// Judged under.
+    pub policy_revision: Revision,
 }
 
 /// Recovery shares that were made of a root's key.

@@ -6,7 +6,7 @@ mod common;
 use ambit_model::act::{Approval, Approved, ApproverCard, Proposal, ShareHolder};
 use ambit_model::{Act, Code, Stamp};
 use ambit_state::objects::*;
-use ambit_state::sealing::{AttestedReplica, ReplicaVerdict, Seal};
+use ambit_state::sealing::{AttestedReplica, ReplicaDenial, ReplicaVerdict, Seal};
 use ambit_state::{Command, JwtDue, State};
 use common::*;
 use openssl::pkey::PKey;
@@ -430,4 +430,38 @@ fn what_was_wrapped_to_a_former_key_is_wrapped_anew() {
     let v = verdict(&open, 1, 1, 1);
     open.run(attest(v)).unwrap();
     assert_eq!(open.state.roots()[&first()].wrapped.len(), 1, "unsealed, it has the file with its former key still");
+}
+
+/// Bad evidence by the rules of now takes a replica's attestation away, whether its certificate or its TPM says whose it is.
+#[test]
+fn a_replica_that_shows_bad_evidence_is_attested_no_more() {
+    let denial = |cell: &Cell, replica, n| {
+        let row = cell.state.cell().unwrap();
+        let (endorsement_revision, policy_revision) = (row.endorsement_revision, row.policy_revision);
+        let (diverged, expected, found) = (String::new(), String::new(), String::new());
+        let code = Code::BootLogPcrMismatch.to_string();
+        let row = DenialRow { stamp: Stamp(1_000_000), node: node(n), code, diverged, expected, found };
+        let (nonce, deadline) = ([9; 32], Stamp(1_060_000));
+        ReplicaDenial { nonce, deadline, row, replica, endorsement_revision, policy_revision }
+    };
+    let deny = |denial| Command::DenyReplica(Box::new(denial));
+    for (what, replica, n) in [("its certificate", Some(1), 2), ("its TPM", None, 1)] {
+        let mut cell = sealed();
+        let bad = denial(&cell, replica, n);
+        cell.run(deny(bad.clone())).unwrap();
+        assert_eq!(cell.state.root_form(), "sealed (unsealed: no attested TPM key at replica 1)", "{what}");
+        assert!(cell.state.wrap_keys().is_empty() && cell.state.roots()[&first()].wrapped.len() == 1);
+        assert_eq!(code(cell.run(deny(bad))), Code::NonceConsumed);
+    }
+    let mut cell = sealed();
+    let stranger = denial(&cell, None, 2);
+    cell.run(deny(stranger)).unwrap();
+    for change in [(1, 0), (0, 1)] {
+        let mut bad = denial(&cell, Some(1), 1);
+        bad.nonce = [20 + change.0 as u8; 32];
+        bad.policy_revision.0 += change.0;
+        bad.endorsement_revision.0 += change.1;
+        cell.run(deny(bad)).unwrap();
+    }
+    assert!(cell.state.unattested().is_empty(), "another's, or judged by other rules");
 }

@@ -155,6 +155,7 @@ fn change(s: &mut State, at: At, command: &Command) -> Result<Reply, Refusal> {
         Command::AttestReplica(verdict) => seal::attest(s, at, verdict),
         Command::AttestedReplicasOnly(only) => seal::attested_only(s, *only),
         Command::SealRoots(seal) => seal::seal(s, seal),
+        Command::DenyReplica(denial) => seal::deny(s, at, denial),
         Command::WrappedTo(to, command) => {
             seal::are_wrap_keys(s, to, command)?;
             change(s, at, command)

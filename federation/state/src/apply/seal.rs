@@ -1,10 +1,12 @@
 //! Replicas attested, and the root sealed to their TPMs.
 
-use super::{At, cell_row, root};
+use super::{At, cell_row, node, root};
 use crate::authorities::{RootId, RootRow};
 use crate::command::{Command, Reply};
 use crate::objects::{EkFacts, JwtAuthorityRow, Member, TokenScope};
-use crate::sealing::{AttestedReplica, REPLICAS, ReplicaVerdict, SEALED, Seal, SharesRow, replicas_cluster};
+use crate::sealing::{
+    AttestedReplica, REPLICAS, ReplicaDenial, ReplicaVerdict, SEALED, Seal, SharesRow, replicas_cluster,
+};
 use crate::state::State;
 use ambit_model::bundle::RootState;
 use ambit_model::{ClusterId, Code, NodeId, ObjectName, Refusal, Stamp};
@@ -279,6 +281,25 @@ pub(super) fn put_out(s: &mut State, gone: impl Fn(&NodeId, &EkFacts) -> bool) {
     for id in out {
         s.attested_replicas.remove(&mut s.journal, &id);
     }
+}
+
+/// Bad evidence by the rules of now: whoever showed it, and whose TPM that is, is attested no more. What it can open already
+/// it can open still.
+pub(super) fn deny(s: &mut State, at: At, denial: &ReplicaDenial) -> Result<Reply, Refusal> {
+    let cell = cell_row(s)?;
+    let reply = node::deny(s, at, &denial.nonce, denial.deadline, &denial.row, None)?;
+    if (cell.endorsement_revision, cell.policy_revision) == (denial.endorsement_revision, denial.policy_revision) {
+        let out: Vec<u64> = s
+            .attested_replicas
+            .iter()
+            .filter(|(id, row)| Some(**id) == denial.replica || row.ek == denial.row.node)
+            .map(|(id, _)| *id)
+            .collect();
+        for id in out {
+            s.attested_replicas.remove(&mut s.journal, &id);
+        }
+    }
+    Ok(reply)
 }
 
 /// As rules of endorsement see it.
