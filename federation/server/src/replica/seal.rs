@@ -58,7 +58,7 @@ pub(super) async fn forget_unsealed(replica: &Replica) -> Result<(), Refusal> {
         me.filter(|_| s.is_sealed()).and_then(|_| row.wrapped.get(&replica.id()).cloned())
     });
     let Some(wrapped) = wrapped else { return Ok(()) };
-    if !replica.inner.files.has_unsealed() {
+    if replica.inner.files.unsealed()?.is_empty() {
         return Ok(());
     }
     replica.keyring().tpm_opens(Purpose::Key, &wrapped).await?;
