@@ -34,6 +34,9 @@ pub(super) fn failed(what: &str, path: &Path, e: impl std::fmt::Display) -> Refu
     Refusal::new(Code::ConfigInvalid, format!("{what} {}", path.display()), e.to_string())
 }
 
+/// Where the files of a replica lie.
+const DIR: &str = "identity";
+
 /// Whether the file of this name opens what is sealed: the key of a root, or the wrap key.
 fn opens_sealed(name: &str) -> bool {
     name == "root.key" || name == "wrap.key" || (name.starts_with("root-") && name.ends_with(".key"))
@@ -42,8 +45,26 @@ fn opens_sealed(name: &str) -> bool {
 impl Files {
     /// Below the data directory, created with mode 0700.
     pub fn create(data_dir: &Path) -> Result<Self, Refusal> {
+        Self::create_as(data_dir, DIR)
+    }
+    /// Beside where they are to lie until all are there ([`Files::placed`]): what fails before leaves the place free.
+    pub fn create_aside(data_dir: &Path) -> Result<Self, Refusal> {
+        let dir = data_dir.join("identity.new");
+        if dir.exists() {
+            std::fs::remove_dir_all(&dir).map_err(|e| failed("a writable folder", &dir, e))?;
+        }
+        Self::create_as(data_dir, "identity.new")
+    }
+    /// Puts them where they are looked for.
+    pub fn placed(self, data_dir: &Path) -> Result<Self, Refusal> {
+        let dir = data_dir.join(DIR);
+        let renamed = std::fs::rename(&self.dir, &dir).and_then(|()| std::fs::File::open(data_dir)?.sync_all());
+        renamed.map_err(|e| failed("a writable folder", &dir, e))?;
+        Ok(Self { dir })
+    }
+    fn create_as(data_dir: &Path, name: &str) -> Result<Self, Refusal> {
         use std::os::unix::fs::DirBuilderExt;
-        let dir = data_dir.join("identity");
+        let dir = data_dir.join(name);
         std::fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
