@@ -15,7 +15,6 @@ use ambit_model::{Code, Lifetime, Refusal, Stamp};
 use ambit_proto::status::from_status;
 use ambit_proto::v1;
 use ambit_state::authorities::{AuthorityRow, RootId, RootRow};
-use ambit_state::objects::Member;
 use ambit_state::{Command, State};
 use rustls::sign::CertifiedKey;
 use rustls_pki_types::CertificateDer;
@@ -388,23 +387,19 @@ fn jitter() -> u64 {
 /// Wraps roots' keys to replicas that cannot open them yet, so that the loss of no replica is that of the root. Whoever
 /// can open one does it, the leader where it can.
 pub async fn wrap_roots(replica: &Replica) -> Result<(), Refusal> {
-    let (roots, members) = replica.local(|s| {
-        let may = |id: u64, m: &Member| !s.is_sealed() || s.wraps_to_tpm(id, m);
-        let members: Vec<(u64, Vec<u8>)> =
-            s.members().filter(|(id, m)| may(*id, m)).map(|(id, m)| (id, m.wrap_key.clone())).collect();
-        (s.roots(), members)
-    });
+    let (roots, members) = replica.local(|s| (s.roots(), s.wrap_keys()));
     for (id, row) in roots.into_iter().filter(|(_, row)| row.state != RootState::Revoked) {
-        let lacking: Vec<_> = members.iter().filter(|(n, _)| !row.wrapped.contains_key(n)).collect();
+        let mut lacking = members.clone();
+        lacking.retain(|n, _| !row.wrapped.contains_key(n));
         if lacking.is_empty() {
             continue;
         }
         let Ok(root) = replica.open_root(&id).await else { continue };
         let mut wrapped = BTreeMap::new();
-        for (n, public) in lacking {
+        for (n, public) in &lacking {
             wrapped.insert(*n, ambit_identity::wrap::wrap(public, &root.key().pkcs8())?);
         }
-        replica.propose_own(Command::WrapRoot(id, wrapped)).await?.outcome?;
+        replica.propose_wrapped(lacking, Command::WrapRoot(id, wrapped)).await?.outcome?;
     }
     Ok(())
 }
