@@ -4,7 +4,7 @@
 mod common;
 
 use ambit_model::record::Kind;
-use ambit_model::{AdminRole, Code, Entry, EntryExtras, Extras, Generation, SpiffeId, Stamp};
+use ambit_model::{AdminRole, Code, Entry, EntryExtras, Extras, Generation, Selector, SpiffeId, Stamp};
 use ambit_state::authorities::AuthorityState;
 use ambit_state::command::{IdVerb, LeafRequest, NodeVerb, Nodes, Presence, RoleChange};
 use ambit_state::{Command, Issuance, LogEntry, Reply, State};
@@ -16,7 +16,7 @@ const DAY_MS: u64 = 86_400_000;
 fn marked(id: &str, change: fn(&mut EntryExtras)) -> Entry {
     let mut extras = EntryExtras::NONE;
     change(&mut extras);
-    Entry { extras: Extras::new(extras).unwrap(), ..entry(id, "west") }
+    Entry { extras: Extras::new(extras).unwrap(), nodes: [node(1)].into(), ..entry(id, "west") }
 }
 
 /// One node and three entries, of which one is downstream and one admin.
@@ -232,5 +232,36 @@ fn only_who_administers_the_whole_cell_writes_such_entries() {
     ] {
         let outcome = cell.run(within(command));
         assert_eq!(outcome.err().map(|r| r.code), (!allowed).then_some(Code::PermissionDenied), "{what}");
+    }
+}
+
+/// Else whoever admits nodes to the cluster would have its administrators and its issuers.
+#[test]
+fn such_an_entry_names_its_nodes() {
+    let web = || "unix:uid:1000".parse::<Selector>().unwrap();
+    let ek = || Selector::TpmEkHash(node(1));
+    let policy = || "tpm:policy:servers".parse::<Selector>().unwrap();
+    let marks: [fn(&mut EntryExtras); 3] = [|_| (), |e| e.admin = true, |e| e.downstream = true];
+    for (what, nodes, selectors, named) in [
+        ("no node", vec![], vec![web()], false),
+        ("what a policy of the cluster's lets in", vec![], vec![web(), policy()], false),
+        ("a node", vec![node(1)], vec![web()], true),
+        ("a TPM", vec![], vec![web(), ek(), policy()], true),
+    ] {
+        for (n, mark) in marks.into_iter().enumerate() {
+            let mut cell = cell();
+            let selectors = selectors.clone().into();
+            let one = Entry { nodes: nodes.iter().copied().collect(), selectors, ..marked("x", mark) };
+            let over = Entry { id: "ops".parse().unwrap(), ..one.clone() };
+            let put = |command| (command, (n > 0 && !named).then_some(Code::BadRequest));
+            for (command, refused) in [
+                put(Command::CreateEntries(vec![one])),
+                put(Command::ReplaceEntries(vec![(over.clone(), Presence::There)])),
+                put(Command::PutEntries(vec![(over, Presence::Whatever)])),
+            ] {
+                let Reply::Items(done) = cell.run(command).unwrap() else { panic!("no items") };
+                assert_eq!(done[0].as_ref().err().map(|r| r.code), refused, "{what}, {n}");
+            }
+        }
     }
 }
