@@ -153,6 +153,40 @@ fn what_ends_its_foundation_revokes_it_here_and_at_peers() {
 }
 
 #[test]
+fn it_goes_with_the_svid_that_asked_for_it_and_with_that_ones_issuer() {
+    let run_all = |cell: &mut Cell, commands: Vec<Command>| {
+        commands.into_iter().for_each(|command| drop(cell.run(command).unwrap()));
+    };
+    let renew = |key| Command::RenewAuthority { replica: 1, key_hash: [key; 32], lifetime_ms: DAY_MS };
+    let mut cell = cell();
+    let (one, two) = (leaf(&mut cell, "site"), leaf(&mut cell, "site"));
+    run_all(&mut cell, vec![ask(&one, 20), ask(&two, 21)]);
+    run_all(&mut cell, vec![Command::DenyLeaf("a1".into(), one.serial.to_vec())]);
+    assert!(is_denied(&cell.state, 20) && !is_denied(&cell.state, 21), "of the other SVID");
+    run_all(&mut cell, vec![renew(5), Command::TaintAuthority("a1".into())]);
+    assert!(!is_denied(&cell.state, 21), "tainted is not revoked");
+    let again = State::import(cell.state.export()).unwrap();
+    assert_eq!(again.downstream(&name(21)).unwrap().asked_by, ("a1".to_owned(), two.serial));
+    run_all(&mut cell, vec![Command::RevokeAuthority("a1".into())]);
+    assert!(is_denied(&cell.state, 21));
+}
+
+#[test]
+fn one_that_was_revoked_takes_no_place() {
+    let mut cell = cell();
+    let site = leaf(&mut cell, "site");
+    for key in 20..28 {
+        cell.run(ask(&site, key)).unwrap();
+    }
+    assert_eq!(code(cell.run(ask(&site, 28))), Code::Busy);
+    cell.run(Command::TaintAuthority(name(20))).unwrap();
+    assert_eq!(code(cell.run(ask(&site, 28))), Code::Busy, "tainted is in time");
+    cell.run(Command::RevokeAuthority(name(20))).unwrap();
+    cell.run(ask(&site, 28)).unwrap();
+    assert_eq!(code(cell.run(ask(&site, 29))), Code::Busy);
+}
+
+#[test]
 fn operators_taint_it_and_revoke_it() {
     let mut cell = cell();
     let site = leaf(&mut cell, "site");
