@@ -53,7 +53,9 @@ impl Cell {
     /// Whoever holds a downstream authority of this cell, and plays the cell with it: it signs whatever the cell would.
     pub(crate) fn pretender(&mut self) -> Cell {
         let extras = Extras::new(EntryExtras { downstream: true, ..EntryExtras::NONE }).unwrap();
-        let site = Entry { extras, ..Entry::try_from(&self.entry("plain-site", &["cgroup:site"], &[])).unwrap() };
+        let nodes = [self.node].into();
+        let site =
+            Entry { extras, nodes, ..Entry::try_from(&self.entry("plain-site", &["cgroup:site"], &[])).unwrap() };
         self.run(Command::CreateEntries(vec![Entry { id: "site".parse().unwrap(), ..site }])).outcome.unwrap();
         let key = SvidKey::generate().unwrap();
         let csr = Csr::parse(&key.csr().unwrap()).unwrap();
