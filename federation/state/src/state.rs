@@ -102,6 +102,8 @@ pub struct State {
     pub(crate) attested_replicas: Table<u64, AttestedReplica>,
     /// What the cell has settled about its replicas and its root; one row.
     pub(crate) sealing: Table<u8, SealingRow>,
+    /// The admission of each own node that registered its address last: one registers once.
+    pub(crate) registrations: Table<NodeId, Generation>,
     /// `issued` by node and end, in memory only: counting a node's leaves must not cost a walk over everybody's.
     pub(crate) live_leaves: BTreeMap<NodeId, BTreeSet<(Stamp, [u8; 16])>>,
     /// Entries by the identity that they give, in memory only: whose an identity is must not cost a walk over all entries.
@@ -170,7 +172,8 @@ macro_rules! each_table {
             $s.downstreams,
             $s.id_admins,
             $s.attested_replicas,
-            $s.sealing
+            $s.sealing,
+            $s.registrations
         )
     };
 }
@@ -308,6 +311,7 @@ impl State {
             id_admins: Table::new(id()),
             attested_replicas: Table::new(id()),
             sealing: Table::new(id()),
+            registrations: Table::new(id()),
             live_leaves: BTreeMap::new(),
             giving: BTreeMap::new(),
             asking: BTreeMap::new(),
