@@ -194,6 +194,7 @@ async fn the_root_is_sealed_to_three_tpms_and_opened_by_two_of_three_people() {
     let args = with_words(&cell, &path, &["alice", "bob"], &args);
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     // What cannot be written down is not asked of the cell: their word still counts.
+    std::fs::create_dir_all(path("shares")).unwrap();
     std::fs::write(path("shares/cy.share"), "another").unwrap();
     assert!(ambit(&cell, &args).1.contains("cy.share"));
     std::fs::remove_file(path("shares/cy.share")).unwrap();

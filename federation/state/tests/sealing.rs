@@ -116,6 +116,7 @@ fn seal(to: &[(u64, u8)]) -> Seal {
     let to = to.iter().map(|(id, n)| (*id, key(*n))).collect();
     Seal { to, roots: [(first(), wrapped)].into(), jwt: BTreeMap::new() }
 }
+type Made = fn(BTreeMap<u64, Vec<u8>>) -> Command;
 /// Wrapped to these keys of these replicas.
 fn wrapped_to(to: &[(u64, u8)], command: impl Fn(BTreeMap<u64, Vec<u8>>) -> Command) -> Command {
     let wrapped = to.iter().map(|(id, _)| (*id, vec![0xdd])).collect();
@@ -347,7 +348,6 @@ fn a_removed_replica_is_attested_no_more_and_a_snapshot_keeps_who_is() {
 /// Whatever wraps a secret names the keys, of now and in attested TPMs: a new root is sealed like the one before.
 #[test]
 fn every_secret_of_a_sealed_cell_is_wrapped_to_attested_keys_of_now() {
-    type Made = fn(BTreeMap<u64, Vec<u8>>) -> Command;
     let all: [(&str, Made); 5] = [
         ("a root", |wrapped| Command::PrepareRoot(b"next".to_vec(), wrapped)),
         ("the root", |wrapped| Command::WrapRoot(first(), wrapped)),
@@ -397,7 +397,7 @@ fn what_was_wrapped_to_a_former_key_is_wrapped_anew() {
         v.attested.wrap_key = key(n);
         attest(v)
     };
-    let made: [(&str, fn(BTreeMap<u64, Vec<u8>>) -> Command); 3] = [
+    let made: [(&str, Made); 3] = [
         ("a root", |wrapped| Command::WrapRoot(first(), wrapped)),
         ("a JWT authority", |wrapped| Command::PutJwtAuthority(b"spki".to_vec(), wrapped)),
         ("a ticket key", Command::RotateTicketKey),
