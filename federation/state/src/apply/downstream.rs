@@ -14,8 +14,8 @@ use ambit_model::{Code, EntryId, Generation, Lifetime, NodeId, Refusal};
 const DOWNSTREAMS_MAX: usize = 256;
 /// Of one entry at once: it is renewed at half of its life, so more were lost on their way.
 const PER_ENTRY_MAX: usize = 8;
-/// Rows, with those of authorities that were revoked; each of these is a denial that goes to every agent (I17).
-const ROWS_MAX: usize = 4_096;
+/// Rows, with those that were revoked: each of these is a denial, of which a peer takes a thousand from a cell (I17).
+const ROWS_MAX: usize = 512;
 
 /// What was asked for, and by which SVID.
 pub(super) struct Asked<'a> {
