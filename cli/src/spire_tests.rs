@@ -21,7 +21,7 @@ fn a_static_entry_is_an_entry_field_by_field() {
         id: "web".into(),
         spiffe_id: "spiffe://west/web".into(),
         cluster: "west".into(),
-        nodes: vec![node],
+        nodes: vec![node.clone()],
         selectors: vec!["unix:uid:1000".into(), "cgroup:web".into()],
         ttl_seconds: 1_800,
         federates_with: vec!["example.org".into()],
