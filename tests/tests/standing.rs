@@ -5,6 +5,7 @@
 use ambit_model::Refusal;
 use ambit_proto::status::from_status;
 use ambit_proto::v1;
+use ambit_proto::v1::agent_message::Body as Up;
 use ambit_proto::v1::appraisal_client::AppraisalClient;
 use ambit_proto::v1::node_attestation_client::NodeAttestationClient;
 use ambit_tests::agent::{Admitted, Agent, RoundLies};
@@ -175,6 +176,17 @@ async fn an_admission_has_the_address_that_it_registered_first() {
     // The node itself, at another replica.
     let mut moved = Agent::open_from(&cell, 2, me.identity.clone(), "10.9.0.21").await.unwrap();
     moved.asked().await.unwrap();
+    // Nor may a stream bring its callers elsewhere with an endpoint.
+    let endpoint = v1::Endpoint {
+        spiffe_id: "spiffe://west/web".into(),
+        address: "10.9.1.11".into(),
+        cluster: "west".into(),
+        node_address: "10.9.0.66".into(),
+        node: machine.node(),
+        generation: 1,
+    };
+    moved.send(vec![Up::Endpoints(v1::EndpointReport { endpoints: vec![endpoint] })]).await;
+    assert_eq!(moved.ended().await.unwrap().code.as_str(), "node_address_mismatch");
     let again = admit(&cell, &machine, "west").await.unwrap();
     let mut anew = Agent::open_from(&cell, 3, again.identity.clone(), "10.9.0.22").await.unwrap();
     anew.answer(&machine, &again, &RoundLies::default()).await.unwrap();

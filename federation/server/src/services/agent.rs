@@ -74,7 +74,7 @@ impl v1::agent_stream_server::AgentStream for Streams {
         let (down, queue) = mpsc::channel::<Down>(QUEUE);
         let rounds = Rounds::new(self.0.clone(), node, generation);
         let (replica, until, svid) = (self.0.clone(), actor.until, actor.svid);
-        let session = Session { replica, node, generation, until, svid, stream, newer, rounds };
+        let session = Session { replica, node, generation, address, until, svid, stream, newer, rounds };
         tokio::spawn(session.run(up, down));
         Ok(Response::new(Box::pin(ReceiverStream::new(queue))))
     }
@@ -84,6 +84,8 @@ struct Session {
     replica: Replica,
     node: NodeId,
     generation: Generation,
+    /// Where the node is, as this admission registered.
+    address: Ipv4Addr,
     until: Option<Stamp>,
     /// What it showed when the stream began.
     svid: Option<PeerSvid>,
@@ -335,6 +337,12 @@ impl Session {
         }
         let taken = report.endpoints.iter().take(ENDPOINTS_PER_NODE_MAX);
         let endpoints: Vec<Endpoint> = taken.map(Endpoint::try_from).collect::<Result<_, _>>()?;
+        // Callers go where an endpoint says that its node is.
+        if let Some(elsewhere) = endpoints.iter().find(|e| e.node_address != self.address) {
+            let found = format!("{} at {}", elsewhere.address, elsewhere.node_address);
+            tracing::warn!(node = %self.node, registered = %self.address, found, "endpoints refused");
+            return Err(Refusal::new(Code::NodeAddressMismatch, format!("endpoints at {}", self.address), found));
+        }
         let applied = self.replica.propose_own(Command::ReportEndpoints(self.node, endpoints.clone())).await?;
         let Reply::Items(items) = applied.outcome? else {
             return Err(Refusal::new(Code::Internal, "an outcome per endpoint", "another reply"));
