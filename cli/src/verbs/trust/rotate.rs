@@ -70,7 +70,13 @@ pub(super) async fn rotate(session: &Session, options: Options) -> Result<Answer
         match next(&now) {
             Step::Prepare => {
                 let ask = request(None, false, false)?;
-                ask!(cell, LocalAuthority.prepare_x509_authority(ask))?;
+                match ask!(cell, LocalAuthority.prepare_x509_authority(ask)) {
+                    Err(refusal) if steps.joined_since(&refusal, &options) => {
+                        tokio::time::sleep(LOOK).await;
+                        continue;
+                    }
+                    done => drop(done?),
+                }
                 steps.say("prepared: a new root is in the bundle");
             }
             Step::Activate => {
@@ -158,7 +164,9 @@ impl Steps {
     }
     /// Whether somebody came between the last look and the step, who is to be waited for as all others are.
     pub(super) fn joined_since(&self, refusal: &Refusal, options: &Options) -> bool {
-        matches!(refusal.code, Code::AcksMissing | Code::AuthorityInUse) && self.began.elapsed() < options.wait
+        // A replica that joins brings a record key, and a key to wrap to.
+        let came = matches!(refusal.code, Code::AcksMissing | Code::AuthorityInUse | Code::StaleRevision);
+        came && self.began.elapsed() < options.wait
     }
 }
 
