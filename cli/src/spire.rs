@@ -197,6 +197,16 @@ impl At<'_> {
         };
         texts.iter().enumerate().map(one).collect()
     }
+    /// What the cell would refuse is refused before anything is sent, in its words.
+    fn placed(&self, entry: v1::Entry) -> Result<v1::Entry, Refusal> {
+        let by_ek = |text: &String| matches!(text.parse(), Ok(Selector::TpmEkHash(_)));
+        if entry.nodes.is_empty() && (entry.admin || entry.downstream) && !entry.selectors.iter().any(by_ek) {
+            let field = if entry.admin { "admin" } else { "downstream" };
+            let Refusal { expected, found, .. } = ambit_model::entry::nodes_unnamed();
+            return Err(self.bad(field, &expected, found));
+        }
+        Ok(entry)
+    }
     fn domains(&self, texts: &[String]) -> Result<Vec<String>, Refusal> {
         let one = |(n, text): (usize, &String)| {
             self.parsed::<TrustDomain>(&format!("federatesWith[{n}]"), text).map(|td| td.to_string())
@@ -244,7 +254,7 @@ fn static_entry(at: &At<'_>, name: &str, e: StaticEntry, cluster: Option<&Cluste
     if parent.trust_domain() != id.trust_domain() {
         return Err(at.bad("parentID", &format!("a parent of {}", id.trust_domain()), e.parent_id));
     }
-    Ok(v1::Entry {
+    at.placed(v1::Entry {
         id: entry_id(at, name)?,
         spiffe_id: id.to_string(),
         cluster: of_cluster(at, whose)?,
@@ -289,7 +299,7 @@ fn cluster_spiffe_id(
         return Err(at.bad("workloadSelectorTemplates", expected, "none"));
     }
     let id: SpiffeId = at.parsed("spiffeIDTemplate", &e.spiffe_id)?;
-    Ok(v1::Entry {
+    at.placed(v1::Entry {
         id: entry_id(at, name)?,
         spiffe_id: id.to_string(),
         cluster: of_cluster(at, cluster)?,

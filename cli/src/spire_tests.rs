@@ -21,7 +21,7 @@ fn a_static_entry_is_an_entry_field_by_field() {
         id: "web".into(),
         spiffe_id: "spiffe://west/web".into(),
         cluster: "west".into(),
-        nodes: vec![node],
+        nodes: vec![node.clone()],
         selectors: vec!["unix:uid:1000".into(), "cgroup:web".into()],
         ttl_seconds: 1_800,
         federates_with: vec!["example.org".into()],
@@ -36,6 +36,12 @@ fn a_static_entry_is_an_entry_field_by_field() {
         "{spiffeID: 'spiffe://west/web', parentID: 'spiffe://west/ambit/cluster/south', selectors: ['unix:uid:1']}";
     let entry = one("ClusterStaticEntry", all).unwrap().entries.remove(0);
     assert_eq!((entry.cluster.as_str(), entry.nodes.len(), entry.ttl_seconds), ("south", 0, 0));
+    // Who is more than a workload is so on the nodes that are named, as the cell says it.
+    let admin = all.replace(']', ", 'tpm:policy:servers'], admin: true").replace("]}", "]");
+    let refusal = one("ClusterStaticEntry", &admin).unwrap_err();
+    assert!(refusal.expected.contains(&ambit_model::entry::nodes_unnamed().expected), "{refusal}");
+    let by_ek = admin.replace("policy:servers", &format!("ek_hash:{node}"));
+    assert!(one("ClusterStaticEntry", &by_ek).unwrap().entries[0].admin);
 }
 
 #[test]
@@ -115,6 +121,8 @@ fn what_cannot_be_said_is_refused_with_its_field() {
             "spec.workloadSelectorTemplates[0]",
         ),
         ("ClusterSPIFFEID", format!("{{{template}}}"), "spec.workloadSelectorTemplates"),
+        ("ClusterSPIFFEID", format!("{{{template}, {cgroup}, admin: true}}"), "spec.admin"),
+        ("ClusterStaticEntry", format!("{{{id}, {parent}, {uid}, downstream: true}}"), "spec.downstream"),
         (
             "ClusterSPIFFEID",
             format!("{{{template}, {cgroup}, dnsNameTemplates: ['{{{{ .PodMeta.Name }}}}']}}"),

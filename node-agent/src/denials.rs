@@ -112,13 +112,16 @@ impl Denials {
         self.out || self.lists(origin, node, generation)
     }
 
-    /// Whether what a far end showed is refused now: by its identity, or under any of the authorities that it showed. Which
+    /// Whether what a far end showed is refused now: by its identity, by the node that it was issued through, or under any of the authorities that it showed. Which
     /// of them signed was found in the handshake and is not asked again; nobody honest shows a revoked one.
     pub fn denies_presented(&self, peer: &Presented) -> bool {
         if self.by_id.get(&peer.id).is_some_and(|refused| refused.covers(&peer.serial)) {
             return true;
         }
         let origin = peer.id.trust_domain();
+        if peer.binding.is_some_and(|bound| self.lists(&origin, &bound.node, bound.generation)) {
+            return true;
+        }
         let denies =
             |name: &String| self.denies_authority(&origin, name) || self.denies_svid(&peer.id, name, &peer.serial);
         peer.above.iter().any(denies)

@@ -3,6 +3,7 @@
 //! Knows nothing of policy: who may open a stream is decided by [`crate::inbound`], where to by [`crate::outbound`].
 
 use ambit_identity::svid::Presented;
+use ambit_model::{NodeId, SpiffeId};
 use bytes::Bytes;
 use h2::client::SendRequest;
 use h2::{Ping, PingPong, RecvStream, SendStream};
@@ -61,6 +62,18 @@ pub enum TunnelError {
         #[source]
         source: std::io::Error,
     },
+    /// The SVID at the other end was not issued through the endpoint's node: a downstream authority's, or a copy.
+    #[error("the SVID of {id} at {node} is bound to {found}, not to node {expected}")]
+    OtherNode {
+        /// Where.
+        node: SocketAddr,
+        /// Of whom.
+        id: SpiffeId,
+        /// The node that runs the endpoint.
+        expected: NodeId,
+        /// What the SVID says.
+        found: String,
+    },
     /// No answer in time.
     #[error("no answer in time")]
     Timeout,
@@ -87,7 +100,14 @@ pub enum TunnelError {
 impl TunnelError {
     /// Whether the tunnel itself failed, so that the endpoint should be avoided until a probe succeeds.
     pub fn is_tunnel(&self) -> bool {
-        matches!(self, Self::Unreachable { .. } | Self::Handshake { .. } | Self::Timeout | Self::Broken(_))
+        matches!(
+            self,
+            Self::Unreachable { .. }
+                | Self::Handshake { .. }
+                | Self::OtherNode { .. }
+                | Self::Timeout
+                | Self::Broken(_)
+        )
     }
     /// Whether another endpoint may succeed where this one failed. A refusal by policy stands.
     pub fn is_retryable(&self) -> bool {
@@ -100,6 +120,7 @@ impl TunnelError {
         match self {
             Self::Unreachable { .. } => "unreachable",
             Self::Handshake { .. } => "handshake",
+            Self::OtherNode { .. } => "other_node",
             Self::Timeout => "timeout",
             Self::Broken(_) => "broken",
             Self::Refused(code) if *code == StatusCode::FORBIDDEN => "denied",
@@ -142,19 +163,22 @@ impl Drop for Lease {
     }
 }
 
-/// Opens a tunnel from `from`, this node's registered address, to `node`. The verifier in `config` accepts exactly one SPIFFE ID; `name` only selects it.
+/// Opens a tunnel from `from`, this node's registered address, to the node `holder` at `node`. The verifier in `config` accepts
+/// exactly one SPIFFE ID, and of its SVIDs only one issued through `holder` will do; `name` only selects it.
 pub async fn dial(
     from: Ipv4Addr,
     node: SocketAddr,
+    holder: NodeId,
     name: ServerName<'static>,
     config: Arc<ClientConfig>,
 ) -> Result<Tunnel, TunnelError> {
-    timeout(DIAL_MAX, connect(from, node, name, config)).await.map_err(|_| TunnelError::Timeout)?
+    timeout(DIAL_MAX, connect(from, node, holder, name, config)).await.map_err(|_| TunnelError::Timeout)?
 }
 
 async fn connect(
     from: Ipv4Addr,
     node: SocketAddr,
+    holder: NodeId,
     name: ServerName<'static>,
     config: Arc<ClientConfig>,
 ) -> Result<Tunnel, TunnelError> {
@@ -169,6 +193,12 @@ async fn connect(
         .peer_certificates()
         .and_then(Presented::of)
         .ok_or_else(|| shake(std::io::Error::other("no SVID")))?;
+    // Of which admission is not asked: a pod that starts under a new one is shown by the SVID that is held already. An
+    // admission that ended badly is denied, and so is what was issued under it.
+    if peer.binding.is_none_or(|bound| bound.node != holder) {
+        let found = peer.binding.map_or_else(|| "no node".to_owned(), |bound| format!("node {}", bound.node));
+        return Err(TunnelError::OtherNode { node, id: peer.id, expected: holder, found });
+    }
     let (requests, mut connection) = h2::client::Builder::new()
         .enable_push(false)
         .initial_window_size(STREAM_WINDOW)

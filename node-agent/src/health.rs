@@ -102,7 +102,8 @@ impl Health {
             && !denials.now().denies_endpoint(&suspect.endpoint);
         let answers = match credentials(plane, &suspect.source, &suspect.endpoint.spiffe_id) {
             Ok((name, config)) if known => {
-                pool::dial(plane.address, node(&suspect.endpoint), name, config).await.is_ok()
+                let (at, holder) = (node(&suspect.endpoint), suspect.endpoint.node);
+                pool::dial(plane.address, at, holder, name, config).await.is_ok()
             }
             Ok(_) | Err(_) => true,
         };

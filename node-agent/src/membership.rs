@@ -46,12 +46,12 @@ impl Told {
         code == Code::NodeLate || (code.class() == Class::Denied && code != Code::PermissionDenied)
     }
 
-    /// Whether the cell put this node out. A certificate that ran out, a node that a restored cell does not know and one
-    /// that was merely late are no verdicts on it.
+    /// Whether the cell put this node out. A certificate that ran out, a node that a restored cell does not know, one that
+    /// was merely late and one whose admission a copy of its key used first are no verdicts on it.
     fn puts_out(&self) -> bool {
         let no_verdict =
-            [Code::NodeLate, Code::NodeUnknown, Code::SvidUntrusted, Code::SvidMalformed].contains(&self.refusal.code);
-        !no_verdict
+            [Code::NodeLate, Code::NodeUnknown, Code::SvidUntrusted, Code::SvidMalformed, Code::NodeAddressMismatch];
+        !no_verdict.contains(&self.refusal.code)
     }
 }
 

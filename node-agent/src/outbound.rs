@@ -198,6 +198,9 @@ impl Outbound {
         if let Err(error) = &opened
             && TunnelError::is_tunnel(error)
         {
+            if matches!(error, TunnelError::OtherNode { .. }) {
+                tracing::warn!(caller = %pod.id(), %error, "tunnel refused");
+            }
             self.health.suspect(plane, endpoint, pod.id());
         }
         opened

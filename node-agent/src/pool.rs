@@ -71,8 +71,9 @@ impl Pool {
             return Err(TunnelError::Busy);
         }
         let (name, config) = config()?;
-        let tunnel =
-            dial(key.from, key.node, name, config).await.inspect_err(|_| tunnels.failed = Some(Instant::now()))?;
+        let tunnel = dial(key.from, key.node, key.holder.0, name, config)
+            .await
+            .inspect_err(|_| tunnels.failed = Some(Instant::now()))?;
         let lease = tunnel.lease().ok_or(TunnelError::Busy)?;
         tunnels.open.push(tunnel);
         Ok(lease)
@@ -128,10 +129,11 @@ impl Pool {
 pub async fn dial(
     from: Ipv4Addr,
     node: SocketAddr,
+    holder: NodeId,
     name: ServerName<'static>,
     config: Arc<ClientConfig>,
 ) -> Result<Tunnel, TunnelError> {
-    let dialed = hbone::dial(from, node, name, config).await;
+    let dialed = hbone::dial(from, node, holder, name, config).await;
     match &dialed {
         Ok(_) => METRICS.handshakes.inc(["ok", "none"]),
         Err(error) => METRICS.handshakes.inc(["failed", error.reason()]),

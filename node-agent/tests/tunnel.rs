@@ -279,7 +279,7 @@ async fn asked_from(stage: &Stage, from: Ipv4Addr) -> Option<http::StatusCode> {
     let plane = stage.west_plane.borrow().clone().unwrap();
     let (name, config) =
         health::credentials(&plane, stage.web.id(), &stage.east.id("db").parse().unwrap()).expect("web's SVID");
-    let tunnel = hbone::dial(from, stage.hbone, name, config).await.ok()?;
+    let tunnel = hbone::dial(from, stage.hbone, stage.east.node(), name, config).await.ok()?;
     match tunnel.lease()?.open(stage.db_at()).await {
         Ok(_) => Some(http::StatusCode::OK),
         Err(TunnelError::Refused(code)) => Some(code),
@@ -308,6 +308,101 @@ async fn a_key_copied_to_another_node_is_refused_there_and_good_at_home() {
     // An earlier admission registered it, and nothing was heard since.
     stage.publish(|_| (), |e| e.callers = vec![v1::NodeAddress { generation: 0, ..good.clone() }]);
     assert_eq!(asked_from(&stage, home).await, Some(http::StatusCode::OK));
+}
+
+#[tokio::test]
+async fn a_callee_whose_svid_is_of_another_node_or_of_none_is_refused_by_the_caller() {
+    let mut stage = Stage::set(20).await;
+    let refused = || METRICS.handshakes.value(["failed", "other_node"]);
+    let (own, other) = (stage.east.node().to_string(), "cd".repeat(32));
+    let (bound, unbound) = (stage.db_svid.clone(), stage.east.unbound_svid("db"));
+    // What the slice says of the endpoint's node, against what its agent shows: an SVID of its first admission.
+    for (what, node, generation, svid, carried) in [
+        ("its own", &own, 1, &bound, true),
+        // A pod that started under a later admission is shown by the SVID that was held already.
+        ("its own, reported later", &own, 2, &bound, true),
+        ("another node's", &other, 1, &bound, false),
+        // Of a generation of its own: a tunnel that was opened to the former ones would serve.
+        ("no node's", &own, 3, &unbound, false),
+    ] {
+        stage.db_svid = svid.clone();
+        stage.publish(|w| (w.endpoints[0].node, w.endpoints[0].generation) = (node.clone(), generation), |_| ());
+        let before = refused();
+        let mut app = stage.call_db().await;
+        if carried {
+            let (mut pod, _) = stage.served().await;
+            round_trip(&mut app, &mut pod, 10).await;
+        } else {
+            assert!(is_reset(app).await, "{what}");
+            assert!(
+                timeout(Duration::from_millis(200), stage.db.accept()).await.is_err(),
+                "{what}: the pod saw nothing"
+            );
+            assert_eq!(stage.health.unhealthy().into_iter().collect::<Vec<_>>(), [*stage.db_at().ip()], "{what}");
+            assert!(refused() > before, "{what}: counted");
+        }
+    }
+    // Nor does a probe take it for healthy.
+    let probe = tokio::spawn(stage.health.clone().probe(stage.west_plane.subscribe(), stage.west_denials.clone()));
+    tokio::time::sleep(Duration::from_millis(1200)).await;
+    assert_eq!(stage.health.unhealthy().len(), 1);
+    stage.db_svid = bound;
+    stage.publish(|_| (), |_| ());
+    timeout(SOON, async {
+        while !stage.health.unhealthy().is_empty() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await
+    .expect("healthy again");
+    probe.abort();
+}
+
+#[tokio::test]
+async fn a_callee_whose_svid_is_of_a_denied_admission_is_refused_where_its_node_is_in_again() {
+    let mut stage = Stage::set(21).await;
+    let again = |w: &mut v1::Slice| w.endpoints[0].generation = 2;
+    stage.publish(again, |_| ());
+    let mut app = stage.call_db().await;
+    let (mut pod, _) = stage.served().await;
+    round_trip(&mut app, &mut pod, 10).await;
+    // The endpoint is of the second admission; whoever shows what was certified under the first is not its agent.
+    assert!(stage.west_denials.offer(list(2, "west", &stage.east, 1)));
+    round_trip(&mut app, &mut pod, 10).await;
+    assert!(stage.west_denials.offer(list(3, "east", &stage.east, 1)));
+    assert!(is_reset(app).await, "the live connection is cut");
+    no_tunnel(&stage.outbound).await;
+    assert!(is_reset(stage.call_db().await).await, "a new one is refused");
+    assert!(timeout(Duration::from_millis(200), stage.db.accept()).await.is_err(), "the pod saw nothing");
+}
+
+#[tokio::test]
+async fn a_service_is_called_elsewhere_where_the_chosen_endpoint_shows_another_nodes_svid() {
+    let mut stage = Stage::set(22).await;
+    let copied = Ipv4Addr::new(127, 0, 79, 22);
+    let service = SocketAddrV4::new(Ipv4Addr::new(10, 99, 0, 1), stage.db_at().port());
+    let at = stage.hbone.ip().to_string();
+    let bad = v1::Endpoint { address: copied.to_string(), node: "cd".repeat(32), ..stage.endpoint(&at) };
+    let found = v1::Service {
+        origin: "east".into(),
+        name: "db".into(),
+        address: service.ip().to_string(),
+        port: u32::from(service.port()),
+        backends: vec!["spiffe://east/db".into()],
+        order: "local-first".into(),
+    };
+    stage.publish(
+        |w| {
+            w.endpoints.push(bad);
+            w.services = vec![found];
+        },
+        |_| (),
+    );
+    let chosen = SocketAddrV4::new(copied, service.port());
+    let mut app = stage.call(Some(Captured { asked: service, endpoint: chosen })).await;
+    let (mut pod, _) = stage.served().await;
+    round_trip(&mut app, &mut pod, 10).await;
+    assert_eq!(stage.health.unhealthy().into_iter().collect::<Vec<_>>(), [copied]);
 }
 
 #[tokio::test]

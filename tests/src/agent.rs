@@ -94,6 +94,9 @@ impl Machine {
     }
 }
 
+/// Where nodes of tests are, where a test says nothing else.
+const NODE_ADDRESS: &str = "127.0.0.1";
+
 /// One open stream.
 pub struct Agent {
     up: mpsc::Sender<v1::AgentMessage>,
@@ -103,17 +106,27 @@ pub struct Agent {
 impl Agent {
     /// Opens one at a replica of the cell.
     pub async fn open(cell: &Cell, replica: usize, identity: Identity) -> Result<Agent, Refusal> {
-        let internal = |e: anyhow::Error| Refusal::new(Code::Internal, "a replica", e.to_string());
-        let at = cell.address(replica).map_err(internal)?;
-        Agent::dial(&cell.dialer(identity), at, &cell.trust_domain).await
+        Agent::open_from(cell, replica, identity, NODE_ADDRESS).await
     }
 
-    async fn dial(dialer: &Dialer, at: SocketAddr, td: &TrustDomain) -> Result<Agent, Refusal> {
+    /// The same, where the agent says that the node has this address.
+    pub async fn open_from(
+        cell: &Cell,
+        replica: usize,
+        identity: Identity,
+        node_address: &str,
+    ) -> Result<Agent, Refusal> {
+        let internal = |e: anyhow::Error| Refusal::new(Code::Internal, "a replica", e.to_string());
+        let at = cell.address(replica).map_err(internal)?;
+        Agent::dial(&cell.dialer(identity), at, &cell.trust_domain, node_address).await
+    }
+
+    async fn dial(dialer: &Dialer, at: SocketAddr, td: &TrustDomain, node_address: &str) -> Result<Agent, Refusal> {
         let channel = dialer.channel(at, Expect::ReplicaOf(td.clone())).await?;
         let closed = |_| Refusal::new(Code::Internal, "an open queue", "a closed one");
         // More than any answer here has messages, so that none waits for the other side.
         let (up, queue) = mpsc::channel(64);
-        let hello = v1::Subscribe { node_address: "127.0.0.1".to_owned(), have_revision: 0 };
+        let hello = v1::Subscribe { node_address: node_address.to_owned(), have_revision: 0 };
         up.send(v1::AgentMessage { body: Some(Up::Subscribe(hello)) }).await.map_err(closed)?;
         let answer = AgentStreamClient::new(channel).sync(ReceiverStream::new(queue)).await;
         Ok(Agent { up, down: answer.map_err(|s| from_status(&s))?.into_inner() })
@@ -192,7 +205,7 @@ impl Attending {
         let heard: Arc<Mutex<Vec<Refusal>>> = Arc::clone(&said);
         let task = tokio::spawn(async move {
             for at in servers.iter().cycle() {
-                let refusal = match Agent::dial(&dialer, *at, &td).await {
+                let refusal = match Agent::dial(&dialer, *at, &td, NODE_ADDRESS).await {
                     Ok(mut agent) => loop {
                         let request = match agent.asked().await {
                             Ok(request) => request,

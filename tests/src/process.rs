@@ -6,11 +6,28 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
 
 /// Ports are chosen below the range that the kernel gives to outgoing connections (32768 and up), so that none of
 /// those takes a port between its choice and its use.
 const PORT_FIRST: u32 = 18_000;
 const PORTS: u32 = 14_000;
+
+/// What is to happen by itself happens within this.
+pub const SOON: Duration = Duration::from_secs(30);
+
+/// Asked until it is so.
+#[allow(clippy::panic, reason = "a test in which it never is fails")]
+pub fn until<T>(what: &str, mut of: impl FnMut() -> Option<T>) -> T {
+    let begun = Instant::now();
+    loop {
+        if let Some(found) = of() {
+            return found;
+        }
+        assert!(begun.elapsed() < SOON, "{what}: not within {SOON:?}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
 
 /// A folder that is removed at its end. No log that was written in it may hold a private key.
 #[derive(Debug)]

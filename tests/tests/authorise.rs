@@ -217,8 +217,8 @@ async fn only_who_is_in_the_matrix_is_let_in() {
     };
     let out_of_office = by_role("gone", "federation-admin").await;
     revoke_all(&cell, "gone").await.unwrap();
-    let issuer = cell.channel_as(workload(&cell, &node, "site", true).await, 1).await.unwrap();
-    let workload = cell.channel_as(workload(&cell, &node, "web", false).await, 1).await.unwrap();
+    let issuer = cell.channel_as(workload(&cell, (&node, &machine.node()), "site", true).await, 1).await.unwrap();
+    let workload = cell.channel_as(workload(&cell, (&node, &machine.node()), "web", false).await, 1).await.unwrap();
     let callers: BTreeMap<char, Channel> = BTreeMap::from([
         ('-', cell.anonymous(1).await.unwrap()),
         ('F', by_role("alice", "federation-admin").await),
@@ -350,12 +350,13 @@ async fn so_is_a_stream_that_ends_refused(cell: &Cell, operator: &Channel) {
 }
 
 /// A workload's SVID, issued through the node as its agent would ask for it.
-async fn workload(cell: &Cell, node: &Channel, id: &str, downstream: bool) -> Identity {
+async fn workload(cell: &Cell, (node, on): (&Channel, &str), id: &str, downstream: bool) -> Identity {
     let entry = v1::Entry {
         id: id.into(),
         spiffe_id: format!("spiffe://west/{id}"),
         downstream,
         cluster: "west".into(),
+        nodes: vec![on.into()],
         selectors: vec!["unix:uid:1000".into()],
         ..Default::default()
     };

@@ -3,30 +3,17 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test says that it failed by panicking")]
 
 use ambit_lab::{Lab, Place, Pod, Ready, cell, topology};
-use ambit_tests::process::binary;
+use ambit_tests::process::{SOON, binary, until};
 use ambit_tests::small::Small;
 use sha2::{Digest, Sha256};
 use std::io::Write;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
-const SOON: Duration = Duration::from_secs(30);
 /// The pods' port.
 const PORT: u16 = 8080;
 /// HBONE.
 const TUNNEL: u16 = 15008;
-
-fn until<T>(what: &str, mut of: impl FnMut() -> Option<T>) -> T {
-    let begun = Instant::now();
-    loop {
-        if let Some(found) = of() {
-            return found;
-        }
-        assert!(begun.elapsed() < SOON, "{what}: not within {SOON:?}");
-        std::thread::sleep(Duration::from_millis(100));
-    }
-}
 
 fn peered(lab: &Lab) {
     let (west, east) = (lab.cell("west").unwrap(), lab.cell("east").unwrap());

@@ -118,8 +118,9 @@ async fn a_cluster_issues_by_itself_under_a_downstream_authority_until_it_is_rev
     let token = join_token(&cell, "west").await.unwrap();
     let (verdict, answer) = machine.enrol(&cell, 1, "west", &token, &Lies::default()).await.unwrap().unwrap();
     let node = cell.channel_as(node_identity(&verdict, &answer.key).unwrap(), 1).await.unwrap();
-    create(&cell, v1::Entry { id: "site".into(), downstream: true, ..Default::default() }).await;
-    create(&cell, v1::Entry { id: "ops".into(), admin: true, ..Default::default() }).await;
+    let nodes = vec![machine.node()];
+    create(&cell, v1::Entry { id: "site".into(), downstream: true, nodes: nodes.clone(), ..Default::default() }).await;
+    create(&cell, v1::Entry { id: "ops".into(), admin: true, nodes, ..Default::default() }).await;
     let both = v1::Entry {
         id: "both".into(),
         spiffe_id: "spiffe://west/both".into(),

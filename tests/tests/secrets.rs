@@ -5,7 +5,7 @@ use ambit_identity::SvidKey;
 use ambit_identity::wrap::Purpose;
 use ambit_lab::{Lab, Place, Ready};
 use ambit_model::ReplicaId;
-use ambit_tests::process::{binary, must_run};
+use ambit_tests::process::{SOON, binary, must_run, until};
 use ambit_tests::secrets::{self, Secret, in_file};
 use ambit_tests::small::Small;
 use ambitd::raft::{Options, rebase};
@@ -13,22 +13,9 @@ use ambitd::replica::files::Files;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 const REPLICAS: [&str; 3] = ["west-r1", "west-r2", "west-r3"];
-const SOON: Duration = Duration::from_secs(30);
-
-/// Asked until it is so.
-fn until<T>(what: &str, mut of: impl FnMut() -> Option<T>) -> T {
-    let begun = Instant::now();
-    loop {
-        if let Some(found) = of() {
-            return found;
-        }
-        assert!(begun.elapsed() < SOON, "{what}: not within {SOON:?}");
-        std::thread::sleep(Duration::from_millis(100));
-    }
-}
 
 fn identity(lab: &Lab, replica: &str, file: &str) -> PathBuf {
     lab.folder(replica).join("data/identity").join(file)

@@ -5,6 +5,7 @@
 use ambit_model::Refusal;
 use ambit_proto::status::from_status;
 use ambit_proto::v1;
+use ambit_proto::v1::agent_message::Body as Up;
 use ambit_proto::v1::appraisal_client::AppraisalClient;
 use ambit_proto::v1::node_attestation_client::NodeAttestationClient;
 use ambit_tests::agent::{Admitted, Agent, RoundLies};
@@ -152,6 +153,45 @@ async fn an_endorsement_that_ends_ends_the_trust_it_gave() {
     admin.put_ek_deny(remove).await.unwrap();
     assert_eq!(enrols(&cell, denied, "west").await, "ok");
     assert_eq!(svid(&cell, &me, "web-west").await.unwrap(), "node_untrusted");
+}
+
+/// A copy of the node's key, with an address of its own: refused by every replica, whatever it has heard, and the node's own
+/// stream goes on. What starts anew has a new admission, and with it the node moves.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_admission_has_the_address_that_it_registered_first() {
+    let cell = Cell::start("west", 3).await.unwrap();
+    let maker = Maker::new().unwrap();
+    let machine = Machine::new(&maker, "n1").await.unwrap();
+    register_cluster(&cell, "west", &maker).await.unwrap();
+    let me = admit(&cell, &machine, "west").await.unwrap();
+    let mut own = Agent::open_from(&cell, 1, me.identity.clone(), "10.9.0.21").await.unwrap();
+    own.answer(&machine, &me, &RoundLies::default()).await.unwrap();
+    for replica in [1, 2, 3, 2] {
+        let thief = Agent::open_from(&cell, replica, me.identity.clone(), "10.9.0.66").await;
+        assert_eq!(thief.err().map(|r| r.code.as_str()), Some("node_address_mismatch"), "at {replica}");
+    }
+    let counted = |page: String| page.contains("ambit_refusals_total{code=\"node_address_mismatch\"} 2\n");
+    assert!(counted(cell.metrics_page(2).unwrap()));
+    own.answer(&machine, &me, &RoundLies::default()).await.unwrap();
+    // The node itself, at another replica.
+    let mut moved = Agent::open_from(&cell, 2, me.identity.clone(), "10.9.0.21").await.unwrap();
+    moved.asked().await.unwrap();
+    // Nor may a stream bring its callers elsewhere with an endpoint.
+    let endpoint = v1::Endpoint {
+        spiffe_id: "spiffe://west/web".into(),
+        address: "10.9.1.11".into(),
+        cluster: "west".into(),
+        node_address: "10.9.0.66".into(),
+        node: machine.node(),
+        generation: 1,
+    };
+    moved.send(vec![Up::Endpoints(v1::EndpointReport { endpoints: vec![endpoint] })]).await;
+    assert_eq!(moved.ended().await.unwrap().code.as_str(), "node_address_mismatch");
+    let again = admit(&cell, &machine, "west").await.unwrap();
+    let mut anew = Agent::open_from(&cell, 3, again.identity.clone(), "10.9.0.22").await.unwrap();
+    anew.answer(&machine, &again, &RoundLies::default()).await.unwrap();
+    let former = Agent::open_from(&cell, 3, me.identity.clone(), "10.9.0.21").await;
+    assert_eq!(former.err().map(|r| r.code.as_str()), Some("svid_untrusted"));
 }
 
 fn blob(cell: &Cell, replica: usize, kind: &str, sha256: &str) -> bool {

@@ -127,14 +127,24 @@ impl Root {
         csr: &Csr,
     ) -> Result<CertificateDer<'static>, Refusal> {
         let a = authority.get();
-        if csr.spki_sha256() != a.key_hash {
+        self.as_committed(csr, &a.key_hash, &a.root)?;
+        self.sign_intermediate(Named { replica: a.replica.0, epoch: a.epoch }, csr, a.lifetime, &a.serial)
+    }
+
+    /// The request has the key that was committed, and this is the root that was to sign.
+    fn as_committed(&self, csr: &Csr, key_hash: &[u8; 32], root: &[u8; 32]) -> Result<(), Refusal> {
+        if csr.spki_sha256() != *key_hash {
             return Err(Refusal::new(Code::AuthorityMismatch, "the issuing key that was committed", "another"));
         }
-        if crate::fingerprint(&self.der) != a.root {
-            let found = hex::encode(crate::fingerprint(&self.der));
-            return Err(Refusal::new(Code::AuthorityMismatch, format!("the root {}", hex::encode(a.root)), found));
+        let own = crate::fingerprint(&self.der);
+        if own != *root {
+            return Err(Refusal::new(
+                Code::AuthorityMismatch,
+                format!("the root {}", hex::encode(root)),
+                hex::encode(own),
+            ));
         }
-        self.sign_intermediate(Named { replica: a.replica.0, epoch: a.epoch }, csr, a.lifetime, &a.serial)
+        Ok(())
     }
 
     /// The intermediate of a cluster's own issuer, from its committed entry: marked, so that nobody takes what it signs for
@@ -145,13 +155,7 @@ impl Root {
         csr: &Csr,
     ) -> Result<CertificateDer<'static>, Refusal> {
         let a = authority.get();
-        if csr.spki_sha256() != a.key_hash {
-            return Err(Refusal::new(Code::AuthorityMismatch, "the issuing key that was committed", "another"));
-        }
-        if crate::fingerprint(&self.der) != a.root {
-            let found = hex::encode(crate::fingerprint(&self.der));
-            return Err(Refusal::new(Code::AuthorityMismatch, format!("the root {}", hex::encode(a.root)), found));
-        }
+        self.as_committed(csr, &a.key_hash, &a.root)?;
         let root = crate::profile::certificate(&self.der)?;
         let ends = u64::try_from(root.validity().not_after.timestamp()).unwrap_or(0).saturating_mul(1000);
         if a.lifetime.not_after.0 > ends {

@@ -90,15 +90,17 @@ pub struct Presented {
     pub above: Vec<String>,
     /// Serial number, as of [`serial_number`].
     pub serial: Vec<u8>,
+    /// Through which node it was issued, where its authority says so.
+    pub binding: Option<NodeBinding>,
 }
 
 impl Presented {
     /// Reads a chain, leaf first; none for what is no X.509-SVID.
     pub fn of(chain: &[CertificateDer<'_>]) -> Option<Self> {
-        let Leaf { id, serial, .. } = parse_leaf(chain).ok()?;
+        let Leaf { id, serial, binding, .. } = parse_leaf(chain).ok()?;
         let name = |der| profile::parse(der).ok().map(|cert| key_name(cert.public_key().raw));
         let above = chain.iter().skip(1).map(|der| name(der)).collect::<Option<_>>()?;
-        Some(Self { id, above, serial })
+        Some(Self { id, above, serial, binding })
     }
 }
 

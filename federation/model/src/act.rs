@@ -79,7 +79,8 @@ pub enum Act {
 
 impl Act {
     /// How many approvers the act takes in a cell with so many. A cell without any lets one administrator act alone, as
-    /// ever, but where no administrator acts at all; from the first approver on none can. Whom to ask is decided by those
+    /// ever, but where no administrator acts at all, or where the root's key would leave the cell; from the first approver on
+    /// none can. Whom to ask is decided by those
     /// who are asked already: with one, by him.
     ///
     /// # Errors
@@ -92,6 +93,10 @@ impl Act {
                 Err(Refusal::new(Code::ApprovalMissing, expected, "one without any"))
             }
             (Self::BreakGlass(..), _) => Ok(1),
+            // Alone, an administrator would split the key among keys that are all his own.
+            (Self::ShareRoot { .. }, 0) => {
+                Err(Refusal::new(Code::NeedsSecondApprover, "a cell with two approvers or more", "one without any"))
+            }
             (_, 0) => Ok(0),
             (Self::RevokeRoot(_) | Self::RemoveTrustDomain(_) | Self::ShareRoot { .. }, 1) => {
                 Err(Refusal::new(Code::NeedsSecondApprover, "a cell with two approvers or more", "one with one"))
@@ -320,6 +325,7 @@ mod tests {
             (Act::RemoveApprover(al.clone()), "0122"),
             (Act::RemoveTrustDomain("east".parse().unwrap()), "0-22"),
             (Act::BreakGlass(al, [1; 32]), "-111"),
+            (Act::ShareRoot { root: [1; 32], threshold: 2, holders: Vec::new() }, "--22"),
         ] {
             let said = (0..4).map(|n| act.needs(n).map_or("-".to_owned(), |n| n.to_string()));
             assert_eq!(said.collect::<String>(), needs, "{act}");

@@ -246,6 +246,13 @@ impl Entry {
     pub fn names_a_workload(&self) -> bool {
         self.selectors.iter().any(|selector| !selector.is_of_node())
     }
+    /// Refused where it gives more than a workload has to nodes that it does not name. Which nodes a cluster has, and what
+    /// they must show, its own administrator decides (join tokens, allow-lists, appraisal policies): an entry that fits
+    /// any of them would be theirs to take.
+    pub fn check_privileged(&self) -> Result<(), Refusal> {
+        let named = !self.nodes.is_empty() || self.selectors.iter().any(|one| matches!(one, Selector::TpmEkHash(_)));
+        if named || !self.extras.is_privileged() { Ok(()) } else { Err(nodes_unnamed()) }
+    }
     /// Whether `node` of `cluster` may run this workload, as far as the entry names nodes; what its node selectors say
     /// is for who knows the node's last verdict.
     pub fn may_run_on(&self, cluster: &ClusterId, node: &NodeId) -> bool {
@@ -256,6 +263,12 @@ impl Entry {
     pub fn recognises(&self, found: &BTreeSet<Selector>) -> bool {
         self.names_a_workload() && self.selectors.iter().all(|one| one.is_of_node() || found.contains(one))
     }
+}
+
+/// An entry marked `admin` or `downstream` that fits whatever node its cluster has.
+pub fn nodes_unnamed() -> Refusal {
+    let expected = "an entry marked admin or downstream to name its nodes (their ids, or a selector tpm:ek_hash)";
+    Refusal::new(Code::BadRequest, expected, "every node of its cluster")
 }
 
 #[cfg(test)]

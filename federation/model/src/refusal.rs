@@ -171,7 +171,7 @@ codes! {
     ApprovalExpired = "approval_expired", Denied, "propose the act again: what was signed is no longer good";
     ApprovalUsed = "approval_used", Denied, "propose the act again: what was signed is good for one time";
     AdminExpired = "admin_expired", Unauthenticated, "have a federation-admin issue a new one (ambit admin issue); where none has one in time, break glass: ambit admin request, ambitd admin break-glass, ambit admin install";
-    NodeAddressMismatch = "node_address_mismatch", Denied, "call from the address that the SVID's node registered (node_address), with no translation between nodes; otherwise the SVID is a copy: revoke it";
+    NodeAddressMismatch = "node_address_mismatch", Denied, "call from the address that the SVID's node registered (node_address), with no translation between nodes; an agent whose address changed: restart it, it enrols anew; otherwise the SVID is a copy: revoke it";
     ShareInvalid = "share_invalid", Denied, "bring enough undamaged shares of this root, all made together (ambit trust shares)";
     ReplicaUnattested = "replica_unattested", Denied, "give the replica a TPM (tpm in its configuration) that is on the allow-list of cluster `replica` and booted as the policy `replica` says";
     SealIncomplete = "seal_incomplete", Precondition, "see what lacks (ambit trust seal --dry-run): every replica attested, and recovery shares of each root";

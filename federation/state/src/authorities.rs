@@ -88,6 +88,8 @@ pub struct DownstreamRow {
     pub node: NodeId,
     /// Which of the node's admissions.
     pub generation: Generation,
+    /// The SVID that asked for it, by its issuer and serial: whoever revokes that revokes this.
+    pub asked_by: (String, [u8; 16]),
     /// The root that signed it.
     pub root: RootId,
     /// Of the certificate.

@@ -7,7 +7,7 @@ use crate::objects::{
     AkFacts, BootPcrs, CellRow, Counters, DenialRow, EkDenyRow, EkFacts, EndpointProfile, ImaPoint, KeySetRow, Member,
     PeerRow, PolicyRef, PolicyVersion, TokenRow,
 };
-use crate::sealing::{ReplicaVerdict, Seal};
+use crate::sealing::{ReplicaDenial, ReplicaVerdict, Seal};
 use ambit_model::policy::{Endpoint, Policy, Service};
 use ambit_model::record::{Head, Record};
 use ambit_model::{
@@ -471,6 +471,11 @@ pub enum Command {
     AttestedReplicasOnly(bool),
     /// The keys of roots and JWT authorities, wrapped to the TPMs of all replicas and to nothing else.
     SealRoots(Box<Seal>),
+    /// What wraps a secret to replicas, refused where one of these (replica -> wrap key) is not the replica's any more, and,
+    /// where the root is sealed, where it is in no attested TPM.
+    WrappedTo(BTreeMap<u64, Vec<u8>>, Box<Command>),
+    /// A replica's own TPM showed another state than is accepted: it is attested no more.
+    DenyReplica(Box<ReplicaDenial>),
 }
 
 /// A foreign bundle, read strictly.

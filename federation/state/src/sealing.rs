@@ -1,7 +1,7 @@
 //! What the root's form `sealed` rests on: replicas attested, with wrap keys that their TPMs certified, and recovery shares.
 
 use crate::authorities::RootId;
-use crate::objects::{Counters, Member, PolicyRef};
+use crate::objects::{Counters, DenialRow, Member, PolicyRef};
 use crate::state::State;
 use ambit_model::bundle::RootState;
 use ambit_model::{ClusterId, NodeId, ObjectName, Refusal, Revision, Stamp};
@@ -32,6 +32,12 @@ pub struct AttestedReplica {
     pub ak_name: Vec<u8>,
     /// The point of the wrap key, which is in that TPM.
     pub wrap_key: Vec<u8>,
+    /// SHA-256 of SPKI of the TLS key, which the quote is over.
+    pub tls_key_hash: [u8; 32],
+    /// SHA-256 of the token with which it is to join; none for a replica of the cell.
+    pub token: Option<[u8; 32]>,
+    /// The policies that judged it.
+    pub policy_revision: Revision,
     /// SHA-256 of the EK root; none for an EK that the allow-list alone vouches for.
     pub ek_root_sha256: Option<[u8; 32]>,
     /// hardware, virtual or lab.
@@ -57,18 +63,31 @@ pub struct AttestedReplica {
 pub struct ReplicaVerdict {
     /// Which replica.
     pub replica: u64,
-    /// SHA-256 of the token with which it is to join; none for a replica of the cell.
-    pub token: Option<[u8; 32]>,
     /// The nonce to consume.
     pub nonce: [u8; 32],
     /// Until when it is remembered.
     pub deadline: Stamp,
     /// Judged under.
     pub endorsement_revision: Revision,
-    /// Judged under.
-    pub policy_revision: Revision,
     /// What was proved; the stamp is set here.
     pub attested: AttestedReplica,
+}
+
+/// Bad evidence of a replica, after a good HMAC.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReplicaDenial {
+    /// The nonce to consume.
+    pub nonce: [u8; 32],
+    /// Until when it is remembered.
+    pub deadline: Stamp,
+    /// The reason, and the TPM.
+    pub row: DenialRow,
+    /// Which replica showed it, where its certificate said so.
+    pub replica: Option<u64>,
+    /// Judged under.
+    pub endorsement_revision: Revision,
+    /// Judged under.
+    pub policy_revision: Revision,
 }
 
 /// Recovery shares that were made of a root's key.
@@ -107,6 +126,10 @@ impl State {
     pub fn attested_replica(&self, id: u64) -> Option<&AttestedReplica> {
         self.attested_replicas.get(&id)
     }
+    /// Whether a replica ever was attested: before that, a replica of the former release may have to read the log.
+    pub fn has_attested(&self) -> bool {
+        self.attested_replicas.len() > 0 || self.is_sealed()
+    }
     /// By the TPM: the replica whose it is, and what it proved last.
     pub fn attested_ek(&self, ek: &NodeId) -> Option<(u64, &AttestedReplica)> {
         self.attested_replicas.iter().find(|(_, row)| row.ek == *ek).map(|(id, row)| (*id, row))
@@ -114,6 +137,12 @@ impl State {
     /// Whether what is wrapped to this replica goes to a key that its attested TPM certified.
     pub fn wraps_to_tpm(&self, id: u64, member: &Member) -> bool {
         self.attested_replica(id).is_some_and(|row| row.wrap_key == member.wrap_key)
+    }
+    /// To whom secrets of the cell are wrapped, with the keys: all replicas, or, where the root is sealed, those with such a key.
+    pub fn wrap_keys(&self) -> BTreeMap<u64, Vec<u8>> {
+        let sealed = self.is_sealed();
+        let wrapped_to = self.members().filter(|(id, member)| !sealed || self.wraps_to_tpm(*id, member));
+        wrapped_to.map(|(id, member)| (id, member.wrap_key.clone())).collect()
     }
     /// Replicas without such a key.
     pub fn unattested(&self) -> Vec<u64> {
@@ -136,11 +165,18 @@ impl State {
         let mut lacks: Vec<String> =
             self.unattested().iter().map(|id| format!("replica {id} has no attested wrap key in a TPM")).collect();
         let shares = self.sealing().shares;
-        for (id, row) in self.roots() {
-            if row.state != RootState::Revoked && !shares.contains_key(&id) {
-                lacks.push(format!("root {} has no recovery shares (ambit trust shares)", hex::encode(id)));
-            }
+        let unshared: Vec<RootId> = self
+            .roots()
+            .into_iter()
+            .filter(|(id, row)| row.state != RootState::Revoked && !shares.contains_key(id))
+            .map(|(id, _)| id)
+            .collect();
+        let approvers = self.approvers().count();
+        if !unshared.is_empty() && approvers < 2 {
+            lacks.push(format!("recovery shares take two approvers, and there are {approvers} (ambit approver add)"));
         }
+        let unshared = unshared.iter().map(hex::encode);
+        lacks.extend(unshared.map(|id| format!("root {id} has no recovery shares (ambit trust shares)")));
         lacks
     }
     /// The root's form as every status shows it: `sealed` only where each replica's wrap key is in an attested TPM.

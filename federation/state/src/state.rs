@@ -102,6 +102,8 @@ pub struct State {
     pub(crate) attested_replicas: Table<u64, AttestedReplica>,
     /// What the cell has settled about its replicas and its root; one row.
     pub(crate) sealing: Table<u8, SealingRow>,
+    /// The admission of each own node that registered its address last: one registers once.
+    pub(crate) registrations: Table<NodeId, Generation>,
     /// `issued` by node, where it is bound to one, and end, in memory only: neither counting a node's leaves nor a tick
     /// must cost a walk over everybody's.
     pub(crate) leaves: BTreeMap<Option<NodeId>, BTreeSet<(Stamp, [u8; 16])>>,
@@ -171,7 +173,8 @@ macro_rules! each_table {
             $s.downstreams,
             $s.id_admins,
             $s.attested_replicas,
-            $s.sealing
+            $s.sealing,
+            $s.registrations
         )
     };
 }
@@ -309,6 +312,7 @@ impl State {
             id_admins: Table::new(id()),
             attested_replicas: Table::new(id()),
             sealing: Table::new(id()),
+            registrations: Table::new(id()),
             leaves: BTreeMap::new(),
             giving: BTreeMap::new(),
             asking: BTreeMap::new(),

@@ -97,21 +97,59 @@ fn an_address_stands_until_another_is_registered_or_the_node_is_out() {
     assert_eq!(moved(&west), before);
     assert_eq!(callers(&west, 1), ["west 2 10.0.0.2 1"]);
     assert_eq!(code(register(&mut west, 2, 1, "10.0.0.9")), Code::SvidUntrusted, "the stream of a former admission");
-    register(&mut west, 2, 2, "10.0.0.9").unwrap();
+    // Moved with the next start, while the stream of the former admission may still be open.
+    admit(&mut west, 2, 14);
+    assert_eq!(code(register(&mut west, 2, 2, "10.0.0.2")), Code::SvidUntrusted);
+    register(&mut west, 2, 3, "10.0.0.9").unwrap();
     assert!(moved(&west) > before);
-    assert_eq!(callers(&west, 1), ["west 2 10.0.0.9 2"], "leaves of the former admission are refused there");
+    assert_eq!(callers(&west, 1), ["west 2 10.0.0.9 3"], "leaves of the former admission are refused there");
     // Out, and in again: nothing of before comes back.
     west.run(Command::SetNodes(NodeVerb::Quarantine, Nodes::Ids(vec![node(2)]))).unwrap();
     assert_eq!(callers(&west, 1), [""; 0]);
-    assert_eq!(code(register(&mut west, 2, 2, "10.0.0.9")), Code::NodeUntrusted);
+    assert_eq!(code(register(&mut west, 2, 3, "10.0.0.9")), Code::NodeUntrusted);
     west.run(Command::SetNodes(NodeVerb::Release, Nodes::Ids(vec![node(2)]))).unwrap();
-    admit(&mut west, 2, 13);
+    admit(&mut west, 2, 15);
     assert_eq!(callers(&west, 1), [""; 0]);
-    register(&mut west, 2, 3, "10.0.0.9").unwrap();
-    assert_eq!(callers(&west, 1), ["west 2 10.0.0.9 3"]);
+    register(&mut west, 2, 4, "10.0.0.9").unwrap();
+    assert_eq!(callers(&west, 1), ["west 2 10.0.0.9 4"]);
     // All of it is in a snapshot.
     let restored = State::import(west.state.export()).unwrap();
     assert_eq!((restored.digest(), restored.slice(&node(1))), (west.state.digest(), west.state.slice(&node(1))));
+}
+
+#[test]
+fn an_admission_registers_one_address_whoever_comes_with_another() {
+    let mut west = west();
+    allow(&mut west, "spiffe://west/web");
+    let known = |cell: &Cell, generation, address: &str| {
+        cell.state.has_registered(&node(2), Generation(generation), address.parse().unwrap()).map_err(|r| r.code)
+    };
+    assert_eq!(known(&west, 1, "10.0.0.2"), Ok(false));
+    register(&mut west, 2, 1, "10.0.0.2").unwrap();
+    let refused = register(&mut west, 2, 1, "10.0.0.66");
+    assert!(format!("{refused:?}").contains("10.0.0.2"), "{refused:?}");
+    assert_eq!(code(refused), Code::NodeAddressMismatch, "a copy of its key");
+    let (before, digest) = (moved(&west), west.state.digest());
+    register(&mut west, 2, 1, "10.0.0.2").unwrap();
+    assert_eq!(callers(&west, 1), ["west 2 10.0.0.2 1"]);
+    // Renewed, with the same address: nobody hears of it, and the thief is no better off.
+    admit(&mut west, 2, 12);
+    assert_eq!(known(&west, 2, "10.0.0.2"), Ok(false), "what a former admission registered is not this one's word");
+    let renewed = moved(&west);
+    register(&mut west, 2, 2, "10.0.0.2").unwrap();
+    assert_eq!(moved(&west), renewed);
+    assert_ne!(west.state.digest(), digest);
+    for generation in [1, 2] {
+        let refused = code(register(&mut west, 2, generation, "10.0.0.66"));
+        assert_eq!(refused, if generation == 1 { Code::SvidUntrusted } else { Code::NodeAddressMismatch });
+    }
+    assert_eq!(known(&west, 2, "10.0.0.2"), Ok(true));
+    assert_eq!(known(&west, 2, "10.0.0.66"), Err(Code::NodeAddressMismatch), "without a commit");
+    assert_eq!(known(&west, 3, "0.0.0.0"), Err(Code::BadRequest), "nor one for what is no address");
+    let restored = State::import(west.state.export()).unwrap();
+    let after = restored.has_registered(&node(2), Generation(2), "10.0.0.66".parse().unwrap());
+    assert_eq!(after.map_err(|r| r.code), Err(Code::NodeAddressMismatch));
+    assert!(moved(&west) >= before && callers(&west, 1) == ["west 2 10.0.0.2 1"]);
 }
 
 #[test]

@@ -5,8 +5,9 @@ mod common;
 
 use ambit_model::act::{Act, Approval, Approved, ApproverCard, Proposal};
 use ambit_model::{Code, Refusal, Stamp};
-use ambit_state::{Command, Reply, State};
-use common::{Cell, sha256};
+use ambit_state::objects::EndpointProfile;
+use ambit_state::{Command, FetchedBundle, Reply, State};
+use common::{Cell, code, sha256};
 use openssl::pkey::{PKey, Private};
 use openssl::sign::Signer;
 
@@ -424,4 +425,49 @@ fn a_foreign_trust_domain_is_removed_by_two_once_there_are_approvers() {
     assert_eq!(cell.state.relationships().count(), 1);
     cell.run(by(&act, 5, &[&alice, &bob])).unwrap();
     assert_eq!(cell.state.relationships().count(), 0);
+}
+
+/// To put another over it would be to remove it.
+#[test]
+fn a_relationship_is_not_put_over_where_its_removal_takes_two() {
+    let td = || "example.org".parse::<ambit_model::TrustDomain>().unwrap();
+    let put = |url: &str, profile: &EndpointProfile, roots: &[u8]| {
+        let roots = roots.iter().map(|byte| vec![*byte]).collect();
+        Command::PutRelationship(td(), url.into(), profile.clone(), roots, "another".into())
+    };
+    let (url, web) = ("https://b.example.org/", &EndpointProfile::HttpsWeb);
+    let spiffe = &EndpointProfile::HttpsSpiffe("spiffe://example.org/s".parse().unwrap());
+    for (n, spoken) in [(0, false), (1, true), (2, true)] {
+        for (what, command, same) in [
+            ("the same", put(url, spiffe, &[9]), true),
+            ("another URL", put("https://c.example.org/", spiffe, &[9]), false),
+            ("another profile", put(url, web, &[9]), false),
+            ("another profile, no roots", put(url, web, &[]), false),
+            ("other roots", put(url, spiffe, &[8]), false),
+            ("a root more", put(url, spiffe, &[9, 8]), false),
+        ] {
+            let (mut cell, _) = cell();
+            cell.run(put(url, spiffe, &[9])).unwrap();
+            let (sequence, roots) = (Some(7), vec![vec![9]]);
+            let bundle = FetchedBundle { url: url.into(), sequence, refresh_hint_s: 60, roots, sha256: [1; 32] };
+            cell.run(Command::TakeBundle(td(), bundle)).unwrap();
+            let (alice, bob) = (Key::new(), Key::new());
+            if n > 0 {
+                cell.run(self::command(&add("alice", &alice), None)).unwrap();
+            }
+            if n > 1 {
+                cell.run(by(&add("bob", &bob), 1, &[&alice])).unwrap();
+            }
+            let before = bare(&cell.state);
+            let refused = cell.run(command).err().map(|refusal| refusal.code);
+            assert_eq!(refused, (spoken && !same).then_some(Code::AlreadyExists), "{what}, {n} approvers");
+            assert_eq!(bare(&cell.state) == before, spoken, "{what}, {n} approvers");
+        }
+    }
+    // A new one is put as ever, and one that two removed.
+    let (mut cell, _, alice, bob) = two();
+    cell.run(put(url, web, &[])).unwrap();
+    assert_eq!(code(cell.run(put(url, spiffe, &[9]))), Code::AlreadyExists);
+    cell.run(by(&Act::RemoveTrustDomain(td()), 2, &[&alice, &bob])).unwrap();
+    cell.run(put(url, spiffe, &[9])).unwrap();
 }

@@ -7,6 +7,7 @@ use ambit_model::policy::Endpoint;
 use ambit_model::record::{Head, Kind, Record};
 use ambit_model::{Code, Entry, EntryExtras, Extras, Generation, IdDenial, SpiffeId, Stamp, SvidTtl};
 use ambit_state::command::{LeafRequest, Presence};
+use ambit_state::committed::Subject;
 use ambit_state::objects::{TokenRow, TokenScope};
 use ambit_state::{Command, IdVerb, Issuance, Reply, State};
 use common::{Cell, admission, cluster, code, entry, node, pending};
@@ -134,6 +135,55 @@ fn an_identity_of_two_entries_keeps_what_the_other_gave() {
     cell.run(retire(&["twin"])).unwrap();
     assert!(denied(&cell.state, &twin));
     assert_eq!(cell.state.id_denials().count(), 1);
+}
+
+#[test]
+fn an_entry_that_comes_to_make_more_than_a_workload_revokes_what_it_gave_before() {
+    let with = |change: fn(&mut EntryExtras)| {
+        let mut extras = EntryExtras::NONE;
+        change(&mut extras);
+        Entry { extras: Extras::new(extras).unwrap(), nodes: [node(1)].into(), ..entry("web", "west") }
+    };
+    let (plain, admin) = (with(|_| ()), with(|e| e.admin = true));
+    let downstream = with(|e| e.downstream = true);
+    for (what, was, is, revokes) in [
+        ("admin", &plain, &admin, true),
+        ("downstream", &plain, &downstream, true),
+        ("admin, from downstream", &downstream, &admin, true),
+        ("downstream, from admin", &admin, &downstream, true),
+        ("admin as before", &admin, &admin, false),
+        ("no more than a workload", &admin, &plain, false),
+    ] {
+        for shared in [false, true] {
+            let mut cell = cell();
+            let twin = Entry { spiffe_id: id("spiffe://west/web"), ..entry("twin", "west") };
+            cell.run(Command::CreateEntries(if shared { vec![twin] } else { vec![] })).unwrap();
+            cell.run(replace(was.clone())).unwrap();
+            let web = leaf(&mut cell, "web").unwrap();
+            cell.run(replace(is.clone())).unwrap();
+            assert_eq!(denied(&cell.state, &web), revokes, "{what}, {shared}");
+            let anew = leaf(&mut cell, "web").unwrap();
+            assert!(!denied(&cell.state, &anew), "{what}, {shared}");
+        }
+    }
+}
+
+#[test]
+fn leaves_with_dns_names_go_with_their_entry_as_all_others_do() {
+    let mut extras = EntryExtras::NONE;
+    extras.dns_names = vec!["web.west.example".parse().unwrap()];
+    let named = Entry { extras: Extras::new(extras).unwrap(), ..entry("web", "west") };
+    let other = Entry { selectors: ["cgroup:web".parse().unwrap()].into(), ..named.clone() };
+    for (what, command) in [("deleted", retire(&["web"])), ("other selectors", replace(other))] {
+        let mut cell = cell();
+        let twin = Entry { spiffe_id: id("spiffe://west/web"), ..entry("twin", "west") };
+        cell.run(Command::CreateEntries(vec![twin])).unwrap();
+        cell.run(replace(named.clone())).unwrap();
+        let (web, twin) = (leaf(&mut cell, "web").unwrap(), leaf(&mut cell, "twin").unwrap());
+        assert!(matches!(web.subject, Subject::NamedWorkload(..)));
+        cell.run(command).unwrap();
+        assert!(denied(&cell.state, &web) && !denied(&cell.state, &twin), "{what}");
+    }
 }
 
 #[test]

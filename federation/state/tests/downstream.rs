@@ -4,7 +4,7 @@
 mod common;
 
 use ambit_model::record::Kind;
-use ambit_model::{AdminRole, Code, Entry, EntryExtras, Extras, Generation, SpiffeId, Stamp};
+use ambit_model::{AdminRole, Code, Entry, EntryExtras, Extras, Generation, Selector, SpiffeId, Stamp};
 use ambit_state::authorities::AuthorityState;
 use ambit_state::command::{IdVerb, LeafRequest, NodeVerb, Nodes, Presence, RoleChange};
 use ambit_state::{Command, Issuance, LogEntry, Reply, State};
@@ -16,7 +16,7 @@ const DAY_MS: u64 = 86_400_000;
 fn marked(id: &str, change: fn(&mut EntryExtras)) -> Entry {
     let mut extras = EntryExtras::NONE;
     change(&mut extras);
-    Entry { extras: Extras::new(extras).unwrap(), ..entry(id, "west") }
+    Entry { extras: Extras::new(extras).unwrap(), nodes: [node(1)].into(), ..entry(id, "west") }
 }
 
 /// One node and three entries, of which one is downstream and one admin.
@@ -153,6 +153,40 @@ fn what_ends_its_foundation_revokes_it_here_and_at_peers() {
 }
 
 #[test]
+fn it_goes_with_the_svid_that_asked_for_it_and_with_that_ones_issuer() {
+    let run_all = |cell: &mut Cell, commands: Vec<Command>| {
+        commands.into_iter().for_each(|command| drop(cell.run(command).unwrap()));
+    };
+    let renew = |key| Command::RenewAuthority { replica: 1, key_hash: [key; 32], lifetime_ms: DAY_MS };
+    let mut cell = cell();
+    let (one, two) = (leaf(&mut cell, "site"), leaf(&mut cell, "site"));
+    run_all(&mut cell, vec![ask(&one, 20), ask(&two, 21)]);
+    run_all(&mut cell, vec![Command::DenyLeaf("a1".into(), one.serial.to_vec())]);
+    assert!(is_denied(&cell.state, 20) && !is_denied(&cell.state, 21), "of the other SVID");
+    run_all(&mut cell, vec![renew(5), Command::TaintAuthority("a1".into())]);
+    assert!(!is_denied(&cell.state, 21), "tainted is not revoked");
+    let again = State::import(cell.state.export()).unwrap();
+    assert_eq!(again.downstream(&name(21)).unwrap().asked_by, ("a1".to_owned(), two.serial));
+    run_all(&mut cell, vec![Command::RevokeAuthority("a1".into())]);
+    assert!(is_denied(&cell.state, 21));
+}
+
+#[test]
+fn one_that_was_revoked_takes_no_place() {
+    let mut cell = cell();
+    let site = leaf(&mut cell, "site");
+    for key in 20..28 {
+        cell.run(ask(&site, key)).unwrap();
+    }
+    assert_eq!(code(cell.run(ask(&site, 28))), Code::Busy);
+    cell.run(Command::TaintAuthority(name(20))).unwrap();
+    assert_eq!(code(cell.run(ask(&site, 28))), Code::Busy, "tainted is in time");
+    cell.run(Command::RevokeAuthority(name(20))).unwrap();
+    cell.run(ask(&site, 28)).unwrap();
+    assert_eq!(code(cell.run(ask(&site, 29))), Code::Busy);
+}
+
+#[test]
 fn operators_taint_it_and_revoke_it() {
     let mut cell = cell();
     let site = leaf(&mut cell, "site");
@@ -166,6 +200,32 @@ fn operators_taint_it_and_revoke_it() {
     assert!(is_denied(&cell.state, 20));
     let site: SpiffeId = "spiffe://west/site/web".parse().unwrap();
     assert!(cell.state.svid_denied(&site, &name(20), &[1]));
+}
+
+/// It was given after the backup that the cell was restored from.
+#[test]
+fn one_that_nothing_is_known_of_is_revoked_by_name_for_as_long_as_it_may_last() {
+    let mut cell = cell();
+    for bad in ["", "a", &name(20)[1..], &name(0xab).to_uppercase(), &format!("{}00", name(20))] {
+        assert_eq!(code(cell.run(Command::RevokeAuthority(bad.into()))), Code::NotFound, "{bad}");
+    }
+    assert_eq!(code(cell.run(Command::TaintAuthority(name(20)))), Code::NotFound);
+    let before = cell.state.cell().unwrap().export_seq;
+    cell.run(Command::RevokeAuthority(name(20))).unwrap();
+    assert!(is_denied(&cell.state, 20));
+    let told: Vec<_> = cell.state.records_after(before).map(|r| (r.kind, r.key.clone())).collect();
+    assert_eq!(told, [(Kind::AuthorityDenial, name(20))]);
+    assert!(cell.state.svid_denied(&"spiffe://west/site/web".parse().unwrap(), &name(20), &[1]));
+    // Bounded, and the same one again is no further one.
+    for n in 0..255u32 {
+        cell.run(Command::RevokeAuthority(format!("{n:040x}"))).unwrap();
+    }
+    assert_eq!(code(cell.run(Command::RevokeAuthority(name(30)))), Code::Busy);
+    cell.run(Command::RevokeAuthority(name(20))).unwrap();
+    cell.at(1_000_000 + 7 * DAY_MS + 300_000, 0, Command::Tick).unwrap();
+    assert!(is_denied(&cell.state, 20));
+    cell.at(1_000_000 + 7 * DAY_MS + 300_001, 0, Command::Tick).unwrap();
+    assert!(!is_denied(&cell.state, 20));
 }
 
 #[test]
@@ -232,5 +292,36 @@ fn only_who_administers_the_whole_cell_writes_such_entries() {
     ] {
         let outcome = cell.run(within(command));
         assert_eq!(outcome.err().map(|r| r.code), (!allowed).then_some(Code::PermissionDenied), "{what}");
+    }
+}
+
+/// Else whoever admits nodes to the cluster would have its administrators and its issuers.
+#[test]
+fn such_an_entry_names_its_nodes() {
+    let web = || "unix:uid:1000".parse::<Selector>().unwrap();
+    let ek = || Selector::TpmEkHash(node(1));
+    let policy = || "tpm:policy:servers".parse::<Selector>().unwrap();
+    let marks: [fn(&mut EntryExtras); 3] = [|_| (), |e| e.admin = true, |e| e.downstream = true];
+    for (what, nodes, selectors, named) in [
+        ("no node", vec![], vec![web()], false),
+        ("what a policy of the cluster's lets in", vec![], vec![web(), policy()], false),
+        ("a node", vec![node(1)], vec![web()], true),
+        ("a TPM", vec![], vec![web(), ek(), policy()], true),
+    ] {
+        for (n, mark) in marks.into_iter().enumerate() {
+            let mut cell = cell();
+            let selectors = selectors.clone().into();
+            let one = Entry { nodes: nodes.iter().copied().collect(), selectors, ..marked("x", mark) };
+            let over = Entry { id: "ops".parse().unwrap(), ..one.clone() };
+            let put = |command| (command, (n > 0 && !named).then_some(Code::BadRequest));
+            for (command, refused) in [
+                put(Command::CreateEntries(vec![one])),
+                put(Command::ReplaceEntries(vec![(over.clone(), Presence::There)])),
+                put(Command::PutEntries(vec![(over, Presence::Whatever)])),
+            ] {
+                let Reply::Items(done) = cell.run(command).unwrap() else { panic!("no items") };
+                assert_eq!(done[0].as_ref().err().map(|r| r.code), refused, "{what}, {n}");
+            }
+        }
     }
 }

@@ -111,7 +111,7 @@ fn keys_of_tokens_come_with_the_bundle_to_the_same_nodes_and_go_by_the_same_rule
         let outcome = take_keys(&mut cell, sequence, roots, jwt, sha256).map_err(|refusal| refusal.code);
         assert_eq!((outcome, kids(&cell, 1)), (expected, then), "{what}");
         assert_eq!(kids(&cell, 2), None, "{what}: for nobody else");
-        let news = ["the first", "one more", "one less", "none, and another root"].contains(&what);
+        let news = ["the first", "too many", "one more", "one less", "none, and another root"].contains(&what);
         assert_eq!(cell.state.slice(&node(1)).unwrap().revision != revision, news, "{what}: nodes hear of news only");
     }
     assert!(!cell.state.jwt_bundles().contains_key(&td()), "the cell itself believes nobody of it");
@@ -139,6 +139,32 @@ fn keys_of_tokens_come_with_the_bundle_to_the_same_nodes_and_go_by_the_same_rule
         let _ = take_keys(&mut cell, 12, &[9], keys(&["e"]), 8);
     }
     assert_eq!(kids(&cell, 1), None);
+}
+
+#[test]
+fn more_keys_than_are_held_do_not_hold_up_the_roots() {
+    let many = || (0..65).map(|n| keys(&[n.to_string().as_str()]).remove(0)).collect::<Vec<_>>();
+    let long = || keys(&["a".repeat(129).as_str()]);
+    for (what, jwt) in [("too many", many()), ("a long name", long())] {
+        let mut cell = Cell::founded("west");
+        cell.run(put(&td(), vec![vec![9]])).unwrap();
+        take_keys(&mut cell, 5, &[8, 9], keys(&["a"]), 1).unwrap();
+        let trouble = |cell: &Cell| cell.state.relationships().next().unwrap().1.trouble.clone();
+        // The same bundle twice: it is fetched again and again.
+        for _ in 0..2 {
+            assert_eq!(take_keys(&mut cell, 6, &[8], jwt.clone(), 2).unwrap_err().code, Code::BadRequest, "{what}");
+            assert_eq!(cell.state.foreign_bundle(&td()), Some((6, vec![vec![8]])), "{what}: the removed root is gone");
+            assert_eq!(cell.state.peer_jwt(&td()), keys(&["a"]), "{what}");
+            assert_eq!(trouble(&cell), "bad_request", "{what}");
+        }
+        assert_eq!(take_keys(&mut cell, 7, &[], jwt, 3).unwrap_err().code, Code::BundleShrunk, "{what}");
+        take_keys(&mut cell, 7, &[8], keys(&["b"]), 3).unwrap();
+        assert_eq!((trouble(&cell).as_str(), cell.state.peer_jwt(&td())), ("", keys(&["b"]).as_slice()), "{what}");
+        // More roots than are held are taken by nobody, and told of.
+        let roots: Vec<u8> = (0..65).collect();
+        assert_eq!(take_keys(&mut cell, 8, &roots, keys(&["b"]), 4).unwrap_err().code, Code::BadRequest);
+        assert_eq!((trouble(&cell).as_str(), cell.state.foreign_bundle(&td()).unwrap().0), ("bad_request", 7));
+    }
 }
 
 #[test]

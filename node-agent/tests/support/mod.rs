@@ -14,7 +14,7 @@ use ambit_identity::tls::certified;
 use ambit_identity::{Csr, IssuingKey, JwtKey, Root, SvidKey, issue, issue_jwt};
 use ambit_model::appraisal::PcrBank;
 use ambit_model::{
-    Audience, ClusterId, Entry, EntryExtras, Extras, Generation, Lifetime, NodeId, RaftIndex, Refusal, Stamp,
+    Audience, ClusterId, Entry, EntryExtras, Extras, Generation, Lifetime, NodeId, RaftIndex, Refusal, Stamp, SvidTtl,
     TrustDomain,
 };
 use ambit_proto::v1;
@@ -53,7 +53,9 @@ impl Cell {
     /// Whoever holds a downstream authority of this cell, and plays the cell with it: it signs whatever the cell would.
     pub(crate) fn pretender(&mut self) -> Cell {
         let extras = Extras::new(EntryExtras { downstream: true, ..EntryExtras::NONE }).unwrap();
-        let site = Entry { extras, ..Entry::try_from(&self.entry("plain-site", &["cgroup:site"], &[])).unwrap() };
+        let nodes = [self.node].into();
+        let site =
+            Entry { extras, nodes, ..Entry::try_from(&self.entry("plain-site", &["cgroup:site"], &[])).unwrap() };
         self.run(Command::CreateEntries(vec![Entry { id: "site".parse().unwrap(), ..site }])).outcome.unwrap();
         let key = SvidKey::generate().unwrap();
         let csr = Csr::parse(&key.csr().unwrap()).unwrap();
@@ -187,6 +189,33 @@ impl Cell {
         let chain = issue(committed, &csr, &self.key).unwrap();
         Arc::new(Svid {
             id: self.id(id).parse().unwrap(),
+            key_pkcs8: key.pkcs8(),
+            chain_der: chain.iter().map(|c| c.to_vec()).collect(),
+            generation: Generation(1),
+            authority: self.key.authority().to_owned(),
+            since: now(),
+            not_after,
+        })
+    }
+
+    /// One of the same identity that is bound to no node, as a downstream authority's or a minted one.
+    pub(crate) fn unbound_svid(&mut self, id: &str) -> Arc<Svid> {
+        let key = SvidKey::generate().unwrap();
+        let csr = Csr::parse(&key.csr().unwrap()).unwrap();
+        let spiffe_id = self.id(id).parse().unwrap();
+        let command = Command::MintX509 {
+            spiffe_id: self.id(id).parse().unwrap(),
+            dns_names: vec![],
+            ttl: SvidTtl::DEFAULT,
+            key_hash: csr.spki_sha256(),
+            authority: self.key.authority().to_owned(),
+            by: "ada".into(),
+        };
+        let committed = self.run(command).into_issuances().unwrap().remove(0).unwrap();
+        let not_after = committed.get().lifetime.not_after;
+        let chain = issue(committed, &csr, &self.key).unwrap();
+        Arc::new(Svid {
+            id: spiffe_id,
             key_pkcs8: key.pkcs8(),
             chain_der: chain.iter().map(|c| c.to_vec()).collect(),
             generation: Generation(1),

@@ -42,6 +42,12 @@ pub(super) async fn shares(session: &Session, options: Shares) -> Result<Answer,
         None => fingerprint(&ask!(cell, Membership.status(v1::StatusRequest {}))?.fingerprint)?,
     };
     let holders: Vec<ShareHolder> = options.holders.iter().map(|holder| holder.parse()).collect::<Result<_, _>>()?;
+    let path = |holder: &str| options.out.join(format!("{holder}.share"));
+    // Before the cell is asked: what it did then could not be written down.
+    std::fs::create_dir_all(&options.out).map_err(|e| file_refusal(&options.out, &e))?;
+    for holder in &holders {
+        free(&path(holder.name.as_str()))?;
+    }
     let act = Act::ShareRoot { root, threshold: options.threshold, holders: holders.clone() };
     let request = v1::ShareRootRequest {
         request_id: request_id()?,
@@ -55,10 +61,9 @@ pub(super) async fn shares(session: &Session, options: Shares) -> Result<Answer,
         Outcome::Done(reply) => reply,
         Outcome::Proposed(answer) => return Ok(answer.note(banner)),
     };
-    std::fs::create_dir_all(&options.out).map_err(|e| file_refusal(&options.out, &e))?;
     let mut lines = Vec::new();
     for share in &reply.shares {
-        let path = options.out.join(format!("{}.share", share.holder));
+        let path = path(&share.holder);
         write_new(&path, hex::encode(&share.wrapped).as_bytes())?;
         lines.push(path.display().to_string());
     }
@@ -104,6 +109,12 @@ pub(super) fn open_share(options: &OpenShare) -> Result<Answer, Refusal> {
         set.trust_domain,
         set.threshold
     )))
+}
+
+/// Whether a file can be made there: it is tried, and removed again.
+fn free(path: &Path) -> Result<(), Refusal> {
+    write_new(path, b"")?;
+    std::fs::remove_file(path).map_err(|e| file_refusal(path, &e))
 }
 
 /// Never over another file: it may be the only one of its kind.

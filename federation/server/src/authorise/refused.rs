@@ -133,6 +133,12 @@ impl Refusals {
         }
     }
 
+    /// Whether a line that says more of an identified caller's refusal may be written.
+    pub fn may_log(&self, now_ms: u64) -> bool {
+        let mut rows = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        rows.identified.lines.take(&IDENTIFIED_LINES, now_ms)
+    }
+
     /// Notes one of many items of a call that was answered, where it was refused to the caller.
     pub fn note_denied(&self, caller: &str, method: &str, code: Code) {
         if super::audited(code) {

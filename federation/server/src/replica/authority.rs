@@ -15,7 +15,6 @@ use ambit_model::{Code, Lifetime, Refusal, Stamp};
 use ambit_proto::status::from_status;
 use ambit_proto::v1;
 use ambit_state::authorities::{AuthorityRow, RootId, RootRow};
-use ambit_state::objects::Member;
 use ambit_state::{Command, State};
 use rustls::sign::CertifiedKey;
 use rustls_pki_types::CertificateDer;
@@ -31,6 +30,8 @@ const LOOK: Duration = Duration::from_secs(10);
 const AGAIN_MS: u64 = 3_600_000;
 /// An answer takes one Raft commit.
 const ANSWER_MAX: Duration = Duration::from_secs(5);
+/// A TPM that is well opens a root in a second. Others are asked before this replica's leaf ends, with which it asks them.
+const OWN_MAX: Duration = Duration::from_secs(3);
 
 /// The issuing keys of this replica: the one in use, and the one before, for what was committed under it.
 pub struct Issuers {
@@ -135,13 +136,19 @@ impl Replica {
         Ok(v1::NewIntermediateCaResponse { chain_der, roots_der, not_after_ms, authority })
     }
 
-    /// Asks for this replica's own next intermediate: here where the root opens here, else of the others in turn.
+    /// Asks for this replica's own next intermediate: here where the root opens here and soon, else of the others in turn.
     async fn next_issuer(&self) -> Result<IssuingKey, Refusal> {
         let key = SvidKey::generate()?;
         let (csr_der, request) = (key.csr()?, random::<16>()?);
         let csr = Csr::parse(&csr_der)?;
         let lifetime_ms = self.inner.lifetime_ms;
-        let signed = match self.renew_of(self.id(), &csr, lifetime_ms, request).await {
+        let own = self.renew_of(self.id(), &csr, lifetime_ms, request);
+        // Given up after its commit, it is the same request that others sign.
+        let own = tokio::time::timeout(OWN_MAX, own).await.unwrap_or_else(|_| {
+            let found = format!("none in {} s here", OWN_MAX.as_secs());
+            Err(Refusal::new(Code::IssuerUnavailable, "an intermediate", found))
+        });
+        let signed = match own {
             Err(refusal) if refusal.code == Code::IssuerUnavailable => {
                 let ask = v1::RenewAuthorityRequest { request_id: request.to_vec(), issuer_csr: csr_der, lifetime_ms };
                 self.ask_others(ask, refusal).await
@@ -197,11 +204,12 @@ impl Replica {
         let authority = issuer.authority().to_owned();
         // On disk before it signs anything: a replica that starts again goes on with it.
         self.inner.files.put_issuer(&issuer)?;
-        self.keep_later_root().await;
         let until = issuer.not_after();
         self.inner.issuers.replace(issuer);
         self.show()?;
         tracing::info!(authority, until_ms = until.0, "this replica has a new intermediate");
+        // Last, since it may wait for a TPM.
+        self.keep_later_root().await;
         Ok(())
     }
 
@@ -209,9 +217,8 @@ impl Replica {
     async fn keep_later_root(&self) {
         let files = &self.inner.files;
         let kept = async {
-            let (Some(first), root) = (files.root(self.trust_domain())?, self.active_root().await?) else {
-                return Ok(());
-            };
+            let Some(first) = files.root(self.trust_domain())? else { return Ok(()) };
+            let root = self.active_root().await?;
             if first.der() == root.der() { Ok(()) } else { files.put_later_root(&root) }
         };
         if let Err(refusal) = kept.await {
@@ -349,7 +356,7 @@ pub(super) async fn keep(replica: Replica) {
             s.member(replica.id())?;
             Some((row, tainted, active, presented_roots(s)))
         });
-        let mut wait = LOOK;
+        let (mut wait, mut failed) = (LOOK, false);
         if let Some((row, tainted, active, roots)) = facts {
             let at =
                 due(replica.issuer().lifetime(), replica.inner.lifetime_ms, row.as_ref(), tainted, &active, random);
@@ -359,7 +366,7 @@ pub(super) async fn keep(replica: Replica) {
                     Ok(()) => (random, shown) = (jitter(), Some(roots)),
                     Err(refusal) => {
                         tracing::warn!(%refusal, "this replica's intermediate is not renewed yet");
-                        wait = RETRY;
+                        failed = true;
                     }
                 }
             } else if shown.as_ref() != Some(&roots) {
@@ -367,11 +374,16 @@ pub(super) async fn keep(replica: Replica) {
                     Ok(()) => shown = Some(roots),
                     Err(refusal) => {
                         tracing::warn!(%refusal, "this replica's own leaf is not renewed yet");
-                        wait = RETRY;
+                        failed = true;
                     }
                 }
             }
             wait = wait.min(Duration::from_millis(at.0.saturating_sub(now.0))).max(Duration::from_millis(50));
+        }
+        if failed {
+            // Whatever is committed meanwhile: a cell at work would else be asked with each of its revisions.
+            tokio::time::sleep(RETRY).await;
+            continue;
         }
         tokio::select! {
             changed = revisions.changed() => if changed.is_err() { return },
@@ -388,23 +400,19 @@ fn jitter() -> u64 {
 /// Wraps roots' keys to replicas that cannot open them yet, so that the loss of no replica is that of the root. Whoever
 /// can open one does it, the leader where it can.
 pub async fn wrap_roots(replica: &Replica) -> Result<(), Refusal> {
-    let (roots, members) = replica.local(|s| {
-        let may = |id: u64, m: &Member| !s.is_sealed() || s.wraps_to_tpm(id, m);
-        let members: Vec<(u64, Vec<u8>)> =
-            s.members().filter(|(id, m)| may(*id, m)).map(|(id, m)| (id, m.wrap_key.clone())).collect();
-        (s.roots(), members)
-    });
+    let (roots, members) = replica.local(|s| (s.roots(), s.wrap_keys()));
     for (id, row) in roots.into_iter().filter(|(_, row)| row.state != RootState::Revoked) {
-        let lacking: Vec<_> = members.iter().filter(|(n, _)| !row.wrapped.contains_key(n)).collect();
+        let mut lacking = members.clone();
+        lacking.retain(|n, _| !row.wrapped.contains_key(n));
         if lacking.is_empty() {
             continue;
         }
         let Ok(root) = replica.open_root(&id).await else { continue };
         let mut wrapped = BTreeMap::new();
-        for (n, public) in lacking {
+        for (n, public) in &lacking {
             wrapped.insert(*n, ambit_identity::wrap::wrap(public, &root.key().pkcs8())?);
         }
-        replica.propose_own(Command::WrapRoot(id, wrapped)).await?.outcome?;
+        replica.propose_wrapped(lacking, Command::WrapRoot(id, wrapped)).await?.outcome?;
     }
     Ok(())
 }

@@ -34,11 +34,37 @@ pub(super) fn failed(what: &str, path: &Path, e: impl std::fmt::Display) -> Refu
     Refusal::new(Code::ConfigInvalid, format!("{what} {}", path.display()), e.to_string())
 }
 
+/// Where the files of a replica lie.
+const DIR: &str = "identity";
+
+/// Whether the file of this name opens what is sealed: the key of a root, or the wrap key.
+fn opens_sealed(name: &str) -> bool {
+    name == "root.key" || name == "wrap.key" || (name.starts_with("root-") && name.ends_with(".key"))
+}
+
 impl Files {
     /// Below the data directory, created with mode 0700.
     pub fn create(data_dir: &Path) -> Result<Self, Refusal> {
+        Self::create_as(data_dir, DIR)
+    }
+    /// Beside where they are to lie until all are there ([`Files::placed`]): what fails before leaves the place free.
+    pub fn create_aside(data_dir: &Path) -> Result<Self, Refusal> {
+        let dir = data_dir.join("identity.new");
+        if dir.exists() {
+            std::fs::remove_dir_all(&dir).map_err(|e| failed("a writable folder", &dir, e))?;
+        }
+        Self::create_as(data_dir, "identity.new")
+    }
+    /// Puts them where they are looked for.
+    pub fn placed(self, data_dir: &Path) -> Result<Self, Refusal> {
+        let dir = data_dir.join(DIR);
+        let renamed = std::fs::rename(&self.dir, &dir).and_then(|()| std::fs::File::open(data_dir)?.sync_all());
+        renamed.map_err(|e| failed("a writable folder", &dir, e))?;
+        Ok(Self { dir })
+    }
+    fn create_as(data_dir: &Path, name: &str) -> Result<Self, Refusal> {
         use std::os::unix::fs::DirBuilderExt;
-        let dir = data_dir.join("identity");
+        let dir = data_dir.join(name);
         std::fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
@@ -158,22 +184,21 @@ impl Files {
     pub fn wrap_if_there(&self) -> Result<Option<WrapKey>, Refusal> {
         if self.dir.join("wrap.key").exists() { self.wrap().map(Some) } else { Ok(None) }
     }
-    /// Whether a key in a file here opens what is sealed.
-    pub fn has_unsealed(&self) -> bool {
-        self.dir.join("root.key").exists() || self.dir.join("wrap.key").exists()
+    /// Names of the files here that open what is sealed.
+    pub fn unsealed(&self) -> Result<Vec<String>, Refusal> {
+        let mut names = Vec::new();
+        for file in std::fs::read_dir(&self.dir).map_err(|e| failed("a readable folder", &self.dir, e))? {
+            let name = file.map_err(|e| failed("a readable folder", &self.dir, e))?.file_name();
+            names.extend(name.to_str().filter(|name| opens_sealed(name)).map(str::to_owned));
+        }
+        Ok(names)
     }
     /// Removes every key that opens what is sealed: those of roots, and the wrap key in a file. Which were there.
     pub fn forget_unsealed(&self) -> Result<Vec<String>, Refusal> {
-        let mut gone = Vec::new();
-        for file in std::fs::read_dir(&self.dir).map_err(|e| failed("a readable folder", &self.dir, e))? {
-            let name = file.map_err(|e| failed("a readable folder", &self.dir, e))?.file_name();
-            let name = name.to_string_lossy().into_owned();
-            let of_root = name == "root.key" || (name.starts_with("root-") && name.ends_with(".key"));
-            if of_root || name == "wrap.key" {
-                let path = self.dir.join(&name);
-                std::fs::remove_file(&path).map_err(|e| failed("a file that can be removed", &path, e))?;
-                gone.push(name);
-            }
+        let gone = self.unsealed()?;
+        for name in &gone {
+            let path = self.dir.join(name);
+            std::fs::remove_file(&path).map_err(|e| failed("a file that can be removed", &path, e))?;
         }
         let synced = std::fs::File::open(&self.dir).and_then(|dir| dir.sync_all());
         synced.map_err(|e| failed("a written folder", &self.dir, e))?;
@@ -223,4 +248,33 @@ pub fn write_private(path: &Path, bytes: &[u8]) -> Result<(), Refusal> {
         .open(path)
         .map_err(|e| failed("a writable file", path, e))?;
     file.write_all(bytes).and_then(|()| file.sync_all()).map_err(|e| failed("a written file", path, e))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a crash midway, or a root that was kept meanwhile, leaves behind is found the next time.
+    #[test]
+    fn every_key_that_opens_what_is_sealed_is_found_and_removed() {
+        let folder = std::env::temp_dir().join(format!("ambit-files-{}", std::process::id()));
+        let files = Files::create(&folder).unwrap();
+        let stay = ["issuer.pem", "record.key", "root.der", "tls.key", "wrap.tpm"];
+        stay.iter().for_each(|name| files.write(name, b"-").unwrap());
+        assert!(files.unsealed().unwrap().is_empty());
+        for name in ["root.key", "wrap.key", "root-0011223344556677.key"] {
+            files.write(name, b"-").unwrap();
+            assert_eq!(files.unsealed().unwrap(), [name]);
+            assert_eq!(files.forget_unsealed().unwrap(), [name]);
+            assert!(files.unsealed().unwrap().is_empty());
+        }
+        let mut left: Vec<_> = std::fs::read_dir(files.dir()).unwrap().map(|f| f.unwrap().file_name()).collect();
+        left.sort();
+        assert_eq!(left, stay);
+        // A later root is kept under a name that is found.
+        files.write("root.key", b"-").unwrap();
+        files.put_later_root(&Root::create(&"west".parse().unwrap(), ambit_model::Stamp(1), [1; 16]).unwrap()).unwrap();
+        assert_eq!(files.forget_unsealed().unwrap().len(), 2);
+        std::fs::remove_dir_all(folder).unwrap();
+    }
 }

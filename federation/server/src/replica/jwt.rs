@@ -73,11 +73,18 @@ async fn open(
 /// A fresh key, wrapped to every replica and published; its kid.
 pub async fn make(replica: &Replica) -> Result<String, Refusal> {
     let key = JwtKey::generate()?;
-    let members: Vec<u64> = replica.local(|s| s.members().map(|(id, _)| id).collect());
-    let wrapped = wrap_to(replica, &key, &members)?;
-    let command = Command::PutJwtAuthority(key.spki().to_vec(), wrapped);
-    replica.propose_own(command).await?.outcome?;
+    let to = replica.local(ambit_state::State::wrap_keys);
+    let command = Command::PutJwtAuthority(key.spki().to_vec(), wrap_to(&to, &key)?);
+    replica.propose_wrapped(to, command).await?.outcome?;
     Ok(key.kid().to_owned())
+}
+
+/// Any other's part: a leader whose wrap key changed cannot open what signs, and who can wraps it to him.
+pub async fn wrap_to_leader(replica: &Replica, leader: u64) -> Result<(), Refusal> {
+    match replica.local(ambit_state::State::jwt_due) {
+        JwtDue::Wrap(_, members) if members.contains(&leader) => rotate_if_due(replica).await,
+        _ => Ok(()),
+    }
 }
 
 /// The leader's part, each second: a new authority where one is due, and what replicas cannot open wrapped to them.
@@ -97,18 +104,15 @@ pub async fn rotate_if_due(replica: &Replica) -> Result<(), Refusal> {
             let Some((spki, wrapped)) = row else { return Ok(()) };
             // A leader that cannot open it either has a later term's leader do it, or the next authority.
             let Some(key) = open(replica, &kid, &spki, &wrapped).await? else { return Ok(()) };
-            let wrapped = wrap_to(replica, &key, &members)?;
-            replica.propose_own(Command::WrapJwtAuthority(kid, wrapped)).await?.outcome.map(drop)
+            let mut to = replica.local(ambit_state::State::wrap_keys);
+            to.retain(|id, _| members.contains(id));
+            let command = Command::WrapJwtAuthority(kid, wrap_to(&to, &key)?);
+            replica.propose_wrapped(to, command).await?.outcome.map(drop)
         }
     }
 }
 
-fn wrap_to(replica: &Replica, key: &JwtKey, members: &[u64]) -> Result<BTreeMap<u64, Vec<u8>>, Refusal> {
+fn wrap_to(to: &BTreeMap<u64, Vec<u8>>, key: &JwtKey) -> Result<BTreeMap<u64, Vec<u8>>, Refusal> {
     let private = key.private()?;
-    let publics: Vec<(u64, Vec<u8>)> = replica.local(|s| {
-        let one = |id: &u64| s.member(*id).map(|member| (*id, member.wrap_key.clone()));
-        members.iter().filter_map(one).collect()
-    });
-    let wrap = |(id, public): (u64, Vec<u8>)| Ok((id, wrap_for(Purpose::JwtAuthority, &public, &private)?));
-    publics.into_iter().map(wrap).collect()
+    to.iter().map(|(id, public)| Ok((*id, wrap_for(Purpose::JwtAuthority, public, &private)?))).collect()
 }

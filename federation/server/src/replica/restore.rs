@@ -82,7 +82,8 @@ pub async fn restore(config: &Config, r: &Restore<'_>) -> Result<Restored, Refus
     let (issuer_key, tls) = (SvidKey::generate()?, SvidKey::generate()?);
     let (issuer_csr, tls_csr) = (Csr::parse(&issuer_key.csr()?)?, Csr::parse(&tls.csr()?)?);
     let record = RecordKey::generate()?;
-    let files = Files::create(&config.data_dir)?;
+    // A TPM that does not answer leaves the folder as it was: the same again is a try anew.
+    let files = Files::create_aside(&config.data_dir)?;
     let keyring = Keyring::create(config, &files).await?;
     let beginning = Beginning {
         cause: Cause::Restored,
@@ -109,6 +110,7 @@ pub async fn restore(config: &Config, r: &Restore<'_>) -> Result<Restored, Refus
     let blobs = Blobs::open(config.data_dir.join("blobs"))?;
     backup.lists(|list| blobs.put(Keep::AllowList, &list).map(drop))?;
     put_admin(r.admin_out, config, r.trust_domain, &root, &issuer)?;
+    let files = files.placed(&config.data_dir)?;
     found_on(&Folder(config.data_dir.clone()), ReplicaId(r.replica), &backup.whole).map_err(start_failed)?;
     let state = &backup.whole.state;
     let (epoch, given_up) =

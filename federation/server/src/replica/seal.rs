@@ -5,7 +5,17 @@ use ambit_identity::wrap::{Purpose, wrap_for};
 use ambit_model::bundle::RootState;
 use ambit_model::{Code, Refusal};
 use ambit_state::sealing::Seal;
+use ambit_state::{Applied, Command};
 use std::collections::BTreeMap;
+
+impl Replica {
+    /// Commits what was wrapped to these keys of replicas, refused where they are others by then. A cell without attested
+    /// replicas, where a change of keys is nothing, has it in the form that every release reads.
+    pub async fn propose_wrapped(&self, to: BTreeMap<u64, Vec<u8>>, command: Command) -> Result<Applied, Refusal> {
+        let named = self.local(ambit_state::State::has_attested);
+        self.propose_own(if named { Command::WrappedTo(to, Box::new(command)) } else { command }).await
+    }
+}
 
 /// Wraps the keys of all roots and JWT authorities to the wrap keys of now.
 ///
@@ -48,7 +58,7 @@ pub(super) async fn forget_unsealed(replica: &Replica) -> Result<(), Refusal> {
         me.filter(|_| s.is_sealed()).and_then(|_| row.wrapped.get(&replica.id()).cloned())
     });
     let Some(wrapped) = wrapped else { return Ok(()) };
-    if !replica.inner.files.has_unsealed() {
+    if replica.inner.files.unsealed()?.is_empty() {
         return Ok(());
     }
     replica.keyring().tpm_opens(Purpose::Key, &wrapped).await?;

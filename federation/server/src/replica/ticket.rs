@@ -77,11 +77,11 @@ async fn unwrap(replica: &Replica, wrapped: &BTreeMap<u64, Vec<u8>>) -> Result<Z
 
 /// The leader's part: a new key when there is none, when it is a day old, or when a replica cannot open it.
 pub async fn rotate_if_due(replica: &Replica) -> Result<(), Refusal> {
-    let members: Vec<(u64, Vec<u8>)> = replica.local(|s| s.members().map(|(id, m)| (id, m.wrap_key.clone())).collect());
+    let members = replica.local(ambit_state::State::wrap_keys);
     let due = replica.local(|s| match s.ticket_keys().next_back() {
         None => true,
         Some((_, row)) => {
-            row.made.plus_ms(ROTATE_MS) < s.stamp() || members.iter().any(|(id, _)| !row.wrapped.contains_key(id))
+            row.made.plus_ms(ROTATE_MS) < s.stamp() || members.keys().any(|id| !row.wrapped.contains_key(id))
         }
     });
     if !due || members.is_empty() {
@@ -92,13 +92,13 @@ pub async fn rotate_if_due(replica: &Replica) -> Result<(), Refusal> {
 
 /// A new key, wrapped to every replica.
 pub async fn rotate(replica: &Replica) -> Result<(), Refusal> {
-    let members: Vec<(u64, Vec<u8>)> = replica.local(|s| s.members().map(|(id, m)| (id, m.wrap_key.clone())).collect());
+    let to = replica.local(ambit_state::State::wrap_keys);
     let key = Zeroizing::new(super::random::<32>()?);
     let mut wrapped = BTreeMap::new();
-    for (id, public) in members {
-        wrapped.insert(id, ambit_identity::wrap::wrap(&public, key.as_slice())?);
+    for (id, public) in &to {
+        wrapped.insert(*id, ambit_identity::wrap::wrap(public, key.as_slice())?);
     }
-    replica.propose_own(Command::RotateTicketKey(wrapped)).await?.outcome?;
+    replica.propose_wrapped(to, Command::RotateTicketKey(wrapped)).await?.outcome?;
     Ok(())
 }
 

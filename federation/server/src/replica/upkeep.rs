@@ -102,10 +102,12 @@ async fn rotate(replica: Replica) {
     loop {
         every.tick().await;
         super::jwt::forget(&replica);
-        if replica.cell().status().role != Role::Leader || replica.local(|s| s.cell().is_none()) {
-            continue;
-        }
+        let status = replica.cell().status();
+        let (Some(leader), false) = (status.leader, replica.local(|s| s.cell().is_none())) else { continue };
         let done = async {
+            if status.role != Role::Leader {
+                return super::jwt::wrap_to_leader(&replica, leader.0).await;
+            }
             ticket::rotate_if_due(&replica).await?;
             super::jwt::rotate_if_due(&replica).await
         };
@@ -136,7 +138,7 @@ async fn keep_root(replica: Replica) {
         let leader = replica.cell().status().leader.map(|id| id.0);
         let (leader_opens, lacks) = replica.local(|s| {
             let active = s.active_root().map(|(_, row)| row.wrapped).unwrap_or_default();
-            let lacks = s.members().any(|(id, _)| !active.contains_key(&id));
+            let lacks = s.wrap_keys().keys().any(|id| !active.contains_key(id));
             (leader.is_some_and(|leader| active.contains_key(&leader)), lacks)
         });
         lacking_for = if lacks { lacking_for.saturating_add(1) } else { 0 };

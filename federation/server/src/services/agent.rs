@@ -3,7 +3,7 @@
 use super::OrStatus;
 use super::rounds::{Rounds, Todo};
 use crate::authorise::{Role, actor};
-use crate::replica::Replica;
+use crate::replica::{Replica, wall_clock};
 use ambit_identity::PeerSvid;
 use ambit_model::policy::Endpoint;
 use ambit_model::{Code, Generation, IdDenial, NodeId, Refusal, SpiffeId, Stamp, TrustDomain};
@@ -59,6 +59,15 @@ impl v1::agent_stream_server::AgentStream for Streams {
             _ => return Err(Refusal::new(Code::BadRequest, "Subscribe first", "another message")).or_status(),
         };
         let address = address(&subscribe.node_address).or_status()?;
+        // Before its slice, with which its workloads get SVIDs: whoever they call should have heard by then. And before an
+        // older stream ends, which a copy of the node's key must not bring about from elsewhere.
+        if let Err(refusal) = register(&self.0, node, generation, address, actor.svid.as_ref()).await {
+            // Counted it is as every refused call.
+            if refusal.code == Code::NodeAddressMismatch && self.0.refusals().may_log(wall_clock().0) {
+                tracing::warn!(%node, from = %actor.remote, %refusal, "agent stream refused");
+            }
+            return Err(told(refusal)).or_status();
+        }
         let stream = STREAMS.fetch_add(1, Ordering::Relaxed);
         // From here on an older stream of this node ends.
         let newer = self.0.agents().connected(node, subscribe.node_address, stream);
@@ -75,7 +84,7 @@ struct Session {
     replica: Replica,
     node: NodeId,
     generation: Generation,
-    /// Where its tunnels come from, as it says.
+    /// Where the node is, as this admission registered.
     address: Ipv4Addr,
     until: Option<Stamp>,
     /// What it showed when the stream began.
@@ -105,12 +114,7 @@ struct Sent {
 
 impl Session {
     async fn run(mut self, mut up: Streaming<v1::AgentMessage>, down: mpsc::Sender<Down>) {
-        // Before its slice, with which its workloads get SVIDs: whoever they call should have heard by then.
-        let ended = match self.register().await {
-            Ok(()) => self.serve(&mut up, &down).await,
-            Err(refusal) => Some(refusal),
-        };
-        if let Some(refusal) = ended {
+        if let Some(refusal) = self.serve(&mut up, &down).await {
             tracing::info!(node = %self.node, code = %refusal.code, "agent stream ended");
             let _ = down.send(Err(to_status(&told(refusal)))).await;
         }
@@ -164,21 +168,6 @@ impl Session {
                 }
             }
         }
-    }
-
-    /// Commits where the node's tunnels come from, unless that is known. A replica that knows of this admission knows what
-    /// was registered before it, and an agent registers one address in its life: what it finds the same here is the same.
-    async fn register(&self) -> Result<(), Refusal> {
-        self.newest()?;
-        let known = self.replica.local(|s| {
-            self.trusted(s)?;
-            Ok::<_, Refusal>(s.node_address(&self.node).is_some_and(|known| known.address == self.address))
-        })?;
-        if known {
-            return Ok(());
-        }
-        let command = Command::RegisterAddress(self.node, self.generation, self.address);
-        self.replica.propose_own(command).await?.outcome.map(drop)
     }
 
     /// Shows that the stream lives. A stream does not outlive the certificate that opened it.
@@ -256,30 +245,9 @@ impl Session {
         down.send(Ok(v1::ServerMessage { body })).await.map_err(closed)
     }
 
-    /// The node may still be served: it is in, and what its certificate stands for was not denied.
+    /// The node may still be served.
     fn trusted(&self, s: &State) -> Result<(), Refusal> {
-        if self.svid.as_ref().is_some_and(|svid| s.svid_denied(svid.id(), svid.authority(), svid.serial())) {
-            return Err(Refusal::new(Code::SvidRevoked, "an SVID that was not revoked", Code::SvidRevoked.as_str()));
-        }
-        let row = s.node(&self.node);
-        let row = row.ok_or_else(|| Refusal::new(Code::NodeUnknown, "an enrolled node", "none"))?;
-        if let Some(code) = row.state.bars_trust() {
-            let found = match row.state {
-                NodeState::Untrusted(why) => why.as_str(),
-                other => other.as_str(),
-            };
-            return Err(Refusal::new(code, "an admitted node", found));
-        }
-        if row.generation < self.generation || s.denied(&self.node).is_some_and(|g| self.generation <= g) {
-            return Err(Refusal::new(Code::NodeUntrusted, "a generation in force", self.generation.to_string()));
-        }
-        // Whoever enrolled since has the newer leaf. Another who still shows the older one must enrol: that tells a copied
-        // TPM from a lost answer.
-        if row.generation != self.generation {
-            let expected = format!("the leaf of generation {}", row.generation);
-            return Err(Refusal::new(Code::SvidUntrusted, expected, self.generation.to_string()));
-        }
-        Ok(())
+        trusted(s, &self.node, self.generation, self.svid.as_ref())
     }
 
     /// What the agent holds counts for every revision at which its slice stayed the same.
@@ -369,6 +337,12 @@ impl Session {
         }
         let taken = report.endpoints.iter().take(ENDPOINTS_PER_NODE_MAX);
         let endpoints: Vec<Endpoint> = taken.map(Endpoint::try_from).collect::<Result<_, _>>()?;
+        // Callers go where an endpoint says that its node is.
+        if let Some(elsewhere) = endpoints.iter().find(|e| e.node_address != self.address) {
+            let found = format!("{} at {}", elsewhere.address, elsewhere.node_address);
+            tracing::warn!(node = %self.node, registered = %self.address, found, "endpoints refused");
+            return Err(Refusal::new(Code::NodeAddressMismatch, format!("endpoints at {}", self.address), found));
+        }
         let applied = self.replica.propose_own(Command::ReportEndpoints(self.node, endpoints.clone())).await?;
         let Reply::Items(items) = applied.outcome? else {
             return Err(Refusal::new(Code::Internal, "an outcome per endpoint", "another reply"));
@@ -389,6 +363,51 @@ impl Session {
             Err(_) => Err(Refusal::new(Code::Unavailable, "the node's newest stream", "an older one")),
         }
     }
+}
+
+/// Commits where the node's tunnels come from, once per admission. What a replica that lags behind knows of this admission
+/// is so everywhere; what it knows of a former one is not asked.
+async fn register(
+    replica: &Replica,
+    node: NodeId,
+    generation: Generation,
+    address: Ipv4Addr,
+    svid: Option<&PeerSvid>,
+) -> Result<(), Refusal> {
+    let done = replica.local(|s| {
+        trusted(s, &node, generation, svid)?;
+        s.has_registered(&node, generation, address)
+    })?;
+    if done {
+        return Ok(());
+    }
+    let command = Command::RegisterAddress(node, generation, address);
+    replica.propose_own(command).await?.outcome.map(drop)
+}
+
+/// The node is in, and what its certificate stands for was not denied.
+fn trusted(s: &State, node: &NodeId, generation: Generation, svid: Option<&PeerSvid>) -> Result<(), Refusal> {
+    if svid.is_some_and(|svid| s.svid_denied(svid.id(), svid.authority(), svid.serial())) {
+        return Err(Refusal::new(Code::SvidRevoked, "an SVID that was not revoked", Code::SvidRevoked.as_str()));
+    }
+    let row = s.node(node).ok_or_else(|| Refusal::new(Code::NodeUnknown, "an enrolled node", "none"))?;
+    if let Some(code) = row.state.bars_trust() {
+        let found = match row.state {
+            NodeState::Untrusted(why) => why.as_str(),
+            other => other.as_str(),
+        };
+        return Err(Refusal::new(code, "an admitted node", found));
+    }
+    if row.generation < generation || s.denied(node).is_some_and(|g| generation <= g) {
+        return Err(Refusal::new(Code::NodeUntrusted, "a generation in force", generation.to_string()));
+    }
+    // Whoever enrolled since has the newer leaf. Another who still shows the older one must enrol: that tells a copied
+    // TPM from a lost answer.
+    if row.generation != generation {
+        let expected = format!("the leaf of generation {}", row.generation);
+        return Err(Refusal::new(Code::SvidUntrusted, expected, generation.to_string()));
+    }
+    Ok(())
 }
 
 /// What the node may know of a refusal: no details, but the code of what made it untrusted.

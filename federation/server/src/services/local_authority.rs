@@ -216,14 +216,14 @@ impl Authorities {
     /// A new root, in every bundle from the entry on, and certified by the active one for those who know only that.
     async fn prepare(&self, asked: &Asked) -> Result<(), Refusal> {
         let active = self.0.active_root().await?;
-        let (prepared, members) = self.0.local(|s| {
+        let (prepared, mut members) = self.0.local(|s| {
             let prepared = s.roots().into_iter().find(|(_, row)| row.state == RootState::Prepared);
-            (prepared, s.members().map(|(id, m)| (id, m.wrap_key.clone())).collect::<BTreeMap<_, _>>())
+            (prepared, s.wrap_keys())
         });
         if asked.m.dry_run {
             return Ok(());
         }
-        let (der, wrapped) = match prepared {
+        let (der, mut wrapped) = match prepared {
             // Prepared before and perhaps not certified: the same again ends what was begun.
             Some((_, RootRow { der, wrapped, .. })) => (der, wrapped),
             None => {
@@ -233,8 +233,10 @@ impl Authorities {
                 (root.der().to_vec(), wrap_to(&members, root.key())?)
             }
         };
+        members.retain(|id, _| wrapped.contains_key(id));
+        wrapped.retain(|id, _| members.contains_key(id));
         let command = Command::PrepareRoot(der.clone(), wrapped);
-        let committed = self.0.propose_own(command).await?.into_root()?;
+        let committed = self.0.propose_wrapped(members, command).await?.into_root()?;
         self.0.check_clock()?;
         let id = committed.get().root;
         let cross = active.cross_sign(&committed, &CertificateDer::from(der))?;

@@ -15,6 +15,8 @@ pub(super) const LIFETIME_MS_MAX: u64 = 7 * 24 * 3_600_000;
 pub(super) const LIFETIME_MS_MIN: u64 = 5_000;
 /// Intermediates of one replica at once: it renews at half of the lifetime, so a third is already one that was lost on its way.
 const PER_REPLICA_MAX: usize = 16;
+/// Denials of intermediates that the cell has no record of; each goes to every agent (I17).
+const UNKNOWN_MAX: usize = 256;
 /// Denials are kept this long after the intermediate ended: the clocks that judge differ.
 const DENIAL_SKEW_MS: u64 = crate::ISSUER_MARGIN_MS;
 
@@ -105,7 +107,7 @@ pub(super) fn revoke(s: &mut State, at: At, id: &str) -> Result<Reply, Refusal> 
         downstream::revoke(s, at, id)?;
         return Ok(Reply::Done);
     }
-    let row = named(s, id)?;
+    let Some(row) = s.authority(id) else { return revoke_unknown(s, at, id) };
     if row.state != AuthorityState::Tainted {
         return Err(Refusal::new(Code::RootState, "a tainted intermediate", row.state.as_str()));
     }
@@ -117,6 +119,23 @@ pub(super) fn revoke(s: &mut State, at: At, id: &str) -> Result<Reply, Refusal> 
     let until = row.lifetime.not_after;
     s.authorities.put(&mut s.journal, id.to_owned(), AuthorityRow { state: AuthorityState::Revoked, ..row });
     deny(s, at, id, until)?;
+    Ok(Reply::Done)
+}
+
+/// A cell that was restored knows nothing of what it gave after that backup. Whose such an intermediate is nobody can tell
+/// any more, but it ends within the longest lifetime, and until then its name can be refused.
+fn revoke_unknown(s: &mut State, at: At, id: &str) -> Result<Reply, Refusal> {
+    if id.len() != 40 || !id.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
+        return Err(Refusal::new(Code::NotFound, "an intermediate of this cell, or a key identifier (40 digits)", id));
+    }
+    let td = cell_row(s)?.trust_domain;
+    let of_own = s.authority_denials.from((td.clone(), String::new())).take_while(|((origin, _), _)| *origin == td);
+    let held = of_own.filter(|((_, of), _)| s.authority(of).is_none() && s.downstream(of).is_none()).count();
+    if held >= UNKNOWN_MAX && !s.authority_denials.contains(&(td, id.to_owned())) {
+        let expected = format!("at most {UNKNOWN_MAX} denials of intermediates that nothing is known of");
+        return Err(Refusal::new(Code::Busy, expected, "one more"));
+    }
+    deny(s, at, id, at.stamp.plus_ms(LIFETIME_MS_MAX))?;
     Ok(Reply::Done)
 }
 

@@ -43,6 +43,7 @@ pub(super) fn tick(s: &mut State, at: At) -> Result<Reply, Refusal> {
     super::jwt::tick(s, at)?;
     super::objects::expire(s, at)?;
     super::authority::forget(s, now);
+    super::seal::forget(s, now);
     // Stamps never go backwards, so neither do those of the requests.
     while let Some((_, key)) = s.dedupe_by_age.pop_front_if(|(stamp, _)| stamp.plus_ms(crate::DEDUPE_MS) < now) {
         s.dedupe.remove(&mut s.journal, &key);
@@ -93,7 +94,7 @@ pub(super) fn admit_replica(
     if s.members.contains(&replica) {
         return Err(Refusal::new(Code::AlreadyExists, "a replica number not in use", replica.to_string()));
     }
-    super::seal::may_join(s, replica)?;
+    super::seal::may_join(s, replica, token, tls_key_hash)?;
     burn(
         s,
         at,
@@ -102,6 +103,7 @@ pub(super) fn admit_replica(
         Code::JoinTokenUsed,
         |scope| matches!(scope, TokenScope::Replica(n, _) if *n == replica),
     )?;
+    super::seal::joins(s, replica, token, tls_key_hash);
     let admission = ReplicaAdmission {
         replica: ReplicaId(replica),
         issuer_key_hash: *issuer_key_hash,

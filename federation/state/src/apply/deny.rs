@@ -237,7 +237,9 @@ pub(super) fn replace_entries(s: &mut State, at: At, entries: &[(Entry, Presence
         let same = |is: &Entry| {
             let of = |entry: &Entry| (entry.spiffe_id.clone(), entry.cluster.clone(), entry.extras.dns_names.clone());
             let ends = is.extras.expires_at >= was.extras.expires_at;
-            ends && of(is) == of(was) && is.nodes == was.nodes && is.selectors == was.selectors
+            // Who was issued a workload's SVID becomes no administrator by it, nor an issuer.
+            let gains = (is.extras.admin && !was.extras.admin) || (is.extras.downstream && !was.extras.downstream);
+            ends && !gains && of(is) == of(was) && is.nodes == was.nodes && is.selectors == was.selectors
         };
         !is.is_some_and(same)
     };
@@ -259,7 +261,10 @@ fn revoke(s: &mut State, at: At, former: &[Entry]) -> Result<(), Refusal> {
     let mut whole: BTreeSet<SpiffeId> = ids.difference(&shared).cloned().collect();
     let mut single: BTreeMap<SpiffeId, Vec<Issuance>> = BTreeMap::new();
     if !shared.is_empty() {
-        let under = |leaf: &&Issuance| matches!(&leaf.subject, Subject::Workload(entry, _) if of.contains(entry));
+        let under = |leaf: &&Issuance| match &leaf.subject {
+            Subject::Workload(entry, _) | Subject::NamedWorkload(entry, _, _) => of.contains(entry),
+            Subject::Node | Subject::Admin | Subject::BreakGlass(_) | Subject::Minted(..) => false,
+        };
         for leaf in s.issued().filter(under).filter(|leaf| shared.contains(&leaf.spiffe_id)) {
             single.entry(leaf.spiffe_id.clone()).or_default().push(leaf.clone());
         }

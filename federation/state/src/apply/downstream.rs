@@ -14,6 +14,8 @@ use ambit_model::{Code, EntryId, Generation, Lifetime, NodeId, Refusal};
 const DOWNSTREAMS_MAX: usize = 256;
 /// Of one entry at once: it is renewed at half of its life, so more were lost on their way.
 const PER_ENTRY_MAX: usize = 8;
+/// Rows, with those that were revoked: each of these is a denial, of which a peer takes a thousand from a cell (I17).
+const ROWS_MAX: usize = 512;
 
 /// What was asked for, and by which SVID.
 pub(super) struct Asked<'a> {
@@ -36,6 +38,7 @@ pub(super) fn new(s: &mut State, at: At, asked: &Asked<'_>) -> Result<Reply, Ref
     }
     let entry = s.entry_of(leaf).filter(|row| row.entry.extras.downstream).ok_or_else(none)?;
     let (entry, ends) = (entry.entry.id.clone(), entry.entry.extras.expires_at);
+    let asked_by = (leaf.authority.clone(), leaf.serial);
     if !(LIFETIME_MS_MIN..=LIFETIME_MS_MAX).contains(&asked.lifetime_ms) {
         let expected = format!("a lifetime of {LIFETIME_MS_MIN}-{LIFETIME_MS_MAX} ms");
         return Err(Refusal::new(Code::BadRequest, expected, asked.lifetime_ms.to_string()));
@@ -51,23 +54,25 @@ pub(super) fn new(s: &mut State, at: At, asked: &Asked<'_>) -> Result<Reply, Ref
     let lifetime = Lifetime { not_before, not_after: at.stamp.plus_ms(asked.lifetime_ms).min(ends) };
     let serial = issue::serial(epoch, at, 0);
     let (node, generation, state) = (*asked.node, asked.generation, AuthorityState::Active);
-    let row = DownstreamRow { entry: entry.clone(), node, generation, root, serial, lifetime, state };
+    let row = DownstreamRow { entry: entry.clone(), node, generation, asked_by, root, serial, lifetime, state };
     s.downstreams.put(&mut s.journal, id, row);
     let key_hash = *asked.key_hash;
     Ok(Reply::Downstream(Box::new(DownstreamAuthority { entry, root, key_hash, serial, lifetime })))
 }
 
 fn room(s: &State, at: At, entry: &EntryId) -> Result<(), Refusal> {
-    let live = || s.downstreams().filter(|(_, row)| row.lifetime.not_after > at.stamp);
+    // What was revoked takes nobody's place. Its row is bounded apart, as it stays until its lifetime ends.
+    let in_time = |row: &DownstreamRow| row.lifetime.not_after > at.stamp && row.state != AuthorityState::Revoked;
+    let live = || s.downstreams().filter(|(_, row)| in_time(row));
     let (all, of_entry) = (live().count(), live().filter(|(_, row)| row.entry == *entry).count());
-    if all < DOWNSTREAMS_MAX && of_entry < PER_ENTRY_MAX {
+    if all < DOWNSTREAMS_MAX && of_entry < PER_ENTRY_MAX && s.downstreams.len() < ROWS_MAX {
         return Ok(());
     }
     let expected = format!("at most {DOWNSTREAMS_MAX} downstream authorities, {PER_ENTRY_MAX} of an entry");
     Err(Refusal::new(Code::Busy, expected, format!("{all}, {of_entry} of {entry}")))
 }
 
-/// Revokes those whose entry is gone or for somebody else by now, whose identity was revoked, or whose node is out.
+/// Revokes those whose entry is gone or for somebody else by now, whose SVID was revoked, or whose node is out.
 pub(super) fn end_unfounded(s: &mut State, at: At) -> Result<(), Refusal> {
     if s.downstreams.len() == 0 {
         return Ok(());
@@ -84,8 +89,9 @@ pub(super) fn end_unfounded(s: &mut State, at: At) -> Result<(), Refusal> {
 pub(super) fn is_founded(s: &State, row: &DownstreamRow) -> bool {
     let entry = s.entry(&row.entry).filter(|e| e.entry.extras.downstream && s.fits(&e.entry, &row.node));
     let node = s.node(&row.node).filter(|node| node.state.bars_trust().is_none());
-    // Its serial is of the same order as those of leaves: what revokes the identity so far revokes it too.
-    let revoked = |e: &EntryRow| s.svid_denied(&e.entry.spiffe_id, "", &row.serial);
+    // Whatever revokes the SVID that asked for it: the identity so far, the leaf alone, or its issuer.
+    let (issuer, serial) = &row.asked_by;
+    let revoked = |e: &EntryRow| s.svid_denied(&e.entry.spiffe_id, issuer, serial);
     entry.is_some_and(|e| !revoked(e))
         && node.is_some()
         && s.denied(&row.node).is_none_or(|denied| row.generation > denied)

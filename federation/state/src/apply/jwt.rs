@@ -83,9 +83,9 @@ impl State {
         if soon && !prepared && self.published().len() < AUTHORITIES_MAX {
             return JwtDue::Prepare;
         }
+        let members = self.wrap_keys();
         let missing = |row: &JwtAuthorityRow| {
-            let ids = self.members().map(|(id, _)| id).filter(|id| !row.wrapped.contains_key(id));
-            let ids: Vec<u64> = ids.collect();
+            let ids: Vec<u64> = members.keys().filter(|id| !row.wrapped.contains_key(id)).copied().collect();
             let signs = matches!(row.state, JwtAuthorityState::Prepared | JwtAuthorityState::Active);
             (signs && !ids.is_empty()).then(|| (row.kid.clone(), ids))
         };

@@ -49,6 +49,11 @@ pub(crate) fn apply(s: &mut State, index: RaftIndex, stamp: Stamp, command: &Com
 }
 
 fn perform(s: &mut State, at: At, command: &Command) -> Result<Reply, Refusal> {
+    seal::says_to_which_keys(s, command)?;
+    change(s, at, command)
+}
+
+fn change(s: &mut State, at: At, command: &Command) -> Result<Reply, Refusal> {
     match command {
         Command::FoundCell(row, id, member, keys) => cell::found(s, row, *id, member, keys),
         Command::Tick => cell::tick(s, at),
@@ -150,6 +155,11 @@ fn perform(s: &mut State, at: At, command: &Command) -> Result<Reply, Refusal> {
         Command::AttestReplica(verdict) => seal::attest(s, at, verdict),
         Command::AttestedReplicasOnly(only) => seal::attested_only(s, *only),
         Command::SealRoots(seal) => seal::seal(s, seal),
+        Command::DenyReplica(denial) => seal::deny(s, at, denial),
+        Command::WrappedTo(to, command) => {
+            seal::are_wrap_keys(s, to, command)?;
+            change(s, at, command)
+        }
     }
 }
 

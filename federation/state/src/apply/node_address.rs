@@ -9,8 +9,36 @@ use ambit_model::record::Kind;
 use ambit_model::{Code, Generation, NodeId, Refusal};
 use std::net::Ipv4Addr;
 
-/// The node says it on the stream of this admission. The same again moves nothing, also under a later admission: nodes
-/// renew theirs all day, and nobody need hear of it.
+impl State {
+    /// Whether this admission of the node has registered this address. It does so once: an agent has one address for as long
+    /// as it runs, and each start of it is a new admission. Whoever comes with another has a copy of its key.
+    ///
+    /// What is said here of an admission is not unsaid while it lasts, also where this state is not the newest.
+    ///
+    /// # Errors
+    /// [`Code::BadRequest`], [`Code::NodeAddressMismatch`].
+    pub fn has_registered(&self, id: &NodeId, generation: Generation, address: Ipv4Addr) -> Result<bool, Refusal> {
+        if !is_of_a_node(address) {
+            return Err(Refusal::new(Code::BadRequest, "the address of one machine", address.to_string()));
+        }
+        if self.registrations.get(id) != Some(&generation) {
+            return Ok(false);
+        }
+        match self.node_address(id) {
+            Some(known) if known.address == address => Ok(true),
+            known => {
+                let known = known.map_or_else(|| "none".to_owned(), |row| row.address.to_string());
+                let expected = format!(
+                    "{known}, which generation {generation} registered (an agent with another address starts anew)"
+                );
+                Err(Refusal::new(Code::NodeAddressMismatch, expected, address.to_string()))
+            }
+        }
+    }
+}
+
+/// The node says it on the stream of this admission. The same address as before moves nothing: nodes renew their admissions
+/// all day, and nobody need hear of it.
 pub(super) fn register(
     s: &mut State,
     at: At,
@@ -25,9 +53,10 @@ pub(super) fn register(
         let expected = format!("the leaf of generation {}", node.generation);
         return Err(Refusal::new(Code::SvidUntrusted, expected, generation.to_string()));
     }
-    if !is_of_a_node(address) {
-        return Err(Refusal::new(Code::BadRequest, "the address of one machine", address.to_string()));
+    if s.has_registered(id, generation, address)? {
+        return Ok(Reply::Done);
     }
+    s.registrations.put(&mut s.journal, *id, generation);
     if s.node_address(id).is_some_and(|known| known.address == address) {
         return Ok(Reply::Done);
     }
@@ -45,6 +74,7 @@ pub(super) fn register(
 /// The node is out: no leaf of it comes from anywhere.
 pub(super) fn forget(s: &mut State, id: &NodeId) -> Result<(), Refusal> {
     let own = cell_row(s)?.trust_domain;
+    s.registrations.remove(&mut s.journal, id);
     if s.node_addresses.remove(&mut s.journal, &(own, *id)).is_some() {
         export(s, Kind::NodeAddress, id.to_string(), Vec::new());
     }

@@ -98,7 +98,7 @@ fn check_entry(s: &State, own: &TrustDomain, entry: &Entry) -> Result<(), Refusa
         let expected = "a selector of the workload (unix:uid, unix:gid or cgroup) beside those of its node";
         return Err(Refusal::new(Code::BadRequest, expected, "none"));
     }
-    Ok(())
+    entry.check_privileged()
 }
 
 pub(super) fn delete_entries(s: &mut State, at: At, ids: &[EntryId]) -> Result<Reply, Refusal> {

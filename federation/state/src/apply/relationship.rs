@@ -39,6 +39,13 @@ pub(super) fn put(
     if matches!(profile, EndpointProfile::HttpsSpiffe(_)) && roots.is_empty() {
         return Err(Refusal::new(Code::BadRequest, "a bootstrap bundle with https_spiffe", "none"));
     }
+    // By one administrator alone it would be what two must approve: to remove it.
+    if let (Some(known), true) = (s.relationships.get(td), s.approvers.len() > 0) {
+        let same = known.url == url && known.profile == *profile && (roots.is_empty() || known.roots == roots);
+        let expected = "it as it is; to change it two remove it (ambit federation remove), then it is put";
+        let found = format!("another relationship with {td}");
+        return if same { Ok(Reply::Done) } else { Err(Refusal::new(Code::AlreadyExists, expected, found)) };
+    }
     let row = RelationshipRow {
         url: url.to_owned(),
         profile: profile.clone(),
@@ -77,7 +84,8 @@ pub(super) fn remove(s: &mut State, at: At, td: &TrustDomain) -> Result<Reply, R
 }
 
 /// What was fetched is taken, or its row says why not: the outcome is that of the one item. Where only its JWT keys are gone,
-/// the roots are taken, and the keys that were known stay until an operator's word.
+/// the roots are taken, and the keys that were known stay until an operator's word; where there are more of them than we
+/// hold, until there are fewer: a root that was removed is not kept for their sake.
 pub(super) fn take(
     s: &mut State,
     at: At,
@@ -89,21 +97,15 @@ pub(super) fn take(
     if row.url != bundle.url {
         return Err(Refusal::new(Code::StaleRevision, row.url, bundle.url.clone()));
     }
-    if bundle.roots.len() > ROOTS_MAX {
-        return Err(Refusal::new(
-            Code::BadRequest,
-            format!("at most {ROOTS_MAX} roots"),
-            bundle.roots.len().to_string(),
-        ));
-    }
-    jwt::bounded(keys)?;
     let (before, keys_before) = (row.sha256, s.peer_jwt(td).to_vec());
     let mut judged = judge(&row, bundle);
     if judged.is_ok() {
         row.roots.clone_from(&bundle.roots);
         (row.sequence, row.sha256, row.refresh_hint_s) = (bundle.sequence, bundle.sha256, bundle.refresh_hint_s);
         (row.taken, row.held, row.trouble) = (at.stamp, None, String::new());
-        if keys.is_empty() && !keys_before.is_empty() {
+        if let Err(refusal) = jwt::bounded(keys) {
+            judged = Err(refusal);
+        } else if keys.is_empty() && !keys_before.is_empty() {
             judged = Err(Refusal::new(Code::BundleShrunk, "JWT keys, or an operator's word", "none"));
         } else if keys != keys_before {
             jwt::put_foreign(s, td, bundle.sequence.unwrap_or_default(), keys);
@@ -139,6 +141,9 @@ fn judge(row: &RelationshipRow, new: &FetchedBundle) -> Result<(), Refusal> {
             return Err(Refusal::new(Code::BundleEquivocation, format!("what sequence {then} was"), found));
         }
         _ => {}
+    }
+    if new.roots.len() > ROOTS_MAX {
+        return Err(Refusal::new(Code::BadRequest, format!("at most {ROOTS_MAX} roots"), new.roots.len().to_string()));
     }
     if new.roots.is_empty() && !row.roots.is_empty() {
         return Err(Refusal::new(Code::BundleShrunk, "roots, or an operator's word", "an empty bundle"));

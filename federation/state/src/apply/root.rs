@@ -71,13 +71,6 @@ pub(super) fn wrap(s: &mut State, id: &RootId, wrapped: &BTreeMap<u64, Vec<u8>>)
     if let Some(stranger) = wrapped.keys().find(|replica| s.member(**replica).is_none()) {
         return Err(Refusal::new(Code::NotFound, "replicas of this cell", stranger.to_string()));
     }
-    // Wrapped to a key in a file, a sealed root would be sealed no more.
-    let in_tpm = |id: &u64| s.member(*id).is_some_and(|member| s.wraps_to_tpm(*id, member));
-    if s.is_sealed()
-        && let Some(id) = wrapped.keys().find(|id| !in_tpm(id))
-    {
-        return Err(Refusal::new(Code::ReplicaUnattested, "replicas with an attested wrap key", id.to_string()));
-    }
     keep_first(s);
     let all = row.wrapped.into_iter().chain(wrapped.iter().map(|(n, key)| (*n, key.clone()))).collect();
     s.roots.put(&mut s.journal, *id, RootRow { wrapped: all, ..row });
@@ -122,9 +115,12 @@ pub(super) fn prepare(s: &mut State, at: At, der: &[u8], wrapped: &BTreeMap<u64,
         let expected = format!("a root of at most {ROOT_BYTES_MAX} bytes, of at most {ROOTS_MAX}");
         return Err(Refusal::new(Code::BadRequest, expected, format!("{} bytes", der.len())));
     }
-    if let Some((missing, _)) = s.members().find(|(n, _)| !wrapped.contains_key(n)) {
+    if let Some(missing) = s.wrap_keys().keys().find(|n| !wrapped.contains_key(n)) {
         let expected = "the root's key, wrapped to every replica";
         return Err(Refusal::new(Code::BadRequest, expected, format!("not to replica {missing}")));
+    }
+    if wrapped.is_empty() {
+        return Err(Refusal::new(Code::ReplicaUnattested, "a replica that could open the root", "none"));
     }
     keep_first(s);
     let row = RootRow {

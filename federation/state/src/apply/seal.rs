@@ -1,13 +1,15 @@
 //! Replicas attested, and the root sealed to their TPMs.
 
-use super::{At, cell_row, root};
+use super::{At, cell_row, node, root};
 use crate::authorities::{RootId, RootRow};
-use crate::command::Reply;
+use crate::command::{Command, Reply};
 use crate::objects::{EkFacts, JwtAuthorityRow, Member, TokenScope};
-use crate::sealing::{AttestedReplica, REPLICAS, ReplicaVerdict, SEALED, Seal, SharesRow, replicas_cluster};
+use crate::sealing::{
+    AttestedReplica, REPLICAS, ReplicaDenial, ReplicaVerdict, SEALED, Seal, SharesRow, replicas_cluster,
+};
 use crate::state::State;
 use ambit_model::bundle::RootState;
-use ambit_model::{ClusterId, Code, NodeId, ObjectName, Refusal};
+use ambit_model::{ClusterId, Code, NodeId, ObjectName, Refusal, Stamp};
 use std::collections::{BTreeMap, BTreeSet};
 
 fn unattested(found: impl Into<String>) -> Refusal {
@@ -24,7 +26,7 @@ pub(super) fn attest(s: &mut State, at: At, v: &ReplicaVerdict) -> Result<Reply,
     if s.nonces.contains(&v.nonce) {
         return Err(Refusal::new(Code::NonceConsumed, "a nonce used once", "one consumed before"));
     }
-    let judged = (v.endorsement_revision, v.policy_revision);
+    let judged = (v.endorsement_revision, v.attested.policy_revision);
     if (cell.endorsement_revision, cell.policy_revision) != judged {
         let now = format!("revisions {} and {}", cell.endorsement_revision, cell.policy_revision);
         return Err(Refusal::new(Code::StaleAppraisal, now, format!("{} and {}", judged.0, judged.1)));
@@ -49,20 +51,59 @@ pub(super) fn attest(s: &mut State, at: At, v: &ReplicaVerdict) -> Result<Reply,
             return Err(Refusal::new(Code::ClockStepBack, then, now));
         }
     }
+    let changed = s.member(v.replica).cloned().filter(|member| member.wrap_key != new.wrap_key);
+    if changed.is_some() && s.is_sealed() && opens_alone(s, v.replica) {
+        let expected = "another replica that opens what was wrapped to the former key";
+        return Err(Refusal::new(Code::SealIncomplete, expected, format!("replica {} alone", v.replica)));
+    }
     s.nonces.put(&mut s.journal, v.nonce, v.deadline);
     let row = AttestedReplica { stamp: at.stamp, ..new.clone() };
     s.attested_replicas.put(&mut s.journal, v.replica, row);
-    if let Some(mut member) = s.member(v.replica).cloned().filter(|member| member.wrap_key != new.wrap_key) {
-        // It opens what was wrapped to its former key as long as it keeps that; everything new goes to this one.
+    if let Some(mut member) = changed {
         member.wrap_key.clone_from(&new.wrap_key);
         s.members.put(&mut s.journal, v.replica, member);
+        unwrap(s, v.replica);
     }
     Ok(Reply::Done)
 }
 
+fn alone(wrapped: &BTreeMap<u64, Vec<u8>>, replica: u64) -> bool {
+    wrapped.len() == 1 && wrapped.contains_key(&replica)
+}
+
+/// Whether something is wrapped to this replica and to no other.
+fn opens_alone(s: &State, replica: u64) -> bool {
+    let roots = s.roots.iter().map(|(_, row)| &row.wrapped);
+    roots.chain(s.jwt_authorities().map(|row| &row.wrapped)).any(|wrapped| alone(wrapped, replica))
+}
+
+/// What was wrapped to a replica's former key is wrapped to the new one, by whoever opens it. What it opens alone stays: that
+/// is in no sealed cell, and until then it keeps the file with its former key.
+fn unwrap(s: &mut State, replica: u64) {
+    let held = |wrapped: &BTreeMap<u64, Vec<u8>>| wrapped.contains_key(&replica) && !alone(wrapped, replica);
+    for (id, mut row) in s.roots.iter().map(|(id, row)| (*id, row.clone())).collect::<Vec<_>>() {
+        if held(&row.wrapped) {
+            row.wrapped.remove(&replica);
+            s.roots.put(&mut s.journal, id, row);
+        }
+    }
+    for (n, mut row) in s.jwt_authorities.iter().map(|(n, row)| (*n, row.clone())).collect::<Vec<_>>() {
+        if held(&row.wrapped) {
+            row.wrapped.remove(&replica);
+            s.jwt_authorities.put(&mut s.journal, n, row);
+        }
+    }
+    // Of these there is a new one as soon as a replica lacks one.
+    for (n, mut row) in s.ticket_keys.iter().map(|(n, row)| (*n, row.clone())).collect::<Vec<_>>() {
+        if row.wrapped.remove(&replica).is_some() {
+            s.ticket_keys.put(&mut s.journal, n, row);
+        }
+    }
+}
+
 /// Who has a token may speak for the replica that it is for, until there is one with that number.
 fn speaks_for(s: &State, at: At, v: &ReplicaVerdict) -> Result<(), Refusal> {
-    let Some(token) = &v.token else {
+    let Some(token) = &v.attested.token else {
         let none = || Refusal::new(Code::NotFound, "a replica of this cell", v.replica.to_string());
         return s.member(v.replica).map(drop).ok_or_else(none);
     };
@@ -77,20 +118,59 @@ fn speaks_for(s: &State, at: At, v: &ReplicaVerdict) -> Result<(), Refusal> {
     }
 }
 
-/// Whether a machine may join with this number: any, or only one that was attested.
-pub(super) fn may_join(s: &State, replica: u64) -> Result<(), Refusal> {
-    if s.attested_only() && s.attested_replica(replica).is_none() {
-        return Err(unattested(format!("replica {replica}, which was not attested")));
+/// Whether a machine may join with this number: any, or only the one that was attested, by the same token, with the same TLS
+/// key, under the policies of now.
+pub(super) fn may_join(s: &State, replica: u64, token: &[u8; 32], tls_key_hash: &[u8; 32]) -> Result<(), Refusal> {
+    if !s.attested_only() {
+        return Ok(());
+    }
+    let none = || unattested(format!("replica {replica}, which was not attested"));
+    let row = s.attested_replica(replica).ok_or_else(none)?;
+    if row.token != Some(*token) || row.tls_key_hash != *tls_key_hash {
+        return Err(unattested(format!("replica {replica}, attested with another token or TLS key")));
+    }
+    let now = cell_row(s)?.policy_revision;
+    if row.policy_revision != now {
+        let found = format!("revision {}: attest again", row.policy_revision);
+        return Err(Refusal::new(Code::StaleAppraisal, format!("a replica attested at revision {now}"), found));
     }
     Ok(())
 }
 
-/// What is recorded of a replica has the key that its TPM certified, where there must be one.
+/// What another machine proved, with another token or key, says nothing of the one that joins.
+pub(super) fn joins(s: &mut State, replica: u64, token: &[u8; 32], tls_key_hash: &[u8; 32]) {
+    let of_another = |row: &AttestedReplica| row.token != Some(*token) || row.tls_key_hash != *tls_key_hash;
+    if s.attested_replica(replica).is_some_and(of_another) {
+        s.attested_replicas.remove(&mut s.journal, &replica);
+    }
+}
+
+/// What is recorded of a replica has the keys that its TPM vouched for, where there must be some.
 pub(super) fn may_be_member(s: &State, replica: u64, member: &Member) -> Result<(), Refusal> {
-    if s.attested_only() && !s.wraps_to_tpm(replica, member) {
-        return Err(unattested(format!("replica {replica} with another wrap key")));
+    if !s.attested_only() {
+        return Ok(());
+    }
+    let admitted = s.admissions.get(&replica).map(|admission| admission.tls_key_hash);
+    // Another token of its number may have been attested with since it was admitted.
+    let same = s.members.contains(&replica) || admitted == s.attested_replica(replica).map(|row| row.tls_key_hash);
+    if !same || !s.wraps_to_tpm(replica, member) {
+        return Err(unattested(format!("replica {replica} with another key")));
     }
     Ok(())
+}
+
+/// Who was attested to join and did not in the time of his token is attested no more.
+pub(super) fn forget(s: &mut State, now: Stamp) {
+    let ended = |token: Option<&[u8; 32]>| token.and_then(|token| s.token(token)).is_none_or(|row| row.expires < now);
+    let late: Vec<u64> = s
+        .attested_replicas
+        .iter()
+        .filter(|(id, row)| !s.members.contains(id) && ended(row.token.as_ref()))
+        .map(|(id, _)| *id)
+        .collect();
+    for id in late {
+        s.attested_replicas.remove(&mut s.journal, &id);
+    }
 }
 
 /// Refused while a replica would not be let in again.
@@ -155,6 +235,45 @@ pub(super) fn seal(s: &mut State, seal: &Seal) -> Result<Reply, Refusal> {
     Ok(Reply::Done)
 }
 
+/// What a command wraps, where it wraps something to replicas.
+fn wrapped_by(command: &Command) -> Option<&BTreeMap<u64, Vec<u8>>> {
+    match command {
+        Command::RotateTicketKey(wrapped)
+        | Command::WrapRoot(_, wrapped)
+        | Command::PrepareRoot(_, wrapped)
+        | Command::PutJwtAuthority(_, wrapped)
+        | Command::WrapJwtAuthority(_, wrapped) => Some(wrapped),
+        _ => None,
+    }
+}
+
+/// Where the root is sealed nothing is wrapped to a key that is not named: it might be in a file, or in no TPM any more.
+pub(super) fn says_to_which_keys(s: &State, command: &Command) -> Result<(), Refusal> {
+    if !s.is_sealed() || wrapped_by(command).is_none() {
+        return Ok(());
+    }
+    Err(Refusal::new(Code::ReplicaUnattested, "the attested wrap keys to which it is wrapped", "none named"))
+}
+
+/// Exactly those to which it is wrapped, as they are now.
+pub(super) fn are_wrap_keys(s: &State, to: &BTreeMap<u64, Vec<u8>>, command: &Command) -> Result<(), Refusal> {
+    if wrapped_by(command).is_none_or(|wrapped| !wrapped.keys().eq(to.keys())) {
+        return Err(Refusal::new(Code::BadRequest, "something wrapped to these replicas", "something else"));
+    }
+    let known = s.wrap_keys();
+    for (id, key) in to {
+        let none = || Refusal::new(Code::NotFound, "replicas of this cell", id.to_string());
+        if s.member(*id).ok_or_else(none)?.wrap_key != *key {
+            let found = format!("another of replica {id}: the same once more");
+            return Err(Refusal::new(Code::StaleRevision, "the wrap keys of the replicas of now", found));
+        }
+        if !known.contains_key(id) {
+            return Err(unattested(format!("replica {id}")));
+        }
+    }
+    Ok(())
+}
+
 /// Replicas whose TPM is expected no more are attested no more: the root is shown as unsealed until they are replaced.
 pub(super) fn put_out(s: &mut State, gone: impl Fn(&NodeId, &EkFacts) -> bool) {
     let out: Vec<u64> =
@@ -162,6 +281,25 @@ pub(super) fn put_out(s: &mut State, gone: impl Fn(&NodeId, &EkFacts) -> bool) {
     for id in out {
         s.attested_replicas.remove(&mut s.journal, &id);
     }
+}
+
+/// Bad evidence by the rules of now: whoever showed it, and whose TPM that is, is attested no more. What it can open already
+/// it can open still.
+pub(super) fn deny(s: &mut State, at: At, denial: &ReplicaDenial) -> Result<Reply, Refusal> {
+    let cell = cell_row(s)?;
+    let reply = node::deny(s, at, &denial.nonce, denial.deadline, &denial.row, None)?;
+    if (cell.endorsement_revision, cell.policy_revision) == (denial.endorsement_revision, denial.policy_revision) {
+        let out: Vec<u64> = s
+            .attested_replicas
+            .iter()
+            .filter(|(id, row)| Some(**id) == denial.replica || row.ek == denial.row.node)
+            .map(|(id, _)| *id)
+            .collect();
+        for id in out {
+            s.attested_replicas.remove(&mut s.journal, &id);
+        }
+    }
+    Ok(reply)
 }
 
 /// As rules of endorsement see it.

@@ -156,6 +156,9 @@ impl Enrolment {
                 Err(refusal) => self.deny(&session, refusal.into(), None).await.or_status(),
             },
             Judged::Broken(refusal) => self.deny(&session, refusal.into(), None).await.or_status(),
+            Judged::Denied(denial, policy_revision) if session.cluster.as_str() == REPLICAS => {
+                self.deny_replica(&session, denial, &role, policy_revision).await.or_status()
+            }
             Judged::Denied(denial, policy_revision) => {
                 let against = |generation| Against {
                     generation,
@@ -233,11 +236,14 @@ impl Enrolment {
 
     /// Whether a denial speaks against the node as it was admitted: its own TPM shows another state. A clock behind one
     /// that was committed after this challenge was made does not: two honest quotes may overtake each other.
-    fn speaks_against(&self, session: &Session, denial: &Denial) -> bool {
+    pub(super) fn speaks_against(&self, session: &Session, denial: &Denial) -> bool {
         match denial.refusal.code {
             Code::ClockStepBack => {
                 let made = session.deadline.minus_ms(ANSWER_MS);
-                self.replica.local(|s| s.standing(&session.node).is_some_and(|st| st.verdict < made))
+                self.replica.local(|s| match session.cluster.as_str() {
+                    REPLICAS => s.attested_ek(&session.node).is_some_and(|(_, row)| row.stamp < made),
+                    _ => s.standing(&session.node).is_some_and(|st| st.verdict < made),
+                })
             }
             Code::StaleAppraisal | Code::Internal | Code::Busy | Code::Unavailable => false,
             Code::EvidenceMalformed | Code::CsrMalformed | Code::EvidenceTooLarge | Code::KeyNotCertified => false,
@@ -246,7 +252,7 @@ impl Enrolment {
     }
 
     /// A failure after a good HMAC consumes the nonce and is kept for operators.
-    async fn deny(
+    pub(super) async fn deny(
         &self,
         session: &Session,
         denial: Denial,
@@ -254,20 +260,24 @@ impl Enrolment {
     ) -> Result<Result<v1::Verdict, v1::Denied>, Refusal> {
         let forked = distrust.is_some() && denial.refusal.code == Code::ClockStepBack;
         let code = if forked { Code::TpmStateForked } else { denial.refusal.code };
-        let row = DenialRow {
-            stamp: self.replica.now(),
-            node: session.node,
-            code: code.to_string(),
-            diverged: denial.diverged.clone().unwrap_or_default(),
-            expected: denial.refusal.expected.clone(),
-            found: denial.refusal.found.clone(),
-        };
+        let row = self.denial_row(session, &denial, code);
         let command = Command::DenyNode { nonce: session.nonce, deadline: session.deadline, row, distrust };
         if let Err(refusal) = self.propose_for(&session.node, command).await?.outcome {
             return Ok(Err(denied(&refusal, None)));
         }
         tracing::warn!(node = %session.node, %code, diverged = denial.diverged, "enrolment denied");
         Ok(Err(denied(&Refusal { code, ..denial.refusal }, denial.diverged)))
+    }
+
+    pub(super) fn denial_row(&self, session: &Session, denial: &Denial, code: Code) -> DenialRow {
+        DenialRow {
+            stamp: self.replica.now(),
+            node: session.node,
+            code: code.to_string(),
+            diverged: denial.diverged.clone().unwrap_or_default(),
+            expected: denial.refusal.expected.clone(),
+            found: denial.refusal.found.clone(),
+        }
     }
 
     /// Each arrival of evidence is a request of its own: that it serves once is the nonce's work, and a second arrival
