@@ -2,9 +2,11 @@
 
 mod deny;
 mod revoke;
+mod streams;
 
 pub use deny::deny;
 pub use revoke::revoke;
+pub use streams::streams;
 
 use crate::lab::{Lab, LabError, make_folder, write_file};
 use crate::topology::Spec;
@@ -56,19 +58,23 @@ pub fn memory() -> Result<(), LabError> {
 }
 
 fn weigh(lab: &Lab) -> Result<Vec<Figure>, LabError> {
-    let state = lab.state()?;
     let all = [("west-r1", 60.0), ("west-r2", 60.0), ("west-r3", 60.0), ("west-n1-agent", 25.0)];
     all.into_iter()
         .map(|(name, target)| {
-            let pid = state.process(name).map(|p| p.id.pid);
-            let status = pid.and_then(|pid| std::fs::read_to_string(format!("/proc/{pid}/status")).ok());
-            let kib = status.as_deref().and_then(|text| {
-                text.lines().find_map(|l| l.strip_prefix("VmRSS:")?.split_whitespace().next()?.parse::<f64>().ok())
-            });
-            let kib = kib.ok_or_else(|| Refusal::new(Code::Internal, format!("the process {name}"), "none"))?;
-            Ok(Figure { name: format!("{name}, resident idle"), mib: kib * 1024.0 / 1e6, target })
+            Ok(Figure { name: format!("{name}, resident idle"), mib: resident_mb(lab, name)?, target })
         })
         .collect()
+}
+
+/// Resident memory of a process of the lab, MB.
+fn resident_mb(lab: &Lab, name: &str) -> Result<f64, LabError> {
+    let pid = lab.state()?.process(name).map(|p| p.id.pid);
+    let status = pid.and_then(|pid| std::fs::read_to_string(format!("/proc/{pid}/status")).ok());
+    let kib = status.as_deref().and_then(|text| {
+        text.lines().find_map(|l| l.strip_prefix("VmRSS:")?.split_whitespace().next()?.parse::<f64>().ok())
+    });
+    let kib = kib.ok_or_else(|| Refusal::new(Code::Internal, format!("the process {name}"), "none"))?;
+    Ok(kib * 1024.0 / 1e6)
 }
 
 /// `target/bench`, beside the folder of the profile that this binary was built in.

@@ -29,6 +29,7 @@ pub mod preflight;
 pub mod probe;
 pub mod process;
 pub mod state;
+pub mod streams;
 pub mod tool;
 pub mod topology;
 pub mod tpm;

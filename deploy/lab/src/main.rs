@@ -2,7 +2,7 @@
 
 use ambit_lab::fault::Fault;
 use ambit_lab::lab::chain;
-use ambit_lab::{Lab, LabError, Place, Spec, down, gate, guardian, measurer, preflight, probe, process};
+use ambit_lab::{Lab, LabError, Place, Spec, down, gate, guardian, measurer, preflight, probe, process, streams};
 use ambit_model::refusal::Class;
 use clap::{Parser, Subcommand, ValueEnum};
 use std::net::SocketAddrV4;
@@ -95,6 +95,9 @@ enum Verb {
         /// The user to become
         uid: Option<u32>,
     },
+    /// (internal) Many streams of the Workload API, once it is inside the pod
+    #[command(hide = true)]
+    StreamsInside { socket: PathBuf, count: usize },
     /// Show the main job: two attested clusters, a call, a denial, a policy change, two drills
     Demo {
         #[command(flatten)]
@@ -144,7 +147,7 @@ enum Verb {
     /// Measure whole processes in a lab of their own
     Bench {
         /// What to measure
-        #[arg(value_parser = ["memory", "revoke", "deny"])]
+        #[arg(value_parser = ["memory", "revoke", "deny", "streams"])]
         name: String,
     },
     /// (internal) Stand in for IMA on a node
@@ -234,6 +237,7 @@ fn run(verb: Verb) -> Result<ExitCode, LabError> {
             return Err(probe(&Lab::open(&lab.name)?, &pod, target, interval_ms));
         }
         Verb::ProbeInside { target, interval_ms, uid } => probe_inside(target, interval_ms, uid)?,
+        Verb::StreamsInside { socket, count } => streams::run(&socket, count)?,
         Verb::Demo { lab, json, keep } => {
             ambit_lab::demo::run(&ambit_lab::demo::Options { name: &lab.name, json: json.as_deref(), keep })?;
         }
@@ -247,6 +251,7 @@ fn run(verb: Verb) -> Result<ExitCode, LabError> {
         Verb::Bench { name } => match name.as_str() {
             "revoke" => ambit_lab::bench::revoke()?,
             "deny" => ambit_lab::bench::deny()?,
+            "streams" => ambit_lab::bench::streams()?,
             _ => ambit_lab::bench::memory()?,
         },
         Verb::Measurer { folder, ima_log, tpm } => measurer::Measurer::new(folder, ima_log, tpm)?.run(),
