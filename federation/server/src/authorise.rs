@@ -4,7 +4,7 @@ mod refused;
 mod table;
 mod trailers;
 
-pub use refused::{LeftOut, RefusalKey, RefusalRow, Refusals};
+pub use refused::{LeftOut, RefusalKey, RefusalRow, Refusals, Standing};
 pub use table::{METHODS, Who};
 
 use crate::replica::wall_clock;
@@ -362,6 +362,12 @@ fn note(replica: &crate::replica::Replica, caller: Option<&Caller>, path: &str, 
         return;
     }
     let name = caller.map_or_else(|| "unknown".to_owned(), name_of);
-    let stranger = caller.is_none_or(|caller| caller.svid.is_none());
-    replica.refusals().note(&name, stranger, path, code, wall_clock().0);
+    let standing = match caller.and_then(|caller| caller.svid.as_ref()) {
+        None => Standing::Stranger,
+        Some(svid) => match role_of(Some(svid), replica.trust_domain(), || replica.cell().state()) {
+            Ok(_) => Standing::Role,
+            Err(_) => Standing::NoRole,
+        },
+    };
+    replica.refusals().note(&name, standing, path, code, wall_clock().0);
 }

@@ -7,18 +7,42 @@ use ambit_model::Code;
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
-/// Rows kept of identified callers, and of strangers. Apart, so that strangers, who have as many addresses as they like,
-/// never displace what an identity did.
-const IDENTIFIED_MAX: usize = 2_048;
-const STRANGERS_MAX: usize = 256;
+/// What callers of a kind are given of rows and lines. Apart, so that strangers, who have as many addresses as they like, and
+/// whoever came by many SVIDs that nothing here is for, never displace what an administrator, a node or a replica did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// Who has a role.
+    Role,
+    /// A certificate, and no role.
+    NoRole,
+    /// No certificate.
+    Stranger,
+}
+
+impl Standing {
+    fn rows_max(self) -> usize {
+        match self {
+            Self::Role => 2_048,
+            Self::NoRole => 512,
+            Self::Stranger => 256,
+        }
+    }
+    fn rate(self) -> Rate {
+        match self {
+            Self::Role => ROLE_LINES,
+            Self::NoRole | Self::Stranger => OTHER_LINES,
+        }
+    }
+}
+
 /// The name of a method that is not ours comes from the caller.
 const METHOD_BYTES_MAX: usize = 128;
 /// The same caller, method and code is logged once in so long, with how often it was meanwhile.
 const REPEAT_MS: u64 = 60_000;
-/// Lines of the log: of identified callers enough that each may be refused every method each minute, and some at once; of
-/// strangers about as much as a small disk bears for ever, 30 MiB a day.
-const IDENTIFIED_LINES: Rate = Rate { per_second: 20, burst: 4_096 };
-const STRANGERS_LINES: Rate = Rate { per_second: 1, burst: 512 };
+/// Lines of the log: of those with a role enough that each may be refused every method each minute, and some at once; of
+/// others about as much as a small disk bears for ever, 30 MiB a day.
+const ROLE_LINES: Rate = Rate { per_second: 20, burst: 4_096 };
+const OTHER_LINES: Rate = Rate { per_second: 1, burst: 512 };
 
 /// Who was refused what, and why.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -82,7 +106,8 @@ struct Callers {
 
 #[derive(Default)]
 struct Rows {
-    identified: Callers,
+    with_role: Callers,
+    without: Callers,
     strangers: Callers,
     by_code: BTreeMap<&'static str, u64>,
     left_out: LeftOut,
@@ -102,20 +127,20 @@ pub struct LeftOut {
 pub struct Refusals(Mutex<Rows>);
 
 impl Refusals {
-    /// Notes one. `stranger`: without a certificate.
-    pub fn note(&self, caller: &str, stranger: bool, method: &str, code: Code, now_ms: u64) {
+    /// Notes one.
+    pub fn note(&self, caller: &str, standing: Standing, method: &str, code: Code, now_ms: u64) {
         let code = code.as_str();
         let method: String = method.chars().take(METHOD_BYTES_MAX).collect();
         let key = RefusalKey { caller: caller.to_owned(), method, code };
         let mut rows = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let Rows { identified, strangers, by_code, left_out } = &mut *rows;
+        let Rows { with_role, without, strangers, by_code, left_out } = &mut *rows;
         *by_code.entry(code).or_default() += 1;
-        let (callers, max, rate) = match stranger {
-            true => (strangers, STRANGERS_MAX, STRANGERS_LINES),
-            false => (identified, IDENTIFIED_MAX, IDENTIFIED_LINES),
+        let Callers { kept, lines } = match standing {
+            Standing::Role => with_role,
+            Standing::NoRole => without,
+            Standing::Stranger => strangers,
         };
-        let Callers { kept, lines } = callers;
-        if !kept.contains_key(&key) && kept.len() >= max {
+        if !kept.contains_key(&key) && kept.len() >= standing.rows_max() {
             let oldest = kept.iter().min_by_key(|(_, kept)| kept.row.last_ms).map(|(key, _)| key.clone());
             left_out.forgotten += oldest.and_then(|key| kept.remove(&key)).map_or(0, |kept| kept.row.count);
         }
@@ -123,7 +148,7 @@ impl Refusals {
         let one = kept.entry(key.clone()).or_insert(Kept { row: first, logged_ms: 0, unlogged: 0 });
         (one.row.count, one.row.last_ms) = (one.row.count + 1, now_ms);
         let due = one.row.count == 1 || now_ms.saturating_sub(one.logged_ms) >= REPEAT_MS;
-        if due && lines.take(&rate, now_ms) {
+        if due && lines.take(&standing.rate(), now_ms) {
             let RefusalKey { caller, method, code } = &key;
             tracing::info!(caller, method, code, left_out = one.unlogged, "call refused");
             (one.logged_ms, one.unlogged) = (now_ms, 0);
@@ -133,24 +158,24 @@ impl Refusals {
         }
     }
 
-    /// Whether a line that says more of an identified caller's refusal may be written.
+    /// Whether a line that says more of the refusal of a caller with a role may be written.
     pub fn may_log(&self, now_ms: u64) -> bool {
         let mut rows = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        rows.identified.lines.take(&IDENTIFIED_LINES, now_ms)
+        rows.with_role.lines.take(&ROLE_LINES, now_ms)
     }
 
-    /// Notes one of many items of a call that was answered, where it was refused to the caller.
+    /// Notes one of many items of a call that was answered, where it was refused to the caller, who has a role.
     pub fn note_denied(&self, caller: &str, method: &str, code: Code) {
         if super::audited(code) {
-            self.note(caller, false, method, code, wall_clock().0);
+            self.note(caller, Standing::Role, method, code, wall_clock().0);
         }
     }
 
     /// All rows, newest first.
     pub fn rows(&self) -> Vec<(RefusalKey, RefusalRow)> {
         let rows = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let both = rows.identified.kept.iter().chain(&rows.strangers.kept);
-        let mut all: Vec<_> = both.map(|(key, kept)| (key.clone(), kept.row)).collect();
+        let kept = [&rows.with_role, &rows.without, &rows.strangers].into_iter().flat_map(|callers| &callers.kept);
+        let mut all: Vec<_> = kept.map(|(key, kept)| (key.clone(), kept.row)).collect();
         all.sort_by_key(|(_, row)| std::cmp::Reverse(row.last_ms));
         all
     }
@@ -171,32 +196,40 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_is_counted_and_strangers_displace_nobody_who_is_known() {
+    fn each_is_counted_and_neither_strangers_nor_many_identities_displace_who_has_a_role() {
         let refusals = Refusals::default();
-        refusals.note("spiffe://west/ambit/admin/a", false, "/m", Code::PermissionDenied, 1);
-        for n in 0..STRANGERS_MAX as u64 + 50 {
-            refusals.note(&format!("anonymous 10.0.{}.{}", n / 200, n % 200), true, "/m", Code::Unauthenticated, 2 + n);
+        let admin = "spiffe://west/ambit/admin/a";
+        let many = |standing: Standing| standing.rows_max() as u64 + 50;
+        refusals.note(admin, Standing::Role, "/m", Code::PermissionDenied, 1);
+        for n in 0..many(Standing::Stranger) {
+            let from = format!("anonymous 10.0.{}.{}", n / 200, n % 200);
+            refusals.note(&from, Standing::Stranger, "/m", Code::Unauthenticated, 2 + n);
         }
-        refusals.note("spiffe://west/ambit/admin/a", false, "/m", Code::PermissionDenied, 900);
+        for n in 0..many(Standing::NoRole) {
+            refusals.note(&format!("spiffe://west/w/{n}"), Standing::NoRole, "/m", Code::PermissionDenied, 2 + n);
+        }
+        refusals.note(admin, Standing::Role, "/m", Code::PermissionDenied, 900);
         let rows = refusals.rows();
-        assert_eq!(rows.len(), STRANGERS_MAX + 1);
+        assert_eq!(rows.len(), Standing::Stranger.rows_max() + Standing::NoRole.rows_max() + 1);
         let (key, row) = &rows[0];
-        assert_eq!(
-            (key.caller.as_str(), row.count, row.first_ms, row.last_ms),
-            ("spiffe://west/ambit/admin/a", 2, 1, 900)
-        );
-        assert!(!rows.iter().any(|(key, _)| key.caller == "anonymous 10.0.0.0"), "the oldest gave way");
-        let all = STRANGERS_MAX as u64 + 50;
-        assert_eq!(refusals.by_code(), BTreeMap::from([("permission_denied", 2), ("unauthenticated", all)]));
-        assert_eq!(refusals.left_out().forgotten, 50);
+        assert_eq!((key.caller.as_str(), row.count, row.first_ms, row.last_ms), (admin, 2, 1, 900));
+        for oldest in ["anonymous 10.0.0.0", "spiffe://west/w/0"] {
+            assert!(!rows.iter().any(|(key, _)| key.caller == oldest), "{oldest} gave way");
+        }
+        let all = BTreeMap::from([
+            ("permission_denied", 2 + many(Standing::NoRole)),
+            ("unauthenticated", many(Standing::Stranger)),
+        ]);
+        assert_eq!(refusals.by_code(), all);
+        assert_eq!(refusals.left_out().forgotten, 100);
     }
 
     /// So often, so many ms apart: lines, by what was not left out.
-    fn logged(stranger: bool, callers: u64, times: u64, apart_ms: u64) -> u64 {
+    fn logged(standing: Standing, callers: u64, times: u64, apart_ms: u64) -> u64 {
         let refusals = Refusals::default();
         let mut now = 1_000_000;
         for n in 0..times {
-            refusals.note(&format!("c{}", n % callers), stranger, "/m", Code::PermissionDenied, now);
+            refusals.note(&format!("c{}", n % callers), standing, "/m", Code::PermissionDenied, now);
             now += apart_ms;
         }
         times - refusals.left_out().unlogged
@@ -204,14 +237,15 @@ mod tests {
 
     #[test]
     fn lines_of_the_log_are_bounded_and_the_rest_is_counted() {
-        for (what, stranger, callers, times, apart_ms, lines) in [
-            ("each of many callers once", false, 2_000, 2_000, 0, 2_000),
-            ("one, all the time, for ten minutes", false, 1, 60_000, 10, 10),
-            ("one, each minute", false, 1, 10, 60_000, 10),
-            ("strangers from everywhere at once", true, 100_000, 100_000, 0, 512),
-            ("strangers from everywhere, for a hundred seconds", true, 100_000, 100_000, 1, 512 + 99),
+        for (what, standing, callers, times, apart_ms, lines) in [
+            ("each of many callers once", Standing::Role, 2_000, 2_000, 0, 2_000),
+            ("one, all the time, for ten minutes", Standing::Role, 1, 60_000, 10, 10),
+            ("one, each minute", Standing::Role, 1, 10, 60_000, 10),
+            ("many SVIDs without a role at once", Standing::NoRole, 100_000, 100_000, 0, 512),
+            ("strangers from everywhere at once", Standing::Stranger, 100_000, 100_000, 0, 512),
+            ("strangers from everywhere, for a hundred seconds", Standing::Stranger, 100_000, 100_000, 1, 512 + 99),
         ] {
-            assert_eq!(logged(stranger, callers, times, apart_ms), lines, "{what}");
+            assert_eq!(logged(standing, callers, times, apart_ms), lines, "{what}");
         }
     }
 }

@@ -5,6 +5,7 @@
 
 use super::Replica;
 use super::files::failed;
+use crate::authorise::Standing;
 use ambit_identity::Csr;
 use ambit_identity::approver::{gather, proposal_text, propose};
 use ambit_identity::keys::certificates_to_pem;
@@ -118,7 +119,7 @@ async fn answer(replica: &Replica, mut stream: UnixStream) {
         Err(refusal) => Err(refusal),
     };
     let answer = answer.unwrap_or_else(|refusal| {
-        replica.refusals().note(&who, false, METHOD, refusal.code, super::wall_clock().0);
+        replica.refusals().note(&who, Standing::Role, METHOD, refusal.code, super::wall_clock().0);
         Answer::Refused(refusal)
     });
     let sent = async { stream.write_all(&encoded(&answer)?).await };
