@@ -1,6 +1,7 @@
 //! A small lab: one cluster with three replicas and two nodes, where a test asks for no other.
 
 use crate::process::{binary, must_run};
+use crate::secrets;
 use ambit_lab::guardian::Guardian;
 use ambit_lab::process::ProcessId;
 use ambit_lab::{Lab, down};
@@ -38,13 +39,19 @@ impl Small {
 }
 
 impl Drop for Small {
-    #[allow(clippy::panic, reason = "a test that leaves something behind fails")]
+    #[allow(clippy::panic, reason = "a test that leaves something behind, or whose logs hold a key, fails")]
     fn drop(&mut self) {
+        let found = secrets::in_logs(&self.lab.spec().root());
         let removed = down::down(self.lab.name());
-        if !std::thread::panicking()
-            && let Err(error) = removed
-        {
+        if std::thread::panicking() {
+            return;
+        }
+        if let Err(error) = removed {
             panic!("{error}");
+        }
+        match found {
+            Ok(found) => assert!(found.is_empty(), "private keys in {found:?}"),
+            Err(error) => panic!("logs that cannot be searched: {error:#}"),
         }
     }
 }

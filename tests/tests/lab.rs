@@ -4,6 +4,7 @@
 use ambit_lab::process::ProcessId;
 use ambit_lab::{Lab, Member, Place, cell, cgroup, down, net, process, topology};
 use ambit_tests::process::{Folder, binary, must_run, run};
+use ambit_tests::secrets;
 use ambit_tests::small::{Small, needs_root};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -56,7 +57,8 @@ fn the_demo_ends_well_with_every_figure_and_leaves_nothing() {
     let program = binary("ambit-lab").unwrap().display().to_string();
     let leash = ["setpriv", "--pdeathsig", "TERM", "--", "timeout", "--kill-after", "5", "240"];
     let demo = [program.as_str(), "demo", "--json", json.to_str().unwrap(), "--name", "testdemo"];
-    let out = run(&[&leash[..], &demo].concat()).unwrap();
+    let logs = folder.path("logs");
+    let out = run(&[&leash[..], &demo, &["--logs", logs.to_str().unwrap()]].concat()).unwrap();
     let told = text(&out.stdout);
     assert!(out.status.success(), "{told}{}", text(&out.stderr));
     assert!(!told.contains('\u{1b}'), "colour, where there is no terminal");
@@ -79,6 +81,12 @@ fn the_demo_ends_well_with_every_figure_and_leaves_nothing() {
         }
     }
     assert_eq!(traces("testdemo"), [""; 0]);
+    // What each kind of process wrote on the whole way is searched for private keys, here and when the folder goes.
+    for (log, least) in [("west-r1-ambitd.log", 2_000), ("east-n1-agent.log", 2_000)] {
+        let written = std::fs::metadata(logs.join(log)).unwrap().len();
+        assert!(written > least, "{written} bytes of {log}");
+    }
+    assert_eq!(secrets::in_logs(&logs).unwrap(), [""; 0]);
 }
 
 #[test]

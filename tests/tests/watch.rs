@@ -249,6 +249,48 @@ async fn without_a_leader_what_is_told_says_its_age_and_nothing_older_is_told_fo
     }
 }
 
+/// Somebody who watches while the right to is taken: what is written from then on is not told.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_ends_with_the_role_or_the_certificate_that_opened_it() {
+    let cell = registered(1).await;
+    let context = cell.admin_file("context.json").display().to_string();
+    let ambit = |args: &[&str]| {
+        let program = ambit_tests::process::binary("ambit").unwrap().display().to_string();
+        ambit_tests::process::must_run(&[&[program.as_str(), "--context", &context], args].concat()).unwrap();
+    };
+    for (name, taken, code) in [
+        ("dora", &["admin", "revoke", "dora", "--all"][..], "permission_denied"),
+        ("emil", &["deny", "id", "spiffe://west/ambit/admin/emil"][..], "svid_revoked"),
+    ] {
+        let folder = cell.file(name);
+        ambit(&["admin", "grant", name, "auditor"]);
+        ambit(&["admin", "issue", name, "--out", &folder.display().to_string()]);
+        let channel = cell.channel_as(ambit_tests::cell::admin_identity(&folder).unwrap(), 1).await.unwrap();
+        let request = v1::WatchRequest { kinds: vec!["entry".into()], after_revision: 0, stale_ok: false };
+        let mut events = WatchClient::new(channel).watch(request).await.unwrap().into_inner();
+        let mut known = Known::default();
+        let revision = put(&cell, &[format!("before-{name}")], 60).await;
+        known.read(&mut events, revision).await;
+        ambit(taken);
+        put(&cell, &[format!("after-{name}")], 60).await;
+        let ended = async {
+            loop {
+                match events.message().await {
+                    Ok(event) => known.take(event.expect("an end that says why")),
+                    Err(status) => return ambit_proto::status::from_status(&status),
+                };
+            }
+        };
+        let refused = tokio::time::timeout(PATIENCE, ended).await.unwrap();
+        assert_eq!(refused.code.as_str(), code, "{refused}");
+        let ids = known.ids();
+        assert!(
+            ids.contains(&format!("before-{name}").as_str()) && !ids.iter().any(|id| *id == format!("after-{name}")),
+            "{ids:?}"
+        );
+    }
+}
+
 /// As an operator sees it: `ambit watch` outlives the replica it began at.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_command_line_goes_on_where_it_ended() {

@@ -10,11 +10,11 @@ pub(crate) fn demo(options: &[&str]) -> Result<(), Stop> {
     while let Some(option) = rest.next() {
         let takes_file = match *option {
             "--keep" => false,
-            "--json" => true,
+            "--json" | "--logs" => true,
             other => return Err(Stop::Usage(format!("'{other}' is not an option of demo"))),
         };
         if takes_file && rest.next().is_none_or(|file| file.starts_with('-')) {
-            return Err(Stop::Usage("--json wants a file".into()));
+            return Err(Stop::Usage(format!("{option} wants a path")));
         }
     }
     deps::install(deps::Say::Missing)?;

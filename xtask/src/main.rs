@@ -26,7 +26,7 @@ usage: cargo xtask <verb>
 
   deps                  install the Debian packages that building and testing need, saying which and why; and the
                         Python environment of the interoperability tests
-  demo [--json FILE] [--keep]
+  demo [--json FILE] [--keep] [--logs FOLDER]
                         two attested clusters on this machine, the whole way through (root; Linux namespaces)
   test                  format, lints, every test of the workspace; last line: N passed, N failed, N skipped
   lab up|down|status    the one-machine lab that demo uses, to explore by hand (root)

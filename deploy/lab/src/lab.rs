@@ -128,6 +128,26 @@ impl Lab {
     pub fn folder(&self, role: &str) -> PathBuf {
         self.spec.root().join(role)
     }
+    /// Copies the logs of all roles into a folder, each as `ROLE-NAME.log`.
+    ///
+    /// # Errors
+    /// What cannot be read or written.
+    pub fn copy_logs(&self, to: &Path) -> Result<(), LabError> {
+        make_folder(to)?;
+        let list = |of: &Path| -> Result<Vec<PathBuf>, LabError> {
+            let read = std::fs::read_dir(of).and_then(|all| all.map(|e| Ok(e?.path())).collect());
+            read.map_err(|source| LabError::Io { path: of.into(), source })
+        };
+        for folder in list(&self.spec.root())?.into_iter().filter(|path| path.is_dir()) {
+            let role = folder.file_name().unwrap_or_default().display().to_string();
+            for log in list(&folder)?.into_iter().filter(|path| path.extension().is_some_and(|e| e == "log")) {
+                let name = log.file_name().unwrap_or_default().display().to_string();
+                std::fs::copy(&log, to.join(format!("{role}-{name}")))
+                    .map_err(|source| LabError::Io { path: log, source })?;
+            }
+        }
+        Ok(())
+    }
     /// A cgroup of a role: `mesh`, `agent`, `tpm`, `host` of a node, `server` of a replica.
     pub fn cgroup(&self, role: &str, part: &str) -> PathBuf {
         self.cgroup.join(role).join(part)

@@ -108,6 +108,9 @@ enum Verb {
         /// Leave the lab running and print commands to explore it
         #[arg(long)]
         keep: bool,
+        /// Copy the logs of all its processes to this folder, before the lab is taken down
+        #[arg(long)]
+        logs: Option<PathBuf>,
     },
     /// Boot a node as a machine of its own, under QEMU, and show that an altered file costs it its standing
     Vm {
@@ -238,8 +241,9 @@ fn run(verb: Verb) -> Result<ExitCode, LabError> {
         }
         Verb::ProbeInside { target, interval_ms, uid } => probe_inside(target, interval_ms, uid)?,
         Verb::StreamsInside { socket, count } => streams::run(&socket, count)?,
-        Verb::Demo { lab, json, keep } => {
-            ambit_lab::demo::run(&ambit_lab::demo::Options { name: &lab.name, json: json.as_deref(), keep })?;
+        Verb::Demo { lab, json, keep, logs } => {
+            let (json, logs) = (json.as_deref(), logs.as_deref());
+            ambit_lab::demo::run(&ambit_lab::demo::Options { name: &lab.name, json, keep, logs })?;
         }
         Verb::Vm { name, debian } => ambit_lab::vm::run(&ambit_lab::vm::Options { name: &name, debian: &debian })?,
         Verb::Chaos { smoke: _, kills: None, name, .. } => ambit_lab::chaos::run(&name)?,

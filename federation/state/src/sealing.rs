@@ -1,6 +1,6 @@
 //! What the root's form `sealed` rests on: replicas attested, with wrap keys that their TPMs certified, and recovery shares.
 
-use crate::authorities::RootId;
+use crate::authorities::{RootId, RootRow};
 use crate::objects::{Counters, DenialRow, Member, PolicyRef};
 use crate::state::State;
 use ambit_model::bundle::RootState;
@@ -164,13 +164,7 @@ impl State {
     pub fn seal_lacks(&self) -> Vec<String> {
         let mut lacks: Vec<String> =
             self.unattested().iter().map(|id| format!("replica {id} has no attested wrap key in a TPM")).collect();
-        let shares = self.sealing().shares;
-        let unshared: Vec<RootId> = self
-            .roots()
-            .into_iter()
-            .filter(|(id, row)| row.state != RootState::Revoked && !shares.contains_key(id))
-            .map(|(id, _)| id)
-            .collect();
+        let unshared = self.unshared();
         let approvers = self.approvers().count();
         if !unshared.is_empty() && approvers < 2 {
             lacks.push(format!("recovery shares take two approvers, and there are {approvers} (ambit approver add)"));
@@ -179,12 +173,22 @@ impl State {
         lacks.extend(unshared.map(|id| format!("root {id} has no recovery shares (ambit trust shares)")));
         lacks
     }
-    /// The root's form as every status shows it: `sealed` only where each replica's wrap key is in an attested TPM.
+    /// Roots that nobody could open once all TPMs are lost.
+    fn unshared(&self) -> Vec<RootId> {
+        let shares = self.sealing().shares;
+        let lacking = |id: &RootId, row: &RootRow| row.state != RootState::Revoked && !shares.contains_key(id);
+        self.roots().into_iter().filter(|(id, row)| lacking(id, row)).map(|(id, _)| id).collect()
+    }
+    /// The root's form as every status shows it: `sealed` only where each replica's wrap key is in an attested TPM, and people
+    /// have shares of each root, that of a rotation too.
     pub fn root_form(&self) -> String {
         let form = self.cell().map(|cell| cell.root_form.clone()).unwrap_or_default();
         let lacking: Vec<String> = self.unattested().iter().map(u64::to_string).collect();
         match (form == SEALED, lacking.is_empty()) {
-            (true, true) => form,
+            (true, true) => match self.unshared().first() {
+                None => form,
+                Some(id) => format!("{form} (root {} has no recovery shares: ambit trust shares)", hex::encode(id)),
+            },
             (_, false) => format!("{form} (unsealed: no attested TPM key at replica {})", lacking.join(", ")),
             (false, true) => format!("{form} (unsealed: ambit trust seal)"),
         }

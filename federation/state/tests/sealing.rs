@@ -311,6 +311,16 @@ fn what_is_sealed_is_wrapped_to_no_file_and_shown_as_unsealed_where_a_tpm_is_exp
     assert_eq!(code(cell.run(wrap(1))), Code::ReplicaUnattested);
 }
 
+/// As after a rotation, for which people have no shares yet.
+#[test]
+fn a_root_without_shares_shows_in_the_form() {
+    let mut cell = sealed();
+    assert_eq!(cell.state.root_form(), "sealed");
+    cell.run(wrapped_to(&[(1, 1)], |wrapped| Command::PrepareRoot(b"next".to_vec(), wrapped))).unwrap();
+    let next = hex::encode(sha256(b"next"));
+    assert_eq!(cell.state.root_form(), format!("sealed (root {next} has no recovery shares: ambit trust shares)"));
+}
+
 #[test]
 fn endorsements_that_change_put_replicas_out_too() {
     let rule =

@@ -29,6 +29,8 @@ pub struct Options<'a> {
     pub json: Option<&'a Path>,
     /// Leave the lab up.
     pub keep: bool,
+    /// Where the logs go, of a demo that failed too.
+    pub logs: Option<&'a Path>,
 }
 
 /// The pieces that every chapter needs.
@@ -49,13 +51,18 @@ pub fn run(options: &Options<'_>) -> Result<(), LabError> {
     if let Some(west) = spec.sites.first_mut() {
         west.nodes = WEST_NODES;
     }
+    let tell = |lab: &Lab| {
+        let told = tell(lab, &say, begun);
+        let copied = options.logs.map_or(Ok(()), |folder| lab.copy_logs(folder));
+        told.and_then(|figures| copied.map(|()| figures))
+    };
     let figures = if options.keep {
         let lab = bring_up(&spec, &say)?;
-        let told = tell(&lab, &say, begun);
+        let told = tell(&lab);
         say.explore(&lab);
         told?
     } else {
-        in_a_lab(&spec, &say, |lab| tell(lab, &say, begun))?
+        in_a_lab(&spec, &say, tell)?
     };
     say.table(&figures);
     if let Some(path) = options.json {

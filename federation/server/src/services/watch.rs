@@ -4,16 +4,17 @@
 //! known, it is told the whole state anew, page by page.
 
 use super::OrStatus;
-use crate::authorise::actor;
+use crate::authorise::authorise;
 use crate::raft::Since;
 use crate::replica::Replica;
-use ambit_model::{Code, Refusal, Stamp, TrustDomain};
+use ambit_model::{Code, Refusal, TrustDomain};
 use ambit_proto::convert::service_message;
 use ambit_proto::status::to_status;
 use ambit_proto::v1;
 use ambit_proto::v1::watch_event::Event;
 use ambit_state::objects::NodeState;
 use ambit_state::{ObjectKey, ObjectKind, State};
+use ambit_transport::Caller;
 use std::collections::BTreeSet;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -24,6 +25,8 @@ use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
+/// As the table of roles names it.
+const METHOD: &str = "/ambit.v1.Watch/Watch";
 /// Followers at one replica.
 const FOLLOWERS_MAX: usize = 256;
 /// Events that a follower has not read.
@@ -53,7 +56,7 @@ impl v1::watch_server::Watch for Watches {
     type WatchStream = Pin<Box<dyn Stream<Item = Told> + Send>>;
 
     async fn watch(&self, request: Request<v1::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
-        let until = actor(&request)?.until;
+        let caller = request.extensions().get::<Caller>().cloned();
         let m = request.into_inner();
         let kinds = kinds(&m.kinds).or_status()?;
         let busy = || Refusal::new(Code::Busy, format!("at most {FOLLOWERS_MAX} followers at a replica"), "more");
@@ -66,7 +69,7 @@ impl v1::watch_server::Watch for Watches {
             self.noted(index.0).await.or_status()?;
         }
         let (down, queue) = mpsc::channel::<Told>(QUEUE);
-        let follower = Follower { replica: self.replica.clone(), kinds, until, down, changed, _place: place };
+        let follower = Follower { replica: self.replica.clone(), kinds, caller, down, changed, _place: place };
         tokio::spawn(follower.run(m.after_revision));
         Ok(Response::new(Box::pin(ReceiverStream::new(queue))))
     }
@@ -96,7 +99,7 @@ fn kinds(named: &[String]) -> Result<Vec<ObjectKind>, Refusal> {
 struct Follower {
     replica: Replica,
     kinds: Vec<ObjectKind>,
-    until: Option<Stamp>,
+    caller: Option<Caller>,
     down: mpsc::Sender<Told>,
     changed: watch::Receiver<u64>,
     _place: OwnedSemaphorePermit,
@@ -147,17 +150,18 @@ impl Follower {
         }
     }
 
-    /// Until something is noted, the next bookmark is due, or nobody listens any more. A stream does not outlive the
-    /// certificate that opened it.
+    /// Until something is noted, the next bookmark is due, or nobody listens any more. Whoever may not open the stream
+    /// any more is told nothing further on it: its certificate ended or was revoked, or it lost its role.
     async fn wait(&mut self, bookmark: Instant) -> Result<(), Ended> {
         tokio::select! {
             changed = self.changed.changed() => changed.map_err(|_| Ended)?,
             () = tokio::time::sleep_until(bookmark) => {}
             () = self.down.closed() => return Err(Ended),
         }
-        if self.until.is_none_or(|until| until < self.replica.now()) {
-            let ended = Refusal::new(Code::Unauthenticated, "a certificate in time", "one that ended");
-            let _ = self.down.send(Err(to_status(&ended))).await;
+        let (caller, own) = (self.caller.as_ref(), self.replica.trust_domain());
+        let still = authorise(METHOD, caller, own, || self.replica.cell().state(), self.replica.now());
+        if let Err(refusal) = still {
+            let _ = self.down.send(Err(to_status(&refusal))).await;
             return Err(Ended);
         }
         Ok(())
