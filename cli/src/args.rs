@@ -210,6 +210,9 @@ pub enum Trust {
         /// Say who does, and change nothing
         #[arg(long)]
         dry_run: bool,
+        /// An intermediate that the cell has no row of, given after the backup that it was restored from
+        #[arg(long, conflicts_with = "without_acks")]
+        unknown: bool,
         /// Of a root's revocation, in a cell with approvers
         #[command(flatten)]
         approvals: Approvals,

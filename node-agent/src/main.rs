@@ -44,6 +44,12 @@ enum Verb {
     },
 }
 
+/// Keys are in this process: it leaves no core, and of other users only root looks into it (prctl(2), PR_SET_DUMPABLE).
+fn guard_memory() -> anyhow::Result<()> {
+    use rustix::process::{DumpableBehavior, set_dumpable_behavior};
+    set_dumpable_behavior(DumpableBehavior::NotDumpable).context("this process cannot keep its memory to itself")
+}
+
 fn main() -> ExitCode {
     let outcome = match Args::parse().verb {
         Verb::Run { config } => {
@@ -89,6 +95,7 @@ fn raise_descriptors() -> anyhow::Result<()> {
 }
 
 fn run(path: &std::path::Path) -> anyhow::Result<()> {
+    guard_memory()?;
     let config = Config::read(path)?;
     raise_descriptors()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()

@@ -223,6 +223,7 @@ mod tests {
             (Code::NodeUnknown, true, false),
             (Code::NodeLate, true, false),
             (Code::SvidUntrusted, true, false),
+            (Code::NodeAddressMismatch, true, false),
             (Code::PermissionDenied, false, false),
             (Code::Unavailable, false, false),
             (Code::Busy, false, false),

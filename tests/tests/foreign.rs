@@ -330,3 +330,110 @@ async fn a_web_endpoint_is_read_by_its_name_and_authorities() {
     let root = std::fs::read(east.seat_of(1).unwrap().data.join("identity/root.der")).unwrap();
     assert_eq!(row(&west).await.roots_der, [root]);
 }
+
+/// What SPIRE's controller has as objects, as they are moved here: what can be written is, and each is told.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn objects_of_spires_controller_are_applied_to_a_cell() {
+    let cell = Cell::start("west", 1).await.unwrap();
+    let cluster = v1::RegisterClusterRequest {
+        request_id: fresh(),
+        name: "west".into(),
+        ek_root_classes: vec![],
+        ek_roots_der: vec![],
+        attest_interval_s: 10,
+    };
+    let register = |channel| {
+        let cluster = cluster.clone();
+        async move { v1::cluster_registry_client::ClusterRegistryClient::new(channel).register_cluster(cluster).await }
+    };
+    cell.insist(register).await.unwrap();
+    let f = foreign("example.org").await;
+    let object = |kind: &str, name: &str, spec: &str| {
+        format!(
+            "apiVersion: spire.spiffe.io/v1alpha1\nkind: {kind}\nmetadata: {{name: {name}}}\nspec:\n  {}\n---\n",
+            spec.replace('\n', "\n  ")
+        )
+    };
+    let federated = |td: &str| {
+        format!(
+            "trustDomain: {td}\nbundleEndpointURL: https://{}/bundle\nbundleEndpointProfile: {{type: https_spiffe, \
+             endpointSPIFFEID: 'spiffe://{td}/ambit/replica/1'}}\ntrustDomainBundle: '{}'",
+            f.endpoint.at,
+            bundle(1, &[&f.root])
+        )
+    };
+    let entry = |id: &str, more: &str| {
+        format!(
+            "spiffeID: {id}\nparentID: spiffe://west/ambit/cluster/west\nselectors: ['unix:uid:1000']\nhint: inner\n{more}"
+        )
+    };
+    let text = [
+        object("ClusterFederatedTrustDomain", "own", &federated("west")),
+        object("ClusterFederatedTrustDomain", "there", &federated("example.org")),
+        object("ClusterStaticEntry", "web", &entry("spiffe://west/web", "federatesWith: [example.org]")),
+        object(
+            "ClusterStaticEntry",
+            "lost",
+            &entry("spiffe://west/lost", "").replace("cluster/west", "cluster/nowhere"),
+        ),
+        object(
+            "ClusterSPIFFEID",
+            "db",
+            "spiffeIDTemplate: spiffe://west/db\nworkloadSelectorTemplates: ['cgroup:db']\nttl: 1h",
+        ),
+    ];
+    let file = cell.file("spire.yaml");
+    std::fs::write(&file, text.concat()).unwrap();
+    let (program, context) = (ambit_tests::process::binary("ambit").unwrap(), cell.admin_file("context.json"));
+    let apply = |more: &[&str]| {
+        let (program, context, file) =
+            (program.display().to_string(), context.display().to_string(), file.display().to_string());
+        let line = [program.as_str(), "--context", &context, "apply", "-f", &file, "--cluster", "west", "-o", "json"];
+        let out = ambit_tests::process::run(&[&line[..], more].concat()).unwrap();
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        let rows: serde_json::Value = serde_json::from_slice(&out.stdout).expect(&said);
+        let rows = rows.as_array().unwrap().clone();
+        let told = rows.iter().map(|row| ["name", "status"].map(|k| row[k].as_str().unwrap().to_owned())).collect();
+        (out.status.code(), told)
+    };
+    let row = |name: &str, status: &str| [name.to_owned(), status.to_owned()];
+    let names = ["west", "example.org", "web", "lost", "db"];
+    let dry = apply(&["--dry-run"]);
+    assert_eq!(dry.0, Some(0));
+    assert_eq!(
+        registry(&cell)
+            .await
+            .list_federation_relationships(v1::ListFederationRelationshipsRequest {})
+            .await
+            .unwrap()
+            .into_inner()
+            .relationships
+            .len(),
+        0,
+        "a dry run writes nothing"
+    );
+    // Twice: the same again is what it was.
+    for _ in 0..2 {
+        let (code, told): (_, Vec<[String; 2]>) = apply(&[]);
+        assert_eq!(code, Some(1));
+        let mut by_name: Vec<[String; 2]> = told.clone();
+        by_name.sort();
+        let ok = |name: &str| told.contains(&row(name, "ok"));
+        assert!(ok("example.org") && ok("web") && ok("db"), "{told:?}");
+        assert!(names.iter().all(|name| by_name.iter().any(|r| r[0] == *name)), "{told:?}");
+        assert!(!ok("west") && !ok("lost"), "{told:?}");
+    }
+    let listed = v1::entry_registry_client::EntryRegistryClient::new(cell.admin(1).await.unwrap())
+        .list_entries(v1::ListEntriesRequest::default())
+        .await
+        .unwrap()
+        .into_inner()
+        .entries;
+    let web = listed.iter().find(|e| e.id == "web").unwrap();
+    assert_eq!(
+        (web.spiffe_id.as_str(), web.hint.as_str(), &web.federates_with[..]),
+        ("spiffe://west/web", "inner", &["example.org".to_owned()][..])
+    );
+    assert!(listed.iter().any(|e| e.id == "db" && e.ttl_seconds == 3_600) && listed.len() == 2, "{listed:?}");
+    assert_eq!(self::row(&cell).await.trust_domain, "example.org");
+}

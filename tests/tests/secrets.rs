@@ -5,7 +5,7 @@ use ambit_identity::SvidKey;
 use ambit_identity::wrap::Purpose;
 use ambit_lab::{Lab, Place, Ready};
 use ambit_model::ReplicaId;
-use ambit_tests::process::{SOON, binary, must_run, until};
+use ambit_tests::process::{Folder, SOON, binary, must_run, until};
 use ambit_tests::secrets::{self, Secret, in_file};
 use ambit_tests::small::Small;
 use ambitd::raft::{Options, rebase};
@@ -161,6 +161,39 @@ fn a_key_of_tokens_that_was_replaced_is_held_by_no_replica() {
     lab.ambit("west", &["trust", "rotate", "--jwt", "--wait", "60s"]).unwrap();
     until("another token", || mint().ok());
     until("nobody holds the former", || (holders() == 0).then_some(()));
+
+    for name in ["west-r1", "west-n1-agent"] {
+        let pid = u32::try_from(small.process(name).unwrap().pid).unwrap();
+        assert_eq!(core_of(pid), None, "{name} leaves a core");
+    }
+}
+
+/// The core that a process leaves when it crashes, which it is made to here and may, as far as its limits go.
+fn core_of(pid: u32) -> Option<PathBuf> {
+    let folder = std::fs::read_link(format!("/proc/{pid}/cwd")).unwrap();
+    let cores = || -> BTreeSet<PathBuf> {
+        let entries = std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path());
+        entries.filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("core"))).collect()
+    };
+    let before = cores();
+    must_run(&["prlimit", "--pid", &pid.to_string(), "--core=unlimited"]).unwrap();
+    must_run(&["kill", "-ABRT", &pid.to_string()]).unwrap();
+    until("its end", || {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        stat.rsplit_once(") ").is_none_or(|(_, rest)| rest.starts_with(['Z', 'X'])).then_some(())
+    });
+    let left = cores().difference(&before).next().cloned();
+    left.iter().for_each(|core| std::fs::remove_file(core).unwrap());
+    left
+}
+
+#[test]
+fn another_process_that_crashes_so_leaves_a_core() {
+    let folder = Folder::new().unwrap();
+    let mut sleep = Command::new("sleep").arg("60").current_dir(folder.path("")).spawn().unwrap();
+    let core = core_of(sleep.id());
+    sleep.wait().unwrap();
+    assert!(core.is_some(), "kernel.core_pattern makes cores elsewhere: what was looked for cannot be found");
 }
 
 #[test]

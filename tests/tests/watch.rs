@@ -263,7 +263,7 @@ async fn a_stream_ends_with_the_role_or_the_certificate_that_opened_it() {
         ("emil", &["deny", "id", "spiffe://west/ambit/admin/emil"][..], "svid_revoked"),
     ] {
         let folder = cell.file(name);
-        ambit(&["admin", "grant", name, "auditor"]);
+        ambit(&["admin", "grant", name, "operator"]);
         ambit(&["admin", "issue", name, "--out", &folder.display().to_string()]);
         let channel = cell.channel_as(ambit_tests::cell::admin_identity(&folder).unwrap(), 1).await.unwrap();
         let request = v1::WatchRequest { kinds: vec!["entry".into()], after_revision: 0, stale_ok: false };

@@ -30,8 +30,16 @@ pub(super) async fn run(session: &Session, apply: Apply) -> Result<Answer, Refus
     let mut exit = Exit::Ok;
     for row in objects.relationships {
         let request = v1::FederationRelationship { request_id: request_id()?, ..row };
-        let written = ask!(cell, TrustDomainRegistry.put_federation_relationship(request))?;
-        table.row(vec![json!("relationship"), json!(written.trust_domain), json!("ok"), json!("")]);
+        let name = request.trust_domain.clone();
+        // Each by itself, as entries are: what was written is told, whatever became of the rest.
+        let (code, message) = match ask!(cell, TrustDomainRegistry.put_federation_relationship(request)) {
+            Ok(_) => ("ok", String::new()),
+            Err(refusal) => (refusal.code.as_str(), refusal.to_string()),
+        };
+        if code != "ok" {
+            exit = Exit::Failed;
+        }
+        table.row(vec![json!("relationship"), json!(name), json!(code), json!(message)]);
     }
     if !objects.entries.is_empty() {
         let item = |entry| v1::EntryUpdate { entry: Some(entry), expected_revision: 0, create: true };

@@ -31,12 +31,13 @@ pub(super) async fn trust(session: &Session, verb: Trust) -> Result<Answer, Refu
         Trust::OpenShare(options) => seal::open_share(&options),
         Trust::Taint { authority, dry_run } if jwt::is_kid(&authority) => jwt::taint(session, authority, dry_run).await,
         Trust::Taint { authority, dry_run } => authorities::taint(session, authority, dry_run).await,
-        Trust::Revoke { authority, without_acks, dry_run, approvals } if jwt::is_kid(&authority) => {
+        Trust::Revoke { authority, without_acks, dry_run, unknown: false, approvals } if jwt::is_kid(&authority) => {
             authorities::takes_none(&approvals, &authority)?;
             jwt::revoke(session, authority, without_acks, dry_run).await
         }
-        Trust::Revoke { authority, without_acks, dry_run, approvals } => {
-            authorities::revoke(session, authority, without_acks, dry_run, &approvals).await
+        Trust::Revoke { authority, without_acks, dry_run, unknown, approvals } => {
+            let request = authorities::request(Some(authority), without_acks, dry_run)?;
+            authorities::revoke(session, v1::X509AuthorityRequest { unknown, ..request }, &approvals).await
         }
         Trust::Rotate { jwt, wait, without_acks, dry_run } => {
             let options = rotate::Options { wait: wait.duration(), without_acks, dry_run };

@@ -32,5 +32,5 @@ pub use record::{KeySet, RecordKey};
 pub use remote::RemoteKey;
 pub use result::{ExportedResult, VerifiedResult};
 pub use share::{RootShare, ShareSet};
-pub use svid::{NodeBinding, PeerSvid, TrustStore, Usage, verify_svid, verify_svid_for};
+pub use svid::{NodeBinding, PeerSvid, TrustStore, Usage, name_of, verify_svid, verify_svid_for};
 pub use tls::{Expect, SharedTrust, Trust};

@@ -108,6 +108,8 @@ impl Presented {
 #[derive(Clone, Debug, Default)]
 pub struct TrustStore {
     roots: BTreeMap<TrustDomain, Vec<TrustAnchor<'static>>>,
+    /// Their names, by trust domain. A root ends with its bundle and not by a denial, of which one would end all at once.
+    root_names: BTreeMap<TrustDomain, BTreeSet<String>>,
     /// Intermediates by name, whatever a chain says of them: nothing under these is accepted.
     denied: BTreeSet<(TrustDomain, String)>,
 }
@@ -136,6 +138,9 @@ impl TrustStore {
         for der in above {
             let cert = profile::parse(der).map_err(|e| Refusal::new(Code::SvidMalformed, "a certificate", e))?;
             let name = key_name(cert.public_key().raw);
+            if self.root_names.get(domain).is_some_and(|roots| roots.contains(&name)) {
+                continue;
+            }
             if self.denied.contains(&(domain.clone(), name.clone())) {
                 return Err(Refusal::new(Code::SvidUntrusted, "an intermediate that is not revoked", name));
             }
@@ -144,7 +149,9 @@ impl TrustStore {
     }
     fn put(&mut self, td: &TrustDomain, roots: &[Vec<u8>]) -> Result<(), Refusal> {
         let anchors = roots.iter().map(|der| anchor(der)).collect::<Result<_, _>>()?;
+        let names = roots.iter().map(|der| name_of(der)).collect::<Result<_, _>>()?;
         self.roots.insert(td.clone(), anchors);
+        self.root_names.insert(td.clone(), names);
         Ok(())
     }
     /// The trust domains known.
@@ -282,6 +289,15 @@ fn must(cert: &X509Certificate<'_>, kind: Kind) -> Result<(), Refusal> {
 }
 
 /// An authority's name by its key (SubjectPublicKeyInfo, DER).
+/// The name of a certificate's key, by which an intermediate is revoked: SHA-256 of its SPKI, the first 20 bytes, hex.
+///
+/// # Errors
+/// [`Code::BadRequest`] for what is no certificate.
+pub fn name_of(der: &[u8]) -> Result<String, Refusal> {
+    let cert = profile::parse(der).map_err(|e| Refusal::new(Code::BadRequest, "a certificate", e))?;
+    Ok(key_name(cert.public_key().raw))
+}
+
 fn key_name(spki: &[u8]) -> String {
     hex::encode(&Sha256::digest(spki)[..20])
 }

@@ -118,6 +118,30 @@ impl Site {
         self.leaf("minted", &key, minted);
     }
 
+    fn downstream(&mut self) {
+        let (key, authority) = (SvidKey::generate().unwrap(), self.authority());
+        let entry = Entry {
+            id: "site".parse().unwrap(),
+            spiffe_id: "spiffe://west/site".parse().unwrap(),
+            cluster: "c".parse().unwrap(),
+            nodes: [NODE].into(),
+            selectors: [Selector::UnixUid(1)].into(),
+            ttl: SvidTtl::DEFAULT,
+            federates_with: Default::default(),
+            extras: Extras::new(EntryExtras { downstream: true, ..EntryExtras::NONE }).unwrap(),
+        };
+        let leaves = vec![LeafRequest { entry: entry.id.clone(), key_hash: key.spki_sha256() }];
+        self.run(Command::CreateEntries(vec![entry])).outcome.unwrap();
+        let (node, generation) = (NODE, Generation(1));
+        let issue = Command::Issue { node, generation, authority, leaves };
+        let serial = self.run(issue).into_issuances().unwrap().remove(0).unwrap().get().serial;
+        let (key_hash, lifetime_ms) = (key.spki_sha256(), 86_400_000);
+        let ask = Command::NewDownstream { node, generation, serial, key_hash, lifetime_ms };
+        let committed = self.run(ask).into_downstream().unwrap();
+        let signed = self.root.downstream(&committed, &csr(&key)).unwrap();
+        self.keep("downstream intermediate", &signed, "root");
+    }
+
     fn administrators(&mut self) {
         let (key, authority, td) = (SvidKey::generate().unwrap(), self.authority(), "west".parse().unwrap());
         let day = Lifetime { not_before: NOW.minus_ms(60_000), not_after: NOW.plus_ms(86_400_000) };
@@ -283,6 +307,7 @@ fn folder(name: &str) -> Folder {
 fn all() -> Vec<Made> {
     let mut site = Site::new();
     site.nodes_and_workloads();
+    site.downstream();
     site.administrators();
     site.second_replica();
     site.lists();
@@ -294,7 +319,7 @@ fn all() -> Vec<Made> {
 fn pkilint_and_openssl_find_no_fault_in_any_profile() {
     let (folder, made) = (folder("profiles"), all());
     let names: Vec<&str> = made.iter().map(|m| m.name).collect();
-    assert_eq!(names.len(), 16, "{names:?}");
+    assert_eq!(names.len(), 17, "{names:?}");
     let findings = pkilint(&folder.0, &made);
     let is_it = |[_, found, message]: &[String; 3], (code, begins, _): &(&str, &str, &str)| {
         found == code && message.starts_with(begins)

@@ -166,6 +166,12 @@ fn a_revoked_intermediate_is_known_by_its_key_whatever_its_leaves_say() {
     trust.deny_authorities([(r.td.clone(), r.former.authority().to_owned())]);
     assert_eq!(verify_svid(&leaf(&r, &r.former, 1), &trust, NOW).unwrap_err().code, Code::SvidUntrusted);
     verify_svid(&leaf(&r, &r.issuer, 1), &trust, NOW).unwrap();
+    // A root has a name of the same kind, and is in every chain: it ends with its bundle and not by this.
+    let mut roots = store(&r, &[&r.old, &r.new]);
+    roots.deny_authorities([&r.old, &r.new].map(|root| (r.td.clone(), ambit_identity::name_of(root.der()).unwrap())));
+    let mut chain = leaf(&r, &r.former, 1);
+    chain.push(r.old.der().clone());
+    verify_svid(&chain, &roots, NOW).unwrap();
     let mut elsewhere = store(&r, &[&r.old, &r.new]);
     elsewhere.deny_authorities([("east".parse().unwrap(), r.former.authority().to_owned())]);
     verify_svid(&leaf(&r, &r.former, 1), &elsewhere, NOW).unwrap();

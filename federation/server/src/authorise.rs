@@ -172,7 +172,8 @@ pub fn role_of<S: Deref<Target = State>>(
 fn role_of_entry(svid: &PeerSvid, binding: NodeBinding, state: &State) -> Option<Role> {
     let (node, generation) = (binding.node, binding.generation);
     let entry = &state.entry_of_svid(svid.authority(), svid.serial(), (node, generation))?.entry;
-    if *svid.id() != entry.spiffe_id {
+    // An entry that was written before it had to name nodes gives nothing.
+    if *svid.id() != entry.spiffe_id || entry.check_privileged().is_err() {
         return None;
     }
     if entry.extras.admin {

@@ -151,6 +151,10 @@ enum Admin {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     logging();
+    if let Err(error) = guard_memory() {
+        eprintln!("error: this process cannot keep its memory to itself: {error}");
+        return ExitCode::FAILURE;
+    }
     // Two cores are the yardstick; Raft has a thread of its own.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let outcome = match runtime {
@@ -170,6 +174,12 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Keys are in this process: it leaves no core, and of other users only root looks into it (prctl(2), PR_SET_DUMPABLE).
+fn guard_memory() -> std::io::Result<()> {
+    use rustix::process::{DumpableBehavior, set_dumpable_behavior};
+    Ok(set_dumpable_behavior(DumpableBehavior::NotDumpable)?)
 }
 
 async fn execute(verb: Verb) -> Result<(), Refusal> {

@@ -407,6 +407,9 @@ pub enum Command {
     TaintAuthority(String),
     /// Whatever a tainted intermediate signed is refused.
     RevokeAuthority(String),
+    /// Refuses an intermediate by its key identifier (40 hexadecimal digits) of which there is no row, for the longest lifetime
+    /// that one may have.
+    DenyAuthority(String),
     /// What brings another key set, refused where the one in force is not the one that it was made from
     /// ([`KeySetRow::sha256`]) any more: a replica that joins while a root is activated is in the one that comes after.
     OverKeySet([u8; 32], Box<Command>),

@@ -56,6 +56,8 @@ pub struct AttestedReplica {
     pub evidence_sha256: [u8; 32],
     /// When.
     pub stamp: Stamp,
+    /// Whether it stands. Bad evidence leaves the row, as a copy of the TPM must not get behind its counters.
+    pub stands: bool,
 }
 
 /// A good verdict on a replica, made by the server from a proof of the verifier only.
@@ -122,15 +124,15 @@ pub struct Seal {
 }
 
 impl State {
-    /// What a replica's TPM proved last.
+    /// What a replica's TPM proved last, as long as it stands.
     pub fn attested_replica(&self, id: u64) -> Option<&AttestedReplica> {
-        self.attested_replicas.get(&id)
+        self.attested_replicas.get(&id).filter(|row| row.stands)
     }
     /// Whether a replica ever was attested: before that, a replica of the former release may have to read the log.
     pub fn has_attested(&self) -> bool {
         self.attested_replicas.len() > 0 || self.is_sealed()
     }
-    /// By the TPM: the replica whose it is, and what it proved last.
+    /// By the TPM: the replica whose it is, and what it proved last, whether or not that stands.
     pub fn attested_ek(&self, ek: &NodeId) -> Option<(u64, &AttestedReplica)> {
         self.attested_replicas.iter().find(|(_, row)| row.ek == *ek).map(|(id, row)| (*id, row))
     }

@@ -207,21 +207,24 @@ fn operators_taint_it_and_revoke_it() {
 fn one_that_nothing_is_known_of_is_revoked_by_name_for_as_long_as_it_may_last() {
     let mut cell = cell();
     for bad in ["", "a", &name(20)[1..], &name(0xab).to_uppercase(), &format!("{}00", name(20))] {
-        assert_eq!(code(cell.run(Command::RevokeAuthority(bad.into()))), Code::NotFound, "{bad}");
+        assert_eq!(code(cell.run(Command::DenyAuthority(bad.into()))), Code::NotFound, "{bad}");
     }
-    assert_eq!(code(cell.run(Command::TaintAuthority(name(20)))), Code::NotFound);
+    for unknown in [Command::TaintAuthority(name(20)), Command::RevokeAuthority(name(20))] {
+        assert_eq!(code(cell.run(unknown)), Code::NotFound, "a slip of the pen is no revocation");
+    }
+    assert_eq!(code(cell.run(Command::DenyAuthority("a1".into()))), Code::RootState, "one that there is");
     let before = cell.state.cell().unwrap().export_seq;
-    cell.run(Command::RevokeAuthority(name(20))).unwrap();
+    cell.run(Command::DenyAuthority(name(20))).unwrap();
     assert!(is_denied(&cell.state, 20));
     let told: Vec<_> = cell.state.records_after(before).map(|r| (r.kind, r.key.clone())).collect();
     assert_eq!(told, [(Kind::AuthorityDenial, name(20))]);
     assert!(cell.state.svid_denied(&"spiffe://west/site/web".parse().unwrap(), &name(20), &[1]));
     // Bounded, and the same one again is no further one.
     for n in 0..255u32 {
-        cell.run(Command::RevokeAuthority(format!("{n:040x}"))).unwrap();
+        cell.run(Command::DenyAuthority(format!("{n:040x}"))).unwrap();
     }
-    assert_eq!(code(cell.run(Command::RevokeAuthority(name(30)))), Code::Busy);
-    cell.run(Command::RevokeAuthority(name(20))).unwrap();
+    assert_eq!(code(cell.run(Command::DenyAuthority(name(30)))), Code::Busy);
+    cell.run(Command::DenyAuthority(name(20))).unwrap();
     cell.at(1_000_000 + 7 * DAY_MS + 300_000, 0, Command::Tick).unwrap();
     assert!(is_denied(&cell.state, 20));
     cell.at(1_000_000 + 7 * DAY_MS + 300_001, 0, Command::Tick).unwrap();

@@ -78,6 +78,10 @@ fn a_root_goes_down_its_steps_one_at_a_time_and_never_back() {
         assert_eq!(outcome.as_ref().err().map(|r| r.code), refused, "{what}: {outcome:?}");
     }
     assert_eq!(roots(&cell), [(b'n', "active")]);
+    // A connection knows its intermediate and no root.
+    let web = "spiffe://west/web".parse().unwrap();
+    assert_eq!(cell.state.authority("a1").unwrap().state, AuthorityState::Revoked);
+    assert!(cell.state.svid_denied(&web, "a1", &[1]) && !cell.state.svid_denied(&web, &name(5), &[1]));
     // Prepared, activated, tainted, revoked, prepared, revoked.
     assert_eq!(sequence(&cell), 7);
     assert_eq!(cell.state.cell().unwrap().root_der, next);

@@ -52,6 +52,7 @@ fn verdict(cell: &Cell, replica: u64, n: u8, nonce: u8) -> ReplicaVerdict {
             policy: PolicyRef { name: REPLICAS.parse().unwrap(), version: 1 },
             evidence_sha256: [3; 32],
             stamp: Stamp(0),
+            stands: false,
         },
     }
 }
@@ -462,6 +463,13 @@ fn a_replica_that_shows_bad_evidence_is_attested_no_more() {
         assert_eq!(cell.state.root_form(), "sealed (unsealed: no attested TPM key at replica 1)", "{what}");
         assert!(cell.state.wrap_keys().is_empty() && cell.state.roots()[&first()].wrapped.len() == 1);
         assert_eq!(code(cell.run(deny(bad))), Code::NonceConsumed);
+        // A copy of its TPM, whose counters are behind, is what it was: no replica. The TPM itself goes on.
+        let mut copy = verdict(&cell, 1, 1, 77);
+        copy.attested.counters.clock = 1;
+        assert_eq!(code(cell.run(attest(copy))), Code::ClockStepBack, "{what}");
+        let itself = verdict(&cell, 1, 1, 78);
+        cell.run(attest(itself)).unwrap();
+        assert!(cell.state.unattested().is_empty());
     }
     let mut cell = sealed();
     let stranger = denial(&cell, None, 2);

@@ -29,7 +29,7 @@ pub(super) fn request(
     dry_run: bool,
 ) -> Result<v1::X509AuthorityRequest, Refusal> {
     let authority = authority.unwrap_or_default();
-    Ok(v1::X509AuthorityRequest { request_id: request_id()?, authority, without_acks, dry_run, approved: None })
+    Ok(v1::X509AuthorityRequest { request_id: request_id()?, authority, without_acks, dry_run, ..Default::default() })
 }
 
 /// `ambit trust check`: ends 5 where something is under way or wrong.
@@ -183,13 +183,11 @@ pub(super) async fn taint(session: &Session, authority: String, dry_run: bool) -
 /// `ambit trust revoke AUTHORITY`.
 pub(super) async fn revoke(
     session: &Session,
-    authority: String,
-    without_acks: bool,
-    dry_run: bool,
+    mut request: v1::X509AuthorityRequest,
     approvals: &Approvals,
 ) -> Result<Answer, Refusal> {
     let (cell, banner) = session.cell_to_change()?;
-    let mut request = request(Some(authority.clone()), without_acks, dry_run)?;
+    let (authority, dry_run) = (request.authority.clone(), request.dry_run);
     // An intermediate is no root: it takes no approvals, and the cell says whether there is one of that name.
     let Ok(root) = fingerprint(&authority) else {
         takes_none(approvals, &authority)?;

@@ -4,6 +4,7 @@
 use super::Replica;
 use crate::config::Config;
 use ambit_identity::{SvidKey, fingerprint};
+use ambit_model::refusal::Class;
 use ambit_model::{Code, Refusal};
 use ambit_proto::status::from_status;
 use ambit_proto::v1::node_attestation_client::NodeAttestationClient;
@@ -251,6 +252,8 @@ async fn attest(replica: &Replica, attester: &Attester, wrap_key: &TpmWrapKey) -
         };
         match prover.prove(channel).await {
             Ok(()) => return Ok(()),
+            // Who judged is not asked again at another's: each verdict is an entry of the log.
+            Err(refusal) if refusal.code.class() == Class::Denied => return Err(refusal),
             Err(refusal) => last = refusal,
         }
     }

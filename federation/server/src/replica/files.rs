@@ -55,6 +55,15 @@ impl Files {
         }
         Self::create_as(data_dir, "identity.new")
     }
+    /// Removes what was made aside: it may hold a root's key.
+    pub fn remove_aside(data_dir: &Path) {
+        let dir = data_dir.join("identity.new");
+        if let Err(error) = std::fs::remove_dir_all(&dir)
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            tracing::error!(%error, dir = %dir.display(), "keys of an attempt that failed are left: remove them");
+        }
+    }
     /// Puts them where they are looked for.
     pub fn placed(self, data_dir: &Path) -> Result<Self, Refusal> {
         let dir = data_dir.join(DIR);

@@ -8,12 +8,14 @@ use std::time::{Duration, Instant};
 /// What one node may have signed a second, and at once: all leaves that a node may have ([`ambit_state`] bounds them) in
 /// one go, and again all of them in twenty seconds. At 0.2 ms each a node that loops takes a twentieth of a core.
 const PER_NODE: Rate = Rate { per_second: 200.0, burst: 4_096.0 };
+/// What one administrator may have certified: a leaf lasts for hours, and its row in the state as long.
+const PER_ADMIN: Rate = Rate { per_second: 0.1, burst: 64.0 };
 /// All nodes at one replica: above what two cores can sign, so that only a burst of everybody is smoothed.
 const GLOBAL: Rate = Rate { per_second: 20_000.0, burst: 40_000.0 };
 /// A request costs an entry of the log, whatever is in it: as much as a leaf.
 const PER_REQUEST: f64 = 1.0;
-/// Nodes remembered; those whose bucket is full again are forgotten first.
-const NODES_MAX: usize = 20_000;
+/// Askers remembered; those whose bucket is full again are forgotten first.
+const ASKERS_MAX: usize = 20_000;
 
 #[derive(Clone, Copy)]
 struct Rate {
@@ -40,6 +42,24 @@ impl Bucket {
     }
 }
 
+/// Who has a budget of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Asker {
+    /// A node, for its workloads.
+    Node(NodeId),
+    /// An administrator, by SHA-256 of the identity.
+    Admin([u8; 32]),
+}
+
+impl Asker {
+    fn rate(self) -> Rate {
+        match self {
+            Self::Node(_) => PER_NODE,
+            Self::Admin(_) => PER_ADMIN,
+        }
+    }
+}
+
 /// A request that came too early.
 #[derive(Debug)]
 pub struct TooEarly {
@@ -51,7 +71,7 @@ pub struct TooEarly {
 
 /// The budgets of one replica.
 pub struct Budgets {
-    state: Mutex<(Bucket, BTreeMap<NodeId, Bucket>)>,
+    state: Mutex<(Bucket, BTreeMap<Asker, Bucket>)>,
 }
 
 impl Default for Budgets {
@@ -61,26 +81,27 @@ impl Default for Budgets {
 }
 
 impl Budgets {
-    /// Takes a request of `node` for so many leaves or tokens, or says when to come again. Nothing is taken then.
-    pub fn take(&self, node: NodeId, count: usize, now: Instant) -> Result<(), TooEarly> {
+    /// Takes a request for so many leaves or tokens, or says when to come again. Nothing is taken then.
+    pub fn take(&self, asker: Asker, count: usize, now: Instant) -> Result<(), TooEarly> {
         let cost = count as f64 + PER_REQUEST;
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let (global, nodes) = &mut *state;
-        if nodes.len() >= NODES_MAX {
-            nodes.retain(|_, bucket| {
-                bucket.fill(PER_NODE, now);
-                bucket.tokens < PER_NODE.burst
+        let (global, askers) = &mut *state;
+        if askers.len() >= ASKERS_MAX {
+            askers.retain(|asker, bucket| {
+                bucket.fill(asker.rate(), now);
+                bucket.tokens < asker.rate().burst
             });
         }
-        let own = nodes.entry(node).or_insert_with(|| Bucket::full(PER_NODE, now));
-        own.fill(PER_NODE, now);
+        let rate = asker.rate();
+        let own = askers.entry(asker).or_insert_with(|| Bucket::full(rate, now));
+        own.fill(rate, now);
         global.fill(GLOBAL, now);
         let early = |rate: Rate, whose: &str, after: Duration| {
             let expected = format!("at most {} SVIDs a second {whose}", rate.per_second);
             Err(TooEarly { refusal: Refusal::new(Code::Busy, expected, "more"), after })
         };
-        if let Some(after) = own.wait(PER_NODE, cost) {
-            return early(PER_NODE, "of one node", after);
+        if let Some(after) = own.wait(rate, cost) {
+            return early(rate, "of one caller", after);
         }
         if let Some(after) = global.wait(GLOBAL, cost) {
             return early(GLOBAL, "at one replica", after);
@@ -95,8 +116,20 @@ impl Budgets {
 mod tests {
     use super::*;
 
-    const LOUD: NodeId = NodeId([1; 32]);
-    const QUIET: NodeId = NodeId([2; 32]);
+    const LOUD: Asker = Asker::Node(NodeId([1; 32]));
+    const QUIET: Asker = Asker::Node(NodeId([2; 32]));
+
+    #[test]
+    fn an_administrator_that_loops_makes_few_rows() {
+        let (budgets, start) = (Budgets::default(), Instant::now());
+        let granted = (0..3_600).filter(|s| {
+            let now = start + Duration::from_secs(*s);
+            budgets.take(Asker::Admin([1; 32]), 1, now).is_ok()
+        });
+        // An hour of it; each costs two.
+        assert!((32 + 179..=32 + 181).contains(&granted.count()));
+        budgets.take(Asker::Admin([2; 32]), 1, start).unwrap();
+    }
 
     #[test]
     fn a_node_that_loops_waits_and_a_quiet_one_does_not() {
@@ -130,9 +163,9 @@ mod tests {
         let node = |n: u32| {
             let mut id = [0; 32];
             id[..4].copy_from_slice(&n.to_be_bytes());
-            NodeId(id)
+            Asker::Node(NodeId(id))
         };
-        let granted = (0..NODES_MAX as u32).filter(|n| budgets.take(node(*n), 3, now).is_ok()).count();
+        let granted = (0..ASKERS_MAX as u32).filter(|n| budgets.take(node(*n), 3, now).is_ok()).count();
         assert_eq!(granted, 10_000);
         let later = now + Duration::from_secs(60);
         budgets.take(node(u32::MAX), 1, later).unwrap();

@@ -5,7 +5,7 @@
 
 use super::backup::Backup;
 use super::blobs::{Blobs, Keep};
-use super::files::{Card, Files, private};
+use super::files::{Card, Files, failed, private};
 use super::found::{put_admin, start_failed};
 use super::keyring::Keyring;
 use super::wall_clock;
@@ -77,6 +77,26 @@ pub async fn restore(config: &Config, r: &Restore<'_>) -> Result<Restored, Refus
     let mut backup = Backup::open(r.snapshot, r.trust_domain, &r.fingerprint)?;
     let root = root_of(&backup.whole.state, r)?;
     check_clock(&backup.whole.state)?;
+    let restored = begin_anew(config, r, &mut backup, &root, started).await;
+    if restored.is_err() {
+        Files::remove_aside(&config.data_dir);
+        // Nothing of it was here before, and without an identity none of it is anybody's.
+        for part in ["log", "snapshot", "tables"].map(|part| config.data_dir.join(part)) {
+            if !config.data_dir.join("identity").exists() && part.exists() {
+                std::fs::remove_dir_all(&part).map_err(|e| failed("a writable folder", &part, e))?;
+            }
+        }
+    }
+    restored
+}
+
+async fn begin_anew(
+    config: &Config,
+    r: &Restore<'_>,
+    backup: &mut Backup,
+    root: &Root,
+    started: Instant,
+) -> Result<Restored, Refusal> {
     let (index, digest) = (backup.header.index, backup.whole.state.digest());
 
     let (issuer_key, tls) = (SvidKey::generate()?, SvidKey::generate()?);
@@ -97,26 +117,28 @@ pub async fn restore(config: &Config, r: &Restore<'_>) -> Result<Restored, Refus
         },
         admit: Some((issuer_csr.spki_sha256(), tls_csr.spki_sha256())),
         past_epoch: r.past_epoch,
-        keys: Some(next_key_set(&backup.whole.state, &root, r.trust_domain, &record)?),
+        keys: Some(next_key_set(&backup.whole.state, root, r.trust_domain, &record)?),
     };
     let admission = backup.whole.state.begin_incarnation(wall_clock(), beginning)?;
     let admission = admission.ok_or_else(|| Refusal::new(Code::Internal, "an admission", "none"))?;
     let issuer = IssuingKey::new(issuer_key, root.intermediate(&admission, &issuer_csr)?)?;
 
-    files.put_root(&root)?;
+    files.put_root(root)?;
     files.put_issuer(&issuer)?;
     files.put_tls(&tls)?;
     files.put_record(&record)?;
     let blobs = Blobs::open(config.data_dir.join("blobs"))?;
     backup.lists(|list| blobs.put(Keep::AllowList, &list).map(drop))?;
-    put_admin(r.admin_out, config, r.trust_domain, &root, &issuer)?;
-    let files = files.placed(&config.data_dir)?;
+    put_admin(r.admin_out, config, r.trust_domain, root, &issuer)?;
     found_on(&Folder(config.data_dir.clone()), ReplicaId(r.replica), &backup.whole).map_err(start_failed)?;
     let state = &backup.whole.state;
     let (epoch, given_up) =
         state.incarnations().next_back().map(|(e, row)| (e, row.given_up.clone())).unwrap_or_default();
     files.put_card(&Card { trust_domain: r.trust_domain.clone(), replica: r.replica, epoch, members: Vec::new() })?;
-    let (missing, began_at) = (backup.missing, state.applied().0);
+    let began_at = state.applied().0;
+    // Last, and in one step: what has an identity is whole.
+    files.placed(&config.data_dir)?;
+    let missing = std::mem::take(&mut backup.missing);
     Ok(Restored { index, digest, epoch, began_at, given_up, missing, took: started.elapsed() })
 }
 

@@ -60,7 +60,8 @@ impl v1::agent_stream_server::AgentStream for Streams {
         };
         let address = address(&subscribe.node_address).or_status()?;
         // Before its slice, with which its workloads get SVIDs: whoever they call should have heard by then. And before an
-        // older stream ends, which a copy of the node's key must not bring about from elsewhere.
+        // older stream ends: a copy of the node's key, used where it was not registered, has to claim the node's address to
+        // bring that about, with which no far end takes it.
         if let Err(refusal) = register(&self.0, node, generation, address, actor.svid.as_ref()).await {
             // Counted it is as every refused call.
             if refusal.code == Code::NodeAddressMismatch && self.0.refusals().may_log(wall_clock().0) {

@@ -293,6 +293,7 @@ impl Authorities {
                     let (act, by) = (Act::RevokeRoot(id), asked.by.clone());
                     (Command::Act { act, approved: asked.approved.clone(), by }, survey.stranded(s, &id))
                 }
+                Named::Intermediate(id) if asked.m.unknown => (unknown(s, &id)?, Vec::new()),
                 Named::Intermediate(id) => (Command::RevokeAuthority(id.clone()), survey.under(s, &id)),
                 Named::Jwt(kid) => return Err(no_certificate(kid)),
             })
@@ -323,6 +324,20 @@ fn root_named<T>(
             Err(Refusal::new(Code::BadRequest, "a root's fingerprint (64 hex digits)", id))
         }
     }
+}
+
+/// Refuses an intermediate that nothing is known of. A root has such a name too, and stands in every chain.
+fn unknown(s: &State, id: &str) -> Result<Command, Refusal> {
+    for (root, row) in s.roots().into_iter().filter(|(_, row)| !row.der.is_empty()) {
+        if ambit_identity::name_of(&row.der)? == id {
+            let found = format!("that of root {}, which is revoked by its fingerprint", hex::encode(root));
+            return Err(Refusal::new(Code::BadRequest, "the name of an intermediate", found));
+        }
+    }
+    if s.authority(id).is_some() || s.downstream(id).is_some() {
+        return Err(Refusal::new(Code::RootState, "an intermediate that the cell does not know", "one that it does"));
+    }
+    Ok(Command::DenyAuthority(id.to_owned()))
 }
 
 fn no_certificate(kid: String) -> Refusal {

@@ -2,9 +2,10 @@
 
 use super::{OrStatus, request_id};
 use crate::authorise::{Client, Role, actor};
+use crate::replica::issuing::Asker;
 use crate::replica::{Replica, jwt};
 use ambit_identity::{Csr, JwtKey, issue, issue_jwt};
-use ambit_model::{Audience, Code, EntryId, JwtAuthority, NodeId, Refusal, SpiffeId, TrustDomain};
+use ambit_model::{Audience, Code, EntryId, JwtAuthority, Refusal, SpiffeId, TrustDomain};
 use ambit_proto::convert::{dns_names, jwt_ttl, svid_ttl};
 use ambit_proto::status::to_status;
 use ambit_proto::v1;
@@ -41,7 +42,7 @@ impl v1::svid_server::Svid for Svids {
                 .or_status();
         }
         let count = m.items.len();
-        self.within_budget(node, count)?;
+        self.within_budget(Asker::Node(node), count)?;
         let asked = self.off_thread(count, move || asked(m.items)).await.and_then(|asked| asked).or_status()?;
         let leaves = asked.iter().map(|one| one.leaf.clone()).collect();
         let authority = self.0.issuer().authority().to_owned();
@@ -73,7 +74,7 @@ impl v1::svid_server::Svid for Svids {
         let m = request.into_inner();
         let id = request_id(&m.request_id)?;
         let (entry, audience): (EntryId, _) = (m.entry_id.parse().or_status()?, Audience::new(m.audience).or_status()?);
-        self.within_budget(node, 1)?;
+        self.within_budget(Asker::Node(node), 1)?;
         let command = |kid, audience_sha256| {
             let entry = entry.clone();
             Command::IssueJwt { node, generation, kid, entry, audience_sha256 }
@@ -128,7 +129,7 @@ impl v1::svid_server::Svid for Svids {
         };
         let m = request.into_inner();
         let id = request_id(&m.request_id)?;
-        self.within_budget(issuer.node, 1)?;
+        self.within_budget(Asker::Node(issuer.node), 1)?;
         let csr = Csr::parse(&m.csr).or_status()?;
         let lifetime_ms = match m.lifetime_seconds {
             0 => DOWNSTREAM_MS,
@@ -152,6 +153,7 @@ impl v1::svid_server::Svid for Svids {
         let id = signed_here(request_id(&m.request_id)?, &authority);
         let own = |_| Refusal::new(Code::PermissionDenied, "an administrator below /ambit/admin/", name.as_str());
         let admin = name.parse().map_err(own).or_status()?;
+        self.within_budget(Asker::Admin(actor.client.id), 1)?;
         let command = Command::CertifyAdmin { admin, key_hash: csr.spki_sha256(), authority };
         let applied = self.0.propose(actor.client, id, command).await.or_status()?;
         let (chain_der, not_after_ms) = one_leaf(&self.0, applied, &csr).or_status()?;
@@ -214,8 +216,8 @@ impl Svids {
 
     /// Before any signature is checked.
     #[allow(clippy::result_large_err, reason = "a status is what the caller answers with")]
-    fn within_budget(&self, node: NodeId, count: usize) -> Result<(), Status> {
-        self.0.issuance_budgets().take(node, count, Instant::now()).map_err(|early| {
+    fn within_budget(&self, asker: Asker, count: usize) -> Result<(), Status> {
+        self.0.issuance_budgets().take(asker, count, Instant::now()).map_err(|early| {
             let mut status = to_status(&early.refusal);
             // gRPC A6: when a client that retries by itself is to come again.
             let after = early.after.as_millis().saturating_add(1).to_string();

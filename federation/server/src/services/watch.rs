@@ -134,6 +134,7 @@ impl Follower {
                     let any = !keys.is_empty();
                     let keys: Vec<ObjectKey> = keys.into_iter().collect();
                     for page in keys.chunks(PAGE) {
+                        self.still_may()?;
                         self.tell(page, upto).await?;
                     }
                     told = upto;
@@ -151,20 +152,25 @@ impl Follower {
     }
 
     /// Until something is noted, the next bookmark is due, or nobody listens any more. Whoever may not open the stream
-    /// any more is told nothing further on it: its certificate ended or was revoked, or it lost its role.
+    /// any more is told nothing further on it, and is asked before each page: its certificate ended or was revoked, or it
+    /// lost its role.
     async fn wait(&mut self, bookmark: Instant) -> Result<(), Ended> {
         tokio::select! {
             changed = self.changed.changed() => changed.map_err(|_| Ended)?,
             () = tokio::time::sleep_until(bookmark) => {}
             () = self.down.closed() => return Err(Ended),
         }
+        self.still_may()
+    }
+
+    fn still_may(&self) -> Result<(), Ended> {
         let (caller, own) = (self.caller.as_ref(), self.replica.trust_domain());
         let still = authorise(METHOD, caller, own, || self.replica.cell().state(), self.replica.now());
-        if let Err(refusal) = still {
-            let _ = self.down.send(Err(to_status(&refusal))).await;
-            return Err(Ended);
-        }
-        Ok(())
+        still.map(drop).map_err(|refusal| {
+            // Whoever does not read is not waited for.
+            let _ = self.down.try_send(Err(to_status(&refusal)));
+            Ended
+        })
     }
 
     /// All objects, page by page. What changes meanwhile came after `upto`, and is told again.
@@ -177,6 +183,7 @@ impl Follower {
         self.send(upto, Event::Reset(v1::WatchReset { why: why.to_owned() })).await?;
         let mut last = None;
         loop {
+            self.still_may()?;
             let page = self.replica.local(|s| s.objects_after(last.as_ref(), &self.kinds, PAGE));
             if page.is_empty() {
                 return Ok(());

@@ -1,7 +1,7 @@
 //! Intermediates of replicas: renewed by themselves, tainted and revoked by operators.
 
 use super::{At, cell_row, downstream, export, payload, touch};
-use crate::authorities::{AuthorityRow, AuthorityState, DownstreamRow, authority_of};
+use crate::authorities::{AuthorityRow, AuthorityState, DownstreamRow, RootId, authority_of};
 use crate::command::Reply;
 use crate::committed::ReplicaAuthority;
 use crate::objects::Member;
@@ -107,7 +107,7 @@ pub(super) fn revoke(s: &mut State, at: At, id: &str) -> Result<Reply, Refusal> 
         downstream::revoke(s, at, id)?;
         return Ok(Reply::Done);
     }
-    let Some(row) = s.authority(id) else { return revoke_unknown(s, at, id) };
+    let row = named(s, id)?;
     if row.state != AuthorityState::Tainted {
         return Err(Refusal::new(Code::RootState, "a tainted intermediate", row.state.as_str()));
     }
@@ -122,9 +122,25 @@ pub(super) fn revoke(s: &mut State, at: At, id: &str) -> Result<Reply, Refusal> 
     Ok(Reply::Done)
 }
 
+/// Whatever hangs on a root that is gone.
+pub(super) fn revoke_under(s: &mut State, at: At, root: &RootId) -> Result<(), Refusal> {
+    let under = |row: &AuthorityRow| row.root == *root && row.state != AuthorityState::Revoked;
+    for (id, row) in s.authorities().into_iter().filter(|(_, row)| under(row)) {
+        let until = row.lifetime.not_after;
+        s.authorities.put(&mut s.journal, id.clone(), AuthorityRow { state: AuthorityState::Revoked, ..row });
+        deny(s, at, &id, until)?;
+    }
+    let under = |row: &DownstreamRow| row.root == *root && row.state != AuthorityState::Revoked;
+    let given: Vec<String> = s.downstreams().filter(|(_, row)| under(row)).map(|(id, _)| id.clone()).collect();
+    given.iter().try_for_each(|id| downstream::revoke(s, at, id))
+}
+
 /// A cell that was restored knows nothing of what it gave after that backup. Whose such an intermediate is nobody can tell
 /// any more, but it ends within the longest lifetime, and until then its name can be refused.
-fn revoke_unknown(s: &mut State, at: At, id: &str) -> Result<Reply, Refusal> {
+pub(super) fn deny_unknown(s: &mut State, at: At, id: &str) -> Result<Reply, Refusal> {
+    if s.authority(id).is_some() || s.downstream(id).is_some() {
+        return Err(Refusal::new(Code::RootState, "an intermediate that the cell does not know", id));
+    }
     if id.len() != 40 || !id.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
         return Err(Refusal::new(Code::NotFound, "an intermediate of this cell, or a key identifier (40 digits)", id));
     }

@@ -37,6 +37,7 @@ pub(super) fn new(s: &mut State, at: At, asked: &Asked<'_>) -> Result<Reply, Ref
         return Err(Refusal::new(Code::SvidRevoked, "an SVID that was not revoked", leaf.spiffe_id.as_str()));
     }
     let entry = s.entry_of(leaf).filter(|row| row.entry.extras.downstream).ok_or_else(none)?;
+    entry.entry.check_privileged()?;
     let (entry, ends) = (entry.entry.id.clone(), entry.entry.extras.expires_at);
     let asked_by = (leaf.authority.clone(), leaf.serial);
     if !(LIFETIME_MS_MIN..=LIFETIME_MS_MAX).contains(&asked.lifetime_ms) {

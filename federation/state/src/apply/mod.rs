@@ -133,6 +133,7 @@ fn change(s: &mut State, at: At, command: &Command) -> Result<Reply, Refusal> {
         Command::RevokeRoot(root) => act::revoke_root_alone(s, at, root),
         Command::TaintAuthority(id) => authority::taint(s, at, id),
         Command::RevokeAuthority(id) => authority::revoke(s, at, id),
+        Command::DenyAuthority(id) => authority::deny_unknown(s, at, id),
         Command::OverKeySet(replaced, command) => cell::over_key_set(s, at, replaced, command),
         Command::Act { act, approved, by } => act::perform(s, at, act, approved.as_ref(), by),
         Command::ActivateJwtAuthority(kid) => jwt::activate_now(s, at, kid),

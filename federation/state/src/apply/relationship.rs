@@ -85,7 +85,7 @@ pub(super) fn remove(s: &mut State, at: At, td: &TrustDomain) -> Result<Reply, R
 
 /// What was fetched is taken, or its row says why not: the outcome is that of the one item. Where only its JWT keys are gone,
 /// the roots are taken, and the keys that were known stay until an operator's word; where there are more of them than we
-/// hold, until there are fewer: a root that was removed is not kept for their sake.
+/// hold, those that are still among them: neither a root nor a key that was removed is kept for their sake.
 pub(super) fn take(
     s: &mut State,
     at: At,
@@ -104,6 +104,8 @@ pub(super) fn take(
         (row.sequence, row.sha256, row.refresh_hint_s) = (bundle.sequence, bundle.sha256, bundle.refresh_hint_s);
         (row.taken, row.held, row.trouble) = (at.stamp, None, String::new());
         if let Err(refusal) = jwt::bounded(keys) {
+            let still: Vec<JwtAuthority> = keys_before.iter().filter(|key| keys.contains(key)).cloned().collect();
+            jwt::put_foreign(s, td, bundle.sequence.unwrap_or_default(), &still);
             judged = Err(refusal);
         } else if keys.is_empty() && !keys_before.is_empty() {
             judged = Err(Refusal::new(Code::BundleShrunk, "JWT keys, or an operator's word", "none"));

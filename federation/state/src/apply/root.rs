@@ -1,7 +1,7 @@
 //! Roots of the own trust domain: prepared, active, old, tainted, revoked, one at a time and never back. Who must have heard
 //! of a step before the next is asked outside: acknowledgements are no part of the state.
 
-use super::{At, cell_row, export, payload, touch};
+use super::{At, authority, cell_row, export, payload, touch};
 use crate::authorities::{RootId, RootRow, root_id};
 use crate::command::Reply;
 use crate::committed::PreparedRoot;
@@ -209,6 +209,8 @@ pub(super) fn revoke(s: &mut State, at: At, id: &RootId) -> Result<Reply, Refusa
     let gone = RootRow { der: Vec::new(), cross_der: Vec::new(), wrapped: BTreeMap::new(), ..row };
     put(s, at, id, RootState::Revoked, gone);
     s.key_set.remove(&mut s.journal, &1);
+    // A connection that was begun under it knows nothing of bundles any more: by the names it is found and ended.
+    authority::revoke_under(s, at, id)?;
     changed(s, at)
 }
 

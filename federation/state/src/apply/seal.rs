@@ -3,7 +3,7 @@
 use super::{At, cell_row, node, root};
 use crate::authorities::{RootId, RootRow};
 use crate::command::{Command, Reply};
-use crate::objects::{EkFacts, JwtAuthorityRow, Member, TokenScope};
+use crate::objects::{EkFacts, JwtAuthorityRow, Member, TokenRow, TokenScope};
 use crate::sealing::{
     AttestedReplica, REPLICAS, ReplicaDenial, ReplicaVerdict, SEALED, Seal, SharesRow, replicas_cluster,
 };
@@ -57,7 +57,7 @@ pub(super) fn attest(s: &mut State, at: At, v: &ReplicaVerdict) -> Result<Reply,
         return Err(Refusal::new(Code::SealIncomplete, expected, format!("replica {} alone", v.replica)));
     }
     s.nonces.put(&mut s.journal, v.nonce, v.deadline);
-    let row = AttestedReplica { stamp: at.stamp, ..new.clone() };
+    let row = AttestedReplica { stamp: at.stamp, stands: true, ..new.clone() };
     s.attested_replicas.put(&mut s.journal, v.replica, row);
     if let Some(mut member) = changed {
         member.wrap_key.clone_from(&new.wrap_key);
@@ -140,7 +140,7 @@ pub(super) fn may_join(s: &State, replica: u64, token: &[u8; 32], tls_key_hash: 
 /// What another machine proved, with another token or key, says nothing of the one that joins.
 pub(super) fn joins(s: &mut State, replica: u64, token: &[u8; 32], tls_key_hash: &[u8; 32]) {
     let of_another = |row: &AttestedReplica| row.token != Some(*token) || row.tls_key_hash != *tls_key_hash;
-    if s.attested_replica(replica).is_some_and(of_another) {
+    if s.attested_replicas.get(&replica).is_some_and(of_another) {
         s.attested_replicas.remove(&mut s.journal, &replica);
     }
 }
@@ -161,7 +161,9 @@ pub(super) fn may_be_member(s: &State, replica: u64, member: &Member) -> Result<
 
 /// Who was attested to join and did not in the time of his token is attested no more.
 pub(super) fn forget(s: &mut State, now: Stamp) {
-    let ended = |token: Option<&[u8; 32]>| token.and_then(|token| s.token(token)).is_none_or(|row| row.expires < now);
+    // A token that was used is that of a replica on its way in.
+    let over = |row: &TokenRow| row.expires < now && !row.used;
+    let ended = |token: Option<&[u8; 32]>| token.and_then(|token| s.token(token)).is_none_or(over);
     let late: Vec<u64> = s
         .attested_replicas
         .iter()
@@ -279,7 +281,13 @@ pub(super) fn put_out(s: &mut State, gone: impl Fn(&NodeId, &EkFacts) -> bool) {
     let out: Vec<u64> =
         s.attested_replicas.iter().filter(|(_, row)| gone(&row.ek, &facts(row))).map(|(id, _)| *id).collect();
     for id in out {
-        s.attested_replicas.remove(&mut s.journal, &id);
+        stands_no_more(s, id);
+    }
+}
+
+fn stands_no_more(s: &mut State, id: u64) {
+    if let Some(row) = s.attested_replicas.get(&id).cloned() {
+        s.attested_replicas.put(&mut s.journal, id, AttestedReplica { stands: false, ..row });
     }
 }
 
@@ -296,7 +304,7 @@ pub(super) fn deny(s: &mut State, at: At, denial: &ReplicaDenial) -> Result<Repl
             .map(|(id, _)| *id)
             .collect();
         for id in out {
-            s.attested_replicas.remove(&mut s.journal, &id);
+            stands_no_more(s, id);
         }
     }
     Ok(reply)

@@ -7,7 +7,7 @@ use ambit_model::{Refusal, Stamp};
 use ambit_proto::status::from_status;
 use ambit_proto::v1;
 use ambit_state::State;
-use ambit_state::authorities::{AuthorityRow, DownstreamRow, RootId, RootRow};
+use ambit_state::authorities::{AuthorityRow, AuthorityState, DownstreamRow, RootId, RootRow};
 use ambit_state::objects::{JwtAuthorityRow, JwtAuthorityState, NodeState, PeerState};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -142,7 +142,12 @@ impl Survey {
         if s.downstream(authority).is_some() {
             return Vec::new();
         }
-        self.showing(s, &newest(s), &[authority.to_owned()].into())
+        // They end with the SVID that asked for them.
+        let asked_by = |row: &DownstreamRow| row.state == AuthorityState::Active && row.asked_by.0 == authority;
+        let given = s.downstreams().filter(|(_, row)| asked_by(row)).map(|(id, _)| format!("downstream {id}"));
+        let mut all = self.showing(s, &newest(s), &[authority.to_owned()].into());
+        all.extend(given);
+        all
     }
 
     /// Who would be cut off without this root: shows something under it, or does not hold the active one. Under a root

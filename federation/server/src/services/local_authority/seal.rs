@@ -70,7 +70,15 @@ impl Authorities {
             break;
         }
         // What tickets are sealed with was wrapped to keys in files too.
-        ticket::rotate(&self.0).await?;
+        let mut rotated = ticket::rotate(&self.0).await;
+        while matches!(&rotated, Err(refusal) if refusal.code == Code::StaleRevision) && tries < TRIES {
+            tries += 1;
+            rotated = ticket::rotate(&self.0).await;
+        }
+        if let Err(refusal) = rotated {
+            // The root is sealed all the same, and the key of tickets is made anew each day.
+            tracing::warn!(%refusal, "the ticket key that was wrapped to files is still in use");
+        }
         tracing::info!(by = actor.name, "the root is sealed to the TPMs of the cell");
         Ok(answer(Vec::new()))
     }

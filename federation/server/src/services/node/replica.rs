@@ -45,6 +45,7 @@ pub(super) fn verdict(
             policy: accepted.policy.clone(),
             evidence_sha256: [0; 32],
             stamp: Default::default(),
+            stands: false,
         },
     })
 }
