@@ -156,8 +156,30 @@ async fn an_administrator_renews_what_he_has_unless_he_is_denied() {
     assert!(read("admin.key") != key && read("admin.pem") != certificate);
     as_dora(0, "founder", &["admin", "list"]);
     as_dora(4, "permission_denied", &["admin", "grant", "dora", "auditor"]);
+    // In a loop: each renewal is a row of the state for hours.
+    let renew = [binary("ambit").unwrap().display().to_string(), "--context".into(), hers.clone()];
+    let renew = [&renew.each_ref().map(String::as_str)[..], &["admin", "renew"]].concat();
+    let busy = (0..40).map(|_| run(&renew).unwrap()).find(|out| !out.status.success()).expect("a bound");
+    assert!(String::from_utf8_lossy(&busy.stderr).contains("busy"), "{busy:?}");
     let (key, certificate) = (read("admin.key"), read("admin.pem"));
     desk.ends(0, "", &["deny", "id", "spiffe://west/ambit/admin/dora"]);
     as_dora(4, "svid_revoked", &["admin", "renew"]);
     assert!(read("admin.key") == key && read("admin.pem") == certificate, "what is refused replaces nothing");
+}
+
+/// A slip of the pen is no revocation, and a root's name, which is in every chain, none that one administrator makes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_nothing_is_known_of_is_revoked_on_its_own_word_and_a_root_never_so() {
+    let cell = Cell::start("west", 1).await.unwrap();
+    let desk = Desk(&cell);
+    let pem = desk.ends(0, "BEGIN CERTIFICATE", &["trust", "show", "--pem"]);
+    let roots = ambit_identity::keys::certificates_from_pem(&pem).unwrap();
+    let name = ambit_identity::name_of(&roots[0]).unwrap();
+    desk.ends(2, "revoked by its fingerprint", &["trust", "revoke", &name, "--unknown"]);
+    let unknown = "ab".repeat(20);
+    for verb in [["--dry-run"].as_slice(), &[]] {
+        desk.ends(1, "not_found", &[&["trust", "revoke", &unknown][..], verb].concat());
+    }
+    desk.ends(0, "is revoked", &["trust", "revoke", &unknown, "--unknown"]);
+    desk.ends(0, "founder", &["admin", "list"]);
 }

@@ -294,6 +294,10 @@ impl Authorities {
                     (Command::Act { act, approved: asked.approved.clone(), by }, survey.stranded(s, &id))
                 }
                 Named::Intermediate(id) if asked.m.unknown => (unknown(s, &id)?, Vec::new()),
+                Named::Intermediate(id) if s.authority(&id).is_none() && s.downstream(&id).is_none() => {
+                    let expected = "an intermediate of this cell, by name; one of before a restore with --unknown";
+                    return Err(Refusal::new(Code::NotFound, expected, id));
+                }
                 Named::Intermediate(id) => (Command::RevokeAuthority(id.clone()), survey.under(s, &id)),
                 Named::Jwt(kid) => return Err(no_certificate(kid)),
             })
