@@ -1,6 +1,7 @@
 //! Who verifies by this cell's bundle, and what they show: asked of all replicas, since each hears its own agents and peers.
 
-use super::shown;
+use super::external::waiting;
+use super::{external, shown};
 use crate::replica::Replica;
 use ambit_model::bundle::RootState;
 use ambit_model::{Refusal, Stamp};
@@ -142,6 +143,11 @@ impl Survey {
         if s.downstream(authority).is_some() {
             return Vec::new();
         }
+        if let Some((root, _, _)) = s.external_named(authority) {
+            let replaced = |row: &AuthorityRow| row.root == root && !s.is_under_last(row);
+            let under = s.authorities().into_iter().filter(|(_, row)| replaced(row)).map(|(name, _)| name).collect();
+            return self.showing(s, &newest(s), &under);
+        }
         self.showing(s, &newest(s), &[authority.to_owned()].into())
     }
 
@@ -171,6 +177,7 @@ impl Survey {
             intermediates: authorities.iter().map(|(id, row)| self.intermediate(s, &newest, id, row)).collect(),
             holders: Vec::new(),
             downstreams: s.downstreams().map(downstream).collect(),
+            waiting: s.external_request().map(waiting),
         }
     }
 
@@ -221,6 +228,7 @@ impl Survey {
             missing: missing.into_iter().take(NAMES_MAX).collect(),
             using: using.into_iter().take(NAMES_MAX).collect(),
             opened_by: row.wrapped.keys().copied().collect(),
+            externals: externals(s, id),
         }
     }
 
@@ -242,6 +250,11 @@ impl Survey {
             using: self.showing(s, newest, &[id.to_owned()].into()).into_iter().take(NAMES_MAX).collect(),
         }
     }
+}
+
+fn externals(s: &State, id: &RootId) -> Vec<v1::X509External> {
+    let last = s.externals_of(id).last().map(|(n, _)| n);
+    s.externals_of(id).map(|(n, row)| external::shown(row, Some(n) == last)).collect()
 }
 
 fn downstream((id, row): (&String, &DownstreamRow)) -> v1::X509Downstream {
