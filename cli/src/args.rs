@@ -21,7 +21,7 @@ pub use entry::{Entry, EntryCreate, EntryList, EntryUpdate};
 pub use federation::{Federation, FederationProfile, FederationPut};
 pub use node::{Claimed, Node, Selected};
 pub use svid::{BundleFile, Svid, SvidMint, SvidUsage, SvidVerify};
-pub use trust::{OpenShare, Shares};
+pub use trust::{External, ImportExternal, OpenShare, Shares};
 pub use watch::{Watch, WatchedKind};
 
 use crate::duration::Millis;
@@ -191,7 +191,13 @@ pub enum Trust {
         /// Say what comes next and who is missing, and change nothing
         #[arg(long)]
         dry_run: bool,
+        /// To a root with a key in the cell, also where the active root is external
+        #[arg(long, conflicts_with = "jwt")]
+        own: bool,
     },
+    /// A root that somebody else keeps, such as an organisation's offline CA: the cell has an authority under it
+    #[command(subcommand)]
+    External(External),
     /// Has whatever is under the old root, an intermediate or an old JWT key issued anew
     Taint {
         /// A root's fingerprint (64 hex digits), an intermediate's key identifier (40) or a JWT key's kid (32)

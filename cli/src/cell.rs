@@ -4,9 +4,11 @@ use crate::context::Context;
 use crate::duration::Millis;
 use crate::pair::{self, Validity};
 use ambit_identity::tls::certified;
-use ambit_identity::{Expect, SharedTrust, Trust};
+use ambit_identity::{Expect, SharedTrust, Trust, TrustStore};
+use ambit_model::bundle::{Bundle, Own};
 use ambit_model::{Code, Refusal};
 use ambit_proto::status::from_status;
+use ambit_proto::v1;
 use ambit_transport::{Dialer, Identity};
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -33,6 +35,7 @@ pub struct Cell {
 struct Inner {
     context: Context,
     validity: Validity,
+    trust: SharedTrust,
     dialer: Dialer,
     timeout: Duration,
     /// One connection per replica, kept until it fails.
@@ -131,8 +134,19 @@ impl Cell {
         let validity = Validity::of(&chain)?;
         let identity = certified(chain, &key)?;
         let trust = SharedTrust::new(Trust::Pinned(context.trust_domain.clone(), context.fingerprint));
-        let dialer = Dialer::new(trust, Identity::new(Some(identity)));
-        Ok(Cell { inner: Arc::new(Inner { context, validity, dialer, timeout, channels: Mutex::default() }) })
+        let dialer = Dialer::new(trust.clone(), Identity::new(Some(identity)));
+        Ok(Cell { inner: Arc::new(Inner { context, validity, trust, dialer, timeout, channels: Mutex::default() }) })
+    }
+
+    /// From here on the roots in the cell's bundle are trusted, as who is trusted already tells it: the pinned one, and the
+    /// one that takes its place.
+    pub async fn trust_bundle(&self) -> Result<(), Refusal> {
+        let trust_domain = self.inner.context.trust_domain.clone();
+        let request = v1::GetBundleRequest { trust_domain: trust_domain.to_string() };
+        let bundle = ask!(self, BundleRegistry.get_bundle(request))?;
+        let bundle: Bundle<Own> = Bundle::new(trust_domain, bundle.sequence, bundle.roots_der);
+        self.inner.trust.replace(Trust::Bundles(TrustStore::new(&bundle)?));
+        Ok(())
     }
 
     /// Which cell, and where.

@@ -121,6 +121,11 @@ impl Node {
     fn shown(&self) -> std::sync::MutexGuard<'_, Shown> {
         self.shown.lock().unwrap_or_else(PoisonError::into_inner)
     }
+    /// What it shows now, leaf first, as PEM.
+    pub fn svid_pem(&self) -> Result<String> {
+        let key = self.svid()?;
+        Ok(ambit_identity::keys::certificates_to_pem(key.cert.iter().map(AsRef::as_ref)))
+    }
     fn svid(&self) -> Result<Arc<CertifiedKey>> {
         Ok(self.shown().svid.as_ref().context("no SVID")?.key.clone())
     }

@@ -1,7 +1,7 @@
 //! Arguments of `ambit trust` that are about the root's key.
 
 use super::Approvals;
-use clap::Args;
+use clap::{Args, Subcommand};
 use std::path::PathBuf;
 
 #[derive(Debug, Args)]
@@ -18,6 +18,37 @@ pub struct Shares {
     /// Folder for the encrypted shares, NAME.share each; only their holders can read them
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
+    #[command(flatten)]
+    pub approvals: Approvals,
+}
+
+/// The cell's authority under a root that somebody else keeps.
+#[derive(Debug, Subcommand)]
+pub enum External {
+    /// Makes a key for it in the cell, and the request that the outside CA signs; the same again prints the same
+    Csr {
+        /// Where the request goes; without it, standard output
+        #[arg(long, value_name = "FILE")]
+        out: Option<PathBuf>,
+    },
+    /// Brings what the CA signed: the next certificate under the active root, or a new root, prepared, with its first
+    Import(ImportExternal),
+    /// Forgets the request and its key
+    Withdraw,
+}
+
+#[derive(Debug, Args)]
+pub struct ImportExternal {
+    /// The certificate in PEM, then what leads from it to the root, nearest first
+    #[arg(long, value_name = "FILE")]
+    pub certificate: PathBuf,
+    /// The root's certificate in PEM: never its key
+    #[arg(long, value_name = "FILE")]
+    pub root: PathBuf,
+    /// Judge it, and change nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Of a root that is new to the trust domain, in a cell with approvers
     #[command(flatten)]
     pub approvals: Approvals,
 }

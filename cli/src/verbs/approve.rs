@@ -104,6 +104,9 @@ fn what(act: &Act) -> &'static str {
         Act::RemoveApprover(_) => "remove an approver: he signs no more acts",
         Act::RemoveTrustDomain(_) => "remove a foreign trust domain: nobody of it is believed any more",
         Act::ShareRoot { .. } => "split a root's key: so many of these people together sign anything in its name",
+        Act::ImportRoot(..) => {
+            "make a root that somebody else keeps the trust domain's: who has its key signs anything in its name"
+        }
         Act::BreakGlass(..) => "break glass: certify an administrator for 8 h, without any administrator's word",
     }
 }
@@ -117,6 +120,9 @@ fn object(act: &Act) -> String {
         Act::ShareRoot { root, threshold, holders } => {
             let holders: Vec<String> = holders.iter().map(ToString::to_string).collect();
             format!("the root with SHA-256 {}, {threshold} of {}", hex::encode(root), holders.join(", "))
+        }
+        Act::ImportRoot(root, key) => {
+            format!("the root with SHA-256 {}, authority with key {}", hex::encode(root), hex::encode(key))
         }
         Act::BreakGlass(name, key) => format!("{name}, key with SHA-256 {}", hex::encode(key)),
     }

@@ -75,7 +75,7 @@ fn cell_findings(seen: &[View], now_ms: u64) -> Vec<Finding> {
     if let Some(view) = views.first() {
         findings.extend(view.members.iter().map(|m| member(m, now_ms)));
         findings.push(match view.root_form.as_str() {
-            "sealed" | "external" => good("root", format!("the root is {}", view.root_form)),
+            "sealed" | "external, its authority sealed" => good("root", format!("the root is {}", view.root_form)),
             form => {
                 warning("root", format!("the root is {form}"), "seal the root to the replicas' TPMs before real use")
             }

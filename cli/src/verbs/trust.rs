@@ -1,6 +1,7 @@
 //! `ambit trust` and `ambit identity`.
 
 mod authorities;
+mod external;
 mod jwt;
 mod rotate;
 mod seal;
@@ -39,8 +40,9 @@ pub(super) async fn trust(session: &Session, verb: Trust) -> Result<Answer, Refu
             let request = authorities::request(Some(authority), without_acks, dry_run)?;
             authorities::revoke(session, v1::X509AuthorityRequest { unknown, ..request }, &approvals).await
         }
-        Trust::Rotate { jwt, wait, without_acks, dry_run } => {
-            let options = rotate::Options { wait: wait.duration(), without_acks, dry_run };
+        Trust::External(verb) => external::run(session, verb).await,
+        Trust::Rotate { jwt, wait, without_acks, dry_run, own } => {
+            let options = rotate::Options { wait: wait.duration(), without_acks, dry_run, own };
             if jwt { jwt::rotate(session, options).await } else { rotate::rotate(session, options).await }
         }
     }
@@ -77,8 +79,21 @@ async fn show(session: &Session, trust_domain: Option<String>, pem: bool) -> Res
         json!(bundle.roots_der.iter().map(|der| hex::encode(Sha256::digest(der))).collect::<Vec<_>>()),
     ]);
     let keys = jwt::published(&bundle);
-    Ok(Answer::ok(match session.form {
-        Form::Table => format!("{}\n\n{}", table.render_one(Form::Table), keys.render(Form::Table)),
+    // Who may not read what stands above the replicas is shown the bundle alone.
+    let standing = match trust_domain == own {
+        true => authorities::state(&cell).await.ok(),
+        false => None,
+    };
+    let standing = standing.unwrap_or_default();
+    let externals = external::table(&standing);
+    let notes = external::findings(&standing, crate::when::now_ms());
+    let answer = Answer::ok(match session.form {
+        Form::Table => {
+            let some = standing.roots.iter().any(|root| !root.externals.is_empty());
+            let externals = some.then(|| externals.render(Form::Table));
+            let tables = [Some(table.render_one(Form::Table)), externals, Some(keys.render(Form::Table))];
+            tables.into_iter().flatten().collect::<Vec<_>>().join("\n\n")
+        }
         Form::Json => {
             let mut one = table.value_of_one();
             one.insert("jwt_authorities".to_owned(), authorities::values(&keys));
@@ -87,7 +102,8 @@ async fn show(session: &Session, trust_domain: Option<String>, pem: bool) -> Res
             }
             pretty(&one.into())
         }
-    }))
+    });
+    Ok(notes.into_iter().fold(answer, Answer::note))
 }
 
 /// The root that the operator trusts, by file or fingerprint: whatever came with what is to be checked is not asked.

@@ -1,6 +1,7 @@
 //! Roots, intermediates and leaves. `issue` is the only way to a leaf, and it takes a committed issuance.
 
 use crate::csr::Csr;
+use crate::external::Cross;
 use crate::keys::{SvidKey, internal};
 use crate::leaf::{Leaf, certificate};
 use ambit_model::{Code, DnsName, Generation, Lifetime, NodeId, Refusal, SpiffeId, Stamp, TrustDomain};
@@ -36,7 +37,7 @@ fn name(common: &str) -> DistinguishedName {
     dn
 }
 
-fn key_id(spki: &[u8]) -> Vec<u8> {
+pub(crate) fn key_id(spki: &[u8]) -> Vec<u8> {
     Sha256::digest(spki).iter().take(20).copied().collect()
 }
 
@@ -55,10 +56,13 @@ fn base(lifetime: Lifetime, serial: &[u8; 16]) -> Result<CertificateParams, Refu
     Ok(params)
 }
 
-/// A trust domain's root in the form `file`: its key lies in a file of mode 0600 and is shown as unsealed.
+/// What signs for a trust domain: its root, or the cell's authority under a root that somebody else keeps.
 pub struct Root {
     key: SvidKey,
+    /// The root's certificate, which is in the bundle.
     der: CertificateDer<'static>,
+    /// Under an external root: the certificate of the key, then what leads from it to the root. Else nothing.
+    above: Vec<CertificateDer<'static>>,
     trust_domain: TrustDomain,
 }
 
@@ -74,7 +78,7 @@ impl Root {
         params.subject_alt_names = vec![uri(&format!("spiffe://{trust_domain}"))?];
         params.key_identifier_method = KeyIdMethod::PreSpecified(key_id(&spki_of(&key)));
         let cert = params.self_signed(&key.pair).map_err(|e| internal("a root", e))?;
-        Ok(Self { der: cert.der().clone(), key, trust_domain: trust_domain.clone() })
+        Ok(Self::of(trust_domain, cert.der().clone(), Vec::new(), key))
     }
     /// From its files: the certificate must be of this key and of this trust domain.
     pub fn pair(trust_domain: &TrustDomain, der: CertificateDer<'static>, key: SvidKey) -> Result<Self, Refusal> {
@@ -91,9 +95,26 @@ impl Root {
             return Err(Refusal::new(Code::AuthorityMismatch, format!("the root of {name}"), "another root"));
         }
         drop(cert);
-        Ok(Self { der, key, trust_domain: trust_domain.clone() })
+        Ok(Self::of(trust_domain, der, Vec::new(), key))
     }
-    /// The certificate.
+    /// Of what was checked.
+    pub(crate) fn of(
+        td: &TrustDomain,
+        der: CertificateDer<'static>,
+        above: Vec<CertificateDer<'static>>,
+        key: SvidKey,
+    ) -> Self {
+        Self { key, der, above, trust_domain: td.clone() }
+    }
+    /// What leads from the key to an external root, nearest first; nothing where the key is the root's own.
+    pub fn above(&self) -> &[CertificateDer<'static>] {
+        &self.above
+    }
+    /// The certificate of the key.
+    fn own(&self) -> &CertificateDer<'static> {
+        self.above.first().unwrap_or(&self.der)
+    }
+    /// The root's certificate, which is in the bundle.
     pub fn der(&self) -> &CertificateDer<'static> {
         &self.der
     }
@@ -102,7 +123,7 @@ impl Root {
         &self.key
     }
     fn issuer(&self) -> Result<Issuer<'_, &rcgen::KeyPair>, Refusal> {
-        Issuer::from_ca_cert_der(&self.der, &self.key.pair).map_err(|e| internal("a readable root", e))
+        Issuer::from_ca_cert_der(self.own(), &self.key.pair).map_err(|e| internal("a readable root", e))
     }
 
     /// A replica's intermediate: pathLen 0, its own subject and key identifier.
@@ -156,7 +177,7 @@ impl Root {
     ) -> Result<CertificateDer<'static>, Refusal> {
         let a = authority.get();
         self.as_committed(csr, &a.key_hash, &a.root)?;
-        let root = crate::profile::certificate(&self.der)?;
+        let root = crate::profile::certificate(self.own())?;
         let ends = u64::try_from(root.validity().not_after.timestamp()).unwrap_or(0).saturating_mul(1000);
         if a.lifetime.not_after.0 > ends {
             return Err(Refusal::new(Code::IssuerUnavailable, "a root with time left", "one that ends"));
@@ -178,6 +199,10 @@ impl Root {
     ) -> Result<CertificateDer<'static>, Refusal> {
         use x509_parser::prelude::{FromDer, X509Certificate};
         let p = prepared.get();
+        if !self.above.is_empty() {
+            let expected = "a root whose own key can certify the next";
+            return Err(Refusal::new(Code::ExternalRoot, expected, "an authority under an external root"));
+        }
         let (own, theirs) = (crate::fingerprint(&self.der), crate::fingerprint(next));
         if (own, theirs) != (p.active, p.root) {
             let found = format!("{} over {}", hex::encode(own), hex::encode(theirs));
@@ -187,18 +212,9 @@ impl Root {
         let (_, mine) = X509Certificate::from_der(&self.der).map_err(|e| internal("a readable root", e))?;
         let ends = |c: &X509Certificate<'_>| u64::try_from(c.validity().not_after.timestamp()).unwrap_or(0);
         let not_after = Stamp(ends(&cert).min(ends(&mine)).saturating_mul(1000));
-        let mut params = base(Lifetime { not_before: p.stamp.minus_ms(60_000), not_after }, &p.serial)?;
-        // Byte for byte the next root's name and key: chains lead to either.
-        let mut common = cert.subject().iter_common_name();
-        let common = common.next().and_then(|one| one.as_str().ok());
-        params.distinguished_name = name(common.ok_or_else(|| internal("a root with a name", "none"))?);
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-        params.subject_alt_names = vec![uri(&format!("spiffe://{}", self.trust_domain))?];
-        params.key_identifier_method = KeyIdMethod::PreSpecified(key_id(cert.public_key().raw));
-        let spki = SubjectPublicKeyInfo::from_der(cert.public_key().raw).map_err(|e| internal("a key", e))?;
-        let signed = params.signed_by(&spki, &self.issuer()?).map_err(|e| internal("a cross-signed root", e))?;
-        Ok(signed.der().clone())
+        let lifetime = Lifetime { not_before: p.stamp.minus_ms(60_000), not_after };
+        let cross = Cross { by: &mine, next: &cert, lifetime, serial: &p.serial, trust_domain: &self.trust_domain };
+        Ok(CertificateDer::from(cross.signed(|bytes| self.sign(bytes))?))
     }
 
     /// The first replica's intermediate: there is no log to commit to before it.
@@ -251,6 +267,11 @@ impl Root {
     fn certify(&self, params: &CertificateParams, csr: &Csr) -> Result<CertificateDer<'static>, Refusal> {
         let spki = SubjectPublicKeyInfo::from_der(csr.spki()).map_err(|e| internal("a key", e))?;
         let cert = params.signed_by(&spki, &self.issuer()?).map_err(|e| internal("an intermediate", e))?;
+        // A name that was written anew must be the very same: an outside CA may have chosen it.
+        let (made, own) = (crate::profile::certificate(cert.der())?, crate::profile::certificate(self.own())?);
+        if made.issuer().as_raw() != own.subject().as_raw() {
+            return Err(internal("an authority's name that can be repeated", own.subject()));
+        }
         Ok(cert.der().clone())
     }
 
@@ -260,7 +281,7 @@ impl Root {
     }
 }
 
-fn spki_of(key: &SvidKey) -> Vec<u8> {
+pub(crate) fn spki_of(key: &SvidKey) -> Vec<u8> {
     use rcgen::PublicKeyData;
     key.pair.subject_public_key_info()
 }
@@ -296,8 +317,9 @@ impl Named {
 pub struct IssuingKey {
     key: SvidKey,
     intermediate: CertificateDer<'static>,
-    /// What leads from the intermediate's root to the one before it, while that one is relied on.
-    cross: Option<CertificateDer<'static>>,
+    /// What leads from the intermediate to its root, where that is external; and from the root to the one before it, while
+    /// that one is relied on.
+    above: Vec<CertificateDer<'static>>,
     authority: String,
     lifetime: Lifetime,
     /// The intermediate's subject, DER.
@@ -329,17 +351,17 @@ impl IssuingKey {
         let stamp = |t: x509_parser::time::ASN1Time| Stamp(u64::try_from(t.timestamp()).unwrap_or(0) * 1000);
         let validity = cert.validity();
         let lifetime = Lifetime { not_before: stamp(validity.not_before), not_after: stamp(validity.not_after) };
-        Ok(Self { authority: hex::encode(&key_id), key, lifetime, subject, key_id, cross: None, intermediate })
+        Ok(Self { authority: hex::encode(&key_id), key, lifetime, subject, key_id, above: Vec::new(), intermediate })
     }
-    /// The same, presenting the certificate of its root's key by the root before it: so those verify it too who have not
-    /// heard of the new root yet.
+    /// The same, presenting what is above it: the authority under an external root, and the certificate of its root's key by
+    /// the root before it, so that those verify it too who have not heard of the new root yet.
     #[must_use]
-    pub fn crossed(self, cross: CertificateDer<'static>) -> Self {
-        Self { cross: Some(cross), ..self }
+    pub fn under(self, above: Vec<CertificateDer<'static>>) -> Self {
+        Self { above, ..self }
     }
     /// What it presents above its leaves.
     pub fn upper(&self) -> Vec<CertificateDer<'static>> {
-        std::iter::once(self.intermediate.clone()).chain(self.cross.clone()).collect()
+        std::iter::once(self.intermediate.clone()).chain(self.above.iter().cloned()).collect()
     }
     /// Subject key identifier (hex): the name of this authority in every issuance.
     pub fn authority(&self) -> &str {

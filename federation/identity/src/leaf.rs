@@ -10,7 +10,7 @@ const SEQUENCE: u8 = 0x30;
 const INTEGER: u8 = 0x02;
 const OCTETS: u8 = 0x04;
 /// ecdsa-with-SHA256 (RFC 5758 3.2), as an AlgorithmIdentifier.
-const ECDSA_SHA256: &[u8] = &[0x30, 0x0a, 0x06, 0x08, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x04, 0x03, 0x02];
+pub(crate) const ECDSA_SHA256: &[u8] = &[0x30, 0x0a, 0x06, 0x08, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x04, 0x03, 0x02];
 /// Version 3.
 const VERSION: &[u8] = &[0xa0, 0x03, 0x02, 0x01, 0x02];
 /// An empty name: the identity is the SPIFFE ID (X509-SVID 2).
@@ -144,7 +144,7 @@ pub(crate) fn integer(out: &mut Vec<u8>, number: &[u8]) {
 }
 
 /// `head` is the OID, with `critical` where it is.
-fn extension(out: &mut Vec<u8>, head: &[u8], value: &[u8]) {
+pub(crate) fn extension(out: &mut Vec<u8>, head: &[u8], value: &[u8]) {
     let mut content = Vec::with_capacity(head.len() + value.len() + 4);
     content.extend(head);
     tlv(&mut content, OCTETS, value);
@@ -152,7 +152,7 @@ fn extension(out: &mut Vec<u8>, head: &[u8], value: &[u8]) {
 }
 
 /// UTCTime to 2049, GeneralizedTime from 2050 on (RFC 5280 4.1.2.5), in whole seconds.
-fn date(out: &mut Vec<u8>, stamp: Stamp) -> Result<(), Refusal> {
+pub(crate) fn date(out: &mut Vec<u8>, stamp: Stamp) -> Result<(), Refusal> {
     let bad = || Refusal::new(Code::Internal, "a time of this calendar", stamp.0.to_string());
     let seconds = i64::try_from(stamp.0 / 1000).map_err(|_| bad())?;
     let at = OffsetDateTime::from_unix_timestamp(seconds).map_err(|_| bad())?;

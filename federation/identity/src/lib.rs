@@ -9,6 +9,7 @@ pub mod authority;
 pub mod bundle;
 pub mod csr;
 pub mod document;
+pub mod external;
 mod json;
 mod jwk;
 pub mod jwt;

@@ -4,9 +4,10 @@
 use crate::authority::Root;
 use crate::keys::internal;
 use ambit_model::record::Head;
-use ambit_model::{Code, Refusal, TrustDomain};
+use ambit_model::{Code, Refusal, Stamp, TrustDomain};
 use ambit_state::Committed;
 use ambit_state::committed::SealedReport;
+use ambit_state::external::path;
 use aws_lc_rs::signature::{ECDSA_P256_SHA256_ASN1, ED25519, Ed25519KeyPair, KeyPair, UnparsedPublicKey};
 use serde::{Deserialize, Serialize};
 use x509_parser::prelude::{FromDer, X509Certificate};
@@ -113,10 +114,31 @@ struct KeySetStatement {
     keys: Vec<[u8; 32]>,
 }
 
+/// First byte of a signature by an authority under an external root; one by the root itself begins as DER does.
+const BELOW_ROOT: u8 = 1;
+
+/// What leads from the external root to the key that signed, and its signature.
+#[derive(Serialize, Deserialize)]
+struct BelowRoot {
+    chain: Vec<Vec<u8>>,
+    signature: Vec<u8>,
+}
+
+impl BelowRoot {
+    fn read(bytes: &[u8]) -> Option<Self> {
+        match postcard::take_from_bytes(bytes) {
+            Ok((read, [])) => Some(read),
+            _ => None,
+        }
+    }
+}
+
 /// A verified key set: made by [`KeySet::verify`] only.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KeySet {
     statement: KeySetStatement,
+    /// When the authority under an external root ends that certified it; a root's own key has no such end here.
+    ends: Option<Stamp>,
 }
 
 impl KeySet {
@@ -130,6 +152,12 @@ impl KeySet {
         let statement = KeySetStatement { trust_domain: td.clone(), seq, keys };
         let bytes = postcard::to_stdvec(&statement).map_err(|e| internal("a statement", e))?;
         let signature = root.sign(&[KEY_SET_CONTEXT, bytes.as_slice()].concat())?;
+        if root.above().is_empty() {
+            return Ok((bytes, signature));
+        }
+        // Who knows the external root alone has to be led to the key.
+        let by = BelowRoot { chain: root.above().iter().map(|der| der.to_vec()).collect(), signature };
+        let signature = postcard::to_extend(&by, vec![BELOW_ROOT]).map_err(|e| internal("a signature", e))?;
         Ok((bytes, signature))
     }
     /// Verifies a key set of `td` under its root. Errors: `record_signature`.
@@ -137,11 +165,24 @@ impl KeySet {
         let bad = |found: &str| {
             Refusal::new(Code::RecordSignature, format!("a key set certified by the root of {td}"), found)
         };
-        let (_, root) = X509Certificate::from_der(root_der).map_err(|_| bad("an unreadable root"))?;
+        let message = [KEY_SET_CONTEXT, statement].concat();
         // With its algorithm: a bare point would be taken for one of P-256, whatever curve is named.
-        let key = root.public_key().raw;
-        let signed = UnparsedPublicKey::new(&ECDSA_P256_SHA256_ASN1, key)
-            .verify(&[KEY_SET_CONTEXT, statement].concat(), signature);
+        let verified = |key: &[u8], signature: &[u8]| {
+            UnparsedPublicKey::new(&ECDSA_P256_SHA256_ASN1, key).verify(&message, signature)
+        };
+        let mut ends = None;
+        let signed = match signature.split_first() {
+            Some((&BELOW_ROOT, rest)) => {
+                let by = BelowRoot::read(rest).ok_or_else(|| bad("an unreadable signature"))?;
+                let judged = path(td, &by.chain, root_der).map_err(|refusal| bad(&refusal.found))?;
+                ends = Some(judged.lifetime().not_after);
+                verified(judged.spki(), &by.signature)
+            }
+            _ => {
+                let (_, root) = X509Certificate::from_der(root_der).map_err(|_| bad("an unreadable root"))?;
+                verified(root.public_key().raw, signature)
+            }
+        };
         #[cfg(ambit_mutant)]
         let signed = if ambit_state::mutant::is("key-set-uncertified") { Ok(()) } else { signed };
         signed.map_err(|_| bad("another signature"))?;
@@ -149,7 +190,21 @@ impl KeySet {
         if statement.trust_domain != *td || statement.keys.len() > KEYS_MAX {
             return Err(bad("a key set of another trust domain"));
         }
-        Ok(Self { statement })
+        Ok(Self { statement, ends })
+    }
+    /// The same, where what certified it is in time now: for what is heard of a living cell. What was certified once and kept
+    /// says what it said.
+    ///
+    /// # Errors
+    /// [`Code::Unavailable`] where the authority ended that certified it: a cell that renewed it certified its keys again.
+    pub fn in_time(self, now: Stamp) -> Result<Self, Refusal> {
+        match self.ends {
+            Some(ends) if ends < now => {
+                let expected = "a key set certified by an authority in time";
+                Err(Refusal::new(Code::Unavailable, expected, format!("by one that ended at {} (ms)", ends.0)))
+            }
+            Some(_) | None => Ok(self),
+        }
     }
     /// Its version; a lower one than known is a rollback.
     pub fn seq(&self) -> u64 {

@@ -171,11 +171,16 @@ impl RootShare {
     }
 }
 
-/// The root of `der` with the key that these shares give.
+/// The root of `der`, or the authority under it that `above` leads from, with the key that these shares give.
 ///
 /// # Errors
 /// [`Code::ShareInvalid`] where they are of another root, of two sets, twice the same, or too few.
-pub fn recover(td: &TrustDomain, der: CertificateDer<'static>, shares: &[RootShare]) -> Result<Root, Refusal> {
+pub fn recover(
+    td: &TrustDomain,
+    der: CertificateDer<'static>,
+    above: Vec<CertificateDer<'static>>,
+    shares: &[RootShare],
+) -> Result<Root, Refusal> {
     let refuse = |expected: String, found: String| Err(Refusal::new(Code::ShareInvalid, expected, found));
     let Some(first) = shares.first() else { return refuse("recovery shares".into(), "none".into()) };
     let id = fingerprint(&der);
@@ -207,5 +212,5 @@ pub fn recover(td: &TrustDomain, der: CertificateDer<'static>, shares: &[RootSha
     let key = Sharks(threshold).recover(&points).map_err(damaged)?;
     let key = Zeroizing::new(key);
     let other = || damaged("shares whose checksums hold and that give no key of this root");
-    Root::pair(td, der, SvidKey::from_pkcs8(&key).map_err(|_| other())?).map_err(|_| other())
+    Root::standing(td, der, above, SvidKey::from_pkcs8(&key).map_err(|_| other())?).map_err(|_| other())
 }

@@ -11,9 +11,9 @@ use std::time::Duration;
 use x509_parser::extensions::ParsedExtension;
 use x509_parser::prelude::X509Certificate;
 
-/// Leaf, intermediate, while a root is replaced its key certified by the former, and for those who know a fingerprint only
-/// both roots: nobody needs more, and each costs a signature check.
-const CHAIN_MAX: usize = 5;
+/// Leaf, intermediate, what is between it and an external root, while a root is replaced its key certified by the former, and
+/// for those who know a fingerprint only both roots: nobody needs more, and each costs a signature check.
+const CHAIN_MAX: usize = 5 + ambit_state::external::CHAIN_MAX;
 /// What may sign: other trust domains' authorities choose, but nothing with SHA-1 and no RSA key below 2048 bits.
 static SIGNATURES: &[&dyn rustls_pki_types::SignatureVerificationAlgorithm] = webpki::ALL_VERIFICATION_ALGS;
 /// Certificates are a few hundred bytes.

@@ -3,10 +3,12 @@
 
 mod common;
 
+use ambit_identity::external::request;
 use ambit_identity::keys::certificates_to_pem;
 use ambit_identity::{Csr, IssuingKey, Root, SvidKey, fingerprint, issue};
 use ambit_model::{Entry, EntryExtras, Extras, Generation, Lifetime, RaftIndex, Selector, SvidTtl, TrustDomain};
 use ambit_state::command::{IdVerb, LeafRequest, RoleChange};
+use ambit_state::external::ExternalImport;
 use ambit_state::objects::{KeySetRow, TokenRow, TokenScope};
 use ambit_state::{Applied, Command, LogEntry, State};
 use common::{NODE, NOW, admission, founding};
@@ -178,7 +180,8 @@ impl Site {
         }
     }
 
-    fn rotation(&mut self) {
+    /// The next root, which is active from here on.
+    fn rotation(&mut self) -> Root {
         let td: TrustDomain = "west".parse().unwrap();
         let next = Root::create(&td, NOW, [0x42; 16]).unwrap();
         let prepare = Command::PrepareRoot(next.der().to_vec(), [(1, vec![1])].into());
@@ -196,7 +199,95 @@ impl Site {
         self.keep("cross-signed root", &cross, "root");
         self.keep("renewed intermediate", &renewed, "next root");
         self.keep("intermediate of one that was long away", &again, "next root");
+        next
     }
+
+    /// Under a root that OpenSSL made: what is signed there, and its key certified by the cell's own root.
+    fn outside(&mut self, active: &Root) {
+        let former = fingerprint(self.root.der());
+        self.run(Command::TaintRoot(former)).outcome.unwrap();
+        self.run(Command::RevokeRoot(former)).outcome.unwrap();
+        let (td, key): (TrustDomain, _) = ("west".parse().unwrap(), SvidKey::generate().unwrap());
+        let wrapped: std::collections::BTreeMap<u64, Vec<u8>> = [(1, vec![1])].into();
+        let (asked, key_hash) = (request(&td, &key).unwrap(), key.spki_sha256());
+        let waits = Command::RequestExternal { csr: asked.clone(), key_hash, wrapped: wrapped.clone() };
+        self.run(waits).outcome.unwrap();
+        let (external, authority) = outside(&asked);
+        let (chain, root) = (vec![authority.clone()], external.clone());
+        let import = ExternalImport { chain, root, wrapped, keys: None, approved: None, by: "ada".into() };
+        let prepared = self.run(Command::ImportExternal(Box::new(import))).into_root().unwrap();
+        let cross = active.cross_sign(&prepared, &external.clone().into()).unwrap();
+        let id = fingerprint(&external);
+        self.run(Command::CrossSignRoot(id, cross.to_vec())).outcome.unwrap();
+        self.run(Command::ActivateRoot(id, KeySetRow::default())).outcome.unwrap();
+        let signer = Root::under(&td, external.clone().into(), vec![authority.clone().into()], key).unwrap();
+        let key = SvidKey::generate().unwrap();
+        let renew = Command::RenewAuthority { replica: 1, key_hash: csr(&key).spki_sha256(), lifetime_ms: 86_400_000 };
+        let committed = self.run(renew).into_authority().unwrap();
+        let intermediate = signer.renewed(&committed, &csr(&key)).unwrap();
+        self.keep("external root", &external, "external root");
+        self.keep("external intermediate", &authority, "external root");
+        self.keep("cross-signed external root", &cross, "next root");
+        self.keep("intermediate below", &intermediate, "external intermediate");
+    }
+}
+
+/// A root and what it makes of a request, by OpenSSL.
+fn outside(csr: &[u8]) -> (Vec<u8>, Vec<u8>) {
+    use openssl::x509::extension::{AuthorityKeyIdentifier, BasicConstraints, KeyUsage, SubjectKeyIdentifier};
+    let csr = openssl::x509::X509Req::from_der(csr).unwrap();
+    let group = openssl::ec::EcGroup::from_curve_name(openssl::nid::Nid::SECP384R1).unwrap();
+    let key = openssl::pkey::PKey::from_ec_key(openssl::ec::EcKey::generate(&group).unwrap()).unwrap();
+    let mut name = openssl::x509::X509NameBuilder::new().unwrap();
+    name.append_entry_by_text("O", "Example").unwrap();
+    name.append_entry_by_text("CN", "Example Root").unwrap();
+    let name = name.build();
+    let made = |root: Option<&openssl::x509::X509>, own_id: Option<&[u8]>| {
+        let mut b = openssl::x509::X509::builder().unwrap();
+        b.set_version(2).unwrap();
+        let serial = openssl::bn::BigNum::from_slice(&[0x41; 16]).unwrap().to_asn1_integer().unwrap();
+        b.set_serial_number(&serial).unwrap();
+        b.set_issuer_name(&name).unwrap();
+        b.set_subject_name(if root.is_some() { csr.subject_name() } else { &name }).unwrap();
+        let at = |days: i64| openssl::asn1::Asn1Time::from_unix((NOW.0 / 1000) as i64 + days * 86_400).unwrap();
+        b.set_not_before(&at(-1)).unwrap();
+        b.set_not_after(&at(if root.is_some() { 60 } else { 3_650 })).unwrap();
+        match root {
+            Some(_) => b.set_pubkey(&csr.public_key().unwrap()).unwrap(),
+            None => b.set_pubkey(&key).unwrap(),
+        }
+        match root {
+            Some(root) => {
+                let context = b.x509v3_context(Some(root), None);
+                let keys = [
+                    SubjectKeyIdentifier::new().build(&context).unwrap(),
+                    AuthorityKeyIdentifier::new().keyid(true).build(&context).unwrap(),
+                ];
+                keys.into_iter().for_each(|one| b.append_extension(one).unwrap());
+                csr.extensions().unwrap().into_iter().for_each(|one| b.append_extension(one).unwrap());
+            }
+            None => {
+                let own = SubjectKeyIdentifier::new().build(&b.x509v3_context(None, None)).unwrap();
+                b.append_extension(own).unwrap();
+                // SEQUENCE { [0] key identifier }, which OpenSSL makes for no certificate that is not there yet.
+                if let Some(id) = own_id {
+                    let value = [&[0x30, 2 + id.len() as u8, 0x80, id.len() as u8], id].concat();
+                    let value = openssl::asn1::Asn1OctetString::new_from_bytes(&value).unwrap();
+                    let oid = openssl::asn1::Asn1Object::from_str("2.5.29.35").unwrap();
+                    let named = openssl::x509::X509Extension::new_from_der(&oid, false, &value).unwrap();
+                    b.append_extension(named).unwrap();
+                }
+                b.append_extension(BasicConstraints::new().critical().ca().build().unwrap()).unwrap();
+                let usage = KeyUsage::new().critical().key_cert_sign().crl_sign().build().unwrap();
+                b.append_extension(usage).unwrap();
+            }
+        }
+        b.sign(&key, openssl::hash::MessageDigest::sha384()).unwrap();
+        b.build()
+    };
+    let first = made(None, None);
+    let root = made(None, first.subject_key_id().map(|id| id.as_slice()));
+    (root.to_der().unwrap(), made(Some(&root), None).to_der().unwrap())
 }
 
 /// Reads a list of what is to be judged, and says each finding in a line: document, severity, code, message.
@@ -311,7 +402,8 @@ fn all() -> Vec<Made> {
     site.administrators();
     site.second_replica();
     site.lists();
-    site.rotation();
+    let next = site.rotation();
+    site.outside(&next);
     site.made
 }
 
@@ -319,7 +411,7 @@ fn all() -> Vec<Made> {
 fn pkilint_and_openssl_find_no_fault_in_any_profile() {
     let (folder, made) = (folder("profiles"), all());
     let names: Vec<&str> = made.iter().map(|m| m.name).collect();
-    assert_eq!(names.len(), 17, "{names:?}");
+    assert_eq!(names.len(), 21, "{names:?}");
     let findings = pkilint(&folder.0, &made);
     let is_it = |[_, found, message]: &[String; 3], (code, begins, _): &(&str, &str, &str)| {
         found == code && message.starts_with(begins)

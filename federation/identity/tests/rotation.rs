@@ -62,7 +62,7 @@ fn rotating() -> Rotating {
     assert_eq!(old.renewed(&committed, &csr(&key)).unwrap_err().code, Code::AuthorityMismatch, "by the old root");
     let another = csr(&SvidKey::generate().unwrap());
     assert_eq!(new.renewed(&committed, &another).unwrap_err().code, Code::AuthorityMismatch, "for another key");
-    let issuer = IssuingKey::new_of(key, &new, &committed).crossed(cross);
+    let issuer = IssuingKey::new_of(key, &new, &committed).under(vec![cross]);
     Rotating { td, old, new, former, issuer }
 }
 

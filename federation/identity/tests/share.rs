@@ -20,7 +20,7 @@ fn texts(root: &Root, threshold: u8, of: u8, set: u8) -> Vec<String> {
 }
 fn opened(root: &Root, texts: &[&String]) -> Result<Vec<u8>, Refusal> {
     let shares = texts.iter().map(|text| RootShare::parse(text.as_bytes())).collect::<Result<Vec<_>, _>>()?;
-    recover(&td(), root.der().clone(), &shares).map(|root| root.key().pkcs8().to_vec())
+    recover(&td(), root.der().clone(), Vec::new(), &shares).map(|root| root.key().pkcs8().to_vec())
 }
 fn found(outcome: Result<Vec<u8>, Refusal>) -> String {
     let refusal = outcome.unwrap_err();

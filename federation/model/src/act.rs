@@ -75,6 +75,9 @@ pub enum Act {
         /// Each gets one share.
         holders: Vec<ShareHolder>,
     },
+    /// The root with this SHA-256, whose key somebody else keeps, is to be the trust domain's, with the cell's authority of the
+    /// key with this SHA-256 (of its SPKI) under it.
+    ImportRoot([u8; 32], [u8; 32]),
 }
 
 impl Act {
@@ -98,7 +101,7 @@ impl Act {
                 Err(Refusal::new(Code::NeedsSecondApprover, "a cell with two approvers or more", "one without any"))
             }
             (_, 0) => Ok(0),
-            (Self::RevokeRoot(_) | Self::RemoveTrustDomain(_) | Self::ShareRoot { .. }, 1) => {
+            (Self::RevokeRoot(_) | Self::RemoveTrustDomain(_) | Self::ShareRoot { .. } | Self::ImportRoot(..), 1) => {
                 Err(Refusal::new(Code::NeedsSecondApprover, "a cell with two approvers or more", "one with one"))
             }
             (Self::AddApprover(..) | Self::RemoveApprover(_), 1) => Ok(1),
@@ -106,6 +109,7 @@ impl Act {
                 Self::RevokeRoot(_)
                 | Self::RemoveTrustDomain(_)
                 | Self::ShareRoot { .. }
+                | Self::ImportRoot(..)
                 | Self::AddApprover(..)
                 | Self::RemoveApprover(_),
                 _,
@@ -121,6 +125,7 @@ impl Act {
             | Self::AddApprover(..)
             | Self::RemoveApprover(_)
             | Self::RemoveTrustDomain(_)
+            | Self::ImportRoot(..)
             | Self::ShareRoot { .. } => "act",
         }
     }
@@ -161,6 +166,9 @@ impl fmt::Display for Act {
             Self::RemoveApprover(name) => write!(f, "remove approver {}", name.as_str()),
             Self::RemoveTrustDomain(td) => write!(f, "remove trust-domain {td}"),
             Self::BreakGlass(name, key) => write!(f, "break glass admin {} {}", name.as_str(), hex::encode(key)),
+            Self::ImportRoot(root, key) => {
+                write!(f, "import root {} with authority {}", hex::encode(root), hex::encode(key))
+            }
             Self::ShareRoot { root, threshold, holders } => {
                 write!(f, "share root {} among {threshold} of", hex::encode(root))?;
                 holders.iter().try_for_each(|holder| write!(f, " {holder}"))
@@ -180,6 +188,9 @@ impl FromStr for Act {
             ["remove", "approver", name] => Ok(Self::RemoveApprover(name.parse()?)),
             ["remove", "trust-domain", td] => Ok(Self::RemoveTrustDomain(td.parse()?)),
             ["break", "glass", "admin", name, key] => Ok(Self::BreakGlass(name.parse()?, digest(key).ok_or_else(bad)?)),
+            ["import", "root", root, "with", "authority", key] => {
+                Ok(Self::ImportRoot(digest(root).ok_or_else(bad)?, digest(key).ok_or_else(bad)?))
+            }
             ["share", "root", root, "among", threshold, "of", holders @ ..] => {
                 let count: u8 = threshold.parse().map_err(|_| bad())?;
                 // One form only: `+2` and `02` are read as numbers too.
@@ -293,6 +304,9 @@ mod tests {
             (format!("share root {root} among 02 of al={point}"), false),
             (format!("share root {root} among 2 of al={}", &point[2..]), false),
             (format!("share root {root} among 2 of al {point}"), false),
+            (format!("import root {root} with authority {root}"), true),
+            (format!("import root {root} with authority {}", &root[2..]), false),
+            (format!("import root {root}"), false),
             (String::new(), false),
         ] {
             let read = text.parse::<Act>();
@@ -326,6 +340,7 @@ mod tests {
             (Act::RemoveTrustDomain("east".parse().unwrap()), "0-22"),
             (Act::BreakGlass(al, [1; 32]), "-111"),
             (Act::ShareRoot { root: [1; 32], threshold: 2, holders: Vec::new() }, "--22"),
+            (Act::ImportRoot([1; 32], [2; 32]), "0-22"),
         ] {
             let said = (0..4).map(|n| act.needs(n).map_or("-".to_owned(), |n| n.to_string()));
             assert_eq!(said.collect::<String>(), needs, "{act}");

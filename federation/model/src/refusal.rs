@@ -175,6 +175,8 @@ codes! {
     ShareInvalid = "share_invalid", Denied, "bring enough undamaged shares of this root, all made together (ambit trust shares)";
     ReplicaUnattested = "replica_unattested", Denied, "give the replica a TPM (tpm in its configuration) that is on the allow-list of cluster `replica` and booted as the policy `replica` says";
     SealIncomplete = "seal_incomplete", Precondition, "see what lacks (ambit trust seal --dry-run): every replica attested, and recovery shares of each root";
+    ExternalCertificate = "external_certificate", Invalid, "have the CA sign the very CSR (ambit trust external csr) as a CA certificate with its SAN and usages, and give its whole chain without the root, nearest first";
+    ExternalRoot = "external_root", Precondition, "an external root's key is not in the cell: both roots stay in the bundle until everybody holds the next; wait (ambit trust check), or name what you mean (ambit trust rotate --own)";
 }
 
 impl fmt::Display for Code {

@@ -100,6 +100,10 @@ enum Verb {
         /// restored or recovered since.
         #[arg(long, default_value_t = 0)]
         past_epoch: u64,
+        /// Where the certificate of the cell's authority under an external root ended: what the CA made of its key once more, as
+        /// for `ambit trust external import`.
+        #[arg(long, value_name = "FILE")]
+        external_certificate: Option<PathBuf>,
         /// Folder for the administrator's context, certificate and key.
         #[arg(long)]
         admin_out: PathBuf,
@@ -117,6 +121,9 @@ enum Verb {
         /// restored or recovered since.
         #[arg(long, default_value_t = 0)]
         past_epoch: u64,
+        /// As of `restore`.
+        #[arg(long, value_name = "FILE")]
+        external_certificate: Option<PathBuf>,
     },
     /// What only a replica's own machine may ask.
     #[command(subcommand)]
@@ -203,6 +210,7 @@ async fn execute(verb: Verb) -> Result<(), Refusal> {
             shares,
             replica,
             past_epoch,
+            external_certificate,
             admin_out,
         } => {
             let restored = restore::restore(
@@ -214,15 +222,17 @@ async fn execute(verb: Verb) -> Result<(), Refusal> {
                     root_key: root_key.as_deref().map_or(restore::RootKey::Shares(&shares), restore::RootKey::File),
                     past_epoch,
                     replica,
+                    external: external_certificate.as_deref(),
                     admin_out: &admin_out,
                 },
             )
             .await?;
             say(format_args!("{restored}"))
         }
-        Verb::Recover { config, accepted, past_epoch } => {
+        Verb::Recover { config, accepted, past_epoch, external_certificate } => {
             let found = |findings: &recover::Findings| say(format_args!("{findings}\n"));
-            let recovered = recover::recover(&Config::load(&config)?, accepted.as_deref(), past_epoch, found).await?;
+            let (config, external) = (Config::load(&config)?, external_certificate.as_deref());
+            let recovered = recover::recover(&config, accepted.as_deref(), past_epoch, external, found).await?;
             say(format_args!("{recovered}"))
         }
         Verb::Admin(Admin::BreakGlass { config, name, csr, approvals }) => {

@@ -96,6 +96,15 @@ fn state_families(p: &mut Page, replica: &Replica) {
             "When the first intermediate ends, Unix time.",
             (ends / 1000) as f64,
         );
+        let externals = s.roots().into_keys().filter_map(|id| Some((id, s.external(&id)?.lifetime.not_after)));
+        let externals: Vec<_> =
+            externals.map(|(id, ends)| (label("root", &hex::encode(id)), (ends.0 / 1000) as f64)).collect();
+        p.family(
+            "ambit_external_authority_not_after_seconds",
+            "gauge",
+            "When the cell's authority under an external root ends, Unix time.",
+            &externals,
+        );
         let ages: Vec<_> = s
             .peers()
             .filter_map(|(td, _)| Some((label("trust_domain", td.as_str()), replica.age_ms(td)? as f64 / 1000.0)))

@@ -261,7 +261,7 @@ impl State {
 }
 
 /// The log's index in a serial number that [`crate::apply`] gave.
-fn index_of(serial: &[u8; 16]) -> RaftIndex {
+pub(crate) fn index_of(serial: &[u8; 16]) -> RaftIndex {
     let mut bytes = [0; 8];
     bytes.copy_from_slice(&serial[4..12]);
     RaftIndex(u64::from_be_bytes(bytes))

@@ -3,6 +3,7 @@
 use crate::committed::{
     DownstreamAuthority, Issuance, JwtIssuance, PreparedRoot, ReplicaAdmission, ReplicaAuthority, SealedReport,
 };
+use crate::external::ExternalImport;
 use crate::objects::{
     AkFacts, BootPcrs, CellRow, Counters, DenialRow, EkDenyRow, EkFacts, EndpointProfile, ImaPoint, KeySetRow, Member,
     PeerRow, PolicyRef, PolicyVersion, TokenRow,
@@ -479,6 +480,19 @@ pub enum Command {
     WrappedTo(BTreeMap<u64, Vec<u8>>, Box<Command>),
     /// A replica's own TPM showed another state than is accepted: it is attested no more.
     DenyReplica(Box<ReplicaDenial>),
+    /// A key for the cell's authority under an external root waits for its certificate.
+    RequestExternal {
+        /// PKCS#10, DER.
+        csr: Vec<u8>,
+        /// SHA-256 of SPKI of the key.
+        key_hash: [u8; 32],
+        /// The key, wrapped to each replica.
+        wrapped: BTreeMap<u64, Vec<u8>>,
+    },
+    /// The key with this SHA-256 (of its SPKI) waits no more, and is forgotten.
+    WithdrawExternal([u8; 32]),
+    /// What was certified outside: the next authority under the active root, or a prepared root with its first.
+    ImportExternal(Box<ExternalImport>),
 }
 
 /// A foreign bundle, read strictly.

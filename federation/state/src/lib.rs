@@ -11,6 +11,7 @@ mod callers;
 pub mod command;
 pub mod committed;
 mod denied;
+pub mod external;
 mod fit;
 #[cfg(ambit_mutant)]
 pub mod mutant;

@@ -171,6 +171,11 @@ impl State {
         if !unshared.is_empty() && approvers < 2 {
             lacks.push(format!("recovery shares take two approvers, and there are {approvers} (ambit approver add)"));
         }
+        if self.external_request().is_some() && !self.is_sealed() {
+            lacks.push(
+                "a key that waits for its external certificate (ambit trust external import, or withdraw)".into(),
+            );
+        }
         let unshared = unshared.iter().map(hex::encode);
         lacks.extend(unshared.map(|id| format!("root {id} has no recovery shares (ambit trust shares)")));
         lacks
@@ -185,8 +190,11 @@ impl State {
     /// have shares of each root, that of a rotation too.
     pub fn root_form(&self) -> String {
         let form = self.cell().map(|cell| cell.root_form.clone()).unwrap_or_default();
+        let external = self.active_root().is_some_and(|(id, _)| self.external(&id).is_some());
+        let form = if external { format!("external, its authority {form}") } else { form };
+        let sealed = self.is_sealed();
         let lacking: Vec<String> = self.unattested().iter().map(u64::to_string).collect();
-        match (form == SEALED, lacking.is_empty()) {
+        match (sealed, lacking.is_empty()) {
             (true, true) => match self.unshared().first() {
                 None => form,
                 Some(id) => format!("{form} (root {} has no recovery shares: ambit trust shares)", hex::encode(id)),

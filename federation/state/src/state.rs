@@ -7,6 +7,7 @@ use crate::committed::{
     Committed, DownstreamAuthority, Issuance, JwtIssuance, PreparedRoot, ReplicaAdmission, ReplicaAuthority,
     SealedReport,
 };
+use crate::external::{ExternalRequest, ExternalRow};
 use crate::objects::*;
 use crate::sealing::{AttestedReplica, SealingRow};
 use crate::table::{Journal, Packed, Table, TableWrite};
@@ -104,6 +105,10 @@ pub struct State {
     pub(crate) sealing: Table<u8, SealingRow>,
     /// The admission of each own node that registered its address last: one registers once.
     pub(crate) registrations: Table<NodeId, Generation>,
+    /// Authorities of the cell under external roots: root, and the index that imported it.
+    pub(crate) externals: Table<(RootId, u64), ExternalRow>,
+    /// The key that waits for its certificate; one row.
+    pub(crate) external_requests: Table<u8, ExternalRequest>,
     /// `issued` by node, where it is bound to one, and end, in memory only: neither counting a node's leaves nor a tick
     /// must cost a walk over everybody's.
     pub(crate) leaves: BTreeMap<Option<NodeId>, BTreeSet<(Stamp, [u8; 16])>>,
@@ -174,7 +179,9 @@ macro_rules! each_table {
             $s.id_admins,
             $s.attested_replicas,
             $s.sealing,
-            $s.registrations
+            $s.registrations,
+            $s.externals,
+            $s.external_requests
         )
     };
 }
@@ -313,6 +320,8 @@ impl State {
             attested_replicas: Table::new(id()),
             sealing: Table::new(id()),
             registrations: Table::new(id()),
+            externals: Table::new(id()),
+            external_requests: Table::new(id()),
             leaves: BTreeMap::new(),
             giving: BTreeMap::new(),
             asking: BTreeMap::new(),

@@ -12,6 +12,8 @@ const SVID: &str = "cli/tests/svid.rs";
 const LEAVES: &str = "each_leaf_has_the_verdict_that_the_standard_gives_it";
 const TIMES: &str = "time_authority_and_trust_domain_decide_too";
 const BUNDLES: &str = "bundles_are_read_in_each_form_and_refused_when_they_are_none";
+const OUTSIDE: &str = "federation/state/tests/external.rs";
+const BY_RULE: &str = "what_is_not_as_it_must_be_is_refused_by_its_rule_and_changes_nothing";
 const JWT: &str = "federation/identity/tests/jwt.rs";
 const FOREIGN: &str = "tests/tests/foreign.rs";
 const GROWS: &str = "a_foreign_bundle_only_grows_and_its_endpoint_is_who_it_should_be";
@@ -51,6 +53,35 @@ const CASES: &[(&str, Shown)] = &[
     ("leaf: not yet valid", &[(SVID, TIMES, "(\"not yet valid\"")]),
     ("leaf: right id, foreign CA", &[(SVID, TIMES, "right id, foreign authority")]),
     ("leaf: two trust domains, either first", &[(SVID, LEAVES, "two trust domains, the other first")]),
+    // Authorities of an outside CA.
+    (
+        "authority: another key, a leaf, another trust domain, expired, pathLen 0, an unknown critical extension",
+        &[
+            (OUTSIDE, BY_RULE, "\"another key\""),
+            (OUTSIDE, BY_RULE, "(\"a leaf\""),
+            (OUTSIDE, BY_RULE, "another trust domain"),
+            (OUTSIDE, BY_RULE, "(\"expired\""),
+            (OUTSIDE, BY_RULE, "(\"pathLen 0\""),
+            (OUTSIDE, BY_RULE, "unknown critical extension"),
+        ],
+    ),
+    (
+        "authority: a root that is none, or that the chain does not reach",
+        &[(OUTSIDE, "roots_that_are_none_are_refused", "")],
+    ),
+    (
+        "authority: imported twice",
+        &[(OUTSIDE, "a_request_is_spent_once_and_the_next_authority_signs_at_once_until_it_ends", "replayed")],
+    ),
+    ("authority: one approver", &[(OUTSIDE, "a_new_root_takes_two_approvers_and_the_next_certificate_none", "")]),
+    (
+        "authority: leaves by the external root alone",
+        &[(
+            "federation/identity/tests/external.rs",
+            "leaves_verify_by_the_external_root_alone_and_by_the_former_while_that_is_relied_on",
+            "openssl",
+        )],
+    ),
     // JWT-SVIDs.
     (
         "JWT: algorithms of the standard",

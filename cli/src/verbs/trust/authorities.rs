@@ -1,6 +1,6 @@
 //! Roots and intermediates as they stand, and single steps of a rotation.
 
-use super::jwt;
+use super::{external, jwt};
 use crate::args::Approvals;
 use crate::ask;
 use crate::cell::{Cell, request_id};
@@ -29,7 +29,8 @@ pub(super) fn request(
     dry_run: bool,
 ) -> Result<v1::X509AuthorityRequest, Refusal> {
     let authority = authority.unwrap_or_default();
-    Ok(v1::X509AuthorityRequest { request_id: request_id()?, authority, without_acks, dry_run, ..Default::default() })
+    let request_id = request_id()?;
+    Ok(v1::X509AuthorityRequest { request_id, authority, without_acks, dry_run, ..Default::default() })
 }
 
 /// `ambit trust check`: ends 5 where something is under way or wrong.
@@ -38,6 +39,7 @@ pub(super) async fn check(session: &Session) -> Result<Answer, Refusal> {
     let (state, keys) = (state(&cell).await?, jwt::state(&cell).await?);
     let approvers = ask!(cell, Membership.status(v1::StatusRequest {}))?.approvers;
     let mut findings = findings(&state, now_ms());
+    findings.extend(external::findings(&state, now_ms()));
     findings.extend(jwt::findings(&keys));
     if approvers == 1 {
         findings.push("one approver alone: no root can be revoked until there is a second (ambit approver add)".into());
@@ -51,13 +53,16 @@ pub(super) async fn check(session: &Session) -> Result<Answer, Refusal> {
             "roots": values(&roots(&state)),
             "intermediates": values(&intermediates(&state)),
             "downstreams": values(&downstreams(&state)),
+            "externals": values(&external::table(&state)),
             "approvers": approvers,
             "jwt_authorities": values(&jwt::table(&keys)),
             "findings": findings,
         })),
         Form::Table => {
             let given = (!state.downstreams.is_empty()).then(|| downstreams(&state));
-            let tables = [roots(&state), intermediates(&state)].into_iter().chain(given).chain([jwt::table(&keys)]);
+            let outside = state.roots.iter().any(|root| !root.externals.is_empty()).then(|| external::table(&state));
+            let tables = [roots(&state), intermediates(&state)].into_iter().chain(outside).chain(given);
+            let tables = tables.chain([jwt::table(&keys)]);
             tables.map(|table| table.render(Form::Table)).collect::<Vec<_>>().join("\n\n")
         }
     };
@@ -72,6 +77,7 @@ pub(super) async fn standing(cell: &Cell) -> Result<Vec<(String, Value)>, Refusa
         Ok(state) => Ok(vec![
             ("roots".to_owned(), values(&roots(&state))),
             ("intermediates".to_owned(), values(&intermediates(&state))),
+            ("externals".to_owned(), values(&external::table(&state))),
         ]),
         Err(refusal) if refusal.code == Code::PermissionDenied => Ok(Vec::new()),
         Err(refusal) => Err(refusal),

@@ -2,6 +2,7 @@
 //! stopped, so that it may be broken off and run again at any point.
 
 use super::authorities::{request, state};
+use super::external::own_root;
 use crate::args::Approvals;
 use crate::ask;
 use crate::cell::Cell;
@@ -25,6 +26,8 @@ pub(super) struct Options {
     pub(super) wait: Duration,
     pub(super) without_acks: bool,
     pub(super) dry_run: bool,
+    /// To a root with a key in the cell, whatever root is active.
+    pub(super) own: bool,
 }
 
 /// What is to be done next, by the state alone.
@@ -61,7 +64,7 @@ pub(super) async fn rotate(session: &Session, options: Options) -> Result<Answer
         return Err(Refusal::new(Code::NeedsSecondApprover, expected, "one"));
     }
     if options.dry_run {
-        return plan(session, &cell, &first, banner).await;
+        return plan(session, &cell, &first, banner, options.own).await;
     }
     steps.say(&banner);
     let mut revoked = false;
@@ -69,7 +72,7 @@ pub(super) async fn rotate(session: &Session, options: Options) -> Result<Answer
         let now = state(&cell).await?;
         match next(&now) {
             Step::Prepare => {
-                let ask = request(None, false, false)?;
+                let ask = if options.own { own_root()? } else { request(None, false, false)? };
                 match ask!(cell, LocalAuthority.prepare_x509_authority(ask)) {
                     Err(refusal) if steps.joined_since(&refusal, &options) => {
                         tokio::time::sleep(LOOK).await;
@@ -80,6 +83,8 @@ pub(super) async fn rotate(session: &Session, options: Options) -> Result<Answer
                 steps.say("prepared: a new root is in the bundle");
             }
             Step::Activate => {
+                // A root that cannot certify the next one leads this context to it no other way.
+                cell.trust_bundle().await?;
                 wait(&mut steps, &cell, &options, "prepared", |root| root.missing.clone()).await?;
                 let ask = request(None, options.without_acks, false)?;
                 match ask!(cell, LocalAuthority.activate_x509_authority(ask)) {
@@ -92,6 +97,7 @@ pub(super) async fn rotate(session: &Session, options: Options) -> Result<Answer
                 steps.say("activated: intermediates are signed under the new root");
             }
             Step::AwaitReplicas => {
+                cell.trust_bundle().await?;
                 let replicas = |root: &v1::X509Root| {
                     root.using.iter().filter(|name| name.starts_with("replica ")).cloned().collect::<Vec<_>>()
                 };
@@ -209,13 +215,20 @@ async fn wait(
     }
 }
 
-async fn plan(session: &Session, cell: &Cell, now: &v1::X509AuthorityState, banner: String) -> Result<Answer, Refusal> {
+async fn plan(
+    session: &Session,
+    cell: &Cell,
+    now: &v1::X509AuthorityState,
+    banner: String,
+    own: bool,
+) -> Result<Answer, Refusal> {
     let step = next(now);
     let missing = match step {
         Step::Activate => ask!(cell, LocalAuthority.activate_x509_authority(request(None, false, true)?))?.missing,
         Step::Revoke => ask!(cell, LocalAuthority.revoke_x509_authority(request(None, false, true)?))?.missing,
         Step::Prepare => {
-            ask!(cell, LocalAuthority.prepare_x509_authority(request(None, false, true)?))?;
+            let ask = v1::X509AuthorityRequest { own_root: own, ..request(None, false, true)? };
+            ask!(cell, LocalAuthority.prepare_x509_authority(ask))?;
             Vec::new()
         }
         Step::AwaitReplicas | Step::Taint => Vec::new(),

@@ -1,4 +1,5 @@
 //! A cell's log as far as the tests of what is issued need it.
+#![allow(dead_code, reason = "each test file uses its part")]
 
 use ambit_model::appraisal::PcrBank;
 use ambit_model::{NodeId, Revision, Stamp, TrustDomain};

@@ -71,8 +71,8 @@ impl Replica {
 
     /// A root with its key: from this replica's own file, or as it was wrapped to it. Held only while it signs.
     pub async fn open_root(&self, id: &RootId) -> Result<Root, Refusal> {
-        let (files, row) = (&self.inner.files, self.local(|s| s.roots().remove(id)));
-        open(files, &files.card()?, self.keyring(), row, id).await
+        let (files, kept) = (&self.inner.files, self.local(|s| kept(s, id)));
+        open(files, &files.card()?, self.keyring(), kept, id).await
     }
 
     /// The root that signs now, with its key.
@@ -90,25 +90,30 @@ impl Replica {
         })
     }
 
-    /// Commits and signs the next intermediate of a replica, which asked for itself: the certificate, and what leads from
-    /// its root to the one before.
+    /// What is shown above an intermediate that this root signed: what is between, and what leads to the root before.
+    pub fn above(&self, root: &Root) -> Vec<CertificateDer<'static>> {
+        root.above().iter().cloned().chain(self.cross_of(&fingerprint(root.der()))).collect()
+    }
+
+    /// Commits and signs the next intermediate of a replica, which asked for itself: the certificate, and what is shown
+    /// above it.
     pub async fn renew_of(
         &self,
         replica: u64,
         csr: &Csr,
         lifetime_ms: u64,
         request: [u8; 16],
-    ) -> Result<(CertificateDer<'static>, Option<CertificateDer<'static>>), Refusal> {
+    ) -> Result<(CertificateDer<'static>, Vec<CertificateDer<'static>>), Refusal> {
         // Before anything is committed: whoever cannot sign commits nothing.
         drop(self.active_root().await?);
         let client = super::own_client(replica);
         let command = Command::RenewAuthority { replica, key_hash: csr.spki_sha256(), lifetime_ms };
         let committed = self.propose(client, request, command).await?.into_authority()?;
         self.check_clock()?;
-        let id = committed.get().root;
-        let intermediate = self.open_root(&id).await?.renewed(&committed, csr)?;
+        let root = self.open_root(&committed.get().root).await?;
+        let intermediate = root.renewed(&committed, csr)?;
         tracing::info!(replica, authority = ambit_identity::authority::authority_id(csr), "intermediate signed");
-        Ok((intermediate, self.cross_of(&id)))
+        Ok((intermediate, self.above(&root)))
     }
 
     /// Commits and signs a downstream authority for the issuer of a cluster.
@@ -128,9 +133,10 @@ impl Replica {
         self.check_clock()?;
         let (id, not_after_ms) = (committed.get().root, committed.get().lifetime.not_after.0);
         let authority = ambit_identity::authority::authority_id(csr);
-        let signed = self.open_root(&id).await?.downstream(&committed, csr)?;
+        let root = self.open_root(&id).await?;
+        let signed = root.downstream(&committed, csr)?;
         tracing::info!(entry = %committed.get().entry, authority, "downstream authority signed");
-        let chain_der = std::iter::once(signed).chain(self.cross_of(&id)).map(|der| der.to_vec()).collect();
+        let chain_der = std::iter::once(signed).chain(self.above(&root)).map(|der| der.to_vec()).collect();
         let roots = self.local(|s| s.bundle_record()).map(|bundle| bundle.roots).unwrap_or_default();
         let roots_der = roots.into_iter().map(|root| root.der).collect();
         Ok(v1::NewIntermediateCaResponse { chain_der, roots_der, not_after_ms, authority })
@@ -155,19 +161,15 @@ impl Replica {
             }
             signed => signed,
         };
-        let (intermediate, cross) = signed?;
-        let issuer = IssuingKey::new(key, intermediate)?;
-        Ok(match cross {
-            Some(cross) => issuer.crossed(cross),
-            None => issuer,
-        })
+        let (intermediate, above) = signed?;
+        Ok(IssuingKey::new(key, intermediate)?.under(above))
     }
 
     async fn ask_others(
         &self,
         ask: v1::RenewAuthorityRequest,
         mut last: Refusal,
-    ) -> Result<(CertificateDer<'static>, Option<CertificateDer<'static>>), Refusal> {
+    ) -> Result<(CertificateDer<'static>, Vec<CertificateDer<'static>>), Refusal> {
         for (id, address) in self.known_members() {
             let call = async {
                 let channel = self.dial_replica(id, &address).await?;
@@ -177,8 +179,8 @@ impl Replica {
             match tokio::time::timeout(ANSWER_MAX, call).await {
                 Ok(Ok(answer)) => {
                     let answer = answer.into_inner();
-                    let cross = (!answer.cross_der.is_empty()).then(|| CertificateDer::from(answer.cross_der));
-                    return Ok((CertificateDer::from(answer.intermediate_der), cross));
+                    let above = above_in(answer.above_der, answer.cross_der);
+                    return Ok((CertificateDer::from(answer.intermediate_der), above));
                 }
                 Ok(Err(refusal)) => last = refusal,
                 Err(_) => last = Refusal::new(Code::Unavailable, "an answer", format!("replica {id} is silent")),
@@ -217,9 +219,9 @@ impl Replica {
     async fn keep_later_root(&self) {
         let files = &self.inner.files;
         let kept = async {
-            let Some(first) = files.root(self.trust_domain())? else { return Ok(()) };
+            let Some((_, first)) = files.root_key()? else { return Ok(()) };
             let root = self.active_root().await?;
-            if first.der() == root.der() { Ok(()) } else { files.put_later_root(&root) }
+            if first.spki_sha256() == root.key().spki_sha256() { Ok(()) } else { files.put_later_root(&root) }
         };
         if let Err(refusal) = kept.await {
             tracing::warn!(%refusal, "the active root's key is not in a file");
@@ -234,7 +236,17 @@ impl Replica {
     }
 }
 
-/// A root with its key: from the replica's own file, or as `row` has it wrapped to the replica.
+/// A root as the cell keeps it: its row, and what is between it and the key, where that is an authority under it.
+pub(super) type Kept = (RootRow, Vec<CertificateDer<'static>>);
+
+/// What the cell keeps of this root; none of one that it never had.
+pub(super) fn kept(s: &State, id: &RootId) -> Option<Kept> {
+    let row = s.roots().remove(id)?;
+    let chain = s.external(id).map(|row| row.chain.clone()).unwrap_or_default();
+    Some((row, chain.into_iter().map(CertificateDer::from).collect()))
+}
+
+/// A root with the key that signs for it: from the replica's own file, or as it is wrapped to the replica.
 ///
 /// # Errors
 /// [`Code::IssuerUnavailable`] where neither is so.
@@ -242,20 +254,30 @@ pub(super) async fn open(
     files: &Files,
     card: &Card,
     keyring: &Keyring,
-    row: Option<RootRow>,
+    kept: Option<Kept>,
     id: &RootId,
 ) -> Result<Root, Refusal> {
-    let row = row.filter(|row| row.state != RootState::Revoked);
-    if let Some(root) = files.root(&card.trust_domain)?.filter(|root| row.is_some() && fingerprint(root.der()) == *id) {
+    let kept = kept.filter(|(row, _)| row.state != RootState::Revoked);
+    // The file has the key that this replica was founded or restored with, which need not sign any more.
+    if let (Some((of, key)), Some((row, above))) = (files.root_key()?, &kept)
+        && of == *id
+        && let Ok(root) = Root::standing(&card.trust_domain, row.der.clone().into(), above.clone(), key)
+    {
         return Ok(root);
     }
-    let wrapped = row.and_then(|row| row.wrapped.get(&card.replica).cloned().map(|key| (row.der, key)));
-    let Some((der, key)) = wrapped else {
+    let wrapped = kept.and_then(|(row, above)| Some((row.wrapped.get(&card.replica).cloned()?, row.der, above)));
+    let Some((key, der, above)) = wrapped else {
         let found = format!("replica {}, to which it is not wrapped", card.replica);
         return Err(Refusal::new(Code::IssuerUnavailable, "a replica that can open the root", found));
     };
     let key = SvidKey::from_pkcs8(&keyring.unwrap_for(Purpose::Key, &key).await?)?;
-    Root::pair(&card.trust_domain, CertificateDer::from(der), key)
+    Root::standing(&card.trust_domain, CertificateDer::from(der), above, key)
+}
+
+/// What comes above an intermediate, as a replica was told it; 0.1 told of a cross-signed root only.
+pub(super) fn above_in(above: Vec<Vec<u8>>, cross: Vec<u8>) -> Vec<CertificateDer<'static>> {
+    let all = if above.is_empty() && !cross.is_empty() { vec![cross] } else { above };
+    all.into_iter().map(CertificateDer::from).collect()
 }
 
 /// A short intermediate for a replica whose last one ended while it was away, signed by itself where it can open the root:
@@ -270,15 +292,20 @@ pub(super) async fn begin_again(
     state: &State,
 ) -> Result<IssuingKey, Refusal> {
     let facts = state.active_root().zip(state.cell().map(|cell| cell.epoch));
-    let ((id, row), epoch) = facts.ok_or_else(|| {
+    let ((id, _), epoch) = facts.ok_or_else(|| {
         Refusal::new(Code::IssuerUnavailable, "an intermediate with time left", "one that ended: join again")
     })?;
-    let root = open(files, card, keyring, Some(row), &id).await?;
+    let root = open(files, card, keyring, kept(state, &id), &id).await?;
     let (key, now) = (SvidKey::generate()?, wall_clock());
-    let lifetime = Lifetime { not_before: now.minus_ms(60_000), not_after: now.plus_ms(AGAIN_MS) };
+    let ends = state.authority_ends().unwrap_or(Stamp(u64::MAX));
+    if ends <= now {
+        let expected = "an authority under the external root with time left";
+        return Err(Refusal::new(Code::IssuerUnavailable, expected, format!("one that ended at {} (ms)", ends.0)));
+    }
+    let lifetime = Lifetime { not_before: now.minus_ms(60_000), not_after: now.plus_ms(AGAIN_MS).min(ends) };
     let named = Named { replica: card.replica, epoch };
     let intermediate = root.begin_again(named, &Csr::parse(&key.csr()?)?, lifetime)?;
-    let issuer = IssuingKey::new(key, intermediate)?;
+    let issuer = IssuingKey::new(key, intermediate)?.under(root.above().to_vec());
     tracing::warn!(
         authority = issuer.authority(),
         "the last intermediate ended: this replica begins again with a short one"
@@ -351,15 +378,20 @@ pub(super) async fn keep(replica: Replica) {
         let facts = replica.local(|s| {
             let authority = replica.issuer().authority().to_owned();
             let row = s.authority(&authority);
-            let tainted = row.as_ref().is_some_and(|row| s.is_tainted(row));
+            // Another authority under the same external root signs now: as where another root does.
+            let tainted = row.as_ref().is_some_and(|row| s.is_tainted(row) || !s.is_under_last(row));
             let (active, _) = s.active_root()?;
             s.member(replica.id())?;
-            Some((row, tainted, active, presented_roots(s)))
+            Some((row, tainted, active, presented_roots(s), s.authority_ends()))
         });
         let (mut wait, mut failed) = (LOOK, false);
-        if let Some((row, tainted, active, roots)) = facts {
-            let at =
-                due(replica.issuer().lifetime(), replica.inner.lifetime_ms, row.as_ref(), tainted, &active, random);
+        if let Some((row, tainted, active, roots, ends)) = facts {
+            let held = replica.issuer().lifetime();
+            let mut at = due(held, replica.inner.lifetime_ms, row.as_ref(), tainted, &active, random);
+            // One that lasts as long as the authority above it has nothing to gain.
+            if at > Stamp(0) && ends.is_some_and(|ends| held.not_after.plus_ms(1_000) > ends) {
+                at = Stamp(u64::MAX);
+            }
             let now = wall_clock();
             if at <= now {
                 match replica.renew().await {

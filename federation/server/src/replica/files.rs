@@ -126,13 +126,14 @@ impl Files {
         let id = hex::encode(fingerprint(root.der()));
         self.write(&format!("root-{}.key", &id[..16]), &root.key().pkcs8())
     }
-    /// The root with its key, on the replica that keeps it.
-    pub fn root(&self, td: &TrustDomain) -> Result<Option<Root>, Refusal> {
+    /// The key that this replica was founded or restored with, on the replica that keeps it, and the SHA-256 of the root that
+    /// it signs for.
+    pub fn root_key(&self) -> Result<Option<([u8; 32], SvidKey)>, Refusal> {
         if !self.dir.join("root.key").exists() {
             return Ok(None);
         }
         let key = SvidKey::from_pkcs8(&self.read("root.key")?)?;
-        Root::pair(td, self.root_der()?, key).map(Some)
+        Ok(Some((fingerprint(&self.root_der()?), key)))
     }
     /// Keeps the issuing key and what is above it, in one file that is replaced in one step: a key without its
     /// intermediate would be the end of the replica.
@@ -156,10 +157,7 @@ impl Files {
         let mut upper = certificates_from_pem(text)?.into_iter();
         let none = || failed("an intermediate in", &path, "none");
         let issuer = IssuingKey::new(SvidKey::from_pem(text)?, upper.next().ok_or_else(none)?)?;
-        Ok(match upper.next() {
-            Some(cross) => issuer.crossed(cross),
-            None => issuer,
-        })
+        Ok(issuer.under(upper.collect()))
     }
     /// Keeps the TLS key.
     pub fn put_tls(&self, key: &SvidKey) -> Result<(), Refusal> {

@@ -1,6 +1,7 @@
 //! `ambitd init` and `ambitd join`: how a replica gets its keys and its place.
 
 use super::attest::Prover;
+use super::authority::above_in;
 use super::files::{Card, Files, write_private};
 use super::keyring::Keyring;
 use super::{random, wall_clock};
@@ -194,10 +195,8 @@ pub async fn join(config: &Config, j: &Join<'_>) -> Result<(), Refusal> {
         let found = hex::encode(fingerprint(&answer.root_der));
         return Err(Refusal::new(Code::FingerprintMismatch, hex::encode(j.fingerprint), found));
     };
-    let mut issuer = IssuingKey::new(issuer_key, CertificateDer::from(answer.intermediate_der))?;
-    if !answer.cross_der.is_empty() {
-        issuer = issuer.crossed(CertificateDer::from(answer.cross_der));
-    }
+    let issuer = IssuingKey::new(issuer_key, CertificateDer::from(answer.intermediate_der))?
+        .under(above_in(answer.above_der, answer.cross_der));
     files.put_root_der(pinned)?;
     files.put_issuer(&issuer)?;
     files.put_tls(&tls)?;

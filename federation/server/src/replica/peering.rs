@@ -17,7 +17,8 @@ use std::net::SocketAddr;
 const ADDRESSES_MAX: usize = 16;
 /// A root with a P-256 key is some hundred bytes; a key set holds at most 64 keys of 32 bytes.
 const ROOT_BYTES_MAX: usize = 8 * 1024;
-const KEY_SET_BYTES_MAX: usize = 4 * 1024;
+/// Under an external root the signature brings the authority's chain along.
+const KEY_SET_BYTES_MAX: usize = 4 * 1024 + ambit_state::external::CHAIN_MAX * ROOT_BYTES_MAX;
 const NONCE: usize = 32;
 /// A registration is two calls in a row; a session older than this is somebody else's.
 const SESSION_MS: u64 = 30_000;
@@ -78,7 +79,8 @@ pub fn check_card(card: Option<v1::CellCard>) -> Result<CardFacts, Refusal> {
     }
     let set = card.key_set.ok_or_else(|| bad("a key set", "none".into()))?;
     if set.statement.len() > KEY_SET_BYTES_MAX || set.signature.len() > KEY_SET_BYTES_MAX {
-        return Err(bad("a key set of at most 4 KiB", format!("{} bytes", set.statement.len())));
+        let found = format!("{} and {} bytes", set.statement.len(), set.signature.len());
+        return Err(bad(&format!("a key set and its signature of at most {KEY_SET_BYTES_MAX} bytes each"), found));
     }
     let keys = KeySet::verify(&trust_domain, root, &set.statement, &set.signature)?;
     Ok(CardFacts {

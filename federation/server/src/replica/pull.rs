@@ -5,7 +5,7 @@
 
 use ambit_identity::{KeySet, RecordKey, fingerprint};
 use ambit_model::record::{Head, Record};
-use ambit_model::{Code, Refusal, TrustDomain};
+use ambit_model::{Code, Refusal, Stamp, TrustDomain};
 use ambit_state::authorities::RootId;
 use ambit_state::objects::{KeySetRow, PeerRow};
 use ambit_state::{Command, State};
@@ -32,6 +32,8 @@ pub struct Ask {
     kids: Vec<String>,
     nonce: [u8; 16],
     limit: u32,
+    /// This cell's time.
+    at: Stamp,
 }
 
 /// What an origin says to a pull, as it came over the wire: nothing of it is believed yet.
@@ -78,7 +80,7 @@ impl Ask {
     pub fn new(state: &State, origin: TrustDomain, nonce: [u8; 16], limit: u32) -> Option<Ask> {
         let (known, roots) = (state.peer(&origin)?.clone(), state.peer_roots(&origin));
         let kids = state.peer_jwt(&origin).iter().map(|key| key.kid.clone()).collect();
-        Some(Ask { origin, known, roots, kids, nonce, limit })
+        Some(Ask { origin, known, roots, kids, nonce, limit, at: state.stamp() })
     }
     /// By which roots the origin is verified: it is told, so that it knows what may go.
     pub fn roots_held(&self) -> Vec<RootId> {
@@ -125,7 +127,7 @@ impl Ask {
     }
 
     fn keys(&self, set: &KeySetRow) -> Result<KeySet, Refusal> {
-        let keys = self.certified(set)?;
+        let keys = self.certified(set)?.in_time(self.at)?;
         if *set == self.known.key_set {
             return Ok(keys);
         }
@@ -305,7 +307,7 @@ mod tests {
         }
         fn ask(&self, known: PeerRow, limit: u32) -> Ask {
             let roots = vec![known.root_der.clone()];
-            Ask { origin: self.td.clone(), known, roots, kids: Vec::new(), nonce: [7; 16], limit }
+            Ask { origin: self.td.clone(), known, roots, kids: Vec::new(), nonce: [7; 16], limit, at: Stamp(0) }
         }
         fn says(&self, epoch: u64, records: &[Record], seq: u64, hash: [u8; 32]) -> Answer {
             let head = Head { origin: self.td.clone(), epoch, seq, hash, stamp: Stamp(1), nonce: [7; 16] };

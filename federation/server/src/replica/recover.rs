@@ -19,7 +19,7 @@ use ambit_transport::{Dialer, Identity};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::net::TcpStream;
 
@@ -48,7 +48,8 @@ pub struct Recovered {
     kept: Option<PathBuf>,
 }
 
-/// Looks, tells by `say` what it found, and recovers where `accepted` names exactly the others.
+/// Looks, tells by `say` what it found, and recovers where `accepted` names exactly the others; with the authority under an
+/// external root certified anew by `external`, where that ended.
 ///
 /// # Errors
 /// `store_damaged`, `recover_unsafe`, `recover_unconfirmed`; nothing is changed then.
@@ -56,6 +57,7 @@ pub async fn recover(
     config: &Config,
     accepted: Option<&[u64]>,
     past_epoch: u64,
+    external: Option<&Path>,
     say: impl FnOnce(&Findings) -> Result<(), Refusal>,
 ) -> Result<Recovered, Refusal> {
     let files = Files::create(&config.data_dir)?;
@@ -73,7 +75,7 @@ pub async fn recover(
     say(&findings)?;
     findings.safe()?;
     findings.confirmed(accepted)?;
-    go_on(config, &files, &card, survey, past_epoch).await
+    go_on(config, &files, &card, survey, past_epoch, external).await
 }
 
 /// Nobody may write the store that is read here. (The log's own lock says so too.)
@@ -108,7 +110,7 @@ async fn findings(files: &Files, card: &Card, survey: &Survey) -> Result<Finding
         voters: membership.voters.clone(),
         learners: membership.learners.clone(),
         others: futures::future::join_all(asked).await.into_iter().collect(),
-        root_here: files.root(&card.trust_domain)?.is_some()
+        root_here: files.root_key()?.is_some()
             || state.active_root().is_some_and(|(_, row)| row.wrapped.contains_key(&card.replica)),
     })
 }
@@ -221,8 +223,10 @@ async fn go_on(
     card: &Card,
     survey: Survey,
     past_epoch: u64,
+    external: Option<&Path>,
 ) -> Result<Recovered, Refusal> {
     let mut whole = survey.whole;
+    super::restore::certify_anew(&mut whole.state, external)?;
     let known = whole.state.member(card.replica).cloned();
     let known = known.ok_or_else(|| {
         Refusal::new(Code::RecoverUnsafe, "a member of the cell", format!("replica {}", card.replica))
@@ -253,7 +257,7 @@ async fn key_set(
     let active = state.active_root().map(|(id, _)| id);
     let active = active.ok_or_else(|| Refusal::new(Code::Internal, "an active root", "none"))?;
     let keyring = Keyring::open(config, files).await?;
-    let root = match authority::open(files, card, &keyring, state.roots().remove(&active), &active).await {
+    let root = match authority::open(files, card, &keyring, authority::kept(state, &active), &active).await {
         Err(refusal) if refusal.code == Code::IssuerUnavailable => return Ok(None),
         root => root?,
     };

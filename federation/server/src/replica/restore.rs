@@ -12,6 +12,7 @@ use super::wall_clock;
 use crate::config::Config;
 use crate::raft::rebase::found_on;
 use crate::store::Folder;
+use ambit_identity::keys::certificates_from_pem;
 use ambit_identity::{Csr, IssuingKey, KeySet, RecordKey, Root, RootShare, SvidKey, share};
 use ambit_model::{Code, Refusal, ReplicaId, TrustDomain};
 use ambit_state::objects::{Cause, KeySetRow, Member};
@@ -39,6 +40,8 @@ pub struct Restore<'a> {
     pub past_epoch: u64,
     /// The number that this replica gets.
     pub replica: u64,
+    /// The authority under an external root certified anew (PEM), where the certificate in the backup ended.
+    pub external: Option<&'a Path>,
     /// Folder for the administrator's context, certificate and key.
     pub admin_out: &'a Path,
 }
@@ -75,9 +78,11 @@ pub async fn restore(config: &Config, r: &Restore<'_>) -> Result<Restored, Refus
         return Err(Refusal::new(Code::BadRequest, expected, r.replica.to_string()));
     }
     let mut backup = Backup::open(r.snapshot, r.trust_domain, &r.fingerprint)?;
+    let (index, digest) = (backup.header.index, backup.whole.state.digest());
+    certify_anew(&mut backup.whole.state, r.external)?;
     let root = root_of(&backup.whole.state, r)?;
     check_clock(&backup.whole.state)?;
-    let restored = begin_anew(config, r, &mut backup, &root, started).await;
+    let restored = begin_anew(config, r, &mut backup, &root, (index, digest), started).await;
     if restored.is_err() {
         Files::remove_aside(&config.data_dir);
         // Nothing of it was here before, and without an identity none of it is anybody's.
@@ -95,10 +100,9 @@ async fn begin_anew(
     r: &Restore<'_>,
     backup: &mut Backup,
     root: &Root,
+    (index, digest): (u64, [u8; 32]),
     started: Instant,
 ) -> Result<Restored, Refusal> {
-    let (index, digest) = (backup.header.index, backup.whole.state.digest());
-
     let (issuer_key, tls) = (SvidKey::generate()?, SvidKey::generate()?);
     let (issuer_csr, tls_csr) = (Csr::parse(&issuer_key.csr()?)?, Csr::parse(&tls.csr()?)?);
     let record = RecordKey::generate()?;
@@ -121,7 +125,7 @@ async fn begin_anew(
     };
     let admission = backup.whole.state.begin_incarnation(wall_clock(), beginning)?;
     let admission = admission.ok_or_else(|| Refusal::new(Code::Internal, "an admission", "none"))?;
-    let issuer = IssuingKey::new(issuer_key, root.intermediate(&admission, &issuer_csr)?)?;
+    let issuer = IssuingKey::new(issuer_key, root.intermediate(&admission, &issuer_csr)?)?.under(root.above().to_vec());
 
     files.put_root(root)?;
     files.put_issuer(&issuer)?;
@@ -142,15 +146,29 @@ async fn begin_anew(
     Ok(Restored { index, digest, epoch, began_at, given_up, missing, took: started.elapsed() })
 }
 
+/// What the outside CA signed once more, where it is given.
+pub(super) fn certify_anew(state: &mut State, file: Option<&Path>) -> Result<(), Refusal> {
+    let Some(file) = file else { return Ok(()) };
+    let text = std::fs::read_to_string(file).map_err(|e| failed("a readable file", file, e))?;
+    let root = state.active_root().map(|(_, row)| row.der).unwrap_or_default();
+    let chain = certificates_from_pem(&text)?.into_iter().map(|der| der.to_vec());
+    state.certify_anew(chain.filter(|der| *der != root).collect(), wall_clock())
+}
+
 fn root_of(state: &State, r: &Restore<'_>) -> Result<Root, Refusal> {
     let cell = state.cell().ok_or_else(|| Refusal::new(Code::BackupDamaged, "a founded cell", "an empty one"))?;
     let der = CertificateDer::from(cell.root_der.clone());
+    // Under an external root the key is that of the cell's authority.
+    let active = state.active_root().and_then(|(id, _)| super::authority::kept(state, &id));
+    let above = active.map(|(_, above)| above).unwrap_or_default();
     match r.root_key {
-        RootKey::File(path) => Root::pair(r.trust_domain, der, SvidKey::from_pkcs8(&Zeroizing::new(private(path)?))?),
+        RootKey::File(path) => {
+            Root::standing(r.trust_domain, der, above, SvidKey::from_pkcs8(&Zeroizing::new(private(path)?))?)
+        }
         RootKey::Shares(paths) => {
             let read = |path: &PathBuf| RootShare::parse(&Zeroizing::new(private(path)?));
             let shares = paths.iter().map(read).collect::<Result<Vec<_>, Refusal>>()?;
-            share::recover(r.trust_domain, der, &shares)
+            share::recover(r.trust_domain, der, above, &shares)
         }
     }
 }

@@ -12,8 +12,12 @@ impl Replica {
     /// Commits what was wrapped to these keys of replicas, refused where they are others by then. A cell without attested
     /// replicas, where a change of keys is nothing, has it in the form that every release reads.
     pub async fn propose_wrapped(&self, to: BTreeMap<u64, Vec<u8>>, command: Command) -> Result<Applied, Refusal> {
+        self.propose_own(self.wrapped(to, command)).await
+    }
+    /// The same, before it is committed.
+    pub fn wrapped(&self, to: BTreeMap<u64, Vec<u8>>, command: Command) -> Command {
         let named = self.local(ambit_state::State::has_attested);
-        self.propose_own(if named { Command::WrappedTo(to, Box::new(command)) } else { command }).await
+        if named { Command::WrappedTo(to, Box::new(command)) } else { command }
     }
 }
 

@@ -20,6 +20,8 @@ const TICK: Duration = Duration::from_secs(1);
 const BLOB_CARE: Duration = Duration::from_secs(5);
 /// A leader that has not wrapped the root in so many ticks cannot open it.
 const LEADER_TICKS: u32 = 15;
+/// Days are left when this is told first.
+const TELL: Duration = Duration::from_secs(3_600);
 const PROMOTE_RETRY: Duration = Duration::from_millis(200);
 
 /// The running chores.
@@ -51,6 +53,7 @@ pub fn spawn(replica: &Replica, verdicts: super::verdicts::Queue) -> Chores {
             tokio::spawn(keep_blobs(r())),
             tokio::spawn(super::authority::keep(r())),
             tokio::spawn(keep_root(r())),
+            tokio::spawn(tell_of_end(r())),
             tokio::spawn(super::attest::run(r())),
         ],
     }
@@ -124,6 +127,26 @@ async fn keep_blobs(replica: Replica) {
         every.tick().await;
         replica.fetch_lists().await;
         replica.blobs().expire();
+    }
+}
+
+/// An authority under an external root is renewed by people, who are told from a third of its life on.
+async fn tell_of_end(replica: Replica) {
+    let mut every = tokio::time::interval(TELL);
+    loop {
+        every.tick().await;
+        let late = replica.local(|s| {
+            let (id, _) = s.active_root()?;
+            let row = s.external(&id)?;
+            row.is_due(s.stamp()).then(|| (row.authority(), row.lifetime.not_after.0))
+        });
+        if let Some((authority, ends_ms)) = late {
+            tracing::warn!(
+                authority,
+                ends_ms,
+                "the authority under the external root is to be renewed (ambit trust external csr)"
+            );
+        }
     }
 }
 

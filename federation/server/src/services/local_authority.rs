@@ -3,6 +3,7 @@
 //! Who must have acknowledged what before a step is asked of all replicas here; whether the step itself is possible is
 //! decided where it is applied.
 
+mod external;
 mod holders;
 mod jwt;
 mod seal;
@@ -15,8 +16,9 @@ use ambit_model::bundle::RootState;
 use ambit_model::{Act, Approved, Code, Refusal};
 use ambit_proto::{convert, v1};
 use ambit_state::authorities::{RootId, RootRow};
+use ambit_state::committed::PreparedRoot;
 use ambit_state::objects::KeySetRow;
-use ambit_state::{Command, State};
+use ambit_state::{Command, Committed, State};
 use holders::Survey;
 use rustls_pki_types::CertificateDer;
 use sha2::{Digest, Sha256};
@@ -122,6 +124,35 @@ impl v1::local_authority_server::LocalAuthority for Authorities {
         self.seal(actor, m.dry_run).await.or_status().map(Response::new)
     }
 
+    async fn request_external_authority(
+        &self,
+        request: Request<v1::ExternalAuthorityRequest>,
+    ) -> Result<Response<v1::ExternalAuthority>, Status> {
+        let actor = actor(&request)?;
+        request_id(&request.into_inner().request_id)?;
+        self.request_external(&actor).await.or_status().map(Response::new)
+    }
+
+    async fn withdraw_external_authority(
+        &self,
+        request: Request<v1::ExternalAuthorityRequest>,
+    ) -> Result<Response<v1::ExternalAuthority>, Status> {
+        let actor = actor(&request)?;
+        let id = request_id(&request.into_inner().request_id)?;
+        self.withdraw_external(actor, id).await.or_status().map(Response::new)
+    }
+
+    async fn import_external_authority(
+        &self,
+        request: Request<v1::ImportExternalAuthorityRequest>,
+    ) -> Result<Response<v1::X509AuthorityResponse>, Status> {
+        let actor = actor(&request)?;
+        let m = request.into_inner();
+        request_id(&m.request_id)?;
+        self.import_external(actor, m).await.or_status()?;
+        self.answer(Vec::new()).await
+    }
+
     async fn prepare_x509_authority(
         &self,
         request: Request<v1::X509AuthorityRequest>,
@@ -220,6 +251,10 @@ impl Authorities {
             let prepared = s.roots().into_iter().find(|(_, row)| row.state == RootState::Prepared);
             (prepared, s.wrap_keys())
         });
+        if prepared.is_none() && !active.above().is_empty() && !asked.m.own_root {
+            let expected = "the next certificate under the external root, or a root of the cell's own by that name";
+            return Err(Refusal::new(Code::ExternalRoot, expected, "neither"));
+        }
         if asked.m.dry_run {
             return Ok(());
         }
@@ -238,9 +273,16 @@ impl Authorities {
         let command = Command::PrepareRoot(der.clone(), wrapped);
         let committed = self.0.propose_wrapped(members, command).await?.into_root()?;
         self.0.check_clock()?;
+        self.cross(&active, committed, der).await
+    }
+
+    /// The prepared root's key certified by the active one, where that can: an external root's key is not here.
+    async fn cross(&self, active: &Root, committed: Committed<PreparedRoot>, der: Vec<u8>) -> Result<(), Refusal> {
         let id = committed.get().root;
-        let cross = active.cross_sign(&committed, &CertificateDer::from(der))?;
-        self.0.propose_own(Command::CrossSignRoot(id, cross.to_vec())).await?.outcome?;
+        if active.above().is_empty() {
+            let cross = active.cross_sign(&committed, &CertificateDer::from(der))?;
+            self.0.propose_own(Command::CrossSignRoot(id, cross.to_vec())).await?.outcome?;
+        }
         tracing::info!(root = hex::encode(id), "root prepared");
         Ok(())
     }
@@ -252,6 +294,11 @@ impl Authorities {
         asked.waits(Code::AcksMissing, "every replica, live node and active peer to hold the root", &missing)?;
         if asked.m.dry_run {
             return Ok(missing);
+        }
+        // Nothing leads from such a root to the one before: who does not hold it would know nobody.
+        if !missing.is_empty() && self.0.local(|s| s.roots().get(&id).is_some_and(|row| row.cross_der.is_empty())) {
+            let expected = "everybody to hold the root that the active one cannot certify";
+            return Err(Refusal::new(Code::ExternalRoot, expected, missing.join(", ")));
         }
         let root = self.0.open_root(&id).await?;
         let (replaced, keys) = self.certify_keys(&root)?;
@@ -294,7 +341,7 @@ impl Authorities {
                     (Command::Act { act, approved: asked.approved.clone(), by }, survey.stranded(s, &id))
                 }
                 Named::Intermediate(id) if asked.m.unknown => (unknown(s, &id)?, Vec::new()),
-                Named::Intermediate(id) if s.authority(&id).is_none() && s.downstream(&id).is_none() => {
+                Named::Intermediate(id) if !known(s, &id) => {
                     let expected = "an intermediate of this cell, by name; one of before a restore with --unknown";
                     return Err(Refusal::new(Code::NotFound, expected, id));
                 }
@@ -330,6 +377,10 @@ fn root_named<T>(
     }
 }
 
+fn known(s: &State, id: &str) -> bool {
+    s.authority(id).is_some() || s.downstream(id).is_some() || s.external_named(id).is_some()
+}
+
 /// Refuses an intermediate that nothing is known of. A root has such a name too, and stands in every chain.
 fn unknown(s: &State, id: &str) -> Result<Command, Refusal> {
     for (root, row) in s.roots().into_iter().filter(|(_, row)| !row.der.is_empty()) {
@@ -338,7 +389,7 @@ fn unknown(s: &State, id: &str) -> Result<Command, Refusal> {
             return Err(Refusal::new(Code::BadRequest, "the name of an intermediate", found));
         }
     }
-    if s.authority(id).is_some() || s.downstream(id).is_some() {
+    if known(s, id) {
         return Err(Refusal::new(Code::RootState, "an intermediate that the cell does not know", "one that it does"));
     }
     Ok(Command::DenyAuthority(id.to_owned()))

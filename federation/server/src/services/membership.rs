@@ -5,7 +5,7 @@ use crate::authorise::{Role, actor};
 use crate::raft::Role as RaftRole;
 use crate::replica::Replica;
 use crate::replica::budget::Budget;
-use ambit_identity::{Csr, KeySet, fingerprint};
+use ambit_identity::{Csr, KeySet};
 use ambit_model::{Code, Refusal, ReplicaId};
 use ambit_proto::v1;
 use ambit_state::objects::{Cause, IncarnationRow, KeySetRow, Member, TokenRow, TokenScope};
@@ -115,9 +115,10 @@ impl v1::membership_server::Membership for Membership {
         let m = request.into_inner();
         let csr = Csr::parse(&m.issuer_csr).or_status()?;
         let id = request_id(&m.request_id)?;
-        let (intermediate, cross) = self.replica.renew_of(replica, &csr, m.lifetime_ms, id).await.or_status()?;
-        let cross_der = cross.map(|der| der.to_vec()).unwrap_or_default();
-        Ok(Response::new(v1::RenewAuthorityResponse { intermediate_der: intermediate.to_vec(), cross_der }))
+        let (intermediate, above) = self.replica.renew_of(replica, &csr, m.lifetime_ms, id).await.or_status()?;
+        let above_der = above.into_iter().map(|der| der.to_vec()).collect();
+        let intermediate_der = intermediate.to_vec();
+        Ok(Response::new(v1::RenewAuthorityResponse { intermediate_der, above_der, ..Default::default() }))
     }
 
     async fn require_attested_replicas(
@@ -306,7 +307,8 @@ impl Membership {
             members,
             epoch,
             roots_der,
-            cross_der: self.replica.cross_of(&fingerprint(root.der())).map(|der| der.to_vec()).unwrap_or_default(),
+            cross_der: Vec::new(),
+            above_der: self.replica.above(&root).into_iter().map(|der| der.to_vec()).collect(),
         })
     }
 

@@ -27,13 +27,7 @@ pub(super) fn perform(
     by: &str,
 ) -> Result<Reply, Refusal> {
     possible(s, act)?;
-    let needed = act.needs(s.approvers.len())?;
-    let checked = match approved {
-        None if needed == 0 => Checked { statement: [0; 32], expires: at.stamp, by: Vec::new() },
-        None => return Err(missing(needed, 0)),
-        Some(approved) => check(s, at, act, approved, needed)?,
-    };
-    room(s, at)?;
+    let checked = approve(s, at, act, approved)?;
     match act {
         Act::RevokeRoot(id) => drop(root::revoke(s, at, id)?),
         Act::AddApprover(name, card) => {
@@ -43,6 +37,7 @@ pub(super) fn perform(
         Act::RemoveApprover(name) => drop(s.approvers.remove(&mut s.journal, name)),
         Act::RemoveTrustDomain(td) => drop(relationship::remove(s, at, td)?),
         Act::BreakGlass(..) => return Err(replicas_only(act)),
+        Act::ImportRoot(..) => return Err(with_its_certificate(act)),
         Act::ShareRoot { root, threshold, holders } => {
             let names: Vec<ObjectName> = holders.iter().map(|holder| holder.name.clone()).collect();
             seal::shared(s, at, root, *threshold, &names);
@@ -75,8 +70,20 @@ pub(super) fn break_glass(s: &mut State, at: At, asked: &BreakGlass<'_>) -> Resu
     Ok(reply)
 }
 
+/// Whether an act that another command does is approved, and can be remembered; it is, by [`remember`].
+pub(super) fn approve(s: &mut State, at: At, act: &Act, approved: Option<&Approved>) -> Result<Checked, Refusal> {
+    let needed = act.needs(s.approvers.len())?;
+    let checked = match approved {
+        None if needed == 0 => Checked { statement: [0; 32], expires: at.stamp, by: Vec::new() },
+        None => return Err(missing(needed, 0)),
+        Some(approved) => check(s, at, act, approved, needed)?,
+    };
+    room(s, at)?;
+    Ok(checked)
+}
+
 /// What was done, by whom, and that it was approved for this one time.
-fn remember(s: &mut State, at: At, act: &Act, checked: Checked, by: &str) {
+pub(super) fn remember(s: &mut State, at: At, act: &Act, checked: Checked, by: &str) {
     let Checked { statement, expires, by: approved_by } = checked;
     let row = ActRow { act: act.clone(), by: by.to_owned(), approved_by, stamp: at.stamp, statement, expires };
     s.acts.put(&mut s.journal, at.index.0, row);
@@ -115,7 +122,12 @@ fn possible(s: &State, act: &Act) -> Result<(), Refusal> {
         Act::RemoveApprover(name) => Err(Refusal::new(Code::NotFound, "an approver of this cell", name.as_str())),
         Act::RemoveTrustDomain(td) => relationship::removable(s, td),
         Act::BreakGlass(..) => Err(replicas_only(act)),
+        Act::ImportRoot(..) => Err(with_its_certificate(act)),
     }
+}
+
+fn with_its_certificate(act: &Act) -> Refusal {
+    Refusal::new(Code::BadRequest, "an import with its certificate (ambit trust external import)", act.to_string())
 }
 
 /// A key approves under one name only: else one person were two.
@@ -159,7 +171,7 @@ fn has_small_order(key: &[u8; 32]) -> bool {
 }
 
 /// What approvals were found to be.
-struct Checked {
+pub(super) struct Checked {
     statement: [u8; 32],
     expires: ambit_model::Stamp,
     by: Vec<ObjectName>,

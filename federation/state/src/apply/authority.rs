@@ -47,7 +47,7 @@ pub(super) fn renew(
     let (root, _) = s.active_root().ok_or_else(none)?;
     let lifetime = Lifetime {
         not_before: at.stamp.minus_ms(crate::NOT_BEFORE_SLACK_MS),
-        not_after: at.stamp.plus_ms(lifetime_ms),
+        not_after: super::external::bounded(s, at, at.stamp.plus_ms(lifetime_ms))?,
     };
     let serial = super::issue::serial(cell.epoch, at, 0);
     keep_row(s, &member.authority);
@@ -81,11 +81,29 @@ pub(super) fn taint(s: &mut State, at: At, id: &str) -> Result<Reply, Refusal> {
         touch(s, at);
         return Ok(Reply::Done);
     }
+    if let Some((root, _, signs)) = s.external_named(id) {
+        return taint_external(s, at, root, signs);
+    }
     let row = named(s, id)?;
     if row.state != AuthorityState::Active {
         return Err(Refusal::new(Code::RootState, "an active intermediate", row.state.as_str()));
     }
     s.authorities.put(&mut s.journal, id.to_owned(), AuthorityRow { state: AuthorityState::Tainted, ..row });
+    touch(s, at);
+    Ok(Reply::Done)
+}
+
+/// Of an authority under an external root that another replaced: whatever is under its intermediates is issued anew.
+fn taint_external(s: &mut State, at: At, root: RootId, signs: bool) -> Result<Reply, Refusal> {
+    if signs {
+        let expected = "an authority that another replaced: import the next first";
+        return Err(Refusal::new(Code::RootState, expected, "the one that signs"));
+    }
+    let rows = s.authorities().into_iter();
+    let replaced = rows.filter(|(_, row)| row.root == root && !s.is_under_last(row)).collect::<Vec<_>>();
+    for (id, row) in replaced.into_iter().filter(|(_, row)| row.state == AuthorityState::Active) {
+        s.authorities.put(&mut s.journal, id, AuthorityRow { state: AuthorityState::Tainted, ..row });
+    }
     touch(s, at);
     Ok(Reply::Done)
 }
@@ -105,6 +123,18 @@ pub(super) fn revoke(s: &mut State, at: At, id: &str) -> Result<Reply, Refusal> 
             return Err(Refusal::new(Code::RootState, "a tainted intermediate", row.state.as_str()));
         }
         downstream::revoke(s, at, id)?;
+        return Ok(Reply::Done);
+    }
+    if let Some((root, row, signs)) = s.external_named(id) {
+        let until = row.lifetime.not_after;
+        let under = |authority: &str| s.authority(authority).is_some_and(|a| a.root == root && !s.is_under_last(&a));
+        let replica = s.members().find(|(_, m)| signs || under(&m.authority)).map(|(n, _)| n);
+        if let Some(replica) = replica {
+            let found = format!("replica {replica} is under it, or under no later one yet");
+            let expected = "an authority that another replaced, for all replicas";
+            return Err(Refusal::new(Code::AuthorityInUse, expected, found));
+        }
+        deny(s, at, id, until)?;
         return Ok(Reply::Done);
     }
     let row = named(s, id)?;
@@ -138,7 +168,7 @@ pub(super) fn revoke_under(s: &mut State, at: At, root: &RootId) -> Result<(), R
 /// A cell that was restored knows nothing of what it gave after that backup. Whose such an intermediate is nobody can tell
 /// any more, but it ends within the longest lifetime, and until then its name can be refused.
 pub(super) fn deny_unknown(s: &mut State, at: At, id: &str) -> Result<Reply, Refusal> {
-    if s.authority(id).is_some() || s.downstream(id).is_some() {
+    if s.authority(id).is_some() || s.downstream(id).is_some() || s.external_named(id).is_some() {
         return Err(Refusal::new(Code::RootState, "an intermediate that the cell does not know", id));
     }
     if id.len() != 40 || !id.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {

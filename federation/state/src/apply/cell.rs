@@ -43,6 +43,7 @@ pub(super) fn tick(s: &mut State, at: At) -> Result<Reply, Refusal> {
     super::jwt::tick(s, at)?;
     super::objects::expire(s, at)?;
     super::authority::forget(s, now);
+    super::external::forget(s, now);
     super::seal::forget(s, now);
     // Stamps never go backwards, so neither do those of the requests.
     while let Some((_, key)) = s.dedupe_by_age.pop_front_if(|(stamp, _)| stamp.plus_ms(crate::DEDUPE_MS) < now) {
@@ -95,6 +96,7 @@ pub(super) fn admit_replica(
         return Err(Refusal::new(Code::AlreadyExists, "a replica number not in use", replica.to_string()));
     }
     super::seal::may_join(s, replica, token, tls_key_hash)?;
+    let not_after = super::external::bounded(s, at, at.stamp.plus_ms(REPLICA_MS))?;
     burn(
         s,
         at,
@@ -109,10 +111,7 @@ pub(super) fn admit_replica(
         issuer_key_hash: *issuer_key_hash,
         tls_key_hash: *tls_key_hash,
         serial: super::issue::serial(cell.epoch, at, 0),
-        lifetime: Lifetime {
-            not_before: at.stamp.minus_ms(crate::NOT_BEFORE_SLACK_MS),
-            not_after: at.stamp.plus_ms(REPLICA_MS),
-        },
+        lifetime: Lifetime { not_before: at.stamp.minus_ms(crate::NOT_BEFORE_SLACK_MS), not_after },
     };
     s.admissions.put(&mut s.journal, replica, admission.clone());
     Ok(Reply::Replica(Box::new(admission)))
@@ -146,6 +145,7 @@ pub(super) fn remove_member(s: &mut State, at: At, id: u64) -> Result<Reply, Ref
     super::authority::taint_all_of(s, at, id);
     s.admissions.remove(&mut s.journal, &id);
     super::root::unwrap_from(s, id);
+    super::external::unwrap_from(s, id);
     s.attested_replicas.remove(&mut s.journal, &id);
     s.members.remove(&mut s.journal, &id);
     super::jwt::without(s, at, id)?;

@@ -2,7 +2,7 @@
 //! They last no longer than what they were given for: whatever ends the entry, or puts the node out, revokes them.
 
 use super::authority::{LIFETIME_MS_MAX, LIFETIME_MS_MIN, deny};
-use super::{At, cell_row, issue};
+use super::{At, cell_row, external, issue};
 use crate::authorities::{AuthorityState, DownstreamRow, authority_of};
 use crate::command::Reply;
 use crate::committed::{DownstreamAuthority, Issuance, Subject};
@@ -52,7 +52,8 @@ pub(super) fn new(s: &mut State, at: At, asked: &Asked<'_>) -> Result<Reply, Ref
     let no_root = || Refusal::new(Code::IssuerUnavailable, "an active root", "none");
     let (root, _) = s.active_root().ok_or_else(no_root)?;
     let not_before = at.stamp.minus_ms(crate::NOT_BEFORE_SLACK_MS);
-    let lifetime = Lifetime { not_before, not_after: at.stamp.plus_ms(asked.lifetime_ms).min(ends) };
+    let lifetime =
+        Lifetime { not_before, not_after: external::bounded(s, at, at.stamp.plus_ms(asked.lifetime_ms))?.min(ends) };
     let serial = issue::serial(epoch, at, 0);
     let (node, generation, state) = (*asked.node, asked.generation, AuthorityState::Active);
     let row = DownstreamRow { entry: entry.clone(), node, generation, asked_by, root, serial, lifetime, state };

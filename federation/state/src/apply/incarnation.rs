@@ -48,6 +48,12 @@ impl State {
         b: Beginning,
     ) -> Result<Option<Committed<ReplicaAdmission>>, Refusal> {
         let mut cell = cell_row(self)?;
+        // What is to be signed for it is signed by an authority that is in time, or not at all.
+        let ends = self.authority_ends().filter(|_| b.admit.is_some());
+        if let Some(ends) = ends.filter(|ends| *ends < now.plus_ms(super::authority::LIFETIME_MS_MIN)) {
+            let expected = "an authority under the external root with time left";
+            return Err(Refusal::new(Code::IssuerUnavailable, expected, format!("one that ended at {} (ms)", ends.0)));
+        }
         let (from_index, from_digest) = (self.applied(), self.digest());
         let epoch = cell.epoch.max((from_index.0 >> INDEX_SHIFT) + 1).max(b.past_epoch) + 1;
         if epoch > EPOCH_MAX {
@@ -115,6 +121,7 @@ impl State {
     /// with new keys cannot open what was wrapped to its former ones: it is wrapped to again.
     fn forget_keys(&mut self, goes_on: Option<u64>) {
         self.authorities.prune(&mut self.journal, |_, row| Some(row.replica) != goes_on);
+        super::external::begin_anew(self, goes_on);
         for (id, mut row) in self.roots.iter().map(|(id, row)| (*id, row.clone())).collect::<Vec<_>>() {
             row.wrapped.retain(|replica, _| Some(*replica) == goes_on);
             self.roots.put(&mut self.journal, id, row);
@@ -137,7 +144,7 @@ fn admit(s: &mut State, at: At, epoch: u64, b: &Beginning) -> (Member, Option<Re
     let Some((issuer_key_hash, tls_key_hash)) = b.admit else { return (b.member.clone(), None) };
     let lifetime = Lifetime {
         not_before: at.stamp.minus_ms(crate::NOT_BEFORE_SLACK_MS),
-        not_after: at.stamp.plus_ms(super::cell::REPLICA_MS),
+        not_after: at.stamp.plus_ms(super::cell::REPLICA_MS).min(s.authority_ends().unwrap_or(Stamp(u64::MAX))),
     };
     let serial = super::issue::serial(epoch, at, 0);
     let admission = ReplicaAdmission { replica: ReplicaId(b.replica), issuer_key_hash, tls_key_hash, serial, lifetime };

@@ -9,6 +9,7 @@ mod cell;
 mod deny;
 mod downstream;
 mod endorse;
+mod external;
 mod federation;
 mod incarnation;
 pub(crate) mod issue;
@@ -157,6 +158,9 @@ fn change(s: &mut State, at: At, command: &Command) -> Result<Reply, Refusal> {
         Command::AttestedReplicasOnly(only) => seal::attested_only(s, *only),
         Command::SealRoots(seal) => seal::seal(s, seal),
         Command::DenyReplica(denial) => seal::deny(s, at, denial),
+        Command::RequestExternal { csr, key_hash, wrapped } => external::request(s, at, csr, key_hash, wrapped),
+        Command::WithdrawExternal(key_hash) => external::withdraw(s, key_hash),
+        Command::ImportExternal(import) => external::import(s, at, import),
         Command::WrappedTo(to, command) => {
             seal::are_wrap_keys(s, to, command)?;
             change(s, at, command)

@@ -24,7 +24,7 @@ fn hex(id: &RootId) -> String {
     id.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-fn wrong(expected: &str, id: &RootId, row: &RootRow) -> Refusal {
+pub(super) fn wrong(expected: &str, id: &RootId, row: &RootRow) -> Refusal {
     Refusal::new(Code::RootState, expected, format!("{} is {}", hex(id), row.state.as_str()))
 }
 
@@ -96,16 +96,22 @@ pub(super) fn unwrap_from(s: &mut State, replica: u64) {
 
 pub(super) fn prepare(s: &mut State, at: At, der: &[u8], wrapped: &BTreeMap<u64, Vec<u8>>) -> Result<Reply, Refusal> {
     let (cell, id) = (cell_row(s)?, root_id(der));
-    let roots = s.roots();
     let active = root_id(&cell.root_der);
-    let reply = |stamp| {
-        let serial = super::issue::serial(cell.epoch, at, 0);
-        Ok(Reply::Root(Box::new(PreparedRoot { root: id, active, serial, stamp })))
-    };
-    match roots.get(&id) {
-        Some(row) if row.state == RootState::Prepared => return reply(at.stamp),
-        Some(row) => return Err(wrong("a root that this trust domain never had", &id, row)),
-        None => {}
+    let again = s.roots().get(&id).is_some_and(|row| row.state == RootState::Prepared);
+    if !again {
+        rotatable(s, der)?;
+        wrapped_to_all(s, wrapped)?;
+        insert(s, at, Kept { id, der, wrapped })?;
+    }
+    let serial = super::issue::serial(cell.epoch, at, 0);
+    Ok(Reply::Root(Box::new(PreparedRoot { root: id, active, serial, stamp: at.stamp })))
+}
+
+/// Whether this can be the next root: never had before, and no other rotation under way.
+pub(super) fn rotatable(s: &State, der: &[u8]) -> Result<(), Refusal> {
+    let (roots, id) = (s.roots(), root_id(der));
+    if let Some(row) = roots.get(&id) {
+        return Err(wrong("a root that this trust domain never had", &id, row));
     }
     let open = |row: &&RootRow| !matches!(row.state, RootState::Active | RootState::Revoked);
     if let Some((other, row)) = roots.iter().find(|(_, row)| open(row)) {
@@ -115,13 +121,32 @@ pub(super) fn prepare(s: &mut State, at: At, der: &[u8], wrapped: &BTreeMap<u64,
         let expected = format!("a root of at most {ROOT_BYTES_MAX} bytes, of at most {ROOTS_MAX}");
         return Err(Refusal::new(Code::BadRequest, expected, format!("{} bytes", der.len())));
     }
+    Ok(())
+}
+
+/// A key that each replica of now can open, and that one at least can.
+pub(super) fn wrapped_to_all(s: &State, wrapped: &BTreeMap<u64, Vec<u8>>) -> Result<(), Refusal> {
     if let Some(missing) = s.wrap_keys().keys().find(|n| !wrapped.contains_key(n)) {
-        let expected = "the root's key, wrapped to every replica";
+        let expected = "the key, wrapped to every replica";
         return Err(Refusal::new(Code::BadRequest, expected, format!("not to replica {missing}")));
     }
     if wrapped.is_empty() {
         return Err(Refusal::new(Code::ReplicaUnattested, "a replica that could open the root", "none"));
     }
+    Ok(())
+}
+
+/// A root that is to be prepared.
+pub(super) struct Kept<'a> {
+    pub(super) id: RootId,
+    pub(super) der: &'a [u8],
+    /// The key that signs under it.
+    pub(super) wrapped: &'a BTreeMap<u64, Vec<u8>>,
+}
+
+/// The root is prepared: in the bundle, and nothing is signed under it yet.
+pub(super) fn insert(s: &mut State, at: At, Kept { id, der, wrapped }: Kept<'_>) -> Result<(), Refusal> {
+    let cell = cell_row(s)?;
     keep_first(s);
     let row = RootRow {
         der: der.to_vec(),
@@ -133,8 +158,7 @@ pub(super) fn prepare(s: &mut State, at: At, der: &[u8], wrapped: &BTreeMap<u64,
         sequence: cell.bundle_sequence + 1,
     };
     s.roots.put(&mut s.journal, id, row);
-    changed(s, at)?;
-    reply(at.stamp)
+    changed(s, at).map(drop)
 }
 
 pub(super) fn cross_sign(s: &mut State, id: &RootId, der: &[u8]) -> Result<Reply, Refusal> {
@@ -154,12 +178,13 @@ pub(super) fn activate(s: &mut State, at: At, id: &RootId, keys: &KeySetRow) -> 
     if row.state != RootState::Prepared {
         return Err(wrong("a prepared root", id, &row));
     }
-    if row.cross_der.is_empty() {
-        return Err(Refusal::new(Code::RootState, "a root certified by the active one", "not certified yet"));
-    }
     let Some((former, former_row)) = s.active_root() else {
         return Err(Refusal::new(Code::Internal, "an active root", "none"));
     };
+    // An external root's key is not here to certify anything.
+    if row.cross_der.is_empty() && s.external(&former).is_none() {
+        return Err(Refusal::new(Code::RootState, "a root certified by the active one", "not certified yet"));
+    }
     put(s, at, &former, RootState::Old, former_row);
     let mut cell = cell_row(s)?;
     cell.root_der.clone_from(&row.der);
@@ -208,6 +233,7 @@ pub(super) fn revoke(s: &mut State, at: At, id: &RootId) -> Result<Reply, Refusa
     let row = revocable(s, id)?;
     let gone = RootRow { der: Vec::new(), cross_der: Vec::new(), wrapped: BTreeMap::new(), ..row };
     put(s, at, id, RootState::Revoked, gone);
+    s.externals.prune(&mut s.journal, |(of, _), _| of == id);
     s.key_set.remove(&mut s.journal, &1);
     // A connection that was begun under it knows nothing of bundles any more: by the names it is found and ended.
     authority::revoke_under(s, at, id)?;

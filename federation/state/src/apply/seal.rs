@@ -1,6 +1,6 @@
 //! Replicas attested, and the root sealed to their TPMs.
 
-use super::{At, cell_row, node, root};
+use super::{At, cell_row, external, node, root};
 use crate::authorities::{RootId, RootRow};
 use crate::command::{Command, Reply};
 use crate::objects::{EkFacts, JwtAuthorityRow, Member, TokenRow, TokenScope};
@@ -74,7 +74,9 @@ fn alone(wrapped: &BTreeMap<u64, Vec<u8>>, replica: u64) -> bool {
 /// Whether something is wrapped to this replica and to no other.
 fn opens_alone(s: &State, replica: u64) -> bool {
     let roots = s.roots.iter().map(|(_, row)| &row.wrapped);
-    roots.chain(s.jwt_authorities().map(|row| &row.wrapped)).any(|wrapped| alone(wrapped, replica))
+    let request = s.external_request().map(|open| &open.wrapped);
+    let jwt = s.jwt_authorities().map(|row| &row.wrapped);
+    roots.chain(jwt).chain(request).any(|wrapped| alone(wrapped, replica))
 }
 
 /// What was wrapped to a replica's former key is wrapped to the new one, by whoever opens it. What it opens alone stays: that
@@ -92,6 +94,10 @@ fn unwrap(s: &mut State, replica: u64) {
             row.wrapped.remove(&replica);
             s.jwt_authorities.put(&mut s.journal, n, row);
         }
+    }
+    // Whoever else opens the request imports what comes of it, and wraps that to all.
+    if s.external_request().is_some_and(|open| held(&open.wrapped)) {
+        external::unwrap_from(s, replica);
     }
     // Of these there is a new one as soon as a replica lacks one.
     for (n, mut row) in s.ticket_keys.iter().map(|(n, row)| (*n, row.clone())).collect::<Vec<_>>() {
@@ -244,7 +250,9 @@ fn wrapped_by(command: &Command) -> Option<&BTreeMap<u64, Vec<u8>>> {
         | Command::WrapRoot(_, wrapped)
         | Command::PrepareRoot(_, wrapped)
         | Command::PutJwtAuthority(_, wrapped)
-        | Command::WrapJwtAuthority(_, wrapped) => Some(wrapped),
+        | Command::WrapJwtAuthority(_, wrapped)
+        | Command::RequestExternal { wrapped, .. } => Some(wrapped),
+        Command::ImportExternal(import) => Some(&import.wrapped),
         _ => None,
     }
 }

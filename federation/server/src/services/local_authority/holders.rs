@@ -1,6 +1,7 @@
 //! Who verifies by this cell's bundle, and what they show: asked of all replicas, since each hears its own agents and peers.
 
-use super::shown;
+use super::external::waiting;
+use super::{external, shown};
 use crate::replica::Replica;
 use ambit_model::bundle::RootState;
 use ambit_model::{Refusal, Stamp};
@@ -142,6 +143,11 @@ impl Survey {
         if s.downstream(authority).is_some() {
             return Vec::new();
         }
+        if let Some((root, _, _)) = s.external_named(authority) {
+            let replaced = |row: &AuthorityRow| row.root == root && !s.is_under_last(row);
+            let under = s.authorities().into_iter().filter(|(_, row)| replaced(row)).map(|(name, _)| name).collect();
+            return self.showing(s, &newest(s), &under);
+        }
         // They end with the SVID that asked for them.
         let asked_by = |row: &DownstreamRow| row.state == AuthorityState::Active && row.asked_by.0 == authority;
         let given = s.downstreams().filter(|(_, row)| asked_by(row)).map(|(id, _)| format!("downstream {id}"));
@@ -176,6 +182,7 @@ impl Survey {
             intermediates: authorities.iter().map(|(id, row)| self.intermediate(s, &newest, id, row)).collect(),
             holders: Vec::new(),
             downstreams: s.downstreams().map(downstream).collect(),
+            waiting: s.external_request().map(waiting),
         }
     }
 
@@ -226,6 +233,7 @@ impl Survey {
             missing: missing.into_iter().take(NAMES_MAX).collect(),
             using: using.into_iter().take(NAMES_MAX).collect(),
             opened_by: row.wrapped.keys().copied().collect(),
+            externals: externals(s, id),
         }
     }
 
@@ -247,6 +255,11 @@ impl Survey {
             using: self.showing(s, newest, &[id.to_owned()].into()).into_iter().take(NAMES_MAX).collect(),
         }
     }
+}
+
+fn externals(s: &State, id: &RootId) -> Vec<v1::X509External> {
+    let last = s.externals_of(id).last().map(|(n, _)| n);
+    s.externals_of(id).map(|(n, row)| external::shown(row, Some(n) == last)).collect()
 }
 
 fn downstream((id, row): (&String, &DownstreamRow)) -> v1::X509Downstream {

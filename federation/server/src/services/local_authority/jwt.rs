@@ -12,7 +12,7 @@ use ambit_state::{Command, State};
 /// The same fields under the name that SPIRE's operators know: one reading of both.
 pub(super) fn as_x509(m: v1::JwtAuthorityRequest) -> v1::X509AuthorityRequest {
     let v1::JwtAuthorityRequest { request_id, authority, without_acks, dry_run } = m;
-    v1::X509AuthorityRequest { request_id, authority, without_acks, dry_run, approved: None, unknown: false }
+    v1::X509AuthorityRequest { request_id, authority, without_acks, dry_run, ..Default::default() }
 }
 
 /// The key that was named, or the one in that state.

@@ -1,0 +1,538 @@
+//! Certificates of somebody else's CA, made by OpenSSL: what an import must be, each refusal, and that a refusal changes
+//! nothing.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on fails")]
+
+mod common;
+
+use ambit_model::act::{Act, Approval, Approved, ApproverCard, Proposal};
+use ambit_model::{Code, Lifetime, Refusal, Stamp};
+use ambit_state::external::{ExternalImport, LEFT_MS_MIN, LIFE_MS_MAX, path};
+use ambit_state::objects::KeySetRow;
+use ambit_state::{Command, Reply};
+use common::{Cell, code, sha256};
+use openssl::asn1::{Asn1Object, Asn1OctetString, Asn1Time};
+use openssl::bn::BigNum;
+use openssl::ec::{EcGroup, EcKey};
+use openssl::hash::MessageDigest;
+use openssl::nid::Nid;
+use openssl::pkey::{PKey, Private};
+use openssl::rsa::Rsa;
+use openssl::sign::Signer;
+use openssl::x509::extension::{
+    AuthorityKeyIdentifier, BasicConstraints, ExtendedKeyUsage, KeyUsage, SubjectAlternativeName, SubjectKeyIdentifier,
+};
+use openssl::x509::{X509, X509Extension, X509NameBuilder};
+
+const NOW: u64 = 1_800_000_000_000;
+const DAY_MS: u64 = 86_400_000;
+
+fn ec(curve: Nid) -> PKey<Private> {
+    PKey::from_ec_key(EcKey::generate(&EcGroup::from_curve_name(curve).unwrap()).unwrap()).unwrap()
+}
+fn p256() -> PKey<Private> {
+    ec(Nid::X9_62_PRIME256V1)
+}
+fn rsa(bits: u32) -> PKey<Private> {
+    PKey::from_rsa(Rsa::generate(bits).unwrap()).unwrap()
+}
+fn spki_sha256(key: &PKey<Private>) -> [u8; 32] {
+    sha256(&key.public_key_to_der().unwrap())
+}
+
+/// What one certificate says. As it should be, unless a row says otherwise.
+struct Says {
+    subject: Vec<(&'static str, &'static str)>,
+    ca: Option<(bool, Option<u32>)>,
+    usage: Option<(bool, bool, bool)>,
+    uris: Vec<&'static str>,
+    from_days: i64,
+    days: i64,
+    extended: Option<(bool, bool)>,
+    key_id: bool,
+    digest: MessageDigest,
+    /// OID and whether it is critical.
+    more: Option<(&'static str, bool)>,
+}
+
+impl Says {
+    fn authority() -> Says {
+        Says {
+            subject: vec![("O", "Ambit"), ("CN", "west authority")],
+            ca: Some((true, Some(1))),
+            usage: Some((true, true, true)),
+            uris: vec!["spiffe://west"],
+            from_days: -1,
+            days: 60,
+            extended: None,
+            key_id: true,
+            digest: MessageDigest::sha256(),
+            more: None,
+        }
+    }
+    fn root() -> Says {
+        Says {
+            subject: vec![("C", "CH"), ("O", "Example"), ("CN", "Example Root")],
+            ca: Some((true, None)),
+            uris: vec![],
+            days: 3_650,
+            ..Says::authority()
+        }
+    }
+    fn tier() -> Says {
+        Says { subject: vec![("CN", "Example Issuing")], ca: Some((true, Some(2))), days: 400, ..Says::root() }
+    }
+}
+
+/// A certificate of `key` by this issuer.
+fn made(says: &Says, key: &PKey<Private>, by: Option<&X509>, signer: &PKey<Private>) -> X509 {
+    let mut b = X509::builder().unwrap();
+    b.set_version(2).unwrap();
+    b.set_serial_number(&BigNum::from_u32(7).unwrap().to_asn1_integer().unwrap()).unwrap();
+    let mut name = X509NameBuilder::new().unwrap();
+    says.subject.iter().for_each(|(field, text)| name.append_entry_by_text(field, text).unwrap());
+    let name = name.build();
+    b.set_subject_name(&name).unwrap();
+    b.set_issuer_name(by.map_or(&name, |by| by.subject_name())).unwrap();
+    b.set_pubkey(key).unwrap();
+    let at = |days: i64| Asn1Time::from_unix(NOW as i64 / 1000 + days * 86_400).unwrap();
+    b.set_not_before(&at(says.from_days)).unwrap();
+    b.set_not_after(&at(says.days)).unwrap();
+    if let Some((critical, length)) = says.ca {
+        let mut basic = BasicConstraints::new();
+        let basic = if critical { basic.critical() } else { &mut basic };
+        let basic = basic.ca();
+        let basic = match length {
+            Some(length) => basic.pathlen(length),
+            None => basic,
+        };
+        b.append_extension(basic.build().unwrap()).unwrap();
+    }
+    if let Some((critical, sign, crl)) = says.usage {
+        let mut usage = KeyUsage::new();
+        usage.digital_signature();
+        if critical {
+            usage.critical();
+        }
+        if sign {
+            usage.key_cert_sign();
+        }
+        if crl {
+            usage.crl_sign();
+        }
+        b.append_extension(usage.build().unwrap()).unwrap();
+    }
+    if let Some((server, client)) = says.extended {
+        let mut usage = ExtendedKeyUsage::new();
+        if server {
+            usage.server_auth();
+        }
+        if client {
+            usage.client_auth();
+        }
+        b.append_extension(usage.build().unwrap()).unwrap();
+    }
+    let context = b.x509v3_context(by.map(|by| &**by), None);
+    let mut extensions = Vec::new();
+    if says.key_id {
+        extensions.push(SubjectKeyIdentifier::new().build(&context).unwrap());
+    }
+    if by.is_some_and(|by| by.subject_key_id().is_some()) {
+        extensions.push(AuthorityKeyIdentifier::new().keyid(false).build(&context).unwrap());
+    }
+    if !says.uris.is_empty() {
+        let mut names = SubjectAlternativeName::new();
+        for uri in &says.uris {
+            names.uri(uri);
+        }
+        extensions.push(names.build(&context).unwrap());
+    }
+    if let Some((oid, critical)) = says.more {
+        let value = Asn1OctetString::new_from_bytes(&[5, 0]).unwrap();
+        let value = if oid == "2.5.29.30" {
+            // SEQUENCE { [0] { { [6] "west" } } }
+            Asn1OctetString::new_from_bytes(&[0x30, 0x0a, 0xa0, 8, 0x30, 6, 0x86, 4, b'w', b'e', b's', b't']).unwrap()
+        } else {
+            value
+        };
+        let oid = Asn1Object::from_str(oid).unwrap();
+        extensions.push(X509Extension::new_from_der(&oid, critical, &value).unwrap());
+    }
+    extensions.into_iter().for_each(|extension| b.append_extension(extension).unwrap());
+    b.sign(signer, says.digest).unwrap();
+    b.build()
+}
+
+/// An outside CA with its root.
+struct Outside {
+    key: PKey<Private>,
+    root: X509,
+}
+
+impl Outside {
+    fn new(key: PKey<Private>, says: &Says) -> Outside {
+        let root = made(says, &key, None, &key);
+        Outside { key, root }
+    }
+    fn certify(&self, says: &Says, key: &PKey<Private>) -> X509 {
+        made(says, key, Some(&self.root), &self.key)
+    }
+}
+
+fn der(cert: &X509) -> Vec<u8> {
+    cert.to_der().unwrap()
+}
+
+/// A cell whose key waits, and that key.
+fn waiting() -> (Cell, PKey<Private>) {
+    let (mut cell, key) = (Cell::founded("west"), p256());
+    request(&mut cell, &key).unwrap();
+    (cell, key)
+}
+fn request(cell: &mut Cell, key: &PKey<Private>) -> Result<Reply, Refusal> {
+    let (csr, key_hash) = (vec![1], spki_sha256(key));
+    cell.at(NOW, 0, Command::RequestExternal { csr, key_hash, wrapped: [(1, vec![1])].into() })
+}
+fn import(chain: Vec<Vec<u8>>, root: &X509) -> ExternalImport {
+    let wrapped = [(1, vec![2])].into();
+    ExternalImport { chain, root: der(root), wrapped, keys: None, approved: None, by: "ada".into() }
+}
+fn run(cell: &mut Cell, import: ExternalImport) -> Result<Reply, Refusal> {
+    cell.at(NOW, 0, Command::ImportExternal(Box::new(import)))
+}
+
+/// Who names another rule than it is refused by, or changes anything, fails here.
+#[track_caller]
+fn refused(cell: &mut Cell, what: &str, import: ExternalImport, rule: &str) {
+    let rows = |cell: &Cell| cell.state.rows().filter(|row| row.table != 1).collect::<Vec<_>>();
+    let before = rows(cell);
+    let refusal = run(cell, import).unwrap_err();
+    let text = format!("{} / {}", refusal.expected, refusal.found);
+    assert!(refusal.code == Code::ExternalCertificate && text.contains(rule), "{what}: {refusal:?}");
+    assert!(rows(cell) == before, "{what}: something changed");
+}
+
+#[test]
+fn roots_of_real_cas_are_taken_with_up_to_two_tiers() {
+    for (what, root, digest) in [
+        ("P-256", p256(), MessageDigest::sha256()),
+        ("P-384", ec(Nid::SECP384R1), MessageDigest::sha384()),
+        ("P-384 with SHA-256", ec(Nid::SECP384R1), MessageDigest::sha256()),
+        ("RSA 2048", rsa(2048), MessageDigest::sha256()),
+        ("RSA 3072 with SHA-512", rsa(3072), MessageDigest::sha512()),
+    ] {
+        for tiers in 0..=2usize {
+            let (mut cell, key) = waiting();
+            let outside = Outside::new(root.clone(), &Says { digest, ..Says::root() });
+            let above = digest;
+            let (mut chain, mut by) = (Vec::new(), Outside { key: outside.key.clone(), root: outside.root.clone() });
+            for n in (1..=tiers).rev() {
+                let subject = vec![("CN", ["", "Tier 1", "Tier 2"][n])];
+                let tier_key = p256();
+                // What is signed by the root is signed as the root is, and the rest as P-256 keys do.
+                let digest = if n == tiers { above } else { MessageDigest::sha256() };
+                let says = Says { subject, ca: Some((true, Some(n as u32 + 1))), digest, ..Says::tier() };
+                let tier = by.certify(&says, &tier_key);
+                chain.insert(0, der(&tier));
+                by = Outside { key: tier_key, root: tier };
+            }
+            let digest = if tiers == 0 { digest } else { MessageDigest::sha256() };
+            chain.insert(0, der(&by.certify(&Says { digest, ..Says::authority() }, &key)));
+            let reply = run(&mut cell, import(chain.clone(), &outside.root));
+            let Ok(Reply::Root(prepared)) = reply else { panic!("{what}, {tiers} tiers: {reply:?}") };
+            let id = sha256(&der(&outside.root));
+            assert_eq!((prepared.root, prepared.active), (id, sha256(b"west")));
+            let row = cell.state.external(&id).unwrap();
+            assert_eq!((&row.chain, row.key_hash), (&chain, spki_sha256(&key)));
+            let due = |days: u64| row.is_due(Stamp(NOW + days * DAY_MS));
+            assert_eq!((due(0), due(39), due(41), due(99)), (false, false, true, true));
+            assert!(cell.state.external_request().is_none(), "a request is good for one import");
+            let bundle = cell.state.bundle_record().unwrap();
+            assert!(bundle.roots.iter().any(|root| root.der == der(&outside.root)), "the root and nothing else of it");
+            assert_eq!(bundle.roots.len(), 2);
+        }
+    }
+}
+
+#[test]
+fn what_is_not_as_it_must_be_is_refused_by_its_rule_and_changes_nothing() {
+    let (mut cell, key) = waiting();
+    let outside = Outside::new(p256(), &Says::root());
+    let ok = Says::authority;
+    let rows: Vec<(&str, Says, &str)> = vec![
+        ("a leaf", Says { ca: None, usage: Some((true, false, false)), ..ok() }, "cA=true"),
+        ("cA not critical", Says { ca: Some((false, Some(1))), ..ok() }, "cA=true"),
+        ("pathLen 0", Says { ca: Some((true, Some(0))), ..ok() }, "pathLen 0"),
+        ("no KeyUsage", Says { usage: None, ..ok() }, "keyCertSign"),
+        ("KeyUsage not critical", Says { usage: Some((false, true, true)), ..ok() }, "critical KeyUsage"),
+        ("no keyCertSign", Says { usage: Some((true, false, true)), ..ok() }, "keyCertSign"),
+        ("no cRLSign", Says { usage: Some((true, true, false)), ..ok() }, "cRLSign"),
+        ("another trust domain", Says { uris: vec!["spiffe://east"], ..ok() }, "no URI but spiffe://west"),
+        ("two trust domains", Says { uris: vec!["spiffe://west", "spiffe://east"], ..ok() }, "no URI but"),
+        ("an id with a path", Says { uris: vec!["spiffe://west/web"], ..ok() }, "no URI but"),
+        ("expired", Says { from_days: -60, days: -1, ..ok() }, "one that ended"),
+        ("not yet valid", Says { from_days: 1, ..ok() }, "before it begins"),
+        ("six days left", Says { days: 6, ..ok() }, "7 days left"),
+        ("400 days", Says { days: 400, ..ok() }, "at most 398 days"),
+        ("longer than its root", Says { days: 4_000, from_days: 3_640, ..ok() }, "ends before what is above it"),
+        ("an unknown critical extension", Says { more: Some(("1.2.3.4.5", true)), ..ok() }, "1.2.3.4.5"),
+        ("name constraints", Says { more: Some(("2.5.29.30", false)), ..ok() }, "no name constraints"),
+        ("a downstream mark", Says { more: Some(("1.3.6.1.4.1.61999.1.2", false)), ..ok() }, "Ambit's own"),
+        ("for servers only", Says { extended: Some((true, false)), ..ok() }, "ExtendedKeyUsage"),
+        ("no key identifier", Says { key_id: false, ..ok() }, "subject key identifier"),
+        ("no subject", Says { subject: vec![], ..ok() }, "a subject"),
+        (
+            "a name with two OUs",
+            Says { subject: vec![("OU", "a"), ("OU", "b"), ("CN", "c")], ..ok() },
+            "each type once",
+        ),
+        ("SHA-1", Says { digest: MessageDigest::sha1(), ..ok() }, "ECDSA with SHA-256"),
+    ];
+    for (what, says, rule) in rows {
+        let cert = outside.certify(&says, &key);
+        refused(&mut cell, what, import(vec![der(&cert)], &outside.root), rule);
+    }
+    let good = outside.certify(&ok(), &key);
+    let other_key = outside.certify(&ok(), &p256());
+    refused(&mut cell, "another key", import(vec![der(&other_key)], &outside.root), "requested key");
+    let rsa_key = outside.certify(&ok(), &rsa(2048));
+    refused(&mut cell, "an RSA key", import(vec![der(&rsa_key)], &outside.root), "P-256 key");
+    refused(&mut cell, "none", import(vec![], &outside.root), "0 certificates");
+    let four = vec![der(&good), der(&outside.root), der(&outside.root), der(&outside.root)];
+    refused(&mut cell, "four", import(four, &outside.root), "4 certificates");
+    let with_root = vec![der(&good), der(&outside.root)];
+    refused(&mut cell, "the root in the chain", import(with_root, &outside.root), "key of its own");
+    refused(&mut cell, "no DER", import(vec![vec![1, 2, 3]], &outside.root), "a certificate in DER");
+    refused(&mut cell, "more after it", import(vec![[der(&good), vec![0]].concat()], &outside.root), "1 bytes after");
+    refused(&mut cell, "huge", import(vec![vec![0x30; 9_000]], &outside.root), "at most 8192 bytes");
+    for bit in [0, 1, 7] {
+        let mut changed = der(&good);
+        let last = changed.len() - 5;
+        changed[last] ^= 1 << bit;
+        refused(&mut cell, "a changed signature", import(vec![changed], &outside.root), "the signature of");
+    }
+    let (mut other, key) = waiting();
+    let unnamed = outside.certify(&Says { uris: vec![], ..ok() }, &key);
+    assert!(run(&mut other, import(vec![der(&unnamed)], &outside.root)).is_ok(), "a SPIFFE ID is a SHOULD");
+    assert!(run(&mut cell, import(vec![der(&good)], &outside.root)).is_ok(), "and the good one is taken");
+}
+
+#[test]
+fn roots_that_are_none_are_refused() {
+    let (mut cell, key) = waiting();
+    let top = Outside::new(p256(), &Says::root());
+    // Signed by somebody else: no root.
+    let tier_key = p256();
+    let tier = top.certify(&Says::tier(), &tier_key);
+    let below = Outside { key: tier_key, root: tier };
+    let cert = below.certify(&Says::authority(), &key);
+    refused(&mut cell, "a tier as the root", import(vec![der(&cert)], &below.root), "a root that signed itself");
+    refused(&mut cell, "a tier left out", import(vec![der(&cert)], &top.root), "the issuer");
+    // Same name, another key.
+    let twin = Outside::new(p256(), &Says::root());
+    let cert = top.certify(&Says { key_id: true, ..Says::authority() }, &key);
+    refused(&mut cell, "a twin of the root", import(vec![der(&cert)], &twin.root), "key identifier of its issuer");
+    let bare = |key_id| Outside::new(p256(), &Says { key_id, ..Says::root() });
+    let cert = bare(false).certify(&Says::authority(), &key);
+    refused(&mut cell, "another's signature", import(vec![der(&cert)], &bare(false).root), "the signature of");
+    for (what, key_of, says, rule) in [
+        ("no KeyUsage", p256(), Says { usage: None, ..Says::root() }, "keyCertSign"),
+        ("pathLen 1", p256(), Says { ca: Some((true, Some(1))), ..Says::root() }, "one of 2 or more"),
+        ("of another trust domain", p256(), Says { uris: vec!["spiffe://east"], ..Says::root() }, "no URI but"),
+        ("ended", p256(), Says { from_days: -90, days: -30, ..Says::root() }, "ends before what is above it"),
+        ("RSA 1024", rsa(1024), Says::root(), "RSA of 2048"),
+        ("P-521", ec(Nid::SECP521R1), Says::root(), "P-256 or P-384"),
+        ("policy constraints", p256(), Says { more: Some(("2.5.29.36", true)), ..Says::root() }, "extension"),
+    ] {
+        let outside = Outside::new(key_of, &says);
+        let cert = outside.certify(&Says::authority(), &key);
+        refused(&mut cell, what, import(vec![der(&cert)], &outside.root), rule);
+    }
+    // A tier that nothing but a leaf may follow.
+    let tier_key = p256();
+    let tier = top.certify(&Says { ca: Some((true, Some(1))), ..Says::tier() }, &tier_key);
+    let cert = Outside { key: tier_key, root: tier.clone() }.certify(&Says::authority(), &key);
+    refused(&mut cell, "a tier with pathLen 1", import(vec![der(&cert), der(&tier)], &top.root), "one of 2 or more");
+}
+
+#[test]
+fn a_request_is_spent_once_and_the_next_authority_signs_at_once_until_it_ends() {
+    let (mut cell, key) = waiting();
+    assert_eq!(code(request(&mut cell, &p256())), Code::AlreadyExists, "one at a time");
+    let outside = Outside::new(p256(), &Says::root());
+    let first = import(vec![der(&outside.certify(&Says::authority(), &key))], &outside.root);
+    run(&mut cell, first.clone()).unwrap();
+    assert_eq!(code(run(&mut cell, first.clone())), Code::AlreadyExists, "replayed");
+    assert_eq!(code(cell.at(NOW, 0, Command::WithdrawExternal(spki_sha256(&key)))), Code::NotFound);
+    let id = sha256(&first.root);
+    // Prepared: not the active root, so nothing is under it, and a second certificate has to wait.
+    let second = p256();
+    request(&mut cell, &second).unwrap();
+    let of_second = outside.certify(&Says { days: 80, ..Says::authority() }, &second);
+    let next = ExternalImport { keys: Some(keys(5)), ..import(vec![der(&of_second)], &outside.root) };
+    assert_eq!(code(run(&mut cell, next.clone())), Code::RootState);
+    // A root whose key is here certifies it: without that nobody but who holds it would follow.
+    assert_eq!(code(cell.at(NOW, 0, Command::ActivateRoot(id, keys(2)))), Code::RootState);
+    cell.at(NOW, 0, Command::CrossSignRoot(id, vec![9])).unwrap();
+    cell.at(NOW, 0, Command::ActivateRoot(id, keys(2))).unwrap();
+    let sequence = cell.state.cell().unwrap().bundle_sequence;
+    // Intermediates end with the authority: here a week is asked for, and a week is left.
+    let renew = |n: u8| Command::RenewAuthority { replica: 1, key_hash: [n; 32], lifetime_ms: 7 * DAY_MS };
+    let Reply::Authority(early) = cell.at(NOW, 0, renew(1)).unwrap() else { panic!("another reply") };
+    assert_eq!(early.lifetime.not_after, Stamp(NOW + 7 * DAY_MS));
+    let row = |cell: &Cell, n: u8| cell.state.authority(&format!("{n:02x}").repeat(20)).unwrap();
+    assert!(cell.state.is_under_last(&row(&cell, 1)));
+    // The next one: no bundle changes, and what is under the first is to be renewed.
+    assert_eq!(code(run(&mut cell, ExternalImport { keys: None, ..next.clone() })), Code::BadRequest);
+    run(&mut cell, next).unwrap();
+    assert_eq!(cell.state.cell().unwrap().bundle_sequence, sequence);
+    assert_eq!(cell.state.key_set(), Some(&keys(5)));
+    assert!(!cell.state.is_under_last(&row(&cell, 1)));
+    let first_name = cell.state.externals_of(&id).next().unwrap().1.authority();
+    assert_eq!(code(cell.at(NOW, 0, Command::RevokeAuthority(first_name.clone()))), Code::AuthorityInUse);
+    let signing = cell.state.external(&id).unwrap().authority();
+    assert_eq!(code(cell.at(NOW, 0, Command::RevokeAuthority(signing.clone()))), Code::AuthorityInUse);
+    assert_eq!(code(cell.at(NOW, 0, Command::TaintAuthority(signing))), Code::RootState);
+    assert!(cell.state.tainted_authorities().is_empty());
+    cell.at(NOW, 0, Command::TaintAuthority(first_name.clone())).unwrap();
+    assert!(cell.state.tainted_authorities().contains(&"01".repeat(20)), "what is under it is issued anew");
+    cell.at(NOW, 0, renew(2)).unwrap();
+    assert!(cell.state.is_under_last(&row(&cell, 2)));
+    cell.at(NOW, 0, Command::RevokeAuthority(first_name.clone())).unwrap();
+    let until = cell.state.authority_denials().find(|((_, name), _)| *name == first_name).map(|(_, until)| *until);
+    assert_eq!(until, Some(Stamp(NOW + 60 * DAY_MS)), "as long as it lasts");
+    // Near its end nothing outlives it, and at its end nothing is signed.
+    let ends = NOW + 80 * DAY_MS;
+    let Reply::Authority(late) = cell.at(ends - DAY_MS, 0, renew(3)).unwrap() else { panic!("another reply") };
+    assert_eq!(late.lifetime.not_after, Stamp(ends));
+    assert_eq!(code(cell.at(ends, 0, renew(4))), Code::IssuerUnavailable);
+    cell.at(ends, 0, Command::Tick).unwrap();
+    assert_eq!(cell.state.externals_of(&id).count(), 1, "the first is forgotten, the last is not");
+    // The next root needs no certificate of a key that is not here.
+    let own = b"own root".to_vec();
+    cell.at(NOW, 0, Command::TaintRoot(sha256(b"west"))).unwrap();
+    cell.at(NOW, 0, Command::RevokeRoot(sha256(b"west"))).unwrap();
+    cell.at(ends, 0, Command::PrepareRoot(own.clone(), [(1, vec![1])].into())).unwrap();
+    cell.at(ends, 0, Command::ActivateRoot(sha256(&own), keys(6))).unwrap();
+    assert_eq!(cell.state.authority_ends(), None);
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn keys(n: u8) -> KeySetRow {
+    KeySetRow { statement: vec![n], signature: vec![n] }
+}
+
+struct Key(PKey<Private>);
+
+impl Key {
+    fn public(&self) -> [u8; 32] {
+        self.0.raw_public_key().unwrap().try_into().unwrap()
+    }
+    fn sign(&self, message: &[u8]) -> Vec<u8> {
+        Signer::new_without_digest(&self.0).unwrap().sign_oneshot_to_vec(message).unwrap()
+    }
+}
+
+#[test]
+fn a_new_root_takes_two_approvers_and_the_next_certificate_none() {
+    let (mut cell, key) = waiting();
+    let [alice, bob] = [(); 2].map(|()| Key(PKey::generate_ed25519().unwrap()));
+    let outside = Outside::new(p256(), &Says::root());
+    let bare = import(vec![der(&outside.certify(&Says::authority(), &key))], &outside.root);
+    let signed = |act: &Act, keys: &[&Key]| {
+        let (trust_domain, expires) = ("west".parse().unwrap(), Stamp(NOW + 3_600_000));
+        let proposal = Proposal { trust_domain, epoch: 1, expires, nonce: [keys.len() as u8; 16], act: act.clone() };
+        let message = proposal.statement().unwrap();
+        let approvals = keys.iter().map(|k| Approval { key: k.public(), signature: k.sign(&message) }).collect();
+        Approved { epoch: 1, expires, nonce: proposal.nonce, approvals }
+    };
+    let card = |k: &Key| ApproverCard { key: k.public(), proof: k.sign(&ApproverCard::proved(&k.public())) };
+    let add = |name: &str, k: &Key| Act::AddApprover(name.parse().unwrap(), card(k));
+    let done = |act: Act, approved| Command::Act { act, approved, by: "ada".into() };
+    let act = Act::ImportRoot(sha256(&bare.root), spki_sha256(&key));
+    assert_eq!(code(cell.at(NOW, 0, done(act.clone(), None))), Code::BadRequest, "without its certificate");
+    cell.at(NOW, 0, done(add("alice", &alice), None)).unwrap();
+    assert_eq!(code(run(&mut cell, bare.clone())), Code::NeedsSecondApprover);
+    let second = add("bob", &bob);
+    let by_alice = signed(&second, &[&alice]);
+    cell.at(NOW, 0, done(second, Some(by_alice))).unwrap();
+    let with = |approved| ExternalImport { approved: Some(approved), ..bare.clone() };
+    assert_eq!(code(run(&mut cell, bare.clone())), Code::ApprovalMissing);
+    assert_eq!(code(run(&mut cell, with(signed(&act, &[&alice])))), Code::ApprovalMissing);
+    let of_another = Act::ImportRoot(sha256(&bare.root), [1; 32]);
+    assert_eq!(code(run(&mut cell, with(signed(&of_another, &[&alice, &bob])))), Code::ApprovalInvalid);
+    run(&mut cell, with(signed(&act, &[&alice, &bob]))).unwrap();
+    assert_eq!(cell.state.acts().last().map(|(_, row)| row.act.clone()), Some(act));
+    let id = sha256(&bare.root);
+    cell.at(NOW, 0, Command::CrossSignRoot(id, vec![9])).unwrap();
+    cell.at(NOW, 0, Command::ActivateRoot(id, keys(2))).unwrap();
+    let second = p256();
+    request(&mut cell, &second).unwrap();
+    let next = import(vec![der(&outside.certify(&Says::authority(), &second))], &outside.root);
+    run(&mut cell, ExternalImport { keys: Some(keys(3)), ..next }).unwrap();
+}
+
+#[test]
+fn an_authority_that_ended_is_certified_anew_while_the_cell_stands_still() {
+    let (mut cell, key) = waiting();
+    let outside = Outside::new(p256(), &Says::root());
+    let of = |says: Says, key: &PKey<Private>| vec![der(&outside.certify(&says, key))];
+    let late = Stamp(NOW + 61 * DAY_MS);
+    let anew = |days: i64| Says { from_days: 61, days: 61 + days, ..Says::authority() };
+    assert_eq!(code(cell.state.certify_anew(of(anew(60), &key), late)), Code::NotFound, "no external root");
+    let first = import(of(Says::authority(), &key), &outside.root);
+    let id = sha256(&first.root);
+    run(&mut cell, first).unwrap();
+    cell.at(NOW, 0, Command::CrossSignRoot(id, vec![9])).unwrap();
+    cell.at(NOW, 0, Command::ActivateRoot(id, keys(2))).unwrap();
+    let begin = || ambit_state::Beginning {
+        cause: ambit_state::objects::Cause::Restored,
+        replica: 1,
+        member: cell_member(),
+        admit: Some(([5; 32], [6; 32])),
+        past_epoch: 0,
+        keys: None,
+    };
+    assert_eq!(code(cell.state.begin_incarnation(late, begin())), Code::IssuerUnavailable, "by one that ended");
+    assert_eq!(code(cell.state.certify_anew(of(anew(60), &p256()), late)), Code::ExternalCertificate, "another key");
+    assert_eq!(code(cell.state.certify_anew(of(anew(5), &key), late)), Code::ExternalCertificate, "too short");
+    cell.state.certify_anew(of(anew(60), &key), late).unwrap();
+    let admitted = cell.state.begin_incarnation(late, begin()).unwrap().unwrap();
+    assert_eq!(admitted.get().lifetime.not_after, Stamp(late.0 + 7 * DAY_MS));
+    assert_eq!(cell.state.authority_ends(), Some(Stamp(NOW + 121 * DAY_MS)));
+}
+
+fn cell_member() -> ambit_state::objects::Member {
+    ambit_state::objects::Member {
+        address: "127.0.0.1:1".into(),
+        authority: "a2".into(),
+        authority_not_after: Stamp(0),
+        wrap_key: vec![],
+        record_key: [1; 32],
+    }
+}
+
+#[test]
+fn bounds_are_what_they_say() {
+    assert_eq!((LEFT_MS_MIN / DAY_MS, LIFE_MS_MAX / DAY_MS), (7, 398));
+    let outside = Outside::new(p256(), &Says::root());
+    let chain = vec![der(&outside.certify(&Says::authority(), &p256()))];
+    let judged = path(&"west".parse().unwrap(), &chain, &der(&outside.root)).unwrap();
+    let days = |n: i64| Stamp((NOW as i64 + n * DAY_MS as i64) as u64);
+    assert_eq!(judged.lifetime(), Lifetime { not_before: days(-1), not_after: days(60) });
+    assert_eq!(judged.key_hash(), sha256(judged.spki()));
+    // No bytes make it panic.
+    let good = &chain[0];
+    for at in 0..good.len() {
+        for byte in [0, 0xff, good[at] ^ 1, 0x30, 0x80] {
+            let mut changed = good.clone();
+            changed[at] = byte;
+            let changed_any = changed != *good;
+            let outcome = path(&"west".parse().unwrap(), &[changed], &der(&outside.root));
+            assert!(outcome.is_err() || !changed_any, "byte {at} of {}: {byte}, {}", good.len(), hex(good));
+        }
+        assert!(path(&"west".parse().unwrap(), &[good[..at].to_vec()], &der(&outside.root)).is_err());
+    }
+}
