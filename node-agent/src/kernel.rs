@@ -88,7 +88,8 @@ impl KernelHandle {
         self.0.remove_workload(cgroup_id).map_err(|e| refusal(&e))
     }
 
-    /// Guards a pod's namespace and captures into `listener`.
+    /// Guards a pod's namespace and captures into `listener`: first the wire, so that nothing leaves in clear while the rest
+    /// is put in place, and last the connections that were there before.
     pub fn attach(
         &self,
         name: &str,
@@ -96,7 +97,19 @@ impl KernelHandle {
         address: Ipv4Addr,
         listener: impl AsFd,
     ) -> Result<(), Refusal> {
-        self.0.attach_pod(name, netns, address, listener.as_fd()).map_err(|e| refusal(&e))
+        let attached = self.0.guard_wires(name, netns, address).and_then(|_| {
+            self.0.attach_pod(name, netns, address, listener.as_fd())?;
+            self.0.end_bypassing(netns).map(|_| ())
+        });
+        attached.map_err(|e| refusal(&e))
+    }
+
+    /// Puts the packet program back where a wire of the pod lost it, as one that was made anew has. True where one had.
+    pub fn keep_wires(&self, name: &str, netns: BorrowedFd<'_>, address: Ipv4Addr) -> Result<bool, Refusal> {
+        if self.0.wires_are_guarded(name, netns).map_err(|e| refusal(&e))? {
+            return Ok(false);
+        }
+        self.0.guard_wires(name, netns, address).map(|_| true).map_err(|e| refusal(&e))
     }
 
     /// Takes the guard off a pod's namespace: only for a pod that ended.

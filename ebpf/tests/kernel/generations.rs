@@ -142,8 +142,18 @@ fn a_full_capacity_of_verdicts_installs_within_a_second() {
 #[test]
 fn a_second_agent_takes_over_the_same_links_with_new_programs() {
     let node = Node::new();
-    let links =
-        ["sock_create", "connect4", "connect6", "sendmsg4", "sendmsg6", "getpeername4", "getpeername6", "sockops"];
+    let links = [
+        "sock_create",
+        "connect4",
+        "connect6",
+        "sendmsg4",
+        "sendmsg6",
+        "getpeername4",
+        "getpeername6",
+        "getsockname4",
+        "getsockname6",
+        "sockops",
+    ];
     let ids = || links.map(|name| Link::open(node.pins.join("links").join(name)).unwrap().info().unwrap());
     drop(Kernel::open(&node.options()).unwrap());
     let first = ids();

@@ -41,11 +41,14 @@ fn plain_inbound_is_refused_the_last_leg_passes_and_loopback_is_the_pods_own() {
     drop(accept(&server));
 
     let _listener = node.attach(&kernel);
+    // On a loaded machine the end of the connection before may come in only now.
+    std::thread::sleep(Duration::from_millis(50));
+    kernel.drain_events(&mut |_| {}).unwrap();
     assert_eq!(node.outside(move || dial(to).err()), Some(ErrorKind::ConnectionRefused));
     assert!(try_accept(&server, Duration::from_millis(50)).is_none());
     let mut events: Vec<Event> = Vec::new();
     kernel.drain_events(&mut |event| events.push(event)).unwrap();
-    assert_eq!(events.len(), 1);
+    assert_eq!(events.len(), 1, "{events:?}");
     assert_eq!((events[0].reason, events[0].from), (Reason::PlainInbound, Some(OUTSIDE)));
     assert_eq!(events[0].address, at(POD.octets(), 8080));
 
@@ -256,6 +259,11 @@ fn a_pod_is_let_go_and_only_a_listener_takes_its_slot() {
     assert!(kernel.pods().unwrap().is_empty());
     let server = node.listen_in_pod(POD, 8080);
     let to = SocketAddr::from((POD, 8080));
-    assert!(node.outside(move || dial(to).is_ok()), "the pod is governed no more");
+    // The kernel lets a link go a moment after its pin.
+    let reached = (0..40).any(|_| {
+        std::thread::sleep(Duration::from_millis(50));
+        node.outside(move || dial(to).is_ok())
+    });
+    assert!(reached, "the pod is governed no more");
     drop(server);
 }
