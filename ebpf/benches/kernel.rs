@@ -22,6 +22,8 @@ const FIRST: u32 = 1000;
 const PORT: u16 = 443;
 /// Entries of each table, verdicts and endpoints alike.
 const SIZES: [u32; 4] = [1, 1 << 10, 1 << 14, 1 << 17];
+/// Destinations that a workload speaks to again and again.
+const WARM: u32 = 8;
 /// Of the timed program in one call; without events.
 const REPEAT: u32 = 400_000;
 /// No more than the ring holds, and it is drained in between.
@@ -83,10 +85,11 @@ fn tables(entries: u32) -> Tables {
 }
 
 /// BPF_PROG_TEST_RUN has no connect programs: the same decision, in a program that can be timed.
-fn load_decide(node: &Node, span: u32, cgroup: u64, cookie: u64) -> Object {
+fn load_decide(node: &Node, span: u32, window: u32, cgroup: u64, cookie: u64) -> Object {
     let mut object = ObjectBuilder::default().open_memory(DECIDE.bytes).unwrap();
     let mut rodata = Vec::new();
-    rodata.extend_from_slice(&u64::from(span).to_ne_bytes());
+    rodata.extend_from_slice(&span.to_ne_bytes());
+    rodata.extend_from_slice(&window.to_ne_bytes());
     rodata.extend_from_slice(&cgroup.to_ne_bytes());
     rodata.extend_from_slice(&cookie.to_ne_bytes());
     for mut map in object.maps_mut() {
@@ -114,42 +117,46 @@ fn median(mut values: Vec<f64>) -> f64 {
     values[values.len() / 2]
 }
 
+/// The kernel's own loop around it is taken off: the same program without the decision.
+fn net(object: &Object, repeat: u32, rounds: usize, mut after: impl FnMut()) -> (f64, f64) {
+    let floor = median((0..7).map(|_| run(object, "ambit_nothing", REPEAT).0).collect());
+    let timed = |_| {
+        let (ns, returned) = run(object, "ambit_decide", repeat);
+        assert_eq!(returned, 0, "timed something else than an allowed connection");
+        after();
+        ns
+    };
+    (median((0..rounds).map(timed).collect()) - floor, floor)
+}
+
 fn alone(kernel: &Kernel, node: &Node, cgroup: u64, cookie: u64) -> Vec<Figure> {
-    let mut figures = Vec::new();
-    let (mut first, mut last) = (0.0, 0.0);
+    let (mut figures, mut by_size) = (Vec::new(), Vec::new());
     for entries in SIZES {
         kernel.install(&tables(entries)).unwrap();
-        let object = load_decide(node, entries, cgroup, cookie);
-        let floor = median((0..7).map(|_| run(&object, "ambit_nothing", REPEAT).0).collect());
-        let timed = |_| {
-            let (ns, returned) = run(&object, "ambit_decide", REPEAT);
-            assert_eq!(returned, 0, "timed something else than an allowed connection");
-            ns
-        };
-        last = median((0..7).map(timed).collect()) - floor;
-        if entries == 1 {
-            first = last;
-        }
+        let object = load_decide(node, entries, entries.min(WARM), cgroup, cookie);
+        let (ours, floor) = net(&object, REPEAT, 7, || ());
+        by_size.push(ours);
         let name = format!("decision, test_run net, {entries} entries");
-        figures.push(Figure { name, unit: "ns", ours: last, floor: Some(floor), target: Some(200.0) });
-        if entries == SIZES[3] {
-            kernel.sample_allowed(1).unwrap();
-            let told = |_| {
-                let lost = kernel.counters().unwrap().events_lost;
-                let ns = run(&object, "ambit_decide", REPEAT_TOLD).0;
-                assert_eq!(kernel.counters().unwrap().events_lost, lost, "timed lost events");
-                kernel.drain_events(&mut |_| {}).unwrap();
-                ns
-            };
-            kernel.drain_events(&mut |_| {}).unwrap();
-            let ours = median((0..51).map(told).collect()) - floor;
-            let name = format!("the same with an event, {entries} entries");
-            figures.push(Figure { name, unit: "ns", ours, floor: Some(floor), target: None });
-            kernel.sample_allowed(0).unwrap();
-        }
+        figures.push(Figure { name, unit: "ns", ours, floor: Some(floor), target: Some(200.0) });
     }
-    let (name, ours) = (format!("{} entries beside 1", SIZES[3]), last / first);
+    let most = SIZES[3];
+    let (name, ours) = (format!("{most} entries beside 1"), by_size[3] / by_size[0]);
     figures.push(Figure { name, unit: "x", ours, floor: None, target: Some(FLAT_RATIO) });
+
+    let object = load_decide(node, most, most, cgroup, cookie);
+    let (ours, floor) = net(&object, REPEAT, 7, || ());
+    let name = format!("the same, each time another of {most} addresses");
+    figures.push(Figure { name, unit: "ns", ours, floor: Some(floor), target: None });
+
+    kernel.sample_allowed(1).unwrap();
+    kernel.drain_events(&mut |_| {}).unwrap();
+    let lost = kernel.counters().unwrap().events_lost;
+    let object = load_decide(node, most, WARM, cgroup, cookie);
+    let (ours, floor) = net(&object, REPEAT_TOLD, 51, || kernel.drain_events(&mut |_| {}).unwrap());
+    assert_eq!(kernel.counters().unwrap().events_lost, lost, "timed lost events");
+    let name = format!("decision with event, test_run net, {most} entries");
+    figures.push(Figure { name, unit: "ns", ours, floor: Some(floor), target: None });
+    kernel.sample_allowed(0).unwrap();
     figures
 }
 

@@ -19,6 +19,11 @@ pub const LEASE_EVERY: Duration = Duration::from_secs(5);
 /// Decisions allowed, and decisions refused by reason.
 pub type Totals = (u64, Vec<(&'static str, u64)>);
 
+/// Events and flows for which there was no room, and connections around the mesh that were ended.
+pub type Losses = [(&'static str, u64); 3];
+/// A map, its entries now, and the most that it takes.
+pub type Room = (&'static str, u32, u32);
+
 /// The handle. Cloning shares.
 #[derive(Clone)]
 pub struct KernelHandle(Arc<Kernel>);
@@ -159,6 +164,17 @@ impl KernelHandle {
     pub fn totals(&self) -> Result<Totals, Refusal> {
         let counters = self.0.counters().map_err(|e| refusal(&e))?;
         Ok((counters.allowed, counters.denied.iter().map(|(r, n)| (r.as_str(), *n)).collect()))
+    }
+
+    /// What was lost or ended, by what it was; and how full each map is: its name, its entries, the most that it takes.
+    pub fn losses(&self) -> Result<(Losses, Vec<Room>), Refusal> {
+        let counters = self.0.counters().map_err(|e| refusal(&e))?;
+        let lost = [
+            ("event_lost", counters.events_lost),
+            ("flow_lost", counters.flows_lost),
+            ("socket_ended", counters.sockets_ended),
+        ];
+        Ok((lost, self.0.room().map_err(|e| refusal(&e))?.into()))
     }
 
     /// Drops records that no agent took.

@@ -2,8 +2,10 @@
 /* The decision of mesh.bpf.c where BPF_PROG_TEST_RUN can time it: loaded by the benchmark alone, attached nowhere. */
 #include "decide.h"
 
-/* Addresses 10.0.0.0 + n, n below `span` (a power of two), in an order that no cache foresees; set before loading. */
+/* Addresses 10.0.0.0 + n, n below `span`: `window` of them, spread over it, in an order that no cache foresees. Both are
+ * powers of two, set before loading. */
 const volatile u32 span = 1;
+const volatile u32 window = 1;
 const volatile u64 caller_cgroup;
 const volatile u64 caller_netns;
 
@@ -18,7 +20,7 @@ int ambit_nothing(struct sk_buff_view *skb __attribute__((unused)))
 SEC("tc")
 int ambit_decide(struct sk_buff_view *skb __attribute__((unused)))
 {
-	u32 n = (++turn * 0x9e3779b1u >> 7) & (span - 1);
+	u32 n = ((++turn * 0x9e3779b1u >> 7) & (window - 1)) * (span / window);
 	struct attempt a = { .address = htonl(0x0a000000 + n), .port = 443 };
 	u32 reason = identify(&a, caller_cgroup);
 

@@ -120,6 +120,9 @@ fn equal_tables_have_equal_digests_and_bad_ones_change_nothing() {
     let error = kernel.set_workload(3, CLIENT).unwrap_err();
     assert!(matches!(error, KernelError::MapFull { map: "workloads", .. }), "{error}");
     assert!(kernel.set_workload(1, 0).is_err());
+    let room = kernel.room().unwrap();
+    assert_eq!(room[..2], [("verdicts", 2002, 3000), ("endpoints", 2, 2)]);
+    assert_eq!(room[2..], [("services", 1, 1), ("workloads", 2, 2), ("flows", 0, 64)]);
 }
 
 #[test]
