@@ -33,7 +33,7 @@ pub(crate) const ATTEMPTS: &[(&str, &str, bool, &str)] = &[
     ("a packet socket, reset with bytes", "client", true, "frame(0x0800, ip(6, tcp(4) + MARK))"),
     ("a packet socket, bare reset", "client", true, "frame(0x0800, ip(6, tcp(4, MARK[:8])))"),
     ("a packet socket, ARP", "client", true, "frame(0x0806, arp() + MARK)"),
-    ("a packet socket, ARP of right size", "client", true, "frame(0x0806, arp(MARK[:10]))"),
+    ("a packet socket, ARP of right size", "client", true, "frame(0x0806, arp(MARK.ljust(10)))"),
     ("a packet socket, neighbour discovery", "client", true, "frame(0x86dd, ip6(58, b'\\x87\\0\\0\\0' + MARK))"),
     ("a packet socket, odd ethertype", "client", true, "frame(0x88b5, MARK + b'.' * 40)"),
     ("a packet socket, VLAN", "client", true, "frame(0x8100, b'\\0\\x05\\x08\\0' + ip(17, udp()))"),
