@@ -64,7 +64,7 @@ impl Kernel {
         Ok(ends == guarded)
     }
 
-    /// Ends the TCP connections of a namespace whose far end is beyond loopback: made before it was governed, or by sockets
+    /// Ends the TCP connections of a namespace whose ends are both beyond loopback: made before it was governed, or by sockets
     /// from outside the mesh cgroup, their packets would be dropped without a word. False where this kernel cannot (before
     /// 6.5), which leaves them to that.
     pub fn end_bypassing(&self, netns: BorrowedFd<'_>) -> Result<bool, KernelError> {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 /* Run in a pod's network namespace whenever it begins to be governed: ends the TCP connections that are there and go by the
- * wire. In a governed namespace no connection that is allowed has a far end beyond loopback. */
+ * wire. In a governed namespace no connection that is allowed has both ends beyond loopback. */
 #include "ambit.h"
 
 #define BY_NAME __attribute__((preserve_access_index))
@@ -16,6 +16,7 @@ struct in6_addr {
 
 struct sock_common {
 	u32 skc_daddr;
+	u32 skc_rcv_saddr;
 	u16 skc_family;
 	volatile u8 skc_state;
 	struct in6_addr skc_v6_daddr;
@@ -31,8 +32,9 @@ INLINE int is_by_loopback(const struct sock_common *sk)
 {
 	const u32 *to = sk->skc_v6_daddr.in6_u.u6_addr32;
 
+	/* The agent's last leg has its near end there, the workload's the far one. */
 	if (sk->skc_family == AF_INET)
-		return in_loopback(sk->skc_daddr);
+		return in_loopback(sk->skc_daddr) || in_loopback(sk->skc_rcv_saddr);
 	if (to[0] || to[1])
 		return 0;
 	return (to[2] == htonl(0xffff) && in_loopback(to[3])) || (to[2] == 0 && to[3] == htonl(1));

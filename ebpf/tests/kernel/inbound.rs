@@ -79,6 +79,35 @@ fn plain_inbound_is_refused_the_last_leg_passes_and_loopback_is_the_pods_own() {
     assert_eq!((peer.ip().octets(), local), ([127, 0, 0, 1], at([127, 0, 0, 1], 8080)));
 }
 
+/// Whoever governs a namespace anew ends what goes around the mesh there, not what the agent carries.
+#[test]
+fn the_last_leg_survives_when_bypassing_connections_are_ended() {
+    let (node, kernel) = node();
+    let server = node.listen_in_pod(Ipv4Addr::UNSPECIFIED, 8080);
+    let inside = format!("/proc/{}/ns/net", node.pod.id());
+    let dial = |bind: &str| {
+        let script = format!(
+            "s = socket.socket(); s.bind(('{bind}', 0)); s.connect(('{POD}', 8080)); print('ready', flush=True)\n\
+             for line in sys.stdin:\n    try: s.sendall(b'x'); print('ok', flush=True)\n    \
+             except OSError as e: print(errno.errorcode[e.errno], flush=True)"
+        );
+        let mut worker = node.worker_in(&inside, None, &script);
+        assert_eq!(worker.answer(), "ready");
+        (worker, accept(&server))
+    };
+    let (mut around, _around) = dial(POD_TEXT);
+    let _listener = node.attach(&kernel);
+    let (mut leg, _leg) = dial("127.44.5.6");
+    assert!(kernel.end_bypassing(node.pod_netns().as_fd()).unwrap());
+    leg.ask("send");
+    assert_eq!(leg.answer(), "ok");
+    // Both ends of the other are here: which of them is ended first says what it is told.
+    around.ask("send");
+    let told = around.answer();
+    assert!(["ECONNABORTED", "ECONNRESET"].contains(&told.as_str()), "{told}");
+    assert!((1..=2).contains(&kernel.counters().unwrap().sockets_ended));
+}
+
 const POD_TEXT: &str = "10.99.0.1";
 
 #[test]
