@@ -64,6 +64,14 @@ pub enum KernelError {
     /// The socket given as a pod's capture listener is none.
     #[error("the socket given for pod `{0}` is not a TCP listener")]
     NotListener(String),
+    /// A device of a pod by which packets leave that no program of ours could see.
+    #[error("device {device} of the pod (kind `{kind}`) is no veth to this node: what leaves by it cannot be stopped")]
+    OpenDevice {
+        /// Its name in the pod.
+        device: String,
+        /// What the kernel calls its kind; empty for a physical one.
+        kind: String,
+    },
     /// A pod name that cannot be a pin.
     #[error("pod name `{0}` is not 1-63 characters of a-z 0-9 -")]
     BadPodName(String),
@@ -98,6 +106,7 @@ impl KernelError {
             Self::FeatureMissing { .. } => "kernel_feature_missing",
             Self::MapFull { .. } => "map_full",
             Self::BadTables(_) | Self::NotListener(_) | Self::BadPodName(_) => "bad_request",
+            Self::OpenDevice { .. } => "config_invalid",
             Self::NotCgroup { .. } => "config_invalid",
             Self::NotInstalled(_) => "not_found",
             Self::ReadBack { .. }

@@ -2,7 +2,7 @@
 
 use crate::error::KernelError;
 use crate::kernel::Kernel;
-use crate::layout::{Layout, REASONS, RawEvent};
+use crate::layout::{CONFIG_SAMPLE, Layout, REASONS, RawEvent};
 use libbpf_rs::{MapCore, MapFlags, RingBufferBuilder};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -11,7 +11,7 @@ use std::time::Duration;
 
 macro_rules! reasons {
     ($($(#[$m:meta])* $name:ident = $number:literal $text:literal;)*) => {
-        /// Why a program refused. The numbers are those of `ambit.h`.
+        /// Why a program refused, or that it did not. The numbers are those of `ambit.h`.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
         pub enum Reason { $($(#[$m])* $name = $number),* }
 
@@ -26,6 +26,8 @@ macro_rules! reasons {
 }
 
 reasons! {
+    /// Allowed and captured: one connection in so many is told, see [`Kernel::sample_allowed`].
+    Allowed = 0 "allowed";
     /// The caller's cgroup is not enrolled.
     UnknownSource = 2 "unknown_source";
     /// The agent did not renew the lease in time.
@@ -58,12 +60,15 @@ reasons! {
     NoCapture = 16 "no_capture";
     /// A socket of a kind whose traffic no program sees (UDP-Lite, SCTP, ICMP, raw): it is not made.
     SocketKind = 19 "socket_kind";
+    /// A packet on its way out of a pod by its wire, where nothing that is allowed goes.
+    ClearOutbound = 20 "clear_outbound";
 }
 
 const ALLOWED: usize = 0;
 const LOOPBACK: usize = 1;
 const EVENT_LOST: usize = 17;
 const FLOW_LOST: usize = 18;
+const SOCKET_ENDED: usize = 21;
 
 impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -78,26 +83,28 @@ pub struct Counters {
     pub allowed: u64,
     /// Connections and datagrams left alone because they stay in the pod's loopback.
     pub loopback: u64,
-    /// Refusals by reason; every reason is there.
+    /// Refusals by reason; every reason to refuse is there.
     pub denied: BTreeMap<Reason, u64>,
     /// Events that found the ring full.
     pub events_lost: u64,
     /// Captured flows that found the flow map full; the agent resets them.
     pub flows_lost: u64,
+    /// Connections around the mesh that were there before their pod was governed, and were ended.
+    pub sockets_ended: u64,
 }
 
-/// One refusal.
+/// One refusal, or one connection of the sample of those allowed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Event {
     /// Since boot, suspend included.
     pub time: Duration,
-    /// The caller's cgroup; 0 for inbound.
+    /// The caller's cgroup; 0 for inbound, and where the kernel knows no socket of a packet.
     pub cgroup: u64,
     /// The caller's identity, 0 if unknown.
     pub source: u32,
     /// The callee's identity, 0 if not resolved.
     pub destination: u32,
-    /// For inbound: where it came from (unspecified for IPv6).
+    /// Of a packet (inbound, or out of a pod): where it came from (unspecified for IPv6).
     pub from: Option<Ipv4Addr>,
     /// The address asked for (unspecified for native IPv6). Of [`Reason::SocketKind`] unspecified, with the socket's IP
     /// protocol number for a port.
@@ -118,7 +125,8 @@ impl Event {
             cgroup: raw.cgroup,
             source: raw.source,
             destination: raw.destination,
-            from: (reason == Reason::PlainInbound).then(|| Ipv4Addr::from(raw.source_address)),
+            from: matches!(reason, Reason::PlainInbound | Reason::ClearOutbound)
+                .then(|| Ipv4Addr::from(raw.source_address)),
             address: SocketAddrV4::new(Ipv4Addr::from(raw.address), raw.port),
             rule: raw.rule,
             reason,
@@ -142,14 +150,21 @@ impl Kernel {
                 .filter_map(|value| Some(u64::from_ne_bytes(*value.first_chunk()?)))
                 .fold(0, u64::wrapping_add);
         }
-        let denied = Reason::ALL.iter().filter_map(|r| Some((*r, *totals.get(*r as usize)?))).collect();
+        let refusals = Reason::ALL.iter().filter(|reason| **reason != Reason::Allowed);
+        let denied = refusals.filter_map(|r| Some((*r, *totals.get(*r as usize)?))).collect();
         Ok(Counters {
             allowed: totals[ALLOWED],
             loopback: totals[LOOPBACK],
             denied,
             events_lost: totals[EVENT_LOST],
             flows_lost: totals[FLOW_LOST],
+            sockets_ended: totals[SOCKET_ENDED],
         })
+    }
+
+    /// Has one in `one_in` allowed connections told as an event, each where that is 1, none where it is 0.
+    pub fn sample_allowed(&self, one_in: u32) -> Result<(), KernelError> {
+        self.set_config(CONFIG_SAMPLE, u64::from(one_in))
     }
 
     /// Hands every waiting event to `take`, oldest first, and returns. The ring holds about 4,600; programs wake nobody,
@@ -184,6 +199,6 @@ mod tests {
         assert!(header.contains(&format!("REASONS = {REASONS},")));
         assert!(header.contains(&format!("#define CAPTURE_PORT {}", crate::CAPTURE_PORT)));
         assert!(header.contains(&format!("#define SERVICE_ENDPOINTS {}", crate::MAX_SERVICE_ENDPOINTS)));
-        assert_eq!(Event::parse(&[0; 48]), None);
+        assert_eq!(Event::parse(&[0xff; 48]), None);
     }
 }

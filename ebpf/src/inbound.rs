@@ -2,8 +2,9 @@
 
 use crate::error::KernelError;
 use crate::kernel::{Kernel, load_object, open_object};
+use crate::layout::{self, Layout, Namespace};
 use crate::objects::POD;
-use crate::pins::{LISTENER, unpin};
+use crate::pins::{LISTENER, WIRES, unpin};
 use libbpf_rs::{ErrorKind, MapCore, MapFlags, MapHandle, MapMut, Object};
 use std::fs;
 use std::net::Ipv4Addr;
@@ -53,16 +54,16 @@ impl Kernel {
                 link.pin(dir.join("link")).map_err(|e| KernelError::bpf(what(), e))?;
             }
         }
-        self.open_namespace(listener, netns_inode)
+        self.open_namespace(listener, Namespace { inode: netns_inode, address: layout::address(address), pad: 0 })
     }
 
     /// From now on the connect programs send connections to the capture address of this namespace. Comes last: before,
     /// someone else could listen there.
-    fn open_namespace(&self, listener: BorrowedFd<'_>, inode: u64) -> Result<(), KernelError> {
+    fn open_namespace(&self, listener: BorrowedFd<'_>, namespace: Namespace) -> Result<(), KernelError> {
         self.close_namespaces("")?;
         let cookie = crate::sys::netns_cookie(listener).map_err(|e| KernelError::io("read a namespace cookie", e))?;
         let namespaces = &self.maps().namespaces;
-        namespaces.update(&cookie.to_ne_bytes(), &inode.to_ne_bytes(), MapFlags::ANY).map_err(|e| {
+        namespaces.update(&cookie.to_ne_bytes(), &namespace.to_bytes(), MapFlags::ANY).map_err(|e| {
             if e.kind() == ErrorKind::TooBig {
                 let capacity = namespaces.max_entries();
                 return KernelError::MapFull { map: "namespaces", capacity, needed: capacity as usize + 1 };
@@ -79,7 +80,7 @@ impl Kernel {
         for cookie in cookies {
             let found = namespaces.lookup(&cookie, MapFlags::ANY);
             let found = found.map_err(|e| KernelError::bpf("read map namespaces", e))?.unwrap_or_default();
-            let inode = found.first_chunk().copied().map_or(0, u64::from_ne_bytes);
+            let inode = Namespace::from_bytes(&found).map_or(0, |namespace| namespace.inode);
             if !attached.contains(&inode) {
                 namespaces.delete(&cookie).map_err(|e| KernelError::bpf("write map namespaces", e))?;
             }
@@ -92,6 +93,9 @@ impl Kernel {
         let dir = self.pins().pod(pod_name(name)?);
         let _change = self.lock();
         self.close_namespaces(name)?;
+        for (_, prefix) in WIRES {
+            self.pins().wires(name, prefix)?.iter().try_for_each(|(path, _, _)| unpin(path))?;
+        }
         unpin(&dir.join("link"))?;
         unpin(&dir.join(LISTENER.name))?;
         match fs::remove_dir(&dir) {
@@ -151,13 +155,13 @@ fn listener_map(object: &mut Object) -> Result<MapMut<'_>, KernelError> {
 }
 
 /// The namespace's inode number, by which the kernel names it in a link.
-fn inode(netns: BorrowedFd<'_>) -> Result<u64, KernelError> {
+pub(crate) fn inode(netns: BorrowedFd<'_>) -> Result<u64, KernelError> {
     let path = PathBuf::from(format!("/proc/self/fd/{}", netns.as_raw_fd()));
     Ok(fs::metadata(path).map_err(|e| KernelError::io("look at the pod's network namespace", e))?.ino())
 }
 
 /// A name becomes a directory: nothing in it may lead elsewhere.
-fn pod_name(name: &str) -> Result<&str, KernelError> {
+pub(crate) fn pod_name(name: &str) -> Result<&str, KernelError> {
     let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
     if (1..=63).contains(&name.len()) && name.bytes().all(plain) {
         Ok(name)

@@ -87,6 +87,8 @@ pub(crate) type Address = [u8; 4];
 layout! {
     /// Who a cgroup is.
     struct Workload = "workload" { identity: u32, flags: u32 }
+    /// A governed network namespace: its inode number, and the pod's address.
+    struct Namespace = "namespace" { inode: u64, address: Address, pad: u32 }
     struct RawVerdictKey = "verdict_key" { source: u32, destination: u32, port: u16, pad: u16 }
     struct RawVerdict = "verdict" { action: u32, rule: u32 }
     struct ServiceKey = "service_key" { address: Address, port: u16, pad: u16 }
@@ -109,8 +111,9 @@ layout! {
 /// Places in the `config` map.
 pub(crate) const CONFIG_LEASE_NS: u32 = 0;
 pub(crate) const CONFIG_GENERATION: u32 = 1;
+pub(crate) const CONFIG_SAMPLE: u32 = 2;
 /// Entries of `counters`: one for each reason of `ambit.h`.
-pub(crate) const REASONS: u32 = 20;
+pub(crate) const REASONS: u32 = 22;
 
 pub(crate) fn address(ip: Ipv4Addr) -> Address {
     ip.octets()
@@ -138,9 +141,10 @@ pub(crate) fn layout_hash(maps: &[(&str, u32, usize, usize)]) -> [u8; 32] {
 
 type Fields = &'static [(&'static str, usize)];
 
-fn structs() -> [(&'static str, Fields); 10] {
+fn structs() -> [(&'static str, Fields); 11] {
     [
         (Workload::C_NAME, Workload::FIELDS),
+        (Namespace::C_NAME, Namespace::FIELDS),
         (RawVerdictKey::C_NAME, RawVerdictKey::FIELDS),
         (RawVerdict::C_NAME, RawVerdict::FIELDS),
         (ServiceKey::C_NAME, ServiceKey::FIELDS),
@@ -161,6 +165,7 @@ mod tests {
     fn sizes_are_those_of_the_header() {
         let sizes = [
             (Workload::SIZE, 8),
+            (Namespace::SIZE, 16),
             (RawVerdictKey::SIZE, 12),
             (RawVerdict::SIZE, 8),
             (ServiceKey::SIZE, 8),

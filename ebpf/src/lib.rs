@@ -9,12 +9,11 @@
 //! type leaves this crate, and building it needs no clang.
 //!
 //! Limits of this version: IPv4 TCP only (native IPv6 and UDP beyond loopback are refused; IP sockets of any other kind,
-//! raw ones and UDP-Lite among them, cannot even be made in the mesh cgroup), `getsockname()` shows the capture address
-//! and so does `getpeername()` of a multipath TCP socket. A workload needs a network namespace that the agent attached,
-//! and is refused where it binds a socket to the pod's address before it connects. Not seen are sockets made before
-//! their process entered the mesh cgroup, and those of families other than
-//! `AF_INET` and `AF_INET6`: `AF_UNIX` and `AF_NETLINK` carry nothing between nodes; `AF_PACKET` needs `CAP_NET_RAW`,
-//! `AF_XDP` `CAP_NET_RAW` too, and `AF_VSOCK`, `AF_TIPC` and the like a kernel module: keep those from workloads.
+//! raw ones and UDP-Lite among them, cannot even be made in the mesh cgroup). `getpeername()` of a multipath TCP socket
+//! shows the capture address, and an accepted socket the agent's 127.x.y.z. A workload needs a network namespace that the
+//! agent attached. Programs on cgroups do not see sockets made before or outside, nor families other than `AF_INET` and
+//! `AF_INET6`: their packets are dropped on the node's side of the pod's veth, where nothing that is allowed goes. A pod
+//! with another way out than veths to this node cannot be guarded.
 
 mod error;
 mod event;
@@ -23,15 +22,17 @@ mod install;
 mod kernel;
 mod layout;
 mod objects;
+mod outbound;
 mod pins;
 mod probe;
 mod sys;
 mod tables;
+mod wire;
 
 pub use error::KernelError;
 pub use event::{Counters, Event, Reason};
 pub use kernel::{Capacity, Kernel, Options, OriginalDestination};
-pub use objects::{BuiltObject, MANIFEST, OBJECTS};
+pub use objects::{BuiltObject, DECIDE, MANIFEST, OBJECTS};
 pub use probe::{Feature, probe};
 pub use sys::{cgroup_id, netns_cookie};
 pub use tables::{Action, MAX_SERVICE_ENDPOINTS, Service, ServiceEndpoint, Tables, Tier, Verdict, VerdictKey};

@@ -9,11 +9,16 @@ pub struct BuiltObject {
     pub bytes: &'static [u8],
 }
 
+/// The decision alone, for [`BuiltObject`]'s one user beside tests: the benchmark.
+pub const DECIDE: BuiltObject = BuiltObject { name: "decide.bpf.o", bytes: include_bytes!("../objects/decide.bpf.o") };
 pub(crate) const MESH: BuiltObject = BuiltObject { name: "mesh.bpf.o", bytes: include_bytes!("../objects/mesh.bpf.o") };
 pub(crate) const POD: BuiltObject = BuiltObject { name: "pod.bpf.o", bytes: include_bytes!("../objects/pod.bpf.o") };
+pub(crate) const SOCKETS: BuiltObject =
+    BuiltObject { name: "sockets.bpf.o", bytes: include_bytes!("../objects/sockets.bpf.o") };
+pub(crate) const VETH: BuiltObject = BuiltObject { name: "veth.bpf.o", bytes: include_bytes!("../objects/veth.bpf.o") };
 
-/// All objects that this crate loads.
-pub const OBJECTS: [BuiltObject; 2] = [MESH, POD];
+/// All objects, in the manifest's order.
+pub const OBJECTS: [BuiltObject; 5] = [DECIDE, MESH, POD, SOCKETS, VETH];
 
 /// Compiler, flags and SHA-256 of each object, as the build command wrote them.
 pub const MANIFEST: &str = include_str!("../objects/MANIFEST");

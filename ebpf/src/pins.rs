@@ -3,7 +3,8 @@
 //! ```text
 //! <pin_dir>/maps/<name>     the maps of mesh.bpf.o, and `layout`: the layout hash that they were made with
 //! <pin_dir>/links/<name>    one cgroup link per program of mesh.bpf.o
-//! <pin_dir>/pods/<pod>/     `listener` (the slot of the agent's capture listener) and `link` (sk_lookup)
+//! <pin_dir>/pods/<pod>/     `listener` (the slot of the agent's capture listener), `link` (sk_lookup), and `veth-<n>`,
+//!                           `knock-<n>`, the packet programs on the node's side of each of its veths, one each way
 //! ```
 //! No `.` in a name: bpffs refuses it.
 
@@ -35,7 +36,7 @@ pub(crate) const MAPS: [MapPin; 10] = [
     map("endpoints", MapType::ArrayOfMaps, 4, 4),
     map("events", MapType::RingBuf, 0, 0),
     map("flows", MapType::Hash, layout::FlowKey::SIZE, layout::Flow::SIZE),
-    map("namespaces", MapType::Hash, 8, 8),
+    map("namespaces", MapType::Hash, 8, layout::Namespace::SIZE),
     map("services", MapType::ArrayOfMaps, 4, 4),
     map("sockets", MapType::SkStorage, 4, layout::SocketFlow::SIZE),
     map("verdicts", MapType::ArrayOfMaps, 4, 4),
@@ -45,8 +46,12 @@ pub(crate) const MAPS: [MapPin; 10] = [
 /// The slot of a pod's capture listener.
 pub(crate) const LISTENER: MapPin = map("listener", MapType::Sockmap, 4, 8);
 
+/// The packet programs of veth.bpf.o, and what the pins of their links begin with: what leaves the pod, and what comes in.
+pub(crate) const WIRES: [(&str, &str); 2] = [("ambit_outbound", OUTBOUND_PREFIX), ("ambit_knock", "knock-")];
+pub(crate) const OUTBOUND_PREFIX: &str = "veth-";
+
 /// A program of mesh.bpf.o, the name of its link's pin, and where it attaches.
-pub(crate) const LINKS: [(&str, &str, ProgramAttachType); 8] = [
+pub(crate) const LINKS: [(&str, &str, ProgramAttachType); 10] = [
     ("ambit_sock_create", "sock_create", ProgramAttachType::CgroupInetSockCreate),
     ("ambit_connect4", "connect4", ProgramAttachType::CgroupInet4Connect),
     ("ambit_connect6", "connect6", ProgramAttachType::CgroupInet6Connect),
@@ -54,6 +59,8 @@ pub(crate) const LINKS: [(&str, &str, ProgramAttachType); 8] = [
     ("ambit_sendmsg6", "sendmsg6", ProgramAttachType::CgroupUdp6Sendmsg),
     ("ambit_getpeername4", "getpeername4", ProgramAttachType::CgroupInet4Getpeername),
     ("ambit_getpeername6", "getpeername6", ProgramAttachType::CgroupInet6Getpeername),
+    ("ambit_getsockname4", "getsockname4", ProgramAttachType::CgroupInet4Getsockname),
+    ("ambit_getsockname6", "getsockname6", ProgramAttachType::CgroupInet6Getsockname),
     ("ambit_sockops", "sockops", ProgramAttachType::CgroupSockOps),
 ];
 
@@ -90,9 +97,14 @@ impl Pins {
         }
         Self::require_bpffs(dir)?;
         let pods = dir.join("pods");
-        let pod_links = children(&pods)?.into_iter().map(|pod| pods.join(pod).join("link"));
+        let mut pod_links = Vec::new();
+        for pod in children(&pods)? {
+            let dir = pods.join(pod);
+            pod_links
+                .extend(children(&dir)?.into_iter().filter(|name| name != LISTENER.name).map(|name| dir.join(name)));
+        }
         let mesh_links = LINKS.iter().map(|(_, name, _)| dir.join("links").join(name));
-        for link in pod_links.chain(mesh_links).filter(|path| path.exists()) {
+        for link in pod_links.into_iter().chain(mesh_links).filter(|path| path.exists()) {
             // Removing the pin detaches too, but only once nobody else holds the link.
             if let Ok(link) = Link::open(&link) {
                 drop(link.detach());
@@ -191,6 +203,21 @@ impl Pins {
             {
                 found.push(u64::from(info.ino));
             }
+        }
+        Ok(found)
+    }
+
+    /// The links of one of a pod's packet programs: where each is pinned, and the index of the device that it hangs on, 0
+    /// for one that is gone.
+    pub(crate) fn wires(&self, pod: &str, prefix: &str) -> Result<Vec<(PathBuf, Link, u32)>, KernelError> {
+        let mut found = Vec::new();
+        for name in children(&self.pod(pod))?.into_iter().filter(|name| name.starts_with(prefix)) {
+            let path = self.pod(pod).join(name);
+            let Some((link, info)) = open_link(&path)? else { continue };
+            let LinkTypeInfo::Tcx(info) = info else {
+                return Err(unexpected(&path, "a tcx link", "another kind of link"));
+            };
+            found.push((path, link, info.ifindex));
         }
         Ok(found)
     }

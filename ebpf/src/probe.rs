@@ -1,6 +1,8 @@
 //! What this kernel can do, and what it costs where it cannot.
 
 use crate::error::KernelError;
+use crate::objects::{SOCKETS, VETH};
+use crate::pins::WIRES;
 use libbpf_rs::libbpf_sys as sys;
 use libbpf_rs::{MapType, ProgramType};
 
@@ -11,13 +13,18 @@ pub struct Feature {
     pub name: &'static str,
     /// Whether this kernel has it.
     pub present: bool,
-    /// What cannot be enforced without it. Everything here is required today.
+    /// Whether nothing runs without it.
+    pub required: bool,
+    /// What is lost without it.
     pub cost: &'static str,
 }
 
+/// The kernel gives `lo` this index in every network namespace.
+const LOOPBACK: u32 = 1;
+
 type Check = fn() -> libbpf_rs::Result<bool>;
 
-const FEATURES: [(&str, Check, &str); 11] = [
+const REQUIRED: [(&str, Check, &str); 12] = [
     (
         "cgroup socket creation programs (BPF_PROG_TYPE_CGROUP_SOCK)",
         || ProgramType::CgroupSock.is_supported(),
@@ -65,16 +72,46 @@ const FEATURES: [(&str, Check, &str); 11] = [
         "tables cannot be swapped in one step: a half-installed policy would show",
     ),
     ("BPF ring buffer (5.8)", || MapType::RingBuf.is_supported(), "refusals are counted but not told"),
+    (
+        "packet programs on devices by link (tcx, 6.6)",
+        || Ok(loads_in_a_namespace_of_its_own()),
+        "packet sockets, and sockets made outside or before the mesh, send in clear past every other program",
+    ),
 ];
+
+const OPTIONAL: [(&str, Check, &str); 1] = [(
+    "bpf_sock_destroy in TCP iterators (6.5)",
+    || Ok(crate::kernel::open_object(&SOCKETS).and_then(|object| crate::kernel::load_object(object, &SOCKETS)).is_ok()),
+    "connections that were there before their pod was governed hang, their packets dropped, and are not ended at once",
+)];
+
+/// The packet program itself, on a loopback device where nothing else is.
+fn loads_in_a_namespace_of_its_own() -> bool {
+    let attached = || {
+        crate::sys::leave_netns().ok()?;
+        let object = crate::kernel::load_object(crate::kernel::open_object(&VETH).ok()?, &VETH).ok()?;
+        let program = object.progs_mut().find(|p| p.name() == WIRES[0].0)?;
+        crate::sys::attach_tcx(&program, LOOPBACK).ok()
+    };
+    std::thread::spawn(move || attached().is_some()).join().unwrap_or(false)
+}
 
 /// Asks the kernel. A question that it does not answer counts as absent.
 pub fn probe() -> Vec<Feature> {
-    FEATURES.iter().map(|(name, check, cost)| Feature { name, present: check().unwrap_or(false), cost }).collect()
+    let asked = |required: bool| {
+        move |(name, check, cost): &(&'static str, Check, &'static str)| Feature {
+            name,
+            present: check().unwrap_or(false),
+            required,
+            cost,
+        }
+    };
+    REQUIRED.iter().map(asked(true)).chain(OPTIONAL.iter().map(asked(false))).collect()
 }
 
-/// Refuses a kernel that lacks one of them, by name and with what it costs.
+/// Refuses a kernel that lacks one that is required, by name and with what it costs.
 pub(crate) fn require(features: Vec<Feature>) -> Result<(), KernelError> {
-    match features.into_iter().find(|feature| !feature.present) {
+    match features.into_iter().find(|feature| feature.required && !feature.present) {
         Some(feature) => Err(KernelError::FeatureMissing { feature: feature.name, cost: feature.cost }),
         None => Ok(()),
     }
@@ -87,11 +124,17 @@ mod tests {
     #[test]
     fn each_missing_feature_is_named_with_what_it_costs() {
         let with = |missing: usize| {
-            let features = FEATURES.iter().enumerate();
-            features.map(|(at, (name, _, cost))| Feature { name, present: at != missing, cost }).collect::<Vec<_>>()
+            let features = REQUIRED.iter().chain(&OPTIONAL).enumerate();
+            let feature = |(at, (name, _, cost)): (usize, &(&'static str, Check, &'static str))| Feature {
+                name,
+                present: at != missing,
+                required: at < REQUIRED.len(),
+                cost,
+            };
+            features.map(feature).collect::<Vec<_>>()
         };
-        assert!(require(with(usize::MAX)).is_ok());
-        for (at, (name, _, cost)) in FEATURES.iter().enumerate() {
+        assert!(require(with(usize::MAX)).is_ok() && require(with(REQUIRED.len())).is_ok());
+        for (at, (name, _, cost)) in REQUIRED.iter().enumerate() {
             let error = require(with(at)).unwrap_err();
             assert_eq!(error.code(), "kernel_feature_missing");
             let said = error.to_string();

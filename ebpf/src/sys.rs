@@ -1,15 +1,17 @@
 //! The few system calls that neither std nor libbpf-rs has.
 #![allow(
     unsafe_code,
-    reason = "getsockopt, statfs, mount, clock_gettime and geteuid by libc; no pointer outlives its call"
+    reason = "getsockopt, statfs, mount, clock_gettime, geteuid, setns, unshare and socket by libc, and one call that libbpf-rs lacks; no pointer outlives its call"
 )]
 
+use libbpf_rs::{AsRawLibbpf, Link, ProgramMut, libbpf_sys};
 use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::ptr::NonNull;
 
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 const CGROUP2_SUPER_MAGIC: i64 = 0x6367_7270;
@@ -92,4 +94,39 @@ pub(crate) fn boot_time_ns() -> io::Result<u64> {
         return Err(io::Error::last_os_error());
     }
     Ok((time.tv_sec as u64).saturating_mul(1_000_000_000).saturating_add(time.tv_nsec as u64))
+}
+
+/// Moves this thread, which must be one of our own, into a network namespace.
+pub(crate) fn enter_netns(netns: impl AsFd) -> io::Result<()> {
+    // SAFETY: takes two integers; the descriptor is open through the call.
+    let result = unsafe { libc::setns(netns.as_fd().as_raw_fd(), libc::CLONE_NEWNET) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Moves this thread, which must be one of our own, into a new network namespace that goes with it.
+pub(crate) fn leave_netns() -> io::Result<()> {
+    // SAFETY: takes an integer.
+    if unsafe { libc::unshare(libc::CLONE_NEWNET) } == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// A socket to the kernel's routing part, in this thread's network namespace.
+pub(crate) fn route_socket() -> io::Result<OwnedFd> {
+    // SAFETY: takes three integers.
+    let fd = unsafe { libc::socket(libc::AF_NETLINK, libc::SOCK_RAW | libc::SOCK_CLOEXEC, libc::NETLINK_ROUTE) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just given it to us, and to nobody else.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Hangs a packet program on what comes in by a device of this thread's network namespace (tcx, Linux 6.6).
+pub(crate) fn attach_tcx(program: &ProgramMut<'_>, index: u32) -> io::Result<Link> {
+    let index = i32::try_from(index).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+    // SAFETY: the program is loaded and lives through the call; without options libbpf reads none.
+    let link =
+        unsafe { libbpf_sys::bpf_program__attach_tcx(program.as_libbpf_object().as_ptr(), index, std::ptr::null()) };
+    let link = NonNull::new(link).ok_or_else(io::Error::last_os_error)?;
+    // SAFETY: libbpf made it, and nobody else has it.
+    Ok(unsafe { Link::from_ptr(link) })
 }

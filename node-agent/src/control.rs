@@ -89,6 +89,8 @@ struct Guarded {
     /// What capture runs as; it learns its identity when there is one.
     identity: watch::Sender<Option<Arc<LocalPod>>>,
     enrolled: Option<u32>,
+    /// A device of its leads out where nothing can be stopped: it is nobody until that is mended.
+    open: bool,
 }
 
 impl Drop for Guarded {
@@ -108,6 +110,8 @@ struct State {
     /// Namespaces that stay guarded though no usable file speaks of them: processes may still run there. (No cgroup:
     /// a former agent left it.)
     left: BTreeMap<String, Option<FormerCgroup>>,
+    /// Whose wires are looked at next.
+    turn: usize,
     /// Why pods could not be guarded, as last told.
     unguarded: BTreeMap<String, Refusal>,
     view: Option<Arc<View>>,
@@ -136,7 +140,8 @@ impl Control {
                     self.reconcile(&mut state).await;
                 }
                 _ = tick.tick() => {
-                    if self.look(&mut state).await {
+                    let changed = self.look(&mut state).await;
+                    if self.look_at_wires(&mut state) || changed {
                         self.reconcile(&mut state).await;
                     }
                 }
@@ -201,6 +206,22 @@ impl Control {
         state.pods = found;
         self.detach_the_ended(state);
         changed
+    }
+
+    /// The wires of one pod, in turn: a veth that was made anew has no packet program. True where who it is must change.
+    fn look_at_wires(&self, state: &mut State) -> bool {
+        state.turn = state.turn.wrapping_add(1);
+        let at = state.turn.checked_rem(state.guarded.len()).unwrap_or_default();
+        let Some(guarded) = state.guarded.values_mut().nth(at) else { return false };
+        let kept = self.kernel.keep_wires(&guarded.pod.name, guarded.netns.as_fd(), guarded.pod.address);
+        match &kept {
+            Ok(true) => tracing::warn!(pod = %guarded.pod.name, "a wire of the pod was open, and is guarded again"),
+            Err(refusal) if !guarded.open => {
+                tracing::error!(pod = %guarded.pod.name, %refusal, "a wire of the pod is open: it is denied");
+            }
+            _ => {}
+        }
+        std::mem::replace(&mut guarded.open, kept.is_err()) != kept.is_err()
     }
 
     /// Takes their identity from guarded pods of which the files say something else now, or nothing. The guard on the
@@ -270,7 +291,7 @@ impl Control {
         let listener = tokio::net::TcpListener::from_std(listener).map_err(trouble)?;
         let (identity, who) = watch::channel(None);
         let capture = self.outbound.clone().serve(who, listener, cookie, self.kernel.clone());
-        Ok(Guarded { pod: pod.clone(), netns, capture: tokio::spawn(capture), identity, enrolled: None })
+        Ok(Guarded { pod: pod.clone(), netns, capture: tokio::spawn(capture), identity, enrolled: None, open: false })
     }
 
     /// Takes the endpoints of denied nodes out of the tables in force, in about a millisecond; the install that follows
@@ -351,7 +372,7 @@ impl Control {
     /// Tells the kernel who the guarded pods are. A pod that is nobody now is forgotten.
     fn enrol(&self, state: &mut State, workloads: &BTreeMap<String, Workload>) -> Result<(), Refusal> {
         for guarded in state.guarded.values_mut() {
-            let number = workloads.get(&guarded.pod.name).map(|w| w.number.0);
+            let number = workloads.get(&guarded.pod.name).filter(|_| !guarded.open).map(|w| w.number.0);
             if number != guarded.enrolled {
                 match number {
                     Some(number) => self.kernel.enrol(guarded.pod.cgroup_id, number)?,

@@ -19,6 +19,11 @@ pub const LEASE_EVERY: Duration = Duration::from_secs(5);
 /// Decisions allowed, and decisions refused by reason.
 pub type Totals = (u64, Vec<(&'static str, u64)>);
 
+/// Events and flows for which there was no room, and connections around the mesh that were ended.
+pub type Losses = [(&'static str, u64); 3];
+/// A map, its entries now, and the most that it takes.
+pub type Room = (&'static str, u32, u32);
+
 /// The handle. Cloning shares.
 #[derive(Clone)]
 pub struct KernelHandle(Arc<Kernel>);
@@ -88,7 +93,8 @@ impl KernelHandle {
         self.0.remove_workload(cgroup_id).map_err(|e| refusal(&e))
     }
 
-    /// Guards a pod's namespace and captures into `listener`.
+    /// Guards a pod's namespace and captures into `listener`: first the wire, so that nothing leaves in clear while the rest
+    /// is put in place, and last the connections that were there before.
     pub fn attach(
         &self,
         name: &str,
@@ -96,7 +102,19 @@ impl KernelHandle {
         address: Ipv4Addr,
         listener: impl AsFd,
     ) -> Result<(), Refusal> {
-        self.0.attach_pod(name, netns, address, listener.as_fd()).map_err(|e| refusal(&e))
+        let attached = self.0.guard_wires(name, netns, address).and_then(|_| {
+            self.0.attach_pod(name, netns, address, listener.as_fd())?;
+            self.0.end_bypassing(netns).map(|_| ())
+        });
+        attached.map_err(|e| refusal(&e))
+    }
+
+    /// Puts the packet program back where a wire of the pod lost it, as one that was made anew has. True where one had.
+    pub fn keep_wires(&self, name: &str, netns: BorrowedFd<'_>, address: Ipv4Addr) -> Result<bool, Refusal> {
+        if self.0.wires_are_guarded(name, netns).map_err(|e| refusal(&e))? {
+            return Ok(false);
+        }
+        self.0.guard_wires(name, netns, address).map(|_| true).map_err(|e| refusal(&e))
     }
 
     /// Takes the guard off a pod's namespace: only for a pod that ended.
@@ -146,6 +164,17 @@ impl KernelHandle {
     pub fn totals(&self) -> Result<Totals, Refusal> {
         let counters = self.0.counters().map_err(|e| refusal(&e))?;
         Ok((counters.allowed, counters.denied.iter().map(|(r, n)| (r.as_str(), *n)).collect()))
+    }
+
+    /// What was lost or ended, by what it was; and how full each map is: its name, its entries, the most that it takes.
+    pub fn losses(&self) -> Result<(Losses, Vec<Room>), Refusal> {
+        let counters = self.0.counters().map_err(|e| refusal(&e))?;
+        let lost = [
+            ("event_lost", counters.events_lost),
+            ("flow_lost", counters.flows_lost),
+            ("socket_ended", counters.sockets_ended),
+        ];
+        Ok((lost, self.0.room().map_err(|e| refusal(&e))?.into()))
     }
 
     /// Drops records that no agent took.

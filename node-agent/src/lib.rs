@@ -14,6 +14,7 @@ pub mod backoff;
 pub mod broker;
 pub mod caller;
 pub mod cgroup;
+pub mod check;
 pub mod clock;
 pub mod compile;
 pub mod config;

@@ -1,4 +1,4 @@
-//! `ambit-agent run --config FILE`.
+//! `ambit-agent run --config FILE`, `ambit-agent check`, `ambit-agent fetch`.
 
 use ambit_agent::config::Config;
 use ambit_agent::{agent, telemetry};
@@ -33,6 +33,8 @@ enum Verb {
         #[arg(long)]
         config: PathBuf,
     },
+    /// Tells what this machine's kernel can do, and what is lost where it cannot; fails where the agent could not run.
+    Check,
     /// Fetches the caller's X.509-SVID over the Workload API, as `spire-agent api fetch x509 -write` does.
     Fetch {
         /// The Workload API's socket.
@@ -56,6 +58,7 @@ fn main() -> ExitCode {
             telemetry::start_logging();
             run(&config)
         }
+        Verb::Check => checked(),
         Verb::Fetch { socket, out } => fetched(&socket, &out),
     };
     match outcome {
@@ -77,6 +80,18 @@ fn told(error: &anyhow::Error) -> String {
         }
     }
     text
+}
+
+fn checked() -> anyhow::Result<()> {
+    use std::io::Write;
+    anyhow::ensure!(
+        nix::unistd::geteuid().is_root(),
+        "[needs_root] run it as root: features are found by loading programs"
+    );
+    let (text, runs) = ambit_agent::check::told(&ambit_agent::check::features());
+    write!(std::io::stdout(), "{text}").context("writing to stdout")?;
+    anyhow::ensure!(runs, "[kernel_feature_missing] this kernel lacks what the agent needs: see above");
+    Ok(())
 }
 
 fn fetched(socket: &std::path::Path, out: &std::path::Path) -> anyhow::Result<()> {

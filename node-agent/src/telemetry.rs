@@ -2,7 +2,7 @@
 
 use crate::clock::Clock;
 use crate::issued::Issued;
-use crate::kernel::KernelHandle;
+use crate::kernel::{KernelHandle, Room};
 use crate::metrics::METRICS;
 use crate::state::State;
 use axum::Router;
@@ -47,8 +47,11 @@ pub async fn serve(at: SocketAddr, kernel: KernelHandle, issued: Issued, clock: 
 
 /// The agent's own figures and the kernel's, which outlive the agent.
 fn page(kernel: &KernelHandle) -> String {
-    match kernel.totals() {
-        Ok((allowed, refused)) => METRICS.page() + &kernel_figures(allowed, &refused),
+    let found = kernel.totals().and_then(|totals| Ok((totals, kernel.losses()?)));
+    match found {
+        Ok(((allowed, refused), (lost, room))) => {
+            METRICS.page() + &kernel_figures(allowed, &refused) + &kernel_room(&lost, &room)
+        }
         Err(refusal) => {
             tracing::warn!(%refusal, "kernel counters not read");
             METRICS.page()
@@ -64,6 +67,26 @@ fn kernel_figures(allowed: u64, refused: &[(&'static str, u64)]) -> String {
     for (reason, n) in std::iter::once(&("allowed", allowed)).chain(refused) {
         let result = if *reason == "allowed" { "allow" } else { "deny" };
         out += &format!("ambit_kernel_decisions_total{{result=\"{result}\",reason=\"{reason}\"}} {n}\n");
+    }
+    out
+}
+
+/// A full map refuses whoever comes next, so an operator must see it fill.
+fn kernel_room(lost: &[(&'static str, u64)], room: &[Room]) -> String {
+    let mut out = String::from(
+        "# HELP ambit_kernel_losses_total Events and flows without room, and connections around the mesh that were ended.\n\
+         # TYPE ambit_kernel_losses_total counter\n",
+    );
+    for (what, n) in lost {
+        out += &format!("ambit_kernel_losses_total{{what=\"{what}\"}} {n}\n");
+    }
+    out += "# HELP ambit_kernel_map_entries Entries of a map of the kernel's.\n# TYPE ambit_kernel_map_entries gauge\n";
+    for (map, entries, _) in room {
+        out += &format!("ambit_kernel_map_entries{{map=\"{map}\"}} {entries}\n");
+    }
+    out += "# HELP ambit_kernel_map_capacity Entries that a map of the kernel's takes.\n# TYPE ambit_kernel_map_capacity gauge\n";
+    for (map, _, capacity) in room {
+        out += &format!("ambit_kernel_map_capacity{{map=\"{map}\"}} {capacity}\n");
     }
     out
 }

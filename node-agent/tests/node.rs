@@ -306,11 +306,17 @@ async fn a_bad_or_changed_pod_file_denies_its_pod_and_never_opens_it() {
     let serve = ["python3", "-m", "http.server", "8080", "--bind", "10.200.2.12", "--directory", "/proc/self"];
     let server = ground.command("db", db_pid, &serve).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
     ground.children.push(server);
-    // Nothing guards the pod yet: so the probe can succeed.
-    tokio::time::sleep(Duration::from_secs(1)).await;
-    let open = Prober::start(&ground, db_pid, db_at);
-    tokio::time::sleep(Duration::from_millis(500)).await;
-    assert!(open.end().1 > 0, "a plain connection is possible where nothing guards");
+    // Nothing guards the pod yet: so the probe can succeed, once the server is up.
+    let mut came = false;
+    for _ in 0..20 {
+        let open = Prober::start(&ground, db_pid, db_at);
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        came = open.end().1 > 0;
+        if came {
+            break;
+        }
+    }
+    assert!(came, "a plain connection is possible where nothing guards");
 
     let mut node = Node::start(&ground, &cell, TcpListener::bind("127.0.0.1:0").await.unwrap()).await;
     let number = |id: &str, number| v1::NumericIdentity { spiffe_id: cell.id(id), number };

@@ -103,6 +103,7 @@ fn a_lab_with_its_cell_serves_clean_metrics_and_withstands_garbage() {
         garbage_on_every_port(lab, node);
     }
     in_the_pod(lab, "west-n1-web");
+    the_wire_stays_guarded(lab, lab.spec().member("west-n1").as_ref().unwrap(), "web");
     for (name, before) in ["west-n1-agent", "west-n2-agent"].iter().zip(agents) {
         assert!(before.alive(), "{name} died: {}", process::log_tail(&lab.agent_log("west-n1")));
         assert_eq!(running(lab, name), before);
@@ -246,6 +247,24 @@ fn in_the_pod(lab: &Lab, pod: &str) {
         let noise = format!("head -c 100000 /dev/urandom > /dev/tcp/{}/{}", address.ip(), address.port());
         lab.run_in(&place, &["timeout", "5", "bash", "-c", &noise], COMMAND_MAX).unwrap();
     }
+}
+
+/// A socket that no mesh cgroup governs gets nothing out of the pod, and the agent puts the packet program back where it is lost.
+fn the_wire_stays_guarded(lab: &Lab, node: &Member, pod: &str) {
+    let place = lab.place(&format!("{}-{pod}", node.role())).unwrap();
+    let hbone = SocketAddr::new(node.address().into(), 15008);
+    let gets_out = || {
+        net::inside(&place.netns, || TcpStream::connect_timeout(&hbone, Duration::from_millis(500)).is_ok()).unwrap()
+    };
+    assert!(!gets_out(), "a socket from outside the mesh reached {hbone} from the pod");
+    let pin = lab.pins(&node.role()).join("pods").join(pod).join("veth-0");
+    std::fs::remove_file(&pin).unwrap();
+    let deadline = Instant::now() + COMMAND_MAX;
+    while !pin.exists() {
+        assert!(Instant::now() < deadline, "the packet program was not put back");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert!(!gets_out(), "the packet program is back, and lets a socket from outside the mesh reach {hbone}");
 }
 
 fn tcp_garbage(place: &Place, address: SocketAddr) {

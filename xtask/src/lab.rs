@@ -69,3 +69,9 @@ pub(crate) fn bench_cell(name: &str) -> Result<(), Stop> {
     let error = Command::new(&bench).arg(name).exec();
     Err(Stop::Failed(format!("{}: {error}", bench.display())))
 }
+
+/// What a decision costs in the kernel: a benchmark of one crate, with namespaces and a cgroup of its own.
+pub(crate) fn bench_kernel() -> Result<(), Stop> {
+    deps::install(deps::Say::Missing)?;
+    cargo::cargo(&["bench", "--locked", "-p", "ambit-ebpf", "--bench", "kernel"])
+}

@@ -44,6 +44,7 @@ usage: cargo xtask <verb>
   bench raft            a cell of three replicas beside etcd of Debian, in turn: writes, reads, failover, restart, memory
                         (release; 6 minutes)
   bench issuance        certificates from a cell of three replicas beside cfssl of Debian, in turn (release; 4 minutes)
+  bench kernel          a decision in the kernel, alone and in connect(), from 1 to 131,072 entries (release; a minute)
   build-bpf [--check]   compile the kernel programs again; --check compares with the committed objects
   mutants [PART]        break each check of attestation in a copy; last line: N checks, N proven
   fuzz --seconds N [--target NAME] [--merge]
@@ -102,6 +103,7 @@ fn run(args: &[&str]) -> Result<(), Stop> {
         ["sim", options @ ..] if !options.is_empty() => sim::run(options),
         ["bench", name @ ("memory" | "revoke" | "deny" | "streams")] => lab::bench(name),
         ["bench", name @ ("attest" | "issuance" | "raft")] => lab::bench_cell(name),
+        ["bench", "kernel"] => lab::bench_kernel(),
         ["bench", name] if !name.starts_with('-') => unbuilt::bench(name),
         ["fuzz", options @ ..] => fuzz::run(options),
         [] => Err(Stop::Usage("which verb?".into())),

@@ -10,7 +10,7 @@
 #define LOOPBACK_NET 127
 #define SERVICE_ENDPOINTS 8
 
-enum config_index { CONFIG_LEASE_NS = 0, CONFIG_GENERATION = 1, CONFIG_LEN = 2 };
+enum config_index { CONFIG_LEASE_NS = 0, CONFIG_GENERATION = 1, CONFIG_SAMPLE = 2, CONFIG_LEN = 3 };
 
 /* Indexes of `counters` and, for the refusals, the reason of an event. */
 enum reason {
@@ -34,7 +34,9 @@ enum reason {
 	EVENT_LOST = 17,
 	FLOW_LOST = 18,
 	SOCKET_KIND = 19,
-	REASONS = 20,
+	CLEAR_OUTBOUND = 20,
+	SOCKET_ENDED = 21,
+	REASONS = 22,
 };
 
 enum action { ACTION_DENY = 0, ACTION_ALLOW = 1 };
@@ -43,6 +45,12 @@ enum tier { TIER_LOCAL = 0, TIER_REMOTE = 1, TIERS = 2 };
 struct workload {
 	u32 identity;
 	u32 flags; /* none yet */
+};
+
+struct namespace {
+	u64 inode; /* for the agent's book-keeping */
+	u32 address; /* the pod's */
+	u32 pad;
 };
 
 struct verdict_key {
@@ -106,7 +114,7 @@ struct event {
 	u64 cgroup;
 	u32 source;
 	u32 destination;
-	u32 source_address; /* of plain inbound only */
+	u32 source_address; /* of plain inbound and clear outbound only */
 	u32 address;
 	u16 port;
 	u16 pad;
@@ -134,6 +142,19 @@ INLINE void count(u32 index)
 
 	if (counter)
 		*counter += 1;
+}
+
+/* Something that others than enrolled workloads can cause at will: it may use half of the ring, denials of our own
+ * workloads keep the rest. */
+INLINE struct event *reserve_half(void)
+{
+	struct event *e = 0;
+
+	if (bpf_ringbuf_query(&events, BPF_RB_AVAIL_DATA) <= bpf_ringbuf_query(&events, BPF_RB_RING_SIZE) / 2)
+		e = bpf_ringbuf_reserve(&events, sizeof(*e), 0);
+	if (!e)
+		count(EVENT_LOST);
+	return e;
 }
 
 INLINE int in_loopback(u32 address)

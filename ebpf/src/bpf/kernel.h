@@ -25,6 +25,7 @@ enum {
 	BPF_MAP_TYPE_HASH = 1,
 	BPF_MAP_TYPE_ARRAY = 2,
 	BPF_MAP_TYPE_PERCPU_ARRAY = 6,
+	BPF_MAP_TYPE_LRU_HASH = 9,
 	BPF_MAP_TYPE_ARRAY_OF_MAPS = 12,
 	BPF_MAP_TYPE_SOCKMAP = 15,
 	BPF_MAP_TYPE_SK_STORAGE = 24,
@@ -40,6 +41,8 @@ enum { BPF_SOCK_OPS_TCP_CONNECT_CB = 3, BPF_SOCK_OPS_STATE_CB = 10 };
 enum { BPF_SOCK_OPS_STATE_CB_FLAG = 1 << 2 };
 enum { TCP_SYN_SENT = 2, TCP_CLOSE = 7 };
 enum { AF_INET = 2, AF_INET6 = 10 };
+enum { ETH_P_IP = 0x0800, ETH_P_ARP = 0x0806 };
+enum { TC_ACT_SHOT = 2, TCX_NEXT = -1 };
 enum { SOCK_STREAM = 1, SOCK_DGRAM = 2 };
 enum { IPPROTO_TCP = 6, IPPROTO_UDP = 17, IPPROTO_MPTCP = 262 };
 enum { ECONNREFUSED = 111 };
@@ -110,6 +113,43 @@ struct bpf_sock_ops {
 	} __attribute__((aligned(8)));
 };
 
+struct sk_buff_view {
+	u32 len;
+	u32 pkt_type;
+	u32 mark;
+	u32 queue_mapping;
+	u32 protocol; /* network order */
+	u32 vlan_present;
+	u32 vlan_tci;
+	u32 vlan_proto;
+	u32 priority;
+	u32 ingress_ifindex;
+	u32 ifindex;
+	u32 tc_index;
+	u32 cb[5];
+	u32 hash;
+	u32 tc_classid;
+	u32 data;
+	u32 data_end;
+	u32 napi_id;
+	u32 family;
+	u32 remote_ip4;
+	u32 local_ip4;
+	u32 remote_ip6[4];
+	u32 local_ip6[4];
+	u32 remote_port;
+	u32 local_port;
+	u32 data_meta;
+	u64 flow_keys;
+	u64 tstamp;
+	u32 wire_len;
+	u32 gso_segs;
+	union {
+		struct bpf_sock *sk;
+		u64 : 64;
+	} __attribute__((aligned(8)));
+};
+
 struct bpf_sk_lookup {
 	u64 cookie;
 	u32 family;
@@ -126,12 +166,15 @@ struct bpf_sk_lookup {
 
 _Static_assert(__builtin_offsetof(struct bpf_sock_addr, sk) == 64, "linux/bpf.h");
 _Static_assert(__builtin_offsetof(struct bpf_sock_ops, sk) == 184, "linux/bpf.h");
+_Static_assert(__builtin_offsetof(struct sk_buff_view, sk) == 168, "linux/bpf.h, struct __sk_buff");
 _Static_assert(__builtin_offsetof(struct bpf_sk_lookup, local_port) == 60, "linux/bpf.h");
 
 static void *(*const bpf_map_lookup_elem)(void *map, const void *key) = (void *)1;
 static long (*const bpf_map_update_elem)(void *map, const void *key, const void *value, u64 flags) = (void *)2;
 static long (*const bpf_map_delete_elem)(void *map, const void *key) = (void *)3;
 static u32 (*const bpf_get_prandom_u32)(void) = (void *)7;
+static long (*const bpf_skb_load_bytes)(const void *skb, u32 offset, void *to, u32 len) = (void *)26;
+static u64 (*const bpf_skb_cgroup_id)(void *skb) = (void *)79;
 static long (*const bpf_sock_ops_cb_flags_set)(struct bpf_sock_ops *ctx, int flags) = (void *)59;
 static u64 (*const bpf_get_current_cgroup_id)(void) = (void *)80;
 static long (*const bpf_sk_release)(void *sock) = (void *)86;

@@ -2,63 +2,7 @@
 /* Programs on the node's mesh cgroup: who may connect to what, and where an allowed connection goes instead.
  *
  * Returning 0 without bpf_set_retval() is EPERM. Every path that does not positively allow returns 0. */
-#include "ambit.h"
-
-struct {
-	MAP_INT(type, BPF_MAP_TYPE_ARRAY);
-	MAP_INT(max_entries, CONFIG_LEN);
-	MAP_TYPE(key, u32);
-	MAP_TYPE(value, u64);
-} config SEC(".maps");
-
-struct {
-	MAP_INT(type, BPF_MAP_TYPE_HASH);
-	MAP_INT(max_entries, 1024);
-	MAP_TYPE(key, u64); /* cgroup id */
-	MAP_TYPE(value, struct workload);
-} workloads SEC(".maps");
-
-/* Two generations of each table; config[CONFIG_GENERATION] says which is in force. The agent fills fresh inner maps,
- * puts them into the idle slots, then flips the one number: no program ever mixes two sets. (Sizes, not types: clang
- * keeps no type that only an inner map names.) */
-struct verdict_table {
-	MAP_INT(type, BPF_MAP_TYPE_HASH);
-	MAP_INT(max_entries, 1);
-	MAP_INT(key_size, sizeof(struct verdict_key));
-	MAP_INT(value_size, sizeof(struct verdict));
-};
-struct {
-	MAP_INT(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
-	MAP_INT(max_entries, 2);
-	MAP_TYPE(key, u32);
-	MAP_ARRAY(values, struct verdict_table);
-} verdicts SEC(".maps");
-
-struct endpoint_table {
-	MAP_INT(type, BPF_MAP_TYPE_HASH);
-	MAP_INT(max_entries, 1);
-	MAP_INT(key_size, sizeof(u32));   /* address */
-	MAP_INT(value_size, sizeof(u32)); /* identity */
-};
-struct {
-	MAP_INT(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
-	MAP_INT(max_entries, 2);
-	MAP_TYPE(key, u32);
-	MAP_ARRAY(values, struct endpoint_table);
-} endpoints SEC(".maps");
-
-struct service_table {
-	MAP_INT(type, BPF_MAP_TYPE_HASH);
-	MAP_INT(max_entries, 1);
-	MAP_INT(key_size, sizeof(struct service_key));
-	MAP_INT(value_size, sizeof(struct service));
-};
-struct {
-	MAP_INT(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
-	MAP_INT(max_entries, 2);
-	MAP_TYPE(key, u32);
-	MAP_ARRAY(values, struct service_table);
-} services SEC(".maps");
+#include "decide.h"
 
 struct {
 	MAP_INT(type, BPF_MAP_TYPE_SK_STORAGE);
@@ -67,14 +11,6 @@ struct {
 	MAP_TYPE(value, struct socket_flow);
 } sockets SEC(".maps");
 
-/* Network namespaces that pod.bpf.c governs: only there does the capture address lead to the agent and nowhere else. */
-struct {
-	MAP_INT(type, BPF_MAP_TYPE_HASH);
-	MAP_INT(max_entries, 1024);
-	MAP_TYPE(key, u64);   /* cookie */
-	MAP_TYPE(value, u64); /* inode, for the agent's book-keeping */
-} namespaces SEC(".maps");
-
 /* Flows not yet taken by the agent. Not LRU: an eviction would lose a live flow. */
 struct {
 	MAP_INT(type, BPF_MAP_TYPE_HASH);
@@ -82,129 +18,6 @@ struct {
 	MAP_TYPE(key, struct flow_key);
 	MAP_TYPE(value, struct flow);
 } flows SEC(".maps");
-
-/* One connection attempt while it is judged. */
-struct attempt {
-	u32 address; /* as the application asked, network order */
-	u16 port;    /* host order */
-	u16 pad;
-	u32 source;
-	u32 destination;
-	u32 endpoint_address;
-	u16 endpoint_port;
-	u16 pad2;
-	u32 rule;
-};
-
-INLINE void report(const struct attempt *a, u32 reason)
-{
-	struct event *e;
-
-	count(reason);
-	e = bpf_ringbuf_reserve(&events, sizeof(*e), 0);
-	if (!e) {
-		count(EVENT_LOST);
-		return;
-	}
-	e->time_ns = bpf_ktime_get_boot_ns();
-	e->cgroup = bpf_get_current_cgroup_id();
-	e->source = a->source;
-	e->destination = a->destination;
-	e->source_address = 0;
-	e->address = a->address;
-	e->port = a->port;
-	e->pad = 0;
-	e->rule = a->rule;
-	e->reason = reason;
-	e->pad2 = 0;
-	bpf_ringbuf_submit(e, BPF_RB_NO_WAKEUP);
-}
-
-INLINE u64 config_value(u32 index)
-{
-	u64 *value = bpf_map_lookup_elem(&config, &index);
-
-	return value ? *value : 0;
-}
-
-/* First tier with a healthy endpoint, a random one of its healthy ones. */
-INLINE int choose(struct attempt *a, const struct service *s)
-{
-	u32 random = bpf_get_prandom_u32();
-
-	for (u32 tier = TIER_LOCAL; tier < TIERS; tier++) {
-		u32 healthy = 0, skip;
-
-		for (u32 i = 0; i < SERVICE_ENDPOINTS; i++)
-			if (i < s->count && s->endpoints[i].healthy && s->endpoints[i].tier == tier)
-				healthy++;
-		if (!healthy)
-			continue;
-		skip = random % healthy;
-		for (u32 i = 0; i < SERVICE_ENDPOINTS; i++) {
-			const struct service_endpoint *e = &s->endpoints[i];
-
-			if (i >= s->count || !e->healthy || e->tier != tier)
-				continue;
-			if (skip--)
-				continue;
-			a->destination = e->identity;
-			a->endpoint_address = e->address;
-			a->endpoint_port = e->port;
-			return 1;
-		}
-	}
-	return 0;
-}
-
-/* Fills destination and endpoint; returns ALLOWED or why not. */
-INLINE u32 resolve(struct attempt *a, u32 generation)
-{
-	struct service_key key = { .address = a->address, .port = a->port };
-	void *service_table = bpf_map_lookup_elem(&services, &generation);
-	void *endpoint_table = bpf_map_lookup_elem(&endpoints, &generation);
-	struct service *service;
-	u32 *identity;
-
-	if (!service_table || !endpoint_table)
-		return NO_TABLES;
-	service = bpf_map_lookup_elem(service_table, &key);
-	if (service)
-		return choose(a, service) ? ALLOWED : NO_HEALTHY_ENDPOINT;
-	identity = bpf_map_lookup_elem(endpoint_table, &a->address);
-	if (!identity)
-		return UNKNOWN_DESTINATION;
-	a->destination = *identity;
-	a->endpoint_address = a->address;
-	a->endpoint_port = a->port;
-	return ALLOWED;
-}
-
-/* Deny wins over allow, exact port and every port alike; nothing is a deny. */
-INLINE u32 judge(struct attempt *a, u32 generation)
-{
-	struct verdict_key key = { .source = a->source, .destination = a->destination, .port = a->endpoint_port };
-	void *table = bpf_map_lookup_elem(&verdicts, &generation);
-	struct verdict *exact, *any;
-
-	if (!table)
-		return NO_TABLES;
-	exact = bpf_map_lookup_elem(table, &key);
-	key.port = 0;
-	any = bpf_map_lookup_elem(table, &key);
-	if (exact && exact->action != ACTION_ALLOW) {
-		a->rule = exact->rule;
-		return POLICY_DENY;
-	}
-	if (any && any->action != ACTION_ALLOW) {
-		a->rule = any->rule;
-		return POLICY_DENY;
-	}
-	if (!exact && !any)
-		return NO_VERDICT;
-	a->rule = exact ? exact->rule : any->rule;
-	return ALLOWED;
-}
 
 /* 127.a.b.c by endpoint, 1 <= a <= 254: one address alone would have one range of source ports. */
 INLINE u32 capture_address(const struct attempt *a)
@@ -231,47 +44,23 @@ INLINE u32 remember(struct bpf_sock *sk, const struct attempt *a)
 	return ALLOWED;
 }
 
-/* Who calls. Any cgroup below the mesh cgroup that the agent did not enrol may do nothing, not even speak to itself. */
-INLINE u32 identify(struct attempt *a)
-{
-	u64 cgroup = bpf_get_current_cgroup_id();
-	struct workload *w = bpf_map_lookup_elem(&workloads, &cgroup);
-
-	if (!w || !w->identity)
-		return UNKNOWN_SOURCE;
-	a->source = w->identity;
-	return ALLOWED;
-}
-
 INLINE u32 decide_remote(struct bpf_sock_addr *ctx, struct bpf_sock *sk, struct attempt *a)
 {
-	u32 generation, reason;
-	u64 netns;
+	u32 reason;
 
 	if (ctx->type != SOCK_STREAM || ctx->protocol != IPPROTO_TCP)
 		return NOT_TCP;
 	if (sk->bound_dev_if && sk->bound_dev_if != LOOPBACK_IFINDEX)
 		return BOUND_DEVICE;
-	if (bpf_ktime_get_boot_ns() >= config_value(CONFIG_LEASE_NS))
-		return LEASE_EXPIRED;
-	generation = (u32)config_value(CONFIG_GENERATION);
-	reason = resolve(a, generation);
-	if (reason != ALLOWED)
-		return reason;
-	reason = judge(a, generation);
-	if (reason != ALLOWED)
-		return reason;
-	netns = bpf_get_netns_cookie(ctx);
-	if (!bpf_map_lookup_elem(&namespaces, &netns))
-		return NO_CAPTURE;
-	return remember(sk, a);
+	reason = decide_by_tables(a, bpf_get_netns_cookie(ctx));
+	return reason == ALLOWED ? remember(sk, a) : reason;
 }
 
 /* The whole decision for an IPv4 destination: ALLOWED (rewrite it), LOOPBACK (leave it), or why it is refused. */
 INLINE u32 decide(struct bpf_sock_addr *ctx, struct attempt *a)
 {
 	struct bpf_sock *sk = ctx->sk;
-	u32 reason = identify(a);
+	u32 reason = identify(a, bpf_get_current_cgroup_id());
 
 	if (!sk)
 		return NO_MEMORY;
@@ -287,19 +76,10 @@ INLINE u32 decide(struct bpf_sock_addr *ctx, struct attempt *a)
 /* The one place where a reason becomes a return value: anything but the two good ones refuses. */
 INLINE int verdict(const struct attempt *a, u32 reason)
 {
-	switch (reason) {
-	case ALLOWED:
-	case LOOPBACK:
-		count(reason);
-		return 1;
-	case NO_HEALTHY_ENDPOINT:
-		report(a, reason);
+	record(a, reason);
+	if (reason == NO_HEALTHY_ENDPOINT)
 		bpf_set_retval(-ECONNREFUSED);
-		return 0;
-	default:
-		report(a, reason);
-		return 0;
-	}
+	return reason == ALLOWED || reason == LOOPBACK;
 }
 
 /* Only of these does every way to send pass the programs below: UDP-Lite, SCTP, ICMP and raw sockets have none on theirs. */
@@ -320,9 +100,9 @@ int ambit_sock_create(struct bpf_sock *sk)
 
 	if (is_governed(sk))
 		return 1;
-	identify(&a);
+	identify(&a, bpf_get_current_cgroup_id());
 	a.port = (u16)sk->protocol;
-	report(&a, SOCKET_KIND);
+	record(&a, SOCKET_KIND);
 	return 0;
 }
 
@@ -352,7 +132,7 @@ int ambit_connect6(struct bpf_sock_addr *ctx)
 	u32 reason;
 
 	if (!is_mapped(ctx)) {
-		reason = identify(&a);
+		reason = identify(&a, bpf_get_current_cgroup_id());
 		return verdict(&a, reason == ALLOWED ? NATIVE_IPV6 : reason);
 	}
 	a.address = ctx->user_ip6[3];
@@ -367,7 +147,7 @@ int ambit_connect6(struct bpf_sock_addr *ctx)
 /* Datagrams with an address of their own: within the pod's loopback, or not at all. */
 INLINE u32 decide_datagram(struct attempt *a)
 {
-	u32 reason = identify(a);
+	u32 reason = identify(a, bpf_get_current_cgroup_id());
 
 	if (reason != ALLOWED)
 		return reason;
@@ -394,7 +174,7 @@ int ambit_sendmsg6(struct bpf_sock_addr *ctx)
 		a.address = ctx->user_ip6[3];
 		return verdict(&a, decide_datagram(&a));
 	}
-	reason = identify(&a);
+	reason = identify(&a, bpf_get_current_cgroup_id());
 	return verdict(&a, reason == ALLOWED ? NATIVE_IPV6 : reason);
 }
 
@@ -422,6 +202,39 @@ int ambit_getpeername6(struct bpf_sock_addr *ctx)
 		ctx->user_ip6[3] = s->flow.asked_address;
 		ctx->user_port = htons(s->flow.asked_port);
 	}
+	return 1;
+}
+
+/* Nor is the near end of a captured socket the one that it would have: it goes by loopback, and would say so. */
+INLINE u32 own_address(struct bpf_sock_addr *ctx)
+{
+	struct bpf_sock *sk = ctx->sk;
+	u64 netns = bpf_get_netns_cookie(ctx);
+	struct namespace *n;
+
+	if (!sk || !bpf_sk_storage_get(&sockets, sk, 0, 0))
+		return 0;
+	n = bpf_map_lookup_elem(&namespaces, &netns);
+	return n ? n->address : 0;
+}
+
+SEC("cgroup/getsockname4")
+int ambit_getsockname4(struct bpf_sock_addr *ctx)
+{
+	u32 own = own_address(ctx);
+
+	if (own && in_loopback(ctx->user_ip4))
+		ctx->user_ip4 = own;
+	return 1;
+}
+
+SEC("cgroup/getsockname6")
+int ambit_getsockname6(struct bpf_sock_addr *ctx)
+{
+	u32 own = own_address(ctx);
+
+	if (own && is_mapped(ctx) && in_loopback(ctx->user_ip6[3]))
+		ctx->user_ip6[3] = own;
 	return 1;
 }
 

@@ -19,16 +19,9 @@ INLINE int refuse(struct bpf_sk_lookup *ctx, u32 reason)
 	struct event *e;
 
 	count(reason);
-	/* Anyone outside can cause these, so they may use half of the ring: denials of our own workloads keep the rest. */
-	if (bpf_ringbuf_query(&events, BPF_RB_AVAIL_DATA) > bpf_ringbuf_query(&events, BPF_RB_RING_SIZE) / 2) {
-		count(EVENT_LOST);
+	e = reserve_half();
+	if (!e)
 		return SK_DROP;
-	}
-	e = bpf_ringbuf_reserve(&events, sizeof(*e), 0);
-	if (!e) {
-		count(EVENT_LOST);
-		return SK_DROP;
-	}
 	e->time_ns = bpf_ktime_get_boot_ns();
 	e->cgroup = 0;
 	e->source = 0;
@@ -65,9 +58,9 @@ INLINE int is_loopback6(const struct bpf_sk_lookup *ctx)
 
 /* The kernel drops 127/8 from a wire as martian only while route_localnet is off, which is the pod's to change. But no
  * packet from a wire comes in by lo, nor has one from here to 127/8 another way in. */
-INLINE int is_loopback4(const struct bpf_sk_lookup *ctx)
+INLINE int is_to_loopback4(const struct bpf_sk_lookup *ctx)
 {
-	return in_loopback(ctx->local_ip4) && in_loopback(ctx->remote_ip4) && ctx->ingress_ifindex == LOOPBACK_IFINDEX;
+	return in_loopback(ctx->local_ip4) && ctx->ingress_ifindex == LOOPBACK_IFINDEX;
 }
 
 /* A socket of the agent in this namespace, source 127.x.y.z, to the pod's own address. (The kernel gives these the
@@ -84,10 +77,13 @@ int ambit_inbound(struct bpf_sk_lookup *ctx)
 	/* The kernel drops ::1 from a wire always. */
 	if (ctx->family != AF_INET)
 		return is_loopback6(ctx) ? SK_PASS : refuse(ctx, PLAIN_INBOUND);
-	if (is_loopback4(ctx)) {
-		if (ctx->local_port == CAPTURE_PORT && ctx->protocol == IPPROTO_TCP)
+	if (is_to_loopback4(ctx)) {
+		/* A captured socket may have been bound to the pod's address before. */
+		if (ctx->local_port == CAPTURE_PORT && ctx->protocol == IPPROTO_TCP &&
+		    (in_loopback(ctx->remote_ip4) || ctx->remote_ip4 == pod_address))
 			return capture(ctx);
-		return SK_PASS;
+		if (in_loopback(ctx->remote_ip4))
+			return SK_PASS;
 	}
 	return is_last_leg(ctx) ? SK_PASS : refuse(ctx, PLAIN_INBOUND);
 }

@@ -131,6 +131,55 @@ def on_device(device, host, port):
     assert_eq!((denied[&Reason::PolicyDeny], denied[&Reason::NativeIpv6], events_lost, loopback), (2, 3, 0, 1));
 }
 
+/// The application's view stays true at both ends of its socket, and whatever it bound before.
+#[test]
+fn a_captured_socket_shows_the_pods_address_and_may_be_bound_to_it() {
+    let (node, kernel) = node();
+    let listener = node.attach(&kernel);
+    let _server = node.listen_in_pod(Ipv4Addr::LOCALHOST, 8080);
+    let script = "
+def ends(host, family, bind=None, port=0):
+    s = socket.socket(family)
+    if bind: s.bind((bind, port))
+    s.settimeout(2); s.connect((host, 8080))
+    print(s.getsockname()[0], s.getpeername()[0]); s.close()
+ends('10.1.0.1', socket.AF_INET)
+ends('::ffff:10.1.0.1', socket.AF_INET6)
+ends('10.1.0.1', socket.AF_INET, '10.99.0.1', 4568)
+ends('10.1.0.1', socket.AF_INET, '0.0.0.0', 4569)
+ends('127.0.0.1', socket.AF_INET)";
+    let shown = node.python("client", script);
+    let (pod, mapped) = ("10.99.0.1 10.1.0.1", "::ffff:10.99.0.1 ::ffff:10.1.0.1");
+    assert_eq!(shown.lines().collect::<Vec<_>>(), [pod, mapped, pod, pod, "127.0.0.1 127.0.0.1"]);
+    for _ in 0..4 {
+        let (stream, client, capture) = accept(&listener);
+        let found = kernel.original_destination(netns_cookie(&stream).unwrap(), client, capture);
+        assert_eq!(found.map(|f| f.asked), Some(at([10, 1, 0, 1], 8080)), "{client}");
+    }
+}
+
+#[test]
+fn allowed_connections_are_told_as_often_as_asked() {
+    let (node, kernel) = node();
+    let _listener = node.attach(&kernel);
+    let told = |one_in: u32, calls: usize| {
+        kernel.sample_allowed(one_in).unwrap();
+        node.python("client", &format!("for _ in range({calls}): tcp('10.1.0.1', 8080)"));
+        let mut events: Vec<Event> = Vec::new();
+        kernel.drain_events(&mut |event| events.push(event)).unwrap();
+        assert!(events.iter().all(|e| e.reason == Reason::Allowed && e.source == CLIENT && e.destination == ALLOWED));
+        assert!(events.iter().all(|e| e.rule == 7 && e.address == at([10, 1, 0, 1], 8080)));
+        events.len()
+    };
+    assert_eq!((told(0, 20), told(1, 20)), (0, 20));
+    // No more: nobody accepts, and the listener's queue has 128 places.
+    let some = told(4, 80);
+    assert!((5..=45).contains(&some), "{some} of 80, about 20 expected");
+    let Counters { allowed, denied, .. } = kernel.counters().unwrap();
+    assert_eq!((allowed, denied.values().sum::<u64>()), (120, 0));
+    assert!(!denied.contains_key(&Reason::Allowed));
+}
+
 /// What `connect` and `sendmsg` programs never see must not exist: UDP-Lite sent in clear text around them.
 #[test]
 fn only_tcp_and_udp_sockets_can_be_made() {

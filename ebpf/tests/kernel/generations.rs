@@ -120,6 +120,9 @@ fn equal_tables_have_equal_digests_and_bad_ones_change_nothing() {
     let error = kernel.set_workload(3, CLIENT).unwrap_err();
     assert!(matches!(error, KernelError::MapFull { map: "workloads", .. }), "{error}");
     assert!(kernel.set_workload(1, 0).is_err());
+    let room = kernel.room().unwrap();
+    assert_eq!(room[..2], [("verdicts", 2002, 3000), ("endpoints", 2, 2)]);
+    assert_eq!(room[2..], [("services", 1, 1), ("workloads", 2, 2), ("flows", 0, 64)]);
 }
 
 #[test]
@@ -142,8 +145,18 @@ fn a_full_capacity_of_verdicts_installs_within_a_second() {
 #[test]
 fn a_second_agent_takes_over_the_same_links_with_new_programs() {
     let node = Node::new();
-    let links =
-        ["sock_create", "connect4", "connect6", "sendmsg4", "sendmsg6", "getpeername4", "getpeername6", "sockops"];
+    let links = [
+        "sock_create",
+        "connect4",
+        "connect6",
+        "sendmsg4",
+        "sendmsg6",
+        "getpeername4",
+        "getpeername6",
+        "getsockname4",
+        "getsockname6",
+        "sockops",
+    ];
     let ids = || links.map(|name| Link::open(node.pins.join("links").join(name)).unwrap().info().unwrap());
     drop(Kernel::open(&node.options()).unwrap());
     let first = ids();

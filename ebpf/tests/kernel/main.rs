@@ -4,4 +4,5 @@
 mod connect;
 mod generations;
 mod inbound;
+#[allow(dead_code, reason = "the no-bypass suite and the benchmark use the rest")]
 mod support;

@@ -4,11 +4,11 @@
 use ambit_ebpf::{Capacity, Kernel, Options, cgroup_id};
 use nix::sched::{CloneFlags, setns};
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, BufRead, BufReader, Write};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
@@ -20,10 +20,10 @@ static NEXT: AtomicU32 = AtomicU32::new(0);
 
 pub(crate) struct Node {
     pub(crate) mesh: PathBuf,
-    base: PathBuf,
+    pub(crate) base: PathBuf,
     pub(crate) pins: PathBuf,
-    pod: Child,
-    outside: Child,
+    pub(crate) pod: Child,
+    pub(crate) outside: Child,
 }
 
 impl Node {
@@ -102,16 +102,42 @@ impl Node {
         self.command(cgroup, script).stdout(Stdio::piped()).spawn().unwrap()
     }
 
+    /// The same, asked line by line.
+    pub(crate) fn worker(&self, cgroup: &str, script: &str) -> Worker {
+        self.worker_in(&self.pod_path(), Some(cgroup), script)
+    }
+
+    /// A worker in any network namespace; without a cgroup of the mesh it is beside it, not below.
+    pub(crate) fn worker_in(&self, netns: &str, cgroup: Option<&str>, script: &str) -> Worker {
+        let mut command = self.command_in(netns, cgroup, script);
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let (lines, answers) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
+        Worker { child, lines: Some(lines), answers }
+    }
+
     pub(crate) fn python(&self, cgroup: &str, script: &str) -> String {
         text(self.command(cgroup, script).output().unwrap())
     }
 
+    pub(crate) fn python_in(&self, netns: &str, cgroup: Option<&str>, script: &str) -> String {
+        text(self.command_in(netns, cgroup, script).output().unwrap())
+    }
+
+    fn pod_path(&self) -> String {
+        format!("/proc/{}/ns/net", self.pod.id())
+    }
+
     fn command(&self, cgroup: &str, script: &str) -> Command {
+        self.command_in(&self.pod_path(), Some(cgroup), script)
+    }
+
+    fn command_in(&self, netns: &str, cgroup: Option<&str>, script: &str) -> Command {
+        let cgroup = cgroup.map_or(self.base.clone(), |name| self.mesh.join(name));
         let mut command = Command::new("sh");
         command
             .args(["-c", "echo $$ > \"$0/cgroup.procs\" && exec nsenter --net=\"$1\" python3 -c \"$2\""])
-            .arg(self.mesh.join(cgroup))
-            .arg(format!("/proc/{}/ns/net", self.pod.id()))
+            .arg(cgroup)
+            .arg(netns)
             .arg(format!("{PRELUDE}\n{script}"))
             .stdin(Stdio::null());
         command
@@ -120,6 +146,32 @@ impl Node {
     /// One TCP connect by a workload: `ok <peer>` or the name of the error.
     pub(crate) fn connect(&self, cgroup: &str, address: SocketAddrV4) -> String {
         self.python(cgroup, &format!("print(tcp('{}', {}))", address.ip(), address.port()))
+    }
+}
+
+/// A workload that answers each line that it reads with one line.
+pub(crate) struct Worker {
+    child: Child,
+    lines: Option<ChildStdin>,
+    answers: BufReader<ChildStdout>,
+}
+
+impl Worker {
+    pub(crate) fn ask(&mut self, line: &str) {
+        writeln!(self.lines.as_mut().unwrap(), "{line}").unwrap();
+    }
+
+    pub(crate) fn answer(&mut self) -> String {
+        let mut line = String::new();
+        assert_ne!(self.answers.read_line(&mut line).unwrap(), 0, "the workload ended");
+        line.trim().to_owned()
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        drop(self.lines.take());
+        end(&mut self.child);
     }
 }
 
@@ -170,6 +222,12 @@ pub(crate) fn try_accept(listener: &TcpListener, within: Duration) -> Option<(Tc
     }
 }
 
+/// Resets a connection when it is closed, so that its port is free again.
+pub(crate) fn close_at_once(stream: &TcpStream) {
+    let now = nix::libc::linger { l_onoff: 1, l_linger: 0 };
+    nix::sys::socket::setsockopt(stream, nix::sys::socket::sockopt::Linger, &now).unwrap();
+}
+
 pub(crate) fn v4(address: SocketAddr) -> SocketAddrV4 {
     match address {
         SocketAddr::V4(a) => a,
@@ -188,7 +246,7 @@ fn cgroup_mount() -> PathBuf {
 }
 
 /// A process that holds a network namespace of its own; the namespace goes with it.
-fn namespace_holder() -> Child {
+pub(crate) fn namespace_holder() -> Child {
     let ours = fs::read_link("/proc/self/ns/net").unwrap();
     let mut child = Command::new("unshare").args(["--net", "sleep", "600"]).spawn().unwrap();
     for _ in 0..500 {
@@ -201,11 +259,11 @@ fn namespace_holder() -> Child {
     panic!("unshare made no network namespace");
 }
 
-fn netns_of(child: &Child) -> File {
+pub(crate) fn netns_of(child: &Child) -> File {
     File::open(format!("/proc/{}/ns/net", child.id())).unwrap()
 }
 
-fn in_netns<T: Send + 'static>(netns: File, make: impl FnOnce() -> T + Send + 'static) -> T {
+pub(crate) fn in_netns<T: Send + 'static>(netns: File, make: impl FnOnce() -> T + Send + 'static) -> T {
     let thread = std::thread::spawn(move || {
         setns(netns, CloneFlags::CLONE_NEWNET).unwrap();
         make()
@@ -240,7 +298,7 @@ pub(crate) fn run(command: &str) {
     assert!(status.success(), "{command}");
 }
 
-fn end(child: &mut Child) {
+pub(crate) fn end(child: &mut Child) {
     drop(child.kill());
     drop(child.wait());
 }
