@@ -175,6 +175,8 @@ codes! {
     ShareInvalid = "share_invalid", Denied, "bring enough undamaged shares of this root, all made together (ambit trust shares)";
     ReplicaUnattested = "replica_unattested", Denied, "give the replica a TPM (tpm in its configuration) that is on the allow-list of cluster `replica` and booted as the policy `replica` says";
     SealIncomplete = "seal_incomplete", Precondition, "see what lacks (ambit trust seal --dry-run): every replica attested, and recovery shares of each root";
+    PolicyUnenforceable = "policy_unenforceable", Invalid, "leave it out: no kernel of this release enforces it, and a rule that is accepted and not enforced is worse than none";
+    PolicyBlastRadius = "policy_blast_radius", Precondition, "read what would flip (ambit policy plan); if it is meant, allow as many (--max-flips N)";
 }
 
 impl fmt::Display for Code {

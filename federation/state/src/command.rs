@@ -3,6 +3,7 @@
 use crate::committed::{
     DownstreamAuthority, Issuance, JwtIssuance, PreparedRoot, ReplicaAdmission, ReplicaAuthority, SealedReport,
 };
+pub use crate::documents::{DocumentKind, DocumentsChange};
 use crate::objects::{
     AkFacts, BootPcrs, CellRow, Counters, DenialRow, EkDenyRow, EkFacts, EndpointProfile, ImaPoint, KeySetRow, Member,
     PeerRow, PolicyRef, PolicyVersion, TokenRow,
@@ -476,6 +477,17 @@ pub enum Command {
     WrappedTo(BTreeMap<u64, Vec<u8>>, Box<Command>),
     /// A replica's own TPM showed another state than is accepted: it is attested no more.
     DenyReplica(Box<ReplicaDenial>),
+    /// Documents written and deleted in one: all or none.
+    ChangeDocuments(Box<DocumentsChange>),
+    /// Documents become what they were right after a change that is remembered.
+    RollbackDocuments {
+        /// Which change.
+        to: Revision,
+        /// As [`DocumentsChange::over`].
+        over: Option<Revision>,
+        /// Who asked.
+        by: String,
+    },
 }
 
 /// A foreign bundle, read strictly.

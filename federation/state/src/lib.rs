@@ -11,6 +11,7 @@ mod callers;
 pub mod command;
 pub mod committed;
 mod denied;
+mod documents;
 mod fit;
 #[cfg(ambit_mutant)]
 pub mod mutant;
@@ -18,6 +19,7 @@ pub mod objects;
 mod read;
 mod result;
 mod roles;
+mod rules;
 pub mod sealing;
 pub mod slice;
 mod state;
@@ -26,7 +28,9 @@ mod watched;
 
 pub use apply::jwt::{JWT_PUBLISHED_MIN_MS, JWT_PUBLISHED_MS, JWT_SIGNS_MS, JwtDue};
 pub use apply::{Beginning, ENDPOINTS_PER_NODE_MAX};
-pub use command::{Command, FetchedBundle, IdVerb, LogEntry, NodeVerb, Nodes, Reply, RoleChange};
+pub use command::{
+    Command, DocumentKind, DocumentsChange, FetchedBundle, IdVerb, LogEntry, NodeVerb, Nodes, Reply, RoleChange,
+};
 pub use committed::{Committed, Issuance, JwtIssuance, RevokedLeaves, Subject};
 pub use denied::SvidDenials;
 pub use roles::FOUNDER;
