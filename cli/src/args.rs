@@ -8,6 +8,7 @@ mod deny;
 mod entry;
 mod federation;
 mod node;
+mod policy;
 mod svid;
 mod trust;
 mod watch;
@@ -20,6 +21,7 @@ pub use deny::{Deny, SvidRevoke};
 pub use entry::{Entry, EntryCreate, EntryList, EntryUpdate};
 pub use federation::{Federation, FederationProfile, FederationPut};
 pub use node::{Claimed, Node, Selected};
+pub use policy::{Destination, Explain, Policy, Reached};
 pub use svid::{BundleFile, Svid, SvidMint, SvidUsage, SvidVerify};
 pub use trust::{External, ImportExternal, OpenShare, Shares};
 pub use watch::{Watch, WatchedKind};
@@ -239,65 +241,6 @@ pub enum Trust {
     },
     /// Opens an encrypted share with its holder's key
     OpenShare(OpenShare),
-}
-
-#[derive(Debug, Subcommand)]
-pub enum Policy {
-    /// Checks documents without a cell
-    Lint {
-        /// The file; `-` reads standard input
-        file: PathBuf,
-    },
-    /// Sends documents to the cell; all or none take effect
-    Apply {
-        /// The file; `-` reads standard input
-        #[arg(short, long)]
-        file: PathBuf,
-    },
-    /// Removes one object
-    Delete {
-        name: String,
-        /// policy or service
-        #[arg(long, default_value = "policy", value_parser = ["policy", "service"])]
-        kind: String,
-    },
-    /// Policies and services that the cell knows, imported ones too
-    List,
-    /// Which agents hold the cell's revision in their kernel; ends 5 where one does not
-    Status {
-        /// Wait, at most --timeout, until all do
-        #[arg(long)]
-        wait: bool,
-    },
-    /// Why SRC may or may not reach DST:PORT
-    Explain(Explain),
-}
-
-#[derive(Debug, clap::Args)]
-pub struct Explain {
-    /// The caller's SPIFFE ID
-    #[arg(value_name = "SRC")]
-    pub source: String,
-    /// The target's SPIFFE ID (or address) and port
-    #[arg(value_name = "DST:PORT")]
-    pub destination: Destination,
-}
-
-/// What is called: a name and a port.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Destination {
-    pub name: String,
-    pub port: u16,
-}
-
-impl std::str::FromStr for Destination {
-    type Err = String;
-    fn from_str(s: &str) -> Result<Self, String> {
-        let bad = || "expected a SPIFFE ID or an address, a colon and a port of 1-65535".to_owned();
-        let (name, port) = s.rsplit_once(':').ok_or_else(bad)?;
-        let port: u16 = port.parse().map_err(|_| bad())?;
-        if name.is_empty() || port == 0 { Err(bad()) } else { Ok(Destination { name: name.to_owned(), port }) }
-    }
 }
 
 #[derive(Debug, Subcommand)]

@@ -9,6 +9,7 @@ pub mod cell;
 pub mod context;
 pub mod drill;
 pub mod duration;
+pub mod excerpt;
 pub mod exit;
 pub mod output;
 pub mod pair;

@@ -143,7 +143,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
     };
     let broker = Broker::new(issued.clone(), tokens.clone(), Arc::new(mesh.clone()), gate);
     let broker = serve_brokers(broker, broker_socket, NodeIdentity(enrolled_rx.clone()));
-    let outbound = Outbound::new(plane_rx.clone(), denials.clone(), health.clone(), hbone::PORT);
+    let outbound = Outbound::new(plane_rx.clone(), denials.clone(), health.clone(), clock.clone(), hbone::PORT);
     let control = Control {
         pods_dir: config.pods_dir.clone(),
         cgroup_root: config.cgroup_root.clone(),
@@ -155,6 +155,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
         denials: denials.clone(),
         health: health.clone(),
         outbound: outbound.clone(),
+        clock: clock.clone(),
         wires: control::Wires { desired: desired_rx, outcome, endpoints, plane, node: node_rx },
     };
     let inbound = Inbound::new(plane_rx.clone(), denials.clone(), netns, clock);

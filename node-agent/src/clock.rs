@@ -1,6 +1,6 @@
 //! The time as this node may believe it: its own clock, but never below the highest stamp a leader has sent (I15).
 
-use ambit_model::Stamp;
+use ambit_model::{Moment, Stamp};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -15,6 +15,10 @@ impl Clock {
     pub fn now(&self) -> Stamp {
         let own = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis());
         Stamp(u64::try_from(own).unwrap_or(u64::MAX).max(self.floor_ms.load(Ordering::Relaxed)))
+    }
+    /// Between which instants now is: what the cell gave ends by the own clock too, where that is later.
+    pub fn moment(&self) -> Moment {
+        Moment { committed: Stamp(self.floor_ms.load(Ordering::Relaxed)), latest: self.now() }
     }
     /// Takes note of a leader's stamp: a clock set back by its owner revives no expired certificate.
     pub fn seen(&self, stamp: Stamp) {

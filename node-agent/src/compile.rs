@@ -4,7 +4,7 @@ use crate::denials::Denials;
 use crate::view::{View, Workload};
 use ambit_ebpf::{Action, MAX_SERVICE_ENDPOINTS, Service, ServiceEndpoint, Tables, Tier, Verdict, VerdictKey};
 use ambit_model::policy::{Endpoint, Order};
-use ambit_model::{NumericIdentity, SpiffeId};
+use ambit_model::{Moment, NumericIdentity, SpiffeId};
 use ambit_policy::PortSet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, SocketAddrV4};
@@ -22,6 +22,7 @@ pub fn tables<'a>(
     denials: &Denials,
     local: impl IntoIterator<Item = &'a Workload>,
     unhealthy: &Unhealthy,
+    now: Moment,
 ) -> Tables {
     let sources: BTreeMap<&SpiffeId, NumericIdentity> =
         local.into_iter().map(|w| (&w.entry.spiffe_id, w.number)).collect();
@@ -31,7 +32,7 @@ pub fn tables<'a>(
     let mut verdicts = Vec::new();
     for (source, from) in &sources {
         for (destination, to) in &destinations {
-            verdicts.extend(pair(&view.policies.ports(source, destination), *from, *to));
+            verdicts.extend(pair(&view.rules.ports(source, destination, now), *from, *to));
         }
     }
     let denied = denied.iter().map(|(e, _)| (e.address, DENIED_NODE.0));
@@ -104,6 +105,8 @@ mod tests {
     use crate::view::tests::{pod, slice, view};
     use ambit_proto::v1;
 
+    const NOW: Moment = Moment { committed: ambit_model::Stamp(5), latest: ambit_model::Stamp(9) };
+
     fn endpoint(id: &str, address: &str, cluster: &str) -> v1::Endpoint {
         v1::Endpoint {
             spiffe_id: id.into(),
@@ -146,7 +149,7 @@ mod tests {
         let view = view(s).unwrap();
         let local = view.workloads(&[pod("web", 1000, 11)]);
         let unhealthy = unhealthy.iter().map(|a| a.parse().unwrap()).collect();
-        let tables = tables(&view, &view.denials, local.values(), &unhealthy);
+        let tables = tables(&view, &view.denials, local.values(), &unhealthy, NOW);
         (view, tables)
     }
     /// What the kernel's rule makes of the tables: deny wins over allow, nothing is deny.
@@ -176,10 +179,23 @@ mod tests {
                 let destination = destination.parse().unwrap();
                 for port in [22, 80, 5432] {
                     let said = allows(&tables, 256, view.numbers[&destination].0, port);
-                    assert_eq!(said, view.policies.evaluate(&source, &destination, port).allowed, "{name} {port}");
+                    assert_eq!(said, view.policies.evaluate(&source, &destination, port, NOW).allowed, "{name} {port}");
                 }
             }
         }
+    }
+
+    #[test]
+    fn an_allow_ends_by_the_own_clock_and_a_deny_by_committed_time() {
+        let at = |expires_at_ms: u64| {
+            let ending = |p: v1::Policy| v1::Policy { expires_at_ms, ..p };
+            let allow = policy("b", "spiffe://west/web-root", v1::Action::Allow, "spiffe://west/web", &[80]);
+            let deny = policy("d", "spiffe://east/db", v1::Action::Deny, "spiffe://west/web", &[5432]);
+            let tables = compiled(|s| s.policies.extend([ending(allow), ending(deny)]), &[]).1;
+            (allows(&tables, 256, 257, 80), allows(&tables, 256, 258, 5432))
+        };
+        // Committed time is 5 here, and the own clock says 9.
+        assert_eq!([at(10), at(9), at(6), at(5)], [(true, false), (false, false), (false, false), (false, true)]);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //! it makes the kernel's tables and the plane that carries traffic, whole, each time one of them changes.
 
 use crate::cgroup::MeshRoot;
+use crate::clock::Clock;
 use crate::compile;
 use crate::denials::Lane;
 use crate::health::Health;
@@ -16,7 +17,7 @@ use crate::view::{View, Workload};
 use ambit_ebpf::{CAPTURE_PORT, Tables, netns_cookie};
 use ambit_identity::{SharedTrust, Trust, TrustStore};
 use ambit_model::policy::Endpoint;
-use ambit_model::{Code, EntryId, Generation, NodeId, Refusal, Revision};
+use ambit_model::{Code, EntryId, Generation, Moment, NodeId, Refusal, Revision};
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::os::fd::AsFd;
@@ -76,6 +77,8 @@ pub struct Control {
     pub health: Health,
     /// What captured connections are handed to.
     pub outbound: Outbound,
+    /// By which policies end.
+    pub clock: Arc<Clock>,
     /// Its wires.
     pub wires: Wires,
 }
@@ -116,6 +119,8 @@ struct State {
     unguarded: BTreeMap<String, Refusal>,
     view: Option<Arc<View>>,
     installed: Option<(Arc<Tables>, [u8; 32])>,
+    /// When what is in force was judged: policies end without a word from the cell.
+    judged: Option<Moment>,
     credentials: BTreeMap<EntryId, Arc<Credentials>>,
     reconciled: bool,
 }
@@ -141,7 +146,7 @@ impl Control {
                 }
                 _ = tick.tick() => {
                     let changed = self.look(&mut state).await;
-                    if self.look_at_wires(&mut state) || changed {
+                    if self.look_at_wires(&mut state) || changed || self.is_over(&state) {
                         self.reconcile(&mut state).await;
                     }
                 }
@@ -316,13 +321,20 @@ impl Control {
         }
     }
 
+    /// Whether a policy ended since what is in force was judged.
+    fn is_over(&self, state: &State) -> bool {
+        let judged = state.view.as_ref().zip(state.judged);
+        judged.is_some_and(|(view, at)| view.rules.changes_between(at, self.clock.moment()))
+    }
+
     /// Brings kernel and plane to the newest view and pods.
     async fn reconcile(&mut self, state: &mut State) {
         let desired = self.wires.desired.borrow_and_update().clone();
         let Some(view) = desired else { return };
         let begun = Instant::now();
         let workloads = view.workloads(state.pods.values());
-        let result = self.install(state, &view, &workloads).await;
+        let now = self.clock.moment();
+        let result = self.install(state, &view, &workloads, now).await;
         METRICS.component.set(["kernel"], f64::from(u8::from(result.is_ok())));
         match &result {
             Ok(_) => {
@@ -339,6 +351,7 @@ impl Control {
         if outcome.result.is_ok() {
             self.replace_trust(&view);
             state.view = Some(view.clone());
+            state.judged = Some(now);
             self.issued.set_pods(view.entries_of_pods(state.pods.values()));
             self.issued.set_view(view);
             self.publish(state, &self.issued.now());
@@ -351,8 +364,10 @@ impl Control {
         state: &mut State,
         view: &View,
         workloads: &BTreeMap<String, Workload>,
+        now: Moment,
     ) -> Result<[u8; 32], Refusal> {
-        let tables = Arc::new(compile::tables(view, &self.denials.now(), workloads.values(), &self.health.unhealthy()));
+        let (denials, unhealthy) = (self.denials.now(), self.health.unhealthy());
+        let tables = Arc::new(compile::tables(view, &denials, workloads.values(), &unhealthy, now));
         let digest = match &state.installed {
             Some((installed, digest)) if *installed == tables => *digest,
             _ => {

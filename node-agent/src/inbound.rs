@@ -11,7 +11,8 @@ use crate::plane::{LocalPod, Plane};
 use crate::view::View;
 use crate::{pump, tls};
 use ambit_identity::{NodeBinding, PeerSvid};
-use ambit_model::{Code, Refusal, SpiffeId};
+use ambit_model::{Code, Moment, Refusal, SpiffeId};
+use ambit_policy::Verdict;
 use bytes::Bytes;
 use h2::RecvStream;
 use h2::server::SendResponse;
@@ -206,7 +207,11 @@ impl Inbound {
             plane.pods.get(to.ip()).filter(|pod| *pod.id() == call.to).cloned().ok_or_else(|| {
                 Refusal::new(Code::PolicyDenied, format!("an address of {}", call.to), to.to_string())
             })?;
-        judge(&plane, &self.denials.now(), call, to, self.clock.now())?;
+        let verdict = judge(&plane, &self.denials.now(), call, to, self.clock.moment())?;
+        if let Some(rule) = verdict.audited {
+            METRICS.audited.inc(["inbound"]);
+            tracing::info!(%rule, caller = %call.peer.id(), called = %call.to, port = to.port(), "audited: a deny would refuse it");
+        }
         Ok((pod, to))
     }
 
@@ -218,7 +223,7 @@ impl Inbound {
             let now = plane.borrow_and_update().clone();
             let denied = denials.borrow_and_update().clone();
             // An SVID that ran out does not end a connection that it began; being denied does, and so does policy.
-            if let Some(Err(refusal)) = now.map(|p| permitted(&p, &denied, call, to)) {
+            if let Some(Err(refusal)) = now.map(|p| permitted(&p, &denied, call, to, self.clock.moment())) {
                 return refusal;
             }
             let changed = tokio::select! {
@@ -257,27 +262,21 @@ impl Inbound {
 }
 
 /// May this caller speak to that port of this workload now?
-fn judge(
-    plane: &Plane,
-    denials: &Denials,
-    call: &Call,
-    to: SocketAddrV4,
-    now: ambit_model::Stamp,
-) -> Result<(), Refusal> {
-    if call.peer.not_after() < now {
+fn judge(plane: &Plane, denials: &Denials, call: &Call, to: SocketAddrV4, now: Moment) -> Result<Verdict, Refusal> {
+    if call.peer.not_after() < now.latest {
         let found = format!("ended at {} ms", call.peer.not_after().0);
         return Err(Refusal::new(Code::SvidUntrusted, "an SVID in time", found));
     }
-    permitted(plane, denials, call, to)
+    permitted(plane, denials, call, to, now)
 }
 
-/// The same of a connection that is open already: all of it but the time.
-fn permitted(plane: &Plane, denials: &Denials, call: &Call, to: SocketAddrV4) -> Result<(), Refusal> {
+/// The same of a connection that is open already: all of it but the end of the SVID.
+fn permitted(plane: &Plane, denials: &Denials, call: &Call, to: SocketAddrV4, now: Moment) -> Result<Verdict, Refusal> {
     trusted(denials, call)?;
     at_home(&plane.view, call)?;
-    let verdict = plane.view.policies.evaluate(call.peer.id(), &call.to, to.port());
+    let verdict = plane.view.rules.evaluate(call.peer.id(), &call.to, to.port(), now);
     if verdict.allowed {
-        return Ok(());
+        return Ok(verdict);
     }
     let found = format!("{} to {} port {}: {}", call.peer.id(), call.to, to.port(), verdict.reason);
     Err(Refusal::new(Code::PolicyDenied, "an allowed connection", found))

@@ -182,6 +182,8 @@ pub struct Metrics {
     pub cell_word: Age,
     /// Live connections ended because they would not be admitted any more, by direction.
     pub cut: Family<1>,
+    /// Connections that an audit policy matched, by direction.
+    pub audited: Family<1>,
 }
 
 /// The reasonable range for work on one node: 50 microseconds to 5 seconds.
@@ -249,6 +251,12 @@ pub static METRICS: Metrics = Metrics {
     ),
     last_quote: Age::new("ambit_agent_quote_age_seconds", "Time since the last quote that answered a round."),
     cell_word: Age::new("ambit_agent_cell_age_seconds", "Time since the cell's last word."),
+    audited: Family::new(
+        "ambit_connections_audited_total",
+        "counter",
+        ["direction"],
+        "Connections admitted that an audit policy would refuse, were it a deny.",
+    ),
     cut: Family::new(
         "ambit_connections_cut_total",
         "counter",
@@ -280,6 +288,7 @@ impl Metrics {
         self.quote_time.write(&mut out);
         self.last_quote.write(&mut out);
         self.cut.write(&mut out);
+        self.audited.write(&mut out);
         process(&mut out);
         out
     }

@@ -3,6 +3,7 @@
 //! The kernel has allowed it already. What cannot be traced back, proved or reached ends in a reset, never in a
 //! connection by another way.
 
+use crate::clock::Clock;
 use crate::denials::{Denials, Lane};
 use crate::hbone::{Lease, TunnelError};
 use crate::health::{self, Health};
@@ -40,13 +41,20 @@ pub struct Outbound {
     pool: Pool,
     health: Health,
     flows: Arc<Semaphore>,
+    clock: Arc<Clock>,
     port: u16,
 }
 
 impl Outbound {
     /// An outbound side that follows `plane` and `denials` and reaches nodes on `port` (15008 but in tests).
-    pub fn new(plane: watch::Receiver<Option<Arc<Plane>>>, denials: Lane, health: Health, port: u16) -> Self {
-        Self { plane, denials, pool: Pool::default(), health, flows: Arc::new(Semaphore::new(FLOWS_MAX)), port }
+    pub fn new(
+        plane: watch::Receiver<Option<Arc<Plane>>>,
+        denials: Lane,
+        health: Health,
+        clock: Arc<Clock>,
+        port: u16,
+    ) -> Self {
+        Self { plane, denials, pool: Pool::default(), health, flows: Arc::new(Semaphore::new(FLOWS_MAX)), clock, port }
     }
 
     /// Cuts tunnels to nodes as they are denied, until the process ends.
@@ -210,13 +218,13 @@ impl Outbound {
     fn other<'a>(&self, plane: &'a Plane, pod: &LocalPod, captured: Captured) -> Option<&'a Endpoint> {
         let view = &plane.view;
         let service = view.services.iter().find(|s| SocketAddrV4::new(s.address, s.port) == captured.asked)?;
-        let (unhealthy, denials) = (self.health.unhealthy(), self.denials.now());
+        let (unhealthy, denials, now) = (self.health.unhealthy(), self.denials.now(), self.clock.moment());
         view.endpoints
             .values()
             .filter(|e| e.address != *captured.endpoint.ip() && !unhealthy.contains(&e.address))
             .filter(|e| !denials.denies_endpoint(e))
             .filter(|e| service.backends.iter().any(|b| b.contains(&e.spiffe_id)))
-            .filter(|e| view.policies.evaluate(pod.id(), &e.spiffe_id, service.port).allowed)
+            .filter(|e| view.rules.evaluate(pod.id(), &e.spiffe_id, service.port, now).allowed)
             .min_by_key(|e| (compile::tier(view, service, e), e.address))
     }
 }

@@ -7,7 +7,7 @@ use ambit_model::{
     Bundle, ClusterId, Code, Entry, EntryId, Foreign, NodeId, NumericIdentity, Own, Refusal, Revision, Selector,
     SpiffeId, Stamp, TrustDomain,
 };
-use ambit_policy::PolicySet;
+use ambit_policy::{Index, PolicySet};
 use ambit_proto::{convert, v1};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
@@ -31,6 +31,8 @@ pub struct View {
     pub entries: Vec<Entry>,
     /// Who may speak to whom.
     pub policies: PolicySet,
+    /// The same, compiled: what every decision asks.
+    pub rules: Index,
     /// Virtual services.
     pub services: Vec<Service>,
     /// Who is behind which address.
@@ -61,6 +63,7 @@ impl View {
         expect("cluster", cluster.as_str(), &slice.cluster)?;
         let (own, foreign) = bundles(&slice.bundles, trust_domain)?;
         let known = foreign.iter().map(|b| b.trust_domain().clone()).chain([trust_domain.clone()]).collect();
+        let policies = policies(&slice.policies, known)?;
         Ok(Self {
             revision: Revision(slice.revision),
             stamp: Stamp(slice.stamp_ms),
@@ -69,7 +72,8 @@ impl View {
             own,
             foreign,
             entries: slice.entries.iter().map(Entry::try_from).collect::<Result<_, _>>()?,
-            policies: policies(&slice.policies, known)?,
+            rules: policies.compile(),
+            policies,
             services: slice.services.iter().map(Service::try_from).collect::<Result<_, _>>()?,
             endpoints: endpoints(&slice.endpoints, trust_domain)?,
             callers: callers(&slice.callers)?,

@@ -16,7 +16,7 @@ use ambit_agent::outbound::Outbound;
 use ambit_agent::view::View;
 use ambit_identity::{SharedTrust, Trust, TrustStore};
 use ambit_model::policy::Endpoint;
-use ambit_model::{Generation, Revision};
+use ambit_model::{Generation, Moment, Revision, Stamp};
 use ambit_proto::v1;
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
@@ -138,6 +138,7 @@ impl Node {
         let (issued, health) = (Issued::default(), Health::new(Some(kernel.clone())));
         let denials = Lane::default();
         let port = hbone.local_addr().unwrap().port();
+        let clock = Arc::new(Clock::default());
         let control = Control {
             pods_dir: ground.dir.join("pods"),
             cgroup_root: ground.mesh(),
@@ -148,11 +149,12 @@ impl Node {
             trust,
             denials: denials.clone(),
             health: health.clone(),
-            outbound: Outbound::new(plane_rx.clone(), denials.clone(), health, port),
+            outbound: Outbound::new(plane_rx.clone(), denials.clone(), health, clock.clone(), port),
+            clock: clock.clone(),
             wires: Wires { desired: desired_rx, outcome: outcome_tx, endpoints: endpoints_tx, plane, node },
         };
         tokio::spawn(control.run());
-        let inbound = Inbound::new(plane_rx, denials.clone(), netns, Arc::new(Clock::default()));
+        let inbound = Inbound::new(plane_rx, denials.clone(), netns, clock);
         tokio::spawn(inbound.serve(hbone));
         Node { desired, outcome, endpoints, issued, kernel, denials }
     }
@@ -474,7 +476,7 @@ async fn the_kernel_decides_as_evaluate_does() {
             assert_eq!(answers.lines().count(), tries.len());
             let source = cell.id(caller).parse().unwrap();
             for ((to, port), answer) in tries.into_iter().zip(answers.lines()) {
-                let said = view.policies.evaluate(&source, &ids[to].parse().unwrap(), port);
+                let said = view.policies.evaluate(&source, &ids[to].parse().unwrap(), port, Moment::at(Stamp(1)));
                 let expected = if said.allowed { "allowed" } else { "refused" };
                 assert_eq!(answer, expected, "round {round}: {source} to {}:{port} ({said:?}) {policies:#?}", ids[to]);
                 *if said.allowed { &mut allowed } else { &mut refused } += 1;

@@ -106,7 +106,7 @@ impl Stage {
         let inbound = Inbound::new(east_rx, east_denials.clone(), NetnsThread::start().unwrap(), clock.clone());
         tokio::spawn(inbound.serve(hbone));
         let health = Health::new(None);
-        let outbound = Outbound::new(west_rx, west_denials.clone(), health.clone(), at.port());
+        let outbound = Outbound::new(west_rx, west_denials.clone(), health.clone(), clock.clone(), at.port());
         tokio::spawn(outbound.clone().cut_denied());
         let mut stage = Stage {
             home: Ipv4Addr::new(127, 0, 76, n),
@@ -770,4 +770,25 @@ async fn garbage_on_the_hbone_port_harms_nobody() {
     let mut app = stage.call_db().await;
     let (mut pod, _) = stage.served().await;
     round_trip(&mut app, &mut pod, 10).await;
+}
+
+#[tokio::test]
+async fn an_allow_ends_without_a_word_from_the_cell_and_an_audit_only_counts() {
+    let mut stage = Stage::set(28).await;
+    let now = stage.east_clock.now();
+    let ends = now.plus_ms(5_000);
+    let brief = |slice: &mut v1::Slice| {
+        slice.policies[0].expires_at_ms = ends.0;
+        let watch = allow("watch", "spiffe://east/db", "spiffe://west/web", &[]);
+        slice.policies.push(v1::Policy { action: v1::Action::Audit as i32, ..watch });
+    };
+    stage.publish(brief, brief);
+    let before = METRICS.audited.value(["inbound"]);
+    let mut app = stage.call_db().await;
+    let (mut pod, _) = stage.served().await;
+    round_trip(&mut app, &mut pod, 100).await;
+    assert!(METRICS.audited.value(["inbound"]) > before, "an audit policy matched");
+    // The SVIDs are good for long after; nothing but the policy is over now, and no plane was published.
+    stage.east_clock.seen(ends);
+    assert!(is_reset(stage.call_db().await).await, "it is over");
 }

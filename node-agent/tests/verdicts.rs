@@ -13,7 +13,7 @@ use ambit_agent::compile;
 use ambit_agent::pods::Pod;
 use ambit_agent::view::View;
 use ambit_ebpf::Kernel;
-use ambit_model::SpiffeId;
+use ambit_model::{Moment, SpiffeId, Stamp};
 use ambit_proto::v1;
 use node::{Node, Worker};
 use std::collections::BTreeSet;
@@ -145,12 +145,15 @@ fn endpoint(id: &str, last: u8, node: u8) -> v1::Endpoint {
     }
 }
 
+/// No policy of these ends.
+const NOW: Moment = Moment { committed: Stamp(1), latest: Stamp(1) };
+
 /// The oracle: `evaluate`, and what the agent must know of the callee to let anybody reach it.
 fn expected(view: &View, source: &SpiffeId, last: u8, port: u16) -> bool {
     let Some(endpoint) = view.endpoints.get(&Ipv4Addr::new(10, 70, 101, last)) else { return false };
     view.numbers.contains_key(&endpoint.spiffe_id)
         && !view.denials.denies_endpoint(endpoint)
-        && view.policies.evaluate(source, &endpoint.spiffe_id, port).allowed
+        && view.policies.evaluate(source, &endpoint.spiffe_id, port, NOW).allowed
 }
 
 /// Reads `host:port` words a line, and answers each with A (allowed), D (denied) or the error's name.
@@ -203,7 +206,8 @@ fn round(set: usize, kernel: &Kernel, callers: &mut [Caller], tally: &mut Tally)
     let view = View::parse(slice(&mut numbers), &domain, &"west".parse().unwrap()).unwrap();
     let workloads = view.workloads(callers.iter().map(|c| &c.pod));
     assert_eq!(workloads.len(), CALLERS.len());
-    kernel.install(&compile::tables(&view, &view.denials, workloads.values(), &BTreeSet::new())).unwrap();
+    let tables = compile::tables(&view, &view.denials, workloads.values(), &BTreeSet::new(), NOW);
+    kernel.install(&tables).unwrap();
     workloads.values().for_each(|w| kernel.set_workload(w.pod.cgroup_id, w.number.0).unwrap());
 
     let hosts: Vec<u8> = CALLED.iter().map(|called| called.1).chain([EMPTY]).collect();

@@ -3,7 +3,7 @@
 use crate::v1;
 use ambit_model::act::{Approval, Approved, SIGNATURE_BYTES};
 use ambit_model::bundle::Bundle;
-use ambit_model::policy::{Action, Endpoint, NodeAddress, Peers, Policy, Service};
+use ambit_model::policy::{Action, Endpoint, Group, Labels, NodeAddress, Peers, Policy, PolicyExtras, Service, label};
 use ambit_model::{
     Code, DnsName, Entry, EntryExtras, Extras, Generation, JwtAuthority, JwtTtl, NodeId, Refusal, Stamp, SvidTtl,
     TrustDomain,
@@ -52,6 +52,15 @@ pub fn dns_names(names: &[String]) -> Result<Vec<DnsName>, Refusal> {
     Ok(Extras::new(extras)?.dns_names.clone())
 }
 
+/// Labels as `key=value`, each key once.
+fn labels(texts: &[String]) -> Result<Labels, Refusal> {
+    let read: Labels = texts.iter().map(|text| label(text)).collect::<Result<_, _>>()?;
+    if read.len() == texts.len() {
+        return Ok(read);
+    }
+    Err(Refusal::new(Code::BadRequest, "labels key=value, each key once", texts.join(" ")))
+}
+
 /// What approvers signed. None where nothing was: whether that is enough the cell says.
 pub fn approved(m: Option<v1::Approved>) -> Result<Option<Approved>, Refusal> {
     let Some(m) = m else { return Ok(None) };
@@ -95,6 +104,7 @@ impl TryFrom<&v1::Entry> for Entry {
                 downstream: m.downstream,
                 admin: m.admin,
                 federates_with_groups: all(&m.federates_with_groups)?,
+                labels: labels(&m.labels)?,
             })?,
         })
     }
@@ -118,6 +128,7 @@ impl From<&Entry> for v1::Entry {
             downstream: e.extras.downstream,
             admin: e.extras.admin,
             federates_with_groups: e.extras.federates_with_groups.iter().map(ToString::to_string).collect(),
+            labels: e.extras.labels.iter().map(|(key, value)| format!("{key}={value}")).collect(),
         }
     }
 }
@@ -125,24 +136,34 @@ impl From<&Entry> for v1::Entry {
 impl TryFrom<&v1::Policy> for Policy {
     type Error = Refusal;
     fn try_from(m: &v1::Policy) -> Result<Self, Refusal> {
-        let from = m.from.iter().map(|f| peers(f)).collect::<Result<Vec<_>, _>>()?;
+        // As cells tell it: a set that this side could not resolve is refused, whatever it would decide.
+        let from = m.from.iter().map(|f| Peers::from_wire(f)).collect::<Result<Vec<_>, _>>()?;
         if from.is_empty() {
             return Err(Refusal::new(Code::BadRequest, "at least one caller in 'from'", "none"));
         }
         Ok(Policy {
             name: m.name.parse()?,
-            target: peers(&m.target)?,
+            target: Peers::from_wire(&m.target)?,
             action: match m.action() {
                 v1::Action::Allow => Action::Allow,
                 v1::Action::Deny => Action::Deny,
+                v1::Action::Audit => Action::Audit,
                 v1::Action::Unspecified => {
-                    return Err(Refusal::new(Code::BadRequest, "action allow or deny", "none"));
+                    return Err(Refusal::new(Code::BadRequest, "action allow, deny or audit", "another"));
                 }
             },
             from,
             ports: m.ports.iter().map(|p| port(*p)).collect::<Result<_, _>>()?,
+            extras: extras(m)?,
         })
     }
+}
+
+fn extras(m: &v1::Policy) -> Result<PolicyExtras, Refusal> {
+    let none = PolicyExtras::default();
+    let expires_at = if m.expires_at_ms == 0 { none.expires_at } else { Stamp(m.expires_at_ms) };
+    let protocols = if m.protocols.is_empty() { none.protocols } else { all(&m.protocols)? };
+    Ok(PolicyExtras { expires_at, protocols, unmeshed: Vec::new() })
 }
 
 /// A policy as a message. `resolved`, `written_by` and `revision` are the caller's to fill.
@@ -154,10 +175,24 @@ pub fn policy_message(origin: &TrustDomain, p: &Policy) -> v1::Policy {
         action: match p.action {
             Action::Allow => v1::Action::Allow,
             Action::Deny => v1::Action::Deny,
+            Action::Audit => v1::Action::Audit,
         } as i32,
         from: p.from.iter().map(peers_text).collect(),
         ports: p.ports.iter().map(|p| u32::from(*p)).collect(),
         resolved: true,
+        written_by: String::new(),
+        revision: 0,
+        expires_at_ms: if p.extras.expires_at == Stamp(u64::MAX) { 0 } else { p.extras.expires_at.0 },
+        protocols: p.extras.protocols.iter().map(|protocol| protocol.as_str().to_owned()).collect(),
+    }
+}
+
+/// A group as a message. `written_by` and `revision` are the caller's to fill.
+pub fn group_message(origin: &TrustDomain, g: &Group) -> v1::Group {
+    v1::Group {
+        origin: origin.to_string(),
+        name: g.name.to_string(),
+        members: g.members.iter().map(peers_text).collect(),
         written_by: String::new(),
         revision: 0,
     }

@@ -162,7 +162,7 @@ const ALLOW: &str = "kind: Policy\nmetadata: {name: web-to-db}\nspec:\n  target:
 async fn policies_are_taken_whole_or_not_at_all() {
     let cell = Cell::start("west", 1).await.unwrap();
     let mut policies = PolicyRegistryClient::new(cell.admin(1).await.unwrap());
-    let apply = |yaml: &str| v1::ApplyRequest { request_id: fresh(), yaml: yaml.to_owned() };
+    let apply = |yaml: &str| v1::ApplyRequest { request_id: fresh(), yaml: yaml.to_owned(), over: None };
 
     // Of a trust domain that nobody vouches for: accepted, shown, denies.
     let applied = policies.apply(apply(ALLOW)).await.unwrap().into_inner();
@@ -170,8 +170,12 @@ async fn policies_are_taken_whole_or_not_at_all() {
     assert_eq!(applied.objects[0].unresolved, ["east"]);
     let listed = policies.list(v1::ListPoliciesRequest {}).await.unwrap().into_inner();
     assert!(!listed.policies[0].resolved);
-    let question =
-        |source: &str| v1::ExplainRequest { source: source.into(), destination: "spiffe://west/db".into(), port: 8080 };
+    let question = |source: &str| v1::ExplainRequest {
+        source: source.into(),
+        destination: "spiffe://west/db".into(),
+        port: 8080,
+        at_ms: 0,
+    };
     let answer = policies.explain(question("spiffe://east/web")).await.unwrap().into_inner();
     assert!(!answer.allowed, "{answer:?}");
     assert!(answer.nearest.contains("web-to-db") && answer.nearest.contains("east"), "{answer:?}");
@@ -186,6 +190,9 @@ async fn policies_are_taken_whole_or_not_at_all() {
         ("\u{7f}: {{{".into(), "policy_malformed", "line 1"),
         (format!("{good}---\n{}", ALLOW.replace("[8080]", "[]")), "policy_malformed", "line"),
         (format!("{good}---\n{}", ALLOW.replace("spiffe://west/db", "spiffe://east/db")), "not_owner", "east"),
+        (ALLOW.replace("[8080]", "[8080]\n  protocols: [udp]"), "policy_unenforceable", "web-to-db"),
+        (ALLOW.replace("[spiffe://east/web]", "['cidr:10.0.0.0/8']"), "policy_unenforceable", "cidr:10.0.0.0/8"),
+        (ALLOW.replace("spiffe://east/web", "cluster:west/nowhere"), "not_found", "nowhere"),
     ];
     for (yaml, code, word) in rows {
         let refused = refusal(policies.apply(apply(&yaml)).await).unwrap();
@@ -246,7 +253,7 @@ async fn garbage_on_a_port_costs_nobody_else_anything() {
 
     // Over a good connection: a message of 5 MiB, with and without a certificate.
     let yaml = format!("# {}\n{ALLOW}", "x".repeat(OVERSIZE));
-    let request = v1::ApplyRequest { request_id: fresh(), yaml };
+    let request = v1::ApplyRequest { request_id: fresh(), yaml, over: None };
     let status = policies.apply(request).await.unwrap_err();
     assert_eq!(status.code(), tonic::Code::OutOfRange, "{status:?}");
     let chunk = v1::EvidenceRequest { part: Some(v1::evidence_request::Part::Chunk(vec![0; OVERSIZE])) };

@@ -60,6 +60,15 @@ pub(crate) fn bench(name: &str) -> Result<(), Stop> {
     Err(Stop::Failed(format!("{}: {error}", lab.display())))
 }
 
+/// What a decision costs in user space: the pure crate alone, in release.
+pub(crate) fn bench_policy() -> Result<(), Stop> {
+    let example = ["-p", "ambit-policy", "--example", "bench_policy"];
+    cargo::cargo(&[&["build", "--release", "--locked"], &example[..]].concat())?;
+    let bench = cargo::root()?.join("target/release/examples/bench_policy");
+    let error = Command::new(&bench).exec();
+    Err(Stop::Failed(format!("{}: {error}", bench.display())))
+}
+
 /// What attestation costs, or a cell beside etcd: release builds, then the benchmark in place of this process. It has its
 /// own machines and cells, and needs no lab.
 pub(crate) fn bench_cell(name: &str) -> Result<(), Stop> {

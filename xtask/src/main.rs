@@ -38,6 +38,7 @@ usage: cargo xtask <verb>
                         seed with a trace; find planted faults. Last line: N seeds, M violations (N mutants, M caught)
   bench memory          resident memory of idle release processes; last line: N figures, M met
   bench streams         1,000 streams of the Workload API at one agent: its memory, and how soon a change is told to all
+  bench policy          a decision in user space at 10 to 100,000 policies, compiled and by walking over them (release)
   bench revoke          from a ban to the other cluster's kernel, 50 times; last line: N figures, M met
   bench deny            from the denial of an identity to its live connection's end and the first refusal, 50 times
   bench attest          CPU time of enrolments and rounds, and of 10,000 nodes that attest (release; 6 minutes)
@@ -102,6 +103,7 @@ fn run(args: &[&str]) -> Result<(), Stop> {
         ["sim", "--mutants"] => sim::mutants(),
         ["sim", options @ ..] if !options.is_empty() => sim::run(options),
         ["bench", name @ ("memory" | "revoke" | "deny" | "streams")] => lab::bench(name),
+        ["bench", "policy"] => lab::bench_policy(),
         ["bench", name @ ("attest" | "issuance" | "raft")] => lab::bench_cell(name),
         ["bench", "kernel"] => lab::bench_kernel(),
         ["bench", name] if !name.starts_with('-') => unbuilt::bench(name),

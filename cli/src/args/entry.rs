@@ -81,6 +81,9 @@ pub struct EntryCreate {
     /// A federation group whose bundles the workload also gets; it may come to be later
     #[arg(long = "federates-with-group", value_name = "GROUP", conflicts_with = "file")]
     pub federates_with_groups: Vec<String>,
+    /// What policies may find it by (`labels:td/key=value`); repeat for more
+    #[arg(long = "label", value_name = "KEY=VALUE", conflicts_with = "file")]
+    pub labels: Vec<String>,
     /// Whoever shows an SVID of it may have a downstream authority, which issues SVIDs of the trust domain by itself
     #[arg(long, conflicts_with = "file")]
     pub downstream: bool,

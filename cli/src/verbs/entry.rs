@@ -96,6 +96,7 @@ fn table(entries: &[v1::Entry]) -> Table {
         "downstream",
         "admin",
         "federates_with_groups",
+        "labels",
     ];
     let mut table = Table::new("entry", COLUMNS);
     for e in entries {
@@ -115,6 +116,7 @@ fn table(entries: &[v1::Entry]) -> Table {
             json!(e.downstream),
             json!(e.admin),
             json!(e.federates_with_groups),
+            json!(e.labels),
         ]);
     }
     table
@@ -185,6 +187,8 @@ struct Spec {
     admin: bool,
     #[serde(default)]
     federates_with_groups: Vec<String>,
+    #[serde(default)]
+    labels: Vec<String>,
 }
 
 fn instant(text: &str) -> Result<u64, Refusal> {
@@ -210,6 +214,7 @@ fn entries_of(written: EntryCreate) -> Result<Vec<v1::Entry>, Refusal> {
             downstream: written.downstream,
             admin: written.admin,
             federates_with_groups: written.federates_with_groups,
+            labels: written.labels,
         }],
     };
     // Refused here already, where the place is known; the cell checks again.
@@ -243,6 +248,7 @@ fn documents(text: &str) -> Result<Vec<v1::Entry>, Refusal> {
             downstream: spec.downstream,
             admin: spec.admin,
             federates_with_groups: spec.federates_with_groups,
+            labels: spec.labels,
         });
     }
     if entries.is_empty() {

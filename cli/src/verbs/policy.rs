@@ -1,13 +1,20 @@
 //! `ambit policy` and `ambit explain`.
 
+mod explain;
+mod offline;
+mod plan;
+mod questions;
+
+pub(super) use explain::explain;
+
 use super::Session;
-use crate::args::{Explain, Policy};
+use crate::args::{Policy, Reached};
 use crate::ask;
-use crate::cell::request_id;
-use crate::context::read_bounded;
+use crate::cell::{Cell, request_id};
 use crate::exit::Exit;
 use crate::output::{Answer, Form, Table, counted, pretty};
-use ambit_model::Refusal;
+use crate::when::utc;
+use ambit_model::{Code, Refusal};
 use ambit_proto::v1;
 use serde_json::{Value, json};
 use std::path::Path;
@@ -16,46 +23,106 @@ use tokio::time::{Instant, sleep};
 
 /// How often `status --wait` asks; a policy takes a few hundred milliseconds to reach the kernels.
 const WAIT_STEP: Duration = Duration::from_millis(50);
+/// How often a change is planned anew because another one came between plan and change.
+const PLANS_MAX: u32 = 5;
 
 pub(super) async fn run(session: &Session, verb: Policy) -> Result<Answer, Refusal> {
     match verb {
-        Policy::Lint { file } => lint(session.form, &file),
-        Policy::Apply { file } => apply(session, &file).await,
-        Policy::Delete { name, kind } => {
-            let (cell, banner) = session.cell_to_change()?;
-            let kind = if kind == "service" { "Service" } else { "Policy" }.to_owned();
-            let request = v1::DeletePolicyRequest { request_id: request_id()?, kind, name };
-            let reply = ask!(cell, PolicyRegistry.delete(request))?;
-            Ok(applied(session.form, &reply).note(banner))
+        Policy::Lint { file } => offline::lint(session.form, &file),
+        Policy::Test { file, policies } => offline::test(session.form, &file, &policies),
+        Policy::Plan { file, delete, kind, rollback, reach } => {
+            let request = match (file, delete, rollback) {
+                (Some(file), _, _) => v1::PlanRequest { yaml: read(&file)?.0, ..Default::default() },
+                (None, Some(name), _) => deletion(&kind, &name),
+                (None, None, to) => v1::PlanRequest { rollback_to: to.unwrap_or_default(), ..Default::default() },
+            };
+            plan::plan(session, request, reach.max_flips).await
+        }
+        Policy::Apply { file, reach } => apply(session, &file, &reach).await,
+        Policy::Delete { name, kind, reach } => {
+            let (kind_word, to_delete) = (kind_word(&kind), deletion(&kind, &name));
+            guarded(session, to_delete, &reach, async |cell, over| {
+                let (kind, name) = (kind_word.to_owned(), name.clone());
+                let request = v1::DeletePolicyRequest { request_id: request_id()?, kind, name, over };
+                ask!(cell, PolicyRegistry.delete(request))
+            })
+            .await
+        }
+        Policy::Rollback { revision, reach } => {
+            let back = v1::PlanRequest { rollback_to: revision, ..Default::default() };
+            guarded(session, back, &reach, async |cell, over| {
+                let request = v1::RollbackRequest { request_id: request_id()?, revision, over };
+                ask!(cell, PolicyRegistry.rollback(request))
+            })
+            .await
         }
         Policy::List => list(session).await,
         Policy::Status { wait } => status(session, wait).await,
+        Policy::WhoCan { destination } => questions::who_can(session, &destination).await,
+        Policy::Unused => questions::unused(session).await,
+        Policy::History { limit } => questions::history(session, limit).await,
         Policy::Explain(question) => explain(session, question).await,
     }
 }
 
-fn document_bytes(file: &Path) -> Result<String, Refusal> {
-    read_bounded(file, ambit_policy::BYTES_MAX as u64)
-}
-
-fn lint(form: Form, file: &Path) -> Result<Answer, Refusal> {
-    let documents = ambit_policy::parse(&document_bytes(file)?)?;
-    let mut table = Table::new("object", &["kind", "name", "trust_domains"]);
-    for document in &documents {
-        let domains: Vec<String> = document.trust_domains().iter().map(ToString::to_string).collect();
-        table.row(vec![json!(document.kind()), json!(document.name().as_str()), json!(domains)]);
+fn kind_word(kind: &str) -> &'static str {
+    match kind {
+        "service" => "Service",
+        "group" => "Group",
+        _ => "Policy",
     }
-    Ok(Answer::ok(table.render(form)))
 }
 
-async fn apply(session: &Session, file: &Path) -> Result<Answer, Refusal> {
-    let yaml = document_bytes(file)?;
+fn deletion(kind: &str, name: &str) -> v1::PlanRequest {
+    let delete = vec![v1::DocumentName { kind: kind_word(kind).to_owned(), name: name.to_owned() }];
+    v1::PlanRequest { delete, ..Default::default() }
+}
+
+/// A file of documents, checked, and what to say of it.
+fn read(file: &Path) -> Result<(String, Vec<String>), Refusal> {
+    let text = offline::text_of(file)?;
     // What the cell would refuse anyway is refused here, without a request.
-    ambit_policy::parse(&yaml)?;
+    let documents = offline::documents_of(file, &text)?;
+    documents.iter().try_for_each(ambit_policy::check_enforceable)?;
+    Ok((text, offline::findings(&documents)))
+}
+
+async fn apply(session: &Session, file: &Path, reach: &Reached) -> Result<Answer, Refusal> {
+    let (yaml, findings) = read(file)?;
+    let wanted = v1::PlanRequest { yaml: yaml.clone(), ..Default::default() };
+    // Nothing to apply is nothing to plan; the cell says so.
+    let done = guarded(session, wanted, reach, async |cell, over| {
+        let request = v1::ApplyRequest { request_id: request_id()?, yaml: yaml.clone(), over };
+        ask!(cell, PolicyRegistry.apply(request))
+    });
+    let mut answer = done.await?;
+    answer.notes.extend(findings);
+    Ok(answer)
+}
+
+/// Makes a change whose plan is below the limit, over exactly what it was planned over.
+async fn guarded(
+    session: &Session,
+    wanted: v1::PlanRequest,
+    reach: &Reached,
+    change: impl AsyncFn(&Cell, Option<u64>) -> Result<v1::ApplyResponse, Refusal>,
+) -> Result<Answer, Refusal> {
     let (cell, banner) = session.cell_to_change()?;
-    let request = v1::ApplyRequest { request_id: request_id()?, yaml };
-    let reply = ask!(cell, PolicyRegistry.apply(request))?;
-    Ok(applied(session.form, &reply).note(banner))
+    let empty = wanted.delete.is_empty() && wanted.rollback_to == 0 && wanted.yaml.trim().is_empty();
+    let mut plans = 0;
+    loop {
+        let plan = if empty { v1::PlanResponse::default() } else { plan::planned(&cell, wanted.clone()).await? };
+        plan::within(&plan, reach.max_flips)?;
+        plans += 1;
+        match change(&cell, Some(plan.over).filter(|_| !empty)).await {
+            // Somebody else's change came first: what this one does is another thing now.
+            Err(refusal) if refusal.code == Code::StaleRevision && plans < PLANS_MAX => continue,
+            done => {
+                let answer = applied(session.form, &done?).note(banner);
+                return Ok(if plan.flips.is_empty() { answer } else { answer.note(plan::summary(&plan)) });
+            }
+        }
+    }
 }
 
 fn applied(form: Form, reply: &v1::ApplyResponse) -> Answer {
@@ -91,42 +158,77 @@ fn applied(form: Form, reply: &v1::ApplyResponse) -> Answer {
     answer
 }
 
+/// As documents write it.
+pub(crate) fn action(p: &v1::Policy) -> &'static str {
+    match p.action() {
+        v1::Action::Allow => "allow",
+        v1::Action::Deny => "deny",
+        v1::Action::Audit => "audit",
+        v1::Action::Unspecified => "unknown",
+    }
+}
+
+fn ends(p: &v1::Policy) -> String {
+    if p.expires_at_ms == 0 { String::new() } else { utc(p.expires_at_ms) }
+}
+
+/// One policy as JSON.
+fn policy_row(p: &v1::Policy) -> Value {
+    json!({
+        "origin": p.origin, "name": p.name, "action": action(p), "from": p.from, "target": p.target, "ports": p.ports,
+        "protocols": p.protocols, "expires": ends(p), "written_by": p.written_by, "revision": p.revision,
+    })
+}
+
 async fn list(session: &Session) -> Result<Answer, Refusal> {
     let cell = session.cell()?;
     let reply = ask!(cell, PolicyRegistry.list(v1::ListPoliciesRequest {}))?;
     const COLUMNS: &[&str] =
-        &["kind", "origin", "name", "action", "from", "target", "ports", "state", "written_by", "revision"];
+        &["kind", "origin", "name", "action", "from", "target", "ports", "state", "expires", "written_by", "revision"];
     let mut table = Table::new("object", COLUMNS);
     for p in &reply.policies {
-        let action = if p.action() == v1::Action::Deny { "deny" } else { "allow" };
-        let state = if p.resolved { "resolved" } else { "unresolved" };
+        let over = p.expires_at_ms != 0 && p.expires_at_ms <= crate::when::now_ms();
+        let state = match (over, p.resolved) {
+            (true, _) => "over",
+            (false, true) => "resolved",
+            (false, false) => "unresolved",
+        };
         table.row(vec![
             json!("policy"),
             json!(p.origin),
             json!(p.name),
-            json!(action),
+            json!(action(p)),
             json!(p.from),
             json!(p.target),
             json!(p.ports),
             json!(state),
+            json!(ends(p)),
             json!(p.written_by),
             json!(p.revision),
         ]);
     }
+    let null = || json!(null);
     for s in &reply.services {
         let target = format!("{}:{}", s.address, s.port);
+        let (origin, name, backends, ports) = (json!(s.origin), json!(s.name), json!(s.backends), json!([s.port]));
         table.row(vec![
             json!("service"),
-            json!(s.origin),
-            json!(s.name),
-            json!(null),
-            json!(s.backends),
+            origin,
+            name,
+            null(),
+            backends,
             json!(target),
-            json!([s.port]),
-            json!(null),
-            json!(null),
-            json!(null),
+            ports,
+            null(),
+            null(),
+            null(),
+            null(),
         ]);
+    }
+    for g in &reply.groups {
+        let (origin, name, members) = (json!(g.origin), json!(g.name), json!(g.members));
+        let (by, revision) = (json!(g.written_by), json!(g.revision));
+        table.row(vec![json!("group"), origin, name, null(), members, null(), null(), null(), null(), by, revision]);
     }
     Ok(Answer::ok(table.render(session.form)))
 }
@@ -150,7 +252,7 @@ pub(crate) fn in_step(agent: &v1::AgentRevision) -> bool {
 }
 
 fn status_answer(form: Form, reply: &v1::PolicyStatusResponse, drifting: usize) -> Answer {
-    let mut table = Table::new("agent", &["node", "desired", "applied", "connected", "state", "imported"]);
+    let mut table = Table::new("agent", &["node", "desired", "applied", "connected", "state", "imported", "refused"]);
     for a in &reply.agents {
         let imported: Vec<String> = a.imported.iter().map(|i| format!("{}:{}", i.origin, i.seq)).collect();
         let state = if in_step(a) { "in step" } else { "drift" };
@@ -161,6 +263,7 @@ fn status_answer(form: Form, reply: &v1::PolicyStatusResponse, drifting: usize) 
             json!(a.connected),
             json!(state),
             json!(imported),
+            json!(a.refused),
         ]);
     }
     let answer = Answer::ok(table.render(form)).note(format!("cell at revision {}", reply.revision));
@@ -170,36 +273,6 @@ fn status_answer(form: Form, reply: &v1::PolicyStatusResponse, drifting: usize) 
         let line = format!("drift: {drifting} of {} not at the revision they should hold", reply.agents.len());
         answer.note(line).note("  try: ambit check").ending(Exit::Drift)
     }
-}
-
-pub(super) async fn explain(session: &Session, question: Explain) -> Result<Answer, Refusal> {
-    let cell = session.cell()?;
-    let request = v1::ExplainRequest {
-        source: question.source,
-        destination: question.destination.name,
-        port: u32::from(question.destination.port),
-    };
-    let reply = ask!(cell, PolicyRegistry.explain(request.clone()))?;
-    Ok(Answer::ok(explanation(session.form, &request, &reply)))
-}
-
-/// The question is answered either way, so the program ends 0 for a denial too; scripts read `allowed`.
-fn explanation(form: Form, asked: &v1::ExplainRequest, reply: &v1::ExplainResponse) -> String {
-    if form == Form::Json {
-        return pretty(&json!({
-            "source": asked.source, "destination": asked.destination, "port": asked.port, "allowed": reply.allowed,
-            "rule": reply.rule, "reason": reply.reason, "nearest": reply.nearest, "revision": reply.revision,
-        }));
-    }
-    let verdict = if reply.allowed { "allowed" } else { "denied" };
-    let mut out = format!("{verdict}: {} -> {}:{}", asked.source, asked.destination, asked.port);
-    for (name, text) in [("rule", &reply.rule), ("reason", &reply.reason), ("nearest", &reply.nearest)] {
-        if !text.is_empty() {
-            out.push_str(&format!("\n  {:9} {text}", format!("{name}:")));
-        }
-    }
-    out.push_str(&format!("\n  revision: {}", reply.revision));
-    out
 }
 
 #[cfg(test)]
@@ -214,7 +287,7 @@ mod tests {
             applied,
             connected,
             imported: vec![v1::ImportedSeq { origin: "east".into(), seq: 3 }],
-            address: String::new(),
+            ..Default::default()
         };
         for (agents, exit) in [
             (vec![agent("aa", 9, true)], Exit::Ok),
@@ -235,20 +308,5 @@ mod tests {
         let answer = applied(Form::Table, &v1::ApplyResponse { objects: vec![object], revision: 4, export_seq: 2 });
         assert_eq!(answer.text, "policy p: changed\n1 object, revision 4");
         assert!(answer.notes[0].contains("names mars"), "{:?}", answer.notes);
-    }
-
-    #[test]
-    fn an_explanation_reads_as_an_answer() {
-        let asked = v1::ExplainRequest { source: "spiffe://w/a".into(), destination: "spiffe://e/b".into(), port: 80 };
-        let reply = v1::ExplainResponse {
-            allowed: false,
-            reason: "no policy allows it".into(),
-            revision: 3,
-            ..Default::default()
-        };
-        assert_eq!(
-            explanation(Form::Table, &asked, &reply),
-            "denied: spiffe://w/a -> spiffe://e/b:80\n  reason:   no policy allows it\n  revision: 3"
-        );
     }
 }

@@ -120,6 +120,7 @@ fn told(event: &Event) -> (&'static str, String, Value) {
                 "id": e.id, "spiffe_id": e.spiffe_id, "cluster": e.cluster, "nodes": e.nodes, "selectors": e.selectors,
                 "ttl_seconds": e.ttl_seconds, "federates_with": e.federates_with, "revision": e.revision,
                 "downstream": e.downstream, "admin": e.admin, "federates_with_groups": e.federates_with_groups,
+                "labels": e.labels,
             });
             ("entry", e.id.clone(), entry)
         }
@@ -131,7 +132,7 @@ fn told(event: &Event) -> (&'static str, String, Value) {
             ("service", format!("{}/{}", s.origin, s.name), service)
         }
         Event::Policy(p) => {
-            let action = if p.action == v1::Action::Deny as i32 { "deny" } else { "allow" };
+            let action = super::policy::action(p);
             let policy = json!({
                 "origin": p.origin, "name": p.name, "target": p.target, "action": action, "from": p.from,
                 "ports": p.ports, "resolved": p.resolved, "written_by": p.written_by,

@@ -3,6 +3,7 @@
 use crate::entry::Entry;
 use crate::id::{ObjectName, TrustDomain};
 use crate::jwt::JwtTtl;
+use crate::peers::{LABELS_MAX, Labels, label};
 use crate::refusal::{Code, Refusal};
 use crate::time::{Stamp, SvidTtl};
 use serde::de::{Error as _, SeqAccess, Visitor};
@@ -86,6 +87,8 @@ pub struct EntryExtras {
     pub admin: bool,
     /// Groups of trust domains whose bundles the workload also gets; they may come to be later.
     pub federates_with_groups: BTreeSet<ObjectName>,
+    /// What policies may find it by.
+    pub labels: Labels,
 }
 
 impl EntryExtras {
@@ -98,6 +101,7 @@ impl EntryExtras {
         downstream: false,
         admin: false,
         federates_with_groups: BTreeSet::new(),
+        labels: Labels::new(),
     };
 
     /// Whether its holder is more than a workload: only who administers the whole cell makes such an entry, or changes it.
@@ -124,7 +128,11 @@ impl EntryExtras {
             let found = format!("{}", self.federates_with_groups.len());
             return Err(Refusal::new(Code::BadRequest, format!("at most {GROUPS_MAX} federation groups"), found));
         }
-        Ok(())
+        if self.labels.len() > LABELS_MAX {
+            let found = format!("{}", self.labels.len());
+            return Err(Refusal::new(Code::BadRequest, format!("at most {LABELS_MAX} labels"), found));
+        }
+        self.labels.iter().try_for_each(|(key, value)| label(&format!("{key}={value}")).map(drop))
     }
 }
 
@@ -158,9 +166,10 @@ impl fmt::Debug for Extras {
 /// Set in the stored TTL, which is far below it, where extras follow: a reader of the former form refuses such an entry
 /// for its TTL and never takes it for one without them.
 const EXTRAS_FOLLOW: u32 = 1 << 31;
-/// Of what follows: the first form, as long as it says all there is to say, and the second. Another is refused.
+/// Of what follows: the first form that says all there is to say. Another is refused.
 const EXTRAS_FIRST: u8 = 1;
 const EXTRAS_SECOND: u8 = 2;
+const EXTRAS_THIRD: u8 = 3;
 
 /// [`EntryExtras`] as version 1 stores them.
 #[derive(Serialize, Deserialize)]
@@ -183,11 +192,13 @@ struct StoredExtras(EntryExtras);
 
 impl Serialize for StoredExtras {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let EntryExtras { hint, dns_names, jwt_ttl, expires_at, downstream, admin, federates_with_groups } =
+        let EntryExtras { hint, dns_names, jwt_ttl, expires_at, downstream, admin, federates_with_groups, labels } =
             self.0.clone();
         let first = First { hint, dns_names, jwt_ttl, expires_at };
         let second = Second { downstream, admin, federates_with_groups };
-        if second == Second::default() {
+        if !labels.is_empty() {
+            (EXTRAS_THIRD, first, second, labels).serialize(serializer)
+        } else if second == Second::default() {
             (EXTRAS_FIRST, first).serialize(serializer)
         } else {
             (EXTRAS_SECOND, first, second).serialize(serializer)
@@ -205,12 +216,13 @@ impl<'de> Deserialize<'de> for StoredExtras {
             }
             fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<StoredExtras, A::Error> {
                 let version: u8 = next(&mut seq, 0)?;
-                if !matches!(version, EXTRAS_FIRST | EXTRAS_SECOND) {
+                if !matches!(version, EXTRAS_FIRST | EXTRAS_SECOND | EXTRAS_THIRD) {
                     return Err(A::Error::custom(format!("extras of version {version}")));
                 }
                 let First { hint, dns_names, jwt_ttl, expires_at } = next(&mut seq, 1)?;
                 let second = if version == EXTRAS_FIRST { Second::default() } else { next(&mut seq, 2)? };
                 let Second { downstream, admin, federates_with_groups } = second;
+                let labels = if version == EXTRAS_THIRD { next(&mut seq, 3)? } else { Labels::new() };
                 Ok(StoredExtras(EntryExtras {
                     hint,
                     dns_names,
@@ -219,10 +231,11 @@ impl<'de> Deserialize<'de> for StoredExtras {
                     downstream,
                     admin,
                     federates_with_groups,
+                    labels,
                 }))
             }
         }
-        deserializer.deserialize_tuple(3, Versioned)
+        deserializer.deserialize_tuple(4, Versioned)
     }
 }
 
@@ -341,16 +354,22 @@ mod tests {
             federates_with_groups: ["partners".parse().unwrap()].into(),
             ..extras.clone()
         };
-        for extras in [second.clone(), EntryExtras { admin: true, ..EntryExtras::NONE }] {
+        let labels: Labels = [label("app=db").unwrap()].into();
+        for extras in [
+            second.clone(),
+            EntryExtras { admin: true, ..EntryExtras::NONE },
+            EntryExtras { labels: labels.clone(), ..EntryExtras::NONE },
+            EntryExtras { labels, ..second.clone() },
+        ] {
             let entry = Entry { extras: Extras::new(extras).unwrap(), ..plain.clone() };
             let bytes = postcard::to_stdvec(&(&entry, 17u64)).unwrap();
             assert_eq!(postcard::from_bytes::<(Entry, u64)>(&bytes).unwrap(), (entry, 17));
         }
-        // A third version is nobody's.
+        // A fourth version is nobody's.
         let entry = Entry { extras: Extras::new(second).unwrap(), ..plain.clone() };
         let mut bytes = postcard::to_stdvec(&entry).unwrap();
         let at = bytes.windows(2).rposition(|two| two == [2, 8]).unwrap();
-        bytes[at] = 3;
+        bytes[at] = 4;
         assert!(postcard::from_bytes::<Entry>(&bytes).unwrap_err().to_string().contains("Serde"), "refused");
         let said_nothing = Entry { extras: Extras::new(EntryExtras::NONE).unwrap(), ..plain.clone() };
         assert_eq!(said_nothing, plain);

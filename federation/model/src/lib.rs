@@ -9,18 +9,22 @@ pub mod act;
 pub mod appraisal;
 pub mod backup;
 pub mod bundle;
+mod cidr;
 pub mod denial;
 pub mod entry;
 pub mod extras;
 pub mod id;
 pub mod jwt;
+mod peers;
 pub mod policy;
 pub mod record;
 pub mod refusal;
 pub mod role;
+mod stored;
 mod text;
 pub mod time;
 pub mod trust;
+pub mod utc;
 
 pub use act::{Act, Approval, Approved, ApproverCard, Proposal};
 pub use appraisal::AppraisalPolicy;
@@ -32,8 +36,8 @@ pub use id::{
     ClusterId, Generation, NodeId, NumericIdentity, ObjectName, RaftIndex, ReplicaId, Revision, SpiffeId, TrustDomain,
 };
 pub use jwt::{Audience, JwtAuthority, JwtTtl};
-pub use policy::{Action, Endpoint, Order, Peers, Policy, Service};
+pub use policy::{Action, Cidr, Endpoint, Group, Labels, Order, Peers, Policy, PolicyExtras, Protocol, Service};
 pub use refusal::{Code, Refusal};
 pub use role::AdminRole;
-pub use time::{Lifetime, Stamp, SvidTtl};
+pub use time::{Lifetime, Moment, Stamp, SvidTtl};
 pub use trust::TrustVector;

@@ -1,11 +1,14 @@
 //! Policies after parsing: what may speak to what. The YAML form and its meaning are `ambit-policy`'s.
 
-use crate::id::{ClusterId, ObjectName, SpiffeId, TrustDomain};
+use crate::id::{ClusterId, ObjectName, SpiffeId};
 use crate::refusal::{Code, Refusal};
+use crate::time::{Moment, Stamp};
 use serde::{Deserialize, Serialize};
-use std::fmt;
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr};
-use std::str::FromStr;
+
+pub use crate::cidr::Cidr;
+pub use crate::peers::{Labels, Peers, label};
 
 /// What a policy does when it matches. Deny wins over allow; without an allow the answer is deny.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -14,67 +17,71 @@ pub enum Action {
     Allow,
     /// Refuse the connection, whatever else allows it.
     Deny,
+    /// Record that the connection would be refused, were this a deny; it changes no verdict.
+    Audit,
 }
 
-/// A set of SPIFFE identities.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub enum Peers {
-    /// Exactly one identity.
-    Id(SpiffeId),
-    /// `spiffe://td/prefix/*`: every identity of the trust domain below the path, which ends in `/`.
-    Below(TrustDomain, String),
-    /// `spiffe://td/*`: every identity of the trust domain.
-    Domain(TrustDomain),
-}
-
-impl Peers {
-    /// The trust domain that the set lies in; a set never spans two.
-    pub fn trust_domain(&self) -> TrustDomain {
+impl Action {
+    /// As it is written.
+    pub fn as_str(self) -> &'static str {
         match self {
-            Self::Id(id) => id.trust_domain(),
-            Self::Below(td, _) | Self::Domain(td) => td.clone(),
-        }
-    }
-    /// Whether `id` is in the set.
-    pub fn contains(&self, id: &SpiffeId) -> bool {
-        match self {
-            Self::Id(mine) => mine == id,
-            Self::Below(td, path) => id.trust_domain() == *td && id.path().starts_with(path.as_str()),
-            Self::Domain(td) => id.trust_domain() == *td,
+            Self::Allow => "allow",
+            Self::Deny => "deny",
+            Self::Audit => "audit",
         }
     }
 }
 
-/// `spiffe://td/path`, `spiffe://td/prefix/*` or `spiffe://td/*`.
-impl FromStr for Peers {
+/// How a connection travels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Protocol {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+}
+
+impl std::str::FromStr for Protocol {
     type Err = Refusal;
     fn from_str(s: &str) -> Result<Self, Refusal> {
-        let Some(head) = s.strip_suffix("/*") else { return Ok(Self::Id(s.parse()?)) };
-        let rest = head.strip_prefix("spiffe://").ok_or_else(|| {
-            Refusal::new(Code::BadRequest, "spiffe://td/path, spiffe://td/prefix/* or spiffe://td/*", s)
-        })?;
-        match rest.split_once('/') {
-            None => Ok(Self::Domain(rest.parse()?)),
-            Some(_) => {
-                let prefix: SpiffeId = head.parse()?;
-                Ok(Self::Below(prefix.trust_domain(), format!("{}/", prefix.path())))
-            }
+        match s {
+            "tcp" => Ok(Self::Tcp),
+            "udp" => Ok(Self::Udp),
+            other => Err(Refusal::new(Code::BadRequest, "protocol tcp or udp", other)),
         }
     }
 }
 
-impl fmt::Display for Peers {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+impl Protocol {
+    /// As it is written.
+    pub fn as_str(self) -> &'static str {
         match self {
-            Self::Id(id) => write!(f, "{id}"),
-            Self::Below(td, path) => write!(f, "spiffe://{td}{path}*"),
-            Self::Domain(td) => write!(f, "spiffe://{td}/*"),
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
         }
+    }
+}
+
+/// What most policies leave as it is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PolicyExtras {
+    /// From then on it decides nothing; without end for most.
+    pub expires_at: Stamp,
+    /// Of which protocols it speaks; never empty.
+    pub protocols: BTreeSet<Protocol>,
+    /// Callers outside of the mesh, whom nothing but an address names.
+    pub unmeshed: Vec<Cidr>,
+}
+
+impl Default for PolicyExtras {
+    fn default() -> Self {
+        Self { expires_at: Stamp(u64::MAX), protocols: [Protocol::Tcp].into(), unmeshed: Vec::new() }
     }
 }
 
 /// A normalised policy. Written by one cell (its origin); only that cell changes it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// Its stored form is in `stored`: one that says nothing of the extras is stored as it always was.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Policy {
     /// Its name, unique within its origin.
     pub name: ObjectName,
@@ -82,10 +89,33 @@ pub struct Policy {
     pub target: Peers,
     /// What it does.
     pub action: Action,
-    /// Which callers it speaks of; never empty.
+    /// Which callers it speaks of; never empty, but where it speaks of unmeshed ones.
     pub from: Vec<Peers>,
-    /// Destination TCP ports; empty means every port.
+    /// Destination ports; empty means every port.
     pub ports: Vec<u16>,
+    /// What most policies leave as it is.
+    pub extras: PolicyExtras,
+}
+
+impl Policy {
+    /// Whether it is over. An allow ends by the latest that it may be, a deny by the earliest (I15): who does not know the
+    /// time for sure closes early and opens late.
+    pub fn is_over(&self, now: Moment) -> bool {
+        let by = match self.action {
+            Action::Allow => now.latest,
+            Action::Deny | Action::Audit => now.committed,
+        };
+        by >= self.extras.expires_at
+    }
+}
+
+/// Sets of identities under one name, which policies of the same cell use. It allows nothing by itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Group {
+    /// Its name, unique within its origin.
+    pub name: ObjectName,
+    /// Who is in it; no groups; never empty.
+    pub members: Vec<Peers>,
 }
 
 /// Which healthy endpoint of a service is chosen first.

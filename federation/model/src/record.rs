@@ -30,6 +30,8 @@ pub enum Kind {
     AuthorityDenial,
     /// Where tunnels of a node of the origin come from; key = node id.
     NodeAddress,
+    /// A group of identities that policies of the origin use; key = its name.
+    Group,
 }
 
 /// One decision of its origin. An empty payload removes the object.

@@ -20,6 +20,22 @@ impl Stamp {
     }
 }
 
+/// What is known of now: not before `committed`, and not after `latest`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Moment {
+    /// The highest stamp that a leader is known to have written.
+    pub committed: Stamp,
+    /// That, or the own clock where it is later.
+    pub latest: Stamp,
+}
+
+impl Moment {
+    /// Where nothing but committed time counts: in a cell.
+    pub fn at(stamp: Stamp) -> Self {
+        Self { committed: stamp, latest: stamp }
+    }
+}
+
 /// When a certificate is valid. One type, so that its two ends are never swapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Lifetime {

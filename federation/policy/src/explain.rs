@@ -1,9 +1,9 @@
 //! Why a connection is denied, and what is missing.
 
 use crate::owner::speaks_for;
-use crate::set::{PolicySet, RuleRef, Verdict, has_caller, has_port, rule_ref};
-use ambit_model::policy::{Action, Peers, Policy};
-use ambit_model::{SpiffeId, TrustDomain};
+use crate::set::{PolicySet, RuleRef, Verdict, has_caller, is_target, rule_ref};
+use ambit_model::policy::{Action, Peers, Policy, Protocol};
+use ambit_model::{Moment, SpiffeId, Stamp, TrustDomain, utc};
 use std::collections::BTreeSet;
 use std::fmt;
 
@@ -14,8 +14,12 @@ pub enum Difference {
     Overruled,
     /// It names trust domains that are not known, so it is not in force.
     Unresolved(BTreeSet<TrustDomain>),
+    /// It is over since then.
+    Over(Stamp),
     /// It is about these ports.
     OtherPort(Vec<u16>),
+    /// It is about UDP.
+    OtherProtocol,
     /// It is about these callers.
     OtherCaller(Vec<Peers>),
 }
@@ -40,20 +44,20 @@ pub struct Explanation {
 
 impl PolicySet {
     /// The verdict, the policy behind it and, where it is a denial, the nearest policy that would allow.
-    pub fn explain(&self, src: &SpiffeId, dst: &SpiffeId, port: u16) -> Explanation {
-        let verdict = self.evaluate(src, dst, port);
-        let nearest = if verdict.allowed { None } else { self.nearest(src, dst, port) };
+    pub fn explain(&self, src: &SpiffeId, dst: &SpiffeId, port: u16, now: Moment) -> Explanation {
+        let verdict = self.evaluate(src, dst, port, now);
+        let nearest = if verdict.allowed { None } else { self.nearest(src, dst, port, now) };
         Explanation { verdict, nearest }
     }
 
-    fn nearest(&self, src: &SpiffeId, dst: &SpiffeId, port: u16) -> Option<Nearest> {
+    fn nearest(&self, src: &SpiffeId, dst: &SpiffeId, port: u16, now: Moment) -> Option<Nearest> {
         self.iter()
-            .filter(|(origin, p)| p.action == Action::Allow && speaks_for(origin, p) && p.target.contains(dst))
-            .map(|(origin, p)| Nearest { rule: rule_ref(origin, p), differs: self.differences(p, src, port) })
+            .filter(|(origin, p)| p.action == Action::Allow && speaks_for(origin, p) && is_target(p, dst))
+            .map(|(origin, p)| Nearest { rule: rule_ref(origin, p), differs: self.differences(p, src, port, now) })
             .min_by_key(|near| near.differs.iter().map(distance).sum::<u32>())
     }
 
-    fn differences(&self, policy: &Policy, src: &SpiffeId, port: u16) -> Vec<Difference> {
+    fn differences(&self, policy: &Policy, src: &SpiffeId, port: u16, now: Moment) -> Vec<Difference> {
         let mut differs = Vec::new();
         let unknown: BTreeSet<_> = policy
             .from
@@ -65,7 +69,13 @@ impl PolicySet {
         if !unknown.is_empty() {
             differs.push(Difference::Unresolved(unknown));
         }
-        if !has_port(policy, port) {
+        if policy.is_over(now) {
+            differs.push(Difference::Over(policy.extras.expires_at));
+        }
+        if !policy.extras.protocols.contains(&Protocol::Tcp) {
+            differs.push(Difference::OtherProtocol);
+        }
+        if !policy.ports.is_empty() && !policy.ports.contains(&port) {
             differs.push(Difference::OtherPort(policy.ports.clone()));
         }
         if !has_caller(policy, src) {
@@ -79,12 +89,12 @@ impl PolicySet {
 }
 
 /// Nearer is what an operator more likely meant: a policy that is overruled, then one for another port, then one
-/// that waits for a peer, then one for another caller. Powers of two, so that sums keep that order.
+/// that waits for a peer or is over, then one for another caller. Powers of two, so that sums keep that order.
 fn distance(difference: &Difference) -> u32 {
     match difference {
         Difference::Overruled => 0,
-        Difference::OtherPort(_) => 1,
-        Difference::Unresolved(_) => 2,
+        Difference::OtherPort(_) | Difference::OtherProtocol => 1,
+        Difference::Unresolved(_) | Difference::Over(_) => 2,
         Difference::OtherCaller(_) => 4,
     }
 }
@@ -94,8 +104,10 @@ impl fmt::Display for Difference {
         match self {
             Self::Overruled => f.write_str("a deny policy wins over it"),
             Self::Unresolved(domains) => write!(f, "it names trust domains that are not known: {}", list(domains)),
+            Self::Over(since) => write!(f, "it is over since {}", utc::text(since.0)),
+            Self::OtherProtocol => f.write_str("it is for udp"),
             Self::OtherPort(ports) => write!(f, "it is for ports {}", list(ports)),
-            Self::OtherCaller(from) => write!(f, "it is for callers {}", list(from)),
+            Self::OtherCaller(from) => write!(f, "it is for callers {}", list(from.iter().map(shown))),
         }
     }
 }
@@ -107,6 +119,19 @@ impl fmt::Display for Nearest {
             write!(f, "{}{difference}", if i == 0 { "" } else { "; " })?;
         }
         Ok(())
+    }
+}
+
+/// A set, or how many are in it where that is all that a resolved one can say in a line.
+fn shown(set: &Peers) -> String {
+    match set {
+        Peers::Ids(td, ids) => format!("{} of {td} by cluster or labels", ids.len()),
+        Peers::Id(_)
+        | Peers::Below(..)
+        | Peers::Domain(_)
+        | Peers::Cluster(..)
+        | Peers::Group(..)
+        | Peers::Labelled(..) => set.to_string(),
     }
 }
 

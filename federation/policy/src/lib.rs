@@ -8,17 +8,31 @@
 
 pub mod appraisal;
 mod document;
+mod enforce;
 mod explain;
+mod flips;
+mod index;
+mod lint;
+mod normal;
 mod owner;
 mod parse;
 mod ports;
 mod scalar;
 mod set;
+mod suite;
+mod text;
 
 pub use appraisal::parse_appraisal;
-pub use document::Document;
+pub use document::{Document, Egress, Transport};
+pub use enforce::check_enforceable;
 pub use explain::{Difference, Explanation, Nearest};
+pub use flips::{Flip, Flips, PAIRS_MAX, flips};
+pub use index::Index;
+pub use lint::{Finding, lint};
+pub use normal::normalised;
 pub use owner::check_owner;
-pub use parse::{BACKENDS_MAX, BYTES_MAX, DOCUMENTS_MAX, FROM_MAX, PORTS_MAX, parse};
+pub use parse::{BACKENDS_MAX, BYTES_MAX, DOCUMENTS_MAX, FROM_MAX, MEMBERS_MAX, PORTS_MAX, parse};
 pub use ports::PortSet;
-pub use set::{PolicySet, Reason, RuleRef, Unresolved, Verdict, unknown_domains};
+pub use set::{PolicySet, Reason, RuleRef, Unresolved, Verdict, concerns, unknown_domains};
+pub use suite::{Case, CaseFailure, Suite, parse_suite};
+pub use text::{group_text, policy_text, service_text};

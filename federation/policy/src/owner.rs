@@ -17,8 +17,12 @@ pub fn check_owner(document: &Document, origin: &TrustDomain) -> Result<(), Refu
         Document::Policy(policy) if speaks_for(origin, policy) => return Ok(()),
         Document::Policy(policy) => match policy.action {
             Action::Allow => format!("a target in {origin} (only the target's own trust domain may allow)"),
-            Action::Deny => format!("a target in {origin}, or callers that all are in {origin}"),
+            Action::Deny | Action::Audit => format!("a target in {origin}, or callers that all are in {origin}"),
         },
+        // A name for others: it grants nothing by itself, and policies that use it are judged by who is in it.
+        Document::Group(_) => return Ok(()),
+        Document::Egress(egress) if egress.from.iter().all(|set| set.trust_domain() == *origin) => return Ok(()),
+        Document::Egress(_) => format!("callers that all are in {origin}"),
         Document::Service(service) if service.backends.iter().any(|b| b.trust_domain() == *origin) => return Ok(()),
         Document::Service(_) => format!("at least one backend in {origin}"),
     };
@@ -30,7 +34,9 @@ pub fn check_owner(document: &Document, origin: &TrustDomain) -> Result<(), Refu
 /// The rule itself. Evaluation asks it again, so that a record which slipped past a peer's check decides nothing.
 pub(crate) fn speaks_for(origin: &TrustDomain, policy: &Policy) -> bool {
     let own_target = policy.target.trust_domain() == *origin;
-    let narrows = policy.action == Action::Deny && policy.from.iter().all(|set| set.trust_domain() == *origin);
+    let narrows = policy.action != Action::Allow
+        && policy.extras.unmeshed.is_empty()
+        && policy.from.iter().all(|set| set.trust_domain() == *origin);
     own_target || (narrows && !policy.from.is_empty())
 }
 

@@ -1,9 +1,10 @@
 //! YAML text to documents. Strict: an unknown field, kind, or anything beyond identity and port is refused in its place.
 
-use crate::document::Document;
-use crate::scalar::{Listed, Port, Text, UnicastAddress};
-use ambit_model::policy::{Action, Order, Peers, Policy, Service};
-use ambit_model::{Code, ObjectName, Refusal};
+use crate::document::{Document, Egress, Transport};
+use crate::normal::normalised;
+use crate::scalar::{Caller, Instant, Listed, Member, Port, Text, UnicastAddress};
+use ambit_model::policy::{Action, Cidr, Group, Order, Peers, Policy, PolicyExtras, Protocol, Service};
+use ambit_model::{Code, ObjectName, Refusal, Stamp};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
 use std::collections::BTreeSet;
@@ -18,6 +19,11 @@ pub const FROM_MAX: usize = 256;
 pub const PORTS_MAX: usize = 64;
 /// Backend sets of one service.
 pub const BACKENDS_MAX: usize = 64;
+
+/// Sets in one group.
+pub const MEMBERS_MAX: usize = 256;
+/// Ranges of one `kind: Egress`.
+const RANGES_MAX: usize = 64;
 
 /// Brackets open at once. Documents need three; the YAML scanner's time grows with the square of the depth.
 const NESTING_MAX: usize = 64;
@@ -133,6 +139,8 @@ where
     let document = match kind {
         Kind::Policy => Document::Policy(written::<PolicySpec, D>(body)?.into_policy()),
         Kind::Service => Document::Service(written::<ServiceSpec, D>(body)?.into_service()),
+        Kind::Group => Document::Group(written::<GroupSpec, D>(body)?.into_group()),
+        Kind::Egress => Document::Egress(written::<EgressSpec, D>(body)?.into_egress()),
     };
     Ok(Some(document))
 }
@@ -170,7 +178,7 @@ fn refusal(error: serde_norway::Error) -> Refusal {
         Some((field, _)) if LAYER7_FIELDS.contains(&field) => {
             Refusal::new(Code::PolicyLayer7, "a rule on identity and port only", found)
         }
-        Some(_) | None => malformed("a well-formed Policy or Service document", found),
+        Some(_) | None => malformed("a well-formed Policy, Service, Group or Egress document", found),
     }
 }
 
@@ -183,6 +191,8 @@ struct Head {
 enum Kind {
     Policy,
     Service,
+    Group,
+    Egress,
 }
 
 #[derive(Deserialize)]
@@ -203,11 +213,13 @@ struct Metadata {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct PolicySpec {
-    target: Text<Peers>,
+    target: Text<Member>,
     action: WrittenAction,
-    from: Listed<Text<Peers>, FROM_MAX>,
+    from: Listed<Text<Caller>, FROM_MAX>,
     /// An empty list is refused: it would read as "no port" and mean "every port".
     ports: Option<Listed<Port, PORTS_MAX>>,
+    protocols: Option<Listed<Text<Protocol>, 2>>,
+    expires: Option<Text<Instant>>,
 }
 
 #[derive(Deserialize)]
@@ -215,6 +227,7 @@ struct PolicySpec {
 enum WrittenAction {
     Allow,
     Deny,
+    Audit,
 }
 
 #[derive(Default, Deserialize)]
@@ -235,18 +248,83 @@ struct ServiceSpec {
     order: WrittenOrder,
 }
 
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct GroupSpec {
+    members: Listed<Text<Member>, MEMBERS_MAX>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum WrittenTransport {
+    Passthrough,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct EgressSpec {
+    from: Listed<Text<Peers>, FROM_MAX>,
+    to: Listed<Text<Cidr>, RANGES_MAX>,
+    ports: Option<Listed<Port, PORTS_MAX>>,
+    protocols: Option<Listed<Text<Protocol>, 2>>,
+    /// Not by default: who reads the document sees that it speaks of clear text.
+    transport: WrittenTransport,
+    expires: Option<Text<Instant>>,
+}
+
+fn sorted_ports(ports: Option<Listed<Port, PORTS_MAX>>) -> Vec<u16> {
+    let mut ports: Vec<u16> = ports.into_iter().flat_map(|list| list.0).map(|port| port.0).collect();
+    ports.sort_unstable();
+    ports
+}
+
+fn protocols_of(protocols: Option<Listed<Text<Protocol>, 2>>) -> BTreeSet<Protocol> {
+    protocols.map_or_else(|| [Protocol::Tcp].into(), |list| list.0.into_iter().map(|text| text.0).collect())
+}
+
+fn end_of(expires: Option<Text<Instant>>) -> Stamp {
+    expires.map_or(Stamp(u64::MAX), |at| at.0.0)
+}
+
 impl Written<PolicySpec> {
     fn into_policy(self) -> Policy {
-        let PolicySpec { target, action, from, ports } = self.spec;
+        let PolicySpec { target, action, from, ports, protocols, expires } = self.spec;
         let action = match action {
             WrittenAction::Allow => Action::Allow,
             WrittenAction::Deny => Action::Deny,
+            WrittenAction::Audit => Action::Audit,
         };
+        let (mut callers, mut unmeshed) = (Vec::new(), Vec::new());
+        for caller in from.0 {
+            match caller.0 {
+                Caller::Meshed(set) => callers.push(set),
+                Caller::Unmeshed(range) => unmeshed.push(range),
+            }
+        }
+        let extras = PolicyExtras { expires_at: end_of(expires), protocols: protocols_of(protocols), unmeshed };
+        let (name, target, ports) = (self.metadata.name.0, target.0.0, sorted_ports(ports));
+        normalised(Policy { name, target, action, from: callers, ports, extras })
+    }
+}
+
+impl Written<GroupSpec> {
+    fn into_group(self) -> Group {
+        let mut members: Vec<Peers> = self.spec.members.0.into_iter().map(|member| member.0.0).collect();
+        members.sort();
+        Group { name: self.metadata.name.0, members }
+    }
+}
+
+impl Written<EgressSpec> {
+    fn into_egress(self) -> Egress {
+        let EgressSpec { from, to, ports, protocols, transport: WrittenTransport::Passthrough, expires } = self.spec;
         let mut from: Vec<Peers> = from.0.into_iter().map(|set| set.0).collect();
-        let mut ports: Vec<u16> = ports.into_iter().flat_map(|list| list.0).map(|port| port.0).collect();
+        let mut to: Vec<Cidr> = to.0.into_iter().map(|range| range.0).collect();
         from.sort();
-        ports.sort_unstable();
-        Policy { name: self.metadata.name.0, target: target.0, action, from, ports }
+        to.sort();
+        let (ports, protocols, expires_at) = (sorted_ports(ports), protocols_of(protocols), end_of(expires));
+        let transport = Transport::Passthrough;
+        Egress { name: self.metadata.name.0, from, to, ports, protocols, transport, expires_at }
     }
 }
 

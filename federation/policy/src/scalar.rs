@@ -1,7 +1,8 @@
 //! Values inside a document. Each is checked while it is visited: an error raised there carries the value's own line
 //! and column, one raised later only those of the mapping around it.
 
-use ambit_model::Refusal;
+use ambit_model::policy::{Cidr, Peers};
+use ambit_model::{Code, Refusal, Stamp, utc};
 use serde::de::{Deserialize, Deserializer, Error, SeqAccess, Unexpected, Visitor};
 use std::fmt;
 use std::marker::PhantomData;
@@ -29,7 +30,53 @@ impl<'de, T: FromStr<Err = Refusal>> Deserialize<'de> for Text<T> {
     }
 }
 
+/// Of whom a policy speaks.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Caller {
+    Meshed(Peers),
+    Unmeshed(Cidr),
+}
+
+impl FromStr for Caller {
+    type Err = Refusal;
+    fn from_str(s: &str) -> Result<Self, Refusal> {
+        match s.strip_prefix("cidr:") {
+            Some(range) => range.parse().map(Self::Unmeshed),
+            None => s.parse().map(Self::Meshed),
+        }
+    }
+}
+
+/// A set that is no group: what is protected, and who is in a group.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Member(pub(crate) Peers);
+
+impl FromStr for Member {
+    type Err = Refusal;
+    fn from_str(s: &str) -> Result<Self, Refusal> {
+        match s.parse()? {
+            Peers::Group(..) => {
+                Err(Refusal::new(Code::PolicyMalformed, "a set that is no group (groups are callers)", s))
+            }
+            set => Ok(Self(set)),
+        }
+    }
+}
+
+/// An instant in UTC, to the second.
+pub(crate) struct Instant(pub(crate) Stamp);
+
+impl FromStr for Instant {
+    type Err = Refusal;
+    fn from_str(s: &str) -> Result<Self, Refusal> {
+        let expected = "an instant in UTC as 2026-12-31T23:59:59Z";
+        let read = utc::parse(s).filter(|ms| *ms > 0);
+        read.map(|ms| Self(Stamp(ms))).ok_or_else(|| Refusal::new(Code::PolicyMalformed, expected, s))
+    }
+}
+
 /// 1 to `MAX` values as written, without repetition; where order means nothing, the caller sorts.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Listed<T, const MAX: usize>(pub(crate) Vec<T>);
 
 impl<'de, T: Deserialize<'de> + Ord, const MAX: usize> Deserialize<'de> for Listed<T, MAX> {

@@ -1,10 +1,11 @@
 //! All policies that a cell knows, and the verdict they give.
 
 use crate::owner::speaks_for;
-use ambit_model::policy::{Action, Policy};
-use ambit_model::{ObjectName, SpiffeId, TrustDomain};
+use ambit_model::policy::{Action, Peers, Policy, Protocol};
+use ambit_model::{Moment, ObjectName, SpiffeId, TrustDomain};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::net::IpAddr;
 
 /// Which policy: its origin and its name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -51,6 +52,8 @@ pub struct Verdict {
     pub rule: Option<RuleRef>,
     /// Why.
     pub reason: Reason,
+    /// Where it is allowed: the first audit policy that would refuse it, were it a deny. It is to be recorded.
+    pub audited: Option<RuleRef>,
 }
 
 /// A policy that names trust domains which nobody known vouches for.
@@ -115,20 +118,39 @@ impl PolicySet {
         self.policies.is_empty()
     }
 
-    /// Whether `src` may connect to `port` of `dst`: deny wins; then an allow of the target's own trust domain; else
-    /// deny. Of several policies that decide alike, the first by origin and name is named.
-    pub fn evaluate(&self, src: &SpiffeId, dst: &SpiffeId, port: u16) -> Verdict {
-        let decided = |action| {
-            self.in_force()
-                .find(|(_, p)| p.action == action && speaks_of(p, src, dst) && has_port(p, port))
-                .map(|(origin, p)| rule_ref(origin, p))
+    /// Whether `src` may connect to the TCP `port` of `dst`: deny wins; then an allow of the target's own trust domain;
+    /// else deny. Of several policies that decide alike, the first by origin and name is named.
+    pub fn evaluate(&self, src: &SpiffeId, dst: &SpiffeId, port: u16, now: Moment) -> Verdict {
+        self.evaluate_over(Protocol::Tcp, src, dst, port, now)
+    }
+
+    /// The same of any protocol.
+    pub fn evaluate_over(&self, protocol: Protocol, src: &SpiffeId, dst: &SpiffeId, port: u16, now: Moment) -> Verdict {
+        self.decide(now, |p| speaks_of(p, src, dst) && has_port(p, protocol, port))
+    }
+
+    /// Whether who has no identity may connect from this address. No release enforces it yet: see
+    /// [`crate::check_enforceable`].
+    pub fn evaluate_unmeshed(&self, from: IpAddr, dst: &SpiffeId, port: u16, now: Moment) -> Verdict {
+        self.decide(now, |p| {
+            let named = p.extras.unmeshed.iter().any(|range| range.contains(from));
+            named && is_target(p, dst) && has_port(p, Protocol::Tcp, port)
+        })
+    }
+
+    fn decide(&self, now: Moment, matches: impl Fn(&Policy) -> bool) -> Verdict {
+        let first = |action| {
+            self.in_force(now).find(|(_, p)| p.action == action && matches(p)).map(|(origin, p)| rule_ref(origin, p))
         };
-        if let Some(rule) = decided(Action::Deny) {
-            return Verdict { allowed: false, rule: Some(rule), reason: Reason::Denied };
+        if let Some(rule) = first(Action::Deny) {
+            return Verdict { allowed: false, rule: Some(rule), reason: Reason::Denied, audited: None };
         }
-        match decided(Action::Allow) {
-            Some(rule) => Verdict { allowed: true, rule: Some(rule), reason: Reason::Allowed },
-            None => Verdict { allowed: false, rule: None, reason: Reason::NoAllow },
+        match first(Action::Allow) {
+            Some(rule) => {
+                let audited = first(Action::Audit);
+                Verdict { allowed: true, rule: Some(rule), reason: Reason::Allowed, audited }
+            }
+            None => Verdict { allowed: false, rule: None, reason: Reason::NoAllow, audited: None },
         }
     }
 
@@ -145,28 +167,36 @@ impl PolicySet {
 
     /// What a node that runs `local` needs: every policy whose target or one of whose callers is local.
     ///
-    /// For every connection from or to an identity of `local`, the slice gives the verdict of the whole set.
+    /// For every connection from or to an identity of `local`, the slice gives the verdict of the whole set, at `now` and
+    /// as long as nothing but time changes.
     #[must_use]
-    pub fn slice(&self, local: &BTreeSet<SpiffeId>) -> PolicySet {
-        let concerns = |policy: &Policy| {
-            local.iter().any(|id| policy.target.contains(id) || policy.from.iter().any(|set| set.contains(id)))
-        };
+    pub fn slice(&self, local: &BTreeSet<SpiffeId>, now: Moment) -> PolicySet {
         let policies = self
-            .in_force()
-            .filter(|(_, policy)| concerns(policy))
+            .in_force(now)
+            .filter(|(_, policy)| concerns(policy, local))
             .map(|(origin, policy)| ((origin.clone(), policy.name.clone()), policy.clone()))
             .collect();
         PolicySet { policies, known: self.known.clone() }
     }
 
-    /// Policies that can decide: written by one who may, and, for an allow, with every trust domain known.
-    pub(crate) fn in_force(&self) -> impl Iterator<Item = (&TrustDomain, &Policy)> {
+    /// Policies that can decide: written by one who may, not over, and, for an allow, with every trust domain known.
+    pub(crate) fn in_force(&self, now: Moment) -> impl Iterator<Item = (&TrustDomain, &Policy)> {
+        self.resolved().filter(move |(_, policy)| !policy.is_over(now))
+    }
+
+    /// The same, as far as time does not matter.
+    pub(crate) fn resolved(&self) -> impl Iterator<Item = (&TrustDomain, &Policy)> {
         self.iter().filter(|(origin, policy)| speaks_for(origin, policy) && self.is_resolved(policy))
     }
 
     fn is_resolved(&self, policy: &Policy) -> bool {
-        policy.action == Action::Deny || named(policy).all(|td| self.known.contains(&td))
+        policy.action != Action::Allow || named(policy).all(|td| self.known.contains(&td))
     }
+}
+
+/// Whether a node that runs `local` needs the policy.
+pub fn concerns(policy: &Policy, local: &BTreeSet<SpiffeId>) -> bool {
+    local.iter().any(|id| is_target(policy, id) || has_caller(policy, id))
 }
 
 pub(crate) fn rule_ref(origin: &TrustDomain, policy: &Policy) -> RuleRef {
@@ -174,16 +204,31 @@ pub(crate) fn rule_ref(origin: &TrustDomain, policy: &Policy) -> RuleRef {
 }
 
 pub(crate) fn speaks_of(policy: &Policy, src: &SpiffeId, dst: &SpiffeId) -> bool {
-    policy.target.contains(dst) && has_caller(policy, src)
+    is_target(policy, dst) && has_caller(policy, src)
+}
+
+pub(crate) fn is_target(policy: &Policy, dst: &SpiffeId) -> bool {
+    is_in(&policy.target, policy.action, dst)
 }
 
 pub(crate) fn has_caller(policy: &Policy, src: &SpiffeId) -> bool {
-    policy.from.iter().any(|set| set.contains(src))
+    policy.from.iter().any(|set| is_in(set, policy.action, src))
+}
+
+/// Of a set that was not resolved an allow means nobody, and what narrows means all of its trust domain: a cell resolves
+/// every set, and where it could not, a door stays shut. Not more than that: a peer narrows its own callers only.
+fn is_in(set: &Peers, action: Action, id: &SpiffeId) -> bool {
+    match set {
+        Peers::Cluster(td, _) | Peers::Group(td, _) | Peers::Labelled(td, _) => {
+            action != Action::Allow && id.trust_domain() == *td
+        }
+        Peers::Id(_) | Peers::Below(..) | Peers::Domain(_) | Peers::Ids(..) => set.contains(id),
+    }
 }
 
 /// No ports in a policy means every port.
-pub(crate) fn has_port(policy: &Policy, port: u16) -> bool {
-    policy.ports.is_empty() || policy.ports.contains(&port)
+pub(crate) fn has_port(policy: &Policy, protocol: Protocol, port: u16) -> bool {
+    policy.extras.protocols.contains(&protocol) && (policy.ports.is_empty() || policy.ports.contains(&port))
 }
 
 /// Trust domains that the policy names and nobody vouches for: until somebody does, it matches nothing.

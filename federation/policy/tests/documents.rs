@@ -1,9 +1,11 @@
 //! What parses, what is refused, and where the refusal points.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test says that it failed by panicking")]
 
-use ambit_model::policy::Action;
-use ambit_model::{Code, Refusal};
-use ambit_policy::{BYTES_MAX, DOCUMENTS_MAX, Document, FROM_MAX, PORTS_MAX, parse};
+use ambit_model::policy::{Action, Protocol};
+use ambit_model::{Code, Moment, Refusal, Stamp};
+use ambit_policy::{
+    BYTES_MAX, DOCUMENTS_MAX, Document, FROM_MAX, PORTS_MAX, PolicySet, check_enforceable, lint, parse, parse_suite,
+};
 
 const WEB_TO_DB: &str = "\
 kind: Policy
@@ -94,7 +96,24 @@ fn what_is_wrong_is_refused_in_its_place() {
         ("spiffe://west/db", "spiffe://west/d*", PolicyMalformed, &["line 4"]),
         ("spiffe://west/db", "'*'", PolicyMalformed, &["line 4"]),
         ("action: allow", "action: Allow", PolicyMalformed, &["line 5", "Allow"]),
-        ("action: allow", "action: audit", PolicyMalformed, &["line 5", "audit"]),
+        ("action: allow", "action: warn", PolicyMalformed, &["line 5", "warn"]),
+        (
+            "  ports: [8080]",
+            "  protocols: [icmp]",
+            PolicyMalformed,
+            &["line 7 column 15", "protocol tcp or udp", "icmp"],
+        ),
+        (
+            "  ports: [8080]",
+            "  expires: 2026-13-01T00:00:00Z",
+            PolicyMalformed,
+            &["line 7 column 12", "an instant in UTC"],
+        ),
+        ("  ports: [8080]", "  expires: tomorrow", PolicyMalformed, &["line 7", "tomorrow"]),
+        ("[spiffe://east/web]", "['cidr:10.0.0.1/8']", PolicyMalformed, &["line 6 column 10", "a range"]),
+        ("[spiffe://east/web]", "['cluster:east']", PolicyMalformed, &["line 6 column 10", "cluster:td/name"]),
+        ("[spiffe://east/web]", "['ids:east /web']", PolicyMalformed, &["line 6 column 10", "cluster:td/name"]),
+        ("spiffe://west/db", "'group:west/db'", PolicyMalformed, &["line 4 column 11", "group"]),
         ("  action: allow\n", "", PolicyMalformed, &["missing field `action`"]),
         ("[spiffe://east/web]", "[\n spiffe://east/web,\n east/web]", PolicyMalformed, &["line 8 column 2", "from[1]"]),
         ("[spiffe://east/web]", "[]", PolicyMalformed, &["line 6 column 9", "1-256", "length 0"]),
@@ -203,4 +222,144 @@ fn a_service_keeps_the_order_of_its_backends_and_a_policy_does_not() {
     assert_eq!(p.from.iter().map(ToString::to_string).collect::<Vec<_>>(), ["spiffe://west/a", "spiffe://west/b"]);
     assert_eq!(p.ports, [1, 2]);
     assert!(parse(&text.replace("first-backend", "random")).is_err());
+}
+
+#[test]
+fn what_no_kernel_enforces_is_read_and_refused() {
+    let policy =
+        |spec: &str| format!("kind: Policy\nmetadata: {{name: p}}\nspec: {{target: spiffe://west/db, {spec}}}\n");
+    let egress = "kind: Egress\nmetadata: {name: e}\nspec: {from: [spiffe://west/a], to: [192.0.2.0/24], \
+                  ports: [443], transport: passthrough}\n";
+    for (text, good) in [
+        (policy("action: allow, from: [spiffe://west/a]"), true),
+        (policy("action: audit, from: [spiffe://west/a], expires: 2030-01-01T00:00:00Z"), true),
+        (policy("action: allow, from: ['cluster:west/prod', 'group:west/ops', 'labels:west/app=db']"), true),
+        (policy("action: deny, from: [spiffe://west/a], protocols: [udp]"), true),
+        (policy("action: deny, from: [spiffe://west/a], protocols: [tcp, udp]"), true),
+        (policy("action: allow, from: [spiffe://west/a], protocols: [tcp, udp]"), false),
+        (policy("action: audit, from: [spiffe://west/a], protocols: [udp]"), false),
+        (policy("action: allow, from: [spiffe://west/a, 'cidr:10.0.0.0/8']"), false),
+        (policy("action: allow, from: ['cidr:10.0.0.0/8']"), false),
+        (policy("action: deny, from: ['cidr:10.0.0.0/8']"), false),
+        (egress.to_owned(), false),
+    ] {
+        let documents = parse(&text).unwrap();
+        match check_enforceable(&documents[0]) {
+            Ok(()) => assert!(good, "{text}"),
+            Err(refusal) => {
+                assert!(!good, "{text}: {refusal}");
+                assert_eq!(refusal.code, Code::PolicyUnenforceable);
+                assert!(refusal.found.contains(documents[0].name().as_str()), "{refusal}");
+            }
+        }
+    }
+    // Clear text is never what a document says by leaving something out.
+    assert!(refused(&egress.replace(", transport: passthrough", "")).found.contains("missing field `transport`"));
+    assert!(refused(&egress.replace("passthrough", "tls")).found.contains("passthrough"));
+}
+
+#[test]
+fn what_is_modelled_is_evaluated() {
+    let now = Moment::at(Stamp(1));
+    let text = "kind: Policy\nmetadata: {name: p}\nspec: {target: spiffe://west/db, action: allow, \
+                from: ['cidr:10.0.0.0/8'], ports: [53]}\n---\nkind: Egress\nmetadata: {name: e}\nspec: {from: \
+                [spiffe://west/a], to: [192.0.2.0/24], ports: [443], transport: passthrough, expires: 1970-01-01T00:00:02Z}\n";
+    let documents = parse(text).unwrap();
+    let [Document::Policy(policy), Document::Egress(egress)] = documents.as_slice() else { panic!("{documents:?}") };
+    let mut set = PolicySet::new(["west".parse().unwrap()].into());
+    set.insert("west".parse().unwrap(), policy.clone());
+    let db = "spiffe://west/db".parse().unwrap();
+    for (from, port, allowed) in [("10.1.2.3", 53, true), ("10.1.2.3", 54, false), ("11.0.0.1", 53, false)] {
+        assert_eq!(set.evaluate_unmeshed(from.parse().unwrap(), &db, port, now).allowed, allowed, "{from} {port}");
+    }
+    let a = "spiffe://west/a".parse().unwrap();
+    for (src, to, port, ms, allowed) in [
+        (&a, "192.0.2.7", 443, 1, true),
+        (&a, "192.0.2.7", 443, 2_000, false),
+        (&a, "192.0.3.7", 443, 1, false),
+        (&a, "192.0.2.7", 444, 1, false),
+        (&db, "192.0.2.7", 443, 1, false),
+    ] {
+        let at = Moment::at(Stamp(ms));
+        assert_eq!(egress.allows(src, to.parse().unwrap(), Protocol::Tcp, port, at), allowed, "{src} {to} {port} {ms}");
+    }
+}
+
+#[test]
+fn what_is_hardly_meant_is_told() {
+    let policy = |name: &str, spec: &str| {
+        format!("---\nkind: Policy\nmetadata: {{name: {name}}}\nspec: {{target: spiffe://west/db, {spec}}}\n")
+    };
+    let text = [
+        policy("all-denied", "action: allow, from: [spiffe://east/web], ports: [80]"),
+        policy("deny-east", "action: deny, from: [spiffe://east/*]"),
+        policy("old", "action: allow, from: [spiffe://west/a], expires: 1970-01-01T00:00:01Z"),
+        policy("open", "action: allow, from: [spiffe://west/*]"),
+        policy("z-again", "action: allow, from: [spiffe://west/b], ports: [80, 443]"),
+        policy("fine", "action: allow, from: [spiffe://north/b], ports: [80]"),
+    ];
+    let found: Vec<String> =
+        lint(&parse(&text.concat()).unwrap(), Stamp(2_000)).iter().map(ToString::to_string).collect();
+    assert_eq!(
+        found,
+        [
+            "policy all-denied: it never allows anything: policy deny-east denies all of it",
+            "policy old: it is over since 1970-01-01T00:00:01Z: give it a later end, or none",
+            "policy open: whoever gets an identity of west may call on every port: name the callers",
+            "policy z-again: it adds nothing to policy open: delete one of them",
+        ]
+    );
+}
+
+const SUITE: &str = "\
+kind: PolicyTest
+metadata: {name: db}
+spec:
+  at: 2026-01-01T00:00:00Z
+  sets:
+    cluster:west/prod: [spiffe://west/a]
+  cases:
+  - {from: spiffe://west/a, to: spiffe://west/db, ports: [5432], expect: allow}
+  - {from: spiffe://west/b, to: spiffe://west/db, ports: [5432], expect: deny}
+  - {from: spiffe://east/ops, to: spiffe://west/db, ports: [22, 23], expect: allow}
+---
+kind: Group
+metadata: {name: ops}
+spec: {members: [spiffe://east/ops]}
+---
+kind: Policy
+metadata: {name: db}
+spec: {target: spiffe://west/db, action: allow, from: ['cluster:west/prod'], ports: [5432]}
+---
+kind: Policy
+metadata: {name: ops}
+spec: {target: spiffe://west/db, action: allow, from: ['group:west/ops'], ports: [22]}
+";
+
+#[test]
+fn a_suite_asks_what_it_says() {
+    let (documents, suites) = parse_suite(SUITE).unwrap();
+    assert_eq!((documents.len(), suites.len()), (3, 1));
+    let failures: Vec<String> = suites[0].run(&documents, Stamp(1)).iter().map(ToString::to_string).collect();
+    assert_eq!(
+        failures,
+        [
+            "case 3: expected allow, found denied by default: no policy allows it: spiffe://east/ops -> spiffe://west/db:23"
+        ]
+    );
+    // A refusal points at its line of the whole text, whichever document it is in.
+    for (old, new, line) in [
+        ("expect: deny", "expect: refuse", "line 9"),
+        ("cluster:west/prod: [", "group:west/ops: [", "line 6"),
+        ("members", "member", "line 14"),
+        (
+            "target: spiffe://west/db, action: allow, from: ['group",
+            "target: x, action: allow, from: ['group",
+            "line 22",
+        ),
+    ] {
+        assert!(SUITE.contains(old), "{old}");
+        let refusal = parse_suite(&SUITE.replacen(old, new, 1)).unwrap_err();
+        assert!(refusal.found.starts_with(line), "{refusal}");
+    }
 }

@@ -1,9 +1,13 @@
 //! Verdicts, explanations, port sets and slices, as tables; and slices and port sets against the whole set.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test says that it failed by panicking")]
 
-use ambit_model::{SpiffeId, TrustDomain};
+use ambit_model::policy::{Action, Peers, Policy};
+use ambit_model::{Moment, SpiffeId, Stamp, TrustDomain};
 use ambit_policy::{Document, PolicySet, PortSet, parse};
 use std::collections::BTreeSet;
+
+/// No policy of the tables here ends.
+const NOW: Moment = Moment { committed: Stamp(1), latest: Stamp(1) };
 
 fn id(short: &str) -> SpiffeId {
     format!("spiffe://{short}").parse().unwrap()
@@ -31,7 +35,7 @@ fn set(known: &[&str], lines: &str) -> PolicySet {
 }
 
 fn told(set: &PolicySet, src: &str, dst: &str, port: u16) -> String {
-    let verdict = set.evaluate(&id(src), &id(dst), port);
+    let verdict = set.evaluate(&id(src), &id(dst), port, NOW);
     let rule = verdict.rule.map(|rule| rule.to_string()).unwrap_or_else(|| "-".into());
     format!("{} {rule}", if verdict.allowed { "allow" } else { "deny" })
 }
@@ -112,8 +116,8 @@ fn explanations_name_the_nearest_rule() {
         ("east/other", "west/db", 8080, "west/db-ops: it is for callers spiffe://west/ops/*"),
         ("west/a", "west/nobody", 1, "-"),
     ] {
-        let explained = set.explain(&id(src), &id(dst), port);
-        assert_eq!(explained.verdict, set.evaluate(&id(src), &id(dst), port));
+        let explained = set.explain(&id(src), &id(dst), port, NOW);
+        assert_eq!(explained.verdict, set.evaluate(&id(src), &id(dst), port, NOW));
         let nearest = explained.nearest.map(|near| near.to_string()).unwrap_or_else(|| "-".into());
         assert_eq!(nearest, want, "{src} -> {dst}:{port}");
     }
@@ -131,7 +135,7 @@ fn port_sets() {
         ("east/mallory", "west/web", list(&[])),
         ("east/other", "west/db", list(&[])),
     ] {
-        assert_eq!(set.ports(&id(src), &id(dst)), want, "{src} -> {dst}");
+        assert_eq!(set.ports(&id(src), &id(dst), NOW), want, "{src} -> {dst}");
     }
 }
 
@@ -139,12 +143,43 @@ fn port_sets() {
 fn a_slice_holds_what_concerns_the_node_and_no_more() {
     let set = set(&["west", "east"], TABLE);
     let names = |local: &[&str]| {
-        let slice = set.slice(&local.iter().map(|l| id(l)).collect());
+        let slice = set.slice(&local.iter().map(|l| id(l)).collect(), NOW);
         slice.iter().map(|(origin, p)| format!("{origin}/{}", p.name)).collect::<Vec<_>>()
     };
     assert_eq!(names(&[]), [] as [&str; 0]);
     assert_eq!(names(&["east/elsewhere"]), ["west/all-web"]);
     assert_eq!(names(&["east/web"]), ["east/stay-home", "west/all-web", "west/db-web"]);
+}
+
+/// A record of a peer could hold any set, whatever documents may say.
+#[test]
+fn a_peer_speaks_for_no_other_by_a_set_that_lies_or_that_nobody_resolved() {
+    let policy = |name: &str, action: Action, target: Peers, from: Peers| Policy {
+        name: name.parse().unwrap(),
+        target,
+        action,
+        from: vec![from],
+        ports: vec![],
+        extras: Default::default(),
+    };
+    let (east, west): (TrustDomain, TrustDomain) = ("east".parse().unwrap(), "west".parse().unwrap());
+    let lying = Peers::Ids(east.clone(), [id("west/db"), id("west/web")].into());
+    let unresolved = Peers::Group(east.clone(), "nowhere".parse().unwrap());
+    let all = |td: &TrustDomain| Peers::Domain(td.clone());
+    for (who, wrote, want) in [
+        ("widens", policy("a", Action::Allow, lying.clone(), all(&west)), "deny -"),
+        ("denies others", policy("b", Action::Deny, all(&west), lying), "allow west/open"),
+        ("denies everybody", policy("c", Action::Deny, all(&west), unresolved), "allow west/open"),
+    ] {
+        let mut set = PolicySet::new(domains(&["west", "east"]));
+        if want != "deny -" {
+            set.insert(west.clone(), policy("open", Action::Allow, all(&west), all(&west)));
+        }
+        set.insert(east.clone(), wrote);
+        assert_eq!(told(&set, "west/web", "west/db", 1), want, "{who}");
+        let (web, db) = (id("west/web"), id("west/db"));
+        assert_eq!(set.compile().evaluate(&web, &db, 1, NOW), set.evaluate(&web, &db, 1, NOW), "{who}");
+    }
 }
 
 /// A small generator of our own: the same numbers on every run, so that a failure is a seed.
@@ -186,16 +221,20 @@ fn slices_and_port_sets_agree_with_the_whole_set() {
         let mut draw = Draw(seed);
         let whole = drawn(&mut draw);
         let local: BTreeSet<_> = (0..=draw.next() % 2).map(|_| id(draw.of(IDS))).collect();
-        let slice = whole.slice(&local);
+        let slice = whole.slice(&local, NOW);
         for src in IDS.iter().map(|s| id(s)) {
             for dst in IDS.iter().map(|s| id(s)) {
-                let ports = whole.ports(&src, &dst);
+                let ports = whole.ports(&src, &dst, NOW);
                 for port in [22, 80, 443, 1] {
-                    let verdict = whole.evaluate(&src, &dst, port);
+                    let verdict = whole.evaluate(&src, &dst, port, NOW);
                     *(if verdict.allowed { &mut allowed } else { &mut denied }) += 1;
                     assert_eq!(ports.contains(port), verdict.allowed, "seed {seed}: {src} -> {dst}:{port} {ports:?}");
                     if local.contains(&src) || local.contains(&dst) {
-                        assert_eq!(slice.evaluate(&src, &dst, port), verdict, "seed {seed}: {src} -> {dst}:{port}");
+                        assert_eq!(
+                            slice.evaluate(&src, &dst, port, NOW),
+                            verdict,
+                            "seed {seed}: {src} -> {dst}:{port}"
+                        );
                     }
                 }
             }

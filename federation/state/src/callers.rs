@@ -52,6 +52,9 @@ impl State {
     fn entries_in<'a>(&'a self, set: &'a Peers) -> Box<dyn Iterator<Item = &'a Entry> + 'a> {
         match set {
             Peers::Id(id) => Box::new(self.entries_of(id).map(|row| &row.entry)),
+            Peers::Ids(_, ids) => Box::new(ids.iter().flat_map(|id| self.entries_of(id)).map(|row| &row.entry)),
+            // Those that were not resolved allow nobody.
+            Peers::Cluster(..) | Peers::Group(..) | Peers::Labelled(..) => Box::new(std::iter::empty()),
             Peers::Below(..) | Peers::Domain(_) => {
                 let ids = self.giving.keys().filter(|id| set.contains(id));
                 Box::new(ids.flat_map(|id| self.entries_of(id)).map(|row| &row.entry))

@@ -3,6 +3,7 @@
 use crate::committed::{
     DownstreamAuthority, Issuance, JwtIssuance, PreparedRoot, ReplicaAdmission, ReplicaAuthority, SealedReport,
 };
+pub use crate::documents::{DocumentKind, DocumentsChange};
 use crate::external::ExternalImport;
 use crate::objects::{
     AkFacts, BootPcrs, CellRow, Counters, DenialRow, EkDenyRow, EkFacts, EndpointProfile, ImaPoint, KeySetRow, Member,
@@ -408,9 +409,6 @@ pub enum Command {
     TaintAuthority(String),
     /// Whatever a tainted intermediate signed is refused.
     RevokeAuthority(String),
-    /// Refuses an intermediate by its key identifier (40 hexadecimal digits) of which there is no row, for the longest lifetime
-    /// that one may have.
-    DenyAuthority(String),
     /// What brings another key set, refused where the one in force is not the one that it was made from
     /// ([`KeySetRow::sha256`]) any more: a replica that joins while a root is activated is in the one that comes after.
     OverKeySet([u8; 32], Box<Command>),
@@ -493,6 +491,20 @@ pub enum Command {
     WithdrawExternal([u8; 32]),
     /// What was certified outside: the next authority under the active root, or a prepared root with its first.
     ImportExternal(Box<ExternalImport>),
+    /// Documents written and deleted in one: all or none.
+    ChangeDocuments(Box<DocumentsChange>),
+    /// Documents become what they were right after a change that is remembered.
+    RollbackDocuments {
+        /// Which change.
+        to: Revision,
+        /// As [`DocumentsChange::over`].
+        over: Option<Revision>,
+        /// Who asked.
+        by: String,
+    },
+    /// Refuses an intermediate by its key identifier (40 hexadecimal digits) of which there is no row, for the longest lifetime
+    /// that one may have.
+    DenyAuthority(String),
 }
 
 /// A foreign bundle, read strictly.

@@ -11,6 +11,7 @@ mod callers;
 pub mod command;
 pub mod committed;
 mod denied;
+mod documents;
 pub mod external;
 mod fit;
 #[cfg(ambit_mutant)]
@@ -19,6 +20,7 @@ pub mod objects;
 mod read;
 mod result;
 mod roles;
+mod rules;
 pub mod sealing;
 pub mod slice;
 mod state;
@@ -27,7 +29,9 @@ mod watched;
 
 pub use apply::jwt::{JWT_PUBLISHED_MIN_MS, JWT_PUBLISHED_MS, JWT_SIGNS_MS, JwtDue};
 pub use apply::{Beginning, ENDPOINTS_PER_NODE_MAX};
-pub use command::{Command, FetchedBundle, IdVerb, LogEntry, NodeVerb, Nodes, Reply, RoleChange};
+pub use command::{
+    Command, DocumentKind, DocumentsChange, FetchedBundle, IdVerb, LogEntry, NodeVerb, Nodes, Reply, RoleChange,
+};
 pub use committed::{Committed, Issuance, JwtIssuance, RevokedLeaves, Subject};
 pub use denied::SvidDenials;
 pub use roles::FOUNDER;

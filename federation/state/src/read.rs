@@ -5,7 +5,7 @@ use crate::objects::*;
 use crate::state::{OwnedName, State};
 use ambit_model::policy::NodeAddress;
 use ambit_model::record::Record;
-use ambit_model::{ClusterId, EntryId, Generation, NodeId, ObjectName, TrustDomain};
+use ambit_model::{ClusterId, EntryId, Generation, NodeId, ObjectName, SpiffeId, TrustDomain};
 use std::collections::BTreeSet;
 use std::ops::Bound;
 
@@ -137,6 +137,14 @@ impl State {
     pub fn entry(&self, id: &EntryId) -> Option<&EntryRow> {
         self.entries.get(id)
     }
+    /// Entries that give an identity.
+    pub fn entries_giving(&self, id: &SpiffeId) -> impl Iterator<Item = &EntryRow> {
+        self.entries_of(id)
+    }
+    /// The kernel's number of an identity, once it has one.
+    pub fn number_of(&self, id: &SpiffeId) -> Option<u32> {
+        self.identities.get(id).copied()
+    }
     /// Records of leaves that may still be valid.
     pub fn issued(&self) -> impl DoubleEndedIterator<Item = &Issuance> {
         self.issued.iter().map(|(_, v)| v)
@@ -186,13 +194,5 @@ impl State {
         let own = self.cell().map(|c| c.trust_domain.clone());
         let peers = self.peers().filter(|(_, p)| p.state != PeerState::Pending).map(|(td, _)| td.clone());
         own.into_iter().chain(peers).collect()
-    }
-    /// All policies as one set to evaluate.
-    pub fn policy_set(&self) -> ambit_policy::PolicySet {
-        let mut set = ambit_policy::PolicySet::new(self.known_domains());
-        for ((origin, _), row) in self.policies() {
-            set.insert(origin.clone(), row.object.clone());
-        }
-        set
     }
 }

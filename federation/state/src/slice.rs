@@ -58,11 +58,12 @@ impl State {
         let node = self.node(id)?;
         let entries: Vec<Entry> = self.entries().filter(|r| self.fits(&r.entry, id)).map(|r| r.entry.clone()).collect();
         let local: BTreeSet<SpiffeId> = entries.iter().map(|e| e.spiffe_id.clone()).collect();
-        let policies = self.policy_set().slice(&local);
+        let (policies, now) = (self.policies_for(&local), self.moment());
+        let index = policies.compile();
         let endpoints: Vec<Endpoint> = self
             .endpoints()
             .map(|(origin, row)| (*origin == cell.trust_domain && row.object.node == *id, &row.object))
-            .filter(|(here, e)| *here || local.iter().any(|src| !policies.ports(src, &e.spiffe_id).is_empty()))
+            .filter(|(here, e)| *here || local.iter().any(|src| !index.ports(src, &e.spiffe_id, now).is_empty()))
             .map(|(_, e)| e.clone())
             .collect();
         let services: Vec<(TrustDomain, Service)> = self

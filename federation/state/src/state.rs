@@ -109,6 +109,10 @@ pub struct State {
     pub(crate) externals: Table<(RootId, u64), ExternalRow>,
     /// The key that waits for its certificate; one row.
     pub(crate) external_requests: Table<u8, ExternalRequest>,
+    /// Sets of identities that policies use by name.
+    pub(crate) groups: Table<OwnedName, GroupRow>,
+    /// Changes of documents of this cell, by index; the oldest go.
+    pub(crate) document_changes: Table<u64, DocumentsRow>,
     /// `issued` by node, where it is bound to one, and end, in memory only: neither counting a node's leaves nor a tick
     /// must cost a walk over everybody's.
     pub(crate) leaves: BTreeMap<Option<NodeId>, BTreeSet<(Stamp, [u8; 16])>>,
@@ -118,6 +122,8 @@ pub struct State {
     pub(crate) asking: BTreeMap<ClusterId, BTreeSet<EntryId>>,
     /// Entries that end, by when, in memory only: a tick must not cost a walk over all entries.
     pub(crate) expiring: BTreeSet<(Stamp, EntryId)>,
+    /// Policies that end, by when, in memory only: no entry of the log must cost a walk over all policies.
+    pub(crate) policy_ends: BTreeMap<Stamp, BTreeSet<OwnedName>>,
     /// Requests remembered, oldest first, in memory only: forgetting those whose time is over must not cost a walk over
     /// all of them, every second.
     pub(crate) dedupe_by_age: VecDeque<(Stamp, RequestKey)>,
@@ -181,7 +187,9 @@ macro_rules! each_table {
             $s.sealing,
             $s.registrations,
             $s.externals,
-            $s.external_requests
+            $s.external_requests,
+            $s.groups,
+            $s.document_changes
         )
     };
 }
@@ -322,17 +330,24 @@ impl State {
             registrations: Table::new(id()),
             externals: Table::new(id()),
             external_requests: Table::new(id()),
+            groups: Table::new(id()),
+            document_changes: Table::new(id()),
             leaves: BTreeMap::new(),
             giving: BTreeMap::new(),
             asking: BTreeMap::new(),
             expiring: BTreeSet::new(),
+            policy_ends: BTreeMap::new(),
             dedupe_by_age: VecDeque::new(),
         }
     }
 
     /// Takes in one committed entry. Never fails: a refused command is an outcome, the same on every replica.
     pub fn apply(&mut self, index: RaftIndex, entry: &LogEntry) -> Applied {
+        let before = self.stamp();
         let stamp = self.advance(index, entry.stamp);
+        if self.policy_ends_in(before, stamp) {
+            apply::touch(self, At { index, stamp });
+        }
         let command = entry.command_sha256();
         let outcome = self.once(index, stamp, entry, command);
         Applied { index, client: entry.client, request: entry.request, command, outcome }
@@ -471,6 +486,8 @@ impl State {
         for entry in entries {
             state.index_entry(&entry, true);
         }
+        let ends: Vec<_> = state.policies().map(|(name, row)| (row.object.extras.expires_at, name.clone())).collect();
+        ends.into_iter().for_each(|(end, name)| state.index_policy_end(&name, end, true));
         let mut by_age: Vec<_> = state.dedupe.iter().map(|(key, row)| (row.stamp, *key)).collect();
         by_age.sort_unstable();
         state.dedupe_by_age = by_age.into();

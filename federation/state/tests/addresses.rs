@@ -35,6 +35,7 @@ fn allow(west: &mut Cell, from: &str) {
         action: Action::Allow,
         from: vec![from.parse::<Peers>().unwrap()],
         ports: vec![],
+        extras: Default::default(),
     };
     west.run(Command::ApplyDocuments { policies: vec![policy], services: vec![], by: "me".into() }).unwrap();
 }

@@ -74,6 +74,7 @@ fn policy(name: &str, target: &str) -> Policy {
         action: Action::Allow,
         from,
         ports: Default::default(),
+        extras: Default::default(),
     }
 }
 

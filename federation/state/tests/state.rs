@@ -110,6 +110,7 @@ fn policy(name: &str, target: &str) -> Policy {
         action: Action::Allow,
         from: vec![Peers::Domain("east".parse().unwrap())],
         ports: vec![80],
+        extras: Default::default(),
     }
 }
 

@@ -95,6 +95,7 @@ impl Load {
                     action: Action::Allow,
                     from: vec![Peers::Domain("east".parse()?)],
                     ports: vec![(self.made % 60_000) as u16 + 1],
+                    extras: Default::default(),
                 };
                 Command::ApplyDocuments { policies: vec![policy], services: Vec::new(), by: "sim".into() }
             }

@@ -182,6 +182,11 @@ pub const METHODS: &[(&str, Who)] = &[
     // Who may speak to whom concerns both ends, whichever cluster they are of.
     ("/ambit.v1.PolicyRegistry/List", Who::ClusterReader),
     ("/ambit.v1.PolicyRegistry/Explain", Who::ClusterReader),
+    ("/ambit.v1.PolicyRegistry/Plan", Who::ClusterReader),
+    ("/ambit.v1.PolicyRegistry/WhoCan", Who::ClusterReader),
+    ("/ambit.v1.PolicyRegistry/Unused", Who::ClusterReader),
+    ("/ambit.v1.PolicyRegistry/History", Who::ClusterReader),
+    ("/ambit.v1.PolicyRegistry/Rollback", Who::Admin),
     ("/ambit.v1.PolicyRegistry/Status", Who::ClusterReaderOrReplica),
     ("/ambit.v1.Watch/Watch", Who::Reader),
     ("/ambit.v1.AgentStream/Sync", Who::Node),

@@ -14,6 +14,8 @@ pub struct Agent {
     pub applied: u64,
     /// Why it refused the last slice, or empty.
     pub refused: String,
+    /// What it read back from its kernel's maps, by digest; empty before it said any.
+    pub map_digest: Vec<u8>,
     /// How far each peer's records had been imported in that slice.
     pub imported: Vec<(String, u64)>,
     /// The sequence of the own bundle by which it verifies, as it said; 0 before it said any.

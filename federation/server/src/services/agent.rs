@@ -286,7 +286,8 @@ impl Session {
         match message.body {
             Some(v1::agent_message::Body::Ack(ack)) => {
                 sent.acked = sent.acked.max(ack.revision);
-                self.replica.agents().update(&self.node, |a| a.refused.clear());
+                let digest = ack.map_digest;
+                self.replica.agents().update(&self.node, |a| (a.refused, a.map_digest) = (String::new(), digest));
                 self.note(sent);
                 Ok(())
             }

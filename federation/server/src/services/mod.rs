@@ -13,6 +13,7 @@ mod logs;
 mod membership;
 mod node;
 mod peer_link;
+mod plan;
 mod policy;
 mod relationship;
 mod revocation;
@@ -20,6 +21,7 @@ mod rounds;
 mod svid;
 mod unbuilt;
 mod watch;
+mod who;
 
 pub(crate) use membership::REPLICA_MAX;
 pub(crate) use svid::one_leaf;

@@ -1,14 +1,15 @@
 //! Policies and services: documents in, revisions out, and who holds which revision.
 
-use super::{OrStatus, request_id};
+use super::plan::{Wanted, change_of, kind_of, plan};
+use super::{OrStatus, request_id, who};
 use crate::authorise::actor;
 use crate::replica::Replica;
-use ambit_model::{Code, ObjectName, Refusal, SpiffeId, TrustDomain};
+use ambit_model::{Code, ObjectName, Refusal, Revision, SpiffeId, Stamp, TrustDomain};
 use ambit_policy::{Document, unknown_domains};
-use ambit_proto::convert::{policy_message, service_message};
+use ambit_proto::convert::{group_message, policy_message, service_message};
 use ambit_proto::v1;
 use ambit_state::objects::PolicyRow;
-use ambit_state::{Command, OwnedName, Reply, State};
+use ambit_state::{Command, DocumentsChange, OwnedName, Reply, State};
 use std::collections::{BTreeMap, BTreeSet};
 use tonic::{Request, Response, Status};
 
@@ -33,33 +34,27 @@ impl v1::policy_registry_server::PolicyRegistry for Policies {
         let m = request.into_inner();
         let id = request_id(&m.request_id)?;
         let documents = ambit_policy::parse(&m.yaml).or_status()?;
-        let (mut policies, mut services, mut objects) = (Vec::new(), Vec::new(), Vec::new());
         let known = self.0.local(State::known_domains);
-        for document in documents {
-            let unresolved = document.trust_domains().difference(&known).map(ToString::to_string).collect();
-            let row = v1::Applied {
-                kind: document.kind().to_owned(),
-                name: document.name().to_string(),
-                changed: false,
-                unresolved,
-            };
-            match document {
-                Document::Policy(p) => {
-                    objects.insert(policies.len(), row);
-                    policies.push(p);
-                }
-                Document::Service(s) => {
-                    objects.push(row);
-                    services.push(s);
-                }
-            }
-        }
-        let command = Command::ApplyDocuments { policies, services, by: actor.name };
-        let applied = self.0.propose(actor.client, id, command).await.or_status()?;
-        let revision = applied.index.0;
-        let Reply::Documents(changed, export_seq) = applied.outcome.or_status()? else {
-            return Err(Refusal::new(Code::Internal, "documents", "another outcome")).or_status();
+        // The state answers for policies, then for services, then for groups.
+        let order = |document: &Document| match document {
+            Document::Policy(_) => 0,
+            Document::Service(_) => 1,
+            Document::Group(_) | Document::Egress(_) => 2,
         };
+        let mut objects: Vec<(u8, v1::Applied)> = documents
+            .iter()
+            .map(|document| {
+                let unresolved = document.trust_domains().difference(&known).map(ToString::to_string).collect();
+                let (kind, name) = (document.kind().to_owned(), document.name().to_string());
+                (order(document), v1::Applied { kind, name, changed: false, unresolved })
+            })
+            .collect();
+        objects.sort_by_key(|(order, _)| *order);
+        let mut objects: Vec<v1::Applied> = objects.into_iter().map(|(_, object)| object).collect();
+        let over = m.over.map(Revision);
+        let change = DocumentsChange { over, ..change_of(documents, actor.name).or_status()? };
+        let command = Command::ChangeDocuments(Box::new(change));
+        let (changed, revision, export_seq) = self.change(actor.client, id, command).await.or_status()?;
         for (object, changed) in objects.iter_mut().zip(changed) {
             object.changed = changed;
         }
@@ -70,19 +65,74 @@ impl v1::policy_registry_server::PolicyRegistry for Policies {
         let actor = actor(&request)?;
         let m = request.into_inner();
         let id = request_id(&m.request_id)?;
-        let name: ObjectName = m.name.parse().or_status()?;
-        let command = match m.kind.as_str() {
-            "Policy" => Command::DeletePolicy(name),
-            "Service" => Command::DeleteService(name),
-            other => return Err(Refusal::new(Code::BadRequest, "kind Policy or Service", other)).or_status(),
-        };
-        let applied = self.0.propose(actor.client, id, command).await.or_status()?;
-        let revision = applied.index.0;
-        let Reply::Documents(_, export_seq) = applied.outcome.or_status()? else {
-            return Err(Refusal::new(Code::Internal, "documents", "another outcome")).or_status();
-        };
+        let delete = vec![(kind_of(&m.kind).or_status()?, m.name.parse::<ObjectName>().or_status()?)];
+        let (by, over) = (actor.name, m.over.map(Revision));
+        let change = DocumentsChange { delete, by, over, ..DocumentsChange::default() };
+        let command = Command::ChangeDocuments(Box::new(change));
+        let (_, revision, export_seq) = self.change(actor.client, id, command).await.or_status()?;
         let object = v1::Applied { kind: m.kind, name: m.name, changed: true, unresolved: Vec::new() };
         Ok(Response::new(v1::ApplyResponse { objects: vec![object], revision, export_seq }))
+    }
+
+    async fn rollback(&self, request: Request<v1::RollbackRequest>) -> Result<Response<v1::ApplyResponse>, Status> {
+        let actor = actor(&request)?;
+        let m = request.into_inner();
+        let id = request_id(&m.request_id)?;
+        let (to, over, by) = (Revision(m.revision), m.over.map(Revision), actor.name);
+        let command = Command::RollbackDocuments { to, over, by };
+        let (_, revision, export_seq) = self.change(actor.client, id, command).await.or_status()?;
+        // What it did is what is remembered of it; nothing where nothing was another.
+        let done = |s: &State| {
+            let row = s.document_changes().find(|(at, _)| at.0 == revision).map(|(_, row)| row.changes.clone());
+            row.unwrap_or_default()
+        };
+        let objects = self.0.local(done).into_iter().map(|change| {
+            let (kind, name) = (change.kind.as_str().to_owned(), change.name.to_string());
+            v1::Applied { kind, name, changed: true, unresolved: Vec::new() }
+        });
+        Ok(Response::new(v1::ApplyResponse { objects: objects.collect(), revision, export_seq }))
+    }
+
+    async fn plan(&self, request: Request<v1::PlanRequest>) -> Result<Response<v1::PlanResponse>, Status> {
+        let actor = actor(&request)?;
+        let m = request.into_inner();
+        let wanted = match (m.yaml.is_empty(), m.delete.is_empty(), m.rollback_to) {
+            (true, true, to) if to > 0 => Wanted::Back(Revision(to)),
+            (false, true, 0) => {
+                Wanted::Change(change_of(ambit_policy::parse(&m.yaml).or_status()?, actor.name).or_status()?)
+            }
+            (true, false, 0) => {
+                let named = m.delete.iter().map(|d| Ok((kind_of(&d.kind)?, d.name.parse()?)));
+                let delete = named.collect::<Result<_, Refusal>>().or_status()?;
+                Wanted::Change(DocumentsChange { delete, ..DocumentsChange::default() })
+            }
+            _ => {
+                let found = "none or several";
+                let expected = "one of: documents, names to delete, a revision to go back to";
+                return Err(Refusal::new(Code::BadRequest, expected, found)).or_status();
+            }
+        };
+        plan(&self.0, wanted).await.or_status().map(Response::new)
+    }
+
+    async fn who_can(&self, request: Request<v1::WhoCanRequest>) -> Result<Response<v1::WhoCanResponse>, Status> {
+        let m = request.into_inner();
+        let destination: SpiffeId = m.destination.parse().or_status()?;
+        let port = if m.port == 0 { None } else { Some(port_of(m.port).or_status()?) };
+        self.0.read(|s| who::who_can(s, &destination, port)).await.or_status().map(Response::new)
+    }
+
+    async fn unused(&self, _: Request<v1::UnusedRequest>) -> Result<Response<v1::UnusedResponse>, Status> {
+        self.0.read(who::unused).await.or_status().map(Response::new)
+    }
+
+    async fn history(&self, request: Request<v1::HistoryRequest>) -> Result<Response<v1::HistoryResponse>, Status> {
+        let limit = usize::try_from(request.into_inner().limit).unwrap_or(usize::MAX);
+        self.0
+            .read(|s| who::history(s, if limit == 0 { usize::MAX } else { limit }))
+            .await
+            .or_status()
+            .map(Response::new)
     }
 
     async fn list(&self, _: Request<v1::ListPoliciesRequest>) -> Result<Response<v1::ListPoliciesResponse>, Status> {
@@ -92,24 +142,9 @@ impl v1::policy_registry_server::PolicyRegistry for Policies {
     async fn explain(&self, request: Request<v1::ExplainRequest>) -> Result<Response<v1::ExplainResponse>, Status> {
         let m = request.into_inner();
         let (src, dst): (SpiffeId, SpiffeId) = (m.source.parse().or_status()?, m.destination.parse().or_status()?);
-        let port = u16::try_from(m.port)
-            .map_err(|_| Refusal::new(Code::BadRequest, "a port of 1-65535", m.port.to_string()))
-            .or_status()?;
-        let answer = self
-            .0
-            .read(|s| {
-                let e = s.policy_set().explain(&src, &dst, port);
-                v1::ExplainResponse {
-                    allowed: e.verdict.allowed,
-                    rule: e.verdict.rule.as_ref().map(ToString::to_string).unwrap_or_default(),
-                    reason: e.verdict.reason.to_string(),
-                    nearest: e.nearest.as_ref().map(ToString::to_string).unwrap_or_default(),
-                    revision: s.cell().map(|c| c.revision.0).unwrap_or_default(),
-                }
-            })
-            .await
-            .or_status()?;
-        Ok(Response::new(answer))
+        let (port, at) = (port_of(m.port).or_status()?, Some(Stamp(m.at_ms)).filter(|at| at.0 > 0));
+        let asked = who::Asked { source: src, destination: dst, port, at };
+        who::explain(&self.0, asked).await.or_status().map(Response::new)
     }
 
     async fn status(
@@ -144,12 +179,22 @@ impl v1::policy_registry_server::PolicyRegistry for Policies {
     }
 }
 
+fn port_of(port: u32) -> Result<u16, Refusal> {
+    let read = u16::try_from(port).ok().filter(|port| *port > 0);
+    read.ok_or_else(|| Refusal::new(Code::BadRequest, "a port of 1-65535", port.to_string()))
+}
+
 fn listing(s: &State) -> v1::ListPoliciesResponse {
     let known = s.known_domains();
     let policies = s.policies().map(|(name, row)| message(name, row, &known)).collect();
     let services = s.services().map(|((origin, _), row)| service_message(origin, &row.object)).collect();
     let endpoints = s.endpoints().map(|(_, row)| (&row.object).into()).collect();
-    v1::ListPoliciesResponse { policies, services, endpoints }
+    let groups = s.groups().map(|((origin, _), row)| v1::Group {
+        written_by: row.written_by.clone(),
+        revision: row.revision.0,
+        ..group_message(origin, &row.object)
+    });
+    v1::ListPoliciesResponse { policies, services, endpoints, groups: groups.collect() }
 }
 
 /// One policy, resolved by the trust domains known.
@@ -163,6 +208,21 @@ pub(super) fn message((origin, _): &OwnedName, row: &PolicyRow, known: &BTreeSet
 }
 
 impl Policies {
+    /// What changed, at which revision, and how far that is exported.
+    async fn change(
+        &self,
+        client: crate::authorise::Client,
+        id: [u8; 16],
+        command: Command,
+    ) -> Result<(Vec<bool>, u64, u64), Refusal> {
+        let applied = self.0.propose(client, id, command).await?;
+        let revision = applied.index.0;
+        match applied.outcome? {
+            Reply::Documents(changed, export_seq) => Ok((changed, revision, export_seq)),
+            _ => Err(Refusal::new(Code::Internal, "documents", "another outcome")),
+        }
+    }
+
     fn local_agents(&self) -> BTreeMap<String, v1::AgentRevision> {
         let rows = self.0.agents().all().into_iter();
         rows.map(|(node, a)| {
@@ -174,6 +234,8 @@ impl Policies {
                 connected: true,
                 imported,
                 address: a.address,
+                refused: a.refused,
+                map_digest: a.map_digest,
             };
             (row.node.clone(), row)
         })

@@ -7,7 +7,7 @@ use crate::objects::{ForeignCluster, JwtKeys, Owned, PeerRow, PeerState, TokenSc
 use crate::state::State;
 use crate::table::{Journal, Table};
 use ambit_model::bundle::{BundleRecord, RootEntry, RootState};
-use ambit_model::policy::{Endpoint, NodeAddress, Policy, Service};
+use ambit_model::policy::{Endpoint, Group, NodeAddress, Peers, Policy, Service};
 use ambit_model::record::{Head, Kind, Record};
 use ambit_model::{
     Code, Generation, IdDenial, LeafDenial, NodeId, ObjectName, Refusal, Revision, SpiffeId, Stamp, TrustDomain,
@@ -160,6 +160,7 @@ enum Imported {
     Cluster(ambit_model::ClusterId),
     Policy(ObjectName, Option<Policy>),
     Service(ObjectName, Option<Service>),
+    Group(ObjectName, Option<Group>),
     Endpoint(Ipv4Addr, Option<Endpoint>),
     NodeDenial(NodeId, Generation),
     JwtKeys(JwtKeys),
@@ -183,8 +184,11 @@ fn decode(r: &Record) -> Result<Imported, Refusal> {
         }
         Kind::Policy => {
             let policy: Option<Policy> = object(r)?;
-            let ours =
-                policy.clone().is_none_or(|p| ambit_policy::check_owner(&Document::Policy(p), &r.origin).is_ok());
+            // What a cell tells its agents is not what it tells its peers.
+            let resolved = |p: &Policy| p.from.iter().chain([&p.target]).any(|set| matches!(set, Peers::Ids(..)));
+            let ours = policy
+                .clone()
+                .is_none_or(|p| !resolved(&p) && ambit_policy::check_owner(&Document::Policy(p), &r.origin).is_ok());
             if ours { Imported::Policy(r.key.parse()?, policy) } else { Imported::Ignored }
         }
         Kind::Service => {
@@ -192,6 +196,12 @@ fn decode(r: &Record) -> Result<Imported, Refusal> {
             let ours =
                 service.clone().is_none_or(|v| ambit_policy::check_owner(&Document::Service(v), &r.origin).is_ok());
             if ours { Imported::Service(r.key.parse()?, service) } else { Imported::Ignored }
+        }
+        Kind::Group => {
+            let group: Option<Group> = object(r)?;
+            let fits = |g: &Group| g.name.as_str() == r.key && g.members.len() <= ambit_policy::MEMBERS_MAX;
+            let ours = group.as_ref().is_none_or(fits);
+            if ours { Imported::Group(r.key.parse()?, group) } else { Imported::Ignored }
         }
         Kind::Endpoint => {
             let endpoint: Option<Endpoint> = object(r)?;
@@ -293,6 +303,7 @@ struct Room {
     clusters: usize,
     policies: usize,
     services: usize,
+    groups: usize,
     endpoints: usize,
     denials: usize,
     ids: usize,
@@ -308,6 +319,7 @@ impl Room {
         let clusters = s.foreign_clusters.iter().map(|(_, c)| &c.origin).filter(of_origin).count();
         let policies = s.policies.iter().map(|((td, _), _)| td).filter(of_origin).count();
         let services = s.services.iter().map(|((td, _), _)| td).filter(of_origin).count();
+        let groups = s.groups.iter().map(|((td, _), _)| td).filter(of_origin).count();
         let endpoints = s.endpoints.from((origin.clone(), Ipv4Addr::UNSPECIFIED)).map(|((td, _), _)| td);
         let denials = s.node_denials.from((origin.clone(), NodeId([0; 32]))).map(|((td, _), _)| td);
         let ids = s.id_denials.iter().map(|((td, _), _)| td).filter(of_origin).count();
@@ -320,6 +332,7 @@ impl Room {
             clusters: left(FOREIGN_CLUSTERS_MAX, clusters),
             policies: left(FOREIGN_POLICIES_MAX, policies),
             services: left(FOREIGN_SERVICES_MAX, services),
+            groups: left(FOREIGN_SERVICES_MAX, groups),
             endpoints: left(FOREIGN_ENDPOINTS_MAX, endpoints.take_while(of_origin).count()),
             denials: left(FOREIGN_DENIALS_MAX, denials.take_while(of_origin).count()),
             authority_denials: left(FOREIGN_AUTHORITY_DENIALS_MAX, authorities.take_while(of_origin).count()),
@@ -356,8 +369,13 @@ fn take(s: &mut State, at: At, origin: &TrustDomain, object: Imported, room: &mu
             }
         }
         Imported::Policy(name, object) => {
+            let key = (origin.clone(), name);
             let row = object.map(|object| Owned { object, revision, written_by: by });
-            put(&mut s.journal, &mut s.policies, &mut room.policies, (origin.clone(), name), row);
+            s.reindex_policy(&key, |s| put(&mut s.journal, &mut s.policies, &mut room.policies, key.clone(), row));
+        }
+        Imported::Group(name, object) => {
+            let row = object.map(|object| Owned { object, revision, written_by: by });
+            put(&mut s.journal, &mut s.groups, &mut room.groups, (origin.clone(), name), row);
         }
         Imported::Service(name, object) => {
             // The first to claim a virtual address keeps it; a peer cannot take over one that is in use.

@@ -4,17 +4,14 @@ use super::{At, addresses, cell_row, export, payload, touch};
 use crate::command::{Presence, Reply};
 use crate::objects::{EntryRow, NodeState, Owned};
 use crate::state::State;
-use ambit_model::policy::{Endpoint, Policy, Service};
+use ambit_model::policy::Endpoint;
 use ambit_model::record::Kind;
-use ambit_model::{Code, Entry, EntryId, NodeId, ObjectName, Refusal, Revision, SpiffeId, TrustDomain};
-use ambit_policy::Document;
+use ambit_model::{Code, Entry, EntryId, NodeId, Refusal, Revision, SpiffeId, TrustDomain};
 use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
 
 /// Bounds on what one cell holds; past them a write is refused, never memory exhausted (I17).
 const ENTRIES_MAX: usize = 200_000;
-const POLICIES_MAX: usize = 50_000;
-const SERVICES_MAX: usize = 10_000;
 /// Endpoints that one node may report; more than pods fit on a node.
 pub const ENDPOINTS_PER_NODE_MAX: usize = 1_000;
 
@@ -135,97 +132,6 @@ pub(super) fn number(s: &mut State, id: &SpiffeId) {
         cell.next_identity += 1;
         s.cell.put(&mut s.journal, 0, cell);
     }
-}
-
-/// All documents or none: every one is checked before the first is written.
-pub(super) fn apply_documents(
-    s: &mut State,
-    at: At,
-    policies: &[Policy],
-    services: &[Service],
-    by: &str,
-) -> Result<Reply, Refusal> {
-    let cell = cell_row(s)?;
-    let own = cell.trust_domain.clone();
-    for policy in policies {
-        ambit_policy::check_owner(&Document::Policy(policy.clone()), &own)?;
-    }
-    for service in services {
-        ambit_policy::check_owner(&Document::Service(service.clone()), &own)?;
-        let taken = s.services().find(|((origin, name), row)| {
-            row.object.address == service.address && (*origin != own || *name != service.name)
-        });
-        if let Some(((origin, name), _)) = taken {
-            let found = format!("{} is {name} of {origin}", service.address);
-            return Err(Refusal::new(Code::AlreadyExists, "a virtual address not in use", found));
-        }
-        // At a workload's address it would get the calls meant for the workload.
-        if let Some(origin) = addresses::endpoint_origin(s, service.address) {
-            let found = format!("{} is a workload of {origin}", service.address);
-            return Err(Refusal::new(Code::AlreadyExists, "a virtual address not in use", found));
-        }
-    }
-    // Only what is this cell's counts: peers have bounds of their own and never use up ours.
-    let held = s.policies().filter(|((td, _), _)| *td == own).count();
-    let served = s.services().filter(|((td, _), _)| *td == own).count();
-    if held + policies.len() > POLICIES_MAX || served + services.len() > SERVICES_MAX {
-        return Err(Refusal::new(
-            Code::Busy,
-            format!("at most {POLICIES_MAX} policies and {SERVICES_MAX} services"),
-            "more",
-        ));
-    }
-    let mut changed = Vec::new();
-    for policy in policies {
-        let key = (own.clone(), policy.name.clone());
-        let new = s.policies.get(&key).is_none_or(|row| row.object != *policy);
-        if new {
-            let row = Owned { object: policy.clone(), revision: Revision(at.index.0), written_by: by.to_owned() };
-            #[cfg(ambit_mutant)]
-            let row = if crate::mutant::is("policy-version-of-document") {
-                Owned { revision: Revision(policy.ports.first().map_or(0, |port| u64::from(*port % 7))), ..row }
-            } else {
-                row
-            };
-            s.policies.put(&mut s.journal, key, row);
-            export(s, Kind::Policy, policy.name.to_string(), payload(policy)?);
-        }
-        changed.push(new);
-    }
-    for service in services {
-        let key = (own.clone(), service.name.clone());
-        let new = s.services.get(&key).is_none_or(|row| row.object != *service);
-        if new {
-            let row = Owned { object: service.clone(), revision: Revision(at.index.0), written_by: by.to_owned() };
-            s.services.put(&mut s.journal, key, row);
-            export(s, Kind::Service, service.name.to_string(), payload(service)?);
-        }
-        changed.push(new);
-    }
-    if changed.contains(&true) {
-        touch(s, at);
-    }
-    Ok(Reply::Documents(changed, cell_row(s)?.export_seq))
-}
-
-pub(super) fn delete_policy(s: &mut State, at: At, name: &ObjectName) -> Result<Reply, Refusal> {
-    let own = cell_row(s)?.trust_domain;
-    if s.policies.remove(&mut s.journal, &(own, name.clone())).is_none() {
-        return Err(Refusal::new(Code::NotFound, "a policy of this cell", name.as_str()));
-    }
-    export(s, Kind::Policy, name.to_string(), Vec::new());
-    touch(s, at);
-    Ok(Reply::Documents(vec![true], cell_row(s)?.export_seq))
-}
-
-pub(super) fn delete_service(s: &mut State, at: At, name: &ObjectName) -> Result<Reply, Refusal> {
-    let own = cell_row(s)?.trust_domain;
-    if s.services.remove(&mut s.journal, &(own, name.clone())).is_none() {
-        return Err(Refusal::new(Code::NotFound, "a service of this cell", name.as_str()));
-    }
-    export(s, Kind::Service, name.to_string(), Vec::new());
-    touch(s, at);
-    Ok(Reply::Documents(vec![true], cell_row(s)?.export_seq))
 }
 
 /// Each endpoint with its own outcome: one that may not be there does not take the others along.

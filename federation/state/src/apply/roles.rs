@@ -1,11 +1,11 @@
 //! Administrators: their roles, their certificates, and what those of one cluster may touch.
 
 use super::{At, cell_row, issue};
-use crate::command::{Command, Nodes, Reply, RoleChange};
+use crate::command::{Command, DocumentKind, DocumentsChange, Nodes, Reply, RoleChange};
 use crate::committed::Subject;
 use crate::objects::{AdminRow, TokenScope};
 use crate::state::State;
-use ambit_model::policy::{Peers, Policy, Service};
+use ambit_model::policy::{Labels, Peers, Policy, Service};
 use ambit_model::{AdminRole, ClusterId, Code, Entry, NodeId, ObjectName, Refusal, SpiffeId, TrustDomain};
 use std::collections::BTreeSet;
 
@@ -150,6 +150,11 @@ impl Scope<'_> {
         if std::iter::once(entry).chain(before).any(|entry| entry.extras.is_privileged()) {
             return Err(self.refuse(format!("entry {}, which is marked admin or downstream", entry.id)));
         }
+        // Policies of the whole cell may go by them: who sets one takes what they give.
+        let none = Labels::new();
+        if entry.extras.labels != *before.map_or(&none, |before| &before.extras.labels) {
+            return Err(self.refuse(format!("labels of entry {}", entry.id)));
+        }
         self.identity(s, &entry.spiffe_id)
     }
     /// Below `/cluster/NAME/` an identity of this trust domain is that cluster's. Any other is whose entries hold it: nobody
@@ -183,7 +188,10 @@ impl Scope<'_> {
                 let below = |c: &ClusterId| td == self.own && path.starts_with(&format!("/cluster/{c}/"));
                 if self.clusters.iter().any(below) { Ok(()) } else { Err(self.refuse(peers.to_string())) }
             }
-            Peers::Domain(_) => Err(self.refuse(peers.to_string())),
+            Peers::Cluster(td, cluster) if td == self.own => self.cluster(cluster),
+            Peers::Domain(_) | Peers::Cluster(..) | Peers::Group(..) | Peers::Labelled(..) | Peers::Ids(..) => {
+                Err(self.refuse(peers.to_string()))
+            }
         }
     }
     fn policy(&self, s: &State, policy: &Policy) -> Result<(), Refusal> {
@@ -196,7 +204,6 @@ impl Scope<'_> {
 
 /// Whether everything that the command would touch is of the scope. What is not named here is not theirs to ask.
 fn check(s: &State, scope: &Scope<'_>, command: &Command) -> Result<(), Refusal> {
-    let own = scope.own;
     match command {
         Command::CreateEntries(entries) => entries.iter().try_for_each(|e| scope.entry(s, e)),
         Command::PutEntries(entries) | Command::ReplaceEntries(entries) => {
@@ -217,27 +224,10 @@ fn check(s: &State, scope: &Scope<'_>, command: &Command) -> Result<(), Refusal>
             scope.cluster(cluster)?;
             nodes.iter().try_for_each(|id| scope.node(s, id))
         }
-        Command::ApplyDocuments { policies, services, .. } => {
-            for policy in policies {
-                scope.policy(s, policy)?;
-                if let Some(before) = s.policy(&(own.clone(), policy.name.clone())) {
-                    scope.policy(s, &before.object)?;
-                }
-            }
-            for service in services {
-                scope.service(s, service)?;
-                if let Some(before) = s.service(&(own.clone(), service.name.clone())) {
-                    scope.service(s, &before.object)?;
-                }
-            }
-            Ok(())
-        }
-        Command::DeletePolicy(name) => {
-            s.policy(&(own.clone(), name.clone())).map_or(Ok(()), |row| scope.policy(s, &row.object))
-        }
-        Command::DeleteService(name) => {
-            s.service(&(own.clone(), name.clone())).map_or(Ok(()), |row| scope.service(s, &row.object))
-        }
+        Command::ApplyDocuments { policies, services, .. } => written(s, scope, policies, services),
+        Command::DeletePolicy(name) => former_policy(s, scope, name),
+        Command::DeleteService(name) => former_service(s, scope, name),
+        Command::ChangeDocuments(change) => documents(s, scope, change),
         Command::PutAppraisalPolicy { name, content, .. } => {
             content.clusters.iter().try_for_each(|cluster| scope.cluster(cluster))?;
             appraisal(s, scope, name)
@@ -245,6 +235,40 @@ fn check(s: &State, scope: &Scope<'_>, command: &Command) -> Result<(), Refusal>
         Command::PromoteAppraisalPolicy(name) | Command::DeleteAppraisalPolicy(name) => appraisal(s, scope, name),
         _ => Err(scope.refuse("what concerns the whole cell")),
     }
+}
+
+/// What the policies and services are to be, and what they are now.
+fn written(s: &State, scope: &Scope<'_>, policies: &[Policy], services: &[Service]) -> Result<(), Refusal> {
+    for policy in policies {
+        scope.policy(s, policy)?;
+        former_policy(s, scope, &policy.name)?;
+    }
+    for service in services {
+        scope.service(s, service)?;
+        former_service(s, scope, &service.name)?;
+    }
+    Ok(())
+}
+
+fn documents(s: &State, scope: &Scope<'_>, change: &DocumentsChange) -> Result<(), Refusal> {
+    written(s, scope, &change.policies, &change.services)?;
+    // Policies of other clusters may go by it.
+    if let Some(group) = change.groups.first() {
+        return Err(scope.refuse(format!("group {}, which policies of the whole cell may use", group.name)));
+    }
+    change.delete.iter().try_for_each(|(kind, name)| match kind {
+        DocumentKind::Policy => former_policy(s, scope, name),
+        DocumentKind::Service => former_service(s, scope, name),
+        DocumentKind::Group => Err(scope.refuse(format!("group {name}, which policies of the whole cell may use"))),
+    })
+}
+
+fn former_policy(s: &State, scope: &Scope<'_>, name: &ObjectName) -> Result<(), Refusal> {
+    s.policy(&(scope.own.clone(), name.clone())).map_or(Ok(()), |row| scope.policy(s, &row.object))
+}
+
+fn former_service(s: &State, scope: &Scope<'_>, name: &ObjectName) -> Result<(), Refusal> {
+    s.service(&(scope.own.clone(), name.clone())).map_or(Ok(()), |row| scope.service(s, &row.object))
 }
 
 /// The appraisal policy of this name, as far as there is one, governs our nodes only.

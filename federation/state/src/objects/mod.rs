@@ -1,6 +1,7 @@
 //! Rows of the tables: what a cell remembers.
 
-use ambit_model::policy::{Endpoint, Policy, Service};
+use crate::command::DocumentKind;
+use ambit_model::policy::{Endpoint, Group, Policy, Service};
 use ambit_model::{
     Act, AdminRole, ClusterId, Entry, JwtAuthority, NumericIdentity, ObjectName, RaftIndex, Revision, SpiffeId, Stamp,
     TrustDomain,
@@ -207,6 +208,64 @@ pub struct Owned<T> {
 pub type PolicyRow = Owned<Policy>;
 /// Rows of services.
 pub type ServiceRow = Owned<Service>;
+/// Rows of groups.
+pub type GroupRow = Owned<Group>;
+
+/// A document as it is kept.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum StoredDocument {
+    /// `kind: Policy`.
+    Policy(Policy),
+    /// `kind: Service`.
+    Service(Service),
+    /// `kind: Group`.
+    Group(Group),
+}
+
+impl StoredDocument {
+    /// Which kind it is.
+    pub fn kind(&self) -> DocumentKind {
+        match self {
+            Self::Policy(_) => DocumentKind::Policy,
+            Self::Service(_) => DocumentKind::Service,
+            Self::Group(_) => DocumentKind::Group,
+        }
+    }
+    /// Its name.
+    pub fn name(&self) -> &ObjectName {
+        match self {
+            Self::Policy(policy) => &policy.name,
+            Self::Service(service) => &service.name,
+            Self::Group(group) => &group.name,
+        }
+    }
+}
+
+/// What one change did to one document of this cell.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DocumentChange {
+    /// Which kind.
+    pub kind: DocumentKind,
+    /// Its name.
+    pub name: ObjectName,
+    /// What was there.
+    pub before: Option<StoredDocument>,
+    /// What is there since.
+    pub after: Option<StoredDocument>,
+}
+
+/// One change of documents, as it is remembered.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DocumentsRow {
+    /// When.
+    pub stamp: Stamp,
+    /// Who asked.
+    pub by: String,
+    /// Why, where it was no plain change.
+    pub note: String,
+    /// What it changed; never empty.
+    pub changes: Vec<DocumentChange>,
+}
 /// Rows of endpoints.
 pub type EndpointRow = Owned<Endpoint>;
 

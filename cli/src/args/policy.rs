@@ -1,0 +1,125 @@
+//! `ambit policy` and `ambit explain`.
+
+use clap::Subcommand;
+use std::path::PathBuf;
+
+#[derive(Debug, Subcommand)]
+pub enum Policy {
+    /// Checks documents without a cell
+    Lint {
+        /// The file; `-` reads standard input
+        file: PathBuf,
+    },
+    /// Runs the `kind: PolicyTest` documents of a file without a cell; ends 1 where a case comes out otherwise
+    Test {
+        /// The file with the tests, and perhaps policies; `-` reads standard input
+        file: PathBuf,
+        /// A file of the policies that are tested; repeat for more
+        #[arg(short = 'f', long = "file", value_name = "FILE")]
+        policies: Vec<PathBuf>,
+    },
+    /// Shows what a change would open and close between known identities; ends 5 above --max-flips
+    Plan {
+        /// The file to apply; `-` reads standard input
+        #[arg(short, long, required_unless_present_any = ["delete", "rollback"])]
+        file: Option<PathBuf>,
+        /// The object to delete
+        #[arg(long, value_name = "NAME", conflicts_with_all = ["file", "rollback"])]
+        delete: Option<String>,
+        /// Of what kind it is: policy, service or group
+        #[arg(long, default_value = "policy", value_parser = ["policy", "service", "group"])]
+        kind: String,
+        /// The change to go back to (ambit policy history)
+        #[arg(long, value_name = "REVISION", conflicts_with = "file")]
+        rollback: Option<u64>,
+        #[command(flatten)]
+        reach: Reached,
+    },
+    /// Sends documents to the cell; all or none take effect
+    Apply {
+        /// The file; `-` reads standard input
+        #[arg(short, long)]
+        file: PathBuf,
+        #[command(flatten)]
+        reach: Reached,
+    },
+    /// Removes one object
+    Delete {
+        name: String,
+        /// policy, service or group
+        #[arg(long, default_value = "policy", value_parser = ["policy", "service", "group"])]
+        kind: String,
+        #[command(flatten)]
+        reach: Reached,
+    },
+    /// Makes policies, services and groups of this cell what they were right after a change
+    Rollback {
+        /// Which change (ambit policy history)
+        revision: u64,
+        #[command(flatten)]
+        reach: Reached,
+    },
+    /// Changes of policies, services and groups of this cell, newest first
+    History {
+        /// How many; 0 for all that is remembered
+        #[arg(long, default_value_t = 20)]
+        limit: u32,
+    },
+    /// Who may call a workload, of those that are known, and by which policies
+    #[command(name = "who-can")]
+    WhoCan {
+        /// The workload's SPIFFE ID, and perhaps a port
+        #[arg(value_name = "SPIFFE[:PORT]")]
+        destination: String,
+    },
+    /// Policies that speak of no pair of known identities, and why
+    Unused,
+    /// Policies, services and groups that the cell knows, imported ones too
+    List,
+    /// Which agents hold the cell's revision in their kernel; ends 5 where one does not
+    Status {
+        /// Wait, at most --timeout, until all do
+        #[arg(long)]
+        wait: bool,
+    },
+    /// Why SRC may or may not reach DST:PORT
+    Explain(Explain),
+}
+
+/// How far a change may reach.
+#[derive(Debug, clap::Args)]
+pub struct Reached {
+    /// Refuse to change the connections of more pairs of known identities than this
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    pub max_flips: u64,
+}
+
+#[derive(Debug, clap::Args)]
+pub struct Explain {
+    /// The caller's SPIFFE ID
+    #[arg(value_name = "SRC")]
+    pub source: String,
+    /// The target's SPIFFE ID (or address) and port
+    #[arg(value_name = "DST:PORT")]
+    pub destination: Destination,
+    /// As it was then (2026-11-23T14:03:26Z), as far as changes are remembered
+    #[arg(long, value_name = "TIME")]
+    pub at: Option<String>,
+}
+
+/// What is called: a name and a port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Destination {
+    pub name: String,
+    pub port: u16,
+}
+
+impl std::str::FromStr for Destination {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Self, String> {
+        let bad = || "expected a SPIFFE ID or an address, a colon and a port of 1-65535".to_owned();
+        let (name, port) = s.rsplit_once(':').ok_or_else(bad)?;
+        let port: u16 = port.parse().map_err(|_| bad())?;
+        if name.is_empty() || port == 0 { Err(bad()) } else { Ok(Destination { name: name.to_owned(), port }) }
+    }
+}

@@ -1,0 +1,153 @@
+//! What a change would flip, shown before it is made, and the limit above which it is not made.
+
+use super::super::Session;
+use crate::ask;
+use crate::cell::Cell;
+use crate::exit::Exit;
+use crate::output::{Answer, Form, Table, counted, pretty};
+use ambit_model::{Code, Refusal};
+use ambit_proto::v1;
+use serde_json::{Value, json};
+
+/// Pairs that a refusal names.
+const NAMED: usize = 3;
+
+/// Asks the cell what a change would flip.
+pub(super) async fn planned(cell: &Cell, request: v1::PlanRequest) -> Result<v1::PlanResponse, Refusal> {
+    ask!(cell, PolicyRegistry.plan(request))
+}
+
+/// Shows the plan; ends as a guard does where it is above the limit.
+pub(super) async fn plan(session: &Session, request: v1::PlanRequest, flips_max: u64) -> Result<Answer, Refusal> {
+    let plan = planned(&session.cell()?, request).await?;
+    let answer = Answer::ok(shown(session.form, &plan, flips_max));
+    match within(&plan, flips_max) {
+        Ok(()) => Ok(answer),
+        Err(refusal) => Ok(answer.note(crate::exit::refusal_text(&refusal)).ending(Exit::of(&refusal))),
+    }
+}
+
+/// Whether the plan stays below the limit.
+pub(super) fn within(plan: &v1::PlanResponse, flips_max: u64) -> Result<(), Refusal> {
+    if plan.pairs <= flips_max && !plan.cut_short {
+        return Ok(());
+    }
+    let count = if plan.cut_short {
+        format!("more pairs than are compared, {} of the first {} among them", plan.pairs, plan.compared)
+    } else {
+        counted(usize::try_from(plan.pairs).unwrap_or(usize::MAX), "pair")
+    };
+    let named: Vec<String> = plan.flips.iter().take(NAMED).map(flip_text).collect();
+    let found = format!("{count}: {}", named.join("; "));
+    let expected = format!("at most {flips_max} pairs of known identities whose connections change");
+    Err(Refusal::new(Code::PolicyBlastRadius, expected, found))
+}
+
+/// A line for who makes the change.
+pub(super) fn summary(plan: &v1::PlanResponse) -> String {
+    let of = |pick: fn(&v1::Flip) -> &String| plan.flips.iter().filter(|flip| pick(flip) != "none").count();
+    let (opened, closed) = (of(|flip| &flip.opened), of(|flip| &flip.closed));
+    format!("flips: opens ports of {}, closes ports of {}", counted(opened, "pair"), counted(closed, "pair"))
+}
+
+fn flip_text(flip: &v1::Flip) -> String {
+    let mut text = format!("{} -> {}", flip.source, flip.destination);
+    for (word, ports) in [("opens", &flip.opened), ("closes", &flip.closed)] {
+        if ports != "none" {
+            text.push_str(&format!(" {word} {ports}"));
+        }
+    }
+    text
+}
+
+fn shown(form: Form, plan: &v1::PlanResponse, flips_max: u64) -> String {
+    if form == Form::Json {
+        let document = |d: &v1::PlannedDocument| json!({"kind": d.kind, "name": d.name, "change": d.change, "before": d.before, "after": d.after});
+        let flip = |f: &v1::Flip| json!({"source": f.source, "destination": f.destination, "opened": f.opened, "closed": f.closed});
+        return pretty(&json!({
+            "documents": plan.documents.iter().map(document).collect::<Vec<Value>>(),
+            "flips": plan.flips.iter().map(flip).collect::<Vec<Value>>(),
+            "pairs": plan.pairs, "compared": plan.compared, "cut_short": plan.cut_short, "max_flips": flips_max,
+            "over": plan.over,
+        }));
+    }
+    let mut out: String = plan.documents.iter().map(document_text).collect();
+    let mut table = Table::new("pair", &["source", "destination", "opens", "closes"]);
+    for flip in &plan.flips {
+        table.row(vec![json!(flip.source), json!(flip.destination), json!(flip.opened), json!(flip.closed)]);
+    }
+    if plan.flips.is_empty() {
+        out.push_str("no pair of known identities changes");
+    } else {
+        out.push_str(&table.render(form));
+        out.push_str(" of known identities change");
+        if plan.pairs > plan.flips.len() as u64 {
+            out.push_str(&format!(", the first of {}", plan.pairs));
+        }
+    }
+    out.push_str(&format!(" ({} compared)", plan.compared));
+    out
+}
+
+/// `policy db: changed`, what was below it and what is to be.
+pub(super) fn document_text(document: &v1::PlannedDocument) -> String {
+    let mut out = format!("{} {}: {}\n", document.kind.to_lowercase(), document.name, document.change);
+    if document.before != document.after {
+        for (sign, text) in [('-', &document.before), ('+', &document.after)] {
+            if !text.is_empty() {
+                out.push_str(&format!("  {sign} {text}\n"));
+            }
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plan(pairs: u64) -> v1::PlanResponse {
+        let flip = |n: u64| v1::Flip {
+            source: format!("spiffe://w/c{n}"),
+            destination: "spiffe://w/db".into(),
+            opened: "none".into(),
+            closed: "80, 443".into(),
+        };
+        let document = v1::PlannedDocument {
+            kind: "Policy".into(),
+            name: "db".into(),
+            change: "changed".into(),
+            before: "allow spiffe://w/* to spiffe://w/db on 80, 443".into(),
+            after: "allow spiffe://w/* to spiffe://w/db on 22".into(),
+        };
+        v1::PlanResponse {
+            documents: vec![document],
+            flips: (0..pairs).map(flip).collect(),
+            pairs,
+            compared: 9,
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn above_the_limit_is_refused_with_examples_and_a_way_on() {
+        assert_eq!(within(&plan(2), 2), Ok(()));
+        let refusal = within(&plan(5), 2).unwrap_err();
+        assert_eq!((refusal.code, Exit::of(&refusal)), (Code::PolicyBlastRadius, Exit::Drift));
+        assert!(refusal.found.starts_with("5 pairs: spiffe://w/c0 -> spiffe://w/db closes 80, 443; "), "{refusal}");
+        // Nobody knows how many there are: that is above every limit.
+        assert!(within(&v1::PlanResponse { cut_short: true, ..plan(0) }, 10).is_err());
+    }
+
+    #[test]
+    fn a_plan_reads_as_one() {
+        assert_eq!(
+            shown(Form::Table, &plan(1), 9),
+            "policy db: changed\n  - allow spiffe://w/* to spiffe://w/db on 80, 443\n  + allow spiffe://w/* to spiffe://w/db \
+             on 22\nSOURCE         DESTINATION    OPENS  CLOSES\nspiffe://w/c0  spiffe://w/db  none   80, 443\n1 pair of known \
+             identities change (9 compared)"
+        );
+        assert!(shown(Form::Table, &plan(0), 9).ends_with("no pair of known identities changes (9 compared)"));
+        assert_eq!(summary(&plan(2)), "flips: opens ports of 0 pairs, closes ports of 2 pairs");
+    }
+}

@@ -1,0 +1,35 @@
+//! Documents in a line, for plans and histories.
+
+use ambit_model::policy::{Group, Policy, Service};
+use ambit_model::{Stamp, utc};
+use std::fmt::Display;
+
+fn list<T: Display>(items: impl IntoIterator<Item = T>) -> String {
+    items.into_iter().map(|item| item.to_string()).collect::<Vec<_>>().join(", ")
+}
+
+/// `allow spiffe://east/web to spiffe://west/db on 5432 until 2026-12-31T00:00:00Z`.
+pub fn policy_text(policy: &Policy) -> String {
+    let ranges = policy.extras.unmeshed.iter().map(|range| format!("cidr:{range}"));
+    let from = list(policy.from.iter().map(ToString::to_string).chain(ranges));
+    let ports = if policy.ports.is_empty() { "every port".to_owned() } else { list(&policy.ports) };
+    let mut text = format!("{} {from} to {} on {ports}", policy.action.as_str(), policy.target);
+    if policy.extras.protocols != ambit_model::PolicyExtras::default().protocols {
+        text.push_str(&format!(" over {}", list(policy.extras.protocols.iter().map(|protocol| protocol.as_str()))));
+    }
+    if policy.extras.expires_at != Stamp(u64::MAX) {
+        text.push_str(&format!(" until {}", utc::text(policy.extras.expires_at.0)));
+    }
+    text
+}
+
+/// `10.96.0.1:80 to spiffe://west/shop, spiffe://east/shop, local-first`.
+pub fn service_text(service: &Service) -> String {
+    let backends = list(&service.backends);
+    format!("{}:{} to {backends}, {}", service.address, service.port, service.order.as_str())
+}
+
+/// `spiffe://west/ops/*, cluster:west/prod`.
+pub fn group_text(group: &Group) -> String {
+    list(&group.members)
+}

@@ -1,0 +1,135 @@
+//! What a change of documents would do, judged on the state as it is, without making it.
+
+use crate::replica::Replica;
+use ambit_model::{Moment, Refusal, Revision, SpiffeId};
+use ambit_policy::{Document, PolicySet, flips, group_text, policy_text, service_text};
+use ambit_proto::v1;
+use ambit_state::objects::{DocumentChange, StoredDocument};
+use ambit_state::{DocumentKind, DocumentsChange, State};
+use std::collections::BTreeSet;
+
+/// Pairs that an answer shows one by one.
+const SHOWN_MAX: usize = 1_000;
+
+/// What is wanted of documents.
+pub(super) enum Wanted {
+    /// Write these and delete those.
+    Change(DocumentsChange),
+    /// As they were right after that change.
+    Back(Revision),
+}
+
+/// Documents as a change asks for them, in the order of their kinds.
+pub(super) fn change_of(documents: Vec<Document>, by: String) -> Result<DocumentsChange, Refusal> {
+    let mut change = DocumentsChange { by, ..DocumentsChange::default() };
+    for document in documents {
+        ambit_policy::check_enforceable(&document)?;
+        match document {
+            Document::Policy(policy) => change.policies.push(policy),
+            Document::Service(service) => change.services.push(service),
+            Document::Group(group) => change.groups.push(group),
+            // Refused above, as long as no kernel enforces it.
+            Document::Egress(_) => {}
+        }
+    }
+    Ok(change)
+}
+
+/// What was there when the change was judged.
+struct Ground {
+    before: PolicySet,
+    after: PolicySet,
+    known: BTreeSet<SpiffeId>,
+    now: Moment,
+    over: Revision,
+    documents: Vec<v1::PlannedDocument>,
+}
+
+/// Judges a change.
+///
+/// # Errors
+/// As the change itself would be refused.
+pub(super) async fn plan(replica: &Replica, wanted: Wanted) -> Result<v1::PlanResponse, Refusal> {
+    let ground = replica.read(|s| ground(s, wanted)).await??;
+    // Comparing takes up to a second: not under the lock of the state, nor in the way of other calls.
+    let found = tokio::task::spawn_blocking(move || {
+        (flips(&ground.before, &ground.after, &ground.known, ground.now), ground.documents, ground.over)
+    });
+    let (found, documents, over) =
+        found.await.map_err(|e| Refusal::new(ambit_model::Code::Internal, "a plan", e.to_string()))?;
+    let shown = found.pairs.iter().take(SHOWN_MAX).map(|flip| v1::Flip {
+        source: flip.source.to_string(),
+        destination: flip.destination.to_string(),
+        opened: flip.opened.to_string(),
+        closed: flip.closed.to_string(),
+    });
+    Ok(v1::PlanResponse {
+        documents,
+        flips: shown.collect(),
+        pairs: found.pairs.len() as u64,
+        compared: found.compared as u64,
+        cut_short: found.cut_short,
+        over: over.0,
+    })
+}
+
+fn ground(s: &State, wanted: Wanted) -> Result<Ground, Refusal> {
+    let change = match wanted {
+        Wanted::Change(change) => change,
+        Wanted::Back(to) => s.change_back(to)?,
+    };
+    s.check_documents(&change)?;
+    Ok(Ground {
+        before: s.policy_set(),
+        after: s.policy_set_after(&change),
+        known: s.known_identities(),
+        now: s.moment(),
+        over: s.document_revision(),
+        documents: planned(s, change),
+    })
+}
+
+fn planned(s: &State, change: DocumentsChange) -> Vec<v1::PlannedDocument> {
+    let gone = change.delete.into_iter().map(|(kind, name)| (kind, name, None));
+    let groups = change.groups.into_iter().map(StoredDocument::Group);
+    let policies = change.policies.into_iter().map(StoredDocument::Policy);
+    let services = change.services.into_iter().map(StoredDocument::Service);
+    let written = groups.chain(policies).chain(services);
+    let written = written.map(|document| (document.kind(), document.name().clone(), Some(document)));
+    let all = gone.chain(written).map(|(kind, name, after)| {
+        let before = s.document(kind, &name);
+        document_message(&DocumentChange { kind, name, before, after })
+    });
+    all.collect()
+}
+
+/// One document as it was and as it is.
+pub(super) fn document_message(change: &DocumentChange) -> v1::PlannedDocument {
+    let word = match (&change.before, &change.after) {
+        (None, None) => "absent",
+        (None, Some(_)) => "added",
+        (Some(_), None) => "removed",
+        (Some(before), Some(after)) if before == after => "unchanged",
+        (Some(_), Some(_)) => "changed",
+    };
+    let text = |document: &Option<StoredDocument>| match document {
+        Some(StoredDocument::Policy(policy)) => policy_text(policy),
+        Some(StoredDocument::Service(service)) => service_text(service),
+        Some(StoredDocument::Group(group)) => group_text(group),
+        None => String::new(),
+    };
+    v1::PlannedDocument {
+        kind: change.kind.as_str().to_owned(),
+        name: change.name.to_string(),
+        change: word.to_owned(),
+        before: text(&change.before),
+        after: text(&change.after),
+    }
+}
+
+/// The kind that a request names.
+pub(super) fn kind_of(text: &str) -> Result<DocumentKind, Refusal> {
+    let all = [DocumentKind::Policy, DocumentKind::Service, DocumentKind::Group];
+    let unknown = || Refusal::new(ambit_model::Code::BadRequest, "kind Policy, Service or Group", text);
+    all.into_iter().find(|kind| kind.as_str() == text).ok_or_else(unknown)
+}

@@ -1,0 +1,274 @@
+//! Policies, services and groups of this cell: changed all at once or not at all, and every change remembered.
+
+use super::{At, addresses, cell_row, export, payload, touch};
+use crate::command::{DocumentKind, DocumentsChange, Reply};
+use crate::objects::{DocumentChange, DocumentsRow, Owned, StoredDocument};
+use crate::state::State;
+use ambit_model::policy::{Peers, Policy, Service};
+use ambit_model::record::Kind;
+use ambit_model::{Code, ObjectName, Refusal, Revision, TrustDomain};
+use ambit_policy::Document;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Bounds on what one cell holds; past them a write is refused, never memory exhausted (I17).
+const POLICIES_MAX: usize = 50_000;
+const SERVICES_MAX: usize = 10_000;
+const GROUPS_MAX: usize = 1_000;
+/// Changes remembered, and documents in them: enough to go back a few days, small beside the policies themselves.
+const CHANGES_MAX: usize = 200;
+const CHANGED_MAX: usize = 20_000;
+
+/// Whether documents could be changed so.
+pub(crate) fn check(s: &State, asked: &DocumentsChange) -> Result<(), Refusal> {
+    let own = cell_row(s)?.trust_domain;
+    if let Some(over) = asked.over.filter(|over| *over != s.document_revision()) {
+        let found = format!("revision {}", s.document_revision().0);
+        return Err(Refusal::new(Code::StaleRevision, format!("documents as of revision {}", over.0), found));
+    }
+    asked.delete.iter().try_for_each(|(kind, name)| is_there(s, &own, *kind, name))?;
+    check_room(s, &own, asked)?;
+    check_written(s, &own, asked)
+}
+
+/// Documents as they were right after a change.
+pub(super) fn rollback(
+    s: &mut State,
+    at: At,
+    to: Revision,
+    over: Option<Revision>,
+    by: &str,
+) -> Result<Reply, Refusal> {
+    let change_back = s.change_back(to)?;
+    change(s, at, &DocumentsChange { over, by: by.to_owned(), ..change_back })
+}
+
+/// Writes and deletes documents: every one is checked before the first is touched.
+pub(super) fn change(s: &mut State, at: At, asked: &DocumentsChange) -> Result<Reply, Refusal> {
+    check(s, asked)?;
+    let own = cell_row(s)?.trust_domain;
+    let mut done = Vec::new();
+    let mut changes = Vec::new();
+    for (kind, name) in &asked.delete {
+        changes.push(write(s, at, &own, &asked.by, *kind, name, None)?);
+        done.push(true);
+    }
+    let policies = asked.policies.iter().cloned().map(StoredDocument::Policy);
+    let services = asked.services.iter().cloned().map(StoredDocument::Service);
+    let groups = asked.groups.iter().cloned().map(StoredDocument::Group);
+    for document in groups.chain(policies).chain(services) {
+        let (kind, name) = (document.kind(), document.name().clone());
+        let change = write(s, at, &own, &asked.by, kind, &name, Some(document))?;
+        done.push(change.before != change.after);
+        changes.push(change);
+    }
+    changes.retain(|change| change.before != change.after);
+    if !changes.is_empty() {
+        touch(s, at);
+        remember(s, at, asked, changes);
+    }
+    // Policies first, then services, as they were always answered; then groups.
+    done.rotate_left(asked.delete.len() + asked.groups.len());
+    Ok(Reply::Documents(done, cell_row(s)?.export_seq))
+}
+
+fn is_there(s: &State, own: &TrustDomain, kind: DocumentKind, name: &ObjectName) -> Result<(), Refusal> {
+    let key = (own.clone(), name.clone());
+    let (there, what) = match kind {
+        DocumentKind::Policy => (s.policies.contains(&key), "a policy of this cell"),
+        DocumentKind::Service => (s.services.contains(&key), "a service of this cell"),
+        DocumentKind::Group => (s.groups.contains(&key), "a group of this cell"),
+    };
+    if there { Ok(()) } else { Err(Refusal::new(Code::NotFound, what, name.as_str())) }
+}
+
+/// Only what is this cell's counts: peers have bounds of their own and never use up ours.
+fn check_room(s: &State, own: &TrustDomain, asked: &DocumentsChange) -> Result<(), Refusal> {
+    let held = s.policies().filter(|((td, _), _)| td == own).count();
+    let served = s.services().filter(|((td, _), _)| td == own).count();
+    let grouped = s.groups().filter(|((td, _), _)| td == own).count();
+    if held + asked.policies.len() > POLICIES_MAX
+        || served + asked.services.len() > SERVICES_MAX
+        || grouped + asked.groups.len() > GROUPS_MAX
+    {
+        let expected = format!("at most {POLICIES_MAX} policies, {SERVICES_MAX} services and {GROUPS_MAX} groups");
+        return Err(Refusal::new(Code::Busy, expected, "more"));
+    }
+    Ok(())
+}
+
+fn check_written(s: &State, own: &TrustDomain, asked: &DocumentsChange) -> Result<(), Refusal> {
+    let deleted: BTreeSet<&ObjectName> =
+        asked.delete.iter().filter(|(kind, _)| *kind == DocumentKind::Group).map(|(_, name)| name).collect();
+    let mut groups: BTreeMap<ObjectName, Vec<Peers>> = s
+        .groups()
+        .filter(|((td, name), _)| td == own && !deleted.contains(name))
+        .map(|((_, name), row)| (name.clone(), row.object.members.clone()))
+        .collect();
+    for group in &asked.groups {
+        groups.insert(group.name.clone(), group.members.clone());
+        group.members.iter().try_for_each(|set| check_set(s, own, set, &groups))?;
+    }
+    for policy in &asked.policies {
+        check_policy(s, own, policy, &groups)?;
+    }
+    // Policies that stay as they are must still find their groups, and still be theirs to write.
+    if !asked.groups.is_empty() || !deleted.is_empty() {
+        let written: BTreeSet<&ObjectName> = asked.policies.iter().map(|policy| &policy.name).collect();
+        let gone = |name: &ObjectName| asked.delete.contains(&(DocumentKind::Policy, name.clone()));
+        let staying = s.policies().filter(|((td, name), _)| td == own && !written.contains(name) && !gone(name));
+        let using = staying.filter(|(_, row)| row.object.from.iter().any(|set| matches!(set, Peers::Group(..))));
+        for (_, row) in using {
+            check_policy(s, own, &row.object, &groups)?;
+        }
+    }
+    asked.services.iter().try_for_each(|service| check_service(s, own, service))
+}
+
+fn check_policy(
+    s: &State,
+    own: &TrustDomain,
+    policy: &Policy,
+    groups: &BTreeMap<ObjectName, Vec<Peers>>,
+) -> Result<(), Refusal> {
+    ambit_policy::check_enforceable(&Document::Policy(policy.clone()))?;
+    let told = |r: Refusal| Refusal::new(r.code, r.expected, format!("policy {}: {}", policy.name, r.found));
+    policy.from.iter().chain([&policy.target]).try_for_each(|set| check_set(s, own, set, groups)).map_err(told)?;
+    // Whose callers a group names is whose they are, not whose the group is.
+    let named = |set: &Peers| match set {
+        Peers::Group(_, name) => groups.get(name).cloned().unwrap_or_default(),
+        Peers::Id(_)
+        | Peers::Below(..)
+        | Peers::Domain(_)
+        | Peers::Cluster(..)
+        | Peers::Labelled(..)
+        | Peers::Ids(..) => vec![set.clone()],
+    };
+    let from: Vec<Peers> = policy.from.iter().flat_map(named).collect();
+    let labelled = from.iter().chain([&policy.target]).any(|set| matches!(set, Peers::Labelled(..)));
+    if let Some(other) = from.iter().chain([&policy.target]).find(|set| labelled && set.trust_domain() != *own) {
+        // Labels stay in their cell: a peer could enforce neither end of it.
+        let expected = format!("with labels, identities of {own} only (peers do not know its labels)");
+        return Err(told(Refusal::new(Code::PolicyUnenforceable, expected, other.to_string())));
+    }
+    ambit_policy::check_owner(&Document::Policy(Policy { from, ..policy.clone() }), own)
+}
+
+/// A set that is resolved by this cell must be there to be resolved.
+fn check_set(
+    s: &State,
+    own: &TrustDomain,
+    set: &Peers,
+    groups: &BTreeMap<ObjectName, Vec<Peers>>,
+) -> Result<(), Refusal> {
+    match set {
+        Peers::Group(td, name) if td != own || !groups.contains_key(name) => {
+            Err(Refusal::new(Code::NotFound, format!("a group of {own}"), set.to_string()))
+        }
+        Peers::Labelled(td, _) if td != own => {
+            Err(Refusal::new(Code::PolicyUnenforceable, format!("labels of {own}"), set.to_string()))
+        }
+        Peers::Cluster(td, name) if td == own && !s.clusters.contains(name) => {
+            Err(Refusal::new(Code::NotFound, "a cluster of this cell", set.to_string()))
+        }
+        // Only a cell says it, to its agents.
+        Peers::Ids(..) => Err(Refusal::new(Code::BadRequest, "a set as documents write it", set.to_string())),
+        Peers::Id(_)
+        | Peers::Below(..)
+        | Peers::Domain(_)
+        | Peers::Cluster(..)
+        | Peers::Group(..)
+        | Peers::Labelled(..) => Ok(()),
+    }
+}
+
+fn check_service(s: &State, own: &TrustDomain, service: &Service) -> Result<(), Refusal> {
+    ambit_policy::check_owner(&Document::Service(service.clone()), own)?;
+    if let Some(set) = service.backends.iter().find(|set| set.is_named() || matches!(set, Peers::Ids(..))) {
+        let expected = "backends as spiffe://td/path, spiffe://td/prefix/* or spiffe://td/*";
+        return Err(Refusal::new(Code::PolicyUnenforceable, expected, format!("service {}: {set}", service.name)));
+    }
+    let taken = s.services().find(|((origin, name), row)| {
+        row.object.address == service.address && (origin != own || *name != service.name)
+    });
+    if let Some(((origin, name), _)) = taken {
+        let found = format!("{} is {name} of {origin}", service.address);
+        return Err(Refusal::new(Code::AlreadyExists, "a virtual address not in use", found));
+    }
+    // At a workload's address it would get the calls meant for the workload.
+    if let Some(origin) = addresses::endpoint_origin(s, service.address) {
+        let found = format!("{} is a workload of {origin}", service.address);
+        return Err(Refusal::new(Code::AlreadyExists, "a virtual address not in use", found));
+    }
+    Ok(())
+}
+
+/// Puts `after` in the place of what is there, and exports it where it is another.
+fn write(
+    s: &mut State,
+    at: At,
+    own: &TrustDomain,
+    by: &str,
+    kind: DocumentKind,
+    name: &ObjectName,
+    after: Option<StoredDocument>,
+) -> Result<DocumentChange, Refusal> {
+    let key = (own.clone(), name.clone());
+    let before = match kind {
+        DocumentKind::Policy => s.policies.get(&key).map(|row| StoredDocument::Policy(row.object.clone())),
+        DocumentKind::Service => s.services.get(&key).map(|row| StoredDocument::Service(row.object.clone())),
+        DocumentKind::Group => s.groups.get(&key).map(|row| StoredDocument::Group(row.object.clone())),
+    };
+    if before == after {
+        return Ok(DocumentChange { kind, name: name.clone(), before, after });
+    }
+    let (revision, written_by) = (Revision(at.index.0), by.to_owned());
+    let (record, bytes) = match (kind, &after) {
+        (DocumentKind::Policy, None) => {
+            s.reindex_policy(&key, |s| drop(s.policies.remove(&mut s.journal, &key)));
+            (Kind::Policy, Vec::new())
+        }
+        (DocumentKind::Service, None) => {
+            s.services.remove(&mut s.journal, &key);
+            (Kind::Service, Vec::new())
+        }
+        (DocumentKind::Group, None) => {
+            s.groups.remove(&mut s.journal, &key);
+            (Kind::Group, Vec::new())
+        }
+        (_, Some(StoredDocument::Policy(policy))) => {
+            let row = Owned { object: policy.clone(), revision, written_by };
+            #[cfg(ambit_mutant)]
+            let row = if crate::mutant::is("policy-version-of-document") {
+                Owned { revision: Revision(policy.ports.first().map_or(0, |port| u64::from(*port % 7))), ..row }
+            } else {
+                row
+            };
+            s.reindex_policy(&key, |s| s.policies.put(&mut s.journal, key.clone(), row));
+            (Kind::Policy, payload(policy)?)
+        }
+        (_, Some(StoredDocument::Service(service))) => {
+            let row = Owned { object: service.clone(), revision, written_by };
+            s.services.put(&mut s.journal, key, row);
+            (Kind::Service, payload(service)?)
+        }
+        (_, Some(StoredDocument::Group(group))) => {
+            let row = Owned { object: group.clone(), revision, written_by };
+            s.groups.put(&mut s.journal, key, row);
+            (Kind::Group, payload(group)?)
+        }
+    };
+    export(s, record, name.to_string(), bytes);
+    Ok(DocumentChange { kind, name: name.clone(), before, after })
+}
+
+fn remember(s: &mut State, at: At, asked: &DocumentsChange, changes: Vec<DocumentChange>) {
+    let row = DocumentsRow { stamp: at.stamp, by: asked.by.clone(), note: asked.note.clone(), changes };
+    s.document_changes.put(&mut s.journal, at.index.0, row);
+    loop {
+        let held: usize = s.document_changes.iter().map(|(_, row)| row.changes.len()).sum();
+        let count = s.document_changes.len();
+        let oldest = s.document_changes.iter().next().map(|(index, _)| *index);
+        let Some(oldest) = oldest.filter(|_| count > 1 && (count > CHANGES_MAX || held > CHANGED_MAX)) else { return };
+        s.document_changes.remove(&mut s.journal, &oldest);
+    }
+}

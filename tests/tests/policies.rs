@@ -1,0 +1,198 @@
+//! Policies at a real replica: planned before they are made, explained, asked about, undone, and ended by the cell's time.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test says that it failed by panicking")]
+
+use ambit_model::Refusal;
+use ambit_proto::status::from_status;
+use ambit_proto::v1;
+use ambit_proto::v1::policy_registry_client::PolicyRegistryClient;
+use ambit_tests::cell::{Cell, fresh};
+use ambit_tests::contexts::ambit;
+use ambit_tests::machine::register_bare_cluster;
+use ambit_tests::operator::create_entry;
+use ambit_tests::process::Folder;
+use ambit_tests::tpm::Maker;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tonic::transport::Channel;
+
+type Registry = PolicyRegistryClient<Channel>;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn policy(name: &str, spec: &str) -> String {
+    format!("---\nkind: Policy\nmetadata: {{name: {name}}}\nspec: {{target: spiffe://west/db, {spec}}}\n")
+}
+
+async fn apply(registry: &mut Registry, yaml: &str, over: Option<u64>) -> Result<v1::ApplyResponse, Refusal> {
+    let request = v1::ApplyRequest { request_id: fresh(), yaml: yaml.to_owned(), over };
+    registry.apply(request).await.map(|a| a.into_inner()).map_err(|s| from_status(&s))
+}
+
+async fn plan(registry: &mut Registry, request: v1::PlanRequest) -> v1::PlanResponse {
+    registry.plan(request).await.unwrap().into_inner()
+}
+
+fn writing(yaml: String) -> v1::PlanRequest {
+    v1::PlanRequest { yaml, ..Default::default() }
+}
+
+async fn explain(registry: &mut Registry, source: &str, port: u32, at_ms: u64) -> v1::ExplainResponse {
+    let (source, destination) = (format!("spiffe://west/{source}"), "spiffe://west/db".to_owned());
+    let request = v1::ExplainRequest { source, destination, port, at_ms };
+    registry.explain(request).await.unwrap().into_inner()
+}
+
+fn flips(plan: &v1::PlanResponse) -> Vec<String> {
+    let text =
+        |f: &v1::Flip| format!("{} +{} -{}", f.source.rsplit('/').next().unwrap_or_default(), f.opened, f.closed);
+    plan.flips.iter().map(text).collect()
+}
+
+async fn cell() -> (Cell, Registry) {
+    let cell = Cell::start("west", 1).await.unwrap();
+    let maker = Maker::new().unwrap();
+    // Its roots are there once it made a TPM.
+    maker.tpm("n1").unwrap();
+    register_bare_cluster(&cell, "west", &maker).await.unwrap();
+    for id in ["db", "web", "ops"] {
+        create_entry(&cell, id, "west").await.unwrap();
+    }
+    let registry = PolicyRegistryClient::new(cell.admin(1).await.unwrap());
+    (cell, registry)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_change_is_planned_made_explained_and_undone() {
+    let (_cell, mut registry) = cell().await;
+    let open = policy("web", "action: allow, from: [spiffe://west/web, spiffe://west/later], ports: [80]");
+    let planned = plan(&mut registry, writing(open.clone())).await;
+    assert_eq!((planned.over, flips(&planned)), (0, vec!["web +80 -none".to_owned()]));
+    assert_eq!((planned.pairs, planned.compared), (1, 1), "who is not known is not counted");
+    assert!(!explain(&mut registry, "web", 80, 0).await.allowed, "a plan changes nothing");
+    let first = apply(&mut registry, &open, Some(planned.over)).await.unwrap().revision;
+
+    // Who planned over something else changes nothing.
+    let wider = policy("web", "action: allow, from: ['spiffe://west/*'], ports: [80, 443]");
+    let late = apply(&mut registry, &wider, Some(planned.over)).await.unwrap_err();
+    assert_eq!(late.code.as_str(), "stale_revision", "{late}");
+    let planned = plan(&mut registry, writing(wider.clone())).await;
+    assert_eq!(flips(&planned), ["db +80, 443 -none", "ops +80, 443 -none", "web +443 -none"]);
+    let second = apply(&mut registry, &wider, Some(planned.over)).await.unwrap().revision;
+    let before = now_ms();
+
+    let told = explain(&mut registry, "ops", 443, 0).await;
+    assert!(told.allowed && told.rule == "west/web" && told.written_revision == second, "{told:?}");
+    assert!(told.written_by.contains("/ambit/admin/") && told.written_ms > 0, "{told:?}");
+    let source = told.source.unwrap();
+    assert_eq!(
+        (source.entries.as_slice(), source.clusters.as_slice()),
+        (&["ops".to_owned()][..], &["west".to_owned()][..])
+    );
+
+    let who = registry.who_can(v1::WhoCanRequest { destination: "spiffe://west/db".into(), port: 80 });
+    let who = who.await.unwrap().into_inner();
+    assert_eq!((who.callers.len(), who.rules.len()), (3, 1), "{who:?}");
+
+    let back = plan(&mut registry, v1::PlanRequest { rollback_to: first, ..Default::default() }).await;
+    assert_eq!(flips(&back), ["db +none -80, 443", "ops +none -80, 443", "web +none -443"]);
+    let request = v1::RollbackRequest { request_id: fresh(), revision: first, over: Some(back.over) };
+    let undone = registry.rollback(request.clone()).await.unwrap().into_inner();
+    assert_eq!(undone.objects.len(), 1, "{undone:?}");
+    // Sent again it is answered, and done once (I10): the history below has it once.
+    registry.rollback(request).await.unwrap();
+    assert!(!explain(&mut registry, "ops", 443, 0).await.allowed);
+    assert!(explain(&mut registry, "ops", 443, before).await.allowed, "as it was then");
+
+    let history = registry.history(v1::HistoryRequest { limit: 0 }).await.unwrap().into_inner();
+    let rows: Vec<_> = history.rows.iter().map(|row| (row.revision, row.note.clone(), row.documents.len())).collect();
+    let note = format!("rollback to {first}");
+    assert_eq!(rows, [(undone.revision, note, 1), (second, String::new(), 1), (first, String::new(), 1)]);
+    let unknown = v1::RollbackRequest { request_id: fresh(), revision: first + 1, over: None };
+    assert_eq!(from_status(&registry.rollback(unknown).await.unwrap_err()).code.as_str(), "not_found");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_policy_ends_and_is_shown_as_over_and_unused() {
+    let (_cell, mut registry) = cell().await;
+    let end = ambit_model::utc::text((now_ms() / 1000 + 3) * 1000);
+    let text = [
+        policy("brief", &format!("action: allow, from: [spiffe://west/web], expires: {end}")),
+        policy("nobody", "action: allow, from: [spiffe://west/nobody]"),
+        policy("watch", "action: audit, from: ['spiffe://west/*']"),
+        "---\nkind: Group\nmetadata: {name: crew}\nspec: {members: [spiffe://west/ops, spiffe://west/later]}\n"
+            .to_owned(),
+        policy("crew", "action: allow, from: ['group:west/crew'], ports: [22]"),
+    ];
+    apply(&mut registry, &text.concat(), None).await.unwrap();
+    let told = explain(&mut registry, "web", 80, 0).await;
+    assert!(told.allowed && told.audited == "west/watch" && told.expires_at_ms > 0, "{told:?}");
+    assert!(explain(&mut registry, "ops", 22, 0).await.allowed, "by its group");
+    let listed = registry.list(v1::ListPoliciesRequest {}).await.unwrap().into_inner();
+    assert_eq!(listed.groups[0].members, ["spiffe://west/later", "spiffe://west/ops"]);
+
+    let began = std::time::Instant::now();
+    while explain(&mut registry, "web", 80, 0).await.allowed {
+        assert!(began.elapsed() < PATIENCE, "it never ends");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert!(explain(&mut registry, "web", 80, 0).await.nearest.contains("it is over since"), "the nearest says so");
+    let unused = registry.unused(v1::UnusedRequest {}).await.unwrap().into_inner();
+    let whys: Vec<_> = unused.policies.iter().map(|p| (p.name.as_str(), p.why.as_str())).collect();
+    assert_eq!(whys.len(), 2, "{whys:?}");
+    assert!(whys[0].0 == "brief" && whys[0].1.starts_with("it is over since"), "{whys:?}");
+    assert_eq!(whys[1], ("nobody", "none of its callers is known"));
+}
+
+/// The way of somebody who writes a first policy, by the command line.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_command_line_guards_and_undoes() {
+    let (cell, _registry) = cell().await;
+    let (context, folder) = (cell.admin_file("context.json").display().to_string(), Folder::new().unwrap());
+    let file = |name: &str, text: &str| {
+        let path = folder.path(name);
+        std::fs::write(&path, text).unwrap();
+        path.display().to_string()
+    };
+    let run = |args: &[&str], code: i32, words: &[&str]| -> String {
+        let out = ambit(&context, &[&["policy"], args].concat());
+        let said = String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned();
+        println!("$ ambit policy {}\n{said}", args.join(" "));
+        assert_eq!(out.status.code(), Some(code), "{args:?}: {said}");
+        words.iter().for_each(|word| assert!(said.contains(word), "{args:?}: '{word}' is missing in: {said}"));
+        said
+    };
+    let bad = file("bad.yaml", &policy("web", "action: allow, from: [spiffe://west/web], port: [80]"));
+    run(&["lint", &bad], 2, &["error[policy_malformed]", "bad.yaml:4:", "| ", "^", "did you mean `ports`?", "try: "]);
+    let udp = file("udp.yaml", &policy("web", "action: allow, from: [spiffe://west/web], protocols: [udp]"));
+    run(&["apply", "-f", &udp], 2, &["error[policy_unenforceable]", "Policy web: allow over udp"]);
+    let open = file("open.yaml", &policy("web", "action: allow, from: ['spiffe://west/*'], ports: [80]"));
+    run(&["lint", &open], 0, &["warning: policy web: whoever gets an identity of west may call"]);
+    run(&["plan", "-f", &open], 0, &["policy web: added", "spiffe://west/ops", "3 pairs of known identities change"]);
+    run(&["apply", "-f", &open, "--max-flips", "2"], 5, &["error[policy_blast_radius]", "3 pairs: ", "--max-flips"]);
+    run(&["list"], 0, &["0 objects"]);
+    let said = run(&["apply", "-f", &open], 0, &["policy web: changed", "opens ports of 3 pairs"]);
+    let revision = said.lines().find_map(|line| line.rsplit_once("revision ")).unwrap().1.to_owned();
+    run(&["who-can", "spiffe://west/db:80"], 0, &["spiffe://west/ops", "3 callers", "allow west/web: spiffe://west/*"]);
+    run(&["delete", "web", "--max-flips", "0"], 5, &["error[policy_blast_radius]", "closes 80"]);
+    run(&["delete", "web"], 0, &["closes ports of 3 pairs"]);
+    run(&["history"], 0, &["policy web: removed", "policy web: added", "2 changes", "/ambit/admin/"]);
+    run(&["plan", "--rollback", &revision], 0, &["policy web: added"]);
+    run(&["rollback", &revision], 0, &["policy web: changed"]);
+    run(&["rollback", "1"], 1, &["error[not_found]", "ambit policy history"]);
+    run(&["unused"], 0, &["0 policies"]);
+    run(
+        &["explain", "spiffe://west/web", "spiffe://west/db:81"],
+        0,
+        &["denied", "nearest", "it is for ports 80", "agents"],
+    );
+    let suite = |expect: &str| {
+        let case = format!("{{from: spiffe://west/web, to: spiffe://west/db, ports: [80], expect: {expect}}}");
+        format!("kind: PolicyTest\nmetadata: {{name: web}}\nspec:\n  cases:\n  - {case}\n")
+    };
+    let (good, wrong) = (file("good.yaml", &suite("allow")), file("wrong.yaml", &suite("deny")));
+    run(&["test", &good, "-f", &open], 0, &["1 suite"]);
+    run(&["test", &wrong, "-f", &open], 1, &["web: case 1: expected deny, found allowed by policy (west/web)"]);
+}
+
+fn now_ms() -> u64 {
+    u64::try_from(SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis()).unwrap()
+}
