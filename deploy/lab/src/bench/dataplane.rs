@@ -21,6 +21,8 @@ const ROUND: Duration = Duration::from_millis(1500);
 const COMMAND_MAX: Duration = Duration::from_secs(40);
 const SETTLE_MAX: Duration = Duration::from_secs(40);
 const IDLE_FLOWS: usize = 1000;
+/// Opened and closed before.
+const WARM_FLOWS: usize = 100;
 /// After the last connection, before agents are weighed.
 const REST: Duration = Duration::from_secs(5);
 /// Where a relay listens for what the other ports serve.
@@ -94,6 +96,7 @@ struct Measured {
     runs: Vec<Run>,
     same_node: Vec<f64>,
     rss_idle: [f64; 2],
+    rss_used: [f64; 2],
     rss_flows: [f64; 2],
 }
 
@@ -151,7 +154,11 @@ fn measure(lab: &Lab, say: &Say) -> Result<Measured, LabError> {
     let weigh = || Ok::<_, LabError>([resident_mb(lab, agents[0])?, resident_mb(lab, agents[1])?]);
     std::thread::sleep(REST);
     let rss_idle = weigh()?;
-    let rss_flows = stage.idle_flows(&weigh)?;
+    // What first use costs once is not the connections' weight.
+    stage.idle_flows(WARM_FLOWS, &weigh)?;
+    std::thread::sleep(REST);
+    let rss_used = weigh()?;
+    let rss_flows = stage.idle_flows(IDLE_FLOWS, &weigh)?;
     say.chapter("Load, in turn");
     let (mut runs, mut same_node) = (Vec::new(), Vec::new());
     for round in 0..ROUNDS {
@@ -165,7 +172,7 @@ fn measure(lab: &Lab, say: &Say) -> Result<Measured, LabError> {
         let seen = stage.load(&stage.near.place(), Kind::Echo, SocketAddrV4::new(stage.same.address, ECHO_PORT), 16)?;
         same_node.push(seen.units as f64 / seen.seconds);
     }
-    Ok(Measured { runs, same_node, rss_idle, rss_flows })
+    Ok(Measured { runs, same_node, rss_idle, rss_used, rss_flows })
 }
 
 impl<'a> Stage<'a> {
@@ -289,8 +296,8 @@ impl<'a> Stage<'a> {
     }
 
     /// Both agents' memory with many connections open, and nothing on them.
-    fn idle_flows(&self, weigh: &dyn Fn() -> Result<[f64; 2], LabError>) -> Result<[f64; 2], LabError> {
-        let argv = self.argv(Kind::Idle, SocketAddrV4::new(self.far.address, ECHO_PORT), IDLE_FLOWS, ROUND);
+    fn idle_flows(&self, count: usize, weigh: &dyn Fn() -> Result<[f64; 2], LabError>) -> Result<[f64; 2], LabError> {
+        let argv = self.argv(Kind::Idle, SocketAddrV4::new(self.far.address, ECHO_PORT), count, ROUND);
         let argv: Vec<&str> = argv.iter().map(String::as_str).collect();
         let launch = self.lab.launch(&as_root(&self.near), &argv, std::path::Path::new("/dev/null"));
         let mut command = crate::process::command(self.lab.name(), &launch)?;
@@ -303,7 +310,7 @@ impl<'a> Stage<'a> {
             read.map_err(|source| LabError::Io { path: (&self.program).into(), source })?;
         }
         if line.trim() != "open" {
-            return Err(Refusal::new(Code::Unavailable, format!("{IDLE_FLOWS} connections open"), line).into());
+            return Err(Refusal::new(Code::Unavailable, format!("{count} connections open"), line).into());
         }
         std::thread::sleep(REST);
         weigh()
@@ -430,7 +437,7 @@ fn figures(m: &Measured) -> Vec<Figure> {
             }
         })
         .collect();
-    let grown = (0..2).map(|n| m.rss_flows[n] - m.rss_idle[n]).fold(f64::NEG_INFINITY, f64::max);
+    let grown = (0..2).map(|n| m.rss_flows[n] - m.rss_used[n]).fold(f64::NEG_INFINITY, f64::max);
     let direct = median(of(&m.runs, 2, Way::Direct, rate));
     let mut put = |name: String, unit, ours, target, low| {
         all.push(Figure { name, unit, ours, floor: None, direct: None, target, low });
