@@ -1,6 +1,7 @@
 //! Puts the components together and runs them. What one of them knows, the others learn over `watch` channels only.
 
 use crate::broker::{Broker, Gate, NodeIdentity};
+use crate::carriers::Carriers;
 use crate::clock::Clock;
 use crate::compile::DENIED_NODE;
 use crate::config::Config;
@@ -29,11 +30,13 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::{TcpSocket, UnixListener};
 use tokio::sync::watch;
 
 /// Closed flows that no agent took only come from agents that died.
 const SWEEP_EVERY: u32 = 12;
+/// Tunnels that wait for accept, on each thread.
+const BACKLOG: u32 = 1024;
 /// Refusals of the kernel are told to the log this often.
 const EVENTS_EVERY: Duration = Duration::from_secs(1);
 
@@ -69,7 +72,8 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
     let clock = Arc::new(Clock::default());
     let kernel = KernelHandle::open(&config.cgroup_root, &config.pin_dir)?;
     kernel.renew_lease()?;
-    let hbone = TcpListener::bind(config.hbone_listen).await.map_err(|e| start("'hbone_listen' to be free", e))?;
+    let carriers = Carriers::start().map_err(|e| start("threads that carry", e))?;
+    let hbone = listeners(config.hbone_listen, carriers.count()).map_err(|e| start("'hbone_listen' to be free", e))?;
     let socket = local_socket(&config.workload_socket, 0o777).map_err(|e| start("a usable 'workload_socket'", e))?;
     let broker_socket = config.broker_socket.as_deref().map(|path| local_socket(path, 0o600)).transpose();
     let broker_socket = broker_socket.map_err(|e| start("a usable 'broker_socket'", e))?;
@@ -143,7 +147,8 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
     };
     let broker = Broker::new(issued.clone(), tokens.clone(), Arc::new(mesh.clone()), gate);
     let broker = serve_brokers(broker, broker_socket, NodeIdentity(enrolled_rx.clone()));
-    let outbound = Outbound::new(plane_rx.clone(), denials.clone(), health.clone(), clock.clone(), hbone::PORT);
+    let outbound =
+        Outbound::on(carriers.clone(), plane_rx.clone(), denials.clone(), health.clone(), clock.clone(), hbone::PORT);
     let control = Control {
         pods_dir: config.pods_dir.clone(),
         cgroup_root: config.cgroup_root.clone(),
@@ -175,7 +180,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
         e = never("control", tokio::spawn(control.run())) => e,
         e = never("health", tokio::spawn(health.probe(plane_rx, denials))) => e,
         e = never("denials", tokio::spawn(outbound.cut_denied())) => e,
-        e = inbound.serve(hbone) => Err(ended("inbound")(text(e))),
+        e = inbound.serve_on(&carriers, hbone) => Err(ended("inbound")(text(e))),
         e = WorkloadApi::new(issued, tokens).serve(socket, mesh) => Err(ended("workload api")(text(e))),
         e = broker => Err(ended("broker api")(text(e))),
         e = metrics => Err(ended("metrics")(text(e))),
@@ -215,6 +220,26 @@ async fn watch_kernel(kernel: KernelHandle) -> Refusal {
             return refusal;
         }
     }
+}
+
+/// Listeners that share an address: the kernel spreads connections over them (SO_REUSEPORT), and nobody of another user
+/// can join them.
+fn listeners(at: std::net::SocketAddr, count: usize) -> std::io::Result<Vec<std::net::TcpListener>> {
+    // Another agent could: an address that is in use is refused, as without sharing.
+    drop(std::net::TcpListener::bind(at)?);
+    let mut at = at;
+    let mut all = Vec::with_capacity(count);
+    for _ in 0..count {
+        let socket = if at.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+        socket.set_reuseaddr(true)?;
+        socket.set_reuseport(true)?;
+        socket.bind(at)?;
+        let listener = socket.listen(BACKLOG)?;
+        // The first one chooses the port where it is left open.
+        at = listener.local_addr()?;
+        all.push(listener.into_std()?);
+    }
+    Ok(all)
 }
 
 /// For ever where there is no socket.

@@ -193,7 +193,7 @@ impl Control {
         state.unguarded.retain(|name, _| found.contains_key(name));
         for pod in found.values() {
             if !state.guarded.contains_key(&pod.name) {
-                match self.guard(pod).await {
+                match self.guard(pod, state.guarded.len()).await {
                     Ok(guarded) => {
                         state.left.remove(&pod.name);
                         state.unguarded.remove(&pod.name);
@@ -285,7 +285,7 @@ impl Control {
     }
 
     /// Opens the pod's capture listener in its namespace and refuses plain inbound there.
-    async fn guard(&self, pod: &Pod) -> Result<Guarded, Refusal> {
+    async fn guard(&self, pod: &Pod, nth: usize) -> Result<Guarded, Refusal> {
         let trouble =
             |e: std::io::Error| Refusal::new(Code::Internal, format!("a guard on pod {}", pod.name), e.to_string());
         let netns = Netns::open(&pod.netns).map_err(trouble)?;
@@ -293,10 +293,9 @@ impl Control {
         let listener = self.netns.listen(&netns, at).await.map_err(trouble)?;
         let cookie = netns_cookie(&listener).map_err(trouble)?;
         self.kernel.attach(&pod.name, netns.as_fd(), pod.address, &listener)?;
-        let listener = tokio::net::TcpListener::from_std(listener).map_err(trouble)?;
         let (identity, who) = watch::channel(None);
-        let capture = self.outbound.clone().serve(who, listener, cookie, self.kernel.clone());
-        Ok(Guarded { pod: pod.clone(), netns, capture: tokio::spawn(capture), identity, enrolled: None, open: false })
+        let capture = self.outbound.capture(nth, who, listener, cookie, self.kernel.clone());
+        Ok(Guarded { pod: pod.clone(), netns, capture, identity, enrolled: None, open: false })
     }
 
     /// Takes the endpoints of denied nodes out of the tables in force, in about a millisecond; the install that follows

@@ -1,7 +1,10 @@
-//! HBONE: HTTP/2 CONNECT streams inside mutual TLS. One tunnel carries many connections of one pair of workloads.
+//! Dialing tunnels, and HBONE: HTTP/2 CONNECT streams inside mutual TLS. One such tunnel carries many connections of one
+//! pair of workloads; a native one ([`crate::native`]) carries one at a time.
 //!
 //! Knows nothing of policy: who may open a stream is decided by [`crate::inbound`], where to by [`crate::outbound`].
 
+use crate::native;
+use crate::secure::{self, Bytestream, Secured};
 use ambit_identity::svid::Presented;
 use ambit_model::{NodeId, SpiffeId};
 use bytes::Bytes;
@@ -25,7 +28,7 @@ pub const PORT: u16 = 15008;
 /// TCP, TLS and HTTP/2 preface together; a failover must fit twice into its target of 5 s.
 pub const DIAL_MAX: Duration = Duration::from_millis(1500);
 /// From CONNECT to its answer, which includes the far agent's connect to the pod ([`POD_CONNECT_MAX`]).
-const ANSWER_MAX: Duration = Duration::from_millis(2500);
+pub const ANSWER_MAX: Duration = Duration::from_millis(2500);
 /// A pod on the far agent's own machine answers in microseconds or is stuck.
 pub const POD_CONNECT_MAX: Duration = Duration::from_millis(1000);
 /// Connections in one tunnel; the next one opens another tunnel.
@@ -40,6 +43,9 @@ const PING_EVERY: Duration = Duration::from_millis(500);
 const PONG_MAX: Duration = Duration::from_millis(1000);
 /// An unused tunnel is closed after this.
 const IDLE_MAX: Duration = Duration::from_secs(60);
+/// The receiver closes an unused native tunnel after this: later than the caller does, so that a caller hardly ever uses
+/// one that is being closed.
+pub const NATIVE_IDLE_MAX: Duration = Duration::from_secs(90);
 
 /// Why a stream was not opened.
 #[derive(Debug, thiserror::Error)]
@@ -79,7 +85,7 @@ pub enum TunnelError {
     Timeout,
     /// The tunnel ended while we waited.
     #[error("the tunnel broke")]
-    Broken(#[source] h2::Error),
+    Broken(#[source] std::io::Error),
     /// The far agent said no: 403 by policy, 502 where its pod does not answer.
     #[error("refused with {0}")]
     Refused(StatusCode),
@@ -163,8 +169,26 @@ impl Drop for Lease {
     }
 }
 
-/// Opens a tunnel from `from`, this node's registered address, to the node `holder` at `node`. The verifier in `config` accepts
-/// exactly one SPIFFE ID, and of its SVIDs only one issued through `holder` will do; `name` only selects it.
+/// A native tunnel that carries nothing now.
+#[derive(Debug)]
+pub struct Native {
+    /// The connection.
+    pub secured: Secured,
+    /// What the far end showed.
+    pub peer: Arc<Presented>,
+}
+
+/// What a node that was dialed speaks.
+#[derive(Debug)]
+pub enum Dialed {
+    /// The native mode, as our own agents.
+    Native(Box<Native>),
+    /// HBONE.
+    Hbone(Tunnel),
+}
+
+/// Opens an HBONE tunnel from `from`, this node's registered address, to the node `holder` at `node`. The verifier in `config`
+/// accepts exactly one SPIFFE ID, and of its SVIDs only one issued through `holder` will do; `name` only selects it.
 pub async fn dial(
     from: Ipv4Addr,
     node: SocketAddr,
@@ -172,7 +196,31 @@ pub async fn dial(
     name: ServerName<'static>,
     config: Arc<ClientConfig>,
 ) -> Result<Tunnel, TunnelError> {
-    timeout(DIAL_MAX, connect(from, node, holder, name, config)).await.map_err(|_| TunnelError::Timeout)?
+    let mut config = Arc::unwrap_or_clone(config);
+    config.alpn_protocols = vec![crate::tls::HBONE.to_vec()];
+    let dialing = async {
+        let (secured, peer) = connect(from, node, holder, name, Arc::new(config)).await?;
+        shared(secured, peer, node).await
+    };
+    timeout(DIAL_MAX, dialing).await.map_err(|_| TunnelError::Timeout)?
+}
+
+/// The same in the mode that both ends prefer of those in `config`.
+pub async fn dial_any(
+    from: Ipv4Addr,
+    node: SocketAddr,
+    holder: NodeId,
+    name: ServerName<'static>,
+    config: Arc<ClientConfig>,
+) -> Result<Dialed, TunnelError> {
+    let dialing = async {
+        let (secured, peer) = connect(from, node, holder, name, config).await?;
+        if secured.protocol.as_deref() == Some(native::ALPN) {
+            return Ok(Dialed::Native(Box::new(Native { secured, peer })));
+        }
+        shared(secured, peer, node).await.map(Dialed::Hbone)
+    };
+    timeout(DIAL_MAX, dialing).await.map_err(|_| TunnelError::Timeout)?
 }
 
 async fn connect(
@@ -181,35 +229,34 @@ async fn connect(
     holder: NodeId,
     name: ServerName<'static>,
     config: Arc<ClientConfig>,
-) -> Result<Tunnel, TunnelError> {
+) -> Result<(Secured, Arc<Presented>), TunnelError> {
     let tcp = reach(from, node).await.map_err(|source| TunnelError::Unreachable { node, source })?;
-    // A request's last bytes must not wait for an acknowledgement of the first.
-    let _ = tcp.set_nodelay(true);
     let shake = |source| TunnelError::Handshake { node, source };
-    let tls = tokio_rustls::TlsConnector::from(config).connect(name, tcp).await.map_err(shake)?;
-    let peer = tls
-        .get_ref()
-        .1
-        .peer_certificates()
-        .and_then(Presented::of)
-        .ok_or_else(|| shake(std::io::Error::other("no SVID")))?;
+    secure::tune(&tcp).map_err(shake)?;
+    let secured = secure::connect(tcp, config, name).await.map_err(shake)?;
+    let peer = Presented::of(&secured.chain).ok_or_else(|| shake(std::io::Error::other("no SVID")))?;
     // Of which admission is not asked: a pod that starts under a new one is shown by the SVID that is held already. An
     // admission that ended badly is denied, and so is what was issued under it.
     if peer.binding.is_none_or(|bound| bound.node != holder) {
         let found = peer.binding.map_or_else(|| "no node".to_owned(), |bound| format!("node {}", bound.node));
         return Err(TunnelError::OtherNode { node, id: peer.id, expected: holder, found });
     }
+    Ok((secured, Arc::new(peer)))
+}
+
+/// A tunnel that connections share.
+async fn shared(secured: Secured, peer: Arc<Presented>, node: SocketAddr) -> Result<Tunnel, TunnelError> {
     let (requests, mut connection) = h2::client::Builder::new()
         .enable_push(false)
         .initial_window_size(STREAM_WINDOW)
         .initial_connection_window_size(TUNNEL_WINDOW)
         .max_send_buffer_size(STREAM_WINDOW as usize)
-        .handshake::<_, Bytes>(tls)
+        .handshake::<_, Bytes>(Bytestream::new(secured))
         .await
-        .map_err(|e| shake(std::io::Error::other(e)))?;
+        .map_err(|e| TunnelError::Handshake { node, source: std::io::Error::other(e) })?;
     let shared = Arc::new(Shared::default());
     let ping = connection.ping_pong();
-    let tunnel = Tunnel { requests, shared: shared.clone(), peer: Arc::new(peer) };
+    let tunnel = Tunnel { requests, shared: shared.clone(), peer };
     tokio::spawn(async move {
         tokio::select! {
             end = connection => if let Err(error) = end { tracing::debug!(%node, %error, "tunnel ended") },
@@ -219,6 +266,10 @@ async fn connect(
         shared.closed.store(true, Ordering::Relaxed);
     });
     Ok(tunnel)
+}
+
+fn broken(error: h2::Error) -> TunnelError {
+    TunnelError::Broken(std::io::Error::other(error))
 }
 
 /// The receiver takes this node's leaves from the registered address only, and a route may choose another of the machine's.
@@ -291,18 +342,23 @@ impl Tunnel {
 }
 
 impl Lease {
-    /// Asks the far agent to connect to `to`, an address of its pods.
-    pub async fn open(&self, to: SocketAddrV4) -> Result<(SendStream<Bytes>, RecvStream), TunnelError> {
+    /// Asks the far agent to connect to `to`, an address of its pods, for a connection of the trace `traceparent`.
+    pub async fn open(
+        &self,
+        to: SocketAddrV4,
+        traceparent: Option<&str>,
+    ) -> Result<(SendStream<Bytes>, RecvStream), TunnelError> {
         let ask = async {
-            let request = Request::builder()
+            let request = traceparent.iter().fold(Request::builder(), |r, trace| r.header("traceparent", *trace));
+            let request = request
                 .method(Method::CONNECT)
                 .version(Version::HTTP_2)
                 .uri(to.to_string())
                 .body(())
                 .map_err(|_| TunnelError::Refused(StatusCode::BAD_REQUEST))?;
-            let mut requests = self.tunnel.requests.clone().ready().await.map_err(TunnelError::Broken)?;
-            let (answer, send) = requests.send_request(request, false).map_err(TunnelError::Broken)?;
-            let answer = answer.await.map_err(TunnelError::Broken)?;
+            let mut requests = self.tunnel.requests.clone().ready().await.map_err(broken)?;
+            let (answer, send) = requests.send_request(request, false).map_err(broken)?;
+            let answer = answer.await.map_err(broken)?;
             match answer.status() {
                 StatusCode::OK => Ok((send, answer.into_body())),
                 code => Err(TunnelError::Refused(code)),

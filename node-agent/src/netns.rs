@@ -10,28 +10,41 @@ use std::io;
 use std::net::SocketAddrV4;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Jobs take microseconds; a longer queue than this means the thread is gone or the machine is.
 const QUEUE: usize = 256;
 /// Connections that wait for accept in one pod.
 const BACKLOG: i32 = 1024;
+/// Sockets made in one visit to a namespace: a visit costs two switches of thread and two of namespace, a socket little.
+const SOCKETS: usize = 8;
 
 /// An open namespace: holding it keeps the pod's name from being reused under us.
 #[derive(Clone, Debug)]
-pub struct Netns(Arc<OwnedFd>);
+pub struct Netns(Arc<Opened>);
+
+#[derive(Debug)]
+struct Opened {
+    file: OwnedFd,
+    /// Sockets of this namespace that nobody uses yet: fewer than [`SOCKETS`] for each visit that is under way.
+    spare: Mutex<Vec<OwnedFd>>,
+}
 
 impl Netns {
     /// Opens the namespace at `path`.
     pub fn open(path: &Path) -> io::Result<Self> {
-        Ok(Self(Arc::new(std::fs::File::open(path)?.into())))
+        Ok(Self(Arc::new(Opened { file: std::fs::File::open(path)?.into(), spare: Mutex::default() })))
+    }
+
+    fn spare(&self) -> MutexGuard<'_, Vec<OwnedFd>> {
+        self.0.spare.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl AsFd for Netns {
     fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
-        self.0.as_fd()
+        self.0.file.as_fd()
     }
 }
 
@@ -93,17 +106,23 @@ impl NetnsThread {
         .await
     }
 
-    /// A TCP socket in `ns`, bound to `source` (its port is chosen at connect: `IP_BIND_ADDRESS_NO_PORT`).
+    /// A TCP socket in `ns`, bound to `source` (its port is chosen at connect: `IP_BIND_ADDRESS_NO_PORT`). A socket stays in
+    /// the namespace in which it was made, whoever binds and connects it.
     pub async fn socket(&self, ns: &Netns, source: SocketAddrV4) -> io::Result<tokio::net::TcpSocket> {
-        let fd = self
-            .run(ns, move || {
-                let fd = tcp()?;
-                setsockopt(&fd, sockopt::IpBindAddressNoPort, &true)?;
-                setsockopt(&fd, sockopt::IpFreebind, &true)?;
-                bind(std::os::fd::AsRawFd::as_raw_fd(&fd), &SockaddrIn::from(source))?;
-                Ok(fd)
-            })
-            .await?;
+        let spare = ns.spare().pop();
+        let fd = match spare {
+            Some(fd) => fd,
+            None => {
+                let made = self.run(ns, || (0..SOCKETS).map(|_| tcp()).collect::<io::Result<Vec<_>>>());
+                let mut made = made.await?;
+                let fd = made.pop().ok_or_else(|| io::Error::other("no socket"))?;
+                ns.spare().extend(made);
+                fd
+            }
+        };
+        setsockopt(&fd, sockopt::IpBindAddressNoPort, &true)?;
+        setsockopt(&fd, sockopt::IpFreebind, &true)?;
+        bind(std::os::fd::AsRawFd::as_raw_fd(&fd), &SockaddrIn::from(source))?;
         Ok(tokio::net::TcpSocket::from_std_stream(std::net::TcpStream::from(fd)))
     }
 }

@@ -3,15 +3,20 @@
 //! The kernel has allowed it already. What cannot be traced back, proved or reached ends in a reset, never in a
 //! connection by another way.
 
+use crate::carriers::Carriers;
 use crate::clock::Clock;
+use crate::compile;
 use crate::denials::{Denials, Lane};
-use crate::hbone::{Lease, TunnelError};
+use crate::hbone::{self, TunnelError};
 use crate::health::{self, Health};
 use crate::kernel::KernelHandle;
 use crate::metrics::METRICS;
+use crate::native::{self, Open, Reason};
 use crate::plane::{LocalPod, Plane};
-use crate::pool::{Key, Pool};
-use crate::{compile, pump};
+use crate::pool::{Key, Lease, NativeLease, Pool};
+use crate::pump::{self, End};
+use crate::record::{Record, flag};
+use crate::records;
 use ambit_model::policy::Endpoint;
 use bytes::Bytes;
 use h2::{RecvStream, SendStream};
@@ -20,9 +25,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
 
 /// Captured connections at once, over all pods.
 const FLOWS_MAX: usize = 16 * 1024;
+/// How often idle tunnels are looked after.
+const SWEEP_EVERY: Duration = Duration::from_secs(5);
 
 /// Where a captured connection was going.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,7 +47,9 @@ pub struct Captured {
 pub struct Outbound {
     plane: watch::Receiver<Option<Arc<Plane>>>,
     denials: Lane,
-    pool: Pool,
+    carriers: Carriers,
+    /// One for each thread that carries.
+    pools: Arc<[Pool]>,
     health: Health,
     flows: Arc<Semaphore>,
     clock: Arc<Clock>,
@@ -46,7 +57,8 @@ pub struct Outbound {
 }
 
 impl Outbound {
-    /// An outbound side that follows `plane` and `denials` and reaches nodes on `port` (15008 but in tests).
+    /// An outbound side that follows `plane` and `denials` and reaches nodes on `port` (15008 but in tests), carrying on
+    /// the runtime that this is called on.
     pub fn new(
         plane: watch::Receiver<Option<Arc<Plane>>>,
         denials: Lane,
@@ -54,29 +66,76 @@ impl Outbound {
         clock: Arc<Clock>,
         port: u16,
     ) -> Self {
-        Self { plane, denials, pool: Pool::default(), health, flows: Arc::new(Semaphore::new(FLOWS_MAX)), clock, port }
+        Self::on(Carriers::here(), plane, denials, health, clock, port)
     }
 
-    /// Cuts tunnels to nodes as they are denied, until the process ends.
+    /// The same, carrying on `carriers`.
+    pub fn on(
+        carriers: Carriers,
+        plane: watch::Receiver<Option<Arc<Plane>>>,
+        denials: Lane,
+        health: Health,
+        clock: Arc<Clock>,
+        port: u16,
+    ) -> Self {
+        let pools = (0..carriers.count()).map(|_| Pool::default()).collect();
+        Self { plane, denials, carriers, pools, health, flows: Arc::new(Semaphore::new(FLOWS_MAX)), clock, port }
+    }
+
+    /// Serves the capture listener of the pod that is the `nth` here, on a thread that carries, until the task is ended.
+    pub fn capture(
+        &self,
+        nth: usize,
+        who: watch::Receiver<Option<Arc<LocalPod>>>,
+        listener: std::net::TcpListener,
+        cookie: u64,
+        kernel: KernelHandle,
+    ) -> JoinHandle<()> {
+        let (this, own) = (self.clone(), nth % self.carriers.count());
+        self.carriers.handle(own).spawn(async move {
+            match TcpListener::from_std(listener) {
+                Ok(listener) => this.serve(own, who, listener, cookie, kernel).await,
+                Err(error) => tracing::error!(%error, "capture listener not served; the pod stays cut off"),
+            }
+        })
+    }
+
+    /// Cuts tunnels to nodes as they are denied, and closes idle ones, until the process ends.
     pub async fn cut_denied(self) {
         let mut denials = self.denials.watch();
-        while denials.changed().await.is_ok() {
+        let mut tick = tokio::time::interval(SWEEP_EVERY);
+        loop {
+            tokio::select! {
+                changed = denials.changed() => if changed.is_err() {
+                    return;
+                },
+                _ = tick.tick() => {
+                    self.pools.iter().for_each(Pool::sweep);
+                    continue;
+                }
+            }
             let now = denials.borrow_and_update().clone();
-            let tunnels = self.pool.cut(&now);
+            let tunnels: usize = self.pools.iter().map(|pool| pool.cut(&now)).sum();
             if tunnels > 0 {
                 tracing::info!(tunnels, revision = now.revision().0, "tunnels to denied nodes cut");
             }
         }
     }
 
+    fn pool(&self, at: usize) -> &Pool {
+        // There is one for each thread.
+        &self.pools[at]
+    }
+
     /// Tunnels open now.
     pub fn tunnels(&self) -> usize {
-        self.pool.open()
+        self.pools.iter().map(Pool::open).sum()
     }
 
     /// Serves the capture listener of one pod until dropped. `who` says whose pod it is, once that is known.
-    pub async fn serve(
+    async fn serve(
         self,
+        own: usize,
         who: watch::Receiver<Option<Arc<LocalPod>>>,
         listener: TcpListener,
         cookie: u64,
@@ -99,84 +158,158 @@ impl Outbound {
                 reset(&tcp);
                 continue;
             };
-            let this = self.clone();
-            tokio::spawn(async move { this.take(&pod, tcp, captured).await });
+            let (this, (at, carried)) = (self.clone(), self.carriers.choose(own));
+            if at == own {
+                tokio::spawn(async move {
+                    this.take_on(at, &pod, tcp, captured).await;
+                    drop(carried);
+                });
+                continue;
+            }
+            // It leaves this thread's poller for the other one's.
+            let Ok(tcp) = tcp.into_std() else { continue };
+            self.carriers.handle(at).spawn(async move {
+                if let Ok(tcp) = TcpStream::from_std(tcp) {
+                    this.take_on(at, &pod, tcp, captured).await;
+                }
+                drop(carried);
+            });
         }
     }
 
     /// Carries one captured connection of `pod`. Without a record of where it was going, it is reset.
     pub async fn take(&self, pod: &LocalPod, tcp: TcpStream, captured: Option<Captured>) {
+        self.take_on(0, pod, tcp, captured).await;
+    }
+
+    async fn take_on(&self, at: usize, pod: &LocalPod, mut tcp: TcpStream, captured: Option<Captured>) {
         let begun = Instant::now();
         let _ = tcp.set_nodelay(true);
         let place = self.flows.clone().try_acquire_owned();
-        let opened = match (captured, place) {
-            (Some(captured), Ok(place)) => self.open(pod, captured).await.map(|o| (o, place)),
-            (None, _) => {
-                METRICS.connections.inc(["outbound", "unknown"]);
-                return reset(&tcp);
-            }
-            (Some(_), Err(_)) => Err(TunnelError::Busy),
+        let Some(captured) = captured else {
+            METRICS.connections.inc(["outbound", "unknown"]);
+            return reset(&tcp);
+        };
+        let (trace, mut first) = (trace(), Vec::new());
+        let opened = match place {
+            // Whoever breaks off already needs nothing.
+            Ok(place) => match first_bytes(&mut tcp, &mut first).await {
+                Ok(()) => {
+                    // Dialing and shaking hands take room; a connection that is carried shall not hold it.
+                    let opening = Box::pin(self.open(at, pod, captured, &mut first, &trace));
+                    opening.await.map(|opened| (opened, place))
+                }
+                Err(_) => return reset(&tcp),
+            },
+            Err(_) => Err(TunnelError::Busy),
         };
         match opened {
-            Ok((Opened { lease, send, recv, endpoint }, _place)) => {
+            Ok((opened, _place)) => {
                 METRICS.connections.inc(["outbound", "ok"]);
                 METRICS.setup.observe(begun.elapsed());
-                METRICS.open.add(["outbound"], 1.0);
-                let cut = async {
-                    let refused =
-                        |now: &Arc<Denials>| now.denies_endpoint(&endpoint) || now.denies_presented(lease.peer());
-                    self.denials.until(refused).await;
-                    METRICS.cut.inc(["outbound"]);
-                    tracing::info!(caller = %pod.id(), called = %endpoint.spiffe_id, node = %endpoint.node, "live connection cut");
-                };
-                pump::carry(tcp, send, recv, cut).await;
-                METRICS.open.add(["outbound"], -1.0);
+                self.carry(pod, tcp, opened, first, captured, &trace).await;
             }
             Err(error) => {
-                METRICS.connections.inc([
-                    "outbound",
-                    if matches!(error.reason(), "denied" | "node_untrusted" | "svid_revoked") {
-                        "denied"
-                    } else {
-                        "failed"
-                    },
-                ]);
+                let denied = matches!(error.reason(), "denied" | "node_untrusted" | "svid_revoked");
+                METRICS.connections.inc(["outbound", if denied { "denied" } else { "failed" }]);
                 tracing::debug!(caller = %pod.id(), ?captured, %error, "outbound refused");
+                let known = self.plane.borrow().clone();
+                let known = known.as_ref().and_then(|plane| plane.view.endpoints.get(captured.endpoint.ip()));
+                if let Some(endpoint) = known {
+                    Record::outbound(pod.id(), &endpoint.spiffe_id, captured.asked, Some(&trace))
+                        .refused(flag_of(&error));
+                }
                 reset(&tcp);
             }
         }
     }
 
-    /// Opens a stream to the chosen endpoint; for a service, where that fails, to one other.
-    async fn open(&self, pod: &LocalPod, captured: Captured) -> Result<Opened, TunnelError> {
+    /// Until its end. `first` is what was read of it and not sent yet.
+    async fn carry(
+        &self,
+        pod: &LocalPod,
+        mut tcp: TcpStream,
+        opened: Opened,
+        first: Vec<u8>,
+        captured: Captured,
+        trace: &str,
+    ) {
+        let Opened { way, endpoint } = opened;
+        let record = Record::outbound(pod.id(), &endpoint.spiffe_id, captured.asked, Some(trace));
+        let peer = match &way {
+            Way::Native(lease) => lease.native.peer.clone(),
+            Way::Hbone { lease, .. } => lease.peer().clone(),
+        };
+        let cut = async {
+            let refused = |now: &Arc<Denials>| now.denies_endpoint(&endpoint) || now.denies_presented(&peer);
+            self.denials.until(refused).await;
+            METRICS.cut.inc(["outbound"]);
+            tracing::info!(caller = %pod.id(), called = %endpoint.spiffe_id, node = %endpoint.node, "live connection cut");
+        };
+        METRICS.open.add(["outbound"], 1.0);
+        let carried = match way {
+            Way::Native(mut lease) => {
+                let carried = native::carry(&mut tcp, &mut lease.native.secured, first, cut).await;
+                if carried.end == End::Closed {
+                    lease.give_back();
+                }
+                carried
+            }
+            Way::Hbone { lease: _lease, send, recv } => pump::carry(tcp, send, recv, first, cut).await,
+        };
+        METRICS.open.add(["outbound"], -1.0);
+        record.ended(&carried);
+    }
+
+    /// Connects to the chosen endpoint; for a service, where that fails, to one other. What of `first` is sent with it is
+    /// taken out.
+    async fn open(
+        &self,
+        at: usize,
+        pod: &LocalPod,
+        captured: Captured,
+        first: &mut Vec<u8>,
+        trace: &str,
+    ) -> Result<Opened, TunnelError> {
         let plane = self.plane.borrow().clone().ok_or(TunnelError::NoSvid)?;
         let gone = || TunnelError::Refused(http::StatusCode::NOT_FOUND);
-        let first = match plane.view.endpoints.get(captured.endpoint.ip()) {
-            Some(endpoint) => self.open_at(&plane, pod, endpoint, captured.endpoint.port()).await,
+        // What may have reached one endpoint is not sent to another: where there are others, bytes wait for the answer.
+        let mut none = Vec::new();
+        let first = if captured.asked == captured.endpoint { first } else { &mut none };
+        let chosen = match plane.view.endpoints.get(captured.endpoint.ip()) {
+            Some(endpoint) => {
+                let to = SocketAddrV4::new(endpoint.address, captured.endpoint.port());
+                self.open_at(self.pool(at), &plane, pod, endpoint, to, first, trace).await
+            }
             // The endpoint left the view between the kernel's choice and now.
             None => Err(gone()),
         };
-        let error = match first {
+        let error = match chosen {
             Ok(opened) => return Ok(opened),
             Err(error) if error.is_retryable() => error,
             Err(error) => return Err(error),
         };
-        // No byte of the application has been read yet: trying elsewhere repeats nothing.
+        // No byte of the application has been sent yet: trying elsewhere repeats nothing.
         match self.other(&plane, pod, captured) {
             Some(endpoint) => {
                 METRICS.retries.inc([error.reason()]);
-                self.open_at(&plane, pod, endpoint, captured.asked.port()).await
+                let to = SocketAddrV4::new(endpoint.address, captured.asked.port());
+                self.open_at(self.pool(at), &plane, pod, endpoint, to, first, trace).await
             }
             None => Err(error),
         }
     }
 
+    #[allow(clippy::too_many_arguments, reason = "each is a fact of its own")]
     async fn open_at(
         &self,
+        pool: &Pool,
         plane: &Plane,
         pod: &LocalPod,
         endpoint: &Endpoint,
-        port: u16,
+        to: SocketAddrV4,
+        first: &mut Vec<u8>,
+        trace: &str,
     ) -> Result<Opened, TunnelError> {
         if self.denials.now().denies_endpoint(endpoint) {
             return Err(TunnelError::NodeDenied);
@@ -193,14 +326,20 @@ impl Outbound {
             credentials: own.svid().since.0,
         };
         let opened = async {
-            let lease = self.pool.lease(&key, || health::credentials(plane, pod.id(), &endpoint.spiffe_id)).await?;
+            let lease = pool.lease(&key, || health::credentials(plane, pod.id(), &endpoint.spiffe_id)).await?;
             // It may have been dialed before the list came, or by a far end that has nothing newer to show.
             if self.denials.now().denies_presented(lease.peer()) {
                 lease.cut();
                 return Err(TunnelError::SvidRevoked);
             }
-            let (send, recv) = lease.open(SocketAddrV4::new(endpoint.address, port)).await?;
-            Ok(Opened { lease, send, recv, endpoint: endpoint.clone() })
+            let way = match lease {
+                Lease::Native(lease) => open_native(lease, to, first, trace).await?,
+                Lease::Hbone(lease) => {
+                    let (send, recv) = lease.open(to, Some(trace)).await?;
+                    Way::Hbone { lease, send, recv }
+                }
+            };
+            Ok(Opened { way, endpoint: endpoint.clone() })
         }
         .await;
         if let Err(error) = &opened
@@ -229,12 +368,77 @@ impl Outbound {
     }
 }
 
-/// An open stream, and to whom.
+/// An open connection to an endpoint, and how it is carried.
 struct Opened {
-    lease: Lease,
-    send: SendStream<Bytes>,
-    recv: RecvStream,
+    way: Way,
     endpoint: Endpoint,
+}
+
+enum Way {
+    Native(Box<NativeLease>),
+    Hbone { lease: hbone::Lease, send: SendStream<Bytes>, recv: RecvStream },
+}
+
+async fn open_native(
+    mut lease: Box<NativeLease>,
+    to: SocketAddrV4,
+    first: &mut Vec<u8>,
+    trace: &str,
+) -> Result<Way, TunnelError> {
+    // A first read that filled its room has more behind it; none may mean that the workload speaks first.
+    let prompt = first.is_empty() || first.len() == native::FIRST_MAX;
+    let open = Open { to, prompt, trace: Some(trace.to_owned()), first: std::mem::take(first) };
+    let answer = timeout(hbone::ANSWER_MAX, native::open(&mut lease.native.secured, &open)).await;
+    match answer.map_err(|_| TunnelError::Timeout)?.map_err(TunnelError::Broken)? {
+        Ok(()) => Ok(Way::Native(lease)),
+        Err(reason) => Err(TunnelError::Refused(match reason {
+            Reason::Malformed => http::StatusCode::BAD_REQUEST,
+            Reason::Denied => http::StatusCode::FORBIDDEN,
+            Reason::Unreachable => http::StatusCode::BAD_GATEWAY,
+            Reason::Timeout => http::StatusCode::GATEWAY_TIMEOUT,
+            Reason::Busy => http::StatusCode::SERVICE_UNAVAILABLE,
+        })),
+    }
+}
+
+/// What the application says at once. An end of what it says is found again by whoever carries.
+async fn first_bytes(tcp: &mut TcpStream, first: &mut Vec<u8>) -> std::io::Result<()> {
+    if timeout(native::FIRST_WAIT, tcp.readable()).await.is_ok() {
+        let mut buffer = records::buffer();
+        let read = tcp.try_read(buffer.get_mut(..native::FIRST_MAX).unwrap_or_default());
+        let read = read.map(|n| first.extend_from_slice(buffer.get(..n).unwrap_or_default()));
+        records::keep(buffer);
+        match read {
+            Err(e) if e.kind() != std::io::ErrorKind::WouldBlock => return Err(e),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// A traceparent of a new trace (W3C Trace Context, section 3.2): that of the connection, for an application's own is in
+/// its bytes.
+fn trace() -> String {
+    let mut random = [0; 24];
+    // Without randomness ids repeat; nothing rests on them.
+    let _ = aws_lc_rs::rand::fill(&mut random);
+    let (trace, span) = random.split_at(16);
+    format!("00-{}-{}-00", hex::encode(trace), hex::encode(span))
+}
+
+fn flag_of(error: &TunnelError) -> &'static str {
+    match error {
+        TunnelError::Busy => flag::OVERFLOW,
+        TunnelError::NodeDenied | TunnelError::SvidRevoked | TunnelError::NoSvid => flag::DENIED,
+        TunnelError::Refused(http::StatusCode::FORBIDDEN) => flag::DENIED,
+        TunnelError::Refused(http::StatusCode::NOT_FOUND) => flag::NO_ROUTE,
+        TunnelError::Unreachable { .. }
+        | TunnelError::Handshake { .. }
+        | TunnelError::OtherNode { .. }
+        | TunnelError::Timeout
+        | TunnelError::Broken(_)
+        | TunnelError::Refused(_) => flag::UPSTREAM_FAILED,
+    }
 }
 
 /// The application sees a reset, as it would from a remote refusal.

@@ -1,87 +1,108 @@
 //! Carrying bytes between a TCP socket and an HTTP/2 stream, both ways, with half-close.
 //!
 //! FIN becomes END_STREAM and back; RST becomes RST_STREAM and back. Memory per flow is bounded by the stream's window
-//! and one read buffer.
+//! and one read buffer, which an idle flow does not hold.
 
 use bytes::{Bytes, BytesMut};
 use h2::{Reason, RecvStream, SendStream};
 use std::future::poll_fn;
-use std::io;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 
-/// One TLS record's worth: larger reads win little and cost memory per flow.
+/// One HTTP/2 frame's worth, and one TLS record's: larger reads win little and cost memory per flow.
 const READ_BYTES: usize = 16 * 1024;
 
 /// How a carried connection ended.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
     /// Both sides closed in order.
     Closed,
-    /// One side broke off, or the connection was cut; both sides see a reset.
-    Reset,
+    /// The socket on this node broke off; the far side sees a reset.
+    Near,
+    /// The tunnel or the far side broke off; the socket sees a reset.
+    Far,
+    /// It may not go on; both sides see a reset.
+    Cut,
 }
 
-/// Carries until both directions are closed, one breaks, or `cut` says that the connection may not go on.
+/// What was carried.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Carried {
+    /// How it ended.
+    pub end: End,
+    /// Bytes from the socket into the tunnel.
+    pub sent: u64,
+    /// Bytes from the tunnel into the socket.
+    pub received: u64,
+}
+
+/// Carries until both directions are closed, one breaks, or `cut` says that the connection may not go on. `first` was read
+/// from the socket before.
 pub async fn carry(
     mut tcp: TcpStream,
     mut send: SendStream<Bytes>,
     mut recv: RecvStream,
+    first: Vec<u8>,
     cut: impl Future<Output = ()>,
-) -> End {
-    let (mut read, mut write) = tcp.split();
-    let both = async { tokio::try_join!(upward(&mut read, &mut send), downward(&mut recv, &mut write)) };
-    let carried = tokio::select! {
-        carried = both => carried.is_ok(),
-        () = cut => false,
-    };
-    match carried {
-        true => End::Closed,
-        false => {
-            send.send_reset(Reason::CANCEL);
-            // The application must see a reset, not an orderly end of a truncated answer.
-            let _ = tcp.set_zero_linger();
-            End::Reset
+) -> Carried {
+    let (mut sent, mut received) = (0, 0);
+    let end = {
+        let (mut read, mut write) = tcp.split();
+        let up = upward(&mut read, &mut send, first, &mut sent);
+        let both = async { tokio::try_join!(up, downward(&mut recv, &mut write, &mut received)) };
+        tokio::select! {
+            carried = both => carried.map_or_else(|end| end, |_| End::Closed),
+            () = cut => End::Cut,
         }
+    };
+    if end != End::Closed {
+        send.send_reset(Reason::CANCEL);
+        // The application must see a reset, not an orderly end of a truncated answer.
+        let _ = tcp.set_zero_linger();
     }
+    Carried { end, sent, received }
 }
 
-async fn upward(read: &mut ReadHalf<'_>, send: &mut SendStream<Bytes>) -> io::Result<()> {
-    let mut buffer = BytesMut::new();
+async fn upward(
+    read: &mut ReadHalf<'_>,
+    send: &mut SendStream<Bytes>,
+    first: Vec<u8>,
+    sent: &mut u64,
+) -> Result<(), End> {
+    give(send, BytesMut::from(first.as_slice()), sent).await?;
     loop {
         // A peer that reset the stream must end this direction even while the socket is silent.
-        buffer.reserve(READ_BYTES);
-        let n = tokio::select! {
-            n = read.read_buf(&mut buffer) => n?,
-            reset = poll_fn(|cx| send.poll_reset(cx)) => return Err(broken(reset)),
-        };
-        if n == 0 {
-            return send.send_data(Bytes::new(), true).map_err(io::Error::other);
+        tokio::select! {
+            ready = read.readable() => ready.map_err(|_| End::Near)?,
+            _reset = poll_fn(|cx| send.poll_reset(cx)) => return Err(End::Far),
         }
-        while !buffer.is_empty() {
-            send.reserve_capacity(buffer.len());
-            // A reset ends the wait as well.
-            let room = poll_fn(|cx| send.poll_capacity(cx)).await;
-            let room = room.ok_or(io::ErrorKind::BrokenPipe)?.map_err(io::Error::other)?;
-            let chunk = buffer.split_to(room.min(buffer.len())).freeze();
-            send.send_data(chunk, false).map_err(io::Error::other)?;
+        let mut buffer = BytesMut::with_capacity(READ_BYTES);
+        if read.read_buf(&mut buffer).await.map_err(|_| End::Near)? == 0 {
+            return send.send_data(Bytes::new(), true).map_err(|_| End::Far);
         }
+        give(send, buffer, sent).await?;
     }
 }
 
-fn broken(reset: Result<Reason, h2::Error>) -> io::Error {
-    match reset {
-        Ok(reason) => io::Error::other(reason.description()),
-        Err(e) => io::Error::other(e),
+async fn give(send: &mut SendStream<Bytes>, mut buffer: BytesMut, sent: &mut u64) -> Result<(), End> {
+    while !buffer.is_empty() {
+        send.reserve_capacity(buffer.len());
+        // A reset ends the wait as well.
+        let room = poll_fn(|cx| send.poll_capacity(cx)).await.ok_or(End::Far)?.map_err(|_| End::Far)?;
+        let chunk = buffer.split_to(room.min(buffer.len())).freeze();
+        *sent += chunk.len() as u64;
+        send.send_data(chunk, false).map_err(|_| End::Far)?;
     }
+    Ok(())
 }
 
-async fn downward(recv: &mut RecvStream, write: &mut WriteHalf<'_>) -> io::Result<()> {
+async fn downward(recv: &mut RecvStream, write: &mut WriteHalf<'_>, received: &mut u64) -> Result<(), End> {
     while let Some(chunk) = recv.data().await {
-        let chunk = chunk.map_err(io::Error::other)?;
-        write.write_all(&chunk).await?;
-        recv.flow_control().release_capacity(chunk.len()).map_err(io::Error::other)?;
+        let chunk = chunk.map_err(|_| End::Far)?;
+        write.write_all(&chunk).await.map_err(|_| End::Near)?;
+        *received += chunk.len() as u64;
+        recv.flow_control().release_capacity(chunk.len()).map_err(|_| End::Far)?;
     }
-    write.shutdown().await
+    write.shutdown().await.map_err(|_| End::Near)
 }

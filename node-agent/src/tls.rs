@@ -9,8 +9,10 @@ use rustls::{ClientConfig, ServerConfig};
 use rustls_pki_types::CertificateDer;
 use std::sync::Arc;
 
-/// What both sides speak inside TLS.
-const ALPN: &[&[u8]] = &[b"h2"];
+/// HBONE inside TLS.
+pub const HBONE: &[u8] = b"h2";
+/// What both sides speak inside TLS, the preferred first.
+const ALPN: &[&[u8]] = &[crate::native::ALPN, HBONE];
 
 /// `svid` in the form that rustls signs with.
 pub fn certified_key(svid: &Svid) -> Result<Arc<CertifiedKey>, Refusal> {
@@ -20,12 +22,17 @@ pub fn certified_key(svid: &Svid) -> Result<Arc<CertifiedKey>, Refusal> {
 
 /// A server that shows `key` and demands an SVID of a known trust domain.
 pub fn server(key: Arc<CertifiedKey>, trust: SharedTrust) -> Result<ServerConfig, Refusal> {
-    server_config(trust, Clients::Certified, fixed(key), ALPN)
+    let mut config = server_config(trust, Clients::Certified, fixed(key), ALPN)?;
+    // For the record layer of `crate::records`; the keys never leave the process.
+    config.enable_secret_extraction = true;
+    Ok(config)
 }
 
 /// A client that shows `key` and accepts `expected` only.
 pub fn client(key: Arc<CertifiedKey>, trust: SharedTrust, expected: &SpiffeId) -> Result<ClientConfig, Refusal> {
-    client_config(trust, Expect::Id(expected.clone()), Some(key), ALPN)
+    let mut config = client_config(trust, Expect::Id(expected.clone()), Some(key), ALPN)?;
+    config.enable_secret_extraction = true;
+    Ok(config)
 }
 
 /// Who the other side proved to be, by the bundles of now and this node's own clock.

@@ -6,207 +6,25 @@
 mod support;
 
 use ambit_agent::clock::Clock;
-use ambit_agent::denials::{Denials, Lane};
+use ambit_agent::denials::Denials;
 use ambit_agent::hbone::{self, TunnelError};
-use ambit_agent::health::{self, Health};
+use ambit_agent::health;
 use ambit_agent::inbound::Inbound;
 use ambit_agent::issued::Svid;
 use ambit_agent::metrics::METRICS;
-use ambit_agent::netns::{Netns, NetnsThread};
+use ambit_agent::netns::NetnsThread;
 use ambit_agent::outbound::{Captured, Outbound};
-use ambit_agent::plane::{Credentials, LocalPod, Plane};
-use ambit_agent::pods::Pod;
-use ambit_agent::view::{View, Workload};
 use ambit_identity::svid::Presented;
-use ambit_identity::{SharedTrust, Trust, TrustStore};
-use ambit_model::{NumericIdentity, Revision};
+use ambit_model::Revision;
 use ambit_proto::v1;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use support::stage::{SOON, Stage, is_reset, plane, round_trip};
 use support::{Cell, allow};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::watch;
 use tokio::time::timeout;
-
-const SOON: Duration = Duration::from_secs(5);
-/// Of east's node, which calls nobody.
-const HERE: Ipv4Addr = Ipv4Addr::LOCALHOST;
-
-fn trust(view: &View) -> SharedTrust {
-    let mut store = TrustStore::new(&view.own).unwrap();
-    for bundle in &view.foreign {
-        store.add_foreign(bundle).unwrap();
-    }
-    SharedTrust::new(Trust::Bundles(store))
-}
-
-/// A pod of this very namespace: setns needs root, and says so.
-fn pod(view: &View, entry: &v1::Entry, address: Ipv4Addr) -> Arc<LocalPod> {
-    assert!(nix::unistd::geteuid().is_root(), "this test enters network namespaces: run it as root");
-    let path = Path::new("/proc/self/ns/net");
-    let pod = Pod {
-        name: entry.id.clone(),
-        cgroup: entry.id.clone(),
-        cgroup_id: 1,
-        netns: path.into(),
-        netns_id: (0, 0),
-        address,
-        uid: 0,
-    };
-    let entry = view.entries.iter().find(|e| e.id.as_str() == entry.id).unwrap().clone();
-    let workload = Workload { pod, entry, number: NumericIdentity(256) };
-    Arc::new(LocalPod { workload, netns: Netns::open(path).unwrap() })
-}
-
-fn plane(view: Arc<View>, pods: Vec<Arc<LocalPod>>, svids: &[Arc<Svid>], address: Ipv4Addr) -> Arc<Plane> {
-    let trust = trust(&view);
-    let credentials: Vec<_> =
-        svids.iter().map(|s| Arc::new(Credentials::new(s.clone(), trust.clone()).unwrap())).collect();
-    Arc::new(Plane::new(view, pods, credentials, trust, address))
-}
-
-/// West's `web` calls east's `db` at `db_address`; east's agent listens on `hbone`, and west's node is at `home`.
-struct Stage {
-    home: Ipv4Addr,
-    west: Cell,
-    east: Cell,
-    web: Arc<LocalPod>,
-    web_entry: v1::Entry,
-    db_entry: v1::Entry,
-    web_svid: Arc<Svid>,
-    db_svid: Arc<Svid>,
-    db: TcpListener,
-    hbone: SocketAddr,
-    west_plane: watch::Sender<Option<Arc<Plane>>>,
-    east_plane: watch::Sender<Option<Arc<Plane>>>,
-    west_denials: Lane,
-    east_denials: Lane,
-    east_clock: Arc<Clock>,
-    health: Health,
-    outbound: Outbound,
-}
-
-impl Stage {
-    /// Addresses end in `n`, so that tests of one process do not meet.
-    async fn set(n: u8) -> Stage {
-        let (mut west, mut east) = (Cell::founded("west", 1), Cell::founded("east", 2));
-        let web_entry = west.entry("web", &["cgroup:web"], &[]);
-        let db_entry = east.entry("db", &["cgroup:db"], &[]);
-        let (web_svid, db_svid) = (west.svid("web"), east.svid("db"));
-        let db = TcpListener::bind((Ipv4Addr::new(127, 0, 77, n), 0)).await.unwrap();
-        let hbone = TcpListener::bind((Ipv4Addr::new(127, 0, 78, n), 0)).await.unwrap();
-        let at = hbone.local_addr().unwrap();
-        let (west_plane, west_rx) = watch::channel(None);
-        let (east_plane, east_rx) = watch::channel(None);
-        let (west_denials, east_denials) = (Lane::default(), Lane::default());
-        let clock = Arc::new(Clock::default());
-        let inbound = Inbound::new(east_rx, east_denials.clone(), NetnsThread::start().unwrap(), clock.clone());
-        tokio::spawn(inbound.serve(hbone));
-        let health = Health::new(None);
-        let outbound = Outbound::new(west_rx, west_denials.clone(), health.clone(), clock.clone(), at.port());
-        tokio::spawn(outbound.clone().cut_denied());
-        let mut stage = Stage {
-            home: Ipv4Addr::new(127, 0, 76, n),
-            web: pod(
-                &west.view(v1::Slice { entries: vec![web_entry.clone()], ..west.slice(0, &[]) }),
-                &web_entry,
-                Ipv4Addr::LOCALHOST,
-            ),
-            west,
-            east,
-            web_entry,
-            db_entry,
-            web_svid,
-            db_svid,
-            db,
-            hbone: at,
-            west_plane,
-            east_plane,
-            west_denials,
-            east_denials,
-            east_clock: clock,
-            health,
-            outbound,
-        };
-        stage.publish(|_| (), |_| ());
-        stage
-    }
-    fn db_at(&self) -> SocketAddrV4 {
-        let SocketAddr::V4(at) = self.db.local_addr().unwrap() else { panic!("IPv4") };
-        at
-    }
-    fn endpoint(&self, node_address: &str) -> v1::Endpoint {
-        v1::Endpoint {
-            spiffe_id: self.east.id("db"),
-            address: self.db_at().ip().to_string(),
-            cluster: "east".into(),
-            node_address: node_address.into(),
-            node: self.east.node().to_string(),
-            generation: 1,
-        }
-    }
-    /// Where west's node is since this generation of it.
-    fn caller(&self, generation: u64, address: &str) -> v1::NodeAddress {
-        let (trust_domain, node) = ("west".to_owned(), self.west.node().to_string());
-        v1::NodeAddress { trust_domain, node, generation, address: address.into() }
-    }
-    /// Publishes both planes; by default both cells allow web -> db on every port.
-    fn publish(&mut self, west: impl FnOnce(&mut v1::Slice), east: impl FnOnce(&mut v1::Slice)) {
-        let policy = allow("db", "spiffe://east/db", "spiffe://west/web", &[]);
-        let mut w = self.west.slice(1, &[&self.east]);
-        w.entries = vec![self.web_entry.clone()];
-        w.policies = vec![policy.clone()];
-        w.endpoints = vec![self.endpoint(&self.hbone.ip().to_string())];
-        west(&mut w);
-        let mut e = self.east.slice(1, &[&self.west]);
-        e.entries = vec![self.db_entry.clone()];
-        e.policies = vec![policy];
-        e.callers = vec![self.caller(1, &self.home.to_string())];
-        east(&mut e);
-        let (w, e) = (self.west.view(w), self.east.view(e));
-        // As the stream does: whom to refuse is known before the plane is made.
-        assert!(self.west_denials.offer(w.denials.clone()) && self.east_denials.offer(e.denials.clone()));
-        let (web, svid) = (vec![self.web.clone()], std::slice::from_ref(&self.web_svid));
-        self.west_plane.send_replace(Some(plane(w, web, svid, self.home)));
-        let db = pod(&e, &self.db_entry, *self.db_at().ip());
-        self.east_plane.send_replace(Some(plane(e, vec![db], std::slice::from_ref(&self.db_svid), HERE)));
-    }
-    /// An application's connection, captured with this record.
-    async fn call(&self, captured: Option<Captured>) -> TcpStream {
-        let capture = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let app = TcpStream::connect(capture.local_addr().unwrap()).await.unwrap();
-        let (tcp, _) = capture.accept().await.unwrap();
-        let (outbound, web) = (self.outbound.clone(), self.web.clone());
-        tokio::spawn(async move { outbound.take(&web, tcp, captured).await });
-        app
-    }
-    async fn call_db(&self) -> TcpStream {
-        self.call(Some(Captured { asked: self.db_at(), endpoint: self.db_at() })).await
-    }
-    async fn served(&self) -> (TcpStream, SocketAddr) {
-        timeout(SOON, self.db.accept()).await.expect("the pod is reached").unwrap()
-    }
-}
-
-async fn is_reset(mut app: TcpStream) -> bool {
-    let read = timeout(SOON, app.read(&mut [0; 16])).await.expect("an end, not silence");
-    matches!(read, Err(e) if e.kind() == std::io::ErrorKind::ConnectionReset)
-}
-
-async fn round_trip(app: &mut TcpStream, pod: &mut TcpStream, bytes: usize) {
-    let sent: Vec<u8> = (0..bytes).map(|i| (i % 251) as u8).collect();
-    let (mut there, mut back) = (vec![0; bytes], vec![0; bytes]);
-    timeout(SOON, async {
-        let _ = tokio::join!(app.write_all(&sent), pod.read_exact(&mut there));
-        let _ = tokio::join!(pod.write_all(&there), app.read_exact(&mut back));
-    })
-    .await
-    .expect("bytes flow");
-    assert!(there == sent && back == sent);
-}
 
 #[tokio::test]
 async fn an_allowed_call_is_carried_both_ways_with_half_close() {
@@ -280,7 +98,7 @@ async fn asked_from(stage: &Stage, from: Ipv4Addr) -> Option<http::StatusCode> {
     let (name, config) =
         health::credentials(&plane, stage.web.id(), &stage.east.id("db").parse().unwrap()).expect("web's SVID");
     let tunnel = hbone::dial(from, stage.hbone, stage.east.node(), name, config).await.ok()?;
-    match tunnel.lease()?.open(stage.db_at()).await {
+    match tunnel.lease()?.open(stage.db_at(), None).await {
         Ok(_) => Some(http::StatusCode::OK),
         Err(TunnelError::Refused(code)) => Some(code),
         Err(_) => None,

@@ -41,6 +41,7 @@ usage: cargo xtask <verb>
   bench policy          a decision in user space at 10 to 100,000 policies, compiled and by walking over them (release)
   bench revoke          from a ban to the other cluster's kernel, 50 times; last line: N figures, M met
   bench deny            from the denial of an identity to its live connection's end and the first refusal, 50 times
+  bench dataplane       what carrying traffic costs, beside no carrier and two bare relays, in turn (3 minutes)
   bench attest          CPU time of enrolments and rounds, and of 10,000 nodes that attest (release; 6 minutes)
   bench raft            a cell of three replicas beside etcd of Debian, in turn: writes, reads, failover, restart, memory
                         (release; 6 minutes)
@@ -102,7 +103,7 @@ fn run(args: &[&str]) -> Result<(), Stop> {
         ["mutants", part] => mutants::run(part),
         ["sim", "--mutants"] => sim::mutants(),
         ["sim", options @ ..] if !options.is_empty() => sim::run(options),
-        ["bench", name @ ("memory" | "revoke" | "deny" | "streams")] => lab::bench(name),
+        ["bench", name @ ("memory" | "revoke" | "deny" | "streams" | "dataplane")] => lab::bench(name),
         ["bench", "policy"] => lab::bench_policy(),
         ["bench", name @ ("attest" | "issuance" | "raft")] => lab::bench_cell(name),
         ["bench", "kernel"] => lab::bench_kernel(),

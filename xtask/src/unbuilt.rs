@@ -12,7 +12,7 @@ fn unbuilt(what: &str, last_line: &str) -> Result<(), Stop> {
 /// Comparative benchmarks.
 pub(crate) fn bench(name: &str) -> Result<(), Stop> {
     let what = format!(
-        "no benchmark '{name}': only `memory`, `policy`, `streams`, `revoke`, `deny`, `attest`, `raft`, `issuance` and `kernel` are built; the demo's table holds the other figures measured so far"
+        "no benchmark '{name}': only `memory`, `policy`, `streams`, `revoke`, `deny`, `dataplane`, `attest`, `raft`, `issuance` and `kernel` are built; the demo's table holds the other figures measured so far"
     );
     unbuilt(&what, "0 figures, 0 met")
 }

@@ -1,9 +1,11 @@
 //! Benchmarks of whole processes in a lab. Targets are printed met or missed; a missed one fails nothing.
 
+mod dataplane;
 mod deny;
 mod revoke;
 mod streams;
 
+pub use dataplane::dataplane;
 pub use deny::deny;
 pub use revoke::revoke;
 pub use streams::streams;

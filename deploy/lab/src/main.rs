@@ -2,7 +2,9 @@
 
 use ambit_lab::fault::Fault;
 use ambit_lab::lab::chain;
-use ambit_lab::{Lab, LabError, Place, Spec, down, gate, guardian, measurer, preflight, probe, process, streams};
+use ambit_lab::{
+    Lab, LabError, Place, Spec, down, gate, guardian, load, measurer, preflight, probe, process, relay, streams,
+};
 use ambit_model::refusal::Class;
 use clap::{Parser, Subcommand, ValueEnum};
 use std::net::SocketAddrV4;
@@ -98,6 +100,18 @@ enum Verb {
     /// (internal) Many streams of the Workload API, once it is inside the pod
     #[command(hide = true)]
     StreamsInside { socket: PathBuf, count: usize },
+    /// (internal) What the dataplane benchmark loads, once it is in its place
+    #[command(hide = true)]
+    LoadServer,
+    /// (internal) The load, once it is in its place
+    #[command(hide = true)]
+    Load { kind: load::Kind, to: SocketAddrV4, clients: usize, ms: u64 },
+    /// (internal) A relay that only copies, from each first address to its second
+    #[command(hide = true)]
+    BareRelay {
+        #[arg(required = true, value_parser = pair)]
+        pairs: Vec<(SocketAddrV4, SocketAddrV4)>,
+    },
     /// Show the main job: two attested clusters, a call, a denial, a policy change, two drills
     Demo {
         #[command(flatten)]
@@ -150,7 +164,7 @@ enum Verb {
     /// Measure whole processes in a lab of their own
     Bench {
         /// What to measure
-        #[arg(value_parser = ["memory", "revoke", "deny", "streams"])]
+        #[arg(value_parser = ["memory", "revoke", "deny", "streams", "dataplane"])]
         name: String,
     },
     /// (internal) Stand in for IMA on a node
@@ -210,6 +224,12 @@ fn duration(text: &str) -> Result<Duration, String> {
     digits.parse().map(unit).map_err(|_| "a time such as 60s or 1500ms".into())
 }
 
+fn pair(text: &str) -> Result<(SocketAddrV4, SocketAddrV4), String> {
+    let (from, to) = text.split_once('>').ok_or("two addresses, as 127.0.0.1:1>10.0.0.1:2")?;
+    let address = |text: &str| text.parse().map_err(|e| format!("{text}: {e}"));
+    Ok((address(from)?, address(to)?))
+}
+
 fn main() -> ExitCode {
     match run(Args::parse().verb) {
         Ok(code) => code,
@@ -241,6 +261,11 @@ fn run(verb: Verb) -> Result<ExitCode, LabError> {
         }
         Verb::ProbeInside { target, interval_ms, uid } => probe_inside(target, interval_ms, uid)?,
         Verb::StreamsInside { socket, count } => streams::run(&socket, count)?,
+        Verb::LoadServer => load::serve().map_err(load_failed)?,
+        Verb::Load { kind, to, clients, ms } => {
+            load::run(kind, to, clients, Duration::from_millis(ms)).map_err(load_failed)?;
+        }
+        Verb::BareRelay { pairs } => relay::run(&pairs).map_err(load_failed)?,
         Verb::Demo { lab, json, keep, logs } => {
             let (json, logs) = (json.as_deref(), logs.as_deref());
             ambit_lab::demo::run(&ambit_lab::demo::Options { name: &lab.name, json, keep, logs })?;
@@ -256,6 +281,7 @@ fn run(verb: Verb) -> Result<ExitCode, LabError> {
             "revoke" => ambit_lab::bench::revoke()?,
             "deny" => ambit_lab::bench::deny()?,
             "streams" => ambit_lab::bench::streams()?,
+            "dataplane" => ambit_lab::bench::dataplane()?,
             _ => ambit_lab::bench::memory()?,
         },
         Verb::Measurer { folder, ima_log, tpm } => measurer::Measurer::new(folder, ima_log, tpm)?.run(),
@@ -266,6 +292,10 @@ fn run(verb: Verb) -> Result<ExitCode, LabError> {
         Verb::LeaseKeeper { lab, lease } => Lab::open(&lab.name)?.keep_lease(&lease)?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn load_failed(source: std::io::Error) -> LabError {
+    LabError::Io { path: "load of the dataplane benchmark".into(), source }
 }
 
 /// Short enough to be typed again.

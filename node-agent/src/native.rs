@@ -1,0 +1,385 @@
+//! The native mode between our own agents: a warm TLS connection of one pair of workloads carries one connection at a time,
+//! and the next one after that has ended in both directions. Agreed by ALPN; whoever does not know it speaks HBONE.
+//!
+//! One TLS record is one frame: its first byte is the kind. The caller sends OPEN with the goal and its first bytes, and
+//! sends nothing more until OPENED or RESET comes. After that DATA and one FIN go each way. Whoever has sent FIN and got FIN
+//! knows that nothing of this connection is left in the tunnel, by TLS' own order; only then is it used again. Everything
+//! else, RESET included, ends the tunnel.
+//!
+//! Knows nothing of policy: who may open is decided by [`crate::inbound`], as for HBONE.
+
+use crate::pump::{Carried, End};
+use crate::records::{self, CONTENT_MAX, HEADER_BYTES, RECORD_MAX, RECORDS};
+use crate::secure::{Secured, broken};
+use std::future::Future;
+use std::io::{self, IoSlice, IoSliceMut};
+use std::net::{Ipv4Addr, SocketAddrV4};
+use std::ops::Range;
+use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::net::tcp::{ReadHalf, WriteHalf};
+use tokio::time::timeout;
+
+/// The name by which agents agree on it.
+pub const ALPN: &[u8] = b"ambit/1";
+/// First bytes that go with the goal: what is left of a record.
+pub const FIRST_MAX: usize = CONTENT_MAX - 128;
+/// How long a captured connection's first bytes are waited for: protocols in which the server speaks first send none.
+pub const FIRST_WAIT: Duration = Duration::from_millis(1);
+/// A traceparent (W3C Trace Context, section 3.2).
+const TRACE_BYTES: usize = 55;
+
+const OPEN: u8 = 1;
+const OPENED: u8 = 2;
+const DATA: u8 = 3;
+const FIN: u8 = 4;
+const RESET: u8 = 5;
+
+/// OPEN: the caller waits for OPENED with more to send.
+const PROMPT: u8 = 1;
+
+/// Why the far agent did not connect, or what went wrong then.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reason {
+    /// OPEN made no sense.
+    Malformed,
+    /// By policy, or by who asks.
+    Denied,
+    /// The workload does not answer.
+    Unreachable,
+    /// It did not answer in time.
+    Timeout,
+    /// Too many connections there.
+    Busy,
+}
+
+impl Reason {
+    fn code(self) -> u8 {
+        match self {
+            Self::Malformed => 1,
+            Self::Denied => 2,
+            Self::Unreachable => 3,
+            Self::Timeout => 4,
+            Self::Busy => 5,
+        }
+    }
+    fn of(code: u8) -> Option<Self> {
+        [Self::Malformed, Self::Denied, Self::Unreachable, Self::Timeout, Self::Busy]
+            .into_iter()
+            .find(|reason| reason.code() == code)
+    }
+}
+
+/// A request to connect.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Open {
+    /// Where to.
+    pub to: SocketAddrV4,
+    /// The caller waits with more: it is told at once.
+    pub prompt: bool,
+    /// The caller's traceparent.
+    pub trace: Option<String>,
+    /// The connection's first bytes.
+    pub first: Vec<u8>,
+}
+
+impl Open {
+    /// The frame's head: kind, flags, address, port, length of the traceparent, traceparent. The first bytes follow.
+    fn head(&self) -> Vec<u8> {
+        let trace = self.trace.as_deref().unwrap_or_default().as_bytes();
+        let mut head = vec![OPEN, if self.prompt { PROMPT } else { 0 }];
+        head.extend_from_slice(&self.to.ip().octets());
+        head.extend_from_slice(&self.to.port().to_be_bytes());
+        head.push(u8::try_from(trace.len()).unwrap_or(0));
+        head.extend_from_slice(trace);
+        head
+    }
+
+    /// Parses a frame. Anything unclear is none.
+    pub fn parse(frame: &[u8]) -> Option<Self> {
+        let [OPEN, flags @ (0 | PROMPT), a, b, c, d, high, low, length, rest @ ..] = frame else { return None };
+        let (trace, first) = rest.split_at_checked(usize::from(*length))?;
+        let trace = match trace {
+            [] => None,
+            trace if is_trace(trace) => Some(String::from_utf8_lossy(trace).into_owned()),
+            _ => return None,
+        };
+        let to = SocketAddrV4::new(Ipv4Addr::new(*a, *b, *c, *d), u16::from_be_bytes([*high, *low]));
+        (to.port() != 0).then(|| Self { to, prompt: *flags == PROMPT, trace, first: first.to_vec() })
+    }
+}
+
+/// Whether this can be a traceparent: it goes to logs and to other nodes as it is.
+pub fn is_trace(text: &[u8]) -> bool {
+    text.len() == TRACE_BYTES && text.iter().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f' | b'-'))
+}
+
+/// Sends OPEN and waits for the answer: the far agent's reason if it is no.
+pub async fn open(tunnel: &mut Secured, open: &Open) -> io::Result<Result<(), Reason>> {
+    tunnel.sealer.turn_key().map_err(broken)?;
+    tunnel.sealer.push(&[&open.head(), &open.first]).map_err(broken)?;
+    flush(tunnel).await?;
+    let answer = frame(tunnel).await?;
+    match tunnel.opener.bytes().get(answer).unwrap_or_default() {
+        [OPENED] => Ok(Ok(())),
+        [RESET, code] => Ok(Err(Reason::of(*code).ok_or_else(|| io::Error::other("a reset without a reason"))?)),
+        _ => Err(io::Error::other("neither OPENED nor RESET")),
+    }
+}
+
+/// Waits for OPEN; none where the frame is none. An error where the peer ends the tunnel.
+pub async fn asked(tunnel: &mut Secured) -> io::Result<Option<Open>> {
+    let at = frame(tunnel).await?;
+    let open = tunnel.opener.bytes().get(at).and_then(Open::parse);
+    tunnel.opener.rest();
+    Ok(open)
+}
+
+/// Says no, and why.
+pub async fn refuse(tunnel: &mut Secured, reason: Reason) -> io::Result<()> {
+    tunnel.sealer.push(&[&[RESET, reason.code()]]).map_err(broken)?;
+    tunnel.sealer.close().map_err(broken)?;
+    flush(tunnel).await?;
+    tunnel.tcp.shutdown().await
+}
+
+/// Says yes. It goes with the first bytes of the answer if these come at once and the caller does not wait for it.
+pub async fn agree(tunnel: &mut Secured, answers: &TcpStream, prompt: bool) -> io::Result<()> {
+    tunnel.sealer.turn_key().map_err(broken)?;
+    tunnel.sealer.push(&[&[OPENED]]).map_err(broken)?;
+    if !prompt && timeout(FIRST_WAIT, answers.readable()).await.is_ok() {
+        return Ok(());
+    }
+    flush(tunnel).await
+}
+
+async fn flush(tunnel: &mut Secured) -> io::Result<()> {
+    let sealed = tunnel.sealer.take();
+    tunnel.tcp.write_all(&sealed).await
+}
+
+/// The next frame: where it lies.
+async fn frame(tunnel: &mut Secured) -> io::Result<Range<usize>> {
+    loop {
+        if let Some(at) = tunnel.opener.next_record().map_err(broken)? {
+            return Ok(at);
+        }
+        tunnel.opener.rest();
+        tunnel.tcp.readable().await?;
+        match tunnel.tcp.read(tunnel.opener.room()).await? {
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            n => tunnel.opener.filled(n),
+        }
+    }
+}
+
+/// Carries until both directions are closed, one breaks, or `cut` says that the connection may not go on. After
+/// [`End::Closed`] the tunnel is as it was before; after anything else it is not to be used.
+///
+/// `first` was read from the socket before, and not sent.
+pub async fn carry(
+    tcp: &mut TcpStream,
+    tunnel: &mut Secured,
+    first: Vec<u8>,
+    cut: impl Future<Output = ()>,
+) -> Carried {
+    let (mut sent, mut received) = (0, 0);
+    let ended = {
+        let (mut read, mut write) = tcp.split();
+        let (mut far_read, mut far_write) = tunnel.tcp.split();
+        let up = upward(&mut read, &mut far_write, &mut tunnel.sealer, first, &mut sent);
+        let down = downward(&mut far_read, &mut write, &mut tunnel.opener, &mut received);
+        let both = async { tokio::try_join!(up, down) };
+        tokio::select! {
+            ended = both => ended.map_or_else(|end| end, |_| End::Closed),
+            () = cut => End::Cut,
+        }
+    };
+    if ended != End::Closed {
+        // Both see a reset, not an orderly end of a truncated answer.
+        let _ = tcp.set_zero_linger();
+        let _ = tunnel.tcp.set_zero_linger();
+    }
+    Carried { end: ended, sent, received }
+}
+
+/// Content of a DATA frame.
+const PAYLOAD_MAX: usize = CONTENT_MAX - 1;
+/// Where it lies in a record: behind the header and the kind.
+const PAYLOAD_AT: usize = HEADER_BYTES + 1;
+
+async fn upward(
+    read: &mut ReadHalf<'_>,
+    far: &mut WriteHalf<'_>,
+    sealer: &mut records::Sealer,
+    first: Vec<u8>,
+    sent: &mut u64,
+) -> Result<(), End> {
+    let mut many = false;
+    if !first.is_empty() {
+        sealer.push(&[&[DATA], &first]).map_err(|_| End::Far)?;
+        far.write_all(&sealer.take()).await.map_err(|_| End::Far)?;
+        *sent += first.len() as u64;
+    }
+    loop {
+        read.readable().await.map_err(|_| End::Near)?;
+        let mut buffer = records::buffer();
+        let n = match fill(read, &mut buffer, many).await {
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                records::keep(buffer);
+                continue;
+            }
+            read => read.map_err(|_| End::Near)?,
+        };
+        // A connection that filled a record may have more to say: all that there is in one call.
+        many = n >= PAYLOAD_MAX;
+        let sealed = seal(sealer, &mut buffer, n).map_err(|_| End::Far)?;
+        let waiting = sealer.take();
+        let all = [IoSlice::new(&waiting), IoSlice::new(buffer.get(..sealed).unwrap_or_default())];
+        write_all(far, all).await.map_err(|_| End::Far)?;
+        records::keep(buffer);
+        if n == 0 {
+            return Ok(());
+        }
+        *sent += n as u64;
+    }
+}
+
+/// Reads into the places that content has in records: they are sealed where they lie.
+async fn fill(read: &mut ReadHalf<'_>, buffer: &mut [u8], many: bool) -> io::Result<usize> {
+    let mut places = buffer.chunks_mut(RECORD_MAX).filter_map(|r| r.get_mut(PAYLOAD_AT..PAYLOAD_AT + PAYLOAD_MAX));
+    if !many {
+        return read.read(places.next().unwrap_or_default()).await;
+    }
+    let mut slices: [IoSliceMut<'_>; RECORDS] =
+        std::array::from_fn(|_| IoSliceMut::new(places.next().unwrap_or_default()));
+    read.try_read_vectored(&mut slices)
+}
+
+/// Seals `n` bytes that [`fill`] read as DATA, or FIN where there are none; the records lie one behind the other.
+fn seal(sealer: &mut records::Sealer, buffer: &mut [u8], n: usize) -> Result<usize, records::RecordError> {
+    sealer.turn_key()?;
+    if n == 0 {
+        sealer.push(&[&[FIN]])?;
+        return Ok(0);
+    }
+    let (mut left, mut end) = (n, 0);
+    while left > 0 {
+        let payload = left.min(PAYLOAD_MAX);
+        let record = buffer.get_mut(end..).unwrap_or_default();
+        if let Some(kind) = record.get_mut(HEADER_BYTES) {
+            *kind = DATA;
+        }
+        end += sealer.seal(record, payload + 1)?;
+        left -= payload;
+    }
+    Ok(end)
+}
+
+async fn write_all<const N: usize>(to: &mut WriteHalf<'_>, mut slices: [IoSlice<'_>; N]) -> io::Result<()> {
+    let mut rest = &mut slices[..];
+    IoSlice::advance_slices(&mut rest, 0);
+    while !rest.is_empty() {
+        match to.write_vectored(rest).await? {
+            0 => return Err(io::ErrorKind::WriteZero.into()),
+            n => IoSlice::advance_slices(&mut rest, n),
+        }
+    }
+    Ok(())
+}
+
+/// Frames that go to the application in one call.
+const AT_ONCE: usize = 16;
+
+async fn downward(
+    far: &mut ReadHalf<'_>,
+    write: &mut WriteHalf<'_>,
+    opener: &mut records::Opener,
+    received: &mut u64,
+) -> Result<(), End> {
+    loop {
+        let (places, count, fin) = gather(opener).map_err(|_| End::Far)?;
+        if count > 0 {
+            let bytes = opener.bytes();
+            let slices: [IoSlice<'_>; AT_ONCE] = std::array::from_fn(|n| {
+                let place = places.get(n).filter(|_| n < count).cloned().unwrap_or_default();
+                IoSlice::new(bytes.get(place).unwrap_or_default())
+            });
+            *received += slices.iter().map(|s| s.len() as u64).sum::<u64>();
+            write_all(write, slices).await.map_err(|_| End::Near)?;
+        }
+        if fin {
+            opener.rest();
+            return write.shutdown().await.map_err(|_| End::Near);
+        }
+        if count == AT_ONCE {
+            continue;
+        }
+        opener.rest();
+        far.readable().await.map_err(|_| End::Far)?;
+        match far.read(opener.room()).await {
+            Ok(n) if n > 0 => opener.filled(n),
+            // Without FIN it is no orderly end.
+            Ok(_) | Err(_) => return Err(End::Far),
+        }
+    }
+}
+
+/// DATA frames that are here whole, how many, and whether FIN follows them.
+fn gather(opener: &mut records::Opener) -> io::Result<([Range<usize>; AT_ONCE], usize, bool)> {
+    let mut places: [Range<usize>; AT_ONCE] = std::array::from_fn(|_| 0..0);
+    let mut count = 0;
+    for place in &mut places {
+        let Some(at) = opener.next_record().map_err(broken)? else { break };
+        match opener.bytes().get(at.clone()).unwrap_or_default() {
+            [DATA, _, ..] => *place = at.start + 1..at.end,
+            [FIN] => return Ok((places, count, true)),
+            _ => return Err(io::Error::other("neither DATA nor FIN")),
+        }
+        count += 1;
+    }
+    Ok((places, count, false))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_asked_for_is_parsed_to_the_letter() {
+        let open = Open {
+            to: "10.72.101.11:8080".parse().unwrap(),
+            prompt: true,
+            trace: Some(format!("00-{}-{}-01", "ab".repeat(16), "cd".repeat(8))),
+            first: b"first".to_vec(),
+        };
+        let frame = [open.head(), open.first.clone()].concat();
+        assert_eq!(Open::parse(&frame), Some(open.clone()));
+        let bare = Open { prompt: false, trace: None, first: vec![], ..open };
+        assert_eq!(Open::parse(&bare.head()), Some(bare.clone()));
+        let changed = |at: usize, to: u8| {
+            let mut frame = frame.clone();
+            frame[at] = to;
+            Open::parse(&frame)
+        };
+        for (at, to) in [(0, DATA), (1, 2), (8, 54), (8, 200), (9, b'G'), (9, b'\n')] {
+            assert_eq!(changed(at, to), None, "byte {at} = {to}");
+        }
+        for short in 0..9 {
+            assert_eq!(Open::parse(&frame[..short]), None, "{short} bytes");
+        }
+        let mut nowhere = bare.head();
+        (nowhere[6], nowhere[7]) = (0, 0);
+        assert_eq!(Open::parse(&nowhere), None, "port 0");
+    }
+
+    #[test]
+    fn every_reason_is_told_and_understood() {
+        for code in 0..=u8::MAX {
+            let reason = Reason::of(code);
+            assert_eq!(reason.is_some(), (1..=5).contains(&code));
+            assert!(reason.is_none_or(|reason| reason.code() == code));
+        }
+    }
+}

@@ -1,0 +1,80 @@
+//! What is told of each connection that was carried or refused: both identities, bytes, time, how it ended in Istio's
+//! response flags (Envoy's access log), and the caller's trace.
+//!
+//! At debug level, for identities and addresses are in it.
+
+use crate::pump::{Carried, End};
+use ambit_model::SpiffeId;
+use std::net::SocketAddrV4;
+use std::time::Instant;
+
+/// Istio's words for how a connection ended.
+pub mod flag {
+    /// In order.
+    pub const NONE: &str = "-";
+    /// The caller broke off.
+    pub const DOWNSTREAM_TERMINATED: &str = "DC";
+    /// The called side broke off.
+    pub const UPSTREAM_TERMINATED: &str = "UC";
+    /// The called side could not be reached.
+    pub const UPSTREAM_FAILED: &str = "UF";
+    /// Too many at once.
+    pub const OVERFLOW: &str = "UO";
+    /// Nobody is at the address.
+    pub const NO_ROUTE: &str = "NR";
+    /// By policy, or because somebody is no longer trusted.
+    pub const DENIED: &str = "UAEX";
+    /// The request made no sense.
+    pub const PROTOCOL_ERROR: &str = "DPE";
+}
+
+/// A connection whose end will be told.
+#[derive(Debug)]
+pub struct Record<'a> {
+    direction: &'static str,
+    source: &'a SpiffeId,
+    destination: &'a SpiffeId,
+    to: SocketAddrV4,
+    trace: Option<&'a str>,
+    begun: Instant,
+}
+
+impl<'a> Record<'a> {
+    /// Of a connection that begins here.
+    pub fn outbound(source: &'a SpiffeId, destination: &'a SpiffeId, to: SocketAddrV4, trace: Option<&'a str>) -> Self {
+        Self { direction: "outbound", source, destination, to, trace, begun: Instant::now() }
+    }
+    /// Of one that comes from another node.
+    pub fn inbound(source: &'a SpiffeId, destination: &'a SpiffeId, to: SocketAddrV4, trace: Option<&'a str>) -> Self {
+        Self { direction: "inbound", source, destination, to, trace, begun: Instant::now() }
+    }
+    /// It was not made.
+    pub fn refused(&self, flags: &'static str) {
+        self.tell(flags, 0, 0);
+    }
+    /// It ended.
+    pub fn ended(&self, carried: &Carried) {
+        let outbound = self.direction == "outbound";
+        let flags = match carried.end {
+            End::Closed => flag::NONE,
+            End::Cut => flag::DENIED,
+            // On the caller's node the near socket is the caller's, on the other one it is the workload's.
+            End::Near if outbound => flag::DOWNSTREAM_TERMINATED,
+            End::Far if !outbound => flag::DOWNSTREAM_TERMINATED,
+            End::Near | End::Far => flag::UPSTREAM_TERMINATED,
+        };
+        // From the caller to the workload, and back.
+        let (sent, received) =
+            if outbound { (carried.sent, carried.received) } else { (carried.received, carried.sent) };
+        self.tell(flags, sent, received);
+    }
+
+    fn tell(&self, flags: &'static str, sent: u64, received: u64) {
+        let duration_us = u64::try_from(self.begun.elapsed().as_micros()).unwrap_or(u64::MAX);
+        let trace = self.trace.unwrap_or_default();
+        tracing::debug!(
+            target: "ambit::connection", direction = self.direction, source = %self.source,
+            destination = %self.destination, to = %self.to, flags, sent, received, duration_us, trace, "connection"
+        );
+    }
+}

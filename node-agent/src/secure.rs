@@ -1,0 +1,364 @@
+//! A TCP connection under TLS 1.3: rustls shakes hands and verifies the peer, [`crate::records`] carries what follows.
+//!
+//! rustls' own connections copy each record twice more and read 4 KiB at a time; its `kernel` interface is for those who
+//! seal and open themselves, as the kernel would.
+
+use crate::records::{self, Keys, Opener, RECORD_MAX, RecordError, Rekey, Sealer};
+use nix::sys::socket::{setsockopt, sockopt};
+use rustls::client::{ClientConnectionData, UnbufferedClientConnection};
+use rustls::kernel::KernelConnection;
+use rustls::server::{Acceptor, ServerConnectionData, UnbufferedServerConnection};
+use rustls::unbuffered::{ConnectionState, EncodeError, UnbufferedStatus};
+use rustls::{ClientConfig, CommonState, ConnectionTrafficSecrets, ExtractedSecrets, ServerConfig};
+use rustls_pki_types::{CertificateDer, ServerName};
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::net::TcpStream;
+
+/// What a handshake may bring: two chains of certificates are a tenth of it.
+const HANDSHAKE_MAX: usize = 64 * 1024;
+/// A ClientHello with a post-quantum key share has 1.8 KiB.
+const HELLO_MAX: usize = 16 * 1024;
+/// A peer that is silent this long is asked by TCP whether it is there.
+const KEEPALIVE_AFTER: Duration = Duration::from_secs(2);
+/// And again this often.
+const KEEPALIVE_EVERY: Duration = Duration::from_secs(1);
+/// What is sent is acknowledged within this, or the connection is dead; and with it the application's.
+pub const ACKNOWLEDGED_MAX: Duration = Duration::from_secs(4);
+
+/// A connection after its handshake.
+#[derive(Debug)]
+pub struct Secured {
+    /// The connection.
+    pub tcp: TcpStream,
+    /// What is sent.
+    pub sealer: Sealer,
+    /// What comes.
+    pub opener: Opener,
+    /// What was agreed to speak; none where the peer did not say.
+    pub protocol: Option<Vec<u8>>,
+    /// The peer's certificates, leaf first; verified in the handshake.
+    pub chain: Vec<CertificateDer<'static>>,
+}
+
+/// As a client: shakes hands with the server behind `tcp`.
+pub async fn connect(mut tcp: TcpStream, config: Arc<ClientConfig>, name: ServerName<'static>) -> io::Result<Secured> {
+    let connection = UnbufferedClientConnection::new(config, name).map_err(io::Error::other)?;
+    let done = shake(&mut tcp, connection, Vec::new()).await?;
+    done.over(tcp)
+}
+
+/// As a server: shakes hands with the client whose first bytes are `hello`.
+pub async fn accept(mut tcp: TcpStream, hello: Vec<u8>, config: Arc<ServerConfig>) -> io::Result<Secured> {
+    let connection = UnbufferedServerConnection::new(config).map_err(io::Error::other)?;
+    let done = shake(&mut tcp, connection, hello).await?;
+    done.over(tcp)
+}
+
+/// Reads the ClientHello: the bytes so far, and the name that the client asks for (empty where it asks for none).
+pub async fn hello(tcp: &mut TcpStream) -> io::Result<(Vec<u8>, String)> {
+    let (mut bytes, mut acceptor) = (Vec::with_capacity(2048), Acceptor::default());
+    loop {
+        let before = bytes.len();
+        if tcp.read_buf(&mut bytes).await? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        if bytes.len() > HELLO_MAX {
+            return Err(io::Error::other("a ClientHello of more than 16 KiB"));
+        }
+        let mut new = bytes.get(before..).unwrap_or_default();
+        while !new.is_empty() && acceptor.read_tls(&mut new)? > 0 {
+            match acceptor.accept() {
+                Ok(None) => {}
+                Ok(Some(accepted)) => {
+                    let name = accepted.client_hello().server_name().unwrap_or_default().to_owned();
+                    return Ok((bytes, name));
+                }
+                Err((error, mut alert)) => {
+                    let mut told = Vec::new();
+                    alert.write_all(&mut told)?;
+                    tcp.write_all(&told).await?;
+                    return Err(io::Error::other(error));
+                }
+            }
+        }
+    }
+}
+
+/// What every tunnel's connection has: nothing waits for an acknowledgement of what was sent before, and a peer that is
+/// gone is found out.
+pub fn tune(tcp: &TcpStream) -> io::Result<()> {
+    tcp.set_nodelay(true)?;
+    let seconds = |d: Duration| u32::try_from(d.as_secs()).unwrap_or(1);
+    setsockopt(tcp, sockopt::KeepAlive, &true)?;
+    setsockopt(tcp, sockopt::TcpKeepIdle, &seconds(KEEPALIVE_AFTER))?;
+    setsockopt(tcp, sockopt::TcpKeepInterval, &seconds(KEEPALIVE_EVERY))?;
+    setsockopt(tcp, sockopt::TcpUserTimeout, &(seconds(ACKNOWLEDGED_MAX) * 1000))?;
+    Ok(())
+}
+
+/// A rustls connection of either side.
+trait Shaking {
+    type Data;
+    fn turn<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Self::Data>;
+    fn state(&self) -> &CommonState;
+    fn into_secrets(self) -> Result<(ExtractedSecrets, Box<dyn Rekey>), rustls::Error>;
+}
+
+impl Shaking for UnbufferedClientConnection {
+    type Data = ClientConnectionData;
+    fn turn<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Self::Data> {
+        self.process_tls_records(incoming)
+    }
+    fn state(&self) -> &CommonState {
+        self
+    }
+    fn into_secrets(self) -> Result<(ExtractedSecrets, Box<dyn Rekey>), rustls::Error> {
+        self.dangerous_into_kernel_connection().map(|(secrets, rest)| (secrets, Box::new(rest) as Box<dyn Rekey>))
+    }
+}
+
+impl Shaking for UnbufferedServerConnection {
+    type Data = ServerConnectionData;
+    fn turn<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Self::Data> {
+        self.process_tls_records(incoming)
+    }
+    fn state(&self) -> &CommonState {
+        self
+    }
+    fn into_secrets(self) -> Result<(ExtractedSecrets, Box<dyn Rekey>), rustls::Error> {
+        self.dangerous_into_kernel_connection().map(|(secrets, rest)| (secrets, Box::new(rest) as Box<dyn Rekey>))
+    }
+}
+
+impl<Data: Send> Rekey for KernelConnection<Data> {
+    fn next_tx(&mut self) -> Result<(u64, ConnectionTrafficSecrets), rustls::Error> {
+        self.update_tx_secret()
+    }
+    fn next_rx(&mut self) -> Result<(u64, ConnectionTrafficSecrets), rustls::Error> {
+        self.update_rx_secret()
+    }
+}
+
+/// A finished handshake.
+struct Shaken<C> {
+    connection: C,
+    unread: Vec<u8>,
+    early: Vec<Vec<u8>>,
+}
+
+impl<C: Shaking> Shaken<C> {
+    fn over(self, tcp: TcpStream) -> io::Result<Secured> {
+        let state = self.connection.state();
+        let protocol = state.alpn_protocol().map(<[u8]>::to_vec);
+        let chain = state.peer_certificates().unwrap_or_default().iter().map(|c| c.clone().into_owned()).collect();
+        let (secrets, rekey) = self.connection.into_secrets().map_err(io::Error::other)?;
+        let keys = Keys::new(rekey);
+        let sealer = Sealer::new(secrets.tx, keys.clone()).map_err(io::Error::other)?;
+        let opener = Opener::new(secrets.rx, keys, &self.unread, self.early).map_err(io::Error::other)?;
+        Ok(Secured { tcp, sealer, opener, protocol, chain })
+    }
+}
+
+/// What to do next.
+enum Step {
+    Go,
+    Read,
+    Write,
+    Done,
+    Fail(io::Error),
+}
+
+async fn shake<C: Shaking>(tcp: &mut TcpStream, mut connection: C, mut unread: Vec<u8>) -> io::Result<Shaken<C>> {
+    let (mut outgoing, mut early) = (Vec::new(), Vec::new());
+    loop {
+        let UnbufferedStatus { discard, state } = connection.turn(&mut unread);
+        let mut step = match state {
+            Ok(ConnectionState::EncodeTlsData(mut record)) => encode(&mut outgoing, |room| record.encode(room)),
+            Ok(ConnectionState::TransmitTlsData(sent)) => {
+                sent.done();
+                Step::Write
+            }
+            Ok(ConnectionState::BlockedHandshake) => Step::Read,
+            Ok(ConnectionState::WriteTraffic(_)) => Step::Done,
+            Ok(ConnectionState::ReadTraffic(mut records)) => {
+                while let Some(record) = records.next_record() {
+                    early.push(record.map_err(io::Error::other)?.payload.to_vec());
+                }
+                Step::Go
+            }
+            Ok(_) => Step::Fail(io::ErrorKind::UnexpectedEof.into()),
+            Err(error) => Step::Fail(io::Error::other(error)),
+        };
+        unread.drain(..discard);
+        if matches!(step, Step::Done) && connection.state().is_handshaking() {
+            // A server may send already; the client has not answered yet.
+            step = Step::Read;
+        }
+        match step {
+            Step::Go => {}
+            Step::Write => tcp.write_all(&std::mem::take(&mut outgoing)).await?,
+            Step::Read => {
+                if unread.len() >= HANDSHAKE_MAX {
+                    return Err(io::Error::other("a handshake of more than 64 KiB"));
+                }
+                if tcp.read_buf(&mut unread).await? == 0 {
+                    return Err(io::ErrorKind::UnexpectedEof.into());
+                }
+            }
+            Step::Done => return Ok(Shaken { connection, unread, early }),
+            Step::Fail(error) => {
+                // The peer is to know why; whether it hears of it changes nothing.
+                while let Ok(ConnectionState::EncodeTlsData(mut record)) = connection.turn(&mut []).state {
+                    let _ = encode(&mut outgoing, |room| record.encode(room));
+                }
+                let _ = tcp.write_all(&outgoing).await;
+                return Err(error);
+            }
+        }
+    }
+}
+
+fn encode(outgoing: &mut Vec<u8>, mut into: impl FnMut(&mut [u8]) -> Result<usize, EncodeError>) -> Step {
+    let at = outgoing.len();
+    let needed = match into(&mut []) {
+        Err(EncodeError::InsufficientSize(size)) => size.required_size,
+        Err(error) => return Step::Fail(io::Error::other(error)),
+        Ok(_) => return Step::Go,
+    };
+    outgoing.resize(at + needed, 0);
+    match into(outgoing.get_mut(at..).unwrap_or_default()) {
+        Ok(written) => {
+            outgoing.truncate(at + written);
+            Step::Go
+        }
+        Err(error) => Step::Fail(io::Error::other(error)),
+    }
+}
+
+pub(crate) fn broken(error: RecordError) -> io::Error {
+    match error {
+        RecordError::Alert(0) => io::ErrorKind::UnexpectedEof.into(),
+        other => io::Error::other(other),
+    }
+}
+
+/// A secured connection as a stream of bytes, for HTTP/2.
+#[derive(Debug)]
+pub struct Bytestream {
+    secured: Secured,
+    /// Opened and not taken yet.
+    open: std::ops::Range<usize>,
+    /// Sealed and not written yet.
+    sealed: Vec<u8>,
+    written: usize,
+    closing: bool,
+}
+
+impl Bytestream {
+    /// Around `secured`.
+    pub fn new(secured: Secured) -> Self {
+        Self { secured, open: 0..0, sealed: Vec::new(), written: 0, closing: false }
+    }
+
+    fn poll_drain(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while self.written < self.sealed.len() {
+            let rest = self.sealed.get(self.written..).unwrap_or_default();
+            match ready!(Pin::new(&mut self.secured.tcp).poll_write(cx, rest))? {
+                0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                n => self.written += n,
+            }
+        }
+        if !self.sealed.is_empty() {
+            records::keep(std::mem::take(&mut self.sealed));
+            self.written = 0;
+        }
+        if self.secured.sealer.is_pending() {
+            self.sealed = self.secured.sealer.take();
+            return self.poll_drain(cx);
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncRead for Bytestream {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        while this.open.is_empty() {
+            match this.secured.opener.next_record() {
+                Ok(Some(content)) => this.open = content,
+                Ok(None) => {
+                    // An idle connection holds no buffer.
+                    this.secured.opener.rest();
+                    ready!(this.secured.tcp.poll_read_ready(cx))?;
+                    let mut room = ReadBuf::new(this.secured.opener.room());
+                    ready!(Pin::new(&mut this.secured.tcp).poll_read(cx, &mut room))?;
+                    match room.filled().len() {
+                        0 => return Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into())),
+                        n => this.secured.opener.filled(n),
+                    }
+                }
+                Err(RecordError::Alert(0)) => return Poll::Ready(Ok(())),
+                Err(error) => return Poll::Ready(Err(broken(error))),
+            }
+        }
+        let bytes = this.secured.opener.bytes().get(this.open.clone()).unwrap_or_default();
+        let taken = bytes.len().min(into.remaining());
+        into.put_slice(bytes.get(..taken).unwrap_or_default());
+        this.open.start += taken;
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Bytestream {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let this = &mut *self;
+        ready!(this.poll_drain(cx))?;
+        this.secured.sealer.turn_key().map_err(broken)?;
+        // Behind the news of another key, which is rare, comes nothing else at once.
+        if this.secured.sealer.is_pending() {
+            ready!(this.poll_drain(cx))?;
+        }
+        let (mut room, mut taken, mut sealed) = (records::buffer(), 0, 0);
+        for content in bytes.chunks(records::CONTENT_MAX).take(records::RECORDS) {
+            let record = room.get_mut(sealed..sealed + RECORD_MAX).unwrap_or_default();
+            if let Some(at) = record.get_mut(records::HEADER_BYTES..records::HEADER_BYTES + content.len()) {
+                at.copy_from_slice(content);
+            }
+            sealed += this.secured.sealer.seal(record, content.len()).map_err(broken)?;
+            taken += content.len();
+        }
+        let mut written = 0;
+        // What the socket does not take now waits in the buffer; the caller's bytes count as written.
+        while written < sealed {
+            match Pin::new(&mut this.secured.tcp).poll_write(cx, room.get(written..sealed).unwrap_or_default()) {
+                Poll::Ready(n) => written += n?,
+                Poll::Pending => break,
+            }
+        }
+        if written < sealed {
+            this.sealed = room.get(written..sealed).unwrap_or_default().to_vec();
+            this.written = 0;
+        }
+        records::keep(room);
+        Poll::Ready(Ok(taken))
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.poll_drain(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        ready!(this.poll_drain(cx))?;
+        if !std::mem::replace(&mut this.closing, true) {
+            this.secured.sealer.close().map_err(broken)?;
+        }
+        ready!(this.poll_drain(cx))?;
+        Pin::new(&mut this.secured.tcp).poll_shutdown(cx)
+    }
+}

@@ -1,0 +1,139 @@
+//! Envoy, which nobody of this project wrote and which Istio's waypoints are, as an HBONE peer of the agent: as a caller
+//! and as the called. Its configuration is that of `tests/interop/README.md`.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+
+mod support;
+
+use ambit_agent::issued::Svid;
+use ambit_agent::sni::server_name;
+use ambit_identity::SvidKey;
+use ambit_identity::keys::certificates_to_pem;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+use support::local::{Folder, interop};
+use support::stage::{Stage, is_reset, round_trip};
+use tokio::net::{TcpListener, TcpStream};
+
+const CALLER: &str = include_str!("../../tests/interop/envoy-caller.yaml");
+const CALLED: &str = include_str!("../../tests/interop/envoy-called.yaml");
+const START_MAX: Duration = Duration::from_secs(30);
+
+/// A running Envoy, killed with the test.
+struct Envoy {
+    child: Child,
+    folder: Folder,
+}
+
+impl Envoy {
+    /// One that shows `svid` and trusts both trust domains; each name in its configuration becomes its value.
+    async fn start(stage: &Stage, template: &str, svid: &Svid, at: SocketAddr, values: &[(&str, String)]) -> Envoy {
+        let folder = Folder::new("hbone-envoy");
+        let pem = |chain: &[Vec<u8>]| certificates_to_pem(chain.iter().map(Vec::as_slice));
+        let roots = [stage.west.bundle(), stage.east.bundle()].map(|b| pem(&b.roots_der)).concat();
+        let key = SvidKey::from_pkcs8(&svid.key_pkcs8).unwrap().pem();
+        let mut config = template.to_owned();
+        let files = [
+            ("CHAIN", folder.write("svid.pem", pem(&svid.chain_der))),
+            ("KEY", folder.write("svid.key", key.as_bytes())),
+            ("ROOTS", folder.write("bundle.pem", roots)),
+        ];
+        for (name, path) in files {
+            config = config.replace(name, &path.display().to_string());
+        }
+        for (name, value) in values {
+            config = config.replace(name, value);
+        }
+        let config = folder.write("envoy.yaml", config);
+        let log = std::fs::File::create(folder.join("log")).unwrap();
+        let child = Command::new(interop("../lib/python3.11/site-packages/envoy/_bin/envoy"))
+            .args(["--concurrency", "1", "--disable-hot-restart", "--log-level", "warning", "--config-path"])
+            .arg(config)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        let mut envoy = Envoy { child, folder };
+        let until = std::time::Instant::now() + START_MAX;
+        while TcpStream::connect(at).await.is_err() {
+            let ended = envoy.child.try_wait().unwrap();
+            assert!(ended.is_none() && std::time::Instant::now() < until, "{ended:?}\n{}", envoy.log());
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        envoy
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.folder.join("log")).unwrap_or_default()
+    }
+}
+
+impl Drop for Envoy {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn free_port(at: Ipv4Addr) -> u16 {
+    std::net::TcpListener::bind((at, 0)).unwrap().local_addr().unwrap().port()
+}
+
+#[tokio::test]
+async fn envoy_calls_a_workload_through_the_agent() {
+    let mut stage = Stage::set(121).await;
+    let port = free_port(Ipv4Addr::LOCALHOST);
+    let at = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+    let values = [
+        ("LISTEN_PORT", port.to_string()),
+        ("TARGET", stage.db_at().to_string()),
+        ("AGENT_ADDRESS", stage.hbone.ip().to_string()),
+        ("AGENT_PORT", stage.hbone.port().to_string()),
+        ("NODE_ADDRESS", stage.home.to_string()),
+        ("SERVER_NAME", server_name(&stage.db_svid.id)),
+        ("WORKLOAD_ID", stage.db_svid.id.to_string()),
+    ];
+    let envoy = Envoy::start(&stage, CALLER, &stage.web_svid.clone(), at, &values).await;
+    // What looked whether it is up was a connection too.
+    let _ = tokio::time::timeout(Duration::from_secs(2), stage.db.accept()).await;
+    for _ in 0..3 {
+        let mut app = TcpStream::connect(at).await.unwrap();
+        let served = tokio::time::timeout(Duration::from_secs(5), stage.db.accept()).await;
+        let (mut pod, _) = served.unwrap_or_else(|_| panic!("{}", envoy.log())).unwrap();
+        round_trip(&mut app, &mut pod, 300_000).await;
+    }
+    // The policy decides about it as about our own.
+    stage.publish(|_| (), |e| e.policies.clear());
+    let mut app = TcpStream::connect(at).await.unwrap();
+    let read = tokio::time::timeout(Duration::from_secs(5), tokio::io::AsyncReadExt::read(&mut app, &mut [0; 1])).await;
+    assert!(matches!(read.expect("an end"), Ok(0) | Err(_)), "{}", envoy.log());
+    assert!(tokio::time::timeout(Duration::from_millis(200), stage.db.accept()).await.is_err(), "the pod saw nothing");
+}
+
+#[tokio::test]
+async fn a_workload_calls_through_the_agent_what_envoy_serves() {
+    let mut stage = Stage::set(122).await;
+    let node = Ipv4Addr::new(127, 0, 84, 122);
+    let at = SocketAddr::from((node, stage.hbone.port()));
+    // West's agent dials the port of the stage on the address of the endpoint's node.
+    drop(TcpListener::bind(at).await.unwrap());
+    let values = [
+        ("LISTEN_ADDRESS", node.to_string()),
+        ("LISTEN_PORT", at.port().to_string()),
+        ("WORKLOAD_ADDRESS", stage.db_at().ip().to_string()),
+        ("WORKLOAD_PORT", stage.db_at().port().to_string()),
+        ("CALLER_ID", stage.web_svid.id.to_string()),
+    ];
+    let envoy = Envoy::start(&stage, CALLED, &stage.db_svid.clone(), at, &values).await;
+    stage.publish(|w| w.endpoints[0].node_address = node.to_string(), |_| ());
+    for _ in 0..3 {
+        let mut app = stage.call_db().await;
+        let (mut pod, _) = stage.served().await;
+        round_trip(&mut app, &mut pod, 300_000).await;
+    }
+    assert_eq!(stage.outbound.tunnels(), 1, "{}", envoy.log());
+    drop(envoy);
+    assert!(is_reset(stage.call_db().await).await, "nobody is there");
+}
