@@ -4,8 +4,12 @@ use crate::process::{binary, must_run};
 use crate::secrets;
 use ambit_lab::guardian::Guardian;
 use ambit_lab::process::ProcessId;
-use ambit_lab::{Lab, down};
+use ambit_lab::{Lab, Pod, Ready, down};
 use anyhow::{Context, Result, ensure};
+use std::net::SocketAddr;
+
+/// The port of `db`.
+pub const PORT: u16 = 8080;
 
 /// A small lab with its cell, gone with the test, however that ends.
 pub struct Small {
@@ -54,6 +58,45 @@ impl Drop for Small {
             Err(error) => panic!("logs that cannot be searched: {error:#}"),
         }
     }
+}
+
+/// Makes peers of the cells of a lab with the clusters west and east.
+pub fn peered(lab: &Lab) -> Result<()> {
+    let (west, east) = (lab.cell("west")?, lab.cell("east")?);
+    let expected = ["--trust-domain", "east", "--fingerprint", &east.fingerprint];
+    let made = lab.ambit("west", &[&["cluster", "token"], &expected[..]].concat())?;
+    let at = west.addresses.first().context("an address")?.to_string();
+    let token = made.split_whitespace().last().context("a token")?;
+    let whom = ["--address", &at, "--trust-domain", "west", "--fingerprint", &west.fingerprint, "--token", token];
+    lab.ambit("east", &[&["peer", "register"], &whom[..]].concat())?;
+    lab.ambit("east", &["peer", "approve", "west", "--fingerprint", &west.fingerprint])?;
+    lab.ambit("west", &["peer", "approve", "east", "--fingerprint", &east.fingerprint])?;
+    Ok(())
+}
+
+/// An entry for the pods of that name on a site.
+pub fn entry(lab: &Lab, site: &str, name: &str) -> Result<()> {
+    let (id, selector) = (format!("spiffe://{site}/{name}"), format!("cgroup:{name}"));
+    let whose = ["--spiffe-id", &id, "--cluster", site, "--selector", &selector];
+    lab.ambit(site, &[&["entry", "create", "--id", name], &whose[..]].concat())?;
+    Ok(())
+}
+
+/// `db` of a site, which answers HTTP to `caller`.
+pub fn served(lab: &Lab, site: &str, node: &str, caller: &str) -> Result<Pod> {
+    entry(lab, site, "db")?;
+    let policy = format!(
+        "kind: Policy\nmetadata: {{name: web-to-db}}\nspec: {{target: spiffe://{site}/db, action: allow, \
+         from: [{caller}], ports: [{PORT}]}}\n"
+    );
+    let file = lab.folder("operator").join(format!("{site}-web-to-db.yaml"));
+    std::fs::write(&file, policy)?;
+    lab.ambit(site, &["policy", "apply", "-f", &file.display().to_string()])?;
+    let pod = lab.add_pod(node, "db", ambit_lab::workload::UID)?;
+    let (address, port) = (pod.address.to_string(), PORT.to_string());
+    let argv = ["python3", "-m", "http.server", &port, "--bind", &address, "--directory", "/var/empty"];
+    lab.start_in_pod(&pod, &argv, Ready::Listening(SocketAddr::from((pod.address, PORT))))?;
+    Ok(pod)
 }
 
 /// Labs make namespaces and cgroups.

@@ -4,51 +4,14 @@
 
 use ambit_lab::{Lab, Place, Pod, Ready, cell, topology};
 use ambit_tests::process::{SOON, binary, until};
-use ambit_tests::small::Small;
+use ambit_tests::small::{PORT, Small, entry, peered, served};
 use sha2::{Digest, Sha256};
 use std::io::Write;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-/// The pods' port.
-const PORT: u16 = 8080;
 /// HBONE.
 const TUNNEL: u16 = 15008;
-
-fn peered(lab: &Lab) {
-    let (west, east) = (lab.cell("west").unwrap(), lab.cell("east").unwrap());
-    let expected = ["--trust-domain", "east", "--fingerprint", &east.fingerprint];
-    let made = lab.ambit("west", &[&["cluster", "token"], &expected[..]].concat()).unwrap();
-    let at = west.addresses[0].to_string();
-    let token = made.split_whitespace().last().unwrap();
-    let whom = ["--address", &at, "--trust-domain", "west", "--fingerprint", &west.fingerprint, "--token", token];
-    lab.ambit("east", &[&["peer", "register"], &whom[..]].concat()).unwrap();
-    lab.ambit("east", &["peer", "approve", "west", "--fingerprint", &west.fingerprint]).unwrap();
-    lab.ambit("west", &["peer", "approve", "east", "--fingerprint", &east.fingerprint]).unwrap();
-}
-
-fn entry(lab: &Lab, site: &str, name: &str) {
-    let (id, selector) = (format!("spiffe://{site}/{name}"), format!("cgroup:{name}"));
-    let whose = ["--spiffe-id", &id, "--cluster", site, "--selector", &selector];
-    lab.ambit(site, &[&["entry", "create", "--id", name], &whose[..]].concat()).unwrap();
-}
-
-/// `db` of a site, which lets west's `web` call it.
-fn served(lab: &Lab, site: &str, node: &str) -> Pod {
-    entry(lab, site, "db");
-    let policy = format!(
-        "kind: Policy\nmetadata: {{name: web-to-db}}\nspec: {{target: spiffe://{site}/db, action: allow, \
-         from: [spiffe://west/web], ports: [{PORT}]}}\n"
-    );
-    let file = lab.folder("operator").join(format!("{site}-web-to-db.yaml"));
-    std::fs::write(&file, policy).unwrap();
-    lab.ambit(site, &["policy", "apply", "-f", file.to_str().unwrap()]).unwrap();
-    let pod = lab.add_pod(node, "db", ambit_lab::workload::UID).unwrap();
-    let (address, port) = (pod.address.to_string(), PORT.to_string());
-    let argv = ["python3", "-m", "http.server", &port, "--bind", &address, "--directory", "/var/empty"];
-    lab.start_in_pod(&pod, &argv, Ready::Listening(SocketAddr::from((pod.address, PORT)))).unwrap();
-    pod
-}
 
 /// What a thief takes from `web` of west-n1: key, leaf and intermediate, as files.
 struct Loot {
@@ -139,11 +102,11 @@ fn logged(log: &Path, words: &[&str]) -> bool {
 fn a_copied_svid_is_refused_from_another_attested_node_in_its_own_and_in_another_cell() {
     let small = Small::shaped("testcopied", 2, 3, 1).unwrap();
     let lab = &small.lab;
-    peered(lab);
-    entry(lab, "west", "web");
+    peered(lab).unwrap();
+    entry(lab, "west", "web").unwrap();
     lab.start_pod("west-n1", "web", &["sleep", "600"], Ready::Started).unwrap();
-    let near = served(lab, "west", "west-n3");
-    let far = served(lab, "east", "east-n1");
+    let near = served(lab, "west", "west-n3", "spiffe://west/web").unwrap();
+    let far = served(lab, "east", "east-n1", "spiffe://west/web").unwrap();
     let loot = Loot::taken(lab);
     for (node, called, pod) in [("west-n3", "spiffe://west/db", &near), ("east-n1", "spiffe://east/db", &far)] {
         // At home first: what is refused afterwards is refused for its place alone.
