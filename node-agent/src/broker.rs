@@ -232,7 +232,7 @@ impl Gate {
         let denials = self.denials.now();
         let origin = peer.id().trust_domain();
         let denied = peer.binding().is_none_or(|b| denials.denies(&origin, &b.node, b.generation))
-            || denials.denies_authority(&origin, peer.authority())
+            || denials.denied_above(&peer).is_some()
             || denials.denies_svid(peer.id(), peer.authority(), peer.serial());
         if !listed || !ours || denied {
             tracing::warn!(broker = %peer.id(), listed, ours, denied, "broker refused");

@@ -5,7 +5,7 @@
 //! whoever carries or opens a connection asks here, and is woken when the answer changes. A list stands until one of the
 //! same or a later revision comes; an older one, from a replica that lags behind, undoes nothing.
 
-use ambit_identity::svid::Presented;
+use ambit_identity::svid::{PeerSvid, Presented};
 use ambit_model::policy::Endpoint;
 use ambit_model::{Code, Generation, NodeId, Refusal, Revision, Serial, SpiffeId, TrustDomain, serial_number};
 use ambit_proto::v1;
@@ -94,6 +94,12 @@ impl Denials {
     /// Whether whatever this intermediate signed is refused. Only `origin` decides about its intermediates.
     pub fn denies_authority(&self, origin: &TrustDomain, authority: &str) -> bool {
         !self.authorities.is_empty() && self.authorities.contains(&(origin.clone(), authority.to_owned()))
+    }
+
+    /// The first of the authorities that a verified peer showed above its leaf whose leaves are refused.
+    pub fn denied_above<'a>(&self, peer: &'a PeerSvid) -> Option<&'a str> {
+        let origin = peer.id().trust_domain();
+        peer.above().iter().map(String::as_str).find(|name| self.denies_authority(&origin, name))
     }
 
     /// The intermediates whose leaves are refused.

@@ -434,8 +434,7 @@ fn permitted(plane: &Plane, denials: &Denials, call: &Call, to: SocketAddrV4, no
 /// Is the caller's node one that its cell trusts now, and its SVID one that was not revoked?
 fn trusted(denials: &Denials, call: &Call) -> Result<(), Refusal> {
     let binding = binding(call)?;
-    if denials.denies_authority(&call.peer.id().trust_domain(), call.peer.authority()) {
-        let found = call.peer.authority();
+    if let Some(found) = denials.denied_above(&call.peer) {
         return Err(Refusal::new(Code::SvidRevoked, "an intermediate that is not revoked", found));
     }
     // A cell speaks for its own nodes only: what a peer denies is nothing against a caller of another trust domain.

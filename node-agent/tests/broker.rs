@@ -348,6 +348,22 @@ async fn only_a_broker_of_this_node_that_is_listed_and_not_denied_is_answered() 
 }
 
 #[tokio::test]
+async fn a_broker_under_an_authority_that_is_revoked_further_up_is_let_in_no_more() {
+    let stage = stage().await;
+    let (mut thief, stolen) = stage.served.issuer.with(|west| west.thief());
+    thief.entry("proxy", &["unix:uid:0"], &[]);
+    let channel = stage.of(&thief.svid("proxy")).await;
+    let workload = process(WORKLOAD);
+    let mut stream = subscribe(channel.clone(), pid(number(&workload))).await.unwrap();
+    next(&mut stream).await.unwrap();
+    let whole = v1::AuthorityDenial { trust_domain: "west".into(), authority: stolen };
+    assert!(stage.denials.offer(Denials::parse(Revision(2), &[], &[whole]).unwrap()));
+    assert_eq!(next(&mut stream).await.unwrap_err().code(), Code::PermissionDenied);
+    assert_eq!(refusal(channel, pid(number(&workload))).await.0, Code::PermissionDenied);
+    drop(workload);
+}
+
+#[tokio::test]
 async fn no_more_connections_are_open_than_places_and_places_come_back() {
     const PLACES: usize = 64;
     let stage = stage().await;

@@ -418,6 +418,27 @@ async fn a_caller_whose_intermediate_is_revoked_is_cut_and_told_apart_from_a_str
 }
 
 #[tokio::test]
+async fn a_caller_under_an_authority_that_is_revoked_further_up_is_cut() {
+    let mut stage = Stage::set(118).await;
+    let (mut thief, stolen) = stage.west.thief();
+    thief.entry("web", &["cgroup:web"], &[]);
+    stage.web_svid = thief.svid("web");
+    stage.publish(|_| (), |_| ());
+    let mut app = stage.call_db().await;
+    let (mut pod, _) = stage.served().await;
+    round_trip(&mut app, &mut pod, 10).await;
+    let list = |revision, td: &str| {
+        let denial = v1::AuthorityDenial { trust_domain: td.into(), authority: stolen.clone() };
+        Denials::parse(Revision(revision), &[], &[denial]).unwrap()
+    };
+    assert!(stage.east_denials.offer(list(2, "east")));
+    round_trip(&mut app, &mut pod, 10).await;
+    assert!(stage.east_denials.offer(list(3, "west")));
+    assert!(is_reset(app).await, "the live connection is cut");
+    assert!(is_reset(stage.call_db().await).await, "a new one is refused");
+}
+
+#[tokio::test]
 async fn a_caller_under_a_downstream_authority_that_forges_a_node_is_refused() {
     let mut stage = Stage::set(17).await;
     let mut app = stage.call_db().await;

@@ -35,6 +35,8 @@ pub struct NodeBinding {
 pub struct PeerSvid {
     leaf: Leaf,
     authority: String,
+    /// Of [`Leaf::above`] those that are no roots.
+    above: Vec<String>,
 }
 
 /// What a leaf says, in its place in a chain of the right form. It proves nothing yet.
@@ -46,6 +48,8 @@ struct Leaf {
     issuer: Option<Named>,
     not_after: Stamp,
     downstream: bool,
+    /// The names of all that came above it.
+    above: Vec<String>,
 }
 
 impl PeerSvid {
@@ -65,6 +69,12 @@ impl PeerSvid {
     /// whatever the leaf says and in whatever order the chain was sent. Never empty.
     pub fn authority(&self) -> &str {
         &self.authority
+    }
+    /// The names (as of [`PeerSvid::authority`]) of all that came above the leaf but of roots: whoever denies one of them
+    /// denies the leaf, also on a connection that is open. What was shown beside the path counts too, as nobody honest
+    /// shows what is revoked.
+    pub fn above(&self) -> &[String] {
+        &self.above
     }
     /// Whose intermediate signed it, as its trust domain's root named it; none where it says nothing of that.
     pub fn issuer(&self) -> Option<Named> {
@@ -97,9 +107,7 @@ pub struct Presented {
 impl Presented {
     /// Reads a chain, leaf first; none for what is no X.509-SVID.
     pub fn of(chain: &[CertificateDer<'_>]) -> Option<Self> {
-        let Leaf { id, serial, binding, .. } = parse_leaf(chain).ok()?;
-        let name = |der| profile::parse(der).ok().map(|cert| key_name(cert.public_key().raw));
-        let above = chain.iter().skip(1).map(|der| name(der)).collect::<Option<_>>()?;
+        let Leaf { id, serial, binding, above, .. } = parse_leaf(chain).ok()?;
         Some(Self { id, above, serial, binding })
     }
 }
@@ -130,22 +138,17 @@ impl TrustStore {
     pub fn deny_authorities(&mut self, denied: impl IntoIterator<Item = (TrustDomain, String)>) {
         self.denied.extend(denied);
     }
-    /// By its key and not by what a leaf says of it: who stole the key says what it likes.
-    fn judge_above(&self, domain: &TrustDomain, above: &[CertificateDer<'_>]) -> Result<(), Refusal> {
+    /// Those of these that are no roots, none of them denied. By its key and not by what a leaf says of it: who stole the
+    /// key says what it likes.
+    fn judge_above(&self, domain: &TrustDomain, mut above: Vec<String>) -> Result<Vec<String>, Refusal> {
+        above.retain(|name| self.root_names.get(domain).is_none_or(|roots| !roots.contains(name)));
         if self.denied.is_empty() {
-            return Ok(());
+            return Ok(above);
         }
-        for der in above {
-            let cert = profile::parse(der).map_err(|e| Refusal::new(Code::SvidMalformed, "a certificate", e))?;
-            let name = key_name(cert.public_key().raw);
-            if self.root_names.get(domain).is_some_and(|roots| roots.contains(&name)) {
-                continue;
-            }
-            if self.denied.contains(&(domain.clone(), name.clone())) {
-                return Err(Refusal::new(Code::SvidUntrusted, "an intermediate that is not revoked", name));
-            }
+        match above.iter().find(|name| self.denied.contains(&(domain.clone(), (*name).clone()))) {
+            Some(name) => Err(Refusal::new(Code::SvidUntrusted, "an intermediate that is not revoked", name.clone())),
+            None => Ok(above),
         }
-        Ok(())
     }
     fn put(&mut self, td: &TrustDomain, roots: &[Vec<u8>]) -> Result<(), Refusal> {
         let anchors = roots.iter().map(|der| anchor(der)).collect::<Result<_, _>>()?;
@@ -192,14 +195,14 @@ pub fn verify_svid_for(
     trust: &TrustStore,
     now: Stamp,
 ) -> Result<PeerSvid, Refusal> {
-    let leaf = parse_leaf(chain)?;
+    let mut leaf = parse_leaf(chain)?;
     let domain = leaf.id.trust_domain();
     let Some(anchors) = trust.roots.get(&domain) else {
         return Err(Refusal::new(Code::TrustDomainUnknown, "a trust domain with a bundle here", domain.to_string()));
     };
     let authority = verify_path(usage, chain, anchors, now)?;
-    trust.judge_above(&domain, chain.get(1..).unwrap_or_default())?;
-    Ok(PeerSvid { leaf, authority })
+    let above = trust.judge_above(&domain, std::mem::take(&mut leaf.above))?;
+    Ok(PeerSvid { leaf, authority, above })
 }
 
 /// Verifies a chain with the root of this fingerprint above its leaf: first contact, pinned out of band. While a root is
@@ -210,7 +213,7 @@ pub fn verify_pinned(
     fingerprint: &[u8; 32],
     now: Stamp,
 ) -> Result<PeerSvid, Refusal> {
-    let leaf = parse_leaf(chain)?;
+    let mut leaf = parse_leaf(chain)?;
     let root = chain.iter().skip(1).find(|der| crate::keys::fingerprint(der) == *fingerprint);
     let Some(root) = root else {
         let found = chain.last().map(|der| hex::encode(crate::keys::fingerprint(der))).unwrap_or_default();
@@ -220,7 +223,9 @@ pub fn verify_pinned(
         return Err(Refusal::new(Code::SvidUntrusted, format!("an identity of {td}"), leaf.id.as_str()));
     }
     let authority = verify_path(Usage::Server, chain, &[anchor(root)?], now)?;
-    Ok(PeerSvid { leaf, authority })
+    let (pinned, mut above) = (name_of(root)?, std::mem::take(&mut leaf.above));
+    above.retain(|name| *name != pinned);
+    Ok(PeerSvid { leaf, authority, above })
 }
 
 /// The name of the authority next above the leaf in the path that was verified. A path is built by names and signatures,
@@ -255,11 +260,12 @@ fn parse_leaf(chain: &[CertificateDer<'_>]) -> Result<Leaf, Refusal> {
     let cert = profile::parse(leaf).map_err(|found| bad("a certificate", found))?;
     must(&cert, Kind::Leaf)?;
     let id = profile::leaf_id(&cert).ok_or_else(|| bad("a SPIFFE ID", "none".into()))?;
-    let mut downstream = false;
-    for above in chain.iter().skip(1) {
-        let cert = profile::parse(above).map_err(|found| bad("a certificate", found))?;
+    let (mut downstream, mut above) = (false, Vec::with_capacity(chain.len()));
+    for der in chain.iter().skip(1) {
+        let cert = profile::parse(der).map_err(|found| bad("a certificate", found))?;
         must(&cert, Kind::Authority)?;
         downstream |= profile::is_downstream(&cert);
+        above.push(key_name(cert.public_key().raw));
     }
     // Whichever of them signed: nobody honest shows one that did not.
     if let Some(broken) = profile::beyond(&cert).filter(|_| downstream) {
@@ -274,6 +280,7 @@ fn parse_leaf(chain: &[CertificateDer<'_>]) -> Result<Leaf, Refusal> {
         issuer: issuer(&cert, &td),
         not_after: Stamp(u64::try_from(cert.validity().not_after.timestamp()).unwrap_or(0).saturating_mul(1000)),
         downstream,
+        above,
     })
 }
 

@@ -198,6 +198,18 @@ fn leaves_verify_by_the_external_root_alone_and_by_the_former_while_that_is_reli
         for root in [&own, &external] {
             verify_pinned(&shown, &g.td, &fingerprint(root), g.now).unwrap();
         }
+        // What is above a leaf is asked about while a connection lasts: all of it, but for roots, whose denial ends nothing.
+        let above = [&plain, &crossed].map(|issuer| {
+            let peer = verify_svid(&g.leaf(issuer), &g.store(&[&own, &external]), g.now).unwrap();
+            (peer.above().to_vec(), issuer.authority().to_owned())
+        });
+        let authority = hex::encode(&g.authority.key().spki_sha256()[..20]);
+        for (above, issuer) in above {
+            assert_eq!(above, [issuer, authority.clone()], "{name}");
+        }
+        let pinned = verify_pinned(&shown, &g.td, &fingerprint(&external), g.now).unwrap();
+        assert!(pinned.above().contains(&authority));
+        assert!(!pinned.above().contains(&ambit_identity::name_of(&external).unwrap()));
         let mut denied = g.store(&[&external]);
         denied.deny_authorities([(g.td.clone(), hex::encode(&g.authority.key().spki_sha256()[..20]))]);
         let refused = verify_svid(&g.leaf(&plain), &denied, g.now).unwrap_err();

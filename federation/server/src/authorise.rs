@@ -126,7 +126,7 @@ pub fn role_of<S: Deref<Target = State>>(
     let nobody = || Refusal::new(Code::PermissionDenied, "an admin, node, replica or peer", id.as_str());
     let (foreign, replica) = (id.trust_domain() != *own, id.path().strip_prefix("/ambit/replica/"));
     let (state, replica) = (state(), replica.and_then(|n| n.parse().ok()));
-    if state.svid_denied(id, svid.authority(), svid.serial()) {
+    if is_denied(&state, svid) {
         let found = format!("serial {} of {id}", hex::encode(svid.serial()));
         return Err(Refusal::new(Code::SvidRevoked, "an SVID that was not revoked", found));
     }
@@ -167,6 +167,14 @@ pub fn role_of<S: Deref<Target = State>>(
     Ok(Role::Node(node, binding.generation))
 }
 
+/// Whether an SVID that was verified some time ago is refused by now: by itself, by its identity, or by any authority that
+/// it showed above it. Who stole the key of one high up signs with one that nobody knows the name of.
+pub fn is_denied(state: &State, svid: &PeerSvid) -> bool {
+    let origin = svid.id().trust_domain();
+    state.svid_denied(svid.id(), svid.authority(), svid.serial())
+        || svid.above().iter().any(|name| state.authority_denied(&origin, name))
+}
+
 /// What the entry of a workload's SVID makes of it, as things stand: nothing, for nearly all of them. The entry is found by
 /// the record of the SVID, so that one that was minted, or that another entry gives to the same identity, is nobody's.
 fn role_of_entry(svid: &PeerSvid, binding: NodeBinding, state: &State) -> Option<Role> {
@@ -198,7 +206,9 @@ fn renewed_unheard<S: Deref<Target = State>>(
     let state = state();
     let epoch = state.cell().map(|cell| cell.epoch)?;
     let unheard = state.authority(svid.authority()).is_none();
-    let is = unheard && named == Named { replica, epoch } && state.member(replica).is_some();
+    // Another state than the role was refused by: something may have been denied in between.
+    let stands = state.member(replica).is_some() && !is_denied(&state, svid);
+    let is = unheard && stands && named == Named { replica, epoch };
     is.then_some(Role::Replica(replica))
 }
 

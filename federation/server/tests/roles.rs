@@ -130,6 +130,26 @@ fn a_replica_that_renewed_unheard_of_speaks_of_raft_and_of_nothing_else() {
     assert_eq!(code(RAFT, &caller, &west, &state, NOW), Some(Code::PermissionDenied), "removed");
 }
 
+/// Who has the key of an authority high up signs with an intermediate that the cell never heard of.
+#[test]
+fn a_connection_ends_with_any_authority_above_its_certificate() {
+    let west = domain("west");
+    let mut state = founded(&west);
+    let high = Root::create(&west.name, NOW, [2; 16]).unwrap();
+    let prepare = Command::PrepareRoot(high.der().to_vec(), [(1, vec![1])].into());
+    let prepared = run_committed(&mut state, prepare).into_root().unwrap();
+    let thief = issuer(&high).under(vec![west.root.cross_sign(&prepared, high.der()).unwrap()]);
+    let caller = replica(&west, &thief, 1);
+    assert_eq!(code(RAFT, &caller, &west, &state, NOW), None, "as one that renewed unheard of");
+    let name = ambit_identity::name_of(high.der()).unwrap();
+    run(&mut state, Command::DenyAuthority(name));
+    for path in [RAFT, RENEW] {
+        assert_eq!(code(path, &caller, &west, &state, NOW), Some(Code::SvidRevoked), "{path}");
+    }
+    let member = replica(&west, &west.issuer, 1);
+    assert_eq!(code(RENEW, &member, &west, &state, NOW), None, "whoever is not under it");
+}
+
 #[test]
 fn a_replica_that_was_removed_is_not_the_one_that_has_its_number_now() {
     let west = domain("west");

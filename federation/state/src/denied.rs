@@ -26,8 +26,12 @@ impl State {
 
     /// Whether an SVID is refused: by its authority, by its identity, or by itself. The caller has verified it.
     pub fn svid_denied(&self, id: &SpiffeId, authority: &str, serial: &[u8]) -> bool {
-        let whole = (id.trust_domain(), authority.to_owned());
-        self.authority_denials.contains(&whole) || self.svid_denied_since(id, authority, serial).is_some()
+        self.authority_denied(&id.trust_domain(), authority) || self.svid_denied_since(id, authority, serial).is_some()
+    }
+
+    /// Whether whatever is under this authority is refused. Only `origin` decides about its authorities.
+    pub fn authority_denied(&self, origin: &TrustDomain, authority: &str) -> bool {
+        self.authority_denials.len() > 0 && self.authority_denials.contains(&(origin.clone(), authority.to_owned()))
     }
 
     fn svid_denied_since(&self, id: &SpiffeId, authority: &str, serial: &[u8]) -> Option<Stamp> {

@@ -204,8 +204,18 @@ impl State {
     }
     /// Whether an intermediate is under the authority that signs now for its root.
     pub fn is_under_last(&self, row: &AuthorityRow) -> bool {
-        let last = self.externals_of(&row.root).last();
-        last.is_none_or(|(imported, _)| index_of(&row.serial).0 >= imported)
+        !self.is_replaced(&row.root, &row.serial)
+    }
+    /// Whether what has this serial number under this root is under an authority that another replaced.
+    pub fn is_replaced(&self, root: &RootId, serial: &[u8; 16]) -> bool {
+        let last = self.externals_of(root).last();
+        last.is_some_and(|(imported, _)| index_of(serial).0 < imported)
+    }
+    /// The authority under an external root that signed what has this serial number; none where the root's own key did, or
+    /// the authority is forgotten.
+    pub fn external_over(&self, root: &RootId, serial: &[u8; 16]) -> Option<&ExternalRow> {
+        let then = self.externals_of(root).take_while(|(imported, _)| *imported <= index_of(serial).0);
+        then.last().map(|(_, row)| row)
     }
     /// When the authority ends that the active root signs by; none where that is its own key.
     pub fn authority_ends(&self) -> Option<Stamp> {

@@ -5,11 +5,13 @@
 mod common;
 
 use ambit_model::act::{Act, Approval, Approved, ApproverCard, Proposal};
-use ambit_model::{Code, Lifetime, Refusal, Stamp};
+use ambit_model::{Code, Entry, EntryExtras, Extras, Lifetime, Refusal, Stamp};
+use ambit_state::authorities::AuthorityState;
+use ambit_state::command::{Admission, LeafRequest};
 use ambit_state::external::{ExternalImport, LEFT_MS_MIN, LIFE_MS_MAX, path};
 use ambit_state::objects::KeySetRow;
-use ambit_state::{Command, Reply};
-use common::{Cell, code, sha256};
+use ambit_state::{Command, Reply, State};
+use common::{Cell, admission, cluster, code, entry, node, sha256};
 use openssl::asn1::{Asn1Object, Asn1OctetString, Asn1Time};
 use openssl::bn::BigNum;
 use openssl::ec::{EcGroup, EcKey};
@@ -393,13 +395,22 @@ fn a_request_is_spent_once_and_the_next_authority_signs_at_once_until_it_ends() 
     assert_eq!(code(cell.at(NOW, 0, Command::RevokeAuthority(signing.clone()))), Code::AuthorityInUse);
     assert_eq!(code(cell.at(NOW, 0, Command::TaintAuthority(signing))), Code::RootState);
     assert!(cell.state.tainted_authorities().is_empty());
+    let untouched = State::import(cell.state.export()).unwrap();
     cell.at(NOW, 0, Command::TaintAuthority(first_name.clone())).unwrap();
     assert!(cell.state.tainted_authorities().contains(&"01".repeat(20)), "what is under it is issued anew");
     cell.at(NOW, 0, renew(2)).unwrap();
     assert!(cell.state.is_under_last(&row(&cell, 2)));
+    // Without that its revocation would cut off whoever was issued something under it.
+    let mut hasty = Cell { state: untouched, index: cell.index, log: Vec::new() };
+    hasty.at(NOW, 0, renew(2)).unwrap();
+    assert_eq!(code(hasty.at(NOW, 0, Command::RevokeAuthority(first_name.clone()))), Code::RootState);
+    assert!(hasty.state.denied_authorities().is_empty());
     cell.at(NOW, 0, Command::RevokeAuthority(first_name.clone())).unwrap();
     let until = cell.state.authority_denials().find(|((_, name), _)| *name == first_name).map(|(_, until)| *until);
     assert_eq!(until, Some(Stamp(NOW + 60 * DAY_MS)), "as long as it lasts");
+    assert_eq!([1, 2].map(|n| row(&cell, n).state), [AuthorityState::Revoked, AuthorityState::Active]);
+    let denied = |cell: &Cell, name: String| cell.state.denied_authorities().contains(&("west".parse().unwrap(), name));
+    assert!(denied(&cell, "01".repeat(20)) && !denied(&cell, "02".repeat(20)), "and what it signed");
     // Near its end nothing outlives it, and at its end nothing is signed.
     let ends = NOW + 80 * DAY_MS;
     let Reply::Authority(late) = cell.at(ends - DAY_MS, 0, renew(3)).unwrap() else { panic!("another reply") };
@@ -414,6 +425,61 @@ fn a_request_is_spent_once_and_the_next_authority_signs_at_once_until_it_ends() 
     cell.at(ends, 0, Command::PrepareRoot(own.clone(), [(1, vec![1])].into())).unwrap();
     cell.at(ends, 0, Command::ActivateRoot(sha256(&own), keys(6))).unwrap();
     assert_eq!(cell.state.authority_ends(), None);
+    // The root goes, and its authority with it by name: it may have signed what the cell knows nothing of.
+    let last = cell.state.external(&id).unwrap().authority();
+    cell.at(ends, 0, renew(5)).unwrap();
+    cell.at(ends, 0, Command::TaintRoot(id)).unwrap();
+    assert!(!denied(&cell, last.clone()));
+    cell.at(ends, 0, Command::RevokeRoot(id)).unwrap();
+    assert!(denied(&cell, last) && denied(&cell, "03".repeat(20)) && !denied(&cell, "05".repeat(20)));
+}
+
+#[test]
+fn downstream_authorities_are_tainted_and_revoked_with_what_signed_them() {
+    let (mut cell, key) = waiting();
+    let outside = Outside::new(p256(), &Says::root());
+    let first = import(vec![der(&outside.certify(&Says::authority(), &key))], &outside.root);
+    let id = sha256(&first.root);
+    run(&mut cell, first).unwrap();
+    cell.at(NOW, 0, Command::CrossSignRoot(id, vec![9])).unwrap();
+    cell.at(NOW, 0, Command::ActivateRoot(id, keys(2))).unwrap();
+    let renew = |n: u8| Command::RenewAuthority { replica: 1, key_hash: [n; 32], lifetime_ms: 7 * DAY_MS };
+    let name = |n: u8| format!("{n:02x}").repeat(20);
+    cell.at(NOW, 0, renew(1)).unwrap();
+    cell.at(NOW, 0, Command::AllowEk(cluster("west"), vec![node(1)])).unwrap();
+    let admitted = Admission { authority: name(1), deadline: Stamp(NOW + 60_000), ..admission(&cell, 1, 1, None) };
+    cell.at(NOW, 0, Command::AdmitNode(admitted)).unwrap();
+    let extras = Extras::new(EntryExtras { downstream: true, ..EntryExtras::NONE }).unwrap();
+    let site = Entry { extras, nodes: [node(1)].into(), ..entry("site", "west") };
+    let Reply::Items(_) = cell.at(NOW, 0, Command::CreateEntries(vec![site])).unwrap() else { panic!("no items") };
+    let ask = |cell: &mut Cell, authority: String, n: u8| {
+        let leaves = vec![LeafRequest { entry: "site".parse().unwrap(), key_hash: [8; 32] }];
+        let generation = cell.state.node(&node(1)).unwrap().generation;
+        let issue = Command::Issue { node: node(1), generation, authority, leaves };
+        let Reply::Leaves(mut leaves) = cell.at(NOW, 0, issue).unwrap() else { panic!("no leaves") };
+        let serial = leaves.remove(0).unwrap().serial;
+        let (key_hash, lifetime_ms) = ([n; 32], DAY_MS);
+        cell.at(NOW, 0, Command::NewDownstream { node: node(1), generation, serial, key_hash, lifetime_ms }).unwrap();
+    };
+    ask(&mut cell, name(1), 20);
+    let second = p256();
+    request(&mut cell, &second).unwrap();
+    let next = import(vec![der(&outside.certify(&Says { days: 80, ..Says::authority() }, &second))], &outside.root);
+    run(&mut cell, ExternalImport { keys: Some(keys(5)), ..next }).unwrap();
+    cell.at(NOW, 0, renew(2)).unwrap();
+    ask(&mut cell, name(2), 21);
+    let states = |cell: &Cell| [20, 21].map(|n| cell.state.downstream(&name(n)).unwrap().state);
+    let former = cell.state.externals_of(&id).next().unwrap().1.authority();
+    // The intermediate alone: what the authority signed itself counts as well.
+    cell.at(NOW, 0, Command::TaintAuthority(name(1))).unwrap();
+    assert_eq!(code(cell.at(NOW, 0, Command::RevokeAuthority(former.clone()))), Code::RootState);
+    cell.at(NOW, 0, Command::TaintAuthority(former.clone())).unwrap();
+    assert_eq!(states(&cell), [AuthorityState::Tainted, AuthorityState::Active]);
+    cell.at(NOW, 0, Command::RevokeAuthority(former)).unwrap();
+    assert_eq!(states(&cell), [AuthorityState::Revoked, AuthorityState::Active]);
+    let denied = cell.state.denied_authorities();
+    assert!(denied.contains(&("west".parse().unwrap(), name(20))), "here and at peers");
+    assert!(!denied.contains(&("west".parse().unwrap(), name(21))));
 }
 
 fn hex(bytes: &[u8]) -> String {

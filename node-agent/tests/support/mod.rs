@@ -78,6 +78,23 @@ impl Cell {
         Cell::under(self.td.clone(), node, root, IssuingKey::new(key, intermediate).unwrap())
     }
 
+    /// Whoever has the key of an authority above the replicas' intermediates, and its name: leaves are under an intermediate
+    /// that the cell knows nothing of.
+    pub(crate) fn thief(&mut self) -> (Cell, String) {
+        let high = Root::create(&self.td, now(), [9; 16]).unwrap();
+        let prepare = Command::PrepareRoot(high.der().to_vec(), [(1, vec![1])].into());
+        let prepared = self.run(prepare).into_root().unwrap();
+        let certified = self.root.cross_sign(&prepared, high.der()).unwrap();
+        let key = SvidKey::generate().unwrap();
+        let lifetime = Lifetime { not_before: now().minus_ms(60_000), not_after: now().plus_ms(86_400_000) };
+        let intermediate = high.found(1, &Csr::parse(&key.csr().unwrap()).unwrap(), lifetime).unwrap();
+        let root_key = SvidKey::from_pkcs8(&self.root.key().pkcs8()).unwrap();
+        let root = Root::pair(&self.td, self.root.der().clone(), root_key).unwrap();
+        let [node, ..] = self.node.0;
+        let issuer = IssuingKey::new(key, intermediate).unwrap().under(vec![certified]);
+        (Cell::under(self.td.clone(), node, root, issuer), ambit_identity::name_of(high.der()).unwrap())
+    }
+
     fn under(td: TrustDomain, node: u8, root: Root, key: IssuingKey) -> Cell {
         let row = CellRow::founded(td.clone(), root.der().to_vec());
         let member = Member {

@@ -2,7 +2,7 @@
 
 use super::OrStatus;
 use super::rounds::{Rounds, Todo};
-use crate::authorise::{Role, actor};
+use crate::authorise::{Role, actor, is_denied};
 use crate::replica::{Replica, wall_clock};
 use ambit_identity::PeerSvid;
 use ambit_model::policy::Endpoint;
@@ -389,7 +389,7 @@ async fn register(
 
 /// The node is in, and what its certificate stands for was not denied.
 fn trusted(s: &State, node: &NodeId, generation: Generation, svid: Option<&PeerSvid>) -> Result<(), Refusal> {
-    if svid.is_some_and(|svid| s.svid_denied(svid.id(), svid.authority(), svid.serial())) {
+    if svid.is_some_and(|svid| is_denied(s, svid)) {
         return Err(Refusal::new(Code::SvidRevoked, "an SVID that was not revoked", Code::SvidRevoked.as_str()));
     }
     let row = s.node(node).ok_or_else(|| Refusal::new(Code::NodeUnknown, "an enrolled node", "none"))?;

@@ -104,6 +104,13 @@ fn taint_external(s: &mut State, at: At, root: RootId, signs: bool) -> Result<Re
     for (id, row) in replaced.into_iter().filter(|(_, row)| row.state == AuthorityState::Active) {
         s.authorities.put(&mut s.journal, id, AuthorityRow { state: AuthorityState::Tainted, ..row });
     }
+    let replaced = |row: &DownstreamRow| row.root == root && s.is_replaced(&root, &row.serial);
+    let active = |row: &DownstreamRow| row.state == AuthorityState::Active && replaced(row);
+    let given: Vec<_> =
+        s.downstreams().filter(|(_, row)| active(row)).map(|(id, row)| (id.clone(), row.clone())).collect();
+    for (id, row) in given {
+        s.downstreams.put(&mut s.journal, id, DownstreamRow { state: AuthorityState::Tainted, ..row });
+    }
     touch(s, at);
     Ok(Reply::Done)
 }
@@ -127,13 +134,8 @@ pub(super) fn revoke(s: &mut State, at: At, id: &str) -> Result<Reply, Refusal> 
     }
     if let Some((root, row, signs)) = s.external_named(id) {
         let until = row.lifetime.not_after;
-        let under = |authority: &str| s.authority(authority).is_some_and(|a| a.root == root && !s.is_under_last(&a));
-        let replica = s.members().find(|(_, m)| signs || under(&m.authority)).map(|(n, _)| n);
-        if let Some(replica) = replica {
-            let found = format!("replica {replica} is under it, or under no later one yet");
-            let expected = "an authority that another replaced, for all replicas";
-            return Err(Refusal::new(Code::AuthorityInUse, expected, found));
-        }
+        revocable_external(s, id, root, signs)?;
+        revoke_all(s, at, &under_external(s, id))?;
         deny(s, at, id, until)?;
         return Ok(Reply::Done);
     }
@@ -152,17 +154,58 @@ pub(super) fn revoke(s: &mut State, at: At, id: &str) -> Result<Reply, Refusal> 
     Ok(Reply::Done)
 }
 
-/// Whatever hangs on a root that is gone.
-pub(super) fn revoke_under(s: &mut State, at: At, root: &RootId) -> Result<(), Refusal> {
-    let under = |row: &AuthorityRow| row.root == *root && row.state != AuthorityState::Revoked;
-    for (id, row) in s.authorities().into_iter().filter(|(_, row)| under(row)) {
-        let until = row.lifetime.not_after;
-        s.authorities.put(&mut s.journal, id.clone(), AuthorityRow { state: AuthorityState::Revoked, ..row });
-        deny(s, at, &id, until)?;
+/// No replica signs under an authority that is to be revoked, and what was signed under it was issued anew.
+fn revocable_external(s: &State, id: &str, root: RootId, signs: bool) -> Result<(), Refusal> {
+    let under = |authority: &str| s.authority(authority).is_some_and(|a| a.root == root && !s.is_under_last(&a));
+    if let Some((replica, _)) = s.members().find(|(_, m)| signs || under(&m.authority)) {
+        let found = format!("replica {replica} is under it, or under no later one yet");
+        let expected = "an authority that another replaced, for all replicas";
+        return Err(Refusal::new(Code::AuthorityInUse, expected, found));
     }
-    let under = |row: &DownstreamRow| row.root == *root && row.state != AuthorityState::Revoked;
-    let given: Vec<String> = s.downstreams().filter(|(_, row)| under(row)).map(|(id, _)| id.clone()).collect();
-    given.iter().try_for_each(|id| downstream::revoke(s, at, id))
+    let Under { intermediates, downstreams } = under_external(s, id);
+    let intermediates = intermediates.into_iter().map(|(name, row)| (name, row.state));
+    let mut all = intermediates.chain(downstreams.into_iter().map(|(name, row)| (name, row.state)));
+    if let Some((name, _)) = all.find(|(_, state)| *state == AuthorityState::Active) {
+        let found = format!("one with {name} under it, which is active");
+        return Err(Refusal::new(Code::RootState, "a tainted authority (ambit trust taint)", found));
+    }
+    Ok(())
+}
+
+/// What was signed under something and is not revoked yet, by name.
+struct Under {
+    intermediates: Vec<(String, AuthorityRow)>,
+    downstreams: Vec<(String, DownstreamRow)>,
+}
+
+fn under(s: &State, is_under: impl Fn(&RootId, &[u8; 16]) -> bool) -> Under {
+    let live = |state: AuthorityState| state != AuthorityState::Revoked;
+    let intermediates =
+        s.authorities().into_iter().filter(|(_, row)| live(row.state) && is_under(&row.root, &row.serial));
+    let downstreams = s.downstreams().filter(|(_, row)| live(row.state) && is_under(&row.root, &row.serial));
+    let downstreams = downstreams.map(|(id, row)| (id.clone(), row.clone())).collect();
+    Under { intermediates: intermediates.collect(), downstreams }
+}
+
+fn under_external(s: &State, id: &str) -> Under {
+    under(s, |root, serial| s.external_over(root, serial).is_some_and(|row| row.authority() == id))
+}
+
+fn revoke_all(s: &mut State, at: At, all: &Under) -> Result<(), Refusal> {
+    for (id, row) in &all.intermediates {
+        let revoked = AuthorityRow { state: AuthorityState::Revoked, ..row.clone() };
+        s.authorities.put(&mut s.journal, id.clone(), revoked);
+        deny(s, at, id, row.lifetime.not_after)?;
+    }
+    all.downstreams.iter().try_for_each(|(id, _)| downstream::revoke(s, at, id))
+}
+
+/// Whatever hangs on a root that is gone. An authority under an external one may have signed what the cell knows nothing of:
+/// the bundle ends that for whoever comes, and its name for who is connected.
+pub(super) fn revoke_under(s: &mut State, at: At, root: &RootId) -> Result<(), Refusal> {
+    let externals: Vec<_> = s.externals_of(root).map(|(_, row)| (row.authority(), row.lifetime.not_after)).collect();
+    externals.iter().try_for_each(|(id, until)| deny(s, at, id, *until))?;
+    revoke_all(s, at, &under(s, |of, _| of == root))
 }
 
 /// A cell that was restored knows nothing of what it gave after that backup. Whose such an intermediate is nobody can tell
@@ -176,7 +219,8 @@ pub(super) fn deny_unknown(s: &mut State, at: At, id: &str) -> Result<Reply, Ref
     }
     let td = cell_row(s)?.trust_domain;
     let of_own = s.authority_denials.from((td.clone(), String::new())).take_while(|((origin, _), _)| *origin == td);
-    let held = of_own.filter(|((_, of), _)| s.authority(of).is_none() && s.downstream(of).is_none()).count();
+    let known = |of: &str| s.authority(of).is_some() || s.downstream(of).is_some() || s.external_named(of).is_some();
+    let held = of_own.filter(|((_, of), _)| !known(of)).count();
     if held >= UNKNOWN_MAX && !s.authority_denials.contains(&(td, id.to_owned())) {
         let expected = format!("at most {UNKNOWN_MAX} denials of intermediates that nothing is known of");
         return Err(Refusal::new(Code::Busy, expected, "one more"));

@@ -233,10 +233,10 @@ pub(super) fn revoke(s: &mut State, at: At, id: &RootId) -> Result<Reply, Refusa
     let row = revocable(s, id)?;
     let gone = RootRow { der: Vec::new(), cross_der: Vec::new(), wrapped: BTreeMap::new(), ..row };
     put(s, at, id, RootState::Revoked, gone);
-    s.externals.prune(&mut s.journal, |(of, _), _| of == id);
     s.key_set.remove(&mut s.journal, &1);
     // A connection that was begun under it knows nothing of bundles any more: by the names it is found and ended.
     authority::revoke_under(s, at, id)?;
+    s.externals.prune(&mut s.journal, |(of, _), _| of == id);
     changed(s, at)
 }
 

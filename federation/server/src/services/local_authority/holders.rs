@@ -143,15 +143,21 @@ impl Survey {
         if s.downstream(authority).is_some() {
             return Vec::new();
         }
-        if let Some((root, _, _)) = s.external_named(authority) {
-            let replaced = |row: &AuthorityRow| row.root == root && !s.is_under_last(row);
-            let under = s.authorities().into_iter().filter(|(_, row)| replaced(row)).map(|(name, _)| name).collect();
-            return self.showing(s, &newest(s), &under);
-        }
-        // They end with the SVID that asked for them.
-        let asked_by = |row: &DownstreamRow| row.state == AuthorityState::Active && row.asked_by.0 == authority;
-        let given = s.downstreams().filter(|(_, row)| asked_by(row)).map(|(id, _)| format!("downstream {id}"));
-        let mut all = self.showing(s, &newest(s), &[authority.to_owned()].into());
+        let external = s.external_named(authority).map(|(root, _, _)| root);
+        let under: BTreeSet<String> = match external {
+            Some(root) => {
+                let replaced = |row: &AuthorityRow| row.root == root && !s.is_under_last(row);
+                s.authorities().into_iter().filter(|(_, row)| replaced(row)).map(|(name, _)| name).collect()
+            }
+            None => [authority.to_owned()].into(),
+        };
+        // They end with the SVID that asked for them, and with what signed them.
+        let replaced = |row: &DownstreamRow| external == Some(row.root) && s.is_replaced(&row.root, &row.serial);
+        let ends = |row: &DownstreamRow| {
+            row.state == AuthorityState::Active && (under.contains(&row.asked_by.0) || replaced(row))
+        };
+        let given = s.downstreams().filter(|(_, row)| ends(row)).map(|(id, _)| format!("downstream {id}"));
+        let mut all = self.showing(s, &newest(s), &under);
         all.extend(given);
         all
     }
