@@ -110,6 +110,10 @@ impl Root {
     pub fn above(&self) -> &[CertificateDer<'static>] {
         &self.above
     }
+    /// Whose root it is.
+    pub(crate) fn trust_domain(&self) -> &TrustDomain {
+        &self.trust_domain
+    }
     /// The certificate of the key.
     fn own(&self) -> &CertificateDer<'static> {
         self.above.first().unwrap_or(&self.der)

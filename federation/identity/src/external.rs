@@ -1,16 +1,21 @@
 //! Roots that somebody else keeps: what a cell asks an outside CA for, the authority that comes of it, and the external
 //! root's key certified by a root of the cell's own, for those who know only that one.
 
-use crate::authority::{Root, key_id, spki_of};
+use crate::authority::{IssuingKey, Named, Root, key_id, spki_of};
+use crate::csr::Csr;
 use crate::keys::{SvidKey, internal};
 use crate::leaf::{certificate, date, extension, integer, tlv};
-use ambit_model::{Code, Lifetime, Refusal, TrustDomain};
+use crate::svid::{TrustStore, Usage, verify_svid_for};
+use ambit_model::bundle::{Bundle, Own};
+use ambit_model::{Code, Lifetime, Refusal, Stamp, TrustDomain};
 use ambit_state::external::path;
 use rcgen::{CertificateParams, CustomExtension, DistinguishedName, DnType, KeyUsagePurpose, SanType};
 use rustls_pki_types::CertificateDer;
 use x509_parser::extensions::ParsedExtension;
 use x509_parser::prelude::X509Certificate;
 
+/// How long what is signed to try an authority is valid, to either side of now.
+const TRIED_MS: u64 = 60_000;
 const BASIC_CONSTRAINTS_OID: &[u64] = &[2, 5, 29, 19];
 /// SEQUENCE { cA TRUE, pathLen 1 }: replicas' intermediates are under it, and nothing under those but leaves.
 const CA_PATH_1: &[u8] = &[0x30, 0x06, 0x01, 0x01, 0xff, 0x02, 0x01, 0x01];
@@ -72,6 +77,31 @@ impl Root {
         key: SvidKey,
     ) -> Result<Self, Refusal> {
         if above.is_empty() { Self::pair(td, der, key) } else { Self::under(td, der, above, key) }
+    }
+}
+
+impl Root {
+    /// Signs what a replica has and what it shows, under a key that is thrown away, and verifies it as those do who know only
+    /// the root: for either end of a handshake.
+    ///
+    /// # Errors
+    /// [`Code::ExternalCertificate`], with what was wrong with it.
+    pub fn tried(&self, now: Stamp) -> Result<(), Refusal> {
+        let tried = || {
+            let (key, shown, td) = (SvidKey::generate()?, SvidKey::generate()?, self.trust_domain());
+            let lifetime = Lifetime { not_before: now.minus_ms(TRIED_MS), not_after: now.plus_ms(TRIED_MS) };
+            let named = Named { replica: 1, epoch: 1 };
+            let intermediate = self.begin_again(named, &Csr::parse(&key.csr()?)?, lifetime)?;
+            let issuer = IssuingKey::new(key, intermediate)?.under(self.above().to_vec());
+            let chain = issuer.replica_leaf(1, td, lifetime, &Csr::parse(&shown.csr()?)?)?;
+            let trust = TrustStore::new(&Bundle::<Own>::new(td.clone(), 1, vec![self.der().to_vec()]))?;
+            let mut ends = [Usage::Server, Usage::Client].into_iter();
+            ends.try_for_each(|usage| verify_svid_for(usage, &chain, &trust, now).map(drop))
+        };
+        tried().map_err(|refusal: Refusal| {
+            let expected = "certificates under which what the cell signs is taken";
+            Refusal::new(Code::ExternalCertificate, expected, format!("{}, not {}", refusal.found, refusal.expected))
+        })
     }
 }
 

@@ -218,6 +218,16 @@ fn leaves_verify_by_the_external_root_alone_and_by_the_former_while_that_is_reli
 }
 
 #[test]
+fn an_authority_is_tried_by_signing_under_it() {
+    for (name, kind) in KINDS {
+        let g = Going::new(&format!("external-tried-{name}"), kind);
+        g.authority.tried(g.now).unwrap();
+        let refused = g.authority.tried(g.now.plus_ms(61 * DAY_MS)).unwrap_err();
+        assert_eq!(refused.code, Code::ExternalCertificate, "{name}: what it signs is taken by nobody");
+    }
+}
+
+#[test]
 fn record_keys_are_certified_by_the_authority_and_known_by_the_external_root() {
     let g = Going::new("external-keys", KINDS[2].1);
     let record = RecordKey::generate().unwrap();

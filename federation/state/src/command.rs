@@ -505,6 +505,9 @@ pub enum Command {
     /// Refuses an intermediate by its key identifier (40 hexadecimal digits) of which there is no row, for the longest lifetime
     /// that one may have.
     DenyAuthority(String),
+    /// What was made with the key of the authority (SHA-256 of its SPKI) under this external root, refused where another one
+    /// signs under it by now: wrapped or split, its key would stand for that of the other.
+    OverAuthority([u8; 32], [u8; 32], Box<Command>),
 }
 
 /// A foreign bundle, read strictly.

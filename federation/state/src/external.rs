@@ -5,6 +5,7 @@
 
 mod certificate;
 
+use crate::NOT_BEFORE_SLACK_MS;
 use crate::authorities::{AuthorityRow, RootId, authority_of, index_of};
 use crate::objects::KeySetRow;
 use crate::state::State;
@@ -167,19 +168,38 @@ pub fn judge(
         let found = format!("{} ms before it begins", not_before.0.saturating_sub(now.0));
         return Err(wrong("certificates that are valid now", found));
     }
-    if not_after < now.plus_ms(LEFT_MS_MIN) {
-        let found = match not_after.0.checked_sub(now.0) {
-            Some(left) => format!("{left} ms left"),
-            None => "one that ended".to_owned(),
-        };
-        return Err(wrong(format!("an authority with {} days left", LEFT_MS_MIN / DAY_MS), found));
-    }
+    has_time_left(not_after, now)?;
     let life = not_after.0.saturating_sub(not_before.0);
     if life > LIFE_MS_MAX {
         let expected = format!("an authority of at most {} days (30-90 are meant)", LIFE_MS_MAX / DAY_MS);
         return Err(wrong(expected, format!("one of {} days", life / DAY_MS)));
     }
     Ok(judged)
+}
+
+/// Whether an authority may sign from now on: for clocks that lag too, and long enough.
+///
+/// # Errors
+/// [`Code::ExternalCertificate`], with how long to wait where it is too young.
+pub fn may_sign(lifetime: Lifetime, now: Stamp) -> Result<(), Refusal> {
+    let from = lifetime.not_before.plus_ms(NOT_BEFORE_SLACK_MS);
+    if from > now {
+        let expected = format!("certificates that began {} s ago: what clocks may lag", NOT_BEFORE_SLACK_MS / 1000);
+        let wait = from.0.saturating_sub(now.0).div_ceil(1000);
+        return Err(wrong(expected, format!("younger ones: wait {wait} s and do the same again")));
+    }
+    has_time_left(lifetime.not_after, now)
+}
+
+fn has_time_left(not_after: Stamp, now: Stamp) -> Result<(), Refusal> {
+    if not_after >= now.plus_ms(LEFT_MS_MIN) {
+        return Ok(());
+    }
+    let found = match not_after.0.checked_sub(now.0) {
+        Some(left) => format!("{left} ms left"),
+        None => "one that ended".to_owned(),
+    };
+    Err(wrong(format!("an authority with {} days left", LEFT_MS_MIN / DAY_MS), found))
 }
 
 impl State {
@@ -196,9 +216,14 @@ impl State {
     pub fn external_request(&self) -> Option<&ExternalRequest> {
         self.external_requests.get(&0)
     }
-    /// An authority under an external root by its name, with its root, and whether it signs.
+    /// An authority under an external root by its name, with its root, and whether it signs. The row of its last certificate to
+    /// end, where it has several.
     pub fn external_named(&self, id: &str) -> Option<(RootId, &ExternalRow, bool)> {
-        let ((root, _), row) = self.externals.iter().find(|(_, row)| row.authority() == id)?;
+        let ((root, _), row) = self
+            .externals
+            .iter()
+            .filter(|(_, row)| row.authority() == id)
+            .max_by_key(|(_, row)| row.lifetime.not_after)?;
         let signs = self.external(root).is_some_and(|last| last.key_hash == row.key_hash);
         Some((*root, row, signs))
     }

@@ -41,6 +41,13 @@ fn spki_sha256(key: &PKey<Private>) -> [u8; 32] {
     sha256(&key.public_key_to_der().unwrap())
 }
 
+/// { [1] { [4] { CN=x } }, [2] 7 } and the serial alone: 7 is that of all certificates here.
+const AKI_ISSUER_X: &[u8] = &[
+    0x30, 0x15, 0xa1, 0x10, 0xa4, 0x0e, 0x30, 0x0c, 0x31, 0x0a, 0x30, 0x08, 6, 3, 0x55, 4, 3, 0x0c, 1, b'x', 0x82, 1, 7,
+];
+const AKI_SERIAL_8: &[u8] = &[0x30, 3, 0x82, 1, 8];
+const AKI_SERIAL_7: &[u8] = &[0x30, 3, 0x82, 1, 7];
+
 /// What one certificate says. As it should be, unless a row says otherwise.
 struct Says {
     subject: Vec<(&'static str, &'static str)>,
@@ -49,8 +56,11 @@ struct Says {
     uris: Vec<&'static str>,
     from_days: i64,
     days: i64,
-    extended: Option<(bool, bool)>,
+    /// For servers, for clients, for any.
+    extended: Option<(bool, bool, bool)>,
     key_id: bool,
+    /// Another authority key identifier than by the key, DER.
+    aki: Option<&'static [u8]>,
     digest: MessageDigest,
     /// OID and whether it is critical.
     more: Option<(&'static str, bool)>,
@@ -67,6 +77,7 @@ impl Says {
             days: 60,
             extended: None,
             key_id: true,
+            aki: None,
             digest: MessageDigest::sha256(),
             more: None,
         }
@@ -123,13 +134,16 @@ fn made(says: &Says, key: &PKey<Private>, by: Option<&X509>, signer: &PKey<Priva
         }
         b.append_extension(usage.build().unwrap()).unwrap();
     }
-    if let Some((server, client)) = says.extended {
+    if let Some((server, client, any)) = says.extended {
         let mut usage = ExtendedKeyUsage::new();
         if server {
             usage.server_auth();
         }
         if client {
             usage.client_auth();
+        }
+        if any {
+            usage.other("anyExtendedKeyUsage");
         }
         b.append_extension(usage.build().unwrap()).unwrap();
     }
@@ -138,7 +152,11 @@ fn made(says: &Says, key: &PKey<Private>, by: Option<&X509>, signer: &PKey<Priva
     if says.key_id {
         extensions.push(SubjectKeyIdentifier::new().build(&context).unwrap());
     }
-    if by.is_some_and(|by| by.subject_key_id().is_some()) {
+    if let Some(aki) = says.aki {
+        let value = Asn1OctetString::new_from_bytes(aki).unwrap();
+        extensions
+            .push(X509Extension::new_from_der(&Asn1Object::from_str("2.5.29.35").unwrap(), false, &value).unwrap());
+    } else if by.is_some_and(|by| by.subject_key_id().is_some()) {
         extensions.push(AuthorityKeyIdentifier::new().keyid(false).build(&context).unwrap());
     }
     if !says.uris.is_empty() {
@@ -279,7 +297,16 @@ fn what_is_not_as_it_must_be_is_refused_by_its_rule_and_changes_nothing() {
         ("an unknown critical extension", Says { more: Some(("1.2.3.4.5", true)), ..ok() }, "1.2.3.4.5"),
         ("name constraints", Says { more: Some(("2.5.29.30", false)), ..ok() }, "no name constraints"),
         ("a downstream mark", Says { more: Some(("1.3.6.1.4.1.61999.1.2", false)), ..ok() }, "Ambit's own"),
-        ("for servers only", Says { extended: Some((true, false)), ..ok() }, "ExtendedKeyUsage"),
+        ("for servers only", Says { extended: Some((true, false, false)), ..ok() }, "ExtendedKeyUsage"),
+        ("for any purpose by that name", Says { extended: Some((false, false, true)), ..ok() }, "ExtendedKeyUsage"),
+        ("for servers and any", Says { extended: Some((true, false, true)), ..ok() }, "ExtendedKeyUsage"),
+        ("pathLen 256", Says { ca: Some((true, Some(256))), ..ok() }, "up to 255"),
+        (
+            "an issuer's serial that is another's",
+            Says { aki: Some(AKI_SERIAL_8), ..ok() },
+            "its issuer's serial number",
+        ),
+        ("an issuer's issuer that is another", Says { aki: Some(AKI_ISSUER_X), ..ok() }, "its issuer's issuer"),
         ("no key identifier", Says { key_id: false, ..ok() }, "subject key identifier"),
         ("no subject", Says { subject: vec![], ..ok() }, "a subject"),
         (
@@ -311,6 +338,14 @@ fn what_is_not_as_it_must_be_is_refused_by_its_rule_and_changes_nothing() {
         let last = changed.len() - 5;
         changed[last] ^= 1 << bit;
         refused(&mut cell, "a changed signature", import(vec![changed], &outside.root), "the signature of");
+    }
+    for says in [
+        Says { extended: Some((true, true, true)), ..ok() },
+        Says { ca: Some((true, Some(255))), ..ok() },
+        Says { aki: Some(AKI_SERIAL_7), ..ok() },
+    ] {
+        let (mut other, key) = waiting();
+        assert!(run(&mut other, import(vec![der(&outside.certify(&says, &key))], &outside.root)).is_ok());
     }
     let (mut other, key) = waiting();
     let unnamed = outside.certify(&Says { uris: vec![], ..ok() }, &key);
@@ -366,12 +401,10 @@ fn a_request_is_spent_once_and_the_next_authority_signs_at_once_until_it_ends() 
     assert_eq!(code(run(&mut cell, first.clone())), Code::AlreadyExists, "replayed");
     assert_eq!(code(cell.at(NOW, 0, Command::WithdrawExternal(spki_sha256(&key)))), Code::NotFound);
     let id = sha256(&first.root);
-    // Prepared: not the active root, so nothing is under it, and a second certificate has to wait.
     let second = p256();
     request(&mut cell, &second).unwrap();
     let of_second = outside.certify(&Says { days: 80, ..Says::authority() }, &second);
     let next = ExternalImport { keys: Some(keys(5)), ..import(vec![der(&of_second)], &outside.root) };
-    assert_eq!(code(run(&mut cell, next.clone())), Code::RootState);
     // A root whose key is here certifies it: without that nobody but who holds it would follow.
     assert_eq!(code(cell.at(NOW, 0, Command::ActivateRoot(id, keys(2)))), Code::RootState);
     cell.at(NOW, 0, Command::CrossSignRoot(id, vec![9])).unwrap();
@@ -546,7 +579,7 @@ fn an_authority_that_ended_is_certified_anew_while_the_cell_stands_still() {
     let outside = Outside::new(p256(), &Says::root());
     let of = |says: Says, key: &PKey<Private>| vec![der(&outside.certify(&says, key))];
     let late = Stamp(NOW + 61 * DAY_MS);
-    let anew = |days: i64| Says { from_days: 61, days: 61 + days, ..Says::authority() };
+    let anew = |days: i64| Says { from_days: 60, days: 61 + days, ..Says::authority() };
     assert_eq!(code(cell.state.certify_anew(of(anew(60), &key), late)), Code::NotFound, "no external root");
     let first = import(of(Says::authority(), &key), &outside.root);
     let id = sha256(&first.root);
@@ -561,13 +594,129 @@ fn an_authority_that_ended_is_certified_anew_while_the_cell_stands_still() {
         past_epoch: 0,
         keys: None,
     };
-    assert_eq!(code(cell.state.begin_incarnation(late, begin())), Code::IssuerUnavailable, "by one that ended");
+    let recovered = || ambit_state::Beginning { admit: None, ..begin() };
+    for (what, beginning) in [("restored", begin()), ("recovered", recovered())] {
+        let before = cell.state.digest();
+        let refused = cell.state.begin_incarnation(late, beginning).map(drop);
+        assert_eq!(refused.unwrap_err().code, Code::IssuerUnavailable, "{what} by one that ended");
+        assert!(cell.state.digest() == before, "{what}: something changed");
+    }
+    let young = Says { from_days: 61, days: 121, ..Says::authority() };
+    assert_eq!(
+        code(cell.state.certify_anew(of(young, &key), late)),
+        Code::ExternalCertificate,
+        "not yet for all clocks"
+    );
     assert_eq!(code(cell.state.certify_anew(of(anew(60), &p256()), late)), Code::ExternalCertificate, "another key");
     assert_eq!(code(cell.state.certify_anew(of(anew(5), &key), late)), Code::ExternalCertificate, "too short");
     cell.state.certify_anew(of(anew(60), &key), late).unwrap();
     let admitted = cell.state.begin_incarnation(late, begin()).unwrap().unwrap();
     assert_eq!(admitted.get().lifetime.not_after, Stamp(late.0 + 7 * DAY_MS));
     assert_eq!(cell.state.authority_ends(), Some(Stamp(NOW + 121 * DAY_MS)));
+}
+
+/// A cell with an external root that is prepared with this authority.
+fn prepared(outside: &Outside, says: &Says) -> (Cell, [u8; 32]) {
+    let (mut cell, key) = waiting();
+    let first = import(vec![der(&outside.certify(says, &key))], &outside.root);
+    run(&mut cell, first).unwrap();
+    let id = sha256(&der(&outside.root));
+    cell.at(NOW, 0, Command::CrossSignRoot(id, vec![9])).unwrap();
+    (cell, id)
+}
+
+fn run_at(cell: &mut Cell, now: u64, import: ExternalImport) -> Result<Reply, Refusal> {
+    cell.at(now, 0, Command::ImportExternal(Box::new(import)))
+}
+
+#[test]
+fn a_prepared_root_whose_authority_ran_out_is_activated_with_another_one_and_not_before() {
+    let outside = Outside::new(p256(), &Says::root());
+    let (mut cell, id) = prepared(&outside, &Says::authority());
+    let late = NOW + 54 * DAY_MS;
+    for at in [late, NOW + 70 * DAY_MS] {
+        let refused = cell.at(at, 0, Command::ActivateRoot(id, keys(2))).unwrap_err();
+        assert!(refused.code == Code::ExternalCertificate && refused.expected.contains("7 days left"), "{refused:?}");
+    }
+    let second = p256();
+    request(&mut cell, &second).unwrap();
+    let of_second = outside.certify(&Says { from_days: 50, days: 120, ..Says::authority() }, &second);
+    let instead = import(vec![der(&of_second)], &outside.root);
+    let sequence = cell.state.cell().unwrap().bundle_sequence;
+    let reply = run_at(&mut cell, NOW + 70 * DAY_MS, instead);
+    let Ok(Reply::Root(again)) = reply else { panic!("another reply: {reply:?}") };
+    assert_eq!((again.root, cell.state.cell().unwrap().bundle_sequence), (id, sequence), "no bundle changes");
+    let row = cell.state.roots().remove(&id).unwrap();
+    assert_eq!(
+        (&row.wrapped[&1], row.cross_der),
+        (&vec![2], vec![9]),
+        "the root's certificate stays: it is of its key"
+    );
+    cell.at(NOW + 70 * DAY_MS, 0, Command::ActivateRoot(id, keys(2))).unwrap();
+    assert_eq!(cell.state.authority_ends(), Some(Stamp(NOW + 120 * DAY_MS)));
+}
+
+#[test]
+fn an_authority_signs_from_half_a_minute_after_its_beginning_on() {
+    let outside = Outside::new(p256(), &Says::root());
+    let young = Says { from_days: 0, ..Says::authority() };
+    let (mut cell, id) = prepared(&outside, &young);
+    let refused = cell.at(NOW + 29_999, 0, Command::ActivateRoot(id, keys(2))).unwrap_err();
+    assert!(refused.code == Code::ExternalCertificate && refused.found.contains("wait 1 s"), "{refused:?}");
+    cell.at(NOW + 30_000, 0, Command::ActivateRoot(id, keys(2))).unwrap();
+    let second = p256();
+    request(&mut cell, &second).unwrap();
+    let later = outside.certify(&Says { from_days: 1, days: 80, ..Says::authority() }, &second);
+    let next = ExternalImport { keys: Some(keys(3)), ..import(vec![der(&later)], &outside.root) };
+    let refused = run_at(&mut cell, NOW + DAY_MS + 10_000, next.clone()).unwrap_err();
+    assert!(refused.code == Code::ExternalCertificate && refused.found.contains("wait 20 s"), "{refused:?}");
+    run_at(&mut cell, NOW + DAY_MS + 30_000, next).unwrap();
+}
+
+#[test]
+fn an_external_root_that_was_given_up_returns_and_an_own_one_never() {
+    let outside = Outside::new(p256(), &Says::root());
+    let (mut cell, id) = prepared(&outside, &Says::authority());
+    let former = cell.state.external(&id).unwrap().authority();
+    cell.at(NOW, 0, Command::RevokeRoot(id)).unwrap();
+    let denied = |cell: &Cell| cell.state.authority_denials().any(|((_, name), _)| *name == former);
+    assert!(denied(&cell) && cell.state.external(&id).is_none());
+    let second = p256();
+    request(&mut cell, &second).unwrap();
+    let again = import(vec![der(&outside.certify(&Says::authority(), &second))], &outside.root);
+    let Ok(Reply::Root(back)) = run(&mut cell, again) else { panic!("it does not return") };
+    assert_eq!((back.root, cell.state.roots()[&id].state), (id, ambit_model::bundle::RootState::Prepared));
+    assert!(denied(&cell), "what it was before stays refused");
+    cell.at(NOW, 0, Command::CrossSignRoot(id, vec![9])).unwrap();
+    cell.at(NOW, 0, Command::ActivateRoot(id, keys(2))).unwrap();
+    // A root whose key was here is not asked for by that name, whoever has its key by now.
+    let own = Outside::new(p256(), &Says::root());
+    let own_id = sha256(&der(&own.root));
+    let mut cell = Cell::founded("west");
+    cell.at(NOW, 0, Command::PrepareRoot(der(&own.root), [(1, vec![1])].into())).unwrap();
+    cell.at(NOW, 0, Command::RevokeRoot(own_id)).unwrap();
+    let key = p256();
+    request(&mut cell, &key).unwrap();
+    let again = import(vec![der(&own.certify(&Says::authority(), &key))], &own.root);
+    assert_eq!(code(run(&mut cell, again)), Code::RootState);
+}
+
+#[test]
+fn what_was_made_with_a_former_authoritys_key_is_refused() {
+    let outside = Outside::new(p256(), &Says::root());
+    let (mut cell, id) = prepared(&outside, &Says::authority());
+    let made_with = cell.state.external(&id).unwrap().key_hash;
+    let wrap = || Command::OverAuthority(id, made_with, Box::new(Command::WrapRoot(id, [(1, vec![3])].into())));
+    let wrapped = |cell: &Cell| cell.state.roots()[&id].wrapped[&1].clone();
+    cell.at(NOW, 0, wrap()).unwrap();
+    assert_eq!(wrapped(&cell), [3]);
+    let second = p256();
+    request(&mut cell, &second).unwrap();
+    run(&mut cell, import(vec![der(&outside.certify(&Says::authority(), &second))], &outside.root)).unwrap();
+    assert_eq!(code(cell.at(NOW, 0, wrap())), Code::StaleRevision);
+    assert_eq!(wrapped(&cell), [2], "the key of the authority that signs");
+    let none = Command::OverAuthority(sha256(b"west"), made_with, Box::new(Command::Tick));
+    assert_eq!(code(cell.at(NOW, 0, none)), Code::StaleRevision, "no external root");
 }
 
 fn cell_member() -> ambit_state::objects::Member {

@@ -102,7 +102,7 @@ async fn import(session: &Session, options: ImportExternal) -> Result<Answer, Re
     };
     let id = hex::encode(fingerprint(root));
     let of = reply.roots.iter().find(|one| one.fingerprint == id).map(|one| one.state.clone()).unwrap_or_default();
-    let signs = reply.roots.iter().flat_map(|one| &one.externals).find(|one| one.signs).cloned().unwrap_or_default();
+    let signs = signs_under(&reply, &id);
     let text = match session.form {
         Form::Json => pretty(&json!({
             "root": id, "state": of, "authority": signs.authority, "not_after": utc(signs.not_after_ms),
@@ -116,6 +116,12 @@ async fn import(session: &Session, options: ImportExternal) -> Result<Answer, Re
         "prepared" => answer.note("nothing is signed under it yet: ambit trust rotate goes on from here"),
         _ => answer,
     })
+}
+
+/// The authority that signs under this root and no other: two external ones may be there at once.
+fn signs_under(state: &v1::X509AuthorityState, root: &str) -> v1::X509External {
+    let mut externals = state.roots.iter().filter(|one| one.fingerprint == root).flat_map(|one| &one.externals);
+    externals.rfind(|one| one.signs).cloned().unwrap_or_default()
 }
 
 /// The cell's authorities under external roots, the one that signs last.
@@ -168,6 +174,18 @@ pub(super) fn own_root() -> Result<v1::X509AuthorityRequest, Refusal> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_said_of_an_import_is_of_the_imported_root() {
+        let root = |name: &str, authority: &str| {
+            let one =
+                |signs| v1::X509External { signs, authority: format!("{authority}{signs}"), ..Default::default() };
+            v1::X509Root { fingerprint: name.into(), externals: vec![one(false), one(true)], ..Default::default() }
+        };
+        let state = v1::X509AuthorityState { roots: vec![root("r1", "a"), root("r2", "b")], ..Default::default() };
+        let named = |root| signs_under(&state, root).authority;
+        assert_eq!((named("r1"), named("r2"), named("r3")), ("atrue".into(), "btrue".into(), String::new()));
+    }
 
     #[test]
     fn an_authority_is_found_when_a_third_of_its_life_is_left_and_only_the_one_that_signs() {

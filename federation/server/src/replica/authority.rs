@@ -7,7 +7,7 @@ use super::files::{Card, Files};
 use super::keyring::Keyring;
 use super::{Replica, random, trust_of, wall_clock};
 use crate::authorise::{Client, Issuer};
-use ambit_identity::tls::certified;
+use ambit_identity::tls::{Trust, certified};
 use ambit_identity::wrap::Purpose;
 use ambit_identity::{Csr, IssuingKey, Named, Root, SvidKey, Usage, fingerprint};
 use ambit_model::bundle::RootState;
@@ -18,7 +18,6 @@ use ambit_state::authorities::{AuthorityRow, RootId, RootRow};
 use ambit_state::{Command, State};
 use rustls::sign::CertifiedKey;
 use rustls_pki_types::CertificateDer;
-use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -90,9 +89,9 @@ impl Replica {
         })
     }
 
-    /// What is shown above an intermediate that this root signed: what is between, and what leads to the root before.
-    pub fn above(&self, root: &Root) -> Vec<CertificateDer<'static>> {
-        root.above().iter().cloned().chain(self.cross_of(&fingerprint(root.der()))).collect()
+    /// What is shown above an intermediate that this root signed.
+    pub fn above(&self, root: &Root) -> Above {
+        Above { between: root.above().to_vec(), cross: self.cross_of(&fingerprint(root.der())) }
     }
 
     /// Commits and signs the next intermediate of a replica, which asked for itself: the certificate, and what is shown
@@ -103,7 +102,7 @@ impl Replica {
         csr: &Csr,
         lifetime_ms: u64,
         request: [u8; 16],
-    ) -> Result<(CertificateDer<'static>, Vec<CertificateDer<'static>>), Refusal> {
+    ) -> Result<(CertificateDer<'static>, Above), Refusal> {
         // Before anything is committed: whoever cannot sign commits nothing.
         drop(self.active_root().await?);
         let client = super::own_client(replica);
@@ -136,7 +135,7 @@ impl Replica {
         let root = self.open_root(&id).await?;
         let signed = root.downstream(&committed, csr)?;
         tracing::info!(entry = %committed.get().entry, authority, "downstream authority signed");
-        let chain_der = std::iter::once(signed).chain(self.above(&root)).map(|der| der.to_vec()).collect();
+        let chain_der = std::iter::once(signed).chain(self.above(&root).all()).map(|der| der.to_vec()).collect();
         let roots = self.local(|s| s.bundle_record()).map(|bundle| bundle.roots).unwrap_or_default();
         let roots_der = roots.into_iter().map(|root| root.der).collect();
         Ok(v1::NewIntermediateCaResponse { chain_der, roots_der, not_after_ms, authority })
@@ -148,7 +147,10 @@ impl Replica {
         let (csr_der, request) = (key.csr()?, random::<16>()?);
         let csr = Csr::parse(&csr_der)?;
         let lifetime_ms = self.inner.lifetime_ms;
-        let own = self.renew_of(self.id(), &csr, lifetime_ms, request);
+        let own = async {
+            let (intermediate, above) = self.renew_of(self.id(), &csr, lifetime_ms, request).await?;
+            Ok((intermediate, above.all()))
+        };
         // Given up after its commit, it is the same request that others sign.
         let own = tokio::time::timeout(OWN_MAX, own).await.unwrap_or_else(|_| {
             let found = format!("none in {} s here", OWN_MAX.as_secs());
@@ -189,26 +191,37 @@ impl Replica {
         Err(last)
     }
 
-    /// What this replica shows in handshakes, both as server and as client, under its present intermediate.
-    fn present(&self) -> Result<Arc<CertifiedKey>, Refusal> {
-        let issuer = self.issuer();
+    /// What this replica shows in handshakes, both as server and as client, under an intermediate.
+    fn present(&self, issuer: &IssuingKey) -> Result<Arc<CertifiedKey>, Refusal> {
         let roots = self.local(presented_roots);
-        let identity = leaf_of(&issuer, self.id(), self.trust_domain(), &SvidKey::generate()?, roots)?;
+        let identity = leaf_of(issuer, self.id(), self.trust_domain(), &SvidKey::generate()?, roots)?;
         // Nobody would take what we ourselves would not.
         let (bundles, denied) = self.local(|s| (s.bundles(), s.denied_authorities()));
         let trust = trust_of(bundles, denied, self.trust_domain())?;
-        trust.verify_for(Usage::Server, &identity.cert, wall_clock())?;
+        taken(&trust, &identity.cert, wall_clock())?;
         Ok(identity)
     }
 
-    async fn renew(&self) -> Result<(), Refusal> {
-        let issuer = self.next_issuer().await?;
+    /// One that nobody would take is not installed: it waits, for this replica to hear of what is above it, until another is
+    /// to be had. Not thrown away, since each is committed and a replica has few at once.
+    async fn renew(&self, waiting: &mut Option<IssuingKey>) -> Result<(), Refusal> {
+        let issuer = match waiting.take().filter(|issuer| self.is_of_now(issuer)) {
+            Some(issuer) => issuer,
+            None => self.next_issuer().await?,
+        };
+        let shown = match self.present(&issuer) {
+            Ok(shown) => shown,
+            Err(refusal) => {
+                *waiting = Some(issuer);
+                return Err(refusal);
+            }
+        };
         let authority = issuer.authority().to_owned();
         // On disk before it signs anything: a replica that starts again goes on with it.
         self.inner.files.put_issuer(&issuer)?;
         let until = issuer.not_after();
         self.inner.issuers.replace(issuer);
-        self.show()?;
+        self.put_shown(shown);
         tracing::info!(authority, until_ms = until.0, "this replica has a new intermediate");
         // Last, since it may wait for a TPM.
         self.keep_later_root().await;
@@ -229,10 +242,49 @@ impl Replica {
     }
 
     fn show(&self) -> Result<(), Refusal> {
-        self.inner.identity.replace(self.present()?);
+        self.put_shown(self.present(&self.issuer())?);
+        Ok(())
+    }
+
+    fn put_shown(&self, identity: Arc<CertifiedKey>) {
+        self.inner.identity.replace(identity);
         // What goes over connections from now on goes under the new leaf; calls under way end on theirs.
         self.cell().reconnect();
-        Ok(())
+    }
+
+    /// Whether another intermediate would be no better than this one, as far as is known here.
+    fn is_of_now(&self, issuer: &IssuingKey) -> bool {
+        let under_last = self.local(|s| {
+            let row = s.authority(issuer.authority());
+            let active = s.active_root().map(|(id, _)| id);
+            row.is_none_or(|row| !s.is_tainted(&row) && s.is_under_last(&row) && Some(row.root) == active)
+        });
+        under_last && leaf_end(issuer.lifetime()) > wall_clock()
+    }
+}
+
+/// A replica is server and client: what is above it must allow both.
+fn taken(trust: &Trust, chain: &[CertificateDer<'_>], now: Stamp) -> Result<(), Refusal> {
+    [Usage::Server, Usage::Client].into_iter().try_for_each(|usage| trust.verify_for(usage, chain, now).map(drop))
+}
+
+/// What is shown above an intermediate.
+pub struct Above {
+    /// Between it and its root, nearest first; nothing where the root's key is in the cell.
+    pub between: Vec<CertificateDer<'static>>,
+    /// What leads from the root to the one before it, while that one is relied on. All that 0.1 knows of.
+    pub cross: Option<CertificateDer<'static>>,
+}
+
+impl Above {
+    /// All of it, in the order in which it is shown.
+    pub fn all(self) -> Vec<CertificateDer<'static>> {
+        self.between.into_iter().chain(self.cross).collect()
+    }
+    /// As it is told: all of it, and apart, as 0.1 reads it, what leads to the root before.
+    pub fn told(self) -> (Vec<Vec<u8>>, Vec<u8>) {
+        let cross = self.cross.as_ref().map(|der| der.to_vec()).unwrap_or_default();
+        (self.all().into_iter().map(|der| der.to_vec()).collect(), cross)
     }
 }
 
@@ -372,6 +424,7 @@ pub(super) async fn keep(replica: Replica) {
     let mut revisions = replica.watch_revision();
     let mut random = jitter();
     // What it shows since it started: connections that are open need not be opened anew for the same.
+    let mut waiting = None;
     let mut shown = replica.inner.files.root_der().ok().map(|root| vec![root]);
     loop {
         // A replica that is no member yet has nothing to renew; one whose state is behind may not know of its renewal.
@@ -394,7 +447,7 @@ pub(super) async fn keep(replica: Replica) {
             }
             let now = wall_clock();
             if at <= now {
-                match replica.renew().await {
+                match replica.renew(&mut waiting).await {
                     Ok(()) => (random, shown) = (jitter(), Some(roots)),
                     Err(refusal) => {
                         tracing::warn!(%refusal, "this replica's intermediate is not renewed yet");
@@ -429,26 +482,6 @@ fn jitter() -> u64 {
     random::<8>().map(u64::from_le_bytes).unwrap_or_default()
 }
 
-/// Wraps roots' keys to replicas that cannot open them yet, so that the loss of no replica is that of the root. Whoever
-/// can open one does it, the leader where it can.
-pub async fn wrap_roots(replica: &Replica) -> Result<(), Refusal> {
-    let (roots, members) = replica.local(|s| (s.roots(), s.wrap_keys()));
-    for (id, row) in roots.into_iter().filter(|(_, row)| row.state != RootState::Revoked) {
-        let mut lacking = members.clone();
-        lacking.retain(|n, _| !row.wrapped.contains_key(n));
-        if lacking.is_empty() {
-            continue;
-        }
-        let Ok(root) = replica.open_root(&id).await else { continue };
-        let mut wrapped = BTreeMap::new();
-        for (n, public) in &lacking {
-            wrapped.insert(*n, ambit_identity::wrap::wrap(public, &root.key().pkcs8())?);
-        }
-        replica.propose_wrapped(lacking, Command::WrapRoot(id, wrapped)).await?.outcome?;
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -479,6 +512,23 @@ mod tests {
         assert_eq!(due(brief, DAY_MS, None, false, &[1; 32], 0), Stamp(0), "nothing was committed for it");
         assert_eq!(due(held, DAY_MS, Some(&row(2)), false, &[1; 32], 0), Stamp(0), "under a root that is not active");
         assert_eq!(due(held, DAY_MS, Some(&row(1)), true, &[1; 32], 0), Stamp(0), "tainted");
+    }
+
+    #[test]
+    fn the_former_release_is_told_what_leads_to_the_root_before_and_nothing_else() {
+        let der = |n: u8| CertificateDer::from(vec![n]);
+        for (between, cross, told) in [
+            (vec![], None, (vec![], vec![])),
+            (vec![], Some(3), (vec![vec![3]], vec![3])),
+            (vec![1, 2], Some(3), (vec![vec![1], vec![2], vec![3]], vec![3])),
+            (vec![1, 2], None, (vec![vec![1], vec![2]], vec![])),
+        ] {
+            let above = Above { between: between.into_iter().map(der).collect(), cross: cross.map(der) };
+            let (all, alone) = above.told();
+            assert_eq!((&all, &alone), (&told.0, &told.1));
+            let read = above_in(all, alone);
+            assert_eq!(read.len(), told.0.len());
+        }
     }
 
     #[test]

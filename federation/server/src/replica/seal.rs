@@ -2,6 +2,7 @@
 
 use super::Replica;
 use ambit_identity::wrap::{Purpose, wrap_for};
+use ambit_identity::{Root, fingerprint};
 use ambit_model::bundle::RootState;
 use ambit_model::{Code, Refusal};
 use ambit_state::sealing::Seal;
@@ -21,11 +22,45 @@ impl Replica {
     }
 }
 
+/// Wraps roots' keys to replicas that cannot open them yet, so that the loss of no replica is that of the root. Whoever
+/// can open one does it, the leader where it can.
+pub async fn wrap_roots(replica: &Replica) -> Result<(), Refusal> {
+    let (roots, members) = replica.local(|s| (s.roots(), s.wrap_keys()));
+    for (id, row) in roots.into_iter().filter(|(_, row)| row.state != RootState::Revoked) {
+        let mut lacking = members.clone();
+        lacking.retain(|n, _| !row.wrapped.contains_key(n));
+        if lacking.is_empty() {
+            continue;
+        }
+        let Ok(root) = replica.open_root(&id).await else { continue };
+        let mut wrapped = BTreeMap::new();
+        for (n, public) in &lacking {
+            wrapped.insert(*n, ambit_identity::wrap::wrap(public, &root.key().pkcs8())?);
+        }
+        let command = over_authority(&root, replica.wrapped(lacking, Command::WrapRoot(id, wrapped)));
+        match replica.propose_own(command).await?.outcome {
+            // Another authority was imported meanwhile, and wrapped to all: the next look sees what lacks then.
+            Err(refusal) if refusal.code == Code::StaleRevision => {}
+            outcome => drop(outcome?),
+        }
+    }
+    Ok(())
+}
+
+/// What was made with the key of this root: where that is the key of an authority under an external root, refused once another
+/// one signs, in whose place it would stand.
+pub fn over_authority(root: &Root, command: Command) -> Command {
+    if root.above().is_empty() {
+        return command;
+    }
+    Command::OverAuthority(fingerprint(root.der()), root.key().spki_sha256(), Box::new(command))
+}
+
 /// Wraps the keys of all roots and JWT authorities to the wrap keys of now.
 ///
 /// # Errors
 /// [`Code::IssuerUnavailable`] where this replica cannot open one of them.
-pub async fn make(replica: &Replica) -> Result<Seal, Refusal> {
+pub async fn make(replica: &Replica) -> Result<Command, Refusal> {
     let (to, roots, jwt) = replica.local(|s| {
         let to: BTreeMap<u64, Vec<u8>> = s.members().map(|(id, m)| (id, m.wrap_key.clone())).collect();
         let roots: Vec<_> =
@@ -40,17 +75,20 @@ pub async fn make(replica: &Replica) -> Result<Seal, Refusal> {
     let all = |purpose, key: &[u8]| -> Result<BTreeMap<u64, Vec<u8>>, Refusal> {
         to.iter().map(|(id, public)| Ok((*id, wrap_for(purpose, public, key)?))).collect()
     };
+    let mut opened = Vec::new();
     let mut seal = Seal { to: to.clone(), roots: BTreeMap::new(), jwt: BTreeMap::new() };
     for id in roots {
         let root = replica.open_root(&id).await?;
         seal.roots.insert(id, all(Purpose::Key, &root.key().pkcs8())?);
+        opened.push(root);
     }
     for (kid, mine) in jwt {
         let none = || Refusal::new(Code::IssuerUnavailable, "a JWT authority wrapped to this replica", kid.clone());
         let key = replica.keyring().unwrap_for(Purpose::JwtAuthority, &mine.ok_or_else(none)?).await?;
         seal.jwt.insert(kid, all(Purpose::JwtAuthority, &key)?);
     }
-    Ok(seal)
+    let seal = Command::SealRoots(Box::new(seal));
+    Ok(opened.iter().fold(seal, |command, root| over_authority(root, command)))
 }
 
 /// Once the root is sealed, and this replica's TPM was seen to open it, nothing else here does. A file that is removed may

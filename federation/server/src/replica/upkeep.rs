@@ -166,7 +166,7 @@ async fn keep_root(replica: Replica) {
         });
         lacking_for = if lacks { lacking_for.saturating_add(1) } else { 0 };
         if (leader == Some(replica.id()) || !leader_opens || lacking_for > LEADER_TICKS)
-            && let Err(refusal) = super::authority::wrap_roots(&replica).await
+            && let Err(refusal) = super::seal::wrap_roots(&replica).await
         {
             tracing::debug!(%refusal, "root not wrapped yet");
         }

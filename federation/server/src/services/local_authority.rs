@@ -10,6 +10,7 @@ mod seal;
 
 use super::{OrStatus, request_id};
 use crate::authorise::actor;
+use crate::replica::seal::over_authority;
 use crate::replica::{Replica, random};
 use ambit_identity::{KeySet, Root, SvidKey, fingerprint};
 use ambit_model::bundle::RootState;
@@ -270,10 +271,35 @@ impl Authorities {
         };
         members.retain(|id, _| wrapped.contains_key(id));
         wrapped.retain(|id, _| members.contains_key(id));
+        self.put_prepared(&active, der, wrapped, members).await
+    }
+
+    /// Commits a prepared root, or that it is prepared, and certifies it.
+    async fn put_prepared(
+        &self,
+        active: &Root,
+        der: Vec<u8>,
+        wrapped: BTreeMap<u64, Vec<u8>>,
+        members: BTreeMap<u64, Vec<u8>>,
+    ) -> Result<(), Refusal> {
         let command = Command::PrepareRoot(der.clone(), wrapped);
         let committed = self.0.propose_wrapped(members, command).await?.into_root()?;
         self.0.check_clock()?;
-        self.cross(&active, committed, der).await
+        self.cross(active, committed, der).await
+    }
+
+    /// A root that was prepared by a replica that fell before it certified it is certified now: nobody else would.
+    async fn certify_prepared(&self, id: &RootId) -> Result<(), Refusal> {
+        let (row, mut members) = self.0.local(|s| {
+            let own = s.active_root().is_some_and(|(active, _)| s.external(&active).is_none());
+            let row = s.roots().remove(id).filter(|row| own && lacks_certificate(row));
+            (row, s.wrap_keys())
+        });
+        let Some(RootRow { der, mut wrapped, .. }) = row else { return Ok(()) };
+        let active = self.0.active_root().await?;
+        members.retain(|id, _| wrapped.contains_key(id));
+        wrapped.retain(|id, _| members.contains_key(id));
+        self.put_prepared(&active, der, wrapped, members).await
     }
 
     /// The prepared root's key certified by the active one, where that can: an external root's key is not here.
@@ -295,6 +321,7 @@ impl Authorities {
         if asked.m.dry_run {
             return Ok(missing);
         }
+        self.certify_prepared(&id).await?;
         // Nothing leads from such a root to the one before: who does not hold it would know nobody.
         if !missing.is_empty() && self.0.local(|s| s.roots().get(&id).is_some_and(|row| row.cross_der.is_empty())) {
             let expected = "everybody to hold the root that the active one cannot certify";
@@ -302,7 +329,9 @@ impl Authorities {
         }
         let root = self.0.open_root(&id).await?;
         let (replaced, keys) = self.certify_keys(&root)?;
-        let command = Command::OverKeySet(replaced, Box::new(Command::ActivateRoot(id, keys)));
+        // By the authority that signs then: another may be imported while the root is prepared.
+        let command = over_authority(&root, Command::ActivateRoot(id, keys));
+        let command = Command::OverKeySet(replaced, Box::new(command));
         self.0.propose(asked.client.clone(), asked.then("activate"), command).await?.outcome?;
         tracing::info!(root = hex::encode(id), "root activated");
         Ok(missing)
@@ -361,6 +390,10 @@ impl Authorities {
         self.0.propose(asked.client.clone(), asked.then("revoke"), command).await?.outcome?;
         Ok(missing)
     }
+}
+
+fn lacks_certificate(row: &RootRow) -> bool {
+    row.state == RootState::Prepared && row.cross_der.is_empty()
 }
 
 fn root_named<T>(

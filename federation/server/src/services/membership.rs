@@ -116,9 +116,9 @@ impl v1::membership_server::Membership for Membership {
         let csr = Csr::parse(&m.issuer_csr).or_status()?;
         let id = request_id(&m.request_id)?;
         let (intermediate, above) = self.replica.renew_of(replica, &csr, m.lifetime_ms, id).await.or_status()?;
-        let above_der = above.into_iter().map(|der| der.to_vec()).collect();
+        let (above_der, cross_der) = above.told();
         let intermediate_der = intermediate.to_vec();
-        Ok(Response::new(v1::RenewAuthorityResponse { intermediate_der, above_der, ..Default::default() }))
+        Ok(Response::new(v1::RenewAuthorityResponse { intermediate_der, cross_der, above_der }))
     }
 
     async fn require_attested_replicas(
@@ -299,6 +299,7 @@ impl Membership {
             let members = members(s, &status.voters, status.leader, own);
             (members, s.cell().map(|c| c.epoch).unwrap_or_default(), roots.into_iter().map(|root| root.der).collect())
         });
+        let (above_der, cross_der) = self.replica.above(&root).told();
         Ok(v1::ReplicaJoinResponse {
             trust_domain: self.replica.trust_domain().to_string(),
             tls_chain_der: Vec::new(),
@@ -307,8 +308,8 @@ impl Membership {
             members,
             epoch,
             roots_der,
-            cross_der: Vec::new(),
-            above_der: self.replica.above(&root).into_iter().map(|der| der.to_vec()).collect(),
+            cross_der,
+            above_der,
         })
     }
 

@@ -8,6 +8,7 @@ use crate::objects::Member;
 use crate::state::State;
 use ambit_model::record::Kind;
 use ambit_model::{Code, Lifetime, Refusal, ReplicaId, Stamp};
+use std::collections::BTreeMap;
 
 /// As design.md has it: an intermediate lasts a week at most.
 pub(super) const LIFETIME_MS_MAX: u64 = 7 * 24 * 3_600_000;
@@ -203,7 +204,11 @@ fn revoke_all(s: &mut State, at: At, all: &Under) -> Result<(), Refusal> {
 /// Whatever hangs on a root that is gone. An authority under an external one may have signed what the cell knows nothing of:
 /// the bundle ends that for whoever comes, and its name for who is connected.
 pub(super) fn revoke_under(s: &mut State, at: At, root: &RootId) -> Result<(), Refusal> {
-    let externals: Vec<_> = s.externals_of(root).map(|(_, row)| (row.authority(), row.lifetime.not_after)).collect();
+    let mut externals = BTreeMap::new();
+    for (_, row) in s.externals_of(root) {
+        let until: &mut Stamp = externals.entry(row.authority()).or_default();
+        *until = row.lifetime.not_after.max(*until);
+    }
     externals.iter().try_for_each(|(id, until)| deny(s, at, id, *until))?;
     revoke_all(s, at, &under(s, |of, _| of == root))
 }

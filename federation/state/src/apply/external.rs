@@ -3,10 +3,10 @@
 use super::authority::LIFETIME_MS_MIN;
 use super::root::{Kept, insert, rotatable};
 use super::{At, act, cell_row, root, touch};
-use crate::authorities::{RootId, RootRow, root_id};
-use crate::command::Reply;
+use crate::authorities::{RootId, RootRow, authority_of, root_id};
+use crate::command::{Command, Reply};
 use crate::committed::PreparedRoot;
-use crate::external::{ExternalImport, ExternalRequest, ExternalRow, Judged, judge};
+use crate::external::{ExternalImport, ExternalRequest, ExternalRow, Judged, judge, may_sign};
 use crate::state::State;
 use ambit_model::bundle::RootState;
 use ambit_model::{Act, Code, Refusal, Stamp};
@@ -64,18 +64,29 @@ pub(super) fn import(s: &mut State, at: At, import: &ExternalImport) -> Result<R
     let judged = judge(&cell_row(s)?.trust_domain, &import.chain, &import.root, &key_hash, at.stamp)?;
     root::wrapped_to_all(s, &import.wrapped)?;
     match s.roots().remove(&id) {
-        Some(row) if row.state == RootState::Active && s.external(&id).is_some() => {
+        Some(row) if s.external(&id).is_some() && row.state == RootState::Active => {
             next(s, at, import, &judged, id, row)
         }
-        Some(row) => Err(root::wrong("a new root, or the active external one", &id, &row)),
+        Some(row) if s.external(&id).is_some() && row.state == RootState::Prepared => {
+            instead(s, at, import, &judged, id, row)
+        }
+        Some(row) if row.state == RootState::Revoked && was_external(s, &id) => first(s, at, import, &judged, id),
+        Some(row) => Err(root::wrong("a new root, or the active or prepared external one", &id, &row)),
         None => first(s, at, import, &judged, id),
     }
 }
 
-/// The first authority under a root that is new here: the root is prepared, and in every bundle.
+/// Whether this root's key was never here: whoever could sign by it then is outside still, and is asked for anew. As far back
+/// as acts are remembered.
+fn was_external(s: &State, id: &RootId) -> bool {
+    s.acts.iter().any(|(_, row)| matches!(&row.act, Act::ImportRoot(root, _) if root == id))
+}
+
+/// The first authority under a root that is new here, or that was external and given up: the root is prepared, and in every
+/// bundle.
 fn first(s: &mut State, at: At, import: &ExternalImport, judged: &Judged, id: RootId) -> Result<Reply, Refusal> {
     let cell = cell_row(s)?;
-    rotatable(s, &import.root)?;
+    rotatable(s, &import.root, was_external(s, &id))?;
     let act = Act::ImportRoot(id, judged.key_hash());
     let approved = act::approve(s, at, &act, import.approved.as_ref())?;
     act::remember(s, at, &act, approved, &import.by);
@@ -97,20 +108,65 @@ fn next(
 ) -> Result<Reply, Refusal> {
     let none = || Refusal::new(Code::BadRequest, "the record keys, certified by the new authority", "none");
     let keys = import.keys.clone().ok_or_else(none)?;
+    may_sign(judged.lifetime(), at.stamp)?;
+    replace(s, at, import, judged, id, row)?;
+    s.key_set.put(&mut s.journal, 0, keys);
+    touch(s, at);
+    Ok(Reply::Done)
+}
+
+/// Another authority under a root that is prepared and could not be activated with the one that it has.
+fn instead(
+    s: &mut State,
+    at: At,
+    import: &ExternalImport,
+    judged: &Judged,
+    id: RootId,
+    row: RootRow,
+) -> Result<Reply, Refusal> {
+    let cell = cell_row(s)?;
+    replace(s, at, import, judged, id, row)?;
+    let serial = super::issue::serial(cell.epoch, at, 0);
+    Ok(Reply::Root(Box::new(PreparedRoot { root: id, active: root_id(&cell.root_der), serial, stamp: at.stamp })))
+}
+
+/// The root's key from here on is that of what was certified.
+fn replace(
+    s: &mut State,
+    at: At,
+    import: &ExternalImport,
+    judged: &Judged,
+    id: RootId,
+    row: RootRow,
+) -> Result<(), Refusal> {
     if s.externals_of(&id).count() >= PER_ROOT_MAX {
         let expected = format!("at most {PER_ROOT_MAX} authorities of a root in time");
         return Err(Refusal::new(Code::Busy, expected, "one more"));
     }
     s.roots.put(&mut s.journal, id, RootRow { wrapped: import.wrapped.clone(), ..row });
     keep(s, at, import, judged, id);
-    s.key_set.put(&mut s.journal, 0, keys);
     // Shares of the former key open what signs no more.
     let mut sealing = s.sealing();
     if sealing.shares.remove(&id).is_some() {
         s.sealing.put(&mut s.journal, 0, sealing);
     }
-    touch(s, at);
-    Ok(Reply::Done)
+    Ok(())
+}
+
+/// What was made with the key of this authority under the root, and says so.
+pub(super) fn over_authority(
+    s: &mut State,
+    at: At,
+    (root, key_hash): (&RootId, &[u8; 32]),
+    command: &Command,
+) -> Result<Reply, Refusal> {
+    let now = s.external(root).map(|row| row.key_hash);
+    if now != Some(*key_hash) {
+        let found = now.map_or("none".to_owned(), |now| authority_of(&now));
+        let expected = format!("authority {} under the root", authority_of(key_hash));
+        return Err(Refusal::new(Code::StaleRevision, expected, format!("{found}: the same once more")));
+    }
+    super::apply(s, at.index, at.stamp, command)
 }
 
 fn keep(s: &mut State, at: At, import: &ExternalImport, judged: &Judged, id: RootId) {
@@ -133,6 +189,7 @@ impl State {
         let key_hash = self.external(&id).ok_or_else(none)?.key_hash;
         let now = now.max(self.stamp());
         let judged = judge(&cell_row(self)?.trust_domain, &chain, &root.der, &key_hash, now)?;
+        may_sign(judged.lifetime(), now)?;
         let row = ExternalRow { chain, key_hash, lifetime: judged.lifetime(), imported: now };
         // Above every index so far; those to come are far above it.
         let index = self.applied().0.saturating_add(1);

@@ -48,10 +48,11 @@ impl State {
         b: Beginning,
     ) -> Result<Option<Committed<ReplicaAdmission>>, Refusal> {
         let mut cell = cell_row(self)?;
-        // What is to be signed for it is signed by an authority that is in time, or not at all.
-        let ends = self.authority_ends().filter(|_| b.admit.is_some());
+        // What is to be signed for it, now or when it begins again, is signed by an authority that is in time, or not at all.
+        let ends = self.authority_ends();
         if let Some(ends) = ends.filter(|ends| *ends < now.plus_ms(super::authority::LIFETIME_MS_MIN)) {
-            let expected = "an authority under the external root with time left";
+            let expected =
+                "an authority under the external root with time left: certified anew (--external-certificate)";
             return Err(Refusal::new(Code::IssuerUnavailable, expected, format!("one that ended at {} (ms)", ends.0)));
         }
         let (from_index, from_digest) = (self.applied(), self.digest());

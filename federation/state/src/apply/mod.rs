@@ -166,6 +166,7 @@ fn change(s: &mut State, at: At, command: &Command) -> Result<Reply, Refusal> {
         Command::RequestExternal { csr, key_hash, wrapped } => external::request(s, at, csr, key_hash, wrapped),
         Command::WithdrawExternal(key_hash) => external::withdraw(s, key_hash),
         Command::ImportExternal(import) => external::import(s, at, import),
+        Command::OverAuthority(root, key_hash, command) => external::over_authority(s, at, (root, key_hash), command),
         Command::ChangeDocuments(change) => documents::change(s, at, change),
         Command::RollbackDocuments { to, over, by } => documents::rollback(s, at, *to, *over, by),
         Command::WrappedTo(to, command) => {

@@ -5,6 +5,7 @@ use super::{At, authority, cell_row, export, payload, touch};
 use crate::authorities::{RootId, RootRow, root_id};
 use crate::command::Reply;
 use crate::committed::PreparedRoot;
+use crate::external::may_sign;
 use crate::objects::KeySetRow;
 use crate::state::State;
 use ambit_model::act::ShareHolder;
@@ -99,7 +100,7 @@ pub(super) fn prepare(s: &mut State, at: At, der: &[u8], wrapped: &BTreeMap<u64,
     let active = root_id(&cell.root_der);
     let again = s.roots().get(&id).is_some_and(|row| row.state == RootState::Prepared);
     if !again {
-        rotatable(s, der)?;
+        rotatable(s, der, false)?;
         wrapped_to_all(s, wrapped)?;
         insert(s, at, Kept { id, der, wrapped })?;
     }
@@ -107,10 +108,12 @@ pub(super) fn prepare(s: &mut State, at: At, der: &[u8], wrapped: &BTreeMap<u64,
     Ok(Reply::Root(Box::new(PreparedRoot { root: id, active, serial, stamp: at.stamp })))
 }
 
-/// Whether this can be the next root: never had before, and no other rotation under way.
-pub(super) fn rotatable(s: &State, der: &[u8]) -> Result<(), Refusal> {
+/// Whether this can be the next root: never had before, unless it `may_return`, and no other rotation under way.
+pub(super) fn rotatable(s: &State, der: &[u8], may_return: bool) -> Result<(), Refusal> {
     let (roots, id) = (s.roots(), root_id(der));
-    if let Some(row) = roots.get(&id) {
+    if let Some(row) = roots.get(&id)
+        && !(may_return && row.state == RootState::Revoked)
+    {
         return Err(wrong("a root that this trust domain never had", &id, row));
     }
     let open = |row: &&RootRow| !matches!(row.state, RootState::Active | RootState::Revoked);
@@ -185,6 +188,10 @@ pub(super) fn activate(s: &mut State, at: At, id: &RootId, keys: &KeySetRow) -> 
     if row.cross_der.is_empty() && s.external(&former).is_none() {
         return Err(Refusal::new(Code::RootState, "a root certified by the active one", "not certified yet"));
     }
+    // What the cell goes over to must last: nothing could renew a root that begins with an authority that ended.
+    if let Some(external) = s.external(id) {
+        may_sign(external.lifetime, at.stamp)?;
+    }
     put(s, at, &former, RootState::Old, former_row);
     let mut cell = cell_row(s)?;
     cell.root_der.clone_from(&row.der);
@@ -236,6 +243,7 @@ pub(super) fn revoke(s: &mut State, at: At, id: &RootId) -> Result<Reply, Refusa
     s.key_set.remove(&mut s.journal, &1);
     // A connection that was begun under it knows nothing of bundles any more: by the names it is found and ended.
     authority::revoke_under(s, at, id)?;
+    // An external one may come back: what it was before stays refused.
     s.externals.prune(&mut s.journal, |(of, _), _| of == id);
     changed(s, at)
 }

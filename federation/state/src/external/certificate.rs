@@ -10,8 +10,8 @@ use aws_lc_rs::signature::{
 };
 use sha2::{Digest, Sha256};
 use std::collections::BTreeSet;
-use x509_parser::asn1_rs::Tag;
-use x509_parser::extensions::{GeneralName, ParsedExtension};
+use x509_parser::asn1_rs::{Any, Tag};
+use x509_parser::extensions::{AuthorityKeyIdentifier, GeneralName, ParsedExtension};
 use x509_parser::prelude::{FromDer, X509Certificate, X509Version};
 use x509_parser::public_key::PublicKey;
 
@@ -24,6 +24,8 @@ const NAME_CONSTRAINTS: &str = "2.5.29.30";
 const EXTENDED_KEY_USAGE: &str = "2.5.29.37";
 /// What our verifier reads where it is critical; it refuses any other (RFC 5280 section 4.2).
 const READ: [&str; 4] = [KEY_USAGE, ALT_NAME, BASIC_CONSTRAINTS, EXTENDED_KEY_USAGE];
+/// Whoever makes our certificates anew keeps a pathLen in one byte.
+const PATH_MAX: u32 = 255;
 const P256: &str = "1.2.840.10045.3.1.7";
 const P384: &str = "1.3.132.0.34";
 const RSA_BITS_MIN: usize = 2048;
@@ -85,20 +87,23 @@ impl<'a> Certificate<'a> {
         let Lifetime { not_before, not_after } = self.lifetime();
         self.rule(not_before < not_after, "notBefore before notAfter", || "another order".to_owned())?;
         self.extensions()?;
+        let unique = cert.issuer_uid.is_some() || cert.subject_uid.is_some();
+        self.rule(!unique, "no unique identifiers (RFC 5280 4.1.2.8)", || "some".to_owned())?;
         let basic = cert.basic_constraints().ok().flatten();
         let found = || basic.as_ref().map_or("none".to_owned(), |b| format!("cA={}", b.value.ca));
         let ca = basic.as_ref().is_some_and(|b| b.value.ca && b.critical);
         self.rule(ca, "cA=true in a critical BasicConstraints (X509-SVID 4.1)", found)?;
         let length = basic.as_ref().and_then(|b| b.value.path_len_constraint);
-        let room = length.is_none_or(|n| usize::try_from(n).is_ok_and(|n| n >= below));
-        let expected = format!("no pathLen, or one of {below} or more");
+        let room = length.is_none_or(|n| n <= PATH_MAX && usize::try_from(n).is_ok_and(|n| n >= below));
+        let expected = format!("no pathLen, or one of {below} or more, up to {PATH_MAX}");
         self.rule(room, &expected, || format!("pathLen {}", length.unwrap_or_default()))?;
         let usage = cert.key_usage().ok().flatten();
         let signs = usage.as_ref().is_some_and(|u| u.critical && u.value.key_cert_sign());
         let found = || usage.as_ref().map_or("none".to_owned(), |u| format!("{}, critical={}", u.value, u.critical));
         self.rule(signs, "a critical KeyUsage with keyCertSign (X509-SVID 4.3)", found)?;
         let extended = cert.extended_key_usage().ok().flatten();
-        let both = extended.as_ref().is_none_or(|e| e.value.any || (e.value.server_auth && e.value.client_auth));
+        // `any` is no word for either: webpki does not take it for them in what is below an anchor.
+        let both = extended.as_ref().is_none_or(|e| e.value.server_auth && e.value.client_auth);
         let expected = "no ExtendedKeyUsage, or one with serverAuth and clientAuth";
         self.rule(both, expected, || "another, which holds for all that is under it".to_owned())?;
         self.rule(cert.subject().iter().next().is_some(), "a subject (RFC 5280 4.1.2.6)", || "none".to_owned())?;
@@ -154,9 +159,10 @@ impl<'a> Certificate<'a> {
             for value in set.iter() {
                 values += 1;
                 let once = types.insert(value.attr_type().to_id_string());
-                simple &= once && plain(value.attr_value().header.tag());
+                simple &= once && plain(value.attr_value().header.tag()) && writable(value.attr_value());
             }
-            let expected = "a subject of single attributes, each type once, as UTF8, Printable or IA5 strings";
+            let expected =
+                "a subject of single attributes, each type once, as UTF8, Printable or IA5 strings of their alphabets";
             self.rule(simple && values == 1, expected, || self.cert.subject().to_string())?;
         }
         Ok(())
@@ -167,12 +173,9 @@ impl<'a> Certificate<'a> {
         all.find_map(|e| if let ParsedExtension::SubjectKeyIdentifier(id) = e { Some(id.0) } else { None })
     }
 
-    fn issuer_key_id(&self) -> Option<&[u8]> {
+    fn issuer_key(&self) -> Option<&AuthorityKeyIdentifier<'_>> {
         let mut all = self.cert.extensions().iter().map(|e| e.parsed_extension());
-        all.find_map(|e| match e {
-            ParsedExtension::AuthorityKeyIdentifier(aki) => aki.key_identifier.as_ref().map(|id| id.0),
-            _ => None,
-        })
+        all.find_map(|e| if let ParsedExtension::AuthorityKeyIdentifier(aki) = e { Some(aki) } else { None })
     }
 
     /// What follows that which is signed.
@@ -205,11 +208,25 @@ impl<'a> Certificate<'a> {
         let (own, theirs) = (self.cert.issuer(), above.cert.subject());
         let expected = format!("the issuer {theirs}");
         self.rule(own.as_raw() == theirs.as_raw(), &expected, || format!("issued by {own}"))?;
-        let fits = match (self.issuer_key_id(), above.key_id()) {
-            (Some(named), Some(has)) => named == has,
+        let named = self.issuer_key();
+        let fits = match (named.and_then(|aki| aki.key_identifier.as_ref()), above.key_id()) {
+            (Some(named), Some(has)) => named.0 == has,
             _ => true,
         };
         self.rule(fits, "the key identifier of its issuer", || "another".to_owned())?;
+        // OpenSSL finds no issuer where these are another's: those of the certificate above.
+        let serial = named.and_then(|aki| aki.authority_cert_serial);
+        let fits = serial.is_none_or(|serial| serial == above.cert.raw_serial());
+        self.rule(fits, "its issuer's serial number, or none, in the authority key identifier", || {
+            "another".to_owned()
+        })?;
+        let names = named.and_then(|aki| aki.authority_cert_issuer.as_ref());
+        let directory = |name: &GeneralName<'_>| match name {
+            GeneralName::DirectoryName(name) => Some(name.as_raw() == above.cert.issuer().as_raw()),
+            _ => None,
+        };
+        let fits = names.and_then(|names| names.iter().find_map(directory)).unwrap_or(true);
+        self.rule(fits, "its issuer's issuer, or none, in the authority key identifier", || "another".to_owned())?;
         let name = self.cert.signature_algorithm.algorithm.to_id_string();
         let algorithm = algorithm(&name, above.key()?);
         let (algorithm, encoded) = algorithm.ok_or_else(|| {
@@ -226,6 +243,18 @@ impl<'a> Certificate<'a> {
         let signed = UnparsedPublicKey::new(algorithm, above.spki()).verify(message, signature).is_ok();
         self.rule(signed, &format!("the signature of {theirs}"), || "another signature".to_owned())
     }
+}
+
+/// Whether the text is of its type's alphabet: what is not is not written anew when a certificate names its issuer.
+fn writable(value: &Any<'_>) -> bool {
+    let printable = |b: &u8| b.is_ascii_alphanumeric() || b" '()+,-./:=?".contains(b);
+    let text = value.data;
+    !text.is_empty()
+        && match value.header.tag() {
+            Tag::PrintableString => text.iter().all(printable),
+            Tag::Ia5String => text.is_ascii(),
+            _ => std::str::from_utf8(text).is_ok(),
+        }
 }
 
 /// RFC 5758 3.2: without parameters.

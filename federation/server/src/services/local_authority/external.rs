@@ -9,7 +9,7 @@ use ambit_identity::{Root, SvidKey, fingerprint};
 use ambit_model::{Code, Refusal};
 use ambit_proto::{convert, v1};
 use ambit_state::Command;
-use ambit_state::external::{ExternalImport, ExternalRequest, ExternalRow, judge};
+use ambit_state::external::{ExternalImport, ExternalRequest, ExternalRow, judge, may_sign};
 use ambit_state::objects::KeySetRow;
 use rustls_pki_types::CertificateDer;
 use std::collections::BTreeMap;
@@ -69,24 +69,27 @@ impl Authorities {
     ) -> Result<(), Refusal> {
         let open = self.0.read(|s| s.external_request().cloned()).await?.ok_or_else(no_request)?;
         let (chain, root_der) = (m.chain_der, m.root_der);
-        judge(self.0.trust_domain(), &chain, &root_der, &open.key_hash, self.0.now())?;
+        let judged = judge(self.0.trust_domain(), &chain, &root_der, &open.key_hash, self.0.now())?;
         let approved = convert::approved(m.approved)?;
         let id = fingerprint(&root_der);
         // Opened before anything is committed: whoever cannot, commits nothing.
         let pkcs8 = self.opened(&open).await?;
         let active = self.0.active_root().await?;
         let is_next = fingerprint(active.der()) == id;
+        if is_next {
+            may_sign(judged.lifetime(), self.0.now())?;
+        }
+        // What no rule foresaw is found by signing under it, and nobody ever sees that.
+        self.under(&chain, &root_der, &pkcs8)?.tried(self.0.now())?;
         if m.dry_run {
             return Ok(());
         }
         let mut tries = 0;
         let applied = loop {
             tries += 1;
-            let key = SvidKey::from_pkcs8(&pkcs8)?;
             let members = self.0.local(ambit_state::State::wrap_keys);
-            let wrapped = wrap_to(&members, &key)?;
-            let above = chain.iter().cloned().map(CertificateDer::from).collect();
-            let authority = Root::under(self.0.trust_domain(), root_der.clone().into(), above, key)?;
+            let authority = self.under(&chain, &root_der, &pkcs8)?;
+            let wrapped = wrap_to(&members, authority.key())?;
             // A root that is merely prepared certifies the record keys when it is activated.
             let keys: Option<([u8; 32], KeySetRow)> = if is_next { Some(self.certify_keys(&authority)?) } else { None };
             let (replaced, keys) = keys.unzip();
@@ -109,13 +112,20 @@ impl Authorities {
                 Ok(_) | Err(_) => break applied,
             }
         };
-        tracing::info!(by = actor.name, root = hex::encode(id), "an external certificate is imported");
         if is_next {
-            return applied.outcome.map(drop);
+            applied.outcome?;
+            tracing::info!(by = actor.name, root = hex::encode(id), "an external certificate is imported");
+            return Ok(());
         }
         let committed = applied.into_root()?;
+        tracing::info!(by = actor.name, root = hex::encode(id), "an external certificate is imported");
         self.0.check_clock()?;
         self.cross(&active, committed, root_der).await
+    }
+
+    fn under(&self, chain: &[Vec<u8>], root: &[u8], pkcs8: &[u8]) -> Result<Root, Refusal> {
+        let above = chain.iter().cloned().map(CertificateDer::from).collect();
+        Root::under(self.0.trust_domain(), root.to_vec().into(), above, SvidKey::from_pkcs8(pkcs8)?)
     }
 
     /// The key that waits, where this replica can open it.

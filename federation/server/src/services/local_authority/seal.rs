@@ -42,9 +42,10 @@ impl Authorities {
             let wrapped = wrap_for(Purpose::RootShare, &holder.key, share.text()?.as_bytes())?;
             shares.push(v1::WrappedShare { holder: holder.name.to_string(), index: share.index().into(), wrapped });
         }
-        drop(opened);
         let act = Act::ShareRoot { root, threshold, holders };
         let command = Command::Act { act, approved: convert::approved(m.approved)?, by: actor.name };
+        let command = seal::over_authority(&opened, command);
+        drop(opened);
         self.0.propose(actor.client, id, command).await?.outcome?;
         tracing::info!(root = hex::encode(root), threshold, of, "recovery shares made");
         Ok(v1::ShareRootResponse { root: hex::encode(root), shares })
@@ -60,7 +61,7 @@ impl Authorities {
         let mut tries = 0;
         loop {
             tries += 1;
-            let command = Command::SealRoots(Box::new(seal::make(&self.0).await?));
+            let command = seal::make(&self.0).await?;
             // Each try wraps anew and is another command, so each has a request id of its own.
             let outcome = match self.0.propose(actor.client.clone(), random()?, command).await?.outcome {
                 Err(refusal) if refusal.code == Code::StaleRevision && tries < TRIES => continue,
