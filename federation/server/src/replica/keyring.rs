@@ -15,6 +15,8 @@ use zeroize::Zeroizing;
 /// A hardware TPM agrees in a fifth of a second to a second, and derives an RSA EK in seconds. Whoever waits longer had better
 /// ask another replica.
 const OPERATION_MAX: Duration = Duration::from_secs(10);
+/// Making an RSA EK or a first key takes slow TPMs most of a minute; nobody waits five for one that hangs.
+const CREATION_MAX: Duration = Duration::from_secs(90);
 
 /// What this replica opens with.
 pub struct Keyring {
@@ -44,6 +46,7 @@ fn attester(at: &TpmConfig, files: &Files) -> Result<Attester, Refusal> {
     options.ek = at.ek;
     options.ak = at.ak;
     options.operation_max = OPERATION_MAX;
+    options.creation_max = CREATION_MAX;
     Attester::start(options).map_err(|e| Refusal::new(Code::ConfigInvalid, "tpm as tpm2-tools name it", e.to_string()))
 }
 
