@@ -2,29 +2,13 @@
 //! evaluator that is written from the words of the design, and against each other.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test says that it failed by panicking")]
 
+mod draw;
+
 use ambit_model::policy::{Action, Peers, Policy, PolicyExtras, Protocol};
 use ambit_model::{Moment, SpiffeId, Stamp, TrustDomain};
 use ambit_policy::{PolicySet, check_owner, normalised};
+use draw::Draw;
 use std::collections::BTreeSet;
-
-/// A small generator of our own: the same numbers on every run, so that a failure is a seed.
-struct Draw(u64);
-
-impl Draw {
-    fn next(&mut self) -> u64 {
-        // xorshift64* (Marsaglia, Vigna).
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 32
-    }
-    fn of<'a, T>(&mut self, items: &'a [T]) -> &'a T {
-        &items[self.next() as usize % items.len()]
-    }
-    fn some<T: Clone>(&mut self, items: &[T], most: u64) -> Vec<T> {
-        (0..1 + self.next() % most).map(|_| self.of(items).clone()).collect()
-    }
-}
 
 const DOMAINS: &[&str] = &["west", "east", "north"];
 const PATHS: &[&str] = &["/a", "/b", "/t/a", "/t/b", "/t/u/a", "/tt"];
