@@ -2,6 +2,7 @@
 
 mod dataplane;
 mod deny;
+mod inside;
 mod revoke;
 mod streams;
 

@@ -1,21 +1,27 @@
-//! From an operator's denial of an identity to the end of its live connection and the first refusal of a new one, in the other
-//! cluster: 50 trials, the callee's identity and the caller's in turn.
+//! From an operator's denial of an identity to the end of its live connections and the first refusal of a new one, on every
+//! node of both clusters that calls: 50 trials, the callee's identity and a caller's in turn. Of each trial the last node counts.
 
 use super::folder;
+use super::inside::Inside;
 use super::revoke::{SETTLE_MAX, Stage, TARGET_MS, TRIALS};
-use crate::chaos::calls::epoch_ms;
+use crate::chaos::calls::{Calls, epoch_ms};
 use crate::demo::{Say, in_a_lab, wait};
 use crate::lab::{Lab, LabError, make_folder, write_file};
-use crate::preflight::own_binary;
 use crate::topology::Spec;
 use ambit_model::{Refusal, refusal::Code};
-use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
-use std::process::{Child, Command, Stdio};
-use std::sync::mpsc;
 use std::time::Duration;
 
 const LAB: &str = "deny";
+/// Nodes of each of the two clusters. One of them serves.
+const NODES: u8 = 3;
+/// How often each of the callers beside the first calls: the figure's grain.
+const EVERY: Duration = Duration::from_millis(10);
+const DOCUMENTS: &str = "
+kind: Policy
+metadata: {name: app-to-db}
+spec: {target: spiffe://west/db, action: allow, from: [spiffe://west/app], ports: [8080]}
+";
 /// Connects, says so, and says when the connection ended.
 const HOLD: &str = "
 import socket, sys, time
@@ -37,15 +43,15 @@ struct Trial {
 /// Runs it in a lab of its own and prints the figures.
 pub fn deny() -> Result<(), LabError> {
     let say = Say::new();
-    let spec = Spec::standard(LAB, 2, 1, 3)?;
+    let spec = Spec::standard(LAB, 2, NODES, 3)?;
     let trials = in_a_lab(&spec, &say, |lab| trials(lab, &say))?;
     let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
     let load: String = load.split(' ').take(3).collect::<Vec<_>>().join(" ");
-    println!("denial of an identity, {} trials, from `ambit` started (lab)", trials.len());
+    println!("denial of an identity, {} trials, from `ambit` started to the last of all nodes (lab)", trials.len());
     let (mut rows, mut met_all) = (Vec::new(), 0);
     type Figure = fn(&Trial) -> f64;
     let figures: [(&str, Figure); 2] =
-        [("new connections refused", |t| t.refused), ("the live connection ended", |t| t.cut)];
+        [("new connections refused", |t| t.refused), ("live connections ended", |t| t.cut)];
     for (name, figure) in figures {
         let mut ms: Vec<f64> = trials.iter().map(figure).collect();
         ms.sort_by(f64::total_cmp);
@@ -71,81 +77,74 @@ pub fn deny() -> Result<(), LabError> {
     Ok(())
 }
 
+/// A pod that calls `db` all the time.
+struct Caller {
+    pod: String,
+    id: &'static str,
+    calls: Calls,
+}
+
 fn trials(lab: &Lab, say: &Say) -> Result<Vec<Trial>, LabError> {
     let stage = Stage::set(lab, say)?;
-    say.chapter(&format!("{TRIALS} denials"));
-    (0..TRIALS).map(|n| trial(lab, say, &stage, n)).collect()
+    let db = stage.db;
+    stage.demo.apply("west", "app", DOCUMENTS)?;
+    let whose = ["--spiffe-id", "spiffe://west/app", "--cluster", "west", "--selector", "cgroup:app"];
+    lab.ambit("west", &[&["entry", "create", "--id", "app"], &whose[..]].concat())?;
+    let mut callers = vec![Caller { pod: "east-n1-web".into(), id: "spiffe://east/web", calls: stage.calls }];
+    for n in 2..=NODES {
+        for (site, name, id) in [("west", "app", "spiffe://west/app"), ("east", "web", "spiffe://east/web")] {
+            let node = format!("{site}-n{n}");
+            lab.start_agent(&node)?;
+            lab.wait_enrolled(&node, SETTLE_MAX)?;
+            lab.add_pod(&node, name, crate::workload::UID)?;
+            let pod = format!("{node}-{name}");
+            let calls = Calls::start(lab, &pod, db, EVERY)?;
+            calls.flow(0.0, SETTLE_MAX, "calls that succeed")?;
+            callers.push(Caller { pod, id, calls });
+        }
+    }
+    say.chapter(&format!("{TRIALS} denials, {} nodes that call", callers.len()));
+    (0..TRIALS).map(|n| trial(lab, say, &callers, db, n)).collect()
 }
 
-fn trial(lab: &Lab, say: &Say, stage: &Stage<'_>, n: usize) -> Result<Trial, LabError> {
+fn trial(lab: &Lab, say: &Say, callers: &[Caller], db: SocketAddr, n: usize) -> Result<Trial, LabError> {
     let (site, id) = if n.is_multiple_of(2) { ("west", "spiffe://west/db") } else { ("east", "spiffe://east/web") };
-    let held = Held::open(lab, stage.db)?;
+    let hit: Vec<&Caller> = callers.iter().filter(|caller| site == "west" || caller.id == id).collect();
+    let held = hit.iter().map(|caller| held(lab, &caller.pod, db)).collect::<Result<Vec<_>, _>>()?;
     let begun = epoch_ms();
     lab.ambit(site, &["deny", "id", id])?;
-    let first = || stage.calls.between(begun, f64::INFINITY).iter().find(|c| c.refused).map(|c| c.t_ms);
-    wait(SETTLE_MAX, "a call refused in connect()", || Ok(first().is_some()))?;
-    let refused = first().ok_or_else(|| Refusal::new(Code::Internal, "a refused call", "none"))?;
-    let cut = held.ended()?;
+    let (mut refused, mut cut) = (0.0_f64, 0.0_f64);
+    for caller in &hit {
+        let first = || caller.calls.between(begun, f64::INFINITY).iter().find(|c| c.refused).map(|c| c.t_ms);
+        wait(SETTLE_MAX, "a call refused in connect()", || Ok(first().is_some()))?;
+        refused = refused.max(first().unwrap_or(f64::INFINITY) - begun);
+    }
+    for held in &held {
+        cut = cut.max(ended(held)? - begun);
+    }
     lab.ambit(site, &["deny", "lift", id])?;
-    let back = stage.calls.flow(epoch_ms(), SETTLE_MAX, "calls after the denial")?;
-    let trial = Trial { refused: refused - begun, cut: cut - begun };
+    let lifted = epoch_ms();
+    for caller in &hit {
+        caller.calls.flow(lifted, SETTLE_MAX, "calls after the denial")?;
+    }
+    let nodes = hit.len();
     say.step(&format!(
-        "{:2}: {id} refused after {:.0} ms, its connection ended after {:.0} ms; back {:.1} s after the end of it",
-        n + 1,
-        trial.refused,
-        trial.cut,
-        back.as_secs_f32()
+        "{:2}: {id} refused on {nodes} nodes after {refused:.0} ms, {nodes} connections ended after {cut:.0} ms",
+        n + 1
     ));
-    Ok(trial)
+    Ok(Trial { refused, cut })
 }
 
-/// A connection of the caller's pod that is open and idle.
-struct Held {
-    child: Child,
-    lines: mpsc::Receiver<String>,
+/// A connection of a pod that is open and idle.
+fn held(lab: &Lab, pod: &str, to: SocketAddr) -> Result<Inside, LabError> {
+    let (address, port) = (to.ip().to_string(), to.port().to_string());
+    let held = Inside::start(lab, pod, &["python3", "-c", HOLD, &address, &port])?;
+    held.line("an open connection", Duration::from_secs(10))?;
+    Ok(held)
 }
 
-impl Held {
-    fn open(lab: &Lab, to: SocketAddr) -> Result<Held, LabError> {
-        let program = own_binary("ambit-lab")?;
-        let (address, port) = (to.ip().to_string(), to.port().to_string());
-        let mut child = Command::new(&program)
-            .args(["exec", "--lab", lab.name(), "east-n1-web", "--", "python3", "-c", HOLD, &address, &port])
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()
-            .map_err(|source| LabError::Io { path: program, source })?;
-        let (tell, lines) = mpsc::sync_channel(4);
-        if let Some(out) = child.stdout.take() {
-            // It ends with the pipe, which ends with the child.
-            std::thread::spawn(move || {
-                for line in BufReader::new(out).lines().map_while(Result::ok) {
-                    let _ = tell.send(line);
-                }
-            });
-        }
-        let held = Held { child, lines };
-        held.line("an open connection", Duration::from_secs(10))?;
-        Ok(held)
-    }
-
-    /// When it ended, milliseconds since the Unix epoch.
-    fn ended(&self) -> Result<f64, LabError> {
-        let line = self.line("the end of the connection", SETTLE_MAX)?;
-        line.parse().map_err(|_| Refusal::new(Code::Internal, "a time", line).into())
-    }
-
-    fn line(&self, what: &str, limit: Duration) -> Result<String, LabError> {
-        self.lines
-            .recv_timeout(limit)
-            .map_err(|_| Refusal::new(Code::Unavailable, format!("{what} within {} s", limit.as_secs()), "none").into())
-    }
-}
-
-impl Drop for Held {
-    fn drop(&mut self) {
-        // Ours, by its handle; already ended is as good.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
+/// When a held connection ended, milliseconds since the Unix epoch.
+fn ended(held: &Inside) -> Result<f64, LabError> {
+    let line = held.line("the end of the connection", SETTLE_MAX)?;
+    line.parse().map_err(|_| Refusal::new(Code::Internal, "a time", line).into())
 }

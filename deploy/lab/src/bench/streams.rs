@@ -1,5 +1,6 @@
 //! A thousand streams of the Workload API at one agent: what they weigh, and how long a change takes to reach all of them.
 
+use super::inside::Inside;
 use super::{folder, resident_mb};
 use crate::chaos::calls::epoch_ms;
 use crate::demo::{Say, in_a_lab};
@@ -8,10 +9,6 @@ use crate::preflight::own_binary;
 use crate::topology::Spec;
 use ambit_model::{Refusal, refusal::Code};
 use std::fmt::Write as _;
-use std::io::{BufRead, BufReader};
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
-use std::sync::mpsc;
 use std::time::Duration;
 
 const LAB: &str = "streams";
@@ -123,40 +120,19 @@ fn entries(hint: &str) -> String {
 }
 
 /// The streams of one pod.
-struct Pod {
-    child: Child,
-    lines: mpsc::Receiver<String>,
-}
+struct Pod(Inside);
 
 impl Pod {
     fn open(lab: &Lab, place: &str) -> Result<Pod, LabError> {
-        let program = own_binary("ambit-lab")?;
-        let (socket, count) = (lab.workload_socket(NODE), STREAMS_PER_POD.to_string());
-        let inside: [&Path; 3] = [Path::new("streams-inside"), &socket, Path::new(&count)];
-        let mut child = Command::new(&program)
-            .args(["exec", "--lab", lab.name(), place, "--"])
-            .arg(&program)
-            .args(inside)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()
-            .map_err(|source| LabError::Io { path: program, source })?;
-        let (tell, lines) = mpsc::sync_channel(4);
-        if let Some(out) = child.stdout.take() {
-            // It ends with the pipe, which ends with the child.
-            std::thread::spawn(move || {
-                for line in BufReader::new(out).lines().map_while(Result::ok) {
-                    let _ = tell.send(line);
-                }
-            });
-        }
-        Ok(Pod { child, lines })
+        let (program, socket) = (own_binary("ambit-lab")?, lab.workload_socket(NODE));
+        let (program, socket) = (program.display().to_string(), socket.display().to_string());
+        let argv = [program.as_str(), "streams-inside", &socket, &STREAMS_PER_POD.to_string()];
+        Ok(Pod(Inside::start(lab, place, &argv)?))
     }
 
     /// When the first and the last of its streams heard of this hint.
     fn heard(&self, hint: &str) -> Result<(f64, f64), LabError> {
-        let none = |_| Refusal::new(Code::Unavailable, format!("all streams to hear of {hint}"), "silence");
-        let line = self.lines.recv_timeout(WAIT_MAX).map_err(none)?;
+        let line = self.0.line(&format!("all streams to hear of {hint}"), WAIT_MAX)?;
         let words: Vec<&str> = line.split(' ').collect();
         match words.as_slice() {
             [of, first, last] if *of == hint => match (first.parse(), last.parse()) {
@@ -165,13 +141,5 @@ impl Pod {
             },
             _ => Err(Refusal::new(Code::Internal, format!("word of {hint}"), line).into()),
         }
-    }
-}
-
-impl Drop for Pod {
-    fn drop(&mut self) {
-        // Ours, by its handle; already ended is as good.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
