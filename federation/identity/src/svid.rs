@@ -295,7 +295,6 @@ fn must(cert: &X509Certificate<'_>, kind: Kind) -> Result<(), Refusal> {
     }
 }
 
-/// An authority's name by its key (SubjectPublicKeyInfo, DER).
 /// The name of a certificate's key, by which an intermediate is revoked: SHA-256 of its SPKI, the first 20 bytes, hex.
 ///
 /// # Errors
@@ -305,6 +304,7 @@ pub fn name_of(der: &[u8]) -> Result<String, Refusal> {
     Ok(key_name(cert.public_key().raw))
 }
 
+/// An authority's name by its key (SubjectPublicKeyInfo, DER).
 fn key_name(spki: &[u8]) -> String {
     hex::encode(&Sha256::digest(spki)[..20])
 }

@@ -4,7 +4,6 @@
 use super::Replica;
 use crate::config::Config;
 use ambit_identity::{SvidKey, fingerprint};
-use ambit_model::refusal::Class;
 use ambit_model::{Code, Refusal};
 use ambit_proto::status::from_status;
 use ambit_proto::v1::node_attestation_client::NodeAttestationClient;
@@ -82,7 +81,10 @@ fn refused(denied: &Denied) -> Refusal {
 
 impl Prover<'_> {
     /// Both round trips. The EK's id, which an operator puts on the allow-list, is in the refusal where it is not there.
-    pub async fn prove(&self, channel: Channel) -> Result<(), Refusal> {
+    ///
+    /// # Errors
+    /// What kept it from being judged; inside, what the judge said no for.
+    pub async fn prove(&self, channel: Channel) -> Result<Result<(), Refusal>, Refusal> {
         let mut client = NodeAttestationClient::new(channel);
         let me = self.attester.identity().await.map_err(tpm)?;
         let agent_nonce = super::random::<32>()?;
@@ -100,7 +102,7 @@ impl Prover<'_> {
             Some(begin_response::Result::Challenge(challenge)) => challenge,
             Some(begin_response::Result::Denied(denied)) => {
                 let ek = ambit_verify::node_id(&me.ek_public).map(|id| id.to_string()).unwrap_or_default();
-                return Err(Refusal { found: format!("EK {ek}"), ..refused(&denied) });
+                return Ok(Err(Refusal { found: format!("EK {ek}"), ..refused(&denied) }));
             }
             None => return Err(malformed("a challenge or a denial")),
         };
@@ -112,8 +114,8 @@ impl Prover<'_> {
             .collect();
         let sent = tokio::time::timeout(CALL_MAX, client.evidence(tokio_stream::iter(parts)));
         match sent.await.map_err(|_| silence())?.map_err(|s| from_status(&s))?.into_inner().result {
-            Some(evidence_response::Result::Verdict(_)) => Ok(()),
-            Some(evidence_response::Result::Denied(denied)) => Err(refused(&denied)),
+            Some(evidence_response::Result::Verdict(_)) => Ok(Ok(())),
+            Some(evidence_response::Result::Denied(denied)) => Ok(Err(refused(&denied))),
             None => Err(malformed("a verdict or a denial")),
         }
     }
@@ -251,9 +253,8 @@ async fn attest(replica: &Replica, attester: &Attester, wrap_key: &TpmWrapKey) -
             }
         };
         match prover.prove(channel).await {
-            Ok(()) => return Ok(()),
-            // Who judged is not asked again at another's: each verdict is an entry of the log.
-            Err(refusal) if refusal.code.class() == Class::Denied => return Err(refusal),
+            // Who was judged is not judged again by another: each denial is an entry of the log.
+            Ok(judged) => return judged,
             Err(refusal) => last = refusal,
         }
     }

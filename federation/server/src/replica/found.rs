@@ -216,7 +216,11 @@ async fn attest(
     channel: Channel,
 ) -> Result<(), Refusal> {
     let (boot_log, ima_log) = (config.boot_log.as_path(), config.ima_log.as_path());
-    match (Prover { attester, wrap_key, tls, boot_log, ima_log, token: j.token }).prove(channel).await {
+    match (Prover { attester, wrap_key, tls, boot_log, ima_log, token: j.token })
+        .prove(channel)
+        .await
+        .and_then(|judged| judged)
+    {
         Err(refusal) if matches!(refusal.code, Code::AppraisalPolicyMissing | Code::NotFound) => {
             tracing::warn!(%refusal, "this replica joins unattested: it attests once there is a policy");
             Ok(())

@@ -35,6 +35,9 @@ const QUEUE: usize = 64;
 const PAGE: usize = 512;
 /// A follower to whom nothing was told for this long is told how far it is.
 const BOOKMARK: Duration = Duration::from_secs(10);
+/// Who reads nothing at all for this long has lost its place: there are not many, and who may have one is asked again only
+/// where something is read.
+const STALLED_MAX: Duration = Duration::from_secs(60);
 /// A replica that is behind what was told elsewhere may take this long to come up to it.
 const CATCH_UP_MAX: Duration = Duration::from_secs(5);
 
@@ -205,7 +208,11 @@ impl Follower {
     }
 
     async fn send(&self, revision: u64, event: Event) -> Result<(), Ended> {
-        self.down.send(Ok(v1::WatchEvent { revision, event: Some(event) })).await.map_err(|_| Ended)
+        let sent = self.down.send(Ok(v1::WatchEvent { revision, event: Some(event) }));
+        match tokio::time::timeout(STALLED_MAX, sent).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(_)) | Err(_) => Err(Ended),
+        }
     }
 }
 
