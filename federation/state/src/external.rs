@@ -227,6 +227,18 @@ impl State {
         let signs = self.external(root).is_some_and(|last| last.key_hash == row.key_hash);
         Some((*root, row, signs))
     }
+    /// Whether the cell has a row of an intermediate, a downstream authority or one under an external root with this name.
+    pub fn has_row_of(&self, id: &str) -> bool {
+        self.authority(id).is_some() || self.downstream(id).is_some() || self.external_named(id).is_some()
+    }
+    /// Whether this names a key that the cell has a row of, or that stands in the chains of all: of a root in the bundle, or of
+    /// what is between an external one and its authority.
+    pub fn names_authority(&self, id: &str) -> bool {
+        let is = |der: &[u8]| Certificate::read("a certificate", der).is_ok_and(|c| authority_of(&c.key_hash()) == id);
+        self.has_row_of(id)
+            || self.roots().values().any(|row| is(&row.der))
+            || self.externals.iter().any(|(_, row)| row.chain.iter().any(|der| is(der)))
+    }
     /// Whether an intermediate is under the authority that signs now for its root.
     pub fn is_under_last(&self, row: &AuthorityRow) -> bool {
         !self.is_replaced(&row.root, &row.serial)

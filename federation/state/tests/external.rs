@@ -17,7 +17,7 @@ use openssl::bn::BigNum;
 use openssl::ec::{EcGroup, EcKey};
 use openssl::hash::MessageDigest;
 use openssl::nid::Nid;
-use openssl::pkey::{PKey, Private};
+use openssl::pkey::{HasPublic, PKey, Private};
 use openssl::rsa::Rsa;
 use openssl::sign::Signer;
 use openssl::x509::extension::{
@@ -37,7 +37,7 @@ fn p256() -> PKey<Private> {
 fn rsa(bits: u32) -> PKey<Private> {
     PKey::from_rsa(Rsa::generate(bits).unwrap()).unwrap()
 }
-fn spki_sha256(key: &PKey<Private>) -> [u8; 32] {
+fn spki_sha256<T: HasPublic>(key: &PKey<T>) -> [u8; 32] {
     sha256(&key.public_key_to_der().unwrap())
 }
 
@@ -269,8 +269,21 @@ fn roots_of_real_cas_are_taken_with_up_to_two_tiers() {
             let bundle = cell.state.bundle_record().unwrap();
             assert!(bundle.roots.iter().any(|root| root.der == der(&outside.root)), "the root and nothing else of it");
             assert_eq!(bundle.roots.len(), 2);
+            // Whatever stands in the chains of all is denied by no name: that would be the end of the cell.
+            for one in chain.iter().chain([&der(&outside.root)]) {
+                let key = X509::from_der(one).unwrap().public_key().unwrap();
+                let deny = Command::DenyAuthority(hex(&spki_sha256(&key)[..20]));
+                assert_eq!(code(cell.at(NOW, 0, deny)), Code::RootState, "{what}, {tiers} tiers");
+            }
+            let unknown = "ab".repeat(20);
+            cell.at(NOW, 0, Command::DenyAuthority(unknown.clone())).unwrap();
+            assert_eq!(denied_until(&cell, &unknown), Stamp(NOW + LIFE_MS_MAX), "as long as an outside CA may give");
         }
     }
+}
+
+fn denied_until(cell: &Cell, name: &str) -> Stamp {
+    *cell.state.authority_denials().find(|((_, denied), _)| denied == name).unwrap().1
 }
 
 #[test]
@@ -681,6 +694,9 @@ fn an_external_root_that_was_given_up_returns_and_an_own_one_never() {
     cell.at(NOW, 0, Command::RevokeRoot(id)).unwrap();
     let denied = |cell: &Cell| cell.state.authority_denials().any(|((_, name), _)| *name == former);
     assert!(denied(&cell) && cell.state.external(&id).is_none());
+    let until = denied_until(&cell, &former);
+    cell.at(NOW, 0, Command::DenyAuthority(former.clone())).unwrap();
+    assert_eq!(denied_until(&cell, &former), until, "a denial only grows");
     let second = p256();
     request(&mut cell, &second).unwrap();
     let again = import(vec![der(&outside.certify(&Says::authority(), &second))], &outside.root);

@@ -370,7 +370,7 @@ impl Authorities {
                     (Command::Act { act, approved: asked.approved.clone(), by }, survey.stranded(s, &id))
                 }
                 Named::Intermediate(id) if asked.m.unknown => (unknown(s, &id)?, Vec::new()),
-                Named::Intermediate(id) if !known(s, &id) => {
+                Named::Intermediate(id) if !s.has_row_of(&id) => {
                     let expected = "an intermediate of this cell, by name; one of before a restore with --unknown";
                     return Err(Refusal::new(Code::NotFound, expected, id));
                 }
@@ -410,10 +410,6 @@ fn root_named<T>(
     }
 }
 
-fn known(s: &State, id: &str) -> bool {
-    s.authority(id).is_some() || s.downstream(id).is_some() || s.external_named(id).is_some()
-}
-
 /// Refuses an intermediate that nothing is known of. A root has such a name too, and stands in every chain.
 fn unknown(s: &State, id: &str) -> Result<Command, Refusal> {
     for (root, row) in s.roots().into_iter().filter(|(_, row)| !row.der.is_empty()) {
@@ -422,8 +418,9 @@ fn unknown(s: &State, id: &str) -> Result<Command, Refusal> {
             return Err(Refusal::new(Code::BadRequest, "the name of an intermediate", found));
         }
     }
-    if known(s, id) {
-        return Err(Refusal::new(Code::RootState, "an intermediate that the cell does not know", "one that it does"));
+    if s.names_authority(id) {
+        let found = "one that it does, or that stands in every chain";
+        return Err(Refusal::new(Code::RootState, "an intermediate that the cell does not know", found));
     }
     Ok(Command::DenyAuthority(id.to_owned()))
 }

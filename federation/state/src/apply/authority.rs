@@ -4,6 +4,7 @@ use super::{At, cell_row, downstream, export, payload, touch};
 use crate::authorities::{AuthorityRow, AuthorityState, DownstreamRow, RootId, authority_of};
 use crate::command::Reply;
 use crate::committed::ReplicaAuthority;
+use crate::external::LIFE_MS_MAX;
 use crate::objects::Member;
 use crate::state::State;
 use ambit_model::record::Kind;
@@ -216,28 +217,32 @@ pub(super) fn revoke_under(s: &mut State, at: At, root: &RootId) -> Result<(), R
 /// A cell that was restored knows nothing of what it gave after that backup. Whose such an intermediate is nobody can tell
 /// any more, but it ends within the longest lifetime, and until then its name can be refused.
 pub(super) fn deny_unknown(s: &mut State, at: At, id: &str) -> Result<Reply, Refusal> {
-    if s.authority(id).is_some() || s.downstream(id).is_some() || s.external_named(id).is_some() {
-        return Err(Refusal::new(Code::RootState, "an intermediate that the cell does not know", id));
+    if s.names_authority(id) {
+        let expected = "an intermediate that the cell does not know, and that stands in no chain of all";
+        return Err(Refusal::new(Code::RootState, expected, id));
     }
     if id.len() != 40 || !id.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
         return Err(Refusal::new(Code::NotFound, "an intermediate of this cell, or a key identifier (40 digits)", id));
     }
     let td = cell_row(s)?.trust_domain;
     let of_own = s.authority_denials.from((td.clone(), String::new())).take_while(|((origin, _), _)| *origin == td);
-    let known = |of: &str| s.authority(of).is_some() || s.downstream(of).is_some() || s.external_named(of).is_some();
-    let held = of_own.filter(|((_, of), _)| !known(of)).count();
+    let held = of_own.filter(|((_, of), _)| !s.names_authority(of)).count();
     if held >= UNKNOWN_MAX && !s.authority_denials.contains(&(td, id.to_owned())) {
         let expected = format!("at most {UNKNOWN_MAX} denials of intermediates that nothing is known of");
         return Err(Refusal::new(Code::Busy, expected, "one more"));
     }
-    deny(s, at, id, at.stamp.plus_ms(LIFETIME_MS_MAX))?;
+    // What an outside CA signed lasts longer than whatever the cell signs.
+    let outside = s.externals.len() > 0 || s.external_request().is_some();
+    deny(s, at, id, at.stamp.plus_ms(if outside { LIFE_MS_MAX } else { LIFETIME_MS_MAX }))?;
     Ok(Reply::Done)
 }
 
 /// Whatever this intermediate signed is refused, here and at peers.
 pub(super) fn deny(s: &mut State, at: At, id: &str, until: Stamp) -> Result<(), Refusal> {
-    let td = cell_row(s)?.trust_domain;
-    s.authority_denials.put(&mut s.journal, (td, id.to_owned()), until);
+    let key = (cell_row(s)?.trust_domain, id.to_owned());
+    // A denial only grows.
+    let until = s.authority_denials.get(&key).map_or(until, |before| until.max(*before));
+    s.authority_denials.put(&mut s.journal, key, until);
     export(s, Kind::AuthorityDenial, id.to_owned(), payload(&until)?);
     touch(s, at);
     Ok(())

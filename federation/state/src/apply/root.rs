@@ -241,7 +241,7 @@ pub(super) fn revoke(s: &mut State, at: At, id: &RootId) -> Result<Reply, Refusa
     let gone = RootRow { der: Vec::new(), cross_der: Vec::new(), wrapped: BTreeMap::new(), ..row };
     put(s, at, id, RootState::Revoked, gone);
     s.key_set.remove(&mut s.journal, &1);
-    // A connection that was begun under it knows nothing of bundles any more: by the names it is found and ended.
+    // A connection that was begun under it knows nothing of bundles any more: by the names that the cell knows it is ended.
     authority::revoke_under(s, at, id)?;
     // An external one may come back: what it was before stays refused.
     s.externals.prune(&mut s.journal, |(of, _), _| of == id);
