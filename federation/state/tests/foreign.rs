@@ -131,9 +131,15 @@ fn keys_of_tokens_come_with_the_bundle_to_the_same_nodes_and_go_by_the_same_rule
     assert_eq!(kids(&cell, 1), told(&["d"]), "confirmed as it is");
     let again = State::import(cell.state.export()).unwrap();
     assert_eq!(again.digest(), cell.state.digest());
-    // A relationship that is written anew begins anew.
-    for anew in [put(&td(), vec![vec![9]]), Command::RemoveRelationship(td())] {
-        assert!(!cell.state.peer_jwt(&td()).is_empty());
+    // What it began with, written again, takes nothing back.
+    cell.run(put(&td(), vec![vec![7]])).unwrap();
+    assert_eq!((kids(&cell, 1), bundle_of(&cell, 1)), (told(&["d"]), Some(vec![])));
+    // A relationship with another URL begins anew.
+    let elsewhere = "https://c.example.org/".to_owned();
+    let elsewhere = Command::PutRelationship(td(), elsewhere, EndpointProfile::HttpsWeb, vec![vec![9]], "me".into());
+    for anew in [elsewhere, put(&td(), vec![vec![9]]), Command::RemoveRelationship(td())] {
+        let removed = anew == Command::RemoveRelationship(td());
+        assert!(!removed || !cell.state.peer_jwt(&td()).is_empty());
         cell.run(anew).unwrap();
         assert!(cell.state.peer_jwt(&td()).is_empty());
         let _ = take_keys(&mut cell, 12, &[9], keys(&["e"]), 8);

@@ -39,12 +39,17 @@ pub(super) fn put(
     if matches!(profile, EndpointProfile::HttpsSpiffe(_)) && roots.is_empty() {
         return Err(Refusal::new(Code::BadRequest, "a bootstrap bundle with https_spiffe", "none"));
     }
-    // By one administrator alone it would be what two must approve: to remove it.
-    if let (Some(known), true) = (s.relationships.get(td), s.approvers.len() > 0) {
-        let same = known.url == url && known.profile == *profile && (roots.is_empty() || known.roots == roots);
-        let expected = "it as it is; to change it two remove it (ambit federation remove), then it is put";
-        let found = format!("another relationship with {td}");
-        return if same { Ok(Reply::Done) } else { Err(Refusal::new(Code::AlreadyExists, expected, found)) };
+    if let Some(known) = s.relationships.get(td) {
+        // What was given to begin with takes nothing back of what was fetched since.
+        let begun = known.taken != Stamp(0) || roots.is_empty() || known.roots == roots;
+        if known.url == url && known.profile == *profile && begun {
+            return Ok(Reply::Done);
+        }
+        // By one administrator alone it would be what two must approve: to remove it.
+        if s.approvers.len() > 0 {
+            let expected = "it as it is; to change it two remove it (ambit federation remove), then it is put";
+            return Err(Refusal::new(Code::AlreadyExists, expected, format!("another relationship with {td}")));
+        }
     }
     let row = RelationshipRow {
         url: url.to_owned(),
