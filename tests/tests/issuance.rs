@@ -19,6 +19,7 @@ use ambit_tests::tpm::Maker;
 use ambitd::raft::{Options, rebase};
 use ambitd::replica::files::Files;
 use base64::Engine as _;
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -350,4 +351,14 @@ async fn an_administrator_mints_and_the_cell_keeps_who_did() {
     let rows: Vec<_> = issued.iter().map(|i| (i.kind.as_str(), i.spiffe_id.as_str(), i.subject.as_str())).collect();
     let by = "minted by spiffe://west/ambit/admin/founder";
     assert_eq!(rows, [("jwt", "spiffe://west/ci", by), ("x509", "spiffe://west/ci", by)]);
+    // One who loops is told to wait, before anything is read or signed.
+    let mut codes = BTreeSet::new();
+    for n in 0..600 {
+        let refused = match n % 2 {
+            0 => client.mint_x509svid(v1::MintX509svidRequest::default()).await.map(drop).unwrap_err(),
+            _ => client.mint_jwtsvid(v1::MintJwtsvidRequest::default()).await.map(drop).unwrap_err(),
+        };
+        codes.insert(from_status(&refused).code.to_string());
+    }
+    assert!(codes.contains("busy"), "{codes:?}");
 }

@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 const PER_NODE: Rate = Rate { per_second: 200.0, burst: 4_096.0 };
 /// What one administrator may have certified: a leaf lasts for hours, and its row in the state as long.
 const PER_ADMIN: Rate = Rate { per_second: 0.1, burst: 256.0 };
+/// What one administrator may mint for others: at most an hour each, so that there are at most 36,000 of them at once.
+const PER_MINTER: Rate = Rate { per_second: 20.0, burst: 1_024.0 };
 /// All nodes at one replica: above what two cores can sign, so that only a burst of everybody is smoothed.
 const GLOBAL: Rate = Rate { per_second: 20_000.0, burst: 40_000.0 };
 /// A request costs an entry of the log, whatever is in it: as much as a leaf.
@@ -49,6 +51,8 @@ pub enum Asker {
     Node(NodeId),
     /// An administrator, by SHA-256 of the identity.
     Admin([u8; 32]),
+    /// The same, for those whom no node speaks for.
+    Minter([u8; 32]),
 }
 
 impl Asker {
@@ -56,6 +60,7 @@ impl Asker {
         match self {
             Self::Node(_) => PER_NODE,
             Self::Admin(_) => PER_ADMIN,
+            Self::Minter(_) => PER_MINTER,
         }
     }
 }
@@ -129,6 +134,9 @@ mod tests {
         // An hour of it; each costs two.
         assert!((128 + 179..=128 + 181).contains(&granted.count()));
         budgets.take(Asker::Admin([2; 32]), 1, start).unwrap();
+        // What they mint for others is counted by itself.
+        let minted = (0..1_000).filter(|_| budgets.take(Asker::Minter([1; 32]), 1, start).is_ok());
+        assert_eq!(minted.count(), 512);
     }
 
     #[test]

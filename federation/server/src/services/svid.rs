@@ -88,6 +88,7 @@ impl v1::svid_server::Svid for Svids {
         request: Request<v1::MintX509svidRequest>,
     ) -> Result<Response<v1::MintX509svidResponse>, Status> {
         let (actor, m) = (actor(&request)?, request.into_inner());
+        self.within_budget(Asker::Minter(actor.client.id), 1)?;
         let csr = Csr::parse(&m.csr).or_status()?;
         let authority = self.0.issuer().authority().to_owned();
         let id = signed_here(request_id(&m.request_id)?, &authority);
@@ -109,6 +110,7 @@ impl v1::svid_server::Svid for Svids {
         request: Request<v1::MintJwtsvidRequest>,
     ) -> Result<Response<v1::NewJwtsvidResponse>, Status> {
         let (actor, m) = (actor(&request)?, request.into_inner());
+        self.within_budget(Asker::Minter(actor.client.id), 1)?;
         let id = request_id(&m.request_id)?;
         let audience = Audience::new(m.audience).or_status()?;
         let (minted_for, ttl): (SpiffeId, _) = (m.spiffe_id.parse().or_status()?, jwt_ttl(m.ttl_seconds).or_status()?);
@@ -147,13 +149,13 @@ impl v1::svid_server::Svid for Svids {
         let Role::Admin(name, _) = actor.role else {
             return Err(Refusal::new(Code::PermissionDenied, "an administrator", actor.name)).or_status();
         };
+        self.within_budget(Asker::Admin(actor.client.id), 1)?;
         let m = request.into_inner();
         let csr = Csr::parse(&m.csr).or_status()?;
         let authority = self.0.issuer().authority().to_owned();
         let id = signed_here(request_id(&m.request_id)?, &authority);
         let own = |_| Refusal::new(Code::PermissionDenied, "an administrator below /ambit/admin/", name.as_str());
         let admin = name.parse().map_err(own).or_status()?;
-        self.within_budget(Asker::Admin(actor.client.id), 1)?;
         let command = Command::CertifyAdmin { admin, key_hash: csr.spki_sha256(), authority };
         let applied = self.0.propose(actor.client, id, command).await.or_status()?;
         let (chain_der, not_after_ms) = one_leaf(&self.0, applied, &csr).or_status()?;
