@@ -19,6 +19,7 @@ use anyhow::{Context, Result, bail};
 use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::sign::CertifiedKey;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::mpsc;
@@ -303,4 +304,38 @@ async fn say(up: &mpsc::Sender<v1::AgentMessage>, body: Up) -> Result<()> {
 
 fn now_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64)
+}
+
+/// Handshakes one after the other, both ways, until told to stop.
+pub struct Greetings {
+    stop: Arc<AtomicBool>,
+    done: Arc<AtomicUsize>,
+    task: tokio::task::JoinHandle<Vec<String>>,
+}
+
+impl Greetings {
+    /// Begins with these pairs, caller and callee.
+    pub fn start(pairs: Vec<(Arc<Node>, Arc<Node>)>) -> Greetings {
+        let (stop, done): (Arc<AtomicBool>, Arc<AtomicUsize>) = Default::default();
+        let (stopped, counted) = (stop.clone(), done.clone());
+        let task = tokio::spawn(async move {
+            let mut failed = Vec::new();
+            while !stopped.load(Ordering::Relaxed) {
+                for (caller, callee) in &pairs {
+                    match caller.greet(callee).await {
+                        Ok(()) => drop(counted.fetch_add(1, Ordering::Relaxed)),
+                        Err(e) => failed.push(format!("{e:#}")),
+                    }
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+            }
+            failed
+        });
+        Greetings { stop, done, task }
+    }
+    /// Ends them: how many succeeded, and how each other failed.
+    pub async fn end(self) -> (usize, Vec<String>) {
+        self.stop.store(true, Ordering::Relaxed);
+        (self.done.load(Ordering::Relaxed), self.task.await.unwrap_or_else(|e| vec![e.to_string()]))
+    }
 }

@@ -69,8 +69,9 @@ impl Ledger {
     async fn churn(&mut self, entries: usize) {
         let before = self.written.clone();
         self.write(entries).await;
-        let ids: Vec<_> = self.written.difference(&before).cloned().collect();
-        let request = v1::BatchDeleteEntryRequest { request_id: fresh(), ids };
+        let gone = self.written.difference(&before);
+        let items = gone.map(|id| v1::EntryRemoval { id: id.clone(), expected_revision: 0 }).collect();
+        let request = v1::BatchDeleteEntryRequest { request_id: fresh(), items };
         let call = |channel| {
             let request = request.clone();
             async move { EntryRegistryClient::new(channel).batch_delete_entry(request).await }

@@ -4,14 +4,13 @@
 
 use ambit_tests::cell::Cell;
 use ambit_tests::machine::{Machine, join_token, register_cluster};
-use ambit_tests::node::Node;
+use ambit_tests::node::{Greetings, Node};
 use ambit_tests::operator::{create_entry, within};
 use ambit_tests::process::{Folder, binary, must_run, run};
 use ambit_tests::tpm::Maker;
 use std::path::Path;
 use std::process::Output;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 const CA: &str = "basicConstraints=critical,CA:TRUE,pathlen:1\nkeyUsage=critical,keyCertSign,cRLSign\n";
@@ -71,38 +70,6 @@ impl Desk<'_> {
     /// Whether OpenSSL takes this chain (leaf first, PEM) by the root alone.
     fn verified(&self, chain: &str, root: &str) -> String {
         must_run(&["openssl", "verify", "-x509_strict", "-CAfile", root, "-untrusted", chain, chain]).unwrap()
-    }
-}
-
-/// Handshakes of a node with itself and another, until told to stop.
-struct Greetings {
-    stop: Arc<AtomicBool>,
-    done: Arc<AtomicUsize>,
-    task: tokio::task::JoinHandle<Vec<String>>,
-}
-
-impl Greetings {
-    fn start(pairs: Vec<(Arc<Node>, Arc<Node>)>) -> Greetings {
-        let (stop, done): (Arc<AtomicBool>, Arc<AtomicUsize>) = Default::default();
-        let (stopped, counted) = (stop.clone(), done.clone());
-        let task = tokio::spawn(async move {
-            let mut failed = Vec::new();
-            while !stopped.load(Ordering::Relaxed) {
-                for (caller, callee) in &pairs {
-                    match caller.greet(callee).await {
-                        Ok(()) => drop(counted.fetch_add(1, Ordering::Relaxed)),
-                        Err(e) => failed.push(format!("{e:#}")),
-                    }
-                    tokio::time::sleep(Duration::from_millis(10)).await;
-                }
-            }
-            failed
-        });
-        Greetings { stop, done, task }
-    }
-    async fn end(self) -> (usize, Vec<String>) {
-        self.stop.store(true, Ordering::Relaxed);
-        (self.done.load(Ordering::Relaxed), self.task.await.unwrap())
     }
 }
 

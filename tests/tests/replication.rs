@@ -207,6 +207,26 @@ async fn entries_are_updated_by_revision_and_listed_by_page() {
     let now = client.get_entry(v1::GetEntryRequest { id: "e03".into() }).await.unwrap().into_inner();
     assert_eq!((now.ttl_seconds, now.revision > read.revision), (120, true));
 
+    // One item that cannot be read, and one that is not as expected, do not take the others along.
+    let codes = |answer: v1::BatchEntryResponse| answer.results.into_iter().map(|r| (r.id, r.code)).collect::<Vec<_>>();
+    let told = |all: &[(&str, &str)]| all.iter().map(|(id, code)| ((*id).into(), (*code).into())).collect::<Vec<_>>();
+    let mut mixed = creation("m1");
+    mixed.entries.extend(creation("M 2").entries.into_iter().chain(creation("m3").entries));
+    let answer = client.batch_create_entry(mixed).await.unwrap().into_inner();
+    assert_eq!(codes(answer), told(&[("m1", "ok"), ("M 2", "bad_request"), ("m3", "ok")]));
+    let removal = |id: &str, expected_revision| v1::EntryRemoval { id: id.into(), expected_revision };
+    let delete = |items| v1::BatchDeleteEntryRequest { request_id: fresh(), items };
+    let items = vec![removal("m1", 0), removal("m1", 0), removal("m3", 1), removal("M 2", 0), removal("m9", 1)];
+    let answer = client.batch_delete_entry(delete(items)).await.unwrap().into_inner();
+    let outcomes =
+        [("m1", "ok"), ("m1", "not_found"), ("m3", "stale_revision"), ("M 2", "bad_request"), ("m9", "not_found")];
+    assert_eq!(codes(answer), told(&outcomes));
+    let m3 = client.get_entry(v1::GetEntryRequest { id: "m3".into() }).await.unwrap().into_inner();
+    let answer = client.batch_delete_entry(delete(vec![removal("m3", m3.revision)])).await.unwrap().into_inner();
+    assert_eq!(codes(answer), told(&[("m3", "ok")]));
+    let answer = client.batch_delete_entry(delete(vec![removal("M 2", 0)])).await.unwrap().into_inner();
+    assert_eq!((answer.revision, codes(answer)), (0, told(&[("M 2", "bad_request")])));
+
     let mut page = v1::ListEntriesRequest { page_size: 10, ..Default::default() };
     let mut seen = Vec::new();
     let mut pages = 0;

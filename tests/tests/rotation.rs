@@ -4,17 +4,17 @@
 
 use ambit_proto::v1;
 use ambit_proto::v1::cluster_registry_client::ClusterRegistryClient;
+use ambit_proto::v1::local_authority_client::LocalAuthorityClient;
 use ambit_proto::v1::membership_client::MembershipClient;
 use ambit_tests::cell::{Cell, fresh};
 use ambit_tests::machine::{Machine, join_token, register_cluster};
-use ambit_tests::node::Node;
+use ambit_tests::node::{Greetings, Node};
 use ambit_tests::operator::{create_entry, within};
 use ambit_tests::process::Folder;
 use ambit_tests::process::{binary, run};
 use ambit_tests::tpm::Maker;
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 /// A cell of a lab, whose intermediates last half a minute.
@@ -32,38 +32,6 @@ async fn node(cell: &Cell, maker: &Maker, name: &str) -> Node {
     let node = Node::start(cell, machine, &td, token, "web").unwrap();
     within("an SVID", async || node.is_ready().then_some(())).await;
     node
-}
-
-/// Handshakes one after the other, both ways, until told to stop.
-struct Greetings {
-    stop: Arc<AtomicBool>,
-    done: Arc<AtomicUsize>,
-    task: tokio::task::JoinHandle<Vec<String>>,
-}
-
-impl Greetings {
-    fn start(pairs: Vec<(Arc<Node>, Arc<Node>)>) -> Greetings {
-        let (stop, done): (Arc<AtomicBool>, Arc<AtomicUsize>) = Default::default();
-        let (stopped, counted) = (stop.clone(), done.clone());
-        let task = tokio::spawn(async move {
-            let mut failed = Vec::new();
-            while !stopped.load(Ordering::Relaxed) {
-                for (caller, callee) in &pairs {
-                    match caller.greet(callee).await {
-                        Ok(()) => drop(counted.fetch_add(1, Ordering::Relaxed)),
-                        Err(e) => failed.push(format!("{e:#}")),
-                    }
-                    tokio::time::sleep(Duration::from_millis(10)).await;
-                }
-            }
-            failed
-        });
-        Greetings { stop, done, task }
-    }
-    async fn end(self) -> (usize, Vec<String>) {
-        self.stop.store(true, Ordering::Relaxed);
-        (self.done.load(Ordering::Relaxed), self.task.await.unwrap())
-    }
 }
 
 /// Each replica's present intermediate.
@@ -226,4 +194,17 @@ async fn roots_of_both_cells_are_replaced_and_a_replica_lost_meanwhile_and_no_ha
         assert!(signers.last().is_some_and(|last| now.contains(last)), "{signers:?} of {now:?}, {refused:?}");
         assert!(signers.len() >= 2, "{signers:?}");
     }
+
+    // A node that falls silent is waited for as long as it is relied on, and no longer.
+    drop(web);
+    let missing = async || {
+        let mut client = LocalAuthorityClient::new(west.admin(1).await.unwrap());
+        let state = client.get_x509_authority_state(v1::X509AuthorityStateRequest::default()).await.ok()?.into_inner();
+        Some(state.roots.into_iter().find(|root| root.state == "active")?.missing)
+    };
+    within("the silent node is missing", async || {
+        missing().await?.iter().any(|m| m.starts_with("node ")).then_some(())
+    })
+    .await;
+    within("nobody waits for it", async || missing().await?.is_empty().then_some(())).await;
 }

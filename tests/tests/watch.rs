@@ -91,7 +91,8 @@ async fn put(cell: &Cell, ids: &[String], ttl_seconds: u32) -> u64 {
 }
 
 async fn delete(cell: &Cell, ids: &[String]) -> u64 {
-    let request = v1::BatchDeleteEntryRequest { request_id: fresh(), ids: ids.to_vec() };
+    let items = ids.iter().map(|id| v1::EntryRemoval { id: id.clone(), expected_revision: 0 }).collect();
+    let request = v1::BatchDeleteEntryRequest { request_id: fresh(), items };
     let call = |channel| {
         let request = request.clone();
         async move { EntryRegistryClient::new(channel).batch_delete_entry(request).await }

@@ -13,10 +13,16 @@ pub enum Entry {
     /// Entries of this cell
     List(EntryList),
     /// Removes entries
-    Delete {
-        #[arg(required = true)]
-        ids: Vec<String>,
-    },
+    Delete(EntryDelete),
+}
+
+#[derive(Debug, clap::Args)]
+pub struct EntryDelete {
+    #[arg(required = true)]
+    pub ids: Vec<String>,
+    /// Only if the entry is still as this revision wrote it
+    #[arg(long, value_name = "REVISION")]
+    pub expect_revision: Option<std::num::NonZeroU64>,
 }
 
 #[derive(Debug, clap::Args)]

@@ -176,8 +176,8 @@ fn entry(job: &Job, number: u64) -> v1::Entry {
 
 /// The ids of every entry of the cell.
 pub async fn list(cell: &Cell) -> Result<Vec<String>, Refusal> {
-    let reply = ask!(cell, EntryRegistry.list_entries(v1::ListEntriesRequest::default()))?;
-    Ok(reply.entries.into_iter().map(|e| e.id).collect())
+    let entries = crate::verbs::entry::listed(cell, v1::ListEntriesRequest::default()).await?;
+    Ok(entries.into_iter().map(|e| e.id).collect())
 }
 
 /// Deletes the entries of this run, whoever made them.
@@ -185,7 +185,8 @@ pub async fn clean_up(cell: &Cell, run: &str, listed: &[String]) -> Result<usize
     let start = format!("drill-{run}-");
     let ours: Vec<String> = listed.iter().filter(|id| id.starts_with(&start)).cloned().collect();
     for ids in ours.chunks(DELETE_BATCH) {
-        let request = v1::BatchDeleteEntryRequest { request_id: request_id()?, ids: ids.to_vec() };
+        let items = ids.iter().map(|id| v1::EntryRemoval { id: id.clone(), expected_revision: 0 }).collect();
+        let request = v1::BatchDeleteEntryRequest { request_id: request_id()?, items };
         ask!(cell, EntryRegistry.batch_delete_entry(request))?;
     }
     Ok(ours.len())

@@ -13,9 +13,8 @@ use ambit_model::{Code, Refusal};
 use ambit_proto::v1;
 use serde::Deserialize;
 use serde_json::json;
+use std::num::NonZeroU64;
 
-/// Entries asked for at a time.
-const PAGE: u32 = 5_000;
 /// Bytes of one entry file; as much as one policy request.
 const FILE_BYTES_MAX: u64 = 1 << 20;
 
@@ -28,9 +27,15 @@ pub(super) async fn run(session: &Session, verb: Entry) -> Result<Answer, Refusa
             let reply = ask!(cell, EntryRegistry.batch_create_entry(request))?;
             Ok(statuses(session, &reply, "created").note(banner))
         }
-        Entry::Delete { ids } => {
+        Entry::Delete(delete) => {
+            let expected_revision = delete.expect_revision.map_or(0, NonZeroU64::get);
+            if expected_revision != 0 && delete.ids.len() > 1 {
+                let found = format!("{} ids", delete.ids.len());
+                return Err(Refusal::new(Code::BadRequest, "one id with --expect-revision", found));
+            }
+            let items = delete.ids.into_iter().map(|id| v1::EntryRemoval { id, expected_revision }).collect();
             let (cell, banner) = session.cell_to_change()?;
-            let request = v1::BatchDeleteEntryRequest { request_id: request_id()?, ids };
+            let request = v1::BatchDeleteEntryRequest { request_id: request_id()?, items };
             let reply = ask!(cell, EntryRegistry.batch_delete_entry(request))?;
             Ok(statuses(session, &reply, "deleted").note(banner))
         }
@@ -38,7 +43,7 @@ pub(super) async fn run(session: &Session, verb: Entry) -> Result<Answer, Refusa
             let (expected, create) = (update.expect_revision, update.create);
             let item = |entry| v1::EntryUpdate {
                 entry: Some(entry),
-                expected_revision: expected.map_or(0, std::num::NonZeroU64::get),
+                expected_revision: expected.map_or(0, NonZeroU64::get),
                 create,
             };
             let items = entries_of(update.written)?.into_iter().map(item).collect();
@@ -49,25 +54,24 @@ pub(super) async fn run(session: &Session, verb: Entry) -> Result<Answer, Refusa
         }
         Entry::List(list) => {
             let cell = session.cell()?;
-            let entries = pages(&cell, list).await?;
+            let EntryList { cluster, spiffe_id, selectors, downstream, admin, federates_with } = list;
+            let request = v1::ListEntriesRequest {
+                cluster,
+                spiffe_id,
+                selectors,
+                downstream,
+                admin,
+                federates_with,
+                ..Default::default()
+            };
+            let entries = listed(&cell, request).await?;
             Ok(Answer::ok(table(&entries).render(session.form)))
         }
     }
 }
 
 /// All pages of a list.
-async fn pages(cell: &Cell, list: EntryList) -> Result<Vec<v1::Entry>, Refusal> {
-    let EntryList { cluster, spiffe_id, selectors, downstream, admin, federates_with } = list;
-    let mut request = v1::ListEntriesRequest {
-        cluster,
-        spiffe_id,
-        selectors,
-        page_size: PAGE,
-        after_id: String::new(),
-        downstream,
-        admin,
-        federates_with,
-    };
+pub(crate) async fn listed(cell: &Cell, mut request: v1::ListEntriesRequest) -> Result<Vec<v1::Entry>, Refusal> {
     let mut entries = Vec::new();
     loop {
         let reply = ask!(cell, EntryRegistry.list_entries(request.clone()))?;

@@ -9,7 +9,7 @@ mod check;
 mod cluster;
 mod deny;
 mod drill;
-mod entry;
+pub(crate) mod entry;
 mod federation;
 mod lab;
 mod node;

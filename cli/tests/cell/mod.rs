@@ -199,9 +199,10 @@ impl v1::entry_registry_server::EntryRegistry for Replica {
         request: Request<v1::BatchDeleteEntryRequest>,
     ) -> Result<Response<v1::BatchEntryResponse>, Status> {
         let request = request.into_inner();
-        let ids = request.ids.iter().map(|id| id.parse().unwrap()).collect();
-        let applied = self.apply(&request.request_id, Command::DeleteEntries(ids))?;
-        self.items(applied, request.ids)
+        let ids: Vec<String> = request.items.into_iter().map(|item| item.id).collect();
+        let parsed = ids.iter().map(|id| id.parse().unwrap()).collect();
+        let applied = self.apply(&request.request_id, Command::DeleteEntries(parsed))?;
+        self.items(applied, ids)
     }
     async fn list_entries(
         &self,

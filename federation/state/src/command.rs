@@ -508,6 +508,8 @@ pub enum Command {
     /// What was made with the key of the authority (SHA-256 of its SPKI) under this external root, refused where another one
     /// signs under it by now: wrapped or split, its key would stand for that of the other.
     OverAuthority([u8; 32], [u8; 32], Box<Command>),
+    /// As [`Command::RetireEntries`], each only where it is as it must be. One that is not there is refused.
+    RemoveEntries(Vec<(EntryId, Presence)>),
 }
 
 /// A foreign bundle, read strictly.

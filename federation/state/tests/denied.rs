@@ -5,7 +5,7 @@ mod common;
 
 use ambit_model::policy::Endpoint;
 use ambit_model::record::{Head, Kind, Record};
-use ambit_model::{Code, Entry, EntryExtras, Extras, Generation, IdDenial, SpiffeId, Stamp, SvidTtl};
+use ambit_model::{Code, Entry, EntryExtras, Extras, Generation, IdDenial, Revision, SpiffeId, Stamp, SvidTtl};
 use ambit_state::command::{LeafRequest, Presence};
 use ambit_state::committed::Subject;
 use ambit_state::objects::{TokenRow, TokenScope};
@@ -56,7 +56,7 @@ fn endpoint(of: &str, last: u8) -> Endpoint {
 }
 
 fn retire(ids: &[&str]) -> Command {
-    Command::RetireEntries(ids.iter().map(|id| id.parse().unwrap()).collect())
+    Command::RemoveEntries(ids.iter().map(|id| (id.parse().unwrap(), Presence::There)).collect())
 }
 
 fn replace(entry: Entry) -> Command {
@@ -69,7 +69,13 @@ fn what_was_issued_under_a_deleted_entry_is_refused_and_told_before_anything_els
     let (web, db) = (leaf(&mut cell, "web").unwrap(), leaf(&mut cell, "db").unwrap());
     cell.run(Command::ReportEndpoints(node(1), vec![endpoint("web", 1), endpoint("db", 2)])).unwrap();
     let before = cell.state.cell().unwrap().export_seq;
-    cell.run(retire(&["web", "ghost"])).unwrap();
+    // One that is not as it was read stays, and nothing of it is revoked.
+    let stale = ("db".parse().unwrap(), Presence::At(Revision(1_000)));
+    let there = |id: &str| (id.parse().unwrap(), Presence::There);
+    let outcome = cell.run(Command::RemoveEntries(vec![there("web"), there("ghost"), stale, there("web")])).unwrap();
+    let Reply::Items(items) = outcome else { panic!("{outcome:?}") };
+    let codes: Vec<_> = items.into_iter().map(|item| item.err().map(|r| r.code)).collect();
+    assert_eq!(codes, [None, Some(Code::NotFound), Some(Code::StaleRevision), Some(Code::NotFound)]);
     assert!(denied(&cell.state, &web) && !denied(&cell.state, &db));
     let told: Vec<(Kind, String)> = cell.state.records_after(before).map(|r| (r.kind, r.key.clone())).collect();
     assert_eq!(told, [(Kind::IdDenial, "spiffe://west/web".to_owned()), (Kind::Endpoint, "10.0.0.1".to_owned())]);

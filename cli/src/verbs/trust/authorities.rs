@@ -6,7 +6,7 @@ use crate::ask;
 use crate::cell::{Cell, request_id};
 use crate::context::fingerprint;
 use crate::exit::Exit;
-use crate::output::{Answer, Form, Table, counted, pretty};
+use crate::output::{Answer, Form, Table, pretty};
 use crate::verbs::Session;
 use crate::verbs::approver::{Outcome, approved, or_proposal};
 use crate::when::{now_ms, utc};
@@ -130,7 +130,11 @@ fn roots(state: &v1::X509AuthorityState) -> Table {
     const COLUMNS: &[&str] = &["root", "state", "since", "acknowledged", "missing", "in_use_by", "opened_by"];
     let mut table = Table::new("root", COLUMNS);
     for root in &state.roots {
-        let in_use = if root.state == "active" { counted(root.using.len(), "holder") } else { root.using.join(",") };
+        let ratio = format!("{}/{}", root.used_by, root.users);
+        let in_use = match root.state.as_str() {
+            "old" | "tainted" if root.used_by > 0 => format!("{ratio}: {}", root.using.join(",")),
+            _ => ratio,
+        };
         table.row(vec![
             json!(root.fingerprint),
             json!(root.state),
@@ -155,7 +159,7 @@ fn intermediates(state: &v1::X509AuthorityState) -> Table {
             json!(one.state),
             json!(one.current),
             json!(utc(one.not_after_ms)),
-            json!(counted(one.using.len(), "holder")),
+            json!(format!("{}/{}", one.used_by, one.users)),
         ]);
     }
     table

@@ -1,18 +1,23 @@
 //! Entries: create, update, delete, list.
 
 use super::{OrStatus, request_id};
-use crate::authorise::actor;
+use crate::authorise::{Actor, actor};
 use crate::replica::Replica;
 use ambit_model::policy::Peers;
 use ambit_model::{ClusterId, Code, Entry, EntryId, Refusal, Revision, Selector};
 use ambit_proto::v1;
 use ambit_state::command::Presence;
 use ambit_state::objects::EntryRow;
-use ambit_state::{Command, Reply};
+use ambit_state::{Command, Reply, State};
+use prost::Message;
 use tonic::{Request, Response, Status};
 
 /// Entries in one request.
 const BATCH_MAX: usize = 1_000;
+/// Entries in one page of a list.
+const PAGE_MAX: usize = 5_000;
+/// Bytes of one page: what a client of gRPC takes unless told otherwise is 4 MiB.
+const PAGE_BYTES_MAX: usize = 3 << 20;
 
 pub(crate) struct Entries(pub(crate) Replica);
 
@@ -24,12 +29,8 @@ impl v1::entry_registry_server::EntryRegistry for Entries {
     ) -> Result<Response<v1::BatchEntryResponse>, Status> {
         let actor = actor(&request)?;
         let m = request.into_inner();
-        let id = request_id(&m.request_id)?;
-        bounded(m.entries.len()).or_status()?;
-        let entries: Vec<Entry> = m.entries.iter().map(Entry::try_from).collect::<Result<_, _>>().or_status()?;
-        let names: Vec<String> = entries.iter().map(|e| e.id.to_string()).collect();
-        let applied = self.0.propose(actor.client, id, Command::CreateEntries(entries)).await.or_status()?;
-        self.results(names, applied).or_status()
+        let items = m.entries.iter().map(|entry| (entry.id.clone(), entry.try_into())).collect();
+        self.write(actor, request_id(&m.request_id)?, items, Command::CreateEntries).await.or_status()
     }
 
     async fn batch_delete_entry(
@@ -38,11 +39,8 @@ impl v1::entry_registry_server::EntryRegistry for Entries {
     ) -> Result<Response<v1::BatchEntryResponse>, Status> {
         let actor = actor(&request)?;
         let m = request.into_inner();
-        let id = request_id(&m.request_id)?;
-        bounded(m.ids.len()).or_status()?;
-        let ids: Vec<EntryId> = m.ids.iter().map(|i| i.parse()).collect::<Result<_, _>>().or_status()?;
-        let applied = self.0.propose(actor.client, id, Command::RetireEntries(ids)).await.or_status()?;
-        self.results(m.ids, applied).or_status()
+        let items = m.items.iter().map(|item| (item.id.clone(), removal(item))).collect();
+        self.write(actor, request_id(&m.request_id)?, items, Command::RemoveEntries).await.or_status()
     }
 
     async fn batch_update_entry(
@@ -51,12 +49,9 @@ impl v1::entry_registry_server::EntryRegistry for Entries {
     ) -> Result<Response<v1::BatchEntryResponse>, Status> {
         let actor = actor(&request)?;
         let m = request.into_inner();
-        let id = request_id(&m.request_id)?;
-        bounded(m.items.len()).or_status()?;
-        let entries: Vec<(Entry, Presence)> = m.items.iter().map(update).collect::<Result<_, _>>().or_status()?;
-        let names: Vec<String> = entries.iter().map(|(e, _)| e.id.to_string()).collect();
-        let applied = self.0.propose(actor.client, id, Command::ReplaceEntries(entries)).await.or_status()?;
-        self.results(names, applied).or_status()
+        let named = |item: &v1::EntryUpdate| item.entry.as_ref().map(|entry| entry.id.clone()).unwrap_or_default();
+        let items = m.items.iter().map(|item| (named(item), update(item))).collect();
+        self.write(actor, request_id(&m.request_id)?, items, Command::ReplaceEntries).await.or_status()
     }
 
     async fn list_entries(
@@ -70,32 +65,41 @@ impl v1::entry_registry_server::EntryRegistry for Entries {
             "" => None,
             id => Some(id.parse().or_status()?),
         };
-        let size = if m.page_size == 0 { usize::MAX } else { m.page_size as usize };
-        let mut entries: Vec<v1::Entry> = self
-            .0
-            .read(|s| {
-                let rows = s.entries_after(after.as_ref()).filter(|row| reach.has(&row.entry.cluster));
-                let rows = rows.filter(|row| filter.takes(&row.entry));
-                rows.take(size.saturating_add(1)).map(message).collect()
-            })
-            .await
-            .or_status()?;
-        let more = entries.len() > size;
-        entries.truncate(size);
-        let next_after_id = entries.last().filter(|_| more).map(|e| e.id.clone()).unwrap_or_default();
-        Ok(Response::new(v1::ListEntriesResponse { entries, next_after_id }))
+        let size = match m.page_size as usize {
+            0 => PAGE_MAX,
+            asked => asked.min(PAGE_MAX),
+        };
+        let read = |s: &State| {
+            let rows = s.entries_after(after.as_ref()).filter(|row| reach.has(&row.entry.cluster));
+            page(rows.filter(|row| filter.takes(&row.entry)).map(message), size)
+        };
+        Ok(Response::new(self.0.read(read).await.or_status()?))
     }
 
     async fn get_entry(&self, request: Request<v1::GetEntryRequest>) -> Result<Response<v1::Entry>, Status> {
         let reach = actor(&request)?.client.reach;
         let id: EntryId = request.into_inner().id.parse().or_status()?;
-        let read = |s: &ambit_state::State| s.entry(&id).filter(|row| reach.has(&row.entry.cluster)).map(message);
+        let read = |s: &State| s.entry(&id).filter(|row| reach.has(&row.entry.cluster)).map(message);
         let found = self.0.read(read).await.or_status()?;
         found
             .map(Response::new)
             .ok_or_else(|| Refusal::new(Code::NotFound, "an entry of this cell", id.as_str()))
             .or_status()
     }
+}
+
+/// The first of them, and where to go on. A page has one entry at least, however long it is.
+fn page(entries: impl Iterator<Item = v1::Entry>, size: usize) -> v1::ListEntriesResponse {
+    let (mut page, mut bytes) = (v1::ListEntriesResponse::default(), 0);
+    for entry in entries {
+        bytes += entry.encoded_len();
+        if page.entries.len() == size || (bytes > PAGE_BYTES_MAX && !page.entries.is_empty()) {
+            page.next_after_id = page.entries.last().map(|last| last.id.clone()).unwrap_or_default();
+            break;
+        }
+        page.entries.push(entry);
+    }
+    page
 }
 
 /// With the revision that wrote it.
@@ -106,14 +110,21 @@ pub(super) fn message(row: &EntryRow) -> v1::Entry {
 fn update(m: &v1::EntryUpdate) -> Result<(Entry, Presence), Refusal> {
     let entry = m.entry.as_ref().ok_or_else(|| Refusal::new(Code::BadRequest, "an entry", "none"))?;
     let presence = match (m.expected_revision, m.create) {
+        (revision, false) => at(revision),
         (0, true) => Presence::Whatever,
-        (0, false) => Presence::There,
-        (revision, false) => Presence::At(Revision(revision)),
         (_, true) => {
             return Err(Refusal::new(Code::BadRequest, "an expected revision, or create", "both"));
         }
     };
     Ok((entry.try_into()?, presence))
+}
+
+fn removal(m: &v1::EntryRemoval) -> Result<(EntryId, Presence), Refusal> {
+    Ok((m.id.parse()?, at(m.expected_revision)))
+}
+
+fn at(revision: u64) -> Presence {
+    if revision == 0 { Presence::There } else { Presence::At(Revision(revision)) }
 }
 
 /// What a list is asked for.
@@ -152,27 +163,34 @@ impl Filter {
     }
 }
 
-fn bounded(n: usize) -> Result<(), Refusal> {
-    if (1..=BATCH_MAX).contains(&n) {
-        return Ok(());
-    }
-    Err(Refusal::new(Code::BadRequest, format!("1-{BATCH_MAX} items"), n.to_string()))
-}
-
 impl Entries {
-    fn results(
+    /// What of a batch can be read is written; each item has its own outcome.
+    async fn write<T>(
         &self,
-        ids: Vec<String>,
-        applied: ambit_state::Applied,
+        actor: Actor,
+        id: [u8; 16],
+        items: Vec<(String, Result<T, Refusal>)>,
+        command: fn(Vec<T>) -> Command,
     ) -> Result<Response<v1::BatchEntryResponse>, Refusal> {
-        let revision = applied.index.0;
-        let Reply::Items(items) = applied.outcome? else {
-            return Err(Refusal::new(Code::Internal, "results per item", "another outcome"));
-        };
-        let results = ids
+        if !(1..=BATCH_MAX).contains(&items.len()) {
+            return Err(Refusal::new(Code::BadRequest, format!("1-{BATCH_MAX} items"), items.len().to_string()));
+        }
+        let mut readable = Vec::new();
+        let mut outcomes: Vec<(String, Result<(), Refusal>)> =
+            items.into_iter().map(|(name, item)| (name, item.map(|item| readable.push(item)))).collect();
+        let mut revision = 0;
+        if !readable.is_empty() {
+            let applied = self.0.propose(actor.client, id, command(readable)).await?;
+            revision = applied.index.0;
+            let Reply::Items(written) = applied.outcome? else {
+                return Err(Refusal::new(Code::Internal, "results per item", "another outcome"));
+            };
+            let read = outcomes.iter_mut().filter(|(_, outcome)| outcome.is_ok());
+            read.zip(written).for_each(|((_, outcome), written)| *outcome = written);
+        }
+        let results = outcomes
             .into_iter()
-            .zip(items)
-            .map(|(id, item)| match item {
+            .map(|(id, outcome)| match outcome {
                 Ok(()) => v1::EntryStatus { id, code: "ok".into(), message: String::new() },
                 Err(r) => v1::EntryStatus { id, code: r.code.to_string(), message: r.to_string() },
             })

@@ -104,6 +104,7 @@ pub(super) fn room_within(s: &State, command: &Command) -> Result<BTreeMap<Spiff
     let shares: BTreeMap<SpiffeId, ClusterId> = match command {
         Command::DenyId(id, _) => cluster_of(s, id).map(|cluster| (id.clone(), cluster)).into_iter().collect(),
         Command::RetireEntries(ids) => ids.iter().filter_map(of_entry).collect(),
+        Command::RemoveEntries(items) => items.iter().filter_map(|(id, _)| of_entry(id)).collect(),
         Command::ReplaceEntries(entries) => entries.iter().filter_map(|(entry, _)| of_entry(&entry.id)).collect(),
         _ => return Ok(BTreeMap::new()),
     };
@@ -214,11 +215,21 @@ pub(super) fn forget(s: &mut State, now: Stamp) {
 }
 
 pub(super) fn retire_entries(s: &mut State, at: At, ids: &[EntryId]) -> Result<Reply, Refusal> {
-    room(s, &cell_row(s)?.trust_domain, &identities(s, ids.iter()), 0)?;
-    let before: Vec<Entry> = ids.iter().filter_map(|id| s.entry(id)).map(|row| row.entry.clone()).collect();
-    let reply = objects::delete_entries(s, at, ids)?;
+    let items: Vec<_> = ids.iter().map(|id| (id.clone(), Presence::There)).collect();
+    remove_entries(s, at, &items)
+}
+
+pub(super) fn remove_entries(s: &mut State, at: At, items: &[(EntryId, Presence)]) -> Result<Reply, Refusal> {
+    let mut out: Vec<_> = items.iter().map(|(id, presence)| objects::is_as(s, id, *presence)).collect();
+    let going: Vec<EntryId> =
+        items.iter().zip(&out).filter(|(_, is)| is.is_ok()).map(|((id, _), _)| id.clone()).collect();
+    room(s, &cell_row(s)?.trust_domain, &identities(s, going.iter()), 0)?;
+    let before: Vec<Entry> = going.iter().filter_map(|id| s.entry(id)).map(|row| row.entry.clone()).collect();
+    let gone = objects::delete(s, at, &going);
+    // One that is named twice is gone the second time.
+    out.iter_mut().filter(|is| is.is_ok()).zip(gone).for_each(|(is, gone)| *is = gone);
     revoke(s, at, &before)?;
-    Ok(reply)
+    Ok(Reply::Items(out))
 }
 
 pub(super) fn replace_entries(s: &mut State, at: At, entries: &[(Entry, Presence)]) -> Result<Reply, Refusal> {

@@ -73,7 +73,7 @@ fn change(s: &mut State, at: At, command: &Command) -> Result<Reply, Refusal> {
         Command::DenyNode { nonce, deadline, row, distrust } => node::deny(s, at, nonce, *deadline, row, *distrust),
         Command::SetNodes(verb, nodes) => attest::set_nodes(s, at, *verb, nodes),
         Command::CreateEntries(entries) => objects::create_entries(s, at, entries),
-        Command::DeleteEntries(ids) => objects::delete_entries(s, at, ids),
+        Command::DeleteEntries(ids) => Ok(Reply::Items(objects::delete(s, at, ids))),
         Command::PutEntries(entries) => objects::put_entries(s, at, entries),
         Command::Issue { node, generation, authority, leaves } => {
             issue::leaves(s, at, node, *generation, authority, leaves)
@@ -118,6 +118,7 @@ fn change(s: &mut State, at: At, command: &Command) -> Result<Reply, Refusal> {
         Command::DenyId(id, verb) => deny::id(s, at, id, *verb),
         Command::DenyLeaf(authority, serial) => deny::leaf(s, at, authority, serial),
         Command::RetireEntries(ids) => deny::retire_entries(s, at, ids),
+        Command::RemoveEntries(items) => deny::remove_entries(s, at, items),
         Command::ReplaceEntries(entries) => deny::replace_entries(s, at, entries),
         Command::PutRelationship(td, url, profile, roots, by) => relationship::put(s, at, td, url, profile, roots, by),
         Command::RemoveRelationship(td) => act::remove_relationship_alone(s, at, td),

@@ -24,18 +24,20 @@ pub(super) fn create_entries(s: &mut State, at: At, entries: &[Entry]) -> Result
 }
 
 pub(super) fn put_entries(s: &mut State, at: At, entries: &[(Entry, Presence)]) -> Result<Reply, Refusal> {
-    let found = |presence: &Presence| {
-        let presence = *presence;
-        move |s: &State, entry: &Entry| match (presence, s.entries.get(&entry.id)) {
-            (Presence::Whatever, _) | (Presence::There, Some(_)) => Ok(()),
-            (Presence::At(revision), Some(row)) if row.revision == revision => Ok(()),
-            (Presence::At(revision), Some(row)) => {
-                Err(Refusal::new(Code::StaleRevision, format!("revision {revision}"), row.revision.to_string()))
-            }
-            (_, None) => Err(Refusal::new(Code::NotFound, "an entry of this cell", entry.id.as_str())),
+    let found = |presence: Presence| move |s: &State, entry: &Entry| is_as(s, &entry.id, presence);
+    write_entries(s, at, entries.iter().map(|(entry, presence)| (entry, found(*presence))))
+}
+
+/// Whether the entry is as it must be for a write over it.
+pub(super) fn is_as(s: &State, id: &EntryId, presence: Presence) -> Result<(), Refusal> {
+    match (presence, s.entries.get(id)) {
+        (Presence::Whatever, _) | (Presence::There, Some(_)) => Ok(()),
+        (Presence::At(revision), Some(row)) if row.revision == revision => Ok(()),
+        (Presence::At(revision), Some(row)) => {
+            Err(Refusal::new(Code::StaleRevision, format!("revision {revision}"), row.revision.to_string()))
         }
-    };
-    write_entries(s, at, entries.iter().map(|(entry, presence)| (entry, found(presence))))
+        (_, None) => Err(Refusal::new(Code::NotFound, "an entry of this cell", id.as_str())),
+    }
 }
 
 /// Each entry that may stand, and that the check of what is there lets pass, is written.
@@ -98,7 +100,8 @@ fn check_entry(s: &State, own: &TrustDomain, entry: &Entry) -> Result<(), Refusa
     entry.check_privileged()
 }
 
-pub(super) fn delete_entries(s: &mut State, at: At, ids: &[EntryId]) -> Result<Reply, Refusal> {
+/// Each with its own outcome.
+pub(super) fn delete(s: &mut State, at: At, ids: &[EntryId]) -> Vec<Result<(), Refusal>> {
     let mut out = Vec::with_capacity(ids.len());
     for id in ids {
         out.push(match s.entries.remove(&mut s.journal, id) {
@@ -112,14 +115,15 @@ pub(super) fn delete_entries(s: &mut State, at: At, ids: &[EntryId]) -> Result<R
     if out.iter().any(Result::is_ok) {
         touch(s, at);
     }
-    Ok(Reply::Items(out))
+    out
 }
 
 /// Entries that ended go. Nothing was issued under them since.
 pub(super) fn expire(s: &mut State, at: At) -> Result<(), Refusal> {
     let ended: Vec<EntryId> =
         s.expiring.iter().take_while(|(end, _)| *end <= at.stamp).map(|(_, id)| id.clone()).collect();
-    if ended.is_empty() { Ok(()) } else { delete_entries(s, at, &ended).map(drop) }
+    delete(s, at, &ended);
+    Ok(())
 }
 
 /// Numbers are handed out in log order and never twice.

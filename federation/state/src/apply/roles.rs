@@ -6,7 +6,7 @@ use crate::committed::Subject;
 use crate::objects::{AdminRow, TokenScope};
 use crate::state::State;
 use ambit_model::policy::{Labels, Peers, Policy, Service};
-use ambit_model::{AdminRole, ClusterId, Code, Entry, NodeId, ObjectName, Refusal, SpiffeId, TrustDomain};
+use ambit_model::{AdminRole, ClusterId, Code, Entry, EntryId, NodeId, ObjectName, Refusal, SpiffeId, TrustDomain};
 use std::collections::BTreeSet;
 
 /// Rows of administrators; people, and programs that act for them.
@@ -211,9 +211,9 @@ fn check(s: &State, scope: &Scope<'_>, command: &Command) -> Result<(), Refusal>
         }
         Command::DenyId(id, _) => scope.peers(s, &Peers::Id(id.clone())),
         Command::DeleteEntries(ids) | Command::RetireEntries(ids) => {
-            let known = ids.iter().filter_map(|id| s.entry(id));
-            known.map(|row| &row.entry.cluster).try_for_each(|cluster| scope.cluster(cluster))
+            ids.iter().try_for_each(|id| former_entry(s, scope, id))
         }
+        Command::RemoveEntries(items) => items.iter().try_for_each(|(id, _)| former_entry(s, scope, id)),
         Command::SetNodes(_, Nodes::Ids(ids)) => ids.iter().try_for_each(|id| scope.node(s, id)),
         Command::SetNodes(_, Nodes::Cluster(cluster)) => scope.cluster(cluster),
         Command::CreateToken(_, row) => match &row.scope {
@@ -261,6 +261,10 @@ fn documents(s: &State, scope: &Scope<'_>, change: &DocumentsChange) -> Result<(
         DocumentKind::Service => former_service(s, scope, name),
         DocumentKind::Group => Err(scope.refuse(format!("group {name}, which policies of the whole cell may use"))),
     })
+}
+
+fn former_entry(s: &State, scope: &Scope<'_>, id: &EntryId) -> Result<(), Refusal> {
+    s.entry(id).map_or(Ok(()), |row| scope.cluster(&row.entry.cluster))
 }
 
 fn former_policy(s: &State, scope: &Scope<'_>, name: &ObjectName) -> Result<(), Refusal> {

@@ -128,7 +128,9 @@ impl Survey {
     /// node that nobody hears may.
     fn showing(&self, s: &State, newest: &[(String, String)], authorities: &BTreeSet<String>) -> Vec<String> {
         let under = |holder: &v1::Holder| holder.authorities.iter().any(|a| authorities.contains(a));
-        let members = s.members().filter(|(_, m)| authorities.contains(&m.authority));
+        // One whose next intermediate is on record may sign by the one before yet.
+        let signs = |n: u64| self.get("replica", n.to_string()).is_some_and(under);
+        let members = s.members().filter(|(n, m)| authorities.contains(&m.authority) || signs(*n));
         let replicas = members.map(|(n, _)| format!("replica {n}"));
         let nodes = live_nodes(s).filter(|node| match self.get("node", node.clone()) {
             Some(holder) => holder.authorities.is_empty() || under(holder),
@@ -136,6 +138,11 @@ impl Survey {
         });
         let others = newest.iter().filter(|(authority, _)| authorities.contains(authority)).map(|(_, id)| id.clone());
         replicas.chain(nodes.map(|node| format!("node {node}"))).chain(others).collect()
+    }
+
+    /// How many show anything that the cell signed.
+    fn users(s: &State, newest: &[(String, String)]) -> usize {
+        s.members().count() + live_nodes(s).count() + newest.len()
     }
 
     /// Who shows something that is under this intermediate. What a cluster's own issuer signed nobody here knows.
@@ -210,11 +217,11 @@ impl Survey {
             made_ms: row.made.0,
             leaves_ms: if row.leaves == Stamp(u64::MAX) { 0 } else { row.leaves.0 },
             not_after_ms: row.not_after.0,
-            acked: u32::try_from(of.saturating_sub(missing.len())).unwrap_or(u32::MAX),
-            of: u32::try_from(of).unwrap_or(u32::MAX),
+            acked: count(of.saturating_sub(missing.len())),
+            of: count(of),
             missing: missing.into_iter().take(NAMES_MAX).collect(),
             opened_by: row.wrapped.keys().copied().collect(),
-            minted: u32::try_from(minted).unwrap_or(u32::MAX),
+            minted: count(minted),
         }
     }
 
@@ -234,8 +241,10 @@ impl Survey {
             fingerprint,
             state: row.state.as_str().into(),
             since_ms: row.since.0,
-            acked: u32::try_from(of.saturating_sub(missing.len())).unwrap_or(u32::MAX),
-            of: u32::try_from(of).unwrap_or(u32::MAX),
+            acked: count(of.saturating_sub(missing.len())),
+            of: count(of),
+            used_by: count(using.len()),
+            users: count(Self::users(s, newest)),
             missing: missing.into_iter().take(NAMES_MAX).collect(),
             using: using.into_iter().take(NAMES_MAX).collect(),
             opened_by: row.wrapped.keys().copied().collect(),
@@ -250,6 +259,7 @@ impl Survey {
         id: &str,
         row: &AuthorityRow,
     ) -> v1::X509Intermediate {
+        let using = self.showing(s, newest, &[id.to_owned()].into());
         v1::X509Intermediate {
             authority: id.to_owned(),
             replica: row.replica,
@@ -258,9 +268,15 @@ impl Survey {
             not_before_ms: row.lifetime.not_before.0,
             not_after_ms: row.lifetime.not_after.0,
             current: s.members().any(|(_, m)| m.authority == id),
-            using: self.showing(s, newest, &[id.to_owned()].into()).into_iter().take(NAMES_MAX).collect(),
+            used_by: count(using.len()),
+            users: count(Self::users(s, newest)),
+            using: using.into_iter().take(NAMES_MAX).collect(),
         }
     }
+}
+
+fn count(of: usize) -> u32 {
+    u32::try_from(of).unwrap_or(u32::MAX)
 }
 
 fn externals(s: &State, id: &RootId) -> Vec<v1::X509External> {
