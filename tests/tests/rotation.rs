@@ -3,15 +3,14 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test says that it failed by panicking")]
 
 use ambit_proto::v1;
-use ambit_proto::v1::cluster_registry_client::ClusterRegistryClient;
 use ambit_proto::v1::local_authority_client::LocalAuthorityClient;
 use ambit_proto::v1::membership_client::MembershipClient;
 use ambit_tests::cell::{Cell, fresh};
 use ambit_tests::machine::{Machine, join_token, register_cluster};
 use ambit_tests::node::{Greetings, Node};
 use ambit_tests::operator::{create_entry, within};
-use ambit_tests::process::Folder;
-use ambit_tests::process::{binary, run};
+use ambit_tests::peering::peer;
+use ambit_tests::process::{Folder, binary, run};
 use ambit_tests::tpm::Maker;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -92,31 +91,6 @@ async fn a_cell_outlives_its_intermediates_and_every_replica_renews_by_itself() 
     .unwrap();
 }
 
-async fn befriend(west: &Cell, east: &Cell) {
-    let registry = async |cell: &Cell| ClusterRegistryClient::new(cell.admin(1).await.unwrap());
-    let request = v1::CreateClusterTokenRequest {
-        request_id: fresh(),
-        trust_domain: "east".into(),
-        fingerprint: hex::encode(east.fingerprint),
-        ttl_seconds: 60,
-    };
-    let token = registry(west).await.create_cluster_token(request).await.unwrap().into_inner().token;
-    let request = v1::RegisterPeerRequest {
-        request_id: fresh(),
-        addresses: vec![west.address(1).unwrap().to_string()],
-        trust_domain: "west".into(),
-        fingerprint: hex::encode(west.fingerprint),
-        token,
-    };
-    let register = async || registry(east).await.register_peer(request.clone()).await.ok();
-    within("registered", register).await;
-    for (cell, td, fingerprint) in [(east, "west", west.fingerprint), (west, "east", east.fingerprint)] {
-        let fingerprint = hex::encode(fingerprint);
-        let request = v1::ApprovePeerRequest { request_id: fresh(), trust_domain: td.into(), fingerprint };
-        registry(cell).await.approve_peer(request).await.unwrap();
-    }
-}
-
 fn ambit(cell: &Cell, args: &[&str]) -> std::process::Output {
     let (program, context) = (binary("ambit").unwrap().display().to_string(), cell.admin_file("context.json"));
     run(&[&[program.as_str(), "--context", &context.display().to_string()], args].concat()).unwrap()
@@ -139,7 +113,7 @@ fn said(out: &std::process::Output) -> String {
 async fn roots_of_both_cells_are_replaced_and_a_replica_lost_meanwhile_and_no_handshake_fails() {
     let (west, east) = tokio::join!(Cell::start("west", 3), Cell::start("east", 1));
     let (mut west, mut east) = (west.unwrap(), east.unwrap());
-    befriend(&west, &east).await;
+    peer(&west, &east).await.unwrap();
     let maker = Maker::new().unwrap();
     let (web, db) = (node(&west, &maker, "m1").await, node(&east, &maker, "m2").await);
     let (web, db) = (Arc::new(web), Arc::new(db));

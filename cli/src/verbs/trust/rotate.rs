@@ -11,6 +11,7 @@ use crate::pair::Locked;
 use crate::verbs::Session;
 use crate::verbs::approver::{Outcome, or_proposal};
 use crate::verbs::renewal::renewed;
+use crate::when::now_ms;
 use ambit_identity::keys::certificates_to_pem;
 use ambit_model::{Act, Code, Refusal};
 use ambit_proto::v1;
@@ -20,6 +21,9 @@ use std::time::{Duration, Instant};
 
 /// How often the state is looked at while something is waited for.
 pub(super) const LOOK: Duration = Duration::from_millis(300);
+
+/// An external authority that began within this may be too young to sign; the cell says when it is not.
+const YOUNG_MS: u64 = 60_000;
 
 /// How to rotate.
 pub(super) struct Options {
@@ -92,6 +96,11 @@ pub(super) async fn rotate(session: &Session, options: Options) -> Result<Answer
                         tokio::time::sleep(LOOK).await;
                         continue;
                     }
+                    // It is on record before its time, for clocks that lag.
+                    Err(refusal) if is_young(&now, &refusal) && steps.began.elapsed() < options.wait => {
+                        tokio::time::sleep(LOOK).await;
+                        continue;
+                    }
                     done => drop(done?),
                 }
                 steps.say("activated: intermediates are signed under the new root");
@@ -140,6 +149,13 @@ pub(super) async fn rotate(session: &Session, options: Options) -> Result<Answer
     };
     Ok(Answer::ok(text)
         .note("pin it in the configuration of agents and in other contexts: who starts anew knows no other"))
+}
+
+/// Whether the refusal may be for the youth of the prepared root's external authority, which passes.
+fn is_young(state: &v1::X509AuthorityState, refusal: &Refusal) -> bool {
+    let prepared = state.roots.iter().filter(|root| root.state == "prepared");
+    let last = prepared.flat_map(|root| &root.externals).filter(|one| one.signs).map(|one| one.not_before_ms).max();
+    refusal.code == Code::ExternalCertificate && last.is_some_and(|begun| begun + YOUNG_MS > now_ms())
 }
 
 /// Revokes the tainted root, or says what approvers have to sign first.
