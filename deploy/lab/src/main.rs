@@ -138,8 +138,12 @@ enum Verb {
     /// Kill processes of a lab of its own under clients that write and read, and judge what they saw
     Chaos {
         /// Each kind of process once, under writes and calls
-        #[arg(long, required_unless_present = "kills", conflicts_with_all = ["kills", "seed", "minutes"])]
+        #[arg(long, required_unless_present_any = ["kills", "outage"], conflicts_with_all = ["kills", "seed", "minutes"])]
         smoke: bool,
+        /// No node hears its cell for so many minutes
+        #[arg(long, conflicts_with_all = ["smoke", "kills", "seed", "minutes"],
+              value_parser = clap::value_parser!(u64).range(1..=50))]
+        outage: Option<u64>,
         /// So many kills of replicas, and other faults, at random
         #[arg(long, value_parser = clap::value_parser!(u32).range(1..=10_000))]
         kills: Option<u32>,
@@ -271,6 +275,9 @@ fn run(verb: Verb) -> Result<ExitCode, LabError> {
             ambit_lab::demo::run(&ambit_lab::demo::Options { name: &lab.name, json, keep, logs })?;
         }
         Verb::Vm { name, debian } => ambit_lab::vm::run(&ambit_lab::vm::Options { name: &name, debian: &debian })?,
+        Verb::Chaos { outage: Some(minutes), name, .. } => {
+            ambit_lab::chaos::outage::run(&name, Duration::from_secs(minutes * 60))?;
+        }
         Verb::Chaos { smoke: _, kills: None, name, .. } => ambit_lab::chaos::run(&name)?,
         Verb::Chaos { kills: Some(kills), seed, minutes, name, .. } => {
             let (seed, limit) = (seed.unwrap_or_else(any_seed), Duration::from_secs(minutes * 60));
