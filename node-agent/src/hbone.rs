@@ -5,7 +5,10 @@
 
 use crate::native;
 use crate::secure::{self, Bytestream, Secured};
+use crate::shown::{Now, Shown};
+use crate::silence;
 use ambit_identity::svid::Presented;
+use ambit_identity::{Trust, Usage};
 use ambit_model::{NodeId, SpiffeId};
 use bytes::Bytes;
 use h2::client::SendRequest;
@@ -33,6 +36,8 @@ pub const ANSWER_MAX: Duration = Duration::from_millis(2500);
 pub const POD_CONNECT_MAX: Duration = Duration::from_millis(1000);
 /// Connections in one tunnel; the next one opens another tunnel.
 pub const STREAMS_MAX: usize = 100;
+/// Requests of one tunnel that are served at once: a caller counts a stream as ended a little before we do.
+pub const REQUESTS_MAX: usize = STREAMS_MAX + 28;
 /// Bytes in flight per connection: 256 KiB fills 1 Gbit/s at 2 ms.
 const STREAM_WINDOW: u32 = 256 * 1024;
 /// Bytes in flight per tunnel.
@@ -89,6 +94,9 @@ pub enum TunnelError {
     /// The far agent said no: 403 by policy, 502 where its pod does not answer.
     #[error("refused with {0}")]
     Refused(StatusCode),
+    /// The workload itself broke off. What it was sent may have been read.
+    #[error("the workload broke off")]
+    Reset,
     /// Too many tunnels to one peer.
     #[error("too many connections to one peer")]
     Busy,
@@ -131,6 +139,7 @@ impl TunnelError {
             Self::Broken(_) => "broken",
             Self::Refused(code) if *code == StatusCode::FORBIDDEN => "denied",
             Self::Refused(_) => "refused",
+            Self::Reset => "reset",
             Self::Busy => "busy",
             Self::NodeDenied => "node_untrusted",
             Self::SvidRevoked => "svid_revoked",
@@ -154,7 +163,22 @@ pub struct Tunnel {
     requests: SendRequest<Bytes>,
     shared: Arc<Shared>,
     /// What the far end showed.
-    peer: Arc<Presented>,
+    peer: Arc<Far>,
+}
+
+/// The far end of a tunnel.
+#[derive(Debug)]
+pub struct Far {
+    /// What it showed.
+    pub presented: Presented,
+    shown: Shown,
+}
+
+impl Far {
+    /// Whether a connection may begin on what it showed.
+    pub fn is_good(&self, now: &Now) -> bool {
+        self.shown.still(now).is_ok()
+    }
 }
 
 /// One connection's place in a tunnel; gives it back when dropped.
@@ -175,7 +199,33 @@ pub struct Native {
     /// The connection.
     pub secured: Secured,
     /// What the far end showed.
-    pub peer: Arc<Presented>,
+    pub peer: Arc<Far>,
+}
+
+/// Whom to dial, and as who.
+#[derive(Debug)]
+pub struct Dial {
+    /// This node's registered address, where the tunnel comes from.
+    pub from: Ipv4Addr,
+    /// Where it ends.
+    pub node: SocketAddr,
+    /// The node that is expected there: of the callee's SVIDs only one issued through it will do.
+    pub holder: NodeId,
+    /// Selects the callee.
+    pub name: ServerName<'static>,
+    /// Accepts exactly the callee's SPIFFE ID.
+    pub config: Arc<ClientConfig>,
+    /// The bundles by which it does, as of now.
+    pub trust: Arc<Trust>,
+}
+
+/// What may be spoken in a tunnel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// What both ends prefer.
+    Any,
+    /// HBONE.
+    Hbone,
 }
 
 /// What a node that was dialed speaks.
@@ -187,34 +237,11 @@ pub enum Dialed {
     Hbone(Tunnel),
 }
 
-/// Opens an HBONE tunnel from `from`, this node's registered address, to the node `holder` at `node`. The verifier in `config`
-/// accepts exactly one SPIFFE ID, and of its SVIDs only one issued through `holder` will do; `name` only selects it.
-pub async fn dial(
-    from: Ipv4Addr,
-    node: SocketAddr,
-    holder: NodeId,
-    name: ServerName<'static>,
-    config: Arc<ClientConfig>,
-) -> Result<Tunnel, TunnelError> {
-    let mut config = Arc::unwrap_or_clone(config);
-    config.alpn_protocols = vec![crate::tls::HBONE.to_vec()];
+/// Opens a tunnel.
+pub async fn dial(dial: Dial, mode: Mode) -> Result<Dialed, TunnelError> {
+    let node = dial.node;
     let dialing = async {
-        let (secured, peer) = connect(from, node, holder, name, Arc::new(config)).await?;
-        shared(secured, peer, node).await
-    };
-    timeout(DIAL_MAX, dialing).await.map_err(|_| TunnelError::Timeout)?
-}
-
-/// The same in the mode that both ends prefer of those in `config`.
-pub async fn dial_any(
-    from: Ipv4Addr,
-    node: SocketAddr,
-    holder: NodeId,
-    name: ServerName<'static>,
-    config: Arc<ClientConfig>,
-) -> Result<Dialed, TunnelError> {
-    let dialing = async {
-        let (secured, peer) = connect(from, node, holder, name, config).await?;
+        let (secured, peer) = connect(dial, mode).await?;
         if secured.protocol.as_deref() == Some(native::ALPN) {
             return Ok(Dialed::Native(Box::new(Native { secured, peer })));
         }
@@ -223,29 +250,28 @@ pub async fn dial_any(
     timeout(DIAL_MAX, dialing).await.map_err(|_| TunnelError::Timeout)?
 }
 
-async fn connect(
-    from: Ipv4Addr,
-    node: SocketAddr,
-    holder: NodeId,
-    name: ServerName<'static>,
-    config: Arc<ClientConfig>,
-) -> Result<(Secured, Arc<Presented>), TunnelError> {
+async fn connect(dial: Dial, mode: Mode) -> Result<(Secured, Arc<Far>), TunnelError> {
+    let Dial { from, node, holder, name, mut config, trust } = dial;
+    if mode == Mode::Hbone {
+        Arc::make_mut(&mut config).alpn_protocols = vec![crate::tls::HBONE.to_vec()];
+    }
     let tcp = reach(from, node).await.map_err(|source| TunnelError::Unreachable { node, source })?;
     let shake = |source| TunnelError::Handshake { node, source };
-    secure::tune(&tcp).map_err(shake)?;
-    let secured = secure::connect(tcp, config, name).await.map_err(shake)?;
-    let peer = Presented::of(&secured.chain).ok_or_else(|| shake(std::io::Error::other("no SVID")))?;
+    silence::tune(&tcp).map_err(shake)?;
+    let mut secured = secure::connect(tcp, config, name).await.map_err(shake)?;
+    let presented = Presented::of(&secured.chain).ok_or_else(|| shake(std::io::Error::other("no SVID")))?;
     // Of which admission is not asked: a pod that starts under a new one is shown by the SVID that is held already. An
     // admission that ended badly is denied, and so is what was issued under it.
-    if peer.binding.is_none_or(|bound| bound.node != holder) {
-        let found = peer.binding.map_or_else(|| "no node".to_owned(), |bound| format!("node {}", bound.node));
-        return Err(TunnelError::OtherNode { node, id: peer.id, expected: holder, found });
+    if presented.binding.is_none_or(|bound| bound.node != holder) {
+        let found = presented.binding.map_or_else(|| "no node".to_owned(), |bound| format!("node {}", bound.node));
+        return Err(TunnelError::OtherNode { node, id: presented.id, expected: holder, found });
     }
-    Ok((secured, Arc::new(peer)))
+    let shown = Shown::new(std::mem::take(&mut secured.chain), Usage::Server, presented.not_after, &trust);
+    Ok((secured, Arc::new(Far { presented, shown })))
 }
 
 /// A tunnel that connections share.
-async fn shared(secured: Secured, peer: Arc<Presented>, node: SocketAddr) -> Result<Tunnel, TunnelError> {
+async fn shared(secured: Secured, peer: Arc<Far>, node: SocketAddr) -> Result<Tunnel, TunnelError> {
     let (requests, mut connection) = h2::client::Builder::new()
         .enable_push(false)
         .initial_window_size(STREAM_WINDOW)
@@ -308,7 +334,7 @@ pub async fn silence(ping: Option<PingPong>, shared: Option<Arc<Shared>>) {
 
 impl Lease {
     /// What the far end of the tunnel showed.
-    pub fn peer(&self) -> &Arc<Presented> {
+    pub fn peer(&self) -> &Arc<Far> {
         &self.tunnel.peer
     }
     /// Ends the whole tunnel.
@@ -319,7 +345,7 @@ impl Lease {
 
 impl Tunnel {
     /// What the far end showed.
-    pub fn peer(&self) -> &Presented {
+    pub fn peer(&self) -> &Far {
         &self.peer
     }
     /// Whether it can still be used.
@@ -373,7 +399,7 @@ pub async fn accept<T: AsyncRead + AsyncWrite + Unpin>(io: T) -> Result<h2::serv
     h2::server::Builder::new()
         .initial_window_size(STREAM_WINDOW)
         .initial_connection_window_size(TUNNEL_WINDOW)
-        .max_concurrent_streams(STREAMS_MAX as u32 + 28)
+        .max_concurrent_streams(REQUESTS_MAX as u32)
         .max_send_buffer_size(STREAM_WINDOW as usize)
         .max_header_list_size(16 * 1024)
         .handshake(io)

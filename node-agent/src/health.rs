@@ -2,7 +2,7 @@
 
 use crate::compile::Unhealthy;
 use crate::denials::Lane;
-use crate::hbone::{self, TunnelError};
+use crate::hbone::{self, Dial, Mode, TunnelError};
 use crate::kernel::KernelHandle;
 use crate::metrics::METRICS;
 use crate::plane::Plane;
@@ -102,8 +102,10 @@ impl Health {
             && !denials.now().denies_endpoint(&suspect.endpoint);
         let answers = match credentials(plane, &suspect.source, &suspect.endpoint.spiffe_id) {
             Ok((name, config)) if known => {
-                let (at, holder) = (node(&suspect.endpoint), suspect.endpoint.node);
-                pool::dial(plane.address, at, holder, name, config).await.is_ok()
+                let (node, holder) = (node(&suspect.endpoint), suspect.endpoint.node);
+                let trust = plane.trust.current();
+                let dial = Dial { from: plane.address, node, holder, name, config, trust };
+                pool::dial(dial, Mode::Any).await.is_ok()
             }
             Ok(_) | Err(_) => true,
         };

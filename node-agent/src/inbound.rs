@@ -2,20 +2,25 @@
 //!
 //! The far node is not relied on: its verdict is worth nothing here. What cannot be proved is refused.
 
+mod judge;
+
+use self::judge::{Call, at_home, judge, permitted, trusted};
 use crate::carriers::Carriers;
 use crate::clock::Clock;
 use crate::denials::{Denials, Lane};
 use crate::hbone::{self, NATIVE_IDLE_MAX, POD_CONNECT_MAX};
 use crate::metrics::METRICS;
-use crate::native::{self, Open, Reason};
+use crate::native::{self, Begun, Open, Reason};
 use crate::netns::NetnsThread;
 use crate::plane::{LocalPod, Plane};
+use crate::pump::{self, End};
 use crate::record::{Record, flag};
+use crate::records::alert;
 use crate::secure::{self, Bytestream, Secured};
-use crate::view::View;
-use crate::{pump, tls};
-use ambit_identity::{NodeBinding, PeerSvid};
-use ambit_model::{Code, Moment, Refusal, SpiffeId};
+use crate::shown::Shown;
+use crate::{silence, tls};
+use ambit_identity::Usage;
+use ambit_model::{Code, Refusal, SpiffeId};
 use ambit_policy::Verdict;
 use bytes::Bytes;
 use h2::RecvStream;
@@ -24,13 +29,16 @@ use http::{Method, Request, Response, StatusCode};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::timeout;
 
-/// Tunnels at once; each is a TLS session, and an HBONE one its windows.
+/// Tunnels of proven callers at once; each is a TLS session, and an HBONE one its windows.
 const TUNNELS_MAX: usize = 4096;
+/// Handshakes at once with addresses from which nodes are known to call.
+const HANDSHAKES_MAX: usize = 1024;
+/// And with all others: none of them will be let in, but it is to be found out, and told, why.
+const STRANGERS_MAX: usize = 64;
 /// Connections at once, over all tunnels.
 const FLOWS_MAX: usize = 16 * 1024;
 /// From accept to a finished handshake: silence and garbage hold a place no longer than this.
@@ -44,15 +52,39 @@ pub struct Inbound {
     netns: NetnsThread,
     clock: Arc<Clock>,
     tunnels: Arc<Semaphore>,
+    /// Whoever proves nothing takes no place of those who did, nor strangers one of the known.
+    handshakes: Arc<Semaphore>,
+    strangers: Arc<Semaphore>,
     flows: Arc<Semaphore>,
 }
 
-/// A proven caller, where it calls from and the identity it called.
-#[derive(Clone, Debug)]
-struct Call {
-    peer: Arc<PeerSvid>,
-    from: IpAddr,
-    to: SpiffeId,
+/// A connection to a workload that was let through, and by what: whoever carries it follows these.
+struct Admitted {
+    pod: TcpStream,
+    _open: Counted,
+    follow: Follow,
+}
+
+/// What decides about connections, and that it changes.
+struct Follow {
+    plane: watch::Receiver<Option<Arc<Plane>>>,
+    denials: watch::Receiver<Arc<Denials>>,
+}
+
+impl Follow {
+    fn now(&mut self) -> (Option<Arc<Plane>>, Arc<Denials>) {
+        (self.plane.borrow_and_update().clone(), self.denials.borrow_and_update().clone())
+    }
+    /// Since [`Follow::now`]. Who is not followed any more has changed.
+    fn has_changed(&self) -> bool {
+        self.plane.has_changed().unwrap_or(true) || self.denials.has_changed().unwrap_or(true)
+    }
+    async fn changed(&mut self) -> Result<(), watch::error::RecvError> {
+        tokio::select! {
+            changed = self.plane.changed() => changed,
+            changed = self.denials.changed() => changed,
+        }
+    }
 }
 
 impl Inbound {
@@ -63,8 +95,9 @@ impl Inbound {
         netns: NetnsThread,
         clock: Arc<Clock>,
     ) -> Self {
-        let (tunnels, flows) = (Arc::new(Semaphore::new(TUNNELS_MAX)), Arc::new(Semaphore::new(FLOWS_MAX)));
-        Self { plane, denials, netns, clock, tunnels, flows }
+        let [tunnels, handshakes, strangers, flows] =
+            [TUNNELS_MAX, HANDSHAKES_MAX, STRANGERS_MAX, FLOWS_MAX].map(|max| Arc::new(Semaphore::new(max)));
+        Self { plane, denials, netns, clock, tunnels, handshakes, strangers, flows }
     }
 
     /// Accepts tunnels on threads that carry, each of which has one of `listeners` (they share an address). For ever, unless
@@ -91,27 +124,34 @@ impl Inbound {
                     continue;
                 }
             };
-            let Ok(place) = self.tunnels.clone().try_acquire_owned() else {
+            let places = if self.knows(from.ip()) { &self.handshakes } else { &self.strangers };
+            let Ok(shaking) = places.clone().try_acquire_owned() else {
                 METRICS.handshakes.inc(["failed", "busy"]);
                 continue;
             };
             let this = self.clone();
             tokio::spawn(async move {
-                if let Err(error) = this.tunnel(tcp, from).await {
+                if let Err(error) = this.tunnel(tcp, from, shaking).await {
                     tracing::debug!(%from, %error, "tunnel ended");
                 }
-                drop(place);
             });
         }
     }
 
-    async fn tunnel(&self, tcp: TcpStream, from: SocketAddr) -> Result<(), Refusal> {
+    /// Whether a node whose workloads may call here is there.
+    fn knows(&self, from: IpAddr) -> bool {
+        let (plane, from) = (self.plane.borrow(), from.to_canonical());
+        plane.as_ref().is_some_and(|plane| plane.view.callers.values().any(|home| IpAddr::V4(home.address) == from))
+    }
+
+    async fn tunnel(&self, tcp: TcpStream, from: SocketAddr, place: OwnedSemaphorePermit) -> Result<(), Refusal> {
         // In a box: a tunnel that is open shall not hold the room that its handshake took.
         let shaking = Box::pin(self.handshake(tcp, from.ip()));
         let shaken = timeout(HANDSHAKE_MAX, shaking).await.unwrap_or_else(|_| {
             Err(("timeout", Refusal::new(Code::Unauthenticated, "a handshake within 3 s", "silence")))
         });
-        let (secured, call) = shaken.map_err(|(reason, refusal)| {
+        drop(place);
+        let (secured, call, _place) = shaken.map_err(|(reason, refusal)| {
             METRICS.handshakes.inc(["failed", reason]);
             refusal
         })?;
@@ -136,26 +176,44 @@ impl Inbound {
         }
     }
 
-    async fn handshake(&self, mut tcp: TcpStream, from: IpAddr) -> Result<(Secured, Call), (&'static str, Refusal)> {
+    /// The proven caller, and its place among them.
+    async fn handshake(
+        &self,
+        mut tcp: TcpStream,
+        from: IpAddr,
+    ) -> Result<(Secured, Call, OwnedSemaphorePermit), (&'static str, Refusal)> {
         let broken = |e: std::io::Error| ("tls", Refusal::new(Code::Unauthenticated, "a TLS handshake", e.to_string()));
-        secure::tune(&tcp).map_err(broken)?;
+        silence::tune(&tcp).map_err(broken)?;
         let (hello, name) = secure::hello(&mut tcp).await.map_err(broken)?;
         let plane = self.plane.borrow().clone();
         let called = plane.as_ref().and_then(|p| p.by_name.get(&name)).cloned().ok_or_else(|| {
+            secure::unknown_name(&tcp);
             ("unknown_name", Refusal::new(Code::NotFound, "the name of a workload of this node", name))
         })?;
-        let secured = secure::accept(tcp, hello, called.server.clone()).await.map_err(broken)?;
-        let Some(plane) = plane.filter(|_| !secured.chain.is_empty()) else {
+        let mut secured = secure::accept(tcp, hello, called.server.clone()).await.map_err(broken)?;
+        let chain = std::mem::take(&mut secured.chain);
+        let Some(plane) = plane.filter(|_| !chain.is_empty()) else {
             return Err(("svid", Refusal::new(Code::Unauthenticated, "an X.509-SVID", "none")));
         };
-        let peer = tls::peer(&secured.chain, &plane.trust, self.clock.now()).map_err(|r| ("svid", r))?;
-        let call = Call { peer: Arc::new(peer), from, to: called.id.clone() };
-        trusted(&self.denials.now(), &call).map_err(|r| (r.code.as_str(), r))?;
-        at_home(&plane.view, &call).map_err(|r| {
-            tracing::warn!(caller = %call.peer.id(), called = %call.to, refusal = %r, "tunnel refused");
-            (r.code.as_str(), r)
-        })?;
-        Ok((secured, call))
+        let proved = || {
+            let peer = tls::peer(&chain, &plane.trust, self.clock.now()).map_err(|r| ("svid", r))?;
+            let shown = Shown::new(chain.clone(), Usage::Client, peer.not_after(), &plane.trust.current());
+            let call = Call { peer: Arc::new(peer), shown: Arc::new(shown), from, to: called.id.clone() };
+            trusted(&self.denials.now(), &call).map_err(|r| (r.code.as_str(), r))?;
+            at_home(&plane.view, &call).map_err(|r| {
+                tracing::warn!(caller = %call.peer.id(), called = %call.to, refusal = %r, "tunnel refused");
+                (r.code.as_str(), r)
+            })?;
+            let busy = |_| ("busy", Refusal::new(Code::Busy, format!("{TUNNELS_MAX} tunnels"), "one more"));
+            Ok((call, self.tunnels.clone().try_acquire_owned().map_err(busy)?))
+        };
+        match proved() {
+            Ok((call, place)) => Ok((secured, call, place)),
+            Err(refused) => {
+                secured.turn_away(alert::ACCESS_DENIED);
+                Err(refused)
+            }
+        }
     }
 
     async fn serve_hbone(&self, secured: Secured, call: &Call) -> Result<(), Refusal> {
@@ -164,66 +222,82 @@ impl Inbound {
         let mut streams = shaken.map_err(|_| http2("silence".into()))?.map_err(|e| http2(e.to_string()))?;
         let quiet = hbone::silence(streams.ping_pong(), None);
         tokio::pin!(quiet);
+        // A stream that was reset is none for HTTP/2, and its connection to the workload is still being made.
+        let places = Arc::new(Semaphore::new(hbone::REQUESTS_MAX));
         // What it carries ends with the tunnel, and that with its connection.
         loop {
             let next = tokio::select! {
                 next = streams.accept() => next,
                 () = &mut quiet => return Ok(()),
             };
-            let Some(Ok((request, respond))) = next else { return Ok(()) };
+            let Some(Ok((request, mut respond))) = next else { return Ok(()) };
+            let Ok(place) = places.clone().try_acquire_owned() else {
+                answer(&mut respond, Reason::Busy.status());
+                continue;
+            };
             let (this, call) = (self.clone(), call.clone());
-            tokio::spawn(async move { this.stream(call, request, respond).await });
+            tokio::spawn(async move {
+                this.stream(call, request, respond).await;
+                drop(place);
+            });
         }
     }
 
-    /// One connection after another, as long as each ends in order.
+    /// One connection after another, as long as each ends in order or is refused.
     async fn serve_native(&self, mut tunnel: Secured, call: &Call) -> Result<(), Refusal> {
         let mut wait = HANDSHAKE_MAX;
         loop {
-            // The peer says nothing more, or has ended the tunnel: both are an end in order.
-            let Ok(Ok(open)) = timeout(wait, native::asked(&mut tunnel)).await else { return Ok(()) };
-            wait = NATIVE_IDLE_MAX;
-            let refused = match open {
-                Some(open) => match self.native(&mut tunnel, call, open).await {
-                    Ok(true) => continue,
-                    Ok(false) => return Ok(()),
-                    Err(reason) => reason,
-                },
-                None => Reason::Malformed,
+            let Ok(Ok(open)) = timeout(wait, native::asked(&mut tunnel)).await else {
+                // The peer says nothing more, has ended the tunnel, or is to know what was wrong.
+                tunnel.tell_failure();
+                return Ok(());
             };
-            // Nobody there to hear it: as good.
-            let _ = timeout(HANDSHAKE_MAX, native::refuse(&mut tunnel, refused)).await;
-            return Ok(());
+            wait = NATIVE_IDLE_MAX;
+            let carried = match open {
+                Some(open) => self.native(&mut tunnel, call, open).await,
+                None => Err(Reason::Malformed),
+            };
+            match carried {
+                Ok(End::Closed) => {}
+                Ok(_) => return Ok(()),
+                Err(reason) => {
+                    let told = timeout(HANDSHAKE_MAX, native::refuse(&mut tunnel, reason)).await;
+                    if !matches!(told, Ok(Ok(()))) || reason == Reason::Malformed {
+                        tunnel.turn_away(alert::CLOSE_NOTIFY);
+                        return Ok(());
+                    }
+                }
+            }
         }
     }
 
-    /// Whether the tunnel can carry another connection.
-    async fn native(&self, tunnel: &mut Secured, call: &Call, open: Open) -> Result<bool, Reason> {
+    /// How the connection ended; after a refusal, as after an end in order, the tunnel is free for another.
+    async fn native(&self, tunnel: &mut Secured, call: &Call, open: Open) -> Result<End, Reason> {
         let record = Record::inbound(call.peer.id(), &call.to, open.to, open.trace.as_deref());
-        let (mut pod, _open) = match self.connect(call, Ok(open.to)).await {
-            Ok(connected) => connected,
-            Err(no) => {
-                record.refused(no.flag());
-                return Err(no.into());
-            }
+        let Open { to, prompt, mut first, .. } = open;
+        let refused = |reason| {
+            record.refused(flag_of(reason));
+            reason
         };
-        let begun = async {
-            pod.write_all(&open.first).await?;
-            native::agree(tunnel, &pod, open.prompt).await
+        let mut admitted = self.connect(call, Ok(to)).await.map_err(refused)?;
+        // What the workload does not take at once waits, and the caller does not: it may read later.
+        let written = match admitted.pod.try_write(&first) {
+            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => 0,
+            written => written.map_err(|_| refused(Reason::Reset))?,
         };
-        let cut = self.cut_once(call, open.to);
-        let carried = match timeout(POD_CONNECT_MAX, begun).await {
-            Ok(Ok(())) => native::carry(&mut pod, tunnel, Vec::new(), cut).await,
-            // The caller waits for an answer, and what it sent first may be at the workload: no reason is true. It
-            // sees the tunnel's end.
-            Ok(Err(_)) | Err(_) => {
-                let _ = pod.set_zero_linger();
-                record.refused(flag::UPSTREAM_TERMINATED);
-                return Ok(false);
-            }
+        let down = first.split_off(written);
+        let agreed = timeout(HANDSHAKE_MAX, native::agree(tunnel, &mut admitted.pod, prompt)).await;
+        // The tunnel is broken, or takes nothing.
+        let Ok(Ok(agreed)) = agreed else {
+            record.refused(flag::DOWNSTREAM_TERMINATED);
+            return Ok(End::Far);
         };
+        let begun = Begun { up: Vec::new(), down, sent: agreed.map_err(refused)?, received: written as u64 };
+        let Admitted { mut pod, _open, follow } = admitted;
+        let cut = self.cut_once(call, to, follow);
+        let carried = native::carry(&mut pod, tunnel, begun, cut).await;
         record.ended(&carried);
-        Ok(carried.end == pump::End::Closed)
+        Ok(carried.end)
     }
 
     async fn stream(self, call: Call, request: Request<RecvStream>, mut respond: SendResponse<Bytes>) {
@@ -232,91 +306,88 @@ impl Inbound {
         let trace = request.headers().get("traceparent").and_then(|value| value.to_str().ok()).map(str::to_owned);
         let trace = trace.filter(|trace| native::is_trace(trace.as_bytes()));
         let record = Record::inbound(call.peer.id(), &call.to, shown, trace.as_deref());
-        let (pod, _open) = match self.connect(&call, to).await {
-            Ok(connected) => connected,
-            Err(no) => {
-                record.refused(no.flag());
-                return answer(&mut respond, no.status());
+        let Admitted { pod, _open, follow } = match self.connect(&call, to).await {
+            Ok(admitted) => admitted,
+            Err(reason) => {
+                record.refused(flag_of(reason));
+                return answer(&mut respond, reason.status());
             }
         };
         let mut ok = Response::new(());
         *ok.status_mut() = StatusCode::OK;
         let Ok(send) = respond.send_response(ok, false) else { return };
-        let carried = pump::carry(pod, send, request.into_body(), Vec::new(), self.cut_once(&call, shown)).await;
+        let cut = self.cut_once(&call, shown, follow);
+        let carried = pump::carry(pod, send, request.into_body(), Vec::new(), cut).await;
         record.ended(&carried);
     }
 
     /// Judges and connects: of both modes the one way to a workload. What is returned counts as open.
-    async fn connect(&self, call: &Call, to: Result<SocketAddrV4, Refusal>) -> Result<(TcpStream, Counted), No> {
-        let place = self.flows.clone().try_acquire_owned().map_err(|_| No::Busy)?;
-        let begun = Instant::now();
-        let admitted = to.and_then(|to| self.admit(call, to).map(|pod| (pod, to)));
-        METRICS.authz.observe(begun.elapsed());
-        let (pod, to) = admitted.map_err(|refusal| {
+    async fn connect(&self, call: &Call, to: Result<SocketAddrV4, Refusal>) -> Result<Admitted, Reason> {
+        let place = self.flows.clone().try_acquire_owned().map_err(|_| Reason::Busy)?;
+        let mut follow = Follow { plane: self.plane.clone(), denials: self.denials.watch() };
+        let denied = |refusal: Refusal| {
             METRICS.connections.inc(["inbound", "denied"]);
             tracing::info!(caller = %call.peer.id(), called = %call.to, %refusal, "inbound refused");
-            if refusal.code == Code::BadRequest { No::Malformed } else { No::Denied }
-        })?;
-        let failed = |no| {
+            if refusal.code == Code::BadRequest { Reason::Malformed } else { Reason::Denied }
+        };
+        let begun = Instant::now();
+        let admitted = to.and_then(|to| self.admit(&mut follow, call, to).map(|admitted| (admitted, to)));
+        METRICS.authz.observe(begun.elapsed());
+        let ((pod, mut verdict), to) = admitted.map_err(denied)?;
+        let failed = |reason| {
             METRICS.connections.inc(["inbound", "failed"]);
-            no
+            reason
         };
         let tcp = match timeout(POD_CONNECT_MAX, self.last_leg(&pod, to, call)).await {
             Ok(Ok(tcp)) => tcp,
             Ok(Err(error)) => {
                 tracing::debug!(%to, %error, "pod does not answer");
-                return Err(failed(No::Unreachable));
+                return Err(failed(Reason::Unreachable));
             }
-            Err(_) => return Err(failed(No::Timeout)),
+            Err(_) => return Err(failed(Reason::Timeout)),
         };
+        // No byte was passed on yet: what was withdrawn while the pod was waited for lets none through.
+        if follow.has_changed() {
+            (_, verdict) = self.admit(&mut follow, call, to).map_err(denied)?;
+        }
+        if let Some(rule) = verdict.audited {
+            METRICS.audited.inc(["inbound"]);
+            tracing::info!(%rule, caller = %call.peer.id(), called = %call.to, port = to.port(), "audited: a deny would refuse it");
+        }
         METRICS.connections.inc(["inbound", "ok"]);
         METRICS.open.add(["inbound"], 1.0);
-        Ok((tcp, Counted { _place: place }))
+        Ok(Admitted { pod: tcp, _open: Counted { _place: place }, follow })
     }
 
     /// Returns once the connection may not go on.
-    async fn cut_once(&self, call: &Call, to: SocketAddrV4) {
-        let refusal = self.revoked(call, to).await;
+    async fn cut_once(&self, call: &Call, to: SocketAddrV4, follow: Follow) {
+        let refusal = self.revoked(call, to, follow).await;
         METRICS.cut.inc(["inbound"]);
         tracing::info!(caller = %call.peer.id(), called = %call.to, %refusal, "live connection cut");
     }
 
     /// The receiving node's own decision.
-    fn admit(&self, call: &Call, to: SocketAddrV4) -> Result<Arc<LocalPod>, Refusal> {
-        let plane = self.plane.borrow().clone();
+    fn admit(&self, follow: &mut Follow, call: &Call, to: SocketAddrV4) -> Result<(Arc<LocalPod>, Verdict), Refusal> {
+        let (plane, denials) = follow.now();
         let plane = plane.ok_or_else(|| Refusal::new(Code::Unavailable, "a slice", "none yet"))?;
         // Not-here and not-yours look alike from outside.
         let pod =
             plane.pods.get(to.ip()).filter(|pod| *pod.id() == call.to).cloned().ok_or_else(|| {
                 Refusal::new(Code::PolicyDenied, format!("an address of {}", call.to), to.to_string())
             })?;
-        let verdict = judge(&plane, &self.denials.now(), call, to, self.clock.moment())?;
-        if let Some(rule) = verdict.audited {
-            METRICS.audited.inc(["inbound"]);
-            tracing::info!(%rule, caller = %call.peer.id(), called = %call.to, port = to.port(), "audited: a deny would refuse it");
-        }
-        Ok(pod)
+        Ok((pod, judge(&plane, &denials, call, to, self.clock.moment())?))
     }
 
-    /// Returns the refusal once what was admitted would not be admitted any more.
-    async fn revoked(&self, call: &Call, to: SocketAddrV4) -> Refusal {
-        let (mut plane, mut denials) = (self.plane.clone(), self.denials.watch());
-        loop {
-            // At first too: something may have changed since the connection was admitted.
-            let now = plane.borrow_and_update().clone();
-            let denied = denials.borrow_and_update().clone();
+    /// Returns the refusal once what was admitted would not be admitted any more, by what these say next.
+    async fn revoked(&self, call: &Call, to: SocketAddrV4, mut follow: Follow) -> Refusal {
+        while follow.changed().await.is_ok() {
+            let (now, denied) = follow.now();
             // An SVID that ran out does not end a connection that it began; being denied does, and so does policy.
             if let Some(Err(refusal)) = now.map(|p| permitted(&p, &denied, call, to, self.clock.moment())) {
                 return refusal;
             }
-            let changed = tokio::select! {
-                changed = plane.changed() => changed,
-                changed = denials.changed() => changed,
-            };
-            if changed.is_err() {
-                return ending();
-            }
         }
+        ending()
     }
 
     /// Returns the refusal once the caller's node is not where the tunnel comes from.
@@ -340,6 +411,7 @@ impl Inbound {
         let socket = self.netns.socket(&pod.netns, source).await?;
         let tcp = socket.connect(SocketAddr::V4(to)).await?;
         tcp.set_nodelay(true)?;
+        pump::break_off_unless_ended(&tcp)?;
         Ok(tcp)
     }
 }
@@ -368,105 +440,14 @@ impl Drop for Counted {
     }
 }
 
-/// Why a connection was not made.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum No {
-    Malformed,
-    Denied,
-    Unreachable,
-    Timeout,
-    Busy,
-}
-
-impl No {
-    fn status(self) -> StatusCode {
-        match self {
-            Self::Malformed => StatusCode::BAD_REQUEST,
-            Self::Denied => StatusCode::FORBIDDEN,
-            Self::Unreachable => StatusCode::BAD_GATEWAY,
-            Self::Timeout => StatusCode::GATEWAY_TIMEOUT,
-            Self::Busy => StatusCode::SERVICE_UNAVAILABLE,
-        }
+fn flag_of(reason: Reason) -> &'static str {
+    match reason {
+        Reason::Malformed => flag::PROTOCOL_ERROR,
+        Reason::Denied => flag::DENIED,
+        Reason::Unreachable | Reason::Timeout => flag::UPSTREAM_FAILED,
+        Reason::Busy => flag::OVERFLOW,
+        Reason::Reset => flag::UPSTREAM_TERMINATED,
     }
-    fn flag(self) -> &'static str {
-        match self {
-            Self::Malformed => flag::PROTOCOL_ERROR,
-            Self::Denied => flag::DENIED,
-            Self::Unreachable | Self::Timeout => flag::UPSTREAM_FAILED,
-            Self::Busy => flag::OVERFLOW,
-        }
-    }
-}
-
-impl From<No> for Reason {
-    fn from(no: No) -> Self {
-        match no {
-            No::Malformed => Self::Malformed,
-            No::Denied => Self::Denied,
-            No::Unreachable => Self::Unreachable,
-            No::Timeout => Self::Timeout,
-            No::Busy => Self::Busy,
-        }
-    }
-}
-
-/// May this caller speak to that port of this workload now?
-fn judge(plane: &Plane, denials: &Denials, call: &Call, to: SocketAddrV4, now: Moment) -> Result<Verdict, Refusal> {
-    if call.peer.not_after() < now.latest {
-        let found = format!("ended at {} ms", call.peer.not_after().0);
-        return Err(Refusal::new(Code::SvidUntrusted, "an SVID in time", found));
-    }
-    permitted(plane, denials, call, to, now)
-}
-
-/// The same of a connection that is open already: all of it but the end of the SVID.
-fn permitted(plane: &Plane, denials: &Denials, call: &Call, to: SocketAddrV4, now: Moment) -> Result<Verdict, Refusal> {
-    trusted(denials, call)?;
-    at_home(&plane.view, call)?;
-    let verdict = plane.view.rules.evaluate(call.peer.id(), &call.to, to.port(), now);
-    if verdict.allowed {
-        return Ok(verdict);
-    }
-    let found = format!("{} to {} port {}: {}", call.peer.id(), call.to, to.port(), verdict.reason);
-    Err(Refusal::new(Code::PolicyDenied, "an allowed connection", found))
-}
-
-/// Is the caller's node one that its cell trusts now, and its SVID one that was not revoked?
-fn trusted(denials: &Denials, call: &Call) -> Result<(), Refusal> {
-    let binding = binding(call)?;
-    if let Some(found) = denials.denied_above(&call.peer) {
-        return Err(Refusal::new(Code::SvidRevoked, "an intermediate that is not revoked", found));
-    }
-    // A cell speaks for its own nodes only: what a peer denies is nothing against a caller of another trust domain.
-    if denials.denies(&call.peer.id().trust_domain(), &binding.node, binding.generation) {
-        return Err(Refusal::new(Code::NodeUntrusted, "a trusted node", binding.node.to_string()));
-    }
-    let peer = &call.peer;
-    if denials.denies_svid(peer.id(), peer.authority(), peer.serial()) {
-        return Err(Refusal::new(Code::SvidRevoked, "an SVID that was not revoked", peer.id().as_str()));
-    }
-    Ok(())
-}
-
-/// Does the tunnel come from where the caller's node is? A key that was copied to another node does not bring that along.
-fn at_home(view: &View, call: &Call) -> Result<(), Refusal> {
-    let NodeBinding { node, generation, .. } = binding(call)?;
-    let known = view.callers.get(&(call.peer.id().trust_domain(), node));
-    if known.is_some_and(|home| home.is_home_of(generation, call.from)) {
-        return Ok(());
-    }
-    let expected = match known {
-        Some(home) => format!("{}, where node {node} is since its generation {}", home.address, home.since),
-        None => format!("node {node} among those whose workloads may call here"),
-    };
-    let found = format!("{}, with an SVID of its generation {generation}", call.from.to_canonical());
-    Err(Refusal::new(Code::NodeAddressMismatch, expected, found))
-}
-
-/// The node that the caller's SVID was issued through.
-fn binding(call: &Call) -> Result<NodeBinding, Refusal> {
-    // Callers outside the mesh lack the binding; no policy can name such a caller yet, so they are refused.
-    call.peer.binding().ok_or_else(|| Refusal::new(Code::SvidUntrusted, "an SVID bound to a node", "none"))
 }
 
 fn ending() -> Refusal {

@@ -50,6 +50,8 @@ pub mod records;
 pub mod sds;
 pub mod secure;
 pub mod session;
+pub mod shown;
+pub mod silence;
 pub mod sni;
 pub mod state;
 pub mod svids;

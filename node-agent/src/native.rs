@@ -2,24 +2,28 @@
 //! and the next one after that has ended in both directions. Agreed by ALPN; whoever does not know it speaks HBONE.
 //!
 //! One TLS record is one frame: its first byte is the kind. The caller sends OPEN with the goal and its first bytes, and
-//! sends nothing more until OPENED or RESET comes. After that DATA and one FIN go each way. Whoever has sent FIN and got FIN
-//! knows that nothing of this connection is left in the tunnel, by TLS' own order; only then is it used again. Everything
-//! else, RESET included, ends the tunnel.
+//! sends nothing more until OPENED or RESET comes. After OPENED, DATA and one FIN go each way. Whoever has sent FIN and got
+//! FIN knows that nothing of this connection is left in the tunnel, by TLS' own order, and so does who got RESET for its
+//! OPEN; only then is it used again. Everything else ends the tunnel.
 //!
 //! Knows nothing of policy: who may open is decided by [`crate::inbound`], as for HBONE.
 
-use crate::pump::{Carried, End};
+use crate::pump::{self, Carried, End};
 use crate::records::{self, CONTENT_MAX, HEADER_BYTES, RECORD_MAX, RECORDS};
 use crate::secure::{Secured, broken};
+use crate::silence::{LOOK_EVERY, Watch};
+use futures::FutureExt;
+use http::StatusCode;
 use std::future::Future;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::ops::Range;
+use std::pin::pin;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 /// The name by which agents agree on it.
 pub const ALPN: &[u8] = b"ambit/1";
@@ -39,7 +43,7 @@ const RESET: u8 = 5;
 /// OPEN: the caller waits for OPENED with more to send.
 const PROMPT: u8 = 1;
 
-/// Why the far agent did not connect, or what went wrong then.
+/// Why the receiving agent did not connect, in whichever mode it was asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reason {
     /// OPEN made no sense.
@@ -52,9 +56,13 @@ pub enum Reason {
     Timeout,
     /// Too many connections there.
     Busy,
+    /// It connected, and the workload broke off before it was told. What was sent may have been read.
+    Reset,
 }
 
 impl Reason {
+    const ALL: [Self; 6] = [Self::Malformed, Self::Denied, Self::Unreachable, Self::Timeout, Self::Busy, Self::Reset];
+
     fn code(self) -> u8 {
         match self {
             Self::Malformed => 1,
@@ -62,12 +70,21 @@ impl Reason {
             Self::Unreachable => 3,
             Self::Timeout => 4,
             Self::Busy => 5,
+            Self::Reset => 6,
         }
     }
     fn of(code: u8) -> Option<Self> {
-        [Self::Malformed, Self::Denied, Self::Unreachable, Self::Timeout, Self::Busy]
-            .into_iter()
-            .find(|reason| reason.code() == code)
+        Self::ALL.into_iter().find(|reason| reason.code() == code)
+    }
+    /// The same in HBONE.
+    pub fn status(self) -> StatusCode {
+        match self {
+            Self::Malformed => StatusCode::BAD_REQUEST,
+            Self::Denied => StatusCode::FORBIDDEN,
+            Self::Unreachable | Self::Reset => StatusCode::BAD_GATEWAY,
+            Self::Timeout => StatusCode::GATEWAY_TIMEOUT,
+            Self::Busy => StatusCode::SERVICE_UNAVAILABLE,
+        }
     }
 }
 
@@ -115,17 +132,19 @@ pub fn is_trace(text: &[u8]) -> bool {
     text.len() == TRACE_BYTES && text.iter().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f' | b'-'))
 }
 
-/// Sends OPEN and waits for the answer: the far agent's reason if it is no.
+/// Sends OPEN and waits for the answer: the far agent's reason if it is no. The tunnel is then as it was before.
 pub async fn open(tunnel: &mut Secured, open: &Open) -> io::Result<Result<(), Reason>> {
     tunnel.sealer.turn_key().map_err(broken)?;
     tunnel.sealer.push(&[&open.head(), &open.first]).map_err(broken)?;
     flush(tunnel).await?;
     let answer = frame(tunnel).await?;
-    match tunnel.opener.bytes().get(answer).unwrap_or_default() {
-        [OPENED] => Ok(Ok(())),
-        [RESET, code] => Ok(Err(Reason::of(*code).ok_or_else(|| io::Error::other("a reset without a reason"))?)),
-        _ => Err(io::Error::other("neither OPENED nor RESET")),
-    }
+    let answer = match tunnel.opener.bytes().get(answer).unwrap_or_default() {
+        [OPENED] => Ok(()),
+        [RESET, code] => Err(Reason::of(*code).ok_or_else(|| io::Error::other("a reset without a reason"))?),
+        _ => return Err(io::Error::other("neither OPENED nor RESET")),
+    };
+    tunnel.opener.rest();
+    Ok(answer)
 }
 
 /// Waits for OPEN; none where the frame is none. An error where the peer ends the tunnel.
@@ -136,22 +155,35 @@ pub async fn asked(tunnel: &mut Secured) -> io::Result<Option<Open>> {
     Ok(open)
 }
 
-/// Says no, and why.
+/// Says no, and why: the whole answer to OPEN.
 pub async fn refuse(tunnel: &mut Secured, reason: Reason) -> io::Result<()> {
+    tunnel.sealer.turn_key().map_err(broken)?;
     tunnel.sealer.push(&[&[RESET, reason.code()]]).map_err(broken)?;
-    tunnel.sealer.close().map_err(broken)?;
-    flush(tunnel).await?;
-    tunnel.tcp.shutdown().await
+    flush(tunnel).await
 }
 
-/// Says yes. It goes with the first bytes of the answer if these come at once and the caller does not wait for it.
-pub async fn agree(tunnel: &mut Secured, answers: &TcpStream, prompt: bool) -> io::Result<()> {
+/// Says yes, unless the workload behind `pod` is found to have broken off. It goes with the first bytes of the answer if these
+/// come at once and the caller does not wait for it; how many these were.
+pub async fn agree(tunnel: &mut Secured, pod: &mut TcpStream, prompt: bool) -> io::Result<Result<u64, Reason>> {
     tunnel.sealer.turn_key().map_err(broken)?;
-    tunnel.sealer.push(&[&[OPENED]]).map_err(broken)?;
-    if !prompt && timeout(FIRST_WAIT, answers.readable()).await.is_ok() {
-        return Ok(());
+    let mut buffer = records::buffer();
+    let mut n = 0;
+    if !prompt && timeout(FIRST_WAIT, pod.readable()).await.is_ok() {
+        // What is not there after all, and an end, are found again by whoever carries.
+        match fill(&mut pod.split().0, &mut buffer, false).now_or_never() {
+            Some(Ok(read)) => n = read,
+            Some(Err(_)) => return Ok(Err(Reason::Reset)),
+            None => {}
+        }
     }
-    flush(tunnel).await
+    tunnel.sealer.push(&[&[OPENED]]).map_err(broken)?;
+    let sealed = if n > 0 { seal(&mut tunnel.sealer, &mut buffer, n).map_err(broken)? } else { 0 };
+    let (_, mut far) = tunnel.tcp.split();
+    let opened = tunnel.sealer.take();
+    let mut slices = [IoSlice::new(&opened), IoSlice::new(buffer.get(..sealed).unwrap_or_default())];
+    write_all(&mut far, &mut &mut slices[..]).await?;
+    records::keep(buffer);
+    Ok(Ok(n as u64))
 }
 
 async fn flush(tunnel: &mut Secured) -> io::Result<()> {
@@ -174,31 +206,58 @@ async fn frame(tunnel: &mut Secured) -> io::Result<Range<usize>> {
     }
 }
 
-/// Carries until both directions are closed, one breaks, or `cut` says that the connection may not go on. After
-/// [`End::Closed`] the tunnel is as it was before; after anything else it is not to be used.
-///
-/// `first` was read from the socket before, and not sent.
-pub async fn carry(
-    tcp: &mut TcpStream,
-    tunnel: &mut Secured,
-    first: Vec<u8>,
-    cut: impl Future<Output = ()>,
-) -> Carried {
-    let (mut sent, mut received) = (0, 0);
+/// What was moved of a connection before it is carried.
+#[derive(Debug, Default)]
+pub struct Begun {
+    /// Read from the socket and not sent.
+    pub up: Vec<u8>,
+    /// Came by the tunnel and was not written.
+    pub down: Vec<u8>,
+    /// Bytes that went from the socket into the tunnel.
+    pub sent: u64,
+    /// Bytes that went from the tunnel into the socket.
+    pub received: u64,
+}
+
+/// Carries until both directions are closed, one breaks, the far machine is gone, or `cut` says that the connection may not go
+/// on. After [`End::Closed`] the tunnel is as it was before; after anything else it is not to be used, and both it and the
+/// socket, which [breaks off unless ended](pump::break_off_unless_ended), are reset.
+pub async fn carry(tcp: &mut TcpStream, tunnel: &mut Secured, begun: Begun, cut: impl Future<Output = ()>) -> Carried {
+    let Begun { up, down, mut sent, mut received } = begun;
     let ended = {
         let (mut read, mut write) = tcp.split();
-        let (mut far_read, mut far_write) = tunnel.tcp.split();
-        let up = upward(&mut read, &mut far_write, &mut tunnel.sealer, first, &mut sent);
-        let down = downward(&mut far_read, &mut write, &mut tunnel.opener, &mut received);
-        let both = async { tokio::try_join!(up, down) };
+        let (far_read, far_write) = tunnel.tcp.split();
+        let timer = pin!(sleep(LOOK_EVERY));
+        let out = Out { far: far_write, watch: Watch::new(timer) };
+        let mut up = pin!(upward(&mut read, out, &mut tunnel.sealer, up, &mut sent));
+        let mut down = pin!(downward(far_read, &mut write, &mut tunnel.opener, down, &mut received));
+        let both = async {
+            tokio::select! {
+                biased;
+                out = &mut up => {
+                    let mut out = out?;
+                    tokio::select! {
+                        biased;
+                        ended = &mut down => ended,
+                        // What was sent last is still to be acknowledged.
+                        () = out.watch.gone(out.far.as_ref()) => Err(End::Far),
+                    }
+                }
+                ended = &mut down => {
+                    ended?;
+                    up.await.map(drop)
+                }
+            }
+        };
         tokio::select! {
-            ended = both => ended.map_or_else(|end| end, |_| End::Closed),
+            ended = both => ended.map_or_else(|end| end, |()| End::Closed),
             () = cut => End::Cut,
         }
     };
-    if ended != End::Closed {
-        // Both see a reset, not an orderly end of a truncated answer.
-        let _ = tcp.set_zero_linger();
+    if ended == End::Closed {
+        pump::end_in_order(tcp);
+    } else {
+        tunnel.tell_failure();
         let _ = tunnel.tcp.set_zero_linger();
     }
     Carried { end: ended, sent, received }
@@ -209,21 +268,56 @@ const PAYLOAD_MAX: usize = CONTENT_MAX - 1;
 /// Where it lies in a record: behind the header and the kind.
 const PAYLOAD_AT: usize = HEADER_BYTES + 1;
 
-async fn upward(
+/// The way into the tunnel.
+struct Out<'a> {
+    far: WriteHalf<'a>,
+    watch: Watch<'a>,
+}
+
+impl Out<'_> {
+    async fn send<const N: usize>(&mut self, mut slices: [IoSlice<'_>; N]) -> Result<(), End> {
+        let mut rest = &mut slices[..];
+        self.watch.arm();
+        loop {
+            tokio::select! {
+                biased;
+                done = write_all(&mut self.far, &mut rest) => return done.map_err(|_| End::Far),
+                () = self.watch.due() => self.look()?,
+            }
+        }
+    }
+
+    /// Until there is something to read, while the far machine is there.
+    async fn wait(&mut self, read: &ReadHalf<'_>) -> Result<(), End> {
+        loop {
+            tokio::select! {
+                biased;
+                ready = read.readable() => return ready.map_err(|_| End::Near),
+                () = self.watch.due() => self.look()?,
+            }
+        }
+    }
+
+    fn look(&mut self) -> Result<(), End> {
+        if self.watch.is_gone(self.far.as_ref()) { Err(End::Far) } else { Ok(()) }
+    }
+}
+
+async fn upward<'a>(
     read: &mut ReadHalf<'_>,
-    far: &mut WriteHalf<'_>,
+    mut out: Out<'a>,
     sealer: &mut records::Sealer,
     first: Vec<u8>,
     sent: &mut u64,
-) -> Result<(), End> {
+) -> Result<Out<'a>, End> {
     let mut many = false;
     if !first.is_empty() {
         sealer.push(&[&[DATA], &first]).map_err(|_| End::Far)?;
-        far.write_all(&sealer.take()).await.map_err(|_| End::Far)?;
+        out.send([IoSlice::new(&sealer.take())]).await?;
         *sent += first.len() as u64;
     }
     loop {
-        read.readable().await.map_err(|_| End::Near)?;
+        out.wait(read).await?;
         let mut buffer = records::buffer();
         let n = match fill(read, &mut buffer, many).await {
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
@@ -236,11 +330,10 @@ async fn upward(
         many = n >= PAYLOAD_MAX;
         let sealed = seal(sealer, &mut buffer, n).map_err(|_| End::Far)?;
         let waiting = sealer.take();
-        let all = [IoSlice::new(&waiting), IoSlice::new(buffer.get(..sealed).unwrap_or_default())];
-        write_all(far, all).await.map_err(|_| End::Far)?;
+        out.send([IoSlice::new(&waiting), IoSlice::new(buffer.get(..sealed).unwrap_or_default())]).await?;
         records::keep(buffer);
         if n == 0 {
-            return Ok(());
+            return Ok(out);
         }
         *sent += n as u64;
     }
@@ -277,13 +370,13 @@ fn seal(sealer: &mut records::Sealer, buffer: &mut [u8], n: usize) -> Result<usi
     Ok(end)
 }
 
-async fn write_all<const N: usize>(to: &mut WriteHalf<'_>, mut slices: [IoSlice<'_>; N]) -> io::Result<()> {
-    let mut rest = &mut slices[..];
-    IoSlice::advance_slices(&mut rest, 0);
+/// Writes `rest`, which is what is left of it whenever this is dropped.
+async fn write_all(to: &mut WriteHalf<'_>, rest: &mut &mut [IoSlice<'_>]) -> io::Result<()> {
+    IoSlice::advance_slices(rest, 0);
     while !rest.is_empty() {
         match to.write_vectored(rest).await? {
             0 => return Err(io::ErrorKind::WriteZero.into()),
-            n => IoSlice::advance_slices(&mut rest, n),
+            n => IoSlice::advance_slices(rest, n),
         }
     }
     Ok(())
@@ -293,21 +386,24 @@ async fn write_all<const N: usize>(to: &mut WriteHalf<'_>, mut slices: [IoSlice<
 const AT_ONCE: usize = 16;
 
 async fn downward(
-    far: &mut ReadHalf<'_>,
+    mut far: ReadHalf<'_>,
     write: &mut WriteHalf<'_>,
     opener: &mut records::Opener,
+    first: Vec<u8>,
     received: &mut u64,
 ) -> Result<(), End> {
+    write.write_all(&first).await.map_err(|_| End::Near)?;
+    *received += first.len() as u64;
     loop {
         let (places, count, fin) = gather(opener).map_err(|_| End::Far)?;
         if count > 0 {
             let bytes = opener.bytes();
-            let slices: [IoSlice<'_>; AT_ONCE] = std::array::from_fn(|n| {
+            let mut slices: [IoSlice<'_>; AT_ONCE] = std::array::from_fn(|n| {
                 let place = places.get(n).filter(|_| n < count).cloned().unwrap_or_default();
                 IoSlice::new(bytes.get(place).unwrap_or_default())
             });
             *received += slices.iter().map(|s| s.len() as u64).sum::<u64>();
-            write_all(write, slices).await.map_err(|_| End::Near)?;
+            write_all(write, &mut &mut slices[..]).await.map_err(|_| End::Near)?;
         }
         if fin {
             opener.rest();
@@ -378,7 +474,7 @@ mod tests {
     fn every_reason_is_told_and_understood() {
         for code in 0..=u8::MAX {
             let reason = Reason::of(code);
-            assert_eq!(reason.is_some(), (1..=5).contains(&code));
+            assert_eq!(reason.is_some(), (1..=6).contains(&code));
             assert!(reason.is_none_or(|reason| reason.code() == code));
         }
     }

@@ -11,12 +11,13 @@ use crate::hbone::{self, TunnelError};
 use crate::health::{self, Health};
 use crate::kernel::KernelHandle;
 use crate::metrics::METRICS;
-use crate::native::{self, Open, Reason};
+use crate::native::{self, Begun, Open, Reason};
 use crate::plane::{LocalPod, Plane};
-use crate::pool::{Key, Lease, NativeLease, Pool};
+use crate::pool::{Key, Lease, NativeLease, Pool, Totals};
 use crate::pump::{self, End};
 use crate::record::{Record, flag};
 use crate::records;
+use crate::shown::Now;
 use ambit_model::policy::Endpoint;
 use bytes::Bytes;
 use h2::{RecvStream, SendStream};
@@ -78,7 +79,8 @@ impl Outbound {
         clock: Arc<Clock>,
         port: u16,
     ) -> Self {
-        let pools = (0..carriers.count()).map(|_| Pool::default()).collect();
+        let totals = Totals::default();
+        let pools = (0..carriers.count()).map(|_| Pool::new(totals.clone())).collect();
         Self { plane, denials, carriers, pools, health, flows: Arc::new(Semaphore::new(FLOWS_MAX)), clock, port }
     }
 
@@ -155,7 +157,7 @@ impl Outbound {
                 _ => None,
             };
             let Some(pod) = who.borrow().clone() else {
-                reset(&tcp);
+                let _ = pump::break_off_unless_ended(&tcp);
                 continue;
             };
             let (this, (at, carried)) = (self.clone(), self.carriers.choose(own));
@@ -185,10 +187,11 @@ impl Outbound {
     async fn take_on(&self, at: usize, pod: &LocalPod, mut tcp: TcpStream, captured: Option<Captured>) {
         let begun = Instant::now();
         let _ = tcp.set_nodelay(true);
+        let _ = pump::break_off_unless_ended(&tcp);
         let place = self.flows.clone().try_acquire_owned();
         let Some(captured) = captured else {
             METRICS.connections.inc(["outbound", "unknown"]);
-            return reset(&tcp);
+            return;
         };
         let (trace, mut first) = (trace(), Vec::new());
         let opened = match place {
@@ -199,7 +202,7 @@ impl Outbound {
                     let opening = Box::pin(self.open(at, pod, captured, &mut first, &trace));
                     opening.await.map(|opened| (opened, place))
                 }
-                Err(_) => return reset(&tcp),
+                Err(_) => return,
             },
             Err(_) => Err(TunnelError::Busy),
         };
@@ -219,7 +222,6 @@ impl Outbound {
                     Record::outbound(pod.id(), &endpoint.spiffe_id, captured.asked, Some(&trace))
                         .refused(flag_of(&error));
                 }
-                reset(&tcp);
             }
         }
     }
@@ -237,19 +239,20 @@ impl Outbound {
         let Opened { way, endpoint } = opened;
         let record = Record::outbound(pod.id(), &endpoint.spiffe_id, captured.asked, Some(trace));
         let peer = match &way {
-            Way::Native(lease) => lease.native.peer.clone(),
+            Way::Native { lease, .. } => lease.peer().clone(),
             Way::Hbone { lease, .. } => lease.peer().clone(),
         };
         let cut = async {
-            let refused = |now: &Arc<Denials>| now.denies_endpoint(&endpoint) || now.denies_presented(&peer);
+            let refused = |now: &Arc<Denials>| now.denies_endpoint(&endpoint) || now.denies_presented(&peer.presented);
             self.denials.until(refused).await;
             METRICS.cut.inc(["outbound"]);
             tracing::info!(caller = %pod.id(), called = %endpoint.spiffe_id, node = %endpoint.node, "live connection cut");
         };
         METRICS.open.add(["outbound"], 1.0);
         let carried = match way {
-            Way::Native(mut lease) => {
-                let carried = native::carry(&mut tcp, &mut lease.native.secured, first, cut).await;
+            Way::Native { mut lease, sent } => {
+                let begun = Begun { up: first, sent, ..Begun::default() };
+                let carried = native::carry(&mut tcp, &mut lease.native().secured, begun, cut).await;
                 if carried.end == End::Closed {
                     lease.give_back();
                 }
@@ -326,9 +329,10 @@ impl Outbound {
             credentials: own.svid().since.0,
         };
         let opened = async {
-            let lease = pool.lease(&key, || health::credentials(plane, pod.id(), &endpoint.spiffe_id)).await?;
+            let now = Now { trust: plane.trust.current(), at: self.clock.now() };
+            let lease = pool.lease(&key, &now, || health::credentials(plane, pod.id(), &endpoint.spiffe_id)).await?;
             // It may have been dialed before the list came, or by a far end that has nothing newer to show.
-            if self.denials.now().denies_presented(lease.peer()) {
+            if self.denials.now().denies_presented(&lease.peer().presented) {
                 lease.cut();
                 return Err(TunnelError::SvidRevoked);
             }
@@ -348,6 +352,8 @@ impl Outbound {
             if matches!(error, TunnelError::OtherNode { .. }) {
                 tracing::warn!(caller = %pod.id(), %error, "tunnel refused");
             }
+            // What one of its tunnels found out, the idle ones of all threads need not find out one by one.
+            self.pools.iter().for_each(|pool| pool.doubt(node, error));
             self.health.suspect(plane, endpoint, pod.id());
         }
         opened
@@ -375,8 +381,16 @@ struct Opened {
 }
 
 enum Way {
-    Native(Box<NativeLease>),
-    Hbone { lease: hbone::Lease, send: SendStream<Bytes>, recv: RecvStream },
+    /// `sent`: bytes that went with OPEN.
+    Native {
+        lease: Box<NativeLease>,
+        sent: u64,
+    },
+    Hbone {
+        lease: hbone::Lease,
+        send: SendStream<Bytes>,
+        recv: RecvStream,
+    },
 }
 
 async fn open_native(
@@ -387,17 +401,18 @@ async fn open_native(
 ) -> Result<Way, TunnelError> {
     // A first read that filled its room has more behind it; none may mean that the workload speaks first.
     let prompt = first.is_empty() || first.len() == native::FIRST_MAX;
+    let sent = first.len() as u64;
     let open = Open { to, prompt, trace: Some(trace.to_owned()), first: std::mem::take(first) };
-    let answer = timeout(hbone::ANSWER_MAX, native::open(&mut lease.native.secured, &open)).await;
+    let answer = timeout(hbone::ANSWER_MAX, native::open(&mut lease.native().secured, &open)).await;
     match answer.map_err(|_| TunnelError::Timeout)?.map_err(TunnelError::Broken)? {
-        Ok(()) => Ok(Way::Native(lease)),
-        Err(reason) => Err(TunnelError::Refused(match reason {
-            Reason::Malformed => http::StatusCode::BAD_REQUEST,
-            Reason::Denied => http::StatusCode::FORBIDDEN,
-            Reason::Unreachable => http::StatusCode::BAD_GATEWAY,
-            Reason::Timeout => http::StatusCode::GATEWAY_TIMEOUT,
-            Reason::Busy => http::StatusCode::SERVICE_UNAVAILABLE,
-        })),
+        Ok(()) => Ok(Way::Native { lease, sent }),
+        Err(reason) => {
+            // The far end closes the tunnel of whoever makes no sense.
+            if reason != Reason::Malformed {
+                lease.give_back();
+            }
+            Err(if reason == Reason::Reset { TunnelError::Reset } else { TunnelError::Refused(reason.status()) })
+        }
     }
 }
 
@@ -429,6 +444,7 @@ fn trace() -> String {
 fn flag_of(error: &TunnelError) -> &'static str {
     match error {
         TunnelError::Busy => flag::OVERFLOW,
+        TunnelError::Reset => flag::UPSTREAM_TERMINATED,
         TunnelError::NodeDenied | TunnelError::SvidRevoked | TunnelError::NoSvid => flag::DENIED,
         TunnelError::Refused(http::StatusCode::FORBIDDEN) => flag::DENIED,
         TunnelError::Refused(http::StatusCode::NOT_FOUND) => flag::NO_ROUTE,
@@ -439,9 +455,4 @@ fn flag_of(error: &TunnelError) -> &'static str {
         | TunnelError::Broken(_)
         | TunnelError::Refused(_) => flag::UPSTREAM_FAILED,
     }
-}
-
-/// The application sees a reset, as it would from a remote refusal.
-fn reset(tcp: &TcpStream) {
-    let _ = tcp.set_zero_linger();
 }

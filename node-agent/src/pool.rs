@@ -1,10 +1,13 @@
 //! Open tunnels, kept per (caller, callee, node): never shared between two callers, so a connection's identity is the
 //! tunnel's. Native ones are leased to one connection each; what is beyond them, and what goes to nodes that do not speak
 //! the native mode, shares HBONE tunnels. Dialing those holds a lock of that one peer only.
+//!
+//! Each thread that carries has a pool of its own; how much all of them may have of one peer is counted together.
 
 use crate::denials::Denials;
-use crate::hbone::{self, Dialed, Native, Tunnel, TunnelError};
+use crate::hbone::{self, Dial, Dialed, Far, Mode, Native, Tunnel, TunnelError};
 use crate::metrics::METRICS;
+use crate::shown::Now;
 use ambit_identity::svid::Presented;
 use ambit_model::{Generation, NodeId, SpiffeId};
 use nix::sys::socket::{MsgFlags, recv};
@@ -14,7 +17,7 @@ use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 use tokio::sync::Mutex as AsyncMutex;
 
@@ -23,7 +26,7 @@ const TUNNELS_PER_PEER_MAX: usize = 32;
 /// Native tunnels of one peer, leased and idle. A connection beyond them costs a stream of a shared tunnel, which weighs a
 /// few KiB less than a TLS session of its own.
 const NATIVE_PER_PEER_MAX: usize = 64;
-/// Idle native tunnels that are kept warm.
+/// Idle native tunnels that one thread keeps warm.
 const WARM_MAX: usize = 16;
 /// An unused native tunnel is closed after this; the far end would after [`hbone::NATIVE_IDLE_MAX`].
 const WARM_FOR: Duration = Duration::from_secs(60);
@@ -47,94 +50,186 @@ pub struct Key {
     pub credentials: u64,
 }
 
+/// One of a number that is bounded; given back when dropped.
+#[derive(Debug)]
+struct Place(Arc<AtomicUsize>);
+
+impl Place {
+    fn take(count: &Arc<AtomicUsize>, max: usize) -> Option<Self> {
+        let more = |n| (n < max).then_some(n + 1);
+        count.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok().map(|_| Self(count.clone()))
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// How many tunnels to one peer the threads have together.
+#[derive(Debug, Default)]
+struct Total {
+    native: Arc<AtomicUsize>,
+    shared: Arc<AtomicUsize>,
+}
+
+/// The totals of all peers, for the pools of all threads. Asked where a thread first meets a peer, and not again.
+#[derive(Clone, Debug, Default)]
+pub struct Totals(Arc<Mutex<BTreeMap<Key, Weak<Total>>>>);
+
+impl Totals {
+    fn of(&self, key: &Key) -> Arc<Total> {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(total) = all.get(key).and_then(Weak::upgrade) {
+            return total;
+        }
+        if all.len() >= SWEEP_AT {
+            all.retain(|_, total| total.strong_count() > 0);
+        }
+        let total = Arc::new(Total::default());
+        all.insert(key.clone(), Arc::downgrade(&total));
+        total
+    }
+}
+
 #[derive(Debug, Default)]
 struct Tunnels {
-    open: Vec<Tunnel>,
+    open: Vec<(Tunnel, Place)>,
     /// When dialing last failed: whoever queued behind that attempt fails with it instead of dialing in turn.
     failed: Option<Instant>,
 }
 
-/// Tunnels to one peer.
-#[derive(Debug, Default)]
+impl Tunnels {
+    fn lease(&mut self, now: &Now) -> Option<hbone::Lease> {
+        self.open.retain(|(tunnel, _)| tunnel.is_open());
+        self.open.iter().filter(|(tunnel, _)| tunnel.peer().is_good(now)).find_map(|(tunnel, _)| tunnel.lease())
+    }
+
+    fn put(&mut self, tunnel: Tunnel, place: Place) -> Result<Lease, TunnelError> {
+        let lease = tunnel.lease().ok_or(TunnelError::Busy)?;
+        self.open.push((tunnel, place));
+        Ok(Lease::Hbone(lease))
+    }
+}
+
+/// Tunnels of one thread to one peer.
+#[derive(Debug)]
 struct Peer {
     /// Idle native tunnels, and since when; the last used one is used next.
-    warm: Mutex<Vec<(Native, Instant)>>,
-    /// Native tunnels that are dialed or leased.
-    leased: AtomicUsize,
-    /// It speaks HBONE only.
-    foreign: AtomicBool,
+    warm: Mutex<Vec<(Held, Instant)>>,
+    /// Native tunnels of this thread that are dialed, leased or warm.
+    here: Arc<AtomicUsize>,
+    total: Arc<Total>,
+    /// Whether it speaks the native mode, once that is known.
+    native: Mutex<Option<bool>>,
     /// Cut: what comes back is closed.
     gone: AtomicBool,
     shared: AsyncMutex<Tunnels>,
 }
 
 impl Peer {
-    fn warm(&self) -> MutexGuard<'_, Vec<(Native, Instant)>> {
+    fn new(total: Arc<Total>) -> Self {
+        Self {
+            warm: Mutex::default(),
+            here: Arc::default(),
+            total,
+            native: Mutex::default(),
+            gone: AtomicBool::new(false),
+            shared: AsyncMutex::default(),
+        }
+    }
+
+    fn warm(&self) -> MutexGuard<'_, Vec<(Held, Instant)>> {
         self.warm.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// An idle tunnel that is alive.
-    fn take(&self) -> Option<Native> {
+    /// An idle tunnel that is alive, and good for another connection. Those that are not are closed.
+    fn take(self: &Arc<Self>, now: &Now) -> Option<Lease> {
         let mut warm = self.warm();
-        std::iter::from_fn(|| warm.pop()).map(|(native, _)| native).find(is_alive)
+        let usable = |held: &Held| is_alive(&held.native) && held.native.peer.is_good(now);
+        let held = std::iter::from_fn(|| warm.pop()).map(|(held, _)| held).find(usable)?;
+        Some(self.lease(held))
+    }
+
+    fn lease(self: &Arc<Self>, held: Held) -> Lease {
+        Lease::Native(Box::new(NativeLease { held, peer: self.clone() }))
     }
 
     /// Closes idle tunnels that `keep` does not want; says how many.
-    fn thin(&self, keep: impl Fn(&(Native, Instant)) -> bool) -> usize {
+    fn thin(&self, keep: impl Fn(&Native, Instant) -> bool) -> usize {
         let mut warm = self.warm();
         let before = warm.len();
-        warm.retain(keep);
+        warm.retain(|(held, since)| keep(&held.native, *since));
         before - warm.len()
     }
 
     fn is_used(&self) -> bool {
-        self.leased.load(Ordering::Relaxed) > 0
-            || !self.warm().is_empty()
+        self.here.load(Ordering::Relaxed) > 0
             // One that somebody is dialing is locked, hence used.
-            || !self.shared.try_lock().is_ok_and(|t| !t.open.iter().any(Tunnel::is_open))
+            || !self.shared.try_lock().is_ok_and(|t| !t.open.iter().any(|(tunnel, _)| tunnel.is_open()))
     }
 
     /// A place for one more native tunnel, if there is one.
-    fn place(self: &Arc<Self>) -> Option<Place> {
-        let more = |n| (n < NATIVE_PER_PEER_MAX).then_some(n + 1);
-        let taken = self.leased.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
-        taken.ok().map(|_| Place(self.clone()))
+    fn places(&self) -> Option<[Place; 2]> {
+        let all = Place::take(&self.total.native, NATIVE_PER_PEER_MAX)?;
+        Some([all, Place::take(&self.here, usize::MAX)?])
+    }
+
+    /// A place for one more shared tunnel.
+    fn shared_place(&self) -> Result<Place, TunnelError> {
+        Place::take(&self.total.shared, TUNNELS_PER_PEER_MAX).ok_or(TunnelError::Busy)
+    }
+
+    /// None where nobody has asked yet.
+    fn speaks_native(&self) -> Option<bool> {
+        *self.native.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn learn(&self, native: bool) {
+        *self.native.lock().unwrap_or_else(PoisonError::into_inner) = Some(native);
     }
 }
 
-/// An idle tunnel says nothing: whatever is there to read is its end.
+/// An idle tunnel says nothing: whatever is there to read is its end, or left over from a connection that has ended, and
+/// would be taken for the next one's.
 fn is_alive(native: &Native) -> bool {
     let look = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
     native.secured.opener.is_empty()
         && recv(native.secured.tcp.as_raw_fd(), &mut [0], look) == Err(nix::errno::Errno::EAGAIN)
 }
 
-/// Counts a native tunnel as leased; given back when dropped.
+/// A native tunnel, and its places.
 #[derive(Debug)]
-struct Place(Arc<Peer>);
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        self.0.leased.fetch_sub(1, Ordering::Relaxed);
-    }
+struct Held {
+    native: Native,
+    _places: [Place; 2],
 }
 
 /// A native tunnel, for one connection.
 #[derive(Debug)]
 pub struct NativeLease {
-    /// The tunnel.
-    pub native: Native,
-    place: Place,
+    held: Held,
+    peer: Arc<Peer>,
 }
 
 impl NativeLease {
+    /// What the far end of the tunnel showed.
+    pub fn peer(&self) -> &Arc<Far> {
+        &self.held.native.peer
+    }
+
+    /// The tunnel.
+    pub fn native(&mut self) -> &mut Native {
+        &mut self.held.native
+    }
+
     /// The connection ended in both directions: the tunnel is free for the next one.
     pub fn give_back(self) {
-        let peer = &self.place.0;
-        let mut warm = peer.warm();
+        let mut warm = self.peer.warm();
         // Asked under the lock: whoever cuts the peer says so before it empties the list.
-        if warm.len() < WARM_MAX && !peer.gone.load(Ordering::Relaxed) {
-            warm.push((self.native, Instant::now()));
+        if warm.len() < WARM_MAX && !self.peer.gone.load(Ordering::Relaxed) {
+            warm.push((self.held, Instant::now()));
         }
     }
 }
@@ -150,9 +245,9 @@ pub enum Lease {
 
 impl Lease {
     /// What the far end of the tunnel showed.
-    pub fn peer(&self) -> &Arc<Presented> {
+    pub fn peer(&self) -> &Arc<Far> {
         match self {
-            Self::Native(lease) => &lease.native.peer,
+            Self::Native(lease) => lease.peer(),
             Self::Hbone(lease) => lease.peer(),
         }
     }
@@ -165,37 +260,87 @@ impl Lease {
     }
 }
 
-/// The pool. Cloning shares.
-#[derive(Clone, Debug, Default)]
+/// The pool of one thread. Cloning shares.
+#[derive(Clone, Debug)]
 pub struct Pool {
     peers: Arc<Mutex<BTreeMap<Key, Arc<Peer>>>>,
+    totals: Totals,
 }
 
 impl Pool {
-    /// A place in a tunnel to `key`; dials if there is none.
+    /// An empty one, which shares the bounds of all that have these `totals`.
+    pub fn new(totals: Totals) -> Self {
+        Self { peers: Arc::default(), totals }
+    }
+
+    /// A place in a tunnel to `key`; dials if there is none, with what `config` says.
     pub async fn lease(
         &self,
         key: &Key,
-        config: impl FnOnce() -> Result<(ServerName<'static>, Arc<ClientConfig>), TunnelError>,
+        now: &Now,
+        config: impl Fn() -> Result<(ServerName<'static>, Arc<ClientConfig>), TunnelError>,
     ) -> Result<Lease, TunnelError> {
-        let peer = self.peer(key);
-        let place = if peer.foreign.load(Ordering::Relaxed) { None } else { peer.place() };
-        let Some(place) = place else {
+        let (peer, asked) = (self.peer(key), Instant::now());
+        let dial = async |mode| {
             let (name, config) = config()?;
-            return share(&peer, key, name, config).await.map(Lease::Hbone);
+            let (from, node, holder, trust) = (key.from, key.node, key.holder.0, now.trust.clone());
+            dial(Dial { from, node, holder, name, config, trust }, mode).await
         };
-        if let Some(native) = peer.take() {
-            return Ok(Lease::Native(Box::new(NativeLease { native, place })));
-        }
-        let (name, config) = config()?;
-        match dial_any(key, name, config).await? {
-            Dialed::Native(native) => Ok(Lease::Native(Box::new(NativeLease { native: *native, place }))),
-            Dialed::Hbone(tunnel) => {
-                peer.foreign.store(true, Ordering::Relaxed);
-                let lease = tunnel.lease().ok_or(TunnelError::Busy)?;
-                peer.shared.lock().await.open.push(tunnel);
-                Ok(Lease::Hbone(lease))
+        loop {
+            if let Some(lease) = peer.take(now) {
+                return Ok(lease);
             }
+            let native = peer.speaks_native();
+            if native == Some(true)
+                && let Some(places) = peer.places()
+            {
+                return match dial(Mode::Any).await? {
+                    Dialed::Native(native) => Ok(peer.lease(Held { native: *native, _places: places })),
+                    Dialed::Hbone(tunnel) => {
+                        peer.learn(false);
+                        let place = peer.shared_place()?;
+                        peer.shared.lock().await.put(tunnel, place)
+                    }
+                };
+            }
+            let mut tunnels = peer.shared.lock().await;
+            if native.is_none() && peer.speaks_native() == Some(true) {
+                continue;
+            }
+            if let Some(lease) = tunnels.lease(now) {
+                return Ok(Lease::Hbone(lease));
+            }
+            if tunnels.failed.is_some_and(|at| at > asked) {
+                return Err(TunnelError::Timeout);
+            }
+            let place = peer.shared_place()?;
+            // One connection finds out what the node speaks, and the others wait for it: were it HBONE, each of them would
+            // open a tunnel that has room for all.
+            let places = native.is_none().then(|| peer.places()).flatten();
+            let mode = if places.is_some() { Mode::Any } else { Mode::Hbone };
+            let dialed = dial(mode).await.inspect_err(|_| tunnels.failed = Some(Instant::now()))?;
+            return match (dialed, places) {
+                (Dialed::Native(native), Some(places)) => {
+                    peer.learn(true);
+                    Ok(peer.lease(Held { native: *native, _places: places }))
+                }
+                (Dialed::Hbone(tunnel), places) => {
+                    if places.is_some() {
+                        peer.learn(false);
+                    }
+                    tunnels.put(tunnel, place)
+                }
+                // It was not offered: the handshake would have failed.
+                (Dialed::Native(_), None) => Err(TunnelError::Busy),
+            };
+        }
+    }
+
+    /// Closes idle tunnels to `node`, whose answer did not come: all of them, or those that have ended where it did end one.
+    pub fn doubt(&self, node: SocketAddr, error: &TunnelError) {
+        let silent = matches!(error, TunnelError::Timeout | TunnelError::Unreachable { .. });
+        for (_, peer) in self.lock().iter().filter(|(key, _)| key.node == node) {
+            peer.thin(|native, _| !silent && is_alive(native));
         }
     }
 
@@ -211,9 +356,10 @@ impl Pool {
                 peer.gone.store(true, Ordering::Relaxed);
             }
             let revoked = |peer: &Presented| denied || denials.denies_presented(peer);
-            cut += peer.thin(|(native, _)| !revoked(&native.peer));
+            cut += peer.thin(|native, _| !revoked(&native.peer.presented));
             if let Ok(tunnels) = peer.shared.try_lock() {
-                tunnels.open.iter().filter(|t| t.is_open() && revoked(t.peer())).for_each(|t| {
+                let open = tunnels.open.iter().map(|(tunnel, _)| tunnel);
+                open.filter(|t| t.is_open() && revoked(&t.peer().presented)).for_each(|t| {
                     t.cut();
                     cut += 1;
                 });
@@ -223,19 +369,22 @@ impl Pool {
         cut
     }
 
-    /// Closes native tunnels that were idle too long, or ended.
+    /// Closes native tunnels that were idle too long, or ended; and gives back the places of shared ones that did.
     pub fn sweep(&self) {
         for peer in self.lock().values() {
-            peer.thin(|(native, since)| since.elapsed() < WARM_FOR && is_alive(native));
+            peer.thin(|native, since| since.elapsed() < WARM_FOR && is_alive(native));
+            if let Ok(mut tunnels) = peer.shared.try_lock() {
+                tunnels.open.retain(|(tunnel, _)| tunnel.is_open());
+            }
         }
     }
 
     /// Tunnels open now; a peer that is being dialed counts as none.
     pub fn open(&self) -> usize {
         let count = |peer: &Arc<Peer>| {
-            peer.thin(|(native, _)| is_alive(native));
-            let shared = peer.shared.try_lock().map_or(0, |t| t.open.iter().filter(|t| t.is_open()).count());
-            peer.leased.load(Ordering::Relaxed) + peer.warm().len() + shared
+            peer.thin(|native, _| is_alive(native));
+            let shared = peer.shared.try_lock().map_or(0, |t| t.open.iter().filter(|(t, _)| t.is_open()).count());
+            peer.here.load(Ordering::Relaxed) + shared
         };
         self.lock().values().map(count).sum()
     }
@@ -248,7 +397,7 @@ impl Pool {
         if peers.len() >= SWEEP_AT {
             peers.retain(|_, peer| peer.is_used());
         }
-        peers.entry(key.clone()).or_default().clone()
+        peers.entry(key.clone()).or_insert_with(|| Arc::new(Peer::new(self.totals.of(key)))).clone()
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<Key, Arc<Peer>>> {
@@ -256,49 +405,9 @@ impl Pool {
     }
 }
 
-/// A stream's place in a shared tunnel; dials if none has one.
-async fn share(
-    peer: &Peer,
-    key: &Key,
-    name: ServerName<'static>,
-    config: Arc<ClientConfig>,
-) -> Result<hbone::Lease, TunnelError> {
-    let asked = Instant::now();
-    let mut tunnels = peer.shared.lock().await;
-    tunnels.open.retain(Tunnel::is_open);
-    if let Some(lease) = tunnels.open.iter().find_map(Tunnel::lease) {
-        return Ok(lease);
-    }
-    if tunnels.failed.is_some_and(|at| at > asked) {
-        return Err(TunnelError::Timeout);
-    }
-    if tunnels.open.len() >= TUNNELS_PER_PEER_MAX {
-        return Err(TunnelError::Busy);
-    }
-    let tunnel = dial(key.from, key.node, key.holder.0, name, config)
-        .await
-        .inspect_err(|_| tunnels.failed = Some(Instant::now()))?;
-    let lease = tunnel.lease().ok_or(TunnelError::Busy)?;
-    tunnels.open.push(tunnel);
-    Ok(lease)
-}
-
-async fn dial_any(key: &Key, name: ServerName<'static>, config: Arc<ClientConfig>) -> Result<Dialed, TunnelError> {
-    counted(hbone::dial_any(key.from, key.node, key.holder.0, name, config).await)
-}
-
-/// Dials and counts the handshake.
-pub async fn dial(
-    from: Ipv4Addr,
-    node: SocketAddr,
-    holder: NodeId,
-    name: ServerName<'static>,
-    config: Arc<ClientConfig>,
-) -> Result<Tunnel, TunnelError> {
-    counted(hbone::dial(from, node, holder, name, config).await)
-}
-
-fn counted<T>(dialed: Result<T, TunnelError>) -> Result<T, TunnelError> {
+/// Dials, and counts the handshake.
+pub async fn dial(dial: Dial, mode: Mode) -> Result<Dialed, TunnelError> {
+    let dialed = hbone::dial(dial, mode).await;
     match &dialed {
         Ok(_) => METRICS.handshakes.inc(["ok", "none"]),
         Err(error) => METRICS.handshakes.inc(["failed", error.reason()]),

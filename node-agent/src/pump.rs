@@ -5,7 +5,9 @@
 
 use bytes::{Bytes, BytesMut};
 use h2::{Reason, RecvStream, SendStream};
+use nix::sys::socket::{setsockopt, sockopt};
 use std::future::poll_fn;
+use std::io;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
@@ -37,8 +39,8 @@ pub struct Carried {
     pub received: u64,
 }
 
-/// Carries until both directions are closed, one breaks, or `cut` says that the connection may not go on. `first` was read
-/// from the socket before.
+/// Carries until both directions are closed, one breaks, or `cut` says that the connection may not go on: then stream and
+/// socket, which [breaks off unless ended](break_off_unless_ended), are reset. `first` was read from the socket before.
 pub async fn carry(
     mut tcp: TcpStream,
     mut send: SendStream<Bytes>,
@@ -56,12 +58,25 @@ pub async fn carry(
             () = cut => End::Cut,
         }
     };
-    if end != End::Closed {
+    if end == End::Closed {
+        end_in_order(&tcp);
+    } else {
         send.send_reset(Reason::CANCEL);
-        // The application must see a reset, not an orderly end of a truncated answer.
-        let _ = tcp.set_zero_linger();
     }
     Carried { end, sent, received }
+}
+
+/// Whatever drops the socket before its connection ended in order, the death of this process included, breaks it off: nobody
+/// shall take a truncated answer for a whole one.
+pub fn break_off_unless_ended(tcp: &TcpStream) -> io::Result<()> {
+    tcp.set_zero_linger()
+}
+
+/// It ended in order: what was written last still goes its way.
+pub fn end_in_order(tcp: &TcpStream) {
+    let off = libc::linger { l_onoff: 0, l_linger: 0 };
+    // It fails only for what is no socket.
+    let _ = setsockopt(tcp, sockopt::Linger, &off);
 }
 
 async fn upward(

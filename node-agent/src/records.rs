@@ -28,8 +28,10 @@ pub const BUFFER_BYTES: usize = RECORDS * RECORD_MAX;
 const KEPT_MAX: usize = 8;
 /// Records under one key; AES-GCM allows 2^24 (rustls' `confidentiality_limit`).
 const RECORDS_PER_KEY: u64 = 1 << 23;
-/// Key updates that came without a byte of content between them: nobody honest sends more than one.
+/// Key updates and tickets that came without a byte of content between them: nobody honest sends more than one.
 const UPDATES_MAX: u32 = 8;
+/// Records without content in a row. They are allowed, to mislead who counts (section 5.4); OpenSSL takes 32 as well.
+const EMPTY_MAX: u32 = 32;
 
 const ALERT: u8 = 21;
 const HANDSHAKE: u8 = 22;
@@ -71,6 +73,39 @@ pub enum RecordError {
     /// rustls did not give a next key.
     #[error("no next key")]
     Key(#[source] rustls::Error),
+    /// Asked for more after an error: what follows a record that was not taken is nobody's.
+    #[error("a record behind one that was not taken")]
+    Over,
+}
+
+/// Alerts (section 6): the peer may be told why.
+pub mod alert {
+    /// The connection ends in order.
+    pub const CLOSE_NOTIFY: u8 = 0;
+    /// A record or message at the wrong place.
+    pub const UNEXPECTED_MESSAGE: u8 = 10;
+    /// A record does not authenticate.
+    pub const BAD_RECORD_MAC: u8 = 20;
+    /// Who was proved is not let in.
+    pub const ACCESS_DENIED: u8 = 49;
+    /// Ours to answer for.
+    pub const INTERNAL_ERROR: u8 = 80;
+    /// The peer wants no more of the handshake; it goes on to close_notify.
+    pub const USER_CANCELED: u8 = 90;
+    /// Nobody of that server name is here.
+    pub const UNRECOGNIZED_NAME: u8 = 112;
+}
+
+impl RecordError {
+    /// What the peer is told of it; none where the peer ended it or was told already.
+    pub fn alert(&self) -> Option<u8> {
+        match self {
+            Self::Malformed(_) => Some(alert::UNEXPECTED_MESSAGE),
+            Self::Forged => Some(alert::BAD_RECORD_MAC),
+            Self::Key(_) => Some(alert::INTERNAL_ERROR),
+            Self::Alert(_) | Self::Over => None,
+        }
+    }
 }
 
 /// What makes the next key of either direction: rustls' state of the connection.
@@ -216,9 +251,10 @@ impl Sealer {
         Ok(())
     }
 
-    /// Puts close_notify in line: the last that is sent.
-    pub fn close(&mut self) -> Result<(), RecordError> {
-        self.push_as(ALERT, &[&[1, 0]])
+    /// Puts an alert in line: the last that is sent.
+    pub fn alert(&mut self, code: u8) -> Result<(), RecordError> {
+        let level = if code == alert::CLOSE_NOTIFY { 1 } else { 2 };
+        self.push_as(ALERT, &[&[level, code]])
     }
 }
 
@@ -232,7 +268,10 @@ pub struct Opener {
     /// Content that rustls opened together with the handshake's last flight, oldest last.
     early: Vec<Vec<u8>>,
     updates: u32,
+    empty: u32,
     ended: bool,
+    /// The alert for a record that was not taken; after it nothing is.
+    failed: Option<Option<u8>>,
 }
 
 impl std::fmt::Debug for Opener {
@@ -257,12 +296,32 @@ impl Opener {
             fits.ok_or_else(|| rustls::Error::General("too much behind the handshake".into()))?;
         }
         let unread = 0..unread.len();
-        Ok(Self { protection: Protection::new(first)?, keys, buffer, unread, early, updates: 0, ended: false })
+        Ok(Self {
+            protection: Protection::new(first)?,
+            keys,
+            buffer,
+            unread,
+            early,
+            updates: 0,
+            empty: 0,
+            ended: false,
+            failed: None,
+        })
     }
 
     /// Opens the next record of application data that is here whole; its content lies at this range of [`Opener::bytes`].
-    /// None: more must be read. An end of the connection, told by close_notify, is `Alert(0)`.
+    /// None: more must be read. An end of the connection, told by close_notify, is `Alert(0)`. Every other error stays.
     pub fn next_record(&mut self) -> Result<Option<Range<usize>>, RecordError> {
+        if self.failed.is_some() {
+            return Err(RecordError::Over);
+        }
+        self.take_record().inspect_err(|error| match error {
+            RecordError::Alert(alert::CLOSE_NOTIFY) => {}
+            error => self.failed = Some(error.alert()),
+        })
+    }
+
+    fn take_record(&mut self) -> Result<Option<Range<usize>>, RecordError> {
         if let Some(content) = self.early.pop() {
             return self.put_early(&content).map(Some);
         }
@@ -285,14 +344,23 @@ impl Opener {
             let (kind, content) = self.open(header, begin, length)?;
             match kind {
                 APPLICATION_DATA => {
-                    self.updates = 0;
+                    self.count(content.is_empty())?;
                     return Ok(Some(content));
                 }
                 HANDSHAKE => self.handshake(content)?,
-                ALERT => self.alert(content)?,
+                ALERT => self.alerted(content)?,
                 _ => return Err(RecordError::Malformed("content of another kind")),
             }
         }
+    }
+
+    fn count(&mut self, empty: bool) -> Result<(), RecordError> {
+        if !empty {
+            (self.updates, self.empty) = (0, 0);
+            return Ok(());
+        }
+        self.empty += 1;
+        if self.empty > EMPTY_MAX { Err(RecordError::Malformed("empty records without end")) } else { Ok(()) }
     }
 
     fn here(&self) -> Option<&[u8; HEADER_BYTES]> {
@@ -349,13 +417,14 @@ impl Opener {
         if rest.is_empty() { Ok(()) } else { Err(RecordError::Malformed("a split handshake message")) }
     }
 
-    fn alert(&mut self, at: Range<usize>) -> Result<(), RecordError> {
+    fn alerted(&mut self, at: Range<usize>) -> Result<(), RecordError> {
         match self.buffer.get(at) {
-            // close_notify: whatever follows is not the peer's.
-            Some([_, 0]) => {
+            // Whatever follows is not the peer's.
+            Some([_, alert::CLOSE_NOTIFY]) => {
                 self.ended = true;
                 Ok(())
             }
+            Some([_, alert::USER_CANCELED]) => self.count(true),
             Some([_, code]) => Err(RecordError::Alert(*code)),
             _ => Err(RecordError::Malformed("an alert")),
         }
@@ -412,6 +481,11 @@ impl Opener {
 
     /// Whether nothing of the peer's is here that was not asked for.
     pub fn is_empty(&self) -> bool {
-        self.unread.is_empty() && self.early.is_empty() && !self.ended
+        self.unread.is_empty() && self.early.is_empty() && !self.ended && self.failed.is_none()
+    }
+
+    /// The alert that the peer is to get for a record that was not taken, once.
+    pub fn alert(&mut self) -> Option<u8> {
+        self.failed.as_mut().and_then(Option::take)
     }
 }

@@ -3,8 +3,7 @@
 //! rustls' own connections copy each record twice more and read 4 KiB at a time; its `kernel` interface is for those who
 //! seal and open themselves, as the kernel would.
 
-use crate::records::{self, Keys, Opener, RECORD_MAX, RecordError, Rekey, Sealer};
-use nix::sys::socket::{setsockopt, sockopt};
+use crate::records::{self, Keys, Opener, RECORD_MAX, RecordError, Rekey, Sealer, alert};
 use rustls::client::{ClientConnectionData, UnbufferedClientConnection};
 use rustls::kernel::KernelConnection;
 use rustls::server::{Acceptor, ServerConnectionData, UnbufferedServerConnection};
@@ -15,7 +14,6 @@ use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpStream;
 
@@ -23,13 +21,6 @@ use tokio::net::TcpStream;
 const HANDSHAKE_MAX: usize = 64 * 1024;
 /// A ClientHello with a post-quantum key share has 1.8 KiB.
 const HELLO_MAX: usize = 16 * 1024;
-/// A peer that is silent this long is asked by TCP whether it is there.
-const KEEPALIVE_AFTER: Duration = Duration::from_secs(2);
-/// And again this often.
-const KEEPALIVE_EVERY: Duration = Duration::from_secs(1);
-/// What is sent is acknowledged within this, or the connection is dead; and with it the application's.
-pub const ACKNOWLEDGED_MAX: Duration = Duration::from_secs(4);
-
 /// A connection after its handshake.
 #[derive(Debug)]
 pub struct Secured {
@@ -41,7 +32,7 @@ pub struct Secured {
     pub opener: Opener,
     /// What was agreed to speak; none where the peer did not say.
     pub protocol: Option<Vec<u8>>,
-    /// The peer's certificates, leaf first; verified in the handshake.
+    /// The peer's certificates, leaf first; verified in the handshake. Whoever keeps them takes them out.
     pub chain: Vec<CertificateDer<'static>>,
 }
 
@@ -89,16 +80,26 @@ pub async fn hello(tcp: &mut TcpStream) -> io::Result<(Vec<u8>, String)> {
     }
 }
 
-/// What every tunnel's connection has: nothing waits for an acknowledgement of what was sent before, and a peer that is
-/// gone is found out.
-pub fn tune(tcp: &TcpStream) -> io::Result<()> {
-    tcp.set_nodelay(true)?;
-    let seconds = |d: Duration| u32::try_from(d.as_secs()).unwrap_or(1);
-    setsockopt(tcp, sockopt::KeepAlive, &true)?;
-    setsockopt(tcp, sockopt::TcpKeepIdle, &seconds(KEEPALIVE_AFTER))?;
-    setsockopt(tcp, sockopt::TcpKeepInterval, &seconds(KEEPALIVE_EVERY))?;
-    setsockopt(tcp, sockopt::TcpUserTimeout, &(seconds(ACKNOWLEDGED_MAX) * 1000))?;
-    Ok(())
+impl Secured {
+    /// Tells the peer why it ends, if the connection takes it at once: whether it hears of it changes nothing.
+    pub fn turn_away(&mut self, alert: u8) {
+        if self.sealer.alert(alert).is_ok() {
+            let _ = self.tcp.try_write(&self.sealer.take());
+        }
+    }
+
+    /// The same for what came and was not taken.
+    pub fn tell_failure(&mut self) {
+        if let Some(alert) = self.opener.alert() {
+            self.turn_away(alert);
+        }
+    }
+}
+
+/// Tells a client that nobody here has the name which it asked for; there are no keys yet (RFC 8446, section 6).
+pub fn unknown_name(tcp: &TcpStream) {
+    const FATAL: u8 = 2;
+    let _ = tcp.try_write(&[21, 3, 3, 0, 2, FATAL, alert::UNRECOGNIZED_NAME]);
 }
 
 /// A rustls connection of either side.
@@ -109,31 +110,27 @@ trait Shaking {
     fn into_secrets(self) -> Result<(ExtractedSecrets, Box<dyn Rekey>), rustls::Error>;
 }
 
-impl Shaking for UnbufferedClientConnection {
-    type Data = ClientConnectionData;
-    fn turn<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Self::Data> {
-        self.process_tls_records(incoming)
-    }
-    fn state(&self) -> &CommonState {
-        self
-    }
-    fn into_secrets(self) -> Result<(ExtractedSecrets, Box<dyn Rekey>), rustls::Error> {
-        self.dangerous_into_kernel_connection().map(|(secrets, rest)| (secrets, Box::new(rest) as Box<dyn Rekey>))
-    }
+/// What both have, rustls gives no name to.
+macro_rules! shaking {
+    ($connection:ty, $data:ty) => {
+        impl Shaking for $connection {
+            type Data = $data;
+            fn turn<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, $data> {
+                self.process_tls_records(incoming)
+            }
+            fn state(&self) -> &CommonState {
+                self
+            }
+            fn into_secrets(self) -> Result<(ExtractedSecrets, Box<dyn Rekey>), rustls::Error> {
+                self.dangerous_into_kernel_connection()
+                    .map(|(secrets, rest)| (secrets, Box::new(rest) as Box<dyn Rekey>))
+            }
+        }
+    };
 }
 
-impl Shaking for UnbufferedServerConnection {
-    type Data = ServerConnectionData;
-    fn turn<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Self::Data> {
-        self.process_tls_records(incoming)
-    }
-    fn state(&self) -> &CommonState {
-        self
-    }
-    fn into_secrets(self) -> Result<(ExtractedSecrets, Box<dyn Rekey>), rustls::Error> {
-        self.dangerous_into_kernel_connection().map(|(secrets, rest)| (secrets, Box::new(rest) as Box<dyn Rekey>))
-    }
-}
+shaking!(UnbufferedClientConnection, ClientConnectionData);
+shaking!(UnbufferedServerConnection, ServerConnectionData);
 
 impl<Data: Send> Rekey for KernelConnection<Data> {
     fn next_tx(&mut self) -> Result<(u64, ConnectionTrafficSecrets), rustls::Error> {
@@ -242,7 +239,7 @@ fn encode(outgoing: &mut Vec<u8>, mut into: impl FnMut(&mut [u8]) -> Result<usiz
 
 pub(crate) fn broken(error: RecordError) -> io::Error {
     match error {
-        RecordError::Alert(0) => io::ErrorKind::UnexpectedEof.into(),
+        RecordError::Alert(alert::CLOSE_NOTIFY) => io::ErrorKind::UnexpectedEof.into(),
         other => io::Error::other(other),
     }
 }
@@ -302,8 +299,14 @@ impl AsyncRead for Bytestream {
                         n => this.secured.opener.filled(n),
                     }
                 }
-                Err(RecordError::Alert(0)) => return Poll::Ready(Ok(())),
-                Err(error) => return Poll::Ready(Err(broken(error))),
+                Err(RecordError::Alert(alert::CLOSE_NOTIFY)) => return Poll::Ready(Ok(())),
+                Err(error) => {
+                    // Not into the middle of a record.
+                    if this.sealed.is_empty() {
+                        this.secured.tell_failure();
+                    }
+                    return Poll::Ready(Err(broken(error)));
+                }
             }
         }
         let bytes = this.secured.opener.bytes().get(this.open.clone()).unwrap_or_default();
@@ -356,7 +359,7 @@ impl AsyncWrite for Bytestream {
         let this = &mut *self;
         ready!(this.poll_drain(cx))?;
         if !std::mem::replace(&mut this.closing, true) {
-            this.secured.sealer.close().map_err(broken)?;
+            this.secured.sealer.alert(alert::CLOSE_NOTIFY).map_err(broken)?;
         }
         ready!(this.poll_drain(cx))?;
         Pin::new(&mut this.secured.tcp).poll_shutdown(cx)

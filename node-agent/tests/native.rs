@@ -6,7 +6,6 @@
 
 mod support;
 
-use ambit_agent::hbone::{self, Dialed, Native};
 use ambit_agent::metrics::METRICS;
 use ambit_agent::native::{self, Open, Reason};
 use ambit_agent::{health, tls};
@@ -131,27 +130,17 @@ async fn the_receiver_refuses_with_a_reason() {
     let at = stage.db_at();
     let closed = TcpListener::bind((*at.ip(), 0)).await.unwrap().local_addr().unwrap().port();
     for to in [at, SocketAddrV4::new(*at.ip(), closed), SocketAddrV4::new(Ipv4Addr::new(127, 0, 99, 1), 80)] {
-        let mut native = dialed(&stage).await;
+        let mut native = stage.native().await;
         answers.push(timeout(SOON, native::open(&mut native.secured, &asked(to))).await.unwrap().unwrap());
     }
     stage.publish(|_| (), |e| e.policies.clear());
-    let mut native = dialed(&stage).await;
+    let mut native = stage.native().await;
     answers.push(timeout(SOON, native::open(&mut native.secured, &asked(at))).await.unwrap().unwrap());
     assert_eq!(answers, [Ok(()), Err(Reason::Unreachable), Err(Reason::Denied), Err(Reason::Denied)]);
 }
 
 fn asked(to: SocketAddrV4) -> Open {
     Open { to, prompt: true, trace: None, first: Vec::new() }
-}
-
-/// A native tunnel to east's agent in web's name, from web's node.
-async fn dialed(stage: &Stage) -> Native {
-    let plane = stage.west_plane.borrow().clone().unwrap();
-    let (name, config) = health::credentials(&plane, stage.web.id(), &stage.east.id("db").parse().unwrap()).unwrap();
-    match hbone::dial_any(stage.home, stage.hbone, stage.east.node(), name, config).await.unwrap() {
-        Dialed::Native(native) => *native,
-        Dialed::Hbone(_) => panic!("our own agents agree on the native mode"),
-    }
 }
 
 #[tokio::test]
@@ -176,7 +165,7 @@ async fn malformed_frames_end_the_tunnel_and_reach_no_pod() {
     ];
     wrong.push([&good[..8], &[55], &[b'\n'; 55][..]].concat());
     for frame in wrong {
-        let mut native = dialed(&stage).await;
+        let mut native = stage.native().await;
         native.secured.sealer.push(&[&frame]).unwrap();
         let sealed = native.secured.sealer.take();
         native.secured.tcp.write_all(&sealed).await.unwrap();
@@ -186,7 +175,7 @@ async fn malformed_frames_end_the_tunnel_and_reach_no_pod() {
     }
     // In a connection: OPEN again, a kind that is none, an empty DATA, and bytes under no key.
     for (n, frame) in [good.clone(), vec![77], vec![3]].into_iter().chain([vec![0xff; 8]]).enumerate() {
-        let mut native = dialed(&stage).await;
+        let mut native = stage.native().await;
         assert_eq!(native::open(&mut native.secured, &asked(stage.db_at())).await.unwrap(), Ok(()));
         let (mut pod, _) = stage.served().await;
         native.secured.sealer.push(&[&frame]).unwrap();
@@ -207,7 +196,7 @@ async fn malformed_frames_end_the_tunnel_and_reach_no_pod() {
 #[tokio::test]
 async fn who_opens_a_tunnel_and_says_nothing_or_half_a_frame_loses_it() {
     let stage = Stage::set(107).await;
-    let (mut silent, mut slow) = (dialed(&stage).await, dialed(&stage).await);
+    let (mut silent, mut slow) = (stage.native().await, stage.native().await);
     slow.secured.sealer.push(&[&[1; 100]]).unwrap();
     let sealed = slow.secured.sealer.take();
     slow.secured.tcp.write_all(&sealed[..50]).await.unwrap();
@@ -349,16 +338,4 @@ async fn a_tunnel_that_dies_takes_the_applications_connection_with_it() {
     assert_eq!(read.unwrap_err().kind(), std::io::ErrorKind::ConnectionReset);
     relay.await.unwrap();
     assert_eq!(stage.outbound.tunnels(), 0);
-}
-
-#[tokio::test]
-async fn a_silent_tunnel_is_found_out_by_tcp() {
-    use nix::sys::socket::{getsockopt, sockopt};
-    let stage = Stage::set(111).await;
-    let native = dialed(&stage).await;
-    let tcp = &native.secured.tcp;
-    assert!(getsockopt(tcp, sockopt::KeepAlive).unwrap());
-    assert!(tcp.nodelay().unwrap());
-    assert_eq!(getsockopt(tcp, sockopt::TcpUserTimeout).unwrap(), 4_000);
-    assert_eq!(getsockopt(tcp, sockopt::TcpKeepIdle).unwrap(), 2);
 }

@@ -7,8 +7,7 @@ mod support;
 
 use ambit_agent::clock::Clock;
 use ambit_agent::denials::Denials;
-use ambit_agent::hbone::{self, TunnelError};
-use ambit_agent::health;
+use ambit_agent::hbone::{Dialed, Mode, TunnelError};
 use ambit_agent::inbound::Inbound;
 use ambit_agent::issued::Svid;
 use ambit_agent::metrics::METRICS;
@@ -94,10 +93,7 @@ async fn leaves_of_a_denied_node_are_refused_until_a_new_generation() {
 
 /// web's own key and SVID in a tunnel from this address, and the answer to a CONNECT to db: none where the tunnel is refused.
 async fn asked_from(stage: &Stage, from: Ipv4Addr) -> Option<http::StatusCode> {
-    let plane = stage.west_plane.borrow().clone().unwrap();
-    let (name, config) =
-        health::credentials(&plane, stage.web.id(), &stage.east.id("db").parse().unwrap()).expect("web's SVID");
-    let tunnel = hbone::dial(from, stage.hbone, stage.east.node(), name, config).await.ok()?;
+    let Dialed::Hbone(tunnel) = stage.dial(from, Mode::Hbone).await.ok()? else { panic!("it was asked in HBONE") };
     match tunnel.lease()?.open(stage.db_at(), None).await {
         Ok(_) => Some(http::StatusCode::OK),
         Err(TunnelError::Refused(code)) => Some(code),

@@ -102,18 +102,20 @@ pub struct Presented {
     pub serial: Vec<u8>,
     /// Through which node it was issued, where its authority says so.
     pub binding: Option<NodeBinding>,
+    /// Last instant of validity.
+    pub not_after: Stamp,
 }
 
 impl Presented {
     /// Reads a chain, leaf first; none for what is no X.509-SVID.
     pub fn of(chain: &[CertificateDer<'_>]) -> Option<Self> {
-        let Leaf { id, serial, binding, above, .. } = parse_leaf(chain).ok()?;
-        Some(Self { id, above, serial, binding })
+        let Leaf { id, serial, binding, above, not_after, .. } = parse_leaf(chain).ok()?;
+        Some(Self { id, above, serial, binding, not_after })
     }
 }
 
 /// Roots by trust domain. Each vouches for its own domain only: bundles are never pooled.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct TrustStore {
     roots: BTreeMap<TrustDomain, Vec<TrustAnchor<'static>>>,
     /// Their names, by trust domain. A root ends with its bundle and not by a denial, of which one would end all at once.

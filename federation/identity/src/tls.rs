@@ -14,7 +14,7 @@ use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, Signatu
 use std::sync::{Arc, RwLock};
 
 /// What a peer's certificate is verified against, at this moment.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Trust {
     /// Bundles.
     Bundles(TrustStore),
@@ -51,9 +51,12 @@ impl SharedTrust {
     pub fn current(&self) -> Arc<Trust> {
         self.current.read().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
     }
-    /// Replaces it.
+    /// Replaces it. What is the same stays the same allocation: by that it is known that nothing has to be verified again.
     pub fn replace(&self, trust: Trust) {
-        *self.current.write().unwrap_or_else(std::sync::PoisonError::into_inner) = Arc::new(trust);
+        let mut current = self.current.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if **current != trust {
+            *current = Arc::new(trust);
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
 pub(crate) mod agent;
+pub(crate) mod between;
 pub(crate) mod issuer;
 pub(crate) mod local;
 pub(crate) mod replica;

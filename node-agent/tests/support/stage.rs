@@ -4,7 +4,8 @@
 use super::{Cell, allow};
 use ambit_agent::clock::Clock;
 use ambit_agent::denials::Lane;
-use ambit_agent::health::Health;
+use ambit_agent::hbone::{self, Dial, Dialed, Mode, Native, TunnelError};
+use ambit_agent::health::{self, Health};
 use ambit_agent::inbound::Inbound;
 use ambit_agent::issued::Svid;
 use ambit_agent::netns::{Netns, NetnsThread};
@@ -166,6 +167,20 @@ impl Stage {
         self.west_plane.send_replace(Some(plane(w, web, svid, self.home)));
         let db = pod(&e, &self.db_entry, *self.db_at().ip());
         self.east_plane.send_replace(Some(plane(e, vec![db], std::slice::from_ref(&self.db_svid), HERE)));
+    }
+    /// A tunnel to east's agent in web's name, from this address.
+    pub(crate) async fn dial(&self, from: Ipv4Addr, mode: Mode) -> Result<Dialed, TunnelError> {
+        let plane = self.west_plane.borrow().clone().unwrap();
+        let (name, config) = health::credentials(&plane, self.web.id(), &self.east.id("db").parse().unwrap())?;
+        let (node, holder, trust) = (self.hbone, self.east.node(), plane.trust.current());
+        hbone::dial(Dial { from, node, holder, name, config, trust }, mode).await
+    }
+    /// A native one, from web's node.
+    pub(crate) async fn native(&self) -> Native {
+        match self.dial(self.home, Mode::Any).await.unwrap() {
+            Dialed::Native(native) => *native,
+            Dialed::Hbone(_) => panic!("our own agents agree on the native mode"),
+        }
     }
     /// An application's connection, captured with this record.
     pub(crate) async fn call(&self, captured: Option<Captured>) -> TcpStream {
