@@ -6,14 +6,17 @@
 
 mod support;
 
-use ambit_agent::metrics::METRICS;
 use ambit_agent::native::{self, Open, Reason};
+use ambit_agent::secure::{self, Secured};
 use ambit_agent::{health, tls};
 use bytes::Bytes;
+use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddrV4};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
-use support::stage::{SOON, Stage, is_reset, round_trip};
+use support::between::Between;
+use support::stage::{SOON, Stage, ended, is_reset, round_trip};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
@@ -21,24 +24,10 @@ use tokio::time::timeout;
 /// What a kernel's buffers hold of a connection that nobody reads, all legs together.
 const BUFFERS_MAX: usize = 64 << 20;
 
-fn handshakes() -> f64 {
-    METRICS.handshakes.value(["ok", "none"])
-}
-
-async fn ended(stage: &Stage, mut app: TcpStream, mut pod: TcpStream) {
-    app.shutdown().await.unwrap();
-    assert_eq!(timeout(SOON, pod.read(&mut [0; 1])).await.expect("FIN crosses").unwrap(), 0);
-    pod.shutdown().await.unwrap();
-    assert_eq!(timeout(SOON, app.read(&mut [0; 1])).await.expect("and back").unwrap(), 0);
-    let _ = stage;
-    // The agents see the ends a moment later.
-    tokio::time::sleep(Duration::from_millis(20)).await;
-}
-
-/// One thread, so that the handshakes counted are this test's own: tests of one process share the figures.
 #[tokio::test]
 async fn connections_follow_each_other_in_one_tunnel_and_never_mix() {
-    let stage = Stage::set(101).await;
+    let mut stage = Stage::set(101).await;
+    let between = Between::set(&mut stage, 101).await;
     for n in 0..30u8 {
         let mut app = stage.call_db().await;
         app.write_all(&[n; 100]).await.unwrap();
@@ -54,7 +43,7 @@ async fn connections_follow_each_other_in_one_tunnel_and_never_mix() {
         timeout(SOON, app.read_to_end(&mut back)).await.expect("an end").unwrap();
         assert_eq!(back, [n ^ 0xff; 100]);
         tokio::time::sleep(Duration::from_millis(5)).await;
-        assert_eq!(stage.outbound.tunnels(), 1, "connection {n}");
+        assert_eq!((stage.outbound.tunnels(), between.opened()), (1, 1), "connection {n}");
     }
 }
 
@@ -100,7 +89,7 @@ async fn single_bytes_cross_one_by_one_and_a_pod_may_speak_first() {
         timeout(SOON, app.read_exact(&mut byte)).await.expect("a byte back").unwrap();
         assert_eq!(byte, [n]);
     }
-    ended(&stage, app, pod).await;
+    ended(app, pod).await;
 }
 
 #[tokio::test]
@@ -165,13 +154,14 @@ async fn malformed_frames_end_the_tunnel_and_reach_no_pod() {
     ];
     wrong.push([&good[..8], &[55], &[b'\n'; 55][..]].concat());
     for frame in wrong {
-        let mut native = stage.native().await;
-        native.secured.sealer.push(&[&frame]).unwrap();
-        let sealed = native.secured.sealer.take();
-        native.secured.tcp.write_all(&sealed).await.unwrap();
-        let mut rest = Vec::new();
-        let end = timeout(SOON, native.secured.tcp.read_to_end(&mut rest)).await.expect("the tunnel ends in time");
-        assert!(end.is_err() || rest.len() < 100, "{frame:?}");
+        let mut tunnel = stage.native().await.secured;
+        // What comes with the handshake's last flight is rustls' to open, and it leaves out what is empty.
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        say(&mut tunnel, &[&frame]).await;
+        let told = async { [heard(&mut tunnel).await, heard(&mut tunnel).await, heard(&mut tunnel).await] };
+        let told = timeout(Duration::from_secs(1), told).await.expect("the tunnel ends at once");
+        let closed = "the peer ended the connection: alert 0";
+        assert_eq!(told, [Ok(vec![5, 1]), Err(closed.into()), Err(closed.into())], "{frame:?}");
     }
     // In a connection: OPEN again, a kind that is none, an empty DATA, and bytes under no key.
     for (n, frame) in [good.clone(), vec![77], vec![3]].into_iter().chain([vec![0xff; 8]]).enumerate() {
@@ -196,20 +186,25 @@ async fn malformed_frames_end_the_tunnel_and_reach_no_pod() {
 #[tokio::test]
 async fn who_opens_a_tunnel_and_says_nothing_or_half_a_frame_loses_it() {
     let stage = Stage::set(107).await;
-    let (mut silent, mut slow) = (stage.native().await, stage.native().await);
-    slow.secured.sealer.push(&[&[1; 100]]).unwrap();
-    let sealed = slow.secured.sealer.take();
-    slow.secured.tcp.write_all(&sealed[..50]).await.unwrap();
+    let (mut silent, mut slow) = (stage.native().await.secured, stage.native().await.secured);
+    slow.sealer.push(&[&[1; 100]]).unwrap();
+    let sealed = slow.sealer.take();
+    slow.tcp.write_all(&sealed[..50]).await.unwrap();
     let begun = Instant::now();
-    for native in [&mut silent, &mut slow] {
-        let _ = timeout(SOON, native.secured.tcp.read_to_end(&mut Vec::new())).await.expect("it is closed");
+    let end = async |tunnel: &mut Secured| {
+        let ended = timeout(SOON, heard(tunnel)).await.expect("it is closed").unwrap_err();
+        (ended, begun.elapsed())
+    };
+    // One is given 3 s, and the other does not keep it waiting.
+    for (ended, after) in <[_; 2]>::from(tokio::join!(end(&mut silent), end(&mut slow))) {
+        assert_eq!(ended, "nothing");
+        assert!((Duration::from_millis(2_500)..Duration::from_millis(4_000)).contains(&after), "{after:?}");
     }
-    assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
 }
 
-/// An agent of somebody else: rustls' own connection and h2 on it, in db's name; it answers what it gets. It asks for new
-/// keys of both sides all the time.
-async fn foreign(stage: &Stage, listener: TcpListener) {
+/// An agent of somebody else: rustls' own connection and h2 on it, in db's name; it answers what it gets, and counts the
+/// connections that it gets it by.
+async fn foreign(stage: &Stage, listener: TcpListener, opened: &AtomicUsize) {
     let east = stage.east_plane.borrow().clone().unwrap();
     let key = tls::certified_key(&stage.db_svid).unwrap();
     let mut config = tls::server(key, east.trust.clone()).unwrap();
@@ -217,6 +212,7 @@ async fn foreign(stage: &Stage, listener: TcpListener) {
     let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
     loop {
         let (tcp, _) = listener.accept().await.unwrap();
+        opened.fetch_add(1, Ordering::Relaxed);
         let stream = acceptor.accept(tcp).await.unwrap();
         let mut streams = h2::server::handshake(stream).await.unwrap();
         tokio::spawn(async move {
@@ -239,12 +235,12 @@ async fn foreign(stage: &Stage, listener: TcpListener) {
 #[tokio::test]
 async fn a_node_that_speaks_hbone_only_is_called_in_hbone() {
     let mut stage = Stage::set(108).await;
-    let before = handshakes();
+    let opened = AtomicUsize::new(0);
     // West's agent dials the port of the stage; the foreign one has another address.
     let listener = TcpListener::bind((Ipv4Addr::new(127, 0, 81, 108), stage.hbone.port())).await.unwrap();
     stage.publish(|w| w.endpoints[0].node_address = "127.0.81.108".into(), |_| ());
     let mut apps = Vec::new();
-    let serve = foreign(&stage, listener);
+    let serve = foreign(&stage, listener, &opened);
     let calls = async {
         for n in 0..5u8 {
             let mut app = stage.call_db().await;
@@ -262,8 +258,7 @@ async fn a_node_that_speaks_hbone_only_is_called_in_hbone() {
         () = serve => panic!("the foreign agent ended"),
         () = calls => {}
     }
-    assert_eq!(stage.outbound.tunnels(), 1, "one tunnel for all");
-    assert!(handshakes() >= before + 1.0);
+    assert_eq!((stage.outbound.tunnels(), opened.load(Ordering::Relaxed)), (1, 1), "one tunnel for all");
 }
 
 /// Keys change in the middle of a connection, on the peer's demand and our own part; rustls' connection judges both.
@@ -309,33 +304,180 @@ async fn records_go_on_after_key_updates() {
 #[tokio::test]
 async fn a_tunnel_that_dies_takes_the_applications_connection_with_it() {
     let mut stage = Stage::set(110).await;
-    // Between the agents: whoever cuts it cuts both legs at once, with resets.
-    let between = TcpListener::bind((Ipv4Addr::new(127, 0, 82, 110), stage.hbone.port())).await.unwrap();
-    stage.publish(
-        |w| w.endpoints[0].node_address = "127.0.82.110".into(),
-        |e| e.callers[0].address = "127.0.83.110".into(),
-    );
-    let (cut, mut cuts) = tokio::sync::mpsc::channel::<()>(1);
-    let to = stage.hbone;
-    let relay = tokio::spawn(async move {
-        let (mut near, _) = between.accept().await.unwrap();
-        let socket = tokio::net::TcpSocket::new_v4().unwrap();
-        socket.bind("127.0.83.110:0".parse().unwrap()).unwrap();
-        let mut far = socket.connect(to).await.unwrap();
-        tokio::select! {
-            _ = tokio::io::copy_bidirectional(&mut near, &mut far) => {}
-            _ = cuts.recv() => {}
-        }
-        near.set_zero_linger().unwrap();
-        far.set_zero_linger().unwrap();
-    });
+    let between = Between::set(&mut stage, 110).await;
     let mut app = stage.call_db().await;
     let (mut pod, _) = stage.served().await;
     round_trip(&mut app, &mut pod, 10).await;
-    cut.send(()).await.unwrap();
+    between.break_off();
     assert!(is_reset(app).await, "the caller");
     let read = timeout(SOON, pod.read(&mut [0; 1])).await.expect("the pod sees an end");
     assert_eq!(read.unwrap_err().kind(), std::io::ErrorKind::ConnectionReset);
-    relay.await.unwrap();
     assert_eq!(stage.outbound.tunnels(), 0);
+}
+
+/// Frames, as native.rs has them.
+const OPENED: &[u8] = &[2];
+const FIN: &[u8] = &[4];
+
+fn data(bytes: &[u8]) -> Vec<u8> {
+    [&[3], bytes].concat()
+}
+
+async fn say(tunnel: &mut Secured, frames: &[&[u8]]) {
+    for frame in frames {
+        tunnel.sealer.push(&[frame]).unwrap();
+    }
+    let sealed = tunnel.sealer.take();
+    tunnel.tcp.write_all(&sealed).await.unwrap();
+}
+
+/// The next frame, or why there is none.
+async fn heard(tunnel: &mut Secured) -> Result<Vec<u8>, String> {
+    loop {
+        if let Some(at) = tunnel.opener.next_record().map_err(|e| e.to_string())? {
+            return Ok(tunnel.opener.bytes()[at].to_vec());
+        }
+        match tunnel.tcp.read(tunnel.opener.room()).await {
+            Ok(0) => return Err("nothing".into()),
+            Ok(n) => tunnel.opener.filled(n),
+            Err(e) => return Err(e.to_string()),
+        }
+    }
+}
+
+/// An agent of ours gone wrong: behind its FIN it says what belongs to no connection, at once or a little later.
+async fn leaking(stage: &Stage, listener: TcpListener, at_once: bool, opened: &AtomicUsize) {
+    let east = stage.east_plane.borrow().clone().unwrap();
+    let server = east.credentials_of(&stage.db_svid.id).unwrap().server.clone();
+    loop {
+        let (mut tcp, _) = listener.accept().await.unwrap();
+        opened.fetch_add(1, Ordering::Relaxed);
+        let server = server.clone();
+        tokio::spawn(async move {
+            let (hello, _) = secure::hello(&mut tcp).await.unwrap();
+            let mut tunnel = secure::accept(tcp, hello, server).await.unwrap();
+            assert_eq!(native::asked(&mut tunnel).await.unwrap().unwrap().first, b"hello");
+            say(&mut tunnel, &[OPENED, &data(b"own")]).await;
+            while heard(&mut tunnel).await.unwrap() != FIN {}
+            let stale = data(b"another's");
+            if at_once {
+                say(&mut tunnel, &[FIN, OPENED, &stale]).await;
+            } else {
+                say(&mut tunnel, &[FIN]).await;
+                tokio::time::sleep(Duration::from_millis(20)).await;
+                say(&mut tunnel, &[OPENED, &stale]).await;
+            }
+            // It stays open, as one does that is used again.
+            let _ = heard(&mut tunnel).await;
+            std::future::pending::<()>().await;
+        });
+    }
+}
+
+#[tokio::test]
+async fn what_comes_behind_the_end_of_a_connection_reaches_no_other() {
+    for (n, at_once) in [(113, true), (114, false)] {
+        let mut stage = Stage::set(n).await;
+        let listener = TcpListener::bind((Ipv4Addr::new(127, 0, 81, n), stage.hbone.port())).await.unwrap();
+        stage.publish(|w| w.endpoints[0].node_address = Ipv4Addr::new(127, 0, 81, n).to_string(), |_| ());
+        let opened = AtomicUsize::new(0);
+        let calls = async {
+            for _ in 0..2 {
+                let mut app = stage.call_db().await;
+                app.write_all(b"hello").await.unwrap();
+                app.shutdown().await.unwrap();
+                let mut said = Vec::new();
+                let end = timeout(SOON, app.read_to_end(&mut said)).await;
+                assert_eq!(String::from_utf8_lossy(&said), "own", "at once: {at_once}");
+                end.expect("an end").unwrap();
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        };
+        tokio::select! {
+            () = leaking(&stage, listener, at_once, &opened) => panic!("the agent ended"),
+            () = calls => {}
+        }
+        assert_eq!(opened.load(Ordering::Relaxed), 2);
+    }
+}
+
+#[tokio::test]
+async fn what_a_caller_says_behind_its_end_reaches_no_workload() {
+    let stage = Stage::set(115).await;
+    let mut tunnel = stage.native().await.secured;
+    assert_eq!(native::open(&mut tunnel, &asked(stage.db_at())).await.unwrap(), Ok(()));
+    let (mut pod, _) = stage.served().await;
+    say(&mut tunnel, &[&data(b"mine"), FIN, &data(b"whose?")]).await;
+    let mut there = Vec::new();
+    timeout(SOON, pod.read_to_end(&mut there)).await.expect("an end").unwrap();
+    assert_eq!(there, b"mine");
+    pod.shutdown().await.unwrap();
+    assert_eq!(heard(&mut tunnel).await.unwrap(), FIN);
+    assert_eq!(heard(&mut tunnel).await.unwrap(), [5, 1], "RESET: malformed");
+    assert_eq!(heard(&mut tunnel).await.unwrap_err(), "the peer ended the connection: alert 0");
+    assert!(timeout(Duration::from_millis(100), stage.db.accept()).await.is_err(), "no other was reached");
+}
+
+/// What is told of connections, while this thread carries them.
+#[derive(Clone, Default)]
+struct Told(Arc<Mutex<Vec<BTreeMap<&'static str, String>>>>);
+
+struct Fields(BTreeMap<&'static str, String>);
+
+impl tracing::field::Visit for Fields {
+    fn record_debug(&mut self, field: &tracing::field::Field, value: &dyn std::fmt::Debug) {
+        self.0.insert(field.name(), format!("{value:?}"));
+    }
+}
+
+impl<S: tracing::Subscriber> tracing_subscriber::Layer<S> for Told {
+    fn on_event(&self, event: &tracing::Event<'_>, _: tracing_subscriber::layer::Context<'_, S>) {
+        if event.metadata().target() == "ambit::connection" {
+            let mut fields = Fields(BTreeMap::new());
+            event.record(&mut fields);
+            self.0.lock().unwrap().push(fields.0);
+        }
+    }
+}
+
+#[tokio::test]
+async fn records_count_every_byte_and_say_who_broke_off() {
+    use tracing_subscriber::layer::SubscriberExt;
+    let told = Told::default();
+    let _here = tracing::subscriber::set_default(tracing_subscriber::registry().with(told.clone()));
+    let stage = Stage::set(116).await;
+    // The first bytes go with OPEN, and some of the answer with OPENED; or they do not; or there are none.
+    for (n, (sent, received, late)) in [(100, 50, false), (100, 50, true), (0, 50, false), (100_000, 40_000, false)]
+        .into_iter()
+        .cycle()
+        .take(40)
+        .enumerate()
+    {
+        let mut app = stage.call_db().await;
+        if sent > 0 {
+            app.write_all(&vec![1; sent]).await.unwrap();
+        }
+        let (mut pod, _) = stage.served().await;
+        if late {
+            tokio::time::sleep(Duration::from_millis(3)).await;
+        }
+        pod.write_all(&vec![2; received]).await.unwrap();
+        pod.read_exact(&mut vec![0; sent]).await.unwrap();
+        app.read_exact(&mut vec![0; received]).await.unwrap();
+        ended(app, pod).await;
+        let told = std::mem::take(&mut *told.0.lock().unwrap());
+        let counted = |record: &BTreeMap<&str, String>| ["flags", "sent", "received"].map(|f| record[f].clone());
+        let expected = ["\"-\"".to_owned(), sent.to_string(), received.to_string()];
+        assert_eq!(told.iter().map(counted).collect::<Vec<_>>(), [expected.clone(), expected], "connection {n}");
+    }
+    let mut app = stage.call_db().await;
+    app.write_all(b"hello").await.unwrap();
+    let (mut pod, _) = stage.served().await;
+    pod.read_exact(&mut [0; 5]).await.unwrap();
+    pod.set_zero_linger().unwrap();
+    drop(pod);
+    assert!(is_reset(app).await);
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    let told = std::mem::take(&mut *told.0.lock().unwrap());
+    assert_eq!(told.iter().map(|record| record["flags"].as_str()).collect::<Vec<_>>(), ["\"UC\""; 2]);
 }

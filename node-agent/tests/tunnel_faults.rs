@@ -11,13 +11,16 @@ use ambit_agent::health;
 use ambit_agent::inbound::Inbound;
 use ambit_agent::native::{self, Open, Reason};
 use ambit_agent::netns::{Netns, NetnsThread};
-use std::net::{Ipv4Addr, SocketAddrV4};
+use ambit_agent::pool::{Key, Lease, Pool, Totals};
+use ambit_agent::shown::Now;
+use ambit_model::Generation;
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use support::Cell;
 use support::between::Between;
-use support::stage::{SOON, Stage, is_reset, round_trip};
+use support::stage::{SOON, Stage, ended, is_reset, round_trip};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::time::timeout;
@@ -136,15 +139,6 @@ async fn what_is_refused_costs_no_tunnel() {
     round_trip(&mut app, &mut pod, 10).await;
     assert_eq!(between.opened(), 1);
     assert!(stage.health.unhealthy().is_empty());
-}
-
-/// Both ends in order, and the agents have seen it.
-async fn ended(mut app: TcpStream, mut pod: TcpStream) {
-    app.shutdown().await.unwrap();
-    assert_eq!(timeout(SOON, pod.read(&mut [0; 1])).await.expect("FIN crosses").unwrap(), 0);
-    pod.shutdown().await.unwrap();
-    assert_eq!(timeout(SOON, app.read(&mut [0; 1])).await.expect("and back").unwrap(), 0);
-    tokio::time::sleep(Duration::from_millis(20)).await;
 }
 
 #[tokio::test]
@@ -357,4 +351,78 @@ async fn who_is_turned_away_or_forges_is_told_by_an_alert() {
     let error =
         ambit_agent::secure::connect(tcp, config, "nobody.ambit.internal".try_into().unwrap()).await.unwrap_err();
     assert!(error.to_string().contains("UnrecognisedName"), "{error}");
+}
+
+fn key(stage: &Stage, node: SocketAddr) -> Key {
+    Key {
+        source: stage.web.id().clone(),
+        destination: stage.db_svid.id.clone(),
+        from: stage.home,
+        node,
+        holder: (stage.east.node(), Generation(1)),
+        credentials: 1,
+    }
+}
+
+fn now(stage: &Stage) -> Now {
+    let plane = stage.west_plane.borrow().clone().unwrap();
+    Now { trust: plane.trust.current(), at: stage.east_clock.now() }
+}
+
+async fn lease(stage: &Stage, pool: &Pool, now: &Now, made: &AtomicU64) -> Lease {
+    let plane = stage.west_plane.borrow().clone().unwrap();
+    let config = || {
+        made.fetch_add(1, Ordering::Relaxed);
+        health::credentials(&plane, stage.web.id(), &stage.db_svid.id)
+    };
+    timeout(2 * SOON, pool.lease(&key(stage, stage.hbone), now, config)).await.unwrap().unwrap()
+}
+
+#[tokio::test]
+async fn threads_share_what_they_may_have_of_a_peer() {
+    let stage = Stage::set(131).await;
+    let (totals, made, now) = (Totals::default(), AtomicU64::new(0), now(&stage));
+    let pools = [Pool::new(totals.clone()), Pool::new(totals)];
+    let mut leases = futures::future::join_all((0..80).map(|n| lease(&stage, &pools[n % 2], &now, &made))).await;
+    let natives = |all: &[Lease]| all.iter().filter(|lease| matches!(lease, Lease::Native(_))).count();
+    assert_eq!(natives(&leases), 64);
+    // The others share, of which no thread shares with another; and no lease of a tunnel that is there makes a configuration.
+    assert_eq!(made.load(Ordering::Relaxed), 64 + 2);
+    assert_eq!(pools.iter().map(Pool::open).sum::<usize>(), 64 + 2);
+    // What comes back is warm, and counts still.
+    for lease in leases.drain(..) {
+        if let Lease::Native(lease) = lease {
+            lease.give_back();
+        }
+    }
+    let again = futures::future::join_all((0..80).map(|n| lease(&stage, &pools[n % 2], &now, &made))).await;
+    assert_eq!(natives(&again), 64);
+}
+
+#[tokio::test]
+async fn no_connection_begins_in_a_tunnel_whose_far_ends_svid_ended() {
+    let mut stage = Stage::set(132).await;
+    let (pool, made, now) = (Pool::new(Totals::default()), AtomicU64::new(0), now(&stage));
+    let later = Now { at: stage.db_svid.not_after.plus_ms(1), ..now.clone() };
+    for (at, dialed) in [(&now, 1), (&now, 1), (&later, 2)] {
+        let Lease::Native(lease) = lease(&stage, &pool, at, &made).await else { panic!("native") };
+        lease.give_back();
+        assert_eq!(made.load(Ordering::Relaxed), dialed);
+    }
+    // Nor in one that is shared.
+    let connections = Arc::new(AtomicU64::new(0));
+    let listener = TcpListener::bind((Ipv4Addr::new(127, 0, 81, 132), 0)).await.unwrap();
+    stage.hbone = listener.local_addr().unwrap();
+    let made = AtomicU64::new(0);
+    let calls = async {
+        for (at, dialed) in [(&now, 1), (&now, 1), (&later, 2)] {
+            assert!(matches!(lease(&stage, &pool, at, &made).await, Lease::Hbone(_)));
+            assert_eq!(made.load(Ordering::Relaxed), dialed);
+        }
+    };
+    tokio::select! {
+        () = foreign(&stage, listener, connections.clone()) => panic!("the foreign agent ended"),
+        () = calls => {}
+    }
+    assert_eq!(connections.load(Ordering::Relaxed), 2);
 }

@@ -215,3 +215,12 @@ pub(crate) async fn round_trip(app: &mut TcpStream, pod: &mut TcpStream, bytes: 
     .expect("bytes flow");
     assert!(there == sent && back == sent);
 }
+
+/// Both ends in order, and the agents have seen it.
+pub(crate) async fn ended(mut app: TcpStream, mut pod: TcpStream) {
+    app.shutdown().await.unwrap();
+    assert_eq!(timeout(SOON, pod.read(&mut [0; 1])).await.expect("FIN crosses").unwrap(), 0);
+    pod.shutdown().await.unwrap();
+    assert_eq!(timeout(SOON, app.read(&mut [0; 1])).await.expect("and back").unwrap(), 0);
+    tokio::time::sleep(Duration::from_millis(20)).await;
+}
