@@ -414,3 +414,49 @@ pub async fn dial(dial: Dial, mode: Mode) -> Result<Dialed, TunnelError> {
     }
     dialed
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key(n: u64) -> Key {
+        Key {
+            source: "spiffe://west/web".parse().unwrap(),
+            destination: "spiffe://east/db".parse().unwrap(),
+            from: Ipv4Addr::LOCALHOST,
+            node: "127.0.0.2:15008".parse().unwrap(),
+            holder: (NodeId([1; 32]), Generation(1)),
+            credentials: n,
+        }
+    }
+
+    #[test]
+    fn places_are_bounded_and_come_back() {
+        let count = Arc::default();
+        let mut places: Vec<_> = (0..3).map(|_| Place::take(&count, 3)).collect();
+        assert!(places.iter().all(Option::is_some) && Place::take(&count, 3).is_none());
+        places.pop();
+        assert!(Place::take(&count, 3).is_some());
+        places.clear();
+        assert_eq!(count.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn pools_of_one_process_count_a_peer_together_and_each_peer_for_itself() {
+        let totals = Totals::default();
+        let pools = [Pool::new(totals.clone()), Pool::new(totals.clone())];
+        let [one, two] = pools.each_ref().map(|pool| pool.peer(&key(1)));
+        let taken: Vec<_> = std::iter::from_fn(|| one.places()).collect();
+        assert_eq!(taken.len(), NATIVE_PER_PEER_MAX);
+        assert!(two.places().is_none() && pools[1].peer(&key(2)).places().is_some());
+        assert!(one.is_used() && !two.is_used());
+        drop(taken);
+        assert!(two.places().is_some());
+        // Whoever is counted by nobody any more is forgotten, and nobody else.
+        drop((one, two, pools));
+        let kept = totals.of(&key(0));
+        (1..2 * SWEEP_AT as u64).for_each(|n| drop(totals.of(&key(n))));
+        assert!(totals.0.lock().unwrap().len() <= SWEEP_AT);
+        assert!(Arc::ptr_eq(&kept, &totals.of(&key(0))));
+    }
+}

@@ -489,3 +489,6 @@ impl Opener {
         self.failed.as_mut().and_then(Option::take)
     }
 }
+
+#[cfg(test)]
+mod tests;

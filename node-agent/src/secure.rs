@@ -209,8 +209,9 @@ async fn shake<C: Shaking>(tcp: &mut TcpStream, mut connection: C, mut unread: V
             }
             Step::Done => return Ok(Shaken { connection, unread, early }),
             Step::Fail(error) => {
-                // The peer is to know why; whether it hears of it changes nothing.
-                while let Ok(ConnectionState::EncodeTlsData(mut record)) = connection.turn(&mut []).state {
+                // The peer is to know why; whether it hears of it changes nothing. What is unread goes along, since rustls knows
+                // places in it.
+                while let Ok(ConnectionState::EncodeTlsData(mut record)) = connection.turn(&mut unread).state {
                     let _ = encode(&mut outgoing, |room| record.encode(room));
                 }
                 let _ = tcp.write_all(&outgoing).await;
@@ -363,5 +364,83 @@ impl AsyncWrite for Bytestream {
         }
         ready!(this.poll_drain(cx))?;
         Pin::new(&mut this.secured.tcp).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+    use tokio::net::TcpListener;
+    use tokio::time::timeout;
+
+    fn config() -> Arc<ClientConfig> {
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let builder = ClientConfig::builder_with_provider(provider).with_protocol_versions(&[&rustls::version::TLS13]);
+        Arc::new(builder.unwrap().with_root_certificates(rustls::RootCertStore::empty()).with_no_client_auth())
+    }
+
+    async fn two() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (near, far) = tokio::join!(TcpStream::connect(listener.local_addr().unwrap()), listener.accept());
+        (near.unwrap(), far.unwrap().0)
+    }
+
+    async fn heard(bytes: &[u8]) -> (io::Result<(Vec<u8>, String)>, Vec<u8>) {
+        let (mut client, mut server) = two().await;
+        let asking = async {
+            // In pieces, as a network may cut them. The server may have had enough.
+            for piece in bytes.chunks(700) {
+                let _ = client.write_all(piece).await;
+                tokio::task::yield_now().await;
+            }
+            let _ = client.shutdown().await;
+            let mut told = Vec::new();
+            let _ = client.read_to_end(&mut told).await;
+            told
+        };
+        let hearing = async move { hello(&mut server).await };
+        let (told, heard) = timeout(Duration::from_secs(5), async { tokio::join!(asking, hearing) }).await.unwrap();
+        (heard, told)
+    }
+
+    #[tokio::test]
+    async fn a_hello_is_read_whole_and_no_further_than_it_may_be() {
+        let name = "name.ambit.internal".to_owned();
+        let server_name = ServerName::try_from(name.clone()).unwrap();
+        let mut connection = UnbufferedClientConnection::new(config(), server_name).unwrap();
+        let mut good = Vec::new();
+        if let Ok(ConnectionState::EncodeTlsData(mut record)) = connection.turn(&mut []).state {
+            encode(&mut good, |room| record.encode(room));
+        }
+        assert!(good.len() > 1400, "a post-quantum share");
+        assert_eq!(heard(&good).await.0.unwrap(), (good.clone(), name));
+        assert_eq!(heard(&good[..good.len() - 1]).await.0.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+        // A ClientHello that says it has 64 KiB - 1, in records of 16 KiB.
+        let record = |content: &[u8]| [&[22, 3, 1, 0x3f, 0xff][..], content].concat();
+        let long = [record(&[&[1, 0, 0xff, 0xff][..], &[0; 0x3ffb]].concat()), record(&[0; 0x3fff])].concat();
+        let (refused, _) = heard(&long).await;
+        assert!(refused.unwrap_err().to_string().contains("16 KiB"));
+        let (refused, told) = heard(b"GET / HTTP/1.1\r\n\r\n").await;
+        assert!(refused.is_err() && told.starts_with(&[21, 3]), "an alert: {told:?}");
+    }
+
+    #[tokio::test]
+    async fn a_server_that_never_finishes_is_heard_64_kib_of() {
+        let (client, mut server) = two().await;
+        let endless = async move {
+            // A handshake message of 16 MiB.
+            let mut sent = 0;
+            let mut content = [&[11, 0xff, 0xff, 0xff][..], &[0; 0x3ffb]].concat();
+            while sent < 8 << 20 && server.write_all(&[&[22, 3, 3, 0x3f, 0xff][..], &content].concat()).await.is_ok() {
+                sent += content.len();
+                content.fill(0);
+            }
+            sent
+        };
+        let connecting = connect(client, config(), ServerName::try_from("name.ambit.internal").unwrap());
+        let both = async { tokio::join!(connecting, endless) };
+        let (connected, sent) = timeout(Duration::from_secs(5), both).await.unwrap();
+        assert!(connected.is_err() && sent < 8 << 20, "{sent} bytes");
     }
 }
