@@ -106,9 +106,10 @@ enum Verb {
     /// (internal) The load, once it is in its place
     #[command(hide = true)]
     Load { kind: load::Kind, to: SocketAddrV4, clients: usize, ms: u64 },
-    /// (internal) A relay that only copies, from each first address to its second
+    /// (internal) A relay that only copies, from each first address here to its second in a namespace
     #[command(hide = true)]
     BareRelay {
+        namespace: String,
         #[arg(required = true, value_parser = pair)]
         pairs: Vec<(SocketAddrV4, SocketAddrV4)>,
     },
@@ -269,7 +270,7 @@ fn run(verb: Verb) -> Result<ExitCode, LabError> {
         Verb::Load { kind, to, clients, ms } => {
             load::run(kind, to, clients, Duration::from_millis(ms)).map_err(load_failed)?;
         }
-        Verb::BareRelay { pairs } => relay::run(&pairs).map_err(load_failed)?,
+        Verb::BareRelay { namespace, pairs } => relay::run(namespace, &pairs).map_err(load_failed)?,
         Verb::Demo { lab, json, keep, logs } => {
             let (json, logs) = (json.as_deref(), logs.as_deref());
             ambit_lab::demo::run(&ambit_lab::demo::Options { name: &lab.name, json, keep, logs })?;

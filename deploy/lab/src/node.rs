@@ -83,7 +83,7 @@ impl Lab {
         net::inside(&self.place(role)?.netns, || get(address, path))?.map_err(failed)
     }
 
-    fn node(&self, node: &str) -> Result<Member, LabError> {
+    pub(crate) fn node(&self, node: &str) -> Result<Member, LabError> {
         let member = self.spec().member(node).filter(|m| matches!(m.kind, Kind::Node(_)));
         member.ok_or_else(|| Refusal::new(Code::NotFound, "a node such as west-n1", node.to_owned()).into())
     }

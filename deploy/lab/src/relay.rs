@@ -1,13 +1,18 @@
 //! The floor of the dataplane benchmark: a relay that only copies. One thread, epoll, no TLS, no policy, no record; two of
-//! them in a row move what two agents would, over as many sockets.
+//! them in a row move what two agents would, over as many sockets, from namespace to namespace as they do.
 
+use crate::net;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, connect, socket};
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddrV4, TcpListener, TcpStream};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 const BUFFER_BYTES: usize = 64 * 1024;
+/// Sockets that are made for one question, as the agent does.
+const SOCKETS: usize = 8;
 const EVENTS: usize = 64;
 
 /// One direction's source, its goal, and what the goal did not take yet.
@@ -19,17 +24,55 @@ struct Way {
     ended: bool,
 }
 
+/// Sockets of another namespace: a thread that stays there makes them.
+struct Sockets {
+    ask: SyncSender<()>,
+    made: Receiver<io::Result<Vec<OwnedFd>>>,
+    spare: Vec<OwnedFd>,
+}
+
+impl Sockets {
+    fn of(namespace: String) -> Self {
+        let ((ask, asked), (make, made)) = (sync_channel::<()>(1), sync_channel(1));
+        std::thread::spawn(move || {
+            let one = || socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None);
+            let some = || Ok((0..SOCKETS).map(|_| one()).collect::<Result<Vec<_>, _>>()?);
+            let told = make.clone();
+            let serve = move || asked.into_iter().try_for_each(|()| make.send(some()));
+            if let Err(error) = net::inside(&namespace, serve) {
+                // Nobody may be there to hear it.
+                let _ = told.send(Err(io::Error::other(error)));
+            }
+        });
+        Self { ask, made, spare: Vec::new() }
+    }
+
+    /// Blocking: on this machine it takes microseconds, and costs least.
+    fn connect(&mut self, to: SocketAddrV4) -> io::Result<TcpStream> {
+        if self.spare.is_empty() {
+            // Where the thread has ended, its error waits.
+            let _ = self.ask.send(());
+            self.spare = self.made.recv().map_err(io::Error::other)??;
+        }
+        let fd = self.spare.pop().ok_or_else(|| io::Error::other("no socket"))?;
+        connect(fd.as_raw_fd(), &SockaddrIn::from(to))?;
+        Ok(TcpStream::from(fd))
+    }
+}
+
 struct Relay {
+    sockets: Sockets,
     epoll: Epoll,
     listeners: BTreeMap<u64, (TcpListener, SocketAddrV4)>,
     ways: BTreeMap<u64, Way>,
     buffer: Vec<u8>,
 }
 
-/// Relays from each first address to its second until it is killed.
-pub fn run(pairs: &[(SocketAddrV4, SocketAddrV4)]) -> io::Result<()> {
-    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-    let mut relay = Relay { epoll, listeners: BTreeMap::new(), ways: BTreeMap::new(), buffer: vec![0; BUFFER_BYTES] };
+/// Relays from each first address here to its second in `namespace`, until it is killed.
+pub fn run(namespace: String, pairs: &[(SocketAddrV4, SocketAddrV4)]) -> io::Result<()> {
+    let (epoll, sockets) = (Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?, Sockets::of(namespace));
+    let mut relay =
+        Relay { sockets, epoll, listeners: BTreeMap::new(), ways: BTreeMap::new(), buffer: vec![0; BUFFER_BYTES] };
     for (at, to) in pairs {
         let listener = TcpListener::bind(at)?;
         listener.set_nonblocking(true)?;
@@ -80,8 +123,7 @@ impl Relay {
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(e) => return Err(e),
             };
-            // Blocking: on this machine it takes microseconds, and costs least.
-            let Ok(far) = TcpStream::connect(to) else { continue };
+            let Ok(far) = self.sockets.connect(*to) else { continue };
             let keys = (self::key(&near), self::key(&far));
             for (socket, key, other) in [(near, keys.0, keys.1), (far, keys.1, keys.0)] {
                 socket.set_nodelay(true)?;

@@ -3,9 +3,10 @@
 use crate::lab::{Lab, LabError, Place, make_folder, write_file};
 use crate::process::ProcessId;
 use crate::state::{Pod, Ready};
-use crate::topology::{Kind, PODS_MAX, parse_name};
+use crate::topology::{PODS_MAX, parse_name};
 use crate::{cgroup, net};
 use ambit_model::{Refusal, refusal::Code};
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
 /// The user that pods run as, unless told otherwise: not root, so without CAP_NET_RAW.
@@ -20,9 +21,7 @@ impl Lab {
     }
     /// Makes a pod without a process: namespace, cgroup, and the file that tells the agent.
     pub fn add_pod(&self, node: &str, name: &str, uid: u32) -> Result<Pod, LabError> {
-        let name = parse_name(name)?;
-        let member = self.spec.member(node).filter(|m| matches!(m.kind, Kind::Node(_)));
-        let member = member.ok_or_else(|| Refusal::new(Code::NotFound, "a node such as west-n1", node.to_owned()))?;
+        let (name, member) = (parse_name(name)?, self.node(node)?);
         let pods = self.state()?.pods;
         if pods.iter().any(|pod| pod.node == node && pod.name == name) {
             return Err(Refusal::new(Code::AlreadyExists, format!("no pod {name} on {node}"), "it exists").into());
@@ -41,6 +40,15 @@ impl Lab {
         self.store.update(|state| state.pods.push(pod.clone()))?;
         self.announce(&pod)?;
         Ok(pod)
+    }
+    /// Makes what is connected as a pod is, and which no agent is told of: where its commands run, and its address, the `nth`
+    /// beyond those of pods.
+    pub fn add_bare(&self, node: &str, name: &str, nth: u8) -> Result<(Place, Ipv4Addr), LabError> {
+        let (name, member) = (parse_name(name)?, self.node(node)?);
+        let address = PODS_MAX.checked_add(nth).and_then(|host| member.pod_address(host));
+        let address = address.ok_or_else(|| Refusal::new(Code::BadRequest, "less than 56", nth.to_string()))?;
+        let netns = net::add_pod(&self.spec, &member, &name, address)?;
+        Ok((Place { netns, cgroup: self.cgroup(node, "host"), uid: None }, address))
     }
     /// Starts a pod's program; its process is named `<node>-<pod>`.
     pub fn start_in_pod(&self, pod: &Pod, argv: &[&str], ready: Ready) -> Result<ProcessId, LabError> {
