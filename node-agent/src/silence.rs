@@ -22,6 +22,9 @@ const KEEPALIVES: u32 = 3;
 const SILENT_MS: u32 = 4_000;
 /// The kernel's own questions without an answer, retransmissions or window probes: the last may be on its way yet.
 const UNANSWERED: u8 = 2;
+/// And for so long the first of them has none. What was silent before it was asked says nothing, and a link of ours that is down
+/// has the kernel ask again and again.
+const UNANSWERED_FOR: Duration = Duration::from_secs(3);
 /// How often it is looked, while something is to be answered. Gone is who is found so twice in a row.
 pub const LOOK_EVERY: Duration = Duration::from_secs(1);
 
@@ -59,7 +62,7 @@ pub struct Info {
 }
 
 sockopt_impl!(
-    /// What the kernel knows of a connection.
+    /// What the kernel knows of a connection. The system call is in nix's macro.
     TcpInfo,
     GetOnly,
     libc::IPPROTO_TCP,
@@ -72,8 +75,10 @@ sockopt_impl!(
 pub enum Look {
     /// It owes no answer.
     Quiet,
-    /// It owes one, and there is no sign that it will not come.
+    /// It owes one, and was not asked a second time.
     Owing,
+    /// It was, and has not answered yet.
+    Asked,
     /// It gives none.
     Silent,
 }
@@ -87,7 +92,11 @@ impl Info {
         // Probes are sent where nothing may be: then nothing is unacknowledged.
         let asked = if self.unacked > 0 { self.retransmits } else { self.probes };
         let silent = self.data_ms.min(self.ack_ms) >= SILENT_MS;
-        if silent && asked >= UNANSWERED { Look::Silent } else { Look::Owing }
+        match asked {
+            0 => Look::Owing,
+            UNANSWERED.. if silent => Look::Silent,
+            _ => Look::Asked,
+        }
     }
 }
 
@@ -107,13 +116,15 @@ pub fn tune(tcp: &TcpStream) -> io::Result<()> {
 pub struct Watch<'a> {
     next: Pin<&'a mut Sleep>,
     armed: bool,
+    /// Since when an answer to a question of the kernel's is seen to be missing.
+    asked: Option<Instant>,
     silent: bool,
 }
 
 impl<'a> Watch<'a> {
     /// With a timer, which is set anew before it is used.
     pub fn new(timer: Pin<&'a mut Sleep>) -> Self {
-        Self { next: timer, armed: false, silent: false }
+        Self { next: timer, armed: false, asked: None, silent: false }
     }
 
     /// Something was, or will be, sent.
@@ -135,14 +146,16 @@ impl<'a> Watch<'a> {
 
     /// Looks; whether the peer is gone.
     pub fn is_gone(&mut self, tcp: &TcpStream) -> bool {
-        self.armed = false;
         let look = getsockopt(tcp, TcpInfo).map_or(Look::Silent, |info| info.look());
-        let gone = look == Look::Silent && self.silent;
+        let (again, now) = (self.silent, Instant::now());
         self.silent = look == Look::Silent;
-        if look != Look::Quiet {
-            self.arm();
-        }
-        gone
+        self.asked = match look {
+            Look::Quiet | Look::Owing => None,
+            Look::Asked | Look::Silent => self.asked.or(Some(now)),
+        };
+        self.armed = look != Look::Quiet;
+        self.next.as_mut().reset(now + LOOK_EVERY);
+        self.silent && again && self.asked.is_some_and(|since| now - since >= UNANSWERED_FOR)
     }
 
     /// Returns once the peer is gone. Dropping it loses nothing.
@@ -169,12 +182,12 @@ mod tests {
         for (what, found, expected) in [
             ("idle for a minute", info(0, 0, 0, 0, 60_000, 60_000), Look::Quiet),
             ("just sent, after a minute", info(1, 0, 0, 0, 60_000, 60_000), Look::Owing),
-            ("sent once more, after a minute", info(1, 0, 1, 0, 60_000, 60_000), Look::Owing),
+            ("sent once more, after a minute", info(1, 0, 1, 0, 60_000, 60_000), Look::Asked),
             ("not acknowledged", info(3, 90_000, 4, 0, 9_000, 4_200), Look::Silent),
-            ("nor for long enough", info(3, 90_000, 4, 0, 9_000, 3_900), Look::Owing),
-            ("loses what we send, and speaks", info(3, 0, 4, 0, 100, 9_000), Look::Owing),
+            ("nor for long enough", info(3, 90_000, 4, 0, 9_000, 3_900), Look::Asked),
+            ("loses what we send, and speaks", info(3, 0, 4, 0, 100, 9_000), Look::Asked),
             ("shut window, answered just now", info(0, 90_000, 0, 0, 60_000, 10), Look::Owing),
-            ("shut window, answered before the last probe", info(0, 90_000, 0, 1, 60_000, 25_000), Look::Owing),
+            ("shut window, answered before the last probe", info(0, 90_000, 0, 1, 60_000, 25_000), Look::Asked),
             ("shut window, two probes unanswered", info(0, 90_000, 0, 2, 60_000, 25_000), Look::Silent),
         ] {
             assert_eq!(found, expected, "{what}");
