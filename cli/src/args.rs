@@ -21,7 +21,7 @@ pub use deny::{Deny, SvidRevoke};
 pub use entry::{Entry, EntryCreate, EntryList, EntryUpdate};
 pub use federation::{Federation, FederationProfile, FederationPut};
 pub use node::{Claimed, Node, Selected};
-pub use policy::{Destination, Explain, Policy, Reached};
+pub use policy::{Destination, Explain, MaxFlips, Policy, Reached};
 pub use svid::{BundleFile, Svid, SvidMint, SvidUsage, SvidVerify};
 pub use trust::{External, ImportExternal, OpenShare, Shares};
 pub use watch::{Watch, WatchedKind};

@@ -69,7 +69,7 @@ async fn peer(cell: &Cell) -> Option<v1::Peer> {
 
 async fn apply(cell: &Cell, yaml: &str) -> v1::ApplyResponse {
     let mut policies = PolicyRegistryClient::new(cell.admin(1).await.unwrap());
-    let request = v1::ApplyRequest { request_id: fresh(), yaml: yaml.into(), over: None };
+    let request = v1::ApplyRequest { request_id: fresh(), yaml: yaml.into(), ..Default::default() };
     policies.apply(request).await.unwrap().into_inner()
 }
 
@@ -220,8 +220,12 @@ async fn changes_follow(west: &Cell, east: &Cell) {
     let took = until(east, "a changed policy", |l| l.policies.iter().any(|p| p.ports == [8081])).await;
     println!("policy change at west seen at east after {took:?}");
     assert!(took < IMPORT_MAX, "{took:?}");
-    let request =
-        v1::DeletePolicyRequest { request_id: fresh(), kind: "Policy".into(), name: "web-to-db".into(), over: None };
+    let request = v1::DeletePolicyRequest {
+        request_id: fresh(),
+        kind: "Policy".into(),
+        name: "web-to-db".into(),
+        ..Default::default()
+    };
     PolicyRegistryClient::new(west.admin(1).await.unwrap()).delete(request).await.unwrap();
     until(east, "a deleted policy", |l| l.policies.is_empty()).await;
 }

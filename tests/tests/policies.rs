@@ -23,7 +23,7 @@ fn policy(name: &str, spec: &str) -> String {
 }
 
 async fn apply(registry: &mut Registry, yaml: &str, over: Option<u64>) -> Result<v1::ApplyResponse, Refusal> {
-    let request = v1::ApplyRequest { request_id: fresh(), yaml: yaml.to_owned(), over };
+    let request = v1::ApplyRequest { request_id: fresh(), yaml: yaml.to_owned(), over, unlimited: false };
     registry.apply(request).await.map(|a| a.into_inner()).map_err(|s| from_status(&s))
 }
 
@@ -94,7 +94,7 @@ async fn a_change_is_planned_made_explained_and_undone() {
 
     let back = plan(&mut registry, v1::PlanRequest { rollback_to: first, ..Default::default() }).await;
     assert_eq!(flips(&back), ["db +none -80, 443", "ops +none -80, 443", "web +none -443"]);
-    let request = v1::RollbackRequest { request_id: fresh(), revision: first, over: Some(back.over) };
+    let request = v1::RollbackRequest { request_id: fresh(), revision: first, over: Some(back.over), unlimited: false };
     let undone = registry.rollback(request.clone()).await.unwrap().into_inner();
     assert_eq!(undone.objects.len(), 1, "{undone:?}");
     // Sent again it is answered, and done once (I10): the history below has it once.
@@ -102,18 +102,24 @@ async fn a_change_is_planned_made_explained_and_undone() {
     assert!(!explain(&mut registry, "ops", 443, 0).await.allowed);
     assert!(explain(&mut registry, "ops", 443, before).await.allowed, "as it was then");
 
+    // Nobody knows what will be allowed: what is asked is not answered by what is allowed now.
+    let (source, destination) = ("spiffe://west/ops".to_owned(), "spiffe://west/db".to_owned());
+    let later = v1::ExplainRequest { source, destination, port: 443, at_ms: now_ms() + 3_600_000 };
+    let refusal = from_status(&registry.explain(later).await.unwrap_err());
+    assert!(refusal.code.as_str() == "bad_request" && refusal.expected.contains("up to now"), "{refusal}");
+
     let history = registry.history(v1::HistoryRequest { limit: 0 }).await.unwrap().into_inner();
     let rows: Vec<_> = history.rows.iter().map(|row| (row.revision, row.note.clone(), row.documents.len())).collect();
     let note = format!("rollback to {first}");
     assert_eq!(rows, [(undone.revision, note, 1), (second, String::new(), 1), (first, String::new(), 1)]);
-    let unknown = v1::RollbackRequest { request_id: fresh(), revision: first + 1, over: None };
+    let unknown = v1::RollbackRequest { request_id: fresh(), revision: first + 1, over: None, unlimited: false };
     assert_eq!(from_status(&registry.rollback(unknown).await.unwrap_err()).code.as_str(), "not_found");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_policy_ends_and_is_shown_as_over_and_unused() {
     let (_cell, mut registry) = cell().await;
-    let end = ambit_model::utc::text((now_ms() / 1000 + 3) * 1000);
+    let end = ambit_model::utc::text((now_ms() / 1000 + 8) * 1000);
     let text = [
         policy("brief", &format!("action: allow, from: [spiffe://west/web], expires: {end}")),
         policy("nobody", "action: allow, from: [spiffe://west/nobody]"),
@@ -126,6 +132,24 @@ async fn a_policy_ends_and_is_shown_as_over_and_unused() {
     let told = explain(&mut registry, "web", 80, 0).await;
     assert!(told.allowed && told.audited == "west/watch" && told.expires_at_ms > 0, "{told:?}");
     assert!(explain(&mut registry, "ops", 22, 0).await.allowed, "by its group");
+    // The same that ends at once and at its end; and what is said of UDP says nothing of who can connect.
+    let sooner = policy("crew", &format!("action: allow, from: ['group:west/crew'], ports: [22], expires: {end}"));
+    let planned = plan(&mut registry, writing(sooner)).await;
+    assert_eq!(flips(&planned), ["ops +none -22"]);
+    assert!(planned.flips[0].at_ms > now_ms() && (planned.opened, planned.closed) == (0, 1), "{planned:?}");
+    let udp = policy("no-udp", "action: deny, from: ['spiffe://west/*'], protocols: [udp]");
+    apply(&mut registry, &udp, None).await.unwrap();
+    let who = registry.who_can(v1::WhoCanRequest { destination: "spiffe://west/db".into(), port: 22 });
+    let who = who.await.unwrap().into_inner();
+    let names: Vec<_> = who.rules.iter().map(|rule| rule.name.as_str()).filter(|name| *name != "brief").collect();
+    assert_eq!(names, ["crew", "nobody", "watch"], "{who:?}");
+    let delete = v1::DeletePolicyRequest {
+        request_id: fresh(),
+        kind: "Policy".into(),
+        name: "no-udp".into(),
+        ..Default::default()
+    };
+    registry.delete(delete).await.unwrap();
     let listed = registry.list(v1::ListPoliciesRequest {}).await.unwrap().into_inner();
     assert_eq!(listed.groups[0].members, ["spiffe://west/later", "spiffe://west/ops"]);
 
@@ -174,7 +198,14 @@ async fn the_command_line_guards_and_undoes() {
     run(&["who-can", "spiffe://west/db:80"], 0, &["spiffe://west/ops", "3 callers", "allow west/web: spiffe://west/*"]);
     run(&["delete", "web", "--max-flips", "0"], 5, &["error[policy_blast_radius]", "closes 80"]);
     run(&["delete", "web"], 0, &["closes ports of 3 pairs"]);
-    run(&["history"], 0, &["policy web: removed", "policy web: added", "2 changes", "/ambit/admin/"]);
+    // In an emergency nothing comes between, and everybody can read it afterwards.
+    let stop = file("stop.yaml", &policy("stop", "action: deny, from: ['spiffe://west/*']"));
+    run(&["apply", "-f", &stop, "--max-flips", "any"], 0, &["policy stop: changed"]);
+    run(&["history", "--limit", "1"], 0, &["(without a limit of flips)", "policy stop: added"]);
+    run(&["delete", "stop", "--max-flips", "any"], 0, &["policy stop: changed"]);
+    run(&["plan", "-f", &open, "--max-flips", "any"], 0, &["3 pairs of known identities change"]);
+    run(&["apply", "-f", &open, "--max-flips", "many"], 2, &["expected a number of pairs, or any"]);
+    run(&["history"], 0, &["policy web: removed", "policy web: added", "4 changes", "/ambit/admin/"]);
     run(&["plan", "--rollback", &revision], 0, &["policy web: added"]);
     run(&["rollback", &revision], 0, &["policy web: changed"]);
     run(&["rollback", "1"], 1, &["error[not_found]", "ambit policy history"]);
@@ -190,6 +221,8 @@ async fn the_command_line_guards_and_undoes() {
     };
     let (good, wrong) = (file("good.yaml", &suite("allow")), file("wrong.yaml", &suite("deny")));
     run(&["test", &good, "-f", &open], 0, &["1 suite"]);
+    run(&["test", &good, "-f", &open, "-f", &open], 2, &["error[policy_malformed]", "Policy web twice"]);
+    run(&["test", &good, "-f", &udp], 2, &["error[policy_unenforceable]"]);
     run(&["test", &wrong, "-f", &open], 1, &["web: case 1: expected deny, found allowed by policy (west/web)"]);
 }
 

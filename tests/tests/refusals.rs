@@ -162,7 +162,7 @@ const ALLOW: &str = "kind: Policy\nmetadata: {name: web-to-db}\nspec:\n  target:
 async fn policies_are_taken_whole_or_not_at_all() {
     let cell = Cell::start("west", 1).await.unwrap();
     let mut policies = PolicyRegistryClient::new(cell.admin(1).await.unwrap());
-    let apply = |yaml: &str| v1::ApplyRequest { request_id: fresh(), yaml: yaml.to_owned(), over: None };
+    let apply = |yaml: &str| v1::ApplyRequest { request_id: fresh(), yaml: yaml.to_owned(), ..Default::default() };
 
     // Of a trust domain that nobody vouches for: accepted, shown, denies.
     let applied = policies.apply(apply(ALLOW)).await.unwrap().into_inner();
@@ -253,7 +253,7 @@ async fn garbage_on_a_port_costs_nobody_else_anything() {
 
     // Over a good connection: a message of 5 MiB, with and without a certificate.
     let yaml = format!("# {}\n{ALLOW}", "x".repeat(OVERSIZE));
-    let request = v1::ApplyRequest { request_id: fresh(), yaml, over: None };
+    let request = v1::ApplyRequest { request_id: fresh(), yaml, ..Default::default() };
     let status = policies.apply(request).await.unwrap_err();
     assert_eq!(status.code(), tonic::Code::OutOfRange, "{status:?}");
     let chunk = v1::EvidenceRequest { part: Some(v1::evidence_request::Part::Chunk(vec![0; OVERSIZE])) };

@@ -89,9 +89,29 @@ pub enum Policy {
 /// How far a change may reach.
 #[derive(Debug, clap::Args)]
 pub struct Reached {
-    /// Refuse to change the connections of more pairs of known identities than this
-    #[arg(long, value_name = "N", default_value_t = 100)]
-    pub max_flips: u64,
+    /// Refuse to change the connections of more pairs of known identities than this; `any` changes at once, without a plan,
+    /// and the history tells it
+    #[arg(long, value_name = "N|any", default_value = "100")]
+    pub max_flips: MaxFlips,
+}
+
+/// A limit that somebody set, or none on purpose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MaxFlips {
+    /// At most so many pairs.
+    Pairs(u64),
+    /// As many as there are, and more than can be counted.
+    Any,
+}
+
+impl std::str::FromStr for MaxFlips {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Self, String> {
+        match s {
+            "any" => Ok(Self::Any),
+            number => number.parse().map(Self::Pairs).map_err(|_| "expected a number of pairs, or any".to_owned()),
+        }
+    }
 }
 
 #[derive(Debug, clap::Args)]

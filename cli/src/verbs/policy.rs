@@ -8,7 +8,7 @@ mod questions;
 pub(super) use explain::explain;
 
 use super::Session;
-use crate::args::{Policy, Reached};
+use crate::args::{MaxFlips, Policy, Reached};
 use crate::ask;
 use crate::cell::{Cell, request_id};
 use crate::exit::Exit;
@@ -41,17 +41,17 @@ pub(super) async fn run(session: &Session, verb: Policy) -> Result<Answer, Refus
         Policy::Apply { file, reach } => apply(session, &file, &reach).await,
         Policy::Delete { name, kind, reach } => {
             let (kind_word, to_delete) = (kind_word(&kind), deletion(&kind, &name));
-            guarded(session, to_delete, &reach, async |cell, over| {
+            guarded(session, to_delete, &reach, async |cell, over, unlimited| {
                 let (kind, name) = (kind_word.to_owned(), name.clone());
-                let request = v1::DeletePolicyRequest { request_id: request_id()?, kind, name, over };
+                let request = v1::DeletePolicyRequest { request_id: request_id()?, kind, name, over, unlimited };
                 ask!(cell, PolicyRegistry.delete(request))
             })
             .await
         }
         Policy::Rollback { revision, reach } => {
             let back = v1::PlanRequest { rollback_to: revision, ..Default::default() };
-            guarded(session, back, &reach, async |cell, over| {
-                let request = v1::RollbackRequest { request_id: request_id()?, revision, over };
+            guarded(session, back, &reach, async |cell, over, unlimited| {
+                let request = v1::RollbackRequest { request_id: request_id()?, revision, over, unlimited };
                 ask!(cell, PolicyRegistry.rollback(request))
             })
             .await
@@ -91,8 +91,8 @@ async fn apply(session: &Session, file: &Path, reach: &Reached) -> Result<Answer
     let (yaml, findings) = read(file)?;
     let wanted = v1::PlanRequest { yaml: yaml.clone(), ..Default::default() };
     // Nothing to apply is nothing to plan; the cell says so.
-    let done = guarded(session, wanted, reach, async |cell, over| {
-        let request = v1::ApplyRequest { request_id: request_id()?, yaml: yaml.clone(), over };
+    let done = guarded(session, wanted, reach, async |cell, over, unlimited| {
+        let request = v1::ApplyRequest { request_id: request_id()?, yaml: yaml.clone(), over, unlimited };
         ask!(cell, PolicyRegistry.apply(request))
     });
     let mut answer = done.await?;
@@ -100,21 +100,25 @@ async fn apply(session: &Session, file: &Path, reach: &Reached) -> Result<Answer
     Ok(answer)
 }
 
-/// Makes a change whose plan is below the limit, over exactly what it was planned over.
+/// Makes a change whose plan is below the limit, over exactly what it was planned over. Without a limit it is made at once: in
+/// an emergency neither a plan that takes long nor somebody else's change comes between.
 async fn guarded(
     session: &Session,
     wanted: v1::PlanRequest,
     reach: &Reached,
-    change: impl AsyncFn(&Cell, Option<u64>) -> Result<v1::ApplyResponse, Refusal>,
+    change: impl AsyncFn(&Cell, Option<u64>, bool) -> Result<v1::ApplyResponse, Refusal>,
 ) -> Result<Answer, Refusal> {
     let (cell, banner) = session.cell_to_change()?;
+    let MaxFlips::Pairs(flips_max) = reach.max_flips else {
+        return Ok(applied(session.form, &change(&cell, None, true).await?).note(banner));
+    };
     let empty = wanted.delete.is_empty() && wanted.rollback_to == 0 && wanted.yaml.trim().is_empty();
     let mut plans = 0;
     loop {
         let plan = if empty { v1::PlanResponse::default() } else { plan::planned(&cell, wanted.clone()).await? };
-        plan::within(&plan, reach.max_flips)?;
+        plan::within(&plan, flips_max)?;
         plans += 1;
-        match change(&cell, Some(plan.over).filter(|_| !empty)).await {
+        match change(&cell, Some(plan.over).filter(|_| !empty), false).await {
             // Somebody else's change came first: what this one does is another thing now.
             Err(refusal) if refusal.code == Code::StaleRevision && plans < PLANS_MAX => continue,
             done => {

@@ -69,16 +69,24 @@ impl FromStr for SpiffeId {
         }
         let (domain, path) = rest.split_once('/').ok_or_else(|| bad("with a path"))?;
         domain.parse::<TrustDomain>()?;
-        for segment in path.split('/') {
-            if segment.is_empty() || segment == "." || segment == ".." {
-                return Err(bad("no empty, '.' or '..' path segment"));
-            }
-            if !segment.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_')) {
-                return Err(bad("path segments of a-z A-Z 0-9 . - _"));
-            }
-        }
+        path.split('/').try_for_each(segment).map_err(bad)?;
         Ok(Self { uri: s.into(), path_at: 9 + domain.len() })
     }
+}
+
+/// One segment of a path, or what is wrong with it.
+fn segment(text: &str) -> Result<(), &'static str> {
+    if matches!(text, "" | "." | "..") {
+        return Err("no empty, '.' or '..' path segment");
+    }
+    let good = text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_'));
+    if good { Ok(()) } else { Err("path segments of a-z A-Z 0-9 . - _") }
+}
+
+/// Whether identities can lie below `/a/b/`.
+pub(crate) fn is_prefix(path: &str) -> bool {
+    let inner = path.strip_prefix('/').and_then(|rest| rest.strip_suffix('/'));
+    path.len() <= 2048 && inner.is_some_and(|inner| inner.split('/').all(|text| segment(text).is_ok()))
 }
 
 /// A name of an operator's object: 1-63 characters of `[a-z0-9-]`, starting with a letter.

@@ -68,6 +68,15 @@ impl Peers {
         matches!(self, Self::Cluster(..) | Self::Group(..) | Self::Labelled(..))
     }
 
+    /// Whether a document can say it. A record of a peer may hold any text, and what a cell says to its agents only.
+    pub fn is_written(&self) -> bool {
+        match self {
+            Self::Below(_, path) => crate::id::is_prefix(path),
+            Self::Ids(..) => false,
+            Self::Id(_) | Self::Domain(_) | Self::Cluster(..) | Self::Group(..) | Self::Labelled(..) => true,
+        }
+    }
+
     /// Whether every identity of `other` is in this set, as far as their texts say.
     pub fn covers(&self, other: &Peers) -> bool {
         match (self, other) {
@@ -204,6 +213,28 @@ mod tests {
         for text in ["cluster:west/prod", "group:west/ops", "ids:west a", "ids:west /a/"] {
             assert!(Peers::from_wire(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn a_prefix_that_no_text_gives_is_told() {
+        for (path, written) in [
+            ("/a/", true),
+            ("/a/b.c/", true),
+            ("/", false),
+            ("//", false),
+            ("", false),
+            ("/a", false),
+            ("a/", false),
+            ("/a//", false),
+            ("/../", false),
+            ("/a b/", false),
+            ("/a*/", false),
+        ] {
+            let set = Peers::Below("west".parse().unwrap(), path.into());
+            assert_eq!(set.is_written(), written, "{path}");
+            assert_eq!(set.to_string().parse::<Peers>().is_ok_and(|read| read == set), written, "{path}");
+        }
+        assert!(!Peers::from_wire("ids:west /a").unwrap().is_written());
     }
 
     #[test]

@@ -178,7 +178,7 @@ codes! {
     ExternalCertificate = "external_certificate", Invalid, "have the CA sign the very CSR (ambit trust external csr) as a CA certificate with its SAN and usages, and give its whole chain without the root, nearest first";
     ExternalRoot = "external_root", Precondition, "an external root's key is not in the cell: both roots stay in the bundle until everybody holds the next; wait (ambit trust check), or name what you mean (ambit trust rotate --own)";
     PolicyUnenforceable = "policy_unenforceable", Invalid, "leave it out: no kernel of this release enforces it, and a rule that is accepted and not enforced is worse than none";
-    PolicyBlastRadius = "policy_blast_radius", Precondition, "read what would flip (ambit policy plan); if it is meant, allow as many (--max-flips N)";
+    PolicyBlastRadius = "policy_blast_radius", Precondition, "read what would flip (ambit policy plan); if it is meant, allow as many (--max-flips N), or any number at once (--max-flips any)";
 }
 
 impl fmt::Display for Code {

@@ -132,6 +132,18 @@ impl Index {
         ended(allow, before.latest, after.latest) || ended(narrow, before.committed, after.committed)
     }
 
+    /// When, after `now`, something ends that speaks of the pair.
+    pub(crate) fn ends_between(&self, src: &SpiffeId, dst: &SpiffeId, now: Moment) -> BTreeSet<Stamp> {
+        let mut ends = BTreeSet::new();
+        self.each_row(src, dst, |row, _| {
+            for rules in [&row.allow, &row.deny] {
+                let all = rules.every_port.iter().chain(rules.by_port.iter().map(|(_, rule)| rule));
+                ends.extend(all.map(|rule| rule.ends).filter(|end| *end != Stamp(u64::MAX) && *end > now.committed));
+            }
+        });
+        ends
+    }
+
     /// How many policies it was compiled from.
     pub fn len(&self) -> usize {
         self.rules.len()

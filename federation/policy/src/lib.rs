@@ -26,7 +26,7 @@ pub use appraisal::parse_appraisal;
 pub use document::{Document, Egress, Transport};
 pub use enforce::check_enforceable;
 pub use explain::{Difference, Explanation, Nearest};
-pub use flips::{Flip, Flips, PAIRS_MAX, flips};
+pub use flips::{Flip, Flips, PAIRS_MAX, flips, known_in};
 pub use index::Index;
 pub use lint::{Finding, lint};
 pub use normal::normalised;

@@ -154,6 +154,20 @@ impl PolicySet {
         }
     }
 
+    /// The policies in force that speak of TCP connections to `destination`, on this port or on any.
+    pub fn speaking_of<'a>(
+        &'a self,
+        destination: &'a SpiffeId,
+        port: Option<u16>,
+        now: Moment,
+    ) -> impl Iterator<Item = (&'a TrustDomain, &'a Policy)> + 'a {
+        let of_port = move |policy: &Policy| match port {
+            Some(port) => has_port(policy, Protocol::Tcp, port),
+            None => policy.extras.protocols.contains(&Protocol::Tcp),
+        };
+        self.in_force(now).filter(move |(_, policy)| is_target(policy, destination) && of_port(policy))
+    }
+
     /// Policies that name trust domains outside `known`. Pass [`PolicySet::known`] for those not in force now.
     pub fn unresolved(&self, known: &BTreeSet<TrustDomain>) -> Vec<Unresolved> {
         self.iter()

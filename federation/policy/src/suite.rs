@@ -69,7 +69,12 @@ impl fmt::Display for CaseFailure {
 impl Suite {
     /// Runs the cases against the documents, each written by the trust domain that may. Every trust domain that they name
     /// is known. `now` is the reader's clock.
-    pub fn run(&self, documents: &[Document], now: Stamp) -> Vec<CaseFailure> {
+    ///
+    /// # Errors
+    /// [`Code::PolicyMalformed`] where a document comes twice or names a set that the suite does not say who is in,
+    /// [`Code::PolicyUnenforceable`] where no cell would take one: nothing that came out would be so in a cell.
+    pub fn run(&self, documents: &[Document], now: Stamp) -> Result<Vec<CaseFailure>, Refusal> {
+        self.check(documents)?;
         let known = documents.iter().flat_map(Document::trust_domains).collect();
         let mut set = PolicySet::new(known);
         for document in documents {
@@ -88,7 +93,29 @@ impl Suite {
                 }
             }
         }
-        failures
+        Ok(failures)
+    }
+
+    fn check(&self, documents: &[Document]) -> Result<(), Refusal> {
+        let malformed = |expected: String, found: String| Refusal::new(Code::PolicyMalformed, expected, found);
+        let mut seen = BTreeSet::new();
+        for document in documents {
+            crate::check_enforceable(document)?;
+            if !seen.insert((document.kind(), document.name())) {
+                let found = format!("{} {} twice", document.kind(), document.name());
+                return Err(malformed("each kind and name once in all files".into(), found));
+            }
+            let Document::Policy(policy) = document else { continue };
+            let resolved = self.resolved(policy, documents);
+            if let Some(set) = resolved.from.iter().chain([&resolved.target]).find(|set| set.is_named()) {
+                let expected = match set {
+                    Peers::Group(..) => format!("a document of {set} in the files"),
+                    _ => format!("who is in it, in 'sets' of PolicyTest {}", self.name),
+                };
+                return Err(malformed(expected, format!("policy {}: {set}", policy.name)));
+            }
+        }
+        Ok(())
     }
 
     fn resolved(&self, policy: &Policy, documents: &[Document]) -> Policy {

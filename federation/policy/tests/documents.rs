@@ -340,13 +340,38 @@ spec: {target: spiffe://west/db, action: allow, from: ['group:west/ops'], ports:
 fn a_suite_asks_what_it_says() {
     let (documents, suites) = parse_suite(SUITE).unwrap();
     assert_eq!((documents.len(), suites.len()), (3, 1));
-    let failures: Vec<String> = suites[0].run(&documents, Stamp(1)).iter().map(ToString::to_string).collect();
+    let failures: Vec<String> = suites[0].run(&documents, Stamp(1)).unwrap().iter().map(ToString::to_string).collect();
     assert_eq!(
         failures,
         [
             "case 3: expected allow, found denied by default: no policy allows it: spiffe://east/ops -> spiffe://west/db:23"
         ]
     );
+    // What would come out otherwise in a cell, or not at all, is no answer.
+    let twice = format!("{SUITE}---\n{}", SUITE.split("---\n").last().unwrap());
+    let udp = SUITE.replace("ports: [22]}", "ports: [22], protocols: [udp]}");
+    for (text, code, found) in [
+        (
+            SUITE.replace("cluster:west/prod: [", "cluster:west/prob: ["),
+            Code::PolicyMalformed,
+            "policy db: cluster:west/prod",
+        ),
+        (SUITE.replace("'group:west/ops'", "'group:west/opz'"), Code::PolicyMalformed, "policy ops: group:west/opz"),
+        (
+            SUITE.replace("members: [spiffe://east/ops]", "members: ['labels:west/a=b']"),
+            Code::PolicyMalformed,
+            "labels:west/a=b",
+        ),
+        (udp, Code::PolicyUnenforceable, "Policy ops: allow over udp"),
+    ] {
+        let (documents, suites) = parse_suite(&text).unwrap();
+        let refusal = suites[0].run(&documents, Stamp(1)).unwrap_err();
+        assert!(refusal.code == code && refusal.found.contains(found), "{refusal}");
+    }
+    assert!(parse_suite(&twice).is_err());
+    let (mut both, _) = parse_suite(SUITE).unwrap();
+    both.extend(documents.clone());
+    assert!(suites[0].run(&both, Stamp(1)).unwrap_err().found.contains("Group ops twice"));
     // A refusal points at its line of the whole text, whichever document it is in.
     for (old, new, line) in [
         ("expect: deny", "expect: refuse", "line 9"),

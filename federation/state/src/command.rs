@@ -243,7 +243,7 @@ pub enum Command {
         /// The intermediate that will sign.
         authority: String,
     },
-    /// All or none.
+    /// All or none. As of 0.1, of which replicas hold it in their logs; [`Command::ChangeDocuments`] came after.
     ApplyDocuments {
         /// Policies to write.
         policies: Vec<Policy>,
@@ -252,9 +252,9 @@ pub enum Command {
         /// Who asked.
         by: String,
     },
-    /// Removes a policy of this cell.
+    /// Removes a policy of this cell. See [`Command::ApplyDocuments`].
     DeletePolicy(ObjectName),
-    /// Removes a service of this cell.
+    /// Removes a service of this cell. See [`Command::ApplyDocuments`].
     DeleteService(ObjectName),
     /// The full set of a node's endpoints.
     ReportEndpoints(NodeId, Vec<Endpoint>),
@@ -501,6 +501,8 @@ pub enum Command {
         over: Option<Revision>,
         /// Who asked.
         by: String,
+        /// As [`DocumentsChange::note`], beside where it goes back to.
+        note: String,
     },
     /// Refuses an intermediate by its key identifier (40 hexadecimal digits) of which there is no row, for the longest lifetime
     /// that one may have.

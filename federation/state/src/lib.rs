@@ -18,6 +18,7 @@ mod fit;
 pub mod mutant;
 pub mod objects;
 mod read;
+mod resolve;
 mod result;
 mod roles;
 mod rules;

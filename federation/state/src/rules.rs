@@ -2,16 +2,15 @@
 //!
 //! Who is in a cluster, or has labels, says the cell from its own entries; of a peer's clusters it says it from the endpoints
 //! that the peer exported. An identity may have several entries: an allow means it only where all of them fit, whatever
-//! narrows where one does.
+//! narrows where one does. What the cell cannot tell closes (`resolve.rs`).
 
 use crate::command::{DocumentKind, DocumentsChange};
 use crate::objects::{DocumentsRow, GroupRow, StoredDocument};
+use crate::resolve::Resolver;
 use crate::state::{OwnedName, State};
-use ambit_model::policy::{Action, Labels, Peers, Policy};
-use ambit_model::{ClusterId, Code, Entry, Moment, ObjectName, Refusal, Revision, SpiffeId, Stamp, TrustDomain};
+use ambit_model::policy::Policy;
+use ambit_model::{Code, Moment, ObjectName, Refusal, Revision, SpiffeId, Stamp};
 use ambit_policy::PolicySet;
-use std::borrow::Cow;
-use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
 
@@ -26,21 +25,34 @@ impl State {
         self.policies_where(|_| true)
     }
 
+    /// Those of them that speak of calls to `destination`: what decides about these, and what could.
+    pub fn policies_to(&self, destination: &SpiffeId) -> PolicySet {
+        self.resolved_where(None, |policy| policy.target.contains(destination))
+    }
+
     /// The same as it would be after a change.
+    pub fn policies_to_after(&self, destination: &SpiffeId, change: &DocumentsChange) -> PolicySet {
+        self.resolved_where(Some(change), |policy| policy.target.contains(destination))
+    }
+
+    /// All policies as they would be after a change.
     pub fn policy_set_after(&self, change: &DocumentsChange) -> PolicySet {
-        let mut set = PolicySet::new(self.known_domains());
-        let Some(own) = self.cell().map(|cell| cell.trust_domain.clone()) else { return set };
-        let resolver = Resolver { state: self, change: Some(change), known: RefCell::default() };
-        for ((origin, _), row) in self.policies() {
-            set.insert(origin.clone(), resolver.policy(&row.object).into_owned());
-        }
-        for (_, name) in change.delete.iter().filter(|(kind, _)| *kind == DocumentKind::Policy) {
-            set.remove(&own, name);
-        }
-        for policy in &change.policies {
-            set.insert(own.clone(), resolver.policy(policy).into_owned());
-        }
-        set
+        self.resolved_where(Some(change), |_| true)
+    }
+
+    /// Policies of this cell as they would be after a change, by name.
+    pub(crate) fn own_policies_after<'a>(
+        &'a self,
+        change: Option<&'a DocumentsChange>,
+    ) -> impl Iterator<Item = (&'a ObjectName, &'a Policy)> {
+        let written: BTreeMap<_, _> =
+            change.iter().flat_map(|change| &change.policies).map(|policy| (&policy.name, policy)).collect();
+        let deleted = change.iter().flat_map(|change| &change.delete);
+        let deleted = deleted.filter(|(kind, _)| *kind == DocumentKind::Policy).map(|(_, name)| name);
+        let gone: BTreeSet<&ObjectName> = written.keys().copied().chain(deleted).collect();
+        let own = self.cell().map(|cell| &cell.trust_domain);
+        let held = self.policies().filter(move |((origin, name), _)| Some(origin) == own && !gone.contains(name));
+        held.map(|((_, name), row)| (name, &row.object)).chain(written)
     }
 
     /// Whether the documents could be changed so.
@@ -81,20 +93,22 @@ impl State {
     }
 
     fn policies_where(&self, wanted: impl Fn(&Policy) -> bool) -> PolicySet {
+        self.resolved_where(None, wanted)
+    }
+
+    /// This cell's policies first: what fits is theirs before any peer's.
+    fn resolved_where(&self, change: Option<&DocumentsChange>, wanted: impl Fn(&Policy) -> bool) -> PolicySet {
         let mut set = PolicySet::new(self.known_domains());
-        let resolver = Resolver { state: self, change: None, known: RefCell::default() };
-        for ((origin, _), row) in self.policies() {
-            let policy = resolver.policy(&row.object);
-            if wanted(&policy) {
+        let Some(own) = self.cell().map(|cell| &cell.trust_domain) else { return set };
+        let resolver = Resolver::new(self, change);
+        let ours = self.own_policies_after(change).map(|(name, policy)| (own, name, policy));
+        let theirs = self.policies().filter(|((origin, _), _)| origin != own);
+        for (origin, name, policy) in ours.chain(theirs.map(|((origin, name), row)| (origin, name, &row.object))) {
+            if let Some(policy) = resolver.policy(origin, name, policy).filter(|policy| wanted(policy)) {
                 set.insert(origin.clone(), policy.into_owned());
             }
         }
         set
-    }
-
-    /// The policy as it decides now.
-    pub fn resolved(&self, policy: &Policy) -> Policy {
-        Resolver { state: self, change: None, known: RefCell::default() }.policy(policy).into_owned()
     }
 
     /// Groups of this cell and its peers.
@@ -173,99 +187,4 @@ impl State {
             self.policy_ends.remove(&end);
         }
     }
-}
-
-/// Finds who is in a set, each set once.
-struct Resolver<'a> {
-    state: &'a State,
-    /// A change that was not made.
-    change: Option<&'a DocumentsChange>,
-    /// By set, and by whether one entry that fits is enough.
-    known: RefCell<BTreeMap<(Peers, bool), Found>>,
-}
-
-/// Who is in a set; none where this cell cannot tell.
-type Found = Option<BTreeSet<SpiffeId>>;
-
-impl Resolver<'_> {
-    fn policy<'p>(&self, policy: &'p Policy) -> Cow<'p, Policy> {
-        if !policy.from.iter().chain([&policy.target]).any(Peers::is_named) {
-            return Cow::Borrowed(policy);
-        }
-        let narrows = policy.action != Action::Allow;
-        let from = policy.from.iter().flat_map(|set| self.sets(set, narrows)).collect();
-        Cow::Owned(Policy { target: self.set(&policy.target, narrows), from, ..policy.clone() })
-    }
-
-    /// A caller's set; a group is its members. One that is not there stays as it is: it allows nobody and denies everybody.
-    fn sets(&self, set: &Peers, narrows: bool) -> Vec<Peers> {
-        let Peers::Group(td, name) = set else { return vec![self.set(set, narrows)] };
-        match self.members(td, name) {
-            Some(members) => members.iter().map(|member| self.set(member, narrows)).collect(),
-            None => vec![set.clone()],
-        }
-    }
-
-    fn members(&self, td: &TrustDomain, name: &ObjectName) -> Option<&[Peers]> {
-        let own = self.state.cell().is_some_and(|cell| cell.trust_domain == *td);
-        if let Some(change) = self.change.filter(|_| own) {
-            if let Some(group) = change.groups.iter().find(|group| group.name == *name) {
-                return Some(&group.members);
-            }
-            if change.delete.contains(&(DocumentKind::Group, name.clone())) {
-                return None;
-            }
-        }
-        self.state.groups.get(&(td.clone(), name.clone())).map(|row| row.object.members.as_slice())
-    }
-
-    fn set(&self, set: &Peers, narrows: bool) -> Peers {
-        if !set.is_named() {
-            return set.clone();
-        }
-        let key = (set.clone(), narrows);
-        let known = self.known.borrow().get(&key).cloned();
-        let ids = known.unwrap_or_else(|| {
-            let found = self.find(set, narrows);
-            self.known.borrow_mut().insert(key, found.clone());
-            found
-        });
-        ids.map_or_else(|| set.clone(), |ids| Peers::Ids(set.trust_domain(), ids))
-    }
-
-    fn find(&self, set: &Peers, narrows: bool) -> Found {
-        let own = self.state.cell().map(|cell| &cell.trust_domain)?;
-        match set {
-            Peers::Cluster(td, cluster) if td == own => Some(self.of_entries(narrows, |e| e.cluster == *cluster)),
-            Peers::Cluster(td, cluster) => Some(self.of_endpoints(td, cluster, narrows)),
-            Peers::Labelled(td, labels) if td == own => Some(self.of_entries(narrows, |e| has(e, labels))),
-            // A peer's labels are its own affair, and a group is resolved above.
-            Peers::Labelled(..) | Peers::Group(..) => None,
-            Peers::Id(_) | Peers::Below(..) | Peers::Domain(_) | Peers::Ids(..) => None,
-        }
-    }
-
-    fn of_entries(&self, narrows: bool, fits: impl Fn(&Entry) -> bool) -> BTreeSet<SpiffeId> {
-        let is_in = |id: &&SpiffeId| {
-            let mut given =
-                self.state.entries_of(id).map(|row| &row.entry).filter(|e| self.state.is_given(e)).peekable();
-            given.peek().is_some() && if narrows { given.any(&fits) } else { given.all(&fits) }
-        };
-        self.state.giving.keys().filter(is_in).cloned().collect()
-    }
-
-    fn of_endpoints(&self, td: &TrustDomain, cluster: &ClusterId, narrows: bool) -> BTreeSet<SpiffeId> {
-        let (mut within, mut elsewhere) = (BTreeSet::new(), BTreeSet::new());
-        let from = (td.clone(), std::net::Ipv4Addr::UNSPECIFIED);
-        let rows = self.state.endpoints.range((Bound::Included(from), Bound::Unbounded));
-        for (_, row) in rows.take_while(|((origin, _), _)| origin == td) {
-            let place = if row.object.cluster == *cluster { &mut within } else { &mut elsewhere };
-            place.insert(row.object.spiffe_id.clone());
-        }
-        if narrows { within } else { within.difference(&elsewhere).cloned().collect() }
-    }
-}
-
-fn has(entry: &Entry, labels: &Labels) -> bool {
-    labels.iter().all(|(key, value)| entry.extras.labels.get(key) == Some(value))
 }

@@ -251,6 +251,95 @@ fn changes_are_remembered_and_can_be_undone() {
     assert_eq!(again.document_revision(), west.state.document_revision());
 }
 
+fn service(name: &str, address: &str) -> String {
+    let spec = format!("{{address: {address}, port: 80, backends: [spiffe://west/web]}}");
+    format!("---\nkind: Service\nmetadata: {{name: {name}}}\nspec: {spec}\n")
+}
+
+fn rollback(cell: &mut Cell, to: Revision) -> Result<Reply, Refusal> {
+    cell.run(Command::RollbackDocuments { to, over: None, by: "me".into(), note: "in a hurry".into() })
+}
+
+#[test]
+fn services_are_judged_by_what_is_there_after_the_change() {
+    let mut west = two_clusters();
+    let two = |a: &str, b: &str| format!("{}{}", service("a", a), service("b", b));
+    apply(&mut west, &two("10.96.0.1", "10.96.0.2")).unwrap();
+    let first = west.state.document_revision();
+    assert_eq!(code(apply(&mut west, &service("c", "10.96.0.1"))), Code::AlreadyExists);
+    assert_eq!(code(apply(&mut west, &two("10.96.0.3", "10.96.0.3"))), Code::AlreadyExists, "one address for both");
+    // They change places, and back.
+    apply(&mut west, &two("10.96.0.2", "10.96.0.1")).unwrap();
+    rollback(&mut west, first).unwrap();
+    // One takes the place of another, and back.
+    run(&mut west, change(&service("c", "10.96.0.1"), &[(DocumentKind::Service, "a")])).unwrap();
+    rollback(&mut west, first).unwrap();
+    let held: Vec<_> = west.state.services().map(|((_, name), row)| format!("{name} {}", row.object.address)).collect();
+    assert_eq!(held, ["a 10.96.0.1", "b 10.96.0.2"]);
+    let notes: Vec<_> = west.state.document_changes().map(|(_, row)| row.note.clone()).collect();
+    assert_eq!(notes[2], format!("rollback to {}; in a hurry", first.0), "{notes:?}");
+}
+
+#[test]
+fn what_is_remembered_is_bounded_in_bytes() {
+    let mut west = two_clusters();
+    let from = |n: usize| format!("spiffe://west/{}{n}", "x".repeat(2_000));
+    // Half a megabyte each.
+    let large = |name: &str, port: u16| Policy {
+        from: (0..256).map(|n| from(n).parse().unwrap()).collect(),
+        ports: vec![port],
+        ..match &change(&policy(name, "action: deny, from: [spiffe://west/web]"), &[]).policies[..] {
+            [policy] => policy.clone(),
+            other => panic!("{other:?}"),
+        }
+    };
+    let writing = |policies| DocumentsChange { policies, ..DocumentsChange::default() };
+    let held = |cell: &Cell| -> usize {
+        cell.state.document_changes().map(|(_, row)| postcard::to_stdvec(row).unwrap().len()).sum()
+    };
+    for n in 0..40 {
+        run(&mut west, writing(vec![large(&format!("p{n}"), 1)])).unwrap();
+    }
+    assert!(held(&west) < 17 << 20, "{}", held(&west));
+    let count = west.state.document_changes().count();
+    assert!((25..40).contains(&count), "{count}");
+    // One that is too large alone is known to have been, and nothing before it can be come back to.
+    let before = west.state.document_revision();
+    run(&mut west, writing((0..40).map(|n| large(&format!("p{n}"), 2)).collect())).unwrap();
+    assert_eq!((held(&west) < 1_000, west.state.document_changes().count()), (true, 1));
+    let newest = west.state.document_revision();
+    assert!(newest > before && code(rollback(&mut west, before)) == Code::NotFound);
+    let note = west.state.document_changes().next().unwrap().1.note.clone();
+    assert!(note.starts_with("40 documents of ") && note.ends_with("too large to be remembered"), "{note}");
+    run(&mut west, writing(vec![large("p1", 3)])).unwrap();
+    rollback(&mut west, newest).unwrap();
+    assert_eq!(stored(&west, "p1").unwrap().ports, [2]);
+}
+
+/// A replica of 0.1 has no such table: what it did must come out the same here, to the byte.
+#[test]
+fn commands_of_a_former_release_are_done_as_it_did_them() {
+    let mut west = two_clusters();
+    let one = |spec: &str| change(&policy("a", spec), &[]).policies;
+    let former = |policies, services| Command::ApplyDocuments { policies, services, by: "me".into() };
+    west.run(former(one("action: allow, from: [spiffe://west/web]"), vec![])).unwrap();
+    // As it judged services: by what was there before, and one request's not by each other.
+    let both = change(&format!("{}{}", service("s", "10.96.0.1"), service("t", "10.96.0.1")), &[]).services;
+    west.run(former(vec![], both)).unwrap();
+    west.run(Command::DeleteService("t".parse().unwrap())).unwrap();
+    let gone = west.run(Command::DeletePolicy("b".parse().unwrap())).unwrap_err();
+    assert_eq!((gone.code, gone.expected.as_str()), (Code::NotFound, "a policy of this cell"));
+    assert_eq!(west.state.document_changes().count(), 0, "0.1 remembers nothing");
+    // Where a later release's command was, all replicas are of one; what is left out there would be lost in a rollback.
+    apply(&mut west, &policy("b", "action: allow, from: [spiffe://west/web]")).unwrap();
+    let first = west.state.document_revision();
+    west.run(former(one("action: allow, from: [spiffe://west/web], ports: [1]"), vec![])).unwrap();
+    west.run(Command::DeletePolicy("b".parse().unwrap())).unwrap();
+    assert_eq!(west.state.document_changes().count(), 3);
+    rollback(&mut west, first).unwrap();
+    assert_eq!((stored(&west, "a").unwrap().ports, stored(&west, "b").is_some()), (vec![], true));
+}
+
 #[test]
 fn what_is_remembered_is_bounded() {
     let mut west = two_clusters();

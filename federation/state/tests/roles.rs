@@ -4,10 +4,11 @@
 mod common;
 
 use ambit_model::policy::{Action, Policy, Service};
-use ambit_model::{AdminRole, ClusterId, Code, Entry, SpiffeId, Stamp};
+use ambit_model::{AdminRole, ClusterId, Code, Entry, EntryExtras, Extras, SpiffeId, Stamp};
+use ambit_policy::Reason;
 use ambit_state::command::Presence;
 use ambit_state::objects::{PolicyVersion, TokenRow, TokenScope};
-use ambit_state::{Command, NodeVerb, Nodes, RoleChange, State};
+use ambit_state::{Command, DocumentsChange, NodeVerb, Nodes, RoleChange, State};
 use common::{Cell, admission, cluster, code, entry, node};
 use std::collections::BTreeSet;
 
@@ -204,6 +205,81 @@ fn an_administrator_of_a_cluster_touches_nothing_of_another() {
             assert_eq!(refused, Some(Code::PermissionDenied), "{what}");
             assert_eq!(bare(&cell.state), before, "{what} left something behind");
         }
+    }
+}
+
+/// Policies of the whole cell deny by labels: who administers a cluster keeps them where they were put.
+#[test]
+fn an_administrator_of_a_cluster_sheds_no_labels() {
+    let labelled = |id: &str, spiffe_id: &str, expires_at| {
+        let labels = [ambit_model::policy::label("state=suspect").unwrap()].into();
+        let extras = Extras::new(EntryExtras { labels, expires_at, ..EntryExtras::NONE }).unwrap();
+        Entry { extras, ..named(id, spiffe_id) }
+    };
+    let never = EntryExtras::NONE.expires_at;
+    let ours = "spiffe://west/suspect";
+    let put = |e: Entry| Command::PutEntries(vec![(e, Presence::Whatever)]);
+    let replace = |e: Entry| Command::ReplaceEntries(vec![(e, Presence::Whatever)]);
+    for (what, command, allowed) in [
+        ("deleted", Command::DeleteEntries(vec!["s".parse().unwrap()]), false),
+        ("retired", Command::RetireEntries(vec!["web".parse().unwrap(), "s".parse().unwrap()]), false),
+        ("without labels", put(named("s", ours)), false),
+        ("of another identity", put(labelled("s", "spiffe://west/elsewhere", never)), false),
+        ("of another identity, replaced", replace(labelled("s", "spiffe://west/elsewhere", never)), false),
+        ("that ends soon", put(labelled("s", ours, Stamp(1_000_001))), false),
+        ("as it is", put(labelled("s", ours, never)), true),
+        (
+            "on other processes",
+            put(Entry { selectors: [ambit_model::Selector::UnixUid(7)].into(), ..labelled("s", ours, never) }),
+            true,
+        ),
+        ("another one beside", Command::CreateEntries(vec![named("s2", ours)]), true),
+    ] {
+        let mut cell = two_clusters();
+        cell.run(Command::CreateEntries(vec![labelled("s", ours, never)])).unwrap();
+        let open = policy("open", "spiffe://west/web");
+        let deny = Policy {
+            action: Action::Deny,
+            from: vec!["labels:west/state=suspect".parse().unwrap()],
+            ..policy("suspects", "spiffe://west/web")
+        };
+        let change = DocumentsChange { policies: vec![open, deny], ..DocumentsChange::default() };
+        cell.run(Command::ChangeDocuments(Box::new(change))).unwrap();
+        let outcome = cell.run(Command::Within([cluster("west")].into(), Box::new(command)));
+        assert_eq!(outcome.is_ok(), allowed, "{what}: {outcome:?}");
+        let (from, to) = (ours.parse().unwrap(), "spiffe://west/web".parse().unwrap());
+        let verdict = cell.state.policy_set().evaluate(&from, &to, 80, cell.state.moment());
+        assert_eq!(verdict.reason, Reason::Denied, "{what}");
+    }
+}
+
+/// A deny by cluster hits whoever has an entry in it, wherever else that identity runs.
+#[test]
+fn an_administrator_of_a_cluster_denies_calls_to_nobody_of_another() {
+    let by_cluster = |action| Policy { action, ..policy("p", "cluster:west/west") };
+    for (action, shared, allowed) in [
+        (Action::Deny, false, true),
+        (Action::Audit, false, true),
+        (Action::Allow, true, true),
+        (Action::Deny, true, false),
+        (Action::Audit, true, false),
+    ] {
+        let mut cell = two_clusters();
+        if shared {
+            // The whole cell's operator gives an identity of `east` to a workload of `west` too.
+            cell.run(Command::CreateEntries(vec![named("db-too", "spiffe://west/db")])).unwrap();
+        }
+        let change = DocumentsChange { policies: vec![by_cluster(action)], ..DocumentsChange::default() };
+        let wish =
+            Command::Within([cluster("west")].into(), Box::new(Command::ChangeDocuments(Box::new(change.clone()))));
+        let outcome = cell.run(wish);
+        assert_eq!(
+            outcome.as_ref().err().map(|r| r.code),
+            (!allowed).then_some(Code::PermissionDenied),
+            "{action:?} {outcome:?}"
+        );
+        let both = [cluster("west"), cluster("east")].into();
+        cell.run(Command::Within(both, Box::new(Command::ChangeDocuments(Box::new(change))))).unwrap();
     }
 }
 

@@ -10,7 +10,7 @@ use ambit_state::command::{Admission, LeafRequest, RoundVerdict, Seen};
 use ambit_state::objects::{
     AkFacts, BootPcrs, CellRow, Counters, EkFacts, ImaPoint, Member, NodeState, PeerRow, PolicyRef,
 };
-use ambit_state::{Command, NodeVerb, Nodes, State};
+use ambit_state::{Command, DocumentsChange, NodeVerb, Nodes, State};
 
 /// Machines that enrol.
 pub(crate) const NODES: u8 = 4;
@@ -97,7 +97,8 @@ impl Load {
                     ports: vec![(self.made % 60_000) as u16 + 1],
                     extras: Default::default(),
                 };
-                Command::ApplyDocuments { policies: vec![policy], services: Vec::new(), by: "sim".into() }
+                let change = DocumentsChange { policies: vec![policy], by: "sim".into(), ..DocumentsChange::default() };
+                Command::ChangeDocuments(Box::new(change))
             }
         })
     }

@@ -51,21 +51,21 @@ pub(super) fn test(form: Form, file: &Path, policies: &[PathBuf]) -> Result<Answ
         let found = format!("none in {}", file.display());
         return Err(Refusal::new(Code::BadRequest, "at least one document of kind PolicyTest", found));
     }
-    Ok(judged(form, &documents, &suites))
+    judged(form, &documents, &suites)
 }
 
-fn judged(form: Form, documents: &[Document], suites: &[Suite]) -> Answer {
+fn judged(form: Form, documents: &[Document], suites: &[Suite]) -> Result<Answer, Refusal> {
     let mut table = Table::new("suite", &["name", "cases", "failed"]);
     let (mut notes, mut failed) = (Vec::new(), 0);
     for suite in suites {
-        let failures = suite.run(documents, Stamp(now_ms()));
+        let failures = suite.run(documents, Stamp(now_ms()))?;
         table.row(vec![json!(suite.name.as_str()), json!(suite.cases.len()), json!(failures.len())]);
         failed += failures.len();
         notes.extend(failures.iter().map(|failure| format!("{}: {failure}", suite.name)));
     }
     let mut answer = Answer::ok(table.render(form));
     answer.notes = notes;
-    if failed == 0 { answer } else { answer.note(counted(failed, "failure")).ending(Exit::Failed) }
+    Ok(if failed == 0 { answer } else { answer.note(counted(failed, "failure")).ending(Exit::Failed) })
 }
 
 #[cfg(test)]
@@ -80,7 +80,7 @@ mod tests {
     fn a_failed_case_ends_one_and_is_told() {
         for (expected, exit, notes) in [("allow", Exit::Ok, 0), ("deny", Exit::Failed, 2)] {
             let (documents, suites) = ambit_policy::parse_suite(&SUITE.replace("EXPECTED", expected)).unwrap();
-            let answer = judged(Form::Table, &documents, &suites);
+            let answer = judged(Form::Table, &documents, &suites).unwrap();
             assert_eq!((answer.exit, answer.notes.len()), (exit, notes), "{answer:?}");
         }
     }

@@ -1,10 +1,12 @@
 //! What a change would flip, shown before it is made, and the limit above which it is not made.
 
 use super::super::Session;
+use crate::args::MaxFlips;
 use crate::ask;
 use crate::cell::Cell;
 use crate::exit::Exit;
 use crate::output::{Answer, Form, Table, counted, pretty};
+use crate::when::utc;
 use ambit_model::{Code, Refusal};
 use ambit_proto::v1;
 use serde_json::{Value, json};
@@ -18,12 +20,15 @@ pub(super) async fn planned(cell: &Cell, request: v1::PlanRequest) -> Result<v1:
 }
 
 /// Shows the plan; ends as a guard does where it is above the limit.
-pub(super) async fn plan(session: &Session, request: v1::PlanRequest, flips_max: u64) -> Result<Answer, Refusal> {
+pub(super) async fn plan(session: &Session, request: v1::PlanRequest, limit: MaxFlips) -> Result<Answer, Refusal> {
     let plan = planned(&session.cell()?, request).await?;
-    let answer = Answer::ok(shown(session.form, &plan, flips_max));
-    match within(&plan, flips_max) {
-        Ok(()) => Ok(answer),
-        Err(refusal) => Ok(answer.note(crate::exit::refusal_text(&refusal)).ending(Exit::of(&refusal))),
+    let answer = Answer::ok(shown(session.form, &plan, limit));
+    match limit {
+        MaxFlips::Any => Ok(answer),
+        MaxFlips::Pairs(flips_max) => match within(&plan, flips_max) {
+            Ok(()) => Ok(answer),
+            Err(refusal) => Ok(answer.note(crate::exit::refusal_text(&refusal)).ending(Exit::of(&refusal))),
+        },
     }
 }
 
@@ -45,9 +50,12 @@ pub(super) fn within(plan: &v1::PlanResponse, flips_max: u64) -> Result<(), Refu
 
 /// A line for who makes the change.
 pub(super) fn summary(plan: &v1::PlanResponse) -> String {
-    let of = |pick: fn(&v1::Flip) -> &String| plan.flips.iter().filter(|flip| pick(flip) != "none").count();
-    let (opened, closed) = (of(|flip| &flip.opened), of(|flip| &flip.closed));
-    format!("flips: opens ports of {}, closes ports of {}", counted(opened, "pair"), counted(closed, "pair"))
+    let pairs = |count: u64| counted(usize::try_from(count).unwrap_or(usize::MAX), "pair");
+    format!("flips: opens ports of {}, closes ports of {}", pairs(plan.opened), pairs(plan.closed))
+}
+
+fn when(flip: &v1::Flip) -> String {
+    if flip.at_ms == 0 { "at once".to_owned() } else { utc(flip.at_ms) }
 }
 
 fn flip_text(flip: &v1::Flip) -> String {
@@ -57,24 +65,32 @@ fn flip_text(flip: &v1::Flip) -> String {
             text.push_str(&format!(" {word} {ports}"));
         }
     }
+    if flip.at_ms > 0 {
+        text.push_str(&format!(" at {}", when(flip)));
+    }
     text
 }
 
-fn shown(form: Form, plan: &v1::PlanResponse, flips_max: u64) -> String {
+fn shown(form: Form, plan: &v1::PlanResponse, limit: MaxFlips) -> String {
     if form == Form::Json {
         let document = |d: &v1::PlannedDocument| json!({"kind": d.kind, "name": d.name, "change": d.change, "before": d.before, "after": d.after});
-        let flip = |f: &v1::Flip| json!({"source": f.source, "destination": f.destination, "opened": f.opened, "closed": f.closed});
+        let flip = |f: &v1::Flip| json!({"source": f.source, "destination": f.destination, "opened": f.opened, "closed": f.closed, "at": when(f)});
+        let flips_max = match limit {
+            MaxFlips::Pairs(pairs) => json!(pairs),
+            MaxFlips::Any => json!("any"),
+        };
         return pretty(&json!({
             "documents": plan.documents.iter().map(document).collect::<Vec<Value>>(),
             "flips": plan.flips.iter().map(flip).collect::<Vec<Value>>(),
-            "pairs": plan.pairs, "compared": plan.compared, "cut_short": plan.cut_short, "max_flips": flips_max,
+            "pairs": plan.pairs, "opened": plan.opened, "closed": plan.closed, "compared": plan.compared, "cut_short": plan.cut_short, "max_flips": flips_max,
             "over": plan.over,
         }));
     }
     let mut out: String = plan.documents.iter().map(document_text).collect();
-    let mut table = Table::new("pair", &["source", "destination", "opens", "closes"]);
+    let mut table = Table::new("pair", &["source", "destination", "opens", "closes", "when"]);
     for flip in &plan.flips {
-        table.row(vec![json!(flip.source), json!(flip.destination), json!(flip.opened), json!(flip.closed)]);
+        let (opened, closed) = (json!(flip.opened), json!(flip.closed));
+        table.row(vec![json!(flip.source), json!(flip.destination), opened, closed, json!(when(flip))]);
     }
     if plan.flips.is_empty() {
         out.push_str("no pair of known identities changes");
@@ -85,7 +101,8 @@ fn shown(form: Form, plan: &v1::PlanResponse, flips_max: u64) -> String {
             out.push_str(&format!(", the first of {}", plan.pairs));
         }
     }
-    out.push_str(&format!(" ({} compared)", plan.compared));
+    let rest = if plan.cut_short { " of more: there may be others" } else { "" };
+    out.push_str(&format!(" ({} compared{rest})", plan.compared));
     out
 }
 
@@ -112,6 +129,7 @@ mod tests {
             destination: "spiffe://w/db".into(),
             opened: "none".into(),
             closed: "80, 443".into(),
+            at_ms: 0,
         };
         let document = v1::PlannedDocument {
             kind: "Policy".into(),
@@ -124,6 +142,7 @@ mod tests {
             documents: vec![document],
             flips: (0..pairs).map(flip).collect(),
             pairs,
+            closed: pairs,
             compared: 9,
             ..Default::default()
         }
@@ -142,12 +161,21 @@ mod tests {
     #[test]
     fn a_plan_reads_as_one() {
         assert_eq!(
-            shown(Form::Table, &plan(1), 9),
+            shown(Form::Table, &plan(1), MaxFlips::Any),
             "policy db: changed\n  - allow spiffe://w/* to spiffe://w/db on 80, 443\n  + allow spiffe://w/* to spiffe://w/db \
-             on 22\nSOURCE         DESTINATION    OPENS  CLOSES\nspiffe://w/c0  spiffe://w/db  none   80, 443\n1 pair of known \
-             identities change (9 compared)"
+             on 22\nSOURCE         DESTINATION    OPENS  CLOSES   WHEN\nspiffe://w/c0  spiffe://w/db  none   80, 443  at once\n1 \
+             pair of known identities change (9 compared)"
         );
-        assert!(shown(Form::Table, &plan(0), 9).ends_with("no pair of known identities changes (9 compared)"));
-        assert_eq!(summary(&plan(2)), "flips: opens ports of 0 pairs, closes ports of 2 pairs");
+        let table = |plan: &v1::PlanResponse| shown(Form::Table, plan, MaxFlips::Any);
+        assert!(table(&plan(0)).ends_with("no pair of known identities changes (9 compared)"));
+        let cut = v1::PlanResponse { cut_short: true, ..plan(0) };
+        assert!(table(&cut).ends_with("(9 compared of more: there may be others)"));
+        // The counts are of all pairs, not of those that are shown one by one.
+        let more = v1::PlanResponse { pairs: 5_000, opened: 7, closed: 4_999, ..plan(2) };
+        assert_eq!(summary(&more), "flips: opens ports of 7 pairs, closes ports of 4999 pairs");
+        let mut later = plan(1);
+        later.flips[0].at_ms = 1_795_442_606_000;
+        assert!(table(&later).contains("80, 443  2026-11-23T14:03:26Z"));
+        assert!(within(&later, 0).unwrap_err().found.ends_with("closes 80, 443 at 2026-11-23T14:03:26Z"));
     }
 }

@@ -77,7 +77,12 @@ pub(super) async fn history(session: &Session, limit: u32) -> Result<Answer, Ref
         };
         return Ok(Answer::ok(pretty(&Value::Array(reply.rows.iter().map(row).collect()))));
     }
-    Ok(Answer::ok(history_text(&reply)))
+    let answer = Answer::ok(history_text(&reply));
+    Ok(if reply.cut_short {
+        answer.note("older changes are left out: they are too large for one answer")
+    } else {
+        answer
+    })
 }
 
 fn history_text(reply: &v1::HistoryResponse) -> String {
@@ -129,7 +134,7 @@ mod tests {
             documents: vec![document],
         };
         assert_eq!(
-            history_text(&v1::HistoryResponse { rows: vec![row] }),
+            history_text(&v1::HistoryResponse { rows: vec![row], cut_short: false }),
             "revision 7 at 2026-11-23T14:03:26Z by spiffe://w/ambit/admin/ann (rollback to 5)\n  policy db: removed\n    - deny \
              spiffe://w/a to spiffe://w/db on 80\n1 change"
         );

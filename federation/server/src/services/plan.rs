@@ -62,8 +62,12 @@ pub(super) async fn plan(replica: &Replica, wanted: Wanted) -> Result<v1::PlanRe
         destination: flip.destination.to_string(),
         opened: flip.opened.to_string(),
         closed: flip.closed.to_string(),
+        at_ms: flip.at.map_or(0, |at| at.0),
     });
+    let (opened, closed) = found.counts();
     Ok(v1::PlanResponse {
+        opened: opened as u64,
+        closed: closed as u64,
         documents,
         flips: shown.collect(),
         pairs: found.pairs.len() as u64,

@@ -52,7 +52,8 @@ impl v1::policy_registry_server::PolicyRegistry for Policies {
         objects.sort_by_key(|(order, _)| *order);
         let mut objects: Vec<v1::Applied> = objects.into_iter().map(|(_, object)| object).collect();
         let over = m.over.map(Revision);
-        let change = DocumentsChange { over, ..change_of(documents, actor.name).or_status()? };
+        let note = note_of(m.unlimited);
+        let change = DocumentsChange { over, note, ..change_of(documents, actor.name).or_status()? };
         let command = Command::ChangeDocuments(Box::new(change));
         let (changed, revision, export_seq) = self.change(actor.client, id, command).await.or_status()?;
         for (object, changed) in objects.iter_mut().zip(changed) {
@@ -67,7 +68,7 @@ impl v1::policy_registry_server::PolicyRegistry for Policies {
         let id = request_id(&m.request_id)?;
         let delete = vec![(kind_of(&m.kind).or_status()?, m.name.parse::<ObjectName>().or_status()?)];
         let (by, over) = (actor.name, m.over.map(Revision));
-        let change = DocumentsChange { delete, by, over, ..DocumentsChange::default() };
+        let change = DocumentsChange { delete, by, over, note: note_of(m.unlimited), ..DocumentsChange::default() };
         let command = Command::ChangeDocuments(Box::new(change));
         let (_, revision, export_seq) = self.change(actor.client, id, command).await.or_status()?;
         let object = v1::Applied { kind: m.kind, name: m.name, changed: true, unresolved: Vec::new() };
@@ -79,7 +80,7 @@ impl v1::policy_registry_server::PolicyRegistry for Policies {
         let m = request.into_inner();
         let id = request_id(&m.request_id)?;
         let (to, over, by) = (Revision(m.revision), m.over.map(Revision), actor.name);
-        let command = Command::RollbackDocuments { to, over, by };
+        let command = Command::RollbackDocuments { to, over, by, note: note_of(m.unlimited) };
         let (_, revision, export_seq) = self.change(actor.client, id, command).await.or_status()?;
         // What it did is what is remembered of it; nothing where nothing was another.
         let done = |s: &State| {
@@ -119,11 +120,11 @@ impl v1::policy_registry_server::PolicyRegistry for Policies {
         let m = request.into_inner();
         let destination: SpiffeId = m.destination.parse().or_status()?;
         let port = if m.port == 0 { None } else { Some(port_of(m.port).or_status()?) };
-        self.0.read(|s| who::who_can(s, &destination, port)).await.or_status().map(Response::new)
+        who::who_can(&self.0, destination, port).await.or_status().map(Response::new)
     }
 
     async fn unused(&self, _: Request<v1::UnusedRequest>) -> Result<Response<v1::UnusedResponse>, Status> {
-        self.0.read(who::unused).await.or_status().map(Response::new)
+        who::unused(&self.0).await.or_status().map(Response::new)
     }
 
     async fn history(&self, request: Request<v1::HistoryRequest>) -> Result<Response<v1::HistoryResponse>, Status> {
@@ -179,6 +180,11 @@ impl v1::policy_registry_server::PolicyRegistry for Policies {
     }
 }
 
+/// What the history says of a change beside what it changed.
+fn note_of(unlimited: bool) -> String {
+    if unlimited { "without a limit of flips".to_owned() } else { String::new() }
+}
+
 fn port_of(port: u32) -> Result<u16, Refusal> {
     let read = u16::try_from(port).ok().filter(|port| *port > 0);
     read.ok_or_else(|| Refusal::new(Code::BadRequest, "a port of 1-65535", port.to_string()))
@@ -197,9 +203,10 @@ fn listing(s: &State) -> v1::ListPoliciesResponse {
     v1::ListPoliciesResponse { policies, services, endpoints, groups: groups.collect() }
 }
 
-/// One policy, resolved by the trust domains known.
-pub(super) fn message((origin, _): &OwnedName, row: &PolicyRow, known: &BTreeSet<TrustDomain>) -> v1::Policy {
+/// One policy, resolved by the trust domains known; whatever a peer's record calls it, it has the name of its record.
+pub(super) fn message((origin, name): &OwnedName, row: &PolicyRow, known: &BTreeSet<TrustDomain>) -> v1::Policy {
     v1::Policy {
+        name: name.to_string(),
         resolved: unknown_domains(&row.object, known).is_empty(),
         written_by: row.written_by.clone(),
         revision: row.revision.0,

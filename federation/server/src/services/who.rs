@@ -2,15 +2,20 @@
 
 use super::policy::{all_agents, message};
 use crate::replica::Replica;
-use ambit_model::policy::{Action, Peers, Policy};
-use ambit_model::{Code, Moment, Refusal, Revision, SpiffeId, Stamp, TrustDomain};
-use ambit_policy::{PolicySet, PortSet, RuleRef, unknown_domains};
+use ambit_model::policy::{Action, Peers};
+use ambit_model::{Code, Moment, Refusal, Revision, SpiffeId, Stamp, TrustDomain, utc};
+use ambit_policy::{PolicySet, PortSet, RuleRef, known_in, unknown_domains};
 use ambit_proto::v1;
-use ambit_state::{DocumentsChange, State};
+use ambit_state::objects::PolicyRow;
+use ambit_state::{DocumentsChange, OwnedName, State};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Callers that an answer lists.
 const CALLERS_MAX: usize = 10_000;
+/// Stored bytes of the changes in one answer; a message is 4 MiB at most.
+const HISTORY_BYTES_MAX: u64 = 2 << 20;
+/// How far the asker's clock may be ahead of the cell's time, which moves once a second, milliseconds.
+const AHEAD_MS_MAX: u64 = 5_000;
 
 /// A connection that is asked about.
 pub(super) struct Asked {
@@ -21,9 +26,41 @@ pub(super) struct Asked {
     pub(super) at: Option<Stamp>,
 }
 
+/// What was there when the question was asked. Answering it takes up to a second: not under the lock of the state, nor in the way
+/// of other calls.
+struct Ground {
+    set: PolicySet,
+    now: Moment,
+    rows: BTreeMap<OwnedName, PolicyRow>,
+    known: BTreeSet<SpiffeId>,
+    domains: BTreeSet<TrustDomain>,
+}
+
+impl Ground {
+    /// With the rows of the policies in the set.
+    fn of(s: &State, set: PolicySet, now: Moment, known: BTreeSet<SpiffeId>) -> Ground {
+        let names = set.iter().map(|(origin, policy)| (origin.clone(), policy.name.clone()));
+        let rows = names.filter_map(|name| s.policy(&name).cloned().map(|row| (name, row))).collect();
+        Ground { set, now, rows, known, domains: s.known_domains() }
+    }
+}
+
+async fn aside<T: Send + 'static>(answer: impl FnOnce() -> T + Send + 'static) -> Result<T, Refusal> {
+    let done = tokio::task::spawn_blocking(answer).await;
+    done.map_err(|e| Refusal::new(Code::Internal, "an answer about policies", e.to_string()))
+}
+
 /// The verdict, what is behind it, and whether the nodes at both ends hold it.
 pub(super) async fn explain(replica: &Replica, asked: Asked) -> Result<v1::ExplainResponse, Refusal> {
-    let (mut answer, nodes, revision) = replica.read(|s| told(s, &asked)).await??;
+    let (ground, ends, nodes) = replica.read(|s| asked_of(s, &asked)).await??;
+    let v1::ExplainResponse { revision, source, destination, .. } = ends;
+    let explained = aside(move || told(&ground, &asked)).await?;
+    let mut answer = v1::ExplainResponse { revision, source, destination, ..explained };
+    if answer.written_revision > 0 {
+        let at = Revision(answer.written_revision);
+        let when = |s: &State| s.document_changes().find(|(revision, _)| *revision == at).map(|(_, row)| row.stamp.0);
+        answer.written_ms = replica.local(when).unwrap_or_default();
+    }
     let mut agents = all_agents(replica).await;
     for agent in agents.values_mut() {
         agent.desired = revision;
@@ -36,50 +73,60 @@ pub(super) async fn explain(replica: &Replica, asked: Asked) -> Result<v1::Expla
     Ok(answer)
 }
 
-fn told(s: &State, asked: &Asked) -> Result<(v1::ExplainResponse, BTreeSet<String>, u64), Refusal> {
+/// What the state says of it: the policies, and both ends.
+fn asked_of(s: &State, asked: &Asked) -> Result<(Ground, v1::ExplainResponse, BTreeSet<String>), Refusal> {
     let (set, now) = match asked.at {
-        None => (s.policy_set(), s.moment()),
-        Some(at) => set_at(s, at)?,
+        None => (s.policies_to(&asked.destination), s.moment()),
+        Some(at) => set_at(s, at, &asked.destination)?,
     };
-    let e = set.explain(&asked.source, &asked.destination, asked.port, now);
-    let row = e.verdict.rule.as_ref().and_then(|r| s.policy(&(r.origin.clone(), r.name.clone())));
-    let written = row.filter(|_| asked.at.is_none()).map(|row| row.revision);
-    let when = written.and_then(|at| s.document_changes().find(|(revision, _)| *revision == at));
-    let ends = e.verdict.rule.as_ref().and_then(|r| set.get(&r.origin, &r.name)).map(|p| p.extras.expires_at.0);
-    let text = |rule: &Option<RuleRef>| rule.as_ref().map(ToString::to_string).unwrap_or_default();
     let (source, from) = party(s, &asked.source);
     let (destination, to) = party(s, &asked.destination);
-    let revision = s.cell().map(|c| c.revision.0).unwrap_or_default();
     let answer = v1::ExplainResponse {
-        allowed: e.verdict.allowed,
-        rule: text(&e.verdict.rule),
-        reason: e.verdict.reason.to_string(),
-        nearest: e.nearest.as_ref().map(ToString::to_string).unwrap_or_default(),
-        revision,
-        written_by: row.filter(|_| written.is_some()).map(|row| row.written_by.clone()).unwrap_or_default(),
-        written_revision: written.map_or(0, |at| at.0),
-        written_ms: when.map_or(0, |(_, row)| row.stamp.0),
-        expires_at_ms: ends.filter(|end| *end != u64::MAX).unwrap_or_default(),
-        audited: text(&e.verdict.audited),
+        revision: s.cell().map(|c| c.revision.0).unwrap_or_default(),
         source: Some(source),
         destination: Some(destination),
         ..Default::default()
     };
-    Ok((answer, from.union(&to).cloned().collect(), revision))
+    Ok((Ground::of(s, set, now, BTreeSet::new()), answer, from.union(&to).cloned().collect()))
+}
+
+fn told(ground: &Ground, asked: &Asked) -> v1::ExplainResponse {
+    let Ground { set, now, rows, .. } = ground;
+    let e = set.explain(&asked.source, &asked.destination, asked.port, *now);
+    let row = e.verdict.rule.as_ref().and_then(|r| rows.get(&(r.origin.clone(), r.name.clone())));
+    // Who wrote the rule that is there now did not write the one that was there then.
+    let row = row.filter(|_| asked.at.is_none());
+    let ends = e.verdict.rule.as_ref().and_then(|r| set.get(&r.origin, &r.name)).map(|p| p.extras.expires_at.0);
+    let text = |rule: &Option<RuleRef>| rule.as_ref().map(ToString::to_string).unwrap_or_default();
+    v1::ExplainResponse {
+        allowed: e.verdict.allowed,
+        rule: text(&e.verdict.rule),
+        reason: e.verdict.reason.to_string(),
+        nearest: e.nearest.as_ref().map(ToString::to_string).unwrap_or_default(),
+        written_by: row.map(|row| row.written_by.clone()).unwrap_or_default(),
+        written_revision: row.map_or(0, |row| row.revision.0),
+        expires_at_ms: ends.filter(|end| *end != u64::MAX).unwrap_or_default(),
+        audited: text(&e.verdict.audited),
+        ..Default::default()
+    }
 }
 
 /// The policies as they were then. Those of peers, and who was in a set, are as they are now: that is not remembered.
-fn set_at(s: &State, at: Stamp) -> Result<(PolicySet, Moment), Refusal> {
+fn set_at(s: &State, at: Stamp, destination: &SpiffeId) -> Result<(PolicySet, Moment), Refusal> {
+    if at > s.stamp().plus_ms(AHEAD_MS_MAX) {
+        let expected = format!("a time up to now, {}: nobody knows what will be changed", utc::text(s.stamp().0));
+        return Err(Refusal::new(Code::BadRequest, expected, utc::text(at.0)));
+    }
     let last = s.document_changes().take_while(|(_, row)| row.stamp <= at).last();
     let change = match (last, s.document_changes().next()) {
         (Some((revision, _)), _) => s.change_back(revision)?,
         (None, None) => DocumentsChange::default(),
         (None, Some((_, oldest))) => {
-            let expected = format!("a time since {}", ambit_model::utc::text(oldest.stamp.0));
-            return Err(Refusal::new(Code::NotFound, expected, ambit_model::utc::text(at.0)));
+            let expected = format!("a time since {}", utc::text(oldest.stamp.0));
+            return Err(Refusal::new(Code::NotFound, expected, utc::text(at.0)));
         }
     };
-    Ok((s.policy_set_after(&change), Moment::at(at.min(s.stamp()))))
+    Ok((s.policies_to_after(destination, &change), Moment::at(at.min(s.stamp()))))
 }
 
 /// What the cell knows of one end, and which of its nodes run it.
@@ -103,12 +150,22 @@ fn party(s: &State, id: &SpiffeId) -> (v1::Party, BTreeSet<String>) {
 }
 
 /// Who may call the workload, of those that are known, and by which policies anybody may.
-pub(super) fn who_can(s: &State, destination: &SpiffeId, port: Option<u16>) -> v1::WhoCanResponse {
-    let (set, now, known_domains) = (s.policy_set(), s.moment(), s.known_domains());
+pub(super) async fn who_can(
+    replica: &Replica,
+    destination: SpiffeId,
+    port: Option<u16>,
+) -> Result<v1::WhoCanResponse, Refusal> {
+    let ground = |s: &State| Ground::of(s, s.policies_to(&destination), s.moment(), s.known_identities());
+    let ground = replica.read(ground).await?;
+    aside(move || callers(&ground, &destination, port)).await
+}
+
+fn callers(ground: &Ground, destination: &SpiffeId, port: Option<u16>) -> v1::WhoCanResponse {
+    let Ground { set, now, rows, known, domains } = ground;
     let index = set.compile();
     let mut answer = v1::WhoCanResponse::default();
-    for source in s.known_identities() {
-        let ports = index.ports(&source, destination, now);
+    for source in known {
+        let ports = index.ports(source, destination, *now);
         if ports.is_empty() || port.is_some_and(|port| !ports.contains(port)) {
             continue;
         }
@@ -119,40 +176,40 @@ pub(super) fn who_can(s: &State, destination: &SpiffeId, port: Option<u16>) -> v
         let ports = port.map_or_else(|| ports.to_string(), |port| PortSet::List([port].into()).to_string());
         answer.callers.push(v1::AllowedCaller { spiffe_id: source.to_string(), ports });
     }
-    let speaks = |origin: &TrustDomain, written: &Policy| {
-        let resolved = set.get(origin, &written.name).unwrap_or(written);
-        let of_port = port.is_none_or(|port| written.ports.is_empty() || written.ports.contains(&port));
-        resolved.target.contains(destination) && of_port && !written.is_over(now)
-    };
-    let rules = s.policies().filter(|((origin, _), row)| speaks(origin, &row.object));
-    answer.rules = rules.map(|(name, row)| message(name, row, &known_domains)).collect();
+    // As they are written: what they were resolved to is what the callers are.
+    let names = set.speaking_of(destination, port, *now).map(|(origin, p)| (origin.clone(), p.name.clone()));
+    answer.rules = names.filter_map(|name| rows.get(&name).map(|row| message(&name, row, domains))).collect();
     answer
 }
 
 /// Policies that speak of no pair of known identities, and why.
-pub(super) fn unused(s: &State) -> v1::UnusedResponse {
-    let (set, now, known, domains) = (s.policy_set(), s.moment(), s.known_identities(), s.known_domains());
-    let mut seen: BTreeMap<Peers, bool> = BTreeMap::new();
-    let mut answer = v1::UnusedResponse { policies_all: set.len() as u64, ..Default::default() };
-    for ((origin, name), row) in s.policies() {
-        let Some(policy) = set.get(origin, name) else { continue };
-        let mut any = |set: &Peers| *seen.entry(set.clone()).or_insert_with(|| known.iter().any(|id| set.contains(id)));
-        let unknown = unknown_domains(policy, &domains);
-        let why = if policy.is_over(now) {
-            format!("it is over since {}", ambit_model::utc::text(policy.extras.expires_at.0))
+pub(super) async fn unused(replica: &Replica) -> Result<v1::UnusedResponse, Refusal> {
+    let ground = replica.read(|s| Ground::of(s, s.policy_set(), s.moment(), s.known_identities())).await?;
+    aside(move || speaking_of_nobody(&ground)).await
+}
+
+fn speaking_of_nobody(ground: &Ground) -> v1::UnusedResponse {
+    let Ground { set, now, rows, known, domains } = ground;
+    let mut answer = v1::UnusedResponse { policies_all: rows.len() as u64, ..Default::default() };
+    for (origin, policy) in set.iter() {
+        let Some(row) = rows.get(&(origin.clone(), policy.name.clone())) else { continue };
+        let any = |set: &Peers| known_in(known, set, policy.action).next().is_some();
+        let unknown = unknown_domains(policy, domains);
+        let why = if policy.is_over(*now) {
+            format!("it is over since {}", utc::text(policy.extras.expires_at.0))
         } else if policy.action == Action::Allow && !unknown.is_empty() {
             let names: Vec<String> = unknown.iter().map(ToString::to_string).collect();
             format!("no peer vouches for {}", names.join(", "))
         } else if !any(&policy.target) {
             format!("no known workload is {}", row.object.target)
-        } else if !policy.from.iter().any(&mut any) {
+        } else if !policy.from.iter().any(any) {
             "none of its callers is known".to_owned()
         } else {
             continue;
         };
         answer.policies.push(v1::UnusedPolicy {
             origin: origin.to_string(),
-            name: name.to_string(),
+            name: policy.name.to_string(),
             why,
             revision: row.revision.0,
             written_by: row.written_by.clone(),
@@ -161,14 +218,22 @@ pub(super) fn unused(s: &State) -> v1::UnusedResponse {
     answer
 }
 
-/// Changes of documents, newest first.
+/// Changes of documents, newest first, as many as fit an answer.
 pub(super) fn history(s: &State, limit: usize) -> v1::HistoryResponse {
-    let rows = s.document_changes().rev().take(limit).map(|(Revision(revision), row)| v1::HistoryRow {
-        revision,
-        stamp_ms: row.stamp.0,
-        by: row.by.clone(),
-        note: row.note.clone(),
-        documents: row.changes.iter().map(super::plan::document_message).collect(),
-    });
-    v1::HistoryResponse { rows: rows.collect() }
+    let (mut rows, mut bytes, mut cut_short) = (Vec::new(), 0, false);
+    for (Revision(revision), row) in s.document_changes().rev().take(limit) {
+        bytes += row.bytes;
+        cut_short = bytes > HISTORY_BYTES_MAX && !rows.is_empty();
+        if cut_short {
+            break;
+        }
+        rows.push(v1::HistoryRow {
+            revision,
+            stamp_ms: row.stamp.0,
+            by: row.by.clone(),
+            note: row.note.clone(),
+            documents: row.changes.iter().map(super::plan::document_message).collect(),
+        });
+    }
+    v1::HistoryResponse { rows, cut_short }
 }

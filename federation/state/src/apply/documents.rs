@@ -3,20 +3,23 @@
 use super::{At, addresses, cell_row, export, payload, touch};
 use crate::command::{DocumentKind, DocumentsChange, Reply};
 use crate::objects::{DocumentChange, DocumentsRow, Owned, StoredDocument};
+use crate::resolve::{self, Resolver};
 use crate::state::State;
-use ambit_model::policy::{Peers, Policy, Service};
+use ambit_model::policy::{Action, Peers, Policy, Service};
 use ambit_model::record::Kind;
 use ambit_model::{Code, ObjectName, Refusal, Revision, TrustDomain};
 use ambit_policy::Document;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Bounds on what one cell holds; past them a write is refused, never memory exhausted (I17).
-const POLICIES_MAX: usize = 50_000;
-const SERVICES_MAX: usize = 10_000;
+pub(super) const POLICIES_MAX: usize = 50_000;
+pub(super) const SERVICES_MAX: usize = 10_000;
 const GROUPS_MAX: usize = 1_000;
 /// Changes remembered, and documents in them: enough to go back a few days, small beside the policies themselves.
 const CHANGES_MAX: usize = 200;
 const CHANGED_MAX: usize = 20_000;
+/// Bytes of what is remembered: one document may be half a megabyte, and a snapshot holds 128 MiB.
+const CHANGED_BYTES_MAX: u64 = 16 << 20;
 
 /// Whether documents could be changed so.
 pub(crate) fn check(s: &State, asked: &DocumentsChange) -> Result<(), Refusal> {
@@ -36,10 +39,12 @@ pub(super) fn rollback(
     at: At,
     to: Revision,
     over: Option<Revision>,
-    by: &str,
+    (by, note): (&str, &str),
 ) -> Result<Reply, Refusal> {
     let change_back = s.change_back(to)?;
-    change(s, at, &DocumentsChange { over, by: by.to_owned(), ..change_back })
+    let notes = [change_back.note.as_str(), note].into_iter().filter(|text| !text.is_empty());
+    let note = notes.collect::<Vec<_>>().join("; ");
+    change(s, at, &DocumentsChange { over, by: by.to_owned(), note, ..change_back })
 }
 
 /// Writes and deletes documents: every one is checked before the first is touched.
@@ -64,7 +69,7 @@ pub(super) fn change(s: &mut State, at: At, asked: &DocumentsChange) -> Result<R
     changes.retain(|change| change.before != change.after);
     if !changes.is_empty() {
         touch(s, at);
-        remember(s, at, asked, changes);
+        remember(s, at, (&asked.by, &asked.note), changes)?;
     }
     // Policies first, then services, as they were always answered; then groups.
     done.rotate_left(asked.delete.len() + asked.groups.len());
@@ -83,15 +88,24 @@ fn is_there(s: &State, own: &TrustDomain, kind: DocumentKind, name: &ObjectName)
 
 /// Only what is this cell's counts: peers have bounds of their own and never use up ours.
 fn check_room(s: &State, own: &TrustDomain, asked: &DocumentsChange) -> Result<(), Refusal> {
-    let held = s.policies().filter(|((td, _), _)| td == own).count();
-    let served = s.services().filter(|((td, _), _)| td == own).count();
-    let grouped = s.groups().filter(|((td, _), _)| td == own).count();
-    if held + asked.policies.len() > POLICIES_MAX
-        || served + asked.services.len() > SERVICES_MAX
-        || grouped + asked.groups.len() > GROUPS_MAX
-    {
+    fn after<'a>(
+        asked: &DocumentsChange,
+        kind: DocumentKind,
+        held: impl Iterator<Item = &'a ObjectName>,
+        written: impl Iterator<Item = &'a ObjectName>,
+    ) -> usize {
+        let gone = |name: &&ObjectName| asked.delete.contains(&(kind, (*name).clone()));
+        held.filter(|name| !gone(name)).chain(written).collect::<BTreeSet<_>>().len()
+    }
+    let services = s.services().filter(|((td, _), _)| td == own).map(|((_, name), _)| name);
+    let groups = s.groups().filter(|((td, _), _)| td == own).map(|((_, name), _)| name);
+    let services = after(asked, DocumentKind::Service, services, asked.services.iter().map(|service| &service.name));
+    let groups = after(asked, DocumentKind::Group, groups, asked.groups.iter().map(|group| &group.name));
+    let policies = s.own_policies_after(Some(asked)).count();
+    if policies > POLICIES_MAX || services > SERVICES_MAX || groups > GROUPS_MAX {
         let expected = format!("at most {POLICIES_MAX} policies, {SERVICES_MAX} services and {GROUPS_MAX} groups");
-        return Err(Refusal::new(Code::Busy, expected, "more"));
+        let found = format!("{policies}, {services} and {groups}");
+        return Err(Refusal::new(Code::Busy, expected, found));
     }
     Ok(())
 }
@@ -121,7 +135,12 @@ fn check_written(s: &State, own: &TrustDomain, asked: &DocumentsChange) -> Resul
             check_policy(s, own, &row.object, &groups)?;
         }
     }
-    asked.services.iter().try_for_each(|service| check_service(s, own, service))
+    asked.services.iter().try_for_each(|service| check_service(s, own, asked, service))?;
+    if asked.groups.is_empty() && !asked.policies.iter().any(resolve::has_named) {
+        return Ok(());
+    }
+    let policies = s.own_policies_after(Some(asked)).map(|(_, policy)| policy);
+    Resolver::new(s, Some(asked)).check_room(policies)
 }
 
 fn check_policy(
@@ -150,7 +169,24 @@ fn check_policy(
         let expected = format!("with labels, identities of {own} only (peers do not know its labels)");
         return Err(told(Refusal::new(Code::PolicyUnenforceable, expected, other.to_string())));
     }
+    check_callers(own, policy, &from).map_err(told)?;
     ambit_policy::check_owner(&Document::Policy(Policy { from, ..policy.clone() }), own)
+}
+
+/// Whoever judges by a deny must be able to tell who is denied. Who runs in a cluster only its own cell knows before it runs,
+/// so callers are denied by cluster where both ends are of that cell.
+fn check_callers(own: &TrustDomain, policy: &Policy, from: &[Peers]) -> Result<(), Refusal> {
+    let by_cluster = from.iter().find(|set| matches!(set, Peers::Cluster(..)));
+    let Some(set) = by_cluster.filter(|_| policy.action != Action::Allow) else { return Ok(()) };
+    let td = set.trust_domain();
+    if td == *own && policy.target.trust_domain() == *own {
+        return Ok(());
+    }
+    let expected = format!(
+        "callers of a deny or audit as spiffe://{td}/path, spiffe://{td}/prefix/* or spiffe://{td}/* (who is in {set} only its \
+         own cell knows before they run)"
+    );
+    Err(Refusal::new(Code::PolicyUnenforceable, expected, set.to_string()))
 }
 
 /// A set that is resolved by this cell must be there to be resolved.
@@ -181,29 +217,43 @@ fn check_set(
     }
 }
 
-fn check_service(s: &State, own: &TrustDomain, service: &Service) -> Result<(), Refusal> {
-    ambit_policy::check_owner(&Document::Service(service.clone()), own)?;
-    if let Some(set) = service.backends.iter().find(|set| set.is_named() || matches!(set, Peers::Ids(..))) {
-        let expected = "backends as spiffe://td/path, spiffe://td/prefix/* or spiffe://td/*";
-        return Err(Refusal::new(Code::PolicyUnenforceable, expected, format!("service {}: {set}", service.name)));
+/// Judged by what is there after the change: what it deletes, or moves elsewhere, is in nobody's way.
+fn check_service(s: &State, own: &TrustDomain, asked: &DocumentsChange, service: &Service) -> Result<(), Refusal> {
+    let deleted = |name: &ObjectName| asked.delete.iter().any(|gone| *gone == (DocumentKind::Service, name.clone()));
+    let written = |name: &ObjectName| asked.services.iter().any(|other| other.name == *name);
+    let staying = s.services().filter(|((origin, name), _)| origin != own || !(deleted(name) || written(name)));
+    let staying = staying.map(|((origin, name), row)| (origin, name, row.object.address));
+    let others = asked.services.iter().map(|other| (own, &other.name, other.address));
+    let others = others.filter(|(_, name, _)| **name != service.name);
+    let taken = staying.chain(others).find(|(_, _, address)| *address == service.address);
+    if let Some((origin, name, _)) = taken {
+        return Err(in_use(service.address, &format!("{name} of {origin}")));
     }
-    let taken = s.services().find(|((origin, name), row)| {
-        row.object.address == service.address && (origin != own || *name != service.name)
-    });
-    if let Some(((origin, name), _)) = taken {
-        let found = format!("{} is {name} of {origin}", service.address);
-        return Err(Refusal::new(Code::AlreadyExists, "a virtual address not in use", found));
-    }
+    check_backends(service, own)?;
     // At a workload's address it would get the calls meant for the workload.
-    if let Some(origin) = addresses::endpoint_origin(s, service.address) {
-        let found = format!("{} is a workload of {origin}", service.address);
-        return Err(Refusal::new(Code::AlreadyExists, "a virtual address not in use", found));
+    match addresses::endpoint_origin(s, service.address) {
+        Some(origin) => Err(in_use(service.address, &format!("a workload of {origin}"))),
+        None => Ok(()),
     }
-    Ok(())
+}
+
+pub(super) fn in_use(address: std::net::Ipv4Addr, by: &str) -> Refusal {
+    Refusal::new(Code::AlreadyExists, "a virtual address not in use", format!("{address} is {by}"))
+}
+
+fn check_backends(service: &Service, own: &TrustDomain) -> Result<(), Refusal> {
+    ambit_policy::check_owner(&Document::Service(service.clone()), own)?;
+    match service.backends.iter().find(|set| set.is_named() || matches!(set, Peers::Ids(..))) {
+        Some(set) => {
+            let expected = "backends as spiffe://td/path, spiffe://td/prefix/* or spiffe://td/*";
+            Err(Refusal::new(Code::PolicyUnenforceable, expected, format!("service {}: {set}", service.name)))
+        }
+        None => Ok(()),
+    }
 }
 
 /// Puts `after` in the place of what is there, and exports it where it is another.
-fn write(
+pub(super) fn write(
     s: &mut State,
     at: At,
     own: &TrustDomain,
@@ -261,14 +311,31 @@ fn write(
     Ok(DocumentChange { kind, name: name.clone(), before, after })
 }
 
-fn remember(s: &mut State, at: At, asked: &DocumentsChange, changes: Vec<DocumentChange>) {
-    let row = DocumentsRow { stamp: at.stamp, by: asked.by.clone(), note: asked.note.clone(), changes };
+/// The oldest changes go where there is no room. The newest stays, since who changes documents names it: where it is too
+/// large alone, it stays without its documents, and nothing before it can be come back to.
+pub(super) fn remember(
+    s: &mut State,
+    at: At,
+    (by, note): (&str, &str),
+    changes: Vec<DocumentChange>,
+) -> Result<(), Refusal> {
+    let bytes = payload(&changes)?.len() as u64;
+    let mut row = DocumentsRow { stamp: at.stamp, by: by.to_owned(), note: note.to_owned(), changes, bytes };
+    if bytes > CHANGED_BYTES_MAX {
+        let too_large = format!("{} documents of {bytes} bytes, too large to be remembered", row.changes.len());
+        row.note = [row.note, too_large].into_iter().filter(|text| !text.is_empty()).collect::<Vec<_>>().join("; ");
+        (row.changes, row.bytes) = (Vec::new(), 0);
+        s.document_changes.prune(&mut s.journal, |_, _| true);
+    }
     s.document_changes.put(&mut s.journal, at.index.0, row);
     loop {
-        let held: usize = s.document_changes.iter().map(|(_, row)| row.changes.len()).sum();
+        let rows = || s.document_changes.iter().map(|(_, row)| row);
+        let (held, bytes): (usize, u64) =
+            (rows().map(|row| row.changes.len()).sum(), rows().map(|row| row.bytes).sum());
         let count = s.document_changes.len();
+        let full = count > CHANGES_MAX || held > CHANGED_MAX || bytes > CHANGED_BYTES_MAX;
         let oldest = s.document_changes.iter().next().map(|(index, _)| *index);
-        let Some(oldest) = oldest.filter(|_| count > 1 && (count > CHANGES_MAX || held > CHANGED_MAX)) else { return };
+        let Some(oldest) = oldest.filter(|_| count > 1 && full) else { return Ok(()) };
         s.document_changes.remove(&mut s.journal, &oldest);
     }
 }

@@ -12,6 +12,7 @@ mod downstream;
 mod endorse;
 mod external;
 mod federation;
+mod former;
 mod incarnation;
 pub(crate) mod issue;
 pub(crate) mod jwt;
@@ -29,12 +30,12 @@ pub use incarnation::Beginning;
 pub(crate) use issue::answer_again;
 pub use objects::ENDPOINTS_PER_NODE_MAX;
 
-use crate::command::{Command, DocumentKind, DocumentsChange, Reply};
+use crate::command::{Command, DocumentKind, Reply};
 use crate::committed::Subject;
 use crate::objects::CellRow;
 use crate::state::State;
 use ambit_model::record::{Kind, Record};
-use ambit_model::{Code, ObjectName, RaftIndex, Refusal, Revision, Stamp};
+use ambit_model::{Code, RaftIndex, Refusal, Revision, Stamp};
 
 /// What every command is applied under.
 #[derive(Clone, Copy)]
@@ -81,12 +82,9 @@ fn change(s: &mut State, at: At, command: &Command) -> Result<Reply, Refusal> {
         Command::IssueAdmin { name, key_hash, authority } => {
             issue::admin(s, at, name, *key_hash, authority, Subject::Admin)
         }
-        Command::ApplyDocuments { policies, services, by } => {
-            let (policies, services, by) = (policies.clone(), services.clone(), by.clone());
-            documents::change(s, at, &DocumentsChange { policies, services, by, ..DocumentsChange::default() })
-        }
-        Command::DeletePolicy(name) => documents::change(s, at, &deleted(DocumentKind::Policy, name)),
-        Command::DeleteService(name) => documents::change(s, at, &deleted(DocumentKind::Service, name)),
+        Command::ApplyDocuments { policies, services, by } => former::apply_documents(s, at, policies, services, by),
+        Command::DeletePolicy(name) => former::delete(s, at, DocumentKind::Policy, name),
+        Command::DeleteService(name) => former::delete(s, at, DocumentKind::Service, name),
         Command::ReportEndpoints(node, endpoints) => objects::report_endpoints(s, at, node, endpoints),
         Command::PutPeer(td, row, token) => federation::put_peer(s, at, td, row, token.as_ref()),
         Command::ApprovePeer(td, fingerprint) => federation::approve(s, at, td, fingerprint),
@@ -169,16 +167,12 @@ fn change(s: &mut State, at: At, command: &Command) -> Result<Reply, Refusal> {
         Command::ImportExternal(import) => external::import(s, at, import),
         Command::OverAuthority(root, key_hash, command) => external::over_authority(s, at, (root, key_hash), command),
         Command::ChangeDocuments(change) => documents::change(s, at, change),
-        Command::RollbackDocuments { to, over, by } => documents::rollback(s, at, *to, *over, by),
+        Command::RollbackDocuments { to, over, by, note } => documents::rollback(s, at, *to, *over, (by, note)),
         Command::WrappedTo(to, command) => {
             seal::are_wrap_keys(s, to, command)?;
             change(s, at, command)
         }
     }
-}
-
-fn deleted(kind: DocumentKind, name: &ObjectName) -> DocumentsChange {
-    DocumentsChange { delete: vec![(kind, name.clone())], ..DocumentsChange::default() }
 }
 
 /// The cell's own row, or a refusal while it is not founded.

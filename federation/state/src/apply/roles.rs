@@ -5,7 +5,7 @@ use crate::command::{Command, DocumentKind, DocumentsChange, Nodes, Reply, RoleC
 use crate::committed::Subject;
 use crate::objects::{AdminRow, TokenScope};
 use crate::state::State;
-use ambit_model::policy::{Labels, Peers, Policy, Service};
+use ambit_model::policy::{Action, Labels, Peers, Policy, Service};
 use ambit_model::{AdminRole, ClusterId, Code, Entry, EntryId, NodeId, ObjectName, Refusal, SpiffeId, TrustDomain};
 use std::collections::BTreeSet;
 
@@ -150,12 +150,26 @@ impl Scope<'_> {
         if std::iter::once(entry).chain(before).any(|entry| entry.extras.is_privileged()) {
             return Err(self.refuse(format!("entry {}, which is marked admin or downstream", entry.id)));
         }
-        // Policies of the whole cell may go by them: who sets one takes what they give.
+        // Policies of the whole cell may go by them: who sets one takes what they give, and who sheds one is free of what they
+        // deny. So they stay on the identity that they were given to, for as long as they were given.
         let none = Labels::new();
         if entry.extras.labels != *before.map_or(&none, |before| &before.extras.labels) {
             return Err(self.refuse(format!("labels of entry {}", entry.id)));
         }
+        let sheds = |before: &&Entry| {
+            let held = (&before.spiffe_id, before.extras.expires_at) == (&entry.spiffe_id, entry.extras.expires_at);
+            !before.extras.labels.is_empty() && !held
+        };
+        if before.is_some_and(|before| sheds(&before)) {
+            return Err(self.refuse(format!("identity and end of entry {}, which has labels", entry.id)));
+        }
         self.identity(s, &entry.spiffe_id)
+    }
+    /// An entry that nobody knows is left to the command, which refuses it.
+    fn gone(&self, s: &State, id: &EntryId) -> Result<(), Refusal> {
+        let Some(entry) = s.entry(id).map(|row| &row.entry) else { return Ok(()) };
+        self.cluster(&entry.cluster)?;
+        if entry.extras.labels.is_empty() { Ok(()) } else { Err(self.refuse(format!("entry {id}, which has labels"))) }
     }
     /// Below `/cluster/NAME/` an identity of this trust domain is that cluster's. Any other is whose entries hold it: nobody
     /// takes on an identity that another cluster's workload has.
@@ -195,7 +209,18 @@ impl Scope<'_> {
         }
     }
     fn policy(&self, s: &State, policy: &Policy) -> Result<(), Refusal> {
-        self.peers(s, &policy.target)
+        self.peers(s, &policy.target)?;
+        match &policy.target {
+            Peers::Cluster(_, cluster) if policy.action != Action::Allow => self.whole(s, cluster),
+            _ => Ok(()),
+        }
+    }
+    /// What narrows calls to a cluster narrows them to whoever is in it, wherever else that identity runs: that is ours only
+    /// where none of them is of another cluster too.
+    fn whole(&self, s: &State, cluster: &ClusterId) -> Result<(), Refusal> {
+        let inside = s.entries().map(|row| &row.entry).filter(|entry| entry.cluster == *cluster);
+        let ids: BTreeSet<&SpiffeId> = inside.map(|entry| &entry.spiffe_id).collect();
+        ids.into_iter().try_for_each(|id| self.identity(s, id))
     }
     fn service(&self, s: &State, service: &Service) -> Result<(), Refusal> {
         service.backends.iter().try_for_each(|backend| self.peers(s, backend))
@@ -210,10 +235,8 @@ fn check(s: &State, scope: &Scope<'_>, command: &Command) -> Result<(), Refusal>
             entries.iter().try_for_each(|(e, _)| scope.entry(s, e))
         }
         Command::DenyId(id, _) => scope.peers(s, &Peers::Id(id.clone())),
-        Command::DeleteEntries(ids) | Command::RetireEntries(ids) => {
-            ids.iter().try_for_each(|id| former_entry(s, scope, id))
-        }
-        Command::RemoveEntries(items) => items.iter().try_for_each(|(id, _)| former_entry(s, scope, id)),
+        Command::DeleteEntries(ids) | Command::RetireEntries(ids) => ids.iter().try_for_each(|id| scope.gone(s, id)),
+        Command::RemoveEntries(items) => items.iter().try_for_each(|(id, _)| scope.gone(s, id)),
         Command::SetNodes(_, Nodes::Ids(ids)) => ids.iter().try_for_each(|id| scope.node(s, id)),
         Command::SetNodes(_, Nodes::Cluster(cluster)) => scope.cluster(cluster),
         Command::CreateToken(_, row) => match &row.scope {
@@ -261,10 +284,6 @@ fn documents(s: &State, scope: &Scope<'_>, change: &DocumentsChange) -> Result<(
         DocumentKind::Service => former_service(s, scope, name),
         DocumentKind::Group => Err(scope.refuse(format!("group {name}, which policies of the whole cell may use"))),
     })
-}
-
-fn former_entry(s: &State, scope: &Scope<'_>, id: &EntryId) -> Result<(), Refusal> {
-    s.entry(id).map_or(Ok(()), |row| scope.cluster(&row.entry.cluster))
 }
 
 fn former_policy(s: &State, scope: &Scope<'_>, name: &ObjectName) -> Result<(), Refusal> {

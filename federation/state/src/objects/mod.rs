@@ -263,8 +263,10 @@ pub struct DocumentsRow {
     pub by: String,
     /// Why, where it was no plain change.
     pub note: String,
-    /// What it changed; never empty.
+    /// What it changed; empty where that was too large to be remembered.
     pub changes: Vec<DocumentChange>,
+    /// Of `changes`, as stored.
+    pub bytes: u64,
 }
 /// Rows of endpoints.
 pub type EndpointRow = Owned<Endpoint>;

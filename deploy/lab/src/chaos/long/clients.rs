@@ -175,7 +175,7 @@ async fn write(job: &Job, cell: &ambit::cell::Cell, client: u64, draw: &mut Draw
     let register = draw.below(REGISTERS);
     let value = job.number(register);
     let Ok(request_id) = request_id() else { return };
-    let request = v1::ApplyRequest { request_id, yaml: document(&job.site, register, value), over: None };
+    let request = v1::ApplyRequest { request_id, yaml: document(&job.site, register, value), ..Default::default() };
     // Some give up while the request is on its way: nobody knows then whether it takes effect, and when.
     let (attempts, limit) = match draw.chance(1, 12) {
         true => (1, Duration::from_millis(draw.between(1, 120))),
