@@ -119,10 +119,24 @@ struct State {
     unguarded: BTreeMap<String, Refusal>,
     view: Option<Arc<View>>,
     installed: Option<(Arc<Tables>, [u8; 32])>,
-    /// When what is in force was judged: policies end without a word from the cell.
-    judged: Option<Moment>,
+    judged: Judged,
     credentials: BTreeMap<EntryId, Arc<Credentials>>,
     reconciled: bool,
+}
+
+/// When what is in force was judged: policies end without a word from the cell.
+#[derive(Default)]
+struct Judged {
+    /// The kernel's tables; those that it did not take are due until it does.
+    kernel: Option<Moment>,
+    /// What is open, each time that a plane is published.
+    plane: Option<Moment>,
+}
+
+impl Judged {
+    fn is_over(judged: Option<Moment>, view: Option<&View>, now: Moment) -> bool {
+        judged.zip(view).is_some_and(|(at, view)| view.rules.changes_between(at, now))
+    }
 }
 
 impl Control {
@@ -146,8 +160,13 @@ impl Control {
                 }
                 _ = tick.tick() => {
                     let changed = self.look(&mut state).await;
-                    if self.look_at_wires(&mut state) || changed || self.is_over(&state) {
+                    let over = Judged::is_over(state.judged.kernel, state.view.as_deref(), self.clock.moment());
+                    if self.look_at_wires(&mut state) || changed || over {
                         self.reconcile(&mut state).await;
+                    }
+                    // What is open must not stay so because the kernel takes no tables.
+                    if Judged::is_over(state.judged.plane, state.view.as_deref(), self.clock.moment()) {
+                        self.publish(&mut state, &self.issued.now());
                     }
                 }
                 changed = self.wires.desired.changed() => {
@@ -320,12 +339,6 @@ impl Control {
         }
     }
 
-    /// Whether a policy ended since what is in force was judged.
-    fn is_over(&self, state: &State) -> bool {
-        let judged = state.view.as_ref().zip(state.judged);
-        judged.is_some_and(|(view, at)| view.rules.changes_between(at, self.clock.moment()))
-    }
-
     /// Brings kernel and plane to the newest view and pods.
     async fn reconcile(&mut self, state: &mut State) {
         let desired = self.wires.desired.borrow_and_update().clone();
@@ -350,7 +363,7 @@ impl Control {
         if outcome.result.is_ok() {
             self.replace_trust(&view);
             state.view = Some(view.clone());
-            state.judged = Some(now);
+            state.judged.kernel = Some(now);
             self.issued.set_pods(view.entries_of_pods(state.pods.values()));
             self.issued.set_view(view);
             self.publish(state, &self.issued.now());
@@ -417,6 +430,7 @@ impl Control {
     /// Publishes the plane and what the cell should know of it.
     fn publish(&self, state: &mut State, known: &Known) {
         let Some(view) = state.view.clone() else { return };
+        state.judged.plane = Some(self.clock.moment());
         self.renew_credentials(state, known);
         let pods: Vec<Arc<LocalPod>> = state.guarded.values().filter_map(|g| g.identity.borrow().clone()).collect();
         let held = |pod: &LocalPod| state.credentials.contains_key(&pod.workload.entry.id);

@@ -9,6 +9,7 @@ use crate::carriers::Carriers;
 use crate::clock::Clock;
 use crate::denials::{Denials, Lane};
 use crate::hbone::{self, NATIVE_IDLE_MAX, POD_CONNECT_MAX};
+use crate::lines::Lines;
 use crate::metrics::METRICS;
 use crate::native::{self, Begun, Open, Reason};
 use crate::netns::NetnsThread;
@@ -56,6 +57,8 @@ pub struct Inbound {
     handshakes: Arc<Semaphore>,
     strangers: Arc<Semaphore>,
     flows: Arc<Semaphore>,
+    /// Of connections that an audit policy matched; all of them are counted.
+    audited: Arc<Lines>,
 }
 
 /// A connection to a workload that was let through, and by what: whoever carries it follows these.
@@ -97,7 +100,7 @@ impl Inbound {
     ) -> Self {
         let [tunnels, handshakes, strangers, flows] =
             [TUNNELS_MAX, HANDSHAKES_MAX, STRANGERS_MAX, FLOWS_MAX].map(|max| Arc::new(Semaphore::new(max)));
-        Self { plane, denials, netns, clock, tunnels, handshakes, strangers, flows }
+        Self { plane, denials, netns, clock, tunnels, handshakes, strangers, flows, audited: Arc::default() }
     }
 
     /// Accepts tunnels on threads that carry, each of which has one of `listeners` (they share an address). For ever, unless
@@ -352,7 +355,10 @@ impl Inbound {
         }
         if let Some(rule) = verdict.audited {
             METRICS.audited.inc(["inbound"]);
-            tracing::info!(%rule, caller = %call.peer.id(), called = %call.to, port = to.port(), "audited: a deny would refuse it");
+            if let Some(left_out) = self.audited.next(Instant::now()) {
+                let (caller, called, port) = (call.peer.id(), &call.to, to.port());
+                tracing::info!(%rule, %caller, %called, port, left_out, "audited: a deny would refuse it");
+            }
         }
         METRICS.connections.inc(["inbound", "ok"]);
         METRICS.open.add(["inbound"], 1.0);

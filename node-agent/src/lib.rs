@@ -30,6 +30,7 @@ pub mod inbound;
 pub mod issued;
 pub mod jwt;
 pub mod kernel;
+pub mod lines;
 pub mod logs;
 pub mod membership;
 pub mod metrics;

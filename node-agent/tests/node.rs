@@ -16,7 +16,7 @@ use ambit_agent::outbound::Outbound;
 use ambit_agent::view::View;
 use ambit_identity::{SharedTrust, Trust, TrustStore};
 use ambit_model::policy::Endpoint;
-use ambit_model::{Generation, Moment, Revision, Stamp};
+use ambit_model::{Code, Generation, Moment, Revision, Stamp};
 use ambit_proto::v1;
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
@@ -120,6 +120,7 @@ struct Node {
     issued: Issued,
     kernel: KernelHandle,
     denials: Lane,
+    clock: Arc<Clock>,
 }
 
 impl Node {
@@ -154,9 +155,9 @@ impl Node {
             wires: Wires { desired: desired_rx, outcome: outcome_tx, endpoints: endpoints_tx, plane, node },
         };
         tokio::spawn(control.run());
-        let inbound = Inbound::new(plane_rx, denials.clone(), netns, clock);
+        let inbound = Inbound::new(plane_rx, denials.clone(), netns, clock.clone());
         tokio::spawn(inbound.serve(hbone));
-        Node { desired, outcome, endpoints, issued, kernel, denials }
+        Node { desired, outcome, endpoints, issued, kernel, denials, clock }
     }
     /// Sends a slice and waits until it is in the kernel; gives the time that took.
     async fn apply(&mut self, view: Arc<View>) -> Duration {
@@ -268,6 +269,89 @@ async fn programs_are_captured_carried_and_cut_by_policy() {
     assert_eq!(node.outcome.borrow().as_ref().unwrap().revision, Revision(4));
     let (captured, refused) = node.kernel.totals().unwrap();
     assert!(captured >= 4 && refused.iter().any(|(reason, n)| *reason == "unknown_source" && *n > 0), "{refused:?}");
+}
+
+/// A policy ends without a word from the cell: the kernel's tables are made anew, and what is open is cut, also where the
+/// kernel takes no tables, since what else ends just then makes them larger than they may be.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_end_reaches_the_kernel_and_what_is_open() {
+    let mut ground = Ground::make();
+    let mut cell = Cell::founded("west", 1);
+    let (web, db) = (cell.entry("web", &["cgroup:web"], &[]), cell.entry("db", &["cgroup:db"], &[]));
+    let (web_at, db_at) = (Ipv4Addr::new(10, 200, 9, 11), Ipv4Addr::new(10, 200, 9, 12));
+    let (web_pid, db_pid) = (ground.pod("web", web_at), ground.pod("db", db_at));
+    let mut node = Node::start(&ground, &cell, TcpListener::bind("127.0.0.1:0").await.unwrap()).await;
+    // It greets whoever connects, and keeps the connection.
+    let serve = format!(
+        "import socket\ns = socket.socket()\ns.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)\n\
+         s.bind(('{db_at}', {PORT}))\ns.listen()\nkept = []\nwhile True:\n c, _ = s.accept()\n c.sendall(b'hi')\n kept.append(c)"
+    );
+    let server = ground.command("db", db_pid, &["python3", "-c", &serve]).spawn().unwrap();
+    ground.children.push(server);
+    // Says what it read, and then how the connection ended.
+    let script = format!(
+        "import socket\ntry:\n s = socket.create_connection(('{db_at}', {PORT}), 5)\n print(s.recv(2).decode(), flush=True)\n \
+         s.settimeout(20)\n print('cut' if not s.recv(1) else 'data')\n\
+         except ConnectionResetError: print('cut')\nexcept OSError as e: print(type(e).__name__)"
+    );
+    let client = || ground.command("web", web_pid, &["python3", "-c", &script]).stdout(Stdio::piped()).spawn().unwrap();
+    let said = |child: Child| async {
+        let out = tokio::task::spawn_blocking(move || child.wait_with_output().unwrap()).await.unwrap();
+        String::from_utf8(out.stdout).unwrap().split_whitespace().collect::<Vec<_>>().join(" ")
+    };
+
+    let many: Vec<String> = (1..=5).map(|n| format!("spiffe://west/many/{n}")).collect();
+    let ids = [cell.id("web"), cell.id("db")].into_iter().chain(many.clone());
+    let endpoint = |spiffe_id: String, address: Ipv4Addr| v1::Endpoint {
+        spiffe_id,
+        address: address.to_string(),
+        cluster: "west".into(),
+        node_address: "127.0.0.1".into(),
+        node: cell.node().to_string(),
+        generation: 1,
+    };
+    let others = many.iter().zip(100..).map(|(id, last)| endpoint(id.clone(), Ipv4Addr::new(10, 200, 9, last)));
+    let slice = v1::Slice {
+        entries: vec![web.clone(), db.clone()],
+        identities: ids.zip(256..).map(|(spiffe_id, number)| v1::NumericIdentity { spiffe_id, number }).collect(),
+        endpoints: others.chain([endpoint(cell.id("db"), db_at)]).collect(),
+        callers: vec![v1::NodeAddress {
+            trust_domain: "west".into(),
+            node: cell.node().to_string(),
+            generation: 1,
+            address: "127.0.0.1".into(),
+        }],
+        ..cell.slice(1, &[])
+    };
+    let ends = node.clock.now().plus_ms(600_000);
+    let open = allow("db", "spiffe://west/db", "spiffe://west/web", &[PORT]);
+    let brief = v1::Policy { expires_at_ms: ends.0, ..open };
+    // Five times every port but one is more than the kernel's table of verdicts holds.
+    let ports: Vec<u16> = (2..=u16::MAX).collect();
+    let wide = allow("wide", "spiffe://west/many/*", "spiffe://west/web", &ports);
+    let held = allow("held", "spiffe://west/many/*", "spiffe://west/web", &[]);
+    let held = v1::Policy { action: v1::Action::Deny as i32, expires_at_ms: ends.plus_ms(600_000).0, ..held };
+    let svids = BTreeMap::from(["web", "db"].map(|e| (e.parse().unwrap(), Ok(cell.svid(e)))));
+    node.apply(cell.view(v1::Slice { policies: vec![brief.clone()], ..slice.clone() })).await;
+    node.issued.set_svids(svids);
+    timeout(SOON, node.endpoints.wait_for(|e| e.len() == 2)).await.expect("endpoints").unwrap();
+    let before = client();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    node.clock.seen(ends);
+    assert_eq!(said(before).await, "hi cut");
+    assert_eq!(said(client()).await, "PermissionError", "by the kernel");
+
+    // The next end: an allow and what holds back the wide one, at once.
+    let brief = v1::Policy { expires_at_ms: ends.plus_ms(600_000).0, ..brief };
+    node.apply(cell.view(v1::Slice { revision: 2, policies: vec![brief, wide, held], ..slice })).await;
+    let before = client();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    node.clock.seen(ends.plus_ms(600_000));
+    let failed = node.outcome.wait_for(|o| o.as_ref().is_some_and(|o| o.result.is_err()));
+    let failed = timeout(SOON, failed).await.expect("an install that fails").unwrap().clone().unwrap();
+    assert_eq!(failed.result.unwrap_err().code, Code::MapFull);
+    assert_eq!(said(before).await, "hi cut", "the kernel took nothing");
+    assert!(!said(client()).await.contains("hi"), "nor is it carried any more");
 }
 
 /// Counts plain connections into a pod's namespace that succeed, until told to stop.

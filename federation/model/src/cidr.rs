@@ -34,7 +34,8 @@ fn number(address: IpAddr) -> u128 {
 }
 
 fn masked(address: IpAddr, bits: u8) -> u128 {
-    let mask = u128::MAX.checked_shl(128 - u32::from(bits)).unwrap_or(0);
+    // A record of a peer may say more bits than there are: that is the address alone.
+    let mask = u128::MAX.checked_shl(128_u32.saturating_sub(u32::from(bits))).unwrap_or(0);
     number(address) & mask
 }
 
@@ -81,6 +82,12 @@ mod tests {
             ("::/0", "fe80::1", true),
         ] {
             assert_eq!(range.parse::<Cidr>().unwrap().contains(address.parse().unwrap()), holds, "{range} {address}");
+        }
+        for (address, bits, other) in [("10.0.0.1", 33, "10.0.0.2"), ("10.0.0.1", 255, "10.0.0.2"), ("::1", 129, "::2")]
+        {
+            let range = Cidr { address: address.parse().unwrap(), bits };
+            let read = postcard::from_bytes::<Cidr>(&postcard::to_stdvec(&range).unwrap()).unwrap();
+            assert!(read.contains(range.address) && !read.contains(other.parse().unwrap()), "{read}");
         }
         for text in ["10.0.0.1/8", "10.0.0.0/33", "10.0.0.0", "10.0.0.0/08", "::ffff:10.0.0.0/104", "x/1", "::/129"] {
             assert!(text.parse::<Cidr>().is_err(), "{text}");

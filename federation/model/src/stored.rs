@@ -109,6 +109,44 @@ mod tests {
         }
     }
 
+    fn hex(bytes: &[u8]) -> String {
+        bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    /// Rows in stores and records at peers: a change of these bytes is a change of format, and takes a version.
+    #[test]
+    fn stored_bytes_are_what_they_were() {
+        let extras = PolicyExtras {
+            expires_at: Stamp(300),
+            protocols: [Protocol::Tcp, Protocol::Udp].into(),
+            unmeshed: vec!["10.0.0.0/8".parse().unwrap()],
+        };
+        for (stored, want) in [
+            (
+                policy(Action::Deny, PolicyExtras::default()),
+                "017000107370696666653a2f2f776573742f6462010102046561737401903f",
+            ),
+            (
+                policy(Action::Allow, extras),
+                "017000107370696666653a2f2f776573742f6462100102046561737401903f01ac0202000101000a00000008",
+            ),
+            (
+                policy(Action::Audit, PolicyExtras::default()),
+                "017000107370696666653a2f2f776573742f6462020102046561737401903f",
+            ),
+        ] {
+            assert_eq!(hex(&postcard::to_stdvec(&stored).unwrap()), want, "{stored:?}");
+        }
+        let sets = ["cluster:w/c", "group:w/g", "labels:w/a=1&b=2"].map(|text| text.parse::<Peers>().unwrap());
+        let group = crate::policy::Group { name: "g".parse().unwrap(), members: sets.into() };
+        assert_eq!(hex(&postcard::to_stdvec(&group).unwrap()), "01670303017701630401770167050177020161013101620132");
+        let told = Peers::from_wire("ids:w /a /b").unwrap();
+        assert_eq!(
+            hex(&postcard::to_stdvec(&told).unwrap()),
+            "060177020c7370696666653a2f2f772f610c7370696666653a2f2f772f62"
+        );
+    }
+
     #[test]
     fn what_it_could_not_say_it_refuses_and_this_one_reads() {
         let ending = PolicyExtras { expires_at: Stamp(7), ..PolicyExtras::default() };

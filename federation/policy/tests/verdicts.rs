@@ -154,6 +154,80 @@ fn a_slice_holds_what_concerns_the_node_and_no_more() {
     assert_eq!(names(&["east/web"]), ["east/stay-home", "west/all-web", "west/db-web"]);
 }
 
+/// Each line: `origin name action target from ports end`, sets as a cell tells them, ports `-` for all, the end in milliseconds
+/// or `-`.
+fn ending(lines: &str) -> PolicySet {
+    let mut set = PolicySet::new(domains(&["west", "east"]));
+    for line in lines.lines().map(str::trim).filter(|line| !line.is_empty()) {
+        let words: Vec<_> = line.split_whitespace().collect();
+        let [origin, name, action, target, from, ports, end] = words.as_slice().try_into().unwrap();
+        let peers = |text: &str| {
+            let uri = if text.starts_with("ids:") { text.replace('+', " ") } else { format!("spiffe://{text}") };
+            Peers::from_wire(&uri).unwrap()
+        };
+        let action = match action {
+            "allow" => Action::Allow,
+            "deny" => Action::Deny,
+            "audit" => Action::Audit,
+            other => panic!("{other}"),
+        };
+        let ports = if ports == "-" { vec![] } else { ports.split(',').map(|p| p.parse().unwrap()).collect() };
+        let expires_at = if end == "-" { Stamp(u64::MAX) } else { Stamp(end.parse().unwrap()) };
+        let extras = ambit_model::PolicyExtras { expires_at, ..Default::default() };
+        let (name, target, from) = (name.parse().unwrap(), peers(target), vec![peers(from)]);
+        set.insert(origin.parse().unwrap(), Policy { name, target, action, from, ports, extras });
+    }
+    set
+}
+
+#[test]
+fn audits_ends_and_what_a_cell_resolved() {
+    let set = ending(
+        "
+        west a-brief  allow west/db             ids:west+/web+/ops 80 20
+        west b-ids    allow ids:west+/db+/cache west/ops           -  -
+        west c-held   deny  west/db             ids:west+/ops      22 10
+        west d-watch  audit west/db             west/*             80 20
+        west e-watch  audit west/*              ids:west+/ops      -  -
+        west f-nobody allow west/db             ids:west           -  -
+        west g-lies   allow west/db             ids:west+/x        -  -
+        east h-theirs audit west/db             west/ops           -  -
+        east i-own    audit west/db             east/*             -  -
+        ",
+    );
+    // Who asks, which port, committed time and the latest that it may be, what comes out and what is recorded.
+    for (src, dst, port, committed, latest, want) in [
+        ("web", "db", 80, 5, 5, "allow west/a-brief west/d-watch"),
+        ("web", "db", 81, 5, 5, "deny - -"),
+        // An allow is over by the latest that it may be, a deny and an audit by committed time.
+        ("web", "db", 80, 5, 19, "allow west/a-brief west/d-watch"),
+        ("web", "db", 80, 5, 20, "deny - -"),
+        ("ops", "db", 80, 5, 5, "allow west/a-brief west/d-watch"),
+        ("ops", "db", 80, 5, 20, "allow west/b-ids west/d-watch"),
+        ("ops", "db", 80, 20, 20, "allow west/b-ids west/e-watch"),
+        ("ops", "db", 22, 9, 99, "deny west/c-held -"),
+        ("ops", "db", 22, 10, 10, "allow west/b-ids west/e-watch"),
+        // A target that was resolved is those, and nobody else.
+        ("ops", "cache", 1, 5, 5, "allow west/b-ids west/e-watch"),
+        ("ops", "other", 1, 5, 5, "deny - -"),
+        // What is denied is recorded by nobody, and an audit of whom it does not concern says nothing.
+        ("web", "cache", 80, 5, 5, "deny - -"),
+        ("x", "db", 1, 5, 5, "allow west/g-lies -"),
+    ] {
+        let now = Moment { committed: Stamp(committed), latest: Stamp(latest) };
+        let (src, dst) = (id(&format!("west/{src}")), id(&format!("west/{dst}")));
+        let told = |verdict: ambit_policy::Verdict| {
+            let rule = |rule: Option<ambit_policy::RuleRef>| rule.map_or("-".into(), |rule| rule.to_string());
+            let word = if verdict.allowed { "allow" } else { "deny" };
+            format!("{word} {} {}", rule(verdict.rule), rule(verdict.audited))
+        };
+        assert_eq!(told(set.evaluate(&src, &dst, port, now)), want, "{src} -> {dst}:{port} at {committed}/{latest}");
+        assert_eq!(told(set.compile().evaluate(&src, &dst, port, now)), want, "compiled: {src} -> {dst}:{port}");
+        let slice = set.slice(&[src.clone()].into(), now);
+        assert_eq!(told(slice.evaluate(&src, &dst, port, now)), want, "its slice: {src} -> {dst}:{port}");
+    }
+}
+
 /// A record of a peer could hold any set, whatever documents may say.
 #[test]
 fn a_peer_speaks_for_no_other_by_a_set_that_lies_or_that_nobody_resolved() {

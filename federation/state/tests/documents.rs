@@ -356,3 +356,27 @@ fn what_is_remembered_is_bounded() {
     }
     assert_eq!(west.state.document_changes().count(), 2);
 }
+
+/// Rows in stores and commands in logs: a change of these bytes is a change of format, and takes a table or a command of its own.
+#[test]
+fn stored_bytes_are_what_they_were() {
+    let hex = |bytes: Vec<u8>| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    let asked = DocumentsChange {
+        over: Some(Revision(300)),
+        note: "n".into(),
+        ..change(
+            "kind: Group\nmetadata: {name: g}\nspec: {members: ['labels:west/a=1']}\n",
+            &[(DocumentKind::Service, "s"), (DocumentKind::Policy, "p")],
+        )
+    };
+    let back = Command::RollbackDocuments { to: Revision(7), over: None, by: "b".into(), note: "n".into() };
+    let commands = [Command::ChangeDocuments(Box::new(asked.clone())), back];
+    let commands = commands.map(|command| hex(postcard::to_stdvec(&command).unwrap()));
+    assert_eq!(commands, ["4d000001016701050477657374010161013102010173000170026d65016e01ac02", "4e07000162016e"]);
+    let mut west = two_clusters();
+    run(&mut west, DocumentsChange { delete: vec![], over: None, ..asked }).unwrap();
+    let (_, row) = west.state.document_changes().next().unwrap();
+    assert_eq!(hex(postcard::to_stdvec(row).unwrap()), "c0843d026d65016e01020167000102016701050477657374010161013115");
+    let (_, group) = west.state.groups().next().unwrap();
+    assert_eq!(hex(postcard::to_stdvec(group).unwrap()), "016701050477657374010161013105026d65");
+}
