@@ -215,6 +215,11 @@ async fn the_command_line_guards_and_undoes() {
         0,
         &["denied", "nearest", "it is for ports 80", "agents"],
     );
+    let crew = "kind: Group\nmetadata: {name: crew}\nspec: {members: [spiffe://west/ops]}\n";
+    run(&["apply", "-f", &file("crew.yaml", crew)], 0, &["group crew: changed"]);
+    let out = ambit(&context, &["watch", "group", "--once"]);
+    let said = String::from_utf8_lossy(&out.stdout).into_owned();
+    assert!(said.contains("group    west/crew members=spiffe://west/ops"), "{said}");
     let suite = |expect: &str| {
         let case = format!("{{from: spiffe://west/web, to: spiffe://west/db, ports: [80], expect: {expect}}}");
         format!("kind: PolicyTest\nmetadata: {{name: web}}\nspec:\n  cases:\n  - {case}\n")

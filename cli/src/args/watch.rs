@@ -22,6 +22,7 @@ pub enum WatchedKind {
     Node,
     Entry,
     Service,
+    Group,
     Policy,
 }
 
@@ -32,6 +33,7 @@ impl WatchedKind {
             WatchedKind::Node => "node",
             WatchedKind::Entry => "entry",
             WatchedKind::Service => "service",
+            WatchedKind::Group => "group",
             WatchedKind::Policy => "policy",
         }
     }

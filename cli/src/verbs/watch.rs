@@ -131,6 +131,10 @@ fn told(event: &Event) -> (&'static str, String, Value) {
             });
             ("service", format!("{}/{}", s.origin, s.name), service)
         }
+        Event::Group(g) => {
+            let group = json!({ "origin": g.origin, "name": g.name, "members": g.members, "written_by": g.written_by });
+            ("group", format!("{}/{}", g.origin, g.name), group)
+        }
         Event::Policy(p) => {
             let action = super::policy::action(p);
             let policy = json!({

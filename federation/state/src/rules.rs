@@ -116,6 +116,11 @@ impl State {
         self.groups.iter()
     }
 
+    /// One of them.
+    pub fn group(&self, name: &OwnedName) -> Option<&GroupRow> {
+        self.groups.get(name)
+    }
+
     /// Changes of documents of this cell that are remembered, by revision.
     pub fn document_changes(&self) -> impl DoubleEndedIterator<Item = (Revision, &DocumentsRow)> {
         self.document_changes.iter().map(|(index, row)| (Revision(*index), row))

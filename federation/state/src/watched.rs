@@ -16,6 +16,8 @@ pub enum ObjectKey {
     Entry(EntryId),
     /// A service, of this cell or of a peer.
     Service(OwnedName),
+    /// A group, of this cell or of a peer.
+    Group(OwnedName),
     /// A policy, of this cell or of a peer.
     Policy(OwnedName),
 }
@@ -29,13 +31,15 @@ pub enum ObjectKind {
     Entry,
     /// See [`ObjectKey::Service`].
     Service,
+    /// See [`ObjectKey::Group`].
+    Group,
     /// See [`ObjectKey::Policy`].
     Policy,
 }
 
 impl ObjectKind {
     /// All, in the order of [`ObjectKey`].
-    pub const ALL: [ObjectKind; 4] = [Self::Node, Self::Entry, Self::Service, Self::Policy];
+    pub const ALL: [ObjectKind; 5] = [Self::Node, Self::Entry, Self::Service, Self::Group, Self::Policy];
 
     /// As on the wire.
     pub fn as_str(self) -> &'static str {
@@ -43,6 +47,7 @@ impl ObjectKind {
             Self::Node => "node",
             Self::Entry => "entry",
             Self::Service => "service",
+            Self::Group => "group",
             Self::Policy => "policy",
         }
     }
@@ -59,6 +64,7 @@ impl ObjectKey {
             Self::Node(_) => ObjectKind::Node,
             Self::Entry(_) => ObjectKind::Entry,
             Self::Service(_) => ObjectKind::Service,
+            Self::Group(_) => ObjectKind::Group,
             Self::Policy(_) => ObjectKind::Policy,
         }
     }
@@ -69,8 +75,9 @@ impl State {
     pub fn object_key(&self, write: &TableWrite) -> Option<ObjectKey> {
         let entry = || self.entries.key_of(write).map(ObjectKey::Entry);
         let service = || self.services.key_of(write).map(ObjectKey::Service);
+        let group = || self.groups.key_of(write).map(ObjectKey::Group);
         let policy = || self.policies.key_of(write).map(ObjectKey::Policy);
-        self.nodes.key_of(write).map(ObjectKey::Node).or_else(entry).or_else(service).or_else(policy)
+        self.nodes.key_of(write).map(ObjectKey::Node).or_else(entry).or_else(service).or_else(group).or_else(policy)
     }
 
     /// The first `limit` objects after `after` of these kinds, in the order of their keys.
@@ -90,6 +97,10 @@ impl State {
                     page(&self.services, Some(name), left, ObjectKey::Service)
                 }
                 (ObjectKind::Service, _) => page(&self.services, None, left, ObjectKey::Service),
+                (ObjectKind::Group, Some(ObjectKey::Group(name))) => {
+                    page(&self.groups, Some(name), left, ObjectKey::Group)
+                }
+                (ObjectKind::Group, _) => page(&self.groups, None, left, ObjectKey::Group),
                 (ObjectKind::Policy, Some(ObjectKey::Policy(name))) => {
                     page(&self.policies, Some(name), left, ObjectKey::Policy)
                 }

@@ -8,7 +8,7 @@ use ambit_model::{Code, ObjectName, Refusal, Revision, SpiffeId, Stamp, TrustDom
 use ambit_policy::{Document, unknown_domains};
 use ambit_proto::convert::{group_message, policy_message, service_message};
 use ambit_proto::v1;
-use ambit_state::objects::PolicyRow;
+use ambit_state::objects::{GroupRow, PolicyRow};
 use ambit_state::{Command, DocumentsChange, OwnedName, Reply, State};
 use std::collections::{BTreeMap, BTreeSet};
 use tonic::{Request, Response, Status};
@@ -195,12 +195,13 @@ fn listing(s: &State) -> v1::ListPoliciesResponse {
     let policies = s.policies().map(|(name, row)| message(name, row, &known)).collect();
     let services = s.services().map(|((origin, _), row)| service_message(origin, &row.object)).collect();
     let endpoints = s.endpoints().map(|(_, row)| (&row.object).into()).collect();
-    let groups = s.groups().map(|((origin, _), row)| v1::Group {
-        written_by: row.written_by.clone(),
-        revision: row.revision.0,
-        ..group_message(origin, &row.object)
-    });
+    let groups = s.groups().map(|(name, row)| group(name, row));
     v1::ListPoliciesResponse { policies, services, endpoints, groups: groups.collect() }
+}
+
+/// One group.
+pub(super) fn group((origin, _): &OwnedName, row: &GroupRow) -> v1::Group {
+    v1::Group { written_by: row.written_by.clone(), revision: row.revision.0, ..group_message(origin, &row.object) }
 }
 
 /// One policy, resolved by the trust domains known; whatever a peer's record calls it, it has the name of its record.

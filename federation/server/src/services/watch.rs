@@ -243,6 +243,10 @@ fn event(s: &State, key: &ObjectKey, known: &BTreeSet<TrustDomain>) -> Event {
             || gone(format!("{}/{}", name.0, name.1)),
             |row| Event::Service(service_message(&name.0, &row.object)),
         ),
+        ObjectKey::Group(name) => s.group(name).map_or_else(
+            || gone(format!("{}/{}", name.0, name.1)),
+            |row| Event::Group(super::policy::group(name, row)),
+        ),
         ObjectKey::Policy(name) => s.policy(name).map_or_else(
             || gone(format!("{}/{}", name.0, name.1)),
             |row| Event::Policy(super::policy::message(name, row, known)),
