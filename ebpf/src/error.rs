@@ -72,6 +72,9 @@ pub enum KernelError {
         /// What the kernel calls its kind; empty for a physical one.
         kind: String,
     },
+    /// A pod without a device that leads out: if it has one elsewhere, what leaves by that cannot be stopped.
+    #[error("pod {0} has no veth to this node: one that is somewhere else could not be guarded")]
+    NoWire(String),
     /// A pod name that cannot be a pin.
     #[error("pod name `{0}` is not 1-63 characters of a-z 0-9 -")]
     BadPodName(String),
@@ -106,7 +109,7 @@ impl KernelError {
             Self::FeatureMissing { .. } => "kernel_feature_missing",
             Self::MapFull { .. } => "map_full",
             Self::BadTables(_) | Self::NotListener(_) | Self::BadPodName(_) => "bad_request",
-            Self::OpenDevice { .. } => "config_invalid",
+            Self::OpenDevice { .. } | Self::NoWire(_) => "config_invalid",
             Self::NotCgroup { .. } => "config_invalid",
             Self::NotInstalled(_) => "not_found",
             Self::ReadBack { .. }

@@ -4,7 +4,7 @@ use crate::error::KernelError;
 use crate::kernel::{Kernel, load_object, open_object};
 use crate::layout::{self, Layout, Namespace};
 use crate::objects::POD;
-use crate::pins::{LISTENER, WIRES, unpin};
+use crate::pins::{LISTENER, unpin};
 use libbpf_rs::{ErrorKind, MapCore, MapFlags, MapHandle, MapMut, Object};
 use std::fs;
 use std::net::Ipv4Addr;
@@ -88,21 +88,22 @@ impl Kernel {
         Ok(())
     }
 
-    /// Lets a pod's namespace go: for a pod that ended. Absent is fine.
-    pub fn detach_pod(&self, name: &str) -> Result<(), KernelError> {
+    /// Lets a pod's namespace go: for a pod that ended. False while a wire of its is still there, which stays guarded: ask
+    /// again. Absent is fine.
+    pub fn detach_pod(&self, name: &str) -> Result<bool, KernelError> {
         let dir = self.pins().pod(pod_name(name)?);
         let _change = self.lock();
         self.close_namespaces(name)?;
-        for (_, prefix) in WIRES {
-            self.pins().wires(name, prefix)?.iter().try_for_each(|(path, _, _)| unpin(path))?;
-        }
         unpin(&dir.join("link"))?;
         unpin(&dir.join(LISTENER.name))?;
+        if self.keep_wires(name, &[])? > 0 {
+            return Ok(false);
+        }
         match fs::remove_dir(&dir) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
                 Err(KernelError::io(format!("remove {}", dir.display()), e))
             }
-            _ => Ok(()),
+            _ => Ok(true),
         }
     }
 

@@ -13,7 +13,7 @@
 //! shows the capture address, and an accepted socket the agent's 127.x.y.z. A workload needs a network namespace that the
 //! agent attached. Programs on cgroups do not see sockets made before or outside, nor families other than `AF_INET` and
 //! `AF_INET6`: their packets are dropped on the node's side of the pod's veth, where nothing that is allowed goes. A pod
-//! with another way out than veths to this node cannot be guarded.
+//! with another way out than veths to this node cannot be guarded there: it must be nobody.
 
 mod error;
 mod event;
@@ -21,6 +21,7 @@ mod inbound;
 mod install;
 mod kernel;
 mod layout;
+mod netlink;
 mod objects;
 mod outbound;
 mod pins;

@@ -4,8 +4,10 @@
 use crate::error::KernelError;
 use crate::inbound::{inode, pod_name};
 use crate::kernel::{Kernel, load_object, open_object};
+use crate::netlink::Device;
 use crate::objects::{BuiltObject, SOCKETS, VETH};
-use crate::pins::{OUTBOUND_PREFIX, WIRES, unpin};
+use crate::pins::{WIRES, WireLink, WireProgram, unpin};
+use crate::wire::Wire;
 use libbpf_rs::{Iter, Object, ProgramMut};
 use std::fs;
 use std::io::Read;
@@ -14,54 +16,113 @@ use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 
 impl Kernel {
-    /// Puts the packet programs on the node's side of every veth of the pod: nothing leaves by them but ARP and
-    /// the resets with which the pod's kernel refuses what comes in clear. Call it in the namespace where those ends are.
-    /// Returns how many veths there are; an error where a device leads elsewhere, since nothing could be stopped there.
+    /// Puts the packet programs on the node's side of every veth of the pod, before any other program there: nothing leaves
+    /// by them but ARP and the resets with which the pod's kernel refuses what comes in clear. Call it in the
+    /// namespace where those ends are. Returns how many veths there are.
     ///
-    /// A program that is there already is replaced without a gap; a veth that was made anew has none until this is
-    /// called again, which [`Kernel::wires_are_guarded`] tells.
+    /// Whatever can be guarded is, also where this ends in an error: there is another device that is up, by which packets
+    /// could leave unseen, or no wire at all, as where the pod took it elsewhere before it was seen. Such a pod must be nobody.
+    /// A program that is there already is replaced without a gap, and goes with its device only; a veth that was made
+    /// anew has none until this is called again, which [`Kernel::wires_are_guarded`] tells.
     pub fn guard_wires(&self, name: &str, netns: BorrowedFd<'_>, address: Ipv4Addr) -> Result<usize, KernelError> {
         let name = pod_name(name)?;
-        let ends = crate::wire::other_ends(netns)?;
+        let ways = crate::wire::ways_out(netns)?;
         let _change = self.lock();
         let dir = self.pins().pod(name);
         fs::create_dir_all(&dir).map_err(|e| KernelError::io(format!("create {}", dir.display()), e))?;
-        let object = self.load_beside(&VETH, Some(address))?;
-        for (name_in_object, prefix) in WIRES {
-            let program = program(&object, &VETH, name_in_object)?;
-            self.hang(name, prefix, &program, &ends)?;
+        // One that cannot be guarded must not keep the others from being so.
+        let hung: Vec<Result<(), KernelError>> =
+            ways.wires.iter().map(|wire| self.guard_wire(name, wire, address)).collect();
+        let kept = self.keep_wires(name, &ways.wires)?;
+        hung.into_iter().collect::<Result<(), KernelError>>()?;
+        match ways.open {
+            Some(Device { name, kind, .. }) => Err(KernelError::OpenDevice { device: name, kind }),
+            None if kept == 0 => Err(KernelError::NoWire(name.to_owned())),
+            None => Ok(ways.wires.len()),
         }
-        Ok(ends.len())
     }
 
-    /// Brings the links of one packet program to exactly these devices.
-    fn hang(&self, pod: &str, prefix: &str, program: &ProgramMut<'_>, ends: &[u32]) -> Result<(), KernelError> {
+    fn guard_wire(&self, pod: &str, wire: &Wire, address: Ipv4Addr) -> Result<(), KernelError> {
+        let object = self.load_beside(&VETH, Some(address))?;
+        WIRES.iter().try_for_each(|kind| self.hang(pod, kind, &program(&object, &VETH, kind.name)?, wire.index))
+    }
+
+    /// Puts a packet program before all others of a device.
+    fn hang(&self, pod: &str, kind: &WireProgram, new: &ProgramMut<'_>, device: u32) -> Result<(), KernelError> {
         let what = || format!("guard a veth of pod {pod}");
-        let mut guarded = Vec::new();
-        for (path, mut link, index) in self.pins().wires(pod, prefix)? {
-            if ends.contains(&index) && !guarded.contains(&index) {
-                link.update_prog(program).map_err(|e| KernelError::bpf(what(), e))?;
-                guarded.push(index);
-            } else {
-                unpin(&path)?;
+        let on_device = links_of(device, kind)?;
+        let mut ours = self.pins().wires(pod, kind.prefix)?;
+        ours.retain(|link| on_device.contains(&link.id));
+        let first = self.first_of_ours(pod, kind, &on_device, &ours)?;
+        if let Some(first) = ours.iter_mut().find(|link| Some(link.id) == first) {
+            return first.link.update_prog(new).map_err(|e| KernelError::bpf(what(), e));
+        }
+        let mut link = crate::sys::attach_tcx(new, device).map_err(|e| KernelError::io(what(), e))?;
+        link.pin(free_pin(&self.pins().pod(pod), kind.prefix)).map_err(|e| KernelError::bpf(what(), e))?;
+        // Of ours behind somebody else's there is no need any more.
+        ours.iter().try_for_each(|behind| unpin(&behind.path))
+    }
+
+    /// The pod's link on a device, if nobody else's program comes before it. (Those of another pod's guard, where two files
+    /// claim one namespace, let nothing past.)
+    fn first_of_ours(
+        &self,
+        pod: &str,
+        kind: &WireProgram,
+        on_device: &[u32],
+        ours: &[WireLink],
+    ) -> Result<Option<u32>, KernelError> {
+        let is_ours = |id: &u32| ours.iter().any(|link| link.id == *id);
+        let Some(at) = on_device.iter().position(is_ours) else { return Ok(None) };
+        let (ahead, rest) = on_device.split_at(at);
+        if !ahead.is_empty() {
+            let others = self.pins().wires_of_others(pod, kind.prefix)?;
+            if ahead.iter().any(|id| !others.contains(id)) {
+                return Ok(None);
             }
         }
-        for index in ends.iter().filter(|index| !guarded.contains(index)) {
-            let mut link = crate::sys::attach_tcx(program, *index).map_err(|e| KernelError::io(what(), e))?;
-            link.pin(free_pin(&self.pins().pod(pod), prefix)).map_err(|e| KernelError::bpf(what(), e))?;
-        }
-        Ok(())
+        Ok(rest.first().copied())
     }
 
-    /// Whether every way out of the pod has its packet program. False also where a device leads elsewhere.
+    /// Removes links that guard nothing and says how many stay. One whose device is still there stays, wherever the pod took
+    /// its own end of it; unless another pod's link guards that device too: then a file had claimed its namespace.
+    pub(crate) fn keep_wires(&self, pod: &str, wires: &[Wire]) -> Result<usize, KernelError> {
+        let mut kept = 0;
+        for kind in &WIRES {
+            for link in self.pins().wires(pod, kind.prefix)? {
+                let is_wire = wires.iter().any(|wire| wire.index == link.device);
+                if link.device == 0 || (!is_wire && self.is_guarded_for_another(pod, kind, &link)?) {
+                    unpin(&link.path)?;
+                } else {
+                    kept += 1;
+                }
+            }
+        }
+        Ok(kept)
+    }
+
+    fn is_guarded_for_another(&self, pod: &str, kind: &WireProgram, link: &WireLink) -> Result<bool, KernelError> {
+        let others = self.pins().wires_of_others(pod, kind.prefix)?;
+        // Where the device is in another namespace than ours, its number means nothing here.
+        let on_device = links_of(link.device, kind).unwrap_or_default();
+        Ok(on_device.contains(&link.id) && on_device.iter().any(|id| others.contains(id)))
+    }
+
+    /// Whether every way out of the pod has its packet programs, and these come before anybody else's.
     pub fn wires_are_guarded(&self, name: &str, netns: BorrowedFd<'_>) -> Result<bool, KernelError> {
         let name = pod_name(name)?;
-        let Ok(mut ends) = crate::wire::other_ends(netns) else { return Ok(false) };
-        let mut guarded: Vec<u32> =
-            self.pins().wires(name, OUTBOUND_PREFIX)?.into_iter().map(|(_, _, index)| index).collect();
-        ends.sort_unstable();
-        guarded.sort_unstable();
-        Ok(ends == guarded)
+        let Ok(ways) = crate::wire::ways_out(netns) else { return Ok(false) };
+        let mut kept = 0;
+        for kind in &WIRES {
+            let ours = self.pins().wires(name, kind.prefix)?;
+            kept += ours.iter().filter(|link| link.device != 0).count();
+            for wire in &ways.wires {
+                if self.first_of_ours(name, kind, &links_of(wire.index, kind)?, &ours)?.is_none() {
+                    return Ok(false);
+                }
+            }
+        }
+        Ok(ways.open.is_none() && kept > 0)
     }
 
     /// Ends the TCP connections of a namespace whose ends are both beyond loopback: made before it was governed, or by sockets
@@ -98,6 +159,12 @@ impl Kernel {
         }
         load_object(object, built)
     }
+}
+
+/// The ids of a device's links, in the order in which their programs run.
+fn links_of(device: u32, kind: &WireProgram) -> Result<Vec<u32>, KernelError> {
+    crate::sys::tcx_links(device, kind.attach.clone())
+        .map_err(|e| KernelError::io(format!("ask for the packet programs of device {device}"), e))
 }
 
 fn program<'o>(object: &'o Object, built: &BuiltObject, name: &str) -> Result<ProgramMut<'o>, KernelError> {

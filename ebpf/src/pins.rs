@@ -11,7 +11,7 @@
 use crate::error::KernelError;
 use crate::layout::{self, Field};
 use libbpf_rs::libbpf_sys::bpf_map_create_opts;
-use libbpf_rs::query::LinkTypeInfo;
+use libbpf_rs::query::{LinkInfo, LinkTypeInfo};
 use libbpf_rs::{Link, MapCore, MapFlags, MapHandle, MapType, ProgramAttachType};
 use std::fs;
 use std::io;
@@ -46,9 +46,28 @@ pub(crate) const MAPS: [MapPin; 10] = [
 /// The slot of a pod's capture listener.
 pub(crate) const LISTENER: MapPin = map("listener", MapType::Sockmap, 4, 8);
 
-/// The packet programs of veth.bpf.o, and what the pins of their links begin with: what leaves the pod, and what comes in.
-pub(crate) const WIRES: [(&str, &str); 2] = [("ambit_outbound", OUTBOUND_PREFIX), ("ambit_knock", "knock-")];
-pub(crate) const OUTBOUND_PREFIX: &str = "veth-";
+/// A packet program of veth.bpf.o.
+pub(crate) struct WireProgram {
+    pub(crate) name: &'static str,
+    /// What the names of its links' pins begin with.
+    pub(crate) prefix: &'static str,
+    pub(crate) attach: ProgramAttachType,
+}
+
+/// What leaves a pod, and what comes in.
+pub(crate) const WIRES: [WireProgram; 2] = [
+    WireProgram { name: "ambit_outbound", prefix: "veth-", attach: ProgramAttachType::TcxIngress },
+    WireProgram { name: "ambit_knock", prefix: "knock-", attach: ProgramAttachType::TcxEgress },
+];
+
+/// A pinned link of a packet program.
+pub(crate) struct WireLink {
+    pub(crate) path: PathBuf,
+    pub(crate) link: Link,
+    pub(crate) id: u32,
+    /// The index of its device, in that one's namespace; 0 where it is gone.
+    pub(crate) device: u32,
+}
 
 /// A program of mesh.bpf.o, the name of its link's pin, and where it attaches.
 pub(crate) const LINKS: [(&str, &str, ProgramAttachType); 10] = [
@@ -198,7 +217,8 @@ impl Pins {
     pub(crate) fn attached_namespaces(&self, except: &str) -> Result<Vec<u64>, KernelError> {
         let mut found = Vec::new();
         for pod in self.pods()?.into_iter().filter(|pod| pod != except) {
-            if let Some((_, LinkTypeInfo::NetNs(info))) = open_link(&self.pod(&pod).join("link"))?
+            if let Some((_, found_there)) = open_link(&self.pod(&pod).join("link"))?
+                && let LinkTypeInfo::NetNs(info) = found_there.info
                 && info.ino != 0
             {
                 found.push(u64::from(info.ino));
@@ -207,17 +227,25 @@ impl Pins {
         Ok(found)
     }
 
-    /// The links of one of a pod's packet programs: where each is pinned, and the index of the device that it hangs on, 0
-    /// for one that is gone.
-    pub(crate) fn wires(&self, pod: &str, prefix: &str) -> Result<Vec<(PathBuf, Link, u32)>, KernelError> {
+    /// The links of one of a pod's packet programs.
+    pub(crate) fn wires(&self, pod: &str, prefix: &str) -> Result<Vec<WireLink>, KernelError> {
         let mut found = Vec::new();
         for name in children(&self.pod(pod))?.into_iter().filter(|name| name.starts_with(prefix)) {
             let path = self.pod(pod).join(name);
             let Some((link, info)) = open_link(&path)? else { continue };
-            let LinkTypeInfo::Tcx(info) = info else {
+            let LinkTypeInfo::Tcx(tcx) = info.info else {
                 return Err(unexpected(&path, "a tcx link", "another kind of link"));
             };
-            found.push((path, link, info.ifindex));
+            found.push(WireLink { path, link, id: info.id, device: tcx.ifindex });
+        }
+        Ok(found)
+    }
+
+    /// The ids of the links of one packet program, of every pod but this one.
+    pub(crate) fn wires_of_others(&self, pod: &str, prefix: &str) -> Result<Vec<u32>, KernelError> {
+        let mut found = Vec::new();
+        for other in self.pods()?.into_iter().filter(|other| other != pod) {
+            found.extend(self.wires(&other, prefix)?.into_iter().map(|wire| wire.id));
         }
         Ok(found)
     }
@@ -225,9 +253,9 @@ impl Pins {
     /// Whether a pod's link hangs on a network namespace that is still there.
     pub(crate) fn pod_lives(&self, pod: &str) -> Result<bool, KernelError> {
         let path = self.pod(pod).join("link");
-        match open_link(&path)? {
+        match open_link(&path)?.map(|(_, info)| info.info) {
             None => Ok(false),
-            Some((_, LinkTypeInfo::NetNs(info))) => Ok(info.ino != 0),
+            Some(LinkTypeInfo::NetNs(info)) => Ok(info.ino != 0),
             Some(_) => Err(unexpected(&path, "a network namespace link", "another kind of link")),
         }
     }
@@ -242,7 +270,7 @@ impl Pins {
     ) -> Result<Option<Link>, KernelError> {
         let path = self.link(name);
         let Some((link, info)) = open_link(&path)? else { return Ok(None) };
-        let LinkTypeInfo::Cgroup(found) = info else {
+        let LinkTypeInfo::Cgroup(found) = info.info else {
             return Err(unexpected(&path, "a cgroup link", "another kind of link"));
         };
         if found.cgroup_id == 0 {
@@ -263,7 +291,7 @@ impl Pins {
     pub(crate) fn open_pod_link(&self, pod: &str, netns: u64) -> Result<Option<Link>, KernelError> {
         let path = self.pod(pod).join("link");
         let Some((link, info)) = open_link(&path)? else { return Ok(None) };
-        let LinkTypeInfo::NetNs(found) = info else {
+        let LinkTypeInfo::NetNs(found) = info.info else {
             return Err(unexpected(&path, "a network namespace link", "another kind of link"));
         };
         if found.ino == 0 {
@@ -298,13 +326,13 @@ pub(crate) fn create_map(
     MapHandle::create(kind, Some(name), key, value, entries, &opts)
 }
 
-fn open_link(path: &Path) -> Result<Option<(Link, LinkTypeInfo)>, KernelError> {
+fn open_link(path: &Path) -> Result<Option<(Link, LinkInfo)>, KernelError> {
     if !path.exists() {
         return Ok(None);
     }
     let link = Link::open(path).map_err(|e| unexpected(path, "a link", format!("{e:#}")))?;
     let info = link.info().map_err(|e| unexpected(path, "a link", format!("{e:#}")))?;
-    Ok(Some((link, info.info)))
+    Ok(Some((link, info)))
 }
 
 pub(crate) fn unpin(path: &Path) -> Result<(), KernelError> {

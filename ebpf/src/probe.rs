@@ -90,7 +90,7 @@ fn loads_in_a_namespace_of_its_own() -> bool {
     let attached = || {
         crate::sys::leave_netns().ok()?;
         let object = crate::kernel::load_object(crate::kernel::open_object(&VETH).ok()?, &VETH).ok()?;
-        let program = object.progs_mut().find(|p| p.name() == WIRES[0].0)?;
+        let program = object.progs_mut().find(|p| p.name() == WIRES[0].name)?;
         crate::sys::attach_tcx(&program, LOOPBACK).ok()
     };
     std::thread::spawn(move || attached().is_some()).join().unwrap_or(false)

@@ -1,10 +1,10 @@
 //! The few system calls that neither std nor libbpf-rs has.
 #![allow(
     unsafe_code,
-    reason = "getsockopt, statfs, mount, clock_gettime, geteuid, setns, unshare and socket by libc, and one call that libbpf-rs lacks; no pointer outlives its call"
+    reason = "getsockopt, statfs, mount, clock_gettime, geteuid, setns, unshare, socket and recvfrom by libc, and two calls that libbpf-rs lacks; no pointer outlives its call"
 )]
 
-use libbpf_rs::{AsRawLibbpf, Link, ProgramMut, libbpf_sys};
+use libbpf_rs::{AsRawLibbpf, Link, ProgramAttachType, ProgramMut, libbpf_sys};
 use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
@@ -109,7 +109,8 @@ pub(crate) fn leave_netns() -> io::Result<()> {
     if unsafe { libc::unshare(libc::CLONE_NEWNET) } == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// A socket to the kernel's routing part, in this thread's network namespace.
+/// A socket to the kernel's routing part, in this thread's network namespace. Whoever waits on it waits a second at most:
+/// an answer for which there was no room does not come.
 pub(crate) fn route_socket() -> io::Result<OwnedFd> {
     // SAFETY: takes three integers.
     let fd = unsafe { libc::socket(libc::AF_NETLINK, libc::SOCK_RAW | libc::SOCK_CLOEXEC, libc::NETLINK_ROUTE) };
@@ -117,16 +118,70 @@ pub(crate) fn route_socket() -> io::Result<OwnedFd> {
         return Err(io::Error::last_os_error());
     }
     // SAFETY: the kernel has just given it to us, and to nobody else.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+    let wait = libc::timeval { tv_sec: 1, tv_usec: 0 };
+    // SAFETY: `wait` lives through the call, and its size is the one given.
+    let result = unsafe {
+        let (wait, len) = ((&raw const wait).cast(), size_of::<libc::timeval>() as libc::socklen_t);
+        libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_RCVTIMEO, wait, len)
+    };
+    if result == 0 { Ok(socket) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Hangs a packet program on what comes in by a device of this thread's network namespace (tcx, Linux 6.6).
+/// Reads one datagram: its length in bytes, and whether the kernel sent it. Who has `CAP_NET_ADMIN` in a namespace can send
+/// to every netlink socket there.
+pub(crate) fn receive(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<(usize, bool)> {
+    // SAFETY: an all-zero address is a valid one.
+    let mut from: libc::sockaddr_nl = unsafe { std::mem::zeroed() };
+    let mut from_len = size_of::<libc::sockaddr_nl>() as libc::socklen_t;
+    // SAFETY: buffer and address live through the call, with the sizes given.
+    let len = unsafe {
+        let (bytes, from) = (buffer.as_mut_ptr().cast(), (&raw mut from).cast());
+        // With MSG_TRUNC the length is that of the datagram, also where the buffer was too short.
+        libc::recvfrom(socket.as_fd().as_raw_fd(), bytes, buffer.len(), libc::MSG_TRUNC, from, &raw mut from_len)
+    };
+    let len = usize::try_from(len).map_err(|_| io::Error::last_os_error())?;
+    if len > buffer.len() {
+        return Err(io::Error::other(format!("a datagram of {len} bytes, at most {}", buffer.len())));
+    }
+    Ok((len, from.nl_pid == 0))
+}
+
+/// Hangs a packet program on a device of this thread's network namespace, before every other there (tcx, Linux 6.6).
 pub(crate) fn attach_tcx(program: &ProgramMut<'_>, index: u32) -> io::Result<Link> {
     let index = i32::try_from(index).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
-    // SAFETY: the program is loaded and lives through the call; without options libbpf reads none.
+    let opts = libbpf_sys::bpf_tcx_opts {
+        sz: size_of::<libbpf_sys::bpf_tcx_opts>() as _,
+        flags: libbpf_sys::BPF_F_BEFORE,
+        ..Default::default()
+    };
+    // SAFETY: the program is loaded, and both live through the call.
     let link =
-        unsafe { libbpf_sys::bpf_program__attach_tcx(program.as_libbpf_object().as_ptr(), index, std::ptr::null()) };
+        unsafe { libbpf_sys::bpf_program__attach_tcx(program.as_libbpf_object().as_ptr(), index, &raw const opts) };
     let link = NonNull::new(link).ok_or_else(io::Error::last_os_error)?;
     // SAFETY: libbpf made it, and nobody else has it.
     Ok(unsafe { Link::from_ptr(link) })
+}
+
+/// The ids of the links of a device of this thread's network namespace, in the order in which their programs run; 0 for a
+/// program without a link.
+pub(crate) fn tcx_links(index: u32, attach: ProgramAttachType) -> io::Result<Vec<u32>> {
+    let index = i32::try_from(index).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+    // BPF_MPROG_MAX of the kernel.
+    let (mut programs, mut links) = ([0u32; 64], [0u32; 64]);
+    let mut opts = libbpf_sys::bpf_prog_query_opts {
+        sz: size_of::<libbpf_sys::bpf_prog_query_opts>() as _,
+        prog_ids: programs.as_mut_ptr(),
+        link_ids: links.as_mut_ptr(),
+        ..Default::default()
+    };
+    opts.__bindgen_anon_1.count = 64;
+    // SAFETY: the arrays have as many places as is said, and live through the call.
+    let result = unsafe { libbpf_sys::bpf_prog_query_opts(index, attach as u32, &raw mut opts) };
+    if result < 0 {
+        return Err(io::Error::from_raw_os_error(-result));
+    }
+    // SAFETY: both members of the union are the same integer.
+    let count = unsafe { opts.__bindgen_anon_1.count } as usize;
+    Ok(links.into_iter().take(count).collect())
 }

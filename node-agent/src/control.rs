@@ -7,7 +7,7 @@ use crate::compile;
 use crate::denials::Lane;
 use crate::health::Health;
 use crate::issued::{Issued, Known};
-use crate::kernel::KernelHandle;
+use crate::kernel::{KernelHandle, WaysOut};
 use crate::metrics::METRICS;
 use crate::netns::{Netns, NetnsThread};
 use crate::outbound::Outbound;
@@ -92,8 +92,23 @@ struct Guarded {
     /// What capture runs as; it learns its identity when there is one.
     identity: watch::Sender<Option<Arc<LocalPod>>>,
     enrolled: Option<u32>,
-    /// A device of its leads out where nothing can be stopped: it is nobody until that is mended.
-    open: bool,
+    /// Why it is nobody until that is mended: something leads out of it where nothing can be stopped.
+    open: Option<Refusal>,
+}
+
+impl Guarded {
+    /// Takes note of how it may be left. True where who it is must change.
+    fn tell(&mut self, ways: WaysOut) -> bool {
+        let open = match ways {
+            WaysOut::Guarded | WaysOut::Mended => None,
+            WaysOut::Open(refusal) => Some(refusal),
+        };
+        if let Some(refusal) = open.as_ref().filter(|_| open != self.open) {
+            tracing::error!(pod = %self.pod.name, %refusal, "a way out of the pod is open: it is denied");
+        }
+        let was_open = std::mem::replace(&mut self.open, open).is_some();
+        was_open != self.open.is_some()
+    }
 }
 
 impl Drop for Guarded {
@@ -139,6 +154,20 @@ impl Judged {
     }
 }
 
+impl State {
+    /// Pods that may be somebody: every way out of them is guarded.
+    fn believed(&self) -> impl Iterator<Item = &Pod> {
+        self.guarded.values().filter(|g| g.open.is_none()).map(|g| &g.pod)
+    }
+
+    fn count_refused(&self) {
+        let open = self.guarded.len() - self.believed().count();
+        METRICS.pods_refused.set(["open"], open as f64);
+        METRICS.pods_refused.set(["unguarded"], self.unguarded.len() as f64);
+        METRICS.pods_refused.set(["unusable"], self.unusable.len() as f64);
+    }
+}
+
 impl Control {
     /// Runs until the process ends.
     pub async fn run(mut self) {
@@ -159,9 +188,10 @@ impl Control {
                     self.reconcile(&mut state).await;
                 }
                 _ = tick.tick() => {
-                    let changed = self.look(&mut state).await;
+                    let changed = self.look(&mut state).await | self.look_at_wires(&mut state);
+                    state.count_refused();
                     let over = Judged::is_over(state.judged.kernel, state.view.as_deref(), self.clock.moment());
-                    if self.look_at_wires(&mut state) || changed || over {
+                    if changed || over {
                         self.reconcile(&mut state).await;
                     }
                     // What is open must not stay so because the kernel takes no tables.
@@ -237,15 +267,11 @@ impl Control {
         state.turn = state.turn.wrapping_add(1);
         let at = state.turn.checked_rem(state.guarded.len()).unwrap_or_default();
         let Some(guarded) = state.guarded.values_mut().nth(at) else { return false };
-        let kept = self.kernel.keep_wires(&guarded.pod.name, guarded.netns.as_fd(), guarded.pod.address);
-        match &kept {
-            Ok(true) => tracing::warn!(pod = %guarded.pod.name, "a wire of the pod was open, and is guarded again"),
-            Err(refusal) if !guarded.open => {
-                tracing::error!(pod = %guarded.pod.name, %refusal, "a wire of the pod is open: it is denied");
-            }
-            _ => {}
+        let ways = self.kernel.keep_wires(&guarded.pod.name, guarded.netns.as_fd(), guarded.pod.address);
+        if ways == WaysOut::Mended {
+            tracing::warn!(pod = %guarded.pod.name, "a wire of the pod was open, and is guarded again");
         }
-        std::mem::replace(&mut guarded.open, kept.is_err()) != kept.is_err()
+        guarded.tell(ways)
     }
 
     /// Takes their identity from guarded pods of which the files say something else now, or nothing. The guard on the
@@ -286,14 +312,15 @@ impl Control {
         }
     }
 
-    /// Takes the guard off namespaces of pods that ended: the namespace is gone, or both file and cgroup are.
+    /// Takes the guard off namespaces of pods that ended: the namespace is gone, or both file and cgroup are. A wire that
+    /// is still there stays guarded, and its pod on the list.
     fn detach_the_ended(&self, state: &mut State) {
         let State { left, pods, unusable, .. } = state;
         left.retain(|name, cgroup| {
             let has_file = pods.contains_key(name) || unusable.iter().any(|bad| bad.name == *name);
             let over = !has_file && cgroup.as_ref().is_some_and(is_gone);
             let ended = if over { Ok(true) } else { self.kernel.lives(name).map(|lives| !lives) };
-            match ended.and_then(|ended| if ended { self.kernel.detach(name).map(|()| true) } else { Ok(false) }) {
+            match ended.and_then(|ended| if ended { self.kernel.detach(name) } else { Ok(false) }) {
                 Ok(detached) => !detached,
                 Err(refusal) => {
                     tracing::debug!(pod = %name, %refusal, "pod not released");
@@ -311,10 +338,12 @@ impl Control {
         let at = SocketAddrV4::new(Ipv4Addr::LOCALHOST, CAPTURE_PORT);
         let listener = self.netns.listen(&netns, at).await.map_err(trouble)?;
         let cookie = netns_cookie(&listener).map_err(trouble)?;
-        self.kernel.attach(&pod.name, netns.as_fd(), pod.address, &listener)?;
+        let ways = self.kernel.attach(&pod.name, netns.as_fd(), pod.address, &listener)?;
         let (identity, who) = watch::channel(None);
         let capture = self.outbound.capture(nth, who, listener, cookie, self.kernel.clone());
-        Ok(Guarded { pod: pod.clone(), netns, capture, identity, enrolled: None, open: false })
+        let mut guarded = Guarded { pod: pod.clone(), netns, capture, identity, enrolled: None, open: None };
+        guarded.tell(ways);
+        Ok(guarded)
     }
 
     /// Takes the endpoints of denied nodes out of the tables in force, in about a millisecond; the install that follows
@@ -344,7 +373,7 @@ impl Control {
         let desired = self.wires.desired.borrow_and_update().clone();
         let Some(view) = desired else { return };
         let begun = Instant::now();
-        let workloads = view.workloads(state.pods.values());
+        let workloads = view.workloads(state.believed());
         let now = self.clock.moment();
         let result = self.install(state, &view, &workloads, now).await;
         METRICS.component.set(["kernel"], f64::from(u8::from(result.is_ok())));
@@ -364,7 +393,7 @@ impl Control {
             self.replace_trust(&view);
             state.view = Some(view.clone());
             state.judged.kernel = Some(now);
-            self.issued.set_pods(view.entries_of_pods(state.pods.values()));
+            self.issued.set_pods(view.entries_of_pods(state.believed()));
             self.issued.set_view(view);
             self.publish(state, &self.issued.now());
         }
@@ -399,7 +428,8 @@ impl Control {
     /// Tells the kernel who the guarded pods are. A pod that is nobody now is forgotten.
     fn enrol(&self, state: &mut State, workloads: &BTreeMap<String, Workload>) -> Result<(), Refusal> {
         for guarded in state.guarded.values_mut() {
-            let number = workloads.get(&guarded.pod.name).filter(|_| !guarded.open).map(|w| w.number.0);
+            let workload = workloads.get(&guarded.pod.name);
+            let number = workload.map(|w| w.number.0);
             if number != guarded.enrolled {
                 match number {
                     Some(number) => self.kernel.enrol(guarded.pod.cgroup_id, number)?,
@@ -407,7 +437,6 @@ impl Control {
                 }
                 guarded.enrolled = number;
             }
-            let workload = workloads.get(&guarded.pod.name);
             let pod = workload.map(|w| Arc::new(LocalPod { workload: w.clone(), netns: guarded.netns.clone() }));
             guarded.identity.send_replace(pod);
         }

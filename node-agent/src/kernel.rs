@@ -24,6 +24,17 @@ pub type Losses = [(&'static str, u64); 3];
 /// A map, its entries now, and the most that it takes.
 pub type Room = (&'static str, u32, u32);
 
+/// How a pod's packets may leave it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum WaysOut {
+    /// By wires that are all guarded.
+    Guarded,
+    /// By wires that are all guarded now; one was not.
+    Mended,
+    /// Also in a way that nobody guards: the pod must be nobody.
+    Open(Refusal),
+}
+
 /// The handle. Cloning shares.
 #[derive(Clone)]
 pub struct KernelHandle(Arc<Kernel>);
@@ -93,32 +104,35 @@ impl KernelHandle {
         self.0.remove_workload(cgroup_id).map_err(|e| refusal(&e))
     }
 
-    /// Guards a pod's namespace and captures into `listener`: first the wire, so that nothing leaves in clear while the rest
-    /// is put in place, and last the connections that were there before.
+    /// Guards a pod's namespace and captures into `listener`: first the wires, so that nothing leaves in clear while the rest
+    /// is put in place, and last the connections that were there before. What can be guarded is, also where not all can.
     pub fn attach(
         &self,
         name: &str,
         netns: BorrowedFd<'_>,
         address: Ipv4Addr,
         listener: impl AsFd,
-    ) -> Result<(), Refusal> {
-        let attached = self.0.guard_wires(name, netns, address).and_then(|_| {
-            self.0.attach_pod(name, netns, address, listener.as_fd())?;
-            self.0.end_bypassing(netns).map(|_| ())
-        });
-        attached.map_err(|e| refusal(&e))
+    ) -> Result<WaysOut, Refusal> {
+        let wires = self.0.guard_wires(name, netns, address);
+        let attached = self.0.attach_pod(name, netns, address, listener.as_fd());
+        attached.and_then(|()| self.0.end_bypassing(netns)).map_err(|e| refusal(&e))?;
+        Ok(wires.map_or_else(|e| WaysOut::Open(refusal(&e)), |_| WaysOut::Guarded))
     }
 
-    /// Puts the packet program back where a wire of the pod lost it, as one that was made anew has. True where one had.
-    pub fn keep_wires(&self, name: &str, netns: BorrowedFd<'_>, address: Ipv4Addr) -> Result<bool, Refusal> {
-        if self.0.wires_are_guarded(name, netns).map_err(|e| refusal(&e))? {
-            return Ok(false);
+    /// Puts the packet programs back where a wire of the pod lost them, as one that was made anew has none.
+    pub fn keep_wires(&self, name: &str, netns: BorrowedFd<'_>, address: Ipv4Addr) -> WaysOut {
+        match self.0.wires_are_guarded(name, netns) {
+            Ok(true) => WaysOut::Guarded,
+            Ok(false) => match self.0.guard_wires(name, netns, address) {
+                Ok(_) => WaysOut::Mended,
+                Err(e) => WaysOut::Open(refusal(&e)),
+            },
+            Err(e) => WaysOut::Open(refusal(&e)),
         }
-        self.0.guard_wires(name, netns, address).map(|_| true).map_err(|e| refusal(&e))
     }
 
-    /// Takes the guard off a pod's namespace: only for a pod that ended.
-    pub fn detach(&self, name: &str) -> Result<(), Refusal> {
+    /// Takes the guard off a pod's namespace: only for a pod that ended. False while one of its wires is still there: ask again.
+    pub fn detach(&self, name: &str) -> Result<bool, Refusal> {
         self.0.detach_pod(name).map_err(|e| refusal(&e))
     }
 

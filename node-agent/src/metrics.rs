@@ -166,6 +166,8 @@ pub struct Metrics {
     pub svids: Family<1>,
     /// Endpoints that are avoided now.
     pub unhealthy: Family<0>,
+    /// Pods that are nobody: a way out is `open`, they are `unguarded`, or their file is `unusable`.
+    pub pods_refused: Family<1>,
     /// Enrolments, by result code.
     pub enrolments: Family<1>,
     /// Calls of the Workload API.
@@ -225,6 +227,12 @@ pub static METRICS: Metrics = Metrics {
     component: Family::new("ambit_agent_component_up", "gauge", ["component"], "1 where the component works."),
     svids: Family::new("ambit_svid_requests_total", "counter", ["result"], "Workload SVIDs asked of the cell."),
     unhealthy: Family::new("ambit_endpoints_unhealthy", "gauge", [], "Endpoints avoided because their tunnel failed."),
+    pods_refused: Family::new(
+        "ambit_pods_refused",
+        "gauge",
+        ["reason"],
+        "Pods that are nobody: a way out is open, they could not be guarded, or their file is unusable.",
+    ),
     enrolments: Family::new("ambit_enrolments_total", "counter", ["result"], "Enrolments of this node by result."),
     workload_api: Family::new(
         "ambit_workload_api_requests_total",
@@ -281,6 +289,7 @@ impl Metrics {
         self.component.write(&mut out);
         self.svids.write(&mut out);
         self.unhealthy.write(&mut out);
+        self.pods_refused.write(&mut out);
         self.enrolments.write(&mut out);
         self.workload_api.write(&mut out);
         self.trusted.write(&mut out);
@@ -326,6 +335,7 @@ mod tests {
         METRICS.revision.set(["desired"], 3.0);
         METRICS.component.set(["kernel"], 1.0);
         METRICS.unhealthy.set([], 0.0);
+        METRICS.pods_refused.set(["open"], 0.0);
         METRICS.setup.observe(Duration::from_millis(3));
         METRICS.setup.observe(Duration::from_secs(60));
         METRICS.trusted.set(["node_late"], 0.0);

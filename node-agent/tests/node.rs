@@ -13,6 +13,7 @@ use ambit_agent::issued::Issued;
 use ambit_agent::kernel::KernelHandle;
 use ambit_agent::netns::NetnsThread;
 use ambit_agent::outbound::Outbound;
+use ambit_agent::plane::Plane;
 use ambit_agent::view::View;
 use ambit_identity::{SharedTrust, Trust, TrustStore};
 use ambit_model::policy::Endpoint;
@@ -32,6 +33,13 @@ use tokio::time::timeout;
 
 const SOON: Duration = Duration::from_secs(10);
 const PORT: u16 = 8080;
+
+/// iproute2 in a pod's namespace.
+fn ip(pid: u32, words: &str) {
+    let enter = [format!("--net=/proc/{pid}/ns/net"), "ip".to_owned()];
+    let status = Command::new("nsenter").args(enter).args(words.split(' ')).status().unwrap();
+    assert!(status.success(), "{words}");
+}
 
 /// What the test puts on the machine, and takes away again, also after a panic.
 struct Ground {
@@ -57,7 +65,7 @@ impl Ground {
     fn mesh(&self) -> PathBuf {
         self.base.join("mesh")
     }
-    /// A namespace with one address on lo: what leaves it, leaves through the agent or not at all.
+    /// A namespace with a veth to here and its address on lo: what leaves it, leaves through the agent or not at all.
     fn pod(&mut self, name: &str, address: Ipv4Addr) -> u32 {
         std::fs::create_dir_all(self.mesh().join(name)).unwrap();
         let ours = std::fs::read_link("/proc/self/ns/net").unwrap();
@@ -68,10 +76,10 @@ impl Ground {
         while !std::fs::read_link(&at).is_ok_and(|link| link != ours) {
             std::thread::sleep(Duration::from_millis(5));
         }
-        for set in ["link set lo up".to_owned(), format!("addr add {address}/32 dev lo")] {
-            let words = ["--net=".to_owned() + &at, "ip".to_owned()];
-            let status = Command::new("nsenter").args(words).args(set.split(' ')).status().unwrap();
-            assert!(status.success(), "{set}");
+        let veth = format!("link add at{pid} type veth peer name eth0 netns {pid}");
+        assert!(Command::new("ip").args(veth.split(' ')).status().unwrap().success(), "{veth}");
+        for set in ["link set lo up", "link set eth0 up", &format!("addr add {address}/32 dev lo")] {
+            ip(pid, set);
         }
         let file = serde_json::json!({"cgroup": name, "netns": at, "address": address, "uid": 0});
         std::fs::write(self.dir.join("pods").join(format!("{name}.json")), file.to_string()).unwrap();
@@ -117,6 +125,7 @@ struct Node {
     desired: watch::Sender<Option<Arc<View>>>,
     outcome: watch::Receiver<Option<Outcome>>,
     endpoints: watch::Receiver<Vec<Endpoint>>,
+    plane: watch::Receiver<Option<Arc<Plane>>>,
     issued: Issued,
     kernel: KernelHandle,
     denials: Lane,
@@ -155,9 +164,15 @@ impl Node {
             wires: Wires { desired: desired_rx, outcome: outcome_tx, endpoints: endpoints_tx, plane, node },
         };
         tokio::spawn(control.run());
+        let traffic = plane_rx.clone();
         let inbound = Inbound::new(plane_rx, denials.clone(), netns, clock.clone());
         tokio::spawn(inbound.serve(hbone));
-        Node { desired, outcome, endpoints, issued, kernel, denials, clock }
+        Node { desired, outcome, endpoints, plane: traffic, issued, kernel, denials, clock }
+    }
+    /// Waits until traffic is carried for the pods at these addresses, and for no other.
+    async fn carries(&mut self, wanted: &[Ipv4Addr]) {
+        let is = |plane: &Option<Arc<Plane>>| plane.as_ref().is_some_and(|p| p.pods.keys().eq(wanted));
+        timeout(SOON, self.plane.wait_for(is)).await.unwrap_or_else(|_| panic!("never {wanted:?}")).unwrap();
     }
     /// Sends a slice and waits until it is in the kernel; gives the time that took.
     async fn apply(&mut self, view: Arc<View>) -> Duration {
@@ -471,6 +486,51 @@ async fn a_bad_or_changed_pod_file_denies_its_pod_and_never_opens_it() {
         assert!(Instant::now() < end, "{:?}", node.kernel.attached());
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
+}
+
+/// A device of a pod by which packets could leave unseen makes it nobody, here and to its cell; its wire is guarded all the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pod_with_an_open_way_out_is_nobody_until_it_is_closed() {
+    let mut ground = Ground::make();
+    let mut cell = Cell::founded("west", 1);
+    let (web, db) = (cell.entry("web", &["cgroup:web"], &[]), cell.entry("db", &["cgroup:db"], &[]));
+    let (web_at, db_at) = (Ipv4Addr::new(10, 200, 3, 11), Ipv4Addr::new(10, 200, 3, 12));
+    let (web_pid, _) = (ground.pod("web", web_at), ground.pod("db", db_at));
+    let open = |pid| {
+        ip(pid, "link add x0 type veth peer name x1");
+        ip(pid, "link set x0 up");
+    };
+    open(web_pid);
+    let mut node = Node::start(&ground, &cell, TcpListener::bind("127.0.0.1:0").await.unwrap()).await;
+    let number = |id: &str, number| v1::NumericIdentity { spiffe_id: cell.id(id), number };
+    let view = cell.view(v1::Slice {
+        entries: vec![web, db],
+        identities: vec![number("web", 256), number("db", 257)],
+        policies: vec![allow("db", "spiffe://west/db", "spiffe://west/web", &[PORT])],
+        ..cell.slice(1, &[])
+    });
+    node.issued.set_svids(BTreeMap::from(["web", "db"].map(|e| (e.parse().unwrap(), Ok(cell.svid(e))))));
+    node.apply(view).await;
+    let come_to = async |node: &mut Node, wanted: &[Ipv4Addr]| {
+        let is = |all: &Vec<Endpoint>| all.iter().map(|e| e.address).collect::<Vec<_>>() == wanted;
+        timeout(SOON, node.endpoints.wait_for(is)).await.unwrap_or_else(|_| panic!("never {wanted:?}")).unwrap();
+    };
+    come_to(&mut node, &[db_at]).await;
+    // Had it been somebody for a moment, it would be reported by now.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    come_to(&mut node, &[db_at]).await;
+    node.carries(&[db_at]).await;
+    assert_eq!(ask(&ground, "web", web_pid, "127.0.0.1").await, "PermissionError", "nobody may do nothing");
+    assert!(ground.pins.join("pods/web/veth-0").exists() && ground.pins.join("pods/web/link").exists());
+
+    ip(web_pid, "link del x0");
+    come_to(&mut node, &[db_at, web_at]).await;
+    node.carries(&[web_at, db_at]).await;
+    assert_eq!(ask(&ground, "web", web_pid, "127.0.0.1").await, "ConnectionRefusedError", "its own loopback");
+    open(web_pid);
+    come_to(&mut node, &[db_at]).await;
+    node.carries(&[db_at]).await;
+    assert_eq!(ask(&ground, "web", web_pid, "127.0.0.1").await, "PermissionError", "nobody again");
 }
 
 /// Enough chance for small policies, and the same on every run.

@@ -297,7 +297,7 @@ fn in_a_namespace_that_is_not_attached_nothing_is_captured() {
     let listener = node.attach(&kernel);
     assert!(node.connect("client", to).starts_with("ok"));
     drop(accept(&listener));
-    kernel.detach_pod("pod").unwrap();
+    assert!(kernel.detach_pod("pod").unwrap());
     assert_eq!(node.connect("client", to), "EPERM");
     assert_eq!(kernel.counters().unwrap().denied[&Reason::NoCapture], 2);
     assert!(try_accept(&squatter, Duration::from_millis(50)).is_none());

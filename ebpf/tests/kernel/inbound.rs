@@ -283,8 +283,7 @@ fn a_pod_is_let_go_and_only_a_listener_takes_its_slot() {
     let refused = kernel.attach_pod("pod", elsewhere.as_fd(), POD, listener.as_fd());
     assert!(matches!(refused, Err(KernelError::PinUnexpected { .. })), "{refused:?}");
 
-    kernel.detach_pod("pod").unwrap();
-    kernel.detach_pod("pod").unwrap();
+    assert!(kernel.detach_pod("pod").unwrap() && kernel.detach_pod("pod").unwrap());
     assert!(kernel.pods().unwrap().is_empty());
     let server = node.listen_in_pod(POD, 8080);
     let to = SocketAddr::from((POD, 8080));

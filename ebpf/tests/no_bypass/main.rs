@@ -11,6 +11,7 @@ mod support;
 mod attempts;
 mod rig;
 mod soak;
+mod wires;
 
 use ambit_ebpf::{Capacity, Kernel, KernelError, Options, Reason};
 use attempts::ATTEMPTS;
@@ -147,7 +148,7 @@ fn recreated_veth(rig: &mut Rig, kernel: &Kernel) -> (State, Column) {
     assert!(rig.wires_are_guarded(kernel));
     rig.remake_wire();
     assert!(!rig.wires_are_guarded(kernel), "an open wire was not told");
-    rig.guard(kernel);
+    assert_eq!(rig.guard(kernel), 1);
     assert!(rig.wires_are_guarded(kernel));
     let state = State { name: "veth anew", allowed: "ok", governed: true };
     let found = column(rig, &state);

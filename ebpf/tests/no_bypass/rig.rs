@@ -190,7 +190,7 @@ impl Rig {
 
     /// As the agent does: the wire first, then the namespace, then what was there before.
     pub(crate) fn govern(&mut self, kernel: &Kernel) {
-        self.guard(kernel);
+        assert_eq!(self.guard(kernel), 1);
         self.attach_only(kernel);
         assert!(kernel.end_bypassing(self.node.pod_netns().as_fd()).unwrap());
     }
@@ -200,9 +200,16 @@ impl Rig {
         self.agent = Some(Agent::start(self.node.attach(kernel)));
     }
 
-    pub(crate) fn guard(&self, kernel: &Kernel) {
+    /// How many wires of the pod are guarded now.
+    pub(crate) fn guard(&self, kernel: &Kernel) -> usize {
         let pod = self.node.pod_netns();
-        assert_eq!(self.on_node(|| kernel.guard_wires("pod", pod.as_fd(), POD).unwrap()), 1);
+        self.on_node(|| kernel.guard_wires("pod", pod.as_fd(), POD).unwrap())
+    }
+
+    /// The same where it ends in an error.
+    pub(crate) fn guard_fails(&self, kernel: &Kernel) -> KernelError {
+        let pod = self.node.pod_netns();
+        self.on_node(|| kernel.guard_wires("pod", pod.as_fd(), POD).unwrap_err())
     }
 
     pub(crate) fn wires_are_guarded(&self, kernel: &Kernel) -> bool {
@@ -218,8 +225,31 @@ impl Rig {
         self.govern(kernel);
     }
 
+    /// As the agent does with each pod in turn.
+    pub(crate) fn keep(&self, kernel: &Kernel) {
+        let pod = self.node.pod_netns();
+        self.on_node(|| {
+            if !kernel.wires_are_guarded("pod", pod.as_fd()).unwrap() {
+                drop(kernel.guard_wires("pod", pod.as_fd(), POD));
+            }
+        });
+    }
+
+    /// One of [`TOOLS`], from outside the mesh: how many frames with `mark` were seen.
+    pub(crate) fn sent(&mut self, namespace: u32, mark: &str, act: &str) -> usize {
+        let names = format!("FAR, FAR6, NEAR, POD, POD6 = '{FAR}', 'fd99::2', '{NEAR}', '{POD}', 'fd99::1'");
+        let script = format!("{names}\n{TOOLS}\nprint(attempt({mark:?}, {act:?}))");
+        self.node.python_in(&format!("/proc/{namespace}/ns/net"), None, &script);
+        self.seen(mark)
+    }
+
+    /// The namespace of the other pod of this node.
+    pub(crate) fn near(&self) -> u32 {
+        self.machines[1].namespace.id()
+    }
+
     /// On a thread in the node's namespace.
-    fn on_node<T: Send>(&self, act: impl FnOnce() -> T + Send) -> T {
+    pub(crate) fn on_node<T: Send>(&self, act: impl FnOnce() -> T + Send) -> T {
         let netns = netns_of(&self.node.outside);
         std::thread::scope(|scope| {
             let thread = scope.spawn(|| {
