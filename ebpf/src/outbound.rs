@@ -43,7 +43,10 @@ impl Kernel {
     }
 
     fn guard_wire(&self, pod: &str, wire: &Wire, address: Ipv4Addr) -> Result<(), KernelError> {
-        let object = self.load_beside(&VETH, Some(address))?;
+        // `pod` of veth.bpf.c.
+        let [a, b, c, d] = address.octets();
+        let [m, n, o, p, q, r] = wire.mac;
+        let object = self.load_beside(&VETH, Some(&[a, b, c, d, m, n, o, p, q, r, 0, 0]))?;
         WIRES.iter().try_for_each(|kind| self.hang(pod, kind, &program(&object, &VETH, kind.name)?, wire.index))
     }
 
@@ -145,14 +148,14 @@ impl Kernel {
         read.map(|_| true)
     }
 
-    /// Loads an object that tells through the maps of mesh.bpf.o.
-    pub(crate) fn load_beside(&self, built: &BuiltObject, pod: Option<Ipv4Addr>) -> Result<Object, KernelError> {
+    /// Loads an object that tells through the maps of mesh.bpf.o, with these constants.
+    pub(crate) fn load_beside(&self, built: &BuiltObject, constants: Option<&[u8]>) -> Result<Object, KernelError> {
         let mut object = open_object(built)?;
         for mut map in object.maps_mut() {
             let name = map.name().to_string_lossy().into_owned();
-            let result = match (name.as_str(), pod) {
+            let result = match (name.as_str(), constants) {
                 ("counters" | "events", _) => map.reuse_pinned_map(self.pins().map(&name)),
-                (_, Some(address)) if name.ends_with("rodata") => map.set_initial_value(&address.octets()),
+                (_, Some(bytes)) if name.ends_with("rodata") => map.set_initial_value(bytes),
                 _ => Ok(()),
             };
             result.map_err(|e| KernelError::bpf(format!("prepare map {name} of {}", built.name), e))?;

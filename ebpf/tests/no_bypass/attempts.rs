@@ -108,16 +108,21 @@ def udp(): return struct.pack('!HHHH', 4000, 9090, 8 + len(MARK), 0) + MARK
 def tcp(flags, seq_ack=b'\0' * 8): return struct.pack('!HH', 4000, 9090) + seq_ack + struct.pack('!BBHHH', 0x50, flags, 0, 0, 0)
 def arp(end=b'\0' * 10):
     return struct.pack('!HHBBH', 1, 0x800, 6, 4, 1) + bytes.fromhex(MAC) + inet_aton(POD) + end
-def ip(protocol, inner, source=None, fragment=0):
-    def head(sum): return struct.pack('!BBHHHBBH', 0x45, 0, 20 + len(inner), 1, fragment, 64, protocol, sum) + inet_aton(source or POD) + inet_aton(FAR)
+def ip(protocol, inner, source=None, fragment=0, to=None):
+    def head(sum): return struct.pack('!BBHHHBBH', 0x45, 0, 20 + len(inner), 1, fragment, 64, protocol, sum) + inet_aton(source or POD) + inet_aton(to or FAR)
     return head(checksum(head(0))) + inner
 def ip6(protocol, inner):
     return struct.pack('!IHBB', 6 << 28, len(inner), protocol, 255) + inet_pton(AF_INET6, POD6) + inet_pton(AF_INET6, FAR6) + inner
-def frame(kind, body):
+def frame(kind, body, by='eth0', to=b'\xff' * 6, source=None):
     with socket.socket(AF_PACKET, SOCK_RAW) as s:
-        s.bind(('eth0', 0))
-        s.send(b'\xff' * 6 + bytes.fromhex(MAC) + struct.pack('!H', kind) + body)
+        s.bind((by, 0))
+        s.send(to + (source or bytes.fromhex(MAC)) + struct.pack('!H', kind) + body)
     return 'ok'
+def reset(ports, to, id=0, tos=0, ttl=64, fragment=0x4000, window=0, end=b'', sum=None, source=None):
+    def inner(sum): return ports + struct.pack('!IIBBHHH', 0, 8, 0x50, 0x14, window, sum, 0) + end
+    sum = checksum(inet_aton(POD) + inet_aton(FAR) + struct.pack('!BBH', 0, 6, 20 + len(end)) + inner(0)) if sum is None else sum
+    def outer(sum): return struct.pack('!BBHHHBBH', 0x45, tos, 40 + len(end), id, fragment, ttl, 6, sum) + inet_aton(POD) + inet_aton(FAR)
+    return frame(0x0800, outer(checksum(outer(0))) + inner(sum), 'x0', to, source)
 def in_child(act):
     r, w = os.pipe()
     if os.fork() == 0:

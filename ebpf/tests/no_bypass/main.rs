@@ -9,6 +9,7 @@
 mod support;
 
 mod attempts;
+mod exceptions;
 mod rig;
 mod soak;
 mod wires;

@@ -11,7 +11,7 @@ use std::io::Read;
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
-use std::process::Child;
+use std::process::{Child, Command};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
@@ -98,7 +98,8 @@ k = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_TCP)
 for line in sys.stdin:
     if line.startswith('knock'):
         # Its checksum is wrong: the pod's kernel does not answer, so what may answer it is still open.
-        k.sendto(struct.pack('!HHIIBBHHH', 9090, 4000, 7, 0, 0x50, 2, 1000, 0, 0), (line.split()[1], 0))
+        _, pod, here, there = line.split()
+        k.sendto(struct.pack('!HHIIBBHHH', int(here), int(there), 7, 0, 0x50, 2, 1000, 0, 0), (pod, 0))
         print('knocked', flush=True)
         continue
     time.sleep(0.2)
@@ -238,9 +239,49 @@ impl Rig {
     /// One of [`TOOLS`], from outside the mesh: how many frames with `mark` were seen.
     pub(crate) fn sent(&mut self, namespace: u32, mark: &str, act: &str) -> usize {
         let names = format!("FAR, FAR6, NEAR, POD, POD6 = '{FAR}', 'fd99::2', '{NEAR}', '{POD}', 'fd99::1'");
-        let script = format!("{names}\n{TOOLS}\nprint(attempt({mark:?}, {act:?}))");
-        self.node.python_in(&format!("/proc/{namespace}/ns/net"), None, &script);
+        self.act(namespace, &names, &[(mark.to_owned(), act)]);
         self.seen(mark)
+    }
+
+    /// Several of them from the far machine, to the pod. Each has a mark of its own.
+    pub(crate) fn send_in(&self, acts: &[(String, &str)]) {
+        let names = format!("FAR, FAR6, POD, POD6 = '{POD}', 'fd99::1', '{FAR}', 'fd99::2'");
+        self.act(self.far(), &names, acts);
+    }
+
+    fn act(&self, namespace: u32, names: &str, acts: &[(String, &str)]) {
+        let calls: String = acts.iter().map(|(mark, act)| format!("print(attempt({mark:?}, {act:?}))\n")).collect();
+        let script = format!("{names}\n{TOOLS}\n{calls}");
+        self.node.python_in(&format!("/proc/{namespace}/ns/net"), None, &script);
+    }
+
+    /// The far machine sends a SYN of sequence number 7, to which the pod's kernel gives no answer.
+    pub(crate) fn knock(&mut self, from: u16, to: u16) {
+        let far = self.machines[0].capture.as_mut().unwrap();
+        far.ask(&format!("knock {POD} {from} {to}"));
+        assert_eq!(far.answer(), "knocked");
+    }
+
+    /// The namespace of the far machine.
+    pub(crate) fn far(&self) -> u32 {
+        self.machines[0].namespace.id()
+    }
+
+    /// Its MAC address, as Python bytes.
+    pub(crate) fn far_mac(&self) -> String {
+        let mac = in_netns(netns_of(&self.machines[0].namespace), || {
+            let shown = Command::new("ip").args(["-o", "link", "show", "eth0"]).output().unwrap();
+            String::from_utf8(shown.stdout).unwrap()
+        });
+        let mac = mac.split("link/ether ").nth(1).and_then(|rest| rest.split(' ').next()).unwrap();
+        format!("bytes.fromhex('{}')", mac.replace(':', ""))
+    }
+
+    /// Captures in the pod what comes in by its wire, and is asked as the other machines are.
+    pub(crate) fn capture_in_pod(&self) -> Worker {
+        let mut capture = self.node.worker_in(&format!("/proc/{}/ns/net", self.node.pod.id()), None, MACHINE);
+        assert_eq!(capture.answer(), "ready");
+        capture
     }
 
     /// The namespace of the other pod of this node.
@@ -295,11 +336,10 @@ impl Rig {
     pub(crate) fn try_all(&mut self, state: &str) -> BTreeMap<&'static str, (String, usize)> {
         self.turn += 1;
         // Eight bytes: what a TCP header without a payload could carry.
-        let mark = |n: usize| format!("L{:02}{n:02}{:03}", self.turn, std::process::id() % 1000);
+        let turn = self.turn;
+        let mark = |n: usize| format!("L{turn:02}{n:02}{:03}", std::process::id() % 1000);
         // An accomplice outside, for the resets.
-        let far = self.machines[0].capture.as_mut().unwrap();
-        far.ask(&format!("knock {POD}"));
-        assert_eq!(far.answer(), "knocked");
+        self.knock(9090, 4000);
         let mut told = BTreeMap::new();
         for (actor, cgroup) in [("client", Some("client")), ("stranger", Some("stranger")), ("outsider", None)] {
             let mine: Vec<_> = ATTEMPTS.iter().enumerate().filter(|(_, a)| a.1 == actor).collect();

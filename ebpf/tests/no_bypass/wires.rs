@@ -10,7 +10,7 @@ use std::process::Child;
 /// A frame that no program on cgroups sees.
 const FRAME: &str = "frame(0x0800, ip(17, udp()))";
 
-fn governed(rig: &mut Rig) -> Kernel {
+pub(crate) fn governed(rig: &mut Rig) -> Kernel {
     let kernel = rig.open().unwrap();
     rig.govern(&kernel);
     kernel.set_workload(rig.node.cgroup("client"), rig::CLIENT).unwrap();
@@ -19,7 +19,7 @@ fn governed(rig: &mut Rig) -> Kernel {
     kernel
 }
 
-fn inside(pid: u32, command: &str) {
+pub(crate) fn inside(pid: u32, command: &str) {
     run(&format!("nsenter --net=/proc/{pid}/ns/net {command}"));
 }
 
