@@ -33,6 +33,7 @@ mod wire;
 pub use error::KernelError;
 pub use event::{Counters, Event, Reason};
 pub use kernel::{Capacity, Kernel, Options, OriginalDestination};
+pub use netlink::DeviceNews;
 pub use objects::{BuiltObject, DECIDE, MANIFEST, OBJECTS};
 pub use probe::{Feature, probe};
 pub use sys::{cgroup_id, netns_cookie};

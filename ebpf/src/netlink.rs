@@ -1,9 +1,10 @@
 //! Questions to the kernel's routing part, in this thread's network namespace (rtnetlink(7)). In a pod's namespace the pod may
 //! listen in, shout in between, and change what is asked for meanwhile: only whole answers of the kernel count.
 
+use crate::error::KernelError;
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 /// linux/netlink.h, linux/rtnetlink.h, linux/if_link.h and linux/net_namespace.h.
 const NLMSG_ERROR: u16 = 2;
@@ -29,6 +30,9 @@ pub(crate) const IFF_LOOPBACK: u32 = 8;
 const ANSWER_BYTES_MAX: usize = 16 << 20;
 /// A list of devices that changes while it is read is read again; whoever keeps changing it is not waited for.
 const TRIES_MAX: usize = 8;
+
+/// Datagrams read in one go.
+const NEWS_MAX: usize = 256;
 
 /// One network device.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -72,6 +76,28 @@ pub(crate) fn netns_id(other: BorrowedFd<'_>) -> io::Result<Option<NetnsId>> {
     let id = found.and_then(|(_, value)| Some(i32::from_ne_bytes(*value.first_chunk()?)));
     // Of one that has no id yet the kernel says -1.
     Ok(id.filter(|id| *id >= 0).map(NetnsId))
+}
+
+/// Word of the devices of the network namespace in which it was opened.
+#[derive(Debug)]
+pub struct DeviceNews(OwnedFd);
+
+impl DeviceNews {
+    /// Listens from now on.
+    pub fn open() -> Result<Self, KernelError> {
+        let socket = crate::sys::device_news_socket().map_err(|e| KernelError::io("listen for news of devices", e))?;
+        Ok(Self(socket))
+    }
+
+    /// Whether a device came, went or changed since the last call. True too where that cannot be told.
+    pub fn came(&self) -> bool {
+        let mut buffer = [0; 4096];
+        let mut read = || crate::sys::receive(&self.0, &mut buffer);
+        let is_nothing = |e: &io::Error| e.kind() == io::ErrorKind::WouldBlock;
+        // What is more than this is news next time.
+        let first = (0..NEWS_MAX).find_map(|n| read().err().map(|e| (n, e)));
+        first.is_none_or(|(n, e)| n > 0 || !is_nothing(&e))
+    }
 }
 
 fn ask(kind: u16, flags: u16, body: &[u8]) -> io::Result<File> {
@@ -206,6 +232,20 @@ mod tests {
         assert_eq!(told(&[link.clone(), [link.clone(), done.clone()].concat()]), Some(3));
         assert_eq!(told(&[interrupted(RTM_NEWLINK), link.clone(), done]), None);
         assert_eq!(told(&[link, interrupted(NLMSG_DONE)]), None);
+    }
+
+    #[test]
+    fn a_device_that_comes_is_told_once() {
+        let told = std::thread::spawn(|| {
+            crate::sys::leave_netns().unwrap();
+            let news = DeviceNews::open().unwrap();
+            let ip = |words: &str| {
+                assert!(std::process::Command::new("ip").args(words.split(' ')).status().unwrap().success());
+                news.came()
+            };
+            [news.came(), ip("link add x0 type veth peer name x1"), news.came(), ip("link set x0 up"), ip("link show")]
+        });
+        assert_eq!(told.join().unwrap(), [false, true, false, true, false]);
     }
 
     /// A pod with `CAP_NET_ADMIN` may send to our socket in its namespace, and would hide a device.

@@ -1,7 +1,7 @@
 //! The few system calls that neither std nor libbpf-rs has.
 #![allow(
     unsafe_code,
-    reason = "getsockopt, statfs, mount, clock_gettime, geteuid, setns, unshare, socket and recvfrom by libc, and two calls that libbpf-rs lacks; no pointer outlives its call"
+    reason = "getsockopt, statfs, mount, clock_gettime, geteuid, setns, unshare, socket, bind and recvfrom by libc, and two calls that libbpf-rs lacks; no pointer outlives its call"
 )]
 
 use libbpf_rs::{AsRawLibbpf, Link, ProgramAttachType, ProgramMut, libbpf_sys};
@@ -125,6 +125,26 @@ pub(crate) fn route_socket() -> io::Result<OwnedFd> {
         let (wait, len) = ((&raw const wait).cast(), size_of::<libc::timeval>() as libc::socklen_t);
         libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_RCVTIMEO, wait, len)
     };
+    if result == 0 { Ok(socket) } else { Err(io::Error::last_os_error()) }
+}
+
+/// The same that is told of every device that comes, goes or changes (RTMGRP_LINK), and is never waited for.
+pub(crate) fn device_news_socket() -> io::Result<OwnedFd> {
+    let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    // SAFETY: takes three integers.
+    let fd = unsafe { libc::socket(libc::AF_NETLINK, kind, libc::NETLINK_ROUTE) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just given it to us, and to nobody else.
+    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+    // SAFETY: an all-zero address is a valid one.
+    let mut address: libc::sockaddr_nl = unsafe { std::mem::zeroed() };
+    address.nl_family = libc::AF_NETLINK as libc::sa_family_t;
+    address.nl_groups = libc::RTMGRP_LINK as u32;
+    let len = size_of::<libc::sockaddr_nl>() as libc::socklen_t;
+    // SAFETY: the address lives through the call, and its size is the one given.
+    let result = unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), len) };
     if result == 0 { Ok(socket) } else { Err(io::Error::last_os_error()) }
 }
 

@@ -1,31 +1,32 @@
 //! The agent's one decision loop: pods that are here, the view that the cell sent, the SVIDs that are held; from these
 //! it makes the kernel's tables and the plane that carries traffic, whole, each time one of them changes.
 
+mod guards;
+
 use crate::cgroup::MeshRoot;
 use crate::clock::Clock;
 use crate::compile;
 use crate::denials::Lane;
 use crate::health::Health;
 use crate::issued::{Issued, Known};
-use crate::kernel::{KernelHandle, WaysOut};
+use crate::kernel::KernelHandle;
 use crate::metrics::METRICS;
-use crate::netns::{Netns, NetnsThread};
+use crate::netns::NetnsThread;
 use crate::outbound::Outbound;
 use crate::plane::{Credentials, LocalPod, Plane};
-use crate::pods::{self, Pod, Pods, Unusable};
+use crate::pods::{Pod, Pods, Unusable};
 use crate::view::{View, Workload};
-use ambit_ebpf::{CAPTURE_PORT, Tables, netns_cookie};
+use ambit_ebpf::{DeviceNews, Tables};
 use ambit_identity::{SharedTrust, Trust, TrustStore};
 use ambit_model::policy::Endpoint;
 use ambit_model::{Code, EntryId, Generation, Moment, NodeId, Refusal, Revision};
+use guards::{FormerCgroup, Guarded};
 use std::collections::BTreeMap;
-use std::net::{Ipv4Addr, SocketAddrV4};
-use std::os::fd::AsFd;
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
-use tokio::task::JoinHandle;
 
 /// How soon a pod is noticed.
 const POLL_EVERY: Duration = Duration::from_millis(100);
@@ -83,43 +84,6 @@ pub struct Control {
     pub wires: Wires,
 }
 
-/// A pod whose namespace is guarded.
-#[derive(Debug)]
-struct Guarded {
-    pod: Pod,
-    netns: Netns,
-    capture: JoinHandle<()>,
-    /// What capture runs as; it learns its identity when there is one.
-    identity: watch::Sender<Option<Arc<LocalPod>>>,
-    enrolled: Option<u32>,
-    /// Why it is nobody until that is mended: something leads out of it where nothing can be stopped.
-    open: Option<Refusal>,
-}
-
-impl Guarded {
-    /// Takes note of how it may be left. True where who it is must change.
-    fn tell(&mut self, ways: WaysOut) -> bool {
-        let open = match ways {
-            WaysOut::Guarded | WaysOut::Mended => None,
-            WaysOut::Open(refusal) => Some(refusal),
-        };
-        if let Some(refusal) = open.as_ref().filter(|_| open != self.open) {
-            tracing::error!(pod = %self.pod.name, %refusal, "a way out of the pod is open: it is denied");
-        }
-        let was_open = std::mem::replace(&mut self.open, open).is_some();
-        was_open != self.open.is_some()
-    }
-}
-
-impl Drop for Guarded {
-    fn drop(&mut self) {
-        self.capture.abort();
-    }
-}
-
-/// The cgroup of a pod that is believed no more: its directory and its id.
-type FormerCgroup = (PathBuf, u64);
-
 #[derive(Default)]
 struct State {
     pods: Pods,
@@ -128,8 +92,11 @@ struct State {
     /// Namespaces that stay guarded though no usable file speaks of them: processes may still run there. (No cgroup:
     /// a former agent left it.)
     left: BTreeMap<String, Option<FormerCgroup>>,
-    /// Whose wires are looked at next.
+    /// Whose wires are looked at next, and how many more without delay.
     turn: usize,
+    due: usize,
+    /// Of the node's devices; where there is none, pods are looked at in turn all the same.
+    news: Option<DeviceNews>,
     /// Why pods could not be guarded, as last told.
     unguarded: BTreeMap<String, Refusal>,
     view: Option<Arc<View>>,
@@ -171,8 +138,11 @@ impl State {
 impl Control {
     /// Runs until the process ends.
     pub async fn run(mut self) {
-        let mut state = State { left: self.found_guarded(), ..State::default() };
+        let news = DeviceNews::open().inspect_err(|error| tracing::warn!(%error, "no news of devices")).ok();
+        let mut state = State { left: self.found_guarded(), news, ..State::default() };
         let (mut known, mut denials) = (self.issued.watch(), self.denials.watch());
+        // What is said to be in force is so for the pods that are here already.
+        self.look(&mut state).await;
         let mut tick = tokio::time::interval(POLL_EVERY);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -216,134 +186,6 @@ impl Control {
                 Ok(()) = self.wires.node.changed() => self.publish(&mut state, &self.issued.now()),
             }
         }
-    }
-
-    /// Scans the pods; guards new ones at once, before anybody knows who they are. True where something changed.
-    async fn look(&self, state: &mut State) -> bool {
-        let (found, unusable) = match pods::scan(&self.pods_dir, &self.cgroup_root) {
-            Ok(found) => found,
-            Err(error) => {
-                METRICS.component.set(["pods"], 0.0);
-                tracing::debug!(%error, "pods not read");
-                return false;
-            }
-        };
-        METRICS.component.set(["pods"], 1.0);
-        if unusable != state.unusable {
-            for bad in &unusable {
-                tracing::warn!(error = %bad, "pod stays denied");
-            }
-            state.unusable = unusable;
-        }
-        let mut changed = found != state.pods;
-        if changed {
-            self.disbelieve(state, &found).await;
-        }
-        state.unguarded.retain(|name, _| found.contains_key(name));
-        for pod in found.values() {
-            if !state.guarded.contains_key(&pod.name) {
-                match self.guard(pod, state.guarded.len()).await {
-                    Ok(guarded) => {
-                        state.left.remove(&pod.name);
-                        state.unguarded.remove(&pod.name);
-                        state.guarded.insert(pod.name.clone(), guarded);
-                        changed = true;
-                    }
-                    Err(refusal) if state.unguarded.get(&pod.name) != Some(&refusal) => {
-                        tracing::warn!(pod = %pod.name, %refusal, "pod not guarded, stays denied");
-                        state.unguarded.insert(pod.name.clone(), refusal);
-                    }
-                    Err(_) => {}
-                }
-            }
-        }
-        state.pods = found;
-        self.detach_the_ended(state);
-        changed
-    }
-
-    /// The wires of one pod, in turn: a veth that was made anew has no packet program. True where who it is must change.
-    fn look_at_wires(&self, state: &mut State) -> bool {
-        state.turn = state.turn.wrapping_add(1);
-        let at = state.turn.checked_rem(state.guarded.len()).unwrap_or_default();
-        let Some(guarded) = state.guarded.values_mut().nth(at) else { return false };
-        let ways = self.kernel.keep_wires(&guarded.pod.name, guarded.netns.as_fd(), guarded.pod.address);
-        if ways == WaysOut::Mended {
-            tracing::warn!(pod = %guarded.pod.name, "a wire of the pod was open, and is guarded again");
-        }
-        guarded.tell(ways)
-    }
-
-    /// Takes their identity from guarded pods of which the files say something else now, or nothing. The guard on the
-    /// namespace stays: a bad file must not open a running pod to plain inbound.
-    async fn disbelieve(&self, state: &mut State, found: &Pods) {
-        let differs = |g: &&Guarded| found.get(&g.pod.name) != Some(&g.pod);
-        let names: Vec<String> = state.guarded.values().filter(differs).map(|g| g.pod.name.clone()).collect();
-        for name in names {
-            let Some(mut guarded) = state.guarded.remove(&name) else { continue };
-            if let Err(refusal) = self.kernel.forget(guarded.pod.cgroup_id) {
-                tracing::error!(pod = name, %refusal, "pod not denied");
-            }
-            match found.get(&name).filter(|pod| pod.stands_where(&guarded.pod)) {
-                Some(pod) => {
-                    guarded.pod = pod.clone();
-                    guarded.enrolled = None;
-                    state.guarded.insert(name, guarded);
-                }
-                None => {
-                    // Its descriptors would keep the namespace alive for ever; and whoever guards it anew needs the port.
-                    guarded.capture.abort();
-                    let _ = (&mut guarded.capture).await;
-                    let cgroup = (self.cgroup_root.join(&guarded.pod.cgroup), guarded.pod.cgroup_id);
-                    state.left.insert(name, Some(cgroup));
-                }
-            }
-        }
-    }
-
-    /// What a former agent guarded.
-    fn found_guarded(&self) -> BTreeMap<String, Option<FormerCgroup>> {
-        match self.kernel.attached() {
-            Ok(names) => names.into_iter().map(|name| (name, None)).collect(),
-            Err(refusal) => {
-                tracing::error!(%refusal, "guards of a former agent not found; they stay");
-                BTreeMap::new()
-            }
-        }
-    }
-
-    /// Takes the guard off namespaces of pods that ended: the namespace is gone, or both file and cgroup are. A wire that
-    /// is still there stays guarded, and its pod on the list.
-    fn detach_the_ended(&self, state: &mut State) {
-        let State { left, pods, unusable, .. } = state;
-        left.retain(|name, cgroup| {
-            let has_file = pods.contains_key(name) || unusable.iter().any(|bad| bad.name == *name);
-            let over = !has_file && cgroup.as_ref().is_some_and(is_gone);
-            let ended = if over { Ok(true) } else { self.kernel.lives(name).map(|lives| !lives) };
-            match ended.and_then(|ended| if ended { self.kernel.detach(name) } else { Ok(false) }) {
-                Ok(detached) => !detached,
-                Err(refusal) => {
-                    tracing::debug!(pod = %name, %refusal, "pod not released");
-                    true
-                }
-            }
-        });
-    }
-
-    /// Opens the pod's capture listener in its namespace and refuses plain inbound there.
-    async fn guard(&self, pod: &Pod, nth: usize) -> Result<Guarded, Refusal> {
-        let trouble =
-            |e: std::io::Error| Refusal::new(Code::Internal, format!("a guard on pod {}", pod.name), e.to_string());
-        let netns = Netns::open(&pod.netns).map_err(trouble)?;
-        let at = SocketAddrV4::new(Ipv4Addr::LOCALHOST, CAPTURE_PORT);
-        let listener = self.netns.listen(&netns, at).await.map_err(trouble)?;
-        let cookie = netns_cookie(&listener).map_err(trouble)?;
-        let ways = self.kernel.attach(&pod.name, netns.as_fd(), pod.address, &listener)?;
-        let (identity, who) = watch::channel(None);
-        let capture = self.outbound.capture(nth, who, listener, cookie, self.kernel.clone());
-        let mut guarded = Guarded { pod: pod.clone(), netns, capture, identity, enrolled: None, open: None };
-        guarded.tell(ways);
-        Ok(guarded)
     }
 
     /// Takes the endpoints of denied nodes out of the tables in force, in about a millisecond; the install that follows
@@ -511,15 +353,6 @@ fn trust_of(view: &View) -> Result<TrustStore, Refusal> {
     }
     store.deny_authorities(view.denials.authorities().iter().cloned());
     Ok(store)
-}
-
-/// A cgroup can be removed only when no process is left in it.
-fn is_gone((path, id): &FormerCgroup) -> bool {
-    use std::os::unix::fs::MetadataExt;
-    match std::fs::metadata(path) {
-        Ok(meta) => meta.ino() != *id,
-        Err(error) => error.kind() == std::io::ErrorKind::NotFound,
-    }
 }
 
 /// Checks, before anything is attached, that the configured cgroup is one.

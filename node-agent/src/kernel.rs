@@ -16,6 +16,9 @@ pub const LEASE: Duration = Duration::from_secs(60);
 /// How often the lease is renewed: eleven renewals may be lost.
 pub const LEASE_EVERY: Duration = Duration::from_secs(5);
 
+/// Looks at a pod's devices, where they change while they are looked at.
+const LOOKS_MAX: usize = 3;
+
 /// Decisions allowed, and decisions refused by reason.
 pub type Totals = (u64, Vec<(&'static str, u64)>);
 
@@ -119,16 +122,22 @@ impl KernelHandle {
         Ok(wires.map_or_else(|e| WaysOut::Open(refusal(&e)), |_| WaysOut::Guarded))
     }
 
-    /// Puts the packet programs back where a wire of the pod lost them, as one that was made anew has none.
+    /// Puts the packet programs back where a wire of the pod lost them, as one that was made anew has none. What could not be
+    /// told, as where a device went meanwhile, is asked again at once, a few times.
     pub fn keep_wires(&self, name: &str, netns: BorrowedFd<'_>, address: Ipv4Addr) -> WaysOut {
-        match self.0.wires_are_guarded(name, netns) {
-            Ok(true) => WaysOut::Guarded,
-            Ok(false) => match self.0.guard_wires(name, netns, address) {
-                Ok(_) => WaysOut::Mended,
-                Err(e) => WaysOut::Open(refusal(&e)),
-            },
-            Err(e) => WaysOut::Open(refusal(&e)),
+        let look = || match self.0.wires_are_guarded(name, netns) {
+            Ok(true) => Ok(WaysOut::Guarded),
+            Ok(false) => self.0.guard_wires(name, netns, address).map(|_| WaysOut::Mended),
+            Err(e) => Err(e),
+        };
+        let mut found = look();
+        for _ in 1..LOOKS_MAX {
+            if !matches!(found, Err(KernelError::Io { .. } | KernelError::Bpf { .. })) {
+                break;
+            }
+            found = look();
         }
+        found.unwrap_or_else(|e| WaysOut::Open(refusal(&e)))
     }
 
     /// Takes the guard off a pod's namespace: only for a pod that ended. False while one of its wires is still there: ask again.

@@ -19,8 +19,9 @@ use ambit_identity::{SharedTrust, Trust, TrustStore};
 use ambit_model::policy::Endpoint;
 use ambit_model::{Code, Generation, Moment, Revision, Stamp};
 use ambit_proto::v1;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -39,6 +40,12 @@ fn ip(pid: u32, words: &str) {
     let enter = [format!("--net=/proc/{pid}/ns/net"), "ip".to_owned()];
     let status = Command::new("nsenter").args(enter).args(words.split(' ')).status().unwrap();
     assert!(status.success(), "{words}");
+}
+
+/// A veth between a pod's namespace and this one.
+fn veth(pid: u32) {
+    let add = format!("link add at{pid} type veth peer name eth0 netns {pid}");
+    assert!(Command::new("ip").args(add.split(' ')).status().unwrap().success(), "{add}");
 }
 
 /// What the test puts on the machine, and takes away again, also after a panic.
@@ -76,14 +83,19 @@ impl Ground {
         while !std::fs::read_link(&at).is_ok_and(|link| link != ours) {
             std::thread::sleep(Duration::from_millis(5));
         }
-        let veth = format!("link add at{pid} type veth peer name eth0 netns {pid}");
-        assert!(Command::new("ip").args(veth.split(' ')).status().unwrap().success(), "{veth}");
+        veth(pid);
         for set in ["link set lo up", "link set eth0 up", &format!("addr add {address}/32 dev lo")] {
             ip(pid, set);
         }
         let file = serde_json::json!({"cgroup": name, "netns": at, "address": address, "uid": 0});
         std::fs::write(self.dir.join("pods").join(format!("{name}.json")), file.to_string()).unwrap();
         pid
+    }
+    /// The pins of the packet programs on the pod's wires: no two ever have the same number.
+    fn wire_pins(&self, pod: &str) -> BTreeSet<u64> {
+        let pins = std::fs::read_dir(self.pins.join("pods").join(pod)).into_iter().flatten().flatten();
+        let wires = pins.filter(|pin| pin.file_name().to_string_lossy().starts_with("veth-"));
+        wires.filter_map(|pin| Some(pin.metadata().ok()?.ino())).collect()
     }
     /// A program in the pod's cgroup and namespace.
     fn command(&self, pod: &str, pid: u32, program: &[&str]) -> Command {
@@ -531,6 +543,33 @@ async fn a_pod_with_an_open_way_out_is_nobody_until_it_is_closed() {
     come_to(&mut node, &[db_at]).await;
     node.carries(&[db_at]).await;
     assert_eq!(ask(&ground, "web", web_pid, "127.0.0.1").await, "PermissionError", "nobody again");
+}
+
+/// Veths that are made anew are guarded when the node hears of them, not when the turn of their pod comes (3 s for as many).
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn new_veths_are_guarded_at_once() {
+    let mut ground = Ground::make();
+    let pods: Vec<(String, u32)> =
+        (0..30).map(|n| (format!("p{n}"), ground.pod(&format!("p{n}"), Ipv4Addr::new(10, 200, 4, n + 1)))).collect();
+    let cell = Cell::founded("west", 1);
+    let node = Node::start(&ground, &cell, TcpListener::bind("127.0.0.1:0").await.unwrap()).await;
+    let end = Instant::now() + SOON;
+    while node.kernel.attached().unwrap().len() < pods.len() || pods.iter().any(|p| ground.wire_pins(&p.0).is_empty()) {
+        assert!(Instant::now() < end, "{:?}", node.kernel.attached());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let former: BTreeSet<u64> = pods.iter().flat_map(|(name, _)| ground.wire_pins(name)).collect();
+    for (_, pid) in &pods {
+        ip(*pid, "link del eth0");
+        veth(*pid);
+    }
+    let made = Instant::now();
+    while pods.iter().any(|(name, _)| ground.wire_pins(name).is_subset(&former)) {
+        assert!(made.elapsed() < SOON, "never guarded");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    println!("30 new veths guarded within {} ms", made.elapsed().as_millis());
+    assert!(made.elapsed() < Duration::from_millis(1500), "guarded only after {:?}", made.elapsed());
 }
 
 /// Enough chance for small policies, and the same on every run.
