@@ -209,10 +209,13 @@ async fn shake<C: Shaking>(tcp: &mut TcpStream, mut connection: C, mut unread: V
             }
             Step::Done => return Ok(Shaken { connection, unread, early }),
             Step::Fail(error) => {
-                // The peer is to know why; whether it hears of it changes nothing. What is unread goes along, since rustls knows
-                // places in it.
-                while let Ok(ConnectionState::EncodeTlsData(mut record)) = connection.turn(&mut unread).state {
+                // The peer is to know why; whether it hears of it changes nothing. rustls remembers where messages lie in what it
+                // was shown, so it is shown what is left of that, and not nothing.
+                loop {
+                    let UnbufferedStatus { discard, state } = connection.turn(&mut unread);
+                    let Ok(ConnectionState::EncodeTlsData(mut record)) = state else { break };
                     let _ = encode(&mut outgoing, |room| record.encode(room));
+                    unread.drain(..discard);
                 }
                 let _ = tcp.write_all(&outgoing).await;
                 return Err(error);

@@ -15,6 +15,7 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
+use support::Cell;
 use support::between::Between;
 use support::stage::{SOON, Stage, ended, is_reset, round_trip};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -299,6 +300,32 @@ async fn records_go_on_after_key_updates() {
     }
     stream.shutdown().await.unwrap();
     timeout(SOON, peer).await.unwrap().unwrap();
+}
+
+/// rustls remembers where messages lie in what it was shown: it panicked when it was asked for its alert and shown nothing.
+#[tokio::test]
+async fn a_stranger_is_told_why_and_its_handshake_is_an_error() {
+    let mut stage = Stage::set(119).await;
+    let mut stranger = Cell::founded("west", 9);
+    stranger.entry("web", &["cgroup:web"], &[]);
+    stage.web_svid = stranger.svid("web");
+    stage.publish(|_| (), |_| ());
+    let db = stage.east.id("db").parse().unwrap();
+    let server = stage.east_plane.borrow().as_ref().unwrap().credentials_of(&db).unwrap().server.clone();
+    let west = stage.west_plane.borrow().clone().unwrap();
+    let (name, config) = health::credentials(&west, stage.web.id(), &db).unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let at = listener.local_addr().unwrap();
+    let served = tokio::spawn(async move {
+        let (mut tcp, _) = listener.accept().await.unwrap();
+        let (hello, _) = ambit_agent::secure::hello(&mut tcp).await.unwrap();
+        ambit_agent::secure::accept(tcp, hello, server).await.map(|_| ())
+    });
+    let tcp = TcpStream::connect(at).await.unwrap();
+    let mut stream = tokio_rustls::TlsConnector::from(config).connect(name, tcp).await.unwrap();
+    let told = timeout(SOON, stream.read(&mut [0; 1])).await.expect("a word").unwrap_err().to_string();
+    assert!(told.contains("alert"), "{told}");
+    timeout(SOON, served).await.unwrap().expect("no panic").unwrap_err();
 }
 
 #[tokio::test]
