@@ -545,6 +545,34 @@ async fn a_pod_with_an_open_way_out_is_nobody_until_it_is_closed() {
     assert_eq!(ask(&ground, "web", web_pid, "127.0.0.1").await, "PermissionError", "nobody again");
 }
 
+/// File and cgroup are gone, somebody lives on in the namespace: nothing opens, and all goes when the wire does.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_wire_of_a_pod_that_is_over_stays_guarded_until_it_is_gone() {
+    let mut ground = Ground::make();
+    let pid = ground.pod("web", Ipv4Addr::new(10, 200, 5, 11));
+    let cell = Cell::founded("west", 1);
+    let node = Node::start(&ground, &cell, TcpListener::bind("127.0.0.1:0").await.unwrap()).await;
+    let come = async |what: &str, is: &dyn Fn() -> bool| {
+        let end = Instant::now() + SOON;
+        while !is() {
+            assert!(Instant::now() < end, "never {what}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    let pins = ground.pins.join("pods/web");
+    come("guarded", &|| pins.join("veth-0").exists() && pins.join("link").exists()).await;
+    std::fs::remove_file(ground.dir.join("pods/web.json")).unwrap();
+    std::fs::remove_dir(ground.mesh().join("web")).unwrap();
+    come("let go", &|| !pins.join("link").exists()).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert!(pins.join("veth-0").exists() && pins.join("knock-0").exists(), "the wire is there");
+    for child in ground.children.iter_mut().filter(|child| child.id() == pid) {
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    come("gone", &|| node.kernel.attached().unwrap().is_empty()).await;
+}
+
 /// Veths that are made anew are guarded when the node hears of them, not when the turn of their pod comes (3 s for as many).
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn new_veths_are_guarded_at_once() {
