@@ -184,18 +184,28 @@ fn callers(ground: &Ground, destination: &SpiffeId, port: Option<u16>) -> v1::Wh
 
 /// Policies that speak of no pair of known identities, and why.
 pub(super) async fn unused(replica: &Replica) -> Result<v1::UnusedResponse, Refusal> {
-    let ground = replica.read(|s| Ground::of(s, s.policy_set(), s.moment(), s.known_identities())).await?;
+    let ground = |s: &State| {
+        let mut ground = Ground::of(s, s.policy_set(), s.moment(), s.known_identities());
+        let decides = |(origin, name): &OwnedName| ground.set.get(origin, name).is_some();
+        let idle = s.policies().filter(|(name, _)| !decides(name)).map(|(name, row)| (name.clone(), row.clone()));
+        let idle: Vec<_> = idle.collect();
+        ground.rows.extend(idle);
+        ground
+    };
+    let ground = replica.read(ground).await?;
     aside(move || speaking_of_nobody(&ground)).await
 }
 
 fn speaking_of_nobody(ground: &Ground) -> v1::UnusedResponse {
     let Ground { set, now, rows, known, domains } = ground;
     let mut answer = v1::UnusedResponse { policies_all: rows.len() as u64, ..Default::default() };
-    for (origin, policy) in set.iter() {
-        let Some(row) = rows.get(&(origin.clone(), policy.name.clone())) else { continue };
+    for ((origin, name), row) in rows {
+        let policy = set.get(origin, name).unwrap_or(&row.object);
         let any = |set: &Peers| known_in(known, set, policy.action).next().is_some();
         let unknown = unknown_domains(policy, domains);
-        let why = if policy.is_over(*now) {
+        let why = if set.get(origin, name).is_none() {
+            "nobody is in what it names, or no document could say it".to_owned()
+        } else if policy.is_over(*now) {
             format!("it is over since {}", utc::text(policy.extras.expires_at.0))
         } else if policy.action == Action::Allow && !unknown.is_empty() {
             let names: Vec<String> = unknown.iter().map(ToString::to_string).collect();
@@ -209,7 +219,7 @@ fn speaking_of_nobody(ground: &Ground) -> v1::UnusedResponse {
         };
         answer.policies.push(v1::UnusedPolicy {
             origin: origin.to_string(),
-            name: policy.name.to_string(),
+            name: name.to_string(),
             why,
             revision: row.revision.0,
             written_by: row.written_by.clone(),
