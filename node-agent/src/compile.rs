@@ -2,9 +2,11 @@
 
 use crate::denials::Denials;
 use crate::view::{View, Workload};
-use ambit_ebpf::{Action, MAX_SERVICE_ENDPOINTS, Service, ServiceEndpoint, Tables, Tier, Verdict, VerdictKey};
+use ambit_ebpf::{
+    Action, Capacity, MAX_SERVICE_ENDPOINTS, Service, ServiceEndpoint, Tables, Tier, Verdict, VerdictKey,
+};
 use ambit_model::policy::{Endpoint, Order};
-use ambit_model::{Moment, NumericIdentity, SpiffeId};
+use ambit_model::{Moment, NumericIdentity, SpiffeId, TrustDomain};
 use ambit_policy::PortSet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, SocketAddrV4};
@@ -24,23 +26,92 @@ pub fn tables<'a>(
     unhealthy: &Unhealthy,
     now: Moment,
 ) -> Tables {
+    tables_within(&Capacity::default(), view, denials, local, unhealthy, now)
+}
+
+/// The same for a kernel of this capacity. What is of the own trust domain is told whole, and refused by the kernel where it does
+/// not fit; of what peers bring each has a like share of the rest. What does not fit is reached by nobody: no peer keeps
+/// the others, or what is ours, out of the kernel.
+fn tables_within<'a>(
+    capacity: &Capacity,
+    view: &View,
+    denials: &Denials,
+    local: impl IntoIterator<Item = &'a Workload>,
+    unhealthy: &Unhealthy,
+    now: Moment,
+) -> Tables {
     let sources: BTreeMap<&SpiffeId, NumericIdentity> =
         local.into_iter().map(|w| (&w.entry.spiffe_id, w.number)).collect();
-    let (denied, reachable): (Vec<_>, Vec<_>) = numbered(view).partition(|(e, _)| denials.denies_endpoint(e));
+    let endpoints = fitting(capacity, view);
+    let (denied, reachable): (Vec<_>, Vec<_>) = endpoints.into_iter().partition(|(e, _)| denials.denies_endpoint(e));
     let destinations: BTreeMap<&SpiffeId, NumericIdentity> =
         reachable.iter().map(|(e, number)| (&e.spiffe_id, *number)).collect();
+    let (ours, theirs): (Vec<_>, Vec<_>) =
+        destinations.into_iter().partition(|(destination, _)| destination.trust_domain() == view.trust_domain);
     let mut verdicts = Vec::new();
-    for (source, from) in &sources {
-        for (destination, to) in &destinations {
-            verdicts.extend(pair(&view.rules.ports(source, destination, now), *from, *to));
+    for (destination, to) in ours {
+        for (source, from) in &sources {
+            verdicts.extend(pair(&view.rules.ports(source, destination, now), *from, to));
         }
     }
+    let mut room = Room::of(capacity.verdicts, verdicts.len(), view);
+    for (destination, to) in theirs {
+        let peer = destination.trust_domain();
+        for (source, from) in &sources {
+            let of_pair = pair(&view.rules.ports(source, destination, now), *from, to);
+            if room.take(&peer, of_pair.len()) {
+                verdicts.extend(of_pair);
+            }
+        }
+    }
+    room.tell("verdicts");
     let denied = denied.iter().map(|(e, _)| (e.address, DENIED_NODE.0));
     Tables {
         verdicts,
         endpoints: reachable.iter().map(|(e, number)| (e.address, number.0)).chain(denied).collect(),
         services: services(view, &reachable, unhealthy),
     }
+}
+
+/// How many entries of a table each peer may still take.
+struct Room {
+    left: BTreeMap<TrustDomain, usize>,
+    left_out: BTreeMap<TrustDomain, usize>,
+}
+
+impl Room {
+    fn of(capacity: u32, own: usize, view: &View) -> Room {
+        let rest = usize::try_from(capacity).unwrap_or(usize::MAX).saturating_sub(own);
+        let domains = view.endpoints.values().map(|e| e.spiffe_id.trust_domain());
+        let peers: BTreeSet<TrustDomain> = domains.filter(|td| *td != view.trust_domain).collect();
+        let share = rest.checked_div(peers.len()).unwrap_or_default();
+        let left = peers.into_iter().map(|peer| (peer, share)).collect();
+        Room { left, left_out: BTreeMap::new() }
+    }
+
+    /// Whether so many entries still fit.
+    fn take(&mut self, peer: &TrustDomain, entries: usize) -> bool {
+        let left = self.left.get_mut(peer).and_then(|left| left.checked_sub(entries).map(|rest| *left = rest));
+        if left.is_none() && entries > 0 {
+            *self.left_out.entry(peer.clone()).or_default() += entries;
+        }
+        left.is_some()
+    }
+
+    fn tell(&self, table: &str) {
+        for (peer, entries) in &self.left_out {
+            tracing::warn!(table, %peer, entries, "more than the peer's share of the kernel's table: left out, and refused");
+        }
+    }
+}
+
+fn fitting<'a>(capacity: &Capacity, view: &'a View) -> Vec<(&'a Endpoint, NumericIdentity)> {
+    let (mut fits, theirs): (Vec<_>, Vec<_>) =
+        numbered(view).partition(|(e, _)| e.spiffe_id.trust_domain() == view.trust_domain);
+    let mut room = Room::of(capacity.endpoints, fits.len(), view);
+    fits.extend(theirs.into_iter().filter(|(e, _)| room.take(&e.spiffe_id.trust_domain(), 1)));
+    room.tell("endpoints");
+    fits
 }
 
 /// Endpoints whose identity has a number: without one the kernel cannot name them, so they stay unknown, hence refused.
@@ -182,6 +253,36 @@ mod tests {
                     assert_eq!(said, view.policies.evaluate(&source, &destination, port, NOW).allowed, "{name} {port}");
                 }
             }
+        }
+    }
+
+    /// A peer chooses how many endpoints it has, and on how many ports whom may call them.
+    #[test]
+    fn no_peer_takes_more_than_its_share_of_the_kernel() {
+        let ports: Vec<u32> = (1..=10).collect();
+        let mut s = slice();
+        s.bundles.push(v1::Bundle { trust_domain: "north".into(), sequence: 1, ..v1::Bundle::default() });
+        s.endpoints = vec![endpoint("spiffe://west/web-root", "10.71.101.12", "west")];
+        for (td, count) in [("east", 50_u8), ("north", 1)] {
+            for n in 0..count {
+                let id = format!("spiffe://{td}/db{n}");
+                s.identities
+                    .push(v1::NumericIdentity { spiffe_id: id.clone(), number: 300 + s.identities.len() as u32 });
+                s.endpoints.push(endpoint(&id, &format!("10.{}.0.{n}", td.len()), td));
+            }
+            s.policies.push(policy(td, &format!("spiffe://{td}/*"), v1::Action::Allow, "spiffe://west/web", &ports));
+        }
+        s.policies.push(policy("own", "spiffe://west/web-root", v1::Action::Allow, "spiffe://west/web", &ports));
+        let view = view(s).unwrap();
+        let local = view.workloads(&[pod("web", 1000, 11)]);
+        let capacity = Capacity { verdicts: 60, endpoints: 41, ..Capacity::default() };
+        let tables = tables_within(&capacity, &view, &view.denials, local.values(), &Unhealthy::new(), NOW);
+        // 40 places for two peers, and 50 verdicts: two callees of ten ports each, and one of north's.
+        assert_eq!(tables.endpoints.len(), 1 + 20 + 1);
+        assert_eq!(tables.verdicts.len(), 10 + 20 + 10);
+        let number = |id: &str| view.numbers[&id.parse::<SpiffeId>().unwrap()].0;
+        for (id, open) in [("west/web-root", true), ("north/db0", true), ("east/db0", true), ("east/db9", false)] {
+            assert_eq!(allows(&tables, 256, number(&format!("spiffe://{id}")), 7), open, "{id}");
         }
     }
 
