@@ -199,8 +199,10 @@ impl Inbound {
             return Err(("svid", Refusal::new(Code::Unauthenticated, "an X.509-SVID", "none")));
         };
         let proved = || {
+            // Asked first: were it replaced now, what is shown would be verified again.
+            let trust = plane.trust.current();
             let peer = tls::peer(&chain, &plane.trust, self.clock.now()).map_err(|r| ("svid", r))?;
-            let shown = Shown::new(chain.clone(), Usage::Client, peer.not_after(), &plane.trust.current());
+            let shown = Shown::new(chain.clone(), Usage::Client, peer.not_after(), &trust);
             let call = Call { peer: Arc::new(peer), shown: Arc::new(shown), from, to: called.id.clone() };
             trusted(&self.denials.now(), &call).map_err(|r| (r.code.as_str(), r))?;
             at_home(&plane.view, &call).map_err(|r| {

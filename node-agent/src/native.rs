@@ -166,22 +166,23 @@ pub async fn refuse(tunnel: &mut Secured, reason: Reason) -> io::Result<()> {
 /// come at once and the caller does not wait for it; how many these were.
 pub async fn agree(tunnel: &mut Secured, pod: &mut TcpStream, prompt: bool) -> io::Result<Result<u64, Reason>> {
     tunnel.sealer.turn_key().map_err(broken)?;
-    let mut buffer = records::buffer();
-    let mut n = 0;
-    if !prompt && timeout(FIRST_WAIT, pod.readable()).await.is_ok() {
-        // What is not there after all, and an end, are found again by whoever carries.
-        match fill(&mut pod.split().0, &mut buffer, false).now_or_never() {
-            Some(Ok(read)) => n = read,
-            Some(Err(_)) => return Ok(Err(Reason::Reset)),
-            None => {}
-        }
+    if prompt || timeout(FIRST_WAIT, pod.readable()).await.is_err() {
+        tunnel.sealer.push(&[&[OPENED]]).map_err(broken)?;
+        flush(tunnel).await?;
+        return Ok(Ok(0));
     }
+    let mut buffer = records::buffer();
+    // What is not there after all, and an end, are found again by whoever carries.
+    let n = match fill(&mut pod.split().0, &mut buffer, false).now_or_never() {
+        Some(Ok(n)) => n,
+        Some(Err(_)) => return Ok(Err(Reason::Reset)),
+        None => 0,
+    };
     tunnel.sealer.push(&[&[OPENED]]).map_err(broken)?;
     let sealed = if n > 0 { seal(&mut tunnel.sealer, &mut buffer, n).map_err(broken)? } else { 0 };
-    let (_, mut far) = tunnel.tcp.split();
     let opened = tunnel.sealer.take();
     let mut slices = [IoSlice::new(&opened), IoSlice::new(buffer.get(..sealed).unwrap_or_default())];
-    write_all(&mut far, &mut &mut slices[..]).await?;
+    write_all(&mut tunnel.tcp.split().1, &mut &mut slices[..]).await?;
     records::keep(buffer);
     Ok(Ok(n as u64))
 }

@@ -10,10 +10,9 @@ use ambit_agent::native::{self, Open, Reason};
 use ambit_agent::secure::{self, Secured};
 use ambit_agent::{health, tls};
 use bytes::Bytes;
-use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddrV4};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use support::Cell;
 use support::between::Between;
@@ -443,68 +442,4 @@ async fn what_a_caller_says_behind_its_end_reaches_no_workload() {
     assert_eq!(heard(&mut tunnel).await.unwrap(), [5, 1], "RESET: malformed");
     assert_eq!(heard(&mut tunnel).await.unwrap_err(), "the peer ended the connection: alert 0");
     assert!(timeout(Duration::from_millis(100), stage.db.accept()).await.is_err(), "no other was reached");
-}
-
-/// What is told of connections, while this thread carries them.
-#[derive(Clone, Default)]
-struct Told(Arc<Mutex<Vec<BTreeMap<&'static str, String>>>>);
-
-struct Fields(BTreeMap<&'static str, String>);
-
-impl tracing::field::Visit for Fields {
-    fn record_debug(&mut self, field: &tracing::field::Field, value: &dyn std::fmt::Debug) {
-        self.0.insert(field.name(), format!("{value:?}"));
-    }
-}
-
-impl<S: tracing::Subscriber> tracing_subscriber::Layer<S> for Told {
-    fn on_event(&self, event: &tracing::Event<'_>, _: tracing_subscriber::layer::Context<'_, S>) {
-        if event.metadata().target() == "ambit::connection" {
-            let mut fields = Fields(BTreeMap::new());
-            event.record(&mut fields);
-            self.0.lock().unwrap().push(fields.0);
-        }
-    }
-}
-
-#[tokio::test]
-async fn records_count_every_byte_and_say_who_broke_off() {
-    use tracing_subscriber::layer::SubscriberExt;
-    let told = Told::default();
-    let _here = tracing::subscriber::set_default(tracing_subscriber::registry().with(told.clone()));
-    let stage = Stage::set(116).await;
-    // The first bytes go with OPEN, and some of the answer with OPENED; or they do not; or there are none.
-    for (n, (sent, received, late)) in [(100, 50, false), (100, 50, true), (0, 50, false), (100_000, 40_000, false)]
-        .into_iter()
-        .cycle()
-        .take(40)
-        .enumerate()
-    {
-        let mut app = stage.call_db().await;
-        if sent > 0 {
-            app.write_all(&vec![1; sent]).await.unwrap();
-        }
-        let (mut pod, _) = stage.served().await;
-        if late {
-            tokio::time::sleep(Duration::from_millis(3)).await;
-        }
-        pod.write_all(&vec![2; received]).await.unwrap();
-        pod.read_exact(&mut vec![0; sent]).await.unwrap();
-        app.read_exact(&mut vec![0; received]).await.unwrap();
-        ended(app, pod).await;
-        let told = std::mem::take(&mut *told.0.lock().unwrap());
-        let counted = |record: &BTreeMap<&str, String>| ["flags", "sent", "received"].map(|f| record[f].clone());
-        let expected = ["\"-\"".to_owned(), sent.to_string(), received.to_string()];
-        assert_eq!(told.iter().map(counted).collect::<Vec<_>>(), [expected.clone(), expected], "connection {n}");
-    }
-    let mut app = stage.call_db().await;
-    app.write_all(b"hello").await.unwrap();
-    let (mut pod, _) = stage.served().await;
-    pod.read_exact(&mut [0; 5]).await.unwrap();
-    pod.set_zero_linger().unwrap();
-    drop(pod);
-    assert!(is_reset(app).await);
-    tokio::time::sleep(Duration::from_millis(20)).await;
-    let told = std::mem::take(&mut *told.0.lock().unwrap());
-    assert_eq!(told.iter().map(|record| record["flags"].as_str()).collect::<Vec<_>>(), ["\"UC\""; 2]);
 }

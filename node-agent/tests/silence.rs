@@ -105,7 +105,8 @@ impl Carrying {
     /// Since the wire was cut, seconds.
     async fn ends_within(self, seconds: Range<u64>) {
         let begun = Instant::now();
-        let carried = timeout(Duration::from_secs(seconds.end), self.carried).await.expect("it is found out").unwrap();
+        let carried = timeout(Duration::from_secs(seconds.end), self.carried).await;
+        let carried = carried.unwrap_or_else(|_| panic!("not found out in {seconds:?} s")).unwrap();
         assert_eq!(carried.end, End::Far);
         assert!(begun.elapsed() > Duration::from_secs(seconds.start), "too soon: {:?}", begun.elapsed());
         let read = timeout(SOON, self.app.readable()).await.map(|_| self.app.try_read(&mut [0; 1]));
