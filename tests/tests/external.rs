@@ -137,14 +137,15 @@ async fn a_cell_goes_over_to_an_external_root_and_renews_under_it_and_leaves_it_
     let east = Cell::start("east", 1).await.unwrap();
     peer(&cell, &east).await.unwrap();
     let maker = Maker::new().unwrap();
-    let [m1, m2, m3] = ["m1", "m2", "m3"].map(|name| Machine::new(&maker, name));
+    let (m1, m2) = (Machine::new(&maker, "m1").await.unwrap(), Machine::new(&maker, "m2").await.unwrap());
+    let m3 = Machine::new(&maker, "m3").await.unwrap();
     for (cell, td) in [(&cell, "west"), (&east, "east")] {
         register_cluster(cell, td, &maker).await.unwrap();
         create_entry(cell, "web", td).await.unwrap();
     }
-    let (one, two) = (node(&cell, m1.await.unwrap()).await, node(&cell, m2.await.unwrap()).await);
+    let (one, two) = (node(&cell, m1).await, node(&cell, m2).await);
     // A peer's node, which knows the outside CA by the peer's word only.
-    let far = node(&east, m3.await.unwrap()).await;
+    let far = node(&east, m3).await;
     within("bundles on both sides", async || {
         (one.greet(&far).await.is_ok() && far.greet(&one).await.is_ok()).then_some(())
     })

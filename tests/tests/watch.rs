@@ -207,7 +207,7 @@ async fn what_cannot_be_followed_is_refused_and_an_unknown_revision_is_said() {
     let request = v1::WatchRequest { kinds: vec!["pod".into()], after_revision: 0, stale_ok: false };
     let refused = refusal(client.watch(request).await).unwrap();
     assert_eq!(refused.code.as_str(), "bad_request");
-    assert!(refused.expected.contains("node, entry, service, policy"), "{refused}");
+    assert!(refused.expected.contains("node, entry, service, group, policy"), "{refused}");
     let mut known = Known::default();
     known.read(&mut watch(&cell, 1, revision + 1_000_000).await, 1).await;
     assert_eq!((known.resets.as_slice(), known.entries.len()), (&["unknown".to_owned()][..], 2));
