@@ -198,14 +198,24 @@ impl PolicySet {
         self.resolved().filter(move |(_, policy)| !policy.is_over(now))
     }
 
-    /// The same, as far as time does not matter.
-    pub(crate) fn resolved(&self) -> impl Iterator<Item = (&TrustDomain, &Policy)> {
-        self.iter().filter(|(origin, policy)| speaks_for(origin, policy) && self.is_resolved(policy))
+    /// The same, of a set that is not wanted any more.
+    pub fn into_in_force(self, now: Moment) -> Vec<(TrustDomain, Policy)> {
+        let Self { policies, known } = self;
+        let decides = |origin: &TrustDomain, policy: &Policy| {
+            speaks_for(origin, policy) && is_resolved(policy, &known) && !policy.is_over(now)
+        };
+        let owned = policies.into_iter().map(|((origin, _), policy)| (origin, policy));
+        owned.filter(|(origin, policy)| decides(origin, policy)).collect()
     }
 
-    fn is_resolved(&self, policy: &Policy) -> bool {
-        policy.action != Action::Allow || named(policy).all(|td| self.known.contains(&td))
+    /// The same, as far as time does not matter.
+    pub(crate) fn resolved(&self) -> impl Iterator<Item = (&TrustDomain, &Policy)> {
+        self.iter().filter(|(origin, policy)| speaks_for(origin, policy) && is_resolved(policy, &self.known))
     }
+}
+
+fn is_resolved(policy: &Policy, known: &BTreeSet<TrustDomain>) -> bool {
+    policy.action != Action::Allow || named(policy).all(|td| known.contains(&td))
 }
 
 /// Whether a node that runs `local` needs the policy.

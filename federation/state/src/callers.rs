@@ -28,7 +28,10 @@ impl State {
         ours.chain(theirs).map(|(key, row)| (key.clone(), *row)).collect()
     }
 
-    fn addresses_of(&self, td: &TrustDomain) -> impl Iterator<Item = (&(TrustDomain, NodeId), &NodeAddress)> {
+    pub(crate) fn addresses_of(
+        &self,
+        td: &TrustDomain,
+    ) -> impl Iterator<Item = (&(TrustDomain, NodeId), &NodeAddress)> {
         let of = td.clone();
         self.node_addresses.from((td.clone(), NodeId([0; 32]))).take_while(move |((origin, _), _)| *origin == of)
     }
@@ -64,7 +67,7 @@ impl State {
 }
 
 /// The nodes that an entry names one by one: a walk over all nodes for each entry of one node would be long.
-fn named_by(entry: &Entry) -> Option<BTreeSet<NodeId>> {
+pub(crate) fn named_by(entry: &Entry) -> Option<BTreeSet<NodeId>> {
     let one = entry.node_selectors().find_map(|selector| match selector {
         Selector::TpmEkHash(node) => Some(BTreeSet::from([*node])),
         _ => None,

@@ -10,8 +10,13 @@ impl State {
     /// node fits nothing; one without a verdict fits nothing that asks for what a verdict shows. A barred identity is run
     /// nowhere.
     pub fn fits(&self, entry: &Entry, id: &NodeId) -> bool {
+        self.fits_there(entry, id) && self.is_given(entry)
+    }
+
+    /// The same but for the identity: whether the node is one that the entry means.
+    pub(crate) fn fits_there(&self, entry: &Entry, id: &NodeId) -> bool {
         let named = self.node(id).is_some_and(|row| entry.may_run_on(&row.cluster, id));
-        named && self.is_given(entry) && entry.node_selectors().all(|selector| self.shows(id, selector))
+        named && entry.node_selectors().all(|selector| self.shows(id, selector))
     }
 
     /// Whether its identity is given to anybody: it is not barred, and the entry has not ended.

@@ -24,6 +24,7 @@ mod roles;
 mod rules;
 pub mod sealing;
 pub mod slice;
+pub mod slicing;
 mod state;
 mod table;
 mod watched;
@@ -38,7 +39,7 @@ pub use denied::SvidDenials;
 pub use roles::FOUNDER;
 pub use slice::{Bundles, Slice};
 pub use state::{Applied, OwnedName, State};
-pub use table::TableWrite;
+pub use table::{Row, TableWrite};
 pub use watched::{ObjectKey, ObjectKind};
 
 /// An SVID is never valid longer than this after the last good verdict on its node (I6), milliseconds.

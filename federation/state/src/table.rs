@@ -6,7 +6,8 @@ use serde::de::DeserializeOwned;
 use sha2::{Digest as _, Sha256};
 use std::collections::BTreeMap;
 use std::marker::PhantomData;
-use std::ops::Bound;
+use std::ops::{Bound, Deref};
+use std::sync::Arc;
 
 /// One change of one row, as it is stored: `value` is `None` where the row is gone.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,6 +25,8 @@ pub struct TableWrite {
 pub(crate) struct Journal {
     writes: Vec<TableWrite>,
     digest: [u64; 4],
+    /// Which state this is: versions of tables of another one say nothing of this one's.
+    pub(crate) origin: Arc<()>,
 }
 
 /// SHA-256 of one row, in lanes: what it adds to the digest, and takes away when it goes.
@@ -70,10 +73,29 @@ impl Journal {
 }
 
 /// Rows of one kind, in key order. Of its encoded form a row keeps the digest only: a snapshot encodes it again. Rows are
-/// boxed, since the nodes of a tree that grows at its end are about half empty.
+/// on the heap, since the nodes of a tree that grows at its end are about half empty; and shared with who looks at them later.
 pub(crate) struct Table<K, V> {
     id: u8,
-    rows: BTreeMap<K, Box<(V, Share)>>,
+    rows: BTreeMap<K, Row<V>>,
+    /// Rises with each change.
+    version: u64,
+}
+
+/// A row that others may share; whoever changes it puts another in its place.
+#[derive(Debug)]
+pub struct Row<V>(Arc<(V, Share)>);
+
+impl<V> Clone for Row<V> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
+impl<V> Deref for Row<V> {
+    type Target = V;
+    fn deref(&self) -> &V {
+        &self.0.0
+    }
 }
 
 /// Most rows fit: a vector that grows byte by byte is moved half a dozen times on the way.
@@ -89,12 +111,26 @@ fn encode<T: Serialize>(value: &T) -> Vec<u8> {
     bytes
 }
 
-impl<K: Ord + Clone + Serialize + DeserializeOwned, V: Serialize + DeserializeOwned> Table<K, V> {
+impl<K: Ord + Clone + Serialize + DeserializeOwned, V: Clone + Serialize + DeserializeOwned> Table<K, V> {
     pub(crate) fn new(id: u8) -> Self {
-        Self { id, rows: BTreeMap::new() }
+        Self { id, rows: BTreeMap::new(), version: 0 }
+    }
+    /// Takes the rows of another table in place of its own, sharing them; false where there was no change since.
+    pub(crate) fn follow(&mut self, other: &Self, same_state: bool) -> bool {
+        let moved = !same_state || self.version != other.version;
+        if moved {
+            (self.rows, self.version) = (other.rows.clone(), other.version);
+        }
+        moved
+    }
+    pub(crate) fn version(&self) -> u64 {
+        self.version
+    }
+    pub(crate) fn shared(&self) -> impl Iterator<Item = &Row<V>> {
+        self.rows.values()
     }
     pub(crate) fn get(&self, key: &K) -> Option<&V> {
-        self.rows.get(key).map(|row| &row.0)
+        self.rows.get(key).map(|row| &**row)
     }
     pub(crate) fn contains(&self, key: &K) -> bool {
         self.rows.contains_key(key)
@@ -103,13 +139,13 @@ impl<K: Ord + Clone + Serialize + DeserializeOwned, V: Serialize + DeserializeOw
         self.rows.len()
     }
     pub(crate) fn iter(&self) -> impl DoubleEndedIterator<Item = (&K, &V)> {
-        self.rows.iter().map(|(k, row)| (k, &row.0))
+        self.rows.iter().map(|(k, row)| (k, &**row))
     }
     pub(crate) fn from(&self, key: K) -> impl Iterator<Item = (&K, &V)> {
-        self.rows.range(key..).map(|(k, row)| (k, &row.0))
+        self.rows.range(key..).map(|(k, row)| (k, &**row))
     }
     pub(crate) fn range(&self, range: (Bound<K>, Bound<K>)) -> impl Iterator<Item = (&K, &V)> {
-        self.rows.range(range).map(|(k, row)| (k, &row.0))
+        self.rows.range(range).map(|(k, row)| (k, &**row))
     }
     /// The first `limit` keys of a range.
     pub(crate) fn keys(&self, range: (Bound<K>, Bound<K>), limit: usize) -> impl Iterator<Item = K> {
@@ -122,12 +158,15 @@ impl<K: Ord + Clone + Serialize + DeserializeOwned, V: Serialize + DeserializeOw
     pub(crate) fn put(&mut self, journal: &mut Journal, key: K, value: V) {
         let (bytes, encoded_key) = (encode(&value), encode(&key));
         let come = share(self.id, &encoded_key, &bytes);
-        let old = self.rows.insert(key, Box::new((value, come)));
+        let old = self.rows.insert(key, Row(Arc::new((value, come))));
+        self.version += 1;
         let write = TableWrite { table: self.id, key: encoded_key, value: Some(bytes) };
-        journal.record(write, old.as_ref().map(|row| &row.1), Some(&come));
+        journal.record(write, old.as_ref().map(|row| &row.0.1), Some(&come));
     }
     pub(crate) fn remove(&mut self, journal: &mut Journal, key: &K) -> Option<V> {
-        let (value, gone) = *self.rows.remove(key)?;
+        let row = self.rows.remove(key)?;
+        self.version += 1;
+        let (value, gone) = Arc::unwrap_or_clone(row.0);
         journal.record(TableWrite { table: self.id, key: encode(key), value: None }, Some(&gone), None);
         Some(value)
     }
@@ -140,7 +179,7 @@ impl<K: Ord + Clone + Serialize + DeserializeOwned, V: Serialize + DeserializeOw
     }
     /// All rows as they are stored, encoded one at a time.
     pub(crate) fn export(&self) -> impl Iterator<Item = TableWrite> {
-        self.rows.iter().map(|(key, row)| TableWrite { table: self.id, key: encode(key), value: Some(encode(&row.0)) })
+        self.rows.iter().map(|(key, row)| TableWrite { table: self.id, key: encode(key), value: Some(encode(&**row)) })
     }
     pub(crate) fn load(&mut self, journal: &mut Journal, key: &[u8], value: &[u8]) -> Result<(), Refusal> {
         let bad =

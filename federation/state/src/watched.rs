@@ -114,7 +114,7 @@ impl State {
 fn page<K, V>(table: &Table<K, V>, after: Option<&K>, limit: usize, of: fn(K) -> ObjectKey) -> Vec<ObjectKey>
 where
     K: Ord + Clone + Serialize + DeserializeOwned,
-    V: Serialize + DeserializeOwned,
+    V: Clone + Serialize + DeserializeOwned,
 {
     let begin = after.map_or(Bound::Unbounded, |key| Bound::Excluded(key.clone()));
     table.keys((begin, Bound::Unbounded), limit).map(of).collect()

@@ -345,7 +345,7 @@ impl Room {
 fn put<K, V>(journal: &mut Journal, table: &mut Table<K, V>, room: &mut usize, key: K, value: Option<V>)
 where
     K: Ord + Clone + Serialize + DeserializeOwned,
-    V: Serialize + DeserializeOwned,
+    V: Clone + Serialize + DeserializeOwned,
 {
     match value {
         Some(value) if table.contains(&key) => table.put(journal, key, value),
