@@ -145,10 +145,10 @@ mod tests {
         outbox.fresh(Fresh::Endpoints);
         assert_eq!(shown(outbox.take()), "Endpoints", "before an answer that was not begun");
         assert_eq!(shown(outbox.take()), "quote");
-        outbox.nack(Nack { revision: 3, reason: String::new() });
+        outbox.nack(Nack { revision: 3, ..Nack::default() });
         outbox.fresh(Fresh::Outcome);
         outbox.fresh(Fresh::Outcome);
-        outbox.nack(Nack { revision: 4, reason: String::new() });
+        outbox.nack(Nack { revision: 4, ..Nack::default() });
         let rest: Vec<_> = (0..6).map(|_| shown(outbox.take())).collect();
         assert_eq!(rest, ["chunk 10", "chunk 65536", "chunk 1", "nack 4", "Outcome", "None"]);
         assert!(outbox.is_empty() && !outbox.answers());

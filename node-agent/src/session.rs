@@ -1,6 +1,7 @@
-//! The agent's stream to its cell: asks for the slice, reports endpoints, acknowledges what is in the kernel.
+//! The agent's stream to its cell: says what it holds, takes what changed since, reports endpoints, acknowledges what is in
+//! the kernel.
 //!
-//! Any replica will do; when one is lost the next is tried. A slice older than the one held is dropped (I7). Denials are
+//! Any replica will do; when one is lost the next is tried. Nothing older than what is held is taken (I7). Denials are
 //! in force before anything else is read; rounds of re-attestation are answered while the stream goes on.
 
 use crate::backoff::{Backoff, random};
@@ -17,12 +18,14 @@ use crate::view::View;
 use ambit_identity::{Expect, SharedTrust};
 use ambit_model::policy::Endpoint;
 use ambit_model::{ClusterId, Code, Refusal, Revision, Stamp, TrustDomain};
+use ambit_proto::resources::{Held, Taken};
 use ambit_proto::status::from_status;
+use ambit_proto::v1;
 use ambit_proto::v1::agent_message::Body as Up;
 use ambit_proto::v1::agent_stream_client::AgentStreamClient;
 use ambit_proto::v1::server_message::Body as Down;
 use ambit_proto::v1::{
-    Ack, AgentMessage, BundleSequence, EndpointReport, Holding, Nack, ServerMessage, Slice, Subscribe,
+    Ack, AgentMessage, BundleSequence, Delta, EndpointReport, Holding, Nack, ServerMessage, Slice, Subscribe,
 };
 use ambit_transport::{Dialer, Identity};
 use futures::future::{BoxFuture, OptionFuture};
@@ -41,7 +44,8 @@ const RETRY_CAP: Duration = Duration::from_secs(3);
 /// The cell says something at least every eight seconds; without a word for this long the replica's process is taken for
 /// hung. A replica that died or was cut off is noticed within five seconds, by the connection.
 const SILENCE_MAX: Duration = Duration::from_secs(20);
-/// A slice is a few hundred bytes per entry, policy and endpoint; 10,000 of each fit.
+/// From a replica of a former release: a slice is a few hundred bytes per entry, policy and endpoint; 10,000 of each fit.
+/// Deltas come in parts of a megabyte.
 const SLICE_BYTES_MAX: usize = 16 * 1024 * 1024;
 /// Messages up in flight; what waits beyond them is in the outbox.
 const UP_QUEUE: usize = 8;
@@ -126,6 +130,7 @@ impl Session {
         // Agents start at different servers, so that one replica does not get them all.
         let mut at = usize::try_from(random() % 1024).unwrap_or_default();
         let mut told = 0;
+        let mut held = Held::default();
         loop {
             let me = match self.wires.enrolled.wait_for(Option::is_some).await {
                 Ok(me) => me.clone(),
@@ -134,7 +139,8 @@ impl Session {
             let (Some(me), Some(server)) = (me, self.servers.get(at % self.servers.len().max(1)).copied()) else {
                 return;
             };
-            let ended = self.once(server, &me, &mut backoff, &mut told).await;
+            held.resume();
+            let ended = self.once(server, &me, &mut held, &mut backoff, &mut told).await;
             METRICS.component.set(["stream"], 0.0);
             self.wires.channel.send_replace(None);
             let Err(Lost { refusal, said }) = ended else {
@@ -163,6 +169,7 @@ impl Session {
         &mut self,
         server: SocketAddr,
         me: &Arc<Enrolled>,
+        resources: &mut Held,
         backoff: &mut Backoff,
         told: &mut u32,
     ) -> Result<(), Lost> {
@@ -171,8 +178,12 @@ impl Session {
         let channel = dialer.channel(server, Expect::ReplicaOf(self.trust_domain.clone())).await?;
         let mut client = AgentStreamClient::new(channel.clone()).max_decoding_message_size(SLICE_BYTES_MAX);
         let (up, queue) = mpsc::channel(UP_QUEUE);
-        let have = self.wires.desired.borrow().as_ref().map_or(Revision(0), |v| v.revision);
-        let hello = Subscribe { node_address: self.node_address.to_string(), have_revision: have.0 };
+        let hello = Subscribe {
+            node_address: self.node_address.to_string(),
+            have_revision: resources.revision(),
+            deltas: true,
+            have_digest: resources.digest(),
+        };
         let mut known = self.wires.issued.watch();
         let mut held = self.holding(me);
         for body in [Up::Subscribe(hello), Up::Holding(held.clone()), self.report()] {
@@ -188,7 +199,7 @@ impl Session {
             tokio::select! {
                 message = tokio::time::timeout(SILENCE_MAX, down.message()) => {
                     let message = message.map_err(|_| silence())?.map_err(said)?;
-                    self.take(message.ok_or_else(ended)?, &mut stream);
+                    self.take(message.ok_or_else(ended)?, resources, &mut stream);
                     backoff.reset();
                     *told = 0;
                 }
@@ -224,11 +235,12 @@ impl Session {
         }
     }
 
-    fn take(&mut self, message: ServerMessage, stream: &mut Stream) {
+    fn take(&mut self, message: ServerMessage, resources: &mut Held, stream: &mut Stream) {
         METRICS.cell_word.now();
         match message.body {
             Some(Down::Heartbeat(beat)) => self.clock.seen(Stamp(beat.stamp_ms)),
             Some(Down::Slice(slice)) => self.take_slice(slice, &mut stream.outbox),
+            Some(Down::Delta(part)) => self.take_delta(part, resources, &mut stream.outbox),
             Some(Down::Denials(list)) => self.take_denials(&list),
             Some(Down::Quote(request)) => {
                 if stream.waiting.replace(Asked { request, at: Instant::now() }).is_some() {
@@ -250,7 +262,7 @@ impl Session {
     }
 
     /// In force from here on for whoever carries or opens a connection; the kernel follows within milliseconds.
-    fn take_denials(&self, list: &ambit_proto::v1::Denials) {
+    fn take_denials(&self, list: &v1::Denials) {
         self.clock.seen(Stamp(list.stamp_ms));
         let parsed = Denials::parse(Revision(list.revision), &list.denials, &list.authorities);
         match parsed.and_then(|denials| denials.with_svids(&list.ids, &list.leaves)) {
@@ -261,6 +273,31 @@ impl Session {
             }
             // What was refused stays refused, and the slice brings the same list.
             Err(refusal) => tracing::error!(revision = list.revision, %refusal, "denials refused"),
+        }
+    }
+
+    /// What changed. It is in effect whole, or not at all.
+    fn take_delta(&self, part: Delta, resources: &mut Held, outbox: &mut Outbox) {
+        self.clock.seen(Stamp(part.stamp_ms));
+        let (revision, stamp_ms) = (part.revision, part.stamp_ms);
+        let taken = resources.take(part);
+        let lost = taken.is_err();
+        let read = taken.and_then(|taken| match taken {
+            Taken::All => Ok(self.take_slice(resources.set().slice(revision, stamp_ms)?, outbox)),
+            Taken::Denials => {
+                let s = resources.set().denials(revision, stamp_ms)?;
+                let (denials, authorities, ids, leaves) =
+                    (s.denials, s.authority_denials, s.id_denials, s.leaf_denials);
+                self.take_denials(&v1::Denials { revision, stamp_ms, denials, authorities, ids, leaves });
+                Ok(())
+            }
+            Taken::Part => Ok(()),
+            Taken::Dropped => Ok(tracing::debug!(revision, held = resources.revision(), "a delta dropped")),
+        });
+        if let Err(refusal) = read {
+            METRICS.apply.inc(["failed", refusal.code.as_str()]);
+            tracing::error!(revision, lost, %refusal, "delta refused");
+            outbox.nack(Nack { revision, reason: refusal.to_string(), lost });
         }
     }
 
@@ -281,7 +318,7 @@ impl Session {
             Err(refusal) => {
                 METRICS.apply.inc(["failed", refusal.code.as_str()]);
                 tracing::error!(revision = revision.0, %refusal, "slice refused");
-                outbox.nack(Nack { revision: revision.0, reason: refusal.to_string() });
+                outbox.nack(Nack { revision: revision.0, reason: refusal.to_string(), lost: false });
             }
         }
     }
@@ -306,7 +343,7 @@ impl Session {
                 let imported = view.map(|v| v.imported.clone()).unwrap_or_default();
                 Up::Ack(Ack { revision, map_digest: digest.to_vec(), imported })
             }
-            Err(refusal) => Up::Nack(Nack { revision, reason: refusal.to_string() }),
+            Err(refusal) => Up::Nack(Nack { revision, reason: refusal.to_string(), lost: false }),
         })
     }
 

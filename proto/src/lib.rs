@@ -15,6 +15,7 @@ macro_rules! discreet {
 }
 
 pub mod convert;
+pub mod resources;
 pub mod status;
 
 /// `ambit.v1`.

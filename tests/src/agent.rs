@@ -4,6 +4,7 @@ use crate::cell::Cell;
 use crate::machine::{Answer, Machine, node_identity};
 use ambit_identity::Expect;
 use ambit_model::{Code, Generation, Refusal, TrustDomain};
+use ambit_proto::resources::{Held, Taken};
 use ambit_proto::status::from_status;
 use ambit_proto::v1;
 use ambit_proto::v1::agent_message::Body as Up;
@@ -14,6 +15,7 @@ use ambit_transport::{Dialer, Identity};
 use ambit_verify::Public;
 use ambit_verify::transcript::round_data;
 use anyhow::{Context, Result, bail};
+use prost::Message;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -121,12 +123,25 @@ impl Agent {
         Agent::dial(&cell.dialer(identity), at, &cell.trust_domain, node_address).await
     }
 
+    /// The same of an agent that takes deltas, and holds this already.
+    pub async fn open_holding(cell: &Cell, replica: usize, me: Identity, held: &Held) -> Result<Agent, Refusal> {
+        let internal = |e: anyhow::Error| Refusal::new(Code::Internal, "a replica", e.to_string());
+        let at = cell.address(replica).map_err(internal)?;
+        let (have_revision, have_digest) = (held.revision(), held.digest());
+        let hello = v1::Subscribe { node_address: NODE_ADDRESS.into(), have_revision, deltas: true, have_digest };
+        Agent::say(&cell.dialer(me), at, &cell.trust_domain, hello).await
+    }
+
     async fn dial(dialer: &Dialer, at: SocketAddr, td: &TrustDomain, node_address: &str) -> Result<Agent, Refusal> {
+        let hello = v1::Subscribe { node_address: node_address.to_owned(), ..v1::Subscribe::default() };
+        Agent::say(dialer, at, td, hello).await
+    }
+
+    async fn say(dialer: &Dialer, at: SocketAddr, td: &TrustDomain, hello: v1::Subscribe) -> Result<Agent, Refusal> {
         let channel = dialer.channel(at, Expect::ReplicaOf(td.clone())).await?;
         let closed = |_| Refusal::new(Code::Internal, "an open queue", "a closed one");
         // More than any answer here has messages, so that none waits for the other side.
         let (up, queue) = mpsc::channel(64);
-        let hello = v1::Subscribe { node_address: node_address.to_owned(), have_revision: 0 };
         up.send(v1::AgentMessage { body: Some(Up::Subscribe(hello)) }).await.map_err(closed)?;
         let answer = AgentStreamClient::new(channel).sync(ReceiverStream::new(queue)).await;
         Ok(Agent { up, down: answer.map_err(|s| from_status(&s))?.into_inner() })
@@ -145,6 +160,23 @@ impl Agent {
             }
         };
         tokio::time::timeout(PATIENCE, next).await.map_err(|_| silence())?
+    }
+
+    /// The next delta that is whole and in effect, and its weight, bytes.
+    pub async fn delta(&mut self, held: &mut Held) -> Result<(Taken, usize)> {
+        let mut bytes = 0;
+        let next = async {
+            loop {
+                if let Some(Down::Delta(part)) = self.down.message().await?.context("an open stream")?.body {
+                    bytes += part.encoded_len();
+                    match held.take(part)? {
+                        Taken::Part => {}
+                        taken => return Ok((taken, bytes)),
+                    }
+                }
+            }
+        };
+        tokio::time::timeout(PATIENCE, next).await.context("no delta")?
     }
 
     /// The next list of nodes to refuse that names any.

@@ -223,7 +223,7 @@ impl Follower {
         let dialer = Dialer::new(self.trust.clone(), me.identity.clone());
         let channel = dialer.channel(server, Expect::ReplicaOf(self.trust_domain.clone())).await?;
         let (up, queue) = mpsc::channel(64);
-        let hello = v1::Subscribe { node_address: "127.0.0.1".to_owned(), have_revision: 0 };
+        let hello = v1::Subscribe { node_address: "127.0.0.1".to_owned(), ..v1::Subscribe::default() };
         say(&up, Up::Subscribe(hello)).await?;
         let mut down = AgentStreamClient::new(channel.clone()).sync(ReceiverStream::new(queue)).await?.into_inner();
         let mut heard = Heard::default();

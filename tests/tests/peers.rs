@@ -258,7 +258,7 @@ async fn endpoints_follow(west: &Cell, east: &Cell) {
         generation: verdict.generation,
     };
     use v1::agent_message::Body;
-    let subscribe = Body::Subscribe(v1::Subscribe { node_address: "10.9.0.21".into(), have_revision: 0 });
+    let subscribe = Body::Subscribe(v1::Subscribe { node_address: "10.9.0.21".into(), ..v1::Subscribe::default() });
     // One that the node may not run is left out; the other and the stream stay.
     let nobody =
         v1::Endpoint { spiffe_id: "spiffe://west/nobody".into(), address: "10.9.1.12".into(), ..endpoint.clone() };

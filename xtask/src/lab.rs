@@ -72,11 +72,11 @@ pub(crate) fn bench_policy() -> Result<(), Stop> {
 
 /// What attestation costs, or a cell beside etcd: release builds, then the benchmark in place of this process. It has its
 /// own machines and cells, and needs no lab.
-pub(crate) fn bench_cell(name: &str) -> Result<(), Stop> {
+pub(crate) fn bench_cell(args: &[&str]) -> Result<(), Stop> {
     deps::install(deps::Say::Missing)?;
     cargo::cargo(&["build", "--release", "--locked", "-p", "ambitd", "-p", "ambit-tests", "--bins"])?;
     let bench = cargo::root()?.join("target/release/ambit-bench");
-    let error = Command::new(&bench).arg(name).exec();
+    let error = Command::new(&bench).args(args).exec();
     Err(Stop::Failed(format!("{}: {error}", bench.display())))
 }
 

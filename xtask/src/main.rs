@@ -44,6 +44,8 @@ usage: cargo xtask <verb>
   bench deny            from the denial of an identity to its live connection's end and the first refusal, 50 times
   bench dataplane       what carrying traffic costs, beside no carrier and two bare relays, in turn (3 minutes)
   bench attest          CPU time of enrolments and rounds, and of 10,000 nodes that attest (release; 6 minutes)
+  bench propagation [NODES]  from a change of a policy to the last of 1,000 acknowledging streams; 100,000 entries, 10,000
+                        policies (release; 3 minutes)
   bench raft            a cell of three replicas beside etcd of Debian, in turn: writes, reads, failover, restart, memory
                         (release; 6 minutes)
   bench issuance        certificates from a cell of three replicas beside cfssl of Debian, in turn (release; 4 minutes)
@@ -106,7 +108,8 @@ fn run(args: &[&str]) -> Result<(), Stop> {
         ["sim", options @ ..] if !options.is_empty() => sim::run(options),
         ["bench", name @ ("memory" | "revoke" | "deny" | "streams" | "dataplane")] => lab::bench(name),
         ["bench", "policy"] => lab::bench_policy(),
-        ["bench", name @ ("attest" | "issuance" | "raft")] => lab::bench_cell(name),
+        ["bench", name @ ("attest" | "issuance" | "propagation" | "raft")] => lab::bench_cell(&[name]),
+        ["bench", "propagation", nodes] if nodes.parse::<u32>().is_ok() => lab::bench_cell(&["propagation", nodes]),
         ["bench", "kernel"] => lab::bench_kernel(),
         ["bench", name] if !name.starts_with('-') => unbuilt::bench(name),
         ["fuzz", options @ ..] => fuzz::run(options),

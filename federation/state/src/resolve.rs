@@ -4,6 +4,7 @@
 //! slice. A set that the cell cannot tell for sure closes: an allow of it means nobody, a deny or audit all of its trust domain.
 
 use crate::command::{DocumentKind, DocumentsChange};
+use crate::objects::ServiceRow;
 use crate::state::{OwnedName, State};
 use ambit_model::policy::{Action, Labels, Peers, Policy, Service};
 use ambit_model::{ClusterId, Code, Entry, ObjectName, Refusal, SpiffeId, TrustDomain};
@@ -257,8 +258,16 @@ fn as_written<'p>(name: &ObjectName, policy: &'p Policy) -> Option<Cow<'p, Polic
     Some(Cow::Owned(policy))
 }
 
+impl State {
+    /// Services that agents can be told: this cell's, and of peers' those that a document could say.
+    pub(crate) fn told_services(&self) -> impl Iterator<Item = (&OwnedName, &ServiceRow)> {
+        let own = self.cell().map(|cell| &cell.trust_domain);
+        self.services().filter(move |(key, row)| Some(&key.0) == own || is_service(key, &row.object))
+    }
+}
+
 /// Whether agents can be told a peer's service.
-pub(crate) fn is_service((_, name): &OwnedName, service: &Service) -> bool {
+fn is_service((_, name): &OwnedName, service: &Service) -> bool {
     let backend = |set: &Peers| set.is_written() && !set.is_named();
     service.name == *name
         && service.port > 0

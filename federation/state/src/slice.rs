@@ -67,8 +67,7 @@ impl State {
             .map(|(_, e)| e.clone())
             .collect();
         let services: Vec<(TrustDomain, Service)> = self
-            .services()
-            .filter(|(key, row)| key.0 == cell.trust_domain || crate::resolve::is_service(key, &row.object))
+            .told_services()
             .filter(|(_, row)| endpoints.iter().any(|e| row.object.backends.iter().any(|b| b.contains(&e.spiffe_id))))
             .map(|((origin, _), row)| (origin.clone(), row.object.clone()))
             .collect();

@@ -31,6 +31,8 @@ pub(crate) struct Stream {
     up: Streaming<v1::AgentMessage>,
     /// The generation in the leaf that opened it.
     pub(crate) generation: u64,
+    /// What it began with.
+    pub(crate) hello: v1::Subscribe,
 }
 
 impl Stream {
@@ -173,9 +175,9 @@ impl AgentStream for Replica {
         let caller = request.extensions().get::<Caller>().cloned().unwrap();
         let generation = caller.svid.and_then(|svid| svid.binding()).expect("a node's leaf").generation.0;
         let mut up = request.into_inner();
-        assert!(matches!(up.message().await?.and_then(|m| m.body), Some(Up::Subscribe(_))));
+        let Some(Up::Subscribe(hello)) = up.message().await?.and_then(|m| m.body) else { panic!("Subscribe first") };
         let (down, queue) = mpsc::channel(16);
-        drop(self.streams.send(Stream { down, up, generation }).await);
+        drop(self.streams.send(Stream { down, up, generation, hello }).await);
         Ok(Response::new(ReceiverStream::new(queue)))
     }
 }

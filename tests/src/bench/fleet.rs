@@ -10,6 +10,7 @@ use crate::machine::{apply_policy, golden_policy, put_list};
 use crate::soft_tpm::maker::{CaKind, Maker};
 use crate::soft_tpm::{EkKind, SoftTpm};
 use ambit_model::NodeId;
+use ambit_proto::resources::Held;
 use ambit_proto::v1;
 use ambit_proto::v1::node_attestation_client::NodeAttestationClient;
 use anyhow::{Context, Result, ensure};
@@ -18,7 +19,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::task::JoinSet;
 
-const REPLICAS: usize = 3;
+pub(super) const REPLICAS: usize = 3;
 /// One connection a node here, a third of them at each replica, and room.
 const DESCRIPTORS: u64 = 65_536;
 /// Streams of the cohort that is measured idle: enrolled quickly enough that none is asked for a quote meanwhile.
@@ -160,7 +161,8 @@ impl Bench {
                 streams.spawn(opening.join_next().await.context("a task")???.run(counts.clone()));
             }
             let at = self.cell.address(n % REPLICAS + 1)?;
-            opening.spawn(stream::open(node, at, self.cell.trust_domain.clone(), self.cell.fingerprint));
+            let whom = (self.cell.trust_domain.clone(), self.cell.fingerprint);
+            opening.spawn(stream::open((n, node), at, whom, Held::default()));
         }
         while let Some(one) = opening.join_next().await {
             streams.spawn(one??.run(counts.clone()));

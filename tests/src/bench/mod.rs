@@ -2,13 +2,15 @@
 //!
 //! `cargo xtask bench attest`: what attestation costs, as CPU time on one core. It plays the machines (keys in memory
 //! instead of TPMs) and, in the first part, the server's services too; in the second part the server is a cell of real
-//! processes. `cargo xtask bench raft`: a cell beside etcd. `cargo xtask bench issuance`: a cell beside cfssl.
+//! processes. `cargo xtask bench propagation`: from a change to what all agents hold. `cargo xtask bench raft`: a cell beside etcd. `cargo xtask bench issuance`: a cell beside cfssl.
 
 mod cpu;
 mod fleet;
 mod floor;
 mod issuance;
 mod machine;
+mod propagation;
+mod proxy;
 mod raft;
 mod stream;
 mod table;
@@ -16,7 +18,7 @@ mod verifier;
 
 use anyhow::{Result, bail};
 
-/// A benchmark by name: `raft`, `issuance` or `attest`, or one part of it; `nodes` make the fleet of `attest`.
+/// A benchmark by name: `raft`, `issuance`, `propagation` or `attest`, or one part of it; `nodes` make the fleet of `attest` and `propagation`.
 pub async fn run(name: &str, nodes: usize) -> Result<()> {
     let mut table = table::Table::default();
     if matches!(name, "raft" | "raft-load") {
@@ -27,8 +29,12 @@ pub async fn run(name: &str, nodes: usize) -> Result<()> {
         issuance::run(&mut table).await?;
         return table.end(name);
     }
+    if name == "propagation" {
+        propagation::run(&mut table, nodes).await?;
+        return table.end(name);
+    }
     if !matches!(name, "attest" | "attest-verifier" | "attest-fleet") {
-        bail!("no benchmark '{name}': issuance, raft, raft-load, attest, attest-verifier, attest-fleet");
+        bail!("no benchmark '{name}': issuance, propagation, raft, raft-load, attest, attest-verifier, attest-fleet");
     }
     if name != "attest-fleet" {
         verifier::run(&mut table)?;

@@ -58,6 +58,10 @@ impl Agents {
             f(agent);
         }
     }
+    /// Whose streams are here.
+    pub fn nodes(&self) -> Vec<NodeId> {
+        self.lock().keys().copied().collect()
+    }
     /// All of them now.
     pub fn all(&self) -> Vec<(NodeId, Agent)> {
         self.lock().iter().map(|(n, (a, _))| (*n, a.clone())).collect()

@@ -6,6 +6,7 @@ pub mod authority;
 pub mod backup;
 pub mod blobs;
 pub mod budget;
+pub mod cuts;
 pub mod evidence;
 pub mod federate;
 pub mod files;
@@ -75,6 +76,8 @@ struct Inner {
     trust: SharedTrust,
     dialer: Dialer,
     agents: Agents,
+    remembered: cuts::Remembered,
+    board: cuts::Board,
     blobs: blobs::Blobs,
     work: work::Work,
     verdicts: verdicts::Verdicts,
@@ -139,6 +142,14 @@ impl Replica {
     /// Agents whose streams end here.
     pub fn agents(&self) -> &Agents {
         &self.inner.agents
+    }
+    /// What agents were sent lately.
+    pub fn remembered(&self) -> &cuts::Remembered {
+        &self.inner.remembered
+    }
+    /// What each node needs now.
+    pub fn board(&self) -> &cuts::Board {
+        &self.inner.board
     }
     /// Evidence bodies and allow-lists.
     pub fn blobs(&self) -> &blobs::Blobs {

@@ -123,6 +123,8 @@ async fn open(config: &Config, files: &Files, verdicts: super::verdicts::Verdict
         trust,
         dialer,
         agents: Agents::default(),
+        remembered: super::cuts::Remembered::default(),
+        board: super::cuts::Board::default(),
         blobs: super::blobs::Blobs::open(config.data_dir.join("blobs"))?,
         work: super::work::Work::start()?,
         verdicts,

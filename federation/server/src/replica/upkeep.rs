@@ -41,21 +41,24 @@ impl Chores {
 /// Starts them.
 pub fn spawn(replica: &Replica, verdicts: super::verdicts::Queue) -> Chores {
     let r = || replica.clone();
+    let cuts = super::cuts::spawn(replica).into_iter();
     Chores {
-        tasks: vec![
-            tokio::spawn(follow_trust(r())),
-            tokio::spawn(tick(r())),
-            tokio::spawn(rotate(r())),
-            tokio::spawn(pull_from_peers(r())),
-            tokio::spawn(super::federate::run(r())),
-            tokio::spawn(ask_for_vote(r())),
-            tokio::spawn(super::verdicts::run(r(), verdicts)),
-            tokio::spawn(keep_blobs(r())),
-            tokio::spawn(super::authority::keep(r())),
-            tokio::spawn(keep_root(r())),
-            tokio::spawn(tell_of_end(r())),
-            tokio::spawn(super::attest::run(r())),
-        ],
+        tasks: cuts
+            .chain([
+                tokio::spawn(follow_trust(r())),
+                tokio::spawn(tick(r())),
+                tokio::spawn(rotate(r())),
+                tokio::spawn(pull_from_peers(r())),
+                tokio::spawn(super::federate::run(r())),
+                tokio::spawn(ask_for_vote(r())),
+                tokio::spawn(super::verdicts::run(r(), verdicts)),
+                tokio::spawn(keep_blobs(r())),
+                tokio::spawn(super::authority::keep(r())),
+                tokio::spawn(keep_root(r())),
+                tokio::spawn(tell_of_end(r())),
+                tokio::spawn(super::attest::run(r())),
+            ])
+            .collect(),
     }
 }
 

@@ -1,18 +1,19 @@
-//! One stream per node: slices down, acknowledgements and endpoints up.
+//! One stream per node: what it needs down, acknowledgements and endpoints up.
 
 use super::OrStatus;
 use super::rounds::{Rounds, Todo};
 use crate::authorise::{Role, actor, is_denied};
+use crate::replica::cuts::{Cut, Edition, Feed};
 use crate::replica::{Replica, wall_clock};
 use ambit_identity::PeerSvid;
 use ambit_model::policy::Endpoint;
-use ambit_model::{Code, Generation, IdDenial, NodeId, Refusal, SpiffeId, Stamp, TrustDomain};
-use ambit_proto::convert::{address, node_address_message, policy_message, service_message};
+use ambit_model::{Code, Generation, NodeId, Refusal, Stamp};
+use ambit_proto::convert::address;
 use ambit_proto::status::to_status;
 use ambit_proto::v1;
+use ambit_proto::v1::server_message::Body;
 use ambit_state::objects::NodeState;
-use ambit_state::{Command, ENDPOINTS_PER_NODE_MAX, Reply, Slice, State, SvidDenials};
-use sha2::{Digest, Sha256};
+use ambit_state::{Command, ENDPOINTS_PER_NODE_MAX, Reply, State};
 use std::net::Ipv4Addr;
 use std::pin::Pin;
 use std::sync::LazyLock;
@@ -24,16 +25,17 @@ use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-/// Slices not yet taken by the agent; a slow reader gets the newest when it comes back.
+/// Messages not yet taken by the agent; a slow reader is brought to the newest when it comes back.
 const QUEUE: usize = 4;
 /// Intermediates under which a node shows leaves are a few per replica; bundles as many as a cell has peers.
 const HOLDING_MAX: usize = 1_024;
-/// Changes within this time go out as one slice; small against the 500 ms that a change may take to the kernel.
-const SETTLE: Duration = Duration::from_millis(15);
 /// A stream that carries nothing else shows that its replica's process lives; an agent leaves after two of these without
 /// a word. (That the machine lives is the kernel's to watch.) At 10,000 streams a heartbeat a second costs six times as
 /// much as all rounds.
 const HEARTBEAT: Duration = Duration::from_secs(8);
+
+/// The node's slice comes first, unless this replica has yet to hear of what the agent heard elsewhere.
+const FIRST_BEAT: Duration = Duration::from_secs(1);
 
 /// See [`in_company`]: thousands of streams have a dozen milliseconds of work at each of its instants.
 const RASTER: Duration = Duration::from_millis(250);
@@ -71,12 +73,14 @@ impl v1::agent_stream_server::AgentStream for Streams {
         }
         let stream = STREAMS.fetch_add(1, Ordering::Relaxed);
         // From here on an older stream of this node ends.
-        let newer = self.0.agents().connected(node, subscribe.node_address, stream);
+        let newer = self.0.agents().connected(node, subscribe.node_address.clone(), stream);
+        self.0.board().came();
         let (down, queue) = mpsc::channel::<Down>(QUEUE);
         let rounds = Rounds::new(self.0.clone(), node, generation);
+        let feed = Feed::new(&subscribe, self.0.remembered());
         let (replica, until, svid) = (self.0.clone(), actor.until, actor.svid);
         let session = Session { replica, node, generation, address, until, svid, stream, newer, rounds };
-        tokio::spawn(session.run(up, down));
+        tokio::spawn(session.run(feed, up, down));
         Ok(Response::new(Box::pin(ReceiverStream::new(queue))))
     }
 }
@@ -96,26 +100,9 @@ struct Session {
     rounds: Rounds,
 }
 
-/// Nodes, identities and leaves to refuse, as messages.
-type Refused = (Vec<v1::NodeDenial>, Vec<v1::IdDenial>, Vec<v1::LeafDenial>);
-
-/// What went down last, and at which revisions that same content still held.
-#[derive(Default)]
-struct Sent {
-    digest: [u8; 32],
-    revision: u64,
-    /// The highest revision at which the slice sent last is still what the node needs.
-    holds: u64,
-    acked: u64,
-    /// Whom it said to refuse.
-    denials: Refused,
-    /// Whose leaves it said to refuse.
-    authorities: Vec<v1::AuthorityDenial>,
-}
-
 impl Session {
-    async fn run(mut self, mut up: Streaming<v1::AgentMessage>, down: mpsc::Sender<Down>) {
-        if let Some(refusal) = self.serve(&mut up, &down).await {
+    async fn run(mut self, feed: Feed, mut up: Streaming<v1::AgentMessage>, down: mpsc::Sender<Down>) {
+        if let Some(refusal) = self.serve(feed, &mut up, &down).await {
             tracing::info!(node = %self.node, code = %refusal.code, "agent stream ended");
             let _ = down.send(Err(to_status(&told(refusal)))).await;
         }
@@ -123,20 +110,26 @@ impl Session {
     }
 
     /// Until the stream breaks, or the refusal that ends it.
-    async fn serve(&mut self, up: &mut Streaming<v1::AgentMessage>, down: &mpsc::Sender<Down>) -> Option<Refusal> {
+    async fn serve(
+        &mut self,
+        mut feed: Feed,
+        up: &mut Streaming<v1::AgentMessage>,
+        down: &mpsc::Sender<Down>,
+    ) -> Option<Refusal> {
         let mut newer = self.newer.clone();
-        let mut revisions = self.replica.watch_revision();
-        let mut sent = Sent::default();
-        let beat = tokio::time::sleep(Duration::ZERO);
+        let mut editions = self.replica.board().editions();
+        let mut refused = self.replica.board().refused();
+        let beat = tokio::time::sleep(FIRST_BEAT);
         tokio::pin!(beat);
         loop {
-            if let Err(refusal) = self.push(&mut sent, down).await {
+            let edition = editions.borrow_and_update().clone();
+            if let Err(refusal) = self.push(&edition, &mut feed, down).await {
                 return Some(refusal);
             }
             tokio::select! {
                 message = up.message() => match message {
                     Ok(Some(message)) => {
-                        if let Err(refusal) = self.take(message, &mut sent, down).await {
+                        if let Err(refusal) = self.take(message, &mut feed, down).await {
                             return Some(refusal);
                         }
                     }
@@ -150,19 +143,24 @@ impl Session {
                         return Some(refusal);
                     }
                 }
-                changed = revisions.changed() => {
+                changed = refused.changed() => {
                     if changed.is_err() {
                         return None;
                     }
-                    // Whom to refuse does not wait for the rest to settle.
-                    if let Err(refusal) = self.push_denials(&mut sent, down).await {
+                    // Whom to refuse does not wait for the rest.
+                    let cut = refused.borrow_and_update().clone();
+                    if let Err(refusal) = self.push_denials(&cut, &mut feed, down).await {
                         return Some(refusal);
                     }
-                    tokio::time::sleep(SETTLE).await;
+                }
+                changed = editions.changed() => {
+                    if changed.is_err() {
+                        return None;
+                    }
                 }
                 _ = newer.changed() => return self.newest().err(),
                 () = &mut beat => {
-                    if let Err(refusal) = self.beat(&sent, down) {
+                    if let Err(refusal) = self.beat(&feed, down) {
                         return Some(refusal);
                     }
                     beat.as_mut().reset(self.next_beat());
@@ -172,12 +170,12 @@ impl Session {
     }
 
     /// Shows that the stream lives. A stream does not outlive the certificate that opened it.
-    fn beat(&self, sent: &Sent, down: &mpsc::Sender<Down>) -> Result<(), Refusal> {
+    fn beat(&self, feed: &Feed, down: &mpsc::Sender<Down>) -> Result<(), Refusal> {
         let now = self.replica.now();
         if self.until.is_none_or(|until| until < now) {
             return Err(Refusal::new(Code::Unauthenticated, "a certificate in time", "one that ended"));
         }
-        let beat = v1::Heartbeat { stamp_ms: now.0, revision: sent.holds };
+        let beat = v1::Heartbeat { stamp_ms: now.0, revision: feed.holds() };
         let message = v1::ServerMessage { body: Some(v1::server_message::Body::Heartbeat(beat)) };
         match down.try_send(Ok(message)) {
             // A full queue carries newer news than a heartbeat.
@@ -194,56 +192,37 @@ impl Session {
         in_company(Instant::now() + HEARTBEAT).min(Instant::now() + Duration::from_millis(left + 1))
     }
 
-    /// Sends the node's slice if it differs from the last one sent. A node that is out is cut off here.
-    async fn push(&self, sent: &mut Sent, down: &mpsc::Sender<Down>) -> Result<(), Refusal> {
+    /// Sends what of the node's slice differs from what was sent last. A node that is out is cut off here.
+    async fn push(&self, edition: &Edition, feed: &mut Feed, down: &mpsc::Sender<Down>) -> Result<(), Refusal> {
         self.newest()?;
-        let revision = self.replica.local(|s| s.cell().map(|c| c.revision.0).unwrap_or_default());
-        if revision == sent.holds {
+        if edition.revision == feed.holds() {
             return Ok(());
         }
-        let slice = self.replica.local(|s| {
-            self.trusted(s)?;
-            s.slice(&self.node).ok_or_else(|| Refusal::new(Code::NodeUnknown, "an enrolled node", "none"))
-        })?;
-        let revision = slice.revision.0;
-        let message = slice_message(&slice);
-        let digest = content(&message);
-        if digest != sent.digest {
-            let body = Some(v1::server_message::Body::Slice(message));
-            down.send(Ok(v1::ServerMessage { body }))
-                .await
-                .map_err(|_| Refusal::new(Code::Unavailable, "an open stream", "a closed one"))?;
-            (sent.digest, sent.revision) = (digest, revision);
-            let nodes = slice.denials.iter().map(denial_message).collect();
-            let (ids, leaves) = svid_denials(&slice.svid_denials);
-            sent.denials = (nodes, ids, leaves);
-            sent.authorities = slice.authority_denials.iter().map(authority_message).collect();
-        }
-        sent.holds = revision;
-        self.note(sent);
+        self.replica.local(|s| self.trusted(s))?;
+        // Who came after the edition was made waits for the next.
+        let Some(cut) = edition.cut(&self.node) else { return Ok(()) };
+        let bodies = feed.all(&cut)?;
+        self.send(bodies, feed, down).await?;
+        self.note(feed, Some(&cut.imported));
         Ok(())
     }
 
-    /// Sends the list of whom to refuse if it changed since the last slice or list.
-    async fn push_denials(&self, sent: &mut Sent, down: &mpsc::Sender<Down>) -> Result<(), Refusal> {
-        let (revision, stamp, denials, authorities) = self.replica.local(|s| {
-            self.trusted(s)?;
-            let nodes = s.node_denials().map(|(k, g)| denial_message((k, g))).collect();
-            let (ids, leaves) = svid_denials(&s.svid_denials());
-            let denials: Refused = (nodes, ids, leaves);
-            let authorities: Vec<_> = s.authority_denials().map(|(key, _)| authority_message(key)).collect();
-            Ok::<_, Refusal>((s.cell().map(|c| c.revision.0).unwrap_or_default(), s.stamp().0, denials, authorities))
-        })?;
-        if denials == sent.denials && authorities == sent.authorities {
-            return Ok(());
+    /// Sends whom to refuse if it changed since it was sent last.
+    async fn push_denials(&self, cut: &Cut, feed: &mut Feed, down: &mpsc::Sender<Down>) -> Result<(), Refusal> {
+        self.replica.local(|s| self.trusted(s))?;
+        let bodies = feed.denials(cut)?;
+        self.send(bodies, feed, down).await
+    }
+
+    async fn send(&self, bodies: Vec<Body>, feed: &Feed, down: &mpsc::Sender<Down>) -> Result<(), Refusal> {
+        if let Some(sent) = feed.sent().filter(|_| !bodies.is_empty()) {
+            self.replica.remembered().note(sent);
         }
-        sent.denials.clone_from(&denials);
-        sent.authorities.clone_from(&authorities);
-        let (denials, ids, leaves) = denials;
-        let list = v1::Denials { revision, stamp_ms: stamp, denials, ids, leaves, authorities };
-        let body = Some(v1::server_message::Body::Denials(list));
-        let closed = |_| Refusal::new(Code::Unavailable, "an open stream", "a closed one");
-        down.send(Ok(v1::ServerMessage { body })).await.map_err(closed)
+        for body in bodies {
+            let closed = |_| Refusal::new(Code::Unavailable, "an open stream", "a closed one");
+            down.send(Ok(v1::ServerMessage { body: Some(body) })).await.map_err(closed)?;
+        }
+        Ok(())
     }
 
     /// The node may still be served.
@@ -251,14 +230,14 @@ impl Session {
         trusted(s, &self.node, self.generation, self.svid.as_ref())
     }
 
-    /// What the agent holds counts for every revision at which its slice stayed the same.
-    fn note(&self, sent: &Sent) {
-        let applied = if sent.acked >= sent.revision { sent.holds } else { sent.acked };
-        let imported = self.replica.local(|s| s.imported());
+    /// Tells who asks what the agent has in its kernel.
+    fn note(&self, feed: &Feed, imported: Option<&[v1::ImportedSeq]>) {
+        let applied = feed.applied();
+        let imported = imported.map(|all| all.iter().map(|one| (one.origin.clone(), one.seq)).collect());
         self.replica.agents().update(&self.node, |a| {
             if a.stream == self.stream {
                 a.applied = applied;
-                a.imported = imported.into_iter().map(|(td, n)| (td.to_string(), n)).collect();
+                a.imported = imported.unwrap_or_else(|| std::mem::take(&mut a.imported));
             }
         });
     }
@@ -279,22 +258,22 @@ impl Session {
     async fn take(
         &mut self,
         message: v1::AgentMessage,
-        sent: &mut Sent,
+        feed: &mut Feed,
         down: &mpsc::Sender<Down>,
     ) -> Result<(), Refusal> {
         self.newest()?;
         match message.body {
             Some(v1::agent_message::Body::Ack(ack)) => {
-                sent.acked = sent.acked.max(ack.revision);
+                feed.acknowledged(ack.revision);
                 let digest = ack.map_digest;
                 self.replica.agents().update(&self.node, |a| (a.refused, a.map_digest) = (String::new(), digest));
-                self.note(sent);
+                self.note(feed, None);
                 Ok(())
             }
             Some(v1::agent_message::Body::Nack(nack)) => {
                 tracing::warn!(node = %self.node, revision = nack.revision, reason = nack.reason, "slice refused by agent");
                 self.replica.agents().update(&self.node, |a| a.refused = nack.reason);
-                Ok(())
+                if nack.lost { feed.lost() } else { Ok(()) }
             }
             Some(v1::agent_message::Body::Endpoints(report)) => self.endpoints(report).await,
             Some(v1::agent_message::Body::Quote(answer)) => {
@@ -425,69 +404,6 @@ pub(super) fn in_company(at: Instant) -> Instant {
     let since = at.saturating_duration_since(*ORIGIN).as_millis();
     let raster = RASTER.as_millis();
     *ORIGIN + RASTER * u32::try_from(since.div_ceil(raster)).unwrap_or(u32::MAX)
-}
-
-fn slice_message(s: &Slice) -> v1::Slice {
-    let (id_denials, leaf_denials) = svid_denials(&s.svid_denials);
-    let bundles = s.bundles.iter().map(|(td, (sequence, roots_der))| v1::Bundle {
-        trust_domain: td.to_string(),
-        sequence: *sequence,
-        roots_der: roots_der.clone(),
-        jwt_authorities: s.jwt_authorities.get(td).into_iter().flatten().map(Into::into).collect(),
-    });
-    v1::Slice {
-        revision: s.revision.0,
-        stamp_ms: s.stamp.0,
-        trust_domain: s.trust_domain.to_string(),
-        cluster: s.cluster.to_string(),
-        bundles: bundles.collect(),
-        entries: s.entries.iter().map(Into::into).collect(),
-        policies: s.policies.iter().map(|(origin, p)| policy_message(origin, p)).collect(),
-        services: s.services.iter().map(|(origin, v)| service_message(origin, v)).collect(),
-        endpoints: s.endpoints.iter().map(Into::into).collect(),
-        callers: s.callers.iter().map(node_address_message).collect(),
-        identities: s
-            .identities
-            .iter()
-            .map(|(id, number)| v1::NumericIdentity { spiffe_id: id.to_string(), number: *number })
-            .collect(),
-        denials: s.denials.iter().map(denial_message).collect(),
-        imported: s.imported.iter().map(|(td, seq)| v1::ImportedSeq { origin: td.to_string(), seq: *seq }).collect(),
-        id_denials,
-        leaf_denials,
-        tainted_authorities: s.tainted.iter().cloned().collect(),
-        tainted_jwt_authorities: s.tainted_jwt.iter().cloned().collect(),
-        authority_denials: s.authority_denials.iter().map(authority_message).collect(),
-    }
-}
-
-fn authority_message((td, authority): &(TrustDomain, String)) -> v1::AuthorityDenial {
-    v1::AuthorityDenial { trust_domain: td.to_string(), authority: authority.clone() }
-}
-
-fn denial_message(((td, node), generation): (&(TrustDomain, NodeId), &Generation)) -> v1::NodeDenial {
-    v1::NodeDenial { node: node.to_string(), generation: generation.0, trust_domain: td.to_string() }
-}
-
-fn svid_denials(denials: &SvidDenials) -> (Vec<v1::IdDenial>, Vec<v1::LeafDenial>) {
-    let id = |(id, denial): &(SpiffeId, IdDenial)| v1::IdDenial {
-        spiffe_id: id.to_string(),
-        up_to: denial.up_to.to_vec(),
-        barred: denial.barred,
-    };
-    let leaf = |(td, authority, serial): &(TrustDomain, String, Vec<u8>)| v1::LeafDenial {
-        trust_domain: td.to_string(),
-        authority: authority.clone(),
-        serial: serial.clone(),
-    };
-    (denials.ids.iter().map(id).collect(), denials.leaves.iter().map(leaf).collect())
-}
-
-/// SHA-256 over what the node enforces: revision, time and import positions apart.
-fn content(m: &v1::Slice) -> [u8; 32] {
-    use prost::Message;
-    let bare = v1::Slice { revision: 0, stamp_ms: 0, imported: Vec::new(), ..m.clone() };
-    Sha256::digest(bare.encode_to_vec()).into()
 }
 
 #[cfg(test)]

@@ -213,7 +213,7 @@ fn services_of(s: &State, ids: &BTreeSet<&SpiffeId>) -> BTreeMap<OwnedName, Serv
         return BTreeMap::new();
     }
     let behind = |service: &Service| ids.iter().any(|id| service.backends.iter().any(|set| set.contains(id)));
-    let found = s.services().filter(|(_, row)| behind(&row.object));
+    let found = s.told_services().filter(|(_, row)| behind(&row.object));
     found.map(|(name, row)| (name.clone(), row.object.clone())).collect()
 }
 
