@@ -282,17 +282,19 @@ impl Session {
         let (revision, stamp_ms) = (part.revision, part.stamp_ms);
         let taken = resources.take(part);
         let lost = taken.is_err();
-        let read = taken.and_then(|taken| match taken {
-            Taken::All => Ok(self.take_slice(resources.set().slice(revision, stamp_ms)?, outbox)),
-            Taken::Denials => {
-                let s = resources.set().denials(revision, stamp_ms)?;
-                let (denials, authorities, ids, leaves) =
-                    (s.denials, s.authority_denials, s.id_denials, s.leaf_denials);
-                self.take_denials(&v1::Denials { revision, stamp_ms, denials, authorities, ids, leaves });
-                Ok(())
+        let read = taken.and_then(|taken| {
+            match taken {
+                Taken::All => self.take_slice(resources.set().slice(revision, stamp_ms)?, outbox),
+                Taken::Denials => {
+                    let s = resources.set().denials(revision, stamp_ms)?;
+                    let (denials, authorities) = (s.denials, s.authority_denials);
+                    let (ids, leaves) = (s.id_denials, s.leaf_denials);
+                    self.take_denials(&v1::Denials { revision, stamp_ms, denials, authorities, ids, leaves });
+                }
+                Taken::Part => {}
+                Taken::Dropped => tracing::debug!(revision, held = resources.revision(), "a delta dropped"),
             }
-            Taken::Part => Ok(()),
-            Taken::Dropped => Ok(tracing::debug!(revision, held = resources.revision(), "a delta dropped")),
+            Ok(())
         });
         if let Err(refusal) = read {
             METRICS.apply.inc(["failed", refusal.code.as_str()]);

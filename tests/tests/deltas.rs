@@ -17,7 +17,7 @@ async fn allow(cell: &Cell, name: &str, port: u16) -> u64 {
         "kind: Policy\nmetadata: {{name: {name}}}\nspec: {{target: spiffe://west/db, action: allow, \
          from: [spiffe://west/web], ports: [{port}]}}\n"
     );
-    let request = v1::ApplyRequest { request_id: fresh(), yaml, over: None };
+    let request = v1::ApplyRequest { request_id: fresh(), yaml, over: None, unlimited: true };
     let call = |channel: Channel| {
         let request = request.clone();
         async move { PolicyRegistryClient::new(channel).apply(request).await }

@@ -99,7 +99,7 @@ fn policy(n: usize, entries: usize, port: u16) -> String {
 }
 
 async fn apply(bench: &Bench, yaml: String) -> Result<u64> {
-    let request = v1::ApplyRequest { request_id: fresh(), yaml, over: None };
+    let request = v1::ApplyRequest { request_id: fresh(), yaml, over: None, unlimited: true };
     let call = |channel: Channel| {
         let request = request.clone();
         async move { PolicyRegistryClient::new(channel).apply(request).await }
