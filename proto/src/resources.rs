@@ -214,7 +214,8 @@ fn difference<'a>(old: &'a Set, new: &'a Set) -> (Vec<&'a Arc<Item>>, Vec<&'a Ar
         let order = match (was.peek(), is.peek()) {
             // Most of it: what did not move is shared.
             (Some(a), Some(b)) if Arc::ptr_eq(a, b) => {
-                (was.next(), is.next());
+                was.next();
+                is.next();
                 continue;
             }
             (Some(a), Some(b)) => a.name().cmp(&b.name()),

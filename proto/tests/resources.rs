@@ -20,7 +20,13 @@ impl Draw {
 
     /// Some of a few names, in order, each in one of a few versions.
     fn some<T>(&mut self, of: impl Fn(u64, u64) -> T) -> Vec<T> {
-        (0..6).filter_map(|n| (self.next(3) > 0).then(|| of(n, self.next(3)))).collect()
+        let mut some = Vec::new();
+        for n in 0..6 {
+            if self.next(3) > 0 {
+                some.push(of(n, self.next(3)));
+            }
+        }
+        some
     }
 
     fn slice(&mut self) -> v1::Slice {

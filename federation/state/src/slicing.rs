@@ -112,6 +112,7 @@ pub struct Portion {
 }
 
 /// See the module.
+#[derive(Default)]
 pub struct Slicer {
     /// The tables that slices are made of, of one moment.
     frozen: State,
@@ -129,26 +130,6 @@ pub struct Slicer {
     /// Classes asked for since the last settling; the others are forgotten by the next.
     fresh: BTreeMap<Kind, Arc<Class>>,
     moved: Moved,
-}
-
-impl Default for Slicer {
-    fn default() -> Self {
-        Self {
-            frozen: State::new(),
-            origin: None,
-            revision: Revision::default(),
-            imported: BTreeMap::new(),
-            general: Arc::default(),
-            refused: Arc::default(),
-            refused_mark: None,
-            places: Places::default(),
-            rules: Rules::default(),
-            known: Known::default(),
-            classes: BTreeMap::new(),
-            fresh: BTreeMap::new(),
-            moved: Moved::default(),
-        }
-    }
 }
 
 impl Slicer {

@@ -86,19 +86,19 @@ async fn tell_refused(replica: Replica) {
 
 async fn cut(replica: Replica) {
     let mut revisions = replica.watch_revision();
-    let mut kept = Box::<(Slicer, Shelf)>::default();
+    let mut kept = <(Slicer, Shelf)>::default();
     loop {
         revisions.borrow_and_update();
         let (at, nodes) = (replica.clone(), replica.agents().nodes());
         let made = tokio::task::spawn_blocking(move || {
-            let (slicer, shelf) = &mut *kept;
+            let (mut slicer, mut shelf) = kept;
             at.local(|s| slicer.follow(s));
             slicer.settle();
-            let sets = shelf.sets(slicer, &nodes);
+            let sets = shelf.sets(&mut slicer, &nodes);
             let imported = slicer.imported().iter();
             let imported = imported.map(|(td, seq)| v1::ImportedSeq { origin: td.to_string(), seq: *seq }).collect();
             let (revision, stamp_ms) = (slicer.revision().0, slicer.stamp().0);
-            (Edition { revision, stamp_ms, imported: Arc::new(imported), sets }, kept)
+            (Edition { revision, stamp_ms, imported: Arc::new(imported), sets }, (slicer, shelf))
         });
         match made.await {
             Ok((edition, again)) => {
@@ -107,7 +107,7 @@ async fn cut(replica: Replica) {
             }
             Err(error) => {
                 tracing::error!(%error, "slices were not made; begun anew");
-                kept = Box::default();
+                kept = Default::default();
             }
         }
         tokio::select! {
