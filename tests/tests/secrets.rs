@@ -204,10 +204,11 @@ fn a_planted_key_is_found_by_the_same_search() {
     let another = SvidKey::generate().unwrap();
     let another = *secrets::by_form(&another.pkcs8()).first().unwrap();
     let mut holder = Command::new("sleep").arg("60").env("KEY", pem.as_str()).stdout(Stdio::null()).spawn().unwrap();
-    // Until it is `sleep` and no more this process.
+    // Until it is `sleep` and no more this process, and sleeps: its libraries are in their places then.
     until("its own memory", || {
         let names = std::fs::read_link(format!("/proc/{}/exe", holder.id())).ok()?;
-        names.ends_with("sleep").then_some(())
+        let status = std::fs::read_to_string(format!("/proc/{}/status", holder.id())).ok()?;
+        (names.ends_with("sleep") && status.contains("State:\tS")).then_some(())
     });
     let another = [("another".to_owned(), another)];
     let found = secrets::search(holder.id(), &another);

@@ -41,7 +41,7 @@ usage: cargo xtask <verb>
   bench streams         1,000 streams of the Workload API at one agent: its memory, and how soon a change is told to all
   bench policy          a decision in user space at 10 to 100,000 policies, compiled and by walking over them (release)
   bench revoke          from a ban to the other cluster's kernel, 50 times; last line: N figures, M met
-  bench deny            from the denial of an identity to its live connection's end and the first refusal, 50 times
+  bench deny            from the denial of an identity to the end of its live connections and refusals on every node, 50 times
   bench dataplane       what carrying traffic costs, beside no carrier and two bare relays, in turn (3 minutes)
   bench attest          CPU time of enrolments and rounds, and of 10,000 nodes that attest (release; 6 minutes)
   bench propagation [NODES]  from a change of a policy to the last of 1,000 acknowledging streams; 100,000 entries, 10,000
