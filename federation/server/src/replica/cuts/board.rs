@@ -19,6 +19,8 @@ use tokio::task::JoinHandle;
 
 /// Changes within this time go out as one; small against the 500 ms that a change may take to the kernel.
 const SETTLE: Duration = Duration::from_millis(15);
+/// Until it is tried again where that failed: nobody waits for a change of the state to be told what there is.
+const AGAIN: Duration = Duration::from_secs(1);
 
 /// What every node connected here needs at one revision.
 #[derive(Debug, Default)]
@@ -108,6 +110,8 @@ async fn cut(replica: Replica) {
             Err(error) => {
                 tracing::error!(%error, "slices were not made; begun anew");
                 kept = Default::default();
+                tokio::time::sleep(AGAIN).await;
+                continue;
             }
         }
         tokio::select! {
@@ -115,9 +119,10 @@ async fn cut(replica: Replica) {
                 if changed.is_err() {
                     return;
                 }
-                tokio::time::sleep(SETTLE).await;
             }
             () = replica.board().came.notified() => {}
         }
+        // Nodes come in crowds, too: an edition for each of them would cost each of them one for all.
+        tokio::time::sleep(SETTLE).await;
     }
 }
