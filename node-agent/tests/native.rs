@@ -9,13 +9,13 @@ mod support;
 use ambit_agent::native::{self, Open, Reason};
 use ambit_agent::secure::{self, Secured};
 use ambit_agent::{health, tls};
-use bytes::Bytes;
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use support::Cell;
 use support::between::Between;
+use support::foreign;
 use support::stage::{SOON, Stage, ended, is_reset, round_trip};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -202,45 +202,15 @@ async fn who_opens_a_tunnel_and_says_nothing_or_half_a_frame_loses_it() {
     }
 }
 
-/// An agent of somebody else: rustls' own connection and h2 on it, in db's name; it answers what it gets, and counts the
-/// connections that it gets it by.
-async fn foreign(stage: &Stage, listener: TcpListener, opened: &AtomicUsize) {
-    let east = stage.east_plane.borrow().clone().unwrap();
-    let key = tls::certified_key(&stage.db_svid).unwrap();
-    let mut config = tls::server(key, east.trust.clone()).unwrap();
-    config.alpn_protocols = vec![b"h2".to_vec()];
-    let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
-    loop {
-        let (tcp, _) = listener.accept().await.unwrap();
-        opened.fetch_add(1, Ordering::Relaxed);
-        let stream = acceptor.accept(tcp).await.unwrap();
-        let mut streams = h2::server::handshake(stream).await.unwrap();
-        tokio::spawn(async move {
-            while let Some(Ok((request, mut respond))) = streams.accept().await {
-                assert!(request.headers().contains_key("traceparent"));
-                tokio::spawn(async move {
-                    let mut send = respond.send_response(http::Response::new(()), false).unwrap();
-                    let mut body = request.into_body();
-                    while let Some(Ok(chunk)) = body.data().await {
-                        body.flow_control().release_capacity(chunk.len()).unwrap();
-                        send.send_data(chunk, false).unwrap();
-                    }
-                    let _ = send.send_data(Bytes::new(), true);
-                });
-            }
-        });
-    }
-}
-
 #[tokio::test]
 async fn a_node_that_speaks_hbone_only_is_called_in_hbone() {
     let mut stage = Stage::set(108).await;
-    let opened = AtomicUsize::new(0);
+    let opened = Arc::new(AtomicU64::new(0));
     // West's agent dials the port of the stage; the foreign one has another address.
     let listener = TcpListener::bind((Ipv4Addr::new(127, 0, 81, 108), stage.hbone.port())).await.unwrap();
     stage.publish(|w| w.endpoints[0].node_address = "127.0.81.108".into(), |_| ());
     let mut apps = Vec::new();
-    let serve = foreign(&stage, listener, &opened);
+    let serve = foreign::echo(&stage, listener, opened.clone());
     let calls = async {
         for n in 0..5u8 {
             let mut app = stage.call_db().await;

@@ -20,6 +20,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use support::Cell;
 use support::between::Between;
+use support::foreign;
 use support::stage::{SOON, Stage, ended, is_reset, round_trip};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
@@ -257,34 +258,6 @@ async fn strangers_that_say_nothing_keep_no_node_out() {
     assert!(begun.elapsed() < Duration::from_secs(2), "before the strangers' time is over");
 }
 
-/// An agent of somebody else that speaks HBONE only; it echoes. It counts connections.
-async fn foreign(stage: &Stage, listener: TcpListener, connections: Arc<AtomicU64>) {
-    let east = stage.east_plane.borrow().clone().unwrap();
-    let mut config =
-        ambit_agent::tls::server(ambit_agent::tls::certified_key(&stage.db_svid).unwrap(), east.trust.clone()).unwrap();
-    config.alpn_protocols = vec![b"h2".to_vec()];
-    let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
-    loop {
-        let (tcp, _) = listener.accept().await.unwrap();
-        connections.fetch_add(1, Ordering::Relaxed);
-        let acceptor = acceptor.clone();
-        tokio::spawn(async move {
-            let Ok(stream) = acceptor.accept(tcp).await else { return };
-            let mut streams = h2::server::handshake(stream).await.unwrap();
-            while let Some(Ok((request, mut respond))) = streams.accept().await {
-                tokio::spawn(async move {
-                    let mut send = respond.send_response(http::Response::new(()), false).unwrap();
-                    let mut body = request.into_body();
-                    while let Some(Ok(chunk)) = body.data().await {
-                        body.flow_control().release_capacity(chunk.len()).unwrap();
-                        send.send_data(chunk, false).unwrap();
-                    }
-                });
-            }
-        });
-    }
-}
-
 #[tokio::test]
 async fn a_burst_of_first_calls_to_a_node_of_hbone_only_opens_one_tunnel() {
     let mut stage = Stage::set(129).await;
@@ -301,7 +274,7 @@ async fn a_burst_of_first_calls_to_a_node_of_hbone_only_opens_one_tunnel() {
         }
     };
     tokio::select! {
-        () = foreign(&stage, listener, connections.clone()) => panic!("the foreign agent ended"),
+        () = foreign::echo(&stage, listener, connections.clone()) => panic!("the foreign agent ended"),
         () = calls => {}
     }
     assert_eq!(connections.load(Ordering::Relaxed), 1);
@@ -421,7 +394,7 @@ async fn no_connection_begins_in_a_tunnel_whose_far_ends_svid_ended() {
         }
     };
     tokio::select! {
-        () = foreign(&stage, listener, connections.clone()) => panic!("the foreign agent ended"),
+        () = foreign::echo(&stage, listener, connections.clone()) => panic!("the foreign agent ended"),
         () = calls => {}
     }
     assert_eq!(connections.load(Ordering::Relaxed), 2);

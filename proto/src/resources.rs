@@ -311,7 +311,7 @@ impl Held {
         let mut pending = self.pending.take().unwrap_or_else(|| Pending::of(&part));
         let all = part.base.is_empty();
         if !all && part.base != self.set.digest() {
-            return bad(format!("a delta over {}", hex(&self.set.digest())), hex(&part.base));
+            return bad(format!("a delta over {}", hex::encode(self.set.digest())), hex::encode(part.base));
         }
         let (more, digest) = (part.more, pending.digest_of(&part)?);
         pending.add(part)?;
@@ -322,7 +322,7 @@ impl Held {
         let over = if all { Set::default() } else { self.set.clone() };
         let set = over.changed(pending.changes);
         if digest != set.digest() {
-            return bad(format!("resources of digest {}", hex(&digest)), hex(&set.digest()));
+            return bad(format!("resources of digest {}", hex::encode(digest)), hex::encode(set.digest()));
         }
         if set.bytes > SET_BYTES_MAX {
             return bad(format!("resources of at most {SET_BYTES_MAX} bytes"), set.bytes.to_string());
@@ -372,8 +372,4 @@ fn bad<T>(expected: String, found: String) -> Result<T, Refusal> {
 
 fn is_denial(kind: i32) -> bool {
     (ResourceKind::NodeDenial.into()..=ResourceKind::LeafDenial.into()).contains(&kind)
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

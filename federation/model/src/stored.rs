@@ -109,10 +109,6 @@ mod tests {
         }
     }
 
-    fn hex(bytes: &[u8]) -> String {
-        bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-    }
-
     /// Rows in stores and records at peers: a change of these bytes is a change of format, and takes a version.
     #[test]
     fn stored_bytes_are_what_they_were() {
@@ -135,14 +131,17 @@ mod tests {
                 "017000107370696666653a2f2f776573742f6462020102046561737401903f",
             ),
         ] {
-            assert_eq!(hex(&postcard::to_stdvec(&stored).unwrap()), want, "{stored:?}");
+            assert_eq!(hex::encode(postcard::to_stdvec(&stored).unwrap()), want, "{stored:?}");
         }
         let sets = ["cluster:w/c", "group:w/g", "labels:w/a=1&b=2"].map(|text| text.parse::<Peers>().unwrap());
         let group = crate::policy::Group { name: "g".parse().unwrap(), members: sets.into() };
-        assert_eq!(hex(&postcard::to_stdvec(&group).unwrap()), "01670303017701630401770167050177020161013101620132");
+        assert_eq!(
+            hex::encode(postcard::to_stdvec(&group).unwrap()),
+            "01670303017701630401770167050177020161013101620132"
+        );
         let told = Peers::from_wire("ids:w /a /b").unwrap();
         assert_eq!(
-            hex(&postcard::to_stdvec(&told).unwrap()),
+            hex::encode(postcard::to_stdvec(&told).unwrap()),
             "060177020c7370696666653a2f2f772f610c7370696666653a2f2f772f62"
         );
     }

@@ -3,9 +3,9 @@
 
 mod common;
 
-use ambit_model::policy::{Action, Endpoint, Group, Peers, Policy, Service};
+use ambit_model::policy::{Action, Group, Peers, Policy, Service};
 use ambit_model::record::{Head, Kind, Record};
-use ambit_model::{Code, Entry, Generation, Refusal, Stamp, TrustDomain};
+use ambit_model::{Code, Entry, Refusal, Stamp, TrustDomain};
 use ambit_policy::{Document, PORTS_MAX};
 use ambit_state::{Command, DocumentsChange};
 use common::{Cell, admission, cluster, code, entry, node};
@@ -44,14 +44,7 @@ fn of<T: serde::Serialize>(kind: Kind, key: &str, object: &T) -> (Kind, String, 
 }
 
 fn endpoint(id: &str, of: &str, last: u8) -> (Kind, String, Vec<u8>) {
-    let row = Endpoint {
-        spiffe_id: format!("spiffe://east/{id}").parse().unwrap(),
-        address: [10, 9, 0, last].into(),
-        cluster: cluster(of),
-        node_address: [10, 9, 1, 1].into(),
-        node: node(1),
-        generation: Generation(1),
-    };
+    let row = common::endpoint_of_east(id, of, last);
     (Kind::Endpoint, row.address.to_string(), postcard::to_stdvec(&row).unwrap())
 }
 

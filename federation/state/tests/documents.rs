@@ -3,9 +3,9 @@
 
 mod common;
 
-use ambit_model::policy::{Endpoint, Policy};
+use ambit_model::policy::Policy;
 use ambit_model::record::{Head, Kind, Record};
-use ambit_model::{Code, Entry, EntryExtras, Extras, Generation, Refusal, Revision, Stamp, TrustDomain};
+use ambit_model::{Code, Entry, EntryExtras, Extras, Refusal, Revision, Stamp, TrustDomain};
 use ambit_policy::Document;
 use ambit_state::objects::StoredDocument;
 use ambit_state::{Command, DocumentKind, DocumentsChange, Reply, State};
@@ -111,15 +111,8 @@ fn a_peers_cluster_is_what_runs_there() {
     west.run(Command::ApprovePeer("east".parse().unwrap(), [7; 32])).unwrap();
     apply(&mut west, &policy("a", "action: allow, from: ['cluster:east/prod']")).unwrap();
     assert!(!allowed(&west, "spiffe://east/web"), "nobody runs there yet");
-    let endpoint = |id: &str, of: &str, last: u8| Endpoint {
-        spiffe_id: format!("spiffe://east/{id}").parse().unwrap(),
-        address: [10, 9, 0, last].into(),
-        cluster: cluster(of),
-        node_address: [10, 9, 1, 1].into(),
-        node: node(1),
-        generation: Generation(1),
-    };
-    let rows = [endpoint("web", "prod", 1), endpoint("both", "prod", 2), endpoint("both", "east", 3)];
+    let rows = [("web", "prod", 1), ("both", "prod", 2), ("both", "east", 3)];
+    let rows = rows.map(|(id, of, last)| common::endpoint_of_east(id, of, last));
     let (origin, mut records, mut prev_hash) = (TrustDomain::from_str("east").unwrap(), Vec::new(), [0; 32]);
     let clusters = ["prod", "east"].map(|name| (Kind::Cluster, name.to_owned(), vec![1]));
     let endpoints = rows.iter().map(|row| (Kind::Endpoint, row.address.to_string(), postcard::to_stdvec(row).unwrap()));

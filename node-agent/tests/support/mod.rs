@@ -4,6 +4,7 @@
 
 pub(crate) mod agent;
 pub(crate) mod between;
+pub(crate) mod foreign;
 pub(crate) mod issuer;
 pub(crate) mod local;
 pub(crate) mod replica;

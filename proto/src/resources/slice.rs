@@ -21,7 +21,7 @@ impl Item {
     }
     /// See [`Kind::LeafDenial`].
     pub fn leaf_denial(m: &v1::LeafDenial) -> Item {
-        let serial = super::hex(&m.serial);
+        let serial = hex::encode(&m.serial);
         Item::new(Kind::LeafDenial, format!("{}/{}/{serial}", m.trust_domain, m.authority), m.encode_to_vec())
     }
     /// See [`Kind::Cell`].

@@ -116,3 +116,15 @@ pub(crate) fn seen(clock: u64) -> Seen {
 pub(crate) fn code<T: std::fmt::Debug>(r: Result<T, Refusal>) -> Code {
     r.unwrap_err().code
 }
+
+/// An endpoint as the peer `east` exports it.
+pub(crate) fn endpoint_of_east(id: &str, of: &str, last: u8) -> ambit_model::policy::Endpoint {
+    ambit_model::policy::Endpoint {
+        spiffe_id: format!("spiffe://east/{id}").parse().unwrap(),
+        address: [10, 9, 0, last].into(),
+        cluster: cluster(of),
+        node_address: [10, 9, 1, 1].into(),
+        node: node(1),
+        generation: ambit_model::Generation(1),
+    }
+}
