@@ -34,7 +34,8 @@ for line in sys.stdin:
             keys[k['kid']] = jwt.PyJWK({**k, 'alg': 'ES256'}).key
     try:
         key = keys[jwt.get_unverified_header(asked['token'])['kid']]
-        print(jwt.decode(asked['token'], key, algorithms=['ES256'], audience=asked['audience'], leeway=2)['sub'])
+        said = dict(algorithms=['ES256'], audience=asked['audience'], issuer=asked.get('issuer'), leeway=2)
+        print(jwt.decode(asked['token'], key, **said)['sub'])
     except (KeyError, jwt.InvalidTokenError) as e:
         print(type(e).__name__)
     sys.stdout.flush()
@@ -55,7 +56,13 @@ impl Judge {
         Judge { child, ask, answers }
     }
     fn say(&mut self, token: &str, name: &str, keys: Value) -> String {
-        let asked = json!({"token": token, "audience": AUDIENCE, name: keys});
+        self.answer(&json!({"token": token, "audience": AUDIENCE, name: keys}))
+    }
+    /// The same, of a relying party of OIDC: the token must name this issuer.
+    fn say_of(&mut self, issuer: &Value, token: &str, jwks: Value) -> String {
+        self.answer(&json!({"token": token, "audience": AUDIENCE, "jwks": jwks, "issuer": issuer}))
+    }
+    fn answer(&mut self, asked: &Value) -> String {
         writeln!(self.ask, "{asked}").unwrap();
         let mut answer = String::new();
         self.answers.read_line(&mut answer).unwrap();
@@ -142,6 +149,10 @@ async fn a_stolen_key_is_replaced_at_once_and_refused_everywhere_and_no_good_tok
     for url in &urls {
         assert_eq!(judge.say(&stolen, "jwks", document(url)), "spiffe://west/ci", "{url}");
     }
+    let issuer = &document(&format!("https://{at}/.well-known/openid-configuration"))["issuer"];
+    assert_eq!(judge.say_of(issuer, &stolen, document(&urls[1])), "spiffe://west/ci");
+    let another = json!("https://id.example.org/east");
+    assert_eq!(judge.say_of(&another, &stolen, document(&urls[1])), "InvalidIssuerError");
     let former = kid(&told(&west, &["trust", "show"]), "active").unwrap();
     for (verb, name) in [("taint", former.as_str()), ("revoke", &former)] {
         let refused = ambit(&west, &["trust", verb, name]);

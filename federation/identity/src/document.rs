@@ -10,8 +10,39 @@ use ambit_model::{JwtAuthority, Refusal};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::{Map, Value, json};
+use std::fmt;
+use std::str::FromStr;
 use x509_parser::prelude::FromDer;
 use x509_parser::x509::SubjectPublicKeyInfo;
+
+/// The https URL that names who makes tokens (OpenID Connect Core 1.0 section 2, `iss`): that of the discovery document,
+/// without its well-known path and without a slash at its end. Relying parties compare it byte by byte.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OidcIssuer(String);
+
+impl OidcIssuer {
+    /// The URL.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for OidcIssuer {
+    type Err = String;
+    fn from_str(url: &str) -> Result<Self, String> {
+        let host = url.strip_prefix("https://").unwrap_or_default();
+        if host.is_empty() || url.ends_with('/') || host.contains(['?', '#', '@', ' ']) {
+            return Err(format!("an issuer of the form https://host/path without a slash at its end, not {url}"));
+        }
+        Ok(Self(url.to_owned()))
+    }
+}
+
+impl fmt::Display for OidcIssuer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
 
 /// What is published of one trust domain.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -63,11 +94,11 @@ impl Published<'_> {
         Ok(json!({ "keys": keys }).to_string())
     }
 
-    /// The discovery document of an issuer, which is an https URL without a slash at its end.
+    /// The discovery document of an issuer.
     ///
     /// # Errors
     /// [`ambit_model::Code::Internal`] for a key that is not readable.
-    pub fn oidc_discovery(&self, issuer: &str) -> Result<String, Refusal> {
+    pub fn oidc_discovery(&self, issuer: &OidcIssuer) -> Result<String, Refusal> {
         let mut algorithms: Vec<&str> =
             self.jwt_keys.iter().map(|key| algorithm(&named(key, "sig")?)).collect::<Result<_, Refusal>>()?;
         algorithms.sort_unstable();
@@ -80,7 +111,7 @@ impl Published<'_> {
             // Tokens are got from the Workload API; the standard wants the member all the same.
             "authorization_endpoint": "",
             "id_token_signing_alg_values_supported": algorithms,
-            "issuer": issuer,
+            "issuer": issuer.as_str(),
             "jwks_uri": format!("{issuer}/keys"),
             "response_types_supported": ["id_token"],
             "subject_types_supported": ["public"],

@@ -1,5 +1,6 @@
 //! JWT-SVIDs (SPIFFE JWT-SVID.md, RFC 7519, RFC 7515): signed from a committed record only, verified to the letter.
 
+use crate::document::OidcIssuer;
 use crate::json::once;
 use crate::keys::internal;
 use ambit_model::jwt::kid_of;
@@ -71,15 +72,19 @@ impl JwtKey {
 /// Signs the token that was committed, for the audience that was committed. Refuses another authority or audience.
 ///
 /// The header holds alg, kid and typ (JWT-SVID 2: nothing else may be there); the claims are sub, aud, exp, iat, and jti,
-/// which is unique for ever, so that who takes a token only once can tell (RFC 7519 4.1.7).
+/// which is unique for ever, so that who takes a token only once can tell (RFC 7519 4.1.7). Where the cell has an `issuer`
+/// there is iss too, without which a relying party of OIDC takes no token.
 ///
 /// ```compile_fail,E0308
 /// use ambit_identity::jwt::{JwtKey, issue_jwt};
-/// fn uncommitted(i: ambit_state::JwtIssuance, to: &ambit_model::Audience, key: &JwtKey) { let _ = issue_jwt(i, to, key); }
+/// fn uncommitted(i: ambit_state::JwtIssuance, to: &ambit_model::Audience, key: &JwtKey) {
+///     let _ = issue_jwt(i, to, None, key);
+/// }
 /// ```
 pub fn issue_jwt(
     committed: Committed<JwtIssuance>,
     audience: &Audience,
+    issuer: Option<&OidcIssuer>,
     key: &JwtKey,
 ) -> Result<Zeroizing<String>, Refusal> {
     let i = committed.get();
@@ -90,13 +95,16 @@ pub fn issue_jwt(
         return Err(Refusal::new(Code::AuthorityMismatch, "the audience that was committed", "another"));
     }
     let header = json!({ "alg": "ES256", "kid": key.kid, "typ": "JWT" });
-    let claims = json!({
+    let mut claims = json!({
         "sub": i.spiffe_id.as_str(),
         "aud": audience.recipients(),
         "exp": i.not_after.0 / 1000,
         "iat": i.stamp.0 / 1000,
         "jti": hex::encode(i.jti),
     });
+    if let Some(issuer) = issuer {
+        claims["iss"] = json!(issuer.as_str());
+    }
     let encode = |value: &Value| URL_SAFE_NO_PAD.encode(value.to_string());
     let mut token = Zeroizing::new(format!("{}.{}", encode(&header), encode(&claims)));
     let signature =

@@ -77,7 +77,7 @@ fn a_committed_token_verifies_here_and_in_openssl() {
     let key = JwtKey::open(&key.private().unwrap(), key.spki()).unwrap();
     let mut cell = Cell::new(&key);
     let to = audience(&["spiffe://west/db", "https://db.example"]);
-    let token = issue_jwt(cell.issue(key.kid(), &to).unwrap(), &to, &key).unwrap();
+    let token = issue_jwt(cell.issue(key.kid(), &to).unwrap(), &to, None, &key).unwrap();
 
     let mut trust = JwtTrust::default();
     trust.put(&td("west"), cell.state.jwt_bundles().get(&td("west")).unwrap()).unwrap();
@@ -99,6 +99,11 @@ fn a_committed_token_verifies_here_and_in_openssl() {
     });
     assert_eq!(json(parts[1]), claims);
 
+    let issuer = "https://id.example/west".parse().unwrap();
+    let named = issue_jwt(cell.issue(key.kid(), &to).unwrap(), &to, Some(&issuer), &key).unwrap();
+    let svid = verify_jwt(&named, "https://db.example", &trust, NOW).unwrap();
+    assert_eq!(svid.claims()["iss"], "https://id.example/west");
+
     let public = PKey::public_key_from_der(key.spki()).unwrap();
     let raw = B64.decode(parts[2]).unwrap();
     let (r, s) = raw.split_at(32);
@@ -116,9 +121,9 @@ fn a_token_is_signed_for_what_was_committed_and_by_whom() {
     let mut cell = Cell::new(&key);
     let code = |r: Result<_, Refusal>| r.map(|_: zeroize::Zeroizing<String>| ()).unwrap_err().code;
     let committed = cell.issue(key.kid(), &to).unwrap();
-    assert_eq!(code(issue_jwt(committed, &another, &key)), Code::AuthorityMismatch);
+    assert_eq!(code(issue_jwt(committed, &another, None, &key)), Code::AuthorityMismatch);
     let committed = cell.issue(key.kid(), &to).unwrap();
-    assert_eq!(code(issue_jwt(committed, &to, &other)), Code::AuthorityMismatch);
+    assert_eq!(code(issue_jwt(committed, &to, None, &other)), Code::AuthorityMismatch);
     assert_eq!(cell.issue(other.kid(), &to).unwrap_err().code, Code::AuthorityMismatch);
     assert!(JwtKey::open(&key.private().unwrap(), other.spki()).is_err());
     assert!(JwtKey::open(&[0; 32], key.spki()).is_err());

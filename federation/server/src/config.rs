@@ -1,5 +1,6 @@
 //! The configuration file of one replica: TOML, unknown keys refused.
 
+use ambit_identity::document::OidcIssuer;
 use ambit_model::{Code, Refusal};
 use ambit_tpm::{AkKind, EkChoice};
 use serde::Deserialize;
@@ -82,8 +83,9 @@ pub struct Outside {
     pub profile: EndpointProfile,
     /// How often others should come, seconds. A rotation does not wait for them: its operator does.
     pub refresh_hint_s: u64,
-    /// The https URL, without a slash at its end, that the OIDC documents name; without it they are not served.
-    pub oidc_issuer: Option<String>,
+    /// Who makes tokens, as OIDC documents and tokens name it; without it neither are the documents served, nor is it in
+    /// the tokens. The same at all replicas of a cell.
+    pub oidc_issuer: Option<OidcIssuer>,
 }
 
 /// Profiles of a bundle endpoint (SPIFFE_Federation.md section 5.2).
@@ -128,14 +130,8 @@ impl TryFrom<Written> for Outside {
         if !(REFRESH_HINT_S_MIN..=REFRESH_HINT_S_MAX).contains(&refresh_hint_s) {
             return Err(format!("refresh_hint_s of {REFRESH_HINT_S_MIN}-{REFRESH_HINT_S_MAX}, not {refresh_hint_s}"));
         }
-        let issuer = |url: &String| {
-            let host = url.strip_prefix("https://").unwrap_or_default();
-            !host.is_empty() && !url.ends_with('/') && !host.contains(['?', '#', '@', ' '])
-        };
-        if let Some(url) = w.oidc_issuer.as_ref().filter(|url| !issuer(url)) {
-            return Err(format!("oidc_issuer of the form https://host/path without a slash at its end, not {url}"));
-        }
-        Ok(Self { listen: w.listen, profile, refresh_hint_s, oidc_issuer: w.oidc_issuer })
+        let oidc_issuer = w.oidc_issuer.map(|url| url.parse().map_err(|e| format!("oidc_issuer: {e}")));
+        Ok(Self { listen: w.listen, profile, refresh_hint_s, oidc_issuer: oidc_issuer.transpose()? })
     }
 }
 

@@ -286,7 +286,7 @@ impl Cell {
         let kid = self.jwt.as_ref().expect("a JWT authority").kid().to_owned();
         let (entry, audience_sha256) = (entry.parse().unwrap(), audience.sha256());
         let committed = self.run(Command::IssueJwt { node, generation, kid, entry, audience_sha256 }).into_token()?;
-        Ok(issue_jwt(committed, &audience, self.jwt.as_ref().unwrap())?.to_string())
+        Ok(issue_jwt(committed, &audience, None, self.jwt.as_ref().unwrap())?.to_string())
     }
 
     pub(crate) fn id(&self, path: &str) -> String {

@@ -43,7 +43,7 @@ async fn bundle(State(pages): State<Pages>, headers: HeaderMap) -> Response {
     pages.answer(&headers, |published| published.bundle())
 }
 
-/// OIDC is served where the configuration names the issuer. Tokens do not carry its URL yet (`iss`).
+/// OIDC is served where the configuration names the issuer, and tokens carry its URL (`iss`).
 async fn discovery(State(pages): State<Pages>, headers: HeaderMap) -> Response {
     let Some(issuer) = pages.config.oidc_issuer.clone() else { return not_served() };
     pages.answer(&headers, move |published| published.oidc_discovery(&issuer))

@@ -30,6 +30,7 @@ pub mod work;
 use crate::authorise::{Client, Reach, Refusals};
 use crate::raft::Cell;
 use agents::Agents;
+use ambit_identity::document::OidcIssuer;
 use ambit_identity::tls::{SharedTrust, Trust};
 use ambit_identity::{RecordKey, TrustStore};
 use ambit_model::bundle::{Bundle, Foreign, Own};
@@ -82,6 +83,7 @@ struct Inner {
     work: work::Work,
     verdicts: verdicts::Verdicts,
     ticket_keys: ticket::OpenKeys,
+    oidc_issuer: Option<OidcIssuer>,
     jwt_keys: jwt::OpenJwtKeys,
     issuance_budgets: issuing::Budgets,
     policies: policies::Policies,
@@ -178,6 +180,10 @@ impl Replica {
     /// What nodes may have signed.
     pub fn issuance_budgets(&self) -> &issuing::Budgets {
         &self.inner.issuance_budgets
+    }
+    /// Whom tokens name as their maker.
+    pub fn oidc_issuer(&self) -> Option<&OidcIssuer> {
+        self.inner.oidc_issuer.as_ref()
     }
     /// JWT authorities, unwrapped.
     pub fn jwt_keys(&self) -> &jwt::OpenJwtKeys {

@@ -129,6 +129,7 @@ async fn open(config: &Config, files: &Files, verdicts: super::verdicts::Verdict
         work: super::work::Work::start()?,
         verdicts,
         ticket_keys: super::ticket::OpenKeys::default(),
+        oidc_issuer: config.bundle_endpoint.as_ref().and_then(|at| at.oidc_issuer.clone()),
         jwt_keys: super::jwt::OpenJwtKeys::default(),
         issuance_budgets: super::issuing::Budgets::default(),
         policies: super::policies::Policies::default(),

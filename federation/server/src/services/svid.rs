@@ -254,7 +254,7 @@ impl Svids {
         let committed = committed?;
         self.0.check_clock()?;
         let (expires_at_ms, spiffe_id) = (committed.get().not_after.0, committed.get().spiffe_id.to_string());
-        let token = issue_jwt(committed, audience, &key)?.to_string();
+        let token = issue_jwt(committed, audience, self.0.oidc_issuer(), &key)?.to_string();
         Ok(v1::NewJwtsvidResponse { token, expires_at_ms, spiffe_id })
     }
 
