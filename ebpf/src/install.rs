@@ -1,5 +1,6 @@
 //! Putting tables in force: filled aside, read back, compared, swapped in one step.
 
+use crate::drift::{InForce, Sum};
 use crate::error::KernelError;
 use crate::kernel::{Kernel, Maps};
 use crate::layout::{
@@ -7,7 +8,7 @@ use crate::layout::{
 };
 use crate::pins::create_map;
 use crate::tables::{Action, MAX_SERVICE_ENDPOINTS, Service, Tables, Tier};
-use libbpf_rs::{ErrorKind, MapCore, MapFlags, MapHandle, MapType};
+use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, SocketAddrV4};
@@ -32,7 +33,7 @@ impl Kernel {
     /// maps of a former generation are replaced only after every program that may read them has ended.
     pub fn install(&self, tables: &Tables) -> Result<[u8; 32], KernelError> {
         let encoded = self.admit(tables)?;
-        let _change = self.lock();
+        let mut in_force = self.lock();
         let idle = 1 - self.live()?;
         let mut digest = Sha256::new();
         digest.update(b"ambit-tables 1\n");
@@ -46,6 +47,8 @@ impl Kernel {
             self.put(table.name, idle, inner)?;
         }
         self.set_config(CONFIG_GENERATION, u64::from(idle))?;
+        let [verdicts, endpoints, services] = encoded.each_ref().map(Table::sum);
+        *in_force = Some(InForce { verdicts, endpoints, services });
         // Writing a slot of a map of maps returns only after every running program has ended (the kernel's
         // maybe_wait_bpf_programs). Without this the next install could replace maps that a program still reads.
         if let (Some(table), Some(inner)) = (encoded.first(), filled.first()) {
@@ -62,17 +65,19 @@ impl Kernel {
         endpoint: SocketAddrV4,
         healthy: bool,
     ) -> Result<(), KernelError> {
-        let _change = self.lock();
+        let mut in_force = self.lock();
         let missing = || KernelError::NotInstalled(format!("service {service} with endpoint {endpoint}"));
         let table = self.live_table("services")?.ok_or_else(missing)?;
         let key = service_key(service).to_bytes();
         let found = table.lookup(&key, MapFlags::ANY).map_err(|e| KernelError::bpf("read map services", e))?;
-        let mut value = found.as_deref().and_then(RawService::from_bytes).ok_or_else(missing)?;
+        let found = found.ok_or_else(missing)?;
+        let mut value = RawService::from_bytes(&found).ok_or_else(missing)?;
         let (ip, port) = (layout::address(*endpoint.ip()), endpoint.port());
         let count = value.count as usize;
         let slot = value.endpoints.iter_mut().take(count).find(|e| e.address == ip && e.port == port);
         slot.ok_or_else(missing)?.healthy = u8::from(healthy);
-        table.update(&key, &value.to_bytes(), MapFlags::EXIST).map_err(|e| KernelError::bpf("write map services", e))
+        let services = in_force.as_mut().map(|put| &mut put.services);
+        exchange(&table, "services", services, (&key, &found), &value.to_bytes())
     }
 
     /// Gives the endpoints at `addresses` the identity `identity` in the tables in force, at once and without an install, and
@@ -81,21 +86,21 @@ impl Kernel {
     /// and new rows lets nothing through that the old ones did not. A later `install` brings its own rows.
     pub fn relabel(&self, addresses: &[Ipv4Addr], identity: u32) -> Result<usize, KernelError> {
         require_identity(identity, "relabelled endpoints")?;
-        let _change = self.lock();
+        let mut in_force = self.lock();
         let mut found = 0;
         if let Some(table) = self.live_table("endpoints")? {
             for address in addresses {
+                let key = layout::address(*address);
+                let before = table.lookup(&key, MapFlags::ANY);
                 // Where it is not, there is nothing to take away.
-                let updated = table.update(&layout::address(*address), &identity.to_ne_bytes(), MapFlags::EXIST);
-                match updated {
-                    Ok(()) => found += 1,
-                    Err(e) if e.kind() == ErrorKind::NotFound => {}
-                    Err(e) => return Err(KernelError::bpf("write map endpoints", e)),
-                }
+                let Some(before) = before.map_err(|e| KernelError::bpf("read map endpoints", e))? else { continue };
+                let endpoints = in_force.as_mut().map(|put| &mut put.endpoints);
+                exchange(&table, "endpoints", endpoints, (&key, &before), &identity.to_ne_bytes())?;
+                found += 1;
             }
         }
         if let Some(table) = self.live_table("services")? {
-            relabel_services(&table, addresses, identity)?;
+            relabel_services(&table, addresses, identity, in_force.as_mut().map(|put| &mut put.services))?;
         }
         Ok(found)
     }
@@ -143,7 +148,7 @@ impl Kernel {
     }
 
     /// The inner map in force; `None` before the first install.
-    fn live_table(&self, name: &'static str) -> Result<Option<MapHandle>, KernelError> {
+    pub(crate) fn live_table(&self, name: &'static str) -> Result<Option<MapHandle>, KernelError> {
         let what = || format!("read map {name}");
         let id = outer(self.maps(), name).lookup(&self.live()?.to_ne_bytes(), MapFlags::ANY);
         let id = id.map_err(|e| KernelError::bpf(what(), e))?;
@@ -160,7 +165,27 @@ fn outer<'k>(maps: &'k Maps, name: &'static str) -> &'k MapHandle {
     }
 }
 
-fn relabel_services(table: &MapHandle, addresses: &[Ipv4Addr], identity: u32) -> Result<(), KernelError> {
+/// Writes another value for a key that is there, and takes note of it.
+fn exchange(
+    table: &MapHandle,
+    name: &'static str,
+    sum: Option<&mut Sum>,
+    (key, before): (&[u8], &[u8]),
+    after: &[u8],
+) -> Result<(), KernelError> {
+    table.update(key, after, MapFlags::EXIST).map_err(|e| KernelError::bpf(format!("write map {name}"), e))?;
+    if let Some(sum) = sum {
+        sum.exchange(key, before, after);
+    }
+    Ok(())
+}
+
+fn relabel_services(
+    table: &MapHandle,
+    addresses: &[Ipv4Addr],
+    identity: u32,
+    mut sum: Option<&mut Sum>,
+) -> Result<(), KernelError> {
     let addresses: BTreeSet<layout::Address> = addresses.iter().map(|a| layout::address(*a)).collect();
     // One batch with a place to spare, as for reading back.
     let rows = table
@@ -174,8 +199,7 @@ fn relabel_services(table: &MapHandle, addresses: &[Ipv4Addr], identity: u32) ->
             (endpoint.identity, endpoint.healthy, changed) = (identity, 0, true);
         }
         if changed {
-            let written = table.update(&key, &service.to_bytes(), MapFlags::EXIST);
-            written.map_err(|e| KernelError::bpf("write map services", e))?;
+            exchange(table, "services", sum.as_deref_mut(), (&key, &value), &service.to_bytes())?;
         }
     }
     Ok(())
@@ -252,6 +276,12 @@ fn table(name: &'static str, key: usize, value: usize, mut rows: Rows) -> Result
         return Err(KernelError::BadTables(format!("a key of {name} comes twice")));
     }
     Ok(Table { name, key: key as u32, value: value as u32, rows })
+}
+
+impl Table {
+    fn sum(&self) -> Sum {
+        Sum::of(self.rows.iter().map(|(key, value)| (key.as_slice(), value.as_slice())))
+    }
 }
 
 /// A fresh inner map of exactly the size needed (a hash in a map of maps may differ in that from its template).

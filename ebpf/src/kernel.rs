@@ -1,5 +1,6 @@
 //! The handle on a node's kernel side: attach or take over, who the workloads are, the lease, and where a flow wanted to go.
 
+use crate::drift::InForce;
 use crate::error::KernelError;
 use crate::layout::{self, CONFIG_LEASE_NS, Field, Flow, FlowKey, Layout, Workload};
 use crate::objects::{BuiltObject, MESH};
@@ -74,8 +75,9 @@ pub struct Kernel {
     pins: Pins,
     maps: Maps,
     capacity: Capacity,
-    /// Held by whoever changes a table, so that read-modify-write of one is not interleaved with another's.
-    change: Mutex<()>,
+    /// What is in the tables in force, once this handle put them there. Held by whoever changes a table, so that
+    /// read-modify-write of one is not interleaved with another's.
+    change: Mutex<Option<InForce>>,
 }
 
 impl Kernel {
@@ -96,7 +98,7 @@ impl Kernel {
             pin_maps(&mut object, &pins)?;
         }
         attach(&object, &pins, &cgroup, cgroup_id)?;
-        let kernel = Self { maps: open_maps(&pins)?, pins, capacity: options.capacity, change: Mutex::new(()) };
+        let kernel = Self { maps: open_maps(&pins)?, pins, capacity: options.capacity, change: Mutex::new(None) };
         kernel.check_capacity()?;
         Ok(kernel)
     }
@@ -210,8 +212,8 @@ impl Kernel {
         &self.capacity
     }
 
-    pub(crate) fn lock(&self) -> MutexGuard<'_, ()> {
-        // The guarded unit has no state that a panic could leave half-made.
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Option<InForce>> {
+        // A panic could leave it behind what is in the kernel, which is drift then, and healed.
         self.change.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

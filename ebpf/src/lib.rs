@@ -15,6 +15,7 @@
 //! `AF_INET6`: their packets are dropped on the node's side of the pod's veth, where nothing that is allowed goes. A pod
 //! with another way out than veths to this node cannot be guarded there: it must be nobody.
 
+mod drift;
 mod error;
 mod event;
 mod inbound;
@@ -30,6 +31,7 @@ mod sys;
 mod tables;
 mod wire;
 
+pub use drift::Drift;
 pub use error::KernelError;
 pub use event::{Counters, Event, Reason};
 pub use kernel::{Capacity, Kernel, Options, OriginalDestination};

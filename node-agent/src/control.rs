@@ -31,6 +31,9 @@ use tokio::sync::watch;
 /// How soon a pod is noticed.
 const POLL_EVERY: Duration = Duration::from_millis(100);
 
+/// How often what is in the kernel is compared with what was put there (issue E: every 10 s).
+const COMPARE_EVERY: Duration = Duration::from_secs(10);
+
 /// What became of the newest view.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Outcome {
@@ -145,6 +148,8 @@ impl Control {
         self.look(&mut state).await;
         let mut tick = tokio::time::interval(POLL_EVERY);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut compare = tokio::time::interval(COMPARE_EVERY);
+        compare.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 biased;
@@ -169,6 +174,9 @@ impl Control {
                         self.publish(&mut state, &self.issued.now());
                     }
                 }
+                _ = compare.tick() => if self.drifted(&mut state).await {
+                    self.reconcile(&mut state).await;
+                },
                 changed = self.wires.desired.changed() => {
                     if changed.is_err() {
                         return;
@@ -208,6 +216,36 @@ impl Control {
             }
             Err(refusal) => tracing::error!(revision, %refusal, "denials wait for the next install"),
         }
+    }
+
+    /// Whether somebody changed what this agent put into the kernel; then all of it is due anew.
+    async fn drifted(&self, state: &mut State) -> bool {
+        if state.installed.is_none() || !state.reconciled {
+            return false;
+        }
+        let tables = self.kernel.drift().await;
+        let mine = state.guarded.values().filter_map(|g| Some((g.pod.cgroup_id, g.enrolled?))).collect();
+        let found = tables.and_then(|tables| Ok((tables, self.kernel.enrolled()? != mine)));
+        let (tables, enrolled) = found.unwrap_or_else(|refusal| {
+            tracing::error!(%refusal, "the kernel's tables cannot be compared");
+            METRICS.component.set(["kernel"], 0.0);
+            Default::default()
+        });
+        for drift in &tables {
+            let (map, expected, found) = (drift.map, drift.expected, drift.found);
+            tracing::error!(map, expected, found, "others changed a table of the kernel: it is put there anew");
+            METRICS.drift.inc([map]);
+        }
+        if !tables.is_empty() {
+            state.installed = None;
+        }
+        if enrolled {
+            tracing::error!(map = "workloads", "others changed who is who in the kernel: it is told anew");
+            METRICS.drift.inc(["workloads"]);
+            state.guarded.values_mut().for_each(|guarded| guarded.enrolled = None);
+            state.reconciled = false;
+        }
+        enrolled || !tables.is_empty()
     }
 
     /// Brings kernel and plane to the newest view and pods.

@@ -3,8 +3,9 @@
 use crate::compile::DENIED_NODE;
 use crate::outbound::Captured;
 use crate::view::View;
-use ambit_ebpf::{Capacity, Event, Kernel, KernelError, Options, Tables};
+use ambit_ebpf::{Capacity, Drift, Event, Kernel, KernelError, Options, Tables};
 use ambit_model::{Code, Refusal};
+use std::collections::HashMap;
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
@@ -91,6 +92,18 @@ impl KernelHandle {
         done.map_err(|e| Refusal::new(Code::Internal, "a withdrawal that ends", e.to_string()))?
     }
 
+    /// The tables in force that somebody else changed. Waits for an install that is under way.
+    pub async fn drift(&self) -> Result<Vec<Drift>, Refusal> {
+        let kernel = self.0.clone();
+        let done = tokio::task::spawn_blocking(move || kernel.drift().map_err(|e| refusal(&e))).await;
+        done.map_err(|e| Refusal::new(Code::Internal, "a comparison that ends", e.to_string()))?
+    }
+
+    /// Whom the kernel takes which cgroup for.
+    pub fn enrolled(&self) -> Result<HashMap<u64, u32>, Refusal> {
+        self.0.workloads().map_err(|e| refusal(&e))
+    }
+
     /// Says who a cgroup is.
     pub fn enrol(&self, cgroup_id: u64, number: u32) -> Result<(), Refusal> {
         self.0.set_workload(cgroup_id, number).map_err(|e| refusal(&e))
@@ -98,8 +111,7 @@ impl KernelHandle {
 
     /// Forgets every enrolled cgroup but `keep`: what a former agent left.
     pub fn keep_only(&self, keep: &dyn Fn(u64) -> bool) -> Result<(), Refusal> {
-        let found = self.0.workloads().map_err(|e| refusal(&e))?;
-        found.into_keys().filter(|id| !keep(*id)).try_for_each(|id| self.forget(id))
+        self.enrolled()?.into_keys().filter(|id| !keep(*id)).try_for_each(|id| self.forget(id))
     }
 
     /// Forgets a cgroup: its processes may do nothing from now on.

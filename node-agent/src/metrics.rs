@@ -160,6 +160,8 @@ pub struct Metrics {
     pub revision: Family<1>,
     /// Attempts to put a slice into the kernel.
     pub apply: Family<2>,
+    /// Tables of the kernel found to be other than what was put there, and put there anew.
+    pub drift: Family<1>,
     /// 1 where a component works.
     pub component: Family<1>,
     /// SVIDs asked for.
@@ -224,6 +226,12 @@ pub static METRICS: Metrics = Metrics {
     ),
     revision: Family::new("ambit_policy_revision", "gauge", ["state"], "Revision received and revision in the kernel."),
     apply: Family::new("ambit_policy_apply_total", "counter", ["result", "reason"], "Slices put into the kernel."),
+    drift: Family::new(
+        "ambit_kernel_drift_total",
+        "counter",
+        ["map"],
+        "Tables of the kernel that others had changed, found and healed.",
+    ),
     component: Family::new("ambit_agent_component_up", "gauge", ["component"], "1 where the component works."),
     svids: Family::new("ambit_svid_requests_total", "counter", ["result"], "Workload SVIDs asked of the cell."),
     unhealthy: Family::new("ambit_endpoints_unhealthy", "gauge", [], "Endpoints avoided because their tunnel failed."),
@@ -286,6 +294,7 @@ impl Metrics {
         self.apply_time.write(&mut out);
         self.revision.write(&mut out);
         self.apply.write(&mut out);
+        self.drift.write(&mut out);
         self.component.write(&mut out);
         self.svids.write(&mut out);
         self.unhealthy.write(&mut out);

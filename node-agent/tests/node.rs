@@ -11,6 +11,7 @@ use ambit_agent::health::Health;
 use ambit_agent::inbound::Inbound;
 use ambit_agent::issued::Issued;
 use ambit_agent::kernel::KernelHandle;
+use ambit_agent::metrics::METRICS;
 use ambit_agent::netns::NetnsThread;
 use ambit_agent::outbound::Outbound;
 use ambit_agent::plane::Plane;
@@ -283,6 +284,21 @@ async fn programs_are_captured_carried_and_cut_by_policy() {
     let mut curl = ground.command("web", web_pid, &["curl", "-sS", "-m", "5", "http://10.99.7.1:8080/hello.txt"]);
     let out = tokio::task::spawn_blocking(move || curl.output().unwrap()).await.unwrap();
     assert_eq!(String::from_utf8_lossy(&out.stdout), "hello through the mesh\n", "{out:?}");
+
+    // Another hand empties the tables, then forgets who is who: the agent finds it, and puts it there anew.
+    let other = KernelHandle::open(&ground.mesh(), &ground.pins).unwrap();
+    for map in ["verdicts", "workloads"] {
+        match map {
+            "verdicts" => drop(other.install(Arc::default()).await.unwrap()),
+            _ => other.keep_only(&|_| false).unwrap(),
+        }
+        assert_eq!(ask(&ground, "web", web_pid, "10.200.1.12").await, "PermissionError", "{map}");
+        let begun = Instant::now();
+        while ask(&ground, "web", web_pid, "10.200.1.12").await != "10.200.1.12 hello through the mesh" {
+            assert!(begun.elapsed() < 2 * SOON, "{map} stay as they are");
+        }
+        assert!(METRICS.drift.value([map]) > 0.0, "{map} healed unsaid");
+    }
 
     node.apply(views[2].clone()).await;
     assert_eq!(ask(&ground, "web", web_pid, "10.200.1.12").await, "PermissionError", "the policy is gone");

@@ -2,9 +2,9 @@
 
 use crate::support::{Node, at, try_accept};
 use ambit_ebpf::{
-    Action, Capacity, Kernel, KernelError, Options, Service, ServiceEndpoint, Tables, Tier, Verdict, VerdictKey,
+    Action, Capacity, Drift, Kernel, KernelError, Options, Service, ServiceEndpoint, Tables, Tier, Verdict, VerdictKey,
 };
-use libbpf_rs::{Link, MapHandle};
+use libbpf_rs::{Link, MapCore, MapFlags, MapHandle};
 use std::io::Read;
 use std::net::Ipv4Addr;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -125,6 +125,56 @@ fn equal_tables_have_equal_digests_and_bad_ones_change_nothing() {
     assert_eq!(room[2..], [("services", 1, 1), ("workloads", 2, 2), ("flows", 0, 64)]);
 }
 
+/// Of the two generations that in force.
+fn in_force(node: &Node, map: &str) -> MapHandle {
+    let pinned = |name: &str| MapHandle::from_pinned_path(node.pins.join("maps").join(name)).unwrap();
+    let at = |map: MapHandle, key: &[u8]| map.lookup(key, MapFlags::ANY).unwrap().unwrap();
+    let live = at(pinned("config"), &1u32.to_ne_bytes());
+    let id = at(pinned(map), &live[..4]);
+    MapHandle::from_map_id(u32::from_ne_bytes(id.try_into().unwrap())).unwrap()
+}
+
+#[test]
+fn what_others_changed_in_the_tables_in_force_is_named() {
+    let node = Node::new();
+    let kernel = Kernel::open(&node.options()).unwrap();
+    assert_eq!(kernel.drift().unwrap(), [], "nothing was put there yet");
+    let (first, second) = (Ipv4Addr::new(10, 1, 0, 1), Ipv4Addr::new(10, 1, 0, 2));
+    let to = at([10, 1, 0, 1], 80);
+    let endpoint = ServiceEndpoint { address: to, identity: 400, tier: Tier::Local, healthy: true };
+    let service = Service { address: at([10, 2, 0, 1], 80), endpoints: vec![endpoint] };
+    let tables = Tables { services: vec![service.clone()], ..generation(false) };
+    kernel.install(&tables).unwrap();
+    assert_eq!(kernel.drift().unwrap(), []);
+
+    let drifted = |map, expected, found| assert_eq!(kernel.drift().unwrap(), [Drift { map, expected, found }]);
+    let endpoints = in_force(&node, "endpoints");
+    endpoints.update(&second.octets(), &400u32.to_ne_bytes(), MapFlags::ANY).unwrap();
+    drifted("endpoints", 2, 2);
+    endpoints.delete(&second.octets()).unwrap();
+    drifted("endpoints", 2, 1);
+    // What the agent itself changes is no drift, and hides none.
+    kernel.set_service_health(service.address, to, false).unwrap();
+    assert_eq!(kernel.relabel(&[first, second], 1).unwrap(), 1);
+    drifted("endpoints", 2, 1);
+    endpoints.update(&second.octets(), &401u32.to_ne_bytes(), MapFlags::ANY).unwrap();
+    assert_eq!(kernel.drift().unwrap(), []);
+
+    let open = VerdictKey { source: CLIENT, destination: 401, port: 80 };
+    let key = [open.source.to_ne_bytes(), open.destination.to_ne_bytes(), [80, 0, 0, 0]].concat();
+    in_force(&node, "verdicts").update(&key, &[1, 0, 0, 0, 0, 0, 0, 0], MapFlags::EXIST).unwrap();
+    drifted("verdicts", 2002, 2002);
+    in_force(&node, "services").delete(&[10, 2, 0, 1, 80, 0, 0, 0]).unwrap();
+    assert_eq!(kernel.drift().unwrap().len(), 2);
+    kernel.install(&tables).unwrap();
+    assert_eq!(kernel.drift().unwrap(), []);
+    // The other generation, which is in force no more.
+    let config = MapHandle::from_pinned_path(node.pins.join("maps/config")).unwrap();
+    let live = config.lookup(&1u32.to_ne_bytes(), MapFlags::ANY).unwrap().unwrap();
+    config.update(&1u32.to_ne_bytes(), &u64::from(live[0] == 0).to_ne_bytes(), MapFlags::ANY).unwrap();
+    assert!(!kernel.drift().unwrap().is_empty());
+}
+
 #[test]
 fn a_full_capacity_of_verdicts_installs_within_a_second() {
     let node = Node::new();
@@ -140,6 +190,9 @@ fn a_full_capacity_of_verdicts_installs_within_a_second() {
     kernel.install(&tables).unwrap();
     println!("100,000 verdicts in force after {:?}", start.elapsed());
     assert!(start.elapsed() < Duration::from_secs(10), "two noisy cores excuse much, not this");
+    let start = Instant::now();
+    assert_eq!(kernel.drift().unwrap(), []);
+    println!("compared in {:?}", start.elapsed());
 }
 
 #[test]
