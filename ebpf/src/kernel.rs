@@ -2,6 +2,7 @@
 
 use crate::drift::InForce;
 use crate::error::KernelError;
+use crate::hook::Hooks;
 use crate::layout::{self, CONFIG_LEASE_NS, Field, Flow, FlowKey, Layout, Workload};
 use crate::objects::{BuiltObject, MESH};
 use crate::pins::{LINKS, MAPS, Pins};
@@ -75,6 +76,7 @@ pub struct Kernel {
     pins: Pins,
     maps: Maps,
     capacity: Capacity,
+    hooks: Hooks,
     /// What is in the tables in force, once this handle put them there. Held by whoever changes a table, so that
     /// read-modify-write of one is not interleaved with another's.
     change: Mutex<Option<InForce>>,
@@ -84,6 +86,11 @@ impl Kernel {
     /// Attaches to the cgroup, or takes over what a former agent pinned: its maps are kept, its programs replaced without
     /// a gap. Until `install` and `renew_lease` were called once, every connection beyond loopback is refused.
     pub fn open(options: &Options) -> Result<Self, KernelError> {
+        Self::open_with(options, if crate::probe::has_tcx() { Hooks::Tcx } else { Hooks::Clsact })
+    }
+
+    /// The same with packet programs hung in this way: filters are for kernels that have no links, and for tests.
+    pub fn open_with(options: &Options, hooks: Hooks) -> Result<Self, KernelError> {
         if !crate::sys::is_root() {
             return Err(KernelError::NeedsRoot);
         }
@@ -98,7 +105,8 @@ impl Kernel {
             pin_maps(&mut object, &pins)?;
         }
         attach(&object, &pins, &cgroup, cgroup_id)?;
-        let kernel = Self { maps: open_maps(&pins)?, pins, capacity: options.capacity, change: Mutex::new(None) };
+        let kernel =
+            Self { maps: open_maps(&pins)?, pins, capacity: options.capacity, hooks, change: Mutex::new(None) };
         kernel.check_capacity()?;
         Ok(kernel)
     }
@@ -206,6 +214,10 @@ impl Kernel {
 
     pub(crate) fn maps(&self) -> &Maps {
         &self.maps
+    }
+
+    pub(crate) fn hooks(&self) -> Hooks {
+        self.hooks
     }
 
     pub(crate) fn capacity(&self) -> &Capacity {

@@ -18,6 +18,7 @@
 mod drift;
 mod error;
 mod event;
+mod hook;
 mod inbound;
 mod install;
 mod kernel;
@@ -34,6 +35,7 @@ mod wire;
 pub use drift::Drift;
 pub use error::KernelError;
 pub use event::{Counters, Event, Reason};
+pub use hook::Hooks;
 pub use kernel::{Capacity, Kernel, Options, OriginalDestination};
 pub use netlink::DeviceNews;
 pub use objects::{BuiltObject, DECIDE, MANIFEST, OBJECTS};

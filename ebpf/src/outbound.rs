@@ -2,6 +2,7 @@
 //! there before.
 
 use crate::error::KernelError;
+use crate::hook::{Hook, Hooks};
 use crate::inbound::{inode, pod_name};
 use crate::kernel::{Kernel, load_object, open_object};
 use crate::netlink::Device;
@@ -13,7 +14,6 @@ use std::fs;
 use std::io::Read;
 use std::net::Ipv4Addr;
 use std::os::fd::BorrowedFd;
-use std::path::{Path, PathBuf};
 
 impl Kernel {
     /// Puts the packet programs on the node's side of every veth of the pod, before any other program there: nothing leaves
@@ -47,22 +47,20 @@ impl Kernel {
         let [a, b, c, d] = address.octets();
         let [m, n, o, p, q, r] = wire.mac;
         let object = self.load_beside(&VETH, Some(&[a, b, c, d, m, n, o, p, q, r, 0, 0]))?;
-        WIRES.iter().try_for_each(|kind| self.hang(pod, kind, &program(&object, &VETH, kind.name)?, wire.index))
+        WIRES.iter().try_for_each(|kind| self.hang(pod, kind, &mut program(&object, &VETH, kind.name)?, wire.index))
     }
 
     /// Puts a packet program before all others of a device.
-    fn hang(&self, pod: &str, kind: &WireProgram, new: &ProgramMut<'_>, device: u32) -> Result<(), KernelError> {
-        let what = || format!("guard a veth of pod {pod}");
-        let on_device = links_of(device, kind)?;
-        let mut ours = self.pins().wires(pod, kind.prefix)?;
+    fn hang(&self, pod: &str, kind: &WireProgram, new: &mut ProgramMut<'_>, device: u32) -> Result<(), KernelError> {
+        let on_device = self.hooks().on_device(device, kind)?;
+        let mut ours = self.pins().wires(pod, kind)?;
         ours.retain(|link| on_device.contains(&link.id));
         let first = self.first_of_ours(pod, kind, &on_device, &ours)?;
-        if let Some(first) = ours.iter_mut().find(|link| Some(link.id) == first) {
-            return first.link.update_prog(new).map_err(|e| KernelError::bpf(what(), e));
+        if let Some(Hook::Tcx(link)) = ours.iter_mut().find(|link| Some(link.id) == first).map(|link| &mut link.hook) {
+            return link.update_prog(new).map_err(|e| KernelError::bpf(format!("guard a veth of pod {pod}"), e));
         }
-        let mut link = crate::sys::attach_tcx(new, device).map_err(|e| KernelError::io(what(), e))?;
-        link.pin(free_pin(&self.pins().pod(pod), kind.prefix)).map_err(|e| KernelError::bpf(what(), e))?;
-        // Of ours behind somebody else's there is no need any more.
+        self.hooks().hang(new, device, kind, &self.pins().pod(pod))?;
+        // Of ours behind somebody else's there is no need any more, nor of what a filter was before.
         ours.iter().try_for_each(|behind| unpin(&behind.path))
     }
 
@@ -79,7 +77,7 @@ impl Kernel {
         let Some(at) = on_device.iter().position(is_ours) else { return Ok(None) };
         let (ahead, rest) = on_device.split_at(at);
         if !ahead.is_empty() {
-            let others = self.pins().wires_of_others(pod, kind.prefix)?;
+            let others = self.pins().wires_of_others(pod, kind)?;
             if ahead.iter().any(|id| !others.contains(id)) {
                 return Ok(None);
             }
@@ -87,27 +85,39 @@ impl Kernel {
         Ok(rest.first().copied())
     }
 
+    /// Whether a wire's one place for a filter was taken for another pod, which lets nothing past either.
+    fn is_filtered_for_another(&self, pod: &str, kind: &WireProgram, wire: &Wire) -> Result<bool, KernelError> {
+        if self.hooks() == Hooks::Tcx {
+            return Ok(false);
+        }
+        let others = self.pins().wires_of_others(pod, kind)?;
+        Ok(self.hooks().on_device(wire.index, kind)?.iter().any(|id| others.contains(id)))
+    }
+
     /// Removes links that guard nothing and says how many stay. One whose device is still there stays, wherever the pod took
     /// its own end of it; unless another pod's link guards that device too: then a file had claimed its namespace.
     pub(crate) fn keep_wires(&self, pod: &str, wires: &[Wire]) -> Result<usize, KernelError> {
         let mut kept = 0;
         for kind in &WIRES {
-            for link in self.pins().wires(pod, kind.prefix)? {
+            for link in self.pins().wires(pod, kind)? {
                 let is_wire = wires.iter().any(|wire| wire.index == link.device);
                 if link.device == 0 || (!is_wire && self.is_guarded_for_another(pod, kind, &link)?) {
-                    unpin(&link.path)?;
+                    link.release(kind)?;
                 } else {
                     kept += 1;
                 }
+            }
+            for wire in wires {
+                kept += usize::from(self.is_filtered_for_another(pod, kind, wire)?);
             }
         }
         Ok(kept)
     }
 
     fn is_guarded_for_another(&self, pod: &str, kind: &WireProgram, link: &WireLink) -> Result<bool, KernelError> {
-        let others = self.pins().wires_of_others(pod, kind.prefix)?;
+        let others = self.pins().wires_of_others(pod, kind)?;
         // Where the device is in another namespace than ours, its number means nothing here.
-        let on_device = links_of(link.device, kind).unwrap_or_default();
+        let on_device = self.hooks().on_device(link.device, kind).unwrap_or_default();
         Ok(on_device.contains(&link.id) && on_device.iter().any(|id| others.contains(id)))
     }
 
@@ -117,10 +127,13 @@ impl Kernel {
         let Ok(ways) = crate::wire::ways_out(netns) else { return Ok(false) };
         let mut kept = 0;
         for kind in &WIRES {
-            let ours = self.pins().wires(name, kind.prefix)?;
+            let ours = self.pins().wires(name, kind)?;
             kept += ours.iter().filter(|link| link.device != 0).count();
             for wire in &ways.wires {
-                if self.first_of_ours(name, kind, &links_of(wire.index, kind)?, &ours)?.is_none() {
+                let is_filtered = self.is_filtered_for_another(name, kind, wire)?;
+                kept += usize::from(is_filtered);
+                let on_device = self.hooks().on_device(wire.index, kind)?;
+                if !is_filtered && self.first_of_ours(name, kind, &on_device, &ours)?.is_none() {
                     return Ok(false);
                 }
             }
@@ -164,18 +177,6 @@ impl Kernel {
     }
 }
 
-/// The ids of a device's links, in the order in which their programs run.
-fn links_of(device: u32, kind: &WireProgram) -> Result<Vec<u32>, KernelError> {
-    crate::sys::tcx_links(device, kind.attach.clone())
-        .map_err(|e| KernelError::io(format!("ask for the packet programs of device {device}"), e))
-}
-
 fn program<'o>(object: &'o Object, built: &BuiltObject, name: &str) -> Result<ProgramMut<'o>, KernelError> {
     object.progs_mut().find(|p| p.name() == name).ok_or_else(|| KernelError::absent(built.name, name))
-}
-
-/// The first name that no pin has.
-fn free_pin(dir: &Path, prefix: &str) -> PathBuf {
-    let mut names = (0u32..).map(|n| dir.join(format!("{prefix}{n}")));
-    names.find(|path| !path.exists()).unwrap_or_else(|| dir.join(prefix))
 }

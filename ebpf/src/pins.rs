@@ -9,6 +9,7 @@
 //! No `.` in a name: bpffs refuses it.
 
 use crate::error::KernelError;
+use crate::hook::Hook;
 use crate::layout::{self, Field};
 use libbpf_rs::libbpf_sys::bpf_map_create_opts;
 use libbpf_rs::query::{LinkInfo, LinkTypeInfo};
@@ -60,10 +61,11 @@ pub(crate) const WIRES: [WireProgram; 2] = [
     WireProgram { name: "ambit_knock", prefix: "knock-", attach: ProgramAttachType::TcxEgress },
 ];
 
-/// A pinned link of a packet program.
+/// A packet program on a device, and its pin.
 pub(crate) struct WireLink {
     pub(crate) path: PathBuf,
-    pub(crate) link: Link,
+    pub(crate) hook: Hook,
+    /// Of the link, or of the program where there is none.
     pub(crate) id: u32,
     /// The index of its device, in that one's namespace; 0 where it is gone.
     pub(crate) device: u32,
@@ -119,8 +121,15 @@ impl Pins {
         let mut pod_links = Vec::new();
         for pod in children(&pods)? {
             let dir = pods.join(pod);
-            pod_links
-                .extend(children(&dir)?.into_iter().filter(|name| name != LISTENER.name).map(|name| dir.join(name)));
+            pod_links.push(dir.join("link"));
+            for kind in &WIRES {
+                for wire in wires_in(&dir, kind)? {
+                    if let Hook::Tcx(link) = &wire.hook {
+                        drop(link.detach());
+                    }
+                    wire.release(kind)?;
+                }
+            }
         }
         let mesh_links = LINKS.iter().map(|(_, name, _)| dir.join("links").join(name));
         for link in pod_links.into_iter().chain(mesh_links).filter(|path| path.exists()) {
@@ -227,25 +236,16 @@ impl Pins {
         Ok(found)
     }
 
-    /// The links of one of a pod's packet programs.
-    pub(crate) fn wires(&self, pod: &str, prefix: &str) -> Result<Vec<WireLink>, KernelError> {
-        let mut found = Vec::new();
-        for name in children(&self.pod(pod))?.into_iter().filter(|name| name.starts_with(prefix)) {
-            let path = self.pod(pod).join(name);
-            let Some((link, info)) = open_link(&path)? else { continue };
-            let LinkTypeInfo::Tcx(tcx) = info.info else {
-                return Err(unexpected(&path, "a tcx link", "another kind of link"));
-            };
-            found.push(WireLink { path, link, id: info.id, device: tcx.ifindex });
-        }
-        Ok(found)
+    /// Where one of a pod's packet programs hangs.
+    pub(crate) fn wires(&self, pod: &str, kind: &WireProgram) -> Result<Vec<WireLink>, KernelError> {
+        wires_in(&self.pod(pod), kind)
     }
 
-    /// The ids of the links of one packet program, of every pod but this one.
-    pub(crate) fn wires_of_others(&self, pod: &str, prefix: &str) -> Result<Vec<u32>, KernelError> {
+    /// The ids of one packet program's hooks, of every pod but this one.
+    pub(crate) fn wires_of_others(&self, pod: &str, kind: &WireProgram) -> Result<Vec<u32>, KernelError> {
         let mut found = Vec::new();
         for other in self.pods()?.into_iter().filter(|other| other != pod) {
-            found.extend(self.wires(&other, prefix)?.into_iter().map(|wire| wire.id));
+            found.extend(self.wires(&other, kind)?.into_iter().map(|wire| wire.id));
         }
         Ok(found)
     }
@@ -324,6 +324,26 @@ pub(crate) fn create_map(
 ) -> libbpf_rs::Result<MapHandle> {
     let opts = bpf_map_create_opts { sz: size_of::<bpf_map_create_opts>() as _, ..Default::default() };
     MapHandle::create(kind, Some(name), key, value, entries, &opts)
+}
+
+fn wires_in(dir: &Path, kind: &WireProgram) -> Result<Vec<WireLink>, KernelError> {
+    let mut found = Vec::new();
+    for name in children(dir)?.into_iter().filter(|name| name.starts_with(kind.prefix)) {
+        let path = dir.join(&name);
+        if let Some((hook, id, device)) = Hook::open(&path, &name, kind)? {
+            found.push(WireLink { path, hook, id, device });
+        }
+    }
+    Ok(found)
+}
+
+/// A tcx link, its id, and its device.
+pub(crate) fn open_tcx(path: &Path) -> Result<Option<(Hook, u32, u32)>, KernelError> {
+    let Some((link, info)) = open_link(path)? else { return Ok(None) };
+    match info.info {
+        LinkTypeInfo::Tcx(tcx) => Ok(Some((Hook::Tcx(link), info.id, tcx.ifindex))),
+        _ => Err(unexpected(path, "a tcx link", "another kind of link")),
+    }
 }
 
 fn open_link(path: &Path) -> Result<Option<(Link, LinkInfo)>, KernelError> {

@@ -1,6 +1,7 @@
 //! What this kernel can do, and what it costs where it cannot.
 
 use crate::error::KernelError;
+use crate::hook::Hooks;
 use crate::objects::{SOCKETS, VETH};
 use crate::pins::WIRES;
 use libbpf_rs::libbpf_sys as sys;
@@ -73,25 +74,43 @@ const REQUIRED: [(&str, Check, &str); 12] = [
     ),
     ("BPF ring buffer (5.8)", || MapType::RingBuf.is_supported(), "refusals are counted but not told"),
     (
-        "packet programs on devices by link (tcx, 6.6)",
-        || Ok(loads_in_a_namespace_of_its_own()),
+        "packet programs on devices (tcx, or cls_bpf with clsact)",
+        || Ok(has_tcx() || hangs(Hooks::Clsact)),
         "packet sockets, and sockets made outside or before the mesh, send in clear past every other program",
     ),
 ];
 
-const OPTIONAL: [(&str, Check, &str); 1] = [(
-    "bpf_sock_destroy in TCP iterators (6.5)",
-    || Ok(crate::kernel::open_object(&SOCKETS).and_then(|object| crate::kernel::load_object(object, &SOCKETS)).is_ok()),
-    "connections that were there before their pod was governed hang, their packets dropped, and are not ended at once",
-)];
+const OPTIONAL: [(&str, Check, &str); 2] = [
+    (
+        "bpf_sock_destroy in TCP iterators (6.5)",
+        || {
+            let loaded = crate::kernel::open_object(&SOCKETS);
+            Ok(loaded.and_then(|object| crate::kernel::load_object(object, &SOCKETS)).is_ok())
+        },
+        "connections that were there before their pod was governed hang, their packets dropped, and are not ended at once",
+    ),
+    (
+        "packet programs on devices by link (tcx, 6.6)",
+        || Ok(has_tcx()),
+        "the guard of a pod's veth is a filter (clsact): whoever administers the node can put another one before it",
+    ),
+];
 
-/// The packet program itself, on a loopback device where nothing else is.
-fn loads_in_a_namespace_of_its_own() -> bool {
-    let attached = || {
+/// Whether packet programs can hang by links.
+pub(crate) fn has_tcx() -> bool {
+    hangs(Hooks::Tcx)
+}
+
+/// The packet program itself, on a loopback device where nothing else is, in a namespace of its own.
+fn hangs(hooks: Hooks) -> bool {
+    let attached = move || {
         crate::sys::leave_netns().ok()?;
         let object = crate::kernel::load_object(crate::kernel::open_object(&VETH).ok()?, &VETH).ok()?;
         let program = object.progs_mut().find(|p| p.name() == WIRES[0].name)?;
-        crate::sys::attach_tcx(&program, LOOPBACK).ok()
+        match hooks {
+            Hooks::Tcx => crate::sys::attach_tcx(&program, LOOPBACK).map(drop).ok(),
+            Hooks::Clsact => crate::hook::attach(&program, LOOPBACK, &WIRES[0]).ok(),
+        }
     };
     std::thread::spawn(move || attached().is_some()).join().unwrap_or(false)
 }

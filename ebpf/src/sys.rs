@@ -167,6 +167,16 @@ pub(crate) fn receive(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<(usize
     Ok((len, from.nl_pid == 0))
 }
 
+/// The id of a pinned program.
+pub(crate) fn pinned_program_id(path: &Path) -> io::Result<u32> {
+    let program = libbpf_rs::Program::fd_from_pinned_path(path).map_err(io::Error::other)?;
+    let mut info = libbpf_sys::bpf_prog_info::default();
+    let mut len = size_of::<libbpf_sys::bpf_prog_info>() as u32;
+    // SAFETY: `info` lives through the call and `len` is its size; all zeros ask for nothing behind a pointer.
+    let result = unsafe { libbpf_sys::bpf_prog_get_info_by_fd(program.as_raw_fd(), &raw mut info, &raw mut len) };
+    if result == 0 { Ok(info.id) } else { Err(io::Error::from_raw_os_error(-result)) }
+}
+
 /// Hangs a packet program on a device of this thread's network namespace, before every other there (tcx, Linux 6.6).
 pub(crate) fn attach_tcx(program: &ProgramMut<'_>, index: u32) -> io::Result<Link> {
     let index = i32::try_from(index).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;

@@ -11,6 +11,7 @@ mod deny;
 mod deps;
 mod fuzz;
 mod interop;
+mod kernels;
 mod lab;
 mod mutants;
 mod sim;
@@ -35,6 +36,7 @@ usage: cargo xtask <verb>
                         and other faults at random, every history checked; last line: N lost, N duplicated,
                         N non-linearizable
   vm                    a node as a machine of its own, with Secure Boot, a TPM driver and IMA (root; QEMU; 2 minutes)
+  kernels [6.1|6.12]    the kernel side's tests on Debian's other kernels (root; QEMU without KVM; minutes each)
   sim --seeds N | --seed S | --mutants   cells of the real code under simulated faults (--from S, --seconds T); replay one
                         seed with a trace; find planted faults. Last line: N seeds, M violations (N mutants, M caught)
   bench memory          resident memory of idle release processes; last line: N figures, M met
@@ -98,6 +100,8 @@ fn run(args: &[&str]) -> Result<(), Stop> {
         ["test"] => test::run(),
         ["lab", verb @ ("up" | "down" | "status"), options @ ..] => lab::run(&[&[*verb], options].concat()),
         ["vm"] => vm::run(),
+        ["kernels"] => kernels::run(None),
+        ["kernels", kernel] => kernels::run(Some(*kernel)),
         ["chaos", options @ ..] => lab::chaos(options),
         ["build-bpf"] => cargo::program("sh", &["ebpf/build-objects.sh"]),
         ["build-bpf", "--check"] => cargo::program("sh", &["ebpf/build-objects.sh", "--check"]),

@@ -1,6 +1,6 @@
 //! What reaches a pod, and what happens when the agent is gone.
 
-use crate::support::{Node, OUTSIDE, POD, accept, at, try_accept};
+use crate::support::{Node, OUTSIDE, POD, accept, at, ends_sockets, try_accept};
 use ambit_ebpf::{Action, Counters, Event, Kernel, KernelError, Reason, Tables, Verdict, VerdictKey, netns_cookie};
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
@@ -98,9 +98,14 @@ fn the_last_leg_survives_when_bypassing_connections_are_ended() {
     let (mut around, _around) = dial(POD_TEXT);
     let _listener = node.attach(&kernel);
     let (mut leg, _leg) = dial("127.44.5.6");
-    assert!(kernel.end_bypassing(node.pod_netns().as_fd()).unwrap());
+    let ends = kernel.end_bypassing(node.pod_netns().as_fd()).unwrap();
+    assert_eq!(ends, ends_sockets());
     leg.ask("send");
     assert_eq!(leg.answer(), "ok");
+    if !ends {
+        println!("this kernel ends no sockets");
+        return;
+    }
     // Both ends of the other are here: which of them is ended first says what it is told.
     around.ask("send");
     let told = around.answer();

@@ -16,6 +16,17 @@ use std::time::Duration;
 pub(crate) const POD: Ipv4Addr = Ipv4Addr::new(10, 99, 0, 1);
 pub(crate) const OUTSIDE: Ipv4Addr = Ipv4Addr::new(10, 99, 0, 2);
 
+/// Whether this kernel has a feature, by a part of its name: those that are optional are absent before some release.
+pub(crate) fn has(feature: &str) -> bool {
+    let all = ambit_ebpf::probe();
+    all.iter().find(|f| f.name.contains(feature)).expect("a feature of that name").present
+}
+
+/// Whether connections that were there before can be ended (6.5).
+pub(crate) fn ends_sockets() -> bool {
+    has("bpf_sock_destroy")
+}
+
 static NEXT: AtomicU32 = AtomicU32::new(0);
 
 pub(crate) struct Node {

@@ -75,7 +75,8 @@ fn nothing_leaves_in_clear_in_any_state() {
     rig.govern(&kernel);
     kernel.set_workload(rig.node.cgroup("client"), rig::CLIENT).unwrap();
     run(&mut table, &mut rig, "starting", "EPERM");
-    assert!(kernel.counters().unwrap().sockets_ended >= 2, "connections from before were not ended");
+    let ended = kernel.counters().unwrap().sockets_ended;
+    assert!(ended >= 2 || !support::ends_sockets(), "connections from before were not ended");
 
     kernel.install(&tables(rig::SERVER)).unwrap();
     kernel.renew_lease(LEASE).unwrap();

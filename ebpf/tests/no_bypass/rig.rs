@@ -2,7 +2,7 @@
 //! what reaches them and listen in clear. The bridge stands for the node, whose side of the pod's veth is its port.
 
 use crate::attempts::{ATTEMPTS, TOOLS};
-use crate::support::{Node, POD, Worker, end, in_netns, namespace_holder, netns_of, run};
+use crate::support::{Node, POD, Worker, end, ends_sockets, has, in_netns, namespace_holder, netns_of, run};
 use ambit_ebpf::{Action, Capacity, Kernel, KernelError, Options, Tables, Verdict, VerdictKey};
 use libbpf_rs::libbpf_sys::bpf_map_create_opts;
 use libbpf_rs::{MapHandle, MapType};
@@ -173,6 +173,11 @@ impl Rig {
         Kernel::open(&self.options())
     }
 
+    /// Whether packet programs hang by links here (6.6).
+    pub(crate) fn has_links() -> bool {
+        has("tcx, 6.6")
+    }
+
     /// Processes that connect now, and send whenever they are asked.
     pub(crate) fn connect_before(&mut self) {
         let script = format!(
@@ -193,7 +198,7 @@ impl Rig {
     pub(crate) fn govern(&mut self, kernel: &Kernel) {
         assert_eq!(self.guard(kernel), 1);
         self.attach_only(kernel);
-        assert!(kernel.end_bypassing(self.node.pod_netns().as_fd()).unwrap());
+        assert_eq!(kernel.end_bypassing(self.node.pod_netns().as_fd()).unwrap(), ends_sockets());
     }
 
     pub(crate) fn attach_only(&mut self, kernel: &Kernel) {
