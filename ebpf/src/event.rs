@@ -26,7 +26,7 @@ macro_rules! reasons {
 }
 
 reasons! {
-    /// Allowed and captured: one connection in so many is told, see [`Kernel::sample_allowed`].
+    /// Allowed: one connection in so many is told, see [`Kernel::sample_allowed`].
     Allowed = 0 "allowed";
     /// The caller's cgroup is not enrolled.
     UnknownSource = 2 "unknown_source";
@@ -69,6 +69,7 @@ const LOOPBACK: usize = 1;
 const EVENT_LOST: usize = 17;
 const FLOW_LOST: usize = 18;
 const SOCKET_ENDED: usize = 21;
+const DIRECT: usize = 22;
 
 impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -79,15 +80,17 @@ impl fmt::Display for Reason {
 /// Totals since the maps were made; they survive the agent.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
-    /// Connections captured.
+    /// Connections allowed, captured or not.
     pub allowed: u64,
+    /// Of these, such as went directly to a pod of this node.
+    pub direct: u64,
     /// Connections and datagrams left alone because they stay in the pod's loopback.
     pub loopback: u64,
     /// Refusals by reason; every reason to refuse is there.
     pub denied: BTreeMap<Reason, u64>,
     /// Events that found the ring full.
     pub events_lost: u64,
-    /// Captured flows that found the flow map full; the agent resets them.
+    /// Flows that found their map full: the agent resets them, or their packets pass nowhere.
     pub flows_lost: u64,
     /// Connections around the mesh that were there before their pod was governed, and were ended.
     pub sockets_ended: u64,
@@ -154,6 +157,7 @@ impl Kernel {
         let denied = refusals.filter_map(|r| Some((*r, *totals.get(*r as usize)?))).collect();
         Ok(Counters {
             allowed: totals[ALLOWED],
+            direct: totals[DIRECT],
             loopback: totals[LOOPBACK],
             denied,
             events_lost: totals[EVENT_LOST],

@@ -33,6 +33,7 @@ impl Kernel {
             return Err(KernelError::NotListener(name.to_owned()));
         }
         let netns_inode = inode(netns)?;
+        let cookie = crate::sys::netns_cookie(listener).map_err(|e| KernelError::io("read a namespace cookie", e))?;
         let _change = self.lock();
         let dir = self.pins().pod(name);
         fs::create_dir_all(&dir).map_err(|e| KernelError::io(format!("create {}", dir.display()), e))?;
@@ -42,7 +43,7 @@ impl Kernel {
             // A slot without a link is left from a start that was cut short, or from a namespace that is gone.
             unpin(&slot_pin)?;
         }
-        let object = self.load_pod(address, &slot_pin, link.is_some())?;
+        let object = self.load_pod(address, cookie, &slot_pin, link.is_some())?;
         self.fill_slot(&slot_pin, listener)?;
         let what = || format!("attach ambit_inbound to pod {name}");
         let program = object.progs_mut().find(|p| p.name() == "ambit_inbound");
@@ -54,14 +55,13 @@ impl Kernel {
                 link.pin(dir.join("link")).map_err(|e| KernelError::bpf(what(), e))?;
             }
         }
-        self.open_namespace(listener, Namespace { inode: netns_inode, address: layout::address(address), pad: 0 })
+        self.open_namespace(cookie, Namespace { inode: netns_inode, address: layout::address(address), pad: 0 })
     }
 
     /// From now on the connect programs send connections to the capture address of this namespace. Comes last: before,
     /// someone else could listen there.
-    fn open_namespace(&self, listener: BorrowedFd<'_>, namespace: Namespace) -> Result<(), KernelError> {
+    fn open_namespace(&self, cookie: u64, namespace: Namespace) -> Result<(), KernelError> {
         self.close_namespaces("")?;
-        let cookie = crate::sys::netns_cookie(listener).map_err(|e| KernelError::io("read a namespace cookie", e))?;
         let namespaces = &self.maps().namespaces;
         namespaces.update(&cookie.to_ne_bytes(), &namespace.to_bytes(), MapFlags::ANY).map_err(|e| {
             if e.kind() == ErrorKind::TooBig {
@@ -117,19 +117,26 @@ impl Kernel {
         self.pins().pods()
     }
 
-    fn load_pod(&self, address: Ipv4Addr, slot_pin: &Path, reuse_slot: bool) -> Result<Object, KernelError> {
+    fn load_pod(
+        &self,
+        address: Ipv4Addr,
+        cookie: u64,
+        slot_pin: &Path,
+        reuse_slot: bool,
+    ) -> Result<Object, KernelError> {
         let mut object = open_object(&POD)?;
+        // `pod` of pod.bpf.c.
+        let constants = [&address.octets()[..], &[0; 4], &cookie.to_ne_bytes()].concat();
         for mut map in object.maps_mut() {
             let name = map.name().to_string_lossy().into_owned();
             let what = format!("prepare map {name} of {}", POD.name);
             let result = match name.as_str() {
-                "counters" => map.reuse_pinned_map(self.pins().map("counters")),
-                "events" => map.reuse_pinned_map(self.pins().map("events")),
+                "counters" | "events" | "locals" | "stamps" => map.reuse_pinned_map(self.pins().map(&name)),
                 "listener" if reuse_slot => {
                     self.pins().open_map(slot_pin, &LISTENER)?;
                     map.reuse_pinned_map(slot_pin)
                 }
-                _ if name.ends_with("rodata") => map.set_initial_value(&address.octets()),
+                _ if name.ends_with("rodata") => map.set_initial_value(&constants),
                 _ => Ok(()),
             };
             result.map_err(|e| KernelError::bpf(what, e))?;

@@ -107,7 +107,7 @@ impl Kernel {
 
     /// How full each map is that can be: its name, its entries now, and the most that it takes. The tables in force are made to
     /// measure, so an empty one counts as one.
-    pub fn room(&self) -> Result<[(&'static str, u32, u32); 5], KernelError> {
+    pub fn room(&self) -> Result<[(&'static str, u32, u32); 6], KernelError> {
         let capacity = self.capacity();
         let in_force = |name| Ok::<_, KernelError>(self.live_table(name)?.map_or(0, |table| table.max_entries()));
         let count = |map: &MapHandle| map.keys().take(map.max_entries() as usize).count() as u32;
@@ -118,6 +118,7 @@ impl Kernel {
             ("services", in_force("services")?, capacity.services),
             ("workloads", count(workloads), capacity.workloads),
             ("flows", count(flows), capacity.flows),
+            ("stamps", self.stamps_held()?, capacity.stamps),
         ])
     }
 

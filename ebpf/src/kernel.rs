@@ -29,11 +29,13 @@ pub struct Capacity {
     pub services: u32,
     /// Captured flows that the agent did not accept yet.
     pub flows: u32,
+    /// Connections between two pods of this node, and those that ended within the last minute; about 150 bytes each.
+    pub stamps: u32,
 }
 
 impl Default for Capacity {
     fn default() -> Self {
-        Self { workloads: 1024, verdicts: 262_144, endpoints: 65_536, services: 4096, flows: 16_384 }
+        Self { workloads: 1024, verdicts: 262_144, endpoints: 65_536, services: 4096, flows: 16_384, stamps: 65_536 }
     }
 }
 
@@ -65,8 +67,10 @@ pub(crate) struct Maps {
     pub(crate) endpoints: MapHandle,
     pub(crate) events: MapHandle,
     pub(crate) flows: MapHandle,
+    pub(crate) locals: MapHandle,
     pub(crate) namespaces: MapHandle,
     pub(crate) services: MapHandle,
+    pub(crate) stamps: MapHandle,
     pub(crate) verdicts: MapHandle,
     pub(crate) workloads: MapHandle,
 }
@@ -246,6 +250,7 @@ impl Kernel {
         let fixed = [
             (&self.maps.workloads, "workloads", self.capacity.workloads),
             (&self.maps.flows, "flows", self.capacity.flows),
+            (&self.maps.stamps, "stamps", self.capacity.stamps),
         ];
         for (map, name, wanted) in fixed {
             if map.max_entries() != wanted {
@@ -275,8 +280,9 @@ fn load_mesh(pins: &Pins, reuse: bool, capacity: &Capacity) -> Result<Object, Ke
     for mut map in object.maps_mut() {
         let name = map.name().to_string_lossy().into_owned();
         let entries = match name.as_str() {
-            "workloads" | "namespaces" => Some(capacity.workloads),
+            "workloads" | "namespaces" | "locals" => Some(capacity.workloads),
             "flows" => Some(capacity.flows),
+            "stamps" => Some(capacity.stamps),
             _ => None,
         };
         if reuse {
@@ -325,8 +331,10 @@ fn open_maps(pins: &Pins) -> Result<Maps, KernelError> {
         endpoints: open("endpoints")?,
         events: open("events")?,
         flows: open("flows")?,
+        locals: open("locals")?,
         namespaces: open("namespaces")?,
         services: open("services")?,
+        stamps: open("stamps")?,
         verdicts: open("verdicts")?,
         workloads: open("workloads")?,
     })

@@ -101,7 +101,16 @@ layout! {
         asked_address: Address, endpoint_address: Address, asked_port: u16, endpoint_port: u16, identity: u32,
         closed_ns: u64,
     }
-    struct SocketFlow = "socket_flow" { flow: Flow, key: FlowKey }
+    struct SocketFlow = "socket_flow" {
+        flow: Flow, key: FlowKey, cgroup: u64, opened_ns: u64, source: u32, direct: u32,
+    }
+    struct RawLocal = "local" { netns: u64, identity: u32, device: u32, flags: u32, pad: u32 }
+    struct StampKey = "stamp_key" { lower_address: Address, upper_address: Address, lower_port: u16, upper_port: u16 }
+    struct RawStamp = "stamp" {
+        caller_netns: u64, called_netns: u64, opened_ns: u64, closed_ns: u64, called_closed_ns: u64, sent: u64,
+        received: u64, caller: u32, called: u32, caller_address: Address, called_address: Address, caller_port: u16,
+        called_port: u16, last_state: u32,
+    }
     struct RawEvent = "event" {
         time_ns: u64, cgroup: u64, source: u32, destination: u32, source_address: Address, address: Address,
         port: u16, pad: u16, rule: u32, reason: u32, pad2: u32,
@@ -112,8 +121,10 @@ layout! {
 pub(crate) const CONFIG_LEASE_NS: u32 = 0;
 pub(crate) const CONFIG_GENERATION: u32 = 1;
 pub(crate) const CONFIG_SAMPLE: u32 = 2;
+pub(crate) const CONFIG_ROOM: u32 = 3;
+pub(crate) const CONFIG_TOLD_NS: u32 = 4;
 /// Entries of `counters`: one for each reason of `ambit.h`.
-pub(crate) const REASONS: u32 = 22;
+pub(crate) const REASONS: u32 = 23;
 
 pub(crate) fn address(ip: Ipv4Addr) -> Address {
     ip.octets()
@@ -141,7 +152,7 @@ pub(crate) fn layout_hash(maps: &[(&str, u32, usize, usize)]) -> [u8; 32] {
 
 type Fields = &'static [(&'static str, usize)];
 
-fn structs() -> [(&'static str, Fields); 11] {
+fn structs() -> [(&'static str, Fields); 14] {
     [
         (Workload::C_NAME, Workload::FIELDS),
         (Namespace::C_NAME, Namespace::FIELDS),
@@ -153,6 +164,9 @@ fn structs() -> [(&'static str, Fields); 11] {
         (FlowKey::C_NAME, FlowKey::FIELDS),
         (Flow::C_NAME, Flow::FIELDS),
         (SocketFlow::C_NAME, SocketFlow::FIELDS),
+        (RawLocal::C_NAME, RawLocal::FIELDS),
+        (StampKey::C_NAME, StampKey::FIELDS),
+        (RawStamp::C_NAME, RawStamp::FIELDS),
         (RawEvent::C_NAME, RawEvent::FIELDS),
     ]
 }
@@ -173,7 +187,10 @@ mod tests {
             (RawService::SIZE, 104),
             (FlowKey::SIZE, 24),
             (Flow::SIZE, 24),
-            (SocketFlow::SIZE, 48),
+            (SocketFlow::SIZE, 72),
+            (RawLocal::SIZE, 24),
+            (StampKey::SIZE, 12),
+            (RawStamp::SIZE, 80),
             (RawEvent::SIZE, 48),
         ];
         sizes.iter().for_each(|(ours, header)| assert_eq!(ours, header));
@@ -190,7 +207,7 @@ mod tests {
 
     /// Fields of `struct name` in the header: name and size.
     fn in_header(name: &str) -> Vec<(String, usize)> {
-        let header = include_str!("bpf/ambit.h");
+        let header = concat!(include_str!("bpf/ambit.h"), include_str!("bpf/stamps.h"));
         let start = header.find(&format!("\nstruct {name} {{\n")).unwrap_or_else(|| panic!("no struct {name}"));
         let body = header[start..].lines().skip(2).take_while(|line| *line != "};");
         body.map(|line| {

@@ -2,7 +2,7 @@
 //! handle on the maps and links they use.
 //!
 //! What it does: decides at `connect()` whether a workload may speak to an address, sends an allowed connection to the
-//! agent's capture listener, and refuses plain inbound connections to a workload.
+//! agent's capture listener, or lets it go directly to a pod of this node, and refuses plain inbound connections to a workload.
 //!
 //! What it must never do: let a connection pass because something is missing. An unknown cgroup, an unknown address, a
 //! missing verdict, an empty table, a lease that ran out, a full map and a dead agent all end in a refusal. No libbpf
@@ -16,6 +16,7 @@
 //! with another way out than veths to this node cannot be guarded there: it must be nobody.
 
 mod drift;
+mod direct;
 mod error;
 mod event;
 mod hook;
@@ -33,6 +34,7 @@ mod tables;
 mod wire;
 
 pub use drift::Drift;
+pub use direct::{Direct, Ended, Flow, Local, Place};
 pub use error::KernelError;
 pub use event::{Counters, Event, Reason};
 pub use hook::Hooks;
@@ -40,7 +42,7 @@ pub use kernel::{Capacity, Kernel, Options, OriginalDestination};
 pub use netlink::DeviceNews;
 pub use objects::{BuiltObject, DECIDE, MANIFEST, OBJECTS};
 pub use probe::{Feature, probe};
-pub use sys::{cgroup_id, netns_cookie};
+pub use sys::{boot_time, cgroup_id, netns_cookie};
 pub use tables::{Action, MAX_SERVICE_ENDPOINTS, Service, ServiceEndpoint, Tables, Tier, Verdict, VerdictKey};
 
 /// TCP port, on every address of 127.0.0.0/8 in a workload's network namespace, behind which the agent's capture

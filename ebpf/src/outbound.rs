@@ -17,8 +17,8 @@ use std::os::fd::BorrowedFd;
 
 impl Kernel {
     /// Puts the packet programs on the node's side of every veth of the pod, before any other program there: nothing leaves
-    /// by them but ARP and the resets with which the pod's kernel refuses what comes in clear. Call it in the
-    /// namespace where those ends are. Returns how many veths there are.
+    /// by them but ARP, the resets with which the pod's kernel refuses what comes in clear, and what goes directly to another
+    /// pod of this node. Call it in the namespace where those ends are. Returns how many veths there are.
     ///
     /// Whatever can be guarded is, also where this ends in an error: there is another device that is up, by which packets
     /// could leave unseen, or no wire at all, as where the pod took it elsewhere before it was seen. Such a pod must be nobody.
@@ -31,8 +31,8 @@ impl Kernel {
         let dir = self.pins().pod(name);
         fs::create_dir_all(&dir).map_err(|e| KernelError::io(format!("create {}", dir.display()), e))?;
         // One that cannot be guarded must not keep the others from being so.
-        let hung: Vec<Result<(), KernelError>> =
-            ways.wires.iter().map(|wire| self.guard_wire(name, wire, address)).collect();
+        let guard = |wire| self.guard_wire(name, wire, address, ways.netns);
+        let hung: Vec<Result<(), KernelError>> = ways.wires.iter().map(guard).collect();
         let kept = self.keep_wires(name, &ways.wires)?;
         hung.into_iter().collect::<Result<(), KernelError>>()?;
         match ways.open {
@@ -42,11 +42,10 @@ impl Kernel {
         }
     }
 
-    fn guard_wire(&self, pod: &str, wire: &Wire, address: Ipv4Addr) -> Result<(), KernelError> {
+    fn guard_wire(&self, pod: &str, wire: &Wire, address: Ipv4Addr, netns: u64) -> Result<(), KernelError> {
         // `pod` of veth.bpf.c.
-        let [a, b, c, d] = address.octets();
-        let [m, n, o, p, q, r] = wire.mac;
-        let object = self.load_beside(&VETH, Some(&[a, b, c, d, m, n, o, p, q, r, 0, 0]))?;
+        let constants = [&address.octets()[..], &wire.mac, &[0; 6], &netns.to_ne_bytes()].concat();
+        let object = self.load_beside(&VETH, Some(&constants))?;
         WIRES.iter().try_for_each(|kind| self.hang(pod, kind, &mut program(&object, &VETH, kind.name)?, wire.index))
     }
 
@@ -141,9 +140,9 @@ impl Kernel {
         Ok(ways.open.is_none() && kept > 0)
     }
 
-    /// Ends the TCP connections of a namespace whose ends are both beyond loopback: made before it was governed, or by sockets
+    /// Ends the TCP connections of a namespace whose ends are both beyond loopback, and that have no stamp: made before it was governed, or by sockets
     /// from outside the mesh cgroup, their packets would be dropped without a word. False where this kernel cannot (before
-    /// 6.5), which leaves them to that.
+    /// 6.5), which leaves them to that. So do those whose stamp was taken away.
     pub fn end_bypassing(&self, netns: BorrowedFd<'_>) -> Result<bool, KernelError> {
         let Ok(object) = self.load_beside(&SOCKETS, None) else { return Ok(false) };
         let what = || format!("look at the sockets of network namespace {}", inode(netns).unwrap_or_default());
@@ -167,7 +166,7 @@ impl Kernel {
         for mut map in object.maps_mut() {
             let name = map.name().to_string_lossy().into_owned();
             let result = match (name.as_str(), constants) {
-                ("counters" | "events", _) => map.reuse_pinned_map(self.pins().map(&name)),
+                ("counters" | "events" | "locals" | "stamps", _) => map.reuse_pinned_map(self.pins().map(&name)),
                 (_, Some(bytes)) if name.ends_with("rodata") => map.set_initial_value(bytes),
                 _ => Ok(()),
             };

@@ -31,15 +31,17 @@ const fn map(name: &'static str, kind: MapType, key: usize, value: usize) -> Map
 }
 
 /// The maps of mesh.bpf.o.
-pub(crate) const MAPS: [MapPin; 10] = [
+pub(crate) const MAPS: [MapPin; 12] = [
     map("config", MapType::Array, 4, 8),
     map("counters", MapType::PercpuArray, 4, 8),
     map("endpoints", MapType::ArrayOfMaps, 4, 4),
     map("events", MapType::RingBuf, 0, 0),
     map("flows", MapType::Hash, layout::FlowKey::SIZE, layout::Flow::SIZE),
+    map("locals", MapType::Hash, 4, layout::RawLocal::SIZE),
     map("namespaces", MapType::Hash, 8, layout::Namespace::SIZE),
     map("services", MapType::ArrayOfMaps, 4, 4),
     map("sockets", MapType::SkStorage, 4, layout::SocketFlow::SIZE),
+    map("stamps", MapType::Hash, layout::StampKey::SIZE, layout::RawStamp::SIZE),
     map("verdicts", MapType::ArrayOfMaps, 4, 4),
     map("workloads", MapType::Hash, 8, layout::Workload::SIZE),
 ];

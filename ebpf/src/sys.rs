@@ -96,6 +96,11 @@ pub(crate) fn boot_time_ns() -> io::Result<u64> {
     Ok((time.tv_sec as u64).saturating_mul(1_000_000_000).saturating_add(time.tv_nsec as u64))
 }
 
+/// Time since boot, suspend included.
+pub fn boot_time() -> io::Result<std::time::Duration> {
+    boot_time_ns().map(std::time::Duration::from_nanos)
+}
+
 /// Moves this thread, which must be one of our own, into a network namespace.
 pub(crate) fn enter_netns(netns: impl AsFd) -> io::Result<()> {
     // SAFETY: takes two integers; the descriptor is open through the call.

@@ -20,6 +20,8 @@ pub(crate) struct Wire {
 pub(crate) struct WaysOut {
     /// What can be guarded.
     pub(crate) wires: Vec<Wire>,
+    /// The cookie of the pod's namespace.
+    pub(crate) netns: u64,
     /// A device that is up and no veth to here, if there is one: what leaves by it cannot be stopped.
     pub(crate) open: Option<Device>,
 }
@@ -36,12 +38,14 @@ pub(crate) fn ways_out(netns: BorrowedFd<'_>) -> Result<WaysOut, KernelError> {
     let inside = std::thread::scope(|scope| {
         let listed = scope.spawn(|| {
             crate::sys::enter_netns(netns)?;
-            Ok((netlink::devices()?, netlink::netns_id(node.as_fd())?))
+            let cookie = crate::sys::netns_cookie(crate::sys::route_socket()?)?;
+            Ok((netlink::devices()?, netlink::netns_id(node.as_fd())?, cookie))
         });
         listed.join().unwrap_or_else(|_| Err(io::Error::other("the thread inside ended")))
     });
-    let (inside, node) = inside.map_err(io("list the pod's devices"))?;
-    Ok(matched(&Side { devices: &inside, other: node }, &Side { devices: &here, other: pod }))
+    let (inside, node, netns) = inside.map_err(io("list the pod's devices"))?;
+    let ways = matched(&Side { devices: &inside, other: node }, &Side { devices: &here, other: pod });
+    Ok(WaysOut { netns, ..ways })
 }
 
 /// The devices of a namespace, and what it calls the other one.
@@ -58,7 +62,7 @@ impl Side<'_> {
 }
 
 fn matched(inside: &Side<'_>, here: &Side<'_>) -> WaysOut {
-    let mut ways = WaysOut { wires: Vec::new(), open: None };
+    let mut ways = WaysOut { wires: Vec::new(), netns: 0, open: None };
     for device in inside.devices.iter().filter(|d| d.flags & IFF_LOOPBACK == 0) {
         // Each names the other, and its namespace: an index alone is somebody else's there.
         let end = here.devices.iter().find(|d| {

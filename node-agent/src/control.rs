@@ -1,6 +1,7 @@
 //! The agent's one decision loop: pods that are here, the view that the cell sent, the SVIDs that are held; from these
 //! it makes the kernel's tables and the plane that carries traffic, whole, each time one of them changes.
 
+mod direct;
 mod guards;
 
 use crate::cgroup::MeshRoot;
@@ -30,6 +31,8 @@ use tokio::sync::watch;
 
 /// How soon a pod is noticed.
 const POLL_EVERY: Duration = Duration::from_millis(100);
+/// Turns of the loop between two looks at direct connections, where nothing else asks for one.
+const DIRECT_EVERY: u32 = 10;
 
 /// How often what is in the kernel is compared with what was put there (issue E: every 10 s).
 const COMPARE_EVERY: Duration = Duration::from_secs(10);
@@ -107,6 +110,7 @@ struct State {
     judged: Judged,
     credentials: BTreeMap<EntryId, Arc<Credentials>>,
     reconciled: bool,
+    direct: direct::Known,
 }
 
 /// When what is in force was judged: policies end without a word from the cell.
@@ -150,7 +154,9 @@ impl Control {
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut compare = tokio::time::interval(COMPARE_EVERY);
         compare.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut turns = 0u32;
         loop {
+            let mut due = true;
             tokio::select! {
                 biased;
                 // First: who is refused now must not wait for anything else.
@@ -160,6 +166,8 @@ impl Control {
                     }
                     denials.mark_unchanged();
                     self.withdraw(&mut state).await;
+                    // What is open between pods of this node is ended before the install, which takes tens of ms.
+                    self.keep_direct(&mut state).await;
                     self.reconcile(&mut state).await;
                 }
                 _ = tick.tick() => {
@@ -169,6 +177,8 @@ impl Control {
                     if changed || over {
                         self.reconcile(&mut state).await;
                     }
+                    turns = turns.wrapping_add(1);
+                    due = changed || over || turns.is_multiple_of(DIRECT_EVERY);
                     // What is open must not stay so because the kernel takes no tables.
                     if Judged::is_over(state.judged.plane, state.view.as_deref(), self.clock.moment()) {
                         self.publish(&mut state, &self.issued.now());
@@ -192,6 +202,9 @@ impl Control {
                 }
                 // A new admission: endpoints are reported under it from now on.
                 Ok(()) = self.wires.node.changed() => self.publish(&mut state, &self.issued.now()),
+            }
+            if due {
+                self.keep_direct(&mut state).await;
             }
         }
     }

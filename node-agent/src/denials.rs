@@ -142,6 +142,14 @@ impl Denials {
         self.denies(&endpoint.spiffe_id.trust_domain(), &endpoint.node, endpoint.generation)
     }
 
+    /// Whether an SVID of this identity, of which nothing else is known, may be one that is refused.
+    pub fn may_deny(&self, id: &SpiffeId) -> bool {
+        let domain = id.trust_domain();
+        self.by_id.contains_key(id)
+            || self.by_serial.iter().any(|(of, _, _)| *of == domain)
+            || self.authorities.iter().any(|(of, _)| *of == domain)
+    }
+
     /// Whether the list itself names this node and generation.
     pub fn lists(&self, origin: &TrustDomain, node: &NodeId, generation: Generation) -> bool {
         self.by_node.get(&(origin.clone(), *node)).is_some_and(|to| generation <= *to)

@@ -1,9 +1,12 @@
 //! The kernel side in the agent's words. Every error is a refusal; none ever means "go on".
 
 use crate::compile::DENIED_NODE;
+use crate::netns::Netns;
 use crate::outbound::Captured;
 use crate::view::View;
-use ambit_ebpf::{Capacity, Drift, Event, Kernel, KernelError, Options, Tables};
+use ambit_ebpf::{
+    Capacity, Direct, Drift, Event, Flow, Kernel, KernelError, Local, Options, Place, Tables, boot_time,
+};
 use ambit_model::{Code, Refusal};
 use std::collections::HashMap;
 use std::net::{Ipv4Addr, SocketAddrV4};
@@ -165,6 +168,37 @@ impl KernelHandle {
     /// Pods that are attached.
     pub fn attached(&self) -> Result<Vec<String>, Refusal> {
         self.0.pods().map_err(|e| refusal(&e))
+    }
+
+    /// Where a pod is, for connections that go directly; none where that is not clear.
+    pub fn place(&self, netns: BorrowedFd<'_>) -> Result<Option<Place>, Refusal> {
+        self.0.place(netns).map_err(|e| refusal(&e))
+    }
+
+    /// Says between which pods connections may go directly.
+    pub fn set_locals(&self, locals: &[Local]) -> Result<(), Refusal> {
+        self.0.set_locals(locals).map_err(|e| refusal(&e))
+    }
+
+    /// What goes directly, and what began and ended since the last look.
+    pub fn direct_flows(&self) -> Result<Direct, Refusal> {
+        self.0.direct_flows().map_err(|e| refusal(&e))
+    }
+
+    /// Ends connections that go directly, in the namespaces of both ends.
+    pub async fn cut_direct(&self, flows: Vec<Flow>, ends: Vec<Netns>) -> Result<(), Refusal> {
+        let kernel = self.0.clone();
+        let cut = move || {
+            kernel.cut_direct(&flows)?;
+            ends.iter().try_for_each(|end| kernel.end_bypassing(end.as_fd()).map(|_| ()))
+        };
+        let done = tokio::task::spawn_blocking(move || cut().map_err(|e: KernelError| refusal(&e))).await;
+        done.map_err(|e| Refusal::new(Code::Internal, "a cut that ends", e.to_string()))?
+    }
+
+    /// The time since boot, as the kernel dates direct connections.
+    pub fn boot_time(&self) -> Result<Duration, Refusal> {
+        boot_time().map_err(|e| Refusal::new(Code::Internal, "the boot clock", e.to_string()))
     }
 
     /// Lets the kernel go on judging for [`LEASE`].

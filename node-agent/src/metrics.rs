@@ -203,9 +203,14 @@ pub static METRICS: Metrics = Metrics {
         "ambit_connections_total",
         "counter",
         ["direction", "result"],
-        "Connections of local workloads that the agent carried or refused.",
+        "Connections of local workloads that the agent carried or refused, and those that went directly (told within a second).",
     ),
-    open: Family::new("ambit_connections_open", "gauge", ["direction"], "Connections carried now."),
+    open: Family::new(
+        "ambit_connections_open",
+        "gauge",
+        ["direction"],
+        "Connections carried now, and those that go directly.",
+    ),
     retries: Family::new("ambit_retries_total", "counter", ["reason"], "Connections tried on another endpoint."),
     handshakes: Family::new(
         "ambit_tls_handshakes_total",

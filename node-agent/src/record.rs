@@ -6,7 +6,7 @@
 use crate::pump::{Carried, End};
 use ambit_model::SpiffeId;
 use std::net::SocketAddrV4;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Istio's words for how a connection ended.
 pub mod flag {
@@ -77,4 +77,22 @@ impl<'a> Record<'a> {
             destination = %self.destination, to = %self.to, flags, sent, received, duration_us, trace, "connection"
         );
     }
+}
+
+/// Of a connection between two pods of this node that no agent carried, as the kernel tells of it. `bytes`, from the caller and
+/// to it, are none where it was cut; there is no trace, and one that was broken off says "UC" whoever did it.
+pub fn direct(
+    source: &SpiffeId,
+    destination: &SpiffeId,
+    to: SocketAddrV4,
+    flags: &'static str,
+    bytes: Option<(u64, u64)>,
+    took: Duration,
+) {
+    let duration_us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+    let (sent, received) = bytes.unzip();
+    tracing::debug!(
+        target: "ambit::connection", direction = "direct", source = %source, destination = %destination, to = %to, flags,
+        sent, received, duration_us, trace = "", "connection"
+    );
 }

@@ -32,6 +32,11 @@ impl Shown {
         Self { chain, usage, not_after, good_by: Mutex::new(Arc::downgrade(trust)) }
     }
 
+    /// A chain that nobody verified yet: whether it is good is found out when that is asked.
+    pub fn unverified(chain: Vec<CertificateDer<'static>>, usage: Usage, not_after: Stamp) -> Self {
+        Self { chain, usage, not_after, good_by: Mutex::default() }
+    }
+
     /// Whether it still is what it was: verified again only where the bundles changed.
     ///
     /// # Errors

@@ -4,200 +4,29 @@
 
 mod support;
 
-use ambit_agent::clock::Clock;
-use ambit_agent::control::{Control, Outcome, Wires};
-use ambit_agent::denials::{Denials, Lane};
-use ambit_agent::health::Health;
-use ambit_agent::inbound::Inbound;
-use ambit_agent::issued::Issued;
+#[allow(dead_code, reason = "other tests use the rest")]
+#[path = "support/ground.rs"]
+mod ground;
+
+use ambit_agent::control::Outcome;
+use ambit_agent::denials::Denials;
 use ambit_agent::kernel::KernelHandle;
 use ambit_agent::metrics::METRICS;
-use ambit_agent::netns::NetnsThread;
-use ambit_agent::outbound::Outbound;
-use ambit_agent::plane::Plane;
-use ambit_agent::view::View;
-use ambit_identity::{SharedTrust, Trust, TrustStore};
 use ambit_model::policy::Endpoint;
-use ambit_model::{Code, Generation, Moment, Revision, Stamp};
+use ambit_model::{Code, Moment, Revision, Stamp};
 use ambit_proto::v1;
+use ground::{Ground, Node, SOON, ip, veth};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 use support::{Cell, allow};
 use tokio::net::TcpListener;
-use tokio::sync::watch;
 use tokio::time::timeout;
 
-const SOON: Duration = Duration::from_secs(10);
 const PORT: u16 = 8080;
-
-/// iproute2 in a pod's namespace.
-fn ip(pid: u32, words: &str) {
-    let enter = [format!("--net=/proc/{pid}/ns/net"), "ip".to_owned()];
-    let status = Command::new("nsenter").args(enter).args(words.split(' ')).status().unwrap();
-    assert!(status.success(), "{words}");
-}
-
-/// A veth between a pod's namespace and this one.
-fn veth(pid: u32) {
-    let add = format!("link add at{pid} type veth peer name eth0 netns {pid}");
-    assert!(Command::new("ip").args(add.split(' ')).status().unwrap().success(), "{add}");
-}
-
-/// What the test puts on the machine, and takes away again, also after a panic.
-struct Ground {
-    base: PathBuf,
-    pins: PathBuf,
-    dir: PathBuf,
-    children: Vec<Child>,
-}
-
-impl Ground {
-    fn make() -> Ground {
-        assert!(nix::unistd::geteuid().is_root(), "this test attaches programs to cgroups: run it as root");
-        let mounts = std::fs::read_to_string("/proc/mounts").unwrap();
-        let mount = mounts.lines().find(|l| l.split(' ').nth(2) == Some("cgroup2")).expect("a cgroup2 mount");
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let name = format!("ambit-agent-test-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-        let base = Path::new(mount.split(' ').nth(1).unwrap()).join(&name);
-        let dir = std::env::temp_dir().join(&name);
-        std::fs::create_dir_all(base.join("mesh")).unwrap();
-        std::fs::create_dir_all(dir.join("pods")).unwrap();
-        Ground { base, pins: Path::new("/sys/fs/bpf").join(&name), dir, children: vec![] }
-    }
-    fn mesh(&self) -> PathBuf {
-        self.base.join("mesh")
-    }
-    /// A namespace with a veth to here and its address on lo: what leaves it, leaves through the agent or not at all.
-    fn pod(&mut self, name: &str, address: Ipv4Addr) -> u32 {
-        std::fs::create_dir_all(self.mesh().join(name)).unwrap();
-        let ours = std::fs::read_link("/proc/self/ns/net").unwrap();
-        let holder = Command::new("unshare").args(["--net", "sleep", "120"]).spawn().unwrap();
-        let pid = holder.id();
-        self.children.push(holder);
-        let at = format!("/proc/{pid}/ns/net");
-        while !std::fs::read_link(&at).is_ok_and(|link| link != ours) {
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        veth(pid);
-        for set in ["link set lo up", "link set eth0 up", &format!("addr add {address}/32 dev lo")] {
-            ip(pid, set);
-        }
-        let file = serde_json::json!({"cgroup": name, "netns": at, "address": address, "uid": 0});
-        std::fs::write(self.dir.join("pods").join(format!("{name}.json")), file.to_string()).unwrap();
-        pid
-    }
-    /// The pins of the packet programs on the pod's wires: no two ever have the same number.
-    fn wire_pins(&self, pod: &str) -> BTreeSet<u64> {
-        let pins = std::fs::read_dir(self.pins.join("pods").join(pod)).into_iter().flatten().flatten();
-        let wires = pins.filter(|pin| pin.file_name().to_string_lossy().starts_with("veth-"));
-        wires.filter_map(|pin| Some(pin.metadata().ok()?.ino())).collect()
-    }
-    /// A program in the pod's cgroup and namespace.
-    fn command(&self, pod: &str, pid: u32, program: &[&str]) -> Command {
-        let mut command = Command::new("sh");
-        command
-            .args(["-c", "echo $$ > \"$0/cgroup.procs\" && ns=$1 && shift && exec nsenter --net=$ns \"$@\""])
-            .arg(self.mesh().join(pod))
-            .arg(format!("/proc/{pid}/ns/net"))
-            .args(program)
-            .stdin(Stdio::null());
-        command
-    }
-}
-
-impl Drop for Ground {
-    fn drop(&mut self) {
-        for child in &mut self.children {
-            drop(child.kill());
-            drop(child.wait());
-        }
-        if let Err(error) = ambit_ebpf::Kernel::remove(&self.pins) {
-            eprintln!("left behind: {} ({error})", self.pins.display());
-        }
-        for _ in 0..100 {
-            for pod in std::fs::read_dir(self.mesh()).into_iter().flatten().flatten() {
-                drop(std::fs::remove_dir(pod.path()));
-            }
-            drop(std::fs::remove_dir(self.mesh()));
-            if std::fs::remove_dir(&self.base).is_ok() {
-                break;
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        drop(std::fs::remove_dir_all(&self.dir));
-    }
-}
-
-struct Node {
-    desired: watch::Sender<Option<Arc<View>>>,
-    outcome: watch::Receiver<Option<Outcome>>,
-    endpoints: watch::Receiver<Vec<Endpoint>>,
-    plane: watch::Receiver<Option<Arc<Plane>>>,
-    issued: Issued,
-    kernel: KernelHandle,
-    denials: Lane,
-    clock: Arc<Clock>,
-}
-
-impl Node {
-    /// The parts of the agent that need no cell, put together as `agent::run` does.
-    async fn start(ground: &Ground, cell: &Cell, hbone: TcpListener) -> Node {
-        let kernel = KernelHandle::open(&ground.mesh(), &ground.pins).unwrap();
-        kernel.renew_lease().unwrap();
-        let netns = NetnsThread::start().unwrap();
-        let view = cell.view(cell.slice(0, &[]));
-        let trust = SharedTrust::new(Trust::Bundles(TrustStore::new(&view.own).unwrap()));
-        let (desired, desired_rx) = watch::channel(None);
-        let (outcome_tx, outcome) = watch::channel(None);
-        let (endpoints_tx, endpoints) = watch::channel(vec![]);
-        let (plane, plane_rx) = watch::channel(None);
-        let (_, node) = watch::channel(Some((cell.node(), Generation(1))));
-        let (issued, health) = (Issued::default(), Health::new(Some(kernel.clone())));
-        let denials = Lane::default();
-        let port = hbone.local_addr().unwrap().port();
-        let clock = Arc::new(Clock::default());
-        let control = Control {
-            pods_dir: ground.dir.join("pods"),
-            cgroup_root: ground.mesh(),
-            node_address: Ipv4Addr::LOCALHOST,
-            kernel: kernel.clone(),
-            netns: netns.clone(),
-            issued: issued.clone(),
-            trust,
-            denials: denials.clone(),
-            health: health.clone(),
-            outbound: Outbound::new(plane_rx.clone(), denials.clone(), health, clock.clone(), port),
-            clock: clock.clone(),
-            wires: Wires { desired: desired_rx, outcome: outcome_tx, endpoints: endpoints_tx, plane, node },
-        };
-        tokio::spawn(control.run());
-        let traffic = plane_rx.clone();
-        let inbound = Inbound::new(plane_rx, denials.clone(), netns, clock.clone());
-        tokio::spawn(inbound.serve(hbone));
-        Node { desired, outcome, endpoints, plane: traffic, issued, kernel, denials, clock }
-    }
-    /// Waits until traffic is carried for the pods at these addresses, and for no other.
-    async fn carries(&mut self, wanted: &[Ipv4Addr]) {
-        let is = |plane: &Option<Arc<Plane>>| plane.as_ref().is_some_and(|p| p.pods.keys().eq(wanted));
-        timeout(SOON, self.plane.wait_for(is)).await.unwrap_or_else(|_| panic!("never {wanted:?}")).unwrap();
-    }
-    /// Sends a slice and waits until it is in the kernel; gives the time that took.
-    async fn apply(&mut self, view: Arc<View>) -> Duration {
-        let (revision, begun) = (view.revision, Instant::now());
-        self.denials.offer(view.denials.clone());
-        self.desired.send_replace(Some(view));
-        let applied = self.outcome.wait_for(|o| o.as_ref().is_some_and(|o| o.revision == revision));
-        let applied = timeout(SOON, applied).await.expect("an outcome").unwrap().clone().unwrap();
-        applied.result.expect("in the kernel");
-        begun.elapsed()
-    }
-}
 
 /// Python's words for one connect and one line read.
 async fn ask(ground: &Ground, pod: &str, pid: u32, host: &str) -> String {

@@ -10,7 +10,14 @@
 #define LOOPBACK_NET 127
 #define SERVICE_ENDPOINTS 8
 
-enum config_index { CONFIG_LEASE_NS = 0, CONFIG_GENERATION = 1, CONFIG_SAMPLE = 2, CONFIG_LEN = 3 };
+enum config_index {
+	CONFIG_LEASE_NS = 0,
+	CONFIG_GENERATION = 1,
+	CONFIG_SAMPLE = 2,
+	CONFIG_ROOM = 3, /* stamps that may still be written */
+	CONFIG_TOLD_NS = 4, /* the agent's: of direct connections, what happened until then was told */
+	CONFIG_LEN = 5,
+};
 
 /* Indexes of `counters` and, for the refusals, the reason of an event. */
 enum reason {
@@ -36,7 +43,8 @@ enum reason {
 	SOCKET_KIND = 19,
 	CLEAR_OUTBOUND = 20,
 	SOCKET_ENDED = 21,
-	REASONS = 22,
+	DIRECT = 22,
+	REASONS = 23,
 };
 
 enum action { ACTION_DENY = 0, ACTION_ALLOW = 1 };
@@ -103,10 +111,14 @@ struct flow {
 	u64 closed_ns; /* boot time; 0 while open */
 };
 
-/* Kept with the socket: the flow, and where sockops published it. */
+/* Kept with the socket: the flow, and where sockops published it; or, of one that goes directly, who calls, and its stamp. */
 struct socket_flow {
 	struct flow flow;
 	struct flow_key key;
+	u64 cgroup;
+	u64 opened_ns; /* of the stamp; 0 where there is none */
+	u32 source;
+	u32 direct;
 };
 
 struct event {

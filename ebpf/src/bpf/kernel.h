@@ -37,12 +37,13 @@ enum { BPF_SK_STORAGE_GET_F_CREATE = 1 };
 enum { BPF_RB_AVAIL_DATA = 0, BPF_RB_RING_SIZE = 1 };
 enum { BPF_RB_NO_WAKEUP = 1 };
 enum { SK_DROP = 0, SK_PASS = 1 };
-enum { BPF_SOCK_OPS_TCP_CONNECT_CB = 3, BPF_SOCK_OPS_STATE_CB = 10 };
+enum { BPF_SOCK_OPS_TCP_CONNECT_CB = 3, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB = 5, BPF_SOCK_OPS_STATE_CB = 10 };
 enum { BPF_SOCK_OPS_STATE_CB_FLAG = 1 << 2 };
 enum { TCP_SYN_SENT = 2, TCP_CLOSE = 7 };
 enum { AF_INET = 2, AF_INET6 = 10 };
 enum { ETH_P_IP = 0x0800, ETH_P_ARP = 0x0806 };
 enum { TC_ACT_SHOT = 2, TCX_NEXT = -1 };
+enum { PACKET_HOST = 0 };
 enum { SOCK_STREAM = 1, SOCK_DGRAM = 2 };
 enum { IPPROTO_TCP = 6, IPPROTO_UDP = 17, IPPROTO_MPTCP = 262 };
 enum { ECONNREFUSED = 111 };
@@ -53,6 +54,9 @@ struct bpf_sock {
 	u32 family;
 	u32 type;
 	u32 protocol;
+	u32 mark;
+	u32 priority;
+	u32 src_ip4; /* network order */
 };
 
 struct bpf_sock_addr {
@@ -164,6 +168,7 @@ struct bpf_sk_lookup {
 	u32 ingress_ifindex;
 };
 
+_Static_assert(__builtin_offsetof(struct bpf_sock, src_ip4) == 24, "linux/bpf.h");
 _Static_assert(__builtin_offsetof(struct bpf_sock_addr, sk) == 64, "linux/bpf.h");
 _Static_assert(__builtin_offsetof(struct bpf_sock_ops, sk) == 184, "linux/bpf.h");
 _Static_assert(__builtin_offsetof(struct sk_buff_view, sk) == 168, "linux/bpf.h, struct __sk_buff");
@@ -173,12 +178,15 @@ static void *(*const bpf_map_lookup_elem)(void *map, const void *key) = (void *)
 static long (*const bpf_map_update_elem)(void *map, const void *key, const void *value, u64 flags) = (void *)2;
 static long (*const bpf_map_delete_elem)(void *map, const void *key) = (void *)3;
 static u32 (*const bpf_get_prandom_u32)(void) = (void *)7;
+static long (*const bpf_skb_store_bytes)(void *skb, u32 offset, const void *from, u32 len, u64 flags) = (void *)9;
 static long (*const bpf_skb_load_bytes)(const void *skb, u32 offset, void *to, u32 len) = (void *)26;
 static long (*const bpf_csum_diff)(const void *from, u32 from_size, const void *to, u32 to_size, u32 seed) = (void *)28;
+static long (*const bpf_skb_change_type)(void *skb, u32 type) = (void *)32;
 static u64 (*const bpf_skb_cgroup_id)(void *skb) = (void *)79;
 static long (*const bpf_sock_ops_cb_flags_set)(struct bpf_sock_ops *ctx, int flags) = (void *)59;
 static u64 (*const bpf_get_current_cgroup_id)(void) = (void *)80;
 static long (*const bpf_sk_release)(void *sock) = (void *)86;
+static struct bpf_sock *(*const bpf_sk_fullsock)(struct bpf_sock *sk) = (void *)95;
 static void *(*const bpf_sk_storage_get)(void *map, void *sk, void *value, u64 flags) = (void *)107;
 static long (*const bpf_sk_storage_delete)(void *map, void *sk) = (void *)108;
 static u64 (*const bpf_get_netns_cookie)(void *ctx) = (void *)122;
@@ -187,6 +195,7 @@ static u64 (*const bpf_ktime_get_boot_ns)(void) = (void *)125;
 static void *(*const bpf_ringbuf_reserve)(void *ringbuf, u64 size, u64 flags) = (void *)131;
 static void (*const bpf_ringbuf_submit)(void *data, u64 flags) = (void *)132;
 static u64 (*const bpf_ringbuf_query)(void *ringbuf, u64 flags) = (void *)134;
+static long (*const bpf_redirect_peer)(u32 device, u64 flags) = (void *)155;
 static int (*const bpf_set_retval)(int retval) = (void *)187;
 
 #endif

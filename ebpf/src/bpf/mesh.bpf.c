@@ -3,6 +3,7 @@
  *
  * Returning 0 without bpf_set_retval() is EPERM. Every path that does not positively allow returns 0. */
 #include "decide.h"
+#include "direct.h"
 
 struct {
 	MAP_INT(type, BPF_MAP_TYPE_SK_STORAGE);
@@ -29,7 +30,7 @@ INLINE u32 capture_address(const struct attempt *a)
 }
 
 /* Keeps the flow with its socket, for sockops and getpeername. */
-INLINE u32 remember(struct bpf_sock *sk, const struct attempt *a)
+INLINE u32 remember(struct bpf_sock *sk, const struct attempt *a, int direct)
 {
 	struct socket_flow *s = bpf_sk_storage_get(&sockets, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 
@@ -41,22 +42,27 @@ INLINE u32 remember(struct bpf_sock *sk, const struct attempt *a)
 	s->flow.endpoint_port = a->endpoint_port;
 	s->flow.identity = a->destination;
 	s->flow.closed_ns = 0;
-	return ALLOWED;
+	s->cgroup = a->cgroup;
+	s->opened_ns = 0;
+	s->source = a->source;
+	s->direct = direct;
+	return direct ? DIRECT : ALLOWED;
 }
 
 INLINE u32 decide_remote(struct bpf_sock_addr *ctx, struct bpf_sock *sk, struct attempt *a)
 {
+	u64 netns = bpf_get_netns_cookie(ctx);
 	u32 reason;
 
 	if (ctx->type != SOCK_STREAM || ctx->protocol != IPPROTO_TCP)
 		return NOT_TCP;
 	if (sk->bound_dev_if && sk->bound_dev_if != LOOPBACK_IFINDEX)
 		return BOUND_DEVICE;
-	reason = decide_by_tables(a, bpf_get_netns_cookie(ctx));
-	return reason == ALLOWED ? remember(sk, a) : reason;
+	reason = decide_by_tables(a, netns);
+	return reason == ALLOWED ? remember(sk, a, goes_directly(sk, a, netns)) : reason;
 }
 
-/* The whole decision for an IPv4 destination: ALLOWED (rewrite it), LOOPBACK (leave it), or why it is refused. */
+/* The whole decision for an IPv4 destination: ALLOWED (rewrite it), DIRECT or LOOPBACK (leave it), or why it is refused. */
 INLINE u32 decide(struct bpf_sock_addr *ctx, struct attempt *a)
 {
 	struct bpf_sock *sk = ctx->sk;
@@ -73,9 +79,14 @@ INLINE u32 decide(struct bpf_sock_addr *ctx, struct attempt *a)
 	return decide_remote(ctx, sk, a);
 }
 
-/* The one place where a reason becomes a return value: anything but the two good ones refuses. */
+/* The one place where a reason becomes a return value: anything but the good ones refuses. */
 INLINE int verdict(const struct attempt *a, u32 reason)
 {
+	if (reason == DIRECT) {
+		count(DIRECT);
+		record(a, ALLOWED);
+		return 1;
+	}
 	record(a, reason);
 	if (reason == NO_HEALTHY_ENDPOINT)
 		bpf_set_retval(-ECONNREFUSED);
@@ -265,24 +276,44 @@ INLINE void retire(struct bpf_sock_ops *ctx, struct socket_flow *s)
 		f->closed_ns = bpf_ktime_get_boot_ns();
 }
 
+INLINE void closed(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
+{
+	struct socket_flow *s = bpf_sk_storage_get(&sockets, sk, 0, 0);
+	struct stamp *called;
+
+	if (s && s->direct)
+		retire_stamp(ctx, s);
+	else if (s)
+		retire(ctx, s);
+	called = s ? 0 : called_stamp(ctx);
+	if (called && !called->called_closed_ns)
+		called->called_closed_ns = bpf_ktime_get_boot_ns();
+}
+
+INLINE void connecting(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
+{
+	struct socket_flow *s = bpf_sk_storage_get(&sockets, sk, 0, 0);
+
+	if (s && s->direct)
+		stamp(ctx, s);
+	else if (s)
+		publish(ctx, s);
+}
+
 SEC("sockops")
 int ambit_sockops(struct bpf_sock_ops *ctx)
 {
 	struct bpf_sock *sk = ctx->sk;
-	struct socket_flow *s;
 	u32 op = ctx->op;
 
-	if (!sk || (op != BPF_SOCK_OPS_TCP_CONNECT_CB && op != BPF_SOCK_OPS_STATE_CB))
-		return 1;
-	if (op == BPF_SOCK_OPS_STATE_CB && ctx->args[1] != TCP_CLOSE)
-		return 1;
-	s = bpf_sk_storage_get(&sockets, sk, 0, 0);
-	if (!s)
+	if (!sk)
 		return 1;
 	if (op == BPF_SOCK_OPS_TCP_CONNECT_CB)
-		publish(ctx, s);
-	else
-		retire(ctx, s);
+		connecting(ctx, sk);
+	else if (op == BPF_SOCK_OPS_STATE_CB && ctx->args[1] == TCP_CLOSE)
+		closed(ctx, sk);
+	else if (op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB && called_stamp(ctx))
+		bpf_sock_ops_cb_flags_set(ctx, (int)(ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG));
 	return 1;
 }
 

@@ -2,9 +2,14 @@
 /* The program on one pod's network namespace: what may reach a listening socket there. SK_DROP answers as if nothing
  * listened, so a TCP client is refused at once. */
 #include "ambit.h"
+#include "stamps.h"
 
-/* Set by the agent for this pod before the program is loaded; network order. */
-const volatile u32 pod_address;
+/* Set by the agent for this pod before the program is loaded: its address, in network order, and its namespace's cookie. */
+const volatile struct {
+	u32 address;
+	u32 pad;
+	u64 netns;
+} pod;
 
 /* The agent's capture listener in this namespace. The kernel empties the slot when the agent's socket closes. */
 struct {
@@ -63,12 +68,23 @@ INLINE int is_to_loopback4(const struct bpf_sk_lookup *ctx)
 	return in_loopback(ctx->local_ip4) && ctx->ingress_ifindex == LOOPBACK_IFINDEX;
 }
 
+/* What another pod of this node has just been allowed. (A packet that only says so does not come as far: veth.bpf.c.) */
+INLINE int is_stamped(const struct bpf_sk_lookup *ctx)
+{
+	struct stamp *s;
+
+	if (ctx->protocol != IPPROTO_TCP || ctx->local_ip4 != pod.address)
+		return 0;
+	s = find_stamp(ctx->remote_ip4, ntohs(ctx->remote_port), ctx->local_ip4, (u16)ctx->local_port);
+	return s && s->called_address == ctx->local_ip4 && s->called_netns == pod.netns && !s->closed_ns;
+}
+
 /* A socket of the agent in this namespace, source 127.x.y.z, to the pod's own address. (The kernel gives these the
  * interface of that address, as if from the wire.) TCP alone: whoever forges such a source sees no answer, hence gets no
  * connection, but a datagram would have arrived. */
 INLINE int is_last_leg(const struct bpf_sk_lookup *ctx)
 {
-	return ctx->local_ip4 == pod_address && in_loopback(ctx->remote_ip4) && ctx->protocol == IPPROTO_TCP;
+	return ctx->local_ip4 == pod.address && in_loopback(ctx->remote_ip4) && ctx->protocol == IPPROTO_TCP;
 }
 
 SEC("sk_lookup")
@@ -80,12 +96,12 @@ int ambit_inbound(struct bpf_sk_lookup *ctx)
 	if (is_to_loopback4(ctx)) {
 		/* A captured socket may have been bound to the pod's address before. */
 		if (ctx->local_port == CAPTURE_PORT && ctx->protocol == IPPROTO_TCP &&
-		    (in_loopback(ctx->remote_ip4) || ctx->remote_ip4 == pod_address))
+		    (in_loopback(ctx->remote_ip4) || ctx->remote_ip4 == pod.address))
 			return capture(ctx);
 		if (in_loopback(ctx->remote_ip4))
 			return SK_PASS;
 	}
-	return is_last_leg(ctx) ? SK_PASS : refuse(ctx, PLAIN_INBOUND);
+	return is_last_leg(ctx) || is_stamped(ctx) ? SK_PASS : refuse(ctx, PLAIN_INBOUND);
 }
 
 char _license[] SEC("license") = "Dual BSD/GPL";

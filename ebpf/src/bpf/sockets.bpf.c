@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 /* Run in a pod's network namespace whenever it begins to be governed: ends the TCP connections that are there and go by the
- * wire. In a governed namespace no connection that is allowed has both ends beyond loopback. */
+ * wire. In a governed namespace no connection that is allowed has both ends beyond loopback, but what goes directly to a pod
+ * of this node, or comes from one: that has its stamp. */
 #include "ambit.h"
+#include "stamps.h"
 
 #define BY_NAME __attribute__((preserve_access_index))
 
@@ -17,6 +19,8 @@ struct in6_addr {
 struct sock_common {
 	u32 skc_daddr;
 	u32 skc_rcv_saddr;
+	u16 skc_dport;
+	u16 skc_num;
 	u16 skc_family;
 	volatile u8 skc_state;
 	struct in6_addr skc_v6_daddr;
@@ -40,6 +44,11 @@ INLINE int is_by_loopback(const struct sock_common *sk)
 	return (to[2] == htonl(0xffff) && in_loopback(to[3])) || (to[2] == 0 && to[3] == htonl(1));
 }
 
+INLINE int is_stamped(const struct sock_common *sk)
+{
+	return !!find_stamp(sk->skc_rcv_saddr, sk->skc_num, sk->skc_daddr, ntohs(sk->skc_dport));
+}
+
 SEC("iter/tcp")
 int ambit_end_bypassing(struct bpf_iter__tcp *ctx)
 {
@@ -49,7 +58,8 @@ int ambit_end_bypassing(struct bpf_iter__tcp *ctx)
 	if (!sk)
 		return 0;
 	state = sk->skc_state;
-	if (state == TCP_LISTEN || state == TCP_CLOSE || state == TCP_TIME_WAIT || is_by_loopback(sk))
+	if (state == TCP_LISTEN || state == TCP_CLOSE || state == TCP_TIME_WAIT || is_by_loopback(sk) ||
+	    is_stamped(sk))
 		return 0;
 	if (!bpf_sock_destroy(sk))
 		count(SOCKET_ENDED);

@@ -1,7 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 /* The programs on the node's side of a pod's veth: what may leave the pod by its wire, and what may come in. Everything that a
- * workload is allowed goes over the pod's loopback to the agent, so nothing that carries bytes of an application has business
- * here, whoever made its socket and wherever: no program on cgroups sees packet sockets, or sockets made outside or before.
+ * workload is allowed goes over the pod's loopback to the agent, or directly to another pod of this node, so nothing else that
+ * carries bytes of an application has business here, whoever made its socket and wherever: no program on cgroups sees packet
+ * sockets, or sockets made outside or before.
+ *
+ * Directly: a packet of a stamped connection is put into the other pod from here, whatever its frame says. It passes no bridge,
+ * route or wire of the node, by which a pod could send it elsewhere; and what comes by these under the address of a pod of
+ * this node is forged. For the same reason who has which MAC address is of no matter, and the pod gets one for an answer from here.
  *
  * Out: ARP, and the TCP reset by which the pod's kernel tells who came in clear that nobody listens. Who wrote a packet is not
  * asked: a clone that a packet program of the pod made, or a frame that came through a tap and a bridge there, is of no
@@ -12,12 +17,16 @@
  * In: ARP about the pod, and IPv4 TCP to its address, which is judged by what it finds there. Broadcast and multicast reach
  * sockets that no sk_lookup program is asked for; nothing that a pod is allowed needs them. */
 #include "ambit.h"
+#include "stamps.h"
 
-/* The pod's address, in network order, and its device's: set by the agent for this veth before the program is loaded. */
+/* The pod's address, in network order, its device's, and its namespace's cookie: set by the agent for this veth before the
+ * program is loaded. */
 const volatile struct {
 	u32 address;
 	u8 mac[6];
 	u8 pad[2];
+	u32 pad2;
+	u64 netns;
 } pod;
 
 enum { ETH_LEN = 14, ARP_LEN = 28, IP_LEN = 20, TCP_LEN = 20, ETH_MIN = 60 };
@@ -248,12 +257,108 @@ INLINE int refuse(struct sk_buff_view *skb, const struct ip *ip, u32 reason, u64
 	return TC_ACT_SHOT;
 }
 
+/* A stream socket of the pod's wrote it: no raw or packet socket, and no copy, which is of none. */
+INLINE int is_of_stream(struct sk_buff_view *skb)
+{
+	struct bpf_sock *sk = skb->sk;
+
+	if (sk)
+		sk = bpf_sk_fullsock(sk);
+	return sk && sk->type == SOCK_STREAM && sk->protocol == IPPROTO_TCP;
+}
+
+/* Of a stamped connection: only its caller opens it, and only once; bytes are a stream socket's. (The kernel's own resets and
+ * last acknowledgements are of a raw socket or of none, and carry no bytes.) */
+INLINE int may_pass(struct sk_buff_view *skb, const struct stamp *s, const struct tcp *t, int is_caller)
+{
+	int opens = (t->flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
+	u32 header = (t->offset >> 4) * 4;
+
+	if (s->closed_ns && (opens || bpf_ktime_get_boot_ns() - s->closed_ns > STAMP_LINGER_NS))
+		return 0;
+	if (header < TCP_LEN || (opens && !is_caller))
+		return 0;
+	return (!opens && skb->len <= ETH_LEN + IP_LEN + header) || is_of_stream(skb);
+}
+
+/* The device behind which the other end of a stamped connection is; 0 where this is none. Either end must be the very pod
+ * that it was when it was stamped, not one that got its address. */
+INLINE u32 goes_to(struct sk_buff_view *skb, const struct ip *ip)
+{
+	u32 to = ip->destination;
+	struct local *other;
+	struct stamp *s;
+	struct tcp t;
+	int is_caller;
+
+	if (ip->source != pod.address || !is_whole_tcp4(ip) || bpf_skb_load_bytes(skb, ETH_LEN + IP_LEN, &t, sizeof(t)))
+		return 0;
+	s = find_stamp(ip->source, ntohs(t.source), to, ntohs(t.destination));
+	if (!s)
+		return 0;
+	is_caller = s->caller_address == pod.address;
+	if ((is_caller ? s->caller_netns : s->called_netns) != pod.netns || !may_pass(skb, s, &t, is_caller))
+		return 0;
+	other = bpf_map_lookup_elem(&locals, &to);
+	return other && other->netns == (is_caller ? s->called_netns : s->caller_netns) ? other->device : 0;
+}
+
+INLINE int put_into_pod(struct sk_buff_view *skb, u32 device)
+{
+	bpf_skb_change_type(skb, PACKET_HOST);
+	return (int)bpf_redirect_peer(device, 0);
+}
+
+/* A locally administered MAC address, of nobody. (Not a constant array: that would be in the agent's constants.) */
+INLINE void set_nobody(u8 *mac)
+{
+	mac[0] = 0x02;
+	mac[1] = 'a';
+	mac[2] = 'm';
+	mac[3] = 'b';
+	mac[4] = 'i';
+	mac[5] = 't';
+}
+
+/* A pod that may be spoken to directly asks for an address, of which nobody on the wire has been heard: the answer is written
+ * over the question, and goes back into the pod. */
+INLINE int is_answered(struct sk_buff_view *skb)
+{
+	u32 own = pod.address, asked;
+	struct ethernet eth;
+	struct arp a;
+
+	if (skb->protocol != htons(ETH_P_ARP) || skb->vlan_present || skb->len != ETH_LEN + ARP_LEN || !is_arp(skb, &a) ||
+	    bpf_skb_load_bytes(skb, 0, &eth, sizeof(eth)) || !same_mac(eth.source, pod.mac) ||
+	    a.operation != htons(ARP_REQUEST) || a.sender != own || !same_mac(a.sender_mac, pod.mac) || a.target == own ||
+	    !bpf_map_lookup_elem(&locals, &own))
+		return 0;
+	asked = a.target;
+	a.operation = htons(ARP_REPLY);
+	a.target = own;
+	a.sender = asked;
+	__builtin_memcpy(a.target_mac, eth.source, sizeof(a.target_mac));
+	set_nobody(a.sender_mac);
+	__builtin_memcpy(eth.destination, eth.source, sizeof(eth.destination));
+	set_nobody(eth.source);
+	return !bpf_skb_store_bytes(skb, 0, &eth, sizeof(eth), 0) && !bpf_skb_store_bytes(skb, ETH_LEN, &a, sizeof(a), 0);
+}
+
 SEC("tcx/ingress")
 int ambit_outbound(struct sk_buff_view *skb)
 {
 	struct ip ip = {};
+	u32 device = 0;
 
-	return may_leave(skb, &ip) ? TCX_NEXT : refuse(skb, &ip, CLEAR_OUTBOUND, bpf_skb_cgroup_id(skb));
+	if (skb->protocol == htons(ETH_P_IP) && !skb->vlan_present && !bpf_skb_load_bytes(skb, ETH_LEN, &ip, sizeof(ip)))
+		device = goes_to(skb, &ip);
+	if (device)
+		return put_into_pod(skb, device);
+	if (may_leave(skb, &ip))
+		return TCX_NEXT;
+	if (is_answered(skb))
+		return put_into_pod(skb, skb->ifindex);
+	return refuse(skb, &ip, CLEAR_OUTBOUND, bpf_skb_cgroup_id(skb));
 }
 
 INLINE void remember_knock(const struct ip *ip, const struct tcp *t, const struct ethernet *eth)
@@ -310,6 +415,14 @@ INLINE int may_enter_tcp(struct sk_buff_view *skb, const struct ethernet *eth, c
 	return 1;
 }
 
+/* What a pod of this node sends to another does not come this way. */
+INLINE int is_forged(const struct ip *ip)
+{
+	u32 from = ip->source;
+
+	return !!bpf_map_lookup_elem(&locals, &from);
+}
+
 /* Told is only what was meant for the pod: the rest is the noise of any network. */
 SEC("tcx/egress")
 int ambit_knock(struct sk_buff_view *skb)
@@ -324,7 +437,7 @@ int ambit_knock(struct sk_buff_view *skb)
 	if (skb->protocol != htons(ETH_P_IP) || bpf_skb_load_bytes(skb, ETH_LEN, &ip, sizeof(ip)) ||
 	    ip.destination != pod.address)
 		return TC_ACT_SHOT;
-	return may_enter_tcp(skb, &eth, &ip) ? TCX_NEXT : refuse(skb, &ip, PLAIN_INBOUND, 0);
+	return !is_forged(&ip) && may_enter_tcp(skb, &eth, &ip) ? TCX_NEXT : refuse(skb, &ip, PLAIN_INBOUND, 0);
 }
 
 char _license[] SEC("license") = "Dual BSD/GPL";

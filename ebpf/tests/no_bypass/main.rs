@@ -12,6 +12,7 @@ mod attempts;
 mod exceptions;
 mod rig;
 mod soak;
+mod stamps;
 mod wires;
 
 use ambit_ebpf::{Capacity, Kernel, KernelError, Options, Reason};
@@ -114,6 +115,13 @@ fn nothing_leaves_in_clear_in_any_state() {
     kernel = rig.open().unwrap();
     rig.agent_returns(&kernel);
     run(&mut table, &mut rig, "back", "ok");
+
+    // Two pods that may speak directly: nothing else gets a byte out for that.
+    rig.govern_near(&kernel);
+    kernel.set_locals(&rig.locals(&kernel, rig::SERVER, true)).unwrap();
+    kernel.direct_flows().unwrap();
+    run(&mut table, &mut rig, "direct", "ok");
+    kernel.set_locals(&[]).unwrap();
     let told = kernel.counters().unwrap().denied[&Reason::ClearOutbound];
     assert!(told > 50, "packets dropped at the wire were not counted: {told}");
     table.push(recreated_veth(&mut rig, &kernel));

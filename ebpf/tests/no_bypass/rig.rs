@@ -3,12 +3,12 @@
 
 use crate::attempts::{ATTEMPTS, TOOLS};
 use crate::support::{Node, POD, Worker, end, ends_sockets, has, in_netns, namespace_holder, netns_of, run};
-use ambit_ebpf::{Action, Capacity, Kernel, KernelError, Options, Tables, Verdict, VerdictKey};
+use ambit_ebpf::{Action, Capacity, Kernel, KernelError, Local, Options, Tables, Verdict, VerdictKey};
 use libbpf_rs::libbpf_sys::bpf_map_create_opts;
 use libbpf_rs::{MapHandle, MapType};
 use std::collections::BTreeMap;
 use std::io::Read;
-use std::net::{TcpListener, TcpStream};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
 use std::process::{Child, Command};
@@ -18,7 +18,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 pub(crate) const FAR: &str = "10.99.0.2";
-const NEAR: &str = "10.99.0.3";
+pub(crate) const NEAR: &str = "10.99.0.3";
 pub(crate) const CLIENT: u32 = 300;
 pub(crate) const SERVER: u32 = 301;
 pub(crate) const OTHER: u32 = 302;
@@ -109,6 +109,8 @@ for line in sys.stdin:
 
 pub(crate) struct Rig {
     agent: Option<Agent>,
+    /// Of the other pod of the node, where that is governed.
+    near_agent: Option<Agent>,
     before: Vec<(&'static str, Worker)>,
     machines: Vec<Machine>,
     turn: usize,
@@ -123,7 +125,7 @@ impl Rig {
         run(&format!("{on_node} ip link add br0 type bridge"));
         run(&format!("{on_node} ip link set eth0 master br0"));
         run(&format!("{on_node} ip link set br0 up"));
-        let mut rig = Self { agent: None, before: vec![], machines: vec![], turn: 0, node };
+        let mut rig = Self { agent: None, near_agent: None, before: vec![], machines: vec![], turn: 0, node };
         rig.address_pod();
         for (name, address, six) in [("far", FAR, "fd99::2"), ("near", NEAR, "fd99::3")] {
             let mut machine = Machine { namespace: namespace_holder(), capture: None };
@@ -223,8 +225,44 @@ impl Rig {
         self.on_node(|| kernel.wires_are_guarded("pod", pod.as_fd()).unwrap())
     }
 
+    /// The other pod of the node is governed too.
+    pub(crate) fn govern_near(&mut self, kernel: &Kernel) {
+        let address: Ipv4Addr = NEAR.parse().unwrap();
+        let netns = netns_of(&self.machines[1].namespace);
+        assert_eq!(self.on_node(|| kernel.guard_wires("near", netns.as_fd(), address).unwrap()), 1);
+        let listener = in_netns(netns.try_clone().unwrap(), || TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap());
+        kernel.attach_pod("near", netns.as_fd(), address, listener.as_fd()).unwrap();
+        self.near_agent = Some(Agent::start(listener));
+        assert!(kernel.end_bypassing(netns.as_fd()).unwrap());
+    }
+
+    /// Both pods of the node, as they are now.
+    pub(crate) fn locals(&self, kernel: &Kernel, near: u32, open: bool) -> [Local; 2] {
+        let (pod_netns, near_netns) = (self.node.pod_netns(), self.near_netns());
+        let place = |netns: &std::fs::File| self.on_node(|| kernel.place(netns.as_fd()).unwrap().unwrap());
+        let local = |address, identity, place| Local { address, identity, place, open };
+        let near_at: Ipv4Addr = NEAR.parse().unwrap();
+        [local(POD, CLIENT, place(&pod_netns)), local(near_at, near, place(&near_netns))]
+    }
+
+    pub(crate) fn near_netns(&self) -> std::fs::File {
+        netns_of(&self.machines[1].namespace)
+    }
+
+    /// Connections that the agents of both pods have taken so far; waits for as many as are expected.
+    pub(crate) fn carried(&self, expected: usize) -> usize {
+        let taken = || {
+            let agents = self.agent.iter().chain(&self.near_agent);
+            agents.map(|agent| agent.taken.load(Ordering::Relaxed)).sum()
+        };
+        let waits = (0..60).take_while(|n| *n == 0 || taken() < expected);
+        waits.for_each(|_| std::thread::sleep(Duration::from_millis(50)));
+        taken()
+    }
+
     pub(crate) fn agent_dies(&mut self) {
         drop(self.agent.take());
+        drop(self.near_agent.take());
     }
 
     pub(crate) fn agent_returns(&mut self, kernel: &Kernel) {
@@ -317,12 +355,16 @@ impl Rig {
 
     /// How many frames at the other machines held these bytes.
     pub(crate) fn seen(&mut self, mark: &str) -> usize {
-        let captures = self.machines.iter_mut().map(|machine| machine.capture.as_mut().unwrap());
-        let ask = |capture: &mut Worker| {
+        self.seen_at(mark).into_iter().sum()
+    }
+
+    /// The same, at the far machine and at the other pod.
+    pub(crate) fn seen_at(&mut self, mark: &str) -> [usize; 2] {
+        [0, 1].map(|n| {
+            let capture: &mut Worker = self.machines[n].capture.as_mut().unwrap();
             capture.ask(mark);
-            capture.answer().parse::<usize>().unwrap()
-        };
-        captures.map(ask).sum()
+            capture.answer().parse().unwrap()
+        })
     }
 
     pub(crate) fn upgrade_all_the_time(&self) -> Upgrading {
@@ -381,6 +423,7 @@ impl Rig {
 impl Drop for Rig {
     fn drop(&mut self) {
         self.agent = None;
+        self.near_agent = None;
         self.before.clear();
         for machine in &mut self.machines {
             machine.capture = None;
@@ -392,18 +435,21 @@ impl Drop for Rig {
 /// Stands for the agent: takes captured connections and reads them.
 struct Agent {
     stop: Arc<AtomicBool>,
+    taken: Arc<AtomicUsize>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Agent {
     fn start(listener: TcpListener) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
-        let stops = stop.clone();
+        let taken = Arc::new(AtomicUsize::new(0));
+        let (stops, counts) = (stop.clone(), taken.clone());
         listener.set_nonblocking(true).unwrap();
         let thread = std::thread::spawn(move || {
             while !stops.load(Ordering::Relaxed) {
                 match listener.accept() {
                     Ok((mut stream, _)) => {
+                        counts.fetch_add(1, Ordering::Relaxed);
                         stream.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
                         drop(stream.read(&mut [0; 64]));
                     }
@@ -411,7 +457,7 @@ impl Agent {
                 }
             }
         });
-        Self { stop, thread: Some(thread) }
+        Self { stop, taken, thread: Some(thread) }
     }
 }
 

@@ -6,7 +6,7 @@ use crate::metrics::METRICS;
 use crate::netns::Netns;
 use crate::plane::LocalPod;
 use crate::pods::{self, Pod, Pods};
-use ambit_ebpf::{CAPTURE_PORT, DeviceNews, netns_cookie};
+use ambit_ebpf::{CAPTURE_PORT, DeviceNews, Place, netns_cookie};
 use ambit_model::{Code, Refusal};
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddrV4};
@@ -30,6 +30,10 @@ pub(super) struct Guarded {
     pub(super) enrolled: Option<u32>,
     /// Why it is nobody until that is mended: something leads out of it where nothing can be stopped.
     pub(super) open: Option<Refusal>,
+    /// Where connections from other pods of this node find it; none where that is not clear.
+    pub(super) place: Option<Place>,
+    /// Whether it has a way to other pods of this node, by their addresses.
+    pub(super) ways: BTreeMap<Ipv4Addr, bool>,
 }
 
 impl Guarded {
@@ -127,7 +131,13 @@ impl Control {
         if ways == WaysOut::Mended {
             tracing::warn!(pod = %guarded.pod.name, "a wire of the pod was open, and is guarded again");
         }
-        guarded.tell(ways)
+        let changed = guarded.tell(ways.clone());
+        if changed || ways == WaysOut::Mended {
+            let place = self.place(&guarded.pod, &guarded.netns);
+            guarded.ways.clear();
+            return std::mem::replace(&mut guarded.place, place) != place || changed;
+        }
+        changed
     }
 
     /// Takes their identity from guarded pods of which the files say something else now, or nothing. The guard on the
@@ -186,6 +196,14 @@ impl Control {
         });
     }
 
+    fn place(&self, pod: &Pod, netns: &Netns) -> Option<Place> {
+        let place = self.kernel.place(netns.as_fd());
+        place.unwrap_or_else(|refusal| {
+            tracing::warn!(pod = %pod.name, %refusal, "not found where the pod is: nothing goes to it directly");
+            None
+        })
+    }
+
     /// Opens the pod's capture listener in its namespace and refuses plain inbound there.
     async fn guard(&self, pod: &Pod, nth: usize) -> Result<Guarded, Refusal> {
         let trouble =
@@ -197,7 +215,17 @@ impl Control {
         let ways = self.kernel.attach(&pod.name, netns.as_fd(), pod.address, &listener)?;
         let (identity, who) = watch::channel(None);
         let capture = self.outbound.capture(nth, who, listener, cookie, self.kernel.clone());
-        let mut guarded = Guarded { pod: pod.clone(), netns, capture, identity, enrolled: None, open: None };
+        let place = self.place(pod, &netns);
+        let mut guarded = Guarded {
+            pod: pod.clone(),
+            netns,
+            capture,
+            identity,
+            enrolled: None,
+            open: None,
+            place,
+            ways: BTreeMap::new(),
+        };
         guarded.tell(ways);
         Ok(guarded)
     }
