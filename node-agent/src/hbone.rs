@@ -4,6 +4,7 @@
 //! Knows nothing of policy: who may open a stream is decided by [`crate::inbound`], where to by [`crate::outbound`].
 
 use crate::native;
+use crate::said::Said;
 use crate::secure::{self, Bytestream, Secured};
 use crate::shown::{Now, Shown};
 use crate::silence;
@@ -91,7 +92,8 @@ pub enum TunnelError {
     /// The tunnel ended while we waited.
     #[error("the tunnel broke")]
     Broken(#[source] std::io::Error),
-    /// The far agent said no: 403 by policy, 502 where its pod does not answer.
+    /// The far agent said no: 401 by policy (403, where it is one of Envoy's), 503 where its pod does not answer, 400 where it
+    /// is asked for an address that is not the workload's.
     #[error("refused with {0}")]
     Refused(StatusCode),
     /// The workload itself broke off. What it was sent may have been read.
@@ -127,7 +129,7 @@ impl TunnelError {
     pub fn is_retryable(&self) -> bool {
         self.is_tunnel()
             || matches!(self, Self::NodeDenied | Self::SvidRevoked)
-            || matches!(self, Self::Refused(code) if *code != StatusCode::FORBIDDEN)
+            || matches!(self, Self::Refused(code) if !is_denial(*code))
     }
     /// A label for figures.
     pub fn reason(&self) -> &'static str {
@@ -137,7 +139,7 @@ impl TunnelError {
             Self::OtherNode { .. } => "other_node",
             Self::Timeout => "timeout",
             Self::Broken(_) => "broken",
-            Self::Refused(code) if *code == StatusCode::FORBIDDEN => "denied",
+            Self::Refused(code) if is_denial(*code) => "denied",
             Self::Refused(_) => "refused",
             Self::Reset => "reset",
             Self::Busy => "busy",
@@ -146,6 +148,11 @@ impl TunnelError {
             Self::NoSvid => "no_svid",
         }
     }
+}
+
+/// Whether a peer says by it that its policy refuses: ztunnel and we by 401, Envoy's rules by 403.
+pub fn is_denial(code: StatusCode) -> bool {
+    matches!(code, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN)
 }
 
 /// What a tunnel's users and its driver share.
@@ -368,15 +375,11 @@ impl Tunnel {
 }
 
 impl Lease {
-    /// Asks the far agent to connect to `to`, an address of its pods, for a connection of the trace `traceparent`.
-    pub async fn open(
-        &self,
-        to: SocketAddrV4,
-        traceparent: Option<&str>,
-    ) -> Result<(SendStream<Bytes>, RecvStream), TunnelError> {
+    /// Asks the far agent to connect to `to`, an address of its pods.
+    pub async fn open(&self, to: SocketAddrV4, said: &Said) -> Result<(SendStream<Bytes>, RecvStream), TunnelError> {
         let ask = async {
-            let request = traceparent.iter().fold(Request::builder(), |r, trace| r.header("traceparent", *trace));
-            let request = request
+            let request = said
+                .write(Request::builder())
                 .method(Method::CONNECT)
                 .version(Version::HTTP_2)
                 .uri(to.to_string())
@@ -404,4 +407,20 @@ pub async fn accept<T: AsyncRead + AsyncWrite + Unpin>(io: T) -> Result<h2::serv
         .max_header_list_size(16 * 1024)
         .handshake(io)
         .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_peer_answers_is_final_where_its_policy_refuses_and_only_there() {
+        let cases =
+            [(401, "denied"), (403, "denied"), (400, "refused"), (404, "refused"), (503, "refused"), (504, "refused")];
+        for (code, reason) in cases {
+            let error = TunnelError::Refused(StatusCode::from_u16(code).unwrap());
+            assert_eq!((error.is_retryable(), error.reason()), (reason != "denied", reason), "{code}");
+            assert!(!error.is_tunnel(), "the node is well");
+        }
+    }
 }

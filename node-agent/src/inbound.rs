@@ -17,6 +17,7 @@ use crate::plane::{LocalPod, Plane};
 use crate::pump::{self, End};
 use crate::record::{Record, flag};
 use crate::records::alert;
+use crate::said::Said;
 use crate::secure::{self, Bytestream, Secured};
 use crate::shown::Shown;
 use crate::{silence, tls};
@@ -308,9 +309,8 @@ impl Inbound {
     async fn stream(self, call: Call, request: Request<RecvStream>, mut respond: SendResponse<Bytes>) {
         let to = goal(&request);
         let shown = *to.as_ref().unwrap_or(&NOWHERE);
-        let trace = request.headers().get("traceparent").and_then(|value| value.to_str().ok()).map(str::to_owned);
-        let trace = trace.filter(|trace| native::is_trace(trace.as_bytes()));
-        let record = Record::inbound(call.peer.id(), &call.to, shown, trace.as_deref());
+        let said = Said::read(request.headers());
+        let record = Record::inbound(call.peer.id(), &call.to, shown, said.traceparent.as_deref()).saying(&said);
         let Admitted { pod, _open, follow } = match self.connect(&call, to).await {
             Ok(admitted) => admitted,
             Err(reason) => {
@@ -333,7 +333,11 @@ impl Inbound {
         let denied = |refusal: Refusal| {
             METRICS.connections.inc(["inbound", "denied"]);
             tracing::info!(caller = %call.peer.id(), called = %call.to, %refusal, "inbound refused");
-            if refusal.code == Code::BadRequest { Reason::Malformed } else { Reason::Denied }
+            match refusal.code {
+                Code::BadRequest => Reason::Malformed,
+                Code::NotFound => Reason::Elsewhere,
+                _ => Reason::Denied,
+            }
         };
         let begun = Instant::now();
         let admitted = to.and_then(|to| self.admit(&mut follow, call, to).map(|admitted| (admitted, to)));
@@ -379,10 +383,16 @@ impl Inbound {
         let (plane, denials) = follow.now();
         let plane = plane.ok_or_else(|| Refusal::new(Code::Unavailable, "a slice", "none yet"))?;
         // Not-here and not-yours look alike from outside.
-        let pod =
-            plane.pods.get(to.ip()).filter(|pod| *pod.id() == call.to).cloned().ok_or_else(|| {
-                Refusal::new(Code::PolicyDenied, format!("an address of {}", call.to), to.to_string())
-            })?;
+        let pod = plane
+            .pods
+            .get(to.ip())
+            .filter(|pod| *pod.id() == call.to)
+            .cloned()
+            .ok_or_else(|| Refusal::new(Code::NotFound, format!("an address of {}", call.to), to.to_string()))?;
+        if OURS.contains(&to.port()) {
+            let found = format!("port {}", to.port());
+            return Err(Refusal::new(Code::BadRequest, "a port of the workload's, not of its mesh", found));
+        }
         Ok((pod, judge(&plane, &denials, call, to, self.clock.moment())?))
     }
 
@@ -424,6 +434,10 @@ impl Inbound {
     }
 }
 
+/// Ports that are the agent's in a pod, by Istio's numbers: whoever asks for one of them means no workload, and would be led
+/// in a circle.
+const OURS: [u16; 3] = [15001, 15006, hbone::PORT];
+
 /// Where nothing was asked for.
 const NOWHERE: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0);
 
@@ -452,6 +466,7 @@ fn flag_of(reason: Reason) -> &'static str {
     match reason {
         Reason::Malformed => flag::PROTOCOL_ERROR,
         Reason::Denied => flag::DENIED,
+        Reason::Elsewhere => flag::NO_ROUTE,
         Reason::Unreachable | Reason::Timeout => flag::UPSTREAM_FAILED,
         Reason::Busy => flag::OVERFLOW,
         Reason::Reset => flag::UPSTREAM_TERMINATED,

@@ -48,6 +48,7 @@ pub mod pump;
 pub mod reattest;
 pub mod record;
 pub mod records;
+pub mod said;
 pub mod sds;
 pub mod secure;
 pub mod session;

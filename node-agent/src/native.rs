@@ -50,6 +50,8 @@ pub enum Reason {
     Malformed,
     /// By policy, or by who asks.
     Denied,
+    /// No address of the workload that the tunnel is to.
+    Elsewhere,
     /// The workload does not answer.
     Unreachable,
     /// It did not answer in time.
@@ -61,7 +63,8 @@ pub enum Reason {
 }
 
 impl Reason {
-    const ALL: [Self; 6] = [Self::Malformed, Self::Denied, Self::Unreachable, Self::Timeout, Self::Busy, Self::Reset];
+    const ALL: [Self; 7] =
+        [Self::Malformed, Self::Denied, Self::Unreachable, Self::Timeout, Self::Busy, Self::Reset, Self::Elsewhere];
 
     fn code(self) -> u8 {
         match self {
@@ -71,19 +74,18 @@ impl Reason {
             Self::Timeout => 4,
             Self::Busy => 5,
             Self::Reset => 6,
+            Self::Elsewhere => 7,
         }
     }
     fn of(code: u8) -> Option<Self> {
         Self::ALL.into_iter().find(|reason| reason.code() == code)
     }
-    /// The same in HBONE.
+    /// The same in HBONE, as Istio's agents say it (ztunnel, `src/proxy/inbound.rs`).
     pub fn status(self) -> StatusCode {
         match self {
-            Self::Malformed => StatusCode::BAD_REQUEST,
-            Self::Denied => StatusCode::FORBIDDEN,
-            Self::Unreachable | Self::Reset => StatusCode::BAD_GATEWAY,
-            Self::Timeout => StatusCode::GATEWAY_TIMEOUT,
-            Self::Busy => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Malformed | Self::Elsewhere => StatusCode::BAD_REQUEST,
+            Self::Denied => StatusCode::UNAUTHORIZED,
+            Self::Unreachable | Self::Timeout | Self::Busy | Self::Reset => StatusCode::SERVICE_UNAVAILABLE,
         }
     }
 }

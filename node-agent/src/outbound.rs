@@ -17,6 +17,7 @@ use crate::pool::{Key, Lease, NativeLease, Pool, Totals};
 use crate::pump::{self, End};
 use crate::record::{Record, flag};
 use crate::records;
+use crate::said::Said;
 use crate::shown::Now;
 use ambit_model::policy::Endpoint;
 use bytes::Bytes;
@@ -193,13 +194,13 @@ impl Outbound {
             METRICS.connections.inc(["outbound", "unknown"]);
             return;
         };
-        let (trace, mut first) = (trace(), Vec::new());
+        let (origin, mut first) = (Origin::of(pod, &tcp), Vec::new());
         let opened = match place {
             // Whoever breaks off already needs nothing.
             Ok(place) => match first_bytes(&mut tcp, &mut first).await {
                 Ok(()) => {
                     // Dialing and shaking hands take room; a connection that is carried shall not hold it.
-                    let opening = Box::pin(self.open(at, pod, captured, &mut first, &trace));
+                    let opening = Box::pin(self.open(at, pod, captured, &mut first, &origin));
                     opening.await.map(|opened| (opened, place))
                 }
                 Err(_) => return,
@@ -210,7 +211,7 @@ impl Outbound {
             Ok((opened, _place)) => {
                 METRICS.connections.inc(["outbound", "ok"]);
                 METRICS.setup.observe(begun.elapsed());
-                self.carry(pod, tcp, opened, first, captured, &trace).await;
+                self.carry(pod, tcp, opened, first, captured, &origin.trace).await;
             }
             Err(error) => {
                 let denied = matches!(error.reason(), "denied" | "node_untrusted" | "svid_revoked");
@@ -219,7 +220,7 @@ impl Outbound {
                 let known = self.plane.borrow().clone();
                 let known = known.as_ref().and_then(|plane| plane.view.endpoints.get(captured.endpoint.ip()));
                 if let Some(endpoint) = known {
-                    Record::outbound(pod.id(), &endpoint.spiffe_id, captured.asked, Some(&trace))
+                    Record::outbound(pod.id(), &endpoint.spiffe_id, captured.asked, Some(&origin.trace))
                         .refused(flag_of(&error));
                 }
             }
@@ -272,7 +273,7 @@ impl Outbound {
         pod: &LocalPod,
         captured: Captured,
         first: &mut Vec<u8>,
-        trace: &str,
+        origin: &Origin,
     ) -> Result<Opened, TunnelError> {
         let plane = self.plane.borrow().clone().ok_or(TunnelError::NoSvid)?;
         let gone = || TunnelError::Refused(http::StatusCode::NOT_FOUND);
@@ -282,7 +283,7 @@ impl Outbound {
         let chosen = match plane.view.endpoints.get(captured.endpoint.ip()) {
             Some(endpoint) => {
                 let to = SocketAddrV4::new(endpoint.address, captured.endpoint.port());
-                self.open_at(self.pool(at), &plane, pod, endpoint, to, first, trace).await
+                self.open_at(self.pool(at), &plane, pod, endpoint, to, first, origin).await
             }
             // The endpoint left the view between the kernel's choice and now.
             None => Err(gone()),
@@ -297,7 +298,7 @@ impl Outbound {
             Some(endpoint) => {
                 METRICS.retries.inc([error.reason()]);
                 let to = SocketAddrV4::new(endpoint.address, captured.asked.port());
-                self.open_at(self.pool(at), &plane, pod, endpoint, to, first, trace).await
+                self.open_at(self.pool(at), &plane, pod, endpoint, to, first, origin).await
             }
             None => Err(error),
         }
@@ -312,7 +313,7 @@ impl Outbound {
         endpoint: &Endpoint,
         to: SocketAddrV4,
         first: &mut Vec<u8>,
-        trace: &str,
+        origin: &Origin,
     ) -> Result<Opened, TunnelError> {
         if self.denials.now().denies_endpoint(endpoint) {
             return Err(TunnelError::NodeDenied);
@@ -337,9 +338,10 @@ impl Outbound {
                 return Err(TunnelError::SvidRevoked);
             }
             let way = match lease {
-                Lease::Native(lease) => open_native(lease, to, first, trace).await?,
+                Lease::Native(lease) => open_native(lease, to, first, &origin.trace).await?,
                 Lease::Hbone(lease) => {
-                    let (send, recv) = lease.open(to, Some(trace)).await?;
+                    let said = Said::of(pod.id(), &plane.view.cluster, origin.from, &origin.trace);
+                    let (send, recv) = lease.open(to, &said).await?;
                     Way::Hbone { lease, send, recv }
                 }
             };
@@ -371,6 +373,20 @@ impl Outbound {
             .filter(|e| service.backends.iter().any(|b| b.contains(&e.spiffe_id)))
             .filter(|e| view.rules.evaluate(pod.id(), &e.spiffe_id, service.port, now).allowed)
             .min_by_key(|e| (compile::tier(view, service, e), e.address))
+    }
+}
+
+/// Where a connection begins, as other nodes are told.
+struct Origin {
+    trace: String,
+    from: SocketAddrV4,
+}
+
+impl Origin {
+    fn of(pod: &LocalPod, tcp: &TcpStream) -> Self {
+        // To the application its socket has the pod's address, and is captured from loopback.
+        let port = tcp.peer_addr().map_or(0, |from| from.port());
+        Self { trace: trace(), from: SocketAddrV4::new(pod.workload.pod.address, port) }
     }
 }
 
@@ -446,7 +462,7 @@ fn flag_of(error: &TunnelError) -> &'static str {
         TunnelError::Busy => flag::OVERFLOW,
         TunnelError::Reset => flag::UPSTREAM_TERMINATED,
         TunnelError::NodeDenied | TunnelError::SvidRevoked | TunnelError::NoSvid => flag::DENIED,
-        TunnelError::Refused(http::StatusCode::FORBIDDEN) => flag::DENIED,
+        TunnelError::Refused(code) if hbone::is_denial(*code) => flag::DENIED,
         TunnelError::Refused(http::StatusCode::NOT_FOUND) => flag::NO_ROUTE,
         TunnelError::Unreachable { .. }
         | TunnelError::Handshake { .. }

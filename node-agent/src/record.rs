@@ -4,6 +4,7 @@
 //! At debug level, for identities and addresses are in it.
 
 use crate::pump::{Carried, End};
+use crate::said::Said;
 use ambit_model::SpiffeId;
 use std::net::SocketAddrV4;
 use std::time::{Duration, Instant};
@@ -36,17 +37,22 @@ pub struct Record<'a> {
     destination: &'a SpiffeId,
     to: SocketAddrV4,
     trace: Option<&'a str>,
+    said: Option<&'a Said>,
     begun: Instant,
 }
 
 impl<'a> Record<'a> {
     /// Of a connection that begins here.
     pub fn outbound(source: &'a SpiffeId, destination: &'a SpiffeId, to: SocketAddrV4, trace: Option<&'a str>) -> Self {
-        Self { direction: "outbound", source, destination, to, trace, begun: Instant::now() }
+        Self { direction: "outbound", source, destination, to, trace, said: None, begun: Instant::now() }
     }
     /// Of one that comes from another node.
     pub fn inbound(source: &'a SpiffeId, destination: &'a SpiffeId, to: SocketAddrV4, trace: Option<&'a str>) -> Self {
-        Self { direction: "inbound", source, destination, to, trace, begun: Instant::now() }
+        Self { direction: "inbound", source, destination, to, trace, said: None, begun: Instant::now() }
+    }
+    /// With what the other node says of it.
+    pub fn saying(self, said: &'a Said) -> Self {
+        Self { said: Some(said), ..self }
     }
     /// It was not made.
     pub fn refused(&self, flags: &'static str) {
@@ -72,9 +78,11 @@ impl<'a> Record<'a> {
     fn tell(&self, flags: &'static str, sent: u64, received: u64) {
         let duration_us = u64::try_from(self.begun.elapsed().as_micros()).unwrap_or(u64::MAX);
         let trace = self.trace.unwrap_or_default();
+        let baggage = self.said.and_then(|said| said.baggage.as_deref()).unwrap_or_default();
+        let forwarded = self.said.and_then(|said| said.forwarded.as_deref()).unwrap_or_default();
         tracing::debug!(
             target: "ambit::connection", direction = self.direction, source = %self.source,
-            destination = %self.destination, to = %self.to, flags, sent, received, duration_us, trace, "connection"
+            destination = %self.destination, to = %self.to, flags, sent, received, duration_us, trace, baggage, forwarded, "connection"
         );
     }
 }

@@ -13,12 +13,16 @@ use ambit_agent::issued::Svid;
 use ambit_agent::metrics::METRICS;
 use ambit_agent::netns::NetnsThread;
 use ambit_agent::outbound::{Captured, Outbound};
+use ambit_agent::said::Said;
 use ambit_identity::svid::Presented;
 use ambit_model::Revision;
 use ambit_proto::v1;
+use http::Request;
+use rustls_pki_types::ServerName;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use support::foreign;
 use support::stage::{SOON, Stage, is_reset, plane, round_trip};
 use support::{Cell, allow};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -94,7 +98,7 @@ async fn leaves_of_a_denied_node_are_refused_until_a_new_generation() {
 /// web's own key and SVID in a tunnel from this address, and the answer to a CONNECT to db: none where the tunnel is refused.
 async fn asked_from(stage: &Stage, from: Ipv4Addr) -> Option<http::StatusCode> {
     let Dialed::Hbone(tunnel) = stage.dial(from, Mode::Hbone).await.ok()? else { panic!("it was asked in HBONE") };
-    match tunnel.lease()?.open(stage.db_at(), None).await {
+    match tunnel.lease()?.open(stage.db_at(), &Said::default()).await {
         Ok(_) => Some(http::StatusCode::OK),
         Err(TunnelError::Refused(code)) => Some(code),
         Err(_) => None,
@@ -590,6 +594,44 @@ async fn a_service_fails_over_before_first_bytes_and_back() {
     .await
     .expect("healthy again");
     probe.abort();
+}
+
+#[tokio::test]
+async fn a_foreign_caller_is_answered_as_istios_agents_answer() {
+    let mut stage = Stage::set(29).await;
+    let name = ServerName::try_from(ambit_agent::sni::server_name(&stage.db_svid.id)).unwrap();
+    let mut caller = foreign::Caller::dial(&stage, stage.home, stage.hbone, name).await.unwrap();
+    let (at, ip) = (stage.db_at().to_string(), *stage.db_at().ip());
+    let closed = TcpListener::bind((ip, 0)).await.unwrap().local_addr().unwrap();
+    for (authority, status) in [
+        (at.as_str(), 200),
+        ("db.east:80", 400),
+        ("[::1]:80", 400),
+        // Of another workload, or of nobody.
+        (&format!("127.0.83.29:{}", stage.db_at().port()), 400),
+        // The agents' own ports.
+        (&format!("{ip}:15001"), 400),
+        (&format!("{ip}:15006"), 400),
+        (&format!("{ip}:15008"), 400),
+        (&closed.to_string(), 503),
+    ] {
+        assert_eq!(caller.connect(authority).await, status, "{authority}");
+    }
+    let get = Request::builder().uri(format!("https://{at}/")).body(()).unwrap();
+    assert_eq!(caller.ask(get).await.unwrap(), 400);
+    // What a peer says of itself decides nothing.
+    let mut said = foreign::connect(&at);
+    for (name, value) in [
+        ("traceparent", "no trace"),
+        ("baggage", "k8s.cluster.name=east,service.name=admin"),
+        ("forwarded", "for=\"10.0.0.1:80\";host=elsewhere"),
+    ] {
+        said.headers_mut().insert(name, value.parse().unwrap());
+    }
+    assert_eq!(caller.ask(said.clone()).await.unwrap(), 200);
+    stage.publish(|_| (), |e| e.policies.clear());
+    assert_eq!(caller.ask(said).await.unwrap(), 401);
+    assert_eq!(caller.connect(&at).await, 401);
 }
 
 #[tokio::test]

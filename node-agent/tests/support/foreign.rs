@@ -1,11 +1,16 @@
-//! An agent of somebody else that speaks HBONE only: rustls' own connection and h2 on it, in the name of `db`.
+//! Agents of somebody else that speak HBONE only: rustls' own connections and h2 on them. One is called in the name of `db`,
+//! one calls in that of `web`.
 
-use super::stage::Stage;
+use super::stage::{SOON, Stage};
 use ambit_agent::tls;
 use bytes::Bytes;
+use h2::client::SendRequest;
+use http::{Method, Request, StatusCode};
+use rustls_pki_types::ServerName;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 
 /// Answers what it gets, and counts the connections that it gets it by.
 pub(crate) async fn echo(stage: &Stage, listener: TcpListener, connections: Arc<AtomicU64>) {
@@ -21,7 +26,10 @@ pub(crate) async fn echo(stage: &Stage, listener: TcpListener, connections: Arc<
             let Ok(stream) = acceptor.accept(tcp).await else { return };
             let mut streams = h2::server::handshake(stream).await.unwrap();
             while let Some(Ok((request, mut respond))) = streams.accept().await {
-                assert!(request.headers().contains_key("traceparent"));
+                let said = |name| request.headers()[name].to_str().unwrap();
+                assert_eq!(said("traceparent").len(), 55);
+                assert_eq!(said("baggage"), "k8s.cluster.name=west,service.name=web");
+                assert!(said("forwarded").starts_with("for=\"127.0.0.1:"), "{}", said("forwarded"));
                 tokio::spawn(async move {
                     let mut send = respond.send_response(http::Response::new(()), false).unwrap();
                     let mut body = request.into_body();
@@ -34,4 +42,48 @@ pub(crate) async fn echo(stage: &Stage, listener: TcpListener, connections: Arc<
             }
         });
     }
+}
+
+/// An open tunnel of a foreign caller.
+pub(crate) struct Caller(SendRequest<Bytes>);
+
+impl Caller {
+    /// Dials `at` from `from`, asking for this name, as `web`.
+    pub(crate) async fn dial(
+        stage: &Stage,
+        from: Ipv4Addr,
+        at: SocketAddr,
+        name: ServerName<'static>,
+    ) -> Result<Caller, std::io::Error> {
+        let west = stage.west_plane.borrow().clone().unwrap();
+        let key = tls::certified_key(&stage.web_svid).unwrap();
+        let mut config = tls::client(key, west.trust.clone(), &stage.db_svid.id).unwrap();
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind((from, 0).into()).unwrap();
+        let tcp = socket.connect(at).await?;
+        let stream = tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, tcp).await?;
+        let (requests, connection) = h2::client::handshake(stream).await.map_err(std::io::Error::other)?;
+        tokio::spawn(connection);
+        Ok(Caller(requests))
+    }
+
+    /// Sends it and waits for the answer; the stream ends with this.
+    pub(crate) async fn ask(&mut self, request: Request<()>) -> Result<StatusCode, h2::Error> {
+        let answer = async {
+            self.0 = self.0.clone().ready().await?;
+            let (answer, _send) = self.0.send_request(request, false)?;
+            Ok(answer.await?.status())
+        };
+        tokio::time::timeout(SOON, answer).await.expect("an answer in time")
+    }
+
+    /// The same of CONNECT.
+    pub(crate) async fn connect(&mut self, authority: &str) -> StatusCode {
+        self.ask(connect(authority)).await.unwrap()
+    }
+}
+
+pub(crate) fn connect(authority: &str) -> Request<()> {
+    Request::builder().method(Method::CONNECT).uri(authority).body(()).unwrap()
 }

@@ -1,0 +1,107 @@
+//! What an HBONE request says beside its goal, in the headers that Istio's agents send each other: the trace that it is part
+//! of (W3C Trace Context), facts of the calling workload (W3C Baggage) and where the connection came from (RFC 7239).
+//!
+//! All of it is the peer's word: it goes to records, and nothing is decided by it. Who calls is proved by the certificate.
+
+use crate::native::is_trace;
+use ambit_model::{ClusterId, SpiffeId};
+use http::{HeaderMap, request};
+use std::net::SocketAddrV4;
+
+/// What is kept of a peer's baggage, in bytes; longer is none. Ours has 150.
+const BAGGAGE_BYTES_MAX: usize = 1024;
+/// The same of `Forwarded`: one hop with an address and a host name.
+const FORWARDED_BYTES_MAX: usize = 512;
+
+const TRACEPARENT: &str = "traceparent";
+const BAGGAGE: &str = "baggage";
+const FORWARDED: &str = "forwarded";
+
+/// The headers; none where there was none that can be used.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Said {
+    /// W3C Trace Context, section 3.2.
+    pub traceparent: Option<String>,
+    /// W3C Baggage, section 3.2, with Istio's keys.
+    pub baggage: Option<String>,
+    /// RFC 7239, section 4.
+    pub forwarded: Option<String>,
+}
+
+impl Said {
+    /// Of a connection that `source`, of `cluster`, made from `from`.
+    pub fn of(source: &SpiffeId, cluster: &ClusterId, from: SocketAddrV4, traceparent: &str) -> Self {
+        Self {
+            traceparent: Some(traceparent.to_owned()),
+            baggage: Some(baggage(source, cluster)),
+            forwarded: Some(format!("for=\"{from}\"")),
+        }
+    }
+
+    /// Of what a peer sent.
+    pub fn read(headers: &HeaderMap) -> Self {
+        let text = |name: &str, bytes_max: usize| {
+            let text = headers.get(name)?.to_str().ok()?;
+            (text.len() <= bytes_max).then(|| text.to_owned())
+        };
+        Self {
+            traceparent: text(TRACEPARENT, usize::MAX).filter(|trace| is_trace(trace.as_bytes())),
+            baggage: text(BAGGAGE, BAGGAGE_BYTES_MAX),
+            forwarded: text(FORWARDED, FORWARDED_BYTES_MAX),
+        }
+    }
+
+    /// Adds them to a request.
+    pub(crate) fn write(&self, request: request::Builder) -> request::Builder {
+        let said = [(TRACEPARENT, &self.traceparent), (BAGGAGE, &self.baggage), (FORWARDED, &self.forwarded)];
+        said.iter()
+            .filter_map(|(name, value)| Some((*name, value.as_deref()?)))
+            .fold(request, |request, (name, value)| request.header(name, value))
+    }
+}
+
+/// The characters of names and SPIFFE IDs need no escape there.
+fn baggage(source: &SpiffeId, cluster: &ClusterId) -> String {
+    let path: Vec<&str> = source.as_str().split('/').skip(3).collect();
+    let name = path.last().copied().unwrap_or_default();
+    // Istio's form of SPIFFE IDs: /ns/NAMESPACE/sa/ACCOUNT.
+    let namespace = match path.as_slice() {
+        ["ns", namespace, "sa", _] => format!(",k8s.namespace.name={namespace}"),
+        _ => String::new(),
+    };
+    format!("k8s.cluster.name={}{namespace},service.name={name}", cluster.as_str())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TRACE: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+
+    #[test]
+    fn what_is_written_is_read_again() {
+        let cluster = "west".parse().unwrap();
+        for (id, baggage) in [
+            ("spiffe://west/web", "k8s.cluster.name=west,service.name=web"),
+            ("spiffe://west/ns/shop/sa/web", "k8s.cluster.name=west,k8s.namespace.name=shop,service.name=web"),
+        ] {
+            let said = Said::of(&id.parse().unwrap(), &cluster, "10.71.101.11:40000".parse().unwrap(), TRACE);
+            let request = said.write(http::Request::builder()).body(()).unwrap();
+            assert_eq!(Said::read(request.headers()), said);
+            assert_eq!(said.baggage.as_deref(), Some(baggage));
+            assert_eq!(said.forwarded.as_deref(), Some("for=\"10.71.101.11:40000\""));
+        }
+    }
+
+    #[test]
+    fn what_is_too_long_or_no_text_is_as_if_it_had_not_been_said() {
+        let read = |name: &'static str, value: &[u8]| {
+            Said::read(&HeaderMap::from_iter([(http::HeaderName::from_static(name), value.try_into().unwrap())]))
+        };
+        assert_eq!(read(TRACEPARENT, b"00-zz"), Said::default());
+        assert_eq!(read(BAGGAGE, &[b'a'; BAGGAGE_BYTES_MAX + 1]), Said::default());
+        assert!(read(BAGGAGE, &[b'a'; BAGGAGE_BYTES_MAX]).baggage.is_some());
+        assert_eq!(read(FORWARDED, b"for=\xff"), Said::default());
+        assert_eq!(read(FORWARDED, &[b'a'; FORWARDED_BYTES_MAX + 1]), Said::default());
+    }
+}
