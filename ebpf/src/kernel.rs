@@ -1,5 +1,6 @@
 //! The handle on a node's kernel side: attach or take over, who the workloads are, the lease, and where a flow wanted to go.
 
+use crate::annex::Annex;
 use crate::drift::InForce;
 use crate::error::KernelError;
 use crate::hook::Hooks;
@@ -12,6 +13,7 @@ use std::fs::File;
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -84,6 +86,8 @@ pub struct Kernel {
     /// What is in the tables in force, once this handle put them there. Held by whoever changes a table, so that
     /// read-modify-write of one is not interleaved with another's.
     change: Mutex<Option<InForce>>,
+    /// The index of the agent's annex on the node; 0 as long as there is none.
+    annex: AtomicU32,
 }
 
 impl Kernel {
@@ -109,8 +113,8 @@ impl Kernel {
             pin_maps(&mut object, &pins)?;
         }
         attach(&object, &pins, &cgroup, cgroup_id)?;
-        let kernel =
-            Self { maps: open_maps(&pins)?, pins, capacity: options.capacity, hooks, change: Mutex::new(None) };
+        let (maps, capacity) = (open_maps(&pins)?, options.capacity);
+        let kernel = Self { maps, pins, capacity, hooks, change: Mutex::new(None), annex: AtomicU32::new(0) };
         kernel.check_capacity()?;
         Ok(kernel)
     }
@@ -210,6 +214,15 @@ impl Kernel {
             }
         }
         Ok(removed)
+    }
+
+    /// Pods that are guarded from now on turn HBONE off into this annex; before, they drop it.
+    pub fn use_annex(&self, annex: &Annex) {
+        self.annex.store(annex.index(), Ordering::Relaxed);
+    }
+
+    pub(crate) fn annex(&self) -> u32 {
+        self.annex.load(Ordering::Relaxed)
     }
 
     pub(crate) fn pins(&self) -> &Pins {

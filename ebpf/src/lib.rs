@@ -13,10 +13,12 @@
 //! shows the capture address, and an accepted socket the agent's 127.x.y.z. A workload needs a network namespace that the
 //! agent attached. Programs on cgroups do not see sockets made before or outside, nor families other than `AF_INET` and
 //! `AF_INET6`: their packets are dropped on the node's side of the pod's veth, where nothing that is allowed goes. A pod
-//! with another way out than veths to this node cannot be guarded there: it must be nobody.
+//! with another way out than veths to this node cannot be guarded there: it must be nobody. TCP to or from port 15008 of a
+//! pod's address (HBONE) turns off to the agent's annex before it reaches the pod, and is dropped where there is none.
 
-mod drift;
+mod annex;
 mod direct;
+mod drift;
 mod error;
 mod event;
 mod hook;
@@ -33,8 +35,9 @@ mod sys;
 mod tables;
 mod wire;
 
-pub use drift::Drift;
+pub use annex::Annex;
 pub use direct::{Direct, Ended, Flow, Local, Place};
+pub use drift::Drift;
 pub use error::KernelError;
 pub use event::{Counters, Event, Reason};
 pub use hook::Hooks;

@@ -10,20 +10,21 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 const NLM_F_REQUEST: u16 = 1;
+const NLM_F_ACK: u16 = 4;
 const NLM_F_DUMP_INTR: u16 = 0x10;
 const NLM_F_DUMP: u16 = 0x300;
-const RTM_NEWLINK: u16 = 16;
+pub(crate) const RTM_NEWLINK: u16 = 16;
 const RTM_GETLINK: u16 = 18;
 const RTM_NEWNSID: u16 = 88;
 const RTM_GETNSID: u16 = 90;
 const NETNSA_NSID: u16 = 1;
 const NETNSA_FD: u16 = 3;
-const IFLA_ADDRESS: u16 = 1;
-const IFLA_IFNAME: u16 = 3;
+pub(crate) const IFLA_ADDRESS: u16 = 1;
+pub(crate) const IFLA_IFNAME: u16 = 3;
 const IFLA_LINK: u16 = 5;
-const IFLA_LINKINFO: u16 = 18;
+pub(crate) const IFLA_LINKINFO: u16 = 18;
 const IFLA_LINK_NETNSID: u16 = 37;
-const IFLA_INFO_KIND: u16 = 1;
+pub(crate) const IFLA_INFO_KIND: u16 = 1;
 pub(crate) const IFF_UP: u32 = 1;
 pub(crate) const IFF_LOOPBACK: u32 = 8;
 /// More devices than a node has pods.
@@ -98,6 +99,31 @@ impl DeviceNews {
         let first = (0..NEWS_MAX).find_map(|n| read().err().map(|e| (n, e)));
         first.is_none_or(|(n, e)| n > 0 || !is_nothing(&e))
     }
+}
+
+/// Asks for a change, and waits until the kernel says that it is made.
+pub(crate) fn change(kind: u16, flags: u16, body: &[u8]) -> io::Result<()> {
+    let socket = ask(kind, NLM_F_ACK | flags, body)?;
+    let mut buffer = vec![0; 8 << 10];
+    let (len, is_of_kernel) = crate::sys::receive(&socket, &mut buffer)?;
+    let answer = buffer.get(..len).filter(|_| is_of_kernel).and_then(message).map(|(message, _)| message);
+    let code = answer.filter(|message| message.kind == NLMSG_ERROR);
+    let code = code.and_then(|message| message.body.first_chunk().copied()).map(i32::from_ne_bytes);
+    match code {
+        Some(0) => Ok(()),
+        Some(code) => Err(io::Error::from_raw_os_error(-code)),
+        None => Err(io::Error::other("no word of rtnetlink whether it is done")),
+    }
+}
+
+/// One attribute of a message, padded as the next one needs it.
+pub(crate) fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
+    let len = 4 + value.len();
+    let mut bytes = u16::try_from(len).unwrap_or(u16::MAX).to_ne_bytes().to_vec();
+    bytes.extend_from_slice(&kind.to_ne_bytes());
+    bytes.extend_from_slice(value);
+    bytes.resize(len.next_multiple_of(4), 0);
+    bytes
 }
 
 fn ask(kind: u16, flags: u16, body: &[u8]) -> io::Result<File> {

@@ -44,7 +44,8 @@ impl Kernel {
 
     fn guard_wire(&self, pod: &str, wire: &Wire, address: Ipv4Addr, netns: u64) -> Result<(), KernelError> {
         // `pod` of veth.bpf.c.
-        let constants = [&address.octets()[..], &wire.mac, &[0; 6], &netns.to_ne_bytes()].concat();
+        let annex = self.annex().to_ne_bytes();
+        let constants = [&address.octets()[..], &wire.mac, &[0; 2], &annex, &netns.to_ne_bytes()].concat();
         let object = self.load_beside(&VETH, Some(&constants))?;
         WIRES.iter().try_for_each(|kind| self.hang(pod, kind, &mut program(&object, &VETH, kind.name)?, wire.index))
     }

@@ -4,9 +4,7 @@ use crate::compile::DENIED_NODE;
 use crate::netns::Netns;
 use crate::outbound::Captured;
 use crate::view::View;
-use ambit_ebpf::{
-    Capacity, Direct, Drift, Event, Flow, Kernel, KernelError, Local, Options, Place, Tables, boot_time,
-};
+use ambit_ebpf::{Capacity, Direct, Drift, Event, Flow, Kernel, KernelError, Local, Options, Place, Tables, boot_time};
 use ambit_model::{Code, Refusal};
 use std::collections::HashMap;
 use std::net::{Ipv4Addr, SocketAddrV4};

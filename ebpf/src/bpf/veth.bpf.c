@@ -14,18 +14,19 @@
  * device: a pod is left with when, and which of those that came in it answers. Of IPv6 nothing passes, neighbour discovery
  * included: no pod may speak it, and its options have room for more.
  *
- * In: ARP about the pod, and IPv4 TCP to its address, which is judged by what it finds there. Broadcast and multicast reach
+ * In: ARP about the pod, and IPv4 TCP to its address, which is judged by what it finds there; but HBONE (annex.h) is the
+ * agent's and reaches no pod. Broadcast and multicast reach
  * sockets that no sk_lookup program is asked for; nothing that a pod is allowed needs them. */
-#include "ambit.h"
+#include "annex.h"
 #include "stamps.h"
 
-/* The pod's address, in network order, its device's, and its namespace's cookie: set by the agent for this veth before the
- * program is loaded. */
+/* The pod's address, in network order, its device's, the index of the agent's annex on the node (0: there is none), and the
+ * cookie of the pod's namespace: set by the agent for this veth before the program is loaded. */
 const volatile struct {
 	u32 address;
 	u8 mac[6];
 	u8 pad[2];
-	u32 pad2;
+	u32 annex;
 	u64 netns;
 } pod;
 
@@ -404,23 +405,27 @@ INLINE int may_enter_arp(struct sk_buff_view *skb)
 	return 1;
 }
 
-INLINE int may_enter_tcp(struct sk_buff_view *skb, const struct ethernet *eth, const struct ip *ip)
-{
-	struct tcp t;
-
-	if (!is_whole_tcp4(ip) || bpf_skb_load_bytes(skb, ETH_LEN + IP_LEN, &t, sizeof(t)))
-		return 0;
-	meet(ip->source, eth->source);
-	remember_knock(ip, &t, eth);
-	return 1;
-}
-
 /* What a pod of this node sends to another does not come this way. */
 INLINE int is_forged(const struct ip *ip)
 {
 	u32 from = ip->source;
 
 	return !!bpf_map_lookup_elem(&locals, &from);
+}
+
+INLINE int enter_tcp(struct sk_buff_view *skb, const struct ethernet *eth, const struct ip *ip)
+{
+	struct tcp t;
+
+	if (!is_whole_tcp4(ip) || bpf_skb_load_bytes(skb, ETH_LEN + IP_LEN, &t, sizeof(t)))
+		return refuse(skb, ip, PLAIN_INBOUND, 0);
+	if (t.source == htons(HBONE_PORT) || t.destination == htons(HBONE_PORT))
+		return pod.annex ? into_annex(skb, pod.annex) : refuse(skb, ip, AGENT_ABSENT, 0);
+	if (is_forged(ip))
+		return refuse(skb, ip, PLAIN_INBOUND, 0);
+	meet(ip->source, eth->source);
+	remember_knock(ip, &t, eth);
+	return TCX_NEXT;
 }
 
 /* Told is only what was meant for the pod: the rest is the noise of any network. */
@@ -437,7 +442,7 @@ int ambit_knock(struct sk_buff_view *skb)
 	if (skb->protocol != htons(ETH_P_IP) || bpf_skb_load_bytes(skb, ETH_LEN, &ip, sizeof(ip)) ||
 	    ip.destination != pod.address)
 		return TC_ACT_SHOT;
-	return !is_forged(&ip) && may_enter_tcp(skb, &eth, &ip) ? TCX_NEXT : refuse(skb, &ip, PLAIN_INBOUND, 0);
+	return enter_tcp(skb, &eth, &ip);
 }
 
 char _license[] SEC("license") = "Dual BSD/GPL";

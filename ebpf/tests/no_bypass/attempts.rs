@@ -37,6 +37,11 @@ pub(crate) const ATTEMPTS: &[(&str, &str, bool, &str)] = &[
     ("a packet socket, neighbour discovery", "client", true, "frame(0x86dd, ip6(58, b'\\x87\\0\\0\\0' + MARK))"),
     ("a packet socket, odd ethertype", "client", true, "frame(0x88b5, MARK + b'.' * 40)"),
     ("a packet socket, VLAN", "client", true, "frame(0x8100, b'\\0\\x05\\x08\\0' + ip(17, udp()))"),
+    ("HBONE's port", "client", true, "stream((FAR, 15008))"),
+    ("HBONE's port, from outside the mesh", "outsider", true, "stream((FAR, 15008))"),
+    ("a packet socket, to HBONE's port", "client", true, "frame(0x0800, ip(6, segment(4000, 15008)))"),
+    ("a packet socket, from HBONE's port", "client", true, "frame(0x0800, ip(6, segment(15008, 4000)))"),
+    ("a raw socket, from HBONE's port", "outsider", true, "raw(6, FAR, segment(15008, 4000))"),
     ("a socket from outside the mesh", "outsider", true, "stream((FAR, 8080))"),
     ("UDP from outside the mesh", "outsider", true, "datagram((FAR, 9090))"),
     ("IPv6 from outside the mesh", "outsider", true, "stream((FAR6, 9090))"),
@@ -106,6 +111,7 @@ def ping():
     return 'ok'
 def udp(): return struct.pack('!HHHH', 4000, 9090, 8 + len(MARK), 0) + MARK
 def tcp(flags, seq_ack=b'\0' * 8): return struct.pack('!HH', 4000, 9090) + seq_ack + struct.pack('!BBHHH', 0x50, flags, 0, 0, 0)
+def segment(here, there): return struct.pack('!HHIIBBHHH', here, there, 7, 7, 0x50, 0x18, 1000, 0, 0) + MARK
 def arp(end=b'\0' * 10):
     return struct.pack('!HHBBH', 1, 0x800, 6, 4, 1) + bytes.fromhex(MAC) + inet_aton(POD) + end
 def ip(protocol, inner, source=None, fragment=0, to=None):

@@ -8,6 +8,7 @@
 #[path = "../kernel/support.rs"]
 mod support;
 
+mod annex;
 mod attempts;
 mod exceptions;
 mod rig;

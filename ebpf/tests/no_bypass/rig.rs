@@ -3,7 +3,7 @@
 
 use crate::attempts::{ATTEMPTS, TOOLS};
 use crate::support::{Node, POD, Worker, end, ends_sockets, has, in_netns, namespace_holder, netns_of, run};
-use ambit_ebpf::{Action, Capacity, Kernel, KernelError, Local, Options, Tables, Verdict, VerdictKey};
+use ambit_ebpf::{Action, Annex, Capacity, Kernel, KernelError, Local, Options, Tables, Verdict, VerdictKey};
 use libbpf_rs::libbpf_sys::bpf_map_create_opts;
 use libbpf_rs::{MapHandle, MapType};
 use std::collections::BTreeMap;
@@ -88,10 +88,12 @@ def capture():
         if where[2] != 4: frames.append(frame)
 def serve(port):
     s = socket.socket(socket.AF_INET6); s.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-    s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1); s.bind(('::', port)); s.listen(128)
+    s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try: s.bind(('::', port)); s.listen(128)
+    except OSError: return
     held = []
     while True: held.append(s.accept()[0])
-for act, args in ((capture, ()), (serve, (8080,)), (serve, (9090,))):
+for act, args in ((capture, ()), (serve, (8080,)), (serve, (9090,)), (serve, (15008,))):
     threading.Thread(target=act, args=args, daemon=True).start()
 print('ready', flush=True)
 k = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_TCP)
@@ -111,6 +113,8 @@ pub(crate) struct Rig {
     agent: Option<Agent>,
     /// Of the other pod of the node, where that is governed.
     near_agent: Option<Agent>,
+    /// Where the agent would speak HBONE; goes with it.
+    annex: Option<Annex>,
     before: Vec<(&'static str, Worker)>,
     machines: Vec<Machine>,
     turn: usize,
@@ -125,7 +129,8 @@ impl Rig {
         run(&format!("{on_node} ip link add br0 type bridge"));
         run(&format!("{on_node} ip link set eth0 master br0"));
         run(&format!("{on_node} ip link set br0 up"));
-        let mut rig = Self { agent: None, near_agent: None, before: vec![], machines: vec![], turn: 0, node };
+        let mut rig =
+            Self { agent: None, near_agent: None, annex: None, before: vec![], machines: vec![], turn: 0, node };
         rig.address_pod();
         for (name, address, six) in [("far", FAR, "fd99::2"), ("near", NEAR, "fd99::3")] {
             let mut machine = Machine { namespace: namespace_holder(), capture: None };
@@ -198,6 +203,9 @@ impl Rig {
 
     /// As the agent does: the wire first, then the namespace, then what was there before.
     pub(crate) fn govern(&mut self, kernel: &Kernel) {
+        let annex = self.annex.take().unwrap_or_else(|| self.on_node(|| Annex::make().unwrap()));
+        kernel.use_annex(&annex);
+        self.annex = Some(annex);
         assert_eq!(self.guard(kernel), 1);
         self.attach_only(kernel);
         assert_eq!(kernel.end_bypassing(self.node.pod_netns().as_fd()).unwrap(), ends_sockets());
@@ -261,8 +269,13 @@ impl Rig {
     }
 
     pub(crate) fn agent_dies(&mut self) {
+        drop(self.annex.take());
         drop(self.agent.take());
         drop(self.near_agent.take());
+    }
+
+    pub(crate) fn annex(&self) -> &Annex {
+        self.annex.as_ref().expect("an agent")
     }
 
     pub(crate) fn agent_returns(&mut self, kernel: &Kernel) {
