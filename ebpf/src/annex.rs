@@ -60,6 +60,12 @@ impl AsFd for Annex {
     }
 }
 
+impl From<Annex> for OwnedFd {
+    fn from(annex: Annex) -> Self {
+        annex.netns
+    }
+}
+
 impl Annex {
     /// Makes one beside this thread's network namespace, the node's.
     pub fn make() -> Result<Self, KernelError> {

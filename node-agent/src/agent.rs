@@ -8,13 +8,14 @@ use crate::config::Config;
 use crate::control::{self, Control};
 use crate::denials::Lane;
 use crate::enrol::{self, NotEnrolled};
+use crate::hbone::Door;
 use crate::health::Health;
 use crate::inbound::Inbound;
 use crate::issued::Issued;
-use crate::kernel::{KernelHandle, LEASE_EVERY};
+use crate::kernel::{KernelHandle, LEASE_EVERY, chain};
 use crate::membership::Membership;
 use crate::metrics::METRICS;
-use crate::netns::NetnsThread;
+use crate::netns::{Annex, Netns, NetnsThread};
 use crate::outbound::Outbound;
 use crate::reattest::{Rounds, Turn};
 use crate::session::{self, Session};
@@ -78,6 +79,8 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
     let broker_socket = config.broker_socket.as_deref().map(|path| local_socket(path, 0o600)).transpose();
     let broker_socket = broker_socket.map_err(|e| start("a usable 'broker_socket'", e))?;
     let netns = NetnsThread::start().map_err(|e| start("a thread for namespaces", e))?;
+    // Before any pod is guarded; it goes with this process.
+    let (annex, at_pods) = annex(&kernel, &netns, carriers.count()).await?;
 
     let trust = SharedTrust::new(Trust::Pinned(config.trust_domain.clone(), config.fingerprint.0));
     let tpm = Options::new(&config.tcti, &config.data_dir);
@@ -147,8 +150,15 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
     };
     let broker = Broker::new(issued.clone(), tokens.clone(), Arc::new(mesh.clone()), gate);
     let broker = serve_brokers(broker, broker_socket, NodeIdentity(enrolled_rx.clone()));
-    let outbound =
-        Outbound::on(carriers.clone(), plane_rx.clone(), denials.clone(), health.clone(), clock.clone(), hbone::PORT);
+    let outbound = Outbound::on(
+        carriers.clone(),
+        plane_rx.clone(),
+        denials.clone(),
+        health.clone(),
+        clock.clone(),
+        annex.clone(),
+        hbone::PORT,
+    );
     let control = Control {
         pods_dir: config.pods_dir.clone(),
         cgroup_root: config.cgroup_root.clone(),
@@ -178,9 +188,10 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
         e = never("stream", tokio::spawn(session.run())) => e,
         e = never("issuance", tokio::spawn(issuance.run())) => e,
         e = never("control", tokio::spawn(control.run())) => e,
-        e = never("health", tokio::spawn(health.probe(plane_rx, denials))) => e,
+        e = never("health", tokio::spawn(health.probe(plane_rx, denials, annex))) => e,
         e = never("denials", tokio::spawn(outbound.cut_denied())) => e,
-        e = inbound.serve_on(&carriers, hbone) => Err(ended("inbound")(text(e))),
+        e = inbound.clone().serve_on(&carriers, Door::Node, hbone) => Err(ended("inbound")(text(e))),
+        e = inbound.serve_on(&carriers, Door::Pod, at_pods) => Err(ended("inbound at pods")(text(e))),
         e = WorkloadApi::new(issued, tokens).serve(socket, mesh) => Err(ended("workload api")(text(e))),
         e = broker => Err(ended("broker api")(text(e))),
         e = metrics => Err(ended("metrics")(text(e))),
@@ -220,6 +231,24 @@ async fn watch_kernel(kernel: KernelHandle) -> Refusal {
             return refusal;
         }
     }
+}
+
+/// The annex, and its listeners at pods' addresses.
+async fn annex(
+    kernel: &KernelHandle,
+    netns: &NetnsThread,
+    listeners: usize,
+) -> Result<(Annex, Vec<std::net::TcpListener>), Refusal> {
+    let made = ambit_ebpf::Annex::make().map_err(|e| Refusal::new(Code::Internal, "the agent's annex", chain(&e)))?;
+    if made.is_refused_by_the_node() {
+        let setting = "net.ipv4.conf.all.rp_filter = 1";
+        tracing::warn!(setting, "HBONE at pods' addresses is dropped on this node; 2 or 0 let it pass");
+    }
+    kernel.use_annex(&made);
+    tracing::info!(device = made.device(), "HBONE at pods' addresses");
+    let annex = Annex::new(netns.clone(), Netns::of(made.into()));
+    let listeners = annex.listeners(hbone::PORT, listeners).await.map_err(|e| start("HBONE in the annex", e))?;
+    Ok((annex, listeners))
 }
 
 /// Listeners that share an address: the kernel spreads connections over them (SO_REUSEPORT), and nobody of another user

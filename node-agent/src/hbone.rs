@@ -4,6 +4,7 @@
 //! Knows nothing of policy: who may open a stream is decided by [`crate::inbound`], where to by [`crate::outbound`].
 
 use crate::native;
+use crate::netns::Annex;
 use crate::said::Said;
 use crate::secure::{self, Bytestream, Secured};
 use crate::shown::{Now, Shown};
@@ -31,6 +32,9 @@ use tokio::time::timeout;
 pub const PORT: u16 = 15008;
 /// TCP, TLS and HTTP/2 preface together; a failover must fit twice into its target of 5 s.
 pub const DIAL_MAX: Duration = Duration::from_millis(1500);
+/// The same at a pod's address. It is tried where nothing listens at the node's, which one of our own agents that is dead looks
+/// like too, and then nothing answers.
+pub const POD_DIAL_MAX: Duration = Duration::from_millis(500);
 /// From CONNECT to its answer, which includes the far agent's connect to the pod ([`POD_CONNECT_MAX`]).
 pub const ANSWER_MAX: Duration = Duration::from_millis(2500);
 /// A pod on the far agent's own machine answers in microseconds or is stuck.
@@ -125,6 +129,10 @@ impl TunnelError {
                 | Self::Broken(_)
         )
     }
+    /// Whether nothing listens there: the node is up, and no agent of ours is.
+    pub fn is_refused_port(&self) -> bool {
+        matches!(self, Self::Unreachable { source, .. } if source.kind() == std::io::ErrorKind::ConnectionRefused)
+    }
     /// Whether another endpoint may succeed where this one failed. A refusal by policy stands.
     pub fn is_retryable(&self) -> bool {
         self.is_tunnel()
@@ -209,16 +217,34 @@ pub struct Native {
     pub peer: Arc<Far>,
 }
 
+/// Where tunnels to a workload end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Door {
+    /// At its node's address, as our own agents dial: the server name tells which workload is meant.
+    Node,
+    /// At its own address, as Istio's agents do: that tells it. HBONE only.
+    Pod,
+}
+
+/// Where a tunnel comes from.
+#[derive(Clone, Debug)]
+pub enum Origin {
+    /// This node's registered address.
+    Node(Ipv4Addr),
+    /// The calling pod's address, by a socket in the annex.
+    Pod(Ipv4Addr, Annex),
+}
+
 /// Whom to dial, and as who.
 #[derive(Debug)]
 pub struct Dial {
-    /// This node's registered address, where the tunnel comes from.
-    pub from: Ipv4Addr,
+    /// Where it comes from, and which door it is to.
+    pub from: Origin,
     /// Where it ends.
     pub node: SocketAddr,
     /// The node that is expected there: of the callee's SVIDs only one issued through it will do.
     pub holder: NodeId,
-    /// Selects the callee.
+    /// Selects the callee at its node's door.
     pub name: ServerName<'static>,
     /// Accepts exactly the callee's SPIFFE ID.
     pub config: Arc<ClientConfig>,
@@ -246,7 +272,10 @@ pub enum Dialed {
 
 /// Opens a tunnel.
 pub async fn dial(dial: Dial, mode: Mode) -> Result<Dialed, TunnelError> {
-    let node = dial.node;
+    let (node, wait) = match &dial.from {
+        Origin::Node(_) => (dial.node, DIAL_MAX),
+        Origin::Pod(..) => (dial.node, POD_DIAL_MAX),
+    };
     let dialing = async {
         let (secured, peer) = connect(dial, mode).await?;
         if secured.protocol.as_deref() == Some(native::ALPN) {
@@ -254,15 +283,24 @@ pub async fn dial(dial: Dial, mode: Mode) -> Result<Dialed, TunnelError> {
         }
         shared(secured, peer, node).await.map(Dialed::Hbone)
     };
-    timeout(DIAL_MAX, dialing).await.map_err(|_| TunnelError::Timeout)?
+    timeout(wait, dialing).await.map_err(|_| TunnelError::Timeout)?
 }
 
 async fn connect(dial: Dial, mode: Mode) -> Result<(Secured, Arc<Far>), TunnelError> {
-    let Dial { from, node, holder, name, mut config, trust } = dial;
-    if mode == Mode::Hbone {
+    let Dial { from, node, holder, mut name, mut config, trust } = dial;
+    let at_pod = matches!(from, Origin::Pod(..));
+    if mode == Mode::Hbone || at_pod {
         Arc::make_mut(&mut config).alpn_protocols = vec![crate::tls::HBONE.to_vec()];
     }
-    let tcp = reach(from, node).await.map_err(|source| TunnelError::Unreachable { node, source })?;
+    if at_pod {
+        // As Istio's agents: an address is no name, so none is asked for (RFC 6066, section 3).
+        name = ServerName::from(node.ip());
+    }
+    let tcp = match &from {
+        Origin::Node(from) => reach(*from, node).await,
+        Origin::Pod(from, annex) => from_pod(*from, annex, node).await,
+    };
+    let tcp = tcp.map_err(|source| TunnelError::Unreachable { node, source })?;
     let shake = |source| TunnelError::Handshake { node, source };
     silence::tune(&tcp).map_err(shake)?;
     let mut secured = secure::connect(tcp, config, name).await.map_err(shake)?;
@@ -316,6 +354,10 @@ async fn reach(from: Ipv4Addr, node: SocketAddr) -> std::io::Result<TcpStream> {
         bound => bound?,
     }
     socket.connect(node).await
+}
+
+async fn from_pod(from: Ipv4Addr, annex: &Annex, node: SocketAddr) -> std::io::Result<TcpStream> {
+    annex.socket(from).await?.connect(node).await
 }
 
 /// Returns once the peer has stopped answering or, where `shared` is given, the tunnel has been idle too long.

@@ -2,9 +2,10 @@
 
 use crate::compile::Unhealthy;
 use crate::denials::Lane;
-use crate::hbone::{self, Dial, Mode, TunnelError};
+use crate::hbone::{self, Dial, Door, Mode, Origin, TunnelError};
 use crate::kernel::KernelHandle;
 use crate::metrics::METRICS;
+use crate::netns::Annex;
 use crate::plane::Plane;
 use crate::{pool, sni};
 use ambit_model::SpiffeId;
@@ -80,7 +81,7 @@ impl Health {
     }
 
     /// Probes suspects until the process ends.
-    pub async fn probe(self, plane: watch::Receiver<Option<Arc<Plane>>>, denials: Lane) {
+    pub async fn probe(self, plane: watch::Receiver<Option<Arc<Plane>>>, denials: Lane, annex: Annex) {
         let mut tick = tokio::time::interval(PROBE_EVERY);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut last = Ipv4Addr::UNSPECIFIED;
@@ -90,25 +91,17 @@ impl Health {
             self.retell(&plane);
             let suspects = next_round(&self.lock().suspects, last);
             last = suspects.last().map_or(last, |suspect| suspect.endpoint.address);
-            let probes = suspects.into_iter().map(|suspect| self.probe_one(&plane, &denials, suspect));
+            let probes = suspects.into_iter().map(|suspect| self.probe_one(&plane, &denials, &annex, suspect));
             futures::future::join_all(probes).await;
         }
     }
 
-    async fn probe_one(&self, plane: &Plane, denials: &Lane, suspect: Suspect) {
+    async fn probe_one(&self, plane: &Plane, denials: &Lane, annex: &Annex, suspect: Suspect) {
         let address = suspect.endpoint.address;
         // An endpoint that left the view, or moved, needs no health; neither does one that nobody here can or may call.
         let known = plane.view.endpoints.get(&address) == Some(&suspect.endpoint)
             && !denials.now().denies_endpoint(&suspect.endpoint);
-        let answers = match credentials(plane, &suspect.source, &suspect.endpoint.spiffe_id) {
-            Ok((name, config)) if known => {
-                let (node, holder) = (node(&suspect.endpoint), suspect.endpoint.node);
-                let trust = plane.trust.current();
-                let dial = Dial { from: plane.address, node, holder, name, config, trust };
-                pool::dial(dial, Mode::Any).await.is_ok()
-            }
-            Ok(_) | Err(_) => true,
-        };
+        let answers = !known || answers(plane, &suspect, annex).await;
         let mut list = self.lock();
         if answers && list.suspects.remove(&address).is_some() {
             tracing::info!(endpoint = %address, "endpoint in use again");
@@ -130,6 +123,27 @@ impl Health {
     }
 }
 
+/// Whether a tunnel opens, by the node's door or, where nothing listens there, by the workload's.
+async fn answers(plane: &Plane, Suspect { endpoint, source }: &Suspect, annex: &Annex) -> bool {
+    // Who is not here any more needs no health of anybody.
+    let Ok(from) = pod_of(plane, source) else { return true };
+    for (door, from) in [(Door::Node, Origin::Node(plane.address)), (Door::Pod, Origin::Pod(from, annex.clone()))] {
+        let Ok((name, config)) = credentials(plane, source, &endpoint.spiffe_id) else { return true };
+        let (node, holder, trust) = (at(endpoint, door), endpoint.node, plane.trust.current());
+        match pool::dial(Dial { from, node, holder, name, config, trust }, Mode::Any).await {
+            Err(error) if error.is_refused_port() => {}
+            dialed => return dialed.is_ok(),
+        }
+    }
+    false
+}
+
+/// The address of a pod here that is `id`.
+fn pod_of(plane: &Plane, id: &SpiffeId) -> Result<Ipv4Addr, TunnelError> {
+    let pod = plane.pods.iter().find(|(_, pod)| pod.id() == id);
+    pod.map(|(address, _)| *address).ok_or(TunnelError::NoSvid)
+}
+
 /// The suspects after `last`, going round: the lowest addresses must not be probed for ever while the others wait.
 fn next_round(suspects: &BTreeMap<Ipv4Addr, Suspect>, last: Ipv4Addr) -> Vec<Suspect> {
     let after = suspects.range((Bound::Excluded(last), Bound::Unbounded));
@@ -137,8 +151,12 @@ fn next_round(suspects: &BTreeMap<Ipv4Addr, Suspect>, last: Ipv4Addr) -> Vec<Sus
 }
 
 /// Where tunnels to `endpoint` end.
-pub fn node(endpoint: &Endpoint) -> SocketAddr {
-    SocketAddr::from((endpoint.node_address, hbone::PORT))
+pub fn at(endpoint: &Endpoint, door: Door) -> SocketAddr {
+    let address = match door {
+        Door::Node => endpoint.node_address,
+        Door::Pod => endpoint.address,
+    };
+    SocketAddr::from((address, hbone::PORT))
 }
 
 /// What `source` shows and asks for when it calls `destination`.

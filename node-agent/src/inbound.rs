@@ -4,11 +4,11 @@
 
 mod judge;
 
-use self::judge::{Call, at_home, judge, permitted, trusted};
+use self::judge::{At, Call, at_home, judge, permitted, trusted};
 use crate::carriers::Carriers;
 use crate::clock::Clock;
 use crate::denials::{Denials, Lane};
-use crate::hbone::{self, NATIVE_IDLE_MAX, POD_CONNECT_MAX};
+use crate::hbone::{self, Door, NATIVE_IDLE_MAX, POD_CONNECT_MAX};
 use crate::lines::Lines;
 use crate::metrics::METRICS;
 use crate::native::{self, Begun, Open, Reason};
@@ -106,18 +106,28 @@ impl Inbound {
 
     /// Accepts tunnels on threads that carry, each of which has one of `listeners` (they share an address). For ever, unless
     /// one of them cannot be served.
-    pub async fn serve_on(self, carriers: &Carriers, listeners: Vec<std::net::TcpListener>) -> std::io::Result<()> {
+    pub async fn serve_on(
+        self,
+        carriers: &Carriers,
+        door: Door,
+        listeners: Vec<std::net::TcpListener>,
+    ) -> std::io::Result<()> {
         let serve = |(n, listener): (usize, std::net::TcpListener)| {
             let this = self.clone();
-            carriers.handle(n).spawn(async move { this.serve(TcpListener::from_std(listener)?).await })
+            carriers.handle(n).spawn(async move { this.serve_at(door, TcpListener::from_std(listener)?).await })
         };
         let all: Vec<_> = listeners.into_iter().enumerate().map(serve).collect();
         let (ended, ..) = futures::future::select_all(all).await;
         ended.map_err(std::io::Error::other)?
     }
 
-    /// Accepts tunnels until the listener fails.
+    /// Accepts tunnels at the node's address until the listener fails.
     pub async fn serve(self, listener: TcpListener) -> std::io::Result<()> {
+        self.serve_at(Door::Node, listener).await
+    }
+
+    /// Accepts tunnels at this door until the listener fails.
+    pub async fn serve_at(self, door: Door, listener: TcpListener) -> std::io::Result<()> {
         loop {
             let (tcp, from) = match listener.accept().await {
                 Ok(accepted) => accepted,
@@ -135,22 +145,31 @@ impl Inbound {
             };
             let this = self.clone();
             tokio::spawn(async move {
-                if let Err(error) = this.tunnel(tcp, from, shaking).await {
+                if let Err(error) = this.tunnel(tcp, door, from, shaking).await {
                     tracing::debug!(%from, %error, "tunnel ended");
                 }
             });
         }
     }
 
-    /// Whether a node whose workloads may call here is there.
+    /// Whether a node whose workloads may call here is there, or a workload that this node knows.
     fn knows(&self, from: IpAddr) -> bool {
         let (plane, from) = (self.plane.borrow(), from.to_canonical());
-        plane.as_ref().is_some_and(|plane| plane.view.callers.values().any(|home| IpAddr::V4(home.address) == from))
+        plane.as_ref().is_some_and(|plane| {
+            let is_endpoint = matches!(from, IpAddr::V4(from) if plane.view.endpoints.contains_key(&from));
+            is_endpoint || plane.view.callers.values().any(|home| IpAddr::V4(home.address) == from)
+        })
     }
 
-    async fn tunnel(&self, tcp: TcpStream, from: SocketAddr, place: OwnedSemaphorePermit) -> Result<(), Refusal> {
+    async fn tunnel(
+        &self,
+        tcp: TcpStream,
+        door: Door,
+        from: SocketAddr,
+        place: OwnedSemaphorePermit,
+    ) -> Result<(), Refusal> {
         // In a box: a tunnel that is open shall not hold the room that its handshake took.
-        let shaking = Box::pin(self.handshake(tcp, from.ip()));
+        let shaking = Box::pin(self.handshake(tcp, door, from.ip()));
         let shaken = timeout(HANDSHAKE_MAX, shaking).await.unwrap_or_else(|_| {
             Err(("timeout", Refusal::new(Code::Unauthenticated, "a handshake within 3 s", "silence")))
         });
@@ -184,15 +203,17 @@ impl Inbound {
     async fn handshake(
         &self,
         mut tcp: TcpStream,
+        door: Door,
         from: IpAddr,
     ) -> Result<(Secured, Call, OwnedSemaphorePermit), (&'static str, Refusal)> {
         let broken = |e: std::io::Error| ("tls", Refusal::new(Code::Unauthenticated, "a TLS handshake", e.to_string()));
         silence::tune(&tcp).map_err(broken)?;
         let (hello, name) = secure::hello(&mut tcp).await.map_err(broken)?;
         let plane = self.plane.borrow().clone();
-        let called = plane.as_ref().and_then(|p| p.by_name.get(&name)).cloned().ok_or_else(|| {
+        let at = At::of(door, &tcp).map_err(broken)?;
+        let called = plane.as_ref().and_then(|plane| at.called(plane, &name)).cloned().ok_or_else(|| {
             secure::unknown_name(&tcp);
-            ("unknown_name", Refusal::new(Code::NotFound, "the name of a workload of this node", name))
+            ("unknown_name", Refusal::new(Code::NotFound, "a workload of this node", format!("{at:?}, name '{name}'")))
         })?;
         let mut secured = secure::accept(tcp, hello, called.server.clone()).await.map_err(broken)?;
         let chain = std::mem::take(&mut secured.chain);
@@ -204,7 +225,7 @@ impl Inbound {
             let trust = plane.trust.current();
             let peer = tls::peer(&chain, &plane.trust, self.clock.now()).map_err(|r| ("svid", r))?;
             let shown = Shown::new(chain.clone(), Usage::Client, peer.not_after(), &trust);
-            let call = Call { peer: Arc::new(peer), shown: Arc::new(shown), from, to: called.id.clone() };
+            let call = Call { peer: Arc::new(peer), shown: Arc::new(shown), from, at, to: called.id.clone() };
             trusted(&self.denials.now(), &call).map_err(|r| (r.code.as_str(), r))?;
             at_home(&plane.view, &call).map_err(|r| {
                 tracing::warn!(caller = %call.peer.id(), called = %call.to, refusal = %r, "tunnel refused");
@@ -383,12 +404,11 @@ impl Inbound {
         let (plane, denials) = follow.now();
         let plane = plane.ok_or_else(|| Refusal::new(Code::Unavailable, "a slice", "none yet"))?;
         // Not-here and not-yours look alike from outside.
-        let pod = plane
-            .pods
-            .get(to.ip())
-            .filter(|pod| *pod.id() == call.to)
-            .cloned()
-            .ok_or_else(|| Refusal::new(Code::NotFound, format!("an address of {}", call.to), to.to_string()))?;
+        let pod = plane.pods.get(to.ip()).filter(|pod| *pod.id() == call.to && call.at.is(*to.ip())).cloned();
+        let pod = pod.ok_or_else(|| {
+            let expected = format!("an address of {} that the tunnel is to", call.to);
+            Refusal::new(Code::NotFound, expected, to.to_string())
+        })?;
         if OURS.contains(&to.port()) {
             let found = format!("port {}", to.port());
             return Err(Refusal::new(Code::BadRequest, "a port of the workload's, not of its mesh", found));

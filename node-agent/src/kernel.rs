@@ -4,7 +4,9 @@ use crate::compile::DENIED_NODE;
 use crate::netns::Netns;
 use crate::outbound::Captured;
 use crate::view::View;
-use ambit_ebpf::{Capacity, Direct, Drift, Event, Flow, Kernel, KernelError, Local, Options, Place, Tables, boot_time};
+use ambit_ebpf::{
+    Annex, Capacity, Direct, Drift, Event, Flow, Kernel, KernelError, Local, Options, Place, Tables, boot_time,
+};
 use ambit_model::{Code, Refusal};
 use std::collections::HashMap;
 use std::net::{Ipv4Addr, SocketAddrV4};
@@ -103,6 +105,11 @@ impl KernelHandle {
     /// Whom the kernel takes which cgroup for.
     pub fn enrolled(&self) -> Result<HashMap<u64, u32>, Refusal> {
         self.0.workloads().map_err(|e| refusal(&e))
+    }
+
+    /// Pods that are guarded from now on turn HBONE at their addresses off into the agent's annex.
+    pub fn use_annex(&self, annex: &Annex) {
+        self.0.use_annex(annex);
     }
 
     /// Says who a cgroup is.

@@ -7,7 +7,7 @@ use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, SockaddrIn, bind, listen, setsockopt, socket, sockopt,
 };
 use std::io;
-use std::net::SocketAddrV4;
+use std::net::{Ipv4Addr, SocketAddrV4};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
@@ -34,7 +34,12 @@ struct Opened {
 impl Netns {
     /// Opens the namespace at `path`.
     pub fn open(path: &Path) -> io::Result<Self> {
-        Ok(Self(Arc::new(Opened { file: std::fs::File::open(path)?.into(), spare: Mutex::default() })))
+        Ok(Self::of(std::fs::File::open(path)?.into()))
+    }
+
+    /// One that is open already.
+    pub fn of(file: OwnedFd) -> Self {
+        Self(Arc::new(Opened { file, spare: Mutex::default() }))
     }
 
     fn spare(&self) -> MutexGuard<'_, Vec<OwnedFd>> {
@@ -109,22 +114,65 @@ impl NetnsThread {
     /// A TCP socket in `ns`, bound to `source` (its port is chosen at connect: `IP_BIND_ADDRESS_NO_PORT`). A socket stays in
     /// the namespace in which it was made, whoever binds and connects it.
     pub async fn socket(&self, ns: &Netns, source: SocketAddrV4) -> io::Result<tokio::net::TcpSocket> {
-        let spare = ns.spare().pop();
-        let fd = match spare {
-            Some(fd) => fd,
-            None => {
-                let made = self.run(ns, || (0..SOCKETS).map(|_| tcp()).collect::<io::Result<Vec<_>>>());
-                let mut made = made.await?;
-                let fd = made.pop().ok_or_else(|| io::Error::other("no socket"))?;
-                ns.spare().extend(made);
-                fd
-            }
-        };
-        setsockopt(&fd, sockopt::IpBindAddressNoPort, &true)?;
+        let fd = self.fresh(ns).await?;
         setsockopt(&fd, sockopt::IpFreebind, &true)?;
-        bind(std::os::fd::AsRawFd::as_raw_fd(&fd), &SockaddrIn::from(source))?;
-        Ok(tokio::net::TcpSocket::from_std_stream(std::net::TcpStream::from(fd)))
+        bound(fd, source)
     }
+
+    async fn fresh(&self, ns: &Netns) -> io::Result<OwnedFd> {
+        let spare = ns.spare().pop();
+        if let Some(fd) = spare {
+            return Ok(fd);
+        }
+        let made = self.run(ns, || (0..SOCKETS).map(|_| tcp()).collect::<io::Result<Vec<_>>>());
+        let mut made = made.await?;
+        let fd = made.pop().ok_or_else(|| io::Error::other("no socket"))?;
+        ns.spare().extend(made);
+        Ok(fd)
+    }
+}
+
+/// The agent's annex ([`ambit_ebpf::Annex`]), where its sockets for HBONE at pods' addresses live. Cloning shares.
+#[derive(Clone, Debug)]
+pub struct Annex {
+    thread: NetnsThread,
+    netns: Netns,
+}
+
+impl Annex {
+    /// Sockets in `netns`, made by `thread`.
+    pub fn new(thread: NetnsThread, netns: Netns) -> Self {
+        Self { thread, netns }
+    }
+
+    /// Listeners on every address that packets come in for; they share the port.
+    pub async fn listeners(&self, port: u16, count: usize) -> io::Result<Vec<std::net::TcpListener>> {
+        let listener = move || {
+            let fd = tcp()?;
+            setsockopt(&fd, sockopt::ReuseAddr, &true)?;
+            setsockopt(&fd, sockopt::ReusePort, &true)?;
+            setsockopt(&fd, sockopt::IpTransparent, &true)?;
+            let at = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port);
+            bind(std::os::fd::AsRawFd::as_raw_fd(&fd), &SockaddrIn::from(at))?;
+            listen(&fd, Backlog::new(BACKLOG)?)?;
+            Ok(std::net::TcpListener::from(fd))
+        };
+        self.thread.run(&self.netns, move || (0..count).map(|_| listener()).collect()).await
+    }
+
+    /// A TCP socket bound to `from`, a pod's address, which no device there has.
+    pub async fn socket(&self, from: Ipv4Addr) -> io::Result<tokio::net::TcpSocket> {
+        let fd = self.thread.fresh(&self.netns).await?;
+        setsockopt(&fd, sockopt::IpTransparent, &true)?;
+        bound(fd, SocketAddrV4::new(from, 0))
+    }
+}
+
+/// To an address; the port is chosen at connect.
+fn bound(fd: OwnedFd, source: SocketAddrV4) -> io::Result<tokio::net::TcpSocket> {
+    setsockopt(&fd, sockopt::IpBindAddressNoPort, &true)?;
+    bind(std::os::fd::AsRawFd::as_raw_fd(&fd), &SockaddrIn::from(source))?;
+    Ok(tokio::net::TcpSocket::from_std_stream(std::net::TcpStream::from(fd)))
 }
 
 fn tcp() -> io::Result<OwnedFd> {

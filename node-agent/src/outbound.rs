@@ -7,11 +7,12 @@ use crate::carriers::Carriers;
 use crate::clock::Clock;
 use crate::compile;
 use crate::denials::{Denials, Lane};
-use crate::hbone::{self, TunnelError};
+use crate::hbone::{self, Door, TunnelError};
 use crate::health::{self, Health};
 use crate::kernel::KernelHandle;
 use crate::metrics::METRICS;
 use crate::native::{self, Begun, Open, Reason};
+use crate::netns::Annex;
 use crate::plane::{LocalPod, Plane};
 use crate::pool::{Key, Lease, NativeLease, Pool, Totals};
 use crate::pump::{self, End};
@@ -55,6 +56,7 @@ pub struct Outbound {
     health: Health,
     flows: Arc<Semaphore>,
     clock: Arc<Clock>,
+    annex: Annex,
     port: u16,
 }
 
@@ -66,9 +68,10 @@ impl Outbound {
         denials: Lane,
         health: Health,
         clock: Arc<Clock>,
+        annex: Annex,
         port: u16,
     ) -> Self {
-        Self::on(Carriers::here(), plane, denials, health, clock, port)
+        Self::on(Carriers::here(), plane, denials, health, clock, annex, port)
     }
 
     /// The same, carrying on `carriers`.
@@ -78,11 +81,12 @@ impl Outbound {
         denials: Lane,
         health: Health,
         clock: Arc<Clock>,
+        annex: Annex,
         port: u16,
     ) -> Self {
         let totals = Totals::default();
         let pools = (0..carriers.count()).map(|_| Pool::new(totals.clone())).collect();
-        Self { plane, denials, carriers, pools, health, flows: Arc::new(Semaphore::new(FLOWS_MAX)), clock, port }
+        Self { plane, denials, carriers, pools, health, flows: Arc::new(Semaphore::new(FLOWS_MAX)), clock, annex, port }
     }
 
     /// Serves the capture listener of the pod that is the `nth` here, on a thread that carries, until the task is ended.
@@ -318,34 +322,17 @@ impl Outbound {
         if self.denials.now().denies_endpoint(endpoint) {
             return Err(TunnelError::NodeDenied);
         }
-        let mut node = health::node(endpoint);
-        node.set_port(self.port);
-        let own = plane.credentials_of(pod.id()).map_err(|_| TunnelError::NoSvid)?;
-        let key = Key {
-            source: pod.id().clone(),
-            destination: endpoint.spiffe_id.clone(),
-            from: plane.address,
-            node,
-            holder: (endpoint.node, endpoint.generation),
-            credentials: own.svid().since.0,
-        };
+        let key = |door| self.key(plane, pod, endpoint, door);
+        let (node, workload) = (key(Door::Node)?, key(Door::Pod)?);
         let opened = async {
-            let now = Now { trust: plane.trust.current(), at: self.clock.now() };
-            let lease = pool.lease(&key, &now, || health::credentials(plane, pod.id(), &endpoint.spiffe_id)).await?;
-            // It may have been dialed before the list came, or by a far end that has nothing newer to show.
-            if self.denials.now().denies_presented(&lease.peer().presented) {
-                lease.cut();
-                return Err(TunnelError::SvidRevoked);
-            }
-            let way = match lease {
-                Lease::Native(lease) => open_native(lease, to, first, &origin.trace).await?,
-                Lease::Hbone(lease) => {
-                    let said = Said::of(pod.id(), &plane.view.cluster, origin.from, &origin.trace);
-                    let (send, recv) = lease.open(to, &said).await?;
-                    Way::Hbone { lease, send, recv }
+            // Who was found to be no agent of ours is not asked again each time.
+            if !pool.is_open(&workload) {
+                match self.open_by(pool, plane, pod, &node, to, first, origin).await {
+                    Err(error) if error.is_refused_port() => {}
+                    opened => return opened,
                 }
-            };
-            Ok(Opened { way, endpoint: endpoint.clone() })
+            }
+            self.open_by(pool, plane, pod, &workload, to, first, origin).await
         }
         .await;
         if let Err(error) = &opened
@@ -355,10 +342,59 @@ impl Outbound {
                 tracing::warn!(caller = %pod.id(), %error, "tunnel refused");
             }
             // What one of its tunnels found out, the idle ones of all threads need not find out one by one.
-            self.pools.iter().for_each(|pool| pool.doubt(node, error));
+            self.pools.iter().for_each(|pool| pool.doubt(node.node, error));
             self.health.suspect(plane, endpoint, pod.id());
         }
-        opened
+        opened.map(|way| Opened { way, endpoint: endpoint.clone() })
+    }
+
+    /// By this door.
+    #[allow(clippy::too_many_arguments, reason = "each is a fact of its own")]
+    async fn open_by(
+        &self,
+        pool: &Pool,
+        plane: &Plane,
+        pod: &LocalPod,
+        key: &Key,
+        to: SocketAddrV4,
+        first: &mut Vec<u8>,
+        origin: &Origin,
+    ) -> Result<Way, TunnelError> {
+        let now = Now { trust: plane.trust.current(), at: self.clock.now() };
+        let credentials = || health::credentials(plane, pod.id(), &key.destination);
+        let lease = pool.lease(key, &now, &self.annex, credentials).await?;
+        // It may have been dialed before the list came, or by a far end that has nothing newer to show.
+        if self.denials.now().denies_presented(&lease.peer().presented) {
+            lease.cut();
+            return Err(TunnelError::SvidRevoked);
+        }
+        Ok(match lease {
+            Lease::Native(lease) => open_native(lease, to, first, &origin.trace).await?,
+            Lease::Hbone(lease) => {
+                let said = Said::of(pod.id(), &plane.view.cluster, origin.from, &origin.trace);
+                let (send, recv) = lease.open(to, &said).await?;
+                Way::Hbone { lease, send, recv }
+            }
+        })
+    }
+
+    fn key(&self, plane: &Plane, pod: &LocalPod, endpoint: &Endpoint, door: Door) -> Result<Key, TunnelError> {
+        let own = plane.credentials_of(pod.id()).map_err(|_| TunnelError::NoSvid)?;
+        let mut node = health::at(endpoint, door);
+        node.set_port(self.port);
+        let from = match door {
+            Door::Node => plane.address,
+            Door::Pod => pod.workload.pod.address,
+        };
+        Ok(Key {
+            source: pod.id().clone(),
+            destination: endpoint.spiffe_id.clone(),
+            door,
+            from,
+            node,
+            holder: (endpoint.node, endpoint.generation),
+            credentials: own.svid().since.0,
+        })
     }
 
     /// Another healthy endpoint of the service that was asked for, nearest first, that this caller may reach.

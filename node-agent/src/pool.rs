@@ -5,8 +5,9 @@
 //! Each thread that carries has a pool of its own; how much all of them may have of one peer is counted together.
 
 use crate::denials::Denials;
-use crate::hbone::{self, Dial, Dialed, Far, Mode, Native, Tunnel, TunnelError};
+use crate::hbone::{self, Dial, Dialed, Door, Far, Mode, Native, Origin, Tunnel, TunnelError};
 use crate::metrics::METRICS;
+use crate::netns::Annex;
 use crate::shown::Now;
 use ambit_identity::svid::Presented;
 use ambit_model::{Generation, NodeId, SpiffeId};
@@ -40,9 +41,11 @@ pub struct Key {
     pub source: SpiffeId,
     /// The workload called.
     pub destination: SpiffeId,
-    /// This node's registered address, where they come from.
+    /// Which door they are to.
+    pub door: Door,
+    /// Where they come from: this node's registered address, or the caller's.
     pub from: Ipv4Addr,
-    /// Where tunnels to its node end.
+    /// Where they end.
     pub node: SocketAddr,
     /// The node that runs it, by its admission: what a denial names.
     pub holder: (NodeId, Generation),
@@ -129,12 +132,12 @@ struct Peer {
 }
 
 impl Peer {
-    fn new(total: Arc<Total>) -> Self {
+    fn new(total: Arc<Total>, door: Door) -> Self {
         Self {
             warm: Mutex::default(),
             here: Arc::default(),
             total,
-            native: Mutex::default(),
+            native: Mutex::new((door == Door::Pod).then_some(false)),
             gone: AtomicBool::new(false),
             shared: AsyncMutex::default(),
         }
@@ -278,12 +281,17 @@ impl Pool {
         &self,
         key: &Key,
         now: &Now,
+        annex: &Annex,
         config: impl Fn() -> Result<(ServerName<'static>, Arc<ClientConfig>), TunnelError>,
     ) -> Result<Lease, TunnelError> {
         let (peer, asked) = (self.peer(key), Instant::now());
         let dial = async |mode| {
             let (name, config) = config()?;
-            let (from, node, holder, trust) = (key.from, key.node, key.holder.0, now.trust.clone());
+            let from = match key.door {
+                Door::Node => Origin::Node(key.from),
+                Door::Pod => Origin::Pod(key.from, annex.clone()),
+            };
+            let (node, holder, trust) = (key.node, key.holder.0, now.trust.clone());
             dial(Dial { from, node, holder, name, config, trust }, mode).await
         };
         loop {
@@ -334,6 +342,13 @@ impl Pool {
                 (Dialed::Native(_), None) => Err(TunnelError::Busy),
             };
         }
+    }
+
+    /// Whether a shared tunnel to `key` is open.
+    pub fn is_open(&self, key: &Key) -> bool {
+        let peer = self.lock().get(key).cloned();
+        // One that somebody is dialing is as good as open: whoever comes waits for it.
+        peer.is_some_and(|peer| peer.is_used())
     }
 
     /// Closes idle tunnels to `node`, whose answer did not come: all of them, or those that have ended where it did end one.
@@ -397,7 +412,7 @@ impl Pool {
         if peers.len() >= SWEEP_AT {
             peers.retain(|_, peer| peer.is_used());
         }
-        peers.entry(key.clone()).or_insert_with(|| Arc::new(Peer::new(self.totals.of(key)))).clone()
+        peers.entry(key.clone()).or_insert_with(|| Arc::new(Peer::new(self.totals.of(key), key.door))).clone()
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<Key, Arc<Peer>>> {
@@ -423,6 +438,7 @@ mod tests {
         Key {
             source: "spiffe://west/web".parse().unwrap(),
             destination: "spiffe://east/db".parse().unwrap(),
+            door: Door::Node,
             from: Ipv4Addr::LOCALHOST,
             node: "127.0.0.2:15008".parse().unwrap(),
             holder: (NodeId([1; 32]), Generation(1)),

@@ -6,7 +6,6 @@
 mod support;
 
 use ambit_agent::issued::Svid;
-use ambit_agent::sni::server_name;
 use ambit_identity::SvidKey;
 use ambit_identity::keys::certificates_to_pem;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -81,20 +80,27 @@ fn free_port(at: Ipv4Addr) -> u16 {
     std::net::TcpListener::bind((at, 0)).unwrap().local_addr().unwrap().port()
 }
 
-#[tokio::test]
-async fn envoy_calls_a_workload_through_the_agent() {
-    let mut stage = Stage::set(121).await;
-    let port = free_port(Ipv4Addr::LOCALHOST);
-    let at = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
-    let values = [
+/// Envoy's configuration as a caller of `db` from `from`, which dials `agent`.
+fn calling(stage: &Stage, port: u16, from: Ipv4Addr, agent: SocketAddr) -> [(&'static str, String); 6] {
+    [
         ("LISTEN_PORT", port.to_string()),
         ("TARGET", stage.db_at().to_string()),
-        ("AGENT_ADDRESS", stage.hbone.ip().to_string()),
-        ("AGENT_PORT", stage.hbone.port().to_string()),
-        ("NODE_ADDRESS", stage.home.to_string()),
-        ("SERVER_NAME", server_name(&stage.db_svid.id)),
+        ("AGENT_ADDRESS", agent.ip().to_string()),
+        ("AGENT_PORT", agent.port().to_string()),
+        ("SOURCE_ADDRESS", from.to_string()),
         ("WORKLOAD_ID", stage.db_svid.id.to_string()),
-    ];
+    ]
+}
+
+#[tokio::test]
+async fn envoy_calls_a_workload_at_its_own_address_and_the_agent_answers() {
+    let mut stage = Stage::set(121).await;
+    let (port, pod) = (free_port(Ipv4Addr::LOCALHOST), stage.open_pod_door().await);
+    let at = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+    // From the calling pod's address, as its node reported it.
+    let web = stage.web_endpoint();
+    stage.publish(|_| (), |e| e.endpoints = vec![web.clone()]);
+    let values = calling(&stage, port, stage.web.workload.pod.address, pod);
     let envoy = Envoy::start(&stage, CALLER, &stage.web_svid.clone(), at, &values).await;
     // What looked whether it is up was a connection too.
     let _ = tokio::time::timeout(Duration::from_secs(2), stage.db.accept()).await;
@@ -105,7 +111,13 @@ async fn envoy_calls_a_workload_through_the_agent() {
         round_trip(&mut app, &mut pod, 300_000).await;
     }
     // The policy decides about it as about our own.
-    stage.publish(|_| (), |e| e.policies.clear());
+    stage.publish(
+        |_| (),
+        |e| {
+            e.endpoints = vec![web];
+            e.policies.clear();
+        },
+    );
     let mut app = TcpStream::connect(at).await.unwrap();
     let read = tokio::time::timeout(Duration::from_secs(5), tokio::io::AsyncReadExt::read(&mut app, &mut [0; 1])).await;
     assert!(matches!(read.expect("an end"), Ok(0) | Err(_)), "{}", envoy.log());
@@ -113,27 +125,31 @@ async fn envoy_calls_a_workload_through_the_agent() {
 }
 
 #[tokio::test]
-async fn a_workload_calls_through_the_agent_what_envoy_serves() {
-    let mut stage = Stage::set(122).await;
-    let node = Ipv4Addr::new(127, 0, 84, 122);
-    let at = SocketAddr::from((node, stage.hbone.port()));
-    // West's agent dials the port of the stage on the address of the endpoint's node.
-    drop(TcpListener::bind(at).await.unwrap());
-    let values = [
-        ("LISTEN_ADDRESS", node.to_string()),
-        ("LISTEN_PORT", at.port().to_string()),
-        ("WORKLOAD_ADDRESS", stage.db_at().ip().to_string()),
-        ("WORKLOAD_PORT", stage.db_at().port().to_string()),
-        ("CALLER_ID", stage.web_svid.id.to_string()),
-    ];
-    let envoy = Envoy::start(&stage, CALLED, &stage.db_svid.clone(), at, &values).await;
-    stage.publish(|w| w.endpoints[0].node_address = node.to_string(), |_| ());
-    for _ in 0..3 {
-        let mut app = stage.call_db().await;
-        let (mut pod, _) = stage.served().await;
-        round_trip(&mut app, &mut pod, 300_000).await;
+async fn a_workload_calls_what_envoy_serves_at_a_pods_address_or_at_a_nodes() {
+    for (n, at_pod) in [(122, true), (123, false)] {
+        let mut stage = Stage::set(n).await;
+        // No agent of ours is there: at the pod's address as Istio's agents listen, or in the place of ours.
+        let node = Ipv4Addr::new(127, 0, 84, n);
+        let listens = if at_pod { *stage.db_at().ip() } else { node };
+        let at = SocketAddr::from((listens, stage.hbone.port()));
+        // West's agent dials the port of the stage.
+        drop(TcpListener::bind(at).await.unwrap());
+        let values = [
+            ("LISTEN_ADDRESS", listens.to_string()),
+            ("LISTEN_PORT", at.port().to_string()),
+            ("WORKLOAD_ADDRESS", stage.db_at().ip().to_string()),
+            ("WORKLOAD_PORT", stage.db_at().port().to_string()),
+            ("CALLER_ID", stage.web_svid.id.to_string()),
+        ];
+        let envoy = Envoy::start(&stage, CALLED, &stage.db_svid.clone(), at, &values).await;
+        stage.publish(|w| w.endpoints[0].node_address = node.to_string(), |_| ());
+        for _ in 0..3 {
+            let mut app = stage.call_db().await;
+            let (mut pod, _) = stage.served().await;
+            round_trip(&mut app, &mut pod, 300_000).await;
+        }
+        assert_eq!(stage.outbound.tunnels(), 1, "{}", envoy.log());
+        drop(envoy);
+        assert!(is_reset(stage.call_db().await).await, "nobody is there");
     }
-    assert_eq!(stage.outbound.tunnels(), 1, "{}", envoy.log());
-    drop(envoy);
-    assert!(is_reset(stage.call_db().await).await, "nobody is there");
 }

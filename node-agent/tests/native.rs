@@ -11,7 +11,7 @@ use ambit_agent::secure::{self, Secured};
 use ambit_agent::{health, tls};
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use support::Cell;
 use support::between::Between;
@@ -205,7 +205,7 @@ async fn who_opens_a_tunnel_and_says_nothing_or_half_a_frame_loses_it() {
 #[tokio::test]
 async fn a_node_that_speaks_hbone_only_is_called_in_hbone() {
     let mut stage = Stage::set(108).await;
-    let opened = Arc::new(AtomicU64::new(0));
+    let opened = foreign::Calls::default();
     // West's agent dials the port of the stage; the foreign one has another address.
     let listener = TcpListener::bind((Ipv4Addr::new(127, 0, 81, 108), stage.hbone.port())).await.unwrap();
     stage.publish(|w| w.endpoints[0].node_address = "127.0.81.108".into(), |_| ());
@@ -228,7 +228,7 @@ async fn a_node_that_speaks_hbone_only_is_called_in_hbone() {
         () = serve => panic!("the foreign agent ended"),
         () = calls => {}
     }
-    assert_eq!((stage.outbound.tunnels(), opened.load(Ordering::Relaxed)), (1, 1), "one tunnel for all");
+    assert_eq!((stage.outbound.tunnels(), opened.lock().unwrap().len()), (1, 1), "one tunnel for all");
 }
 
 /// Keys change in the middle of a connection, on the peer's demand and our own part; rustls' connection judges both.

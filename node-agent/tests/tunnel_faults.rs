@@ -6,7 +6,7 @@
 mod support;
 
 use ambit_agent::clock::Clock;
-use ambit_agent::hbone::Native;
+use ambit_agent::hbone::{Door, Native};
 use ambit_agent::health;
 use ambit_agent::inbound::Inbound;
 use ambit_agent::native::{self, Open, Reason};
@@ -263,7 +263,7 @@ async fn a_burst_of_first_calls_to_a_node_of_hbone_only_opens_one_tunnel() {
     let mut stage = Stage::set(129).await;
     let listener = TcpListener::bind((Ipv4Addr::new(127, 0, 81, 129), stage.hbone.port())).await.unwrap();
     stage.publish(|w| w.endpoints[0].node_address = "127.0.81.129".into(), |_| ());
-    let connections = Arc::new(AtomicU64::new(0));
+    let connections = foreign::Calls::default();
     let calls = async {
         let mut apps = futures::future::join_all((0..40).map(|_| stage.call_db())).await;
         for app in &mut apps {
@@ -277,7 +277,7 @@ async fn a_burst_of_first_calls_to_a_node_of_hbone_only_opens_one_tunnel() {
         () = foreign::echo(&stage, listener, connections.clone()) => panic!("the foreign agent ended"),
         () = calls => {}
     }
-    assert_eq!(connections.load(Ordering::Relaxed), 1);
+    assert_eq!(connections.lock().unwrap().len(), 1);
 }
 
 /// Says it and reads what comes, to the end.
@@ -330,6 +330,7 @@ fn key(stage: &Stage, node: SocketAddr) -> Key {
     Key {
         source: stage.web.id().clone(),
         destination: stage.db_svid.id.clone(),
+        door: Door::Node,
         from: stage.home,
         node,
         holder: (stage.east.node(), Generation(1)),
@@ -348,7 +349,7 @@ async fn lease(stage: &Stage, pool: &Pool, now: &Now, made: &AtomicU64) -> Lease
         made.fetch_add(1, Ordering::Relaxed);
         health::credentials(&plane, stage.web.id(), &stage.db_svid.id)
     };
-    timeout(2 * SOON, pool.lease(&key(stage, stage.hbone), now, config)).await.unwrap().unwrap()
+    timeout(2 * SOON, pool.lease(&key(stage, stage.hbone), now, &stage.annex, config)).await.unwrap().unwrap()
 }
 
 #[tokio::test]
@@ -383,7 +384,7 @@ async fn no_connection_begins_in_a_tunnel_whose_far_ends_svid_ended() {
         assert_eq!(made.load(Ordering::Relaxed), dialed);
     }
     // Nor in one that is shared.
-    let connections = Arc::new(AtomicU64::new(0));
+    let connections = foreign::Calls::default();
     let listener = TcpListener::bind((Ipv4Addr::new(127, 0, 81, 132), 0)).await.unwrap();
     stage.hbone = listener.local_addr().unwrap();
     let made = AtomicU64::new(0);
@@ -397,5 +398,5 @@ async fn no_connection_begins_in_a_tunnel_whose_far_ends_svid_ended() {
         () = foreign::echo(&stage, listener, connections.clone()) => panic!("the foreign agent ended"),
         () = calls => {}
     }
-    assert_eq!(connections.load(Ordering::Relaxed), 2);
+    assert_eq!(connections.lock().unwrap().len(), 2);
 }

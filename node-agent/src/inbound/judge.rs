@@ -1,14 +1,49 @@
 //! May they? The receiving node's decision, by what it holds at an instant.
 
 use crate::denials::Denials;
-use crate::plane::Plane;
+use crate::hbone::Door;
+use crate::plane::{Credentials, Plane};
 use crate::shown::{Now, Shown};
 use crate::view::View;
 use ambit_identity::{NodeBinding, PeerSvid};
-use ambit_model::{Code, Moment, Refusal, SpiffeId};
+use ambit_model::{Code, Moment, NodeId, Refusal, SpiffeId};
 use ambit_policy::Verdict;
-use std::net::{IpAddr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, SocketAddrV4};
 use std::sync::Arc;
+use tokio::net::TcpStream;
+
+/// Where a tunnel ends here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum At {
+    /// At the node's address: the server name tells the workload.
+    Node,
+    /// At the address of a workload.
+    Pod(Ipv4Addr),
+}
+
+impl At {
+    pub(super) fn of(door: Door, tcp: &TcpStream) -> std::io::Result<Self> {
+        match (door, tcp.local_addr()?.ip().to_canonical()) {
+            (Door::Node, _) => Ok(Self::Node),
+            (Door::Pod, IpAddr::V4(address)) => Ok(Self::Pod(address)),
+            (Door::Pod, IpAddr::V6(_)) => Err(std::io::Error::other("a tunnel to an IPv6 address")),
+        }
+    }
+    /// Who is called.
+    pub(super) fn called<'a>(&self, plane: &'a Plane, name: &str) -> Option<&'a Arc<Credentials>> {
+        match self {
+            Self::Node => plane.by_name.get(name),
+            Self::Pod(address) => plane.credentials.get(plane.pods.get(address)?.id()),
+        }
+    }
+    /// Whether a connection may be to this address.
+    pub(super) fn is(&self, to: Ipv4Addr) -> bool {
+        match self {
+            Self::Node => true,
+            Self::Pod(address) => *address == to,
+        }
+    }
+}
 
 /// A proven caller, where it calls from and the identity it called.
 #[derive(Clone, Debug)]
@@ -16,6 +51,7 @@ pub(super) struct Call {
     pub(super) peer: Arc<PeerSvid>,
     pub(super) shown: Arc<Shown>,
     pub(super) from: IpAddr,
+    pub(super) at: At,
     pub(super) to: SpiffeId,
 }
 
@@ -66,11 +102,16 @@ pub(super) fn trusted(denials: &Denials, call: &Call) -> Result<(), Refusal> {
     Ok(())
 }
 
-/// Does the tunnel come from where the caller's node is? A key that was copied to another node does not bring that along.
+/// Does the tunnel come from where the caller is? A key that was copied to another node does not bring that along. Our own
+/// agents call from their node's address; Istio's from the workload's, which its node reported as its endpoint on the same
+/// attested stream: that will do for this workload, as far as this node's slice tells its endpoints.
 pub(super) fn at_home(view: &View, call: &Call) -> Result<(), Refusal> {
     let NodeBinding { node, generation, .. } = binding(call)?;
     let known = view.callers.get(&(call.peer.id().trust_domain(), node));
     if known.is_some_and(|home| home.is_home_of(generation, call.from)) {
+        return Ok(());
+    }
+    if known.is_some_and(|home| home.since <= generation) && is_its_endpoint(view, call, node) {
         return Ok(());
     }
     let expected = match known {
@@ -79,6 +120,12 @@ pub(super) fn at_home(view: &View, call: &Call) -> Result<(), Refusal> {
     };
     let found = format!("{}, with an SVID of its generation {generation}", call.from.to_canonical());
     Err(Refusal::new(Code::NodeAddressMismatch, expected, found))
+}
+
+/// Whether the caller's node reported this very workload at that address.
+fn is_its_endpoint(view: &View, call: &Call, node: NodeId) -> bool {
+    let IpAddr::V4(from) = call.from.to_canonical() else { return false };
+    view.endpoints.get(&from).is_some_and(|endpoint| endpoint.node == node && endpoint.spiffe_id == *call.peer.id())
 }
 
 /// The node that the caller's SVID was issued through.

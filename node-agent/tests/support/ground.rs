@@ -8,7 +8,7 @@ use ambit_agent::health::Health;
 use ambit_agent::inbound::Inbound;
 use ambit_agent::issued::Issued;
 use ambit_agent::kernel::KernelHandle;
-use ambit_agent::netns::NetnsThread;
+use ambit_agent::netns::{Annex, Netns, NetnsThread};
 use ambit_agent::outbound::Outbound;
 use ambit_agent::plane::Plane;
 use ambit_agent::view::View;
@@ -155,6 +155,7 @@ impl Node {
         let denials = Lane::default();
         let port = hbone.local_addr().unwrap().port();
         let clock = Arc::new(Clock::default());
+        let annex = Annex::new(netns.clone(), Netns::open(Path::new("/proc/self/ns/net")).unwrap());
         let control = Control {
             pods_dir: ground.dir.join("pods"),
             cgroup_root: ground.mesh(),
@@ -165,7 +166,7 @@ impl Node {
             trust,
             denials: denials.clone(),
             health: health.clone(),
-            outbound: Outbound::new(plane_rx.clone(), denials.clone(), health, clock.clone(), port),
+            outbound: Outbound::new(plane_rx.clone(), denials.clone(), health, clock.clone(), annex, port),
             clock: clock.clone(),
             wires: Wires { desired: desired_rx, outcome: outcome_tx, endpoints: endpoints_tx, plane, node },
         };

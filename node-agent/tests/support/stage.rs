@@ -4,11 +4,11 @@
 use super::{Cell, allow};
 use ambit_agent::clock::Clock;
 use ambit_agent::denials::Lane;
-use ambit_agent::hbone::{self, Dial, Dialed, Mode, Native, TunnelError};
+use ambit_agent::hbone::{self, Dial, Dialed, Door, Mode, Native, Origin, TunnelError};
 use ambit_agent::health::{self, Health};
 use ambit_agent::inbound::Inbound;
 use ambit_agent::issued::Svid;
-use ambit_agent::netns::{Netns, NetnsThread};
+use ambit_agent::netns::{Annex, Netns, NetnsThread};
 use ambit_agent::outbound::{Captured, Outbound};
 use ambit_agent::plane::{Credentials, LocalPod, Plane};
 use ambit_agent::pods::Pod;
@@ -80,6 +80,7 @@ pub(crate) struct Stage {
     pub(crate) east_denials: Lane,
     pub(crate) east_clock: Arc<Clock>,
     pub(crate) health: Health,
+    pub(crate) annex: Annex,
     pub(crate) outbound: Outbound,
 }
 
@@ -100,14 +101,17 @@ impl Stage {
         let inbound = Inbound::new(east_rx, east_denials.clone(), NetnsThread::start().unwrap(), clock.clone());
         tokio::spawn(inbound.serve(hbone));
         let health = Health::new(None);
-        let outbound = Outbound::new(west_rx, west_denials.clone(), health.clone(), clock.clone(), at.port());
+        // As the annex stands beside its pods: here all are in one namespace.
+        let annex = Annex::new(NetnsThread::start().unwrap(), Netns::open(Path::new("/proc/self/ns/net")).unwrap());
+        let outbound =
+            Outbound::new(west_rx, west_denials.clone(), health.clone(), clock.clone(), annex.clone(), at.port());
         tokio::spawn(outbound.clone().cut_denied());
         let mut stage = Stage {
             home: Ipv4Addr::new(127, 0, 76, n),
             web: pod(
                 &west.view(v1::Slice { entries: vec![web_entry.clone()], ..west.slice(0, &[]) }),
                 &web_entry,
-                Ipv4Addr::LOCALHOST,
+                Ipv4Addr::new(127, 0, 74, n),
             ),
             west,
             east,
@@ -123,10 +127,30 @@ impl Stage {
             east_denials,
             east_clock: clock,
             health,
+            annex,
             outbound,
         };
         stage.publish(|_| (), |_| ());
         stage
+    }
+    /// East's agent at the door of db's pod, on the port of the other one.
+    pub(crate) async fn open_pod_door(&self) -> SocketAddr {
+        let at = SocketAddr::from((*self.db_at().ip(), self.hbone.port()));
+        let (plane, denials) = (self.east_plane.subscribe(), self.east_denials.clone());
+        let inbound = Inbound::new(plane, denials, NetnsThread::start().unwrap(), self.east_clock.clone());
+        tokio::spawn(inbound.serve_at(Door::Pod, TcpListener::bind(at).await.unwrap()));
+        at
+    }
+    /// Web's, as west's node reports it.
+    pub(crate) fn web_endpoint(&self) -> v1::Endpoint {
+        v1::Endpoint {
+            spiffe_id: self.west.id("web"),
+            address: self.web.workload.pod.address.to_string(),
+            cluster: "west".into(),
+            node_address: self.home.to_string(),
+            node: self.west.node().to_string(),
+            generation: 1,
+        }
     }
     pub(crate) fn db_at(&self) -> SocketAddrV4 {
         let SocketAddr::V4(at) = self.db.local_addr().unwrap() else { panic!("IPv4") };
@@ -173,7 +197,7 @@ impl Stage {
         let plane = self.west_plane.borrow().clone().unwrap();
         let (name, config) = health::credentials(&plane, self.web.id(), &self.east.id("db").parse().unwrap())?;
         let (node, holder, trust) = (self.hbone, self.east.node(), plane.trust.current());
-        hbone::dial(Dial { from, node, holder, name, config, trust }, mode).await
+        hbone::dial(Dial { from: Origin::Node(from), node, holder, name, config, trust }, mode).await
     }
     /// A native one, from web's node.
     pub(crate) async fn native(&self) -> Native {
