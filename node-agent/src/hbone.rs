@@ -43,6 +43,12 @@ pub const POD_CONNECT_MAX: Duration = Duration::from_millis(1000);
 pub const STREAMS_MAX: usize = 100;
 /// Requests of one tunnel that are served at once: a caller counts a stream as ended a little before we do.
 pub const REQUESTS_MAX: usize = STREAMS_MAX + 28;
+/// Headers of a request, in bytes as HTTP/2 counts them: ours have 300. Frames that go on beyond it end the tunnel.
+const HEADER_BYTES_MAX: u32 = 16 * 1024;
+/// Requests that were reset before they were looked at; one more ends the tunnel (CVE-2023-44487).
+const RESETS_MAX: usize = 32;
+/// Requests that we reset for what was wrong with them, and remember; one more ends the tunnel (CVE-2025-8671).
+const ERRORS_MAX: usize = 256;
 /// Bytes in flight per connection: 256 KiB fills 1 Gbit/s at 2 ms.
 const STREAM_WINDOW: u32 = 256 * 1024;
 /// Bytes in flight per tunnel.
@@ -446,7 +452,9 @@ pub async fn accept<T: AsyncRead + AsyncWrite + Unpin>(io: T) -> Result<h2::serv
         .initial_connection_window_size(TUNNEL_WINDOW)
         .max_concurrent_streams(REQUESTS_MAX as u32)
         .max_send_buffer_size(STREAM_WINDOW as usize)
-        .max_header_list_size(16 * 1024)
+        .max_header_list_size(HEADER_BYTES_MAX)
+        .max_pending_accept_reset_streams(RESETS_MAX)
+        .max_local_error_reset_streams(Some(ERRORS_MAX))
         .handshake(io)
         .await
 }

@@ -4,6 +4,7 @@
 //! and one read buffer, which an idle flow does not hold.
 
 use bytes::{Bytes, BytesMut};
+use futures::FutureExt;
 use h2::{Reason, RecvStream, SendStream};
 use nix::sys::socket::{setsockopt, sockopt};
 use std::future::poll_fn;
@@ -85,31 +86,48 @@ async fn upward(
     first: Vec<u8>,
     sent: &mut u64,
 ) -> Result<(), End> {
-    give(send, BytesMut::from(first.as_slice()), sent).await?;
+    if !give(send, BytesMut::from(first.as_slice()), sent).await {
+        return stopped(send);
+    }
     loop {
         // A peer that reset the stream must end this direction even while the socket is silent.
         tokio::select! {
             ready = read.readable() => ready.map_err(|_| End::Near)?,
-            _reset = poll_fn(|cx| send.poll_reset(cx)) => return Err(End::Far),
+            _reset = poll_fn(|cx| send.poll_reset(cx)) => return stopped(send),
         }
         let mut buffer = BytesMut::with_capacity(READ_BYTES);
         if read.read_buf(&mut buffer).await.map_err(|_| End::Near)? == 0 {
-            return send.send_data(Bytes::new(), true).map_err(|_| End::Far);
+            return send.send_data(Bytes::new(), true).or_else(|_| stopped(send));
         }
-        give(send, buffer, sent).await?;
+        if !give(send, buffer, sent).await {
+            return stopped(send);
+        }
     }
 }
 
-async fn give(send: &mut SendStream<Bytes>, mut buffer: BytesMut, sent: &mut u64) -> Result<(), End> {
+/// The peer takes no more. Where it says that nothing is wrong, its answer is whole (RFC 9113, section 8.1), as Envoy says it
+/// whenever its workload has closed: whether it is, is for the other direction to find.
+fn stopped(send: &mut SendStream<Bytes>) -> Result<(), End> {
+    match poll_fn(|cx| send.poll_reset(cx)).now_or_never() {
+        Some(Ok(Reason::NO_ERROR)) => Ok(()),
+        _ => Err(End::Far),
+    }
+}
+
+/// False where the peer takes no more.
+async fn give(send: &mut SendStream<Bytes>, mut buffer: BytesMut, sent: &mut u64) -> bool {
     while !buffer.is_empty() {
         send.reserve_capacity(buffer.len());
         // A reset ends the wait as well.
-        let room = poll_fn(|cx| send.poll_capacity(cx)).await.ok_or(End::Far)?.map_err(|_| End::Far)?;
+        let Some(Ok(room)) = poll_fn(|cx| send.poll_capacity(cx)).await else { return false };
         let chunk = buffer.split_to(room.min(buffer.len())).freeze();
-        *sent += chunk.len() as u64;
-        send.send_data(chunk, false).map_err(|_| End::Far)?;
+        let bytes = chunk.len() as u64;
+        if send.send_data(chunk, false).is_err() {
+            return false;
+        }
+        *sent += bytes;
     }
-    Ok(())
+    true
 }
 
 async fn downward(recv: &mut RecvStream, write: &mut WriteHalf<'_>, received: &mut u64) -> Result<(), End> {
