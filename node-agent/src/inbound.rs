@@ -2,8 +2,10 @@
 //!
 //! The far node is not relied on: its verdict is worth nothing here. What cannot be proved is refused.
 
+mod goal;
 mod judge;
 
+use self::goal::{NOWHERE, goal, is_ours};
 use self::judge::{At, Call, at_home, judge, permitted, trusted};
 use crate::carriers::Carriers;
 use crate::clock::Clock;
@@ -27,7 +29,7 @@ use ambit_policy::Verdict;
 use bytes::Bytes;
 use h2::RecvStream;
 use h2::server::SendResponse;
-use http::{Method, Request, Response, StatusCode};
+use http::{Request, Response, StatusCode};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -409,7 +411,7 @@ impl Inbound {
             let expected = format!("an address of {} that the tunnel is to", call.to);
             Refusal::new(Code::NotFound, expected, to.to_string())
         })?;
-        if OURS.contains(&to.port()) {
+        if is_ours(to.port()) {
             let found = format!("port {}", to.port());
             return Err(Refusal::new(Code::BadRequest, "a port of the workload's, not of its mesh", found));
         }
@@ -452,23 +454,6 @@ impl Inbound {
         pump::break_off_unless_ended(&tcp)?;
         Ok(tcp)
     }
-}
-
-/// Ports that are the agent's in a pod, by Istio's numbers: whoever asks for one of them means no workload, and would be led
-/// in a circle.
-const OURS: [u16; 3] = [15001, 15006, hbone::PORT];
-
-/// Where nothing was asked for.
-const NOWHERE: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0);
-
-/// Where an HBONE request goes.
-fn goal(request: &Request<RecvStream>) -> Result<SocketAddrV4, Refusal> {
-    let bad = |found: String| Refusal::new(Code::BadRequest, "CONNECT <IPv4 address>:<port>", found);
-    if request.method() != Method::CONNECT {
-        return Err(bad(request.method().to_string()));
-    }
-    let authority = request.uri().authority().map(|a| a.as_str()).unwrap_or_default();
-    authority.parse().map_err(|_| bad(authority.to_owned()))
 }
 
 /// A connection that counts as open until this is dropped.

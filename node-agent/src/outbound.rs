@@ -18,7 +18,7 @@ use crate::pool::{Key, Lease, NativeLease, Pool, Totals};
 use crate::pump::{self, End};
 use crate::record::{Record, flag};
 use crate::records;
-use crate::said::Said;
+use crate::said::{Said, Start};
 use crate::shown::Now;
 use ambit_model::policy::Endpoint;
 use bytes::Bytes;
@@ -198,13 +198,13 @@ impl Outbound {
             METRICS.connections.inc(["outbound", "unknown"]);
             return;
         };
-        let (origin, mut first) = (Origin::of(pod, &tcp), Vec::new());
+        let (start, mut first) = (Start::of(pod, &tcp), Vec::new());
         let opened = match place {
             // Whoever breaks off already needs nothing.
             Ok(place) => match first_bytes(&mut tcp, &mut first).await {
                 Ok(()) => {
                     // Dialing and shaking hands take room; a connection that is carried shall not hold it.
-                    let opening = Box::pin(self.open(at, pod, captured, &mut first, &origin));
+                    let opening = Box::pin(self.open(at, pod, captured, &mut first, &start));
                     opening.await.map(|opened| (opened, place))
                 }
                 Err(_) => return,
@@ -215,7 +215,7 @@ impl Outbound {
             Ok((opened, _place)) => {
                 METRICS.connections.inc(["outbound", "ok"]);
                 METRICS.setup.observe(begun.elapsed());
-                self.carry(pod, tcp, opened, first, captured, &origin.trace).await;
+                self.carry(pod, tcp, opened, first, captured, &start.trace).await;
             }
             Err(error) => {
                 let denied = matches!(error.reason(), "denied" | "node_untrusted" | "svid_revoked");
@@ -224,7 +224,7 @@ impl Outbound {
                 let known = self.plane.borrow().clone();
                 let known = known.as_ref().and_then(|plane| plane.view.endpoints.get(captured.endpoint.ip()));
                 if let Some(endpoint) = known {
-                    Record::outbound(pod.id(), &endpoint.spiffe_id, captured.asked, Some(&origin.trace))
+                    Record::outbound(pod.id(), &endpoint.spiffe_id, captured.asked, Some(&start.trace))
                         .refused(flag_of(&error));
                 }
             }
@@ -277,7 +277,7 @@ impl Outbound {
         pod: &LocalPod,
         captured: Captured,
         first: &mut Vec<u8>,
-        origin: &Origin,
+        start: &Start,
     ) -> Result<Opened, TunnelError> {
         let plane = self.plane.borrow().clone().ok_or(TunnelError::NoSvid)?;
         let gone = || TunnelError::Refused(http::StatusCode::NOT_FOUND);
@@ -287,7 +287,7 @@ impl Outbound {
         let chosen = match plane.view.endpoints.get(captured.endpoint.ip()) {
             Some(endpoint) => {
                 let to = SocketAddrV4::new(endpoint.address, captured.endpoint.port());
-                self.open_at(self.pool(at), &plane, pod, endpoint, to, first, origin).await
+                self.open_at(self.pool(at), &plane, pod, endpoint, to, first, start).await
             }
             // The endpoint left the view between the kernel's choice and now.
             None => Err(gone()),
@@ -302,7 +302,7 @@ impl Outbound {
             Some(endpoint) => {
                 METRICS.retries.inc([error.reason()]);
                 let to = SocketAddrV4::new(endpoint.address, captured.asked.port());
-                self.open_at(self.pool(at), &plane, pod, endpoint, to, first, origin).await
+                self.open_at(self.pool(at), &plane, pod, endpoint, to, first, start).await
             }
             None => Err(error),
         }
@@ -317,7 +317,7 @@ impl Outbound {
         endpoint: &Endpoint,
         to: SocketAddrV4,
         first: &mut Vec<u8>,
-        origin: &Origin,
+        start: &Start,
     ) -> Result<Opened, TunnelError> {
         if self.denials.now().denies_endpoint(endpoint) {
             return Err(TunnelError::NodeDenied);
@@ -327,12 +327,12 @@ impl Outbound {
         let opened = async {
             // Who was found to be no agent of ours is not asked again each time.
             if !pool.is_open(&workload) {
-                match self.open_by(pool, plane, pod, &node, to, first, origin).await {
+                match self.open_by(pool, plane, pod, &node, to, first, start).await {
                     Err(error) if error.is_refused_port() => {}
                     opened => return opened,
                 }
             }
-            self.open_by(pool, plane, pod, &workload, to, first, origin).await
+            self.open_by(pool, plane, pod, &workload, to, first, start).await
         }
         .await;
         if let Err(error) = &opened
@@ -358,7 +358,7 @@ impl Outbound {
         key: &Key,
         to: SocketAddrV4,
         first: &mut Vec<u8>,
-        origin: &Origin,
+        start: &Start,
     ) -> Result<Way, TunnelError> {
         let now = Now { trust: plane.trust.current(), at: self.clock.now() };
         let credentials = || health::credentials(plane, pod.id(), &key.destination);
@@ -369,9 +369,9 @@ impl Outbound {
             return Err(TunnelError::SvidRevoked);
         }
         Ok(match lease {
-            Lease::Native(lease) => open_native(lease, to, first, &origin.trace).await?,
+            Lease::Native(lease) => open_native(lease, to, first, &start.trace).await?,
             Lease::Hbone(lease) => {
-                let said = Said::of(pod.id(), &plane.view.cluster, origin.from, &origin.trace);
+                let said = Said::of(pod.id(), &plane.view.cluster, start);
                 let (send, recv) = lease.open(to, &said).await?;
                 Way::Hbone { lease, send, recv }
             }
@@ -409,20 +409,6 @@ impl Outbound {
             .filter(|e| service.backends.iter().any(|b| b.contains(&e.spiffe_id)))
             .filter(|e| view.rules.evaluate(pod.id(), &e.spiffe_id, service.port, now).allowed)
             .min_by_key(|e| (compile::tier(view, service, e), e.address))
-    }
-}
-
-/// Where a connection begins, as other nodes are told.
-struct Origin {
-    trace: String,
-    from: SocketAddrV4,
-}
-
-impl Origin {
-    fn of(pod: &LocalPod, tcp: &TcpStream) -> Self {
-        // To the application its socket has the pod's address, and is captured from loopback.
-        let port = tcp.peer_addr().map_or(0, |from| from.port());
-        Self { trace: trace(), from: SocketAddrV4::new(pod.workload.pod.address, port) }
     }
 }
 
@@ -481,16 +467,6 @@ async fn first_bytes(tcp: &mut TcpStream, first: &mut Vec<u8>) -> std::io::Resul
         }
     }
     Ok(())
-}
-
-/// A traceparent of a new trace (W3C Trace Context, section 3.2): that of the connection, for an application's own is in
-/// its bytes.
-fn trace() -> String {
-    let mut random = [0; 24];
-    // Without randomness ids repeat; nothing rests on them.
-    let _ = aws_lc_rs::rand::fill(&mut random);
-    let (trace, span) = random.split_at(16);
-    format!("00-{}-{}-00", hex::encode(trace), hex::encode(span))
 }
 
 fn flag_of(error: &TunnelError) -> &'static str {

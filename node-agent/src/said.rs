@@ -4,9 +4,11 @@
 //! All of it is the peer's word: it goes to records, and nothing is decided by it. Who calls is proved by the certificate.
 
 use crate::native::is_trace;
+use crate::plane::LocalPod;
 use ambit_model::{ClusterId, SpiffeId};
 use http::{HeaderMap, request};
 use std::net::SocketAddrV4;
+use tokio::net::TcpStream;
 
 /// What is kept of a peer's baggage, in bytes; longer is none. Ours has 150.
 const BAGGAGE_BYTES_MAX: usize = 1024;
@@ -16,6 +18,24 @@ const FORWARDED_BYTES_MAX: usize = 512;
 const TRACEPARENT: &str = "traceparent";
 const BAGGAGE: &str = "baggage";
 const FORWARDED: &str = "forwarded";
+
+/// Where a connection begins, as other nodes are told.
+#[derive(Clone, Debug)]
+pub struct Start {
+    /// The traceparent of a new trace: that of the connection, for an application's own is in its bytes.
+    pub trace: String,
+    /// What the application has for its own address.
+    pub from: SocketAddrV4,
+}
+
+impl Start {
+    /// Of a connection that was captured.
+    pub fn of(pod: &LocalPod, tcp: &TcpStream) -> Self {
+        // To the application its socket has the pod's address, and is captured from loopback.
+        let port = tcp.peer_addr().map_or(0, |from| from.port());
+        Self { trace: trace(), from: SocketAddrV4::new(pod.workload.pod.address, port) }
+    }
+}
 
 /// The headers; none where there was none that can be used.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -29,12 +49,12 @@ pub struct Said {
 }
 
 impl Said {
-    /// Of a connection that `source`, of `cluster`, made from `from`.
-    pub fn of(source: &SpiffeId, cluster: &ClusterId, from: SocketAddrV4, traceparent: &str) -> Self {
+    /// Of a connection of `source`, of `cluster`.
+    pub fn of(source: &SpiffeId, cluster: &ClusterId, start: &Start) -> Self {
         Self {
-            traceparent: Some(traceparent.to_owned()),
+            traceparent: Some(start.trace.clone()),
             baggage: Some(baggage(source, cluster)),
-            forwarded: Some(format!("for=\"{from}\"")),
+            forwarded: Some(format!("for=\"{}\"", start.from)),
         }
     }
 
@@ -72,6 +92,15 @@ fn baggage(source: &SpiffeId, cluster: &ClusterId) -> String {
     format!("k8s.cluster.name={}{namespace},service.name={name}", cluster.as_str())
 }
 
+/// W3C Trace Context, section 3.2.
+fn trace() -> String {
+    let mut random = [0; 24];
+    // Without randomness ids repeat; nothing rests on them.
+    let _ = aws_lc_rs::rand::fill(&mut random);
+    let (trace, span) = random.split_at(16);
+    format!("00-{}-{}-00", hex::encode(trace), hex::encode(span))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -85,7 +114,8 @@ mod tests {
             ("spiffe://west/web", "k8s.cluster.name=west,service.name=web"),
             ("spiffe://west/ns/shop/sa/web", "k8s.cluster.name=west,k8s.namespace.name=shop,service.name=web"),
         ] {
-            let said = Said::of(&id.parse().unwrap(), &cluster, "10.71.101.11:40000".parse().unwrap(), TRACE);
+            let start = Start { trace: TRACE.into(), from: "10.71.101.11:40000".parse().unwrap() };
+            let said = Said::of(&id.parse().unwrap(), &cluster, &start);
             let request = said.write(http::Request::builder()).body(()).unwrap();
             assert_eq!(Said::read(request.headers()), said);
             assert_eq!(said.baggage.as_deref(), Some(baggage));

@@ -143,6 +143,80 @@ async fn programs_are_captured_carried_and_cut_by_policy() {
     assert!(captured >= 4 && refused.iter().any(|(reason, n)| *reason == "unknown_source" && *n > 0), "{refused:?}");
 }
 
+/// In a network namespace of the test's own, with every thread and program that it starts.
+fn in_own_netns(test: impl Future<Output = ()> + Send + 'static) {
+    let thread = std::thread::spawn(move || {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+        for words in ["link set lo up", "addr add 10.200.9.1/32 dev lo"] {
+            assert!(Command::new("ip").args(words.split(' ')).status().unwrap().success(), "{words}");
+        }
+        tokio::runtime::Runtime::new().unwrap().block_on(test);
+    });
+    thread.join().unwrap();
+}
+
+/// Both halves of HBONE at pods' addresses in one agent, through the kernel: its packets leave the annex with one pod's
+/// address, are routed by the node to the other pod's wire, and turn off there; and back.
+#[test]
+fn a_workload_is_called_at_its_own_address_from_the_callers_through_the_kernel() {
+    in_own_netns(async {
+        let mut ground = Ground::make();
+        let mut cell = Cell::founded("west", 1);
+        let (web, db) = (cell.entry("web", &["cgroup:web"], &[]), cell.entry("db", &["cgroup:db"], &[]));
+        let addresses = [Ipv4Addr::new(10, 200, 9, 11), Ipv4Addr::new(10, 200, 9, 12)];
+        let [web_at, db_at] = addresses;
+        let (web_pid, db_pid) = (ground.pod("web", web_at), ground.pod("db", db_at));
+        for (pid, at) in [(web_pid, web_at), (db_pid, db_at)] {
+            for words in [format!("link set at{pid} up"), format!("route add {at}/32 dev at{pid}")] {
+                assert!(Command::new("ip").args(words.split(' ')).status().unwrap().success(), "{words}");
+            }
+        }
+        // Nothing listens on HBONE's port of the node's address.
+        let hbone = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut node = Node::start_with_annex(&ground, &cell, hbone).await;
+        std::fs::write(ground.dir.join("hello.txt"), "hello at its own address\n").unwrap();
+        let root = ground.dir.display().to_string();
+        let serve = ["python3", "-m", "http.server", "8080", "--bind", "10.200.9.12", "--directory", &root];
+        let server = ground.command("db", db_pid, &serve).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        ground.children.push(server);
+        let endpoint = |name: &str, at: Ipv4Addr| v1::Endpoint {
+            spiffe_id: cell.id(name),
+            address: at.to_string(),
+            cluster: "west".into(),
+            node_address: "127.0.0.1".into(),
+            node: cell.node().to_string(),
+            generation: 1,
+        };
+        let slice = |revision: u64, endpoints: Vec<v1::Endpoint>| v1::Slice {
+            entries: vec![web.clone(), db.clone()],
+            identities: vec![
+                v1::NumericIdentity { spiffe_id: cell.id("web"), number: 256 },
+                v1::NumericIdentity { spiffe_id: cell.id("db"), number: 257 },
+            ],
+            endpoints,
+            policies: vec![allow("db", "spiffe://west/db", "spiffe://west/web", &[PORT])],
+            callers: vec![v1::NodeAddress {
+                trust_domain: "west".into(),
+                node: cell.node().to_string(),
+                generation: 1,
+                address: "127.0.0.1".into(),
+            }],
+            ..cell.slice(revision, &[])
+        };
+        let both = cell.view(slice(1, vec![endpoint("web", web_at), endpoint("db", db_at)]));
+        let alone = cell.view(slice(2, vec![endpoint("db", db_at)]));
+        node.issued.set_svids(BTreeMap::from(["web", "db"].map(|e| (e.parse().unwrap(), Ok(cell.svid(e))))));
+        node.apply(both).await;
+        node.carries(&addresses).await;
+        for _ in 0..3 {
+            assert_eq!(ask(&ground, "web", web_pid, "10.200.9.12").await, "10.200.9.12 hello at its own address");
+        }
+        // Nobody says that web is there: the tunnel is not its, and what was open is cut.
+        node.apply(alone).await;
+        assert_eq!(ask(&ground, "web", web_pid, "10.200.9.12").await, "ConnectionResetError");
+    });
+}
+
 /// A policy ends without a word from the cell: the kernel's tables are made anew, and what is open is cut, also where the
 /// kernel takes no tables, since what else ends just then makes them larger than they may be.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

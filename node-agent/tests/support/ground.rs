@@ -4,6 +4,7 @@ use crate::support::Cell;
 use ambit_agent::clock::Clock;
 use ambit_agent::control::{Control, Outcome, Wires};
 use ambit_agent::denials::Lane;
+use ambit_agent::hbone::{Door, PORT as PORT_HBONE};
 use ambit_agent::health::Health;
 use ambit_agent::inbound::Inbound;
 use ambit_agent::issued::Issued;
@@ -17,6 +18,7 @@ use ambit_model::Generation;
 use ambit_model::policy::Endpoint;
 use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
+use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -141,9 +143,33 @@ pub(crate) struct Node {
 impl Node {
     /// The parts of the agent that need no cell, put together as `agent::run` does.
     pub(crate) async fn start(ground: &Ground, cell: &Cell, hbone: TcpListener) -> Node {
+        let port = hbone.local_addr().unwrap().port();
+        let netns = NetnsThread::start().unwrap();
+        let annex = Annex::new(netns.clone(), Netns::open(Path::new("/proc/self/ns/net")).unwrap());
+        Self::put_together(ground, cell, hbone, port, (netns, annex), |_| ()).await
+    }
+    /// The same with an annex, and HBONE's own port.
+    pub(crate) async fn start_with_annex(ground: &Ground, cell: &Cell, hbone: TcpListener) -> Node {
+        let (netns, made) = (NetnsThread::start().unwrap(), ambit_ebpf::Annex::make().unwrap());
+        let annex = Annex::new(netns.clone(), Netns::of(made.as_fd().try_clone_to_owned().unwrap()));
+        let at_pods = annex.listeners(PORT_HBONE, 1).await.unwrap().remove(0);
+        let parts = (netns.clone(), annex);
+        let node = Self::put_together(ground, cell, hbone, PORT_HBONE, parts, |kernel| kernel.use_annex(&made)).await;
+        let inbound = Inbound::new(node.plane.clone(), node.denials.clone(), netns, node.clock.clone());
+        tokio::spawn(inbound.serve_at(Door::Pod, TcpListener::from_std(at_pods).unwrap()));
+        node
+    }
+    async fn put_together(
+        ground: &Ground,
+        cell: &Cell,
+        hbone: TcpListener,
+        port: u16,
+        (netns, annex): (NetnsThread, Annex),
+        prepare: impl FnOnce(&KernelHandle),
+    ) -> Node {
         let kernel = KernelHandle::open(&ground.mesh(), &ground.pins).unwrap();
         kernel.renew_lease().unwrap();
-        let netns = NetnsThread::start().unwrap();
+        prepare(&kernel);
         let view = cell.view(cell.slice(0, &[]));
         let trust = SharedTrust::new(Trust::Bundles(TrustStore::new(&view.own).unwrap()));
         let (desired, desired_rx) = watch::channel(None);
@@ -153,9 +179,7 @@ impl Node {
         let (_, node) = watch::channel(Some((cell.node(), Generation(1))));
         let (issued, health) = (Issued::default(), Health::new(Some(kernel.clone())));
         let denials = Lane::default();
-        let port = hbone.local_addr().unwrap().port();
         let clock = Arc::new(Clock::default());
-        let annex = Annex::new(netns.clone(), Netns::open(Path::new("/proc/self/ns/net")).unwrap());
         let control = Control {
             pods_dir: ground.dir.join("pods"),
             cgroup_root: ground.mesh(),
