@@ -3,8 +3,8 @@
 use crate::error::KernelError;
 use crate::kernel::Kernel;
 use crate::layout::{self, CONFIG_ROOM, CONFIG_TOLD_NS, Field, Layout, RawLocal, RawStamp, StampKey};
-use libbpf_rs::{ErrorKind, MapCore, MapFlags};
-use std::collections::BTreeSet;
+use libbpf_rs::{MapCore, MapFlags};
+use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
@@ -41,6 +41,14 @@ pub struct Local {
     pub place: Place,
     /// Whether new connections may go directly; those that are open do either way.
     pub open: bool,
+}
+
+impl Local {
+    fn row(&self) -> (Vec<u8>, Vec<u8>) {
+        let (flags, Place { netns, device }) = (if self.open { OPEN } else { 0 }, self.place);
+        let raw = RawLocal { netns, identity: self.identity, device, flags, pad: 0 };
+        (layout::address(self.address).to_vec(), raw.to_bytes())
+    }
 }
 
 /// What goes directly, at an instant.
@@ -121,28 +129,25 @@ impl Kernel {
     }
 
     /// Says of which pods connections may go directly, and of no others: each guarded ([`Kernel::guard_wires`] and
-    /// [`Kernel::attach_pod`]), and who it is said to be. What goes to or from a pod that is no longer among them stops.
-    pub fn set_locals(&self, locals: &[Local]) -> Result<(), KernelError> {
+    /// [`Kernel::attach_pod`]), and who it is said to be. What goes to or from a pod that is no longer among them stops. True
+    /// where something else was said before.
+    pub fn set_locals(&self, locals: &[Local]) -> Result<bool, KernelError> {
         let _change = self.lock();
         let map = &self.maps().locals;
-        let failed = |e: libbpf_rs::Error| match e.kind() {
-            ErrorKind::TooBig => {
-                KernelError::MapFull { map: "locals", capacity: map.max_entries(), needed: locals.len() }
-            }
-            _ => KernelError::bpf("write map locals", e),
-        };
-        let named: BTreeSet<Vec<u8>> = locals.iter().map(|l| layout::address(l.address).to_vec()).collect();
-        let found: Vec<Vec<u8>> = map.keys().take(map.max_entries() as usize).collect();
-        for gone in found.iter().filter(|key| !named.contains(*key)) {
-            map.delete(gone).map_err(|e| KernelError::bpf("write map locals", e))?;
+        let failed = |e| KernelError::bpf("write map locals", e);
+        let wanted: BTreeMap<Vec<u8>, Vec<u8>> = locals.iter().map(Local::row).collect();
+        if wanted.len() > map.max_entries() as usize {
+            return Err(KernelError::MapFull { map: "locals", capacity: map.max_entries(), needed: wanted.len() });
         }
-        for local in locals {
-            let flags = if local.open { OPEN } else { 0 };
-            let Place { netns, device } = local.place;
-            let raw = RawLocal { netns, identity: local.identity, device, flags, pad: 0 };
-            map.update(&layout::address(local.address), &raw.to_bytes(), MapFlags::ANY).map_err(failed)?;
+        let found = map.lookup_batch(map.max_entries(), MapFlags::ANY, MapFlags::ANY);
+        let found: BTreeMap<Vec<u8>, Vec<u8>> = found.map_err(|e| KernelError::bpf("read map locals", e))?.collect();
+        for gone in found.keys().filter(|key| !wanted.contains_key(*key)) {
+            map.delete(gone).map_err(failed)?;
         }
-        Ok(())
+        for (key, value) in wanted.iter().filter(|(key, value)| found.get(*key) != Some(*value)) {
+            map.update(key, value, MapFlags::ANY).map_err(failed)?;
+        }
+        Ok(found != wanted)
     }
 
     /// All connections that go directly, and that ended within the last minute. Lets as many more go directly as there is

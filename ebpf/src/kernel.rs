@@ -18,7 +18,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// Most entries of each map: what bounds the memory. Fixed when the maps are first made; a node must be drained and its
-/// pins removed before `workloads` or `flows` can change.
+/// pins removed before `workloads`, `flows` or `stamps` can change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capacity {
     /// Enrolled cgroups of this node, and attached pods.

@@ -180,8 +180,8 @@ impl KernelHandle {
         self.0.place(netns).map_err(|e| refusal(&e))
     }
 
-    /// Says between which pods connections may go directly.
-    pub fn set_locals(&self, locals: &[Local]) -> Result<(), Refusal> {
+    /// Says between which pods connections may go directly. True where something else was said before.
+    pub fn set_locals(&self, locals: &[Local]) -> Result<bool, Refusal> {
         self.0.set_locals(locals).map_err(|e| refusal(&e))
     }
 

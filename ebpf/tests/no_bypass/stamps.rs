@@ -2,8 +2,8 @@
 
 use crate::LEASE;
 use crate::rig::{self, CLIENT, FAR, NEAR, OTHER, Rig, SERVER, tables};
-use crate::support::{POD, Worker, end, in_netns, namespace_holder, netns_of, run};
-use crate::wires::inside;
+use crate::support::{POD, Worker, in_netns, run};
+use crate::wires::{Elsewhere, inside};
 use ambit_ebpf::{Capacity, Direct, Ended, Kernel, Local, Options, Reason};
 use std::net::{Ipv4Addr, TcpListener};
 use std::os::fd::AsFd;
@@ -67,6 +67,11 @@ def fastopen(name, mark):
     try:
         c.sendto(mark, 0x20000000, (NEAR, 7070)); return c.recv(100) == mark and 'ok'
     except OSError as e: return told(e)
+def deferred(name):
+    c = s[name] = socket.socket(); c.settimeout(0.7)
+    c.setsockopt(socket.IPPROTO_TCP, 30, 1) # TCP_FASTOPEN_CONNECT: the SYN waits for the first bytes
+    try: c.connect((NEAR, 7070)); return 'ok'
+    except OSError as e: return told(e)
 for line in sys.stdin: print(eval(line), flush=True)
 "#;
 
@@ -108,6 +113,7 @@ impl Pair {
     fn say_locals(&mut self, near: u32, open: bool) {
         let locals = self.locals(near, open);
         self.kernel.set_locals(&locals).unwrap();
+        assert!(!self.kernel.set_locals(&locals).unwrap(), "nobody said anything else meanwhile");
     }
 
     fn locals(&self, near: u32, open: bool) -> [Local; 2] {
@@ -302,6 +308,18 @@ fn a_direct_connection_ends_when_it_is_denied_and_when_an_end_is_gone() {
     pair.row("a new one", told, "EPERM");
     pair.kernel.install(&tables(SERVER)).unwrap();
 
+    // With TCP Fast Open without a cookie connect() sends nothing yet.
+    pair.rig.node.in_pod(|| std::fs::write("/proc/sys/net/ipv4/tcp_fastopen", "5").unwrap());
+    let told = pair.call("deferred('e')") + " " + &pair.call("say('e', b'EARLY000')");
+    pair.row("connected early, allowed until its first bytes", told, "ok ok");
+    let told = pair.call("deferred('e')");
+    pair.row("connected early, denied meanwhile", told, "ok");
+    pair.kernel.install(&ambit_ebpf::Tables { verdicts: vec![], ..tables(SERVER) }).unwrap();
+    let told = pair.call("say('e', b'EARLY001')");
+    pair.row("  its first bytes", told, "timed out");
+    assert_eq!(pair.rig.seen_at("EARLY001"), [0, 0]);
+    pair.kernel.install(&tables(SERVER)).unwrap();
+
     // Closed for new ones: what is open goes on, new ones go through the agent.
     let told = pair.call("dial('a')") + " " + &pair.call("say('a', b'OPEN0000')");
     pair.row("allowed again", told, "ok ok");
@@ -343,14 +361,14 @@ fn a_reused_address_inherits_no_stamp() {
     let port: u16 = pair.call("port('a')").parse().unwrap();
     let node = pair.rig.node.outside.id();
     inside(node, "ip link del near");
-    let mut again = namespace_holder();
-    run(&format!("ip link add near netns {node} type veth peer name eth0 netns {}", again.id()));
+    let again = Elsewhere::new();
+    run(&format!("ip link add near netns {node} type veth peer name eth0 netns {}", again.pid()));
     inside(node, "ip link set near master br0");
     inside(node, "ip link set near up");
     for command in ["ip link set lo up", &format!("ip addr add {NEAR}/24 dev eth0"), "ip link set eth0 up"] {
-        inside(again.id(), command);
+        inside(again.pid(), command);
     }
-    let (netns, address): (_, Ipv4Addr) = (netns_of(&again), NEAR.parse().unwrap());
+    let (netns, address): (_, Ipv4Addr) = (again.netns(), NEAR.parse().unwrap());
     assert_eq!(pair.rig.on_node(|| pair.kernel.guard_wires("again", netns.as_fd(), address).unwrap()), 1);
     let listener = in_netns(netns.try_clone().unwrap(), || TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap());
     pair.kernel.attach_pod("again", netns.as_fd(), address, listener.as_fd()).unwrap();
@@ -358,7 +376,7 @@ fn a_reused_address_inherits_no_stamp() {
     let ours = pair.locals_of_pod();
     pair.kernel.set_locals(&[ours, Local { address, identity: SERVER, place, open: true }]).unwrap();
 
-    let path = format!("/proc/{}/ns/net", again.id());
+    let path = format!("/proc/{}/ns/net", again.pid());
     let capture = "frames = []\nc = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)); c.bind(('eth0', 3)); \
                    c.settimeout(0.5)\nprint('ready', flush=True)\nsys.stdin.readline()\ntry:\n    while True: frames.append(c.recv(70000))\n\
                    except OSError: pass\nprint(sum(b'REUSE001' in f for f in frames), flush=True)";
@@ -371,7 +389,7 @@ fn a_reused_address_inherits_no_stamp() {
     // A bare segment of the tuple, from the new pod: its numbers are bytes of choice.
     let mut in_pod = pair.rig.capture_in_pod();
     let bare = format!("struct.pack('!HH', 7070, {port}) + MARK + struct.pack('!BBHHH', 0x50, 0x10, 1000, 0, 0)");
-    pair.rig.sent(again.id(), "REUSEbar", &format!("frame(0x0800, ip(6, {bare}, source='{NEAR}', to='{POD}'))"));
+    pair.rig.sent(again.pid(), "REUSEbar", &format!("frame(0x0800, ip(6, {bare}, source='{NEAR}', to='{POD}'))"));
     let seen = ask(&mut in_pod, "REUSEbar");
     pair.row("a bare segment of it from the new pod", seen, "0");
 
@@ -380,7 +398,6 @@ fn a_reused_address_inherits_no_stamp() {
     let told = pair.call("dial('n')") + " " + &pair.call("say('n', b'fresh')");
     pair.row("a new connection to the new pod", told, "ok ok");
     drop((server, capture));
-    end(&mut again);
 }
 
 impl Pair {

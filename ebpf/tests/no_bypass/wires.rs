@@ -24,15 +24,19 @@ pub(crate) fn inside(pid: u32, command: &str) {
 }
 
 /// A namespace that goes with the test.
-struct Elsewhere(Child);
+pub(crate) struct Elsewhere(Child);
 
 impl Elsewhere {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self(namespace_holder())
     }
 
-    fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.0.id()
+    }
+
+    pub(crate) fn netns(&self) -> std::fs::File {
+        crate::support::netns_of(&self.0)
     }
 }
 

@@ -78,10 +78,10 @@ impl Control {
         let facts = Facts { view, denials: &denials, at: self.clock.moment(), pods };
         self.remember_svids(state, &facts)?;
         let locals = self.locals(state, &facts);
-        if state.direct.locals.as_ref() != Some(&locals) {
-            self.kernel.set_locals(&locals)?;
-            state.direct.locals = Some(locals);
+        if self.kernel.set_locals(&locals)? && state.direct.locals.as_ref() == Some(&locals) {
+            tracing::error!(map = "locals", "others changed who may speak directly: it is told anew");
         }
+        state.direct.locals = Some(locals);
         let direct = self.kernel.direct_flows()?;
         state.direct.tell(&direct, &facts);
         let refused: Vec<Flow> = direct
