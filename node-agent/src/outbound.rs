@@ -168,7 +168,7 @@ impl Outbound {
             let (this, (at, carried)) = (self.clone(), self.carriers.choose(own));
             if at == own {
                 tokio::spawn(async move {
-                    this.take_on(at, &pod, tcp, captured).await;
+                    this.take_on(at, &pod, tcp, from.port(), captured).await;
                     drop(carried);
                 });
                 continue;
@@ -177,7 +177,7 @@ impl Outbound {
             let Ok(tcp) = tcp.into_std() else { continue };
             self.carriers.handle(at).spawn(async move {
                 if let Ok(tcp) = TcpStream::from_std(tcp) {
-                    this.take_on(at, &pod, tcp, captured).await;
+                    this.take_on(at, &pod, tcp, from.port(), captured).await;
                 }
                 drop(carried);
             });
@@ -186,10 +186,11 @@ impl Outbound {
 
     /// Carries one captured connection of `pod`. Without a record of where it was going, it is reset.
     pub async fn take(&self, pod: &LocalPod, tcp: TcpStream, captured: Option<Captured>) {
-        self.take_on(0, pod, tcp, captured).await;
+        let port = tcp.peer_addr().map_or(0, |from| from.port());
+        self.take_on(0, pod, tcp, port, captured).await;
     }
 
-    async fn take_on(&self, at: usize, pod: &LocalPod, mut tcp: TcpStream, captured: Option<Captured>) {
+    async fn take_on(&self, at: usize, pod: &LocalPod, mut tcp: TcpStream, port: u16, captured: Option<Captured>) {
         let begun = Instant::now();
         let _ = tcp.set_nodelay(true);
         let _ = pump::break_off_unless_ended(&tcp);
@@ -198,7 +199,7 @@ impl Outbound {
             METRICS.connections.inc(["outbound", "unknown"]);
             return;
         };
-        let (start, mut first) = (Start::of(pod, &tcp), Vec::new());
+        let (start, mut first) = (Start::of(pod, port), Vec::new());
         let opened = match place {
             // Whoever breaks off already needs nothing.
             Ok(place) => match first_bytes(&mut tcp, &mut first).await {
@@ -323,16 +324,16 @@ impl Outbound {
             return Err(TunnelError::NodeDenied);
         }
         let key = |door| self.key(plane, pod, endpoint, door);
-        let (node, workload) = (key(Door::Node)?, key(Door::Pod)?);
+        let node = key(Door::Node)?;
         let opened = async {
             // Who was found to be no agent of ours is not asked again each time.
-            if !pool.is_open(&workload) {
+            if !(pool.knows_pods() && pool.is_open(&key(Door::Pod)?)) {
                 match self.open_by(pool, plane, pod, &node, to, first, start).await {
                     Err(error) if error.is_refused_port() => {}
                     opened => return opened,
                 }
             }
-            self.open_by(pool, plane, pod, &workload, to, first, start).await
+            self.open_by(pool, plane, pod, &key(Door::Pod)?, to, first, start).await
         }
         .await;
         if let Err(error) = &opened

@@ -267,13 +267,15 @@ impl Lease {
 #[derive(Clone, Debug)]
 pub struct Pool {
     peers: Arc<Mutex<BTreeMap<Key, Arc<Peer>>>>,
+    /// Whether a workload was ever dialed at its own address.
+    pods: Arc<AtomicBool>,
     totals: Totals,
 }
 
 impl Pool {
     /// An empty one, which shares the bounds of all that have these `totals`.
     pub fn new(totals: Totals) -> Self {
-        Self { peers: Arc::default(), totals }
+        Self { peers: Arc::default(), pods: Arc::default(), totals }
     }
 
     /// A place in a tunnel to `key`; dials if there is none, with what `config` says.
@@ -344,6 +346,11 @@ impl Pool {
         }
     }
 
+    /// Whether a tunnel to a workload's own address may be open: asked first, since it costs nothing.
+    pub fn knows_pods(&self) -> bool {
+        self.pods.load(Ordering::Relaxed)
+    }
+
     /// Whether a shared tunnel to `key` is open.
     pub fn is_open(&self, key: &Key) -> bool {
         let peer = self.lock().get(key).cloned();
@@ -411,6 +418,9 @@ impl Pool {
         }
         if peers.len() >= SWEEP_AT {
             peers.retain(|_, peer| peer.is_used());
+        }
+        if key.door == Door::Pod {
+            self.pods.store(true, Ordering::Relaxed);
         }
         peers.entry(key.clone()).or_insert_with(|| Arc::new(Peer::new(self.totals.of(key), key.door))).clone()
     }

@@ -8,7 +8,6 @@ use crate::plane::LocalPod;
 use ambit_model::{ClusterId, SpiffeId};
 use http::{HeaderMap, request};
 use std::net::SocketAddrV4;
-use tokio::net::TcpStream;
 
 /// What is kept of a peer's baggage, in bytes; longer is none. Ours has 150.
 const BAGGAGE_BYTES_MAX: usize = 1024;
@@ -29,10 +28,8 @@ pub struct Start {
 }
 
 impl Start {
-    /// Of a connection that was captured.
-    pub fn of(pod: &LocalPod, tcp: &TcpStream) -> Self {
-        // To the application its socket has the pod's address, and is captured from loopback.
-        let port = tcp.peer_addr().map_or(0, |from| from.port());
+    /// Of a connection that was captured from this port. To the application its socket has the pod's address.
+    pub fn of(pod: &LocalPod, port: u16) -> Self {
         Self { trace: trace(), from: SocketAddrV4::new(pod.workload.pod.address, port) }
     }
 }

@@ -241,7 +241,7 @@ impl Rig {
         let listener = in_netns(netns.try_clone().unwrap(), || TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap());
         kernel.attach_pod("near", netns.as_fd(), address, listener.as_fd()).unwrap();
         self.near_agent = Some(Agent::start(listener));
-        assert!(kernel.end_bypassing(netns.as_fd()).unwrap());
+        assert_eq!(kernel.end_bypassing(netns.as_fd()).unwrap(), ends_sockets());
     }
 
     /// Both pods of the node, as they are now.

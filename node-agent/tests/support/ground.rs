@@ -71,7 +71,7 @@ impl Ground {
     /// A namespace with a veth to here and its address on lo: what leaves it, leaves through the agent or not at all.
     pub(crate) fn pod(&mut self, name: &str, address: Ipv4Addr) -> u32 {
         std::fs::create_dir_all(self.mesh().join(name)).unwrap();
-        let ours = std::fs::read_link("/proc/self/ns/net").unwrap();
+        let ours = std::fs::read_link("/proc/thread-self/ns/net").unwrap();
         let holder = Command::new("unshare").args(["--net", "sleep", "120"]).spawn().unwrap();
         let pid = holder.id();
         self.children.push(holder);
