@@ -56,7 +56,10 @@ const TUNNEL_WINDOW: u32 = 1024 * 1024;
 /// A peer that was killed sends no RST: only silence tells.
 const PING_EVERY: Duration = Duration::from_millis(500);
 /// An answer to a ping takes a round trip; on a loaded machine, a scheduling delay more.
-const PONG_MAX: Duration = Duration::from_millis(1000);
+pub const PONG_MAX: Duration = Duration::from_millis(1000);
+/// The same of a caller: it may be a small program that reads now and then. That its machine is gone the kernel finds out
+/// sooner (`silence.rs`).
+pub const CALLER_PONG_MAX: Duration = Duration::from_secs(10);
 /// An unused tunnel is closed after this.
 const IDLE_MAX: Duration = Duration::from_secs(60);
 /// The receiver closes an unused native tunnel after this: later than the caller does, so that a caller hardly ever uses
@@ -337,7 +340,7 @@ async fn shared(secured: Secured, peer: Arc<Far>, node: SocketAddr) -> Result<Tu
     tokio::spawn(async move {
         tokio::select! {
             end = connection => if let Err(error) = end { tracing::debug!(%node, %error, "tunnel ended") },
-            () = silence(ping, Some(shared.clone())) => tracing::debug!(%node, "tunnel closed"),
+            () = silence(ping, PONG_MAX, Some(shared.clone())) => tracing::debug!(%node, "tunnel closed"),
             () = shared.cut.notified() => tracing::debug!(%node, "tunnel cut"),
         }
         shared.closed.store(true, Ordering::Relaxed);
@@ -366,13 +369,13 @@ async fn from_pod(from: Ipv4Addr, annex: &Annex, node: SocketAddr) -> std::io::R
     annex.socket(from).await?.connect(node).await
 }
 
-/// Returns once the peer has stopped answering or, where `shared` is given, the tunnel has been idle too long.
-pub async fn silence(ping: Option<PingPong>, shared: Option<Arc<Shared>>) {
+/// Returns once the peer has not answered for `pong_max` or, where `shared` is given, the tunnel has been idle too long.
+pub async fn silence(ping: Option<PingPong>, pong_max: Duration, shared: Option<Arc<Shared>>) {
     let Some(mut ping) = ping else { return };
     let mut idle = Duration::ZERO;
     loop {
         tokio::time::sleep(PING_EVERY).await;
-        match timeout(PONG_MAX, ping.ping(Ping::opaque())).await {
+        match timeout(pong_max, ping.ping(Ping::opaque())).await {
             Ok(Ok(_)) => {}
             Ok(Err(_)) | Err(_) => return,
         }

@@ -249,7 +249,7 @@ impl Inbound {
         let http2 = |e: String| Refusal::new(Code::BadRequest, "HTTP/2 within 3 s", e);
         let shaken = timeout(HANDSHAKE_MAX, hbone::accept(Bytestream::new(secured))).await;
         let mut streams = shaken.map_err(|_| http2("silence".into()))?.map_err(|e| http2(e.to_string()))?;
-        let quiet = hbone::silence(streams.ping_pong(), None);
+        let quiet = hbone::silence(streams.ping_pong(), hbone::CALLER_PONG_MAX, None);
         tokio::pin!(quiet);
         // A stream that was reset is none for HTTP/2, and its connection to the workload is still being made.
         let places = Arc::new(Semaphore::new(hbone::REQUESTS_MAX));
