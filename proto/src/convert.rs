@@ -3,7 +3,9 @@
 use crate::v1;
 use ambit_model::act::{Approval, Approved, SIGNATURE_BYTES};
 use ambit_model::bundle::Bundle;
-use ambit_model::policy::{Action, Endpoint, Group, Labels, NodeAddress, Peers, Policy, PolicyExtras, Service, label};
+use ambit_model::policy::{
+    Action, Cidr, Egress, Endpoint, Group, Labels, NodeAddress, Peers, Policy, PolicyExtras, Service, Transport, label,
+};
 use ambit_model::{
     Code, DnsName, Entry, EntryExtras, Extras, Generation, JwtAuthority, JwtTtl, NodeId, Refusal, Stamp, SvidTtl,
     TrustDomain,
@@ -184,6 +186,40 @@ pub fn policy_message(origin: &TrustDomain, p: &Policy) -> v1::Policy {
         revision: 0,
         expires_at_ms: if p.extras.expires_at == Stamp(u64::MAX) { 0 } else { p.extras.expires_at.0 },
         protocols: p.extras.protocols.iter().map(|protocol| protocol.as_str().to_owned()).collect(),
+    }
+}
+
+impl TryFrom<&v1::Egress> for Egress {
+    type Error = Refusal;
+    fn try_from(m: &v1::Egress) -> Result<Self, Refusal> {
+        let from = m.from.iter().map(|f| Peers::from_wire(f)).collect::<Result<Vec<_>, _>>()?;
+        let to = all::<Cidr, Vec<_>>(&m.to)?;
+        let (name, protocols) = (m.name.parse()?, all(&m.protocols)?);
+        let bad = |expected: &str, found: &str| Refusal::new(Code::BadRequest, expected, found);
+        if from.is_empty() || to.is_empty() || m.protocols.is_empty() {
+            return Err(bad("callers, ranges and protocols of an egress document", m.name.as_str()));
+        }
+        if m.transport != Transport::Passthrough.as_str() {
+            return Err(bad("transport passthrough", &m.transport));
+        }
+        let ports = m.ports.iter().map(|p| port(*p)).collect::<Result<_, _>>()?;
+        let expires_at = if m.expires_at_ms == 0 { Stamp(u64::MAX) } else { Stamp(m.expires_at_ms) };
+        Ok(Egress { name, from, to, ports, protocols, transport: Transport::Passthrough, expires_at })
+    }
+}
+
+/// An egress document as a message. `written_by` and `revision` are the caller's to fill.
+pub fn egress_message(e: &Egress) -> v1::Egress {
+    v1::Egress {
+        name: e.name.to_string(),
+        from: e.from.iter().map(peers_text).collect(),
+        to: e.to.iter().map(ToString::to_string).collect(),
+        ports: e.ports.iter().map(|p| u32::from(*p)).collect(),
+        protocols: e.protocols.iter().map(|protocol| protocol.as_str().to_owned()).collect(),
+        transport: e.transport.as_str().to_owned(),
+        expires_at_ms: if e.expires_at == Stamp(u64::MAX) { 0 } else { e.expires_at.0 },
+        written_by: String::new(),
+        revision: 0,
     }
 }
 

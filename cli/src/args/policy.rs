@@ -26,8 +26,8 @@ pub enum Policy {
         /// The object to delete
         #[arg(long, value_name = "NAME", conflicts_with_all = ["file", "rollback"])]
         delete: Option<String>,
-        /// Of what kind it is: policy, service or group
-        #[arg(long, default_value = "policy", value_parser = ["policy", "service", "group"])]
+        /// Of what kind it is: policy, service, group or egress
+        #[arg(long, default_value = "policy", value_parser = ["policy", "service", "group", "egress"])]
         kind: String,
         /// The change to go back to (ambit policy history)
         #[arg(long, value_name = "REVISION", conflicts_with = "file")]
@@ -46,35 +46,35 @@ pub enum Policy {
     /// Removes one object
     Delete {
         name: String,
-        /// policy, service or group
-        #[arg(long, default_value = "policy", value_parser = ["policy", "service", "group"])]
+        /// policy, service, group or egress
+        #[arg(long, default_value = "policy", value_parser = ["policy", "service", "group", "egress"])]
         kind: String,
         #[command(flatten)]
         reach: Reached,
     },
-    /// Makes policies, services and groups of this cell what they were right after a change
+    /// Makes policies, services, groups and egress of this cell what they were right after a change
     Rollback {
         /// Which change (ambit policy history)
         revision: u64,
         #[command(flatten)]
         reach: Reached,
     },
-    /// Changes of policies, services and groups of this cell, newest first
+    /// Changes of policies, services, groups and egress of this cell, newest first
     History {
         /// How many; 0 for all that is remembered
         #[arg(long, default_value_t = 20)]
         limit: u32,
     },
-    /// Who may call a workload, of those that are known, and by which policies
+    /// Who may call a workload, or an address outside of the mesh, of those that are known, and by which documents
     #[command(name = "who-can")]
     WhoCan {
-        /// The workload's SPIFFE ID, and perhaps a port
-        #[arg(value_name = "SPIFFE[:PORT]")]
+        /// The workload's SPIFFE ID or an IPv4 address, and perhaps a port
+        #[arg(value_name = "SPIFFE|ADDRESS[:PORT]")]
         destination: String,
     },
     /// Policies that speak of no pair of known identities, and why
     Unused,
-    /// Policies, services and groups that the cell knows, imported ones too
+    /// Policies, services, groups and egress that the cell knows, imported ones too
     List,
     /// Which agents hold the cell's revision in their kernel; ends 5 where one does not
     Status {

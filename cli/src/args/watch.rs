@@ -24,6 +24,7 @@ pub enum WatchedKind {
     Service,
     Group,
     Policy,
+    Egress,
 }
 
 impl WatchedKind {
@@ -35,6 +36,7 @@ impl WatchedKind {
             WatchedKind::Service => "service",
             WatchedKind::Group => "group",
             WatchedKind::Policy => "policy",
+            WatchedKind::Egress => "egress",
         }
     }
 }

@@ -69,6 +69,7 @@ fn kind_word(kind: &str) -> &'static str {
     match kind {
         "service" => "Service",
         "group" => "Group",
+        "egress" => "Egress",
         _ => "Policy",
     }
 }
@@ -184,6 +185,15 @@ fn policy_row(p: &v1::Policy) -> Value {
     })
 }
 
+/// One egress document as JSON.
+pub(crate) fn egress_row(e: &v1::Egress) -> Value {
+    let expires = if e.expires_at_ms == 0 { String::new() } else { utc(e.expires_at_ms) };
+    json!({
+        "name": e.name, "from": e.from, "to": e.to, "ports": e.ports, "protocols": e.protocols, "transport": e.transport,
+        "expires": expires, "written_by": e.written_by, "revision": e.revision,
+    })
+}
+
 async fn list(session: &Session) -> Result<Answer, Refusal> {
     let cell = session.cell()?;
     let reply = ask!(cell, PolicyRegistry.list(v1::ListPoliciesRequest {}))?;
@@ -227,6 +237,23 @@ async fn list(session: &Session) -> Result<Answer, Refusal> {
             null(),
             null(),
             null(),
+        ]);
+    }
+    for e in &reply.egress {
+        let over = e.expires_at_ms != 0 && e.expires_at_ms <= crate::when::now_ms();
+        let expires = if e.expires_at_ms == 0 { String::new() } else { utc(e.expires_at_ms) };
+        table.row(vec![
+            json!("egress"),
+            null(),
+            json!(e.name),
+            json!(e.transport),
+            json!(e.from),
+            json!(e.to),
+            json!(e.ports),
+            json!(if over { "over" } else { "resolved" }),
+            json!(expires),
+            json!(e.written_by),
+            json!(e.revision),
         ]);
     }
     for g in &reply.groups {

@@ -131,6 +131,7 @@ fn told(event: &Event) -> (&'static str, String, Value) {
             });
             ("service", format!("{}/{}", s.origin, s.name), service)
         }
+        Event::Egress(e) => ("egress", e.name.clone(), super::policy::egress_row(e)),
         Event::Group(g) => {
             let group = json!({ "origin": g.origin, "name": g.name, "members": g.members, "written_by": g.written_by });
             ("group", format!("{}/{}", g.origin, g.name), group)

@@ -3,7 +3,7 @@
 use crate::refusal::{Code, Refusal};
 use serde::{Deserialize, Serialize};
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::str::FromStr;
 
 /// `address/bits`, with no bit set behind the prefix (RFC 4632 3.1).
@@ -14,6 +14,14 @@ pub struct Cidr {
 }
 
 impl Cidr {
+    /// The range of IPv4 addresses that it is, none where it is of IPv6: its first address, and at most 32 bits.
+    pub fn v4(&self) -> Option<(Ipv4Addr, u8)> {
+        match self.address {
+            IpAddr::V4(address) => Some((address, self.bits.min(32))),
+            IpAddr::V6(_) => None,
+        }
+    }
+
     /// Whether the address lies in the range. What a socket of both families calls `::ffff:a.b.c.d` is IPv4.
     pub fn contains(&self, address: IpAddr) -> bool {
         match (self.address, address.to_canonical()) {

@@ -11,6 +11,7 @@ pub mod backup;
 pub mod bundle;
 mod cidr;
 pub mod denial;
+mod egress;
 pub mod entry;
 pub mod extras;
 pub mod id;
@@ -36,7 +37,9 @@ pub use id::{
     ClusterId, Generation, NodeId, NumericIdentity, ObjectName, RaftIndex, ReplicaId, Revision, SpiffeId, TrustDomain,
 };
 pub use jwt::{Audience, JwtAuthority, JwtTtl};
-pub use policy::{Action, Cidr, Endpoint, Group, Labels, Order, Peers, Policy, PolicyExtras, Protocol, Service};
+pub use policy::{
+    Action, Cidr, Egress, Endpoint, Group, Labels, Order, Peers, Policy, PolicyExtras, Protocol, Service,
+};
 pub use refusal::{Code, Refusal};
 pub use role::AdminRole;
 pub use time::{Lifetime, Moment, Stamp, SvidTtl};

@@ -1,9 +1,8 @@
 //! One document, after parsing.
 
-use ambit_model::policy::{Cidr, Group, Peers, Policy, Protocol, Service};
-use ambit_model::{Moment, ObjectName, SpiffeId, Stamp, TrustDomain};
+use ambit_model::policy::{Egress, Group, Policy, Service};
+use ambit_model::{ObjectName, TrustDomain};
 use std::collections::BTreeSet;
-use std::net::IpAddr;
 
 /// What one YAML document says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -16,43 +15,6 @@ pub enum Document {
     Group(Group),
     /// `kind: Egress`.
     Egress(Egress),
-}
-
-/// How what leaves the mesh travels.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Transport {
-    /// As the workload wrote it, in clear text if it is: said where it is wanted, and nowhere by default.
-    Passthrough,
-}
-
-/// Where workloads may connect to outside of the mesh. Nothing enforces it yet: see [`crate::check_enforceable`].
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Egress {
-    /// Its name, unique within its origin.
-    pub name: ObjectName,
-    /// Which callers it speaks of; never empty.
-    pub from: Vec<Peers>,
-    /// Where they may connect to; never empty.
-    pub to: Vec<Cidr>,
-    /// Destination ports; empty means every port.
-    pub ports: Vec<u16>,
-    /// Of which protocols it speaks; never empty.
-    pub protocols: BTreeSet<Protocol>,
-    /// How.
-    pub transport: Transport,
-    /// From then on it allows nothing.
-    pub expires_at: Stamp,
-}
-
-impl Egress {
-    /// Whether it lets `src` connect there.
-    pub fn allows(&self, src: &SpiffeId, to: IpAddr, protocol: Protocol, port: u16, now: Moment) -> bool {
-        now.latest < self.expires_at
-            && self.from.iter().any(|set| set.contains(src))
-            && self.to.iter().any(|range| range.contains(to))
-            && self.protocols.contains(&protocol)
-            && (self.ports.is_empty() || self.ports.contains(&port))
-    }
 }
 
 impl Document {

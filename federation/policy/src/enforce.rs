@@ -1,8 +1,9 @@
 //! What no kernel of this release enforces is refused before it is agreed on.
 
 use crate::document::Document;
-use ambit_model::policy::{Action, Protocol};
+use ambit_model::policy::{Action, CLOSED_RANGES, Cidr, Protocol};
 use ambit_model::{Code, Refusal};
+use std::net::Ipv4Addr;
 
 /// Checks that what the document says will hold, not only be kept: a rule that is accepted and not enforced is worse than
 /// none.
@@ -33,10 +34,32 @@ pub fn check_enforceable(document: &Document) -> Result<(), Refusal> {
             }
         }
         Document::Egress(egress) => {
-            let expected = "no Egress: the kernel has no table of ranges yet, and lets nothing leave the mesh";
-            let to: Vec<String> = egress.to.iter().map(ToString::to_string).collect();
-            refuse(expected, format!("transport: passthrough to {}", to.join(", ")))
+            if egress.protocols.contains(&Protocol::Udp) {
+                let expected = "protocols: [tcp] (the agent carries connections; nothing carries datagrams)";
+                return refuse(expected, "egress over udp".to_owned());
+            }
+            if let Some(range) = egress.to.iter().find(|range| range.v4().is_none()) {
+                let expected =
+                    "ranges of IPv4 (a workload's IPv6 connections are refused as a whole: nothing judges them)";
+                return refuse(expected, format!("egress to {range}"));
+            }
+            match egress.to.iter().find_map(|range| Some((range, closed(range)?))) {
+                Some((range, why)) => {
+                    let expected = "ranges beyond the node itself and its link (the agent connects in the node's name)";
+                    refuse(expected, format!("egress to {range}, which is {why}"))
+                }
+                None => Ok(()),
+            }
         }
         Document::Service(_) | Document::Group(_) => Ok(()),
     }
+}
+
+/// Why nothing of the range is ever opened; a wider one is but for what is closed in it.
+fn closed(range: &Cidr) -> Option<&'static str> {
+    let (address, bits) = range.v4()?;
+    let within = |(net, most, _): &&(Ipv4Addr, u8, &'static str)| {
+        *most <= bits && (address.to_bits() ^ net.to_bits()) >> (32 - most) == 0
+    };
+    CLOSED_RANGES.iter().find(within).map(|(_, _, why)| *why)
 }

@@ -8,6 +8,7 @@
 
 pub mod appraisal;
 mod document;
+mod egress;
 mod enforce;
 mod explain;
 mod flips;
@@ -23,7 +24,8 @@ mod suite;
 mod text;
 
 pub use appraisal::parse_appraisal;
-pub use document::{Document, Egress, Transport};
+pub use document::Document;
+pub use egress::{EgressFlip, EgressFlips, EgressSet, Prefix, egress_flips};
 pub use enforce::check_enforceable;
 pub use explain::{Difference, Explanation, Nearest};
 pub use flips::{Flip, Flips, PAIRS_MAX, flips, known_in};
@@ -31,8 +33,8 @@ pub use index::Index;
 pub use lint::{Finding, lint};
 pub use normal::normalised;
 pub use owner::check_owner;
-pub use parse::{BACKENDS_MAX, BYTES_MAX, DOCUMENTS_MAX, FROM_MAX, MEMBERS_MAX, PORTS_MAX, parse};
+pub use parse::{BACKENDS_MAX, BYTES_MAX, DOCUMENTS_MAX, FROM_MAX, MEMBERS_MAX, PORTS_MAX, RANGES_MAX, parse};
 pub use ports::PortSet;
 pub use set::{PolicySet, Reason, RuleRef, Unresolved, Verdict, concerns, unknown_domains};
 pub use suite::{Case, CaseFailure, Suite, parse_suite};
-pub use text::{group_text, policy_text, service_text};
+pub use text::{egress_text, group_text, policy_text, service_text};

@@ -1,9 +1,11 @@
 //! YAML text to documents. Strict: an unknown field, kind, or anything beyond identity and port is refused in its place.
 
-use crate::document::{Document, Egress, Transport};
+use crate::document::Document;
 use crate::normal::normalised;
 use crate::scalar::{Caller, Instant, Listed, Member, Port, Text, UnicastAddress};
-use ambit_model::policy::{Action, Cidr, Group, Order, Peers, Policy, PolicyExtras, Protocol, Service};
+use ambit_model::policy::{
+    Action, Cidr, Egress, Group, Order, Peers, Policy, PolicyExtras, Protocol, Service, Transport,
+};
 use ambit_model::{Code, ObjectName, Refusal, Stamp};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
@@ -23,7 +25,7 @@ pub const BACKENDS_MAX: usize = 64;
 /// Sets in one group.
 pub const MEMBERS_MAX: usize = 256;
 /// Ranges of one `kind: Egress`.
-const RANGES_MAX: usize = 64;
+pub const RANGES_MAX: usize = 64;
 
 /// Brackets open at once. Documents need three; the YAML scanner's time grows with the square of the depth.
 const NESTING_MAX: usize = 64;

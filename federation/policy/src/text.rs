@@ -1,6 +1,6 @@
 //! Documents in a line, for plans and histories.
 
-use ambit_model::policy::{Group, Policy, Service};
+use ambit_model::policy::{Egress, Group, Policy, Service};
 use ambit_model::{Stamp, utc};
 use std::fmt::Display;
 
@@ -27,6 +27,17 @@ pub fn policy_text(policy: &Policy) -> String {
 pub fn service_text(service: &Service) -> String {
     let backends = list(&service.backends);
     format!("{}:{} to {backends}, {}", service.address, service.port, service.order.as_str())
+}
+
+/// `spiffe://west/web to 192.0.2.0/24 on 443, passthrough: in clear text, carried by the agent`.
+pub fn egress_text(egress: &Egress) -> String {
+    let ports = if egress.ports.is_empty() { "every port".to_owned() } else { list(&egress.ports) };
+    let (from, to, transport) = (list(&egress.from), list(&egress.to), egress.transport.as_str());
+    let mut text = format!("{from} to {to} on {ports}, {transport}: in clear text, carried by the agent");
+    if egress.expires_at != Stamp(u64::MAX) {
+        text.push_str(&format!(" until {}", utc::text(egress.expires_at.0)));
+    }
+    text
 }
 
 /// `spiffe://west/ops/*, cluster:west/prod`.

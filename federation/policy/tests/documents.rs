@@ -241,7 +241,17 @@ fn what_no_kernel_enforces_is_read_and_refused() {
         (policy("action: allow, from: [spiffe://west/a, 'cidr:10.0.0.0/8']"), false),
         (policy("action: allow, from: ['cidr:10.0.0.0/8']"), false),
         (policy("action: deny, from: ['cidr:10.0.0.0/8']"), false),
-        (egress.to_owned(), false),
+        (egress.to_owned(), true),
+        (egress.replace("192.0.2.0/24", "0.0.0.0/0, 169.0.0.0/8"), true),
+        (egress.replace("ports", "protocols: [tcp], ports"), true),
+        (egress.replace("ports", "protocols: [udp], ports"), false),
+        (egress.replace("ports", "protocols: [tcp, udp], ports"), false),
+        (egress.replace("192.0.2.0/24", "192.0.2.0/24, '2001:db8::/32'"), false),
+        (egress.replace("192.0.2.0/24", "192.0.2.0/24, 127.0.0.0/8"), false),
+        (egress.replace("192.0.2.0/24", "169.254.169.254/32"), false),
+        (egress.replace("192.0.2.0/24", "225.0.0.0/8"), false),
+        (egress.replace("192.0.2.0/24", "255.255.255.255/32"), false),
+        (egress.replace("192.0.2.0/24", "0.0.0.0/32"), false),
     ] {
         let documents = parse(&text).unwrap();
         match check_enforceable(&documents[0]) {

@@ -12,6 +12,7 @@ pub mod command;
 pub mod committed;
 mod denied;
 mod documents;
+mod egress;
 pub mod external;
 mod fit;
 #[cfg(ambit_mutant)]

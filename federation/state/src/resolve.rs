@@ -6,7 +6,7 @@
 use crate::command::{DocumentKind, DocumentsChange};
 use crate::objects::ServiceRow;
 use crate::state::{OwnedName, State};
-use ambit_model::policy::{Action, Labels, Peers, Policy, Service};
+use ambit_model::policy::{Action, Egress, Labels, Peers, Policy, Service};
 use ambit_model::{ClusterId, Code, Entry, ObjectName, Refusal, SpiffeId, TrustDomain};
 use ambit_policy::{BACKENDS_MAX, FROM_MAX, PORTS_MAX};
 use std::borrow::Cow;
@@ -20,6 +20,9 @@ const SETS_BYTES_MAX: usize = 8 << 20;
 /// The same of all policies of one peer: 7,000 of the usual size.
 const PEER_BYTES_MAX: usize = 1 << 20;
 
+/// And of all egress documents.
+const EGRESS_BYTES_MAX: usize = 2 << 20;
+
 /// What a set takes in a slice beside its names.
 const SET_BYTES: usize = 16;
 
@@ -32,6 +35,8 @@ pub(crate) struct Resolver<'a> {
     known: RefCell<BTreeMap<(Peers, Meant), Found>>,
     /// Of [`SETS_BYTES_MAX`] or [`PEER_BYTES_MAX`], by whose policies they are.
     spent: RefCell<BTreeMap<TrustDomain, usize>>,
+    /// Of [`EGRESS_BYTES_MAX`].
+    spent_on_egress: RefCell<usize>,
 }
 
 /// Who is meant by a set; an identity may have several entries, and run in several places.
@@ -51,7 +56,14 @@ type Found = Option<BTreeSet<SpiffeId>>;
 impl<'a> Resolver<'a> {
     pub(crate) fn new(state: &'a State, change: Option<&'a DocumentsChange>) -> Self {
         let own = state.cell().map(|cell| &cell.trust_domain);
-        Self { state, own, change, known: RefCell::default(), spent: RefCell::default() }
+        Self {
+            state,
+            own,
+            change,
+            known: RefCell::default(),
+            spent: RefCell::default(),
+            spent_on_egress: RefCell::default(),
+        }
     }
 
     /// The policy as it decides, under the name of its record; none where it decides nothing.
@@ -105,6 +117,34 @@ impl<'a> Resolver<'a> {
             }
             Some(_) | None => Ok(()),
         }
+    }
+
+    /// The document as it decides; none where it allows nobody anything. An egress document allows, so its sets mean whom an
+    /// allow's do.
+    pub(crate) fn egress(&self, egress: &Egress) -> Option<Egress> {
+        let mut spent = self.spent_on_egress.borrow_mut();
+        let from: Vec<Peers> = egress.from.iter().flat_map(|set| self.callers(set, Meant::Surely)).collect();
+        let bytes = from.iter().map(set_bytes).sum::<usize>();
+        let nobody = |set: &Peers| matches!(set, Peers::Ids(_, ids) if ids.is_empty());
+        if spent.saturating_add(bytes) > EGRESS_BYTES_MAX || from.iter().all(nobody) {
+            return None;
+        }
+        *spent += bytes;
+        Some(Egress { from, ..egress.clone() })
+    }
+
+    /// As [`Resolver::check_room`], of egress documents.
+    ///
+    /// # Errors
+    /// [`Code::Busy`], with the figures.
+    pub(crate) fn check_egress_room<'p>(&self, documents: impl Iterator<Item = &'p Egress>) -> Result<(), Refusal> {
+        let sets = documents.flat_map(|egress| egress.from.iter().flat_map(|set| self.callers(set, Meant::Surely)));
+        let bytes: usize = sets.map(|set| set_bytes(&set)).sum();
+        if bytes <= EGRESS_BYTES_MAX {
+            return Ok(());
+        }
+        let expected = format!("at most {EGRESS_BYTES_MAX} bytes of callers in egress documents (name a path)");
+        Err(Refusal::new(Code::Busy, expected, bytes.to_string()))
     }
 
     fn sets_of(&self, policy: &Policy) -> Policy {
@@ -218,13 +258,17 @@ pub(crate) fn has_named(policy: &Policy) -> bool {
 
 /// Of its sets, as a slice says them.
 fn bytes(policy: &Policy) -> usize {
-    let of = |set: &Peers| match set {
+    policy.from.iter().chain([&policy.target]).map(set_bytes).sum()
+}
+
+fn set_bytes(set: &Peers) -> usize {
+    let names = match set {
         Peers::Id(id) => id.as_str().len(),
         Peers::Ids(td, ids) => td.as_str().len() + ids.iter().map(|id| id.path().len() + 1).sum::<usize>(),
         Peers::Below(td, path) => td.as_str().len() + path.len(),
         Peers::Domain(td) | Peers::Cluster(td, _) | Peers::Group(td, _) | Peers::Labelled(td, _) => td.as_str().len(),
     };
-    policy.from.iter().chain([&policy.target]).map(|set| of(set) + SET_BYTES).sum()
+    names + SET_BYTES
 }
 
 /// What stands for a set that cannot be told.

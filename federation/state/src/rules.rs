@@ -80,6 +80,7 @@ impl State {
                 Some(StoredDocument::Policy(policy)) => back.policies.push(policy),
                 Some(StoredDocument::Service(service)) => back.services.push(service),
                 Some(StoredDocument::Group(group)) => back.groups.push(group),
+                Some(StoredDocument::Egress(egress)) => back.egress.push(egress),
                 None => back.delete.push((kind, name)),
             }
         }
@@ -155,6 +156,7 @@ impl State {
             DocumentKind::Policy => self.policies.get(&key).map(|row| StoredDocument::Policy(row.object.clone())),
             DocumentKind::Service => self.services.get(&key).map(|row| StoredDocument::Service(row.object.clone())),
             DocumentKind::Group => self.groups.get(&key).map(|row| StoredDocument::Group(row.object.clone())),
+            DocumentKind::Egress => self.egress.get(&key).map(|row| StoredDocument::Egress(row.object.clone())),
         }
     }
 
@@ -164,10 +166,11 @@ impl State {
         given.chain(self.endpoints().map(|(_, row)| row.object.spiffe_id.clone())).collect()
     }
 
-    /// Whether a policy ends after the one stamp and not after the other: what nodes need is another then.
+    /// Whether a policy or egress document ends after the one stamp and not after the other: what nodes need is another then.
     pub(crate) fn policy_ends_in(&self, after: Stamp, until: Stamp) -> bool {
         let between = (Bound::Excluded(after), Bound::Included(until));
-        after < until && self.policy_ends.range(between).next().is_some()
+        let ends = |of: &BTreeMap<Stamp, BTreeSet<OwnedName>>| of.range(between).next().is_some();
+        after < until && (ends(&self.policy_ends) || ends(&self.egress_ends))
     }
 
     /// Changes a policy's row and keeps [`State::policy_ends`] in step.
@@ -183,13 +186,21 @@ impl State {
     }
 
     pub(crate) fn index_policy_end(&mut self, key: &OwnedName, end: Stamp, present: bool) {
-        if end == Stamp(u64::MAX) {
-            return;
-        }
-        let names = self.policy_ends.entry(end).or_default();
-        let _ = if present { names.insert(key.clone()) } else { names.remove(key) };
-        if names.is_empty() {
-            self.policy_ends.remove(&end);
-        }
+        index_end(&mut self.policy_ends, key, end, present);
+    }
+
+    pub(crate) fn index_egress_end(&mut self, key: &OwnedName, end: Stamp, present: bool) {
+        index_end(&mut self.egress_ends, key, end, present);
+    }
+}
+
+fn index_end(ends: &mut BTreeMap<Stamp, BTreeSet<OwnedName>>, key: &OwnedName, end: Stamp, present: bool) {
+    if end == Stamp(u64::MAX) {
+        return;
+    }
+    let names = ends.entry(end).or_default();
+    let _ = if present { names.insert(key.clone()) } else { names.remove(key) };
+    if names.is_empty() {
+        ends.remove(&end);
     }
 }

@@ -1,11 +1,13 @@
 //! What one node needs, computed from the state: nothing about workloads it may not run or reach.
 
 use crate::denied::SvidDenials;
+use crate::egress;
 use crate::objects::{PeerState, RelationshipRow};
 use crate::state::State;
-use ambit_model::policy::{Endpoint, NodeAddress, Policy, Service};
+use ambit_model::policy::{Egress, Endpoint, NodeAddress, Policy, Service};
 use ambit_model::{ClusterId, Entry, Generation, JwtAuthority, NodeId, Revision, SpiffeId, Stamp, TrustDomain};
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::Ipv4Addr;
 
 /// Bundles by trust domain: sequence and roots, DER.
 pub type Bundles = BTreeMap<TrustDomain, (u64, Vec<Vec<u8>>)>;
@@ -49,6 +51,10 @@ pub struct Slice {
     pub tainted_jwt: BTreeSet<String>,
     /// Leaves of these intermediates are refused; each is the trust domain's that said so.
     pub authority_denials: BTreeSet<(TrustDomain, String)>,
+    /// Where they may connect to outside of the mesh.
+    pub egress: Vec<Egress>,
+    /// Addresses in the ranges of these that are not outside: none is reached in clear.
+    pub meshed: Vec<Ipv4Addr>,
 }
 
 impl State {
@@ -73,6 +79,9 @@ impl State {
             .collect();
         let named = local.iter().chain(endpoints.iter().map(|e| &e.spiffe_id));
         let identities = named.filter_map(|id| self.identities.get(id).map(|n| (id.clone(), *n))).collect();
+        let all = self.resolved_egress(None);
+        let here: Vec<SpiffeId> = local.iter().cloned().collect();
+        let egress: Vec<Egress> = egress::concerning(&all, &here).cloned().collect();
         Some(Slice {
             revision: cell.revision,
             stamp: self.stamp(),
@@ -92,6 +101,8 @@ impl State {
             tainted: self.tainted_authorities(),
             tainted_jwt: self.tainted_jwt(),
             authority_denials: self.denied_authorities(),
+            meshed: egress::inside(&self.meshed_addresses(), &egress),
+            egress,
         })
     }
 

@@ -145,7 +145,8 @@ impl Slicer {
         let entries = [f.entries.follow(&s.entries, same), f.id_denials.follow(&s.id_denials, same)];
         let nodes =
             [f.nodes.follow(&s.nodes, same), f.standings.follow(&s.standings, same), f.boots.follow(&s.boots, same)];
-        let rules = [f.policies.follow(&s.policies, same), f.groups.follow(&s.groups, same)];
+        let rules =
+            [f.policies.follow(&s.policies, same), f.groups.follow(&s.groups, same), f.egress.follow(&s.egress, same)];
         let endpoints = f.endpoints.follow(&s.endpoints, same);
         // Those whose time is over are there until the next tick and given to nobody.
         let ended = s.expiring.range(..).next().is_some_and(|(end, _)| *end <= now);
@@ -264,6 +265,8 @@ impl Slicer {
             tainted: general.tainted.clone(),
             tainted_jwt: general.tainted_jwt.clone(),
             authority_denials: refused.authorities.clone(),
+            egress: class.egress.as_ref().clone(),
+            meshed: class.meshed.as_ref().clone(),
         })
     }
 }
@@ -293,7 +296,7 @@ impl State {
 }
 
 /// Of identities in order, those in a set. Of a set that nobody resolved none are.
-fn within<'a, T>(
+pub(crate) fn within<'a, T>(
     sorted: &'a [T],
     id: impl Fn(&T) -> &SpiffeId + Copy + 'a,
     set: &'a ambit_model::policy::Peers,

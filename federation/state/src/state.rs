@@ -113,6 +113,8 @@ pub struct State {
     pub(crate) groups: Table<OwnedName, GroupRow>,
     /// Changes of documents of this cell, by index; the oldest go.
     pub(crate) document_changes: Table<u64, DocumentsRow>,
+    /// Where workloads may connect to outside of the mesh; of this cell only.
+    pub(crate) egress: Table<OwnedName, EgressRow>,
     /// `issued` by node, where it is bound to one, and end, in memory only: neither counting a node's leaves nor a tick
     /// must cost a walk over everybody's.
     pub(crate) leaves: BTreeMap<Option<NodeId>, BTreeSet<(Stamp, [u8; 16])>>,
@@ -124,6 +126,8 @@ pub struct State {
     pub(crate) expiring: BTreeSet<(Stamp, EntryId)>,
     /// Policies that end, by when, in memory only: no entry of the log must cost a walk over all policies.
     pub(crate) policy_ends: BTreeMap<Stamp, BTreeSet<OwnedName>>,
+    /// Egress documents that end, in the same way.
+    pub(crate) egress_ends: BTreeMap<Stamp, BTreeSet<OwnedName>>,
     /// Requests remembered, oldest first, in memory only: forgetting those whose time is over must not cost a walk over
     /// all of them, every second.
     pub(crate) dedupe_by_age: VecDeque<(Stamp, RequestKey)>,
@@ -189,7 +193,8 @@ macro_rules! each_table {
             $s.externals,
             $s.external_requests,
             $s.groups,
-            $s.document_changes
+            $s.document_changes,
+            $s.egress
         )
     };
 }
@@ -332,11 +337,13 @@ impl State {
             external_requests: Table::new(id()),
             groups: Table::new(id()),
             document_changes: Table::new(id()),
+            egress: Table::new(id()),
             leaves: BTreeMap::new(),
             giving: BTreeMap::new(),
             asking: BTreeMap::new(),
             expiring: BTreeSet::new(),
             policy_ends: BTreeMap::new(),
+            egress_ends: BTreeMap::new(),
             dedupe_by_age: VecDeque::new(),
         }
     }
@@ -488,6 +495,8 @@ impl State {
         }
         let ends: Vec<_> = state.policies().map(|(name, row)| (row.object.extras.expires_at, name.clone())).collect();
         ends.into_iter().for_each(|(end, name)| state.index_policy_end(&name, end, true));
+        let ends: Vec<_> = state.egress().map(|(name, row)| (row.object.expires_at, name.clone())).collect();
+        ends.into_iter().for_each(|(end, name)| state.index_egress_end(&name, end, true));
         let mut by_age: Vec<_> = state.dedupe.iter().map(|(key, row)| (row.stamp, *key)).collect();
         by_age.sort_unstable();
         state.dedupe_by_age = by_age.into();

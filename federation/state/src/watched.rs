@@ -20,6 +20,8 @@ pub enum ObjectKey {
     Group(OwnedName),
     /// A policy, of this cell or of a peer.
     Policy(OwnedName),
+    /// An egress document of this cell.
+    Egress(OwnedName),
 }
 
 /// Kinds of objects.
@@ -35,11 +37,13 @@ pub enum ObjectKind {
     Group,
     /// See [`ObjectKey::Policy`].
     Policy,
+    /// See [`ObjectKey::Egress`].
+    Egress,
 }
 
 impl ObjectKind {
     /// All, in the order of [`ObjectKey`].
-    pub const ALL: [ObjectKind; 5] = [Self::Node, Self::Entry, Self::Service, Self::Group, Self::Policy];
+    pub const ALL: [ObjectKind; 6] = [Self::Node, Self::Entry, Self::Service, Self::Group, Self::Policy, Self::Egress];
 
     /// As on the wire.
     pub fn as_str(self) -> &'static str {
@@ -49,6 +53,7 @@ impl ObjectKind {
             Self::Service => "service",
             Self::Group => "group",
             Self::Policy => "policy",
+            Self::Egress => "egress",
         }
     }
     /// See [`ObjectKind::as_str`].
@@ -66,6 +71,7 @@ impl ObjectKey {
             Self::Service(_) => ObjectKind::Service,
             Self::Group(_) => ObjectKind::Group,
             Self::Policy(_) => ObjectKind::Policy,
+            Self::Egress(_) => ObjectKind::Egress,
         }
     }
 }
@@ -77,7 +83,9 @@ impl State {
         let service = || self.services.key_of(write).map(ObjectKey::Service);
         let group = || self.groups.key_of(write).map(ObjectKey::Group);
         let policy = || self.policies.key_of(write).map(ObjectKey::Policy);
-        self.nodes.key_of(write).map(ObjectKey::Node).or_else(entry).or_else(service).or_else(group).or_else(policy)
+        let egress = || self.egress.key_of(write).map(ObjectKey::Egress);
+        let node = self.nodes.key_of(write).map(ObjectKey::Node);
+        node.or_else(entry).or_else(service).or_else(group).or_else(policy).or_else(egress)
     }
 
     /// The first `limit` objects after `after` of these kinds, in the order of their keys.
@@ -105,6 +113,10 @@ impl State {
                     page(&self.policies, Some(name), left, ObjectKey::Policy)
                 }
                 (ObjectKind::Policy, _) => page(&self.policies, None, left, ObjectKey::Policy),
+                (ObjectKind::Egress, Some(ObjectKey::Egress(name))) => {
+                    page(&self.egress, Some(name), left, ObjectKey::Egress)
+                }
+                (ObjectKind::Egress, _) => page(&self.egress, None, left, ObjectKey::Egress),
             });
         }
         out

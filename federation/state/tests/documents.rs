@@ -23,7 +23,7 @@ fn change(yaml: &str, delete: &[(DocumentKind, &str)]) -> DocumentsChange {
             Document::Policy(policy) => change.policies.push(policy),
             Document::Service(service) => change.services.push(service),
             Document::Group(group) => change.groups.push(group),
-            Document::Egress(egress) => panic!("{egress:?}"),
+            Document::Egress(egress) => change.egress.push(egress),
         }
     }
     change

@@ -163,16 +163,24 @@ fn endpoint(draw: &mut Draw, td: &str, n: u8) -> Endpoint {
 fn documents(draw: &mut Draw, now: u64) -> DocumentsChange {
     let name = format!("p{}", draw.next(8));
     if draw.next(5) == 0 {
-        let kinds = [DocumentKind::Policy, DocumentKind::Policy, DocumentKind::Service, DocumentKind::Group];
+        let kinds = [DocumentKind::Policy, DocumentKind::Egress, DocumentKind::Service, DocumentKind::Group];
         let kind = kinds[draw.next(4) as usize];
-        let name = if kind == DocumentKind::Policy { name } else { "g".to_owned() };
+        let name = match kind {
+            DocumentKind::Policy | DocumentKind::Egress => name,
+            DocumentKind::Service | DocumentKind::Group => "g".to_owned(),
+        };
         return DocumentsChange { delete: vec![(kind, name.parse().unwrap())], ..Default::default() };
     }
-    let text = match draw.next(7) {
+    let text = match draw.next(9) {
         0 => format!("kind: Group\nmetadata: {{name: g}}\nspec: {{members: ['{}']}}", draw.of(&SETS[..6])),
-        1 => format!(
+        1 | 3 => format!(
             "kind: Service\nmetadata: {{name: g}}\nspec: {{address: 10.7.0.1, port: 80, backends: ['{}']}}",
             draw.of(&SETS[..5])
+        ),
+        2 => format!(
+            "kind: Egress\nmetadata: {{name: {name}}}\nspec: {{from: ['{}'], to: [{}], ports: [80], transport: passthrough}}",
+            draw.of(SETS),
+            draw.of(&["10.0.0.0/8", "10.1.0.0/30, 10.7.0.1/32", "192.0.2.0/24", "0.0.0.0/0"])
         ),
         _ => {
             let action = draw.of(&["allow", "allow", "allow", "deny", "audit"]);
@@ -195,14 +203,19 @@ fn documents(draw: &mut Draw, now: u64) -> DocumentsChange {
             }
             Document::Service(service) => change.services.push(service),
             Document::Group(group) => change.groups.push(group),
-            Document::Egress(_) => {}
+            Document::Egress(mut egress) => {
+                if draw.next(4) == 0 {
+                    egress.expires_at = Stamp(now + draw.next(10_000));
+                }
+                change.egress.push(egress);
+            }
         }
     }
     change
 }
 
 /// What was different and what was not empty, so that nothing is proven of nothing.
-fn check(slicer: &mut Slicer, state: &State, seed: u64, step: usize, seen: &mut [usize; 6]) {
+fn check(slicer: &mut Slicer, state: &State, seed: u64, step: usize, seen: &mut [usize; 8]) {
     slicer.follow(state);
     slicer.settle();
     for n in 1..=NODES as u8 {
@@ -216,6 +229,8 @@ fn check(slicer: &mut Slicer, state: &State, seed: u64, step: usize, seen: &mut 
                 s.services.len(),
                 s.callers.len(),
                 s.denials.len() + s.svid_denials.ids.len(),
+                s.egress.len(),
+                s.meshed.len(),
             ];
             seen.iter_mut().zip(sizes).for_each(|(seen, size)| *seen += size);
         }
@@ -224,7 +239,7 @@ fn check(slicer: &mut Slicer, state: &State, seed: u64, step: usize, seen: &mut 
 
 #[test]
 fn a_slicer_says_of_every_node_what_the_state_says() {
-    let mut seen = [0; 6];
+    let mut seen = [0; 8];
     for seed in 0..60 {
         let (mut draw, mut world, mut slicer) = (Draw(seed), World::new(), Slicer::default());
         for step in 0..150 {

@@ -55,6 +55,14 @@ impl Item {
     pub fn caller(m: &v1::NodeAddress) -> Item {
         Item::new(Kind::Caller, format!("{}/{}", m.trust_domain, m.node), m.encode_to_vec())
     }
+    /// See [`Kind::Egress`].
+    pub fn egress(m: &v1::Egress) -> Item {
+        Item::new(Kind::Egress, m.name.clone(), m.encode_to_vec())
+    }
+    /// See [`Kind::Meshed`].
+    pub fn meshed(address: &str) -> Item {
+        Item::new(Kind::Meshed, address.to_owned(), Vec::new())
+    }
     /// See [`Kind::Identity`].
     pub fn identity(spiffe_id: &str, number: u32) -> Item {
         let body = v1::NumericIdentity { spiffe_id: String::new(), number };
@@ -80,6 +88,8 @@ impl From<&v1::Slice> for Set {
             .chain(s.endpoints.iter().map(Item::endpoint))
             .chain(s.callers.iter().map(Item::caller))
             .chain(s.identities.iter().map(|m| Item::identity(&m.spiffe_id, m.number)))
+            .chain(s.egress.iter().map(Item::egress))
+            .chain(s.meshed.iter().map(|address| Item::meshed(address)))
             .map(Arc::new)
             .collect()
     }
@@ -137,6 +147,8 @@ impl Item {
                 let number = v1::NumericIdentity::decode(body)?;
                 s.identities.push(v1::NumericIdentity { spiffe_id: self.key.clone(), ..number });
             }
+            Ok(Kind::Egress) => s.egress.push(Message::decode(body)?),
+            Ok(Kind::Meshed) => s.meshed.push(self.key.clone()),
             // A newer server's.
             Ok(Kind::Unspecified) | Err(_) => {}
         }

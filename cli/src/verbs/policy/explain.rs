@@ -36,6 +36,7 @@ fn explanation(form: Form, asked: &v1::ExplainRequest, reply: &v1::ExplainRespon
     let lines = [
         ("at", if asked.at_ms == 0 { String::new() } else { utc(asked.at_ms) }),
         ("rule", rule(reply)),
+        ("transport", transport(reply)),
         ("reason", reply.reason.clone()),
         ("audited", reply.audited.clone()),
         ("nearest", reply.nearest.clone()),
@@ -45,9 +46,17 @@ fn explanation(form: Form, asked: &v1::ExplainRequest, reply: &v1::ExplainRespon
         ("revision", reply.revision.to_string()),
     ];
     for (name, text) in lines.iter().filter(|(_, text)| !text.is_empty()) {
-        out.push_str(&format!("\n  {:9} {text}", format!("{name}:")));
+        out.push_str(&format!("\n  {:10} {text}", format!("{name}:")));
     }
     out
+}
+
+/// Clear text is said in words wherever it is allowed.
+fn transport(reply: &v1::ExplainResponse) -> String {
+    match reply.transport.as_str() {
+        "" => String::new(),
+        transport => format!("{transport}: in clear text, carried by the agent"),
+    }
 }
 
 fn rule(reply: &v1::ExplainResponse) -> String {
@@ -107,7 +116,7 @@ fn json_of(asked: &v1::ExplainRequest, reply: &v1::ExplainResponse) -> String {
     };
     pretty(&json!({
         "source": asked.source, "destination": asked.destination, "port": asked.port, "at": utc(asked.at_ms),
-        "allowed": reply.allowed, "rule": reply.rule, "reason": reply.reason, "nearest": reply.nearest,
+        "transport": reply.transport, "allowed": reply.allowed, "rule": reply.rule, "reason": reply.reason, "nearest": reply.nearest,
         "audited": reply.audited, "revision": reply.revision, "written_by": reply.written_by,
         "written_revision": reply.written_revision, "written_at": utc(reply.written_ms),
         "expires": utc(reply.expires_at_ms), "source_known": party(&reply.source),
@@ -153,10 +162,10 @@ mod tests {
         };
         assert_eq!(
             explanation(Form::Table, &asked, &reply),
-            "denied: spiffe://w/a -> spiffe://e/b:80\n  rule:     e/open, written by ann at revision 7, 2026-11-23T14:03:26Z\n  \
-             reason:   denied by policy\n  source:   a; cluster w; 1 node; number 256\n  target:   not known here: no entry \
-             gives it, and nothing of it runs\n  agents:   2 of 3 in step; not where it counts: node bb holds revision 8 of \
-             9\n  revision: 9"
+            "denied: spiffe://w/a -> spiffe://e/b:80\n  rule:      e/open, written by ann at revision 7, 2026-11-23T14:03:26Z\n  \
+             reason:    denied by policy\n  source:    a; cluster w; 1 node; number 256\n  target:    not known here: no entry \
+             gives it, and nothing of it runs\n  agents:    2 of 3 in step; not where it counts: node bb holds revision 8 of \
+             9\n  revision:  9"
         );
     }
 }

@@ -2,19 +2,20 @@
 
 use super::super::Session;
 use super::plan::document_text;
-use super::{action, policy_row};
+use super::{action, egress_row, policy_row};
 use crate::ask;
 use crate::output::{Answer, Form, Table, counted, pretty};
 use crate::when::utc;
 use ambit_model::{Code, Refusal, SpiffeId};
 use ambit_proto::v1;
 use serde_json::{Value, json};
+use std::net::{Ipv4Addr, SocketAddrV4};
 
 /// `ambit policy who-can SPIFFE[:PORT]`.
 pub(super) async fn who_can(session: &Session, destination: &str) -> Result<Answer, Refusal> {
-    let (destination, port) = named(destination)?;
+    let (destination, port) = asked(destination)?;
     let cell = session.cell()?;
-    let request = v1::WhoCanRequest { destination: destination.to_string(), port: u32::from(port.unwrap_or(0)) };
+    let request = v1::WhoCanRequest { destination, port: u32::from(port.unwrap_or(0)) };
     let reply = ask!(cell, PolicyRegistry.who_can(request))?;
     let mut table = Table::new("caller", &["spiffe_id", "ports"]);
     for caller in &reply.callers {
@@ -24,7 +25,10 @@ pub(super) async fn who_can(session: &Session, destination: &str) -> Result<Answ
         let callers: Vec<Value> =
             reply.callers.iter().map(|c| json!({"spiffe_id": c.spiffe_id, "ports": c.ports})).collect();
         let rules: Vec<Value> = reply.rules.iter().map(policy_row).collect();
-        return Ok(Answer::ok(pretty(&json!({"callers": callers, "rules": rules, "cut_short": reply.cut_short}))));
+        let egress: Vec<Value> = reply.egress.iter().map(egress_row).collect();
+        return Ok(Answer::ok(pretty(
+            &json!({"callers": callers, "rules": rules, "egress": egress, "cut_short": reply.cut_short}),
+        )));
     }
     let mut out = table.render(session.form);
     for rule in &reply.rules {
@@ -38,8 +42,26 @@ pub(super) async fn who_can(session: &Session, destination: &str) -> Result<Answ
             list(&rule.from)
         ));
     }
+    for rule in &reply.egress {
+        let ports = if rule.ports.is_empty() { "every port".to_owned() } else { list(&rule.ports) };
+        let (from, to) = (list(&rule.from), list(&rule.to));
+        out.push_str(&format!("\n  egress {}: {from} to {to} on {ports}, {}", rule.name, rule.transport));
+    }
     let answer = Answer::ok(out);
     Ok(if reply.cut_short { answer.note("there are more callers than are listed") } else { answer })
+}
+
+/// An IPv4 address or a SPIFFE ID, and a port if there is one behind it.
+fn asked(text: &str) -> Result<(String, Option<u16>), Refusal> {
+    if let Ok(address) = text.parse::<SocketAddrV4>()
+        && address.port() > 0
+    {
+        return Ok((address.ip().to_string(), Some(address.port())));
+    }
+    match text.parse::<Ipv4Addr>() {
+        Ok(address) => Ok((address.to_string(), None)),
+        Err(_) => named(text).map(|(id, port)| (id.to_string(), port)),
+    }
 }
 
 /// A SPIFFE ID, and a port if there is one behind it.
@@ -58,9 +80,17 @@ fn list<T: ToString>(items: &[T]) -> String {
 /// `ambit policy unused`.
 pub(super) async fn unused(session: &Session) -> Result<Answer, Refusal> {
     let reply = ask!(session.cell()?, PolicyRegistry.unused(v1::UnusedRequest {}))?;
-    let mut table = Table::new("policy", &["origin", "name", "why", "written_by", "revision"]);
+    let mut table = Table::new("policy", &["kind", "origin", "name", "why", "written_by", "revision"]);
     for p in &reply.policies {
-        table.row(vec![json!(p.origin), json!(p.name), json!(p.why), json!(p.written_by), json!(p.revision)]);
+        let kind = if p.kind.is_empty() { "policy".to_owned() } else { p.kind.to_lowercase() };
+        table.row(vec![
+            json!(kind),
+            json!(p.origin),
+            json!(p.name),
+            json!(p.why),
+            json!(p.written_by),
+            json!(p.revision),
+        ]);
     }
     let all = counted(usize::try_from(reply.policies_all).unwrap_or(usize::MAX), "policy");
     Ok(Answer::ok(table.render(session.form)).note(format!("of {all}")))

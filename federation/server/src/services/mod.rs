@@ -7,6 +7,7 @@ mod approvers;
 mod audit;
 mod cluster;
 mod drill;
+mod egress;
 mod entry;
 mod local_authority;
 mod logs;

@@ -2,7 +2,9 @@
 
 use crate::replica::Replica;
 use ambit_model::{Moment, Refusal, Revision, SpiffeId};
-use ambit_policy::{Document, PolicySet, flips, group_text, policy_text, service_text};
+use ambit_policy::{
+    Document, EgressSet, PolicySet, egress_flips, egress_text, flips, group_text, policy_text, service_text,
+};
 use ambit_proto::v1;
 use ambit_state::objects::{DocumentChange, StoredDocument};
 use ambit_state::{DocumentKind, DocumentsChange, State};
@@ -28,8 +30,7 @@ pub(super) fn change_of(documents: Vec<Document>, by: String) -> Result<Document
             Document::Policy(policy) => change.policies.push(policy),
             Document::Service(service) => change.services.push(service),
             Document::Group(group) => change.groups.push(group),
-            // Refused above, as long as no kernel enforces it.
-            Document::Egress(_) => {}
+            Document::Egress(egress) => change.egress.push(egress),
         }
     }
     Ok(change)
@@ -39,6 +40,8 @@ pub(super) fn change_of(documents: Vec<Document>, by: String) -> Result<Document
 struct Ground {
     before: PolicySet,
     after: PolicySet,
+    egress_before: EgressSet,
+    egress_after: EgressSet,
     known: BTreeSet<SpiffeId>,
     now: Moment,
     over: Revision,
@@ -53,11 +56,15 @@ pub(super) async fn plan(replica: &Replica, wanted: Wanted) -> Result<v1::PlanRe
     let ground = replica.read(|s| ground(s, wanted)).await??;
     // Comparing takes up to a second: not under the lock of the state, nor in the way of other calls.
     let found = tokio::task::spawn_blocking(move || {
-        (flips(&ground.before, &ground.after, &ground.known, ground.now), ground.documents, ground.over)
+        let Ground { before, after, egress_before, egress_after, known, now, over, documents } = ground;
+        let outside = egress_flips(&egress_before, &egress_after, &known, now);
+        (flips(&before, &after, &known, now), outside, documents, over)
     });
-    let (found, documents, over) =
+    let (found, outside, documents, over) =
         found.await.map_err(|e| Refusal::new(ambit_model::Code::Internal, "a plan", e.to_string()))?;
-    let shown = found.pairs.iter().take(SHOWN_MAX).map(|flip| v1::Flip {
+    // Ways out first: they are few, and open more than one target.
+    let ways_out = outside.pairs.iter().map(super::egress::flip_message);
+    let shown = found.pairs.iter().map(|flip| v1::Flip {
         source: flip.source.to_string(),
         destination: flip.destination.to_string(),
         opened: flip.opened.to_string(),
@@ -65,14 +72,18 @@ pub(super) async fn plan(replica: &Replica, wanted: Wanted) -> Result<v1::PlanRe
         at_ms: flip.at.map_or(0, |at| at.0),
     });
     let (opened, closed) = found.counts();
+    let of = |closes: bool| {
+        outside.pairs.iter().filter(|flip| !(if closes { &flip.closed } else { &flip.opened }).is_empty()).count()
+    };
+    let (opened, closed) = (opened + of(false), closed + of(true));
     Ok(v1::PlanResponse {
         opened: opened as u64,
         closed: closed as u64,
         documents,
-        flips: shown.collect(),
-        pairs: found.pairs.len() as u64,
-        compared: found.compared as u64,
-        cut_short: found.cut_short,
+        flips: ways_out.chain(shown).take(SHOWN_MAX).collect(),
+        pairs: (found.pairs.len() + outside.pairs.len()) as u64,
+        compared: (found.compared + outside.compared) as u64,
+        cut_short: found.cut_short || outside.cut_short,
         over: over.0,
     })
 }
@@ -86,6 +97,8 @@ fn ground(s: &State, wanted: Wanted) -> Result<Ground, Refusal> {
     Ok(Ground {
         before: s.policy_set(),
         after: s.policy_set_after(&change),
+        egress_before: s.egress_set(),
+        egress_after: s.egress_set_after(&change),
         known: s.known_identities(),
         now: s.moment(),
         over: s.document_revision(),
@@ -98,7 +111,8 @@ fn planned(s: &State, change: DocumentsChange) -> Vec<v1::PlannedDocument> {
     let groups = change.groups.into_iter().map(StoredDocument::Group);
     let policies = change.policies.into_iter().map(StoredDocument::Policy);
     let services = change.services.into_iter().map(StoredDocument::Service);
-    let written = groups.chain(policies).chain(services);
+    let egress = change.egress.into_iter().map(StoredDocument::Egress);
+    let written = groups.chain(policies).chain(services).chain(egress);
     let written = written.map(|document| (document.kind(), document.name().clone(), Some(document)));
     let all = gone.chain(written).map(|(kind, name, after)| {
         let before = s.document(kind, &name);
@@ -120,6 +134,7 @@ pub(super) fn document_message(change: &DocumentChange) -> v1::PlannedDocument {
         Some(StoredDocument::Policy(policy)) => policy_text(policy),
         Some(StoredDocument::Service(service)) => service_text(service),
         Some(StoredDocument::Group(group)) => group_text(group),
+        Some(StoredDocument::Egress(egress)) => egress_text(egress),
         None => String::new(),
     };
     v1::PlannedDocument {
@@ -133,7 +148,6 @@ pub(super) fn document_message(change: &DocumentChange) -> v1::PlannedDocument {
 
 /// The kind that a request names.
 pub(super) fn kind_of(text: &str) -> Result<DocumentKind, Refusal> {
-    let all = [DocumentKind::Policy, DocumentKind::Service, DocumentKind::Group];
-    let unknown = || Refusal::new(ambit_model::Code::BadRequest, "kind Policy, Service or Group", text);
-    all.into_iter().find(|kind| kind.as_str() == text).ok_or_else(unknown)
+    let unknown = || Refusal::new(ambit_model::Code::BadRequest, "kind Policy, Service, Group or Egress", text);
+    DocumentKind::ALL.into_iter().find(|kind| kind.as_str() == text).ok_or_else(unknown)
 }

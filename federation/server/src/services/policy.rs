@@ -1,7 +1,7 @@
 //! Policies and services: documents in, revisions out, and who holds which revision.
 
 use super::plan::{Wanted, change_of, kind_of, plan};
-use super::{OrStatus, request_id, who};
+use super::{OrStatus, egress, request_id, who};
 use crate::authorise::actor;
 use crate::replica::Replica;
 use ambit_model::{Code, ObjectName, Refusal, Revision, SpiffeId, Stamp, TrustDomain};
@@ -35,11 +35,12 @@ impl v1::policy_registry_server::PolicyRegistry for Policies {
         let id = request_id(&m.request_id)?;
         let documents = ambit_policy::parse(&m.yaml).or_status()?;
         let known = self.0.local(State::known_domains);
-        // The state answers for policies, then for services, then for groups.
+        // The state answers for policies, then for services, then for egress, then for groups.
         let order = |document: &Document| match document {
             Document::Policy(_) => 0,
             Document::Service(_) => 1,
-            Document::Group(_) | Document::Egress(_) => 2,
+            Document::Egress(_) => 2,
+            Document::Group(_) => 3,
         };
         let mut objects: Vec<(u8, v1::Applied)> = documents
             .iter()
@@ -118,8 +119,11 @@ impl v1::policy_registry_server::PolicyRegistry for Policies {
 
     async fn who_can(&self, request: Request<v1::WhoCanRequest>) -> Result<Response<v1::WhoCanResponse>, Status> {
         let m = request.into_inner();
-        let destination: SpiffeId = m.destination.parse().or_status()?;
         let port = if m.port == 0 { None } else { Some(port_of(m.port).or_status()?) };
+        if let Ok(address) = m.destination.parse() {
+            return egress::who_can(&self.0, address, port).await.or_status().map(Response::new);
+        }
+        let destination: SpiffeId = m.destination.parse().or_status()?;
         who::who_can(&self.0, destination, port).await.or_status().map(Response::new)
     }
 
@@ -142,8 +146,15 @@ impl v1::policy_registry_server::PolicyRegistry for Policies {
 
     async fn explain(&self, request: Request<v1::ExplainRequest>) -> Result<Response<v1::ExplainResponse>, Status> {
         let m = request.into_inner();
-        let (src, dst): (SpiffeId, SpiffeId) = (m.source.parse().or_status()?, m.destination.parse().or_status()?);
+        let src: SpiffeId = m.source.parse().or_status()?;
         let (port, at) = (port_of(m.port).or_status()?, Some(Stamp(m.at_ms)).filter(|at| at.0 > 0));
+        let dst: SpiffeId = match m.destination.parse() {
+            Err(_) => m.destination.parse().or_status()?,
+            Ok(address) => match egress::explain(&self.0, (&src, address, port), at).await.or_status()? {
+                egress::Told::Outside(answer) => return Ok(Response::new(*answer)),
+                egress::Told::Inside(id) => id,
+            },
+        };
         let asked = who::Asked { source: src, destination: dst, port, at };
         who::explain(&self.0, asked).await.or_status().map(Response::new)
     }
@@ -196,7 +207,8 @@ fn listing(s: &State) -> v1::ListPoliciesResponse {
     let services = s.services().map(|((origin, _), row)| service_message(origin, &row.object)).collect();
     let endpoints = s.endpoints().map(|(_, row)| (&row.object).into()).collect();
     let groups = s.groups().map(|(name, row)| group(name, row));
-    v1::ListPoliciesResponse { policies, services, endpoints, groups: groups.collect() }
+    let egress = s.egress().map(|(_, row)| egress::message(row));
+    v1::ListPoliciesResponse { policies, services, endpoints, groups: groups.collect(), egress: egress.collect() }
 }
 
 /// One group.

@@ -247,6 +247,9 @@ fn event(s: &State, key: &ObjectKey, known: &BTreeSet<TrustDomain>) -> Event {
             || gone(format!("{}/{}", name.0, name.1)),
             |row| Event::Group(super::policy::group(name, row)),
         ),
+        ObjectKey::Egress(name) => s
+            .egress_of(name)
+            .map_or_else(|| gone(format!("{}/{}", name.0, name.1)), |row| Event::Egress(super::egress::message(row))),
         ObjectKey::Policy(name) => s.policy(name).map_or_else(
             || gone(format!("{}/{}", name.0, name.1)),
             |row| Event::Policy(super::policy::message(name, row, known)),

@@ -50,12 +50,13 @@ async fn aside<T: Send + 'static>(answer: impl FnOnce() -> T + Send + 'static) -
     done.map_err(|e| Refusal::new(Code::Internal, "an answer about policies", e.to_string()))
 }
 
-/// The verdict, what is behind it, and whether the nodes at both ends hold it.
-pub(super) async fn explain(replica: &Replica, asked: Asked) -> Result<v1::ExplainResponse, Refusal> {
-    let (ground, ends, nodes) = replica.read(|s| asked_of(s, &asked)).await??;
-    let v1::ExplainResponse { revision, source, destination, .. } = ends;
-    let explained = aside(move || told(&ground, &asked)).await?;
-    let mut answer = v1::ExplainResponse { revision, source, destination, ..explained };
+/// Which of `nodes` and of all agents hold what was said, and when the rule behind it was written.
+pub(super) async fn with_agents(
+    replica: &Replica,
+    mut answer: v1::ExplainResponse,
+    nodes: BTreeSet<String>,
+) -> v1::ExplainResponse {
+    let revision = answer.revision;
     if answer.written_revision > 0 {
         let at = Revision(answer.written_revision);
         let when = |s: &State| s.document_changes().find(|(revision, _)| *revision == at).map(|(_, row)| row.stamp.0);
@@ -70,7 +71,16 @@ pub(super) async fn explain(replica: &Replica, asked: Asked) -> Result<v1::Expla
     answer.agents_in_step = u32::try_from(agents.values().filter(in_step).count()).unwrap_or(u32::MAX);
     let absent = |node: String| v1::AgentRevision { node, desired: revision, ..Default::default() };
     answer.agents = nodes.into_iter().map(|node| agents.remove(&node).unwrap_or_else(|| absent(node))).collect();
-    Ok(answer)
+    answer
+}
+
+/// The verdict, what is behind it, and whether the nodes at both ends hold it.
+pub(super) async fn explain(replica: &Replica, asked: Asked) -> Result<v1::ExplainResponse, Refusal> {
+    let (ground, ends, nodes) = replica.read(|s| asked_of(s, &asked)).await??;
+    let v1::ExplainResponse { revision, source, destination, .. } = ends;
+    let explained = aside(move || told(&ground, &asked)).await?;
+    let answer = v1::ExplainResponse { revision, source, destination, ..explained };
+    Ok(with_agents(replica, answer, nodes).await)
 }
 
 /// What the state says of it: the policies, and both ends.
@@ -113,6 +123,12 @@ fn told(ground: &Ground, asked: &Asked) -> v1::ExplainResponse {
 
 /// The policies as they were then. Those of peers, and who was in a set, are as they are now: that is not remembered.
 fn set_at(s: &State, at: Stamp, destination: &SpiffeId) -> Result<(PolicySet, Moment), Refusal> {
+    let (change, now) = change_to(s, at)?;
+    Ok((s.policies_to_after(destination, &change), now))
+}
+
+/// The change that makes documents what they were then.
+pub(super) fn change_to(s: &State, at: Stamp) -> Result<(DocumentsChange, Moment), Refusal> {
     if at > s.stamp().plus_ms(AHEAD_MS_MAX) {
         let expected = format!("a time up to now, {}: nobody knows what will be changed", utc::text(s.stamp().0));
         return Err(Refusal::new(Code::BadRequest, expected, utc::text(at.0)));
@@ -126,11 +142,11 @@ fn set_at(s: &State, at: Stamp, destination: &SpiffeId) -> Result<(PolicySet, Mo
             return Err(Refusal::new(Code::NotFound, expected, utc::text(at.0)));
         }
     };
-    Ok((s.policies_to_after(destination, &change), Moment::at(at.min(s.stamp()))))
+    Ok((change, Moment::at(at.min(s.stamp()))))
 }
 
 /// What the cell knows of one end, and which of its nodes run it.
-fn party(s: &State, id: &SpiffeId) -> (v1::Party, BTreeSet<String>) {
+pub(super) fn party(s: &State, id: &SpiffeId) -> (v1::Party, BTreeSet<String>) {
     let entries: Vec<_> = s.entries_giving(id).collect();
     let running: Vec<_> = s.endpoints().map(|(_, row)| &row.object).filter(|e| e.spiffe_id == *id).collect();
     let own = s.cell().is_some_and(|cell| cell.trust_domain == id.trust_domain());
@@ -192,8 +208,11 @@ pub(super) async fn unused(replica: &Replica) -> Result<v1::UnusedResponse, Refu
         ground.rows.extend(idle);
         ground
     };
-    let ground = replica.read(ground).await?;
-    aside(move || speaking_of_nobody(&ground)).await
+    let outside = |s: &State| super::egress::unused(s, &s.known_identities());
+    let (ground, egress) = (replica.read(ground).await?, replica.read(outside).await?);
+    let mut answer = aside(move || speaking_of_nobody(&ground)).await?;
+    answer.policies.extend(egress);
+    Ok(answer)
 }
 
 fn speaking_of_nobody(ground: &Ground) -> v1::UnusedResponse {
@@ -223,6 +242,7 @@ fn speaking_of_nobody(ground: &Ground) -> v1::UnusedResponse {
             why,
             revision: row.revision.0,
             written_by: row.written_by.clone(),
+            kind: String::new(),
         });
     }
     answer

@@ -1,6 +1,6 @@
-//! Policies, services and groups of this cell: changed all at once or not at all, and every change remembered.
+//! Policies, services, groups and egress of this cell: changed all at once or not at all, and every change remembered.
 
-use super::{At, addresses, cell_row, export, payload, touch};
+use super::{At, addresses, cell_row, egress, export, payload, touch};
 use crate::command::{DocumentKind, DocumentsChange, Reply};
 use crate::objects::{DocumentChange, DocumentsRow, Owned, StoredDocument};
 use crate::resolve::{self, Resolver};
@@ -60,7 +60,8 @@ pub(super) fn change(s: &mut State, at: At, asked: &DocumentsChange) -> Result<R
     let policies = asked.policies.iter().cloned().map(StoredDocument::Policy);
     let services = asked.services.iter().cloned().map(StoredDocument::Service);
     let groups = asked.groups.iter().cloned().map(StoredDocument::Group);
-    for document in groups.chain(policies).chain(services) {
+    let egress = asked.egress.iter().cloned().map(StoredDocument::Egress);
+    for document in groups.chain(policies).chain(services).chain(egress) {
         let (kind, name) = (document.kind(), document.name().clone());
         let change = write(s, at, &own, &asked.by, kind, &name, Some(document))?;
         done.push(change.before != change.after);
@@ -71,7 +72,7 @@ pub(super) fn change(s: &mut State, at: At, asked: &DocumentsChange) -> Result<R
         touch(s, at);
         remember(s, at, (&asked.by, &asked.note), changes)?;
     }
-    // Policies first, then services, as they were always answered; then groups.
+    // Policies first, then services, as they were always answered; then egress, and last groups.
     done.rotate_left(asked.delete.len() + asked.groups.len());
     Ok(Reply::Documents(done, cell_row(s)?.export_seq))
 }
@@ -82,6 +83,7 @@ fn is_there(s: &State, own: &TrustDomain, kind: DocumentKind, name: &ObjectName)
         DocumentKind::Policy => (s.policies.contains(&key), "a policy of this cell"),
         DocumentKind::Service => (s.services.contains(&key), "a service of this cell"),
         DocumentKind::Group => (s.groups.contains(&key), "a group of this cell"),
+        DocumentKind::Egress => (s.egress.contains(&key), "an egress document of this cell"),
     };
     if there { Ok(()) } else { Err(Refusal::new(Code::NotFound, what, name.as_str())) }
 }
@@ -101,7 +103,13 @@ fn check_room(s: &State, own: &TrustDomain, asked: &DocumentsChange) -> Result<(
     let groups = s.groups().filter(|((td, _), _)| td == own).map(|((_, name), _)| name);
     let services = after(asked, DocumentKind::Service, services, asked.services.iter().map(|service| &service.name));
     let groups = after(asked, DocumentKind::Group, groups, asked.groups.iter().map(|group| &group.name));
+    let held = s.egress().map(|((_, name), _)| name);
+    let egress = after(asked, DocumentKind::Egress, held, asked.egress.iter().map(|egress| &egress.name));
     let policies = s.own_policies_after(Some(asked)).count();
+    if egress > egress::EGRESS_MAX {
+        let expected = format!("at most {} egress documents", egress::EGRESS_MAX);
+        return Err(Refusal::new(Code::Busy, expected, egress.to_string()));
+    }
     if policies > POLICIES_MAX || services > SERVICES_MAX || groups > GROUPS_MAX {
         let expected = format!("at most {POLICIES_MAX} policies, {SERVICES_MAX} services and {GROUPS_MAX} groups");
         let found = format!("{policies}, {services} and {groups}");
@@ -125,6 +133,7 @@ fn check_written(s: &State, own: &TrustDomain, asked: &DocumentsChange) -> Resul
     for policy in &asked.policies {
         check_policy(s, own, policy, &groups)?;
     }
+    asked.egress.iter().try_for_each(|document| egress::check(s, own, document, &groups))?;
     // Policies that stay as they are must still find their groups, and still be theirs to write.
     if !asked.groups.is_empty() || !deleted.is_empty() {
         let written: BTreeSet<&ObjectName> = asked.policies.iter().map(|policy| &policy.name).collect();
@@ -134,8 +143,10 @@ fn check_written(s: &State, own: &TrustDomain, asked: &DocumentsChange) -> Resul
         for (_, row) in using {
             check_policy(s, own, &row.object, &groups)?;
         }
+        egress::check_staying(s, own, asked, &groups)?;
     }
     asked.services.iter().try_for_each(|service| check_service(s, own, asked, service))?;
+    egress::check_room(s, asked)?;
     if asked.groups.is_empty() && !asked.policies.iter().any(resolve::has_named) {
         return Ok(());
     }
@@ -152,7 +163,19 @@ fn check_policy(
     ambit_policy::check_enforceable(&Document::Policy(policy.clone()))?;
     let told = |r: Refusal| Refusal::new(r.code, r.expected, format!("policy {}: {}", policy.name, r.found));
     policy.from.iter().chain([&policy.target]).try_for_each(|set| check_set(s, own, set, groups)).map_err(told)?;
-    // Whose callers a group names is whose they are, not whose the group is.
+    let from = members_of(&policy.from, groups);
+    let labelled = from.iter().chain([&policy.target]).any(|set| matches!(set, Peers::Labelled(..)));
+    if let Some(other) = from.iter().chain([&policy.target]).find(|set| labelled && set.trust_domain() != *own) {
+        // Labels stay in their cell: a peer could enforce neither end of it.
+        let expected = format!("with labels, identities of {own} only (peers do not know its labels)");
+        return Err(told(Refusal::new(Code::PolicyUnenforceable, expected, other.to_string())));
+    }
+    check_callers(own, policy, &from).map_err(told)?;
+    ambit_policy::check_owner(&Document::Policy(Policy { from, ..policy.clone() }), own)
+}
+
+/// The sets, and in the place of a group its members: whose callers it names is whose they are, not whose the group is.
+pub(super) fn members_of(sets: &[Peers], groups: &BTreeMap<ObjectName, Vec<Peers>>) -> Vec<Peers> {
     let named = |set: &Peers| match set {
         Peers::Group(_, name) => groups.get(name).cloned().unwrap_or_default(),
         Peers::Id(_)
@@ -162,15 +185,7 @@ fn check_policy(
         | Peers::Labelled(..)
         | Peers::Ids(..) => vec![set.clone()],
     };
-    let from: Vec<Peers> = policy.from.iter().flat_map(named).collect();
-    let labelled = from.iter().chain([&policy.target]).any(|set| matches!(set, Peers::Labelled(..)));
-    if let Some(other) = from.iter().chain([&policy.target]).find(|set| labelled && set.trust_domain() != *own) {
-        // Labels stay in their cell: a peer could enforce neither end of it.
-        let expected = format!("with labels, identities of {own} only (peers do not know its labels)");
-        return Err(told(Refusal::new(Code::PolicyUnenforceable, expected, other.to_string())));
-    }
-    check_callers(own, policy, &from).map_err(told)?;
-    ambit_policy::check_owner(&Document::Policy(Policy { from, ..policy.clone() }), own)
+    sets.iter().flat_map(named).collect()
 }
 
 /// Whoever judges by a deny must be able to tell who is denied. Who runs in a cluster only its own cell knows before it runs,
@@ -190,7 +205,7 @@ fn check_callers(own: &TrustDomain, policy: &Policy, from: &[Peers]) -> Result<(
 }
 
 /// A set that is resolved by this cell must be there to be resolved.
-fn check_set(
+pub(super) fn check_set(
     s: &State,
     own: &TrustDomain,
     set: &Peers,
@@ -252,7 +267,7 @@ fn check_backends(service: &Service, own: &TrustDomain) -> Result<(), Refusal> {
     }
 }
 
-/// Puts `after` in the place of what is there, and exports it where it is another.
+/// Puts `after` in the place of what is there, and exports it where it is another; of egress peers hear nothing.
 pub(super) fn write(
     s: &mut State,
     at: At,
@@ -267,6 +282,7 @@ pub(super) fn write(
         DocumentKind::Policy => s.policies.get(&key).map(|row| StoredDocument::Policy(row.object.clone())),
         DocumentKind::Service => s.services.get(&key).map(|row| StoredDocument::Service(row.object.clone())),
         DocumentKind::Group => s.groups.get(&key).map(|row| StoredDocument::Group(row.object.clone())),
+        DocumentKind::Egress => s.egress.get(&key).map(|row| StoredDocument::Egress(row.object.clone())),
     };
     if before == after {
         return Ok(DocumentChange { kind, name: name.clone(), before, after });
@@ -284,6 +300,10 @@ pub(super) fn write(
         (DocumentKind::Group, None) => {
             s.groups.remove(&mut s.journal, &key);
             (Kind::Group, Vec::new())
+        }
+        (DocumentKind::Egress, None) => {
+            egress::put(s, &key, None);
+            return Ok(DocumentChange { kind, name: name.clone(), before, after });
         }
         (_, Some(StoredDocument::Policy(policy))) => {
             let row = Owned { object: policy.clone(), revision, written_by };
@@ -305,6 +325,10 @@ pub(super) fn write(
             let row = Owned { object: group.clone(), revision, written_by };
             s.groups.put(&mut s.journal, key, row);
             (Kind::Group, payload(group)?)
+        }
+        (_, Some(StoredDocument::Egress(egress))) => {
+            egress::put(s, &key, Some(Owned { object: egress.clone(), revision, written_by }));
+            return Ok(DocumentChange { kind, name: name.clone(), before, after });
         }
     };
     export(s, record, name.to_string(), bytes);

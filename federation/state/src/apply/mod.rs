@@ -9,6 +9,7 @@ mod cell;
 mod deny;
 mod documents;
 mod downstream;
+mod egress;
 mod endorse;
 mod external;
 mod federation;

@@ -5,7 +5,7 @@ use crate::command::{Command, DocumentKind, DocumentsChange, Nodes, Reply, RoleC
 use crate::committed::Subject;
 use crate::objects::{AdminRow, TokenScope};
 use crate::state::State;
-use ambit_model::policy::{Action, Labels, Peers, Policy, Service};
+use ambit_model::policy::{Action, Egress, Labels, Peers, Policy, Service};
 use ambit_model::{AdminRole, ClusterId, Code, Entry, EntryId, NodeId, ObjectName, Refusal, SpiffeId, TrustDomain};
 use std::collections::BTreeSet;
 
@@ -222,6 +222,10 @@ impl Scope<'_> {
         let ids: BTreeSet<&SpiffeId> = inside.map(|entry| &entry.spiffe_id).collect();
         ids.into_iter().try_for_each(|id| self.identity(s, id))
     }
+    /// Who opens the way out opens it to callers of ours only.
+    fn egress(&self, s: &State, egress: &Egress) -> Result<(), Refusal> {
+        egress.from.iter().try_for_each(|set| self.peers(s, set))
+    }
     fn service(&self, s: &State, service: &Service) -> Result<(), Refusal> {
         service.backends.iter().try_for_each(|backend| self.peers(s, backend))
     }
@@ -279,9 +283,14 @@ fn documents(s: &State, scope: &Scope<'_>, change: &DocumentsChange) -> Result<(
     if let Some(group) = change.groups.first() {
         return Err(scope.refuse(format!("group {}, which policies of the whole cell may use", group.name)));
     }
+    for egress in &change.egress {
+        scope.egress(s, egress)?;
+        former_egress(s, scope, &egress.name)?;
+    }
     change.delete.iter().try_for_each(|(kind, name)| match kind {
         DocumentKind::Policy => former_policy(s, scope, name),
         DocumentKind::Service => former_service(s, scope, name),
+        DocumentKind::Egress => former_egress(s, scope, name),
         DocumentKind::Group => Err(scope.refuse(format!("group {name}, which policies of the whole cell may use"))),
     })
 }
@@ -292,6 +301,10 @@ fn former_policy(s: &State, scope: &Scope<'_>, name: &ObjectName) -> Result<(), 
 
 fn former_service(s: &State, scope: &Scope<'_>, name: &ObjectName) -> Result<(), Refusal> {
     s.service(&(scope.own.clone(), name.clone())).map_or(Ok(()), |row| scope.service(s, &row.object))
+}
+
+fn former_egress(s: &State, scope: &Scope<'_>, name: &ObjectName) -> Result<(), Refusal> {
+    s.egress_of(&(scope.own.clone(), name.clone())).map_or(Ok(()), |row| scope.egress(s, &row.object))
 }
 
 /// The appraisal policy of this name, as far as there is one, governs our nodes only.

@@ -1,7 +1,7 @@
 //! Rows of the tables: what a cell remembers.
 
 use crate::command::DocumentKind;
-use ambit_model::policy::{Endpoint, Group, Policy, Service};
+use ambit_model::policy::{Egress, Endpoint, Group, Policy, Service};
 use ambit_model::{
     Act, AdminRole, ClusterId, Entry, JwtAuthority, NumericIdentity, ObjectName, RaftIndex, Revision, SpiffeId, Stamp,
     TrustDomain,
@@ -210,6 +210,8 @@ pub type PolicyRow = Owned<Policy>;
 pub type ServiceRow = Owned<Service>;
 /// Rows of groups.
 pub type GroupRow = Owned<Group>;
+/// Rows of egress documents.
+pub type EgressRow = Owned<Egress>;
 
 /// A document as it is kept.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -220,6 +222,8 @@ pub enum StoredDocument {
     Service(Service),
     /// `kind: Group`.
     Group(Group),
+    /// `kind: Egress`.
+    Egress(Egress),
 }
 
 impl StoredDocument {
@@ -229,6 +233,7 @@ impl StoredDocument {
             Self::Policy(_) => DocumentKind::Policy,
             Self::Service(_) => DocumentKind::Service,
             Self::Group(_) => DocumentKind::Group,
+            Self::Egress(_) => DocumentKind::Egress,
         }
     }
     /// Its name.
@@ -237,6 +242,7 @@ impl StoredDocument {
             Self::Policy(policy) => &policy.name,
             Self::Service(service) => &service.name,
             Self::Group(group) => &group.name,
+            Self::Egress(egress) => &egress.name,
         }
     }
 }

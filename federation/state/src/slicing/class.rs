@@ -1,14 +1,15 @@
 //! What nodes that may run the same entries have in common, and what one of them has beside.
 
 use super::{General, Kind, Slicer, within};
+use crate::egress;
 use crate::objects::EntryRow;
 use crate::slice::Bundles;
 use crate::state::{OwnedName, State};
 use crate::table::Row;
-use ambit_model::policy::{Action, Endpoint, NodeAddress, Peers, Policy, Service};
+use ambit_model::policy::{Action, Egress, Endpoint, NodeAddress, Peers, Policy, Service};
 use ambit_model::{ClusterId, JwtAuthority, NodeId, SpiffeId, TrustDomain};
 use ambit_policy::{Index, PolicySet};
-use std::cell::OnceCell;
+use std::cell::{OnceCell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 use std::sync::Arc;
@@ -23,7 +24,14 @@ pub(super) struct Known {
     identities: Vec<(SpiffeId, Vec<Place>)>,
     /// Endpoints that own nodes reported.
     by_node: BTreeMap<NodeId, Vec<Place>>,
+    /// Every address that the mesh knows.
+    addresses: BTreeSet<Ipv4Addr>,
+    /// Of these, those in the ranges of some documents: nodes with the same documents share them.
+    inside: RefCell<Vec<Inside>>,
 }
+
+/// Documents, and what is in their ranges.
+type Inside = (Arc<Vec<Egress>>, Arc<Vec<Ipv4Addr>>);
 
 impl Known {
     pub(super) fn of(s: &State) -> Known {
@@ -35,7 +43,19 @@ impl Known {
                 by_node.entry(row.object.node).or_default().push(key.clone());
             }
         }
-        Known { identities: identities.into_iter().collect(), by_node }
+        let addresses = s.meshed_addresses();
+        Known { identities: identities.into_iter().collect(), by_node, addresses, inside: RefCell::default() }
+    }
+
+    /// Addresses of the mesh in the ranges of these documents.
+    fn inside(&self, egress: &Arc<Vec<Egress>>) -> Arc<Vec<Ipv4Addr>> {
+        let mut known = self.inside.borrow_mut();
+        if let Some((_, found)) = known.iter().find(|(of, _)| of == egress) {
+            return found.clone();
+        }
+        let found = Arc::new(egress::inside(&self.addresses, egress.iter()));
+        known.push((egress.clone(), found.clone()));
+        found
     }
 }
 
@@ -65,6 +85,10 @@ pub struct Class {
     pub services: Arc<BTreeMap<OwnedName, Service>>,
     /// See [`crate::Slice::callers`].
     pub callers: Arc<BTreeMap<(TrustDomain, NodeId), NodeAddress>>,
+    /// Egress documents that concern local identities.
+    pub egress: Arc<Vec<Egress>>,
+    /// See [`crate::Slice::meshed`].
+    pub meshed: Arc<Vec<Ipv4Addr>>,
 }
 
 impl Class {
@@ -88,6 +112,8 @@ impl Class {
             far_numbers: Arc::default(),
             services: Arc::default(),
             callers: Arc::default(),
+            egress: Arc::default(),
+            meshed: Arc::default(),
         };
         class.judged(of, true, true)
     }
@@ -105,12 +131,15 @@ impl Class {
             && Arc::ptr_eq(&self.far_numbers, &other.far_numbers)
             && Arc::ptr_eq(&self.services, &other.services)
             && Arc::ptr_eq(&self.callers, &other.callers)
+            && Arc::ptr_eq(&self.egress, &other.egress)
+            && Arc::ptr_eq(&self.meshed, &other.meshed)
     }
 
     fn judged(&self, of: &Slicer, rules: bool, endpoints: bool) -> Class {
         let mut class = self.clone();
         if rules {
             put(&mut class.policies, of.rules.concerning(&class.local));
+            put(&mut class.egress, of.rules.egress(&class.local));
         }
         // An endpoint is reached by what all policies say, not only by those that changed here.
         if rules || endpoints {
@@ -122,6 +151,10 @@ impl Class {
             put(&mut class.far_numbers, far);
             let services = services_of(&of.frozen, &ids);
             put(&mut class.services, services);
+            let meshed = of.known.inside(&class.egress);
+            if class.meshed != meshed {
+                class.meshed = meshed;
+            }
         }
         let callers = class.callers(of);
         put(&mut class.callers, callers);

@@ -1,7 +1,7 @@
 //! All policies that can decide now, and which of them concern an identity.
 
 use crate::state::State;
-use ambit_model::policy::{Action, Peers, Policy};
+use ambit_model::policy::{Action, Egress, Peers, Policy};
 use ambit_model::{Moment, SpiffeId, TrustDomain};
 use std::collections::{BTreeSet, HashMap};
 
@@ -15,6 +15,8 @@ pub(super) struct Rules {
     prefixes: HashMap<String, Vec<u32>>,
     /// Those with a set that nobody could resolve, and that narrow: they mean all of its trust domain.
     unresolved: Vec<(TrustDomain, u32)>,
+    /// All egress documents that allow somebody something now, by name.
+    egress: Vec<Egress>,
     has_named: bool,
 }
 
@@ -23,7 +25,9 @@ impl Rules {
         let named = |policy: &Policy| policy.from.iter().chain([&policy.target]).any(Peers::is_named);
         let mut rules = Rules {
             all: s.policy_set().into_in_force(now),
-            has_named: s.policies().any(|(_, row)| named(&row.object)),
+            egress: s.resolved_egress(None),
+            has_named: s.policies().any(|(_, row)| named(&row.object))
+                || s.egress().any(|(_, row)| row.object.from.iter().any(Peers::is_named)),
             ..Rules::default()
         };
         for (number, (_, policy)) in (0..).zip(&rules.all) {
@@ -52,6 +56,11 @@ impl Rules {
     /// Whether a policy speaks of a set by its name.
     pub(super) fn has_named(&self) -> bool {
         self.has_named
+    }
+
+    /// Egress documents that speak of one of these identities, which are in order.
+    pub(super) fn egress(&self, local: &[SpiffeId]) -> Vec<Egress> {
+        crate::egress::concerning(&self.egress, local).cloned().collect()
     }
 
     /// As [`ambit_policy::concerns`], of identities in order, without a walk over policies.

@@ -1,15 +1,16 @@
 //! What nodes need, as resources. What did not move since the last edition is not encoded again.
 
 use super::messages;
-use ambit_model::policy::Policy;
+use ambit_model::policy::{Egress, Policy};
 use ambit_model::{NodeId, SpiffeId, TrustDomain};
-use ambit_proto::convert::{node_address_message, policy_message, service_message};
+use ambit_proto::convert::{egress_message, node_address_message, policy_message, service_message};
 use ambit_proto::resources::{Item, Set};
 use ambit_proto::v1::ResourceKind;
 use ambit_state::objects::EntryRow;
 use ambit_state::slicing::{Class, General, Own, Portion, Refused, Slicer};
 use ambit_state::{Bundles, Row};
 use std::collections::HashMap;
+use std::net::Ipv4Addr;
 use std::sync::Arc;
 
 /// Encoded resources, shared.
@@ -65,6 +66,8 @@ pub(super) struct Shelf {
     entries: Kept<Vec<Row<EntryRow>>, Items>,
     numbers: Kept<Vec<(SpiffeId, u32)>, Items>,
     policies: Kept<Vec<(TrustDomain, Policy)>, Items>,
+    egress: Kept<Vec<Egress>, Items>,
+    meshed: Kept<Vec<Ipv4Addr>, Items>,
     classes: Kept<Class, Whole>,
     nodes: HashMap<NodeId, (Set, Own, Set)>,
 }
@@ -105,6 +108,8 @@ impl Shelf {
         self.entries.turn();
         self.numbers.turn();
         self.policies.turn();
+        self.egress.turn();
+        self.meshed.turn();
         self.classes.turn();
     }
 
@@ -148,6 +153,8 @@ impl Shelf {
             }),
             shared(small),
             self.numbers.of(&class.numbers, |numbers| shared(numbers.iter().map(number))),
+            self.egress.of(&class.egress, |all| shared(all.iter().map(|e| Item::egress(&egress_message(e))))),
+            self.meshed.of(&class.meshed, |all| shared(all.iter().map(|address| Item::meshed(&address.to_string())))),
         ]
     }
 }
