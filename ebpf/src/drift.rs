@@ -54,11 +54,13 @@ pub(crate) struct InForce {
     pub(crate) verdicts: Sum,
     pub(crate) endpoints: Sum,
     pub(crate) services: Sum,
+    pub(crate) ranges: Sum,
 }
 
 impl InForce {
-    fn each(&self) -> [(&'static str, Sum); 3] {
-        [("verdicts", self.verdicts), ("endpoints", self.endpoints), ("services", self.services)]
+    fn each(&self) -> [(&'static str, Sum); 4] {
+        let Self { verdicts, endpoints, services, ranges } = *self;
+        [("verdicts", verdicts), ("endpoints", endpoints), ("services", services), ("ranges", ranges)]
     }
 }
 

@@ -4,7 +4,7 @@ use crate::drift::{InForce, Sum};
 use crate::error::KernelError;
 use crate::kernel::{Kernel, Maps};
 use crate::layout::{
-    self, CONFIG_GENERATION, Field, Layout, RawEndpoint, RawService, RawVerdict, RawVerdictKey, ServiceKey,
+    self, CONFIG_GENERATION, Field, Layout, RangeKey, RawEndpoint, RawService, RawVerdict, RawVerdictKey, ServiceKey,
 };
 use crate::pins::create_map;
 use crate::tables::{Action, MAX_SERVICE_ENDPOINTS, Service, Tables, Tier};
@@ -20,6 +20,7 @@ type Rows = Vec<(Vec<u8>, Vec<u8>)>;
 /// One table of a generation, ready to be written.
 struct Table {
     name: &'static str,
+    kind: MapType,
     key: u32,
     value: u32,
     rows: Rows,
@@ -47,8 +48,8 @@ impl Kernel {
             self.put(table.name, idle, inner)?;
         }
         self.set_config(CONFIG_GENERATION, u64::from(idle))?;
-        let [verdicts, endpoints, services] = encoded.each_ref().map(Table::sum);
-        *in_force = Some(InForce { verdicts, endpoints, services });
+        let [verdicts, endpoints, services, ranges] = encoded.each_ref().map(Table::sum);
+        *in_force = Some(InForce { verdicts, endpoints, services, ranges });
         // Writing a slot of a map of maps returns only after every running program has ended (the kernel's
         // maybe_wait_bpf_programs). Without this the next install could replace maps that a program still reads.
         if let (Some(table), Some(inner)) = (encoded.first(), filled.first()) {
@@ -107,7 +108,7 @@ impl Kernel {
 
     /// How full each map is that can be: its name, its entries now, and the most that it takes. The tables in force are made to
     /// measure, so an empty one counts as one.
-    pub fn room(&self) -> Result<[(&'static str, u32, u32); 6], KernelError> {
+    pub fn room(&self) -> Result<[(&'static str, u32, u32); 7], KernelError> {
         let capacity = self.capacity();
         let in_force = |name| Ok::<_, KernelError>(self.live_table(name)?.map_or(0, |table| table.max_entries()));
         let count = |map: &MapHandle| map.keys().take(map.max_entries() as usize).count() as u32;
@@ -116,25 +117,27 @@ impl Kernel {
             ("verdicts", in_force("verdicts")?, capacity.verdicts),
             ("endpoints", in_force("endpoints")?, capacity.endpoints),
             ("services", in_force("services")?, capacity.services),
+            ("ranges", in_force("ranges")?, capacity.ranges),
             ("workloads", count(workloads), capacity.workloads),
             ("flows", count(flows), capacity.flows),
             ("stamps", self.stamps_held()?, capacity.stamps),
         ])
     }
 
-    fn admit(&self, tables: &Tables) -> Result<[Table; 3], KernelError> {
+    fn admit(&self, tables: &Tables) -> Result<[Table; 4], KernelError> {
         let capacity = self.capacity();
         let sizes = [
             ("verdicts", capacity.verdicts, tables.verdicts.len()),
             ("endpoints", capacity.endpoints, tables.endpoints.len()),
             ("services", capacity.services, tables.services.len()),
+            ("ranges", capacity.ranges, tables.ranges.len()),
         ];
         for (map, capacity, needed) in sizes {
             if needed > capacity as usize {
                 return Err(KernelError::MapFull { map, capacity, needed });
             }
         }
-        Ok([verdict_table(tables)?, endpoint_table(tables)?, service_table(tables)?])
+        Ok([verdict_table(tables)?, endpoint_table(tables)?, service_table(tables)?, range_table(tables)?])
     }
 
     /// Which of the two generations is in force.
@@ -162,6 +165,7 @@ fn outer<'k>(maps: &'k Maps, name: &'static str) -> &'k MapHandle {
     match name {
         "verdicts" => &maps.verdicts,
         "endpoints" => &maps.endpoints,
+        "ranges" => &maps.ranges,
         _ => &maps.services,
     }
 }
@@ -238,6 +242,20 @@ fn service_table(tables: &Tables) -> Result<Table, KernelError> {
     table("services", ServiceKey::SIZE, RawService::SIZE, rows)
 }
 
+fn range_table(tables: &Tables) -> Result<Table, KernelError> {
+    let mut rows = Rows::with_capacity(tables.ranges.len());
+    for range in &tables.ranges {
+        require_identity(range.number, "a range")?;
+        let (bits, first) = (u32::from(range.bits), range.first.to_bits());
+        if bits > 32 || first.checked_shl(bits).unwrap_or(0) != 0 {
+            return Err(KernelError::BadTables(format!("range {}/{bits} has bits behind its prefix", range.first)));
+        }
+        let key = RangeKey { bits, address: layout::address(range.first) };
+        rows.push((key.to_bytes(), range.number.to_ne_bytes().to_vec()));
+    }
+    Ok(Table { kind: MapType::LpmTrie, ..table("ranges", RangeKey::SIZE, 4, rows)? })
+}
+
 fn raw_service(service: &Service) -> Result<RawService, KernelError> {
     if service.endpoints.len() > MAX_SERVICE_ENDPOINTS {
         let (address, count) = (service.address, service.endpoints.len());
@@ -276,7 +294,7 @@ fn table(name: &'static str, key: usize, value: usize, mut rows: Rows) -> Result
     if rows.windows(2).any(|pair| matches!(pair, [a, b] if a.0 == b.0)) {
         return Err(KernelError::BadTables(format!("a key of {name} comes twice")));
     }
-    Ok(Table { name, key: key as u32, value: value as u32, rows })
+    Ok(Table { name, kind: MapType::Hash, key: key as u32, value: value as u32, rows })
 }
 
 impl Table {
@@ -285,10 +303,10 @@ impl Table {
     }
 }
 
-/// A fresh inner map of exactly the size needed (a hash in a map of maps may differ in that from its template).
+/// A fresh inner map of exactly the size needed (an inner map may differ in that from its template).
 fn fill(table: &Table) -> Result<MapHandle, KernelError> {
     let count = table.rows.len() as u32;
-    let inner = create_map(MapType::Hash, table.name, table.key, table.value, count.max(1))
+    let inner = create_map(table.kind, table.name, table.key, table.value, count.max(1))
         .map_err(|e| KernelError::bpf(format!("make map {}", table.name), e))?;
     if count > 0 {
         let keys: Vec<u8> = table.rows.iter().flat_map(|row| row.0.iter().copied()).collect();

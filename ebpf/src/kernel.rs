@@ -29,6 +29,8 @@ pub struct Capacity {
     pub endpoints: u32,
     /// Services of one generation.
     pub services: u32,
+    /// Ranges of addresses of one generation, about 100 bytes each.
+    pub ranges: u32,
     /// Captured flows that the agent did not accept yet.
     pub flows: u32,
     /// Connections between two pods of this node, and those that ended within the last minute; about 150 bytes each.
@@ -37,7 +39,15 @@ pub struct Capacity {
 
 impl Default for Capacity {
     fn default() -> Self {
-        Self { workloads: 1024, verdicts: 262_144, endpoints: 65_536, services: 4096, flows: 16_384, stamps: 65_536 }
+        Self {
+            workloads: 1024,
+            verdicts: 262_144,
+            endpoints: 65_536,
+            services: 4096,
+            ranges: 65_536,
+            flows: 16_384,
+            stamps: 65_536,
+        }
     }
 }
 
@@ -71,6 +81,7 @@ pub(crate) struct Maps {
     pub(crate) flows: MapHandle,
     pub(crate) locals: MapHandle,
     pub(crate) namespaces: MapHandle,
+    pub(crate) ranges: MapHandle,
     pub(crate) services: MapHandle,
     pub(crate) stamps: MapHandle,
     pub(crate) verdicts: MapHandle,
@@ -346,6 +357,7 @@ fn open_maps(pins: &Pins) -> Result<Maps, KernelError> {
         flows: open("flows")?,
         locals: open("locals")?,
         namespaces: open("namespaces")?,
+        ranges: open("ranges")?,
         services: open("services")?,
         stamps: open("stamps")?,
         verdicts: open("verdicts")?,

@@ -91,6 +91,7 @@ layout! {
     struct Namespace = "namespace" { inode: u64, address: Address, pad: u32 }
     struct RawVerdictKey = "verdict_key" { source: u32, destination: u32, port: u16, pad: u16 }
     struct RawVerdict = "verdict" { action: u32, rule: u32 }
+    struct RangeKey = "range_key" { bits: u32, address: Address }
     struct ServiceKey = "service_key" { address: Address, port: u16, pad: u16 }
     struct RawEndpoint = "service_endpoint" { address: Address, identity: u32, port: u16, tier: u8, healthy: u8 }
     struct RawService = "service" { count: u32, pad: u32, endpoints: [RawEndpoint; crate::MAX_SERVICE_ENDPOINTS] }
@@ -152,12 +153,13 @@ pub(crate) fn layout_hash(maps: &[(&str, u32, usize, usize)]) -> [u8; 32] {
 
 type Fields = &'static [(&'static str, usize)];
 
-fn structs() -> [(&'static str, Fields); 14] {
+fn structs() -> [(&'static str, Fields); 15] {
     [
         (Workload::C_NAME, Workload::FIELDS),
         (Namespace::C_NAME, Namespace::FIELDS),
         (RawVerdictKey::C_NAME, RawVerdictKey::FIELDS),
         (RawVerdict::C_NAME, RawVerdict::FIELDS),
+        (RangeKey::C_NAME, RangeKey::FIELDS),
         (ServiceKey::C_NAME, ServiceKey::FIELDS),
         (RawEndpoint::C_NAME, RawEndpoint::FIELDS),
         (RawService::C_NAME, RawService::FIELDS),
@@ -182,6 +184,7 @@ mod tests {
             (Namespace::SIZE, 16),
             (RawVerdictKey::SIZE, 12),
             (RawVerdict::SIZE, 8),
+            (RangeKey::SIZE, 8),
             (ServiceKey::SIZE, 8),
             (RawEndpoint::SIZE, 12),
             (RawService::SIZE, 104),

@@ -46,7 +46,7 @@ pub use netlink::DeviceNews;
 pub use objects::{BuiltObject, DECIDE, MANIFEST, OBJECTS};
 pub use probe::{Feature, probe};
 pub use sys::{boot_time, cgroup_id, netns_cookie};
-pub use tables::{Action, MAX_SERVICE_ENDPOINTS, Service, ServiceEndpoint, Tables, Tier, Verdict, VerdictKey};
+pub use tables::{Action, MAX_SERVICE_ENDPOINTS, Range, Service, ServiceEndpoint, Tables, Tier, Verdict, VerdictKey};
 
 /// TCP port, on every address of 127.0.0.0/8 in a workload's network namespace, behind which the agent's capture
 /// listener stands. A workload cannot reach it on purpose.

@@ -31,7 +31,7 @@ const fn map(name: &'static str, kind: MapType, key: usize, value: usize) -> Map
 }
 
 /// The maps of mesh.bpf.o.
-pub(crate) const MAPS: [MapPin; 12] = [
+pub(crate) const MAPS: [MapPin; 13] = [
     map("config", MapType::Array, 4, 8),
     map("counters", MapType::PercpuArray, 4, 8),
     map("endpoints", MapType::ArrayOfMaps, 4, 4),
@@ -39,6 +39,7 @@ pub(crate) const MAPS: [MapPin; 12] = [
     map("flows", MapType::Hash, layout::FlowKey::SIZE, layout::Flow::SIZE),
     map("locals", MapType::Hash, 4, layout::RawLocal::SIZE),
     map("namespaces", MapType::Hash, 8, layout::Namespace::SIZE),
+    map("ranges", MapType::ArrayOfMaps, 4, 4),
     map("services", MapType::ArrayOfMaps, 4, 4),
     map("sockets", MapType::SkStorage, 4, layout::SocketFlow::SIZE),
     map("stamps", MapType::Hash, layout::StampKey::SIZE, layout::RawStamp::SIZE),
@@ -317,6 +318,9 @@ fn same(a: &ProgramAttachType, b: &ProgramAttachType) -> bool {
 }
 
 /// An anonymous map.
+/// `BPF_F_NO_PREALLOC` (include/uapi/linux/bpf.h).
+const NO_PREALLOC: u32 = 1;
+
 pub(crate) fn create_map(
     kind: MapType,
     name: &str,
@@ -324,7 +328,9 @@ pub(crate) fn create_map(
     value: u32,
     entries: u32,
 ) -> libbpf_rs::Result<MapHandle> {
-    let opts = bpf_map_create_opts { sz: size_of::<bpf_map_create_opts>() as _, ..Default::default() };
+    // The kernel takes no other of this kind, which it makes entry by entry.
+    let map_flags = if kind == MapType::LpmTrie { NO_PREALLOC } else { 0 };
+    let opts = bpf_map_create_opts { sz: size_of::<bpf_map_create_opts>() as _, map_flags, ..Default::default() };
     MapHandle::create(kind, Some(name), key, value, entries, &opts)
 }
 

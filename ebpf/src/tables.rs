@@ -65,13 +65,26 @@ pub struct Service {
     pub endpoints: Vec<ServiceEndpoint>,
 }
 
+/// A range of addresses outside of the mesh, and the number that stands for it in verdicts: one that no workload has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Range {
+    /// Its first address.
+    pub first: Ipv4Addr,
+    /// Bits of its prefix, at most 32.
+    pub bits: u8,
+    /// The number.
+    pub number: u32,
+}
+
 /// Everything that is swapped in as one generation.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Tables {
     /// Verdicts by caller, callee and port.
     pub verdicts: Vec<(VerdictKey, Verdict)>,
-    /// Who is behind an address. An address that is not here is refused.
+    /// Who is behind an address. An address that is not here, and in no range, is refused.
     pub endpoints: Vec<(Ipv4Addr, u32)>,
     /// Services, looked up before `endpoints`.
     pub services: Vec<Service>,
+    /// Ranges, of which the longest that holds it stands for an address that is neither.
+    pub ranges: Vec<Range>,
 }

@@ -1,5 +1,9 @@
 //! From a view and the workloads that run here to the kernel's tables. Pure; what is not allowed is simply absent.
 
+mod ranges;
+
+pub use ranges::{NOT_OUTSIDE, with_ways_out};
+
 use crate::denials::Denials;
 use crate::view::{View, Workload};
 use ambit_ebpf::{
@@ -70,6 +74,7 @@ fn tables_within<'a>(
         verdicts,
         endpoints: reachable.iter().map(|(e, number)| (e.address, number.0)).chain(denied).collect(),
         services: services(view, &reachable, unhealthy),
+        ranges: Vec::new(),
     }
 }
 

@@ -8,6 +8,7 @@ use crate::cgroup::MeshRoot;
 use crate::clock::Clock;
 use crate::compile;
 use crate::denials::Lane;
+use crate::egress;
 use crate::health::Health;
 use crate::issued::{Issued, Known};
 use crate::kernel::KernelHandle;
@@ -124,7 +125,8 @@ struct Judged {
 
 impl Judged {
     fn is_over(judged: Option<Moment>, view: Option<&View>, now: Moment) -> bool {
-        judged.zip(view).is_some_and(|(at, view)| view.rules.changes_between(at, now))
+        let changes = |view: &View, at| view.rules.changes_between(at, now) || view.egress.changes_between(at, now);
+        judged.zip(view).is_some_and(|(at, view)| changes(view, at))
     }
 }
 
@@ -301,7 +303,9 @@ impl Control {
         now: Moment,
     ) -> Result<[u8; 32], Refusal> {
         let (denials, unhealthy) = (self.denials.now(), self.health.unhealthy());
-        let tables = Arc::new(compile::tables(view, &denials, workloads.values(), &unhealthy, now));
+        let own = egress::own_addresses();
+        let tables = compile::with_ways_out(view, &denials, workloads.values(), &unhealthy, &own, now);
+        let tables = Arc::new(tables);
         let digest = match &state.installed {
             Some((installed, digest)) if *installed == tables => *digest,
             _ => {

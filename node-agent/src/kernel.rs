@@ -2,12 +2,12 @@
 
 use crate::compile::DENIED_NODE;
 use crate::netns::Netns;
-use crate::outbound::Captured;
+use crate::outbound::{Captured, Goal};
 use crate::view::View;
 use ambit_ebpf::{
     Annex, Capacity, Direct, Drift, Event, Flow, Kernel, KernelError, Local, Options, Place, Tables, boot_time,
 };
-use ambit_model::{Code, Refusal};
+use ambit_model::{Code, NumericIdentity, Refusal};
 use std::collections::HashMap;
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -212,9 +212,13 @@ impl KernelHandle {
     }
 
     /// Where a captured connection was going; asked once.
-    pub fn original_destination(&self, cookie: u64, client: SocketAddrV4, capture: SocketAddrV4) -> Option<Captured> {
+    pub fn original_destination(&self, cookie: u64, client: SocketAddrV4, capture: SocketAddrV4) -> Option<Goal> {
         let found = self.0.original_destination(cookie, client, capture)?;
-        Some(Captured { asked: found.asked, endpoint: found.endpoint })
+        Some(if found.identity >= NumericIdentity::END.0 {
+            Goal::Outside(found.asked)
+        } else {
+            Goal::Mesh(Captured { asked: found.asked, endpoint: found.endpoint })
+        })
     }
 
     /// Tells every service with an endpoint at `address` whether it may be chosen. A service that is not in the kernel

@@ -21,6 +21,7 @@ pub mod compile;
 pub mod config;
 pub mod control;
 pub mod denials;
+pub mod egress;
 pub mod enrol;
 pub mod fetch;
 pub mod follow;

@@ -7,6 +7,7 @@ use crate::carriers::Carriers;
 use crate::clock::Clock;
 use crate::compile;
 use crate::denials::{Denials, Lane};
+use crate::egress::WayOut;
 use crate::hbone::{self, Door, TunnelError};
 use crate::health::{self, Health};
 use crate::kernel::KernelHandle;
@@ -45,6 +46,15 @@ pub struct Captured {
     pub endpoint: SocketAddrV4,
 }
 
+/// Where the kernel let a captured connection go: what it took for outside is never a tunnel's, nor the other way round.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Goal {
+    /// A workload.
+    Mesh(Captured),
+    /// An address outside of the mesh.
+    Outside(SocketAddrV4),
+}
+
 /// The parts. Cloning shares.
 #[derive(Clone, Debug)]
 pub struct Outbound {
@@ -54,6 +64,7 @@ pub struct Outbound {
     /// One for each thread that carries.
     pools: Arc<[Pool]>,
     health: Health,
+    way_out: WayOut,
     flows: Arc<Semaphore>,
     clock: Arc<Clock>,
     annex: Annex,
@@ -86,7 +97,9 @@ impl Outbound {
     ) -> Self {
         let totals = Totals::default();
         let pools = (0..carriers.count()).map(|_| Pool::new(totals.clone())).collect();
-        Self { plane, denials, carriers, pools, health, flows: Arc::new(Semaphore::new(FLOWS_MAX)), clock, annex, port }
+        let way_out = WayOut::new(plane.clone(), denials.clone(), clock.clone(), port);
+        let flows = Arc::new(Semaphore::new(FLOWS_MAX));
+        Self { plane, denials, carriers, pools, health, way_out, flows, clock, annex, port }
     }
 
     /// Serves the capture listener of the pod that is the `nth` here, on a thread that carries, until the task is ended.
@@ -168,7 +181,7 @@ impl Outbound {
             let (this, (at, carried)) = (self.clone(), self.carriers.choose(own));
             if at == own {
                 tokio::spawn(async move {
-                    this.take_on(at, &pod, tcp, from.port(), captured).await;
+                    this.take_goal(at, &pod, tcp, from.port(), captured).await;
                     drop(carried);
                 });
                 continue;
@@ -177,10 +190,18 @@ impl Outbound {
             let Ok(tcp) = tcp.into_std() else { continue };
             self.carriers.handle(at).spawn(async move {
                 if let Ok(tcp) = TcpStream::from_std(tcp) {
-                    this.take_on(at, &pod, tcp, from.port(), captured).await;
+                    this.take_goal(at, &pod, tcp, from.port(), captured).await;
                 }
                 drop(carried);
             });
+        }
+    }
+
+    async fn take_goal(&self, at: usize, pod: &LocalPod, tcp: TcpStream, port: u16, goal: Option<Goal>) {
+        match goal {
+            Some(Goal::Outside(to)) => Box::pin(self.way_out.carry(pod, tcp, to)).await,
+            Some(Goal::Mesh(captured)) => self.take_on(at, pod, tcp, port, Some(captured)).await,
+            None => self.take_on(at, pod, tcp, port, None).await,
         }
     }
 

@@ -80,6 +80,24 @@ pub fn end_in_order(tcp: &TcpStream) {
     let _ = setsockopt(tcp, sockopt::Linger, &off);
 }
 
+/// One direction between two sockets of this node, whose ends are named: all bytes, then the end. A silent reader holds no buffer.
+pub async fn plain(
+    mut read: ReadHalf<'_>,
+    mut write: WriteHalf<'_>,
+    (from, to): (End, End),
+    carried: &mut u64,
+) -> Result<(), End> {
+    loop {
+        read.readable().await.map_err(|_| from)?;
+        let mut buffer = BytesMut::with_capacity(READ_BYTES);
+        if read.read_buf(&mut buffer).await.map_err(|_| from)? == 0 {
+            return write.shutdown().await.map_err(|_| to);
+        }
+        write.write_all(&buffer).await.map_err(|_| to)?;
+        *carried += buffer.len() as u64;
+    }
+}
+
 async fn upward(
     read: &mut ReadHalf<'_>,
     send: &mut SendStream<Bytes>,

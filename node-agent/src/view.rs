@@ -2,12 +2,12 @@
 
 use crate::denials::{Denials, authority_name};
 use crate::pods::Pod;
-use ambit_model::policy::{Endpoint, NodeAddress, Policy, Service};
+use ambit_model::policy::{Egress, Endpoint, NodeAddress, Policy, Service};
 use ambit_model::{
     Bundle, ClusterId, Code, Entry, EntryId, Foreign, NodeId, NumericIdentity, Own, Refusal, Revision, Selector,
     SpiffeId, Stamp, TrustDomain,
 };
-use ambit_policy::{Index, PolicySet};
+use ambit_policy::{EgressSet, Index, PolicySet};
 use ambit_proto::{convert, v1};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
@@ -47,6 +47,10 @@ pub struct View {
     pub tainted: BTreeSet<String>,
     /// JWT authorities of the own cell whose tokens are to be asked for anew.
     pub tainted_jwt: BTreeSet<String>,
+    /// Where workloads of this node may connect to outside of the mesh.
+    pub egress: EgressSet,
+    /// Addresses in ranges of these that are not outside, whoever may reach them in a tunnel.
+    pub meshed: BTreeSet<Ipv4Addr>,
     /// How far peers' records are in, handed back in the acknowledgement.
     pub imported: Vec<v1::ImportedSeq>,
 }
@@ -82,8 +86,17 @@ impl View {
                 .with_svids(&slice.id_denials, &slice.leaf_denials)?,
             tainted: slice.tainted_authorities.iter().map(|name| authority_name(name)).collect::<Result<_, _>>()?,
             tainted_jwt: slice.tainted_jwt_authorities.into_iter().collect(),
+            egress: egress(&slice.egress)?,
+            meshed: slice.meshed.iter().map(|address| convert::address(address)).collect::<Result<_, _>>()?,
             imported: slice.imported,
         })
+    }
+
+    /// Whether the mesh knows somebody at this address: it is reached in a tunnel, or not at all.
+    pub fn knows(&self, address: Ipv4Addr) -> bool {
+        self.endpoints.contains_key(&address)
+            || self.meshed.contains(&address)
+            || self.services.iter().any(|service| service.address == address)
     }
 
     /// The entry that a process or pod with the selectors `found` has in the mesh: the one that asks for most; of equals
@@ -162,6 +175,16 @@ fn policies(found: &[v1::Policy], known: BTreeSet<TrustDomain>) -> Result<Policy
     Ok(set)
 }
 
+/// One cell writes them, each name once.
+fn egress(found: &[v1::Egress]) -> Result<EgressSet, Refusal> {
+    let all = found.iter().map(Egress::try_from).collect::<Result<Vec<_>, _>>()?;
+    let names: BTreeSet<_> = all.iter().map(|egress| &egress.name).collect();
+    if names.len() < all.len() {
+        return Err(Refusal::new(Code::BadRequest, "each egress document once", "one twice"));
+    }
+    Ok(all.into_iter().collect())
+}
+
 /// Nobody can say who answers at an address that two claim. A workload of the own cell keeps its address; what only
 /// others claim is reached by nobody. The rest of the slice stands: one peer's record must not hold up all news.
 fn endpoints(found: &[v1::Endpoint], own: &TrustDomain) -> Result<BTreeMap<Ipv4Addr, Endpoint>, Refusal> {
@@ -203,8 +226,9 @@ fn numbers(found: &[v1::NumericIdentity]) -> Result<BTreeMap<SpiffeId, NumericId
     let (mut by_id, mut used) = (BTreeMap::new(), BTreeSet::new());
     for message in found {
         let number = NumericIdentity(message.number);
-        if number < NumericIdentity::FIRST || !used.insert(number) {
-            let expected = format!("numeric identities of {} or more, each once", NumericIdentity::FIRST.0);
+        let given = NumericIdentity::FIRST..NumericIdentity::END;
+        if !given.contains(&number) || !used.insert(number) {
+            let expected = format!("numeric identities of {} to {}, each once", given.start.0, given.end.0 - 1);
             return Err(Refusal::new(Code::BadRequest, expected, message.number.to_string()));
         }
         by_id.insert(message.spiffe_id.parse()?, number);
@@ -275,6 +299,17 @@ pub(crate) mod tests {
         }
     }
 
+    pub(crate) fn egress(name: &str) -> v1::Egress {
+        v1::Egress {
+            name: name.into(),
+            from: vec!["spiffe://west/web".into()],
+            to: vec!["192.0.2.0/24".into()],
+            protocols: vec!["tcp".into()],
+            transport: "passthrough".into(),
+            ..Default::default()
+        }
+    }
+
     fn caller(td: &str, address: &str) -> v1::NodeAddress {
         let (trust_domain, node) = (td.to_owned(), "ab".repeat(32));
         v1::NodeAddress { trust_domain, node, generation: 1, address: address.into() }
@@ -304,6 +339,12 @@ pub(crate) mod tests {
             ("two bundles of one", |s| s.bundles.push(s.bundles[1].clone())),
             ("number twice", |s| s.identities[1].number = 256),
             ("reserved number", |s| s.identities[1].number = 255),
+            ("a range's number", |s| s.identities[1].number = 1 << 31),
+            ("an egress document twice", |s| s.egress = vec![egress("e"), egress("e")]),
+            ("an egress document without transport", |s| {
+                s.egress = vec![v1::Egress { transport: String::new(), ..egress("e") }];
+            }),
+            ("a meshed address that is none", |s| s.meshed = vec!["10.0.0".into()]),
             ("bad entry", |s| s.entries[0].selectors.clear()),
             ("bad denial", |s| s.denials.push(denial("west", "aa", 1))),
             ("nobody's denial", |s| s.denials.push(denial("", &"ab".repeat(32), 1))),

@@ -174,4 +174,10 @@ INLINE int in_loopback(u32 address)
 	return (ntohl(address) >> 24) == LOOPBACK_NET;
 }
 
+/* Bits of the prefix in host order, as the kernel's trie wants it. */
+struct range_key {
+	u32 bits;
+	u32 address;
+};
+
 #endif

@@ -5,6 +5,7 @@
 #define AMBIT_DECIDE_H
 
 #include "ambit.h"
+#include "ranges.h"
 
 struct {
 	MAP_INT(type, BPF_MAP_TYPE_ARRAY);
@@ -185,7 +186,10 @@ INLINE u32 resolve(struct attempt *a, u32 generation)
 	service = bpf_map_lookup_elem(service_table, &key);
 	if (service)
 		return choose(a, service) ? ALLOWED : NO_HEALTHY_ENDPOINT;
+	/* What the mesh knows is never taken for what is outside of it. */
 	identity = bpf_map_lookup_elem(endpoint_table, &a->address);
+	if (!identity)
+		identity = range_of(a->address, generation);
 	if (!identity)
 		return UNKNOWN_DESTINATION;
 	a->destination = *identity;

@@ -36,6 +36,7 @@ fn tables() -> Tables {
             (Ipv4Addr::new(10, 1, 0, 3), UNNAMED),
         ],
         services: vec![],
+        ranges: vec![],
     }
 }
 

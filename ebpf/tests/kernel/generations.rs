@@ -31,6 +31,7 @@ fn generation(odd: bool) -> Tables {
         verdicts: [verdict(open, Action::Allow), verdict(shut, Action::Deny)].into_iter().chain(padding).collect(),
         endpoints: vec![(Ipv4Addr::new(10, 1, 0, 1), open), (Ipv4Addr::new(10, 1, 0, 2), shut)],
         services: vec![],
+        ranges: vec![],
     }
 }
 
@@ -88,7 +89,8 @@ print(right, wrong)";
 #[test]
 fn equal_tables_have_equal_digests_and_bad_ones_change_nothing() {
     let node = Node::new();
-    let capacity = Capacity { workloads: 2, verdicts: 3000, endpoints: 2, services: 1, flows: 64, stamps: 64 };
+    let capacity =
+        Capacity { workloads: 2, verdicts: 3000, endpoints: 2, services: 1, ranges: 1, flows: 64, stamps: 64 };
     let kernel = Kernel::open(&Options { capacity, ..node.options() }).unwrap();
     let good = generation(false);
     let digest = kernel.install(&good).unwrap();
@@ -122,7 +124,8 @@ fn equal_tables_have_equal_digests_and_bad_ones_change_nothing() {
     assert!(kernel.set_workload(1, 0).is_err());
     let room = kernel.room().unwrap();
     assert_eq!(room[..2], [("verdicts", 2002, 3000), ("endpoints", 2, 2)]);
-    assert_eq!(room[2..], [("services", 1, 1), ("workloads", 2, 2), ("flows", 0, 64), ("stamps", 0, 64)]);
+    assert_eq!(room[2..4], [("services", 1, 1), ("ranges", 1, 1)]);
+    assert_eq!(room[4..], [("workloads", 2, 2), ("flows", 0, 64), ("stamps", 0, 64)]);
 }
 
 /// Of the two generations that in force.

@@ -21,6 +21,7 @@ fn node() -> (Node, Kernel) {
             verdicts: vec![(key, Verdict { action: Action::Allow, rule: 1 })],
             endpoints: vec![(OUTSIDE, SERVER)],
             services: vec![],
+            ranges: vec![],
         })
         .unwrap();
     kernel.set_workload(node.cgroup("client"), CLIENT).unwrap();

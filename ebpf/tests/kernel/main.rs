@@ -4,5 +4,6 @@
 mod connect;
 mod generations;
 mod inbound;
+mod ranges;
 #[allow(dead_code, reason = "the no-bypass suite and the benchmark use the rest")]
 mod support;

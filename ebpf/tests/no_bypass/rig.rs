@@ -44,6 +44,7 @@ pub(crate) fn tables(behind: u32) -> Tables {
         verdicts: vec![verdict(0, Action::Allow), verdict(9090, Action::Deny)],
         endpoints: vec![endpoint(FAR, behind), endpoint(NEAR, server)],
         services: vec![],
+        ranges: vec![],
     }
 }
 

@@ -201,6 +201,8 @@ pub struct NumericIdentity(pub u32);
 impl NumericIdentity {
     /// The first number handed to a workload.
     pub const FIRST: NumericIdentity = NumericIdentity(256);
+    /// No workload has this number or a higher one: with these agents name what is none, as ranges of addresses.
+    pub const END: NumericIdentity = NumericIdentity(1 << 31);
 }
 
 #[cfg(test)]
