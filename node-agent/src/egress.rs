@@ -12,7 +12,7 @@ use crate::pump::{self, Carried, End};
 use crate::record::flag;
 use ambit_identity::svid::Presented;
 use ambit_model::policy::{Transport, closed_at};
-use ambit_model::{Code, ObjectName, Refusal};
+use ambit_model::{Code, Moment, ObjectName, Refusal};
 use nix::sys::socket::{setsockopt, sockopt};
 use rustls::pki_types::CertificateDer;
 use std::collections::BTreeSet;
@@ -50,43 +50,45 @@ pub fn own_addresses() -> BTreeSet<Ipv4Addr> {
     all.into_iter().flatten().filter_map(v4).collect()
 }
 
-/// May this pod's workload go there now? Gives the document that says so.
-///
-/// # Errors
-/// The reason; every one that is not known to be outside refuses.
-pub fn judge(
-    plane: &Plane,
-    denials: &Denials,
-    pod: &LocalPod,
-    to: SocketAddrV4,
-    now: ambit_model::Moment,
-) -> Result<ObjectName, Refusal> {
-    let outside = |found: String| Refusal::new(Code::PolicyDenied, "an address outside of the mesh", found);
-    if plane.view.knows(*to.ip()) {
-        return Err(outside(format!("{to}, which the mesh knows")));
-    }
-    if let Some(why) = closed_at(IpAddr::V4(*to.ip())) {
-        return Err(outside(format!("{to}, which is {why}")));
-    }
-    trusted(plane, denials, pod)?;
-    let rule = plane.view.egress.evaluate(pod.id(), *to.ip(), to.port(), now);
-    rule.map(|egress| egress.name.clone()).ok_or_else(|| {
-        let found = format!("{} to {to}: no egress allows it", pod.id());
-        Refusal::new(Code::PolicyDenied, "an allowed connection", found)
-    })
+/// Who asks to go out: a pod that is somebody, and the SVID that it had then.
+#[derive(Debug)]
+struct Caller<'a> {
+    pod: &'a LocalPod,
+    shown: Presented,
 }
 
-/// Nobody at the far end judges the caller, so it is done here: who is refused elsewhere in the mesh goes nowhere.
-fn trusted(plane: &Plane, denials: &Denials, pod: &LocalPod) -> Result<(), Refusal> {
-    if denials.is_out() {
-        return Err(Refusal::new(Code::NodeUntrusted, "a trusted node", "this node was put out"));
+impl<'a> Caller<'a> {
+    /// Nobody at the far end proves the caller, so it is done here: who has no good SVID of its own goes nowhere.
+    fn of(plane: &Plane, pod: &'a LocalPod, now: Moment) -> Result<Self, Refusal> {
+        let chain = &plane.credentials_of(pod.id())?.svid().chain_der;
+        let chain: Vec<CertificateDer<'_>> = chain.iter().map(|der| CertificateDer::from(der.as_slice())).collect();
+        let shown = Presented::of(&chain).filter(|shown| now.latest < shown.not_after);
+        let none = || Refusal::new(Code::SvidUntrusted, format!("an SVID of {}", pod.id()), "one that is over");
+        Ok(Self { pod, shown: shown.ok_or_else(none)? })
     }
-    let chain = &plane.credentials_of(pod.id())?.svid().chain_der;
-    let chain: Vec<CertificateDer<'_>> = chain.iter().map(|der| CertificateDer::from(der.as_slice())).collect();
-    let shown = Presented::of(&chain);
-    match shown {
-        Some(shown) if !denials.denies_presented(&shown) => Ok(()),
-        Some(_) | None => Err(Refusal::new(Code::SvidRevoked, "an SVID that was not revoked", pod.id().as_str())),
+
+    /// May it go there now? Gives the document that says so. That its SVID ran out ends nothing that it began.
+    fn judge(&self, plane: &Plane, denials: &Denials, to: SocketAddrV4, now: Moment) -> Result<ObjectName, Refusal> {
+        let outside = |found: String| Refusal::new(Code::PolicyDenied, "an address outside of the mesh", found);
+        if plane.view.knows(*to.ip()) {
+            return Err(outside(format!("{to}, which the mesh knows")));
+        }
+        if let Some(why) = closed_at(IpAddr::V4(*to.ip())) {
+            return Err(outside(format!("{to}, which is {why}")));
+        }
+        let id = self.pod.id();
+        if denials.is_out() {
+            return Err(Refusal::new(Code::NodeUntrusted, "a trusted node", "this node was put out"));
+        }
+        if denials.denies_presented(&self.shown) {
+            return Err(Refusal::new(Code::SvidRevoked, "an SVID that was not revoked", id.as_str()));
+        }
+        let here = plane.pods.get(&self.pod.workload.pod.address).is_some_and(|pod| pod.id() == id);
+        let rule = plane.view.egress.evaluate(id, *to.ip(), to.port(), now).filter(|_| here);
+        rule.map(|egress| egress.name.clone()).ok_or_else(|| {
+            let found = if here { "no egress allows it" } else { "a pod that is nobody now" };
+            Refusal::new(Code::PolicyDenied, "an allowed connection", format!("{id} to {to}: {found}"))
+        })
     }
 }
 
@@ -105,9 +107,8 @@ impl WayOut {
             return told.refused("failed", flag::OVERFLOW, None, &"too many connections at once");
         };
         let mut follow = Follow { plane: self.plane.clone(), denials: self.denials.watch() };
-        let allowed = self.admit(&mut follow, pod, to).and_then(|rule| is_elsewhere(*to.ip()).map(|()| rule));
-        let rule = match allowed {
-            Ok(rule) => rule,
+        let (caller, rule) = match self.begin(&mut follow, pod, to) {
+            Ok(begun) => begun,
             Err(refusal) => return told.refused("denied", flag::DENIED, None, &refusal),
         };
         let far = match timeout(CONNECT_MAX, connect(to)).await {
@@ -116,14 +117,14 @@ impl WayOut {
             Err(_) => return told.refused("failed", flag::UPSTREAM_FAILED, Some(&rule), &"no answer in time"),
         };
         // No byte was passed on yet: what was withdrawn meanwhile lets none through.
-        let rule = match self.admit(&mut follow, pod, to) {
+        let rule = match self.admit(&mut follow, &caller, to) {
             Ok(rule) => rule,
             Err(refusal) => return told.refused("denied", flag::DENIED, Some(&rule), &refusal),
         };
         METRICS.connections.inc(["egress", "ok"]);
         METRICS.open.add(["egress"], 1.0);
         let cut = async {
-            let refusal = self.revoked(follow, pod, to).await;
+            let refusal = self.revoked(follow, &caller, to).await;
             METRICS.cut.inc(["egress"]);
             tracing::info!(caller = %pod.id(), %to, %rule, %refusal, "live connection cut");
         };
@@ -132,9 +133,22 @@ impl WayOut {
         told.ended(&rule, &carried);
     }
 
-    fn admit(&self, follow: &mut Follow, pod: &LocalPod, to: SocketAddrV4) -> Result<ObjectName, Refusal> {
+    fn begin<'a>(
+        &self,
+        follow: &mut Follow,
+        pod: &'a LocalPod,
+        to: SocketAddrV4,
+    ) -> Result<(Caller<'a>, ObjectName), Refusal> {
+        let plane = self.plane.borrow().clone().ok_or_else(no_slice)?;
+        let caller = Caller::of(&plane, pod, self.clock.moment())?;
+        let rule = self.admit(follow, &caller, to)?;
+        is_elsewhere(*to.ip())?;
+        Ok((caller, rule))
+    }
+
+    fn admit(&self, follow: &mut Follow, caller: &Caller<'_>, to: SocketAddrV4) -> Result<ObjectName, Refusal> {
         let (plane, denials) = follow.now();
-        let plane = plane.ok_or_else(|| Refusal::new(Code::Unavailable, "a slice", "none yet"))?;
+        let plane = plane.ok_or_else(no_slice)?;
         let (view, ip) = (&plane.view, to.ip());
         let node = || {
             let home = view.callers.values().any(|home| home.address == *ip);
@@ -144,13 +158,13 @@ impl WayOut {
             let found = format!("{to}, where a node's agent takes tunnels");
             return Err(Refusal::new(Code::PolicyDenied, "an address outside of the mesh", found));
         }
-        judge(&plane, &denials, pod, to, self.clock.moment())
+        caller.judge(&plane, &denials, to, self.clock.moment())
     }
 
     /// Returns the refusal once what was admitted would not be admitted any more. Each end of a document publishes a plane.
-    async fn revoked(&self, mut follow: Follow, pod: &LocalPod, to: SocketAddrV4) -> Refusal {
+    async fn revoked(&self, mut follow: Follow, caller: &Caller<'_>, to: SocketAddrV4) -> Refusal {
         loop {
-            if let Err(refusal) = self.admit(&mut follow, pod, to) {
+            if let Err(refusal) = self.admit(&mut follow, caller, to) {
                 return refusal;
             }
             if follow.changed().await.is_err() {
@@ -158,6 +172,10 @@ impl WayOut {
             }
         }
     }
+}
+
+fn no_slice() -> Refusal {
+    Refusal::new(Code::Unavailable, "a slice", "none yet")
 }
 
 /// What decides about a connection, and that it changes.
@@ -179,7 +197,8 @@ impl Follow {
 }
 
 /// Whether the address is none of this node: what can be bound here is here, whatever was known of it a moment ago. A
-/// workload would speak to the node's own services as the node.
+/// workload would speak to the node's own services as the node. (A node with `net.ipv4.ip_nonlocal_bind` can bind everything: from
+/// there nobody goes out.)
 fn is_elsewhere(address: Ipv4Addr) -> Result<(), Refusal> {
     let bound = std::net::TcpListener::bind(SocketAddrV4::new(address, 0)).map(drop);
     match bound {

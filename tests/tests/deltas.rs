@@ -17,6 +17,10 @@ async fn allow(cell: &Cell, name: &str, port: u16) -> u64 {
         "kind: Policy\nmetadata: {{name: {name}}}\nspec: {{target: spiffe://west/db, action: allow, \
          from: [spiffe://west/web], ports: [{port}]}}\n"
     );
+    write(cell, yaml).await
+}
+
+async fn write(cell: &Cell, yaml: String) -> u64 {
     let request = v1::ApplyRequest { request_id: fresh(), yaml, over: None, unlimited: true };
     let call = |channel: Channel| {
         let request = request.clone();
@@ -62,6 +66,24 @@ async fn an_agent_is_told_what_changed_at_any_replica_and_everything_when_it_los
     let second = allow(&cell, "p", 81).await;
     let changed = all(&mut agent, &mut held, second).await;
     assert!(changed < 500 && ports(&held) == [81], "{changed}");
+
+    // Where it may connect to outside of the mesh, and what is not outside there, are resources like any other.
+    let outside = |held: &Held| {
+        let slice = held.set().slice(0, 0).unwrap();
+        let egress: Vec<_> = slice.egress.iter().map(|e| format!("{} {:?} {:?}", e.name, e.from, e.to)).collect();
+        (egress, slice.meshed)
+    };
+    assert_eq!(outside(&held), (vec![], vec![]));
+    let text = "kind: Egress\nmetadata: {name: e}\nspec: {from: [spiffe://west/db], to: [10.0.0.0/8], transport: passthrough}\n\
+                ---\nkind: Service\nmetadata: {name: s}\nspec: {address: 10.96.0.1, port: 80, backends: [spiffe://west/db]}\n";
+    let opened = write(&cell, text.to_owned()).await;
+    let changed = all(&mut agent, &mut held, opened).await;
+    let want = "e [\"spiffe://west/db\"] [\"10.0.0.0/8\"]".to_owned();
+    assert!(changed < 500 && outside(&held) == (vec![want], vec!["10.96.0.1".to_owned()]), "{:?}", outside(&held));
+    let shut = write(&cell, text.replace("west/db], to", "west/nobody], to")).await;
+    let changed = all(&mut agent, &mut held, shut).await;
+    assert!(changed < 500 && outside(&held) == (vec![], vec![]), "{:?}", outside(&held));
+    let second = shut;
 
     // At another replica, where nothing changed since; and where something did, at one that sent what the agent holds.
     let mut agent = Agent::open_holding(&cell, 2, me.clone(), &held).await.unwrap();

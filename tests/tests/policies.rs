@@ -231,6 +231,92 @@ async fn the_command_line_guards_and_undoes() {
     run(&["test", &wrong, "-f", &open], 1, &["web: case 1: expected deny, found allowed by policy (west/web)"]);
 }
 
+/// The document of the README, by the command line.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_way_out_is_planned_opened_explained_and_shut() {
+    let (cell, _registry) = cell().await;
+    let (context, folder) = (cell.admin_file("context.json").display().to_string(), Folder::new().unwrap());
+    let readme = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../README.md")).unwrap();
+    let block = readme.split("```yaml\n").find(|block| block.starts_with("kind: Egress")).unwrap();
+    let document = block.split("```").next().unwrap().to_owned();
+    let file = |name: &str, text: &str| {
+        let path = folder.path(name);
+        std::fs::write(&path, text).unwrap();
+        path.display().to_string()
+    };
+    let run = |args: &[&str], code: i32, words: &[&str]| {
+        let out = ambit(&context, args);
+        let said = String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned();
+        println!("$ ambit {}\n{said}", args.join(" "));
+        assert_eq!(out.status.code(), Some(code), "{args:?}: {said}");
+        words.iter().for_each(|word| assert!(said.contains(word), "{args:?}: '{word}' is missing in: {said}"));
+        said
+    };
+    let open = file("open.yaml", &document);
+    let (web, to) = ("spiffe://west/web", "203.0.113.7:443");
+    run(
+        &["explain", web, to],
+        0,
+        &["denied: spiffe://west/web -> 203.0.113.7:443", "outside of the mesh, and no egress"],
+    );
+    run(
+        &["policy", "plan", "-f", &open],
+        0,
+        &["egress web-to-payments: added", "clear text", "203.0.113.0/24", "1 pair of known identities change"],
+    );
+    run(&["policy", "apply", "-f", &open, "--max-flips", "0"], 5, &["error[policy_blast_radius]", "opens 443"]);
+    let said = run(&["policy", "apply", "-f", &open], 0, &["egress web-to-payments: changed", "opens ports of 1 pair"]);
+    let revision = said.lines().find_map(|line| line.rsplit_once("revision ")).unwrap().1.to_owned();
+    run(
+        &["explain", web, to],
+        0,
+        &[
+            "allowed: ",
+            "west/web-to-payments, written by",
+            "passthrough: in clear text, carried by the agent",
+            "allowed by egress",
+        ],
+    );
+    for (source, to, why) in [
+        (web, "203.0.113.7:80", "west/web-to-payments: it is for ports 443"),
+        ("spiffe://west/db", to, "west/web-to-payments: it is for other callers"),
+        (web, "203.0.114.7:443", "west/web-to-payments: it is for 203.0.113.0/24"),
+        (web, "169.254.169.254:443", "denied: link-local"),
+    ] {
+        run(&["explain", source, to], 0, &["denied: ", why]);
+    }
+    run(&["policy", "who-can", to], 0, &[web, "1 caller", "egress web-to-payments", "passthrough"]);
+    run(&["policy", "who-can", "203.0.113.7:80"], 0, &["0 callers"]);
+    run(&["policy", "list"], 0, &["egress", "203.0.113.0/24", "passthrough"]);
+    run(&["watch", "egress", "--once"], 0, &["web-to-payments", "to=203.0.113.0/24"]);
+    // An address of the mesh is judged by policies.
+    let service =
+        "kind: Service\nmetadata: {name: s}\nspec: {address: 203.0.113.9, port: 443, backends: [spiffe://west/db]}\n";
+    run(&["policy", "apply", "-f", &file("service.yaml", service)], 0, &["service s: changed"]);
+    run(&["explain", web, "203.0.113.9:443"], 2, &["error[bad_request]", "which is service west/s"]);
+    run(&["policy", "who-can", "203.0.113.9"], 2, &["error[bad_request]", "outside of the mesh"]);
+    for (old, new, why) in [
+        ("203.0.113.0/24", "'2001:db8::/32'", "ranges of IPv4"),
+        ("ports: [443]", "protocols: [udp]", "nothing carries datagrams"),
+        ("203.0.113.0/24", "169.254.169.254/32", "link-local"),
+    ] {
+        let bad = file("bad.yaml", &document.replace(old, new));
+        run(&["policy", "apply", "-f", &bad], 2, &["error[policy_unenforceable]", "Egress web-to-payments", why]);
+    }
+    let nobody = document.replace("spiffe://west/web", "spiffe://west/nobody").replace("web-to-payments", "idle");
+    run(&["policy", "apply", "-f", &file("idle.yaml", &nobody)], 0, &["egress idle: changed"]);
+    run(&["policy", "unused"], 0, &["egress  west    idle  none of its callers is known"]);
+    run(&["policy", "delete", "web-to-payments", "--kind", "egress"], 0, &["closes ports of 1 pair"]);
+    run(&["explain", web, to], 0, &["denied: "]);
+    run(&["policy", "rollback", &revision], 0, &["egress web-to-payments: changed", "egress idle: changed"]);
+    run(&["explain", web, to], 0, &["allowed: "]);
+    run(
+        &["policy", "history"],
+        0,
+        &["egress web-to-payments: removed", "- spiffe://west/web to 203.0.113.0/24 on 443, passthrough"],
+    );
+}
+
 fn now_ms() -> u64 {
     u64::try_from(SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis()).unwrap()
 }

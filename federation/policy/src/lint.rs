@@ -1,7 +1,7 @@
 //! What is well-formed and yet hardly meant.
 
 use crate::document::Document;
-use ambit_model::policy::{Action, Peers, Policy};
+use ambit_model::policy::{Action, Egress, Peers, Policy};
 use ambit_model::{ObjectName, Stamp, utc};
 use std::fmt;
 
@@ -30,8 +30,30 @@ pub fn lint(documents: &[Document], now: Stamp) -> Vec<Finding> {
         })
         .collect();
     let mut found: Vec<Finding> = policies.iter().flat_map(|policy| of_one(policy, &policies, now)).collect();
+    for document in documents {
+        if let Document::Egress(egress) = document {
+            found.extend(of_egress(egress, now));
+        }
+    }
     found.sort();
     found
+}
+
+fn of_egress(egress: &Egress, now: Stamp) -> Vec<Finding> {
+    let mut texts = Vec::new();
+    if egress.expires_at <= now {
+        texts.push(format!("it is over since {}: give it a later end, or none", utc::text(egress.expires_at.0)));
+    }
+    let ports = if egress.ports.is_empty() { " on every port" } else { "" };
+    if let Some(wide) = egress.from.iter().find(|set| matches!(set, Peers::Domain(_))) {
+        let td = wide.trust_domain();
+        texts.push(format!("whoever gets an identity of {td} may connect{ports}: name the callers"));
+    }
+    if egress.to.iter().any(|range| range.v4().is_some_and(|(_, bits)| bits == 0)) {
+        texts.push(format!("it opens every address that the mesh does not know{ports}: name ranges"));
+    }
+    let object = ("Egress", egress.name.clone());
+    texts.into_iter().map(|text| Finding { object: object.clone(), text }).collect()
 }
 
 fn of_one(policy: &Policy, all: &[&Policy], now: Stamp) -> Vec<Finding> {

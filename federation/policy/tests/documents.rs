@@ -48,7 +48,7 @@ fn the_documents_of_the_readme_parse() {
     let readme = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../../README.md")).unwrap();
     let blocks: Vec<_> = readme.split("```yaml\n").skip(1).filter_map(|rest| rest.split("```").next()).collect();
     let kinds: Vec<_> = blocks.iter().flat_map(|block| parse(block).unwrap()).map(|d| d.kind()).collect();
-    assert_eq!(kinds, ["Policy", "Service"]);
+    assert_eq!(kinds, ["Policy", "Service", "Egress"]);
 }
 
 #[test]
@@ -307,12 +307,18 @@ fn what_is_hardly_meant_is_told() {
         policy("open", "action: allow, from: [spiffe://west/*]"),
         policy("z-again", "action: allow, from: [spiffe://west/b], ports: [80, 443]"),
         policy("fine", "action: allow, from: [spiffe://north/b], ports: [80]"),
+        "---\nkind: Egress\nmetadata: {name: wide}\nspec: {from: ['spiffe://west/*'], to: [10.0.0.0/8, 0.0.0.0/0], transport: \
+         passthrough, expires: 1970-01-01T00:00:01Z}\n"
+            .to_owned(),
     ];
     let found: Vec<String> =
         lint(&parse(&text.concat()).unwrap(), Stamp(2_000)).iter().map(ToString::to_string).collect();
     assert_eq!(
         found,
         [
+            "egress wide: it is over since 1970-01-01T00:00:01Z: give it a later end, or none",
+            "egress wide: it opens every address that the mesh does not know on every port: name ranges",
+            "egress wide: whoever gets an identity of west may connect on every port: name the callers",
             "policy all-denied: it never allows anything: policy deny-east denies all of it",
             "policy old: it is over since 1970-01-01T00:00:01Z: give it a later end, or none",
             "policy open: whoever gets an identity of west may call on every port: name the callers",
