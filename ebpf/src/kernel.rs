@@ -7,7 +7,7 @@ use crate::hook::Hooks;
 use crate::layout::{self, CONFIG_LEASE_NS, Field, Flow, FlowKey, Layout, Workload};
 use crate::objects::{BuiltObject, MESH};
 use crate::pins::{LINKS, MAPS, Pins};
-use libbpf_rs::{ErrorKind, MapCore, MapFlags, MapHandle, Object, ObjectBuilder, OpenObject};
+use libbpf_rs::{ErrorKind, Link, MapCore, MapFlags, MapHandle, Object, ObjectBuilder, OpenObject};
 use std::collections::HashMap;
 use std::fs::File;
 use std::net::{Ipv4Addr, SocketAddrV4};
@@ -103,7 +103,7 @@ pub struct Kernel {
 
 impl Kernel {
     /// Attaches to the cgroup, or takes over what a former agent pinned: its maps are kept, its programs replaced without
-    /// a gap. Until `install` and `renew_lease` were called once, every connection beyond loopback is refused.
+    /// a gap. Whatever is wrong with what is found, or with the new programs, leaves the old ones in force. Until `install` and `renew_lease` were called once, every connection beyond loopback is refused.
     pub fn open(options: &Options) -> Result<Self, KernelError> {
         Self::open_with(options, if crate::probe::has_tcx() { Hooks::Tcx } else { Hooks::Clsact })
     }
@@ -123,10 +123,10 @@ impl Kernel {
         if !reuse {
             pin_maps(&mut object, &pins)?;
         }
-        attach(&object, &pins, &cgroup, cgroup_id)?;
         let (maps, capacity) = (open_maps(&pins)?, options.capacity);
         let kernel = Self { maps, pins, capacity, hooks, change: Mutex::new(None), annex: AtomicU32::new(0) };
         kernel.check_capacity()?;
+        attach(&object, &kernel.pins, &cgroup, cgroup_id)?;
         Ok(kernel)
     }
 
@@ -326,14 +326,19 @@ fn pin_maps(object: &mut Object, pins: &Pins) -> Result<(), KernelError> {
     pins.write_layout()
 }
 
-/// A link that is there gets the new program in one step; one that is not is made.
+/// A link that is there gets the new program in one step; one that is not is made. All of them are looked at before the
+/// first is touched: a pin that is not what it should be leaves every program in force that was.
 fn attach(object: &Object, pins: &Pins, cgroup: &File, cgroup_id: u64) -> Result<(), KernelError> {
-    for (program, name, kind) in LINKS {
+    let found: Vec<Option<Link>> = LINKS
+        .iter()
+        .map(|(_, name, kind)| pins.open_cgroup_link(name, cgroup_id, kind.clone()))
+        .collect::<Result<_, _>>()?;
+    for ((program, name, _), link) in LINKS.into_iter().zip(found) {
         let what = || format!("attach {program}");
         let Some(loaded) = object.progs_mut().find(|p| p.name() == program) else {
             return Err(KernelError::absent(MESH.name, program));
         };
-        if let Some(mut link) = pins.open_cgroup_link(name, cgroup_id, kind)? {
+        if let Some(mut link) = link {
             link.update_prog(&loaded).map_err(|e| KernelError::bpf(format!("replace {program}"), e))?;
         } else {
             let mut link = loaded.attach_cgroup(cgroup.as_raw_fd()).map_err(|e| KernelError::bpf(what(), e))?;

@@ -44,6 +44,7 @@ pub use hook::Hooks;
 pub use kernel::{Capacity, Kernel, Options, OriginalDestination};
 pub use netlink::DeviceNews;
 pub use objects::{BuiltObject, DECIDE, MANIFEST, OBJECTS};
+pub use pins::{map_layout, programs};
 pub use probe::{Feature, probe};
 pub use sys::{boot_time, cgroup_id, netns_cookie};
 pub use tables::{Action, MAX_SERVICE_ENDPOINTS, Range, Service, ServiceEndpoint, Tables, Tier, Verdict, VerdictKey};

@@ -205,7 +205,7 @@ impl Pins {
             .lookup(&0u32.to_ne_bytes(), MapFlags::ANY)
             .map_err(|e| KernelError::bpf("read map layout", e))?
             .unwrap_or_default();
-        let expected = Self::layout_hash();
+        let expected = map_layout();
         if found == expected {
             return Ok(());
         }
@@ -216,13 +216,8 @@ impl Pins {
     pub(crate) fn write_layout(&self) -> Result<(), KernelError> {
         let what = "make map layout";
         let mut map = create_map(MapType::Array, "layout", 4, 32, 1).map_err(|e| KernelError::bpf(what, e))?;
-        map.update(&0u32.to_ne_bytes(), &Self::layout_hash(), MapFlags::ANY).map_err(|e| KernelError::bpf(what, e))?;
+        map.update(&0u32.to_ne_bytes(), &map_layout(), MapFlags::ANY).map_err(|e| KernelError::bpf(what, e))?;
         map.pin(self.map("layout")).map_err(|e| KernelError::bpf(what, e))
-    }
-
-    fn layout_hash() -> [u8; 32] {
-        let maps: Vec<_> = MAPS.iter().map(|pin| (pin.name, pin.kind as u32, pin.key, pin.value)).collect();
-        layout::layout_hash(&maps)
     }
 
     /// Inode numbers of the network namespaces that pods' links hang on, `except` this pod's. Gone ones are left out.
@@ -310,6 +305,22 @@ impl Pins {
         }
         Ok(Some(link))
     }
+}
+
+/// The ids of the programs that are in force on the cgroup, by the pins below `pin_dir`: one that was replaced has another.
+pub fn programs(pin_dir: &Path) -> Result<Vec<u32>, KernelError> {
+    let pins = Pins { dir: pin_dir.to_owned() };
+    let mut found = Vec::with_capacity(LINKS.len());
+    for (_, name, _) in LINKS {
+        found.extend(open_link(&pins.link(name))?.map(|(_, info)| info.prog_id));
+    }
+    Ok(found)
+}
+
+/// The hash of the layout of all maps: two programs whose hashes differ never write the same pinned maps.
+pub fn map_layout() -> [u8; 32] {
+    let maps: Vec<_> = MAPS.iter().map(|pin| (pin.name, pin.kind as u32, pin.key, pin.value)).collect();
+    layout::layout_hash(&maps)
 }
 
 /// libbpf-rs gives attach types no equality; their numbers are the kernel's.

@@ -1,45 +1,73 @@
 //! Puts the components together and runs them. What one of them knows, the others learn over `watch` channels only.
 
+mod cell;
+mod sockets;
+
 use crate::broker::{Broker, Gate, NodeIdentity};
 use crate::carriers::Carriers;
-use crate::clock::Clock;
 use crate::compile::DENIED_NODE;
 use crate::config::Config;
-use crate::control::{self, Control};
-use crate::denials::Lane;
-use crate::enrol::{self, NotEnrolled};
+use crate::control::{self, Control, Hands};
+use crate::course::Course;
+use crate::enrol::NotEnrolled;
+use crate::handover::Wire;
 use crate::hbone::Door;
 use crate::health::Health;
 use crate::inbound::Inbound;
-use crate::issued::Issued;
 use crate::kernel::{KernelHandle, LEASE_EVERY, chain};
-use crate::membership::Membership;
 use crate::metrics::METRICS;
 use crate::netns::{Annex, Netns, NetnsThread};
 use crate::outbound::Outbound;
-use crate::reattest::{Rounds, Turn};
-use crate::session::{self, Session};
 use crate::svids::Issuance;
+use crate::takeover::{self, Guest, Host, Sockets};
 use crate::tokens::Tokens;
 use crate::workload_api::{ServeError, WorkloadApi};
 use crate::{hbone, telemetry};
-use ambit_identity::{SharedTrust, Trust};
+use ambit_model::policy::Endpoint;
 use ambit_model::{Code, Refusal};
-use ambit_tpm::{Attester, Options};
+use cell::Cell;
+use sockets::{Listeners, captures, start};
 use std::future::Future;
-use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
-use tokio::net::{TcpSocket, UnixListener};
-use tokio::sync::watch;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+use tokio::net::{TcpListener, UnixListener};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
 
 /// Closed flows that no agent took only come from agents that died.
 const SWEEP_EVERY: u32 = 12;
-/// Tunnels that wait for accept, on each thread.
-const BACKLOG: u32 = 1024;
 /// Refusals of the kernel are told to the log this often.
 const EVENTS_EVERY: Duration = Duration::from_secs(1);
+/// A new agent that has the kernel's tables and does not serve by then ends. The former one would end it a little later.
+const TAKE_MAX: Duration = Duration::from_secs(25);
+/// Far ends that were told that their tunnels end, and have not closed them yet.
+const GOODBYE_MAX: Duration = Duration::from_secs(1);
+
+/// The signals that end an agent: at the first it drains, at the second it ends at once.
+#[derive(Debug)]
+pub struct Stop {
+    term: Signal,
+    int: Signal,
+}
+
+impl Stop {
+    /// Listens to SIGTERM and SIGINT.
+    ///
+    /// # Errors
+    /// Signals cannot be listened to.
+    pub fn listen() -> std::io::Result<Self> {
+        Ok(Self { term: signal(SignalKind::terminate())?, int: signal(SignalKind::interrupt())? })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.term.recv() => {}
+            _ = self.int.recv() => {}
+        }
+    }
+}
 
 /// Why the agent ended.
 #[derive(Debug, thiserror::Error)]
@@ -60,8 +88,9 @@ pub enum AgentError {
     },
 }
 
-/// Runs the agent until it is told to stop. What is pinned in the kernel goes on enforcing afterwards.
-pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), AgentError> {
+/// Runs the agent until it is told to stop, or another one serves, and has drained. What is pinned in the kernel goes on
+/// enforcing afterwards. With `take_over` an agent that serves this node is one to take over from, else a refusal.
+pub async fn run(config: Config, take_over: bool, mut stop: Stop) -> Result<(), AgentError> {
     for component in ["kernel", "enrolment", "stream", "inbound", "pods", "workload_api"] {
         METRICS.component.set([component], 0.0);
     }
@@ -70,86 +99,56 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
     }
     let mesh = control::mesh_root(&config.cgroup_root)?;
     std::fs::create_dir_all(&config.data_dir).map_err(|e| start("a writable 'data_dir'", e))?;
-    let clock = Arc::new(Clock::default());
-    let kernel = KernelHandle::open(&config.cgroup_root, &config.pin_dir)?;
+    let former = former(&config, take_over).await?;
+    let course = if former.is_some() { Course::waiting() } else { Course::default() };
+    let (outcome, outcome_rx) = watch::channel(None);
+    let (endpoints, endpoints_rx) = watch::channel(None);
+    let (mut cell, successor) = Cell::new(&config, &course, former.as_ref(), outcome_rx, endpoints_rx.clone())?;
+    // With the cell first where another agent serves meanwhile, with the kernel first where none does.
+    let mut handed = Sockets::new();
+    if let Some(former) = &former {
+        cell.start();
+        handed = tokio::select! {
+            handed = cell.prepared(former) => handed?,
+            () = stop.next() => return Ok(()),
+        };
+    }
+    let kernel = KernelHandle::open(&config.cgroup_root, &config.pin_dir, &config.data_dir)?;
     kernel.renew_lease()?;
     let carriers = Carriers::start().map_err(|e| start("threads that carry", e))?;
-    let hbone = listeners(config.hbone_listen, carriers.count()).map_err(|e| start("'hbone_listen' to be free", e))?;
-    let socket = local_socket(&config.workload_socket, 0o777).map_err(|e| start("a usable 'workload_socket'", e))?;
-    let broker_socket = config.broker_socket.as_deref().map(|path| local_socket(path, 0o600)).transpose();
-    let broker_socket = broker_socket.map_err(|e| start("a usable 'broker_socket'", e))?;
     let netns = NetnsThread::start().map_err(|e| start("a thread for namespaces", e))?;
     // Before any pod is guarded; it goes with this process.
     let (annex, at_pods) = annex(&kernel, &netns, carriers.count()).await?;
+    let listeners = Listeners::open(&config, carriers.count(), &mut handed)?;
+    let again = listeners.again().map_err(|e| start("descriptors to spare", e))?;
+    let Locals { tunnels, workload, broker: broker_socket, metrics, takeover } =
+        Locals::of(listeners).map_err(|e| start("sockets of this runtime", e))?;
+    cell.start();
 
-    let trust = SharedTrust::new(Trust::Pinned(config.trust_domain.clone(), config.fingerprint.0));
-    let tpm = Options::new(&config.tcti, &config.data_dir);
-    let attester = Attester::start(Options { ek: config.tpm_ek.0, ak: config.tpm_ak.0, ..tpm }).map_err(enrol::tpm)?;
-    let (turn, cluster) = (Turn::default(), config.cluster.clone());
-    let (boot_log, ima_log) = (config.boot_log.clone(), config.ima_log.clone());
-    let rounds = Rounds::new(attester.clone(), turn.clone(), cluster, boot_log, ima_log);
-    let denials = Lane::default();
-    let issued = Issued::default();
-    let metrics = telemetry::serve(config.metrics_listen, kernel.clone(), issued.clone(), clock.clone());
-    let (desired, desired_rx) = watch::channel(None);
-    let (outcome, outcome_rx) = watch::channel(None);
-    let (endpoints, endpoints_rx) = watch::channel(Vec::new());
+    let (clock, denials, issued) = (cell.clock.clone(), cell.denials.clone(), cell.issued.clone());
+    let pages = if former.is_some() { Course::waiting() } else { Course::default() };
+    let metrics =
+        telemetry::serve(metrics, kernel.clone(), issued.clone(), clock.clone(), [course.clone(), pages.clone()]);
     let (plane, plane_rx) = watch::channel(None);
-    let (node, node_rx) = watch::channel(None);
-    let (enrolled, enrolled_rx) = watch::channel(None);
-    let (told, told_rx) = watch::channel(None);
-    let (channel, channel_rx) = watch::channel(None);
     let health = Health::new(Some(kernel.clone()));
-
-    let membership = Membership {
-        config: config.clone(),
-        attester,
-        turn,
-        clock: clock.clone(),
-        trust: trust.clone(),
-        denials: denials.clone(),
-        enrolled,
-        node,
-        issued: issued.clone(),
-        told: told_rx,
-    };
-    let session = Session {
-        trust: trust.clone(),
-        servers: config.servers.clone(),
-        trust_domain: config.trust_domain.clone(),
-        cluster: config.cluster.clone(),
-        node_address: config.node_address,
-        clock: clock.clone(),
-        denials: denials.clone(),
-        rounds,
-        wires: session::Wires {
-            enrolled: enrolled_rx.clone(),
-            told: Arc::new(told),
-            desired: Arc::new(desired),
-            outcome: outcome_rx,
-            endpoints: endpoints_rx,
-            issued: issued.clone(),
-            channel: Arc::new(channel),
-        },
-    };
     let issuance = Issuance {
         issued: issued.clone(),
-        trust: trust.clone(),
+        trust: cell.trust.clone(),
         clock: clock.clone(),
         denials: denials.clone(),
-        node: node_rx.clone(),
-        channel: channel_rx.clone(),
+        node: cell.node.clone(),
+        channel: cell.channel.clone(),
     };
-    let tokens = Tokens::new(channel_rx, clock.clone());
+    let tokens = Tokens::new(cell.channel.clone(), clock.clone());
     let gate = Gate {
         brokers: Arc::new(config.brokers.clone()),
-        trust: trust.clone(),
+        trust: cell.trust.clone(),
         clock: clock.clone(),
         denials: denials.clone(),
-        node: node_rx.clone(),
+        node: cell.node.clone(),
     };
     let broker = Broker::new(issued.clone(), tokens.clone(), Arc::new(mesh.clone()), gate);
-    let broker = serve_brokers(broker, broker_socket, NodeIdentity(enrolled_rx.clone()));
+    let broker = serve_brokers(broker, broker_socket, NodeIdentity(cell.enrolled.clone()), &course);
     let outbound = Outbound::on(
         carriers.clone(),
         plane_rx.clone(),
@@ -159,6 +158,8 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
         annex.clone(),
         hbone::PORT,
     );
+    let outbound = outbound.in_course(course.clone());
+    let (ask, asks) = mpsc::channel(1);
     let control = Control {
         pods_dir: config.pods_dir.clone(),
         cgroup_root: config.cgroup_root.clone(),
@@ -166,45 +167,171 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<(), A
         kernel: kernel.clone(),
         netns: netns.clone(),
         issued: issued.clone(),
-        trust,
+        trust: cell.trust.clone(),
         denials: denials.clone(),
         health: health.clone(),
         outbound: outbound.clone(),
         clock: clock.clone(),
-        wires: control::Wires { desired: desired_rx, outcome, endpoints, plane, node: node_rx },
+        hands: Hands { captures: captures(handed), asks, course: course.clone() },
+        wires: control::Wires { desired: cell.desired.clone(), outcome, endpoints, plane, node: cell.node.clone() },
     };
-    let inbound = Inbound::new(plane_rx.clone(), denials.clone(), netns, clock);
+    let inbound = Inbound::new(plane_rx.clone(), denials.clone(), netns, clock).in_course(course.clone());
     METRICS.component.set(["inbound"], 1.0);
     METRICS.component.set(["workload_api"], 1.0);
     tracing::info!(cluster = %config.cluster, hbone = %config.hbone_listen, "agent started");
-    let ended = |component| move |why: String| AgentError::Ended { component, why };
-    let never = |component, task: tokio::task::JoinHandle<()>| async move {
-        let why = task.await.err().map_or("returned".to_owned(), |e| e.to_string());
-        Err(AgentError::Ended { component, why })
+    let mut host = Host { sockets: again, kernel: kernel.clone(), control: ask, successor };
+    let (tunnels_in, locals) = (inbound.clone(), Local::default());
+    let components = async {
+        tokio::select! {
+            error = cell.ended() => Err(error),
+            e = never("issuance", tokio::spawn(issuance.run())) => e,
+            e = never("control", tokio::spawn(control.run())) => e,
+            e = never("health", tokio::spawn(health.probe(plane_rx, denials, annex))) => e,
+            e = never("denials", tokio::spawn(outbound.cut_denied())) => e,
+            e = inbound.clone().serve_on(&carriers, Door::Node, tunnels) => Err(ended("inbound", e)),
+            e = inbound.serve_on(&carriers, Door::Pod, at_pods) => Err(ended("inbound at pods", e)),
+            e = locals.serve(&course, WorkloadApi::new(issued, tokens).serve(workload, mesh)) => Err(ended("workload api", e)),
+            e = locals.serve(&course, broker) => Err(ended("broker api", e)),
+            e = locals.serve(&pages, metrics) => Err(ended("metrics", e)),
+            e = watch_kernel(kernel) => Err(e.into()),
+        }
     };
-    tokio::select! {
-        () = stop => Ok(()),
-        denied = membership.run() => Err(denied.into()),
-        e = never("stream", tokio::spawn(session.run())) => e,
-        e = never("issuance", tokio::spawn(issuance.run())) => e,
-        e = never("control", tokio::spawn(control.run())) => e,
-        e = never("health", tokio::spawn(health.probe(plane_rx, denials, annex))) => e,
-        e = never("denials", tokio::spawn(outbound.cut_denied())) => e,
-        e = inbound.clone().serve_on(&carriers, Door::Node, hbone) => Err(ended("inbound")(text(e))),
-        e = inbound.serve_on(&carriers, Door::Pod, at_pods) => Err(ended("inbound at pods")(text(e))),
-        e = WorkloadApi::new(issued, tokens).serve(socket, mesh) => Err(ended("workload api")(text(e))),
-        e = broker => Err(ended("broker api")(text(e))),
-        e = metrics => Err(ended("metrics")(text(e))),
-        e = watch_kernel(kernel) => Err(e.into()),
+    tokio::pin!(components);
+    let serving = serve_in_turn(former, endpoints_rx, [&course, &pages]);
+    let successor = tokio::select! {
+        e = &mut components => return e,
+        late = serving => return Err(late.into()),
+        wire = course.while_serving(host.meet(takeover)) => Some(wire),
+        () = stop.next() => None,
+    };
+    // Nobody shall wait in the backlog of what nobody here serves any more.
+    host.sockets.clear();
+    course.drain();
+    if successor.is_some() {
+        pages.drain();
+    }
+    let begun = course.flows();
+    tracing::info!(
+        flows = begun,
+        within_s = config.drain_max_s.0.as_secs(),
+        handed_over = successor.is_some(),
+        "draining"
+    );
+    let cut = tokio::select! {
+        e = &mut components => return e,
+        () = drained([&course, &pages], &tunnels_in, &locals) => 0,
+        () = tokio::time::sleep(config.drain_max_s.0) => course.flows(),
+        () = stop.next() => course.flows(),
+        () = follow(&host, successor.as_ref()) => 0,
+    };
+    let drained = begun.saturating_sub(cut);
+    tracing::info!(drained, cut, "agent ended");
+    if let Some(successor) = &successor {
+        host.drained(successor, drained as u64, cut as u64).await;
+    }
+    Ok(())
+}
+
+/// The agent that serves this node, to take over from.
+async fn former(config: &Config, take_over: bool) -> Result<Option<Guest>, Refusal> {
+    if take_over {
+        return takeover::call(&config.data_dir).await;
+    }
+    if takeover::is_served(&config.data_dir).await {
+        let found = format!("one that answers at {}", takeover::place(&config.data_dir).display());
+        return Err(Refusal::new(Code::AgentRunning, "no other agent of this 'data_dir'", found));
+    }
+    Ok(None)
+}
+
+/// After a former agent: serves once what is here is in the kernel and has its SVIDs, and tells it. Returns only where that
+/// does not come about.
+async fn serve_in_turn(
+    former: Option<Guest>,
+    mut endpoints: watch::Receiver<Option<Vec<Endpoint>>>,
+    courses: [&Course; 2],
+) -> Refusal {
+    let Some(former) = former else { return std::future::pending().await };
+    if !matches!(tokio::time::timeout(TAKE_MAX, endpoints.wait_for(Option::is_some)).await, Ok(Ok(_))) {
+        let found = format!("not within {} s", TAKE_MAX.as_secs());
+        return Refusal::new(Code::TakeOverRefused, "tables in the kernel and SVIDs for what runs here", found);
+    }
+    courses.into_iter().for_each(Course::serve);
+    former.serving().await;
+    tracing::info!("this agent serves; the former one drains");
+    former.drained().await;
+    std::future::pending().await
+}
+
+/// Returns when nothing is carried any more, whoever had a tunnel to here has let go of it, and whoever asked here has its
+/// answer.
+async fn drained([course, pages]: [&Course; 2], inbound: &Inbound, locals: &Local) {
+    course.idle().await;
+    pages.drain();
+    let left = Instant::now();
+    while (inbound.tunnels() > 0 || locals.answer()) && left.elapsed() < GOODBYE_MAX {
+        tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }
 
-fn text<E: std::fmt::Display>(result: Result<(), E>) -> String {
-    result.err().map_or("returned".to_owned(), |e| e.to_string())
+/// What is carried follows what the successor hears of the cell. Never returns.
+async fn follow(host: &Host, successor: Option<&Wire>) {
+    if let Some(successor) = successor {
+        host.listen(successor).await;
+    }
+    std::future::pending().await
 }
 
-fn start(expected: &str, error: std::io::Error) -> Refusal {
-    Refusal::new(Code::ConfigInvalid, expected, error.to_string())
+/// The sockets, on this runtime.
+struct Locals {
+    tunnels: Vec<std::net::TcpListener>,
+    workload: UnixListener,
+    broker: Option<UnixListener>,
+    metrics: TcpListener,
+    takeover: UnixListener,
+}
+
+impl Locals {
+    fn of(all: Listeners) -> std::io::Result<Self> {
+        Ok(Self {
+            tunnels: all.tunnels,
+            workload: UnixListener::from_std(all.workload)?,
+            broker: all.broker.map(UnixListener::from_std).transpose()?,
+            metrics: TcpListener::from_std(all.metrics)?,
+            takeover: UnixListener::from_std(all.takeover)?,
+        })
+    }
+}
+
+fn ended<E: std::fmt::Display>(component: &'static str, result: Result<(), E>) -> AgentError {
+    AgentError::Ended { component, why: result.err().map_or("returned".to_owned(), |e| e.to_string()) }
+}
+
+async fn never(component: &'static str, task: JoinHandle<()>) -> Result<(), AgentError> {
+    Err(ended(component, task.await))
+}
+
+/// Services of this machine alone, each of which ends in order when its course drains.
+#[derive(Debug, Default)]
+struct Local(AtomicUsize);
+
+impl Local {
+    /// Returns where one ends otherwise.
+    async fn serve<E>(&self, course: &Course, serves: impl Future<Output = Result<(), E>>) -> Result<(), E> {
+        course.serving().await;
+        self.0.fetch_add(1, Ordering::Relaxed);
+        let result = serves.await;
+        if course.is_draining() && result.is_ok() {
+            self.0.fetch_sub(1, Ordering::Relaxed);
+            std::future::pending().await
+        }
+        result
+    }
+
+    /// Whether one of them may still answer somebody.
+    fn answer(&self) -> bool {
+        self.0.load(Ordering::Relaxed) > 0
+    }
 }
 
 /// Renews the lease and tells refusals to the log. A kernel that cannot be told is a reason to end: the lease then runs
@@ -251,45 +378,18 @@ async fn annex(
     Ok((annex, listeners))
 }
 
-/// Listeners that share an address: the kernel spreads connections over them (SO_REUSEPORT), and nobody of another user
-/// can join them.
-fn listeners(at: std::net::SocketAddr, count: usize) -> std::io::Result<Vec<std::net::TcpListener>> {
-    // Another agent could: an address that is in use is refused, as without sharing.
-    drop(std::net::TcpListener::bind(at)?);
-    let mut at = at;
-    let mut all = Vec::with_capacity(count);
-    for _ in 0..count {
-        let socket = if at.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
-        socket.set_reuseaddr(true)?;
-        socket.set_reuseport(true)?;
-        socket.bind(at)?;
-        let listener = socket.listen(BACKLOG)?;
-        // The first one chooses the port where it is left open.
-        at = listener.local_addr()?;
-        all.push(listener.into_std()?);
-    }
-    Ok(all)
-}
-
-/// For ever where there is no socket.
-async fn serve_brokers(broker: Broker, socket: Option<UnixListener>, identity: NodeIdentity) -> Result<(), ServeError> {
+/// Until it drains where there is no socket.
+async fn serve_brokers(
+    broker: Broker,
+    socket: Option<UnixListener>,
+    identity: NodeIdentity,
+    course: &Course,
+) -> Result<(), ServeError> {
     match socket {
         Some(socket) => broker.serve(socket, Arc::new(identity)).await,
-        None => std::future::pending().await,
+        None => {
+            course.draining().await;
+            Ok(())
+        }
     }
-}
-
-/// The Workload API's is for every workload: who may have what is decided by what the kernel says of the caller. The
-/// Broker API's is for who runs as root, or is let to it by who does.
-fn local_socket(path: &Path, mode: u32) -> std::io::Result<UnixListener> {
-    match std::fs::remove_file(path) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e),
-        _ => {}
-    }
-    if let Some(parent) = path.parent() {
-        std::fs::create_dir_all(parent)?;
-    }
-    let listener = UnixListener::bind(path)?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
-    Ok(listener)
 }

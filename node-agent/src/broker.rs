@@ -120,7 +120,7 @@ impl Broker {
                 .with_service_name("spiffe.broker.API")
         };
         let (ready, accepted) = mpsc::channel(ACCEPTED_MAX);
-        let gate = self.gate.clone();
+        let (gate, course) = (self.gate.clone(), self.issued.course().clone());
         let router = tonic::transport::Server::builder()
             .max_concurrent_streams(STREAMS_PER_CONNECTION_MAX)
             .timeout(ANSWER_MAX)
@@ -128,8 +128,8 @@ impl Broker {
             .add_service(reflection().build_v1()?.max_decoding_message_size(REQUEST_BYTES_MAX))
             .add_service(reflection().build_v1alpha()?.max_decoding_message_size(REQUEST_BYTES_MAX));
         tokio::select! {
-            served = router.serve_with_incoming(ReceiverStream::new(accepted)) => Ok(served?),
-            () = accept(listener, TlsAcceptor::from(Arc::new(config)), gate, ready) => Ok(()),
+            served = router.serve_with_incoming_shutdown(ReceiverStream::new(accepted), course.drained_a_while()) => Ok(served?),
+            () = course.while_serving(accept(listener, TlsAcceptor::from(Arc::new(config)), gate, ready)) => Ok(()),
         }
     }
 }

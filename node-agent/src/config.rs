@@ -6,6 +6,7 @@ use serde::Deserialize;
 use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// A configuration file is a page of text; more is a mistake.
 const FILE_BYTES_MAX: u64 = 64 * 1024;
@@ -13,6 +14,9 @@ const FILE_BYTES_MAX: u64 = 64 * 1024;
 const SERVERS_MAX: usize = 16;
 /// A node has a proxy or two.
 const BROKERS_MAX: usize = 16;
+
+/// A connection that is carried and quiet must not hold up the end of an agent for ever.
+const DRAIN_S_MAX: u64 = 3600;
 
 /// Every key, so that an unknown one can be named.
 const KEYS: &[&str] = &[
@@ -37,6 +41,7 @@ const KEYS: &[&str] = &[
     "brokers",
     "metrics_listen",
     "hbone_listen",
+    "drain_max_s",
 ];
 
 /// SHA-256 of the trust domain's root certificate, pinned out of band: there is no trust on first use.
@@ -151,6 +156,31 @@ pub struct Config {
     pub metrics_listen: SocketAddr,
     /// Tunnels from other nodes.
     pub hbone_listen: SocketAddr,
+    /// How long an agent that ends lets connections end which it carries, seconds; 30 unless told, 0 cuts them at once.
+    #[serde(default)]
+    pub drain_max_s: DrainMax,
+}
+
+/// See [`Config::drain_max_s`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "u64")]
+pub struct DrainMax(pub Duration);
+
+impl Default for DrainMax {
+    fn default() -> Self {
+        Self(Duration::from_secs(30))
+    }
+}
+
+impl TryFrom<u64> for DrainMax {
+    type Error = Refusal;
+    fn try_from(seconds: u64) -> Result<Self, Refusal> {
+        if seconds > DRAIN_S_MAX {
+            let expected = format!("'drain_max_s' of at most {DRAIN_S_MAX} seconds");
+            return Err(Refusal::new(Code::ConfigInvalid, expected, seconds.to_string()));
+        }
+        Ok(Self(Duration::from_secs(seconds)))
+    }
 }
 
 impl Config {
@@ -242,6 +272,10 @@ mod tests {
     #[test]
     fn a_good_file_is_read_and_bad_ones_name_what_is_wrong() {
         assert_eq!(Config::parse(GOOD).unwrap().cluster.as_str(), "west");
+        for (line, seconds) in [("", 30), ("drain_max_s = 0", 0), ("drain_max_s = 3600", 3600)] {
+            let config = Config::parse(&format!("{GOOD}\n{line}")).unwrap();
+            assert_eq!(config.drain_max_s, DrainMax(Duration::from_secs(seconds)));
+        }
         let keys = "tpm_ek = \"p384\"\ntpm_ak = \"rsa2048-ssa\"\nnode_key = \"tpm\"";
         let keys = Config::parse(&format!("{GOOD}\n{keys}")).unwrap();
         assert_eq!(keys.node_key, NodeKeyHome::Tpm);
@@ -275,6 +309,8 @@ mod tests {
                 Code::ConfigInvalid,
                 "broker_socket",
             ),
+            ("boot_log =", "drain_max_s = 3601\nboot_log =", Code::ConfigInvalid, "drain_max_s"),
+            ("boot_log =", "drain_max_s = -1\nboot_log =", Code::ConfigInvalid, "drain_max_s"),
             ("cluster =", "cluster", Code::ConfigInvalid, ""),
         ] {
             let refusal = Config::parse(&GOOD.replace(from, to)).unwrap_err();

@@ -7,6 +7,7 @@ mod guards;
 use crate::cgroup::MeshRoot;
 use crate::clock::Clock;
 use crate::compile;
+use crate::course::Course;
 use crate::denials::Lane;
 use crate::egress;
 use crate::health::Health;
@@ -17,6 +18,7 @@ use crate::netns::NetnsThread;
 use crate::outbound::Outbound;
 use crate::plane::{Credentials, LocalPod, Plane};
 use crate::pods::{Pod, Pods, Unusable};
+use crate::takeover::Ask;
 use crate::view::{View, Workload};
 use ambit_ebpf::{DeviceNews, Tables};
 use ambit_identity::{SharedTrust, Trust, TrustStore};
@@ -24,11 +26,11 @@ use ambit_model::policy::Endpoint;
 use ambit_model::{Code, EntryId, Generation, Moment, NodeId, Refusal, Revision};
 use guards::{FormerCgroup, Guarded};
 use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, TcpListener};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 
 /// How soon a pod is noticed.
 const POLL_EVERY: Duration = Duration::from_millis(100);
@@ -37,6 +39,10 @@ const DIRECT_EVERY: u32 = 10;
 
 /// How often what is in the kernel is compared with what was put there (issue E: every 10 s).
 const COMPARE_EVERY: Duration = Duration::from_secs(10);
+
+/// After a start, what was reported before stands until every pod that is here has its SVID, or was refused one; but no
+/// longer than this.
+const SETTLE_MAX: Duration = Duration::from_secs(5);
 
 /// What became of the newest view.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,8 +60,8 @@ pub struct Wires {
     pub desired: watch::Receiver<Option<Arc<View>>>,
     /// What became of it.
     pub outcome: watch::Sender<Option<Outcome>>,
-    /// The workloads that run here and can be reached.
-    pub endpoints: watch::Sender<Vec<Endpoint>>,
+    /// The workloads that run here and can be reached; none until that is known after a start.
+    pub endpoints: watch::Sender<Option<Vec<Endpoint>>>,
     /// For tunnels.
     pub plane: watch::Sender<Option<Arc<Plane>>>,
     /// This node and its admission, for endpoint reports.
@@ -87,8 +93,29 @@ pub struct Control {
     pub outbound: Outbound,
     /// By which policies end.
     pub clock: Arc<Clock>,
+    /// Who came before, and who comes after.
+    pub hands: Hands,
     /// Its wires.
     pub wires: Wires,
+}
+
+/// What the loop has of other agents of this node.
+#[derive(Debug)]
+pub struct Hands {
+    /// Sockets of pods that the former agent handed over, each with the network namespace that it was in. Those of pods that
+    /// are not here go when what is here is known.
+    pub captures: BTreeMap<(String, (u64, u64)), TcpListener>,
+    /// What is asked by whom a successor calls.
+    pub asks: mpsc::Receiver<Ask>,
+    /// When it drains, sockets are let go.
+    pub course: Course,
+}
+
+impl Default for Hands {
+    /// Of an agent before and after which there is none.
+    fn default() -> Self {
+        Self { captures: BTreeMap::new(), asks: mpsc::channel(1).1, course: Course::default() }
+    }
 }
 
 #[derive(Default)]
@@ -112,6 +139,10 @@ struct State {
     credentials: BTreeMap<EntryId, Arc<Credentials>>,
     reconciled: bool,
     direct: direct::Known,
+    /// Another agent writes the kernel's tables: what is carried here goes on by what the cell says.
+    parked: bool,
+    /// When the first slice took effect, until what is here is reported.
+    unsettled: Option<Instant>,
 }
 
 /// When what is in force was judged: policies end without a word from the cell.
@@ -149,6 +180,8 @@ impl Control {
     pub async fn run(mut self) {
         let news = DeviceNews::open().inspect_err(|error| tracing::warn!(%error, "no news of devices")).ok();
         let mut state = State { left: self.found_guarded(), news, ..State::default() };
+        let course = self.hands.course.clone();
+        let mut holds = true;
         let (mut known, mut denials) = (self.issued.watch(), self.denials.watch());
         // What is said to be in force is so for the pods that are here already.
         self.look(&mut state).await;
@@ -172,8 +205,13 @@ impl Control {
                     self.keep_direct(&mut state).await;
                     self.reconcile(&mut state).await;
                 }
+                Some(ask) = self.hands.asks.recv() => self.answer(ask, &mut state).await,
+                () = course.draining(), if holds => {
+                    holds = false;
+                    state.guarded.values_mut().for_each(Guarded::let_go);
+                }
                 _ = tick.tick() => {
-                    let changed = self.look(&mut state).await | self.look_at_wires(&mut state);
+                    let changed = !state.parked && (self.look(&mut state).await | self.look_at_wires(&mut state));
                     state.count_refused();
                     let over = Judged::is_over(state.judged.kernel, state.view.as_deref(), self.clock.moment());
                     if changed || over {
@@ -181,6 +219,9 @@ impl Control {
                     }
                     turns = turns.wrapping_add(1);
                     due = changed || over || turns.is_multiple_of(DIRECT_EVERY);
+                    if state.unsettled.is_some_and(|since| since.elapsed() >= SETTLE_MAX) {
+                        self.publish(&mut state, &self.issued.now());
+                    }
                     // What is open must not stay so because the kernel takes no tables.
                     if Judged::is_over(state.judged.plane, state.view.as_deref(), self.clock.moment()) {
                         self.publish(&mut state, &self.issued.now());
@@ -211,10 +252,27 @@ impl Control {
         }
     }
 
+    /// What a successor needs, and what is to be done where it failed.
+    async fn answer(&mut self, ask: Ask, state: &mut State) {
+        match ask {
+            Ask::Park(reply) => {
+                state.parked = true;
+                // Who asked has gone: then it is undone soon.
+                let _ = reply.send(state.guarded.values().filter_map(Guarded::handed).collect());
+            }
+            Ask::Resume => {
+                state.parked = false;
+                self.guard_again(state);
+                state.installed = None;
+                self.reconcile(state).await;
+            }
+        }
+    }
+
     /// Takes the endpoints of denied nodes out of the tables in force, in about a millisecond; the install that follows
     /// takes tens.
     async fn withdraw(&self, state: &mut State) {
-        let Some(view) = &state.view else { return };
+        let Some(view) = state.view.as_ref().filter(|_| !state.parked) else { return };
         let denials = self.denials.now();
         let denied = view.endpoints.values().filter(|e| denials.denies_endpoint(e));
         let denied: Vec<Ipv4Addr> = denied.map(|e| e.address).collect();
@@ -235,7 +293,7 @@ impl Control {
 
     /// Whether somebody changed what this agent put into the kernel; then all of it is due anew.
     async fn drifted(&self, state: &mut State) -> bool {
-        if state.installed.is_none() || !state.reconciled {
+        if state.installed.is_none() || !state.reconciled || state.parked {
             return false;
         }
         let tables = self.kernel.drift().await;
@@ -267,6 +325,9 @@ impl Control {
     async fn reconcile(&mut self, state: &mut State) {
         let desired = self.wires.desired.borrow_and_update().clone();
         let Some(view) = desired else { return };
+        if state.parked {
+            return self.follow(state, view);
+        }
         let begun = Instant::now();
         let workloads = view.workloads(state.believed());
         let now = self.clock.moment();
@@ -286,6 +347,9 @@ impl Control {
         let outcome = Outcome { revision: view.revision, result };
         if outcome.result.is_ok() {
             self.replace_trust(&view);
+            if state.view.is_none() {
+                state.unsettled = Some(Instant::now());
+            }
             state.view = Some(view.clone());
             state.judged.kernel = Some(now);
             self.issued.set_pods(view.entries_of_pods(state.believed()));
@@ -293,6 +357,13 @@ impl Control {
             self.publish(state, &self.issued.now());
         }
         self.wires.outcome.send_replace(Some(outcome));
+    }
+
+    /// The kernel is another agent's: what is open here is judged by the new view all the same.
+    fn follow(&mut self, state: &mut State, view: Arc<View>) {
+        self.replace_trust(&view);
+        state.view = Some(view);
+        self.publish(state, &self.issued.now());
     }
 
     async fn install(
@@ -310,6 +381,7 @@ impl Control {
             Some((installed, digest)) if *installed == tables => *digest,
             _ => {
                 let digest = self.kernel.install(tables.clone()).await?;
+                METRICS.generations.inc([]);
                 state.installed = Some((tables, digest));
                 digest
             }
@@ -354,7 +426,7 @@ impl Control {
     }
 
     /// Publishes the plane and what the cell should know of it.
-    fn publish(&self, state: &mut State, known: &Known) {
+    fn publish(&mut self, state: &mut State, known: &Known) {
         let Some(view) = state.view.clone() else { return };
         state.judged.plane = Some(self.clock.moment());
         self.renew_credentials(state, known);
@@ -373,11 +445,20 @@ impl Control {
             })
         });
         let endpoints: Vec<Endpoint> = endpoints.collect();
-        self.wires.endpoints.send_if_modified(|old| {
-            let changed = *old != endpoints;
-            *old = endpoints;
-            changed
-        });
+        let settled = |since: Instant| {
+            let asked = pods.iter().all(|pod| known.svids.contains_key(&pod.workload.entry.id));
+            asked || since.elapsed() >= SETTLE_MAX
+        };
+        if state.unsettled.is_none_or(settled) {
+            if state.unsettled.take().is_some() {
+                self.hands.captures.clear();
+            }
+            self.wires.endpoints.send_if_modified(|old| {
+                let changed = old.as_ref() != Some(&endpoints);
+                *old = Some(endpoints);
+                changed
+            });
+        }
         let credentials = state.credentials.values().cloned();
         let plane = Plane::new(view, pods, credentials, self.trust.clone(), self.node_address);
         self.wires.plane.send_replace(Some(Arc::new(plane)));

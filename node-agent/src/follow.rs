@@ -131,9 +131,11 @@ impl Follower {
         self.workload.ends(&known, answer)
     }
 
-    /// Returns when something is known that was not looked at yet, or the workload has ended; false if nothing will be.
+    /// Returns when something is known that was not looked at yet, or the workload has ended; false if nothing will be told
+    /// any more.
     pub async fn changed(&mut self) -> bool {
         tokio::select! {
+            () = self.issued.course().drained_a_while() => false,
             changed = self.changes.changed() => changed.is_ok(),
             () = self.workload.process.ended() => true,
         }

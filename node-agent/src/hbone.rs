@@ -13,6 +13,7 @@ use ambit_identity::svid::Presented;
 use ambit_identity::{Trust, Usage};
 use ambit_model::{NodeId, SpiffeId};
 use bytes::Bytes;
+use futures::FutureExt;
 use h2::client::SendRequest;
 use h2::{Ping, PingPong, RecvStream, SendStream};
 use http::{Method, Request, StatusCode, Version};
@@ -105,6 +106,9 @@ pub enum TunnelError {
     /// The tunnel ended while we waited.
     #[error("the tunnel broke")]
     Broken(#[source] std::io::Error),
+    /// The far agent is ending, and has taken nothing of this connection: another tunnel leads to who comes after it.
+    #[error("the agent at the other end is ending")]
+    Left,
     /// The far agent said no: 401 by policy (403, where it is one of Envoy's), 503 where its pod does not answer, 400 where it
     /// is asked for an address that is not the workload's.
     #[error("refused with {0}")]
@@ -145,7 +149,7 @@ impl TunnelError {
     /// Whether another endpoint may succeed where this one failed. A refusal by policy stands.
     pub fn is_retryable(&self) -> bool {
         self.is_tunnel()
-            || matches!(self, Self::NodeDenied | Self::SvidRevoked)
+            || matches!(self, Self::NodeDenied | Self::SvidRevoked | Self::Left)
             || matches!(self, Self::Refused(code) if !is_denial(*code))
     }
     /// A label for figures.
@@ -156,6 +160,7 @@ impl TunnelError {
             Self::OtherNode { .. } => "other_node",
             Self::Timeout => "timeout",
             Self::Broken(_) => "broken",
+            Self::Left => "left",
             Self::Refused(code) if is_denial(*code) => "denied",
             Self::Refused(_) => "refused",
             Self::Reset => "reset",
@@ -348,7 +353,11 @@ async fn shared(secured: Secured, peer: Arc<Far>, node: SocketAddr) -> Result<Tu
     Ok(tunnel)
 }
 
+/// A request that the far end's GOAWAY leaves out was not and will not be processed (RFC 9113, section 6.8).
 fn broken(error: h2::Error) -> TunnelError {
+    if error.is_go_away() && error.is_remote() && error.reason() == Some(h2::Reason::NO_ERROR) {
+        return TunnelError::Left;
+    }
     TunnelError::Broken(std::io::Error::other(error))
 }
 
@@ -416,8 +425,11 @@ impl Tunnel {
         // Keeps its word for a driver that does not wait yet.
         self.shared.cut.notify_one();
     }
-    /// Takes a place in the tunnel, if one is free.
+    /// Takes a place in the tunnel, if one is free and the far end takes requests.
     pub fn lease(&self) -> Option<Lease> {
+        if matches!(self.requests.clone().ready().now_or_never(), Some(Err(_))) {
+            return None;
+        }
         let taken = self.shared.streams.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| {
             (n < STREAMS_MAX && self.is_open()).then_some(n + 1)
         });

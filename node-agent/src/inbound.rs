@@ -9,6 +9,7 @@ use self::goal::{NOWHERE, goal, is_ours};
 use self::judge::{At, Call, at_home, judge, permitted, trusted};
 use crate::carriers::Carriers;
 use crate::clock::Clock;
+use crate::course::{Course, Flow};
 use crate::denials::{Denials, Lane};
 use crate::hbone::{self, Door, NATIVE_IDLE_MAX, POD_CONNECT_MAX};
 use crate::lines::Lines;
@@ -62,6 +63,7 @@ pub struct Inbound {
     flows: Arc<Semaphore>,
     /// Of connections that an audit policy matched; all of them are counted.
     audited: Arc<Lines>,
+    course: Course,
 }
 
 /// A connection to a workload that was let through, and by what: whoever carries it follows these.
@@ -103,7 +105,13 @@ impl Inbound {
     ) -> Self {
         let [tunnels, handshakes, strangers, flows] =
             [TUNNELS_MAX, HANDSHAKES_MAX, STRANGERS_MAX, FLOWS_MAX].map(|max| Arc::new(Semaphore::new(max)));
-        Self { plane, denials, netns, clock, tunnels, handshakes, strangers, flows, audited: Arc::default() }
+        let (audited, course) = (Arc::default(), Course::default());
+        Self { plane, denials, netns, clock, tunnels, handshakes, strangers, flows, audited, course }
+    }
+
+    /// The same in this course: tunnels are accepted while it serves, and left when it drains; connections count in it.
+    pub fn in_course(self, course: Course) -> Self {
+        Self { course, ..self }
     }
 
     /// Accepts tunnels on threads that carry, each of which has one of `listeners` (they share an address). For ever, unless
@@ -130,6 +138,19 @@ impl Inbound {
 
     /// Accepts tunnels at this door until the listener fails.
     pub async fn serve_at(self, door: Door, listener: TcpListener) -> std::io::Result<()> {
+        let course = self.course.clone();
+        course.while_serving(self.accept(door, listener)).await
+    }
+
+    /// Tunnels that are open now, or in their handshake.
+    pub fn tunnels(&self) -> usize {
+        let taken = |max: usize, places: &Semaphore| max.saturating_sub(places.available_permits());
+        taken(TUNNELS_MAX, &self.tunnels)
+            + taken(HANDSHAKES_MAX, &self.handshakes)
+            + taken(STRANGERS_MAX, &self.strangers)
+    }
+
+    async fn accept(self, door: Door, listener: TcpListener) -> std::io::Result<()> {
         loop {
             let (tcp, from) = match listener.accept().await {
                 Ok(accepted) => accepted,
@@ -254,10 +275,17 @@ impl Inbound {
         // A stream that was reset is none for HTTP/2, and its connection to the workload is still being made.
         let places = Arc::new(Semaphore::new(hbone::REQUESTS_MAX));
         // What it carries ends with the tunnel, and that with its connection.
+        let mut left = false;
         loop {
             let next = tokio::select! {
                 next = streams.accept() => next,
                 () = &mut quiet => return Ok(()),
+                () = self.course.draining(), if !left => {
+                    // GOAWAY: what was asked until it is heard is served, and what is carried ends in its time.
+                    left = true;
+                    streams.graceful_shutdown();
+                    continue;
+                }
             };
             let Some(Ok((request, mut respond))) = next else { return Ok(()) };
             let Ok(place) = places.clone().try_acquire_owned() else {
@@ -276,7 +304,16 @@ impl Inbound {
     async fn serve_native(&self, mut tunnel: Secured, call: &Call) -> Result<(), Refusal> {
         let mut wait = HANDSHAKE_MAX;
         loop {
-            let Ok(Ok(open)) = timeout(wait, native::asked(&mut tunnel)).await else {
+            let asked = tokio::select! {
+                // What was asked before is answered.
+                biased;
+                asked = timeout(wait, native::asked(&mut tunnel)) => asked,
+                () = self.course.draining() => {
+                    let _ = native::leave(tunnel).await;
+                    return Ok(());
+                }
+            };
+            let Ok(Ok(open)) = asked else {
                 // The peer says nothing more, has ended the tunnel, or is to know what was wrong.
                 tunnel.tell_failure();
                 return Ok(());
@@ -351,6 +388,7 @@ impl Inbound {
 
     /// Judges and connects: of both modes the one way to a workload. What is returned counts as open.
     async fn connect(&self, call: &Call, to: Result<SocketAddrV4, Refusal>) -> Result<Admitted, Reason> {
+        let flow = self.course.flow();
         let place = self.flows.clone().try_acquire_owned().map_err(|_| Reason::Busy)?;
         let mut follow = Follow { plane: self.plane.clone(), denials: self.denials.watch() };
         let denied = |refusal: Refusal| {
@@ -391,7 +429,7 @@ impl Inbound {
         }
         METRICS.connections.inc(["inbound", "ok"]);
         METRICS.open.add(["inbound"], 1.0);
-        Ok(Admitted { pod: tcp, _open: Counted { _place: place }, follow })
+        Ok(Admitted { pod: tcp, _open: Counted { _place: place, _flow: flow }, follow })
     }
 
     /// Returns once the connection may not go on.
@@ -459,6 +497,7 @@ impl Inbound {
 /// A connection that counts as open until this is dropped.
 struct Counted {
     _place: OwnedSemaphorePermit,
+    _flow: Flow,
 }
 
 impl Drop for Counted {

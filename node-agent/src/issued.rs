@@ -1,5 +1,6 @@
 //! What this node knows and holds now: the view and the SVIDs, for everyone who answers from it.
 
+use crate::course::Course;
 use crate::view::View;
 use ambit_model::{EntryId, Generation, Refusal, SpiffeId, Stamp};
 use std::collections::{BTreeMap, BTreeSet};
@@ -51,16 +52,31 @@ pub struct Issued {
     wanted: Arc<watch::Sender<BTreeSet<EntryId>>>,
     asked: Arc<Mutex<BTreeMap<EntryId, usize>>>,
     pods: Arc<Mutex<BTreeSet<EntryId>>>,
+    course: Course,
 }
 
 impl Default for Issued {
     fn default() -> Self {
         let (state, wanted) = (watch::Sender::new(Known::default()), watch::Sender::new(BTreeSet::new()));
-        Self { state: Arc::new(state), wanted: Arc::new(wanted), asked: Arc::default(), pods: Arc::default() }
+        Self {
+            state: Arc::new(state),
+            wanted: Arc::new(wanted),
+            asked: Arc::default(),
+            pods: Arc::default(),
+            course: Course::default(),
+        }
     }
 }
 
 impl Issued {
+    /// The same in this course: who follows it is told no more once that drains.
+    pub fn in_course(self, course: Course) -> Self {
+        Self { course, ..self }
+    }
+    /// The course.
+    pub fn course(&self) -> &Course {
+        &self.course
+    }
     /// Follows the state.
     pub fn watch(&self) -> watch::Receiver<Known> {
         self.state.subscribe()

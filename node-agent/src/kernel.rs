@@ -11,8 +11,9 @@ use ambit_model::{Code, NumericIdentity, Refusal};
 use std::collections::HashMap;
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
 /// Without the agent, new connections are judged for this long, then refused: long enough for an upgrade.
@@ -42,9 +43,66 @@ pub enum WaysOut {
     Open(Refusal),
 }
 
+/// The right to write a node's tables: of all processes one has it.
+#[derive(Debug)]
+pub struct Writer(#[allow(dead_code, reason = "held")] std::fs::File);
+
+impl Writer {
+    /// Takes it, by the lock of a file in the agent's own folder.
+    ///
+    /// # Errors
+    /// [`Code::AgentRunning`] where another process has it.
+    pub fn take(data_dir: &Path) -> Result<Self, Refusal> {
+        let path = data_dir.join("kernel.lock");
+        let trouble = |e: std::io::Error| Refusal::new(Code::ConfigInvalid, "a writable 'data_dir'", e.to_string());
+        // Whoever may open it may lock it, and keep every agent out.
+        let options = std::fs::OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path);
+        let file = options.map_err(trouble)?;
+        match file.try_lock() {
+            Ok(()) => Ok(Self(file)),
+            Err(std::fs::TryLockError::WouldBlock) => {
+                let expected = "nobody else who writes this node's tables";
+                Err(Refusal::new(Code::AgentRunning, expected, format!("{} is locked", path.display())))
+            }
+            Err(std::fs::TryLockError::Error(e)) => Err(trouble(e)),
+        }
+    }
+}
+
 /// The handle. Cloning shares.
 #[derive(Clone)]
-pub struct KernelHandle(Arc<Kernel>);
+pub struct KernelHandle(Arc<Held>);
+
+struct Held {
+    kernel: Kernel,
+    options: Options,
+    data_dir: PathBuf,
+    /// None while another agent writes the tables, or is about to.
+    writer: RwLock<Option<Writer>>,
+}
+
+/// The kernel, to be written to for as long as this lives.
+struct Writing<'a>(&'a Kernel, #[allow(dead_code, reason = "held")] RwLockReadGuard<'a, Option<Writer>>);
+
+impl std::ops::Deref for Writing<'_> {
+    type Target = Kernel;
+    fn deref(&self) -> &Kernel {
+        self.0
+    }
+}
+
+impl Held {
+    fn write(&self) -> Result<Writing<'_>, Refusal> {
+        self.try_write().ok_or_else(|| {
+            let expected = "the kernel's tables as this agent's to write";
+            Refusal::new(Code::Unavailable, expected, "another agent takes over")
+        })
+    }
+    fn try_write(&self) -> Option<Writing<'_>> {
+        let writer = self.writer.read().unwrap_or_else(PoisonError::into_inner);
+        writer.is_some().then_some(Writing(&self.kernel, writer))
+    }
+}
 
 impl std::fmt::Debug for KernelHandle {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -69,20 +127,53 @@ pub fn chain(error: &dyn std::error::Error) -> String {
 }
 
 impl KernelHandle {
-    /// Attaches to the node's mesh cgroup, or takes over what a former agent pinned.
-    pub fn open(cgroup_root: &Path, pin_dir: &Path) -> Result<Self, Refusal> {
+    /// Attaches to the node's mesh cgroup, or takes over what a former agent pinned. Who writes the tables has the lock in
+    /// `data_dir`.
+    pub fn open(cgroup_root: &Path, pin_dir: &Path, data_dir: &Path) -> Result<Self, Refusal> {
+        let writer = RwLock::new(Some(Writer::take(data_dir)?));
         let options = Options {
             cgroup_root: PathBuf::from(cgroup_root),
             pin_dir: PathBuf::from(pin_dir),
             capacity: Capacity::default(),
         };
-        Kernel::open(&options).map(|k| Self(Arc::new(k))).map_err(|e| refusal(&e))
+        let kernel = Kernel::open(&options).map_err(|e| refusal(&e))?;
+        Ok(Self(Arc::new(Held { kernel, options, data_dir: data_dir.to_owned(), writer })))
+    }
+
+    /// Writes nothing from here on, and lets another process do so. Waits for what is being written.
+    pub async fn park(&self) {
+        let held = self.0.clone();
+        let park = move || drop(held.writer.write().unwrap_or_else(PoisonError::into_inner).take());
+        // It ends with the runtime alone.
+        let _ = tokio::task::spawn_blocking(park).await;
+    }
+
+    /// Writes again, and puts this agent's own programs in force. What is in the tables may be another's.
+    ///
+    /// # Errors
+    /// [`Code::AgentRunning`] while another process may write.
+    pub async fn resume(&self) -> Result<(), Refusal> {
+        let held = self.0.clone();
+        let resume = move || {
+            let mut writer = held.writer.write().unwrap_or_else(PoisonError::into_inner);
+            let taken = Writer::take(&held.data_dir)?;
+            Kernel::open(&held.options).map_err(|e| refusal(&e))?;
+            *writer = Some(taken);
+            Ok(())
+        };
+        let done = tokio::task::spawn_blocking(resume).await;
+        done.map_err(|e| Refusal::new(Code::Internal, "tables taken back", e.to_string()))?
+    }
+
+    /// Whether this process writes the tables.
+    pub fn is_writer(&self) -> bool {
+        self.0.try_write().is_some()
     }
 
     /// Puts tables in force and returns the digest of what was read back. Waits for running programs: tens of ms.
     pub async fn install(&self, tables: Arc<Tables>) -> Result<[u8; 32], Refusal> {
         let kernel = self.0.clone();
-        let done = tokio::task::spawn_blocking(move || kernel.install(&tables).map_err(|e| refusal(&e)));
+        let done = tokio::task::spawn_blocking(move || kernel.write()?.install(&tables).map_err(|e| refusal(&e)));
         done.await.map_err(|e| Refusal::new(Code::Internal, "an install that ends", e.to_string()))?
     }
 
@@ -90,31 +181,31 @@ impl KernelHandle {
     /// were. Waits for an install that is under way.
     pub async fn withdraw(&self, addresses: Vec<Ipv4Addr>) -> Result<usize, Refusal> {
         let kernel = self.0.clone();
-        let relabel = move || kernel.relabel(&addresses, DENIED_NODE.0).map_err(|e| refusal(&e));
+        let relabel = move || kernel.write()?.relabel(&addresses, DENIED_NODE.0).map_err(|e| refusal(&e));
         let done = tokio::task::spawn_blocking(relabel).await;
         done.map_err(|e| Refusal::new(Code::Internal, "a withdrawal that ends", e.to_string()))?
     }
 
     /// The tables in force that somebody else changed. Waits for an install that is under way.
     pub async fn drift(&self) -> Result<Vec<Drift>, Refusal> {
-        let kernel = self.0.clone();
-        let done = tokio::task::spawn_blocking(move || kernel.drift().map_err(|e| refusal(&e))).await;
+        let held = self.0.clone();
+        let done = tokio::task::spawn_blocking(move || held.write()?.drift().map_err(|e| refusal(&e))).await;
         done.map_err(|e| Refusal::new(Code::Internal, "a comparison that ends", e.to_string()))?
     }
 
     /// Whom the kernel takes which cgroup for.
     pub fn enrolled(&self) -> Result<HashMap<u64, u32>, Refusal> {
-        self.0.workloads().map_err(|e| refusal(&e))
+        self.0.kernel.workloads().map_err(|e| refusal(&e))
     }
 
     /// Pods that are guarded from now on turn HBONE at their addresses off into the agent's annex.
     pub fn use_annex(&self, annex: &Annex) {
-        self.0.use_annex(annex);
+        self.0.kernel.use_annex(annex);
     }
 
     /// Says who a cgroup is.
     pub fn enrol(&self, cgroup_id: u64, number: u32) -> Result<(), Refusal> {
-        self.0.set_workload(cgroup_id, number).map_err(|e| refusal(&e))
+        self.0.write()?.set_workload(cgroup_id, number).map_err(|e| refusal(&e))
     }
 
     /// Forgets every enrolled cgroup but `keep`: what a former agent left.
@@ -124,7 +215,7 @@ impl KernelHandle {
 
     /// Forgets a cgroup: its processes may do nothing from now on.
     pub fn forget(&self, cgroup_id: u64) -> Result<(), Refusal> {
-        self.0.remove_workload(cgroup_id).map_err(|e| refusal(&e))
+        self.0.write()?.remove_workload(cgroup_id).map_err(|e| refusal(&e))
     }
 
     /// Guards a pod's namespace and captures into `listener`: first the wires, so that nothing leaves in clear while the rest
@@ -136,18 +227,23 @@ impl KernelHandle {
         address: Ipv4Addr,
         listener: impl AsFd,
     ) -> Result<WaysOut, Refusal> {
-        let wires = self.0.guard_wires(name, netns, address);
-        let attached = self.0.attach_pod(name, netns, address, listener.as_fd());
-        attached.and_then(|()| self.0.end_bypassing(netns)).map_err(|e| refusal(&e))?;
+        let kernel = self.0.write()?;
+        let wires = kernel.guard_wires(name, netns, address);
+        let attached = kernel.attach_pod(name, netns, address, listener.as_fd());
+        attached.and_then(|()| kernel.end_bypassing(netns)).map_err(|e| refusal(&e))?;
         Ok(wires.map_or_else(|e| WaysOut::Open(refusal(&e)), |_| WaysOut::Guarded))
     }
 
     /// Puts the packet programs back where a wire of the pod lost them, as one that was made anew has none. What could not be
     /// told, as where a device went meanwhile, is asked again at once, a few times.
     pub fn keep_wires(&self, name: &str, netns: BorrowedFd<'_>, address: Ipv4Addr) -> WaysOut {
-        let look = || match self.0.wires_are_guarded(name, netns) {
+        let kernel = match self.0.write() {
+            Ok(kernel) => kernel,
+            Err(refusal) => return WaysOut::Open(refusal),
+        };
+        let look = || match kernel.wires_are_guarded(name, netns) {
             Ok(true) => Ok(WaysOut::Guarded),
-            Ok(false) => self.0.guard_wires(name, netns, address).map(|_| WaysOut::Mended),
+            Ok(false) => kernel.guard_wires(name, netns, address).map(|_| WaysOut::Mended),
             Err(e) => Err(e),
         };
         let mut found = look();
@@ -162,42 +258,43 @@ impl KernelHandle {
 
     /// Takes the guard off a pod's namespace: only for a pod that ended. False while one of its wires is still there: ask again.
     pub fn detach(&self, name: &str) -> Result<bool, Refusal> {
-        self.0.detach_pod(name).map_err(|e| refusal(&e))
+        self.0.write()?.detach_pod(name).map_err(|e| refusal(&e))
     }
 
     /// Whether the network namespace still lives that is guarded under this name.
     pub fn lives(&self, name: &str) -> Result<bool, Refusal> {
-        self.0.pod_lives(name).map_err(|e| refusal(&e))
+        self.0.kernel.pod_lives(name).map_err(|e| refusal(&e))
     }
 
     /// Pods that are attached.
     pub fn attached(&self) -> Result<Vec<String>, Refusal> {
-        self.0.pods().map_err(|e| refusal(&e))
+        self.0.kernel.pods().map_err(|e| refusal(&e))
     }
 
     /// Where a pod is, for connections that go directly; none where that is not clear.
     pub fn place(&self, netns: BorrowedFd<'_>) -> Result<Option<Place>, Refusal> {
-        self.0.place(netns).map_err(|e| refusal(&e))
+        self.0.kernel.place(netns).map_err(|e| refusal(&e))
     }
 
     /// Says between which pods connections may go directly. True where something else was said before.
     pub fn set_locals(&self, locals: &[Local]) -> Result<bool, Refusal> {
-        self.0.set_locals(locals).map_err(|e| refusal(&e))
+        self.0.write()?.set_locals(locals).map_err(|e| refusal(&e))
     }
 
     /// What goes directly, and what began and ended since the last look.
     pub fn direct_flows(&self) -> Result<Direct, Refusal> {
-        self.0.direct_flows().map_err(|e| refusal(&e))
+        self.0.write()?.direct_flows().map_err(|e| refusal(&e))
     }
 
     /// Ends connections that go directly, in the namespaces of both ends.
     pub async fn cut_direct(&self, flows: Vec<Flow>, ends: Vec<Netns>) -> Result<(), Refusal> {
-        let kernel = self.0.clone();
+        let held = self.0.clone();
         let cut = move || {
-            kernel.cut_direct(&flows)?;
-            ends.iter().try_for_each(|end| kernel.end_bypassing(end.as_fd()).map(|_| ()))
+            let kernel = held.write()?;
+            kernel.cut_direct(&flows).map_err(|e| refusal(&e))?;
+            ends.iter().try_for_each(|end| kernel.end_bypassing(end.as_fd()).map(|_| ()).map_err(|e| refusal(&e)))
         };
-        let done = tokio::task::spawn_blocking(move || cut().map_err(|e: KernelError| refusal(&e))).await;
+        let done = tokio::task::spawn_blocking(cut).await;
         done.map_err(|e| Refusal::new(Code::Internal, "a cut that ends", e.to_string()))?
     }
 
@@ -206,14 +303,15 @@ impl KernelHandle {
         boot_time().map_err(|e| Refusal::new(Code::Internal, "the boot clock", e.to_string()))
     }
 
-    /// Lets the kernel go on judging for [`LEASE`].
+    /// Lets the kernel go on judging for [`LEASE`]. While another agent writes the tables, that is its to do.
     pub fn renew_lease(&self) -> Result<(), Refusal> {
-        self.0.renew_lease(LEASE).map_err(|e| refusal(&e))
+        let Some(kernel) = self.0.try_write() else { return Ok(()) };
+        kernel.renew_lease(LEASE).map_err(|e| refusal(&e))
     }
 
-    /// Where a captured connection was going; asked once.
+    /// Where a captured connection was going; asked once, by whoever accepted it.
     pub fn original_destination(&self, cookie: u64, client: SocketAddrV4, capture: SocketAddrV4) -> Option<Goal> {
-        let found = self.0.original_destination(cookie, client, capture)?;
+        let found = self.0.kernel.original_destination(cookie, client, capture)?;
         Some(if found.identity >= NumericIdentity::END.0 {
             Goal::Outside(found.asked)
         } else {
@@ -224,39 +322,60 @@ impl KernelHandle {
     /// Tells every service with an endpoint at `address` whether it may be chosen. A service that is not in the kernel
     /// (any more) needs no telling: the next install brings the whole health.
     pub fn set_health(&self, view: &View, address: Ipv4Addr, healthy: bool) {
-        let Some(endpoint) = view.endpoints.get(&address) else { return };
+        let (Some(endpoint), Some(kernel)) = (view.endpoints.get(&address), self.0.try_write()) else { return };
         for service in view.services.iter().filter(|s| s.backends.iter().any(|b| b.contains(&endpoint.spiffe_id))) {
             let (at, to) = (SocketAddrV4::new(service.address, service.port), SocketAddrV4::new(address, service.port));
-            if let Err(error) = self.0.set_service_health(at, to, healthy) {
+            if let Err(error) = kernel.set_service_health(at, to, healthy) {
                 tracing::debug!(service = %at, endpoint = %to, error = %chain(&error), "health not told");
             }
         }
     }
 
-    /// Refusals since the last call, oldest first, to `take`.
+    /// Refusals since the last call, oldest first, to `take`. They are told to the agent that writes the tables.
     pub fn events(&self, take: &mut dyn FnMut(Event)) -> Result<(), Refusal> {
-        self.0.drain_events(take).map_err(|e| refusal(&e))
+        let Some(kernel) = self.0.try_write() else { return Ok(()) };
+        kernel.drain_events(take).map_err(|e| refusal(&e))
     }
 
     /// Totals: allowed, and refused by reason.
     pub fn totals(&self) -> Result<Totals, Refusal> {
-        let counters = self.0.counters().map_err(|e| refusal(&e))?;
+        let counters = self.0.kernel.counters().map_err(|e| refusal(&e))?;
         Ok((counters.allowed, counters.denied.iter().map(|(r, n)| (r.as_str(), *n)).collect()))
     }
 
     /// What was lost or ended, by what it was; and how full each map is: its name, its entries, the most that it takes.
     pub fn losses(&self) -> Result<(Losses, Vec<Room>), Refusal> {
-        let counters = self.0.counters().map_err(|e| refusal(&e))?;
+        let counters = self.0.kernel.counters().map_err(|e| refusal(&e))?;
         let lost = [
             ("event_lost", counters.events_lost),
             ("flow_lost", counters.flows_lost),
             ("socket_ended", counters.sockets_ended),
         ];
-        Ok((lost, self.0.room().map_err(|e| refusal(&e))?.into()))
+        Ok((lost, self.0.kernel.room().map_err(|e| refusal(&e))?.into()))
     }
 
     /// Drops records that no agent took.
     pub fn sweep(&self) -> Result<usize, Refusal> {
-        self.0.sweep_closed_flows(Duration::from_secs(60)).map_err(|e| refusal(&e))
+        let Some(kernel) = self.0.try_write() else { return Ok(0) };
+        kernel.sweep_closed_flows(Duration::from_secs(60)).map_err(|e| refusal(&e))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_all_processes_one_writes_the_tables() {
+        let dir = std::env::temp_dir().join(format!("ambit-agent-writer-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let first = Writer::take(&dir).unwrap();
+        let mode = std::fs::metadata(dir.join("kernel.lock")).unwrap().permissions();
+        assert_eq!(std::os::unix::fs::PermissionsExt::mode(&mode) & 0o777, 0o600, "nobody else's to lock");
+        assert_eq!(Writer::take(&dir).unwrap_err().code, Code::AgentRunning);
+        drop(first);
+        drop(Writer::take(&dir).unwrap());
+        std::fs::remove_dir_all(&dir).unwrap();
+        assert_eq!(Writer::take(&dir).unwrap_err().code, Code::ConfigInvalid);
     }
 }

@@ -6,7 +6,6 @@ use anyhow::Context;
 use clap::{Parser, Subcommand};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use tokio::signal::unix::{SignalKind, signal};
 use zeroizing_alloc::ZeroAlloc;
 
 /// What is freed is wiped: keys of workloads pass through buffers of libraries that do not.
@@ -32,6 +31,9 @@ enum Verb {
         /// The configuration (TOML).
         #[arg(long)]
         config: PathBuf,
+        /// Takes over from the agent that serves this node, which drains; without one it starts as usual
+        #[arg(long)]
+        take_over: bool,
     },
     /// Tells what this machine's kernel can do, and what is lost where it cannot; fails where the agent could not run.
     Check,
@@ -54,9 +56,9 @@ fn guard_memory() -> anyhow::Result<()> {
 
 fn main() -> ExitCode {
     let outcome = match Args::parse().verb {
-        Verb::Run { config } => {
+        Verb::Run { config, take_over } => {
             telemetry::start_logging();
-            run(&config)
+            run(&config, take_over)
         }
         Verb::Check => checked(),
         Verb::Fetch { socket, out } => fetched(&socket, &out),
@@ -109,7 +111,7 @@ fn raise_descriptors() -> anyhow::Result<()> {
     setrlimit(Resource::RLIMIT_NOFILE, hard.min(DESCRIPTORS_MAX), hard).context("the limit of descriptors")
 }
 
-fn run(path: &std::path::Path) -> anyhow::Result<()> {
+fn run(path: &std::path::Path, take_over: bool) -> anyhow::Result<()> {
     guard_memory()?;
     let config = Config::read(path)?;
     raise_descriptors()?;
@@ -120,13 +122,7 @@ fn run(path: &std::path::Path) -> anyhow::Result<()> {
         .build()
         .context("no runtime")?;
     runtime.block_on(async {
-        let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-        let stop = async move {
-            tokio::select! {
-                _ = term.recv() => {}
-                _ = int.recv() => {}
-            }
-        };
-        Ok(agent::run(config, stop).await?)
+        let stop = agent::Stop::listen().context("signals cannot be listened to")?;
+        Ok(agent::run(config, take_over, stop).await?)
     })
 }

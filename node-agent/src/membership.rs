@@ -13,6 +13,7 @@ use crate::issued::{Issued, Known};
 use crate::metrics::METRICS;
 use crate::reattest::Turn;
 use crate::svids::renew_at;
+use crate::takeover::Succession;
 use ambit_identity::{SharedTrust, Trust, TrustStore};
 use ambit_model::refusal::Class;
 use ambit_model::{Code, Generation, NodeId, Refusal};
@@ -77,6 +78,8 @@ pub struct Membership {
     pub issued: Issued,
     /// What the cell says on the stream.
     pub told: watch::Receiver<Option<Told>>,
+    /// Who comes after this agent: while it is there, this node's admissions are its to ask for.
+    pub succession: Succession,
 }
 
 impl Membership {
@@ -89,6 +92,7 @@ impl Membership {
         let mut since = None;
         let mut first = true;
         loop {
+            self.succession.over().await;
             let refused = match enrol::enrol(&self.config, &self.attester, &self.turn, &self.clock, &self.trust).await {
                 Ok(enrolled) => {
                     let enrolled = Arc::new(enrolled);

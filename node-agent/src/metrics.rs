@@ -162,6 +162,10 @@ pub struct Metrics {
     pub apply: Family<2>,
     /// Tables of the kernel found to be other than what was put there, and put there anew.
     pub drift: Family<1>,
+    /// Generations of tables put in force by this process.
+    pub generations: Family<0>,
+    /// Connections of an agent that ended.
+    pub drained: Family<1>,
     /// 1 where a component works.
     pub component: Family<1>,
     /// SVIDs asked for.
@@ -210,6 +214,18 @@ pub static METRICS: Metrics = Metrics {
         "gauge",
         ["direction"],
         "Connections carried now, and those that go directly.",
+    ),
+    generations: Family::new(
+        "ambit_kernel_generations_total",
+        "counter",
+        [],
+        "Generations of tables that this agent put in force in the kernel.",
+    ),
+    drained: Family::new(
+        "ambit_connections_drained_total",
+        "counter",
+        ["result"],
+        "Connections of the agent before this one that ended while it drained, and that it cut at the end.",
     ),
     retries: Family::new("ambit_retries_total", "counter", ["reason"], "Connections tried on another endpoint."),
     handshakes: Family::new(
@@ -292,6 +308,8 @@ impl Metrics {
         let mut out = String::with_capacity(8 * 1024);
         self.connections.write(&mut out);
         self.open.write(&mut out);
+        self.generations.write(&mut out);
+        self.drained.write(&mut out);
         self.retries.write(&mut out);
         self.handshakes.write(&mut out);
         self.authz.write(&mut out);

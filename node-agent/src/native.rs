@@ -9,7 +9,7 @@
 //! Knows nothing of policy: who may open is decided by [`crate::inbound`], as for HBONE.
 
 use crate::pump::{self, Carried, End};
-use crate::records::{self, CONTENT_MAX, HEADER_BYTES, RECORD_MAX, RECORDS};
+use crate::records::{self, CONTENT_MAX, HEADER_BYTES, RECORD_MAX, RECORDS, alert};
 use crate::secure::{Secured, broken};
 use crate::silence::{LOOK_EVERY, Watch};
 use futures::FutureExt;
@@ -134,19 +134,46 @@ pub fn is_trace(text: &[u8]) -> bool {
     text.len() == TRACE_BYTES && text.iter().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f' | b'-'))
 }
 
-/// Sends OPEN and waits for the answer: the far agent's reason if it is no. The tunnel is then as it was before.
-pub async fn open(tunnel: &mut Secured, open: &Open) -> io::Result<Result<(), Reason>> {
+/// What became of OPEN.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// The connection is open.
+    Opened,
+    /// The far agent's reason against it. The tunnel is then as it was before.
+    Refused(Reason),
+    /// The far agent had ended the tunnel in order, by close_notify, before it read OPEN: nothing of it went anywhere. (One
+    /// that breaks, as where the agent dies, ends without.)
+    Left,
+}
+
+/// Sends OPEN and waits for the answer.
+pub async fn open(tunnel: &mut Secured, open: &Open) -> io::Result<Answer> {
     tunnel.sealer.turn_key().map_err(broken)?;
     tunnel.sealer.push(&[&open.head(), &open.first]).map_err(broken)?;
     flush(tunnel).await?;
-    let answer = frame(tunnel).await?;
-    let answer = match tunnel.opener.bytes().get(answer).unwrap_or_default() {
-        [OPENED] => Ok(()),
-        [RESET, code] => Err(Reason::of(*code).ok_or_else(|| io::Error::other("a reset without a reason"))?),
+    let at = match frame(tunnel).await {
+        Err(_) if tunnel.opener.ended_in_order() => return Ok(Answer::Left),
+        at => at?,
+    };
+    let answer = match tunnel.opener.bytes().get(at).unwrap_or_default() {
+        [OPENED] => Answer::Opened,
+        [RESET, code] => {
+            Answer::Refused(Reason::of(*code).ok_or_else(|| io::Error::other("a reset without a reason"))?)
+        }
         _ => return Err(io::Error::other("neither OPENED nor RESET")),
     };
     tunnel.opener.rest();
     Ok(answer)
+}
+
+/// Ends a tunnel that carries nothing, so that whoever has it knows that what it sends now goes nowhere: close_notify, and
+/// then all that comes is read and dropped until the far end has closed. Were it not read, a reset would overtake the word.
+pub async fn leave(mut tunnel: Secured) -> io::Result<()> {
+    tunnel.sealer.alert(alert::CLOSE_NOTIFY).map_err(broken)?;
+    flush(&mut tunnel).await?;
+    tunnel.tcp.shutdown().await?;
+    while tunnel.tcp.read(&mut [0; 512]).await? > 0 {}
+    Ok(())
 }
 
 /// Waits for OPEN; none where the frame is none. An error where the peer ends the tunnel.

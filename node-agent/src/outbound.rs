@@ -6,13 +6,14 @@
 use crate::carriers::Carriers;
 use crate::clock::Clock;
 use crate::compile;
+use crate::course::Course;
 use crate::denials::{Denials, Lane};
 use crate::egress::WayOut;
 use crate::hbone::{self, Door, TunnelError};
 use crate::health::{self, Health};
 use crate::kernel::KernelHandle;
 use crate::metrics::METRICS;
-use crate::native::{self, Begun, Open, Reason};
+use crate::native::{self, Answer, Begun, Open, Reason};
 use crate::netns::Annex;
 use crate::plane::{LocalPod, Plane};
 use crate::pool::{Key, Lease, NativeLease, Pool, Totals};
@@ -34,6 +35,8 @@ use tokio::time::timeout;
 
 /// Captured connections at once, over all pods.
 const FLOWS_MAX: usize = 16 * 1024;
+/// Tunnels that are tried one after another where each turns out to have been left by the far agent just then.
+const LEFT_MAX: usize = 3;
 /// How often idle tunnels are looked after.
 const SWEEP_EVERY: Duration = Duration::from_secs(5);
 
@@ -69,6 +72,7 @@ pub struct Outbound {
     clock: Arc<Clock>,
     annex: Annex,
     port: u16,
+    course: Course,
 }
 
 impl Outbound {
@@ -98,8 +102,13 @@ impl Outbound {
         let totals = Totals::default();
         let pools = (0..carriers.count()).map(|_| Pool::new(totals.clone())).collect();
         let way_out = WayOut::new(plane.clone(), denials.clone(), clock.clone(), port);
-        let flows = Arc::new(Semaphore::new(FLOWS_MAX));
-        Self { plane, denials, carriers, pools, health, way_out, flows, clock, annex, port }
+        let (flows, course) = (Arc::new(Semaphore::new(FLOWS_MAX)), Course::default());
+        Self { plane, denials, carriers, pools, health, way_out, flows, clock, annex, port, course }
+    }
+
+    /// The same in this course: connections are taken while it serves, and count in it while they are carried.
+    pub fn in_course(self, course: Course) -> Self {
+        Self { course, ..self }
     }
 
     /// Serves the capture listener of the pod that is the `nth` here, on a thread that carries, until the task is ended.
@@ -114,7 +123,10 @@ impl Outbound {
         let (this, own) = (self.clone(), nth % self.carriers.count());
         self.carriers.handle(own).spawn(async move {
             match TcpListener::from_std(listener) {
-                Ok(listener) => this.serve(own, who, listener, cookie, kernel).await,
+                Ok(listener) => {
+                    let course = this.course.clone();
+                    course.while_serving(this.serve(own, who, listener, cookie, kernel)).await;
+                }
                 Err(error) => tracing::error!(%error, "capture listener not served; the pod stays cut off"),
             }
         })
@@ -124,8 +136,14 @@ impl Outbound {
     pub async fn cut_denied(self) {
         let mut denials = self.denials.watch();
         let mut tick = tokio::time::interval(SWEEP_EVERY);
+        let mut left = false;
         loop {
             tokio::select! {
+                () = self.course.draining(), if !left => {
+                    left = true;
+                    self.pools.iter().for_each(Pool::leave);
+                    continue;
+                }
                 changed = denials.changed() => if changed.is_err() {
                     return;
                 },
@@ -178,11 +196,11 @@ impl Outbound {
                 let _ = pump::break_off_unless_ended(&tcp);
                 continue;
             };
-            let (this, (at, carried)) = (self.clone(), self.carriers.choose(own));
+            let (this, flow, (at, carried)) = (self.clone(), self.course.flow(), self.carriers.choose(own));
             if at == own {
                 tokio::spawn(async move {
                     this.take_goal(at, &pod, tcp, from.port(), captured).await;
-                    drop(carried);
+                    drop((carried, flow));
                 });
                 continue;
             }
@@ -192,7 +210,7 @@ impl Outbound {
                 if let Ok(tcp) = TcpStream::from_std(tcp) {
                     this.take_goal(at, &pod, tcp, from.port(), captured).await;
                 }
-                drop(carried);
+                drop((carried, flow));
             });
         }
     }
@@ -207,6 +225,7 @@ impl Outbound {
 
     /// Carries one captured connection of `pod`. Without a record of where it was going, it is reset.
     pub async fn take(&self, pod: &LocalPod, tcp: TcpStream, captured: Option<Captured>) {
+        let _flow = self.course.flow();
         let port = tcp.peer_addr().map_or(0, |from| from.port());
         self.take_on(0, pod, tcp, port, captured).await;
     }
@@ -344,17 +363,16 @@ impl Outbound {
         if self.denials.now().denies_endpoint(endpoint) {
             return Err(TunnelError::NodeDenied);
         }
-        let key = |door| self.key(plane, pod, endpoint, door);
-        let node = key(Door::Node)?;
+        let node = self.key(plane, pod, endpoint, Door::Node)?;
         let opened = async {
-            // Who was found to be no agent of ours is not asked again each time.
-            if !(pool.knows_pods() && pool.is_open(&key(Door::Pod)?)) {
-                match self.open_by(pool, plane, pod, &node, to, first, start).await {
-                    Err(error) if error.is_refused_port() => {}
-                    opened => return opened,
+            for _ in 0..LEFT_MAX {
+                match self.open_by_either(pool, plane, pod, endpoint, &node, to, first, start).await {
+                    // Those that ended with it are not tried one by one.
+                    Err(TunnelError::Left) => pool.doubt(node.node, &TunnelError::Left),
+                    other => return other,
                 }
             }
-            self.open_by(pool, plane, pod, &key(Door::Pod)?, to, first, start).await
+            Err(TunnelError::Left)
         }
         .await;
         if let Err(error) = &opened
@@ -368,6 +386,35 @@ impl Outbound {
             self.health.suspect(plane, endpoint, pod.id());
         }
         opened.map(|way| Opened { way, endpoint: endpoint.clone() })
+    }
+
+    /// By the door of its node, or by its own where no agent of ours is there.
+    #[allow(clippy::too_many_arguments, reason = "each is a fact of its own")]
+    async fn open_by_either(
+        &self,
+        pool: &Pool,
+        plane: &Plane,
+        pod: &LocalPod,
+        endpoint: &Endpoint,
+        at_node: &Key,
+        to: SocketAddrV4,
+        first: &mut Vec<u8>,
+        start: &Start,
+    ) -> Result<Way, TunnelError> {
+        let at_pod = || self.key(plane, pod, endpoint, Door::Pod);
+        // Who was found to be no agent of ours is not asked again each time.
+        if !(pool.knows_pods() && pool.is_open(&at_pod()?)) {
+            match self.open_by(pool, plane, pod, at_node, to, first, start).await {
+                Err(error) if error.is_refused_port() => {}
+                opened => return opened,
+            }
+        }
+        let at_pod = at_pod()?;
+        let opened = self.open_by(pool, plane, pod, &at_pod, to, first, start).await;
+        if let Err(TunnelError::Left) = opened {
+            pool.doubt(at_pod.node, &TunnelError::Left);
+        }
+        opened
     }
 
     /// By this door.
@@ -465,8 +512,12 @@ async fn open_native(
     let open = Open { to, prompt, trace: Some(trace.to_owned()), first: std::mem::take(first) };
     let answer = timeout(hbone::ANSWER_MAX, native::open(&mut lease.native().secured, &open)).await;
     match answer.map_err(|_| TunnelError::Timeout)?.map_err(TunnelError::Broken)? {
-        Ok(()) => Ok(Way::Native { lease, sent }),
-        Err(reason) => {
+        Answer::Opened => Ok(Way::Native { lease, sent }),
+        Answer::Left => {
+            *first = open.first;
+            Err(TunnelError::Left)
+        }
+        Answer::Refused(reason) => {
             // The far end closes the tunnel of whoever makes no sense.
             if reason != Reason::Malformed {
                 lease.give_back();
@@ -503,6 +554,7 @@ fn flag_of(error: &TunnelError) -> &'static str {
         | TunnelError::OtherNode { .. }
         | TunnelError::Timeout
         | TunnelError::Broken(_)
+        | TunnelError::Left
         | TunnelError::Refused(_) => flag::UPSTREAM_FAILED,
     }
 }

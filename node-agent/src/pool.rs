@@ -391,6 +391,14 @@ impl Pool {
         cut
     }
 
+    /// Closes idle native tunnels, and from now on each as its connection ends: nothing more is opened from here.
+    pub fn leave(&self) {
+        for peer in self.lock().values() {
+            peer.gone.store(true, Ordering::Relaxed);
+            peer.thin(|_, _| false);
+        }
+    }
+
     /// Closes native tunnels that were idle too long, or ended; and gives back the places of shared ones that did.
     pub fn sweep(&self) {
         for peer in self.lock().values() {

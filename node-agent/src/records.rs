@@ -321,6 +321,11 @@ impl Opener {
         })
     }
 
+    /// Whether the peer has ended the connection by close_notify.
+    pub fn ended_in_order(&self) -> bool {
+        self.ended
+    }
+
     fn take_record(&mut self) -> Result<Option<Range<usize>>, RecordError> {
         if let Some(content) = self.early.pop() {
             return self.put_early(&content).map(Some);

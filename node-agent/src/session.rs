@@ -14,6 +14,7 @@ use crate::membership::Told;
 use crate::metrics::METRICS;
 use crate::outbox::{Fresh, Next, Outbox};
 use crate::reattest::{Answer, Asked, Rounds};
+use crate::takeover::{Relay, Succession};
 use crate::view::View;
 use ambit_identity::{Expect, SharedTrust};
 use ambit_model::policy::Endpoint;
@@ -54,7 +55,6 @@ const UP_QUEUE: usize = 8;
 const TOLD_TIMES: u32 = 2;
 
 /// The stream's parts.
-#[derive(Clone)]
 pub struct Session {
     /// Whom to trust.
     pub trust: SharedTrust,
@@ -72,6 +72,10 @@ pub struct Session {
     pub denials: Lane,
     /// Answers rounds.
     pub rounds: Rounds,
+    /// Who comes after this agent: from then on the stream is its, and what it passes on is heard.
+    pub succession: Succession,
+    /// Who was before this agent, and hears what the cell says for as long as it carries anything.
+    pub relay: Option<Relay>,
     /// The wires.
     pub wires: Wires,
 }
@@ -87,12 +91,18 @@ pub struct Wires {
     pub desired: Arc<watch::Sender<Option<Arc<View>>>>,
     /// What became of it.
     pub outcome: watch::Receiver<Option<Outcome>>,
-    /// What to report.
-    pub endpoints: watch::Receiver<Vec<Endpoint>>,
+    /// What to report, once it was said.
+    pub endpoints: watch::Receiver<Option<Vec<Endpoint>>>,
     /// What is in force and shown here, which is reported too.
     pub issued: Issued,
     /// A working channel for other calls, while there is one.
     pub channel: Arc<watch::Sender<Option<Channel>>>,
+}
+
+impl Wires {
+    fn reports(&self) -> bool {
+        self.endpoints.borrow().is_some()
+    }
 }
 
 /// Why a stream ended.
@@ -126,6 +136,38 @@ struct Stream {
 impl Session {
     /// Runs until the process ends.
     pub async fn run(mut self) {
+        let succession = self.succession.clone();
+        loop {
+            tokio::select! {
+                () = self.stream() => return,
+                () = succession.begun() => {}
+            }
+            METRICS.component.set(["stream"], 0.0);
+            self.wires.channel.send_replace(None);
+            tokio::select! {
+                () = self.follow(&succession) => return,
+                () = succession.over() => {}
+            }
+        }
+    }
+
+    /// Hears the cell through the agent that takes over.
+    async fn follow(&self, succession: &Succession) {
+        // What is refused here, the successor refuses to the cell.
+        let mut outbox = Outbox::default();
+        while let Some(message) = succession.heard().await {
+            METRICS.cell_word.now();
+            match message {
+                Down::Slice(slice) => self.take_slice(slice, &mut outbox),
+                Down::Denials(list) => self.take_denials(&list),
+                Down::Heartbeat(_) | Down::Delta(_) | Down::Quote(_) => {}
+            }
+        }
+        std::future::pending().await
+    }
+
+    /// One stream after another.
+    async fn stream(&mut self) {
         let mut backoff = Backoff::new(RETRY_BASE, RETRY_CAP);
         // Agents start at different servers, so that one replica does not get them all.
         let mut at = usize::try_from(random() % 1024).unwrap_or_default();
@@ -186,7 +228,9 @@ impl Session {
         };
         let mut known = self.wires.issued.watch();
         let mut held = self.holding(me);
-        for body in [Up::Subscribe(hello), Up::Holding(held.clone()), self.report()] {
+        // What is here is not known at once after a start, and what was reported before it is so until then.
+        let report = self.wires.reports().then(|| self.report());
+        for body in [Up::Subscribe(hello), Up::Holding(held.clone())].into_iter().chain(report) {
             up.send(AgentMessage { body: Some(body) }).await.map_err(|_| ended())?;
         }
         let answer = tokio::time::timeout(SILENCE_MAX, client.sync(ReceiverStream::new(queue))).await;
@@ -263,6 +307,9 @@ impl Session {
 
     /// In force from here on for whoever carries or opens a connection; the kernel follows within milliseconds.
     fn take_denials(&self, list: &v1::Denials) {
+        if let Some(relay) = &self.relay {
+            relay.denials(list);
+        }
         self.clock.seen(Stamp(list.stamp_ms));
         let parsed = Denials::parse(Revision(list.revision), &list.denials, &list.authorities);
         match parsed.and_then(|denials| denials.with_svids(&list.ids, &list.leaves)) {
@@ -304,6 +351,9 @@ impl Session {
     }
 
     fn take_slice(&self, slice: Slice, outbox: &mut Outbox) {
+        if let Some(relay) = &self.relay {
+            relay.slice(&slice);
+        }
         self.clock.seen(Stamp(slice.stamp_ms));
         let revision = Revision(slice.revision);
         let held = self.wires.desired.borrow().as_ref().map_or(Revision(0), |v| v.revision);
@@ -363,7 +413,7 @@ impl Session {
     }
 
     fn report(&mut self) -> Up {
-        let endpoints = self.wires.endpoints.borrow_and_update().iter().map(Into::into).collect();
+        let endpoints = self.wires.endpoints.borrow_and_update().iter().flatten().map(Into::into).collect();
         Up::Endpoints(EndpointReport { endpoints })
     }
 }

@@ -1,6 +1,7 @@
 //! What the agent tells its operators: logs on standard error, figures and health over HTTP.
 
 use crate::clock::Clock;
+use crate::course::Course;
 use crate::issued::Issued;
 use crate::kernel::{KernelHandle, Room};
 use crate::metrics::METRICS;
@@ -11,6 +12,7 @@ use axum::routing::get;
 use std::io::IsTerminal;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use tokio::net::{TcpListener, TcpStream};
 use tracing_subscriber::EnvFilter;
 
 /// What must work before the node is ready for workloads.
@@ -28,8 +30,15 @@ pub fn start_logging() {
 }
 
 /// Serves `/metrics`, `/healthz` (the process answers), `/readyz` (every needed component is up) and `/state` (whether the
-/// cell is heard, and how long what is held is good without it) until it fails.
-pub async fn serve(at: SocketAddr, kernel: KernelHandle, issued: Issued, clock: Arc<Clock>) -> std::io::Result<()> {
+/// cell is heard, and how long what is held is good without it) until it fails, or the second course drains; the first is the
+/// agent's.
+pub async fn serve(
+    listener: TcpListener,
+    kernel: KernelHandle,
+    issued: Issued,
+    clock: Arc<Clock>,
+    [course, pages]: [Course; 2],
+) -> std::io::Result<()> {
     let text = [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
     let json = [(header::CONTENT_TYPE, "application/json")];
     let state = move || {
@@ -41,8 +50,24 @@ pub async fn serve(at: SocketAddr, kernel: KernelHandle, issued: Issued, clock: 
         .route("/metrics", get(move || async move { (text, page(&kernel) + &state().figures()) }))
         .route("/state", get(move || async move { (json, serde_json::to_string(&told()).unwrap_or_default() + "\n") }))
         .route("/healthz", get(|| async { "ok\n" }))
-        .route("/readyz", get(|| async { ready() }));
-    axum::serve(tokio::net::TcpListener::bind(at).await?, app).await
+        .route("/readyz", get(move || async move { ready(&course) }));
+    let listener = Until(listener, pages.clone());
+    axum::serve(listener, app).with_graceful_shutdown(async move { pages.drained_a_while().await }).await
+}
+
+/// A listener that takes nobody any more once the course drains; who was taken is answered.
+struct Until(TcpListener, Course);
+
+impl axum::serve::Listener for Until {
+    type Io = TcpStream;
+    type Addr = SocketAddr;
+    async fn accept(&mut self) -> (TcpStream, SocketAddr) {
+        let Self(listener, course) = self;
+        course.while_serving(axum::serve::Listener::accept(listener)).await
+    }
+    fn local_addr(&self) -> std::io::Result<SocketAddr> {
+        self.0.local_addr()
+    }
 }
 
 /// The agent's own figures and the kernel's, which outlive the agent.
@@ -91,7 +116,10 @@ fn kernel_room(lost: &[(&'static str, u64)], room: &[Room]) -> String {
     out
 }
 
-fn ready() -> (StatusCode, String) {
+fn ready(course: &Course) -> (StatusCode, String) {
+    if course.is_draining() {
+        return (StatusCode::SERVICE_UNAVAILABLE, "draining\n".to_owned());
+    }
     let down: Vec<&str> = NEEDED.into_iter().filter(|c| METRICS.component.value([c]) < 1.0).collect();
     if down.is_empty() {
         (StatusCode::OK, "ready\n".to_owned())

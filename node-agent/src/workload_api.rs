@@ -66,6 +66,7 @@ impl WorkloadApi {
     pub async fn serve(self, listener: UnixListener, mesh: MeshRoot) -> Result<(), ServeError> {
         let (health, health_service) = tonic_health::server::health_reporter();
         let telling = tell_health(health, self.issued.clone());
+        let course = self.issued.course().clone();
         let sds = Sds::new(self.issued.clone(), self.streams.clone());
         let router = tonic::transport::Server::builder()
             .max_concurrent_streams(64)
@@ -78,8 +79,9 @@ impl WorkloadApi {
             .add_service(reflection().build_v1alpha()?.max_decoding_message_size(REQUEST_BYTES_MAX));
         let (ready, accepted) = mpsc::channel(ACCEPTED_MAX);
         tokio::select! {
-            served = router.serve_with_incoming(ReceiverStream::new(accepted)) => Ok(served?),
-            () = accept(listener, mesh, ready) => Ok(()),
+            // Whoever is connected when it drains is told to connect anew.
+            served = router.serve_with_incoming_shutdown(ReceiverStream::new(accepted), course.drained_a_while()) => Ok(served?),
+            () = course.while_serving(accept(listener, mesh, ready)) => Ok(()),
             () = telling => Ok(()),
         }
     }

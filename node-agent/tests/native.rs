@@ -6,7 +6,7 @@
 
 mod support;
 
-use ambit_agent::native::{self, Open, Reason};
+use ambit_agent::native::{self, Answer, Open, Reason};
 use ambit_agent::secure::{self, Secured};
 use ambit_agent::{health, tls};
 use std::net::{Ipv4Addr, SocketAddrV4};
@@ -125,7 +125,8 @@ async fn the_receiver_refuses_with_a_reason() {
     stage.publish(|_| (), |e| e.policies.clear());
     let mut native = stage.native().await;
     answers.push(timeout(SOON, native::open(&mut native.secured, &asked(at))).await.unwrap().unwrap());
-    assert_eq!(answers, [Ok(()), Err(Reason::Unreachable), Err(Reason::Elsewhere), Err(Reason::Denied)]);
+    let refused = [Reason::Unreachable, Reason::Elsewhere, Reason::Denied].map(Answer::Refused);
+    assert_eq!((answers[0], &answers[1..]), (Answer::Opened, &refused[..]));
 }
 
 fn asked(to: SocketAddrV4) -> Open {
@@ -166,7 +167,7 @@ async fn malformed_frames_end_the_tunnel_and_reach_no_pod() {
     // In a connection: OPEN again, a kind that is none, an empty DATA, and bytes under no key.
     for (n, frame) in [good.clone(), vec![77], vec![3]].into_iter().chain([vec![0xff; 8]]).enumerate() {
         let mut native = stage.native().await;
-        assert_eq!(native::open(&mut native.secured, &asked(stage.db_at())).await.unwrap(), Ok(()));
+        assert_eq!(native::open(&mut native.secured, &asked(stage.db_at())).await.unwrap(), Answer::Opened);
         let (mut pod, _) = stage.served().await;
         native.secured.sealer.push(&[&frame]).unwrap();
         let mut sealed = native.secured.sealer.take();
@@ -401,7 +402,7 @@ async fn what_comes_behind_the_end_of_a_connection_reaches_no_other() {
 async fn what_a_caller_says_behind_its_end_reaches_no_workload() {
     let stage = Stage::set(115).await;
     let mut tunnel = stage.native().await.secured;
-    assert_eq!(native::open(&mut tunnel, &asked(stage.db_at())).await.unwrap(), Ok(()));
+    assert_eq!(native::open(&mut tunnel, &asked(stage.db_at())).await.unwrap(), Answer::Opened);
     let (mut pod, _) = stage.served().await;
     say(&mut tunnel, &[&data(b"mine"), FIN, &data(b"whose?")]).await;
     let mut there = Vec::new();

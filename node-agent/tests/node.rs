@@ -100,9 +100,9 @@ async fn programs_are_captured_carried_and_cut_by_policy() {
     let svids = BTreeMap::from(["web", "db"].map(|e| (e.parse().unwrap(), Ok(cell.svid(e)))));
     node.apply(views[0].clone()).await;
     assert_eq!(ask(&ground, "web", web_pid, "10.200.1.12").await, "PermissionError", "no policy");
-    assert!(node.endpoints.borrow().is_empty(), "no SVID, no endpoint");
+    assert!(node.endpoints.borrow().is_none(), "no SVID, no endpoint");
     node.issued.set_svids(svids);
-    let reported = timeout(SOON, node.endpoints.wait_for(|e| e.len() == 2)).await.expect("endpoints").unwrap().clone();
+    let reported = timeout(SOON, node.reported(|all| all.len() == 2)).await.expect("endpoints").unwrap();
     assert!(reported.iter().any(|e| e.spiffe_id.to_string() == cell.id("db") && e.address == db_at));
 
     let took = node.apply(views[1].clone()).await;
@@ -115,7 +115,9 @@ async fn programs_are_captured_carried_and_cut_by_policy() {
     assert_eq!(String::from_utf8_lossy(&out.stdout), "hello through the mesh\n", "{out:?}");
 
     // Another hand empties the tables, then forgets who is who: the agent finds it, and puts it there anew.
-    let other = KernelHandle::open(&ground.mesh(), &ground.pins).unwrap();
+    let elsewhere = ground.dir.join("other");
+    std::fs::create_dir(&elsewhere).unwrap();
+    let other = KernelHandle::open(&ground.mesh(), &ground.pins, &elsewhere).unwrap();
     for map in ["verdicts", "workloads"] {
         match map {
             "verdicts" => drop(other.install(Arc::default()).await.unwrap()),
@@ -136,7 +138,7 @@ async fn programs_are_captured_carried_and_cut_by_policy() {
     node.apply(views[3].clone()).await;
     assert_eq!(ask(&ground, "web", web_pid, "10.200.1.12").await, "10.200.1.12 hello through the mesh");
     std::fs::remove_file(ground.dir.join("pods/web.json")).unwrap();
-    timeout(SOON, node.endpoints.wait_for(|e| e.len() == 1)).await.expect("the endpoint is withdrawn").unwrap();
+    timeout(SOON, node.reported(|all| all.len() == 1)).await.expect("the endpoint is withdrawn").unwrap();
     assert_eq!(ask(&ground, "web", web_pid, "10.200.1.12").await, "PermissionError", "the pod is gone");
     assert_eq!(node.outcome.borrow().as_ref().unwrap().revision, Revision(4));
     let (captured, refused) = node.kernel.totals().unwrap();
@@ -280,7 +282,7 @@ async fn an_end_reaches_the_kernel_and_what_is_open() {
     let svids = BTreeMap::from(["web", "db"].map(|e| (e.parse().unwrap(), Ok(cell.svid(e)))));
     node.apply(cell.view(v1::Slice { policies: vec![brief.clone()], ..slice.clone() })).await;
     node.issued.set_svids(svids);
-    timeout(SOON, node.endpoints.wait_for(|e| e.len() == 2)).await.expect("endpoints").unwrap();
+    timeout(SOON, node.reported(|all| all.len() == 2)).await.expect("endpoints").unwrap();
     let before = client();
     tokio::time::sleep(Duration::from_secs(1)).await;
     node.clock.seen(ends);
@@ -362,8 +364,8 @@ async fn a_bad_or_changed_pod_file_denies_its_pod_and_never_opens_it() {
     node.issued.set_svids(BTreeMap::from(svids));
     node.apply(view).await;
     let db_is = async |node: &mut Node, who: Option<String>| {
-        let is = |all: &Vec<Endpoint>| all.iter().find(|e| e.address == db_at).map(|e| e.spiffe_id.to_string()) == who;
-        timeout(SOON, node.endpoints.wait_for(is)).await.unwrap_or_else(|_| panic!("never {who:?}")).unwrap();
+        let is = |all: &[Endpoint]| all.iter().find(|e| e.address == db_at).map(|e| e.spiffe_id.to_string()) == who;
+        timeout(SOON, node.reported(is)).await.unwrap_or_else(|_| panic!("never {who:?}")).unwrap();
     };
     let (db_id, seven_id) = (cell.id("db"), cell.id("seven"));
     db_is(&mut node, Some(db_id.clone())).await;
@@ -391,7 +393,7 @@ async fn a_bad_or_changed_pod_file_denies_its_pod_and_never_opens_it() {
     db_is(&mut node, None).await;
     tokio::time::sleep(Duration::from_millis(300)).await;
     std::fs::write(&file, &older).unwrap();
-    timeout(SOON, node.endpoints.wait_for(|all| all.len() == 2)).await.expect("at its other address").unwrap();
+    timeout(SOON, node.reported(|all| all.len() == 2)).await.expect("at its other address").unwrap();
     std::fs::write(&file, &good).unwrap();
     db_is(&mut node, Some(db_id.clone())).await;
     std::fs::write(&file, good.replace("\"uid\":0", "\"uid\":7")).unwrap();
@@ -443,8 +445,8 @@ async fn a_pod_with_an_open_way_out_is_nobody_until_it_is_closed() {
     node.issued.set_svids(BTreeMap::from(["web", "db"].map(|e| (e.parse().unwrap(), Ok(cell.svid(e))))));
     node.apply(view).await;
     let come_to = async |node: &mut Node, wanted: &[Ipv4Addr]| {
-        let is = |all: &Vec<Endpoint>| all.iter().map(|e| e.address).collect::<Vec<_>>() == wanted;
-        timeout(SOON, node.endpoints.wait_for(is)).await.unwrap_or_else(|_| panic!("never {wanted:?}")).unwrap();
+        let is = |all: &[Endpoint]| all.iter().map(|e| e.address).collect::<Vec<_>>() == wanted;
+        timeout(SOON, node.reported(is)).await.unwrap_or_else(|_| panic!("never {wanted:?}")).unwrap();
     };
     come_to(&mut node, &[db_at]).await;
     // Had it been somebody for a moment, it would be reported by now.

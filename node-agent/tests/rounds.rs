@@ -90,14 +90,14 @@ async fn a_round_is_answered_with_a_bound_quote_and_the_logs_behind_it() {
     stage.stream.send(request(7, |r| (r.ima_offset, r.boot_log) = (1000, true))).await;
     let (quote, _) = stage.stream.quote().await;
     // News of this node while its logs are on their way: they wait for the last byte.
-    stage.agent.endpoints.send_replace(vec![Endpoint {
+    stage.agent.endpoints.send_replace(Some(vec![Endpoint {
         spiffe_id: "spiffe://west/web".parse().unwrap(),
         address: "10.0.0.1".parse().unwrap(),
         cluster: "west".parse().unwrap(),
         node_address: "127.0.0.1".parse().unwrap(),
         node: stage.replica.with_cell(|cell| cell.node()),
         generation: Generation(1),
-    }]);
+    }]));
     assert_eq!((quote.nonce.as_slice(), quote.trouble.as_str()), (&[7; 32][..], ""));
     assert_eq!((quote.boot_log_len, quote.ima_log_len), (100_000, 299_000));
     let (boot, ima) = stage.stream.logs(&quote).await;

@@ -9,7 +9,7 @@ use ambit_agent::clock::Clock;
 use ambit_agent::hbone::{Door, Native};
 use ambit_agent::health;
 use ambit_agent::inbound::Inbound;
-use ambit_agent::native::{self, Open, Reason};
+use ambit_agent::native::{self, Answer, Open, Reason};
 use ambit_agent::netns::{Netns, NetnsThread};
 use ambit_agent::pool::{Key, Lease, Pool, Totals};
 use ambit_agent::shown::Now;
@@ -216,7 +216,7 @@ async fn what_is_withdrawn_while_the_pod_is_waited_for_reaches_it_with_no_byte()
         let _ = timeout(SOON, accepted.unwrap().0.read_to_end(&mut said)).await.expect("an end");
         assert_eq!(said, b"");
     }
-    assert_eq!(answer.unwrap().unwrap(), Err(Reason::Denied));
+    assert_eq!(answer.unwrap().unwrap(), Answer::Refused(Reason::Denied));
 }
 
 /// As when it is killed: the kernel closes what it had open.

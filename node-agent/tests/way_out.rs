@@ -8,7 +8,7 @@ mod node;
 mod support;
 
 use ambit_agent::clock::Clock;
-use ambit_agent::control::{Control, Outcome, Wires};
+use ambit_agent::control::{Control, Hands, Outcome, Wires};
 use ambit_agent::denials::{Denials, Lane};
 use ambit_agent::health::Health;
 use ambit_agent::issued::Issued;
@@ -105,13 +105,13 @@ struct Agent {
 impl Agent {
     /// The parts of the agent that need no cell, put together as `agent::run` does.
     fn start(mesh: PathBuf, pins: PathBuf, pods_dir: PathBuf, cell: &Cell) -> Agent {
-        let kernel = KernelHandle::open(&mesh, &pins).unwrap();
+        let kernel = KernelHandle::open(&mesh, &pins, &pods_dir).unwrap();
         kernel.renew_lease().unwrap();
         let view = cell.view(cell.slice(0, &[]));
         let trust = SharedTrust::new(Trust::Bundles(TrustStore::new(&view.own).unwrap()));
         let (desired, desired_rx) = watch::channel(None);
         let (outcome_tx, outcome) = watch::channel(None);
-        let (endpoints, _) = watch::channel(vec![]);
+        let (endpoints, _) = watch::channel(None);
         let (plane_tx, plane) = watch::channel(None);
         let (_, node) = watch::channel(Some((cell.node(), Generation(1))));
         let (issued, denials, clock) = (Issued::default(), Lane::default(), Arc::new(Clock::default()));
@@ -130,6 +130,7 @@ impl Agent {
             health: health.clone(),
             outbound: Outbound::new(plane.clone(), denials.clone(), health, clock.clone(), annex, 15008),
             clock,
+            hands: Hands::default(),
             wires: Wires { desired: desired_rx, outcome: outcome_tx, endpoints, plane: plane_tx, node },
         };
         tokio::spawn(control.run());

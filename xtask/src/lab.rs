@@ -23,9 +23,11 @@ pub(crate) fn demo(options: &[&str]) -> Result<(), Stop> {
 
 /// Faults in a lab of its own. The options are checked here too, as the demo's are.
 pub(crate) fn chaos(options: &[&str]) -> Result<(), Stop> {
-    let wrong = |what: String| Err(Stop::Usage(format!("{what}: chaos takes --smoke, --outage MINUTES, or --kills N")));
+    let wrong = |what: String| {
+        Err(Stop::Usage(format!("{what}: chaos takes --smoke, --node [--brief], --outage MINUTES, or --kills N")))
+    };
     match options {
-        ["--smoke"] => {}
+        ["--smoke"] | ["--node"] | ["--node", "--brief"] => {}
         ["--outage", minutes] if minutes.parse::<u64>().is_ok() => {}
         ["--kills", rest @ ..] => {
             let (values, names): (Vec<_>, Vec<_>) = rest.iter().enumerate().partition(|(n, _)| n % 2 == 0);

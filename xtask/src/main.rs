@@ -31,10 +31,10 @@ usage: cargo xtask <verb>
                         two attested clusters on this machine, the whole way through (root; Linux namespaces)
   test                  format, lints, every test of the workspace; last line: N passed, N failed, N skipped
   lab up|down|status    the one-machine lab that demo uses, to explore by hand (root)
-  chaos --smoke | --outage MINUTES | --kills N [--seed S] [--minutes M]
-                        kill each process of a lab in turn; or no node hears its cell for a while; or N kills of replicas
-                        and other faults at random, every history checked; last line: N lost, N duplicated,
-                        N non-linearizable
+  chaos --smoke | --node [--brief] | --outage MINUTES | --kills N [--seed S] [--minutes M]
+                        kill each process of a lab in turn; or tables swapped, agents killed and upgraded under load; or
+                        no node hears its cell for a while; or N kills of replicas and other faults at random, every
+                        history checked; last line: N lost, N duplicated, N non-linearizable
   vm                    a node as a machine of its own, with Secure Boot, a TPM driver and IMA (root; QEMU; 2 minutes)
   kernels [6.1|6.12]    the kernel side's tests on Debian's other kernels (root; QEMU without KVM; minutes each)
   sim --seeds N | --seed S | --mutants   cells of the real code under simulated faults (--from S, --seconds T); replay one

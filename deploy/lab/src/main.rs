@@ -139,8 +139,14 @@ enum Verb {
     /// Kill processes of a lab of its own under clients that write and read, and judge what they saw
     Chaos {
         /// Each kind of process once, under writes and calls
-        #[arg(long, required_unless_present_any = ["kills", "outage"], conflicts_with_all = ["kills", "seed", "minutes"])]
+        #[arg(long, required_unless_present_any = ["kills", "outage", "node"], conflicts_with_all = ["kills", "seed", "minutes"])]
         smoke: bool,
+        /// Tables swapped, agents killed and upgraded, under load
+        #[arg(long, conflicts_with_all = ["smoke", "outage", "kills", "seed", "minutes"])]
+        node: bool,
+        /// The same in less than a minute
+        #[arg(long, requires = "node")]
+        brief: bool,
         /// No node hears its cell for so many minutes
         #[arg(long, conflicts_with_all = ["smoke", "kills", "seed", "minutes"],
               value_parser = clap::value_parser!(u64).range(1..=50))]
@@ -278,6 +284,10 @@ fn run(verb: Verb) -> Result<ExitCode, LabError> {
         Verb::Vm { name, debian } => ambit_lab::vm::run(&ambit_lab::vm::Options { name: &name, debian: &debian })?,
         Verb::Chaos { outage: Some(minutes), name, .. } => {
             ambit_lab::chaos::outage::run(&name, Duration::from_secs(minutes * 60))?;
+        }
+        Verb::Chaos { node: true, brief, name, .. } => {
+            let options = ambit_lab::chaos::node::Options::FULL;
+            ambit_lab::chaos::node::run(&name, if brief { ambit_lab::chaos::node::Options::BRIEF } else { options })?;
         }
         Verb::Chaos { smoke: _, kills: None, name, .. } => ambit_lab::chaos::run(&name)?,
         Verb::Chaos { kills: Some(kills), seed, minutes, name, .. } => {

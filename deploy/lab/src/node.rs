@@ -3,7 +3,7 @@
 use crate::cell::{listen, metrics, quoted};
 use crate::lab::{Lab, LabError, make_folder, write_file};
 use crate::preflight::own_binary;
-use crate::state::Ready;
+use crate::state::{Process, Ready};
 use crate::topology::{Kind, Member};
 use crate::{gate, net, process};
 use ambit_model::{Refusal, refusal::Code};
@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 
 /// Port of tunnels between nodes.
 const HBONE_PORT: u16 = 15008;
+/// How long an agent that ends lets connections end, seconds: a lab is in a hurry.
+pub(crate) const DRAIN_S: u64 = 5;
 /// One request for a page of an agent; a page of metrics is some kilobytes.
 const PAGE_MAX: Duration = Duration::from_secs(2);
 /// The most that is read of a page.
@@ -48,6 +50,24 @@ impl Lab {
         place.cgroup = self.cgroup(node, "agent");
         let launch = self.launch(&place, &argv, &self.agent_log(node));
         self.start(&format!("{node}-agent"), Some(node), launch, Ready::Listening(metrics(&member))).map(drop)
+    }
+    /// Starts a new agent of a node, which takes over from the one that runs, and waits until that one has drained.
+    pub fn upgrade_agent(&self, node: &str, limit: Duration) -> Result<(), LabError> {
+        let name = format!("{node}-agent");
+        let missing = || Refusal::new(Code::NotFound, "an agent that runs", name.clone());
+        let former = self.state()?.process(&name).cloned().filter(|p| p.id.alive()).ok_or_else(missing)?;
+        let mut launch = former.launch.clone();
+        if !launch.argv.iter().any(|arg| arg == "--take-over") {
+            launch.argv.push("--take-over".into());
+        }
+        let id = process::spawn(self.name(), &launch)?;
+        let taken = process::wait_ready(id, &launch, limit, || !former.id.alive());
+        if taken.is_err() {
+            let _ = id.kill();
+        }
+        taken?;
+        self.store.update(|state| state.record(Process { id, launch, ..former }))?;
+        Ok(())
     }
     /// The log of a node's agent.
     pub fn agent_log(&self, node: &str) -> PathBuf {
@@ -98,7 +118,7 @@ impl Lab {
         let mut text = format!(
             "cluster = \"{site}\"\ntrust_domain = \"{site}\"\nfingerprint = \"{}\"\nservers = [{servers}]\n\
              node_address = \"{address}\"\ntcti = \"swtpm:host=127.0.0.1,port={port}\"\n\
-             metrics_listen = \"{}\"\nhbone_listen = \"{address}:{HBONE_PORT}\"\n",
+             metrics_listen = \"{}\"\nhbone_listen = \"{address}:{HBONE_PORT}\"\ndrain_max_s = {DRAIN_S}\n",
             cell.fingerprint,
             metrics(member)
         );

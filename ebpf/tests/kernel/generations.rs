@@ -238,10 +238,22 @@ fn a_pin_that_is_not_what_it_should_be_is_named() {
         Err(error) => assert!(error.to_string().contains(expect), "{error} does not name {expect}"),
         Ok(_) => panic!("opened in spite of {expect}"),
     };
+    let programs = || ambit_ebpf::programs(&node.pins).unwrap();
+    let in_force = programs();
     let other = Options { cgroup_root: node.mesh.join("..").canonicalize().unwrap(), ..node.options() };
     assert!(matches!(Kernel::open(&other), Err(KernelError::PinUnexpected { .. })), "links of another cgroup");
     let small = Options { capacity: Capacity { flows: 1, ..Capacity::default() }, ..node.options() };
     assert!(matches!(Kernel::open(&small), Err(KernelError::PinUnexpected { .. })));
+
+    // The last of the links is another program's: none of those before it is touched.
+    let (last, third) = (node.pins.join("links/sockops"), node.pins.join("links/connect6"));
+    let kept = node.pins.join("links/kept");
+    std::fs::rename(&last, &kept).unwrap();
+    std::fs::rename(&third, &last).unwrap();
+    named("links/sockops");
+    std::fs::rename(&last, &third).unwrap();
+    std::fs::rename(&kept, &last).unwrap();
+    assert_eq!(programs(), in_force, "what was in force is");
 
     let config = node.pins.join("maps/config");
     std::fs::remove_file(&config).unwrap();

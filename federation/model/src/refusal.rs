@@ -111,6 +111,8 @@ codes! {
     PolicyMalformed = "policy_malformed", Invalid, "correct the document at the place shown";
     PolicyLayer7 = "policy_layer7", Invalid, "Ambit decides on identity and port; use a waypoint of your own for HTTP rules";
     PolicyDenied = "policy_denied", Denied, "add an allow policy for this caller, target and port";
+    AgentRunning = "agent_running", Precondition, "an agent serves this node: end it, or start the new one with --take-over";
+    TakeOverRefused = "take_over_refused", Precondition, "the running agent goes on as before: mend what is named, or end it and start the new one";
     MapFull = "map_full", Unavailable, "raise the map's capacity in the agent's configuration";
     DrillGuard = "drill_guard", Precondition, "the drill's guard refused: mend what it names, then run it again";
     DrillReportInvalid = "drill_report_invalid", Denied, "the report was altered, or is of another trust domain";

@@ -6,11 +6,12 @@ use crate::metrics::METRICS;
 use crate::netns::Netns;
 use crate::plane::LocalPod;
 use crate::pods::{self, Pod, Pods};
+use crate::takeover::Socket;
 use ambit_ebpf::{CAPTURE_PORT, DeviceNews, Place, netns_cookie};
 use ambit_model::{Code, Refusal};
 use std::collections::BTreeMap;
-use std::net::{Ipv4Addr, SocketAddrV4};
-use std::os::fd::AsFd;
+use std::net::{Ipv4Addr, SocketAddrV4, TcpListener};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 use tokio::sync::watch;
@@ -25,6 +26,8 @@ pub(super) struct Guarded {
     pub(super) pod: Pod,
     pub(super) netns: Netns,
     capture: JoinHandle<()>,
+    /// What captured connections come to, to be handed over; none once that is let go.
+    listener: Option<TcpListener>,
     /// What capture runs as; it learns its identity when there is one.
     pub(super) identity: watch::Sender<Option<Arc<LocalPod>>>,
     pub(super) enrolled: Option<u32>,
@@ -37,6 +40,17 @@ pub(super) struct Guarded {
 }
 
 impl Guarded {
+    /// Nobody here takes connections any more, and none shall wait for it.
+    pub(super) fn let_go(&mut self) {
+        self.listener = None;
+    }
+
+    /// Its socket, for a successor.
+    pub(super) fn handed(&self) -> Option<(Socket, OwnedFd)> {
+        let listener = self.listener.as_ref()?.try_clone().ok()?;
+        Some((Socket::Capture { pod: self.pod.name.clone(), netns: self.pod.netns_id }, listener.into()))
+    }
+
     /// Takes note of how it may be left. True where who it is must change.
     fn tell(&mut self, ways: WaysOut) -> bool {
         let open = match ways {
@@ -62,7 +76,7 @@ pub(super) type FormerCgroup = (PathBuf, u64);
 
 impl Control {
     /// Scans the pods; guards new ones at once, before anybody knows who they are. True where something changed.
-    pub(super) async fn look(&self, state: &mut State) -> bool {
+    pub(super) async fn look(&mut self, state: &mut State) -> bool {
         let (found, unusable) = match pods::scan(&self.pods_dir, &self.cgroup_root) {
             Ok(found) => found,
             Err(error) => {
@@ -158,6 +172,7 @@ impl Control {
                 }
                 None => {
                     // Its descriptors would keep the namespace alive for ever; and whoever guards it anew needs the port.
+                    guarded.let_go();
                     guarded.capture.abort();
                     let _ = (&mut guarded.capture).await;
                     let cgroup = (self.cgroup_root.join(&guarded.pod.cgroup), guarded.pod.cgroup_id);
@@ -204,22 +219,45 @@ impl Control {
         })
     }
 
+    /// Puts this agent's own programs back on every pod, after another one did not take over.
+    pub(super) fn guard_again(&self, state: &mut State) {
+        for guarded in state.guarded.values_mut() {
+            // Who it is, is told anew with the tables.
+            guarded.enrolled = None;
+            let Some(listener) = &guarded.listener else { continue };
+            match self.kernel.attach(&guarded.pod.name, guarded.netns.as_fd(), guarded.pod.address, listener) {
+                Ok(ways) => drop(guarded.tell(ways)),
+                Err(refusal) => tracing::error!(pod = %guarded.pod.name, %refusal, "pod not guarded anew"),
+            }
+        }
+    }
+
+    /// The capture listener of a pod: the former agent's, where that handed it over, since nobody else can listen there
+    /// meanwhile.
+    async fn capture(&mut self, pod: &Pod, netns: &Netns) -> std::io::Result<TcpListener> {
+        if let Some(listener) = self.hands.captures.remove(&(pod.name.clone(), pod.netns_id)) {
+            return Ok(listener);
+        }
+        self.netns.listen(netns, SocketAddrV4::new(Ipv4Addr::LOCALHOST, CAPTURE_PORT)).await
+    }
+
     /// Opens the pod's capture listener in its namespace and refuses plain inbound there.
-    async fn guard(&self, pod: &Pod, nth: usize) -> Result<Guarded, Refusal> {
+    async fn guard(&mut self, pod: &Pod, nth: usize) -> Result<Guarded, Refusal> {
         let trouble =
             |e: std::io::Error| Refusal::new(Code::Internal, format!("a guard on pod {}", pod.name), e.to_string());
         let netns = Netns::open(&pod.netns).map_err(trouble)?;
-        let at = SocketAddrV4::new(Ipv4Addr::LOCALHOST, CAPTURE_PORT);
-        let listener = self.netns.listen(&netns, at).await.map_err(trouble)?;
+        let listener = self.capture(pod, &netns).await.map_err(trouble)?;
         let cookie = netns_cookie(&listener).map_err(trouble)?;
         let ways = self.kernel.attach(&pod.name, netns.as_fd(), pod.address, &listener)?;
         let (identity, who) = watch::channel(None);
+        let kept = Some(listener.try_clone().map_err(trouble)?);
         let capture = self.outbound.capture(nth, who, listener, cookie, self.kernel.clone());
         let place = self.place(pod, &netns);
         let mut guarded = Guarded {
             pod: pod.clone(),
             netns,
             capture,
+            listener: kept,
             identity,
             enrolled: None,
             open: None,

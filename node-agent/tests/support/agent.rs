@@ -9,6 +9,7 @@ use ambit_agent::enrol::NotEnrolled;
 use ambit_agent::membership::Membership;
 use ambit_agent::reattest::{Rounds, Turn};
 use ambit_agent::session::{Session, Wires};
+use ambit_agent::takeover::{self, Successor};
 use ambit_agent::view::View;
 use ambit_identity::{SharedTrust, Trust, fingerprint};
 use ambit_model::policy::Endpoint;
@@ -23,8 +24,10 @@ pub(crate) struct Agent {
     pub(crate) turn: Turn,
     pub(crate) denials: Lane,
     pub(crate) desired: watch::Receiver<Option<Arc<View>>>,
-    pub(crate) endpoints: watch::Sender<Vec<Endpoint>>,
+    pub(crate) endpoints: watch::Sender<Option<Vec<Endpoint>>>,
     pub(crate) membership: JoinHandle<NotEnrolled>,
+    /// Who comes after it.
+    pub(crate) successor: Successor,
     /// What nobody here uses, but whose other end must not be gone.
     _held: Box<dyn std::any::Any + Send>,
 }
@@ -63,6 +66,7 @@ impl Agent {
             brokers: std::collections::BTreeSet::new(),
             metrics_listen: replica.address,
             hbone_listen: replica.address,
+            drain_max_s: Default::default(),
         };
         let attester = Attester::open(&config.tcti, &config.data_dir).unwrap();
         let trust = SharedTrust::new(Trust::Pinned(trust_domain.clone(), pinned));
@@ -72,9 +76,10 @@ impl Agent {
         let (node, node_rx) = watch::channel(None);
         let (desired, desired_rx) = watch::channel(None);
         let (outcome, outcome_rx) = watch::channel(None);
-        let (endpoints, endpoints_rx) = watch::channel(vec![]);
+        let (endpoints, endpoints_rx) = watch::channel(Some(vec![]));
         let (channel, channel_rx) = watch::channel(None);
         let issued = ambit_agent::issued::Issued::default();
+        let (successor, succession) = takeover::succession();
         let session = Session {
             trust: trust.clone(),
             servers: config.servers.clone(),
@@ -90,6 +95,8 @@ impl Agent {
                 config.boot_log.clone(),
                 config.ima_log.clone(),
             ),
+            succession: succession.clone(),
+            relay: None,
             wires: Wires {
                 enrolled: enrolled_rx,
                 told: Arc::new(told),
@@ -111,10 +118,11 @@ impl Agent {
             node,
             issued,
             told: told_rx,
+            succession,
         };
         tokio::spawn(session.run());
         let membership = tokio::spawn(membership.run());
         let held = Box::new((node_rx, outcome, channel_rx));
-        Agent { attester, turn, denials, desired: desired_rx, endpoints, membership, _held: held }
+        Agent { attester, turn, denials, desired: desired_rx, endpoints, membership, successor, _held: held }
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::support::Cell;
 use ambit_agent::clock::Clock;
-use ambit_agent::control::{Control, Outcome, Wires};
+use ambit_agent::control::{Control, Hands, Outcome, Wires};
 use ambit_agent::denials::Lane;
 use ambit_agent::hbone::{Door, PORT as PORT_HBONE};
 use ambit_agent::health::Health;
@@ -132,7 +132,7 @@ impl Drop for Ground {
 pub(crate) struct Node {
     pub(crate) desired: watch::Sender<Option<Arc<View>>>,
     pub(crate) outcome: watch::Receiver<Option<Outcome>>,
-    pub(crate) endpoints: watch::Receiver<Vec<Endpoint>>,
+    pub(crate) endpoints: watch::Receiver<Option<Vec<Endpoint>>>,
     pub(crate) plane: watch::Receiver<Option<Arc<Plane>>>,
     pub(crate) issued: Issued,
     pub(crate) kernel: KernelHandle,
@@ -167,14 +167,14 @@ impl Node {
         (netns, annex): (NetnsThread, Annex),
         prepare: impl FnOnce(&KernelHandle),
     ) -> Node {
-        let kernel = KernelHandle::open(&ground.mesh(), &ground.pins).unwrap();
+        let kernel = KernelHandle::open(&ground.mesh(), &ground.pins, &ground.dir).unwrap();
         kernel.renew_lease().unwrap();
         prepare(&kernel);
         let view = cell.view(cell.slice(0, &[]));
         let trust = SharedTrust::new(Trust::Bundles(TrustStore::new(&view.own).unwrap()));
         let (desired, desired_rx) = watch::channel(None);
         let (outcome_tx, outcome) = watch::channel(None);
-        let (endpoints_tx, endpoints) = watch::channel(vec![]);
+        let (endpoints_tx, endpoints) = watch::channel(None);
         let (plane, plane_rx) = watch::channel(None);
         let (_, node) = watch::channel(Some((cell.node(), Generation(1))));
         let (issued, health) = (Issued::default(), Health::new(Some(kernel.clone())));
@@ -192,6 +192,7 @@ impl Node {
             health: health.clone(),
             outbound: Outbound::new(plane_rx.clone(), denials.clone(), health, clock.clone(), annex, port),
             clock: clock.clone(),
+            hands: Hands::default(),
             wires: Wires { desired: desired_rx, outcome: outcome_tx, endpoints: endpoints_tx, plane, node },
         };
         tokio::spawn(control.run());
@@ -204,6 +205,14 @@ impl Node {
     pub(crate) async fn carries(&mut self, wanted: &[Ipv4Addr]) {
         let is = |plane: &Option<Arc<Plane>>| plane.as_ref().is_some_and(|p| p.pods.keys().eq(wanted));
         timeout(SOON, self.plane.wait_for(is)).await.unwrap_or_else(|_| panic!("never {wanted:?}")).unwrap();
+    }
+    /// Waits until what is reported is like this.
+    pub(crate) async fn reported(
+        &mut self,
+        is: impl Fn(&[Endpoint]) -> bool,
+    ) -> Result<Vec<Endpoint>, watch::error::RecvError> {
+        let reported = self.endpoints.wait_for(|all| all.as_deref().is_some_and(&is)).await?;
+        Ok(reported.clone().unwrap_or_default())
     }
     /// Sends a slice and waits until it is in the kernel; gives the time that took.
     pub(crate) async fn apply(&mut self, view: Arc<View>) -> Duration {

@@ -3,6 +3,7 @@
 
 use super::{Cell, allow};
 use ambit_agent::clock::Clock;
+use ambit_agent::course::Course;
 use ambit_agent::denials::Lane;
 use ambit_agent::hbone::{self, Dial, Dialed, Door, Mode, Native, Origin, TunnelError};
 use ambit_agent::health::{self, Health};
@@ -79,6 +80,9 @@ pub(crate) struct Stage {
     pub(crate) west_denials: Lane,
     pub(crate) east_denials: Lane,
     pub(crate) east_clock: Arc<Clock>,
+    /// Of east's agent, and of west's.
+    pub(crate) east_course: Course,
+    pub(crate) west_course: Course,
     pub(crate) health: Health,
     pub(crate) annex: Annex,
     pub(crate) outbound: Outbound,
@@ -99,12 +103,14 @@ impl Stage {
         let (west_denials, east_denials) = (Lane::default(), Lane::default());
         let clock = Arc::new(Clock::default());
         let inbound = Inbound::new(east_rx, east_denials.clone(), NetnsThread::start().unwrap(), clock.clone());
-        tokio::spawn(inbound.serve(hbone));
+        let (east_course, west_course) = (Course::default(), Course::default());
+        tokio::spawn(inbound.in_course(east_course.clone()).serve(hbone));
         let health = Health::new(None);
         // As the annex stands beside its pods: here all are in one namespace.
         let annex = Annex::new(NetnsThread::start().unwrap(), Netns::open(Path::new("/proc/self/ns/net")).unwrap());
         let outbound =
             Outbound::new(west_rx, west_denials.clone(), health.clone(), clock.clone(), annex.clone(), at.port());
+        let outbound = outbound.in_course(west_course.clone());
         tokio::spawn(outbound.clone().cut_denied());
         let mut stage = Stage {
             home: Ipv4Addr::new(127, 0, 76, n),
@@ -126,6 +132,8 @@ impl Stage {
             west_denials,
             east_denials,
             east_clock: clock,
+            east_course,
+            west_course,
             health,
             annex,
             outbound,

@@ -7,6 +7,7 @@ pub(crate) mod calls;
 pub mod linear;
 mod load;
 pub mod long;
+pub mod node;
 pub mod outage;
 
 use crate::demo::{Demo, Say, figures::Figures, in_a_lab};

@@ -11,7 +11,7 @@ use crate::cell::Cell;
 use crate::guardian::Guardian;
 use crate::lab::{Lab, LabError};
 use crate::topology::Spec;
-pub(crate) use enforce::PORT;
+pub(crate) use enforce::{PORT, SECRET};
 pub(crate) use enrol::wait;
 use figures::Figures;
 pub(crate) use say::Say;

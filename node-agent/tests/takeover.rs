@@ -1,0 +1,345 @@
+//! Real agents of one node that take over from each other, or fail to: real TPM (software), real kernel part, a cell whose
+//! answers the test dictates. Needs root and fails without it.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+
+mod support;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+use support::Cell;
+use support::replica::{Replica, Stream};
+use support::tpm::Swtpm;
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+
+const SOON: Duration = Duration::from_secs(20);
+
+/// A node, and what it leaves on the machine.
+struct Node {
+    tpm: Swtpm,
+    base: PathBuf,
+    pins: PathBuf,
+    config: String,
+    hbone: SocketAddr,
+    metrics: SocketAddr,
+    replica: Replica,
+    streams: mpsc::Receiver<Stream>,
+}
+
+fn free() -> SocketAddr {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+}
+
+impl Node {
+    async fn make() -> Node {
+        assert!(nix::unistd::geteuid().is_root(), "this test attaches programs to cgroups: run it as root");
+        let mounts = std::fs::read_to_string("/proc/mounts").unwrap();
+        let mount = mounts.lines().find(|l| l.split(' ').nth(2) == Some("cgroup2")).expect("a cgroup2 mount");
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("ambit-takeover-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let base = Path::new(mount.split(' ').nth(1).unwrap()).join(&name);
+        std::fs::create_dir_all(base.join("mesh")).unwrap();
+        let tpm = Swtpm::start();
+        std::fs::create_dir_all(tpm.file("pods")).unwrap();
+        let (replica, streams) = Replica::start(Cell::founded("west", 1), tpm.dir.clone()).await;
+        let root = replica.with_cell(|cell| ambit_identity::fingerprint(&cell.bundle().roots_der[0]));
+        let (hbone, metrics) = (free(), free());
+        let pins = Path::new("/sys/fs/bpf").join(&name);
+        let at = |name: &str| tpm.file(name).display().to_string();
+        let config = format!(
+            "cluster = 'west'\ntrust_domain = 'west'\nfingerprint = '{}'\nservers = ['{}']\nnode_address = '127.0.0.1'\n\
+             tcti = '{}'\nboot_log = '{}'\nima_log = '{}'\nmetrics_listen = '{metrics}'\nhbone_listen = '{hbone}'\n\
+             cgroup_root = '{}'\npin_dir = '{}'\ndata_dir = '{}'\npods_dir = '{}'\nworkload_socket = '{}'\n\
+             drain_max_s = 2\n",
+            hex::encode(root),
+            replica.address,
+            tpm.tcti(),
+            at("boot_log"),
+            at("ima_log"),
+            base.join("mesh").display(),
+            pins.display(),
+            tpm.state().display(),
+            at("pods"),
+            at("workload.sock"),
+        );
+        Node { tpm, base, pins, config, hbone, metrics, replica, streams }
+    }
+
+    fn agent(&self, name: &str, config: &str, options: &[&str]) -> Agent {
+        let path = self.tpm.file(&format!("{name}.toml"));
+        std::fs::write(&path, config).unwrap();
+        let log = std::fs::File::create(self.tpm.file(name)).unwrap();
+        let child = Command::new(env!("CARGO_BIN_EXE_ambit-agent"))
+            .args(["run", "--config"])
+            .arg(path)
+            .args(options)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        Agent { child, log: self.tpm.file(name) }
+    }
+
+    /// The next stream of an agent, with a slice in which nobody runs here.
+    async fn stream(&mut self) -> Stream {
+        let stream = timeout(SOON, self.streams.recv()).await.expect("a stream").unwrap();
+        stream.beat().await;
+        stream
+    }
+
+    async fn slice(&self, stream: &Stream, revision: u64) {
+        let slice = self.replica.with_cell(|cell| cell.slice(revision, &[]));
+        stream.send(ambit_proto::v1::server_message::Body::Slice(slice)).await;
+    }
+
+    /// The ids of the programs that are attached.
+    fn programs(&self) -> Vec<u32> {
+        let found = ambit_ebpf::programs(&self.pins).unwrap();
+        assert_eq!(found.len(), 10, "every program is attached");
+        found
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        drop(ambit_ebpf::Kernel::remove(&self.pins));
+        drop(std::fs::remove_dir(self.base.join("mesh")));
+        drop(std::fs::remove_dir(&self.base));
+    }
+}
+
+struct Agent {
+    child: Child,
+    log: PathBuf,
+}
+
+impl Agent {
+    fn said(&self, what: &str) -> bool {
+        std::fs::read_to_string(&self.log).unwrap().contains(what)
+    }
+    async fn says(&self, what: &str) {
+        let until = Instant::now() + SOON;
+        while !self.said(what) {
+            assert!(Instant::now() < until, "never {what}: {}", std::fs::read_to_string(&self.log).unwrap());
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+    fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(i32::try_from(self.child.id()).unwrap()), signal).unwrap();
+    }
+    fn runs(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
+    }
+    /// Its exit code.
+    async fn ended(&mut self) -> Option<i32> {
+        let until = Instant::now() + SOON;
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status.code();
+            }
+            assert!(Instant::now() < until, "it does not end: {}", std::fs::read_to_string(&self.log).unwrap());
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
+/// Connects all the time to where an agent listens, and counts who is refused.
+struct Probes {
+    stop: Arc<AtomicBool>,
+    counted: Vec<std::thread::JoinHandle<(u32, u32)>>,
+}
+
+impl Probes {
+    fn start(node: &Node) -> Probes {
+        let stop = Arc::new(AtomicBool::new(false));
+        let unix = node.tpm.file("workload.sock");
+        let probe = |connect: Box<dyn Fn() -> bool + Send>| {
+            let stop = stop.clone();
+            std::thread::spawn(move || {
+                let (mut tried, mut refused) = (0, 0);
+                while !stop.load(Ordering::Relaxed) {
+                    tried += 1;
+                    refused += u32::from(!connect());
+                    std::thread::sleep(Duration::from_millis(2));
+                }
+                (tried, refused)
+            })
+        };
+        let (hbone, metrics) = (node.hbone, node.metrics);
+        let page = move || {
+            let Ok(mut stream) = TcpStream::connect(metrics) else { return false };
+            let asked = stream.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+            let mut answer = String::new();
+            asked.is_ok() && stream.read_to_string(&mut answer).is_ok() && answer.ends_with("ok\n")
+        };
+        let counted = vec![
+            probe(Box::new(move || TcpStream::connect(hbone).is_ok())),
+            probe(Box::new(move || UnixStream::connect(&unix).is_ok())),
+            probe(Box::new(page)),
+        ];
+        Probes { stop, counted }
+    }
+    fn end(self) -> Vec<(u32, u32)> {
+        self.stop.store(true, Ordering::Relaxed);
+        self.counted.into_iter().map(|probe| probe.join().unwrap()).collect()
+    }
+}
+
+async fn ready(node: &Node) {
+    let until = Instant::now() + SOON;
+    loop {
+        let page = (|| {
+            let mut stream = TcpStream::connect(node.metrics)?;
+            stream.write_all(b"GET /readyz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).map(|_| answer)
+        })();
+        if page.as_ref().is_ok_and(|page: &String| page.ends_with("\nready\n")) {
+            return;
+        }
+        assert!(Instant::now() < until, "not ready: {page:?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn agents_follow_each_other_and_no_connect_is_refused() {
+    let mut node = Node::make().await;
+    let config = node.config.clone();
+    let mut serving = node.agent("agent-0", &config, &[]);
+    let mut stream = node.stream().await;
+    node.slice(&stream, 1).await;
+    ready(&node).await;
+    // By accident nobody takes over.
+    let mut second = node.agent("second", &config, &[]);
+    assert_eq!(second.ended().await, Some(1));
+    assert!(second.said("agent_running"), "{}", std::fs::read_to_string(&second.log).unwrap());
+    assert!(serving.runs());
+    let probes = Probes::start(&node);
+    for upgrade in 1..=3 {
+        let before = node.programs();
+        let next = node.agent(&format!("agent-{upgrade}"), &config, &["--take-over"]);
+        let newer = node.stream().await;
+        assert!(newer.generation > stream.generation, "an admission of its own");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert_eq!(node.programs(), before, "nothing is touched before it has its slice");
+        node.slice(&newer, 1).await;
+        next.says("this agent serves").await;
+        assert_eq!(serving.ended().await, Some(0), "the former one has drained");
+        next.says("the former agent has drained").await;
+        let after = node.programs();
+        assert!(before.iter().zip(&after).all(|(b, a)| a != b), "every program replaced: {before:?} {after:?}");
+        ready(&node).await;
+        (serving, stream) = (next, newer);
+    }
+    let counted = probes.end();
+    println!("connects tried and refused, of tunnels, Workload API and health: {counted:?}");
+    assert!(counted.iter().all(|(tried, refused)| *tried > 100 && *refused == 0), "{counted:?}");
+    // It is told to end, with nothing to drain: at once.
+    serving.signal(Signal::SIGTERM);
+    assert_eq!(serving.ended().await, Some(0));
+    assert!(TcpStream::connect(node.hbone).is_err() && TcpStream::connect(node.metrics).is_err());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whatever_goes_wrong_leaves_the_agent_that_serves_in_its_place() {
+    let mut node = Node::make().await;
+    let config = node.config.clone();
+    let mut serving = node.agent("serving", &config, &[]);
+    let stream = node.stream().await;
+    node.slice(&stream, 1).await;
+    ready(&node).await;
+    let probes = Probes::start(&node);
+    let socket = node.tpm.state().join("takeover/agent.sock");
+
+    // Words that are none, another protocol, another layout of maps.
+    let said = |words: &[&str]| {
+        let mut stream = UnixStream::connect(&socket).unwrap();
+        for word in words {
+            let frame = [&(word.len() as u32).to_be_bytes()[..], &[0], word.as_bytes()].concat();
+            stream.write_all(&frame).unwrap();
+        }
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).unwrap();
+        String::from_utf8_lossy(&answer).into_owned()
+    };
+    let layout = hex::encode(ambit_ebpf::map_layout());
+    let hello = |protocol: u32, layout: &str| {
+        format!("{{\"hello\":{{\"protocol\":{protocol},\"version\":\"9\",\"layout\":\"{layout}\"}}}}")
+    };
+    for (words, expected) in [
+        (vec!["{}".to_owned()], "a word of this protocol"),
+        (vec![hello(2, &layout)], "protocol 1 of taking over"),
+        (vec![hello(1, &"ab".repeat(32))], "maps of layout"),
+        (vec!["\"give\"".to_owned()], "hello"),
+    ] {
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        assert!(said(&words).contains(expected), "{expected}: {}", said(&words));
+    }
+    assert!(!serving.said("another agent takes over"));
+
+    // One that says hello, has the sockets, and dies.
+    let before = node.programs();
+    let script = format!(
+        "import socket, struct, sys, time\ns = socket.socket(socket.AF_UNIX)\ns.connect('{}')\n\
+         for word in (b'{}', b'\"give\"'):\n s.sendall(struct.pack('>IB', len(word), 0) + word)\n\
+         got = b''\nwhile b'given' not in got: got += s.recv(4096)\nprint(got)\n",
+        socket.display(),
+        hello(1, &layout)
+    );
+    // Another process: the agent ends whoever might write the kernel's tables.
+    let hung = |more: &str| Command::new("python3").args(["-c", &format!("{script}{more}")]).output().unwrap();
+    let died = hung("");
+    let told = String::from_utf8_lossy(&died.stdout).into_owned();
+    assert!(told.contains("tunnels") && told.contains("given"), "{died:?}");
+    let stream = node.stream().await;
+    serving.says("another agent did not take over").await;
+    node.slice(&stream, 2).await;
+    ready(&node).await;
+    assert_ne!(node.programs(), before, "its own programs are put in force again");
+
+    // One that is killed while it waits for its slice.
+    let waiting = node.agent("waiting", &config, &["--take-over"]);
+    let _theirs = node.stream().await;
+    drop(waiting);
+    let stream = node.stream().await;
+    node.slice(&stream, 3).await;
+    ready(&node).await;
+
+    // One whose kernel part fails: its pins lie on no BPF file system.
+    let elsewhere = config.replace(&node.pins.display().to_string(), &node.tpm.file("pins").display().to_string());
+    let mut half = node.agent("half", &elsewhere, &["--take-over"]);
+    let theirs = node.stream().await;
+    node.slice(&theirs, 3).await;
+    assert_eq!(half.ended().await, Some(1));
+    let stream = node.stream().await;
+    node.slice(&stream, 4).await;
+    ready(&node).await;
+
+    assert!(serving.runs());
+    let counted = probes.end();
+    assert!(counted.iter().all(|(tried, refused)| *tried > 100 && *refused == 0), "{counted:?}");
+    // And after all that one takes over.
+    let next = node.agent("next", &config, &["--take-over"]);
+    let newer = node.stream().await;
+    node.slice(&newer, 4).await;
+    next.says("this agent serves").await;
+    assert_eq!(serving.ended().await, Some(0));
+}
