@@ -4,9 +4,11 @@
 
 mod goal;
 mod judge;
+mod seats;
 
 use self::goal::{NOWHERE, goal, is_ours};
-use self::judge::{At, Call, at_home, judge, permitted, trusted};
+use self::judge::{At, Call, at_home, binding, judge, permitted, trusted};
+use self::seats::{Seat, Seats};
 use crate::carriers::Carriers;
 use crate::clock::Clock;
 use crate::course::{Course, Flow};
@@ -38,8 +40,6 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::timeout;
 
-/// Tunnels of proven callers at once; each is a TLS session, and an HBONE one its windows.
-const TUNNELS_MAX: usize = 4096;
 /// Handshakes at once with addresses from which nodes are known to call.
 const HANDSHAKES_MAX: usize = 1024;
 /// And with all others: none of them will be let in, but it is to be found out, and told, why.
@@ -56,7 +56,7 @@ pub struct Inbound {
     denials: Lane,
     netns: NetnsThread,
     clock: Arc<Clock>,
-    tunnels: Arc<Semaphore>,
+    tunnels: Seats,
     /// Whoever proves nothing takes no place of those who did, nor strangers one of the known.
     handshakes: Arc<Semaphore>,
     strangers: Arc<Semaphore>,
@@ -103,8 +103,9 @@ impl Inbound {
         netns: NetnsThread,
         clock: Arc<Clock>,
     ) -> Self {
-        let [tunnels, handshakes, strangers, flows] =
-            [TUNNELS_MAX, HANDSHAKES_MAX, STRANGERS_MAX, FLOWS_MAX].map(|max| Arc::new(Semaphore::new(max)));
+        let tunnels = Seats::new();
+        let [handshakes, strangers, flows] =
+            [HANDSHAKES_MAX, STRANGERS_MAX, FLOWS_MAX].map(|max| Arc::new(Semaphore::new(max)));
         let (audited, course) = (Arc::default(), Course::default());
         Self { plane, denials, netns, clock, tunnels, handshakes, strangers, flows, audited, course }
     }
@@ -145,9 +146,7 @@ impl Inbound {
     /// Tunnels that are open now, or in their handshake.
     pub fn tunnels(&self) -> usize {
         let taken = |max: usize, places: &Semaphore| max.saturating_sub(places.available_permits());
-        taken(TUNNELS_MAX, &self.tunnels)
-            + taken(HANDSHAKES_MAX, &self.handshakes)
-            + taken(STRANGERS_MAX, &self.strangers)
+        self.tunnels.taken() + taken(HANDSHAKES_MAX, &self.handshakes) + taken(STRANGERS_MAX, &self.strangers)
     }
 
     async fn accept(self, door: Door, listener: TcpListener) -> std::io::Result<()> {
@@ -228,7 +227,7 @@ impl Inbound {
         mut tcp: TcpStream,
         door: Door,
         from: IpAddr,
-    ) -> Result<(Secured, Call, OwnedSemaphorePermit), (&'static str, Refusal)> {
+    ) -> Result<(Secured, Call, Seat), (&'static str, Refusal)> {
         let broken = |e: std::io::Error| ("tls", Refusal::new(Code::Unauthenticated, "a TLS handshake", e.to_string()));
         silence::tune(&tcp).map_err(broken)?;
         let (hello, name) = secure::hello(&mut tcp).await.map_err(broken)?;
@@ -254,8 +253,10 @@ impl Inbound {
                 tracing::warn!(caller = %call.peer.id(), called = %call.to, refusal = %r, "tunnel refused");
                 (r.code.as_str(), r)
             })?;
-            let busy = |_| ("busy", Refusal::new(Code::Busy, format!("{TUNNELS_MAX} tunnels"), "one more"));
-            Ok((call, self.tunnels.clone().try_acquire_owned().map_err(busy)?))
+            let node = binding(&call).map_err(|r| (r.code.as_str(), r))?.node;
+            let pair = (call.peer.id().clone(), node, call.to.clone());
+            let seat = self.tunnels.take(pair).map_err(|r| ("busy", r))?;
+            Ok((call, seat))
         };
         match proved() {
             Ok((call, place)) => Ok((secured, call, place)),

@@ -165,3 +165,28 @@ async fn where_no_agent_listens_on_its_node_a_workload_is_called_at_its_own_addr
     assert_eq!(*calls.lock().unwrap(), [(pod.into(), None)], "one tunnel, without a name");
     assert!(stage.health.unhealthy().is_empty());
 }
+
+/// Each tunnel is a TLS session: one caller holds a share of them.
+#[tokio::test]
+async fn one_caller_has_no_more_tunnels_than_its_share() {
+    let stage = Stage::set(35).await;
+    // What is asked makes no sense, so that it costs the workload nothing.
+    let (at, to) = (stage.open_pod_door().await, "[::1]:80");
+    let mut held = Vec::new();
+    for _ in 0..300 {
+        // In TLS 1.3 the caller hears of it after its handshake: by the first answer.
+        let mut caller = foreign::Caller::dial(&stage, stage.home, at, ServerName::from(at.ip())).await.unwrap();
+        match caller.ask(foreign::connect(to)).await {
+            Ok(_) => held.push(caller),
+            Err(_) => break,
+        }
+    }
+    assert_eq!(held.len(), 256);
+    held.pop();
+    // Its place comes back.
+    let until = std::time::Instant::now() + SOON;
+    while at_the_pods_door(&stage, stage.home, at, to).await != Some(400) {
+        assert!(std::time::Instant::now() < until);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}

@@ -129,7 +129,7 @@ fn is_its_endpoint(view: &View, call: &Call, node: NodeId) -> bool {
 }
 
 /// The node that the caller's SVID was issued through.
-fn binding(call: &Call) -> Result<NodeBinding, Refusal> {
+pub(super) fn binding(call: &Call) -> Result<NodeBinding, Refusal> {
     // Callers outside the mesh lack the binding; no policy can name such a caller yet, so they are refused.
     call.peer.binding().ok_or_else(|| Refusal::new(Code::SvidUntrusted, "an SVID bound to a node", "none"))
 }
