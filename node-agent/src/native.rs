@@ -504,7 +504,7 @@ mod tests {
     fn every_reason_is_told_and_understood() {
         for code in 0..=u8::MAX {
             let reason = Reason::of(code);
-            assert_eq!(reason.is_some(), (1..=6).contains(&code));
+            assert_eq!(reason.is_some(), (1..=7).contains(&code));
             assert!(reason.is_none_or(|reason| reason.code() == code));
         }
     }
