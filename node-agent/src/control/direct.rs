@@ -60,7 +60,7 @@ impl Control {
     /// Says who may speak directly, tells of what did, and ends what may no longer be. Not before the first view is in the
     /// kernel: until then what a former agent said stands, as a successor's does from when it may write.
     pub(super) async fn keep_direct(&self, state: &mut State) {
-        let Some(view) = state.view.clone().filter(|_| state.reconciled && !state.parked) else { return };
+        let Some(view) = state.view.clone().filter(|_| !state.parked) else { return };
         if let Err(refusal) = self.look_at_direct(state, &view).await {
             METRICS.component.set(["kernel"], 0.0);
             let locals = state.direct.locals.take().unwrap_or_default();
