@@ -260,7 +260,7 @@ fn cgroup_mount() -> PathBuf {
 pub(crate) fn namespace_holder() -> Child {
     // A test may have a namespace of its own, which is not the process's.
     let ours = fs::read_link("/proc/thread-self/ns/net").unwrap();
-    let mut child = Command::new("unshare").args(["--net", "sleep", "600"]).spawn().unwrap();
+    let mut child = Command::new("unshare").args(["--net", "sleep", "3600"]).spawn().unwrap();
     for _ in 0..500 {
         if fs::read_link(format!("/proc/{}/ns/net", child.id())).is_ok_and(|link| link != ours) {
             return child;
