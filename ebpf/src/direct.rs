@@ -15,8 +15,8 @@ const OPEN: u32 = 1;
 const LINGER: Duration = Duration::from_secs(60);
 /// Of so many places one is kept free, for what begins while they are counted.
 const SLACK: u32 = 16;
-/// Stamps read by one call of the kernel; no bucket of the map holds as many.
-const BATCH: u32 = 4096;
+/// Stamps for which a look has room beyond those that were held a moment before.
+const GROWTH: u32 = 4096;
 /// TCP states of the kernel (include/net/tcp_states.h) that a socket leaves for CLOSE where both sides ended in order.
 const IN_ORDER: [u32; 4] = [5, 6, 9, 11];
 const SYN_SENT: u32 = 2;
@@ -177,8 +177,24 @@ impl Kernel {
     /// Takes the stamps of these connections away: none of their packets passes any more. Their sockets are ended by
     /// [`Kernel::end_bypassing`] at both ends.
     pub fn cut_direct(&self, flows: &[Flow]) -> Result<(), KernelError> {
-        for flow in flows {
-            self.forget(&stamp_key(flow.from, flow.to), flow.opened.as_nanos() as u64)?;
+        // One that fails keeps no other.
+        let forget = |flow: &Flow| self.forget(&stamp_key(flow.from, flow.to), flow.opened.as_nanos() as u64);
+        let all: Vec<_> = flows.iter().map(forget).collect();
+        all.into_iter().try_for_each(|one| one.map(drop))
+    }
+
+    /// Lets no new connection go directly until [`Kernel::set_locals`] says of which pods: what a former agent said may be
+    /// old. Those that are open go on.
+    pub fn close_direct(&self) -> Result<(), KernelError> {
+        let _change = self.lock();
+        let map = &self.maps().locals;
+        for key in map.keys().take(map.max_entries() as usize) {
+            let found = map.lookup(&key, MapFlags::ANY).map_err(|e| KernelError::bpf("read map locals", e))?;
+            if let Some(local) = found.as_deref().and_then(RawLocal::from_bytes) {
+                let closed = RawLocal { flags: local.flags & !OPEN, ..local };
+                map.update(&key, &closed.to_bytes(), MapFlags::ANY)
+                    .map_err(|e| KernelError::bpf("write map locals", e))?;
+            }
         }
         Ok(())
     }
@@ -196,8 +212,15 @@ impl Kernel {
 
     fn stamps(&self) -> Result<Vec<(StampKey, RawStamp)>, KernelError> {
         let map = &self.maps().stamps;
+        // All in one batch: the kernel ends one early before a bucket that does not fit, and libbpf-rs takes a short one for
+        // the last. Before the first look nobody knows how many there are.
+        let whole = map.max_entries().saturating_add(1);
+        let batch = match self.config(CONFIG_TOLD_NS)? {
+            0 => whole,
+            _ => self.stamps_held()?.saturating_mul(2).saturating_add(GROWTH).min(whole),
+        };
         let rows = map
-            .lookup_batch(BATCH.min(map.max_entries()), MapFlags::ANY, MapFlags::ANY)
+            .lookup_batch(batch, MapFlags::ANY, MapFlags::ANY)
             .map_err(|e| KernelError::bpf("read map stamps", e))?;
         let parsed = rows.filter_map(|(key, value)| Some((StampKey::from_bytes(&key)?, RawStamp::from_bytes(&value)?)));
         Ok(parsed.take(map.max_entries() as usize).collect())

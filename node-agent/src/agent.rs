@@ -69,6 +69,9 @@ impl Stop {
     }
 }
 
+/// For the word of a part that ended, after those that lived by it.
+const WORD_MAX: Duration = Duration::from_millis(200);
+
 /// Why the agent ended.
 #[derive(Debug, thiserror::Error)]
 pub enum AgentError {
@@ -113,7 +116,11 @@ pub async fn run(config: Config, take_over: bool, mut stop: Stop) -> Result<(), 
             () = stop.next() => return Ok(()),
         };
     }
-    let kernel = KernelHandle::open(&config.cgroup_root, &config.pin_dir, &config.data_dir)?;
+    let kernel = opened(&config, former.is_some()).await?;
+    if former.is_none() {
+        // What was said before may be old, and nothing is judged here before there is a slice.
+        kernel.close_direct()?;
+    }
     kernel.renew_lease()?;
     let carriers = Carriers::start().map_err(|e| start("threads that carry", e))?;
     let netns = NetnsThread::start().map_err(|e| start("a thread for namespaces", e))?;
@@ -182,8 +189,9 @@ pub async fn run(config: Config, take_over: bool, mut stop: Stop) -> Result<(), 
     let mut host = Host { sockets: again, kernel: kernel.clone(), control: ask, successor };
     let (tunnels_in, locals) = (inbound.clone(), Local::default());
     let components = async {
-        tokio::select! {
-            error = cell.ended() => Err(error),
+        let ended = tokio::select! {
+            biased;
+            error = cell.ended() => return Err(error),
             e = never("issuance", tokio::spawn(issuance.run())) => e,
             e = never("control", tokio::spawn(control.run())) => e,
             e = never("health", tokio::spawn(health.probe(plane_rx, denials, annex))) => e,
@@ -194,7 +202,9 @@ pub async fn run(config: Config, take_over: bool, mut stop: Stop) -> Result<(), 
             e = locals.serve(&course, broker) => Err(ended("broker api", e)),
             e = locals.serve(&pages, metrics) => Err(ended("metrics", e)),
             e = watch_kernel(kernel) => Err(e.into()),
-        }
+        };
+        // What the cell's parts hold ends with them, a moment before their own word of why.
+        tokio::time::timeout(WORD_MAX, cell.ended()).await.map_or(ended, Err)
     };
     tokio::pin!(components);
     let serving = serve_in_turn(former, endpoints_rx, [&course, &pages]);
@@ -204,6 +214,10 @@ pub async fn run(config: Config, take_over: bool, mut stop: Stop) -> Result<(), 
         wire = course.while_serving(host.meet(takeover)) => Some(wire),
         () = stop.next() => None,
     };
+    // Whoever was about to take over, and has nothing yet, is left alone: this one hears the cell again while it drains.
+    if successor.is_none() && host.kernel.is_writer() {
+        host.successor.end();
+    }
     // Nobody shall wait in the backlog of what nobody here serves any more.
     host.sockets.clear();
     course.drain();
@@ -242,6 +256,24 @@ async fn former(config: &Config, take_over: bool) -> Result<Option<Guest>, Refus
         return Err(Refusal::new(Code::AgentRunning, "no other agent of this 'data_dir'", found));
     }
     Ok(None)
+}
+
+/// The kernel's tables, to be written by this process: of a former agent that ends instead of handing them over, once it has
+/// ended.
+async fn opened(config: &Config, after_another: bool) -> Result<KernelHandle, Refusal> {
+    let begun = Instant::now();
+    loop {
+        match KernelHandle::open(&config.cgroup_root, &config.pin_dir, &config.data_dir) {
+            Err(refusal)
+                if after_another
+                    && refusal.code == Code::AgentRunning
+                    && begun.elapsed() < config.drain_max_s.0 + TAKE_MAX =>
+            {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+            opened => return opened,
+        }
+    }
 }
 
 /// After a former agent: serves once what is here is in the kernel and has its SVIDs, and tells it. Returns only where that

@@ -362,6 +362,11 @@ impl Control {
     /// The kernel is another agent's: what is open here is judged by the new view all the same.
     fn follow(&mut self, state: &mut State, view: Arc<View>) {
         self.replace_trust(&view);
+        let workloads = view.workloads(state.believed());
+        for guarded in state.guarded.values().filter(|guarded| !workloads.contains_key(&guarded.pod.name)) {
+            guarded.identity.send_replace(None);
+        }
+        state.judged.kernel = Some(self.clock.moment());
         state.view = Some(view);
         self.publish(state, &self.issued.now());
     }
@@ -447,7 +452,8 @@ impl Control {
         let endpoints: Vec<Endpoint> = endpoints.collect();
         let settled = |since: Instant| {
             let asked = pods.iter().all(|pod| known.svids.contains_key(&pod.workload.entry.id));
-            asked || since.elapsed() >= SETTLE_MAX
+            // While another agent serves, that one has them: what is late here ends in this one's end.
+            asked || (since.elapsed() >= SETTLE_MAX && !self.hands.course.is_waiting())
         };
         if state.unsettled.is_none_or(settled) {
             if state.unsettled.take().is_some() {

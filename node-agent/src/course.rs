@@ -70,6 +70,11 @@ impl Course {
         });
     }
 
+    /// Whether another process still serves.
+    pub fn is_waiting(&self) -> bool {
+        *self.phase.borrow() == Phase::Waiting
+    }
+
     /// Whether nothing new may begin.
     pub fn is_draining(&self) -> bool {
         *self.phase.borrow() == Phase::Draining

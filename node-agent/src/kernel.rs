@@ -281,6 +281,11 @@ impl KernelHandle {
         self.0.write()?.set_locals(locals).map_err(|e| refusal(&e))
     }
 
+    /// Lets no new connection go directly until it is said of which pods.
+    pub fn close_direct(&self) -> Result<(), Refusal> {
+        self.0.write()?.close_direct().map_err(|e| refusal(&e))
+    }
+
     /// What goes directly, and what began and ended since the last look.
     pub fn direct_flows(&self) -> Result<Direct, Refusal> {
         self.0.write()?.direct_flows().map_err(|e| refusal(&e))
@@ -291,8 +296,10 @@ impl KernelHandle {
         let held = self.0.clone();
         let cut = move || {
             let kernel = held.write()?;
-            kernel.cut_direct(&flows).map_err(|e| refusal(&e))?;
-            ends.iter().try_for_each(|end| kernel.end_bypassing(end.as_fd()).map(|_| ()).map_err(|e| refusal(&e)))
+            let cut = kernel.cut_direct(&flows).map_err(|e| refusal(&e));
+            let ended: Vec<_> = ends.iter().map(|end| kernel.end_bypassing(end.as_fd())).collect();
+            cut?;
+            ended.into_iter().try_for_each(|end| end.map(drop).map_err(|e| refusal(&e)))
         };
         let done = tokio::task::spawn_blocking(cut).await;
         done.map_err(|e| Refusal::new(Code::Internal, "a cut that ends", e.to_string()))?

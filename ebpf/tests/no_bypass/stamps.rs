@@ -5,6 +5,7 @@ use crate::rig::{self, CLIENT, FAR, NEAR, OTHER, Rig, SERVER, tables};
 use crate::support::{POD, Worker, ends_sockets, in_netns, run};
 use crate::wires::{Elsewhere, inside};
 use ambit_ebpf::{Capacity, Direct, Ended, Kernel, Local, Options, Reason};
+use libbpf_rs::{MapCore, MapFlags, MapHandle};
 use std::net::{Ipv4Addr, TcpListener};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
@@ -438,6 +439,24 @@ fn a_full_map_sends_the_rest_through_the_agent() {
     let told = pair.call("dial('x')") + " " + &pair.call("say('x', b'room')");
     pair.row("  after some have ended", told, "ok ok");
     assert_eq!(pair.rig.carried(10), 10);
+}
+
+/// However many there are, each is looked at: what a look misses is cut by nobody.
+#[test]
+fn every_one_of_very_many_is_looked_at() {
+    let rig = Rig::new();
+    let kernel = rig.open().unwrap();
+    let stamps = MapHandle::from_pinned_path(rig.node.pins.join("maps/stamps")).unwrap();
+    const MANY: u32 = 30_000;
+    for n in 0..MANY {
+        let key = [&[10, 0, 0, 1, 10, 0, 0, 2][..], &n.to_ne_bytes()].concat();
+        let mut value = [0; 80];
+        value[16..24].copy_from_slice(&u64::from(n + 1).to_ne_bytes());
+        stamps.update(&key, &value, MapFlags::ANY).unwrap();
+    }
+    for look in ["first", "second"] {
+        assert_eq!(kernel.direct_flows().unwrap().flows.len(), MANY as usize, "{look} look");
+    }
 }
 
 /// Without an agent, what is open goes on, and new ones are judged by the kernel while the lease lasts.

@@ -111,8 +111,6 @@ codes! {
     PolicyMalformed = "policy_malformed", Invalid, "correct the document at the place shown";
     PolicyLayer7 = "policy_layer7", Invalid, "Ambit decides on identity and port; use a waypoint of your own for HTTP rules";
     PolicyDenied = "policy_denied", Denied, "add an allow policy for this caller, target and port";
-    AgentRunning = "agent_running", Precondition, "an agent serves this node: end it, or start the new one with --take-over";
-    TakeOverRefused = "take_over_refused", Precondition, "the running agent goes on as before: mend what is named, or end it and start the new one";
     MapFull = "map_full", Unavailable, "raise the map's capacity in the agent's configuration";
     DrillGuard = "drill_guard", Precondition, "the drill's guard refused: mend what it names, then run it again";
     DrillReportInvalid = "drill_report_invalid", Denied, "the report was altered, or is of another trust domain";
@@ -181,6 +179,9 @@ codes! {
     ExternalRoot = "external_root", Precondition, "an external root's key is not in the cell: both roots stay in the bundle until everybody holds the next; wait (ambit trust check), or name what you mean (ambit trust rotate --own)";
     PolicyUnenforceable = "policy_unenforceable", Invalid, "leave it out: no kernel of this release enforces it, and a rule that is accepted and not enforced is worse than none";
     PolicyBlastRadius = "policy_blast_radius", Precondition, "read what would flip (ambit policy plan); if it is meant, allow as many (--max-flips N), or any number at once (--max-flips any)";
+    // At the end, where every new one belongs: replies that are remembered in the state hold a code's place here.
+    AgentRunning = "agent_running", Precondition, "an agent serves this node: end it, or start the new one with --take-over";
+    TakeOverRefused = "take_over_refused", Precondition, "the running agent goes on as before: mend what is named, or end it and start the new one";
 }
 
 impl fmt::Display for Code {

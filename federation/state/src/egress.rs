@@ -5,12 +5,19 @@ use crate::command::{DocumentKind, DocumentsChange};
 use crate::objects::EgressRow;
 use crate::resolve::Resolver;
 use crate::state::{OwnedName, State};
-use ambit_model::SpiffeId;
 use ambit_model::policy::{Cidr, Egress};
+use ambit_model::{SpiffeId, Stamp};
 use ambit_policy::EgressSet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 use std::ops::Bound;
+
+/// A pod's address is given to the next one, or to nobody, for about as long as what knew it is good for: leaves last an hour.
+const LEFT_MS: u64 = 3_600_000;
+/// A machine that was put out is looked at by somebody within a month, or gone.
+const PUT_OUT_MS: u64 = 30 * 24 * 3_600_000;
+/// As many as the kernel's table of endpoints has places; those whose time is over first go first.
+const FORMER_MAX: usize = 65_536;
 
 impl State {
     /// Egress documents, all of this cell.
@@ -55,10 +62,31 @@ impl State {
         in_force.filter_map(|egress| resolver.egress(egress)).collect()
     }
 
-    /// Every address that the mesh knows somebody at, of peers too.
+    /// Every address that the mesh knows somebody at, of peers too, or knew a while ago.
     pub(crate) fn meshed_addresses(&self) -> BTreeSet<Ipv4Addr> {
         let endpoints = self.endpoints.iter().map(|((_, address), _)| *address);
-        endpoints.chain(self.services().map(|(_, row)| row.object.address)).collect()
+        let services = self.services().map(|(_, row)| row.object.address);
+        endpoints.chain(services).chain(self.former.iter().map(|(address, _)| *address)).collect()
+    }
+
+    /// Somebody left these addresses, and nobody may be behind them; or somebody who was put out, and is still there: then what
+    /// went to them in a tunnel must not go in clear for that.
+    pub(crate) fn leave(&mut self, now: Stamp, addresses: impl IntoIterator<Item = Ipv4Addr>, put_out: bool) {
+        let until = now.plus_ms(if put_out { PUT_OUT_MS } else { LEFT_MS });
+        self.former.prune(&mut self.journal, |_, until| *until <= now);
+        for address in addresses {
+            let until = self.former.get(&address).map_or(until, |known| until.max(*known));
+            self.former.put(&mut self.journal, address, until);
+        }
+        let surplus = self.former.len().saturating_sub(FORMER_MAX);
+        if surplus > 0 {
+            let mut soonest: Vec<(Stamp, Ipv4Addr)> =
+                self.former.iter().map(|(address, until)| (*until, *address)).collect();
+            soonest.sort_unstable();
+            for (_, address) in soonest.into_iter().take(surplus) {
+                self.former.remove(&mut self.journal, &address);
+            }
+        }
     }
 }
 
@@ -82,4 +110,30 @@ pub(crate) fn inside<'a>(
         found.extend(addresses.range((Bound::Included(first), Bound::Included(last))).copied());
     }
     found.into_iter().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_outside_once_its_time_is_over_and_there_is_room_for_the_newest() {
+        let mut s = State::new();
+        let (now, at) = (Stamp(1_000_000), |n: u32| Ipv4Addr::from_bits(0x0a00_0000 + n));
+        let left = |s: &State| s.meshed_addresses().len();
+        s.leave(now, [at(1)], false);
+        s.leave(now, [at(2)], true);
+        // Put out, and gone after: it stays as long as it would have.
+        s.leave(now, [at(2)], false);
+        s.leave(now.plus_ms(LEFT_MS - 1), [], false);
+        assert_eq!(left(&s), 2);
+        s.leave(now.plus_ms(LEFT_MS), [], false);
+        assert_eq!(s.meshed_addresses().into_iter().collect::<Vec<_>>(), [at(2)]);
+        let max = u32::try_from(FORMER_MAX).unwrap();
+        s.leave(now.plus_ms(LEFT_MS), (10..10 + max).map(at), false);
+        assert_eq!(left(&s), FORMER_MAX);
+        assert!(s.meshed_addresses().contains(&at(2)), "what would be over first goes first");
+        s.leave(now.plus_ms(PUT_OUT_MS), [], false);
+        assert_eq!(left(&s), 0);
+    }
 }

@@ -147,7 +147,7 @@ impl Slicer {
             [f.nodes.follow(&s.nodes, same), f.standings.follow(&s.standings, same), f.boots.follow(&s.boots, same)];
         let rules =
             [f.policies.follow(&s.policies, same), f.groups.follow(&s.groups, same), f.egress.follow(&s.egress, same)];
-        let endpoints = f.endpoints.follow(&s.endpoints, same);
+        let endpoints = f.endpoints.follow(&s.endpoints, same) | f.former.follow(&s.former, same);
         // Those whose time is over are there until the next tick and given to nobody.
         let ended = s.expiring.range(..).next().is_some_and(|(end, _)| *end <= now);
         let moved = &mut self.moved;
@@ -187,6 +187,7 @@ impl Slicer {
         let rules = moved.rules || (self.rules.has_named() && (moved.entries || moved.endpoints));
         if rules {
             self.rules = Rules::of(&self.frozen, now);
+            self.known.forget_inside();
         }
         if moved.endpoints || moved.services {
             self.known = Known::of(&self.frozen);

@@ -115,6 +115,8 @@ pub struct State {
     pub(crate) document_changes: Table<u64, DocumentsRow>,
     /// Where workloads may connect to outside of the mesh; of this cell only.
     pub(crate) egress: Table<OwnedName, EgressRow>,
+    /// Addresses that the mesh has left, and until when they are not outside of it.
+    pub(crate) former: Table<Ipv4Addr, Stamp>,
     /// `issued` by node, where it is bound to one, and end, in memory only: neither counting a node's leaves nor a tick
     /// must cost a walk over everybody's.
     pub(crate) leaves: BTreeMap<Option<NodeId>, BTreeSet<(Stamp, [u8; 16])>>,
@@ -194,7 +196,8 @@ macro_rules! each_table {
             $s.external_requests,
             $s.groups,
             $s.document_changes,
-            $s.egress
+            $s.egress,
+            $s.former
         )
     };
 }
@@ -338,6 +341,7 @@ impl State {
             groups: Table::new(id()),
             document_changes: Table::new(id()),
             egress: Table::new(id()),
+            former: Table::new(id()),
             leaves: BTreeMap::new(),
             giving: BTreeMap::new(),
             asking: BTreeMap::new(),

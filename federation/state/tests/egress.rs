@@ -6,6 +6,7 @@ mod common;
 use ambit_model::policy::{Endpoint, Protocol};
 use ambit_model::{Code, Entry, EntryExtras, Extras, Generation, Refusal, Revision, Stamp};
 use ambit_policy::Document;
+use ambit_state::command::{NodeVerb, Nodes};
 use ambit_state::objects::StoredDocument;
 use ambit_state::{Command, DocumentKind, DocumentsChange, Reply, State};
 use common::{Cell, admission, cluster, code, entry, node};
@@ -163,8 +164,13 @@ fn what_the_mesh_knows_is_told_with_the_ranges_that_hold_it() {
         "kind: Service\nmetadata: {name: s}\nspec: {address: 10.96.0.1, port: 80, backends: ['spiffe://west/db']}\n";
     apply(&mut west, &format!("{service}{}", egress("all", "spiffe://west/web", "0.0.0.0/0"))).unwrap();
     assert_eq!(meshed(&west), ["10.1.0.7", "10.2.0.7", "10.96.0.1"]);
-    west.run(Command::ReportEndpoints(node(2), vec![])).unwrap();
-    assert_eq!(meshed(&west), ["10.96.0.1"]);
+    // Who was there a moment ago may be there still; who was put out is, and in clear is worse than in a tunnel.
+    west.run(Command::ReportEndpoints(node(2), vec![endpoint("db", [10, 2, 0, 7])])).unwrap();
+    assert_eq!(meshed(&west), ["10.1.0.7", "10.2.0.7", "10.96.0.1"]);
+    west.run(Command::SetNodes(NodeVerb::Ban, Nodes::Ids(vec![node(2)]))).unwrap();
+    assert_eq!(meshed(&west), ["10.1.0.7", "10.2.0.7", "10.96.0.1"]);
+    west.state = State::import(west.state.export()).unwrap();
+    assert_eq!(meshed(&west), ["10.1.0.7", "10.2.0.7", "10.96.0.1"], "also after a restart");
 }
 
 #[test]

@@ -34,15 +34,17 @@ pub fn with_ways_out<'a>(
     let services = view.services.iter().map(|service| service.address);
     let known = view.endpoints.keys().chain(&view.meshed).chain(own).copied().chain(services);
     let known: BTreeSet<Ipv4Addr> = known.collect();
+    // Endpoints have their places in the same table already.
+    let beside = known.iter().filter(|address| !view.endpoints.contains_key(address)).count();
     let (ranges, verdicts) = ways_out(view, local.clone(), now);
     // What is the cell's own goes before what peers bring, here too.
     let rest = |all: u32, taken: usize| all.saturating_sub(u32::try_from(taken).unwrap_or(u32::MAX));
     let within = Capacity {
         verdicts: rest(capacity.verdicts, verdicts.iter().map(Vec::len).sum()),
-        endpoints: rest(capacity.endpoints, known.len()),
+        endpoints: rest(capacity.endpoints, beside),
         ..capacity
     };
-    let mut tables = tables_within(&within, view, denials, local, unhealthy, now);
+    let mut tables = tables_within(&within, view, denials, local.clone(), unhealthy, now);
     let there: BTreeSet<Ipv4Addr> = tables.endpoints.iter().map(|(address, _)| *address).collect();
     let rest: Vec<_> = known.difference(&there).map(|address| (*address, NOT_OUTSIDE.0)).collect();
     if tables.endpoints.len() + rest.len() > usize::try_from(capacity.endpoints).unwrap_or(usize::MAX) {
@@ -51,7 +53,7 @@ pub fn with_ways_out<'a>(
             addresses = known.len(),
             "more addresses of the mesh than the kernel's table takes: no way out is open"
         );
-        return tables;
+        return tables_within(&capacity, view, denials, local, unhealthy, now);
     }
     tables.endpoints.extend(rest);
     tables.ranges = ranges;

@@ -21,7 +21,7 @@ use ambit_model::{Moment, NumericIdentity, Refusal, SpiffeId};
 use rustls_pki_types::CertificateDer;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, UdpSocket};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 /// SVIDs of one identity that are remembered: a connection ends with the one under which it began.
@@ -45,7 +45,14 @@ struct Held {
     since: Duration,
     presented: Presented,
     shown: Shown,
-    credentials: Arc<Credentials>,
+    /// Which: no key outlives its use for being remembered here.
+    credentials: Weak<Credentials>,
+}
+
+impl Held {
+    fn is_of(&self, credentials: &Arc<Credentials>) -> bool {
+        std::ptr::eq(self.credentials.as_ptr(), Arc::as_ptr(credentials))
+    }
 }
 
 /// What a decision about a connection rests on.
@@ -141,13 +148,13 @@ impl Control {
         let now = Now { trust, at: facts.at.latest };
         let locals = state.guarded.values().filter(|g| g.open.is_none()).filter_map(|guarded| {
             let pod = guarded.identity.borrow().clone()?;
-            let held = state.direct.svids.get(pod.id()).and_then(|held| held.last());
-            let is_current = |held: &&Held| {
-                state.credentials.get(&pod.workload.entry.id).is_some_and(|c| Arc::ptr_eq(c, &held.credentials))
-            };
+            // Two entries may give one identity.
+            let is_current =
+                |held: &&Held| state.credentials.get(&pod.workload.entry.id).is_some_and(|own| held.is_of(own));
+            let held = state.direct.svids.get(pod.id()).and_then(|all| all.iter().rev().find(is_current));
             let open = !facts.denials.is_out()
                 && guarded.ways.values().all(|way| *way)
-                && held.filter(is_current).is_some_and(|held| {
+                && held.is_some_and(|held| {
                     held.shown.still(&now).is_ok() && !facts.denials.denies_presented(&held.presented)
                 });
             let (identity, address) = (pod.workload.number.0, guarded.pod.address);
@@ -161,14 +168,14 @@ impl Control {
         let State { credentials, direct, .. } = state;
         for credentials in credentials.values() {
             let held = direct.svids.entry(credentials.id.clone()).or_default();
-            if held.last().is_some_and(|held| Arc::ptr_eq(&held.credentials, credentials)) {
+            if held.iter().any(|held| held.is_of(credentials)) {
                 continue;
             }
             let since = self.kernel.boot_time()?;
             let chain: Vec<_> = credentials.svid().chain_der.iter().cloned().map(CertificateDer::from).collect();
             let Some(presented) = Presented::of(&chain) else { continue };
             let shown = Shown::unverified(chain, Usage::Client, presented.not_after);
-            held.push(Held { since, presented, shown, credentials: credentials.clone() });
+            held.push(Held { since, presented, shown, credentials: Arc::downgrade(credentials) });
             let surplus = held.len().saturating_sub(SVIDS_MAX);
             held.drain(..surplus);
         }

@@ -221,15 +221,22 @@ impl Control {
 
     /// Puts this agent's own programs back on every pod, after another one did not take over.
     pub(super) fn guard_again(&self, state: &mut State) {
-        for guarded in state.guarded.values_mut() {
+        state.guarded.retain(|name, guarded| {
             // Who it is, is told anew with the tables.
             guarded.enrolled = None;
-            let Some(listener) = &guarded.listener else { continue };
-            match self.kernel.attach(&guarded.pod.name, guarded.netns.as_fd(), guarded.pod.address, listener) {
-                Ok(ways) => drop(guarded.tell(ways)),
-                Err(refusal) => tracing::error!(pod = %guarded.pod.name, %refusal, "pod not guarded anew"),
+            let Some(listener) = &guarded.listener else { return true };
+            match self.kernel.attach(name, guarded.netns.as_fd(), guarded.pod.address, listener) {
+                Ok(ways) => {
+                    guarded.tell(ways);
+                    true
+                }
+                // Then it is found and guarded as one that is new here.
+                Err(refusal) => {
+                    tracing::error!(pod = %name, %refusal, "pod not guarded anew");
+                    false
+                }
             }
-        }
+        });
     }
 
     /// The capture listener of a pod: the former agent's, where that handed it over, since nobody else can listen there

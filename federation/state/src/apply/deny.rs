@@ -313,6 +313,7 @@ fn drop_endpoints(s: &mut State, at: At, ids: &BTreeSet<SpiffeId>) {
         .filter(|(_, row)| !s.entries_of(&row.object.spiffe_id).any(|e| s.fits(&e.entry, &row.object.node)))
         .map(|((_, address), _)| *address)
         .collect();
+    s.leave(at.stamp, gone.iter().copied(), true);
     for address in gone {
         s.endpoints.remove(&mut s.journal, &(own.clone(), address));
         export(s, Kind::Endpoint, address.to_string(), Vec::new());

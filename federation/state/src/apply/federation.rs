@@ -393,6 +393,15 @@ fn take(s: &mut State, at: At, origin: &TrustDomain, object: Imported, room: &mu
             if object.as_ref().is_none_or(|e| may_be_at(s, origin, e)) {
                 let key = (origin.clone(), address);
                 let id = object.as_ref().map(|e| e.spiffe_id.clone());
+                if object.is_none()
+                    && let Some(left) = s.endpoints.get(&key).map(|row| row.object.clone())
+                {
+                    // The peer's denial came first.
+                    let put_out =
+                        s.node_denials.get(&(origin.clone(), left.node)).is_some_and(|g| *g >= left.generation);
+                    let denied = s.id_denials.get(&(origin.clone(), left.spiffe_id.clone())).is_some();
+                    s.leave(at.stamp, [address], put_out || denied);
+                }
                 let row = object.map(|object| Owned { object, revision, written_by: by });
                 put(&mut s.journal, &mut s.endpoints, &mut room.endpoints, key.clone(), row);
                 if let Some(id) = id.filter(|_| s.endpoints.contains(&key)) {

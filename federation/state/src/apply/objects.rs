@@ -211,6 +211,9 @@ pub(super) fn replace_endpoints(s: &mut State, at: At, id: &NodeId, wanted: &[En
         .filter(|address| !wanted.iter().any(|e| e.address == *address))
         .collect();
     let mut changed = !gone.is_empty();
+    // The denial goes first: whose node it is, is known here.
+    let put_out = s.node(id).is_some_and(|row| s.denied(id) == Some(row.generation));
+    s.leave(at.stamp, gone.iter().copied(), put_out);
     for address in gone {
         s.endpoints.remove(&mut s.journal, &(own.clone(), address));
         export(s, Kind::Endpoint, address.to_string(), Vec::new());

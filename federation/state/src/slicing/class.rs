@@ -47,6 +47,11 @@ impl Known {
         Known { identities: identities.into_iter().collect(), by_node, addresses, inside: RefCell::default() }
     }
 
+    /// With documents that are made anew nobody shares what was found for the former ones.
+    pub(super) fn forget_inside(&self) {
+        self.inside.borrow_mut().clear();
+    }
+
     /// Addresses of the mesh in the ranges of these documents.
     fn inside(&self, egress: &Arc<Vec<Egress>>) -> Arc<Vec<Ipv4Addr>> {
         let mut known = self.inside.borrow_mut();
