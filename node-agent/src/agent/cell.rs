@@ -126,9 +126,17 @@ impl Cell {
         let Stage::Runs(membership, stream) = &mut self.stage else {
             return ended("enrolment", "not begun".into());
         };
+        let denied = |denied: Result<_, tokio::task::JoinError>| {
+            denied.map_or_else(|e| ended("enrolment", e.to_string()), AgentError::Denied)
+        };
         tokio::select! {
-            denied = membership => denied.map_or_else(|e| ended("enrolment", e.to_string()), AgentError::Denied),
-            why = stream => ended("stream", why.err().map_or("returned".to_owned(), |e| e.to_string())),
+            biased;
+            why = &mut *membership => denied(why),
+            // The stream lives by the enrolment, whose own word comes a moment later.
+            why = stream => match tokio::time::timeout(super::WORD_MAX, membership).await {
+                Ok(why) => denied(why),
+                Err(_) => ended("stream", why.err().map_or("returned".to_owned(), |e| e.to_string())),
+            },
         }
     }
 
