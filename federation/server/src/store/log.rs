@@ -26,6 +26,8 @@ const BASE: &[u8] = b"base";
 const RECENT_ENTRIES: usize = 4096;
 /// As above, by size.
 const RECENT_BYTES: usize = 8 * 1024 * 1024;
+/// How long another's lock is waited for before the store is called another's.
+const LOCK_WAIT: Duration = Duration::from_secs(1);
 
 struct Codec;
 impl MessageExt for Codec {
@@ -443,13 +445,18 @@ fn open_engine<F: FileSystem>(files: Arc<F>, sizes: Sizes, dir: &Path) -> Result
     })
 }
 
-/// raft-engine has a lock of its own, which comes too late: its files are looked at first.
+/// raft-engine has a lock of its own, which comes too late: its files are looked at first. A lock outlives who took it for
+/// moments: what it started holds a copy of every descriptor until it is another program (fork(2), flock(2)).
 fn lock(data_dir: &Path) -> Result<File, StoreError> {
     let folder = File::open(data_dir).map_err(io("opening folder", data_dir))?;
-    match folder.try_lock() {
-        Ok(()) => Ok(folder),
-        Err(TryLockError::WouldBlock) => Err(StoreError::Locked(data_dir.to_owned())),
-        Err(TryLockError::Error(e)) => Err(io("locking folder", data_dir)(e)),
+    let patience = Instant::now() + LOCK_WAIT;
+    loop {
+        match folder.try_lock() {
+            Ok(()) => return Ok(folder),
+            Err(TryLockError::WouldBlock) if Instant::now() < patience => std::thread::sleep(LOCK_WAIT / 100),
+            Err(TryLockError::WouldBlock) => return Err(StoreError::Locked(data_dir.to_owned())),
+            Err(TryLockError::Error(e)) => return Err(io("locking folder", data_dir)(e)),
+        }
     }
 }
 

@@ -118,6 +118,21 @@ fn two_on_one_folder_are_refused_and_it_is_not_called_damaged() {
     LogStore::open(&dir.0, 1).unwrap();
 }
 
+/// A program that was just started has a copy of the descriptor of whoever started it, until it is the other program.
+#[test]
+fn a_lock_that_outlives_its_store_for_a_moment_is_waited_for() {
+    let dir = Dir::new("outlived");
+    drop(filled(&dir.0));
+    let copy = std::fs::File::open(&dir.0).unwrap();
+    copy.try_lock().unwrap();
+    let ends = std::thread::spawn(move || {
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        drop(copy);
+    });
+    LogStore::open(&dir.0, 1).unwrap();
+    ends.join().unwrap();
+}
+
 /// A log of a later release, ours or raft-engine's, is named as one, and it is as it was.
 #[test]
 fn a_later_format_is_refused_and_left_alone() {
