@@ -116,7 +116,11 @@ pub async fn run(config: Config, take_over: bool, mut stop: Stop) -> Result<(), 
             () = stop.next() => return Ok(()),
         };
     }
-    let kernel = opened(&config, former.is_some()).await?;
+    let kernel = tokio::select! {
+        kernel = opened(&config, former.is_some()) => kernel?,
+        error = cell.ended(), if former.is_some() => return Err(error),
+        () = stop.next() => return Ok(()),
+    };
     if former.is_none() {
         // What was said before may be old, and nothing is judged here before there is a slice.
         kernel.close_direct()?;

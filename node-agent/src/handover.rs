@@ -14,8 +14,8 @@ use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::sync::Mutex;
 
-/// A slice as its cell sends it at most, and what surrounds it.
-const FRAME_BYTES_MAX: usize = 17 * 1024 * 1024;
+/// A slice as it is put together of deltas at most, and what surrounds it.
+const FRAME_BYTES_MAX: usize = ambit_proto::resources::SET_BYTES_MAX + (1 << 20);
 /// Length and kind.
 const HEAD: usize = 5;
 /// Read or written in one call.

@@ -93,7 +93,13 @@ impl Membership {
         let mut first = true;
         loop {
             self.succession.over().await;
-            let refused = match enrol::enrol(&self.config, &self.attester, &self.turn, &self.clock, &self.trust).await {
+            let enrolment = enrol::enrol(&self.config, &self.attester, &self.turn, &self.clock, &self.trust);
+            let enrolled = tokio::select! {
+                enrolled = enrolment => enrolled,
+                // An admission that came behind the successor's would end that one's.
+                () = self.succession.begun() => continue,
+            };
+            let refused = match enrolled {
                 Ok(enrolled) => {
                     let enrolled = Arc::new(enrolled);
                     standing.good();

@@ -14,7 +14,7 @@ use crate::membership::Told;
 use crate::metrics::METRICS;
 use crate::outbox::{Fresh, Next, Outbox};
 use crate::reattest::{Answer, Asked, Rounds};
-use crate::takeover::{Relay, Succession};
+use crate::takeover::{Heard, Relay, Succession};
 use crate::view::View;
 use ambit_identity::{Expect, SharedTrust};
 use ambit_model::policy::Endpoint;
@@ -72,7 +72,7 @@ pub struct Session {
     pub denials: Lane,
     /// Answers rounds.
     pub rounds: Rounds,
-    /// Who comes after this agent: from then on the stream is its, and what it passes on is heard.
+    /// Who comes after this agent: once it has a stream this one has none, and hears what it passes on.
     pub succession: Succession,
     /// Who was before this agent, and hears what the cell says for as long as it carries anything.
     pub relay: Option<Relay>,
@@ -138,32 +138,37 @@ impl Session {
     pub async fn run(mut self) {
         let succession = self.succession.clone();
         loop {
-            tokio::select! {
+            // Its own stream for as long as whoever takes over has none.
+            let first = tokio::select! {
                 () = self.stream() => return,
-                () = succession.begun() => {}
-            }
+                heard = succession.heard() => heard,
+            };
             METRICS.component.set(["stream"], 0.0);
             self.wires.channel.send_replace(None);
             tokio::select! {
-                () = self.follow(&succession) => return,
-                () = succession.over() => {}
+                () = self.follow(&succession, first) => return,
+                () = succession.over() => succession.forget().await,
             }
         }
     }
 
     /// Hears the cell through the agent that takes over.
-    async fn follow(&self, succession: &Succession) {
+    async fn follow(&self, succession: &Succession, first: Heard) {
         // What is refused here, the successor refuses to the cell.
         let mut outbox = Outbox::default();
-        while let Some(message) = succession.heard().await {
+        let mut heard = first;
+        loop {
             METRICS.cell_word.now();
-            match message {
-                Down::Slice(slice) => self.take_slice(slice, &mut outbox),
-                Down::Denials(list) => self.take_denials(&list),
-                Down::Heartbeat(_) | Down::Delta(_) | Down::Quote(_) => {}
+            match heard {
+                Heard::Cell(down) => match *down {
+                    Down::Slice(slice) => self.take_slice(slice, &mut outbox),
+                    Down::Denials(list) => self.take_denials(&list),
+                    Down::Heartbeat(_) | Down::Delta(_) | Down::Quote(_) => {}
+                },
+                Heard::Out(out) => self.denials.set_out(out),
             }
+            heard = succession.heard().await;
         }
-        std::future::pending().await
     }
 
     /// One stream after another.

@@ -202,18 +202,28 @@ impl Probes {
 }
 
 async fn ready(node: &Node) {
+    page(node, "/readyz", |page| page.ends_with("\nready\n")).await;
+}
+
+/// The agent that serves has this slice in the kernel.
+async fn applied(node: &Node, revision: u64) {
+    let line = format!("ambit_policy_revision{{state=\"applied\"}} {revision}\n");
+    page(node, "/metrics", |page| page.contains(&line)).await;
+}
+
+async fn page(node: &Node, path: &str, good: impl Fn(&str) -> bool) {
     let until = Instant::now() + SOON;
     loop {
         let page = (|| {
             let mut stream = TcpStream::connect(node.metrics)?;
-            stream.write_all(b"GET /readyz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")?;
+            write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")?;
             let mut answer = String::new();
             stream.read_to_string(&mut answer).map(|_| answer)
         })();
-        if page.as_ref().is_ok_and(|page: &String| page.ends_with("\nready\n")) {
+        if page.as_ref().is_ok_and(|page: &String| good(page)) {
             return;
         }
-        assert!(Instant::now() < until, "not ready: {page:?}");
+        assert!(Instant::now() < until, "{path}: {page:?}");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
@@ -309,29 +319,30 @@ async fn whatever_goes_wrong_leaves_the_agent_that_serves_in_its_place() {
     let died = hung("");
     let told = String::from_utf8_lossy(&died.stdout).into_owned();
     assert!(told.contains("tunnels") && told.contains("given"), "{died:?}");
-    let stream = node.stream().await;
+    // It had no stream, so the one that serves has kept its own.
     serving.says("another agent did not take over").await;
     node.slice(&stream, 2).await;
-    ready(&node).await;
+    applied(&node, 2).await;
     assert_ne!(node.programs(), before, "its own programs are put in force again");
 
     // One that is killed while it waits for its slice.
     let waiting = node.agent("waiting", &config, &["--take-over"]);
     let _theirs = node.stream().await;
-    drop(waiting);
-    let stream = node.stream().await;
     node.slice(&stream, 3).await;
-    ready(&node).await;
+    applied(&node, 3).await;
+    drop(waiting);
+    node.slice(&stream, 4).await;
+    applied(&node, 4).await;
 
     // One whose kernel part fails: its pins lie on no BPF file system.
     let elsewhere = config.replace(&node.pins.display().to_string(), &node.tpm.file("pins").display().to_string());
     let mut half = node.agent("half", &elsewhere, &["--take-over"]);
     let theirs = node.stream().await;
-    node.slice(&theirs, 3).await;
+    node.slice(&theirs, 5).await;
     assert_eq!(half.ended().await, Some(1));
     let stream = node.stream().await;
-    node.slice(&stream, 4).await;
-    ready(&node).await;
+    node.slice(&stream, 6).await;
+    applied(&node, 6).await;
 
     assert!(serving.runs());
     let counted = probes.end();
@@ -339,7 +350,7 @@ async fn whatever_goes_wrong_leaves_the_agent_that_serves_in_its_place() {
     // And after all that one takes over.
     let next = node.agent("next", &config, &["--take-over"]);
     let newer = node.stream().await;
-    node.slice(&newer, 4).await;
+    node.slice(&newer, 6).await;
     next.says("this agent serves").await;
     assert_eq!(serving.ended().await, Some(0));
 }

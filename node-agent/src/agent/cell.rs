@@ -93,7 +93,7 @@ impl Cell {
             denials: denials.clone(),
             rounds,
             succession,
-            relay: former.map(Guest::relay),
+            relay: former.map(|former| former.relay(&denials)),
             wires: session::Wires {
                 enrolled: enrolled_rx.clone(),
                 told: Arc::new(told),
