@@ -8,6 +8,7 @@ use ambit_proto::v1::cluster_registry_client::ClusterRegistryClient;
 use ambit_proto::v1::policy_registry_client::PolicyRegistryClient;
 use ambit_tests::cell::{Cell, fresh, refusal};
 use ambit_tests::machine::{Lies, Machine, join_token, node_identity, register_cluster};
+use ambit_tests::operator::create_entry;
 use ambit_tests::tpm::Maker;
 use std::io::Write;
 use std::process::{Command, Stdio};
@@ -276,6 +277,11 @@ async fn endpoints_follow(west: &Cell, east: &Cell) {
     let none = Body::Endpoints(v1::EndpointReport { endpoints: Vec::new() });
     tell.send(v1::AgentMessage { body: Some(none) }).await.unwrap();
     until(east, "the endpoint gone", |l| l.endpoints.is_empty()).await;
+    register_cluster(east, "east", &maker).await.unwrap();
+    create_entry(east, "db", "east").await.unwrap();
+    for cell in [west, east] {
+        what_was_left_is_not_outside(cell, "10.9.1.11").await;
+    }
 
     // A newer stream of the node ends this one, within a heartbeat or so; the newer one goes on.
     let (tell, told) = tokio::sync::mpsc::channel(4);
@@ -286,6 +292,27 @@ async fn endpoints_follow(west: &Cell, east: &Cell) {
     tokio::time::timeout(Duration::from_secs(5), ended).await.expect("the older stream ends");
     for _ in 0..4 {
         newer.message().await.unwrap().unwrap();
+    }
+}
+
+/// What went to it in a tunnel does not go in clear text for that, and the cell says so.
+async fn what_was_left_is_not_outside(cell: &Cell, left: &str) {
+    let td = &cell.trust_domain;
+    let yaml = format!(
+        "kind: Egress\nmetadata: {{name: out}}\n\
+         spec: {{from: ['spiffe://{td}/*'], to: [10.9.0.0/16], transport: passthrough}}\n"
+    );
+    let mut registry = PolicyRegistryClient::new(cell.admin(1).await.unwrap());
+    registry.apply(v1::ApplyRequest { request_id: fresh(), yaml, over: None, unlimited: true }).await.unwrap();
+    let source = format!("spiffe://{td}/db");
+    for (to, reason) in [("10.9.1.12", "allowed by egress"), (left, "a workload of the mesh had this address")] {
+        let request =
+            v1::ExplainRequest { source: source.clone(), destination: to.to_owned(), port: 80, ..Default::default() };
+        let told = registry.explain(request).await.unwrap().into_inner();
+        assert!(told.allowed == (to != left) && told.reason.contains(reason) && told.nearest.is_empty(), "{told:?}");
+        let who = registry.who_can(v1::WhoCanRequest { destination: to.to_owned(), port: 80 });
+        let who = who.await.unwrap().into_inner();
+        assert_eq!(who.callers.iter().any(|caller| caller.spiffe_id == source), to != left, "{who:?}");
     }
 }
 

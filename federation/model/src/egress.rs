@@ -77,7 +77,14 @@ pub const CLOSED_RANGES: [(Ipv4Addr, u8, &str); 5] = [
 /// Why no document opens this address; none for one that may be opened.
 pub fn closed_at(address: IpAddr) -> Option<&'static str> {
     let IpAddr::V4(address) = address.to_canonical() else { return None };
-    let holds = |(net, bits, _): &&(Ipv4Addr, u8, &str)| (address.to_bits() ^ net.to_bits()) >> (32 - bits) == 0;
+    closed_within(address, 32)
+}
+
+/// Why nothing of the range of so many bits is ever opened; of a wider one only what is closed in it is not.
+pub fn closed_within(first: Ipv4Addr, bits: u8) -> Option<&'static str> {
+    let holds = |(net, least, _): &&(Ipv4Addr, u8, &str)| {
+        *least <= bits && (first.to_bits() ^ net.to_bits()) >> (32 - least) == 0
+    };
     CLOSED_RANGES.iter().find(holds).map(|(_, _, why)| *why)
 }
 

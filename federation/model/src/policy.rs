@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr};
 
 pub use crate::cidr::Cidr;
-pub use crate::egress::{CLOSED_RANGES, Egress, Transport, closed_at};
+pub use crate::egress::{CLOSED_RANGES, Egress, Transport, closed_at, closed_within};
 pub use crate::peers::{Labels, Peers, label};
 
 /// What a policy does when it matches. Deny wins over allow; without an allow the answer is deny.

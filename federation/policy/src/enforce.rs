@@ -1,9 +1,8 @@
 //! What no kernel of this release enforces is refused before it is agreed on.
 
 use crate::document::Document;
-use ambit_model::policy::{Action, CLOSED_RANGES, Cidr, Protocol};
+use ambit_model::policy::{Action, Cidr, Protocol, closed_within};
 use ambit_model::{Code, Refusal};
-use std::net::Ipv4Addr;
 
 /// Checks that what the document says will hold, not only be kept: a rule that is accepted and not enforced is worse than
 /// none.
@@ -55,11 +54,7 @@ pub fn check_enforceable(document: &Document) -> Result<(), Refusal> {
     }
 }
 
-/// Why nothing of the range is ever opened; a wider one is but for what is closed in it.
 fn closed(range: &Cidr) -> Option<&'static str> {
-    let (address, bits) = range.v4()?;
-    let within = |(net, most, _): &&(Ipv4Addr, u8, &'static str)| {
-        *most <= bits && (address.to_bits() ^ net.to_bits()) >> (32 - most) == 0
-    };
-    CLOSED_RANGES.iter().find(within).map(|(_, _, why)| *why)
+    let (first, bits) = range.v4()?;
+    closed_within(first, bits)
 }

@@ -69,11 +69,22 @@ impl State {
         endpoints.chain(services).chain(self.former.iter().map(|(address, _)| *address)).collect()
     }
 
+    /// Until when an address that somebody of the mesh left is not outside of it; none where it is, or somebody is there.
+    pub fn left_until(&self, address: Ipv4Addr) -> Option<Stamp> {
+        self.former.get(&address).copied()
+    }
+
+    /// Addresses whose time is over are outside; whether there was one.
+    pub(crate) fn forget_left(&mut self, now: Stamp) -> bool {
+        let before = self.former.len();
+        self.former.prune(&mut self.journal, |_, until| *until <= now);
+        self.former.len() != before
+    }
+
     /// Somebody left these addresses, and nobody may be behind them; or somebody who was put out, and is still there: then what
     /// went to them in a tunnel must not go in clear for that.
     pub(crate) fn leave(&mut self, now: Stamp, addresses: impl IntoIterator<Item = Ipv4Addr>, put_out: bool) {
         let until = now.plus_ms(if put_out { PUT_OUT_MS } else { LEFT_MS });
-        self.former.prune(&mut self.journal, |_, until| *until <= now);
         for address in addresses {
             let until = self.former.get(&address).map_or(until, |known| until.max(*known));
             self.former.put(&mut self.journal, address, until);
@@ -125,15 +136,15 @@ mod tests {
         s.leave(now, [at(2)], true);
         // Put out, and gone after: it stays as long as it would have.
         s.leave(now, [at(2)], false);
-        s.leave(now.plus_ms(LEFT_MS - 1), [], false);
-        assert_eq!(left(&s), 2);
-        s.leave(now.plus_ms(LEFT_MS), [], false);
+        assert!(!s.forget_left(now.plus_ms(LEFT_MS - 1)));
+        assert_eq!((left(&s), s.left_until(at(1))), (2, Some(now.plus_ms(LEFT_MS))));
+        assert!(s.forget_left(now.plus_ms(LEFT_MS)));
         assert_eq!(s.meshed_addresses().into_iter().collect::<Vec<_>>(), [at(2)]);
         let max = u32::try_from(FORMER_MAX).unwrap();
         s.leave(now.plus_ms(LEFT_MS), (10..10 + max).map(at), false);
         assert_eq!(left(&s), FORMER_MAX);
         assert!(s.meshed_addresses().contains(&at(2)), "what would be over first goes first");
-        s.leave(now.plus_ms(PUT_OUT_MS), [], false);
+        assert!(s.forget_left(now.plus_ms(PUT_OUT_MS)));
         assert_eq!(left(&s), 0);
     }
 }

@@ -5,40 +5,14 @@ mod common;
 
 use ambit_model::policy::Policy;
 use ambit_model::record::{Head, Kind, Record};
-use ambit_model::{Code, Entry, EntryExtras, Extras, Refusal, Revision, Stamp, TrustDomain};
-use ambit_policy::Document;
+use ambit_model::{Code, Refusal, Revision, Stamp, TrustDomain};
 use ambit_state::objects::StoredDocument;
 use ambit_state::{Command, DocumentKind, DocumentsChange, Reply, State};
-use common::{Cell, admission, cluster, code, entry, node};
+use common::documents::{apply, change, named, run};
+use common::{Cell, admission, cluster, code, node};
 use std::str::FromStr;
 
 const T: u64 = 1_000_000;
-
-/// Documents as an operator writes them, and what to delete.
-fn change(yaml: &str, delete: &[(DocumentKind, &str)]) -> DocumentsChange {
-    let delete = delete.iter().map(|(kind, name)| (*kind, name.parse().unwrap())).collect();
-    let mut change = DocumentsChange { delete, by: "me".into(), ..DocumentsChange::default() };
-    for document in ambit_policy::parse(yaml).unwrap() {
-        match document {
-            Document::Policy(policy) => change.policies.push(policy),
-            Document::Service(service) => change.services.push(service),
-            Document::Group(group) => change.groups.push(group),
-            Document::Egress(egress) => change.egress.push(egress),
-        }
-    }
-    change
-}
-
-fn run(cell: &mut Cell, change: DocumentsChange) -> Result<Vec<bool>, Refusal> {
-    match cell.run(Command::ChangeDocuments(Box::new(change)))? {
-        Reply::Documents(done, _) => Ok(done),
-        other => panic!("{other:?}"),
-    }
-}
-
-fn apply(cell: &mut Cell, yaml: &str) -> Result<Vec<bool>, Refusal> {
-    run(cell, change(yaml, &[]))
-}
 
 fn policy(name: &str, spec: &str) -> String {
     format!("---\nkind: Policy\nmetadata: {{name: {name}}}\nspec: {{target: spiffe://west/db, {spec}}}\n")
@@ -47,12 +21,6 @@ fn policy(name: &str, spec: &str) -> String {
 fn allowed(cell: &Cell, from: &str) -> bool {
     let (from, to) = (from.parse().unwrap(), "spiffe://west/db".parse().unwrap());
     cell.state.policy_set().evaluate(&from, &to, 80, cell.state.moment()).allowed
-}
-
-fn named(id: &str, spiffe_id: &str, of: &str, labels: &[&str]) -> Entry {
-    let labels = labels.iter().map(|text| ambit_model::policy::label(text).unwrap()).collect();
-    let extras = Extras::new(EntryExtras { labels, ..EntryExtras::NONE }).unwrap();
-    Entry { spiffe_id: spiffe_id.parse().unwrap(), cluster: cluster(of), extras, ..entry(id, "west") }
 }
 
 fn two_clusters() -> Cell {

@@ -4,50 +4,19 @@
 mod common;
 
 use ambit_model::policy::{Endpoint, Protocol};
-use ambit_model::{Code, Entry, EntryExtras, Extras, Generation, Refusal, Revision, Stamp};
-use ambit_policy::Document;
+use ambit_model::{Code, Generation, Revision, Stamp};
 use ambit_state::command::{NodeVerb, Nodes};
 use ambit_state::objects::StoredDocument;
-use ambit_state::{Command, DocumentKind, DocumentsChange, Reply, State};
-use common::{Cell, admission, cluster, code, entry, node};
+use ambit_state::{Command, DocumentKind, DocumentsChange, State};
+use common::documents::{apply, change, named, run};
+use common::{Cell, admission, cluster, code, node};
 
 const T: u64 = 1_000_000;
-
-fn change(yaml: &str, delete: &[(DocumentKind, &str)]) -> DocumentsChange {
-    let delete = delete.iter().map(|(kind, name)| (*kind, name.parse().unwrap())).collect();
-    let mut change = DocumentsChange { delete, by: "me".into(), ..DocumentsChange::default() };
-    for document in ambit_policy::parse(yaml).unwrap() {
-        match document {
-            Document::Policy(policy) => change.policies.push(policy),
-            Document::Service(service) => change.services.push(service),
-            Document::Group(group) => change.groups.push(group),
-            Document::Egress(egress) => change.egress.push(egress),
-        }
-    }
-    change
-}
-
-fn run(cell: &mut Cell, change: DocumentsChange) -> Result<Vec<bool>, Refusal> {
-    match cell.run(Command::ChangeDocuments(Box::new(change)))? {
-        Reply::Documents(done, _) => Ok(done),
-        other => panic!("{other:?}"),
-    }
-}
-
-fn apply(cell: &mut Cell, yaml: &str) -> Result<Vec<bool>, Refusal> {
-    run(cell, change(yaml, &[]))
-}
 
 fn egress(name: &str, from: &str, to: &str) -> String {
     format!(
         "---\nkind: Egress\nmetadata: {{name: {name}}}\nspec: {{from: ['{from}'], to: [{to}], transport: passthrough}}\n"
     )
-}
-
-fn labelled(id: &str, spiffe_id: &str, of: &str, labels: &[&str]) -> Entry {
-    let labels = labels.iter().map(|text| ambit_model::policy::label(text).unwrap()).collect();
-    let extras = Extras::new(EntryExtras { labels, ..EntryExtras::NONE }).unwrap();
-    Entry { spiffe_id: spiffe_id.parse().unwrap(), cluster: cluster(of), extras, ..entry(id, "west") }
 }
 
 /// Node 1 may run web and db, of which db has a label.
@@ -56,10 +25,8 @@ fn west() -> Cell {
     west.run(Command::AllowEk(cluster("west"), vec![node(1), node(2)])).unwrap();
     let admit = admission(&west, 1, 1, None);
     west.run(Command::AdmitNode(admit)).unwrap();
-    let entries = vec![
-        labelled("web", "spiffe://west/web", "west", &[]),
-        labelled("db", "spiffe://west/db", "west", &["app=db"]),
-    ];
+    let entries =
+        vec![named("web", "spiffe://west/web", "west", &[]), named("db", "spiffe://west/db", "west", &["app=db"])];
     west.run(Command::CreateEntries(entries)).unwrap();
     west
 }
@@ -171,6 +138,11 @@ fn what_the_mesh_knows_is_told_with_the_ranges_that_hold_it() {
     assert_eq!(meshed(&west), ["10.1.0.7", "10.2.0.7", "10.96.0.1"]);
     west.state = State::import(west.state.export()).unwrap();
     assert_eq!(meshed(&west), ["10.1.0.7", "10.2.0.7", "10.96.0.1"], "also after a restart");
+    // An hour later the first is outside; the second was put out, which lasts.
+    let revision = west.state.cell().unwrap().revision;
+    west.at(T + 3_700_000, 0, Command::Tick).unwrap();
+    assert_eq!(meshed(&west), ["10.2.0.7", "10.96.0.1"]);
+    assert!(west.state.cell().unwrap().revision > revision, "nodes are told");
 }
 
 #[test]
@@ -215,7 +187,7 @@ fn peers_hear_nothing_of_it() {
 fn an_administrator_of_a_cluster_opens_the_way_out_to_its_own() {
     let mut west = west();
     west.run(Command::RegisterCluster(cluster("prod"), vec![(common::ROOT.to_vec(), "lab".into())], 10_000)).unwrap();
-    west.run(Command::CreateEntries(vec![labelled("shop", "spiffe://west/shop", "prod", &[])])).unwrap();
+    west.run(Command::CreateEntries(vec![named("shop", "spiffe://west/shop", "prod", &[])])).unwrap();
     let mut within = |change: DocumentsChange| {
         west.run(Command::Within([cluster("prod")].into(), Box::new(Command::ChangeDocuments(Box::new(change)))))
             .map(drop)

@@ -8,7 +8,7 @@ use super::{Unhealthy, pair, tables_within};
 use crate::denials::Denials;
 use crate::view::{View, Workload};
 use ambit_ebpf::{Capacity, Range, Tables, Verdict, VerdictKey};
-use ambit_model::policy::CLOSED_RANGES;
+use ambit_model::policy::{CLOSED_RANGES, closed_within};
 use ambit_model::{Moment, NumericIdentity, ObjectName};
 use ambit_policy::Prefix;
 use std::collections::{BTreeMap, BTreeSet};
@@ -106,9 +106,7 @@ fn range((first, bits): Prefix, number: NumericIdentity) -> Range {
 
 /// Whether all of it is closed; no cell takes a document that names it.
 fn is_closed((first, bits): Prefix) -> bool {
-    let within =
-        |(net, most, _): &&(Ipv4Addr, u8, &str)| *most <= bits && (first.to_bits() ^ net.to_bits()) >> (32 - most) == 0;
-    CLOSED_RANGES.iter().find(within).is_some()
+    closed_within(first, bits).is_some()
 }
 
 #[cfg(test)]

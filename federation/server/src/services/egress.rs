@@ -1,19 +1,16 @@
 //! Questions about what is outside of the mesh: who may connect to an address there, by which document, and which are of no use.
 
-use super::who::{change_to, party, with_agents};
+use super::who::{allowed, change_to, party, with_agents};
 use crate::replica::Replica;
 use ambit_model::policy::{Action, closed_at};
 use ambit_model::{Code, ObjectName, Refusal, SpiffeId, Stamp, utc};
-use ambit_policy::{EgressFlip, EgressSet, PortSet, known_in};
+use ambit_policy::{EgressFlip, EgressSet, known_in};
 use ambit_proto::convert::egress_message;
 use ambit_proto::v1;
 use ambit_state::State;
 use ambit_state::objects::EgressRow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
-
-/// Callers that an answer lists.
-const CALLERS_MAX: usize = 10_000;
 
 /// Where the address is that was asked about.
 pub(super) enum Told {
@@ -71,17 +68,24 @@ fn judged(
         }
     };
     let (source, nodes) = party(s, src);
-    let rule = set.evaluate(src, to, port, now);
+    let left = s.left_until(to);
+    let rule = set.evaluate(src, to, port, now).filter(|_| left.is_none());
     let own = s.cell().map(|cell| cell.trust_domain.clone());
     let named = |name: &ObjectName| own.as_ref().map(|own| format!("{own}/{name}")).unwrap_or_default();
     let row = own.as_ref().zip(rule.filter(|_| at.is_none()));
     let row = row.and_then(|(own, rule)| s.egress_of(&(own.clone(), rule.name.clone())));
-    let reason = match (rule, closed_at(IpAddr::V4(to))) {
-        (Some(_), _) => "allowed by egress".to_owned(),
-        (None, Some(why)) => format!("denied: {why}; no document opens it"),
-        (None, None) => "denied by default: outside of the mesh, and no egress allows it".to_owned(),
+    let reason = match (rule, closed_at(IpAddr::V4(to)), left) {
+        (Some(_), _, _) => "allowed by egress".to_owned(),
+        (None, Some(why), _) => format!("denied: {why}; no document opens it"),
+        (None, None, Some(until)) => {
+            let until = utc::text(until.0);
+            format!("denied: a workload of the mesh had this address; no document opens it until {until}")
+        }
+        (None, None, None) => "denied by default: outside of the mesh, and no egress allows it".to_owned(),
     };
     let nearest = rule.is_none().then(|| set.nearest(src, to, port)).flatten();
+    // One that falls short in nothing is not what it is denied for.
+    let nearest = nearest.filter(|(_, differs)| !differs.is_empty());
     let answer = v1::ExplainResponse {
         allowed: rule.is_some(),
         rule: rule.map(|rule| named(&rule.name)).unwrap_or_default(),
@@ -105,30 +109,18 @@ pub(super) async fn who_can(replica: &Replica, to: Ipv4Addr, port: Option<u16>) 
             || s.services().any(|(_, row)| row.object.address == to);
         let rows: BTreeMap<ObjectName, EgressRow> =
             s.egress().map(|((_, name), row)| (name.clone(), row.clone())).collect();
-        (s.egress_set(), rows, s.known_identities(), s.moment(), meshed)
+        (s.egress_set(), rows, s.known_identities(), s.moment(), meshed, s.left_until(to).is_some())
     };
-    let (set, rows, known, now, meshed) = replica.read(ground).await?;
+    let (set, rows, known, now, meshed, left) = replica.read(ground).await?;
     if meshed {
         let expected = "an address outside of the mesh (ask of the workload behind it by its SPIFFE ID)";
         return Err(Refusal::new(Code::BadRequest, expected, to.to_string()));
     }
     let answered = tokio::task::spawn_blocking(move || {
-        let mut answer = v1::WhoCanResponse::default();
-        if closed_at(IpAddr::V4(to)).is_some() {
-            return answer;
+        if left || closed_at(IpAddr::V4(to)).is_some() {
+            return v1::WhoCanResponse::default();
         }
-        for source in &known {
-            let ports = set.ports(source, (to, 32), now);
-            if ports.is_empty() || port.is_some_and(|port| !ports.contains(port)) {
-                continue;
-            }
-            if answer.callers.len() == CALLERS_MAX {
-                answer.cut_short = true;
-                break;
-            }
-            let ports = port.map_or_else(|| ports.to_string(), |port| PortSet::List([port].into()).to_string());
-            answer.callers.push(v1::AllowedCaller { spiffe_id: source.to_string(), ports });
-        }
+        let mut answer = allowed(&known, port, |source| set.ports(source, (to, 32), now));
         // As they are written.
         let of_port =
             |row: &&EgressRow| port.is_none_or(|port| row.object.ports.is_empty() || row.object.ports.contains(&port));

@@ -176,12 +176,15 @@ pub(super) async fn who_can(
     aside(move || callers(&ground, &destination, port)).await
 }
 
-fn callers(ground: &Ground, destination: &SpiffeId, port: Option<u16>) -> v1::WhoCanResponse {
-    let Ground { set, now, rows, known, domains } = ground;
-    let index = set.compile();
+/// Of those known who may, with their ports, on this port or on any.
+pub(super) fn allowed(
+    known: &BTreeSet<SpiffeId>,
+    port: Option<u16>,
+    ports_of: impl Fn(&SpiffeId) -> PortSet,
+) -> v1::WhoCanResponse {
     let mut answer = v1::WhoCanResponse::default();
     for source in known {
-        let ports = index.ports(source, destination, *now);
+        let ports = ports_of(source);
         if ports.is_empty() || port.is_some_and(|port| !ports.contains(port)) {
             continue;
         }
@@ -192,6 +195,13 @@ fn callers(ground: &Ground, destination: &SpiffeId, port: Option<u16>) -> v1::Wh
         let ports = port.map_or_else(|| ports.to_string(), |port| PortSet::List([port].into()).to_string());
         answer.callers.push(v1::AllowedCaller { spiffe_id: source.to_string(), ports });
     }
+    answer
+}
+
+fn callers(ground: &Ground, destination: &SpiffeId, port: Option<u16>) -> v1::WhoCanResponse {
+    let Ground { set, now, rows, known, domains } = ground;
+    let index = set.compile();
+    let mut answer = allowed(known, port, |source| index.ports(source, destination, *now));
     // As they are written: what they were resolved to is what the callers are.
     let names = set.speaking_of(destination, port, *now).map(|(origin, p)| (origin.clone(), p.name.clone()));
     answer.rules = names.filter_map(|name| rows.get(&name).map(|row| message(&name, row, domains))).collect();

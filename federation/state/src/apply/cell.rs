@@ -45,6 +45,7 @@ pub(super) fn tick(s: &mut State, at: At) -> Result<Reply, Refusal> {
     super::authority::forget(s, now);
     super::external::forget(s, now);
     super::seal::forget(s, now);
+    super::egress::forget(s, at);
     // Stamps never go backwards, so neither do those of the requests.
     while let Some((_, key)) = s.dedupe_by_age.pop_front_if(|(stamp, _)| stamp.plus_ms(crate::DEDUPE_MS) < now) {
         s.dedupe.remove(&mut s.journal, &key);

@@ -1,6 +1,7 @@
 //! Egress documents of this cell: who may write what, and where they are kept. Peers hear nothing of them.
 
 use super::documents::{check_set, members_of};
+use super::{At, touch};
 use crate::command::{DocumentKind, DocumentsChange};
 use crate::objects::EgressRow;
 use crate::resolve::Resolver;
@@ -48,6 +49,13 @@ pub(super) fn check_room(s: &State, asked: &DocumentsChange) -> Result<(), Refus
         return Ok(());
     }
     Resolver::new(s, Some(asked)).check_egress_room(s.own_egress_after(Some(asked)))
+}
+
+/// Addresses that were left long ago are outside from now on, and nodes that may let somebody out are told.
+pub(super) fn forget(s: &mut State, at: At) {
+    if s.forget_left(at.stamp) && s.egress().next().is_some() {
+        touch(s, at);
+    }
 }
 
 /// Puts it in the place of what is there.

@@ -1,6 +1,8 @@
 //! A cell's state machine without a cell: entries in, outcomes out.
 #![allow(dead_code, reason = "each test file uses its part")]
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on fails")]
+
+pub(crate) mod documents;
 
 use ambit_model::appraisal::PcrBank;
 use ambit_model::{ClusterId, Code, Entry, NodeId, RaftIndex, Refusal, Selector, Stamp, SvidTtl};
