@@ -2,6 +2,7 @@
 //! it makes the kernel's tables and the plane that carries traffic, whole, each time one of them changes.
 
 mod direct;
+mod drift;
 mod guards;
 
 use crate::cgroup::MeshRoot;
@@ -36,9 +37,6 @@ use tokio::sync::{mpsc, watch};
 const POLL_EVERY: Duration = Duration::from_millis(100);
 /// Turns of the loop between two looks at direct connections, where nothing else asks for one.
 const DIRECT_EVERY: u32 = 10;
-
-/// How often what is in the kernel is compared with what was put there (issue E: every 10 s).
-const COMPARE_EVERY: Duration = Duration::from_secs(10);
 
 /// After a start, what was reported before stands until every pod that is here has its SVID, or was refused one; but no
 /// longer than this.
@@ -187,7 +185,7 @@ impl Control {
         self.look(&mut state).await;
         let mut tick = tokio::time::interval(POLL_EVERY);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut compare = tokio::time::interval(COMPARE_EVERY);
+        let mut compare = tokio::time::interval(drift::COMPARE_EVERY);
         compare.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut turns = 0u32;
         loop {
@@ -289,36 +287,6 @@ impl Control {
             }
             Err(refusal) => tracing::error!(revision, %refusal, "denials wait for the next install"),
         }
-    }
-
-    /// Whether somebody changed what this agent put into the kernel; then all of it is due anew.
-    async fn drifted(&self, state: &mut State) -> bool {
-        if state.installed.is_none() || !state.reconciled || state.parked {
-            return false;
-        }
-        let tables = self.kernel.drift().await;
-        let mine = state.guarded.values().filter_map(|g| Some((g.pod.cgroup_id, g.enrolled?))).collect();
-        let found = tables.and_then(|tables| Ok((tables, self.kernel.enrolled()? != mine)));
-        let (tables, enrolled) = found.unwrap_or_else(|refusal| {
-            tracing::error!(%refusal, "the kernel's tables cannot be compared");
-            METRICS.component.set(["kernel"], 0.0);
-            Default::default()
-        });
-        for drift in &tables {
-            let (map, expected, found) = (drift.map, drift.expected, drift.found);
-            tracing::error!(map, expected, found, "others changed a table of the kernel: it is put there anew");
-            METRICS.drift.inc([map]);
-        }
-        if !tables.is_empty() {
-            state.installed = None;
-        }
-        if enrolled {
-            tracing::error!(map = "workloads", "others changed who is who in the kernel: it is told anew");
-            METRICS.drift.inc(["workloads"]);
-            state.guarded.values_mut().for_each(|guarded| guarded.enrolled = None);
-            state.reconciled = false;
-        }
-        enrolled || !tables.is_empty()
     }
 
     /// Brings kernel and plane to the newest view and pods.

@@ -7,7 +7,7 @@
 use crate::clock::Clock;
 use crate::denials::{Denials, Lane};
 use crate::metrics::METRICS;
-use crate::plane::{LocalPod, Plane};
+use crate::plane::{Follow, LocalPod, Plane};
 use crate::pump::{self, Carried, End};
 use crate::record::flag;
 use ambit_identity::svid::Presented;
@@ -106,7 +106,7 @@ impl WayOut {
         let Ok(_place) = self.flows.clone().try_acquire_owned() else {
             return told.refused("failed", flag::OVERFLOW, None, &"too many connections at once");
         };
-        let mut follow = Follow { plane: self.plane.clone(), denials: self.denials.watch() };
+        let mut follow = Follow::of(&self.plane, &self.denials);
         let (caller, rule) = match self.begin(&mut follow, pod, to) {
             Ok(begun) => begun,
             Err(refusal) => return told.refused("denied", flag::DENIED, None, &refusal),
@@ -176,24 +176,6 @@ impl WayOut {
 
 fn no_slice() -> Refusal {
     Refusal::new(Code::Unavailable, "a slice", "none yet")
-}
-
-/// What decides about a connection, and that it changes.
-struct Follow {
-    plane: watch::Receiver<Option<Arc<Plane>>>,
-    denials: watch::Receiver<Arc<Denials>>,
-}
-
-impl Follow {
-    fn now(&mut self) -> (Option<Arc<Plane>>, Arc<Denials>) {
-        (self.plane.borrow_and_update().clone(), self.denials.borrow_and_update().clone())
-    }
-    async fn changed(&mut self) -> Result<(), watch::error::RecvError> {
-        tokio::select! {
-            changed = self.plane.changed() => changed,
-            changed = self.denials.changed() => changed,
-        }
-    }
 }
 
 /// Whether the address is none of this node: what can be bound here is here, whatever was known of it a moment ago. A

@@ -3,37 +3,35 @@
 //! The far node is not relied on: its verdict is worth nothing here. What cannot be proved is refused.
 
 mod goal;
+mod handshake;
 mod judge;
 mod seats;
 
 use self::goal::{NOWHERE, goal, is_ours};
-use self::judge::{At, Call, at_home, binding, judge, permitted, trusted};
-use self::seats::{Seat, Seats};
+use self::judge::{Call, at_home, judge, permitted, trusted};
+use self::seats::Seats;
 use crate::carriers::Carriers;
 use crate::clock::Clock;
 use crate::course::{Course, Flow};
-use crate::denials::{Denials, Lane};
+use crate::denials::Lane;
 use crate::hbone::{self, Door, NATIVE_IDLE_MAX, POD_CONNECT_MAX};
 use crate::lines::Lines;
 use crate::metrics::METRICS;
 use crate::native::{self, Begun, Open, Reason};
 use crate::netns::NetnsThread;
-use crate::plane::{LocalPod, Plane};
+use crate::plane::{Follow, LocalPod, Plane};
 use crate::pump::{self, End};
 use crate::record::{Record, flag};
 use crate::records::alert;
 use crate::said::Said;
-use crate::secure::{self, Bytestream, Secured};
-use crate::shown::Shown;
-use crate::{silence, tls};
-use ambit_identity::Usage;
+use crate::secure::{Bytestream, Secured};
 use ambit_model::{Code, Refusal, SpiffeId};
 use ambit_policy::Verdict;
 use bytes::Bytes;
 use h2::RecvStream;
 use h2::server::SendResponse;
 use http::{Request, Response, StatusCode};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::net::{TcpListener, TcpStream};
@@ -71,28 +69,6 @@ struct Admitted {
     pod: TcpStream,
     _open: Counted,
     follow: Follow,
-}
-
-/// What decides about connections, and that it changes.
-struct Follow {
-    plane: watch::Receiver<Option<Arc<Plane>>>,
-    denials: watch::Receiver<Arc<Denials>>,
-}
-
-impl Follow {
-    fn now(&mut self) -> (Option<Arc<Plane>>, Arc<Denials>) {
-        (self.plane.borrow_and_update().clone(), self.denials.borrow_and_update().clone())
-    }
-    /// Since [`Follow::now`]. Who is not followed any more has changed.
-    fn has_changed(&self) -> bool {
-        self.plane.has_changed().unwrap_or(true) || self.denials.has_changed().unwrap_or(true)
-    }
-    async fn changed(&mut self) -> Result<(), watch::error::RecvError> {
-        tokio::select! {
-            changed = self.plane.changed() => changed,
-            changed = self.denials.changed() => changed,
-        }
-    }
 }
 
 impl Inbound {
@@ -174,15 +150,6 @@ impl Inbound {
         }
     }
 
-    /// Whether a node whose workloads may call here is there, or a workload that this node knows.
-    fn knows(&self, from: IpAddr) -> bool {
-        let (plane, from) = (self.plane.borrow(), from.to_canonical());
-        plane.as_ref().is_some_and(|plane| {
-            let is_endpoint = matches!(from, IpAddr::V4(from) if plane.view.endpoints.contains_key(&from));
-            is_endpoint || plane.view.callers.values().any(|home| IpAddr::V4(home.address) == from)
-        })
-    }
-
     async fn tunnel(
         &self,
         tcp: TcpStream,
@@ -218,52 +185,6 @@ impl Inbound {
             served = served => served,
             () = denied => trusted(&self.denials.now(), &call),
             refusal = moved => Err(refusal),
-        }
-    }
-
-    /// The proven caller, and its place among them.
-    async fn handshake(
-        &self,
-        mut tcp: TcpStream,
-        door: Door,
-        from: IpAddr,
-    ) -> Result<(Secured, Call, Seat), (&'static str, Refusal)> {
-        let broken = |e: std::io::Error| ("tls", Refusal::new(Code::Unauthenticated, "a TLS handshake", e.to_string()));
-        silence::tune(&tcp).map_err(broken)?;
-        let (hello, name) = secure::hello(&mut tcp).await.map_err(broken)?;
-        let plane = self.plane.borrow().clone();
-        let at = At::of(door, &tcp).map_err(broken)?;
-        let called = plane.as_ref().and_then(|plane| at.called(plane, &name)).cloned().ok_or_else(|| {
-            secure::unknown_name(&tcp);
-            ("unknown_name", Refusal::new(Code::NotFound, "a workload of this node", format!("{at:?}, name '{name}'")))
-        })?;
-        let mut secured = secure::accept(tcp, hello, called.server.clone()).await.map_err(broken)?;
-        let chain = std::mem::take(&mut secured.chain);
-        let Some(plane) = plane.filter(|_| !chain.is_empty()) else {
-            return Err(("svid", Refusal::new(Code::Unauthenticated, "an X.509-SVID", "none")));
-        };
-        let proved = || {
-            // Asked first: were it replaced now, what is shown would be verified again.
-            let trust = plane.trust.current();
-            let peer = tls::peer(&chain, &plane.trust, self.clock.now()).map_err(|r| ("svid", r))?;
-            let shown = Shown::new(chain.clone(), Usage::Client, peer.not_after(), &trust);
-            let call = Call { peer: Arc::new(peer), shown: Arc::new(shown), from, at, to: called.id.clone() };
-            trusted(&self.denials.now(), &call).map_err(|r| (r.code.as_str(), r))?;
-            at_home(&plane.view, &call).map_err(|r| {
-                tracing::warn!(caller = %call.peer.id(), called = %call.to, refusal = %r, "tunnel refused");
-                (r.code.as_str(), r)
-            })?;
-            let node = binding(&call).map_err(|r| (r.code.as_str(), r))?.node;
-            let pair = (call.peer.id().clone(), node, call.to.clone());
-            let seat = self.tunnels.take(pair).map_err(|r| ("busy", r))?;
-            Ok((call, seat))
-        };
-        match proved() {
-            Ok((call, place)) => Ok((secured, call, place)),
-            Err(refused) => {
-                secured.turn_away(alert::ACCESS_DENIED);
-                Err(refused)
-            }
         }
     }
 
@@ -391,7 +312,7 @@ impl Inbound {
     async fn connect(&self, call: &Call, to: Result<SocketAddrV4, Refusal>) -> Result<Admitted, Reason> {
         let flow = self.course.flow();
         let place = self.flows.clone().try_acquire_owned().map_err(|_| Reason::Busy)?;
-        let mut follow = Follow { plane: self.plane.clone(), denials: self.denials.watch() };
+        let mut follow = Follow::of(&self.plane, &self.denials);
         let denied = |refusal: Refusal| {
             METRICS.connections.inc(["inbound", "denied"]);
             tracing::info!(caller = %call.peer.id(), called = %call.to, %refusal, "inbound refused");

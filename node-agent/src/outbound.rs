@@ -3,28 +3,26 @@
 //! The kernel has allowed it already. What cannot be traced back, proved or reached ends in a reset, never in a
 //! connection by another way.
 
+mod open;
+
+use self::open::{Opened, Opening, Way};
 use crate::carriers::Carriers;
 use crate::clock::Clock;
-use crate::compile;
 use crate::course::Course;
 use crate::denials::{Denials, Lane};
 use crate::egress::WayOut;
-use crate::hbone::{self, Door, TunnelError};
-use crate::health::{self, Health};
+use crate::hbone::{self, TunnelError};
+use crate::health::Health;
 use crate::kernel::KernelHandle;
 use crate::metrics::METRICS;
-use crate::native::{self, Answer, Begun, Open, Reason};
+use crate::native::{self, Begun};
 use crate::netns::Annex;
 use crate::plane::{LocalPod, Plane};
-use crate::pool::{Key, Lease, NativeLease, Pool, Totals};
+use crate::pool::{Pool, Totals};
 use crate::pump::{self, End};
 use crate::record::{Record, flag};
 use crate::records;
-use crate::said::{Said, Start};
-use crate::shown::Now;
-use ambit_model::policy::Endpoint;
-use bytes::Bytes;
-use h2::{RecvStream, SendStream};
+use crate::said::Start;
 use std::net::{SocketAddr, SocketAddrV4};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -35,8 +33,6 @@ use tokio::time::timeout;
 
 /// Captured connections at once, over all pods.
 const FLOWS_MAX: usize = 16 * 1024;
-/// Tunnels that are tried one after another where each turns out to have been left by the far agent just then.
-const LEFT_MAX: usize = 3;
 /// How often idle tunnels are looked after.
 const SWEEP_EVERY: Duration = Duration::from_secs(5);
 
@@ -245,7 +241,9 @@ impl Outbound {
             Ok(place) => match first_bytes(&mut tcp, &mut first).await {
                 Ok(()) => {
                     // Dialing and shaking hands take room; a connection that is carried shall not hold it.
-                    let opening = Box::pin(self.open(at, pod, captured, &mut first, &start));
+                    let opening = Box::pin(async {
+                        Opening::new(self, self.pool(at), pod, &start)?.open(captured, &mut first).await
+                    });
                     opening.await.map(|opened| (opened, place))
                 }
                 Err(_) => return,
@@ -308,222 +306,6 @@ impl Outbound {
         };
         METRICS.open.add(["outbound"], -1.0);
         record.ended(&carried);
-    }
-
-    /// Connects to the chosen endpoint; for a service, where that fails, to one other. What of `first` is sent with it is
-    /// taken out.
-    async fn open(
-        &self,
-        at: usize,
-        pod: &LocalPod,
-        captured: Captured,
-        first: &mut Vec<u8>,
-        start: &Start,
-    ) -> Result<Opened, TunnelError> {
-        let plane = self.plane.borrow().clone().ok_or(TunnelError::NoSvid)?;
-        let gone = || TunnelError::Refused(http::StatusCode::NOT_FOUND);
-        // What may have reached one endpoint is not sent to another: where there are others, bytes wait for the answer.
-        let mut none = Vec::new();
-        let first = if captured.asked == captured.endpoint { first } else { &mut none };
-        let chosen = match plane.view.endpoints.get(captured.endpoint.ip()) {
-            Some(endpoint) => {
-                let to = SocketAddrV4::new(endpoint.address, captured.endpoint.port());
-                self.open_at(self.pool(at), &plane, pod, endpoint, to, first, start).await
-            }
-            // The endpoint left the view between the kernel's choice and now.
-            None => Err(gone()),
-        };
-        let error = match chosen {
-            Ok(opened) => return Ok(opened),
-            Err(error) if error.is_retryable() => error,
-            Err(error) => return Err(error),
-        };
-        // No byte of the application has been sent yet: trying elsewhere repeats nothing.
-        match self.other(&plane, pod, captured) {
-            Some(endpoint) => {
-                METRICS.retries.inc([error.reason()]);
-                let to = SocketAddrV4::new(endpoint.address, captured.asked.port());
-                self.open_at(self.pool(at), &plane, pod, endpoint, to, first, start).await
-            }
-            None => Err(error),
-        }
-    }
-
-    #[allow(clippy::too_many_arguments, reason = "each is a fact of its own")]
-    async fn open_at(
-        &self,
-        pool: &Pool,
-        plane: &Plane,
-        pod: &LocalPod,
-        endpoint: &Endpoint,
-        to: SocketAddrV4,
-        first: &mut Vec<u8>,
-        start: &Start,
-    ) -> Result<Opened, TunnelError> {
-        if self.denials.now().denies_endpoint(endpoint) {
-            return Err(TunnelError::NodeDenied);
-        }
-        let node = self.key(plane, pod, endpoint, Door::Node)?;
-        let opened = async {
-            for _ in 0..LEFT_MAX {
-                match self.open_by_either(pool, plane, pod, endpoint, &node, to, first, start).await {
-                    // Those that ended with it are not tried one by one.
-                    Err(TunnelError::Left) => pool.doubt(node.node, &TunnelError::Left),
-                    other => return other,
-                }
-            }
-            Err(TunnelError::Left)
-        }
-        .await;
-        if let Err(error) = &opened
-            && TunnelError::is_tunnel(error)
-        {
-            if matches!(error, TunnelError::OtherNode { .. }) {
-                tracing::warn!(caller = %pod.id(), %error, "tunnel refused");
-            }
-            // What one of its tunnels found out, the idle ones of all threads need not find out one by one.
-            self.pools.iter().for_each(|pool| pool.doubt(node.node, error));
-            self.health.suspect(plane, endpoint, pod.id());
-        }
-        opened.map(|way| Opened { way, endpoint: endpoint.clone() })
-    }
-
-    /// By the door of its node, or by its own where no agent of ours is there.
-    #[allow(clippy::too_many_arguments, reason = "each is a fact of its own")]
-    async fn open_by_either(
-        &self,
-        pool: &Pool,
-        plane: &Plane,
-        pod: &LocalPod,
-        endpoint: &Endpoint,
-        at_node: &Key,
-        to: SocketAddrV4,
-        first: &mut Vec<u8>,
-        start: &Start,
-    ) -> Result<Way, TunnelError> {
-        let at_pod = || self.key(plane, pod, endpoint, Door::Pod);
-        // Who was found to be no agent of ours is not asked again each time.
-        if !(pool.knows_pods() && pool.is_open(&at_pod()?)) {
-            match self.open_by(pool, plane, pod, at_node, to, first, start).await {
-                Err(error) if error.is_refused_port() => {}
-                opened => return opened,
-            }
-        }
-        let at_pod = at_pod()?;
-        let opened = self.open_by(pool, plane, pod, &at_pod, to, first, start).await;
-        if let Err(TunnelError::Left) = opened {
-            pool.doubt(at_pod.node, &TunnelError::Left);
-        }
-        opened
-    }
-
-    /// By this door.
-    #[allow(clippy::too_many_arguments, reason = "each is a fact of its own")]
-    async fn open_by(
-        &self,
-        pool: &Pool,
-        plane: &Plane,
-        pod: &LocalPod,
-        key: &Key,
-        to: SocketAddrV4,
-        first: &mut Vec<u8>,
-        start: &Start,
-    ) -> Result<Way, TunnelError> {
-        let now = Now { trust: plane.trust.current(), at: self.clock.now() };
-        let credentials = || health::credentials(plane, pod.id(), &key.destination);
-        let lease = pool.lease(key, &now, &self.annex, credentials).await?;
-        // It may have been dialed before the list came, or by a far end that has nothing newer to show.
-        if self.denials.now().denies_presented(&lease.peer().presented) {
-            lease.cut();
-            return Err(TunnelError::SvidRevoked);
-        }
-        Ok(match lease {
-            Lease::Native(lease) => open_native(lease, to, first, &start.trace).await?,
-            Lease::Hbone(lease) => {
-                let said = Said::of(pod.id(), &plane.view.cluster, start);
-                let (send, recv) = lease.open(to, &said).await?;
-                Way::Hbone { lease, send, recv }
-            }
-        })
-    }
-
-    fn key(&self, plane: &Plane, pod: &LocalPod, endpoint: &Endpoint, door: Door) -> Result<Key, TunnelError> {
-        let own = plane.credentials_of(pod.id()).map_err(|_| TunnelError::NoSvid)?;
-        let mut node = health::at(endpoint, door);
-        node.set_port(self.port);
-        let from = match door {
-            Door::Node => plane.address,
-            Door::Pod => pod.workload.pod.address,
-        };
-        Ok(Key {
-            source: pod.id().clone(),
-            destination: endpoint.spiffe_id.clone(),
-            door,
-            from,
-            node,
-            holder: (endpoint.node, endpoint.generation),
-            credentials: own.svid().since.0,
-        })
-    }
-
-    /// Another healthy endpoint of the service that was asked for, nearest first, that this caller may reach.
-    fn other<'a>(&self, plane: &'a Plane, pod: &LocalPod, captured: Captured) -> Option<&'a Endpoint> {
-        let view = &plane.view;
-        let service = view.services.iter().find(|s| SocketAddrV4::new(s.address, s.port) == captured.asked)?;
-        let (unhealthy, denials, now) = (self.health.unhealthy(), self.denials.now(), self.clock.moment());
-        view.endpoints
-            .values()
-            .filter(|e| e.address != *captured.endpoint.ip() && !unhealthy.contains(&e.address))
-            .filter(|e| !denials.denies_endpoint(e))
-            .filter(|e| service.backends.iter().any(|b| b.contains(&e.spiffe_id)))
-            .filter(|e| view.rules.evaluate(pod.id(), &e.spiffe_id, service.port, now).allowed)
-            .min_by_key(|e| (compile::tier(view, service, e), e.address))
-    }
-}
-
-/// An open connection to an endpoint, and how it is carried.
-struct Opened {
-    way: Way,
-    endpoint: Endpoint,
-}
-
-enum Way {
-    /// `sent`: bytes that went with OPEN.
-    Native {
-        lease: Box<NativeLease>,
-        sent: u64,
-    },
-    Hbone {
-        lease: hbone::Lease,
-        send: SendStream<Bytes>,
-        recv: RecvStream,
-    },
-}
-
-async fn open_native(
-    mut lease: Box<NativeLease>,
-    to: SocketAddrV4,
-    first: &mut Vec<u8>,
-    trace: &str,
-) -> Result<Way, TunnelError> {
-    // A first read that filled its room has more behind it; none may mean that the workload speaks first.
-    let prompt = first.is_empty() || first.len() == native::FIRST_MAX;
-    let sent = first.len() as u64;
-    let open = Open { to, prompt, trace: Some(trace.to_owned()), first: std::mem::take(first) };
-    let answer = timeout(hbone::ANSWER_MAX, native::open(&mut lease.native().secured, &open)).await;
-    match answer.map_err(|_| TunnelError::Timeout)?.map_err(TunnelError::Broken)? {
-        Answer::Opened => Ok(Way::Native { lease, sent }),
-        Answer::Left => {
-            *first = open.first;
-            Err(TunnelError::Left)
-        }
-        Answer::Refused(reason) => {
-            // The far end closes the tunnel of whoever makes no sense.
-            if reason != Reason::Malformed {
-                lease.give_back();
-            }
-            Err(if reason == Reason::Reset { TunnelError::Reset } else { TunnelError::Refused(reason.status()) })
-        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! What carrying traffic needs, of one instant: the view, the pods that are somebody, and their credentials.
 
+use crate::denials::{Denials, Lane};
 use crate::issued::Svid;
 use crate::netns::Netns;
 use crate::sni;
@@ -11,6 +12,7 @@ use rustls::{ClientConfig, ServerConfig};
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::sync::Arc;
+use tokio::sync::watch;
 
 /// A workload that runs here, and its namespace.
 #[derive(Clone, Debug)]
@@ -92,5 +94,37 @@ impl Plane {
     pub fn credentials_of(&self, id: &SpiffeId) -> Result<&Arc<Credentials>, Refusal> {
         let none = || Refusal::new(Code::SvidUntrusted, format!("an SVID of {id}"), "none issued here");
         self.credentials.get(id).ok_or_else(none)
+    }
+}
+
+/// What decides about connections, and that it changes.
+#[derive(Debug)]
+pub struct Follow {
+    plane: watch::Receiver<Option<Arc<Plane>>>,
+    denials: watch::Receiver<Arc<Denials>>,
+}
+
+impl Follow {
+    /// Of these, from now on.
+    pub fn of(plane: &watch::Receiver<Option<Arc<Plane>>>, denials: &Lane) -> Self {
+        Self { plane: plane.clone(), denials: denials.watch() }
+    }
+    /// As it is now.
+    pub fn now(&mut self) -> (Option<Arc<Plane>>, Arc<Denials>) {
+        (self.plane.borrow_and_update().clone(), self.denials.borrow_and_update().clone())
+    }
+    /// Since [`Follow::now`]. Who is not followed any more has changed.
+    pub fn has_changed(&self) -> bool {
+        self.plane.has_changed().unwrap_or(true) || self.denials.has_changed().unwrap_or(true)
+    }
+    /// Waits until it changes.
+    ///
+    /// # Errors
+    /// Who tells of it is gone.
+    pub async fn changed(&mut self) -> Result<(), watch::error::RecvError> {
+        tokio::select! {
+            changed = self.plane.changed() => changed,
+            changed = self.denials.changed() => changed,
+        }
     }
 }

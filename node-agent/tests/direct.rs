@@ -19,11 +19,11 @@ use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
 use std::net::Ipv4Addr;
 use std::process::{ChildStdin, ChildStdout, Command, Stdio};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
+use support::told::Told;
 use support::{Cell, allow};
 use tokio::net::TcpListener;
-use tracing_subscriber::layer::SubscriberExt;
 
 const PORT: u16 = 8080;
 /// From a word of the cell to the end of what is open: issue 6.
@@ -96,28 +96,6 @@ impl Workload {
     fn says(&mut self, what: &str) -> String {
         self.ask(what);
         self.answer()
-    }
-}
-
-/// Connection records so far.
-#[derive(Clone, Default)]
-struct Told(Arc<Mutex<Vec<BTreeMap<&'static str, String>>>>);
-
-struct Fields(BTreeMap<&'static str, String>);
-
-impl tracing::field::Visit for Fields {
-    fn record_debug(&mut self, field: &tracing::field::Field, value: &dyn std::fmt::Debug) {
-        self.0.insert(field.name(), format!("{value:?}"));
-    }
-}
-
-impl<S: tracing::Subscriber> tracing_subscriber::Layer<S> for Told {
-    fn on_event(&self, event: &tracing::Event<'_>, _: tracing_subscriber::layer::Context<'_, S>) {
-        if event.metadata().target() == "ambit::connection" {
-            let mut fields = Fields(BTreeMap::new());
-            event.record(&mut fields);
-            self.0.lock().unwrap().push(fields.0);
-        }
     }
 }
 
@@ -229,8 +207,7 @@ async fn until(what: &str, holds: impl Fn() -> bool) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn pods_of_a_node_speak_directly_until_they_are_denied() {
-    let told = Told::default();
-    tracing::subscriber::set_global_default(tracing_subscriber::registry().with(told.clone())).unwrap();
+    let told = Told::begin();
     let mut stage = Stage::set(21);
     let mut node = stage.start().await;
     let open = stage.view(true);

@@ -5,52 +5,26 @@
 mod support;
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use support::stage::{SOON, Stage, ended, is_reset};
+use support::told::Told;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
-use tracing_subscriber::layer::SubscriberExt;
 
-/// The records so far.
-#[derive(Clone, Default)]
-struct Told(Arc<Mutex<Vec<BTreeMap<&'static str, String>>>>);
-
-impl Told {
-    /// Those of both ends of one connection.
-    async fn two(&self) -> Vec<BTreeMap<&'static str, String>> {
-        let both = async {
-            while self.0.lock().unwrap().len() < 2 {
-                tokio::time::sleep(Duration::from_millis(2)).await;
-            }
-        };
-        timeout(SOON, both).await.expect("two records");
-        std::mem::take(&mut *self.0.lock().unwrap())
-    }
-}
-
-struct Fields(BTreeMap<&'static str, String>);
-
-impl tracing::field::Visit for Fields {
-    fn record_debug(&mut self, field: &tracing::field::Field, value: &dyn std::fmt::Debug) {
-        self.0.insert(field.name(), format!("{value:?}"));
-    }
-}
-
-impl<S: tracing::Subscriber> tracing_subscriber::Layer<S> for Told {
-    fn on_event(&self, event: &tracing::Event<'_>, _: tracing_subscriber::layer::Context<'_, S>) {
-        if event.metadata().target() == "ambit::connection" {
-            let mut fields = Fields(BTreeMap::new());
-            event.record(&mut fields);
-            self.0.lock().unwrap().push(fields.0);
+/// The records of both ends of one connection.
+async fn two(told: &Told) -> Vec<BTreeMap<&'static str, String>> {
+    let both = async {
+        while told.0.lock().unwrap().len() < 2 {
+            tokio::time::sleep(Duration::from_millis(2)).await;
         }
-    }
+    };
+    timeout(SOON, both).await.expect("two records");
+    std::mem::take(&mut *told.0.lock().unwrap())
 }
 
 #[tokio::test]
 async fn records_count_every_byte_and_say_who_broke_off() {
-    let told = Told::default();
-    tracing::subscriber::set_global_default(tracing_subscriber::registry().with(told.clone())).unwrap();
+    let told = Told::begin();
     let stage = Stage::set(116).await;
     // The first bytes go with OPEN, and some of the answer with OPENED; or they do not; or there are none.
     for (n, (sent, received, late)) in [(100, 50, false), (100, 50, true), (0, 50, false), (100_000, 40_000, false)]
@@ -71,7 +45,7 @@ async fn records_count_every_byte_and_say_who_broke_off() {
         pod.read_exact(&mut vec![0; sent]).await.unwrap();
         app.read_exact(&mut vec![0; received]).await.unwrap();
         ended(app, pod).await;
-        let told = told.two().await;
+        let told = two(&told).await;
         let counted = |record: &BTreeMap<&str, String>| ["flags", "sent", "received"].map(|f| record[f].clone());
         let expected = ["\"-\"".to_owned(), sent.to_string(), received.to_string()];
         assert_eq!(told.iter().map(counted).collect::<Vec<_>>(), [expected.clone(), expected], "connection {n}");
@@ -83,6 +57,6 @@ async fn records_count_every_byte_and_say_who_broke_off() {
     pod.set_zero_linger().unwrap();
     drop(pod);
     assert!(is_reset(app).await);
-    let told = told.two().await;
+    let told = two(&told).await;
     assert_eq!(told.iter().map(|record| record["flags"].as_str()).collect::<Vec<_>>(), ["\"UC\""; 2]);
 }

@@ -9,13 +9,16 @@
 #[path = "../../ebpf/tests/kernel/support.rs"]
 mod node;
 
+#[path = "support/callers.rs"]
+mod dialling;
+
 use ambit_agent::compile;
-use ambit_agent::pods::Pod;
 use ambit_agent::view::View;
 use ambit_ebpf::Kernel;
 use ambit_model::{Moment, SpiffeId, Stamp};
 use ambit_proto::v1;
-use node::{Node, Worker};
+use dialling::{Caller, Numbers, callers, uri};
+use node::Node;
 use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
@@ -55,26 +58,6 @@ const PATTERNS: [&str; 12] = [
     "west/team/b/*",
     "west/lone",
 ];
-
-/// SplitMix64: the same numbers on every run, so that a failure is a seed.
-struct Numbers(u64);
-
-impl Numbers {
-    fn below(&mut self, n: usize) -> usize {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        usize::try_from((z ^ (z >> 31)) % n as u64).unwrap()
-    }
-    fn of<T: Copy>(&mut self, list: &[T]) -> T {
-        list[self.below(list.len())]
-    }
-}
-
-fn uri(short: &str) -> String {
-    format!("spiffe://{short}")
-}
 
 fn policy(numbers: &mut Numbers, name: usize) -> v1::Policy {
     let target = numbers.of(&PATTERNS);
@@ -148,48 +131,16 @@ fn endpoint(id: &str, last: u8, node: u8) -> v1::Endpoint {
 /// No policy of these ends.
 const NOW: Moment = Moment { committed: Stamp(1), latest: Stamp(1) };
 
+fn at(last: u8) -> Ipv4Addr {
+    Ipv4Addr::new(10, 70, 101, last)
+}
+
 /// The oracle: `evaluate`, and what the agent must know of the callee to let anybody reach it.
-fn expected(view: &View, source: &SpiffeId, last: u8, port: u16) -> bool {
-    let Some(endpoint) = view.endpoints.get(&Ipv4Addr::new(10, 70, 101, last)) else { return false };
+fn expected(view: &View, source: &SpiffeId, to: Ipv4Addr, port: u16) -> bool {
+    let Some(endpoint) = view.endpoints.get(&to) else { return false };
     view.numbers.contains_key(&endpoint.spiffe_id)
         && !view.denials.denies_endpoint(endpoint)
         && view.policies.evaluate(source, &endpoint.spiffe_id, port, NOW).allowed
-}
-
-/// Reads `host:port` words a line, and answers each with A (allowed), D (denied) or the error's name.
-const DIALLER: &str = r#"
-for line in sys.stdin:
-    out = []
-    for word in line.split():
-        host, port = word.rsplit(':', 1)
-        s = socket.socket(socket.AF_INET6 if ':' in host else socket.AF_INET)
-        e = s.connect_ex((host, int(port)))
-        s.close()
-        out.append({errno.ECONNREFUSED: 'A', errno.EPERM: 'D'}.get(e) or errno.errorcode.get(e, 'connected'))
-    print(' '.join(out), flush=True)
-"#;
-
-struct Caller {
-    id: SpiffeId,
-    pod: Pod,
-    worker: Worker,
-}
-
-fn callers(node: &Node) -> Vec<Caller> {
-    let caller = |(n, id): (usize, &&str)| {
-        let name = format!("caller{n}");
-        let pod = Pod {
-            cgroup_id: node.cgroup(&name),
-            cgroup: name.clone(),
-            netns: "/proc/self/ns/net".into(),
-            netns_id: (1, 2),
-            address: node::POD,
-            uid: 1000,
-            name: name.clone(),
-        };
-        Caller { id: uri(id).parse().unwrap(), pod, worker: node.worker(&name, DIALLER) }
-    };
-    CALLERS.iter().enumerate().map(caller).collect()
 }
 
 #[derive(Default)]
@@ -210,27 +161,23 @@ fn round(set: usize, kernel: &Kernel, callers: &mut [Caller], tally: &mut Tally)
     kernel.install(&tables).unwrap();
     workloads.values().for_each(|w| kernel.set_workload(w.pod.cgroup_id, w.number.0).unwrap());
 
-    let hosts: Vec<u8> = CALLED.iter().map(|called| called.1).chain([EMPTY]).collect();
-    let asked: Vec<Vec<(u8, u16)>> = callers
+    let hosts: Vec<Ipv4Addr> = CALLED.iter().map(|called| called.1).chain([EMPTY]).map(at).collect();
+    let asked: Vec<Vec<(Ipv4Addr, u16)>> = callers
         .iter_mut()
         .map(|caller| {
             let asked: Vec<_> = (0..CONNECTIONS).map(|_| (numbers.of(&hosts), numbers.of(&PORTS))).collect();
-            let mapped = |n: usize| if n.is_multiple_of(4) { "::ffff:" } else { "" };
-            let words = asked.iter().enumerate();
-            caller.worker.ask(&words.map(|(n, (h, p))| format!("{}10.70.101.{h}:{p} ", mapped(n))).collect::<String>());
+            caller.ask(&asked);
             asked
         })
         .collect();
     for (caller, asked) in callers.iter_mut().zip(&asked) {
-        let answers = caller.worker.answer();
-        let answers: Vec<&str> = answers.split_whitespace().collect();
-        assert_eq!(answers.len(), asked.len());
-        for ((last, port), answer) in asked.iter().zip(answers) {
-            let allowed = expected(&view, &caller.id, *last, *port);
+        let answers = caller.answers(asked.len());
+        for ((to, port), answer) in asked.iter().zip(answers) {
+            let allowed = expected(&view, &caller.id, *to, *port);
             tally.pairs += 1;
             tally.allowed += usize::from(allowed);
             if answer != if allowed { "A" } else { "D" } {
-                let who = view.endpoints.get(&Ipv4Addr::new(10, 70, 101, *last)).map(|e| e.spiffe_id.to_string());
+                let who = view.endpoints.get(to).map(|e| e.spiffe_id.to_string());
                 tally.different.push(format!("set {set}: {} -> {who:?} port {port}: kernel {answer}", caller.id));
             }
         }
@@ -243,7 +190,7 @@ fn the_kernel_says_what_evaluate_says() {
     let kernel = Kernel::open(&node.options()).unwrap();
     kernel.renew_lease(Duration::from_secs(3600)).unwrap();
     drop(node.attach(&kernel));
-    let mut callers = callers(&node);
+    let mut callers = callers(&node, &CALLERS);
     let (start, mut tally) = (Instant::now(), Tally::default());
     (0..SETS).for_each(|set| round(set, &kernel, &mut callers, &mut tally));
     drop(callers);

@@ -6,14 +6,17 @@
 #[path = "../../ebpf/tests/kernel/support.rs"]
 mod node;
 
+#[path = "support/callers.rs"]
+mod dialling;
+
 use ambit_agent::compile;
-use ambit_agent::pods::Pod;
 use ambit_agent::view::View;
 use ambit_ebpf::Kernel;
 use ambit_model::policy::{Protocol, closed_at};
 use ambit_model::{Moment, SpiffeId, Stamp};
 use ambit_proto::v1;
-use node::{Node, Worker};
+use dialling::{Caller, Numbers, callers, uri};
+use node::Node;
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::{Duration, Instant};
@@ -72,36 +75,17 @@ const MESHED: &str = "10.1.7.7";
 const OWN: &str = "10.1.8.8";
 const PORTS: [u16; 6] = [1, 22, 80, 443, 8080, 65_535];
 
-/// SplitMix64: the same numbers on every run, so that a failure is a seed.
-struct Numbers(u64);
-
-impl Numbers {
-    fn below(&mut self, n: usize) -> usize {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        usize::try_from((z ^ (z >> 31)) % n as u64).unwrap()
-    }
-    fn of<T: Copy>(&mut self, list: &[T]) -> T {
-        list[self.below(list.len())]
-    }
-    fn some<T: Copy + Ord>(&mut self, list: &[T], most: usize) -> BTreeSet<T> {
-        let count = 1 + self.below(most);
-        (0..count).map(|_| self.of(list)).collect()
-    }
-}
-
-fn uri(short: &str) -> String {
-    format!("spiffe://{short}")
+fn some<T: Copy + Ord>(numbers: &mut Numbers, list: &[T], most: usize) -> BTreeSet<T> {
+    let count = 1 + numbers.below(most);
+    (0..count).map(|_| numbers.of(list)).collect()
 }
 
 fn document(numbers: &mut Numbers, name: usize) -> v1::Egress {
-    let ports = if numbers.below(4) == 0 { BTreeSet::new() } else { numbers.some(&PORTS, 3) };
+    let ports = if numbers.below(4) == 0 { BTreeSet::new() } else { some(numbers, &PORTS, 3) };
     v1::Egress {
         name: format!("e{name}"),
-        from: numbers.some(&FROM, 2).into_iter().map(uri).collect(),
-        to: numbers.some(&RANGES, 3).into_iter().map(str::to_owned).collect(),
+        from: some(numbers, &FROM, 2).into_iter().map(uri).collect(),
+        to: some(numbers, &RANGES, 3).into_iter().map(str::to_owned).collect(),
         ports: ports.into_iter().map(u32::from).collect(),
         protocols: vec!["tcp".into()],
         transport: "passthrough".into(),
@@ -165,42 +149,6 @@ fn expected(view: &View, source: &SpiffeId, to: Ipv4Addr, port: u16) -> bool {
     !known && view.egress.iter().any(|egress| egress.allows(source, IpAddr::V4(to), Protocol::Tcp, port, NOW))
 }
 
-/// Reads `host:port` words a line, and answers each with A (allowed), D (denied) or the error's name.
-const DIALLER: &str = r#"
-for line in sys.stdin:
-    out = []
-    for word in line.split():
-        host, port = word.rsplit(':', 1)
-        s = socket.socket(socket.AF_INET6 if ':' in host else socket.AF_INET)
-        e = s.connect_ex((host, int(port)))
-        s.close()
-        out.append({errno.ECONNREFUSED: 'A', errno.EPERM: 'D'}.get(e) or errno.errorcode.get(e, 'connected'))
-    print(' '.join(out), flush=True)
-"#;
-
-struct Caller {
-    id: SpiffeId,
-    pod: Pod,
-    worker: Worker,
-}
-
-fn callers(node: &Node) -> Vec<Caller> {
-    let caller = |(n, id): (usize, &&str)| {
-        let name = format!("caller{n}");
-        let pod = Pod {
-            cgroup_id: node.cgroup(&name),
-            cgroup: name.clone(),
-            netns: "/proc/self/ns/net".into(),
-            netns_id: (1, 2),
-            address: node::POD,
-            uid: 1000,
-            name: name.clone(),
-        };
-        Caller { id: uri(id).parse().unwrap(), pod, worker: node.worker(&name, DIALLER) }
-    };
-    CALLERS.iter().enumerate().map(caller).collect()
-}
-
 #[derive(Default)]
 struct Tally {
     pairs: usize,
@@ -222,16 +170,12 @@ fn round(set: usize, kernel: &Kernel, callers: &mut [Caller], tally: &mut Tally)
         .map(|caller| {
             let one = |_| (numbers.of(&ADDRESSES).parse().unwrap(), numbers.of(&PORTS));
             let asked: Vec<(Ipv4Addr, u16)> = (0..CONNECTIONS).map(one).collect();
-            let mapped = |n: usize| if n.is_multiple_of(4) { "::ffff:" } else { "" };
-            let words = asked.iter().enumerate();
-            caller.worker.ask(&words.map(|(n, (h, p))| format!("{}{h}:{p} ", mapped(n))).collect::<String>());
+            caller.ask(&asked);
             asked
         })
         .collect();
     for (caller, asked) in callers.iter_mut().zip(&asked) {
-        let answers = caller.worker.answer();
-        let answers: Vec<&str> = answers.split_whitespace().collect();
-        assert_eq!(answers.len(), asked.len());
+        let answers = caller.answers(asked.len());
         for ((to, port), answer) in asked.iter().zip(answers) {
             let allowed = expected(&view, &caller.id, *to, *port);
             tally.pairs += 1;
@@ -255,7 +199,7 @@ fn the_kernel_says_what_the_documents_say() {
     let kernel = Kernel::open(&node.options()).unwrap();
     kernel.renew_lease(Duration::from_secs(3600)).unwrap();
     drop(node.attach(&kernel));
-    let mut callers = callers(&node);
+    let mut callers = callers(&node, &CALLERS);
     let (start, mut tally) = (Instant::now(), Tally::default());
     (0..SETS).for_each(|set| round(set, &kernel, &mut callers, &mut tally));
     drop(callers);

@@ -9,6 +9,7 @@ pub(crate) mod issuer;
 pub(crate) mod local;
 pub(crate) mod replica;
 pub(crate) mod stage;
+pub(crate) mod told;
 pub(crate) mod tpm;
 
 use ambit_agent::issued::Svid;

@@ -1,0 +1,226 @@
+//! From where a captured connection was going to a tunnel: which endpoint, and by which of its doors.
+
+use super::{Captured, Outbound};
+use crate::compile;
+use crate::hbone::{self, Door, TunnelError};
+use crate::health;
+use crate::metrics::METRICS;
+use crate::native::{self, Answer, Open, Reason};
+use crate::plane::{LocalPod, Plane};
+use crate::pool::{Key, Lease, NativeLease, Pool};
+use crate::said::{Said, Start};
+use crate::shown::Now;
+use ambit_model::policy::Endpoint;
+use bytes::Bytes;
+use h2::{RecvStream, SendStream};
+use std::net::SocketAddrV4;
+use std::sync::Arc;
+use tokio::time::timeout;
+
+/// Tunnels that are tried one after another where each turns out to have been left by the far agent just then.
+const LEFT_MAX: usize = 3;
+
+/// An open connection to an endpoint, and how it is carried.
+pub(super) struct Opened {
+    pub(super) way: Way,
+    pub(super) endpoint: Endpoint,
+}
+
+pub(super) enum Way {
+    /// `sent`: bytes that went with OPEN.
+    Native {
+        lease: Box<NativeLease>,
+        sent: u64,
+    },
+    Hbone {
+        lease: hbone::Lease,
+        send: SendStream<Bytes>,
+        recv: RecvStream,
+    },
+}
+
+/// A connection of a pod that is to be opened, by what is known at this moment.
+pub(super) struct Opening<'a> {
+    outbound: &'a Outbound,
+    pool: &'a Pool,
+    plane: Arc<Plane>,
+    pod: &'a LocalPod,
+    start: &'a Start,
+}
+
+impl<'a> Opening<'a> {
+    pub(super) fn new(
+        outbound: &'a Outbound,
+        pool: &'a Pool,
+        pod: &'a LocalPod,
+        start: &'a Start,
+    ) -> Result<Self, TunnelError> {
+        let plane = outbound.plane.borrow().clone().ok_or(TunnelError::NoSvid)?;
+        Ok(Self { outbound, pool, plane, pod, start })
+    }
+
+    /// Connects to the chosen endpoint; for a service, where that fails, to one other. What of `first` is sent with it is
+    /// taken out.
+    pub(super) async fn open(&self, captured: Captured, first: &mut Vec<u8>) -> Result<Opened, TunnelError> {
+        let gone = || TunnelError::Refused(http::StatusCode::NOT_FOUND);
+        // What may have reached one endpoint is not sent to another: where there are others, bytes wait for the answer.
+        let mut none = Vec::new();
+        let first = if captured.asked == captured.endpoint { first } else { &mut none };
+        let chosen = match self.plane.view.endpoints.get(captured.endpoint.ip()) {
+            Some(endpoint) => self.at(endpoint, captured.endpoint.port(), first).await,
+            // The endpoint left the view between the kernel's choice and now.
+            None => Err(gone()),
+        };
+        let error = match chosen {
+            Ok(opened) => return Ok(opened),
+            Err(error) if error.is_retryable() => error,
+            Err(error) => return Err(error),
+        };
+        // No byte of the application has been sent yet: trying elsewhere repeats nothing.
+        match self.other(captured) {
+            Some(endpoint) => {
+                METRICS.retries.inc([error.reason()]);
+                self.at(endpoint, captured.asked.port(), first).await
+            }
+            None => Err(error),
+        }
+    }
+
+    /// At this endpoint; what turns out about its node is told to whoever else would try it.
+    async fn at(&self, endpoint: &Endpoint, port: u16, first: &mut Vec<u8>) -> Result<Opened, TunnelError> {
+        let out = self.outbound;
+        if out.denials.now().denies_endpoint(endpoint) {
+            return Err(TunnelError::NodeDenied);
+        }
+        let node = self.key(endpoint, Door::Node)?;
+        let to = SocketAddrV4::new(endpoint.address, port);
+        let opened = async {
+            for _ in 0..LEFT_MAX {
+                match self.by_either(endpoint, &node, to, first).await {
+                    // Those that ended with it are not tried one by one.
+                    Err(TunnelError::Left) => self.pool.doubt(node.node, &TunnelError::Left),
+                    other => return other,
+                }
+            }
+            Err(TunnelError::Left)
+        }
+        .await;
+        if let Err(error) = &opened
+            && error.is_tunnel()
+        {
+            if matches!(error, TunnelError::OtherNode { .. }) {
+                tracing::warn!(caller = %self.pod.id(), %error, "tunnel refused");
+            }
+            // What one of its tunnels found out, the idle ones of all threads need not find out one by one.
+            out.pools.iter().for_each(|pool| pool.doubt(node.node, error));
+            out.health.suspect(&self.plane, endpoint, self.pod.id());
+        }
+        opened.map(|way| Opened { way, endpoint: endpoint.clone() })
+    }
+
+    /// By the door of its node, or by its own where no agent of ours is there.
+    async fn by_either(
+        &self,
+        endpoint: &Endpoint,
+        at_node: &Key,
+        to: SocketAddrV4,
+        first: &mut Vec<u8>,
+    ) -> Result<Way, TunnelError> {
+        let at_pod = || self.key(endpoint, Door::Pod);
+        // Who was found to be no agent of ours is not asked again each time.
+        if !(self.pool.knows_pods() && self.pool.is_open(&at_pod()?)) {
+            match self.by(at_node, to, first).await {
+                Err(error) if error.is_refused_port() => {}
+                opened => return opened,
+            }
+        }
+        let at_pod = at_pod()?;
+        let opened = self.by(&at_pod, to, first).await;
+        if let Err(TunnelError::Left) = opened {
+            self.pool.doubt(at_pod.node, &TunnelError::Left);
+        }
+        opened
+    }
+
+    /// By this door.
+    async fn by(&self, key: &Key, to: SocketAddrV4, first: &mut Vec<u8>) -> Result<Way, TunnelError> {
+        let (out, plane, source) = (self.outbound, &*self.plane, self.pod.id());
+        let now = Now { trust: plane.trust.current(), at: out.clock.now() };
+        let credentials = || health::credentials(plane, source, &key.destination);
+        let lease = self.pool.lease(key, &now, &out.annex, credentials).await?;
+        // It may have been dialed before the list came, or by a far end that has nothing newer to show.
+        if out.denials.now().denies_presented(&lease.peer().presented) {
+            lease.cut();
+            return Err(TunnelError::SvidRevoked);
+        }
+        Ok(match lease {
+            Lease::Native(lease) => open_native(lease, to, first, &self.start.trace).await?,
+            Lease::Hbone(lease) => {
+                let said = Said::of(source, &plane.view.cluster, self.start);
+                let (send, recv) = lease.open(to, &said).await?;
+                Way::Hbone { lease, send, recv }
+            }
+        })
+    }
+
+    fn key(&self, endpoint: &Endpoint, door: Door) -> Result<Key, TunnelError> {
+        let (plane, pod) = (&*self.plane, self.pod);
+        let own = plane.credentials_of(pod.id()).map_err(|_| TunnelError::NoSvid)?;
+        let mut node = health::at(endpoint, door);
+        node.set_port(self.outbound.port);
+        let from = match door {
+            Door::Node => plane.address,
+            Door::Pod => pod.workload.pod.address,
+        };
+        Ok(Key {
+            source: pod.id().clone(),
+            destination: endpoint.spiffe_id.clone(),
+            door,
+            from,
+            node,
+            holder: (endpoint.node, endpoint.generation),
+            credentials: own.svid().since.0,
+        })
+    }
+
+    /// Another healthy endpoint of the service that was asked for, nearest first, that this caller may reach.
+    fn other(&self, captured: Captured) -> Option<&Endpoint> {
+        let (out, view) = (self.outbound, &self.plane.view);
+        let service = view.services.iter().find(|s| SocketAddrV4::new(s.address, s.port) == captured.asked)?;
+        let (unhealthy, denials, now) = (out.health.unhealthy(), out.denials.now(), out.clock.moment());
+        view.endpoints
+            .values()
+            .filter(|e| e.address != *captured.endpoint.ip() && !unhealthy.contains(&e.address))
+            .filter(|e| !denials.denies_endpoint(e))
+            .filter(|e| service.backends.iter().any(|b| b.contains(&e.spiffe_id)))
+            .filter(|e| view.rules.evaluate(self.pod.id(), &e.spiffe_id, service.port, now).allowed)
+            .min_by_key(|e| (compile::tier(view, service, e), e.address))
+    }
+}
+
+async fn open_native(
+    mut lease: Box<NativeLease>,
+    to: SocketAddrV4,
+    first: &mut Vec<u8>,
+    trace: &str,
+) -> Result<Way, TunnelError> {
+    // A first read that filled its room has more behind it; none may mean that the workload speaks first.
+    let prompt = first.is_empty() || first.len() == native::FIRST_MAX;
+    let sent = first.len() as u64;
+    let open = Open { to, prompt, trace: Some(trace.to_owned()), first: std::mem::take(first) };
+    let answer = timeout(hbone::ANSWER_MAX, native::open(&mut lease.native().secured, &open)).await;
+    match answer.map_err(|_| TunnelError::Timeout)?.map_err(TunnelError::Broken)? {
+        Answer::Opened => Ok(Way::Native { lease, sent }),
+        Answer::Left => {
+            *first = open.first;
+            Err(TunnelError::Left)
+        }
+        Answer::Refused(reason) => {
+            // The far end closes the tunnel of whoever makes no sense.
+            if reason != Reason::Malformed {
+                lease.give_back();
+            }
+            Err(if reason == Reason::Reset { TunnelError::Reset } else { TunnelError::Refused(reason.status()) })
+        }
+    }
+}
