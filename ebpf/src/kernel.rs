@@ -13,7 +13,7 @@ use std::fs::File;
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -99,6 +99,7 @@ pub struct Kernel {
     change: Mutex<Option<InForce>>,
     /// The index of the agent's annex on the node; 0 as long as there is none.
     annex: AtomicU32,
+    strict: AtomicBool,
 }
 
 impl Kernel {
@@ -124,7 +125,15 @@ impl Kernel {
             pin_maps(&mut object, &pins)?;
         }
         let (maps, capacity) = (open_maps(&pins)?, options.capacity);
-        let kernel = Self { maps, pins, capacity, hooks, change: Mutex::new(None), annex: AtomicU32::new(0) };
+        let kernel = Self {
+            maps,
+            pins,
+            capacity,
+            hooks,
+            change: Mutex::new(None),
+            annex: AtomicU32::new(0),
+            strict: AtomicBool::new(false),
+        };
         kernel.check_capacity()?;
         attach(&object, &kernel.pins, &cgroup, cgroup_id)?;
         Ok(kernel)
@@ -230,6 +239,16 @@ impl Kernel {
     /// Pods that are guarded from now on turn HBONE off into this annex; before, they drop it.
     pub fn use_annex(&self, annex: &Annex) {
         self.annex.store(annex.index(), Ordering::Relaxed);
+    }
+
+    /// Of pods that are guarded from now on, also what goes directly and is open stops where the lease is over, until it is
+    /// renewed; before, it goes on.
+    pub fn set_strict(&self, strict: bool) {
+        self.strict.store(strict, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_strict(&self) -> bool {
+        self.strict.load(Ordering::Relaxed)
     }
 
     pub(crate) fn annex(&self) -> u32 {

@@ -44,8 +44,8 @@ impl Kernel {
 
     fn guard_wire(&self, pod: &str, wire: &Wire, address: Ipv4Addr, netns: u64) -> Result<(), KernelError> {
         // `pod` of veth.bpf.c.
-        let annex = self.annex().to_ne_bytes();
-        let constants = [&address.octets()[..], &wire.mac, &[0; 2], &annex, &netns.to_ne_bytes()].concat();
+        let (annex, strict) = (self.annex().to_ne_bytes(), u8::from(self.is_strict()));
+        let constants = [&address.octets()[..], &wire.mac, &[strict, 0], &annex, &netns.to_ne_bytes()].concat();
         let object = self.load_beside(&VETH, Some(&constants))?;
         WIRES.iter().try_for_each(|kind| self.hang(pod, kind, &mut program(&object, &VETH, kind.name)?, wire.index))
     }
@@ -167,7 +167,9 @@ impl Kernel {
         for mut map in object.maps_mut() {
             let name = map.name().to_string_lossy().into_owned();
             let result = match (name.as_str(), constants) {
-                ("counters" | "events" | "locals" | "stamps", _) => map.reuse_pinned_map(self.pins().map(&name)),
+                ("config" | "counters" | "events" | "locals" | "stamps", _) => {
+                    map.reuse_pinned_map(self.pins().map(&name))
+                }
                 (_, Some(bytes)) if name.ends_with("rodata") => map.set_initial_value(bytes),
                 _ => Ok(()),
             };

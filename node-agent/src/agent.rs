@@ -1,11 +1,11 @@
 //! Puts the components together and runs them. What one of them knows, the others learn over `watch` channels only.
 
 mod cell;
+mod lease;
 mod sockets;
 
 use crate::broker::{Broker, Gate, NodeIdentity};
 use crate::carriers::Carriers;
-use crate::compile::DENIED_NODE;
 use crate::config::Config;
 use crate::control::{self, Control, Hands};
 use crate::course::Course;
@@ -14,7 +14,7 @@ use crate::handover::Wire;
 use crate::hbone::Door;
 use crate::health::Health;
 use crate::inbound::Inbound;
-use crate::kernel::{KernelHandle, LEASE_EVERY, chain};
+use crate::kernel::{KernelHandle, chain};
 use crate::metrics::METRICS;
 use crate::netns::{Annex, Netns, NetnsThread};
 use crate::outbound::Outbound;
@@ -26,6 +26,7 @@ use crate::{hbone, telemetry};
 use ambit_model::policy::Endpoint;
 use ambit_model::{Code, Refusal};
 use cell::Cell;
+use lease::Lease;
 use sockets::{Listeners, captures, start};
 use std::future::Future;
 use std::sync::Arc;
@@ -36,10 +37,6 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
-/// Closed flows that no agent took only come from agents that died.
-const SWEEP_EVERY: u32 = 12;
-/// Refusals of the kernel are told to the log this often.
-const EVENTS_EVERY: Duration = Duration::from_secs(1);
 /// A new agent that has the kernel's tables and does not serve by then ends. The former one would end it a little later.
 const TAKE_MAX: Duration = Duration::from_secs(25);
 /// Far ends that were told that their tunnels end, and have not closed them yet.
@@ -125,7 +122,8 @@ pub async fn run(config: Config, take_over: bool, mut stop: Stop) -> Result<(), 
         // What was said before may be old, and nothing is judged here before there is a slice.
         kernel.close_direct()?;
     }
-    kernel.renew_lease()?;
+    let lease = Lease::new(&kernel, &cell, config.staleness());
+    lease.keep()?;
     let carriers = Carriers::start().map_err(|e| start("threads that carry", e))?;
     let netns = NetnsThread::start().map_err(|e| start("a thread for namespaces", e))?;
     // Before any pod is guarded; it goes with this process.
@@ -138,8 +136,14 @@ pub async fn run(config: Config, take_over: bool, mut stop: Stop) -> Result<(), 
 
     let (clock, denials, issued) = (cell.clock.clone(), cell.denials.clone(), cell.issued.clone());
     let pages = if former.is_some() { Course::waiting() } else { Course::default() };
-    let metrics =
-        telemetry::serve(metrics, kernel.clone(), issued.clone(), clock.clone(), [course.clone(), pages.clone()]);
+    let metrics = telemetry::serve(
+        metrics,
+        kernel.clone(),
+        issued.clone(),
+        clock.clone(),
+        config.staleness(),
+        [course.clone(), pages.clone()],
+    );
     let (plane, plane_rx) = watch::channel(None);
     let health = Health::new(Some(kernel.clone()));
     let issuance = Issuance {
@@ -205,7 +209,7 @@ pub async fn run(config: Config, take_over: bool, mut stop: Stop) -> Result<(), 
             e = locals.serve(&course, WorkloadApi::new(issued, tokens).serve(workload, mesh)) => Err(ended("workload api", e)),
             e = locals.serve(&course, broker) => Err(ended("broker api", e)),
             e = locals.serve(&pages, metrics) => Err(ended("metrics", e)),
-            e = watch_kernel(kernel) => Err(e.into()),
+            e = lease.watch() => Err(e.into()),
         };
         // What the cell's parts hold ends with them, a moment before their own word of why.
         tokio::time::timeout(WORD_MAX, cell.ended()).await.map_or(ended, Err)
@@ -367,32 +371,6 @@ impl Local {
     /// Whether one of them may still answer somebody.
     fn answer(&self) -> bool {
         self.0.load(Ordering::Relaxed) > 0
-    }
-}
-
-/// Renews the lease and tells refusals to the log. A kernel that cannot be told is a reason to end: the lease then runs
-/// out and everything new is refused.
-async fn watch_kernel(kernel: KernelHandle) -> Refusal {
-    let (mut lease, mut events) = (tokio::time::interval(LEASE_EVERY), tokio::time::interval(EVENTS_EVERY));
-    let mut renewals = 0u32;
-    loop {
-        let done = tokio::select! {
-            _ = lease.tick() => {
-                renewals = renewals.wrapping_add(1);
-                let swept = if renewals.is_multiple_of(SWEEP_EVERY) { kernel.sweep().map(|_| ()) } else { Ok(()) };
-                swept.and_then(|()| kernel.renew_lease())
-            }
-            _ = events.tick() => kernel.events(&mut |event| {
-                // The kernel knows no such reason: to it, a denied node's endpoint is one that no verdict speaks of.
-                let denied = event.destination == DENIED_NODE.0;
-                let reason = if denied { Code::NodeUntrusted.as_str() } else { event.reason.as_str() };
-                tracing::debug!(reason, from = ?event.from, to = %event.address, cgroup = event.cgroup, "refused");
-            }),
-        };
-        if let Err(refusal) = done {
-            METRICS.component.set(["kernel"], 0.0);
-            return refusal;
-        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! The agent's configuration file: read once, refused whole if anything in it is unknown or wrong.
 
+use crate::staleness::{FailMode, StaleAfter, Staleness};
 use ambit_model::{ClusterId, Code, Refusal, SpiffeId, TrustDomain};
 use ambit_tpm::{AkKind, EkChoice};
 use serde::Deserialize;
@@ -42,6 +43,8 @@ const KEYS: &[&str] = &[
     "metrics_listen",
     "hbone_listen",
     "drain_max_s",
+    "fail_mode",
+    "stale_after_s",
 ];
 
 /// SHA-256 of the trust domain's root certificate, pinned out of band: there is no trust on first use.
@@ -159,6 +162,13 @@ pub struct Config {
     /// How long an agent that ends lets connections end which it carries, seconds; 30 unless told, 0 cuts them at once.
     #[serde(default)]
     pub drain_max_s: DrainMax,
+    /// What ends when the cell was not heard for `stale_after_s`, or the agent is gone for a minute: `closed` (the default), `strict` or
+    /// `static`.
+    #[serde(default)]
+    pub fail_mode: FailMode,
+    /// How old the cell's last word may be, seconds; a day unless told. Of no meaning, and refused, with `static`.
+    #[serde(default)]
+    pub stale_after_s: StaleAfter,
 }
 
 /// See [`Config::drain_max_s`].
@@ -184,6 +194,10 @@ impl TryFrom<u64> for DrainMax {
 }
 
 impl Config {
+    /// What is done without the cell.
+    pub fn staleness(&self) -> Staleness {
+        Staleness { mode: self.fail_mode, after: self.stale_after_s }
+    }
     /// Reads and checks the file at `path`.
     pub fn read(path: &Path) -> Result<Self, Refusal> {
         let trouble = |e: std::io::Error| {
@@ -202,12 +216,17 @@ impl Config {
         if let Some(key) = table.keys().find(|k| !KEYS.contains(&k.as_str())) {
             return Err(Refusal::new(Code::ConfigUnknownKey, format!("one of {}", KEYS.join(", ")), key.as_str()));
         }
+        let is_timed = table.contains_key("stale_after_s");
         let config: Config = table.try_into().map_err(|e: toml::de::Error| {
             Refusal::new(Code::ConfigInvalid, "a value of the right form", e.to_string())
         })?;
         if config.servers.is_empty() || config.servers.len() > SERVERS_MAX {
             let found = config.servers.len().to_string();
             return Err(Refusal::new(Code::ConfigInvalid, format!("'servers' with 1-{SERVERS_MAX} addresses"), found));
+        }
+        if is_timed && config.fail_mode == FailMode::Static {
+            let expected = "'stale_after_s', or 'fail_mode' as static, in which nothing is ever too old";
+            return Err(Refusal::new(Code::ConfigInvalid, expected, "both"));
         }
         config.check_brokers()?;
         let broker_socket = config.broker_socket.iter().map(|path| ("broker_socket", path));
@@ -276,6 +295,14 @@ mod tests {
             let config = Config::parse(&format!("{GOOD}\n{line}")).unwrap();
             assert_eq!(config.drain_max_s, DrainMax(Duration::from_secs(seconds)));
         }
+        for (lines, mode, after_s) in [
+            ("", FailMode::Closed, 86_400),
+            ("fail_mode = \"strict\"\nstale_after_s = 15", FailMode::Strict, 15),
+            ("fail_mode = \"static\"", FailMode::Static, 86_400),
+        ] {
+            let found = Config::parse(&format!("{GOOD}\n{lines}")).unwrap().staleness();
+            assert_eq!(found, Staleness { mode, after: StaleAfter(Duration::from_secs(after_s)) });
+        }
         let keys = "tpm_ek = \"p384\"\ntpm_ak = \"rsa2048-ssa\"\nnode_key = \"tpm\"";
         let keys = Config::parse(&format!("{GOOD}\n{keys}")).unwrap();
         assert_eq!(keys.node_key, NodeKeyHome::Tpm);
@@ -310,6 +337,15 @@ mod tests {
                 "broker_socket",
             ),
             ("boot_log =", "drain_max_s = 3601\nboot_log =", Code::ConfigInvalid, "drain_max_s"),
+            ("boot_log =", "fail_mode = \"open\"\nboot_log =", Code::ConfigInvalid, "'fail_mode' as closed"),
+            ("boot_log =", "stale_after_s = 14\nboot_log =", Code::ConfigInvalid, "stale_after_s"),
+            ("boot_log =", "stale_after_s = 2592001\nboot_log =", Code::ConfigInvalid, "stale_after_s"),
+            (
+                "boot_log =",
+                "fail_mode = \"static\"\nstale_after_s = 60\nboot_log =",
+                Code::ConfigInvalid,
+                "nothing is ever too old",
+            ),
             ("boot_log =", "drain_max_s = -1\nboot_log =", Code::ConfigInvalid, "drain_max_s"),
             ("cluster =", "cluster", Code::ConfigInvalid, ""),
         ] {

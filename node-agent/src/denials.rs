@@ -5,6 +5,7 @@
 //! whoever carries or opens a connection asks here, and is woken when the answer changes. A list stands until one of the
 //! same or a later revision comes; an older one, from a replica that lags behind, undoes nothing.
 
+use crate::staleness::Worth;
 use ambit_identity::svid::{PeerSvid, Presented};
 use ambit_model::policy::Endpoint;
 use ambit_model::{Code, Generation, NodeId, Refusal, Revision, Serial, SpiffeId, TrustDomain, serial_number};
@@ -44,6 +45,8 @@ pub struct Denials {
     authorities: BTreeSet<(TrustDomain, String)>,
     /// The cell put this node out: nothing may be opened from here or to here.
     out: bool,
+    /// What the cell said last is good for.
+    worth: Worth,
 }
 
 impl Denials {
@@ -115,7 +118,7 @@ impl Denials {
     /// Whether leaves of `origin`, issued through this node and generation, are refused now. Only `origin` decides about
     /// its nodes; and a node that was put out serves nobody.
     pub fn denies(&self, origin: &TrustDomain, node: &NodeId, generation: Generation) -> bool {
-        self.out || self.lists(origin, node, generation)
+        self.ends_all() || self.lists(origin, node, generation)
     }
 
     /// Whether what a far end showed is refused now: by its identity, by the node that it was issued through, or under any of the authorities that it showed. Which
@@ -159,6 +162,16 @@ impl Denials {
     pub fn is_out(&self) -> bool {
         self.out
     }
+
+    /// Whether nothing may go on that is open here: this node is out, or what it holds is too old to act upon.
+    pub fn ends_all(&self) -> bool {
+        self.out || self.worth == Worth::Nothing
+    }
+
+    /// Whether nothing may begin here for want of a newer word of the cell.
+    pub fn is_stale(&self) -> bool {
+        self.worth != Worth::All
+    }
 }
 
 /// The name of an intermediate: its key identifier, 40 hex digits.
@@ -185,7 +198,7 @@ impl Lane {
                 && list.authorities == now.authorities;
             let changed = taken && !same;
             if taken {
-                *now = Arc::new(Denials { out: now.out, ..list });
+                *now = Arc::new(Denials { out: now.out, worth: now.worth, ..list });
             }
             changed
         });
@@ -201,6 +214,17 @@ impl Lane {
             }
             changed
         });
+    }
+
+    /// What the cell said last is good for this. True where it was for something else.
+    pub fn set_worth(&self, worth: Worth) -> bool {
+        self.0.send_if_modified(|now| {
+            let changed = now.worth != worth;
+            if changed {
+                *now = Arc::new(Denials { worth, ..Denials::clone(now) });
+            }
+            changed
+        })
     }
 
     /// The list now.

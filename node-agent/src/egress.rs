@@ -10,6 +10,7 @@ use crate::metrics::METRICS;
 use crate::plane::{Follow, LocalPod, Plane};
 use crate::pump::{self, Carried, End};
 use crate::record::flag;
+use crate::staleness;
 use ambit_identity::svid::Presented;
 use ambit_model::policy::{Transport, closed_at};
 use ambit_model::{Code, Moment, ObjectName, Refusal};
@@ -79,6 +80,9 @@ impl<'a> Caller<'a> {
         let id = self.pod.id();
         if denials.is_out() {
             return Err(Refusal::new(Code::NodeUntrusted, "a trusted node", "this node was put out"));
+        }
+        if denials.ends_all() {
+            return Err(staleness::stale());
         }
         if denials.denies_presented(&self.shown) {
             return Err(Refusal::new(Code::SvidRevoked, "an SVID that was not revoked", id.as_str()));

@@ -319,6 +319,8 @@ impl Inbound {
             match refusal.code {
                 Code::BadRequest => Reason::Malformed,
                 Code::NotFound => Reason::Elsewhere,
+                // Another node may know more.
+                Code::PolicyStale => Reason::Unreachable,
                 _ => Reason::Denied,
             }
         };

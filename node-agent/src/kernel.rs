@@ -16,11 +16,6 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
-/// Without the agent, new connections are judged for this long, then refused: long enough for an upgrade.
-pub const LEASE: Duration = Duration::from_secs(60);
-/// How often the lease is renewed: eleven renewals may be lost.
-pub const LEASE_EVERY: Duration = Duration::from_secs(5);
-
 /// Looks at a pod's devices, where they change while they are looked at.
 const LOOKS_MAX: usize = 3;
 
@@ -310,10 +305,15 @@ impl KernelHandle {
         boot_time().map_err(|e| Refusal::new(Code::Internal, "the boot clock", e.to_string()))
     }
 
-    /// Lets the kernel go on judging for [`LEASE`]. While another agent writes the tables, that is its to do.
-    pub fn renew_lease(&self) -> Result<(), Refusal> {
-        let Some(kernel) = self.0.try_write() else { return Ok(()) };
-        kernel.renew_lease(LEASE).map_err(|e| refusal(&e))
+    /// Lets the kernel go on judging for so long. While another agent writes the tables, that is its to do: false.
+    pub fn renew_lease(&self, length: Duration) -> Result<bool, Refusal> {
+        let Some(kernel) = self.0.try_write() else { return Ok(false) };
+        kernel.renew_lease(length).map_err(|e| refusal(&e)).map(|()| true)
+    }
+
+    /// Of pods that are guarded from now on, what goes directly stops where the lease is over.
+    pub fn set_strict(&self, strict: bool) {
+        self.0.kernel.set_strict(strict);
     }
 
     /// Where a captured connection was going; asked once, by whoever accepted it.

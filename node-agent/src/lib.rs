@@ -58,6 +58,7 @@ pub mod session;
 pub mod shown;
 pub mod silence;
 pub mod sni;
+pub mod staleness;
 pub mod state;
 pub mod svids;
 pub mod takeover;

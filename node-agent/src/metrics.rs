@@ -186,8 +186,6 @@ pub struct Metrics {
     pub quote_time: Histogram,
     /// Since the last quote that answered a round.
     pub last_quote: Age,
-    /// Since the cell's last word on the stream; told by `crate::state`.
-    pub cell_word: Age,
     /// Live connections ended because they would not be admitted any more, by direction.
     pub cut: Family<1>,
     /// Connections that an audit policy matched, by direction.
@@ -287,7 +285,6 @@ pub static METRICS: Metrics = Metrics {
         "Time of the TPM for a quote of a round of re-attestation.",
     ),
     last_quote: Age::new("ambit_agent_quote_age_seconds", "Time since the last quote that answered a round."),
-    cell_word: Age::new("ambit_agent_cell_age_seconds", "Time since the cell's last word."),
     audited: Family::new(
         "ambit_connections_audited_total",
         "counter",

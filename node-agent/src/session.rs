@@ -158,7 +158,7 @@ impl Session {
         let mut outbox = Outbox::default();
         let mut heard = first;
         loop {
-            METRICS.cell_word.now();
+            self.clock.heard();
             match heard {
                 Heard::Cell(down) => match *down {
                     Down::Slice(slice) => self.take_slice(slice, &mut outbox),
@@ -285,9 +285,11 @@ impl Session {
     }
 
     fn take(&mut self, message: ServerMessage, resources: &mut Held, stream: &mut Stream) {
-        METRICS.cell_word.now();
         match message.body {
-            Some(Down::Heartbeat(beat)) => self.clock.seen(Stamp(beat.stamp_ms)),
+            Some(Down::Heartbeat(beat)) => {
+                self.clock.seen(Stamp(beat.stamp_ms));
+                self.clock.beat(Stamp(beat.committed_ms));
+            }
             Some(Down::Slice(slice)) => self.take_slice(slice, &mut stream.outbox),
             Some(Down::Delta(part)) => self.take_delta(part, resources, &mut stream.outbox),
             Some(Down::Denials(list)) => self.take_denials(&list),
@@ -369,6 +371,10 @@ impl Session {
         METRICS.revision.set(["desired"], revision.0 as f64);
         match View::parse(slice, &self.trust_domain, &self.cluster) {
             Ok(view) => {
+                // The first one is of a node that the cell has just admitted.
+                if revision > held {
+                    self.clock.heard();
+                }
                 self.denials.offer(view.denials.clone());
                 self.wires.desired.send_replace(Some(Arc::new(view)));
             }

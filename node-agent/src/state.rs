@@ -3,6 +3,7 @@
 //! A cell that is away changes nothing for who holds an SVID, until it ends: so an operator must see the time that is left.
 
 use crate::issued::{Known, Svid};
+use crate::staleness::{FailMode, Staleness, Worth};
 use ambit_model::Stamp;
 use serde::Serialize;
 use std::time::Duration;
@@ -15,6 +16,10 @@ pub struct State {
     /// Since the cell's last word, seconds; absent before the first.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub age_s: Option<f64>,
+    /// What ends where the cell is not heard for too long.
+    pub fail_mode: FailMode,
+    /// What is held is good for: `all`, those connections that are `open`, or `nothing`.
+    pub good_for: Worth,
     /// The revision of the slice held; absent before the first.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub revision: Option<u64>,
@@ -43,7 +48,7 @@ pub enum Cell {
 
 impl State {
     /// As of `now`; `age` is the time since the cell's last word.
-    pub fn of(known: &Known, stream_open: bool, age: Option<Duration>, now: Stamp) -> Self {
+    pub fn of(known: &Known, stream_open: bool, age: Option<Duration>, rule: Staleness, now: Stamp) -> Self {
         let cell = match (stream_open, known.view.is_some()) {
             (true, _) => Cell::Connected,
             (false, true) => Cell::Away,
@@ -54,6 +59,8 @@ impl State {
         Self {
             cell,
             age_s: age.map(|age| age.as_secs_f64()),
+            fail_mode: rule.mode,
+            good_for: rule.worth(age),
             revision: known.view.as_ref().map(|view| view.revision.0),
             svids: good().count(),
             overdue: good().filter(|svid| is_overdue(svid, now)).count(),
@@ -74,7 +81,9 @@ impl State {
             ("{state=\"overdue\"}", count(self.overdue)),
             ("{state=\"refused\"}", count(self.refused)),
         ];
-        gauge("ambit_agent_cell_age_seconds", "Time since the cell's last word.", &[("", self.age_s)])
+        let stale = f64::from(u8::from(self.good_for != Worth::All));
+        gauge("ambit_agent_stale", "1 where the cell was not heard for too long.", &[("", Some(stale))])
+            + &gauge("ambit_agent_cell_age_seconds", "Time since the cell's last word.", &[("", self.age_s)])
             + &gauge("ambit_agent_svids", "Workload SVIDs held, of these not renewed in time, and refused.", &states)
             + &gauge("ambit_agent_svid_left_seconds", "Time until the first SVID held ends.", &[("", self.left_s)])
     }
@@ -112,17 +121,22 @@ mod tests {
         let rows = [("fresh", svid(0, 100_000)), ("late", svid(0, 50_000)), ("over", svid(0, 40_000)), ("no", refused)];
         let svids = rows.into_iter().map(|(name, svid)| (name.parse().unwrap(), svid)).collect::<BTreeMap<_, _>>();
         let known = Known { view: Some(Arc::new(view(slice()).unwrap())), svids: Arc::new(svids) };
-        let state = State::of(&known, false, Some(Duration::from_millis(2500)), Stamp(40_000));
+        let rule = Staleness { mode: FailMode::Strict, ..Staleness::default() };
+        let state = State::of(&known, false, Some(Duration::from_millis(2500)), rule, Stamp(40_000));
         let told = serde_json::to_string(&state).unwrap();
-        let expected = r#"{"cell":"away","age_s":2.5,"revision":7,"svids":2,"overdue":1,"refused":1,"left_s":10.0}"#;
+        let expected = r#"{"cell":"away","age_s":2.5,"fail_mode":"strict","good_for":"all","revision":7,"svids":2,"overdue":1,"refused":1,"left_s":10.0}"#;
         assert_eq!(told, expected);
+        assert!(state.figures().contains("\nambit_agent_stale 0\n"), "{}", state.figures());
+        let over = State::of(&known, false, Some(Duration::from_hours(24)), rule, Stamp(0));
+        assert_eq!(over.good_for, Worth::Nothing);
+        assert!(over.figures().contains("\nambit_agent_stale 1\n"), "{}", over.figures());
         assert!(state.figures().contains("\nambit_agent_svid_left_seconds 10\n"), "{}", state.figures());
 
-        let nothing = State::of(&Known::default(), false, None, Stamp(0));
+        let nothing = State::of(&Known::default(), false, None, Staleness::default(), Stamp(0));
         assert_eq!(
             serde_json::to_string(&nothing).unwrap(),
-            r#"{"cell":"starting","svids":0,"overdue":0,"refused":0}"#
+            r#"{"cell":"starting","fail_mode":"closed","good_for":"all","svids":0,"overdue":0,"refused":0}"#
         );
-        assert_eq!(State::of(&known, true, None, Stamp(0)).cell, Cell::Connected);
+        assert_eq!(State::of(&known, true, None, rule, Stamp(0)).cell, Cell::Connected);
     }
 }

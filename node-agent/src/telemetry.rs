@@ -5,6 +5,7 @@ use crate::course::Course;
 use crate::issued::Issued;
 use crate::kernel::{KernelHandle, Room};
 use crate::metrics::METRICS;
+use crate::staleness::Staleness;
 use crate::state::State;
 use axum::Router;
 use axum::http::{StatusCode, header};
@@ -37,13 +38,14 @@ pub async fn serve(
     kernel: KernelHandle,
     issued: Issued,
     clock: Arc<Clock>,
+    staleness: Staleness,
     [course, pages]: [Course; 2],
 ) -> std::io::Result<()> {
     let text = [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
     let json = [(header::CONTENT_TYPE, "application/json")];
     let state = move || {
         let open = METRICS.component.value(["stream"]) > 0.0;
-        State::of(&issued.now(), open, METRICS.cell_word.elapsed(), clock.now())
+        State::of(&issued.now(), open, clock.age(), staleness, clock.now())
     };
     let told = state.clone();
     let app = Router::new()

@@ -9,6 +9,7 @@ mod support;
 
 use ambit_agent::denials::Denials;
 use ambit_agent::metrics::METRICS;
+use ambit_agent::staleness::Worth;
 use ambit_agent::view::View;
 use ambit_identity::svid::Presented;
 use ambit_model::Revision;
@@ -292,15 +293,27 @@ async fn pods_of_a_node_speak_directly_until_they_are_denied() {
     let by_node = stage.cut_by(async |_| node.denials.set_out(true)).await;
     node.denials.set_out(false);
 
+    // The cell is not heard: what is open goes on and nothing begins directly, or nothing goes on.
+    stage.dial_directly();
+    node.denials.set_worth(Worth::Open);
+    std::thread::sleep(Duration::from_millis(1_500));
+    assert_eq!(stage.web.says("say(b'open')"), "ok");
+    let _ = stage.web.says(&format!("dial('{to}')"));
+    assert_ne!(stage.web.says("say(b'new')"), "ok", "not through the agent either");
+    node.denials.set_worth(Worth::All);
+    stage.dial_directly();
+    let by_silence = stage.cut_by(async |_| assert!(node.denials.set_worth(Worth::Nothing))).await;
+    node.denials.set_worth(Worth::All);
+
     // The pod's file goes: it is nobody.
     stage.dial_directly();
     let file = stage.ground.dir.join("pods/web.json");
     let by_pod = stage.cut_by(async |_| std::fs::remove_file(&file).unwrap()).await;
     println!(
         "open connection cut after: policy {by_policy:?}, replaced SVID {by_svid:?}, SVID {by_own_svid:?}, identity \
-         {by_identity:?}, node {by_node:?}, pod {by_pod:?}"
+         {by_identity:?}, node {by_node:?}, silence {by_silence:?}, pod {by_pod:?}"
     );
-    for took in [by_policy, by_svid, by_own_svid, by_identity, by_node, by_pod] {
+    for took in [by_policy, by_svid, by_own_svid, by_identity, by_node, by_silence, by_pod] {
         assert!(took < CUT_MAX, "{took:?}");
     }
 }

@@ -4,160 +4,18 @@
 
 mod support;
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
-use support::Cell;
-use support::replica::{Replica, Stream};
-use support::tpm::Swtpm;
-use tokio::sync::mpsc;
+use support::process::{Node, applied, free, page, ready};
 use tokio::time::timeout;
 
 const SOON: Duration = Duration::from_secs(20);
-
-/// A node, and what it leaves on the machine.
-struct Node {
-    tpm: Swtpm,
-    base: PathBuf,
-    pins: PathBuf,
-    config: String,
-    hbone: SocketAddr,
-    metrics: SocketAddr,
-    replica: Replica,
-    streams: mpsc::Receiver<Stream>,
-}
-
-fn free() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
-}
-
-impl Node {
-    async fn make() -> Node {
-        assert!(nix::unistd::geteuid().is_root(), "this test attaches programs to cgroups: run it as root");
-        let mounts = std::fs::read_to_string("/proc/mounts").unwrap();
-        let mount = mounts.lines().find(|l| l.split(' ').nth(2) == Some("cgroup2")).expect("a cgroup2 mount");
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let name = format!("ambit-takeover-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-        let base = Path::new(mount.split(' ').nth(1).unwrap()).join(&name);
-        std::fs::create_dir_all(base.join("mesh")).unwrap();
-        let tpm = Swtpm::start();
-        std::fs::create_dir_all(tpm.file("pods")).unwrap();
-        let (replica, streams) = Replica::start(Cell::founded("west", 1), tpm.dir.clone()).await;
-        let root = replica.with_cell(|cell| ambit_identity::fingerprint(&cell.bundle().roots_der[0]));
-        let (hbone, metrics) = (free(), free());
-        let pins = Path::new("/sys/fs/bpf").join(&name);
-        let at = |name: &str| tpm.file(name).display().to_string();
-        let config = format!(
-            "cluster = 'west'\ntrust_domain = 'west'\nfingerprint = '{}'\nservers = ['{}']\nnode_address = '127.0.0.1'\n\
-             tcti = '{}'\nboot_log = '{}'\nima_log = '{}'\nmetrics_listen = '{metrics}'\nhbone_listen = '{hbone}'\n\
-             cgroup_root = '{}'\npin_dir = '{}'\ndata_dir = '{}'\npods_dir = '{}'\nworkload_socket = '{}'\n\
-             drain_max_s = 2\n",
-            hex::encode(root),
-            replica.address,
-            tpm.tcti(),
-            at("boot_log"),
-            at("ima_log"),
-            base.join("mesh").display(),
-            pins.display(),
-            tpm.state().display(),
-            at("pods"),
-            at("workload.sock"),
-        );
-        Node { tpm, base, pins, config, hbone, metrics, replica, streams }
-    }
-
-    fn agent(&self, name: &str, config: &str, options: &[&str]) -> Agent {
-        let path = self.tpm.file(&format!("{name}.toml"));
-        std::fs::write(&path, config).unwrap();
-        let log = std::fs::File::create(self.tpm.file(name)).unwrap();
-        let child = Command::new(env!("CARGO_BIN_EXE_ambit-agent"))
-            .args(["run", "--config"])
-            .arg(path)
-            .args(options)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(log)
-            .spawn()
-            .unwrap();
-        Agent { child, log: self.tpm.file(name) }
-    }
-
-    /// The next stream of an agent, with a slice in which nobody runs here.
-    async fn stream(&mut self) -> Stream {
-        let stream = timeout(SOON, self.streams.recv()).await.expect("a stream").unwrap();
-        stream.beat().await;
-        stream
-    }
-
-    async fn slice(&self, stream: &Stream, revision: u64) {
-        let slice = self.replica.with_cell(|cell| cell.slice(revision, &[]));
-        stream.send(ambit_proto::v1::server_message::Body::Slice(slice)).await;
-    }
-
-    /// The ids of the programs that are attached.
-    fn programs(&self) -> Vec<u32> {
-        let found = ambit_ebpf::programs(&self.pins).unwrap();
-        assert_eq!(found.len(), 10, "every program is attached");
-        found
-    }
-}
-
-impl Drop for Node {
-    fn drop(&mut self) {
-        drop(ambit_ebpf::Kernel::remove(&self.pins));
-        drop(std::fs::remove_dir(self.base.join("mesh")));
-        drop(std::fs::remove_dir(&self.base));
-    }
-}
-
-struct Agent {
-    child: Child,
-    log: PathBuf,
-}
-
-impl Agent {
-    fn said(&self, what: &str) -> bool {
-        std::fs::read_to_string(&self.log).unwrap().contains(what)
-    }
-    async fn says(&self, what: &str) {
-        let until = Instant::now() + SOON;
-        while !self.said(what) {
-            assert!(Instant::now() < until, "never {what}: {}", std::fs::read_to_string(&self.log).unwrap());
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    }
-    fn signal(&self, signal: Signal) {
-        kill(Pid::from_raw(i32::try_from(self.child.id()).unwrap()), signal).unwrap();
-    }
-    fn runs(&mut self) -> bool {
-        self.child.try_wait().unwrap().is_none()
-    }
-    /// Its exit code.
-    async fn ended(&mut self) -> Option<i32> {
-        let until = Instant::now() + SOON;
-        loop {
-            if let Some(status) = self.child.try_wait().unwrap() {
-                return status.code();
-            }
-            assert!(Instant::now() < until, "it does not end: {}", std::fs::read_to_string(&self.log).unwrap());
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    }
-}
-
-impl Drop for Agent {
-    fn drop(&mut self) {
-        drop(self.child.kill());
-        drop(self.child.wait());
-    }
-}
 
 /// Connects all the time to where an agent listens, and counts who is refused.
 struct Probes {
@@ -198,33 +56,6 @@ impl Probes {
     fn end(self) -> Vec<(u32, u32)> {
         self.stop.store(true, Ordering::Relaxed);
         self.counted.into_iter().map(|probe| probe.join().unwrap()).collect()
-    }
-}
-
-async fn ready(node: &Node) {
-    page(node, "/readyz", |page| page.ends_with("\nready\n")).await;
-}
-
-/// The agent that serves has this slice in the kernel.
-async fn applied(node: &Node, revision: u64) {
-    let line = format!("ambit_policy_revision{{state=\"applied\"}} {revision}\n");
-    page(node, "/metrics", |page| page.contains(&line)).await;
-}
-
-async fn page(node: &Node, path: &str, good: impl Fn(&str) -> bool) {
-    let until = Instant::now() + SOON;
-    loop {
-        let page = (|| {
-            let mut stream = TcpStream::connect(node.metrics)?;
-            write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")?;
-            let mut answer = String::new();
-            stream.read_to_string(&mut answer).map(|_| answer)
-        })();
-        if page.as_ref().is_ok_and(|page: &String| good(page)) {
-            return;
-        }
-        assert!(Instant::now() < until, "{path}: {page:?}");
-        tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 

@@ -14,6 +14,7 @@ use ambit_agent::metrics::METRICS;
 use ambit_agent::netns::NetnsThread;
 use ambit_agent::outbound::{Captured, Outbound};
 use ambit_agent::said::Said;
+use ambit_agent::staleness::Worth;
 use ambit_identity::svid::Presented;
 use ambit_model::Revision;
 use ambit_proto::v1;
@@ -325,6 +326,35 @@ async fn the_caller_cuts_and_opens_nothing_to_a_denied_node() {
     let mut app = stage.call_db().await;
     let (mut pod, _) = stage.served().await;
     round_trip(&mut app, &mut pod, 10).await;
+}
+
+/// A node that did not hear its cell for too long takes no connection more; where it is strict, none goes on.
+#[tokio::test]
+async fn a_stale_node_takes_no_new_connection_and_a_strict_one_ends_the_open_ones() {
+    let stage = Stage::set(23).await;
+    let mut app = stage.call_db().await;
+    let mut served = stage.served().await;
+    round_trip(&mut app, &mut served.0, 10).await;
+    assert!(stage.east_denials.set_worth(Worth::Open) && !stage.east_denials.set_worth(Worth::Open));
+    round_trip(&mut app, &mut served.0, 10).await;
+    assert!(is_reset(stage.call_db().await).await, "a new one is refused");
+    assert!(timeout(Duration::from_millis(200), stage.db.accept()).await.is_err(), "the pod saw nothing");
+    // Of the caller's node, new ones are refused by the kernel.
+    stage.east_denials.set_worth(Worth::All);
+    stage.west_denials.set_worth(Worth::Open);
+    round_trip(&mut app, &mut served.0, 10).await;
+    for (end, other) in [(&stage.west_denials, &stage.east_denials), (&stage.east_denials, &stage.west_denials)] {
+        other.set_worth(Worth::All);
+        end.set_worth(Worth::Nothing);
+        assert!(is_reset(app).await, "the open one ends");
+        assert!(is_reset(stage.call_db().await).await);
+        // A list from the cell does not make it hear more.
+        assert!(end.offer(list(2, "west", &stage.east, 0)) && end.now().ends_all());
+        end.set_worth(Worth::All);
+        app = stage.call_db().await;
+        served = stage.served().await;
+        round_trip(&mut app, &mut served.0, 10).await;
+    }
 }
 
 /// Everything issued to this identity so far, up to this SVID.

@@ -106,7 +106,7 @@ impl Agent {
     /// The parts of the agent that need no cell, put together as `agent::run` does.
     fn start(mesh: PathBuf, pins: PathBuf, pods_dir: PathBuf, cell: &Cell) -> Agent {
         let kernel = KernelHandle::open(&mesh, &pins, &pods_dir).unwrap();
-        kernel.renew_lease().unwrap();
+        kernel.renew_lease(ambit_agent::staleness::LEASE).unwrap();
         let view = cell.view(cell.slice(0, &[]));
         let trust = SharedTrust::new(Trust::Bundles(TrustStore::new(&view.own).unwrap()));
         let (desired, desired_rx) = watch::channel(None);

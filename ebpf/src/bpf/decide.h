@@ -4,15 +4,8 @@
 #ifndef AMBIT_DECIDE_H
 #define AMBIT_DECIDE_H
 
-#include "ambit.h"
+#include "lease.h"
 #include "ranges.h"
-
-struct {
-	MAP_INT(type, BPF_MAP_TYPE_ARRAY);
-	MAP_INT(max_entries, CONFIG_LEN);
-	MAP_TYPE(key, u32);
-	MAP_TYPE(value, u64);
-} config SEC(".maps");
 
 struct {
 	MAP_INT(type, BPF_MAP_TYPE_HASH);
@@ -105,13 +98,6 @@ INLINE void tell(const struct attempt *a, u32 reason)
 	e->reason = reason;
 	e->pad2 = 0;
 	bpf_ringbuf_submit(e, BPF_RB_NO_WAKEUP);
-}
-
-INLINE u64 config_value(u32 index)
-{
-	u64 *value = bpf_map_lookup_elem(&config, &index);
-
-	return value ? *value : 0;
 }
 
 /* Every refusal is told; of what passes one in CONFIG_SAMPLE, none where that is 0. */
@@ -229,7 +215,7 @@ INLINE u32 decide_by_tables(struct attempt *a, u64 netns)
 {
 	u32 generation, reason;
 
-	if (bpf_ktime_get_boot_ns() >= config_value(CONFIG_LEASE_NS))
+	if (lease_is_over())
 		return LEASE_EXPIRED;
 	generation = (u32)config_value(CONFIG_GENERATION);
 	reason = resolve(a, generation);

@@ -18,14 +18,17 @@
  * agent's and reaches no pod. Broadcast and multicast reach
  * sockets that no sk_lookup program is asked for; nothing that a pod is allowed needs them. */
 #include "annex.h"
+#include "lease.h"
 #include "stamps.h"
 
-/* The pod's address, in network order, its device's, the index of the agent's annex on the node (0: there is none), and the
- * cookie of the pod's namespace: set by the agent for this veth before the program is loaded. */
+/* The pod's address, in network order, its device's, whether open connections stop with the lease, the index of the agent's
+ * annex on the node (0: there is none), and the cookie of the pod's namespace: set by the agent for this veth before the
+ * program is loaded. */
 const volatile struct {
 	u32 address;
 	u8 mac[6];
-	u8 pad[2];
+	u8 strict;
+	u8 pad;
 	u32 annex;
 	u64 netns;
 } pod;
@@ -295,7 +298,7 @@ INLINE u32 goes_to(struct sk_buff_view *skb, const struct ip *ip)
 	if (ip->source != pod.address || !is_whole_tcp4(ip) || bpf_skb_load_bytes(skb, ETH_LEN + IP_LEN, &t, sizeof(t)))
 		return 0;
 	s = find_stamp(ip->source, ntohs(t.source), to, ntohs(t.destination));
-	if (!s)
+	if (!s || (pod.strict && lease_is_over()))
 		return 0;
 	is_caller = s->caller_address == pod.address;
 	if ((is_caller ? s->caller_netns : s->called_netns) != pod.netns || !may_pass(skb, s, &t, is_caller))

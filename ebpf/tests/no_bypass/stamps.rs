@@ -441,6 +441,31 @@ fn a_full_map_sends_the_rest_through_the_agent() {
     assert_eq!(pair.rig.carried(10), 10);
 }
 
+/// Where it is strict, what is open stops with the lease too, in both directions, and goes on with the next one.
+#[test]
+fn strict_stops_what_is_open_while_nobody_is_heard() {
+    let rig = Rig::new();
+    let options = rig.options();
+    let mut pair = Pair::governed(rig, &options);
+    let told = pair.call("dial('a')") + " " + &pair.call("say('a', b'STRICT00')");
+    pair.row("before", told, "ok ok");
+    pair.kernel.renew_lease(Duration::ZERO).unwrap();
+    let told = pair.call("say('a', b'STRICT01')") + " " + &pair.call("dial('n')");
+    pair.row("not strict, lease over: the open one, a new one", told, "ok EPERM");
+    pair.kernel.set_strict(true);
+    pair.rig.govern(&pair.kernel);
+    pair.rig.govern_near(&pair.kernel);
+    let told = pair.call("say('a', b'STRICT02')");
+    pair.row("strict: the open one", told, "timed out");
+    pair.kernel.renew_lease(LEASE).unwrap();
+    // The first that comes is the answer to what was held back.
+    let told = pair.call("say('a', b'STRICT03', timeout=5)");
+    pair.row("the lease renewed: the open one", told, "other bytes");
+    for mark in ["STRICT00", "STRICT01", "STRICT02", "STRICT03"] {
+        assert_eq!(pair.rig.seen_at(mark)[0], 0);
+    }
+}
+
 /// However many there are, each is looked at: what a look misses is cut by nobody.
 #[test]
 fn every_one_of_very_many_is_looked_at() {

@@ -152,7 +152,8 @@ impl Control {
             let is_current =
                 |held: &&Held| state.credentials.get(&pod.workload.entry.id).is_some_and(|own| held.is_of(own));
             let held = state.direct.svids.get(pod.id()).and_then(|all| all.iter().rev().find(is_current));
-            let open = !facts.denials.is_out()
+            let open = !facts.denials.ends_all()
+                && !facts.denials.is_stale()
                 && guarded.ways.values().all(|way| *way)
                 && held.is_some_and(|held| {
                     held.shown.still(&now).is_ok() && !facts.denials.denies_presented(&held.presented)
@@ -204,7 +205,7 @@ impl Known {
                 |held| facts.denials.denies_presented(&held.presented),
             )
         };
-        !facts.denials.is_out()
+        !facts.denials.ends_all()
             && !denied(caller)
             && !denied(called)
             && facts.view.rules.evaluate(caller.id(), called.id(), flow.to.port(), facts.at).allowed

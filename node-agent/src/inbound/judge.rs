@@ -4,6 +4,7 @@ use crate::denials::Denials;
 use crate::hbone::Door;
 use crate::plane::{Credentials, Plane};
 use crate::shown::{Now, Shown};
+use crate::staleness::stale;
 use crate::view::View;
 use ambit_identity::{NodeBinding, PeerSvid};
 use ambit_model::{Code, Moment, NodeId, Refusal, SpiffeId};
@@ -64,6 +65,9 @@ pub(super) fn judge(
     now: Moment,
 ) -> Result<Verdict, Refusal> {
     call.shown.still(&Now { trust: plane.trust.current(), at: now.latest })?;
+    if denials.is_stale() {
+        return Err(stale());
+    }
     permitted(plane, denials, call, to, now)
 }
 
@@ -92,6 +96,9 @@ pub(super) fn trusted(denials: &Denials, call: &Call) -> Result<(), Refusal> {
         return Err(Refusal::new(Code::SvidRevoked, "an intermediate that is not revoked", found));
     }
     // A cell speaks for its own nodes only: what a peer denies is nothing against a caller of another trust domain.
+    if !denials.is_out() && denials.ends_all() {
+        return Err(stale());
+    }
     if denials.denies(&call.peer.id().trust_domain(), &binding.node, binding.generation) {
         return Err(Refusal::new(Code::NodeUntrusted, "a trusted node", binding.node.to_string()));
     }

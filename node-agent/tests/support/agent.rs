@@ -67,6 +67,8 @@ impl Agent {
             metrics_listen: replica.address,
             hbone_listen: replica.address,
             drain_max_s: Default::default(),
+            fail_mode: Default::default(),
+            stale_after_s: Default::default(),
         };
         let attester = Attester::open(&config.tcti, &config.data_dir).unwrap();
         let trust = SharedTrust::new(Trust::Pinned(trust_domain.clone(), pinned));

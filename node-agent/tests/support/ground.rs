@@ -168,7 +168,7 @@ impl Node {
         prepare: impl FnOnce(&KernelHandle),
     ) -> Node {
         let kernel = KernelHandle::open(&ground.mesh(), &ground.pins, &ground.dir).unwrap();
-        kernel.renew_lease().unwrap();
+        kernel.renew_lease(ambit_agent::staleness::LEASE).unwrap();
         prepare(&kernel);
         let view = cell.view(cell.slice(0, &[]));
         let trust = SharedTrust::new(Trust::Bundles(TrustStore::new(&view.own).unwrap()));

@@ -7,6 +7,7 @@ pub(crate) mod between;
 pub(crate) mod foreign;
 pub(crate) mod issuer;
 pub(crate) mod local;
+pub(crate) mod process;
 pub(crate) mod replica;
 pub(crate) mod stage;
 pub(crate) mod told;

@@ -40,7 +40,8 @@ impl Stream {
         self.down.send(Ok(v1::ServerMessage { body: Some(body) })).await.expect("an open stream");
     }
     pub(crate) async fn beat(&self) {
-        self.send(Down::Heartbeat(v1::Heartbeat { stamp_ms: super::now().0, revision: 0 })).await;
+        let now = super::now().0;
+        self.send(Down::Heartbeat(v1::Heartbeat { stamp_ms: now, revision: 0, committed_ms: now })).await;
     }
     pub(crate) async fn end(self, code: Code) {
         self.down.send(Err(to_status(&Refusal::new(code, "", "")))).await.expect("an open stream");

@@ -175,7 +175,8 @@ impl Session {
         if self.until.is_none_or(|until| until < now) {
             return Err(Refusal::new(Code::Unauthenticated, "a certificate in time", "one that ended"));
         }
-        let beat = v1::Heartbeat { stamp_ms: now.0, revision: feed.holds() };
+        let committed_ms = self.replica.local(State::stamp).0;
+        let beat = v1::Heartbeat { stamp_ms: now.0, revision: feed.holds(), committed_ms };
         let message = v1::ServerMessage { body: Some(v1::server_message::Body::Heartbeat(beat)) };
         match down.try_send(Ok(message)) {
             // A full queue carries newer news than a heartbeat.

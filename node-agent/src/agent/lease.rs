@@ -1,0 +1,91 @@
+//! Until when the kernel goes on judging: for a minute from the agent's last word, and no longer than the cell's last word is
+//! good for. What the kernel refuses is told here too.
+
+use super::Cell;
+use crate::clock::Clock;
+use crate::compile::DENIED_NODE;
+use crate::denials::Lane;
+use crate::kernel::KernelHandle;
+use crate::metrics::METRICS;
+use crate::staleness::{FailMode, Staleness, Worth};
+use crate::view::View;
+use ambit_model::{Code, Refusal};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::watch;
+
+/// How often the lease is renewed: of a minute's, sixty renewals may be lost.
+const LEASE_EVERY: Duration = Duration::from_secs(1);
+/// Closed flows that no agent took only come from agents that died.
+const SWEEP_EVERY: u32 = 60;
+/// Refusals of the kernel are told to the log this often.
+const EVENTS_EVERY: Duration = Duration::from_secs(1);
+
+/// Until when the kernel judges, and what it tells.
+pub(super) struct Lease {
+    kernel: KernelHandle,
+    clock: Arc<Clock>,
+    denials: Lane,
+    rule: Staleness,
+    desired: watch::Receiver<Option<Arc<View>>>,
+}
+
+impl Lease {
+    pub(super) fn new(kernel: &KernelHandle, cell: &Cell, rule: Staleness) -> Self {
+        kernel.set_strict(rule.mode == FailMode::Strict);
+        let (clock, denials, desired) = (cell.clock.clone(), cell.denials.clone(), cell.desired.clone());
+        Self { kernel: kernel.clone(), clock, denials, rule, desired }
+    }
+
+    /// Lets the kernel, and whoever carries, go on for as long as the cell's word is good.
+    pub(super) fn keep(&self) -> Result<(), Refusal> {
+        let age = self.clock.age();
+        let Some(length) = self.rule.lease(age) else { return Ok(()) };
+        // What an agent that was succeeded carries ends with its drain.
+        if !self.kernel.renew_lease(length)? {
+            return Ok(());
+        }
+        let worth = self.rule.worth(age);
+        if self.denials.set_worth(worth) {
+            let (mode, after_s) = (self.rule.mode, self.rule.after.0.as_secs());
+            match worth {
+                Worth::All => tracing::info!(%mode, "the cell is heard again: connections begin"),
+                Worth::Open => {
+                    tracing::error!(%mode, after_s, "the cell was not heard for too long: no connection begins")
+                }
+                Worth::Nothing => {
+                    tracing::error!(%mode, after_s, "the cell was not heard for too long: connections end")
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells refusals to the log meanwhile. A kernel that cannot be told is a reason to end: the lease then runs out.
+    pub(super) async fn watch(mut self) -> Refusal {
+        let (mut lease, mut events) = (tokio::time::interval(LEASE_EVERY), tokio::time::interval(EVENTS_EVERY));
+        let mut renewals = 0u32;
+        loop {
+            let done = tokio::select! {
+                _ = lease.tick() => {
+                    renewals = renewals.wrapping_add(1);
+                    let due = renewals.is_multiple_of(SWEEP_EVERY);
+                    let swept = if due { self.kernel.sweep().map(|_| ()) } else { Ok(()) };
+                    swept.and_then(|()| self.keep())
+                }
+                // After a start nothing is judged before the first slice, and then at once.
+                Ok(()) = self.desired.changed() => self.keep(),
+                _ = events.tick() => self.kernel.events(&mut |event| {
+                    // The kernel knows no such reason: to it, a denied node's endpoint is one that no verdict speaks of.
+                    let denied = event.destination == DENIED_NODE.0;
+                    let reason = if denied { Code::NodeUntrusted.as_str() } else { event.reason.as_str() };
+                    tracing::debug!(reason, from = ?event.from, to = %event.address, cgroup = event.cgroup, "refused");
+                }),
+            };
+            if let Err(refusal) = done {
+                METRICS.component.set(["kernel"], 0.0);
+                return refusal;
+            }
+        }
+    }
+}

@@ -1,0 +1,90 @@
+//! A node whose cell is not heard, or not heard of anything new: a real agent, real TPM (software), real kernel part, a cell whose
+//! words the test chooses. Needs root and fails without it.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+
+mod support;
+
+use ambit_proto::v1;
+use ambit_proto::v1::server_message::Body as Down;
+use libbpf_rs::{MapCore, MapFlags, MapHandle};
+use std::time::{Duration, Instant};
+use support::process::{Node, applied, page, ready};
+use support::replica::Stream;
+
+/// The least that can be set, in seconds.
+const AFTER_S: u64 = 15;
+
+/// Until when the kernel judges, from now: as programs of eBPF read it.
+fn lease(node: &Node) -> Duration {
+    let config = MapHandle::from_pinned_path(node.pins.join("maps/config")).unwrap();
+    let until = config.lookup(&0u32.to_ne_bytes(), MapFlags::ANY).unwrap().unwrap();
+    let until = Duration::from_nanos(u64::from_ne_bytes(until.try_into().unwrap()));
+    until.saturating_sub(ambit_ebpf::boot_time().unwrap())
+}
+
+/// A replica speaks, whose leader wrote this last.
+async fn beat(stream: &Stream, committed_ms: u64) {
+    let beat = v1::Heartbeat { stamp_ms: support::now().0, revision: 1, committed_ms };
+    stream.send(Down::Heartbeat(beat)).await;
+}
+
+async fn is(node: &Node, good_for: &str) {
+    let expected = format!("\"good_for\":\"{good_for}\"");
+    page(node, "/state", |page| page.contains(&expected)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_kernel_judges_no_longer_than_the_cells_word_is_good_for() {
+    let mut node = Node::make().await;
+    let config = format!("{}stale_after_s = {AFTER_S}\nfail_mode = 'strict'\n", node.config);
+    let agent = node.agent("agent", &config, &[]);
+    let stream = node.stream().await;
+    assert_eq!(lease(&node), Duration::ZERO, "nothing is judged before the first slice");
+    node.slice(&stream, 1).await;
+    ready(&node).await;
+    applied(&node, 1).await;
+    let at = 1_800_000_000_000;
+    let heard = Instant::now();
+    beat(&stream, at).await;
+    is(&node, "all").await;
+    let granted = lease(&node);
+    assert!(granted > Duration::ZERO && granted <= Duration::from_secs(AFTER_S), "{granted:?}");
+    // Its replica hears the leader no more, and goes on beating.
+    while heard.elapsed() < Duration::from_secs(AFTER_S - 3) {
+        beat(&stream, at).await;
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        assert!(
+            lease(&node) <= Duration::from_secs(AFTER_S).saturating_sub(heard.elapsed() - Duration::from_millis(500))
+        );
+    }
+    is(&node, "all").await;
+    while heard.elapsed() < Duration::from_secs(AFTER_S + 2) {
+        beat(&stream, at).await;
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+    assert_eq!(lease(&node), Duration::ZERO);
+    is(&node, "nothing").await;
+    page(&node, "/metrics", |page| page.contains("\nambit_agent_stale 1\n")).await;
+    assert!(agent.said("the cell was not heard for too long: connections end"));
+    // Somebody leads it again.
+    beat(&stream, at + 1).await;
+    is(&node, "all").await;
+    agent.says("the cell is heard again").await;
+    assert!(lease(&node) > Duration::from_secs(AFTER_S - 3));
+    page(&node, "/metrics", |page| page.contains("\nambit_agent_stale 0\n")).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn where_it_is_static_the_kernel_judges_for_ever() {
+    let mut node = Node::make().await;
+    let config = format!("{}fail_mode = 'static'\n", node.config);
+    let mut agent = node.agent("agent", &config, &[]);
+    let stream = node.stream().await;
+    node.slice(&stream, 1).await;
+    ready(&node).await;
+    let century = Duration::from_secs(100 * 365 * 24 * 3600);
+    assert!(lease(&node) > century);
+    agent.child.kill().unwrap();
+    agent.child.wait().unwrap();
+    assert!(lease(&node) > century, "also without an agent");
+}
