@@ -173,7 +173,7 @@ pub async fn run(config: Config, take_over: bool, mut stop: Stop) -> Result<(), 
         annex.clone(),
         hbone::PORT,
     );
-    let outbound = outbound.in_course(course.clone());
+    let outbound = outbound.in_course(course.clone()).seen_by(cell.seen.clone());
     let (ask, asks) = mpsc::channel(1);
     let control = Control {
         pods_dir: config.pods_dir.clone(),
@@ -188,9 +188,17 @@ pub async fn run(config: Config, take_over: bool, mut stop: Stop) -> Result<(), 
         outbound: outbound.clone(),
         clock: clock.clone(),
         hands: Hands { captures: captures(handed), asks, course: course.clone() },
-        wires: control::Wires { desired: cell.desired.clone(), outcome, endpoints, plane, node: cell.node.clone() },
+        wires: control::Wires {
+            desired: cell.desired.clone(),
+            outcome,
+            endpoints,
+            plane,
+            seen: cell.seen.clone(),
+            node: cell.node.clone(),
+        },
     };
     let inbound = Inbound::new(plane_rx.clone(), denials.clone(), netns, clock).in_course(course.clone());
+    let inbound = inbound.seen_by(cell.seen.clone());
     METRICS.component.set(["inbound"], 1.0);
     METRICS.component.set(["workload_api"], 1.0);
     tracing::info!(cluster = %config.cluster, hbone = %config.hbone_listen, "agent started");

@@ -19,6 +19,7 @@ use crate::netns::NetnsThread;
 use crate::outbound::Outbound;
 use crate::plane::{Credentials, LocalPod, Plane};
 use crate::pods::{Pod, Pods, Unusable};
+use crate::seen::Seen;
 use crate::takeover::Ask;
 use crate::view::{View, Workload};
 use ambit_ebpf::{DeviceNews, Tables};
@@ -62,6 +63,8 @@ pub struct Wires {
     pub endpoints: watch::Sender<Option<Vec<Endpoint>>>,
     /// For tunnels.
     pub plane: watch::Sender<Option<Arc<Plane>>>,
+    /// Who called whom directly.
+    pub seen: Seen,
     /// This node and its admission, for endpoint reports.
     pub node: watch::Receiver<Option<(NodeId, Generation)>>,
 }

@@ -25,6 +25,7 @@ use crate::record::{Record, flag};
 use crate::records::alert;
 use crate::said::Said;
 use crate::secure::{Bytestream, Secured};
+use crate::seen::Seen;
 use ambit_model::{Code, Refusal, SpiffeId};
 use ambit_policy::Verdict;
 use bytes::Bytes;
@@ -62,6 +63,7 @@ pub struct Inbound {
     /// Of connections that an audit policy matched; all of them are counted.
     audited: Arc<Lines>,
     course: Course,
+    seen: Seen,
 }
 
 /// A connection to a workload that was let through, and by what: whoever carries it follows these.
@@ -82,13 +84,18 @@ impl Inbound {
         let tunnels = Seats::new();
         let [handshakes, strangers, flows] =
             [HANDSHAKES_MAX, STRANGERS_MAX, FLOWS_MAX].map(|max| Arc::new(Semaphore::new(max)));
-        let (audited, course) = (Arc::default(), Course::default());
-        Self { plane, denials, netns, clock, tunnels, handshakes, strangers, flows, audited, course }
+        let (audited, course, seen) = (Arc::default(), Course::default(), Seen::default());
+        Self { plane, denials, netns, clock, tunnels, handshakes, strangers, flows, audited, course, seen }
     }
 
     /// The same in this course: tunnels are accepted while it serves, and left when it drains; connections count in it.
     pub fn in_course(self, course: Course) -> Self {
         Self { course, ..self }
+    }
+
+    /// The same, telling there who called whom.
+    pub fn seen_by(self, seen: Seen) -> Self {
+        Self { seen, ..self }
     }
 
     /// Accepts tunnels on threads that carry, each of which has one of `listeners` (they share an address). For ever, unless
@@ -313,9 +320,13 @@ impl Inbound {
         let flow = self.course.flow();
         let place = self.flows.clone().try_acquire_owned().map_err(|_| Reason::Busy)?;
         let mut follow = Follow::of(&self.plane, &self.denials);
+        let asked = to.as_ref().ok().map(|to| to.port());
         let denied = |refusal: Refusal| {
             METRICS.connections.inc(["inbound", "denied"]);
             tracing::info!(caller = %call.peer.id(), called = %call.to, %refusal, "inbound refused");
+            if let (Code::PolicyDenied, Some(port)) = (refusal.code, asked) {
+                self.seen.saw(call.peer.id(), &call.to, port, false);
+            }
             match refusal.code {
                 Code::BadRequest => Reason::Malformed,
                 Code::NotFound => Reason::Elsewhere,
@@ -352,6 +363,7 @@ impl Inbound {
             }
         }
         METRICS.connections.inc(["inbound", "ok"]);
+        self.seen.saw(call.peer.id(), &call.to, to.port(), true);
         METRICS.open.add(["inbound"], 1.0);
         Ok(Admitted { pod: tcp, _open: Counted { _place: place, _flow: flow }, follow })
     }

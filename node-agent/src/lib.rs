@@ -54,6 +54,7 @@ pub mod records;
 pub mod said;
 pub mod sds;
 pub mod secure;
+pub mod seen;
 pub mod session;
 pub mod shown;
 pub mod silence;

@@ -23,6 +23,7 @@ use crate::pump::{self, End};
 use crate::record::{Record, flag};
 use crate::records;
 use crate::said::Start;
+use crate::seen::Seen;
 use std::net::{SocketAddr, SocketAddrV4};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -69,6 +70,7 @@ pub struct Outbound {
     annex: Annex,
     port: u16,
     course: Course,
+    seen: Seen,
 }
 
 impl Outbound {
@@ -99,12 +101,18 @@ impl Outbound {
         let pools = (0..carriers.count()).map(|_| Pool::new(totals.clone())).collect();
         let way_out = WayOut::new(plane.clone(), denials.clone(), clock.clone(), port);
         let (flows, course) = (Arc::new(Semaphore::new(FLOWS_MAX)), Course::default());
-        Self { plane, denials, carriers, pools, health, way_out, flows, clock, annex, port, course }
+        let seen = Seen::default();
+        Self { plane, denials, carriers, pools, health, way_out, flows, clock, annex, port, course, seen }
     }
 
     /// The same in this course: connections are taken while it serves, and count in it while they are carried.
     pub fn in_course(self, course: Course) -> Self {
         Self { course, ..self }
+    }
+
+    /// The same, telling there who called whom.
+    pub fn seen_by(self, seen: Seen) -> Self {
+        Self { seen, ..self }
     }
 
     /// Serves the capture listener of the pod that is the `nth` here, on a thread that carries, until the task is ended.
@@ -254,6 +262,7 @@ impl Outbound {
             Ok((opened, _place)) => {
                 METRICS.connections.inc(["outbound", "ok"]);
                 METRICS.setup.observe(begun.elapsed());
+                self.seen.saw(pod.id(), &opened.endpoint.spiffe_id, captured.endpoint.port(), true);
                 self.carry(pod, tcp, opened, first, captured, &start.trace).await;
             }
             Err(error) => {
@@ -263,6 +272,9 @@ impl Outbound {
                 let known = self.plane.borrow().clone();
                 let known = known.as_ref().and_then(|plane| plane.view.endpoints.get(captured.endpoint.ip()));
                 if let Some(endpoint) = known {
+                    if error.reason() == "denied" {
+                        self.seen.saw(pod.id(), &endpoint.spiffe_id, captured.endpoint.port(), false);
+                    }
                     Record::outbound(pod.id(), &endpoint.spiffe_id, captured.asked, Some(&start.trace))
                         .refused(flag_of(&error));
                 }

@@ -17,6 +17,8 @@ pub enum Fresh {
     Outcome,
     /// What is in force and shown here.
     Holding,
+    /// Who called whom.
+    Seen,
 }
 
 /// The next thing to send.
@@ -34,6 +36,7 @@ pub struct Outbox {
     endpoints: bool,
     outcome: bool,
     holding: bool,
+    seen: bool,
     nack: Option<Nack>,
     answer: Option<Answer>,
     /// Since when the far end takes nothing of it.
@@ -42,7 +45,15 @@ pub struct Outbox {
 
 impl Default for Outbox {
     fn default() -> Self {
-        Self { endpoints: false, outcome: false, holding: false, nack: None, answer: None, since: Instant::now() }
+        Self {
+            endpoints: false,
+            outcome: false,
+            holding: false,
+            seen: false,
+            nack: None,
+            answer: None,
+            since: Instant::now(),
+        }
     }
 }
 
@@ -54,6 +65,7 @@ impl Outbox {
             Fresh::Endpoints => self.endpoints = true,
             Fresh::Outcome => self.outcome = true,
             Fresh::Holding => self.holding = true,
+            Fresh::Seen => self.seen = true,
         }
     }
 
@@ -76,7 +88,8 @@ impl Outbox {
 
     /// Whether there is anything to send.
     pub fn is_empty(&self) -> bool {
-        !self.endpoints && !self.outcome && !self.holding && self.nack.is_none() && self.answer.is_none()
+        let looks = self.endpoints || self.outcome || self.holding || self.seen;
+        !looks && self.nack.is_none() && self.answer.is_none()
     }
 
     /// A place in `up`, or none where the far end takes nothing for `silence_max` or is gone.
@@ -114,7 +127,10 @@ impl Outbox {
         if std::mem::take(&mut self.holding) {
             return Some(Next::Look(Fresh::Holding));
         }
-        std::mem::take(&mut self.endpoints).then_some(Next::Look(Fresh::Endpoints))
+        if std::mem::take(&mut self.endpoints) {
+            return Some(Next::Look(Fresh::Endpoints));
+        }
+        std::mem::take(&mut self.seen).then_some(Next::Look(Fresh::Seen))
     }
 
     fn begin(&mut self) {

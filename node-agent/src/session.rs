@@ -14,6 +14,7 @@ use crate::membership::Told;
 use crate::metrics::METRICS;
 use crate::outbox::{Fresh, Next, Outbox};
 use crate::reattest::{Answer, Asked, Rounds};
+use crate::seen::Seen;
 use crate::takeover::{Heard, Relay, Succession};
 use crate::view::View;
 use ambit_identity::{Expect, SharedTrust};
@@ -45,6 +46,8 @@ const RETRY_CAP: Duration = Duration::from_secs(3);
 /// The cell says something at least every eight seconds; without a word for this long the replica's process is taken for
 /// hung. A replica that died or was cut off is noticed within five seconds, by the connection.
 const SILENCE_MAX: Duration = Duration::from_secs(20);
+/// How often it is told who called whom.
+const SEEN_EVERY: Duration = Duration::from_secs(10);
 /// From a replica of a former release: a slice is a few hundred bytes per entry, policy and endpoint; 10,000 of each fit.
 /// Deltas come in parts of a megabyte.
 const SLICE_BYTES_MAX: usize = 16 * 1024 * 1024;
@@ -95,6 +98,8 @@ pub struct Wires {
     pub endpoints: watch::Receiver<Option<Vec<Endpoint>>>,
     /// What is in force and shown here, which is reported too.
     pub issued: Issued,
+    /// Who called whom, which is reported too.
+    pub seen: Seen,
     /// A working channel for other calls, while there is one.
     pub channel: Arc<watch::Sender<Option<Channel>>>,
 }
@@ -243,6 +248,8 @@ impl Session {
         self.wires.channel.send_replace(Some(channel));
         METRICS.component.set(["stream"], 1.0);
         tracing::info!(%server, "stream open");
+        let mut tell = tokio::time::interval(SEEN_EVERY);
+        tell.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut stream = Stream { me: me.clone(), outbox: Outbox::default(), answering: None, waiting: None };
         loop {
             tokio::select! {
@@ -268,6 +275,7 @@ impl Session {
                     changed.map_err(|_| ended())?;
                     stream.outbox.fresh(Fresh::Outcome);
                 }
+                _ = tell.tick() => stream.outbox.fresh(Fresh::Seen),
                 changed = self.wires.enrolled.changed() => return changed.map_err(|_| ended().into()),
                 Some(answer) = OptionFuture::from(stream.answering.as_mut()) => {
                     stream.answering = None;
@@ -393,6 +401,7 @@ impl Session {
             Next::Look(Fresh::Endpoints) => Some(self.report()),
             Next::Look(Fresh::Outcome) => self.outcome(),
             Next::Look(Fresh::Holding) => Some(Up::Holding(self.holding(me))),
+            Next::Look(Fresh::Seen) => self.wires.seen.take().map(Up::Seen),
         }
     }
 

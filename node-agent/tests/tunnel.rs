@@ -328,6 +328,32 @@ async fn the_caller_cuts_and_opens_nothing_to_a_denied_node() {
     round_trip(&mut app, &mut pod, 10).await;
 }
 
+/// Both ends tell who called whom, and what came of it.
+#[tokio::test]
+async fn both_nodes_tell_who_called_whom() {
+    let mut stage = Stage::set(24).await;
+    for _ in 0..2 {
+        let mut app = stage.call_db().await;
+        let (mut pod, _) = stage.served().await;
+        round_trip(&mut app, &mut pod, 10).await;
+    }
+    let told = |stage: &Stage| {
+        stage.seen.each_ref().map(|seen| {
+            let flows = seen.take().map(|told| told.flows).unwrap_or_default();
+            let row = |f: &v1::SeenFlow| {
+                assert_eq!((f.source.as_str(), f.destination.as_str()), ("spiffe://west/web", "spiffe://east/db"));
+                (f.port, f.allowed, f.times)
+            };
+            flows.iter().map(row).collect::<Vec<_>>()
+        })
+    };
+    let port = u32::from(stage.db_at().port());
+    assert_eq!(told(&stage), [vec![(port, true, 2)], vec![(port, true, 2)]]);
+    stage.publish(|_| (), |slice| slice.policies.clear());
+    assert!(is_reset(stage.call_db().await).await);
+    assert_eq!(told(&stage), [vec![(port, false, 1)], vec![(port, false, 1)]]);
+}
+
 /// A node that did not hear its cell for too long takes no connection more; where it is strict, none goes on.
 #[tokio::test]
 async fn a_stale_node_takes_no_new_connection_and_a_strict_one_ends_the_open_ones() {

@@ -131,7 +131,14 @@ impl Agent {
             outbound: Outbound::new(plane.clone(), denials.clone(), health, clock.clone(), annex, 15008),
             clock,
             hands: Hands::default(),
-            wires: Wires { desired: desired_rx, outcome: outcome_tx, endpoints, plane: plane_tx, node },
+            wires: Wires {
+                desired: desired_rx,
+                outcome: outcome_tx,
+                endpoints,
+                plane: plane_tx,
+                seen: Default::default(),
+                node,
+            },
         };
         tokio::spawn(control.run());
         Agent { desired, outcome, plane, issued, denials }

@@ -72,6 +72,12 @@ pub enum Policy {
         #[arg(value_name = "SPIFFE|ADDRESS[:PORT]")]
         destination: String,
     },
+    /// Who called whom in the last day, newest first, as the nodes of the cell saw it
+    Flows {
+        /// How many; 0 for all that are remembered
+        #[arg(long, default_value_t = 100)]
+        limit: u32,
+    },
     /// Policies that speak of no pair of known identities, and why
     Unused,
     /// Policies, services, groups and egress that the cell knows, imported ones too

@@ -1,6 +1,7 @@
 //! `ambit policy` and `ambit explain`.
 
 mod explain;
+mod flows;
 mod offline;
 mod plan;
 mod questions;
@@ -59,6 +60,7 @@ pub(super) async fn run(session: &Session, verb: Policy) -> Result<Answer, Refus
         Policy::List => list(session).await,
         Policy::Status { wait } => status(session, wait).await,
         Policy::WhoCan { destination } => questions::who_can(session, &destination).await,
+        Policy::Flows { limit } => flows::flows(session, limit).await,
         Policy::Unused => questions::unused(session).await,
         Policy::History { limit } => questions::history(session, limit).await,
         Policy::Explain(question) => explain(session, question).await,

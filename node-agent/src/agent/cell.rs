@@ -10,6 +10,7 @@ use crate::enrol::{self, Enrolled, NotEnrolled};
 use crate::issued::Issued;
 use crate::membership::Membership;
 use crate::reattest::{Rounds, Turn};
+use crate::seen::Seen;
 use crate::session::{self, Session};
 use crate::takeover::{self, Guest, Sockets, Successor};
 use crate::view::View;
@@ -32,6 +33,7 @@ pub(super) struct Cell {
     pub(super) trust: SharedTrust,
     pub(super) denials: Lane,
     pub(super) issued: Issued,
+    pub(super) seen: Seen,
     pub(super) node: watch::Receiver<Option<(NodeId, Generation)>>,
     pub(super) enrolled: watch::Receiver<Option<Arc<Enrolled>>>,
     pub(super) channel: watch::Receiver<Option<Channel>>,
@@ -64,6 +66,7 @@ impl Cell {
         let rounds = Rounds::new(attester.clone(), turn.clone(), cluster, boot_log, ima_log);
         let denials = Lane::default();
         let issued = Issued::default().in_course(course.clone());
+        let seen = Seen::default();
         let (desired, desired_rx) = watch::channel(None);
         let (node, node_rx) = watch::channel(None);
         let (enrolled, enrolled_rx) = watch::channel(None);
@@ -101,12 +104,13 @@ impl Cell {
                 outcome,
                 endpoints,
                 issued: issued.clone(),
+                seen: seen.clone(),
                 channel: Arc::new(channel),
             },
         };
         let stage = Stage::Waits(Box::new((membership, session)));
         let (node, enrolled, channel, desired) = (node_rx, enrolled_rx, channel_rx, desired_rx);
-        Ok((Self { clock, trust, denials, issued, node, enrolled, channel, desired, stage }, successor))
+        Ok((Self { clock, trust, denials, issued, seen, node, enrolled, channel, desired, stage }, successor))
     }
 
     /// Begins, if it has not yet.

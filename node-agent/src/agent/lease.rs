@@ -7,9 +7,12 @@ use crate::compile::DENIED_NODE;
 use crate::denials::Lane;
 use crate::kernel::KernelHandle;
 use crate::metrics::METRICS;
+use crate::seen::Seen;
 use crate::staleness::{FailMode, Staleness, Worth};
 use crate::view::View;
-use ambit_model::{Code, Refusal};
+use ambit_ebpf::Reason;
+use ambit_model::{Code, Refusal, SpiffeId};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
@@ -28,13 +31,14 @@ pub(super) struct Lease {
     denials: Lane,
     rule: Staleness,
     desired: watch::Receiver<Option<Arc<View>>>,
+    seen: Seen,
 }
 
 impl Lease {
     pub(super) fn new(kernel: &KernelHandle, cell: &Cell, rule: Staleness) -> Self {
         kernel.set_strict(rule.mode == FailMode::Strict);
         let (clock, denials, desired) = (cell.clock.clone(), cell.denials.clone(), cell.desired.clone());
-        Self { kernel: kernel.clone(), clock, denials, rule, desired }
+        Self { kernel: kernel.clone(), clock, denials, rule, desired, seen: cell.seen.clone() }
     }
 
     /// Lets the kernel, and whoever carries, go on for as long as the cell's word is good.
@@ -75,17 +79,37 @@ impl Lease {
                 }
                 // After a start nothing is judged before the first slice, and then at once.
                 Ok(()) = self.desired.changed() => self.keep(),
-                _ = events.tick() => self.kernel.events(&mut |event| {
-                    // The kernel knows no such reason: to it, a denied node's endpoint is one that no verdict speaks of.
-                    let denied = event.destination == DENIED_NODE.0;
-                    let reason = if denied { Code::NodeUntrusted.as_str() } else { event.reason.as_str() };
-                    tracing::debug!(reason, from = ?event.from, to = %event.address, cgroup = event.cgroup, "refused");
-                }),
+                _ = events.tick() => self.tell_refusals(),
             };
             if let Err(refusal) = done {
                 METRICS.component.set(["kernel"], 0.0);
                 return refusal;
             }
         }
+    }
+
+    /// What the kernel refused since the last look: to the log, and of policy to the cell.
+    fn tell_refusals(&self) -> Result<(), Refusal> {
+        let mut by_policy = BTreeSet::new();
+        self.kernel.events(&mut |event| {
+            // The kernel knows no such reason: to it, a denied node's endpoint is one that no verdict speaks of.
+            let denied = event.destination == DENIED_NODE.0;
+            let reason = if denied { Code::NodeUntrusted.as_str() } else { event.reason.as_str() };
+            tracing::debug!(reason, from = ?event.from, to = %event.address, cgroup = event.cgroup, "refused");
+            if matches!(event.reason, Reason::NoVerdict | Reason::PolicyDeny) {
+                by_policy.insert((event.source, event.destination, event.address.port()));
+            }
+        })?;
+        let Some(view) = self.desired.borrow().clone().filter(|_| !by_policy.is_empty()) else { return Ok(()) };
+        let asked: BTreeSet<u32> =
+            by_policy.iter().flat_map(|(source, destination, _)| [*source, *destination]).collect();
+        let named = view.numbers.iter().filter(|(_, number)| asked.contains(&number.0));
+        let named: BTreeMap<u32, &SpiffeId> = named.map(|(id, number)| (number.0, id)).collect();
+        for (source, destination, port) in &by_policy {
+            if let (Some(source), Some(destination)) = (named.get(source), named.get(destination)) {
+                self.seen.saw(source, destination, *port, false);
+            }
+        }
+        Ok(())
     }
 }

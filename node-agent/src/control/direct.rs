@@ -12,6 +12,7 @@ use crate::metrics::METRICS;
 use crate::netns::Netns;
 use crate::plane::{Credentials, LocalPod};
 use crate::record;
+use crate::seen::Seen;
 use crate::shown::{Now, Shown};
 use crate::view::View;
 use ambit_ebpf::{Direct, Ended, Flow, Local};
@@ -90,7 +91,7 @@ impl Control {
         }
         state.direct.locals = Some(locals);
         let direct = self.kernel.direct_flows()?;
-        state.direct.tell(&direct, &facts);
+        state.direct.tell(&direct, &facts, &self.wires.seen);
         let refused: Vec<Flow> = direct
             .flows
             .into_iter()
@@ -212,7 +213,7 @@ impl Known {
     }
 
     /// Counts what began, and tells of what ended.
-    fn tell(&self, direct: &Direct, facts: &Facts<'_>) {
+    fn tell(&self, direct: &Direct, facts: &Facts<'_>, seen: &Seen) {
         let names = names(&direct.flows, facts);
         let live = direct.flows.iter().filter(|flow| flow.closed.is_none()).count();
         METRICS.open.set(["direct"], live as f64);
@@ -221,6 +222,7 @@ impl Known {
             if direct.news.contains(&flow.opened) {
                 let failed = flow.closed.is_some() && flow.ended == Ended::Unanswered;
                 METRICS.connections.inc(["direct", if failed { "failed" } else { "ok" }]);
+                seen.saw(caller, called, flow.to.port(), true);
                 let verdict = facts.view.rules.evaluate(caller, called, flow.to.port(), facts.at);
                 if let Some(rule) = verdict.audited {
                     METRICS.audited.inc(["direct"]);

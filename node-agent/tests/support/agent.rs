@@ -106,6 +106,7 @@ impl Agent {
                 outcome: outcome_rx,
                 endpoints: endpoints_rx,
                 issued: issued.clone(),
+                seen: Default::default(),
                 channel: Arc::new(channel),
             },
         };

@@ -193,7 +193,14 @@ impl Node {
             outbound: Outbound::new(plane_rx.clone(), denials.clone(), health, clock.clone(), annex, port),
             clock: clock.clone(),
             hands: Hands::default(),
-            wires: Wires { desired: desired_rx, outcome: outcome_tx, endpoints: endpoints_tx, plane, node },
+            wires: Wires {
+                desired: desired_rx,
+                outcome: outcome_tx,
+                endpoints: endpoints_tx,
+                plane,
+                seen: Default::default(),
+                node,
+            },
         };
         tokio::spawn(control.run());
         let traffic = plane_rx.clone();

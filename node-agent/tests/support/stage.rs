@@ -13,6 +13,7 @@ use ambit_agent::netns::{Annex, Netns, NetnsThread};
 use ambit_agent::outbound::{Captured, Outbound};
 use ambit_agent::plane::{Credentials, LocalPod, Plane};
 use ambit_agent::pods::Pod;
+use ambit_agent::seen::Seen;
 use ambit_agent::view::{View, Workload};
 use ambit_identity::{SharedTrust, Trust, TrustStore};
 use ambit_model::NumericIdentity;
@@ -86,6 +87,8 @@ pub(crate) struct Stage {
     pub(crate) health: Health,
     pub(crate) annex: Annex,
     pub(crate) outbound: Outbound,
+    /// Of west's agent, and of east's.
+    pub(crate) seen: [Seen; 2],
 }
 
 impl Stage {
@@ -104,13 +107,14 @@ impl Stage {
         let clock = Arc::new(Clock::default());
         let inbound = Inbound::new(east_rx, east_denials.clone(), NetnsThread::start().unwrap(), clock.clone());
         let (east_course, west_course) = (Course::default(), Course::default());
-        tokio::spawn(inbound.in_course(east_course.clone()).serve(hbone));
+        let seen = [Seen::default(), Seen::default()];
+        tokio::spawn(inbound.in_course(east_course.clone()).seen_by(seen[1].clone()).serve(hbone));
         let health = Health::new(None);
         // As the annex stands beside its pods: here all are in one namespace.
         let annex = Annex::new(NetnsThread::start().unwrap(), Netns::open(Path::new("/proc/self/ns/net")).unwrap());
         let outbound =
             Outbound::new(west_rx, west_denials.clone(), health.clone(), clock.clone(), annex.clone(), at.port());
-        let outbound = outbound.in_course(west_course.clone());
+        let outbound = outbound.in_course(west_course.clone()).seen_by(seen[0].clone());
         tokio::spawn(outbound.clone().cut_denied());
         let mut stage = Stage {
             home: Ipv4Addr::new(127, 0, 76, n),
@@ -137,6 +141,7 @@ impl Stage {
             health,
             annex,
             outbound,
+            seen,
         };
         stage.publish(|_| (), |_| ());
         stage

@@ -1,6 +1,7 @@
 //! What a change would flip, shown before it is made, and the limit above which it is not made.
 
 use super::super::Session;
+use super::flows;
 use crate::args::MaxFlips;
 use crate::ask;
 use crate::cell::Cell;
@@ -43,7 +44,8 @@ pub(super) fn within(plan: &v1::PlanResponse, flips_max: u64) -> Result<(), Refu
         counted(usize::try_from(plan.pairs).unwrap_or(usize::MAX), "pair")
     };
     let named: Vec<String> = plan.flips.iter().take(NAMED).map(flip_text).collect();
-    let found = format!("{count}: {}", named.join("; "));
+    let seen = if plan.seen_flips == 0 { String::new() } else { format!(" ({})", flows::flips_text(plan)) };
+    let found = format!("{count}{seen}: {}", named.join("; "));
     let expected = format!("at most {flips_max} pairs of known identities whose connections change");
     Err(Refusal::new(Code::PolicyBlastRadius, expected, found))
 }
@@ -51,7 +53,12 @@ pub(super) fn within(plan: &v1::PlanResponse, flips_max: u64) -> Result<(), Refu
 /// A line for who makes the change.
 pub(super) fn summary(plan: &v1::PlanResponse) -> String {
     let pairs = |count: u64| counted(usize::try_from(count).unwrap_or(usize::MAX), "pair");
-    format!("flips: opens ports of {}, closes ports of {}", pairs(plan.opened), pairs(plan.closed))
+    format!(
+        "flips: opens ports of {}, closes ports of {}; {}",
+        pairs(plan.opened),
+        pairs(plan.closed),
+        flows::flips_text(plan)
+    )
 }
 
 fn when(flip: &v1::Flip) -> String {
@@ -83,6 +90,7 @@ fn shown(form: Form, plan: &v1::PlanResponse, limit: MaxFlips) -> String {
             "documents": plan.documents.iter().map(document).collect::<Vec<Value>>(),
             "flips": plan.flips.iter().map(flip).collect::<Vec<Value>>(),
             "pairs": plan.pairs, "opened": plan.opened, "closed": plan.closed, "compared": plan.compared, "cut_short": plan.cut_short, "max_flips": flips_max,
+            "seen": plan.seen.iter().map(flows::row).collect::<Vec<Value>>(), "seen_flips": plan.seen_flips, "seen_all": plan.seen_all,
             "over": plan.over,
         }));
     }
@@ -102,8 +110,11 @@ fn shown(form: Form, plan: &v1::PlanResponse, limit: MaxFlips) -> String {
         }
     }
     let rest = if plan.cut_short { " of more: there may be others" } else { "" };
-    out.push_str(&format!(" ({} compared{rest})", plan.compared));
-    out
+    out.push_str(&format!(" ({} compared{rest})\n", plan.compared));
+    if !plan.seen.is_empty() {
+        out.push_str(&format!("{}\n", flows::table(form, &plan.seen, flows::JUDGED)));
+    }
+    out + &flows::flips_text(plan)
 }
 
 /// `policy db: changed`, what was below it and what is to be.
@@ -164,15 +175,36 @@ mod tests {
             shown(Form::Table, &plan(1), MaxFlips::Any),
             "policy db: changed\n  - allow spiffe://w/* to spiffe://w/db on 80, 443\n  + allow spiffe://w/* to spiffe://w/db \
              on 22\nSOURCE         DESTINATION    OPENS  CLOSES   WHEN\nspiffe://w/c0  spiffe://w/db  none   80, 443  at once\n1 \
-             pair of known identities change (9 compared)"
+             pair of known identities change (9 compared)\nof 0 flows seen in the last day, 0 would be judged otherwise"
         );
         let table = |plan: &v1::PlanResponse| shown(Form::Table, plan, MaxFlips::Any);
-        assert!(table(&plan(0)).ends_with("no pair of known identities changes (9 compared)"));
+        assert!(table(&plan(0)).contains("no pair of known identities changes (9 compared)\n"));
+        let flow = v1::SeenFlow {
+            source: "spiffe://w/c0".into(),
+            destination: "spiffe://w/db".into(),
+            port: 80,
+            allowed: false,
+            times: 12,
+            last_ms: 1_795_442_606_000,
+        };
+        let seen = v1::PlanResponse { seen: vec![flow], seen_all: 7, seen_flips: 1, ..plan(1) };
+        assert!(table(&seen).ends_with(
+            "SOURCE         DESTINATION    PORT  JUDGED  TIMES  LAST\nspiffe://w/c0  spiffe://w/db  80    denied  12     \
+             2026-11-23T14:03:26Z\n1 flow\nof 7 flows seen in the last day, 1 would be judged otherwise"
+        ), "{}", table(&seen));
+        let refusal = within(&seen, 0).unwrap_err();
+        assert!(
+            refusal.found.starts_with("1 pair (of 7 flows seen in the last day, 1 would be judged otherwise): "),
+            "{refusal}"
+        );
         let cut = v1::PlanResponse { cut_short: true, ..plan(0) };
-        assert!(table(&cut).ends_with("(9 compared of more: there may be others)"));
+        assert!(table(&cut).contains("(9 compared of more: there may be others)\n"));
         // The counts are of all pairs, not of those that are shown one by one.
         let more = v1::PlanResponse { pairs: 5_000, opened: 7, closed: 4_999, ..plan(2) };
-        assert_eq!(summary(&more), "flips: opens ports of 7 pairs, closes ports of 4999 pairs");
+        assert_eq!(
+            summary(&more),
+            "flips: opens ports of 7 pairs, closes ports of 4999 pairs; of 0 flows seen in the last day, 0 would be judged otherwise"
+        );
         let mut later = plan(1);
         later.flips[0].at_ms = 1_795_442_606_000;
         assert!(table(&later).contains("80, 443  2026-11-23T14:03:26Z"));

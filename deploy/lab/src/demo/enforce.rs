@@ -173,6 +173,18 @@ impl Demo<'_> {
         Ok(())
     }
 
+    /// That policy once more, before it is made this time.
+    pub(super) fn plan_on_what_was_seen(&mut self) -> Result<(), LabError> {
+        self.say.chapter("What a policy would break, told before it is made");
+        let file = self.document("west", "freeze").display().to_string();
+        let plan = || self.lab.ambit("west", &["policy", "plan", "-f", &file]);
+        let broken = "spiffe://east/web  spiffe://west/db  8080  denied";
+        // Nodes tell every ten seconds who called whom.
+        wait(SETTLE_MAX, "a plan with a flow that was seen", || Ok(plan()?.contains(broken)))?;
+        self.say.quote(&plan()?);
+        Ok(())
+    }
+
     /// Python's own web server, with one page. Its listening queue of five would overflow whenever two busy cores keep it
     /// waiting for 30 ms; the kernel then drops the SYN, and a call fails a second later, mesh or no mesh.
     pub(crate) fn serve(&self, pod: &Pod, page: &str) -> Result<(), LabError> {
@@ -188,9 +200,13 @@ impl Demo<'_> {
     }
 
     pub(crate) fn apply(&self, site: &str, name: &str, documents: &str) -> Result<String, LabError> {
-        let path = self.lab.folder("operator").join(format!("{site}-{name}.yaml"));
+        let path = self.document(site, name);
         write_file(&path, documents.as_bytes())?;
         self.lab.ambit(site, &["policy", "apply", "-f", &path.display().to_string()])
+    }
+
+    fn document(&self, site: &str, name: &str) -> std::path::PathBuf {
+        self.lab.folder("operator").join(format!("{site}-{name}.yaml"))
     }
 
     pub(crate) fn pod(&self, node: &str, name: &str) -> Result<Pod, LabError> {

@@ -104,6 +104,7 @@ fn tell(lab: &Lab, say: &Say, begun: Instant) -> Result<Figures, LabError> {
     demo.allow_and_deny()?;
     demo.change_policy()?;
     demo.alter_a_file()?;
+    demo.plan_on_what_was_seen()?;
     demo.drill("leader-loss")?;
     demo.drill("cluster-loss")?;
     demo.weigh()?;

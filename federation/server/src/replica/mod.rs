@@ -22,6 +22,7 @@ pub mod recover;
 pub mod restore;
 pub mod run;
 pub mod seal;
+pub mod seen;
 pub mod ticket;
 pub mod upkeep;
 pub mod verdicts;
@@ -77,6 +78,7 @@ struct Inner {
     trust: SharedTrust,
     dialer: Dialer,
     agents: Agents,
+    seen: seen::Seen,
     remembered: cuts::Remembered,
     board: cuts::Board,
     blobs: blobs::Blobs,
@@ -144,6 +146,10 @@ impl Replica {
     /// Agents whose streams end here.
     pub fn agents(&self) -> &Agents {
         &self.inner.agents
+    }
+    /// Who called whom, as nodes told it here.
+    pub fn seen(&self) -> &seen::Seen {
+        &self.inner.seen
     }
     /// What agents were sent lately.
     pub fn remembered(&self) -> &cuts::Remembered {

@@ -286,6 +286,7 @@ impl Session {
                 self.act(todo, down).await.map_or(Ok(()), Err)
             }
             Some(v1::agent_message::Body::Holding(holding)) => self.holding(holding),
+            Some(v1::agent_message::Body::Seen(seen)) => self.replica.seen().take(self.node, seen, self.replica.now()),
             Some(v1::agent_message::Body::Subscribe(_)) | None => {
                 Err(Refusal::new(Code::BadRequest, "endpoints, ack or nack", "another message"))
             }

@@ -9,6 +9,7 @@ mod cluster;
 mod drill;
 mod egress;
 mod entry;
+mod flows;
 mod local_authority;
 mod logs;
 mod membership;

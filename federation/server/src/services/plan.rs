@@ -1,6 +1,7 @@
 //! What a change of documents would do, judged on the state as it is, without making it.
 
 use crate::replica::Replica;
+use crate::replica::seen::{Flow, Times, merge};
 use ambit_model::{Moment, Refusal, Revision, SpiffeId};
 use ambit_policy::{
     Document, EgressSet, PolicySet, egress_flips, egress_text, flips, group_text, policy_text, service_text,
@@ -8,7 +9,7 @@ use ambit_policy::{
 use ambit_proto::v1;
 use ambit_state::objects::{DocumentChange, StoredDocument};
 use ambit_state::{DocumentKind, DocumentsChange, State};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Pairs that an answer shows one by one.
 const SHOWN_MAX: usize = 1_000;
@@ -54,13 +55,18 @@ struct Ground {
 /// As the change itself would be refused.
 pub(super) async fn plan(replica: &Replica, wanted: Wanted) -> Result<v1::PlanResponse, Refusal> {
     let ground = replica.read(|s| ground(s, wanted)).await??;
+    let seen = super::flows::everywhere(replica).await.flows;
     // Comparing takes up to a second: not under the lock of the state, nor in the way of other calls.
     let found = tokio::task::spawn_blocking(move || {
         let Ground { before, after, egress_before, egress_after, known, now, over, documents } = ground;
         let outside = egress_flips(&egress_before, &egress_after, &known, now);
-        (flips(&before, &after, &known, now), outside, documents, over)
+        let seen = Flips::of(seen, |flow| {
+            let judge = |set: &PolicySet| set.evaluate(&flow.source, &flow.destination, flow.port, now).allowed;
+            (judge(&before), judge(&after))
+        });
+        (flips(&before, &after, &known, now), outside, seen, documents, over)
     });
-    let (found, outside, documents, over) =
+    let (found, outside, seen, documents, over) =
         found.await.map_err(|e| Refusal::new(ambit_model::Code::Internal, "a plan", e.to_string()))?;
     // Ways out first: they are few, and open more than one target.
     let ways_out = outside.pairs.iter().map(super::egress::flip_message);
@@ -85,7 +91,33 @@ pub(super) async fn plan(replica: &Replica, wanted: Wanted) -> Result<v1::PlanRe
         compared: (found.compared + outside.compared) as u64,
         cut_short: found.cut_short || outside.cut_short,
         over: over.0,
+        seen_all: seen.all,
+        seen_flips: seen.flips.len() as u64,
+        seen: super::flows::newest(seen.flips.into_iter().collect(), SHOWN_MAX),
     })
+}
+
+/// Of connections that were seen, those that would be judged otherwise.
+struct Flips {
+    all: u64,
+    /// With the verdict as it would be.
+    flips: BTreeMap<Flow, Times>,
+}
+
+impl Flips {
+    fn of(seen: BTreeMap<Flow, Times>, judge: impl Fn(&Flow) -> (bool, bool)) -> Self {
+        let (mut all, mut flips) = (BTreeSet::new(), BTreeMap::new());
+        for (flow, times) in seen {
+            // What was let through before and refused later is one.
+            let (before, after) = judge(&flow);
+            let flow = Flow { allowed: after, ..flow };
+            if before != after {
+                merge(&mut flips, flow.clone(), times);
+            }
+            all.insert(flow);
+        }
+        Self { all: all.len() as u64, flips }
+    }
 }
 
 fn ground(s: &State, wanted: Wanted) -> Result<Ground, Refusal> {

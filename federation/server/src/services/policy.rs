@@ -1,7 +1,7 @@
 //! Policies and services: documents in, revisions out, and who holds which revision.
 
 use super::plan::{Wanted, change_of, kind_of, plan};
-use super::{OrStatus, egress, request_id, who};
+use super::{OrStatus, egress, flows, request_id, who};
 use crate::authorise::actor;
 use crate::replica::Replica;
 use ambit_model::{Code, ObjectName, Refusal, Revision, SpiffeId, Stamp, TrustDomain};
@@ -157,6 +157,12 @@ impl v1::policy_registry_server::PolicyRegistry for Policies {
         };
         let asked = who::Asked { source: src, destination: dst, port, at };
         who::explain(&self.0, asked).await.or_status().map(Response::new)
+    }
+
+    async fn flows(&self, request: Request<v1::FlowsRequest>) -> Result<Response<v1::FlowsResponse>, Status> {
+        let m = request.into_inner();
+        let known = if m.local_only { flows::here(&self.0) } else { flows::everywhere(&self.0).await };
+        Ok(Response::new(flows::answer(known, m.limit)))
     }
 
     async fn status(

@@ -1,0 +1,100 @@
+//! Who called whom: told by nodes to the replicas where their streams end, asked of any replica, and shown beside a plan.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test says that it failed by panicking")]
+
+use ambit_proto::resources::Held;
+use ambit_proto::v1;
+use ambit_proto::v1::agent_message::Body as Up;
+use ambit_proto::v1::policy_registry_client::PolicyRegistryClient;
+use ambit_tests::agent::Agent;
+use ambit_tests::cell::Cell;
+use ambit_tests::contexts::ambit;
+use ambit_tests::machine::{Machine, register_cluster};
+use ambit_tests::operator::{admit, create_entry};
+use ambit_tests::process::Folder;
+use ambit_tests::tpm::Maker;
+use std::time::Duration;
+
+fn flow(source: &str, port: u32, allowed: bool, times: u64) -> v1::SeenFlow {
+    let id = |name: &str| format!("spiffe://west/{name}");
+    v1::SeenFlow { source: id(source), destination: id("db"), port, allowed, times, last_ms: 0 }
+}
+
+/// What replica `n` answers: caller, port, verdict, times.
+async fn rows(cell: &Cell, n: usize) -> (Vec<(String, u32, bool, u64)>, v1::FlowsResponse) {
+    let mut registry = PolicyRegistryClient::new(cell.admin(n).await.unwrap());
+    let answer = registry.flows(v1::FlowsRequest::default()).await.unwrap().into_inner();
+    let row = |f: &v1::SeenFlow| (f.source.rsplit('/').next().unwrap().to_owned(), f.port, f.allowed, f.times);
+    let mut rows: Vec<_> = answer.flows.iter().map(row).collect();
+    rows.sort();
+    (rows, answer)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_nodes_saw_is_asked_of_any_replica_and_planned_on() {
+    let mut cell = Cell::start("west", 3).await.unwrap();
+    let maker = Maker::new().unwrap();
+    let (machine, other) = (Machine::new(&maker, "a").await.unwrap(), Machine::new(&maker, "b").await.unwrap());
+    register_cluster(&cell, "west", &maker).await.unwrap();
+    let me = admit(&cell, &machine, "west").await.unwrap();
+    let them = admit(&cell, &other, "west").await.unwrap();
+    for id in ["db", "web", "ops"] {
+        create_entry(&cell, id, "west").await.unwrap();
+    }
+    let (context, folder) = (cell.admin_file("context.json").display().to_string(), Folder::new().unwrap());
+    let run = |args: &[&str], code: i32, words: &[&str]| {
+        let out = ambit(&context, &[&["policy"], args].concat());
+        let said = String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned();
+        println!("$ ambit policy {}\n{said}", args.join(" "));
+        assert_eq!(out.status.code(), Some(code), "{args:?}: {said}");
+        words.iter().for_each(|word| assert!(said.contains(word), "{args:?}: '{word}' is missing in: {said}"));
+    };
+    let file = folder.path("open.yaml");
+    let text = "kind: Policy\nmetadata: {name: web}\nspec: {target: spiffe://west/db, action: allow, \
+                from: ['spiffe://west/*'], ports: [80]}\n";
+    std::fs::write(&file, text).unwrap();
+    let open = file.display().to_string();
+    run(&["flows"], 0, &["0 flows"]);
+    run(&["plan", "-f", &open], 0, &["3 pairs", "of 0 flows seen in the last day, 0 would be judged otherwise"]);
+    run(&["apply", "-f", &open], 0, &["policy web: changed"]);
+
+    // Both ends of one connection tell of it, to two replicas; the third is asked.
+    let caller = Agent::open_holding(&cell, 1, me.identity.clone(), &Held::default()).await.unwrap();
+    let called = Agent::open_holding(&cell, 2, them.identity.clone(), &Held::default()).await.unwrap();
+    let seen = |flows: &[v1::SeenFlow], left_out| Up::Seen(v1::SeenFlows { flows: flows.to_vec(), left_out });
+    caller.send(vec![seen(&[flow("web", 80, true, 7), flow("ops", 81, false, 1)], 2)]).await;
+    called.send(vec![seen(&[flow("web", 80, true, 5)], 0)]).await;
+    let expected = [("ops".to_owned(), 81, false, 1), ("web".to_owned(), 80, true, 7)];
+    let begun = std::time::Instant::now();
+    while rows(&cell, 3).await.0 != expected {
+        assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", rows(&cell, 3).await);
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert!(rows(&cell, 3).await.1.left_out == 2 && rows(&cell, 1).await.0 == expected);
+    run(
+        &["flows"],
+        0,
+        &["spiffe://west/web  spiffe://west/db  80    allowed  7", "2 flows", "2 more: there was no room"],
+    );
+
+    // Of what is closed, what was used is shown; what is open to nobody that called is not.
+    let used = "of 2 flows seen in the last day, 1 would be judged otherwise";
+    let row = "spiffe://west/web  spiffe://west/db  80    denied  7";
+    run(&["delete", "web", "--max-flips", "0"], 5, &["error[policy_blast_radius]", used]);
+    let shut = folder.path("shut.yaml");
+    std::fs::write(&shut, text.replace("ports: [80]", "ports: [8080]")).unwrap();
+    run(&["plan", "-f", &shut.display().to_string()], 0, &["3 pairs", row, used]);
+    let wide = folder.path("wide.yaml");
+    std::fs::write(&wide, text.replace("ports: [80]", "ports: [80, 81]")).unwrap();
+    let passes = "spiffe://west/ops  spiffe://west/db  81    allowed  1";
+    run(&["plan", "-f", &wide.display().to_string()], 0, &[passes, used]);
+    run(&["delete", "web"], 0, &["closes ports of 3 pairs", used]);
+
+    // What is no flow ends the stream, and nothing of it is believed.
+    let mut liar = Agent::open_holding(&cell, 2, them.identity.clone(), &Held::default()).await.unwrap();
+    liar.send(vec![seen(&[flow("liar", 80, true, 1), flow("web", 0, true, 1)], 0)]).await;
+    assert_eq!(liar.ended().await.unwrap().code.as_str(), "bad_request");
+    // A replica that is gone is told, and what only it knew is not.
+    cell.kill(1).unwrap();
+    let (rows, answer) = rows(&cell, 2).await;
+    assert_eq!((rows, answer.silent), (vec![("web".to_owned(), 80, true, 5)], vec![1]));
+}
