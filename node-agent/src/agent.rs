@@ -7,6 +7,7 @@ use crate::broker::{Broker, Gate, NodeIdentity};
 use crate::carriers::Carriers;
 use crate::compile::DENIED_NODE;
 use crate::config::Config;
+use crate::contention::{self, Contention};
 use crate::control::{self, Control, Hands};
 use crate::course::Course;
 use crate::enrol::NotEnrolled;
@@ -28,6 +29,7 @@ use ambit_model::{Code, Refusal};
 use cell::Cell;
 use sockets::{Listeners, captures, start};
 use std::future::Future;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -192,6 +194,7 @@ pub async fn run(config: Config, take_over: bool, mut stop: Stop) -> Result<(), 
     tracing::info!(cluster = %config.cluster, hbone = %config.hbone_listen, "agent started");
     let mut host = Host { sockets: again, kernel: kernel.clone(), control: ask, successor };
     let (tunnels_in, locals) = (inbound.clone(), Local::default());
+    let pressure = Contention::of(Path::new(contention::PRESSURE));
     let components = async {
         let ended = tokio::select! {
             biased;
@@ -206,6 +209,7 @@ pub async fn run(config: Config, take_over: bool, mut stop: Stop) -> Result<(), 
             e = locals.serve(&course, broker) => Err(ended("broker api", e)),
             e = locals.serve(&pages, metrics) => Err(ended("metrics", e)),
             e = watch_kernel(kernel) => Err(e.into()),
+            e = never("contention", tokio::spawn(contention::watch(pressure))) => e,
         };
         // What the cell's parts hold ends with them, a moment before their own word of why.
         tokio::time::timeout(WORD_MAX, cell.ended()).await.map_or(ended, Err)

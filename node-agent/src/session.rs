@@ -230,6 +230,7 @@ impl Session {
             have_revision: resources.revision(),
             deltas: true,
             have_digest: resources.digest(),
+            holds_revision: resources.holds(),
         };
         let mut known = self.wires.issued.watch();
         let mut held = self.holding(me);
@@ -287,7 +288,10 @@ impl Session {
     fn take(&mut self, message: ServerMessage, resources: &mut Held, stream: &mut Stream) {
         METRICS.cell_word.now();
         match message.body {
-            Some(Down::Heartbeat(beat)) => self.clock.seen(Stamp(beat.stamp_ms)),
+            Some(Down::Heartbeat(beat)) => {
+                self.clock.seen(Stamp(beat.stamp_ms));
+                resources.confirm(beat.revision);
+            }
             Some(Down::Slice(slice)) => self.take_slice(slice, &mut stream.outbox),
             Some(Down::Delta(part)) => self.take_delta(part, resources, &mut stream.outbox),
             Some(Down::Denials(list)) => self.take_denials(&list),
