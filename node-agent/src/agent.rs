@@ -7,6 +7,7 @@ mod sockets;
 use crate::broker::{Broker, Gate, NodeIdentity};
 use crate::carriers::Carriers;
 use crate::config::Config;
+use crate::contention::{self, Contention};
 use crate::control::{self, Control, Hands};
 use crate::course::Course;
 use crate::enrol::NotEnrolled;
@@ -29,6 +30,7 @@ use cell::Cell;
 use lease::Lease;
 use sockets::{Listeners, captures, start};
 use std::future::Future;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -204,6 +206,7 @@ pub async fn run(config: Config, take_over: bool, mut stop: Stop) -> Result<(), 
     tracing::info!(cluster = %config.cluster, hbone = %config.hbone_listen, "agent started");
     let mut host = Host { sockets: again, kernel: kernel.clone(), control: ask, successor };
     let (tunnels_in, locals) = (inbound.clone(), Local::default());
+    let pressure = Contention::of(Path::new(contention::PRESSURE));
     let components = async {
         let ended = tokio::select! {
             biased;
@@ -218,6 +221,7 @@ pub async fn run(config: Config, take_over: bool, mut stop: Stop) -> Result<(), 
             e = locals.serve(&course, broker) => Err(ended("broker api", e)),
             e = locals.serve(&pages, metrics) => Err(ended("metrics", e)),
             e = lease.watch() => Err(e.into()),
+            e = never("contention", tokio::spawn(contention::watch(pressure))) => e,
         };
         // What the cell's parts hold ends with them, a moment before their own word of why.
         tokio::time::timeout(WORD_MAX, cell.ended()).await.map_or(ended, Err)

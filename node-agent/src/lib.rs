@@ -19,6 +19,7 @@ pub mod check;
 pub mod clock;
 pub mod compile;
 pub mod config;
+pub mod contention;
 pub mod control;
 pub mod course;
 pub mod denials;

@@ -190,6 +190,8 @@ pub struct Metrics {
     pub cut: Family<1>,
     /// Connections that an audit policy matched, by direction.
     pub audited: Family<1>,
+    /// Intervals in which tasks of the node waited, by resource; told by `crate::contention`.
+    pub contention: Family<1>,
 }
 
 /// The reasonable range for work on one node: 50 microseconds to 5 seconds.
@@ -291,6 +293,12 @@ pub static METRICS: Metrics = Metrics {
         ["direction"],
         "Connections admitted that an audit policy would refuse, were it a deny.",
     ),
+    contention: Family::new(
+        "ambit_node_contention_total",
+        "counter",
+        ["resource"],
+        "Intervals of about 10 s in which tasks of the node stalled for more than a tenth of the time.",
+    ),
     cut: Family::new(
         "ambit_connections_cut_total",
         "counter",
@@ -327,6 +335,7 @@ impl Metrics {
         self.last_quote.write(&mut out);
         self.cut.write(&mut out);
         self.audited.write(&mut out);
+        self.contention.write(&mut out);
         process(&mut out);
         out
     }

@@ -235,6 +235,7 @@ impl Session {
             have_revision: resources.revision(),
             deltas: true,
             have_digest: resources.digest(),
+            holds_revision: resources.holds(),
         };
         let mut known = self.wires.issued.watch();
         let mut held = self.holding(me);
@@ -297,6 +298,7 @@ impl Session {
             Some(Down::Heartbeat(beat)) => {
                 self.clock.seen(Stamp(beat.stamp_ms));
                 self.clock.beat(Stamp(beat.committed_ms));
+                resources.confirm(beat.revision);
             }
             Some(Down::Slice(slice)) => self.take_slice(slice, &mut stream.outbox),
             Some(Down::Delta(part)) => self.take_delta(part, resources, &mut stream.outbox),

@@ -136,10 +136,12 @@ async fn whom_to_refuse_is_in_force_before_the_rest_and_a_new_stream_begins_with
     // Half of a delta, then the end of the stream: what is held is what was whole.
     let half: Vec<_> = next.delta(Some(&early), 7, 0).into_iter().map(|p| v1::Delta { more: true, ..p }).collect();
     stage.send(half).await;
+    stage.stream.send(Down::Heartbeat(v1::Heartbeat { revision: 4, ..v1::Heartbeat::default() })).await;
     let Stage { replica, agent, stream, mut streams, _tpm } = stage;
     stream.end(Code::Unavailable).await;
     let stream = timeout(SOON, streams.recv()).await.expect("a new stream").unwrap();
     assert_eq!((stream.hello.have_revision, stream.hello.have_digest.clone()), (6, early.digest().to_vec()));
+    assert_eq!(stream.hello.holds_revision, 4, "as the last heartbeat said");
     let mut stage = Stage { replica, agent, stream, streams, _tpm };
     stage.send(next.delta(Some(&early), 7, 0)).await;
     assert_eq!(names(&*stage.view(7).await), ["p2"]);

@@ -44,7 +44,7 @@ async fn an_outage_takes_nothing_until_it_runs_out_and_who_comes_back_is_told_th
         Issuance { issued: issued.clone(), trust, clock: clock.clone(), denials: Lane::default(), node, channel };
     let running = tokio::spawn(issuance.run());
     let socket = Socket::serve("outage", &issued);
-    let told = |age| State::of(&issued.now(), cell.borrow().is_some(), age, clock.now());
+    let told = |age| State::of(&issued.now(), cell.borrow().is_some(), age, Default::default(), clock.now());
 
     let mut stream = call(socket.channel().await, FETCH).await.unwrap();
     let first = next(&mut stream).await.unwrap();

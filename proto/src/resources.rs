@@ -242,6 +242,7 @@ fn difference<'a>(old: &'a Set, new: &'a Set) -> (Vec<&'a Arc<Item>>, Vec<&'a Ar
 pub struct Held {
     set: Set,
     revision: u64,
+    holds: u64,
     /// What was held is not to be relied on: only a delta over nothing is taken.
     lost: bool,
     pending: Option<Pending>,
@@ -280,6 +281,14 @@ impl Held {
     /// The newest revision of which anything is, or was, held: nothing older is taken (I7).
     pub fn revision(&self) -> u64 {
         self.revision
+    }
+    /// A heartbeat said that what is held is all there is to hold at this revision.
+    pub fn confirm(&mut self, revision: u64) {
+        self.holds = self.holds.max(revision);
+    }
+    /// The newest revision that was said of.
+    pub fn holds(&self) -> u64 {
+        self.holds
     }
     /// The digest to name on a new stream; empty where nothing is held.
     pub fn digest(&self) -> Vec<u8> {

@@ -128,7 +128,8 @@ impl Agent {
         let internal = |e: anyhow::Error| Refusal::new(Code::Internal, "a replica", e.to_string());
         let at = cell.address(replica).map_err(internal)?;
         let (have_revision, have_digest) = (held.revision(), held.digest());
-        let hello = v1::Subscribe { node_address: NODE_ADDRESS.into(), have_revision, deltas: true, have_digest };
+        let (node_address, holds_revision) = (NODE_ADDRESS.into(), held.holds());
+        let hello = v1::Subscribe { node_address, have_revision, deltas: true, have_digest, holds_revision };
         Agent::say(&cell.dialer(me), at, &cell.trust_domain, hello).await
     }
 

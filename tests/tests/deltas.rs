@@ -41,6 +41,17 @@ async fn all(agent: &mut Agent, held: &mut Held, revision: u64) -> usize {
     }
 }
 
+/// Says that this is in the kernel.
+async fn acknowledge(agent: &mut Agent, revision: u64) {
+    agent.send(vec![Up::Ack(v1::Ack { revision, ..v1::Ack::default() })]).await;
+}
+
+/// This replica counted so many changes on their way into kernels.
+async fn propagated(cell: &Cell, replica: usize, want: u64) {
+    let line = format!("ambit_policy_propagation_seconds_count {want}\n");
+    within(&line, async || cell.metrics_page(replica).unwrap().contains(&line).then_some(())).await;
+}
+
 fn ports(held: &Held) -> Vec<u32> {
     held.set().slice(0, 0).unwrap().policies.iter().flat_map(|policy| policy.ports.clone()).collect()
 }
@@ -63,9 +74,14 @@ async fn an_agent_is_told_what_changed_at_any_replica_and_everything_when_it_los
     let mut agent = Agent::open_holding(&cell, 1, me.clone(), &held).await.unwrap();
     let everything = all(&mut agent, &mut held, first).await;
     assert!(everything > 5_000 && ports(&held) == [80], "{everything}");
+    // What it starts with is not counted, and each change once.
+    acknowledge(&mut agent, held.revision()).await;
     let second = allow(&cell, "p", 81).await;
     let changed = all(&mut agent, &mut held, second).await;
     assert!(changed < 500 && ports(&held) == [81], "{changed}");
+    acknowledge(&mut agent, held.revision()).await;
+    acknowledge(&mut agent, held.revision()).await;
+    propagated(&cell, 1, 1).await;
 
     // Where it may connect to outside of the mesh, and what is not outside there, are resources like any other.
     let outside = |held: &Held| {
@@ -89,11 +105,16 @@ async fn an_agent_is_told_what_changed_at_any_replica_and_everything_when_it_los
     let mut agent = Agent::open_holding(&cell, 2, me.clone(), &held).await.unwrap();
     let nothing = all(&mut agent, &mut held, second).await;
     assert!(nothing < 200, "{nothing}");
+    acknowledge(&mut agent, held.revision()).await;
     drop(agent);
     let third = allow(&cell, "p", 82).await;
     let mut agent = Agent::open_holding(&cell, 2, me.clone(), &held).await.unwrap();
     let changed = all(&mut agent, &mut held, third).await;
     assert!(changed < 500 && ports(&held) == [82], "{changed}");
+    // The change that it missed is counted where it came back, and what it came back with is not.
+    acknowledge(&mut agent, held.revision()).await;
+    propagated(&cell, 2, 1).await;
+    propagated(&cell, 1, 1).await;
 
     // It says that it lost what it held.
     held = Held::default();

@@ -318,7 +318,8 @@ async fn what_was_left_is_not_outside(cell: &Cell, left: &str) {
 
 fn promtool_accepts(cell: &Cell) {
     let page = cell.metrics_page(1).unwrap();
-    for family in ["ambit_raft_term", "ambit_policy_revision", "ambit_trust_bundle_age_seconds"] {
+    let propagation = "ambit_policy_propagation_seconds";
+    for family in ["ambit_raft_term", "ambit_policy_revision", propagation, "ambit_trust_bundle_age_seconds"] {
         assert!(page.contains(family), "{family} is not in:\n{page}");
     }
     let mut tool = Command::new("promtool")

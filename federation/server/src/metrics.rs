@@ -3,6 +3,7 @@
 use crate::authorise::LeftOut;
 use crate::raft::Role;
 use crate::replica::Replica;
+use crate::replica::propagation::BOUNDS_S;
 use ambit_model::Act;
 use axum::Router;
 use axum::extract::State;
@@ -10,6 +11,7 @@ use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
 use axum::routing::get;
 use std::fmt::Write;
+use std::time::Duration;
 use tokio::net::TcpListener;
 
 /// Serves until the task is ended.
@@ -53,6 +55,17 @@ impl Page {
     fn counter(&mut self, name: &str, help: &str, value: f64) {
         self.family(name, "counter", help, &[(String::new(), value)]);
     }
+    /// Seconds, in buckets; `counts` has one more than there are bounds.
+    fn histogram(&mut self, name: &str, help: &str, bounds: &[f64], counts: &[u64], sum: Duration) {
+        self.family(name, "histogram", help, &[]);
+        let ends = bounds.iter().map(f64::to_string).chain([String::from("+Inf")]);
+        let mut total = 0;
+        for (end, count) in ends.zip(counts) {
+            total += count;
+            let _ = writeln!(self.0, "{name}_bucket{} {total}", label("le", &end));
+        }
+        let _ = writeln!(self.0, "{name}_sum {}\n{name}_count {total}", sum.as_secs_f64());
+    }
 }
 
 fn page(replica: &Replica) -> String {
@@ -72,6 +85,14 @@ fn page(replica: &Replica) -> String {
     p.counter("ambit_raft_snapshots_total", "Snapshots made or installed.", m.snapshots_total() as f64);
     p.counter("ambit_raft_frames_dropped_total", "Frames dropped.", m.frames_dropped_total() as f64);
     state_families(&mut p, replica);
+    let counted = replica.propagation().counted();
+    p.histogram(
+        "ambit_policy_propagation_seconds",
+        "Time from a change of documents applied here to its acknowledgement by a node that has it in the kernel.",
+        &BOUNDS_S,
+        &counted.buckets,
+        counted.sum,
+    );
     process_families(&mut p);
     p.0
 }

@@ -16,7 +16,8 @@ fn cut(revision: u64, entries: &[&str], denied: &[u64]) -> Cut {
 
 fn subscribe(held: &Held) -> v1::Subscribe {
     let (have_revision, have_digest) = (held.revision(), held.digest());
-    v1::Subscribe { deltas: true, have_revision, have_digest, ..v1::Subscribe::default() }
+    let holds_revision = held.holds();
+    v1::Subscribe { deltas: true, have_revision, have_digest, holds_revision, ..v1::Subscribe::default() }
 }
 
 /// What the agent makes of it.
@@ -86,6 +87,54 @@ fn who_comes_back_is_sent_what_changed_since_if_anybody_here_remembers_what_it_h
 }
 
 #[test]
+fn an_acknowledgement_is_news_of_what_was_sent_since_and_never_of_what_was_there() {
+    let remembered = Remembered::default();
+    let mut held = Held::default();
+    let mut feed = Feed::new(&subscribe(&held), &remembered);
+    assert_eq!(feed.acknowledged(4), None, "of a former stream");
+    take(&mut held, feed.all(&cut(5, &["a"], &[])).unwrap());
+    assert_eq!(feed.acknowledged(5), None, "a start");
+    take(&mut held, feed.all(&cut(8, &["b"], &[])).unwrap());
+    assert_eq!(feed.acknowledged(5), None, "again");
+    assert_eq!((feed.acknowledged(8), feed.acknowledged(8)), (Some(6..=8), None));
+    // Nothing to this node until 11; 13 and 15 are acknowledged together, and so is 16, which brings nothing.
+    for (revision, entry) in [(11, "b"), (13, "c"), (15, "d"), (16, "d")] {
+        take(&mut held, feed.all(&cut(revision, &[entry], &[])).unwrap());
+    }
+    assert_eq!((feed.acknowledged(15), feed.applied()), (Some(12..=15), 16));
+    take(&mut held, feed.all(&cut(18, &["e"], &[])).unwrap());
+    take(&mut held, feed.all(&cut(20, &["f"], &[])).unwrap());
+    assert_eq!((feed.acknowledged(18), feed.acknowledged(u64::MAX)), (Some(17..=18), Some(19..=20)));
+    // Whom to refuse is one thing, the rest of that revision another.
+    take(&mut held, feed.denials(&cut(21, &[], &[1])).unwrap());
+    take(&mut held, feed.all(&cut(21, &["f"], &[1])).unwrap());
+    assert_eq!(feed.acknowledged(21), None);
+    take(&mut held, feed.denials(&cut(22, &[], &[2])).unwrap());
+    take(&mut held, feed.all(&cut(22, &["g"], &[2])).unwrap());
+    assert_eq!(feed.acknowledged(22), Some(22..=22));
+
+    // It comes back elsewhere: with what it has, with what it was told is all until 29, and after it missed something.
+    let mut feed = Feed::new(&subscribe(&held), &remembered);
+    take(&mut held, feed.all(&cut(25, &["g"], &[2])).unwrap());
+    assert_eq!((feed.acknowledged(22), feed.acknowledged(25)), (None, None));
+    held.confirm(29);
+    let mut feed = Feed::new(&subscribe(&held), &remembered);
+    take(&mut held, feed.all(&cut(30, &["h"], &[2])).unwrap());
+    assert_eq!((feed.acknowledged(25), feed.acknowledged(30)), (None, Some(30..=30)));
+    let mut feed = Feed::new(&subscribe(&held), &remembered);
+    take(&mut held, feed.all(&cut(40, &["i"], &[2])).unwrap());
+    assert_eq!(feed.acknowledged(40), Some(31..=40));
+    // What it lost it had.
+    feed.lost().unwrap();
+    let mut held = Held::default();
+    take(&mut held, feed.all(&cut(40, &["i"], &[2])).unwrap());
+    assert_eq!(feed.acknowledged(40), None);
+    // No number that an agent may say is too high.
+    let hello = v1::Subscribe { have_revision: u64::MAX, holds_revision: u64::MAX, ..subscribe(&held) };
+    assert_eq!(Feed::new(&hello, &remembered).acknowledged(u64::MAX), None);
+}
+
+#[test]
 fn an_agent_of_a_former_release_is_sent_whole_slices_and_lists() {
     let mut feed = Feed::new(&v1::Subscribe { have_revision: 9, ..v1::Subscribe::default() }, &Remembered::default());
     let slices = |bodies: Vec<Body>| match bodies.as_slice() {
@@ -99,4 +148,8 @@ fn an_agent_of_a_former_release_is_sent_whole_slices_and_lists() {
     }
     assert_eq!(slices(feed.all(&cut(6, &["a"], &[1, 2])).unwrap()), (6, 1, 2));
     assert!(feed.all(&cut(7, &["a"], &[1, 2])).unwrap().is_empty());
+    // It does not say what it comes with, so that the first slice may be no news to it.
+    assert_eq!(feed.acknowledged(6), None);
+    assert_eq!(slices(feed.all(&cut(9, &["b"], &[1, 2])).unwrap()), (9, 1, 2));
+    assert_eq!(feed.acknowledged(9), Some(8..=9));
 }

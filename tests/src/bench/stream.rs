@@ -78,7 +78,8 @@ pub(super) async fn open(
     let channel = dialer.channel(at, Expect::ReplicaOf(trust_domain)).await?;
     let (up, queue) = mpsc::channel(8);
     let (have_revision, have_digest) = (held.revision(), held.digest());
-    let hello = Subscribe { node_address: "127.0.0.1".into(), have_revision, deltas: true, have_digest };
+    let (node_address, holds_revision) = ("127.0.0.1".into(), held.holds());
+    let hello = Subscribe { node_address, have_revision, deltas: true, have_digest, holds_revision };
     let hello = Up::Subscribe(hello);
     for body in [hello, Up::Endpoints(EndpointReport { endpoints: Vec::new() })] {
         up.send(AgentMessage { body: Some(body) }).await?;

@@ -17,6 +17,7 @@ pub mod keyring;
 pub mod local;
 pub mod peering;
 pub mod policies;
+pub mod propagation;
 pub mod pull;
 pub mod recover;
 pub mod restore;
@@ -91,6 +92,7 @@ struct Inner {
     policies: policies::Policies,
     /// The cell's revision, once trust follows it: what streams wait for, instead of every entry applied.
     revision: watch::Sender<u64>,
+    propagation: propagation::Propagation,
     /// What was refused here.
     refusals: Refusals,
     /// Fetches foreign bundles, where this replica leads.
@@ -174,6 +176,10 @@ impl Replica {
     /// Fetches foreign bundles.
     pub fn fetcher(&self) -> &federate::Fetcher {
         &self.inner.fetcher
+    }
+    /// How long changes of documents take to nodes' kernels.
+    pub fn propagation(&self) -> &propagation::Propagation {
+        &self.inner.propagation
     }
     /// What was refused here.
     pub fn refusals(&self) -> &Refusals {

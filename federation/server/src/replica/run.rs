@@ -135,6 +135,7 @@ async fn open(config: &Config, files: &Files, verdicts: super::verdicts::Verdict
         issuance_budgets: super::issuing::Budgets::default(),
         policies: super::policies::Policies::default(),
         revision: watch::Sender::new(0),
+        propagation: super::propagation::Propagation::default(),
         refusals: crate::authorise::Refusals::default(),
         fetcher: super::federate::Fetcher::new(config.web_roots.clone()),
         heard: Mutex::new(super::pull::Heard::default()),

@@ -67,9 +67,11 @@ async fn follow_trust(replica: Replica) {
     let mut applied = replica.cell().watch_applied();
     let (mut seen, mut known) = (None, None);
     loop {
-        let revision = replica.local(|s| s.cell().map(|c| c.revision));
+        let (revision, documents) = replica.local(|s| (s.cell().map(|c| c.revision), s.document_revision()));
         if revision.is_some() && revision != seen {
             seen = revision;
+            // Before anybody is woken to send it on.
+            replica.propagation().applied(documents.0, Instant::now());
             let bundles = replica.local(|s| (s.bundles(), s.denied_authorities()));
             // Most of what changes the revision changes no root, and parsing roots costs more than comparing them.
             if known.as_ref() != Some(&bundles) {

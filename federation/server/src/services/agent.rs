@@ -265,7 +265,9 @@ impl Session {
         self.newest()?;
         match message.body {
             Some(v1::agent_message::Body::Ack(ack)) => {
-                feed.acknowledged(ack.revision);
+                if let Some(news) = feed.acknowledged(ack.revision) {
+                    self.replica.propagation().acknowledged(&news, std::time::Instant::now());
+                }
                 let digest = ack.map_digest;
                 self.replica.agents().update(&self.node, |a| (a.refused, a.map_digest) = (String::new(), digest));
                 self.note(feed, None);

@@ -6,6 +6,7 @@ use ambit_model::{Code, Refusal};
 use ambit_proto::resources::Set;
 use ambit_proto::v1;
 use ambit_proto::v1::server_message::Body;
+use std::ops::RangeInclusive;
 
 /// How often one stream is sent everything because its agent lost what it held: beyond that something is wrong with it that
 /// sending again does not mend.
@@ -24,6 +25,11 @@ pub struct Feed {
     /// The highest revision at which what was sent last is still what the node needs.
     holds: u64,
     acked: u64,
+    /// The newest revision sent that brought the agent anything.
+    brought: u64,
+    /// Up to here an acknowledgement is no news: the agent had it before, or nothing in it was for this node. None before an
+    /// agent that came with nothing was sent anything.
+    covered: Option<u64>,
     /// Whom to refuse went ahead, and the rest of that revision is to follow, also where it did not change.
     ahead: bool,
     lost: u32,
@@ -40,7 +46,8 @@ impl Feed {
         // Something follows, if only the word that nothing changed: the agent may have been told whom to refuse, and not the rest.
         let sent = remembered.find(&subscribe.have_digest);
         let (have, floor) = (subscribe.have_digest.clone(), subscribe.have_revision);
-        Feed { deltas: true, sent, have, ahead: true, floor, ..Feed::default() }
+        let covered = (!have.is_empty()).then_some(floor.max(subscribe.holds_revision));
+        Feed { deltas: true, sent, have, ahead: true, floor, covered, ..Feed::default() }
     }
 
     /// The revision up to which the agent was told all.
@@ -54,9 +61,17 @@ impl Feed {
         if self.revision.is_some_and(|sent| self.acked >= sent) { self.holds } else { self.acked }
     }
 
-    /// This revision is in the agent's kernel.
-    pub fn acknowledged(&mut self, revision: u64) {
+    /// This revision is in the agent's kernel. Returns the revisions that it is the news of, if any: see
+    /// [`Propagation`](crate::replica::propagation).
+    pub fn acknowledged(&mut self, revision: u64) -> Option<RangeInclusive<u64>> {
         self.acked = self.acked.max(revision);
+        let news = self.covered?.saturating_add(1)..=self.acked.min(self.brought);
+        self.cover(self.applied().min(self.holds));
+        (!news.is_empty()).then_some(news)
+    }
+
+    fn cover(&mut self, revision: u64) {
+        self.covered = self.covered.max(Some(revision));
     }
 
     /// The agent holds nothing any more.
@@ -86,6 +101,13 @@ impl Feed {
             self.sent = Some(cut.set.clone());
         }
         let same = self.sent.as_ref().is_some_and(|sent| sent.digest() == cut.set.digest());
+        // A start is no news, nor is what changes nothing once all that was sent is acknowledged.
+        if self.covered.is_none() || (same && self.acked >= self.brought) {
+            self.cover(cut.revision);
+        }
+        if !same {
+            self.brought = cut.revision;
+        }
         if same && !self.ahead {
             return Ok(Vec::new());
         }
