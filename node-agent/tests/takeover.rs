@@ -11,11 +11,8 @@ use std::os::unix::net::UnixStream;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
-use support::process::{Node, applied, free, page, ready};
-use tokio::time::timeout;
-
-const SOON: Duration = Duration::from_secs(20);
+use std::time::Duration;
+use support::process::{Node, applied, ready};
 
 /// Connects all the time to where an agent listens, and counts who is refused.
 struct Probes {
