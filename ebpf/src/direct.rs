@@ -229,6 +229,13 @@ impl Kernel {
     /// Whether it was this very stamp: its ports may have been used again meanwhile.
     fn forget(&self, key: &StampKey, opened_ns: u64) -> Result<bool, KernelError> {
         let (map, key) = (&self.maps().stamps, key.to_bytes());
+        // Looked at first: of one that is deleted for a moment a close in that moment would be lost.
+        let there = map.lookup(&key, MapFlags::ANY).map_err(|e| KernelError::bpf("read map stamps", e))?;
+        match there.as_deref().and_then(RawStamp::from_bytes) {
+            None => return Ok(true),
+            Some(raw) if raw.opened_ns != opened_ns => return Ok(false),
+            Some(_) => {}
+        }
         let mut bytes = [0; RawStamp::SIZE];
         let found = map.lookup_into_and_delete(&key, &mut bytes);
         if !found.map_err(|e| KernelError::bpf("write map stamps", e))? {

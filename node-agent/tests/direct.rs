@@ -109,6 +109,8 @@ struct Stage {
     web: Workload,
     db: Workload,
     revision: u64,
+    /// Who is in which network namespace.
+    pids: [u32; 2],
 }
 
 impl Stage {
@@ -126,7 +128,7 @@ impl Stage {
         }
         let (web, mut db) = (Workload::start(&mut ground, "web", pids[0]), Workload::start(&mut ground, "db", pids[1]));
         assert_eq!(db.says(&format!("serve('{}')", at[1])), "ok");
-        Stage { ground, cell, entries, at, web, db, revision: 0 }
+        Stage { ground, cell, entries, at, web, db, revision: 0, pids }
     }
 
     fn view(&mut self, allowed: bool) -> Arc<View> {
@@ -194,6 +196,9 @@ impl Stage {
     }
 }
 
+/// Figures are the process's: held by whoever counts what the agent carried, or has it carry anything.
+static CARRIED: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+
 fn count(direction: &'static str) -> f64 {
     METRICS.connections.value([direction, "ok"])
 }
@@ -209,6 +214,7 @@ async fn until(what: &str, holds: impl Fn() -> bool) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn pods_of_a_node_speak_directly_until_they_are_denied() {
     let told = Told::begin();
+    let _alone = CARRIED.lock().await;
     let mut stage = Stage::set(21);
     let mut node = stage.start().await;
     let open = stage.view(true);
@@ -316,6 +322,31 @@ async fn pods_of_a_node_speak_directly_until_they_are_denied() {
     for took in [by_policy, by_svid, by_own_svid, by_identity, by_node, by_silence, by_pod] {
         assert!(took < CUT_MAX, "{took:?}");
     }
+}
+
+/// Routes may come after a pod is there. Until then the agent carries.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pod_goes_directly_once_it_has_a_way() {
+    let _alone = CARRIED.lock().await;
+    let mut stage = Stage::set(23);
+    let (route, to) = (format!("10.200.23.0/24 dev eth0 src {}", stage.at[0]), stage.at[1]);
+    ip(stage.pids[0], &format!("route del {route}"));
+    let open = stage.view(true);
+    let mut node = stage.start().await;
+    node.apply(open).await;
+    stage.give_svids(&node);
+    let begun = Instant::now();
+    loop {
+        let said = [format!("dial('{to}')"), "say(b'hello')".to_owned()].map(|what| stage.web.says(&what));
+        if said == ["ok", "ok"] {
+            break;
+        }
+        assert!(begun.elapsed() < SOON, "not carried: {said:?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert!(stage.db.says("peers[-1]").starts_with("127."), "{}", stage.db.says("peers[-1]"));
+    ip(stage.pids[0], &format!("route add {route}"));
+    tokio::task::block_in_place(|| stage.dial_directly());
 }
 
 /// What is open outlives the agent, is not touched by the next one, and is cut by it.

@@ -28,6 +28,16 @@ use std::time::{Duration, Instant};
 /// SVIDs of one identity that are remembered: a connection ends with the one under which it began.
 const SVIDS_MAX: usize = 16;
 
+/// A pod that has no way to another is asked again after this: routes come when a pod's own work is done.
+const TRY_AGAIN: Duration = Duration::from_secs(5);
+
+/// From one pod to another, by the first one's routes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Way {
+    Found,
+    None { tried: Instant },
+}
+
 /// What of it is remembered.
 #[derive(Default)]
 pub(super) struct Known {
@@ -132,13 +142,22 @@ impl Control {
         for guarded in state.guarded.values_mut() {
             let own = guarded.pod.address;
             guarded.ways.retain(|to, _| all.contains(to));
-            let new: Vec<Ipv4Addr> = all.iter().filter(|to| !guarded.ways.contains_key(to)).copied().collect();
-            if new.is_empty() {
+            // Of those without a way one stands for all: what opens one opens the others as a rule.
+            let is_over = |way: &Way| matches!(way, Way::None { tried } if tried.elapsed() >= TRY_AGAIN);
+            let again = guarded.ways.iter().find(|(_, way)| is_over(way)).map(|(to, _)| *to);
+            let new = all.iter().filter(|to| !guarded.ways.contains_key(to)).copied();
+            let due: Vec<Ipv4Addr> = new.chain(again).collect();
+            if due.is_empty() {
                 continue;
             }
-            let untried: Vec<_> = new.iter().map(|to| (*to, false)).collect();
-            let try_all = move || Ok(new.into_iter().map(|to| (to, has_way(own, to))).collect::<Vec<_>>());
+            let none = Way::None { tried: Instant::now() };
+            let untried: Vec<_> = due.iter().map(|to| (*to, none)).collect();
+            let found = move |to| if has_way(own, to) { Way::Found } else { none };
+            let try_all = move || Ok(due.into_iter().map(|to| (to, found(to))).collect::<Vec<_>>());
             guarded.ways.extend(self.netns.run(&guarded.netns, try_all).await.unwrap_or(untried));
+            if again.is_some_and(|to| guarded.ways.get(&to) == Some(&Way::Found)) {
+                guarded.ways.retain(|_, way| *way == Way::Found);
+            }
         }
     }
 
@@ -155,7 +174,7 @@ impl Control {
             let held = state.direct.svids.get(pod.id()).and_then(|all| all.iter().rev().find(is_current));
             let open = !facts.denials.ends_all()
                 && !facts.denials.is_stale()
-                && guarded.ways.values().all(|way| *way)
+                && guarded.ways.values().all(|way| *way == Way::Found)
                 && held.is_some_and(|held| {
                     held.shown.still(&now).is_ok() && !facts.denials.denies_presented(&held.presented)
                 });

@@ -1,5 +1,6 @@
 //! The pods of the node: guarded as soon as they are found, before anybody knows who they are, and looked after from then on.
 
+use super::direct::Way;
 use super::{Control, State};
 use crate::kernel::WaysOut;
 use crate::metrics::METRICS;
@@ -36,7 +37,7 @@ pub(super) struct Guarded {
     /// Where connections from other pods of this node find it; none where that is not clear.
     pub(super) place: Option<Place>,
     /// Whether it has a way to other pods of this node, by their addresses.
-    pub(super) ways: BTreeMap<Ipv4Addr, bool>,
+    pub(super) ways: BTreeMap<Ipv4Addr, Way>,
 }
 
 impl Guarded {
