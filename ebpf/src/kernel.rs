@@ -187,6 +187,13 @@ impl Kernel {
         self.set_config(CONFIG_LEASE_NS, until)
     }
 
+    /// Has the lease in force end by `length` from now, if it would last longer.
+    pub fn shorten_lease(&self, length: Duration) -> Result<(), KernelError> {
+        let now = crate::sys::boot_time_ns().map_err(|e| KernelError::io("read the boot clock", e))?;
+        let until = now.saturating_add(u64::try_from(length.as_nanos()).unwrap_or(u64::MAX));
+        if self.config(CONFIG_LEASE_NS)? > until { self.set_config(CONFIG_LEASE_NS, until) } else { Ok(()) }
+    }
+
     /// Where the captured connection wanted to go whose accepted socket has `client` as peer, `capture` as local address
     /// and lives in the namespace with this cookie. Takes the record: ask once, at accept. `None`, also when the
     /// kernel could not be asked, means that the connection must be reset.

@@ -19,6 +19,7 @@ use crate::kernel::{KernelHandle, chain};
 use crate::metrics::METRICS;
 use crate::netns::{Annex, Netns, NetnsThread};
 use crate::outbound::Outbound;
+use crate::staleness::LEASE;
 use crate::svids::Issuance;
 use crate::takeover::{self, Guest, Host, Sockets};
 use crate::tokens::Tokens;
@@ -228,11 +229,25 @@ pub async fn run(config: Config, take_over: bool, mut stop: Stop) -> Result<(), 
     };
     tokio::pin!(components);
     let serving = serve_in_turn(former, endpoints_rx, [&course, &pages]);
-    let successor = tokio::select! {
-        e = &mut components => return e,
-        late = serving => return Err(late.into()),
-        wire = course.while_serving(host.meet(takeover)) => Some(wire),
-        () = stop.next() => None,
+    let successor = {
+        let met = course.while_serving(host.meet(takeover));
+        tokio::pin!(met);
+        let successor = tokio::select! {
+            e = &mut components => return e,
+            late = serving => return Err(late.into()),
+            wire = &mut met => Some(wire),
+            () = stop.next() => None,
+        };
+        match successor {
+            // Who has the tables by now is waited for: it hears the cell, and passes that on.
+            None if !host.kernel.is_writer() => tokio::select! {
+                e = &mut components => return e,
+                wire = &mut met => Some(wire),
+                () = writes_again(&host.kernel) => None,
+                () = stop.next() => None,
+            },
+            met => met,
+        }
     };
     // Whoever was about to take over, and has nothing yet, is left alone: this one hears the cell again while it drains.
     if successor.is_none() && host.kernel.is_writer() {
@@ -256,7 +271,7 @@ pub async fn run(config: Config, take_over: bool, mut stop: Stop) -> Result<(), 
         () = drained([&course, &pages], &tunnels_in, &locals) => 0,
         () = tokio::time::sleep(config.drain_max_s.0) => course.flows(),
         () = stop.next() => course.flows(),
-        () = follow(&host, successor.as_ref()) => 0,
+        () = follow(&host, successor.as_ref()) => course.flows(),
     };
     let drained = begun.saturating_sub(cut);
     tracing::info!(drained, cut, "agent ended");
@@ -326,12 +341,20 @@ async fn drained([course, pages]: [&Course; 2], inbound: &Inbound, locals: &Loca
     }
 }
 
-/// What is carried follows what the successor hears of the cell. Never returns.
-async fn follow(host: &Host, successor: Option<&Wire>) {
-    if let Some(successor) = successor {
-        host.listen(successor).await;
+/// Returns once the tables are this agent's again.
+async fn writes_again(kernel: &KernelHandle) {
+    while !kernel.is_writer() {
+        tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    std::future::pending().await
+}
+
+/// What is carried follows what the successor hears of the cell. Where that one says no more, nobody tells of denials here:
+/// returns once that was so for as long as the kernel goes on without an agent.
+async fn follow(host: &Host, successor: Option<&Wire>) {
+    let Some(successor) = successor else { return std::future::pending().await };
+    host.listen(successor).await;
+    tracing::warn!(within_s = LEASE.as_secs(), "the agent after this one says no more: what is carried ends");
+    tokio::time::sleep(LEASE).await;
 }
 
 /// The sockets, on this runtime.

@@ -231,7 +231,7 @@ impl Gate {
         let ours = peer.binding().zip(here).is_some_and(|(binding, (node, _))| binding.node == node);
         let denials = self.denials.now();
         let origin = peer.id().trust_domain();
-        let denied = peer.binding().is_none_or(|b| denials.denies(&origin, &b.node, b.generation))
+        let denied = peer.binding().is_none_or(|b| denials.is_out() || denials.lists(&origin, &b.node, b.generation))
             || denials.denied_above(&peer).is_some()
             || denials.denies_svid(peer.id(), peer.authority(), peer.serial());
         if !listed || !ours || denied {

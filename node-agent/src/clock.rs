@@ -4,6 +4,9 @@ use ambit_model::{Moment, Stamp};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+/// A replica that is further behind its own clock says what was so once.
+const BEHIND_MS_MAX: u64 = 30_000;
+
 /// A cheap, shared clock.
 #[derive(Debug, Default)]
 pub struct Clock {
@@ -30,29 +33,33 @@ impl Clock {
     }
     /// The cell speaks.
     pub fn heard(&self) {
-        self.heard_ns.store(boot_ns().max(1), Ordering::Relaxed);
+        // Without that clock nothing is new.
+        self.heard_ns.store(boot_ns().map_or(1, |now| now.max(1)), Ordering::Relaxed);
     }
-    /// A replica speaks, who knows what its leader wrote until then: it is the cell's word where that is new. One that hears its
-    /// leader no more goes on speaking.
-    pub fn beat(&self, committed: Stamp) {
+    /// A replica speaks at `now`, by its own clock, who knows what its leader wrote until then: it is the cell's word where that is
+    /// new, and not older than what a replica would sign by (I15). One that hears its leader no more goes on speaking. Returns
+    /// whether it is.
+    pub fn beat(&self, committed: Stamp, now: Stamp) -> bool {
         // Those of a former release do not tell it.
-        if committed.0 == 0 || self.committed_ms.fetch_max(committed.0, Ordering::Relaxed) < committed.0 {
+        let is_new = committed.0 == 0 || self.committed_ms.fetch_max(committed.0, Ordering::Relaxed) < committed.0;
+        let is_word = is_new && (committed.0 == 0 || now.0.saturating_sub(committed.0) <= BEHIND_MS_MAX);
+        if is_word {
             self.heard();
         }
+        is_word
     }
     /// Since the cell's last word; none before the first. Time in which the machine sleeps counts, and what its owner does to its
     /// clock does not (I12).
     pub fn age(&self) -> Option<Duration> {
         match self.heard_ns.load(Ordering::Relaxed) {
             0 => None,
-            heard => Some(Duration::from_nanos(boot_ns().saturating_sub(heard))),
+            heard => Some(boot_ns().map_or(Duration::MAX, |now| Duration::from_nanos(now.saturating_sub(heard)))),
         }
     }
 }
 
-/// A kernel without that clock knows no age: then nothing is new.
-fn boot_ns() -> u64 {
-    ambit_ebpf::boot_time().map_or(u64::MAX, |since| u64::try_from(since.as_nanos()).unwrap_or(u64::MAX))
+fn boot_ns() -> Option<u64> {
+    u64::try_from(ambit_ebpf::boot_time().ok()?.as_nanos()).ok()
 }
 
 #[cfg(test)]
@@ -72,18 +79,18 @@ mod tests {
     fn a_replica_that_hears_no_leader_is_not_the_cells_word() {
         let clock = Clock::default();
         assert_eq!(clock.age(), None);
-        clock.beat(Stamp(1_000));
+        let now = Stamp(1_000 + BEHIND_MS_MAX);
+        assert!(clock.beat(Stamp(1_000), now));
         let grown = || {
             std::thread::sleep(Duration::from_millis(20));
             clock.age().unwrap() >= Duration::from_millis(20)
         };
         assert!(grown());
-        clock.beat(Stamp(1_000));
-        assert!(grown(), "nothing new");
-        clock.beat(Stamp(999));
-        assert!(grown(), "older");
+        assert!(!clock.beat(Stamp(1_000), now) && grown(), "nothing new");
+        assert!(!clock.beat(Stamp(999), now) && grown(), "older");
+        assert!(!clock.beat(Stamp(1_001), Stamp(now.0 + 2)) && grown(), "new, and long ago");
         let before = clock.age().unwrap();
-        clock.beat(Stamp(1_001));
+        assert!(clock.beat(Stamp(1_002), now));
         assert!(clock.age().unwrap() < before);
     }
 }

@@ -297,7 +297,7 @@ mod tests {
         }
         for (lines, mode, after_s) in [
             ("", FailMode::Closed, 86_400),
-            ("fail_mode = \"strict\"\nstale_after_s = 15", FailMode::Strict, 15),
+            ("fail_mode = \"strict\"\nstale_after_s = 60", FailMode::Strict, 60),
             ("fail_mode = \"static\"", FailMode::Static, 86_400),
         ] {
             let found = Config::parse(&format!("{GOOD}\n{lines}")).unwrap().staleness();
@@ -338,7 +338,7 @@ mod tests {
             ),
             ("boot_log =", "drain_max_s = 3601\nboot_log =", Code::ConfigInvalid, "drain_max_s"),
             ("boot_log =", "fail_mode = \"open\"\nboot_log =", Code::ConfigInvalid, "'fail_mode' as closed"),
-            ("boot_log =", "stale_after_s = 14\nboot_log =", Code::ConfigInvalid, "stale_after_s"),
+            ("boot_log =", "stale_after_s = 59\nboot_log =", Code::ConfigInvalid, "stale_after_s"),
             ("boot_log =", "stale_after_s = 2592001\nboot_log =", Code::ConfigInvalid, "stale_after_s"),
             (
                 "boot_log =",

@@ -144,6 +144,10 @@ impl WayOut {
         to: SocketAddrV4,
     ) -> Result<(Caller<'a>, ObjectName), Refusal> {
         let plane = self.plane.borrow().clone().ok_or_else(no_slice)?;
+        // The kernel judged at connect(), and its SYN may have come long after.
+        if self.denials.now().is_stale() {
+            return Err(staleness::stale());
+        }
         let caller = Caller::of(&plane, pod, self.clock.moment())?;
         let rule = self.admit(follow, &caller, to)?;
         is_elsewhere(*to.ip())?;

@@ -25,7 +25,7 @@ use crate::record::{Record, flag};
 use crate::records::alert;
 use crate::said::Said;
 use crate::secure::{Bytestream, Secured};
-use crate::seen::Seen;
+use crate::seen::{self, Seen};
 use ambit_model::{Code, Refusal, SpiffeId};
 use ambit_policy::Verdict;
 use bytes::Bytes;
@@ -325,7 +325,7 @@ impl Inbound {
             METRICS.connections.inc(["inbound", "denied"]);
             tracing::info!(caller = %call.peer.id(), called = %call.to, %refusal, "inbound refused");
             if let (Code::PolicyDenied, Some(port)) = (refusal.code, asked) {
-                self.seen.saw(call.peer.id(), &call.to, port, false);
+                self.seen.saw(seen::End::Called, call.peer.id(), &call.to, port, false);
             }
             match refusal.code {
                 Code::BadRequest => Reason::Malformed,
@@ -363,7 +363,7 @@ impl Inbound {
             }
         }
         METRICS.connections.inc(["inbound", "ok"]);
-        self.seen.saw(call.peer.id(), &call.to, to.port(), true);
+        self.seen.saw(seen::End::Called, call.peer.id(), &call.to, to.port(), true);
         METRICS.open.add(["inbound"], 1.0);
         Ok(Admitted { pod: tcp, _open: Counted { _place: place, _flow: flow }, follow })
     }

@@ -311,6 +311,12 @@ impl KernelHandle {
         kernel.renew_lease(length).map_err(|e| refusal(&e)).map(|()| true)
     }
 
+    /// What a former agent let the kernel do for longer ends by then.
+    pub fn shorten_lease(&self, length: Duration) -> Result<(), Refusal> {
+        let Some(kernel) = self.0.try_write() else { return Ok(()) };
+        kernel.shorten_lease(length).map_err(|e| refusal(&e))
+    }
+
     /// Of pods that are guarded from now on, what goes directly stops where the lease is over.
     pub fn set_strict(&self, strict: bool) {
         self.0.kernel.set_strict(strict);

@@ -23,7 +23,7 @@ use crate::pump::{self, End};
 use crate::record::{Record, flag};
 use crate::records;
 use crate::said::Start;
-use crate::seen::Seen;
+use crate::seen::{self, Seen};
 use std::net::{SocketAddr, SocketAddrV4};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -262,7 +262,7 @@ impl Outbound {
             Ok((opened, _place)) => {
                 METRICS.connections.inc(["outbound", "ok"]);
                 METRICS.setup.observe(begun.elapsed());
-                self.seen.saw(pod.id(), &opened.endpoint.spiffe_id, captured.endpoint.port(), true);
+                self.seen.saw(seen::End::Calling, pod.id(), &opened.endpoint.spiffe_id, captured.endpoint.port(), true);
                 self.carry(pod, tcp, opened, first, captured, &start.trace).await;
             }
             Err(error) => {
@@ -272,9 +272,6 @@ impl Outbound {
                 let known = self.plane.borrow().clone();
                 let known = known.as_ref().and_then(|plane| plane.view.endpoints.get(captured.endpoint.ip()));
                 if let Some(endpoint) = known {
-                    if error.reason() == "denied" {
-                        self.seen.saw(pod.id(), &endpoint.spiffe_id, captured.endpoint.port(), false);
-                    }
                     Record::outbound(pod.id(), &endpoint.spiffe_id, captured.asked, Some(&start.trace))
                         .refused(flag_of(&error));
                 }

@@ -46,6 +46,8 @@ const RETRY_CAP: Duration = Duration::from_secs(3);
 /// The cell says something at least every eight seconds; without a word for this long the replica's process is taken for
 /// hung. A replica that died or was cut off is noticed within five seconds, by the connection.
 const SILENCE_MAX: Duration = Duration::from_secs(20);
+/// A replica that tells nothing new of its leader for so long is left for another: the cell may go on without it.
+const NEWS_MAX: Duration = Duration::from_secs(30);
 /// How often it is told who called whom.
 const SEEN_EVERY: Duration = Duration::from_secs(10);
 /// From a replica of a former release: a slice is a few hundred bytes per entry, policy and endpoint; 10,000 of each fit.
@@ -136,6 +138,8 @@ struct Stream {
     answering: Option<BoxFuture<'static, Answer>>,
     /// The newest round that waits for it.
     waiting: Option<Asked>,
+    /// When it told last what its leader had just written.
+    news: Instant,
 }
 
 impl Session {
@@ -251,12 +255,16 @@ impl Session {
         tracing::info!(%server, "stream open");
         let mut tell = tokio::time::interval(SEEN_EVERY);
         tell.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut stream = Stream { me: me.clone(), outbox: Outbox::default(), answering: None, waiting: None };
+        let mut stream =
+            Stream { me: me.clone(), outbox: Outbox::default(), answering: None, waiting: None, news: Instant::now() };
         loop {
             tokio::select! {
                 message = tokio::time::timeout(SILENCE_MAX, down.message()) => {
                     let message = message.map_err(|_| silence())?.map_err(said)?;
                     self.take(message.ok_or_else(ended)?, resources, &mut stream);
+                    if stream.news.elapsed() >= NEWS_MAX {
+                        return Err(no_news().into());
+                    }
                     backoff.reset();
                     *told = 0;
                 }
@@ -297,7 +305,9 @@ impl Session {
         match message.body {
             Some(Down::Heartbeat(beat)) => {
                 self.clock.seen(Stamp(beat.stamp_ms));
-                self.clock.beat(Stamp(beat.committed_ms));
+                if self.clock.beat(Stamp(beat.committed_ms), Stamp(beat.stamp_ms)) {
+                    stream.news = Instant::now();
+                }
                 resources.confirm(beat.revision);
             }
             Some(Down::Slice(slice)) => self.take_slice(slice, &mut stream.outbox),
@@ -381,8 +391,8 @@ impl Session {
         METRICS.revision.set(["desired"], revision.0 as f64);
         match View::parse(slice, &self.trust_domain, &self.cluster) {
             Ok(view) => {
-                // The first one is of a node that the cell has just admitted.
-                if revision > held {
+                // The first one is of a node that the cell has just admitted; later ones may be of a replica that is behind.
+                if held == Revision(0) {
                     self.clock.heard();
                 }
                 self.denials.offer(view.denials.clone());
@@ -438,6 +448,11 @@ impl Session {
         let endpoints = self.wires.endpoints.borrow_and_update().iter().flatten().map(Into::into).collect();
         Up::Endpoints(EndpointReport { endpoints })
     }
+}
+
+fn no_news() -> Refusal {
+    let expected = format!("a replica that heard its leader within {} s", NEWS_MAX.as_secs());
+    Refusal::new(Code::Unavailable, expected, "one that goes on speaking and tells nothing new")
 }
 
 fn silence() -> Refusal {

@@ -8,8 +8,9 @@ use std::time::Duration;
 /// Without the agent, new connections are judged for this long, then refused: long enough for an upgrade.
 pub const LEASE: Duration = Duration::from_secs(60);
 
-/// A cell's leader writes its time each second, and a replica tells it every eight.
-const AFTER_S_MIN: u64 = 15;
+/// A replica tells every eight seconds what its leader wrote last, and a node leaves one that tells nothing new for half a
+/// minute: less would end connections where nothing is wrong but a replica.
+const AFTER_S_MIN: u64 = 60;
 const AFTER_S_MAX: u64 = 30 * 24 * 3600;
 
 /// What ends with the lease, and with [`StaleAfter`].

@@ -60,7 +60,8 @@ impl State {
             cell,
             age_s: age.map(|age| age.as_secs_f64()),
             fail_mode: rule.mode,
-            good_for: rule.worth(age),
+            // Before the first slice there is nothing that it could be good for.
+            good_for: if known.view.is_none() { Worth::Nothing } else { rule.worth(age) },
             revision: known.view.as_ref().map(|view| view.revision.0),
             svids: good().count(),
             overdue: good().filter(|svid| is_overdue(svid, now)).count(),
@@ -135,7 +136,7 @@ mod tests {
         let nothing = State::of(&Known::default(), false, None, Staleness::default(), Stamp(0));
         assert_eq!(
             serde_json::to_string(&nothing).unwrap(),
-            r#"{"cell":"starting","fail_mode":"closed","good_for":"all","svids":0,"overdue":0,"refused":0}"#
+            r#"{"cell":"starting","fail_mode":"closed","good_for":"nothing","svids":0,"overdue":0,"refused":0}"#
         );
         assert_eq!(State::of(&known, true, None, rule, Stamp(0)).cell, Cell::Connected);
     }

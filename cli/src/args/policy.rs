@@ -74,7 +74,7 @@ pub enum Policy {
     },
     /// Who called whom in the last day, newest first, as the nodes of the cell saw it
     Flows {
-        /// How many; 0 for all that are remembered
+        /// How many; 0 for as many as one answer holds
         #[arg(long, default_value_t = 100)]
         limit: u32,
     },

@@ -51,6 +51,11 @@ impl State {
         entries.filter(|row| self.fits(&row.entry, id)).map(|row| row.entry.id.clone()).collect()
     }
 
+    /// Whether the node may run this identity as things stand.
+    pub fn may_run(&self, id: &SpiffeId, node: &NodeId) -> bool {
+        self.entries_of(id).any(|row| self.fits(&row.entry, node))
+    }
+
     /// The entries that give this identity.
     pub(crate) fn entries_of(&self, id: &SpiffeId) -> impl Iterator<Item = &EntryRow> {
         self.giving.get(id).into_iter().flatten().filter_map(|entry| self.entry(entry))

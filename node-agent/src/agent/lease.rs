@@ -7,8 +7,8 @@ use crate::compile::DENIED_NODE;
 use crate::denials::Lane;
 use crate::kernel::KernelHandle;
 use crate::metrics::METRICS;
-use crate::seen::Seen;
-use crate::staleness::{FailMode, Staleness, Worth};
+use crate::seen::{End, Seen};
+use crate::staleness::{FailMode, LEASE, Staleness, Worth};
 use crate::view::View;
 use ambit_ebpf::Reason;
 use ambit_model::{Code, Refusal, SpiffeId};
@@ -44,7 +44,7 @@ impl Lease {
     /// Lets the kernel, and whoever carries, go on for as long as the cell's word is good.
     pub(super) fn keep(&self) -> Result<(), Refusal> {
         let age = self.clock.age();
-        let Some(length) = self.rule.lease(age) else { return Ok(()) };
+        let Some(length) = self.rule.lease(age) else { return self.kernel.shorten_lease(LEASE) };
         // What an agent that was succeeded carries ends with its drain.
         if !self.kernel.renew_lease(length)? {
             return Ok(());
@@ -90,24 +90,24 @@ impl Lease {
 
     /// What the kernel refused since the last look: to the log, and of policy to the cell.
     fn tell_refusals(&self) -> Result<(), Refusal> {
-        let mut by_policy = BTreeSet::new();
+        let mut by_policy = BTreeMap::<_, u64>::new();
         self.kernel.events(&mut |event| {
             // The kernel knows no such reason: to it, a denied node's endpoint is one that no verdict speaks of.
             let denied = event.destination == DENIED_NODE.0;
             let reason = if denied { Code::NodeUntrusted.as_str() } else { event.reason.as_str() };
             tracing::debug!(reason, from = ?event.from, to = %event.address, cgroup = event.cgroup, "refused");
             if matches!(event.reason, Reason::NoVerdict | Reason::PolicyDeny) {
-                by_policy.insert((event.source, event.destination, event.address.port()));
+                *by_policy.entry((event.source, event.destination, event.address.port())).or_default() += 1;
             }
         })?;
         let Some(view) = self.desired.borrow().clone().filter(|_| !by_policy.is_empty()) else { return Ok(()) };
         let asked: BTreeSet<u32> =
-            by_policy.iter().flat_map(|(source, destination, _)| [*source, *destination]).collect();
+            by_policy.keys().flat_map(|(source, destination, _)| [*source, *destination]).collect();
         let named = view.numbers.iter().filter(|(_, number)| asked.contains(&number.0));
         let named: BTreeMap<u32, &SpiffeId> = named.map(|(id, number)| (number.0, id)).collect();
-        for (source, destination, port) in &by_policy {
+        for ((source, destination, port), times) in &by_policy {
             if let (Some(source), Some(destination)) = (named.get(source), named.get(destination)) {
-                self.seen.saw(source, destination, *port, false);
+                self.seen.saw_many(End::Calling, source, destination, (*port, false), *times);
             }
         }
         Ok(())

@@ -12,7 +12,7 @@ use crate::metrics::METRICS;
 use crate::netns::Netns;
 use crate::plane::{Credentials, LocalPod};
 use crate::record;
-use crate::seen::Seen;
+use crate::seen::{self, Seen};
 use crate::shown::{Now, Shown};
 use crate::view::View;
 use ambit_ebpf::{Direct, Ended, Flow, Local};
@@ -241,7 +241,9 @@ impl Known {
             if direct.news.contains(&flow.opened) {
                 let failed = flow.closed.is_some() && flow.ended == Ended::Unanswered;
                 METRICS.connections.inc(["direct", if failed { "failed" } else { "ok" }]);
-                seen.saw(caller, called, flow.to.port(), true);
+                if !failed {
+                    seen.saw(seen::End::Calling, caller, called, flow.to.port(), true);
+                }
                 let verdict = facts.view.rules.evaluate(caller, called, flow.to.port(), facts.at);
                 if let Some(rule) = verdict.audited {
                     METRICS.audited.inc(["direct"]);

@@ -25,5 +25,6 @@ pub(super) fn goal(request: &Request<RecvStream>) -> Result<SocketAddrV4, Refusa
         return Err(bad(request.method().to_string()));
     }
     let authority = request.uri().authority().map(|a| a.as_str()).unwrap_or_default();
-    authority.parse().map_err(|_| bad(authority.to_owned()))
+    let to: Option<SocketAddrV4> = authority.parse().ok();
+    to.filter(|to| to.port() > 0).ok_or_else(|| bad(authority.to_owned()))
 }

@@ -89,7 +89,9 @@ impl<'a> Opening<'a> {
     /// At this endpoint; what turns out about its node is told to whoever else would try it.
     async fn at(&self, endpoint: &Endpoint, port: u16, first: &mut Vec<u8>) -> Result<Opened, TunnelError> {
         let out = self.outbound;
-        if out.denials.now().denies_endpoint(endpoint) {
+        let denials = out.denials.now();
+        // The kernel judged at connect(), and its SYN may have come long after (TCP Fast Open).
+        if denials.denies_endpoint(endpoint) || denials.is_stale() {
             return Err(TunnelError::NodeDenied);
         }
         let node = self.key(endpoint, Door::Node)?;

@@ -13,19 +13,29 @@ pub(super) async fn flows(session: &Session, limit: u32) -> Result<Answer, Refus
     let reply = ask!(session.cell()?, PolicyRegistry.flows(v1::FlowsRequest { local_only: false, limit }))?;
     let shown = if session.form == Form::Json {
         let flows: Vec<Value> = reply.flows.iter().map(row).collect();
-        pretty(&json!({"flows": flows, "left_out": reply.left_out, "silent": reply.silent}))
+        pretty(&json!({"flows": flows, "surplus": reply.surplus, "left_out": reply.left_out, "silent": reply.silent}))
     } else {
         table(session.form, &reply.flows, SEEN)
     };
     let mut answer = Answer::ok(shown);
-    if reply.left_out > 0 {
-        answer = answer.note(format!("{} more: there was no room for them, or not in this answer", reply.left_out));
+    if reply.surplus > 0 {
+        answer = answer.note(format!("{} older ones are not shown (--limit)", reply.surplus));
     }
-    if !reply.silent.is_empty() {
-        let silent: Vec<String> = reply.silent.iter().map(ToString::to_string).collect();
-        answer = answer.note(format!("what nodes told replica {} is missing: no answer", silent.join(", ")));
+    let missing = missing(reply.left_out, &reply.silent);
+    Ok(if missing.is_empty() { answer } else { answer.note(missing) })
+}
+
+/// What is not known of what was seen.
+fn missing(left_out: u64, silent: &[u64]) -> String {
+    let mut words = Vec::new();
+    if left_out > 0 {
+        words.push(format!("there was no room to tell of {left_out} connections"));
     }
-    Ok(answer)
+    if !silent.is_empty() {
+        let silent: Vec<String> = silent.iter().map(ToString::to_string).collect();
+        words.push(format!("what nodes told replica {} is missing: no answer", silent.join(", ")));
+    }
+    words.join("; ")
 }
 
 /// One as JSON.
@@ -62,5 +72,7 @@ pub(super) fn table(form: Form, flows: &[v1::SeenFlow], columns: &'static [&'sta
 /// What becomes of connections that were seen.
 pub(super) fn flips_text(plan: &v1::PlanResponse) -> String {
     let of = |count: u64| counted(usize::try_from(count).unwrap_or(usize::MAX), "flow");
-    format!("of {} seen in the last day, {} would be judged otherwise", of(plan.seen_all), plan.seen_flips)
+    let missing = missing(plan.seen_left_out, &plan.seen_silent);
+    let missing = if missing.is_empty() { missing } else { format!(" ({missing})") };
+    format!("of {} seen in the last day, {} would be judged otherwise{missing}", of(plan.seen_all), plan.seen_flips)
 }

@@ -90,7 +90,7 @@ fn shown(form: Form, plan: &v1::PlanResponse, limit: MaxFlips) -> String {
             "documents": plan.documents.iter().map(document).collect::<Vec<Value>>(),
             "flips": plan.flips.iter().map(flip).collect::<Vec<Value>>(),
             "pairs": plan.pairs, "opened": plan.opened, "closed": plan.closed, "compared": plan.compared, "cut_short": plan.cut_short, "max_flips": flips_max,
-            "seen": plan.seen.iter().map(flows::row).collect::<Vec<Value>>(), "seen_flips": plan.seen_flips, "seen_all": plan.seen_all,
+            "seen": plan.seen.iter().map(flows::row).collect::<Vec<Value>>(), "seen_flips": plan.seen_flips, "seen_all": plan.seen_all, "seen_left_out": plan.seen_left_out, "seen_silent": plan.seen_silent,
             "over": plan.over,
         }));
     }
@@ -186,6 +186,7 @@ mod tests {
             allowed: false,
             times: 12,
             last_ms: 1_795_442_606_000,
+            called: false,
         };
         let seen = v1::PlanResponse { seen: vec![flow], seen_all: 7, seen_flips: 1, ..plan(1) };
         assert!(table(&seen).ends_with(

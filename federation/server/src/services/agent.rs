@@ -4,16 +4,18 @@ use super::OrStatus;
 use super::rounds::{Rounds, Todo};
 use crate::authorise::{Role, actor, is_denied};
 use crate::replica::cuts::{Cut, Edition, Feed};
+use crate::replica::seen::Flow;
 use crate::replica::{Replica, wall_clock};
 use ambit_identity::PeerSvid;
 use ambit_model::policy::Endpoint;
-use ambit_model::{Code, Generation, NodeId, Refusal, Stamp};
+use ambit_model::{Code, Generation, NodeId, Refusal, SpiffeId, Stamp};
 use ambit_proto::convert::address;
 use ambit_proto::status::to_status;
 use ambit_proto::v1;
 use ambit_proto::v1::server_message::Body;
 use ambit_state::objects::NodeState;
 use ambit_state::{Command, ENDPOINTS_PER_NODE_MAX, Reply, State};
+use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
 use std::pin::Pin;
 use std::sync::LazyLock;
@@ -33,6 +35,9 @@ const HOLDING_MAX: usize = 1_024;
 /// a word. (That the machine lives is the kernel's to watch.) At 10,000 streams a heartbeat a second costs six times as
 /// much as all rounds.
 const HEARTBEAT: Duration = Duration::from_secs(8);
+
+/// An agent tells every ten seconds who called whom; what comes sooner is not looked at.
+const SEEN_APART: Duration = Duration::from_secs(2);
 
 /// The node's slice comes first, unless this replica has yet to hear of what the agent heard elsewhere.
 const FIRST_BEAT: Duration = Duration::from_secs(1);
@@ -79,7 +84,7 @@ impl v1::agent_stream_server::AgentStream for Streams {
         let rounds = Rounds::new(self.0.clone(), node, generation);
         let feed = Feed::new(&subscribe, self.0.remembered());
         let (replica, until, svid) = (self.0.clone(), actor.until, actor.svid);
-        let session = Session { replica, node, generation, address, until, svid, stream, newer, rounds };
+        let session = Session { replica, node, generation, address, until, svid, stream, newer, rounds, seen_at: None };
         tokio::spawn(session.run(feed, up, down));
         Ok(Response::new(Box::pin(ReceiverStream::new(queue))))
     }
@@ -98,6 +103,8 @@ struct Session {
     /// Closed once there is a newer stream of this node here.
     newer: watch::Receiver<()>,
     rounds: Rounds,
+    /// When it told last who called whom.
+    seen_at: Option<Instant>,
 }
 
 impl Session {
@@ -136,9 +143,6 @@ impl Session {
                     Ok(None) | Err(_) => return None,
                 },
                 todo = self.rounds.next() => {
-                    if matches!(todo, Todo::Send(_)) {
-                        beat.as_mut().reset(self.next_beat());
-                    }
                     if let Some(refusal) = self.act(todo, down).await {
                         return Some(refusal);
                     }
@@ -288,10 +292,32 @@ impl Session {
                 self.act(todo, down).await.map_or(Ok(()), Err)
             }
             Some(v1::agent_message::Body::Holding(holding)) => self.holding(holding),
-            Some(v1::agent_message::Body::Seen(seen)) => self.replica.seen().take(self.node, seen, self.replica.now()),
+            Some(v1::agent_message::Body::Seen(seen)) => {
+                self.seen(seen);
+                Ok(())
+            }
             Some(v1::agent_message::Body::Subscribe(_)) | None => {
                 Err(Refusal::new(Code::BadRequest, "endpoints, ack or nack", "another message"))
             }
+        }
+    }
+
+    /// Who called whom. Nothing is decided by it, so what is wrong with it ends nothing.
+    fn seen(&mut self, told: v1::SeenFlows) {
+        if self.seen_at.is_some_and(|at| at.elapsed() < SEEN_APART) {
+            return;
+        }
+        self.seen_at = Some(Instant::now());
+        let (node, now) = (self.node, self.replica.now());
+        let ends: BTreeSet<&str> =
+            told.flows.iter().flat_map(|f| [f.source.as_str(), f.destination.as_str()]).collect();
+        let own: BTreeSet<SpiffeId> = self.replica.local(|s| {
+            let ids = ends.into_iter().filter_map(|id| id.parse().ok());
+            ids.filter(|id| s.may_run(id, &node)).collect()
+        });
+        let may_tell = |flow: &Flow| own.contains(&flow.source) || own.contains(&flow.destination);
+        if let Err(refusal) = self.replica.seen().take(node, told, may_tell, now) {
+            tracing::warn!(%node, %refusal, "flows not taken");
         }
     }
 

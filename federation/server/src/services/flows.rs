@@ -2,82 +2,123 @@
 
 use crate::replica::Replica;
 use crate::replica::seen::{Flow, Times, merge, read};
-use ambit_model::Stamp;
+use ambit_model::{Code, Refusal, Stamp};
 use ambit_proto::v1;
 use std::collections::BTreeMap;
+use std::sync::LazyLock;
 use std::time::Duration;
+use tokio::sync::Semaphore;
 
-/// Flows of one answer, of a kilobyte at most and a hundred bytes as a rule.
-const ANSWER_MAX: usize = 16_384;
+/// Bytes of one answer's flows.
+const ANSWER_BYTES_MAX: usize = 24 << 20;
+/// What another replica's answer may have, with what gRPC adds.
+const MESSAGE_BYTES_MAX: usize = 32 << 20;
+/// A flow beside its names, on the wire at most.
+const ROW_BYTES: usize = 64;
 /// A replica that does not answer by then is told as silent.
 const ASKED_FOR: Duration = Duration::from_secs(1);
+
+/// Answers that are put together at once here: each may hold as much as one answer and more.
+static AT_ONCE: LazyLock<Semaphore> = LazyLock::new(|| Semaphore::new(4));
 
 /// What is known.
 #[derive(Debug, Default)]
 pub(super) struct Known {
     pub(super) flows: BTreeMap<Flow, Times>,
-    left_out: u64,
-    silent: Vec<u64>,
+    /// Connections that there was no room for somewhere.
+    pub(super) left_out: u64,
+    /// Replicas that did not answer.
+    pub(super) silent: Vec<u64>,
 }
 
 /// What nodes told this replica.
-pub(super) fn here(replica: &Replica) -> Known {
-    let (flows, left_out) = replica.seen().all(replica.now());
-    Known { flows, left_out, silent: vec![] }
+pub(super) async fn here(replica: &Replica) -> Result<Known, Refusal> {
+    let (seen, now) = (replica.seen().clone(), replica.now());
+    let (flows, left_out) = aside(move || seen.all(now)).await?;
+    Ok(Known { flows, left_out, silent: vec![] })
 }
 
 /// What nodes told this replica and the others.
-pub(super) async fn everywhere(replica: &Replica) -> Known {
-    let mut known = here(replica);
+pub(super) async fn everywhere(replica: &Replica) -> Result<Known, Refusal> {
     let others = replica.others();
     let asked = others.iter().map(|(id, address)| async move { (*id, ask(replica, *id, address).await) });
-    for (id, answer) in futures::future::join_all(asked).await {
-        let Some(answer) = answer else {
-            known.silent.push(id);
-            continue;
-        };
-        known.left_out = known.left_out.saturating_add(answer.left_out);
-        for flow in answer.flows {
-            let last = Stamp(flow.last_ms);
-            if let Ok((flow, times)) = read(flow) {
-                merge(&mut known.flows, flow, Times { times, last });
+    let (mut known, answers) =
+        futures::future::try_join(here(replica), async { Ok(futures::future::join_all(asked).await) }).await?;
+    let join = move || {
+        for (id, answer) in answers {
+            let Some(answer) = answer else {
+                known.silent.push(id);
+                continue;
+            };
+            known.left_out = known.left_out.saturating_add(answer.left_out);
+            for flow in answer.flows {
+                let last = Stamp(flow.last_ms);
+                if let Ok((flow, times)) = read(flow, last) {
+                    merge(&mut known.flows, flow, times);
+                }
             }
         }
-    }
-    known
+        known
+    };
+    aside(join).await
 }
 
 async fn ask(replica: &Replica, id: u64, address: &str) -> Option<v1::FlowsResponse> {
     let ask = async {
         let channel = replica.dial_replica(id, address).await.ok()?;
         let client = v1::policy_registry_client::PolicyRegistryClient::new(channel);
-        let mut client = client.max_decoding_message_size(32 << 20);
+        let mut client = client.max_decoding_message_size(MESSAGE_BYTES_MAX);
         client.flows(v1::FlowsRequest { local_only: true, limit: 0 }).await.ok()
     };
     tokio::time::timeout(ASKED_FOR, ask).await.ok().flatten().map(tonic::Response::into_inner)
 }
 
-/// Those of them, newest first, as many as asked for and as one answer holds.
-pub(super) fn answer(known: Known, limit: u32) -> v1::FlowsResponse {
-    let limit = if limit == 0 { ANSWER_MAX } else { ANSWER_MAX.min(limit as usize) };
-    let surplus = known.flows.len().saturating_sub(limit) as u64;
-    v1::FlowsResponse {
-        flows: newest(known.flows.into_iter().collect(), limit),
-        left_out: known.left_out.saturating_add(surplus),
-        silent: known.silent,
-    }
+/// An answer: for another replica, with what each end saw apart, or joined.
+pub(super) async fn answer(replica: &Replica, m: v1::FlowsRequest) -> Result<v1::FlowsResponse, Refusal> {
+    let closed = |e: tokio::sync::AcquireError| Refusal::new(Code::Internal, "a place to answer in", e.to_string());
+    let _place = AT_ONCE.acquire().await.map_err(closed)?;
+    let known = if m.local_only { here(replica).await? } else { everywhere(replica).await? };
+    let limit = if m.limit == 0 { usize::MAX } else { m.limit as usize };
+    aside(move || {
+        let (flows, surplus) = newest(known.flows, limit, m.local_only);
+        v1::FlowsResponse { flows, left_out: known.left_out, silent: known.silent, surplus }
+    })
+    .await
 }
 
-/// The newest, in words.
-pub(super) fn newest(mut flows: Vec<(Flow, Times)>, limit: usize) -> Vec<v1::SeenFlow> {
+/// The newest, in words, and how many more there are. `apart`: what each end saw is a row of its own.
+pub(super) fn newest(flows: BTreeMap<Flow, Times>, limit: usize, apart: bool) -> (Vec<v1::SeenFlow>, u64) {
+    let mut flows: Vec<(Flow, Times)> = flows.into_iter().collect();
     flows.sort_by(|(a, a_times), (b, b_times)| b_times.last.cmp(&a_times.last).then_with(|| a.cmp(b)));
-    let told = flows.into_iter().take(limit).map(|(flow, Times { times, last })| v1::SeenFlow {
-        source: flow.source.to_string(),
-        destination: flow.destination.to_string(),
-        port: flow.port.into(),
-        allowed: flow.allowed,
-        times,
-        last_ms: last.0,
-    });
-    told.collect()
+    let (mut told, mut bytes, mut taken) = (Vec::new(), 0, 0);
+    for (flow, times) in flows.iter().take(limit) {
+        let row = |times_seen, called| v1::SeenFlow {
+            source: flow.source.to_string(),
+            destination: flow.destination.to_string(),
+            port: flow.port.into(),
+            allowed: flow.allowed,
+            times: times_seen,
+            last_ms: times.last.0,
+            called,
+        };
+        bytes += 2 * (flow.source.as_str().len() + flow.destination.as_str().len() + ROW_BYTES);
+        if bytes > ANSWER_BYTES_MAX {
+            break;
+        }
+        taken += 1;
+        match times.ends {
+            [calling, called] if apart => {
+                told.extend((calling > 0).then(|| row(calling, false)));
+                told.extend((called > 0).then(|| row(called, true)));
+            }
+            _ => told.push(row(times.times(), false)),
+        }
+    }
+    (told, (flows.len() - taken) as u64)
+}
+
+/// Beside the threads that carry calls.
+async fn aside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Refusal> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|e| Refusal::new(Code::Internal, "flows", e.to_string()))
 }

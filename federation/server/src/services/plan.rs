@@ -4,7 +4,7 @@ use crate::replica::Replica;
 use crate::replica::seen::{Flow, Times, merge};
 use ambit_model::{Moment, Refusal, Revision, SpiffeId};
 use ambit_policy::{
-    Document, EgressSet, PolicySet, egress_flips, egress_text, flips, group_text, policy_text, service_text,
+    Document, EgressSet, Index, PolicySet, egress_flips, egress_text, flips, group_text, policy_text, service_text,
 };
 use ambit_proto::v1;
 use ambit_state::objects::{DocumentChange, StoredDocument};
@@ -54,19 +54,24 @@ struct Ground {
 /// # Errors
 /// As the change itself would be refused.
 pub(super) async fn plan(replica: &Replica, wanted: Wanted) -> Result<v1::PlanResponse, Refusal> {
+    // Before the ground is taken: a replica that is silent takes a second, in which others change documents.
+    let super::flows::Known { flows: seen, left_out, silent } = super::flows::everywhere(replica).await?;
     let ground = replica.read(|s| ground(s, wanted)).await??;
-    let seen = super::flows::everywhere(replica).await.flows;
     // Comparing takes up to a second: not under the lock of the state, nor in the way of other calls.
     let found = tokio::task::spawn_blocking(move || {
         let Ground { before, after, egress_before, egress_after, known, now, over, documents } = ground;
         let outside = egress_flips(&egress_before, &egress_after, &known, now);
-        let seen = Flips::of(seen, |flow| {
-            let judge = |set: &PolicySet| set.evaluate(&flow.source, &flow.destination, flow.port, now).allowed;
-            (judge(&before), judge(&after))
-        });
+        let seen = {
+            let (before, after) = (before.compile(), after.compile());
+            let judge =
+                |set: &Index, flow: &Flow| set.evaluate(&flow.source, &flow.destination, flow.port, now).allowed;
+            let seen = Flips::of(seen, |flow| (judge(&before, flow), judge(&after, flow)));
+            let count = seen.flips.len() as u64;
+            (seen.all, count, super::flows::newest(seen.flips, SHOWN_MAX, false).0)
+        };
         (flips(&before, &after, &known, now), outside, seen, documents, over)
     });
-    let (found, outside, seen, documents, over) =
+    let (found, outside, (seen_all, seen_flips, seen), documents, over) =
         found.await.map_err(|e| Refusal::new(ambit_model::Code::Internal, "a plan", e.to_string()))?;
     // Ways out first: they are few, and open more than one target.
     let ways_out = outside.pairs.iter().map(super::egress::flip_message);
@@ -91,9 +96,11 @@ pub(super) async fn plan(replica: &Replica, wanted: Wanted) -> Result<v1::PlanRe
         compared: (found.compared + outside.compared) as u64,
         cut_short: found.cut_short || outside.cut_short,
         over: over.0,
-        seen_all: seen.all,
-        seen_flips: seen.flips.len() as u64,
-        seen: super::flows::newest(seen.flips.into_iter().collect(), SHOWN_MAX),
+        seen_all,
+        seen_flips,
+        seen,
+        seen_left_out: left_out,
+        seen_silent: silent,
     })
 }
 

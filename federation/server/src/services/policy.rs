@@ -160,9 +160,7 @@ impl v1::policy_registry_server::PolicyRegistry for Policies {
     }
 
     async fn flows(&self, request: Request<v1::FlowsRequest>) -> Result<Response<v1::FlowsResponse>, Status> {
-        let m = request.into_inner();
-        let known = if m.local_only { flows::here(&self.0) } else { flows::everywhere(&self.0).await };
-        Ok(Response::new(flows::answer(known, m.limit)))
+        flows::answer(&self.0, request.into_inner()).await.or_status().map(Response::new)
     }
 
     async fn status(
