@@ -83,6 +83,28 @@ async fn the_kernel_judges_no_longer_than_the_cells_word_is_good_for() {
     page(&node, "/metrics", |page| page.contains("\nambit_agent_stale 0\n")).await;
 }
 
+/// It may be that only this one is cut off.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_that_tells_nothing_new_is_left_for_another() {
+    let mut node = Node::make().await;
+    let config = node.config.clone();
+    let _agent = node.agent("agent", &config, &[]);
+    let stream = node.stream().await;
+    node.slice(&stream, 1).await;
+    ready(&node).await;
+    let begun = Instant::now();
+    let again = loop {
+        beat(&stream, 1_800_000_000_000).await;
+        let next = tokio::time::timeout(Duration::from_secs(1), node.streams.recv()).await;
+        if let Ok(next) = next {
+            break next.unwrap();
+        }
+        assert!(begun.elapsed() < Duration::from_secs(50), "it stays");
+    };
+    assert!(begun.elapsed() >= Duration::from_secs(29), "too soon: {:?}", begun.elapsed());
+    assert_eq!(again.generation, stream.generation, "by the same admission");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn where_it_is_static_the_kernel_judges_for_ever() {
     let mut node = Node::make().await;

@@ -182,6 +182,16 @@ impl Demo<'_> {
         // Nodes tell every ten seconds who called whom.
         wait(SETTLE_MAX, "a plan with a flow that was seen", || Ok(plan()?.contains(broken)))?;
         self.say.quote(&plan()?);
+        // What a kernel refuses, its node tells as well. (What it had seen before it was booted again may not have been told.)
+        let (other, db) = (self.pod("east-n1", "other")?, self.pod("west-n1", "db")?.address);
+        let (code, _) = self.curl(&other, &format!("http://{db}:{PORT}/"))?;
+        expect(code == 7, "east/other refused by connect()", &format!("curl {code}"))?;
+        let seen = || self.lab.ambit("east", &["policy", "flows"]);
+        let refused = ["spiffe://east/other", "spiffe://west/db", "8080", "denied"];
+        let is_refused = |line: &str| line.split_whitespace().take(4).eq(refused);
+        wait(SETTLE_MAX, "a flow that was refused", || Ok(seen()?.lines().any(is_refused)))?;
+        self.say.step("and who called whom, as east's nodes saw it (`ambit policy flows`):");
+        self.say.quote(&seen()?);
         Ok(())
     }
 
