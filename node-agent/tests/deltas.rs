@@ -121,7 +121,7 @@ async fn whom_to_refuse_is_in_force_before_the_rest_and_a_new_stream_begins_with
     stage.send(set.delta(None, 5, 0)).await;
     stage.view(5).await;
     let denied = v1::NodeDenial { trust_domain: "west".into(), node: "cd".repeat(32), generation: 3 };
-    let next = Set::from(&v1::Slice { denials: vec![denied], ..stage.slice(&["p2"]) });
+    let next = Set::from(&v1::Slice { denials: vec![denied.clone()], ..stage.slice(&["p2"]) });
     let early = set.with_denials_of(&next);
     let ahead = early.delta(Some(&set), 6, 0).into_iter().map(|part| v1::Delta { denials_only: true, ..part });
     stage.send(ahead.collect()).await;
@@ -137,6 +137,14 @@ async fn whom_to_refuse_is_in_force_before_the_rest_and_a_new_stream_begins_with
     let half: Vec<_> = next.delta(Some(&early), 7, 0).into_iter().map(|p| v1::Delta { more: true, ..p }).collect();
     stage.send(half).await;
     stage.stream.send(Down::Heartbeat(v1::Heartbeat { revision: 4, ..v1::Heartbeat::default() })).await;
+    // Read it must be before the stream ends: an agent that has something to say may find that first.
+    let also = v1::NodeDenial { trust_domain: "west".into(), node: "ef".repeat(32), generation: 1 };
+    let list = v1::Denials { revision: 6, denials: vec![denied.clone(), also], ..v1::Denials::default() };
+    stage.stream.send(Down::Denials(list)).await;
+    let also = |lane: &ambit_agent::denials::Lane| {
+        lane.now().lists(&"west".parse().unwrap(), &NodeId([0xef; 32]), Generation(1))
+    };
+    timeout(SOON, lane.until(|_| also(&lane))).await.expect("what was sent is read");
     let Stage { replica, agent, stream, mut streams, _tpm } = stage;
     stream.end(Code::Unavailable).await;
     let stream = timeout(SOON, streams.recv()).await.expect("a new stream").unwrap();

@@ -5,10 +5,10 @@
 mod support;
 
 use nix::sys::signal::Signal;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -54,6 +54,43 @@ impl Probes {
         self.stop.store(true, Ordering::Relaxed);
         self.counted.into_iter().map(|probe| probe.join().unwrap()).collect()
     }
+}
+
+fn hello(protocol: u32, layout: &str) -> String {
+    format!("{{\"hello\":{{\"protocol\":{protocol},\"version\":\"9\",\"layout\":\"{layout}\"}}}}")
+}
+
+/// Python that asks the agent which serves for all it has, says what it got, and then does what follows.
+fn other(node: &Node) -> String {
+    format!(
+        "import socket, struct, sys, time\ns = socket.socket(socket.AF_UNIX)\ns.connect('{}')\n\
+         for word in (b'{}', b'\"give\"'):\n s.sendall(struct.pack('>IB', len(word), 0) + word)\n\
+         got = b''\nwhile b'given' not in got: got += s.recv(4096)\nprint(got, flush=True)\n",
+        node.tpm.state().join("takeover/agent.sock").display(),
+        hello(1, &hex::encode(ambit_ebpf::map_layout()))
+    )
+}
+
+/// Told to end while another has the tables, an agent waits for what becomes of that: whoever serves then hears the cell.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_agent_that_is_told_to_end_in_the_middle_waits_for_the_other() {
+    let mut node = Node::make().await;
+    let config = node.config.clone();
+    let mut serving = node.agent("serving", &config, &[]);
+    let stream = node.stream().await;
+    node.slice(&stream, 1).await;
+    ready(&node).await;
+    let script = other(&node) + "time.sleep(3)\n";
+    let mut half = Command::new("python3").args(["-c", &script]).stdout(Stdio::piped()).spawn().unwrap();
+    let mut told = String::new();
+    BufReader::new(half.stdout.take().unwrap()).read_line(&mut told).unwrap();
+    assert!(told.contains("given"), "{told}");
+    serving.signal(Signal::SIGTERM);
+    tokio::time::sleep(Duration::from_millis(1_500)).await;
+    assert!(serving.runs() && !serving.said("draining"), "{}", std::fs::read_to_string(&serving.log).unwrap());
+    half.wait().unwrap();
+    assert_eq!(serving.ended().await, Some(0));
+    assert!(serving.said("another agent did not take over") && serving.said("draining"));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -119,9 +156,6 @@ async fn whatever_goes_wrong_leaves_the_agent_that_serves_in_its_place() {
         String::from_utf8_lossy(&answer).into_owned()
     };
     let layout = hex::encode(ambit_ebpf::map_layout());
-    let hello = |protocol: u32, layout: &str| {
-        format!("{{\"hello\":{{\"protocol\":{protocol},\"version\":\"9\",\"layout\":\"{layout}\"}}}}")
-    };
     for (words, expected) in [
         (vec!["{}".to_owned()], "a word of this protocol"),
         (vec![hello(2, &layout)], "protocol 1 of taking over"),
@@ -135,13 +169,7 @@ async fn whatever_goes_wrong_leaves_the_agent_that_serves_in_its_place() {
 
     // One that says hello, has the sockets, and dies.
     let before = node.programs();
-    let script = format!(
-        "import socket, struct, sys, time\ns = socket.socket(socket.AF_UNIX)\ns.connect('{}')\n\
-         for word in (b'{}', b'\"give\"'):\n s.sendall(struct.pack('>IB', len(word), 0) + word)\n\
-         got = b''\nwhile b'given' not in got: got += s.recv(4096)\nprint(got)\n",
-        socket.display(),
-        hello(1, &layout)
-    );
+    let script = other(&node);
     // Another process: the agent ends whoever might write the kernel's tables.
     let hung = |more: &str| Command::new("python3").args(["-c", &format!("{script}{more}")]).output().unwrap();
     let died = hung("");
