@@ -205,7 +205,8 @@ pub async fn run(config: Config, take_over: bool, mut stop: Stop) -> Result<(), 
     METRICS.component.set(["inbound"], 1.0);
     METRICS.component.set(["workload_api"], 1.0);
     tracing::info!(cluster = %config.cluster, hbone = %config.hbone_listen, "agent started");
-    let mut host = Host { sockets: again, kernel: kernel.clone(), control: ask, successor };
+    let mut host =
+        Host { sockets: again, kernel: kernel.clone(), control: ask, successor, undone: watch::Sender::new(()) };
     let (tunnels_in, locals) = (inbound.clone(), Local::default());
     let pressure = Contention::of(Path::new(contention::PRESSURE));
     let components = async {
@@ -230,6 +231,7 @@ pub async fn run(config: Config, take_over: bool, mut stop: Stop) -> Result<(), 
     tokio::pin!(components);
     let serving = serve_in_turn(former, endpoints_rx, [&course, &pages]);
     let successor = {
+        let mut undone = host.undone.subscribe();
         let met = course.while_serving(host.meet(takeover));
         tokio::pin!(met);
         let successor = tokio::select! {
@@ -238,12 +240,14 @@ pub async fn run(config: Config, take_over: bool, mut stop: Stop) -> Result<(), 
             wire = &mut met => Some(wire),
             () = stop.next() => None,
         };
+        undone.mark_unchanged();
         match successor {
             // Who has the tables by now is waited for: it hears the cell, and passes that on.
             None if !host.kernel.is_writer() => tokio::select! {
                 e = &mut components => return e,
                 wire = &mut met => Some(wire),
-                () = writes_again(&host.kernel) => None,
+                // What was undone is whole again: the tables are this agent's.
+                Ok(()) = undone.changed() => None,
                 () = stop.next() => None,
             },
             met => met,
@@ -338,13 +342,6 @@ async fn drained([course, pages]: [&Course; 2], inbound: &Inbound, locals: &Loca
     let left = Instant::now();
     while (inbound.tunnels() > 0 || locals.answer()) && left.elapsed() < GOODBYE_MAX {
         tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-}
-
-/// Returns once the tables are this agent's again.
-async fn writes_again(kernel: &KernelHandle) {
-    while !kernel.is_writer() {
-        tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }
 

@@ -14,7 +14,7 @@ use prost::Message;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 use tokio::net::UnixListener;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::timeout;
 
 /// For a new agent that does not serve to end by itself.
@@ -42,6 +42,8 @@ pub struct Host {
     pub control: mpsc::Sender<Ask>,
     /// Whom it tells of successors.
     pub successor: Successor,
+    /// Told each time that one did not take over, and all is as it was before.
+    pub undone: watch::Sender<()>,
 }
 
 impl Host {
@@ -61,6 +63,7 @@ impl Host {
                     let refused = Said::Refused { code: code.as_str().into(), expected, found };
                     // It may be gone.
                     let _ = say(&wire, &refused).await;
+                    self.undone.send_replace(());
                 }
             }
         }
