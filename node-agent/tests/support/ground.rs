@@ -112,8 +112,17 @@ impl Drop for Ground {
             drop(child.kill());
             drop(child.wait());
         }
-        if let Err(error) = ambit_ebpf::Kernel::remove(&self.pins) {
-            eprintln!("left behind: {} ({error})", self.pins.display());
+        // A loop that is told to end may be in the middle of guarding a pod.
+        let mut gone = 0;
+        for _ in 0..100 {
+            gone = if self.pins.exists() { 0 } else { gone + 1 };
+            if gone > 10 {
+                break;
+            }
+            if let Err(error) = ambit_ebpf::Kernel::remove(&self.pins) {
+                eprintln!("left behind: {} ({error})", self.pins.display());
+            }
+            std::thread::sleep(Duration::from_millis(20));
         }
         for _ in 0..100 {
             for pod in std::fs::read_dir(self.mesh()).into_iter().flatten().flatten() {
@@ -138,6 +147,13 @@ pub(crate) struct Node {
     pub(crate) kernel: KernelHandle,
     pub(crate) denials: Lane,
     pub(crate) clock: Arc<Clock>,
+    control: tokio::task::JoinHandle<()>,
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        self.control.abort();
+    }
 }
 
 impl Node {
@@ -202,11 +218,11 @@ impl Node {
                 node,
             },
         };
-        tokio::spawn(control.run());
+        let control = tokio::spawn(control.run());
         let traffic = plane_rx.clone();
         let inbound = Inbound::new(plane_rx, denials.clone(), netns, clock.clone());
         tokio::spawn(inbound.serve(hbone));
-        Node { desired, outcome, endpoints, plane: traffic, issued, kernel, denials, clock }
+        Node { desired, outcome, endpoints, plane: traffic, issued, kernel, denials, clock, control }
     }
     /// Waits until traffic is carried for the pods at these addresses, and for no other.
     pub(crate) async fn carries(&mut self, wanted: &[Ipv4Addr]) {
