@@ -33,6 +33,7 @@ async fn a_foreign_caller_is_answered_as_istios_agents_answer() {
         // Of another workload, or of nobody.
         (&format!("127.0.83.29:{}", stage.db_at().port()), 400),
         // The agents' own ports.
+        (&format!("{ip}:0"), 400),
         (&format!("{ip}:15001"), 400),
         (&format!("{ip}:15006"), 400),
         (&format!("{ip}:15008"), 400),

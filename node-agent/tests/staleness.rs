@@ -88,10 +88,7 @@ async fn the_kernel_judges_no_longer_than_the_cells_word_is_good_for() {
 async fn a_replica_that_tells_nothing_new_is_left_for_another() {
     let mut node = Node::make().await;
     let config = node.config.clone();
-    let _agent = node.agent("agent", &config, &[]);
-    let stream = node.stream().await;
-    node.slice(&stream, 1).await;
-    ready(&node).await;
+    let (_agent, stream) = node.served("agent", &config).await;
     let begun = Instant::now();
     let again = loop {
         beat(&stream, 1_800_000_000_000).await;
@@ -109,10 +106,7 @@ async fn a_replica_that_tells_nothing_new_is_left_for_another() {
 async fn where_it_is_static_the_kernel_judges_for_ever() {
     let mut node = Node::make().await;
     let config = format!("{}fail_mode = 'static'\n", node.config);
-    let mut agent = node.agent("agent", &config, &[]);
-    let stream = node.stream().await;
-    node.slice(&stream, 1).await;
-    ready(&node).await;
+    let (mut agent, _stream) = node.served("agent", &config).await;
     let century = Duration::from_secs(100 * 365 * 24 * 3600);
     assert!(lease(&node) > century);
     agent.child.kill().unwrap();

@@ -76,10 +76,7 @@ fn other(node: &Node) -> String {
 async fn an_agent_that_is_told_to_end_in_the_middle_waits_for_the_other() {
     let mut node = Node::make().await;
     let config = node.config.clone();
-    let mut serving = node.agent("serving", &config, &[]);
-    let stream = node.stream().await;
-    node.slice(&stream, 1).await;
-    ready(&node).await;
+    let (mut serving, _stream) = node.served("serving", &config).await;
     let script = other(&node) + "time.sleep(3)\n";
     let mut half = Command::new("python3").args(["-c", &script]).stdout(Stdio::piped()).spawn().unwrap();
     let mut told = String::new();
@@ -97,10 +94,7 @@ async fn an_agent_that_is_told_to_end_in_the_middle_waits_for_the_other() {
 async fn agents_follow_each_other_and_no_connect_is_refused() {
     let mut node = Node::make().await;
     let config = node.config.clone();
-    let mut serving = node.agent("agent-0", &config, &[]);
-    let mut stream = node.stream().await;
-    node.slice(&stream, 1).await;
-    ready(&node).await;
+    let (mut serving, mut stream) = node.served("agent-0", &config).await;
     // By accident nobody takes over.
     let mut second = node.agent("second", &config, &[]);
     assert_eq!(second.ended().await, Some(1));
@@ -136,10 +130,7 @@ async fn agents_follow_each_other_and_no_connect_is_refused() {
 async fn whatever_goes_wrong_leaves_the_agent_that_serves_in_its_place() {
     let mut node = Node::make().await;
     let config = node.config.clone();
-    let mut serving = node.agent("serving", &config, &[]);
-    let stream = node.stream().await;
-    node.slice(&stream, 1).await;
-    ready(&node).await;
+    let (mut serving, stream) = node.served("serving", &config).await;
     let probes = Probes::start(&node);
     let socket = node.tpm.state().join("takeover/agent.sock");
 

@@ -16,6 +16,7 @@ use ambit_agent::kernel::KernelHandle;
 use ambit_agent::netns::{Annex, Netns, NetnsThread};
 use ambit_agent::outbound::Outbound;
 use ambit_agent::plane::Plane;
+use ambit_agent::staleness::Worth;
 use ambit_agent::view::View;
 use ambit_identity::{SharedTrust, Trust, TrustStore};
 use ambit_model::{Generation, Revision};
@@ -313,6 +314,18 @@ async fn reaches(node: &node::Node) {
     let (end, took) = ended(&mut workload, begun).await;
     assert!(end == "reset" && took < MOST, "{end} {took:?}");
     agent.apply(last).await;
+    // A node whose cell was not heard for too long begins nothing, though its kernel took the SYN, and ends nothing unless it is
+    // strict.
+    agent.denials.set_worth(Worth::Open);
+    assert_eq!(said(&mut workload, &format!("echo('{FAR}', 1)")).await, "ECONNRESET", "stale");
+    agent.denials.set_worth(Worth::All);
+    assert_eq!(said(&mut workload, &format!("keep('{FAR}')")).await, "hi");
+    let begun = clock();
+    agent.denials.set_worth(Worth::Nothing);
+    let (end, took) = ended(&mut workload, begun).await;
+    assert!(end == "reset" && took < MOST, "{end} {took:?}");
+    agent.denials.set_worth(Worth::All);
+    assert_eq!(said(&mut workload, &format!("keep('{FAR}')")).await, "hi");
     let begun = clock();
     let list = Denials::parse(Revision(7), &[], &[]).unwrap().with_svids(&[barred], &[]).unwrap();
     assert!(agent.denials.offer(list));

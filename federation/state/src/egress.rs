@@ -69,7 +69,8 @@ impl State {
         endpoints.chain(services).chain(self.former.iter().map(|(address, _)| *address)).collect()
     }
 
-    /// Until when an address that somebody of the mesh left is not outside of it; none where it is, or somebody is there.
+    /// Until when an address that somebody of the mesh left is not outside of it; none where nobody has left it. Whoever is
+    /// there again is told by endpoints, not by this.
     pub fn left_until(&self, address: Ipv4Addr) -> Option<Stamp> {
         self.former.get(&address).copied()
     }

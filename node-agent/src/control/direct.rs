@@ -172,7 +172,7 @@ impl Control {
             let is_current =
                 |held: &&Held| state.credentials.get(&pod.workload.entry.id).is_some_and(|own| held.is_of(own));
             let held = state.direct.svids.get(pod.id()).and_then(|all| all.iter().rev().find(is_current));
-            let open = !facts.denials.ends_all()
+            let open = !facts.denials.is_out()
                 && !facts.denials.is_stale()
                 && guarded.ways.values().all(|way| *way == Way::Found)
                 && held.is_some_and(|held| {

@@ -83,6 +83,15 @@ impl Node {
         Agent { child, log: self.tpm.file(name) }
     }
 
+    /// An agent that serves, with a slice of revision 1, and its stream.
+    pub(crate) async fn served(&mut self, name: &str, config: &str) -> (Agent, Stream) {
+        let serving = self.agent(name, config, &[]);
+        let stream = self.stream().await;
+        self.slice(&stream, 1).await;
+        ready(self).await;
+        (serving, stream)
+    }
+
     /// The next stream of an agent, with a slice in which nobody runs here.
     pub(crate) async fn stream(&mut self) -> Stream {
         let stream = timeout(SOON, self.streams.recv()).await.expect("a stream").unwrap();
