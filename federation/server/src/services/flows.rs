@@ -18,7 +18,7 @@ const ROW_BYTES: usize = 64;
 /// A replica that does not answer by then is told as silent.
 const ASKED_FOR: Duration = Duration::from_secs(1);
 
-/// Answers that are put together at once here: each may hold as much as one answer and more.
+/// Pieces of work at once. Nobody has a place while he waits for another replica, who may wait for one here.
 static AT_ONCE: LazyLock<Semaphore> = LazyLock::new(|| Semaphore::new(4));
 
 /// What is known.
@@ -75,8 +75,6 @@ async fn ask(replica: &Replica, id: u64, address: &str) -> Option<v1::FlowsRespo
 
 /// An answer: for another replica, with what each end saw apart, or joined.
 pub(super) async fn answer(replica: &Replica, m: v1::FlowsRequest) -> Result<v1::FlowsResponse, Refusal> {
-    let closed = |e: tokio::sync::AcquireError| Refusal::new(Code::Internal, "a place to answer in", e.to_string());
-    let _place = AT_ONCE.acquire().await.map_err(closed)?;
     let known = if m.local_only { here(replica).await? } else { everywhere(replica).await? };
     let limit = if m.limit == 0 { usize::MAX } else { m.limit as usize };
     aside(move || {
@@ -119,6 +117,8 @@ pub(super) fn newest(flows: BTreeMap<Flow, Times>, limit: usize, apart: bool) ->
 
 /// Beside the threads that carry calls.
 async fn aside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Refusal> {
+    let closed = |e: tokio::sync::AcquireError| Refusal::new(Code::Internal, "a place to work in", e.to_string());
+    let _place = AT_ONCE.acquire().await.map_err(closed)?;
     let done = tokio::task::spawn_blocking(work).await;
     done.map_err(|e| Refusal::new(Code::Internal, "flows", e.to_string()))
 }
