@@ -91,6 +91,7 @@ impl Seen {
                     times,
                     last_ms: 0,
                     called: end == End::Called,
+                    rule: String::new(),
                 };
                 ports.iter().map(flow).collect::<Vec<_>>()
             };

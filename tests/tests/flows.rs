@@ -29,6 +29,30 @@ async fn rows(cell: &Cell, n: usize) -> (Vec<(String, u32, bool, u64)>, v1::Flow
     (rows, answer)
 }
 
+/// Of eight connections that were seen seven are allowed by a policy, and none is refused by another.
+fn how_much_of_it_policies_speak_of(run: &dyn Fn(&[&str], i32, &[&str]), folder: &Folder) {
+    run(&["flows"], 0, &["  west/web\n", "  -\n", "of 8 connections policies speak of 7 (87.5 %)"]);
+    let file = folder.path("idle.yaml");
+    let text = "kind: Policy\nmetadata: {name: idle}\nspec: {target: spiffe://west/db, action: deny, \
+                from: ['spiffe://west/ops'], ports: [99]}\n";
+    std::fs::write(&file, text).unwrap();
+    run(&["apply", "-f", &file.display().to_string()], 0, &[]);
+    run(&["unused"], 0, &["0 policies", "of 2 policies"]);
+    let begun = "it decides no connection seen since 2";
+    run(
+        &["unused", "--within", "2h"],
+        0,
+        &["policy  west    idle", begun, "1 policy", "8 connections were seen", "119m of that time a replica"],
+    );
+    // What refuses what was seen is used, and the last day is all that is kept.
+    std::fs::write(&file, text.replace("[99]", "[81]")).unwrap();
+    run(&["apply", "-f", &file.display().to_string()], 0, &[]);
+    run(&["flows"], 0, &["  west/idle\n", "of 8 connections policies speak of 8 (100.0 %)"]);
+    run(&["unused", "--within", "24h"], 0, &["0 policies"]);
+    run(&["unused", "--within", "25h"], 2, &["at most 24h"]);
+    run(&["delete", "idle"], 0, &[]);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_nodes_saw_is_asked_of_any_replica_and_planned_on() {
     let mut cell = Cell::start("west", 3).await.unwrap();
@@ -76,6 +100,7 @@ async fn what_nodes_saw_is_asked_of_any_replica_and_planned_on() {
         0,
         &["spiffe://west/web  spiffe://west/db  80    allowed  7", "2 flows", "no room to tell of 2 connections"],
     );
+    how_much_of_it_policies_speak_of(&run, &folder);
 
     // Of what is closed, what was used is shown; what is open to nobody that called is not.
     let used = "of 2 flows seen in the last day, 1 would be judged otherwise";

@@ -1,5 +1,6 @@
 //! `ambit policy` and `ambit explain`.
 
+use crate::duration::Millis;
 use clap::Subcommand;
 use std::path::PathBuf;
 
@@ -79,7 +80,11 @@ pub enum Policy {
         limit: u32,
     },
     /// Policies that speak of no pair of known identities, and why
-    Unused,
+    Unused {
+        /// Also those by which nothing was judged that was seen in this time, such as 12h; a day at most
+        #[arg(long, value_name = "TIME")]
+        within: Option<Millis>,
+    },
     /// Policies, services, groups and egress that the cell knows, imported ones too
     List,
     /// Which agents hold the cell's revision in their kernel; ends 5 where one does not

@@ -61,7 +61,7 @@ pub(super) async fn run(session: &Session, verb: Policy) -> Result<Answer, Refus
         Policy::Status { wait } => status(session, wait).await,
         Policy::WhoCan { destination } => questions::who_can(session, &destination).await,
         Policy::Flows { limit } => flows::flows(session, limit).await,
-        Policy::Unused => questions::unused(session).await,
+        Policy::Unused { within } => questions::unused(session, within).await,
         Policy::History { limit } => questions::history(session, limit).await,
         Policy::Explain(question) => explain(session, question).await,
     }

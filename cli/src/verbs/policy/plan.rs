@@ -112,7 +112,7 @@ fn shown(form: Form, plan: &v1::PlanResponse, limit: MaxFlips) -> String {
     let rest = if plan.cut_short { " of more: there may be others" } else { "" };
     out.push_str(&format!(" ({} compared{rest})\n", plan.compared));
     if !plan.seen.is_empty() {
-        out.push_str(&format!("{}\n", flows::table(form, &plan.seen, flows::JUDGED)));
+        out.push_str(&format!("{}\n", flows::table(form, &plan.seen)));
     }
     out + &flows::flips_text(plan)
 }
@@ -186,7 +186,7 @@ mod tests {
             allowed: false,
             times: 12,
             last_ms: 1_795_442_606_000,
-            called: false,
+            ..Default::default()
         };
         let seen = v1::PlanResponse { seen: vec![flow], seen_all: 7, seen_flips: 1, ..plan(1) };
         assert!(table(&seen).ends_with(

@@ -1,9 +1,11 @@
 //! Questions about policies: who can call, which are unused, what changed.
 
 use super::super::Session;
+use super::flows::missing;
 use super::plan::document_text;
 use super::{action, egress_row, policy_row};
 use crate::ask;
+use crate::duration::Millis;
 use crate::output::{Answer, Form, Table, counted, pretty};
 use crate::when::utc;
 use ambit_model::{Code, Refusal, SpiffeId};
@@ -78,8 +80,9 @@ fn list<T: ToString>(items: &[T]) -> String {
 }
 
 /// `ambit policy unused`.
-pub(super) async fn unused(session: &Session) -> Result<Answer, Refusal> {
-    let reply = ask!(session.cell()?, PolicyRegistry.unused(v1::UnusedRequest {}))?;
+pub(super) async fn unused(session: &Session, within: Option<Millis>) -> Result<Answer, Refusal> {
+    let within_ms = within.map_or(0, |within| within.0);
+    let reply = ask!(session.cell()?, PolicyRegistry.unused(v1::UnusedRequest { within_ms }))?;
     let mut table = Table::new("policy", &["kind", "origin", "name", "why", "written_by", "revision"]);
     for p in &reply.policies {
         let kind = if p.kind.is_empty() { "policy".to_owned() } else { p.kind.to_lowercase() };
@@ -92,8 +95,15 @@ pub(super) async fn unused(session: &Session) -> Result<Answer, Refusal> {
             json!(p.revision),
         ]);
     }
-    let all = counted(usize::try_from(reply.policies_all).unwrap_or(usize::MAX), "policy");
-    Ok(Answer::ok(table.render(session.form)).note(format!("of {all}")))
+    let count = |n: u64, what| counted(usize::try_from(n).unwrap_or(usize::MAX), what);
+    let mut answer = Answer::ok(table.render(session.form)).note(format!("of {}", count(reply.policies_all, "policy")));
+    if within.is_some() {
+        answer =
+            answer.note(format!("{} were seen (of egress none are counted)", count(reply.connections, "connection")));
+        let missing = missing(reply.left_out, &reply.silent, within_ms.saturating_sub(reply.remembered_ms));
+        answer = if missing.is_empty() { answer } else { answer.note(missing) };
+    }
+    Ok(answer)
 }
 
 /// `ambit policy history`.

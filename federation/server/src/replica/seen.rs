@@ -6,6 +6,7 @@ use ambit_model::{Code, NodeId, Refusal, SpiffeId, Stamp};
 use ambit_proto::v1;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 /// Rows of one node, half of them for what was denied; its oldest of that half make room.
 const PER_NODE_MAX: usize = 2_048;
@@ -15,7 +16,8 @@ const NODE_BYTES_MAX: usize = 1 << 20;
 const ALL_BYTES_MAX: usize = 64 << 20;
 /// A row beside its two names, in memory about.
 const ROW_BYTES: usize = 256;
-const KEPT_MS: u64 = 24 * 3600 * 1000;
+/// How long what was seen is kept.
+pub const KEPT_MS: u64 = 24 * 3600 * 1000;
 /// With all room taken, how often it is looked for rows that are over.
 const SWEEP_MS: u64 = 60_000;
 /// No node says more at once: a sum of many stays a sum.
@@ -173,12 +175,26 @@ impl Table {
 }
 
 /// All of them. Cloning shares.
-#[derive(Clone, Debug, Default)]
-pub struct Seen(Arc<Mutex<Table>>);
+#[derive(Clone, Debug)]
+pub struct Seen {
+    table: Arc<Mutex<Table>>,
+    begun: Instant,
+}
+
+impl Default for Seen {
+    fn default() -> Self {
+        Self { table: Arc::default(), begun: Instant::now() }
+    }
+}
 
 impl Seen {
+    /// For how long it remembers what it was told, milliseconds: a day, or since it began.
+    pub fn remembers_ms(&self) -> u64 {
+        u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX).min(KEPT_MS)
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, Table> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A node tells what it saw; of what `may_tell` says that it is not its to tell, nothing is taken.

@@ -55,7 +55,7 @@ struct Ground {
 /// As the change itself would be refused.
 pub(super) async fn plan(replica: &Replica, wanted: Wanted) -> Result<v1::PlanResponse, Refusal> {
     // Before the ground is taken: a replica that is silent takes a second, in which others change documents.
-    let super::flows::Known { flows: seen, left_out, silent } = super::flows::everywhere(replica).await?;
+    let super::flows::Known { flows: seen, left_out, silent, .. } = super::flows::everywhere(replica).await?;
     let ground = replica.read(|s| ground(s, wanted)).await??;
     // Comparing takes up to a second: not under the lock of the state, nor in the way of other calls.
     let found = tokio::task::spawn_blocking(move || {

@@ -127,8 +127,8 @@ impl v1::policy_registry_server::PolicyRegistry for Policies {
         who::who_can(&self.0, destination, port).await.or_status().map(Response::new)
     }
 
-    async fn unused(&self, _: Request<v1::UnusedRequest>) -> Result<Response<v1::UnusedResponse>, Status> {
-        who::unused(&self.0).await.or_status().map(Response::new)
+    async fn unused(&self, request: Request<v1::UnusedRequest>) -> Result<Response<v1::UnusedResponse>, Status> {
+        who::unused(&self.0, request.into_inner().within_ms).await.or_status().map(Response::new)
     }
 
     async fn history(&self, request: Request<v1::HistoryRequest>) -> Result<Response<v1::HistoryResponse>, Status> {

@@ -1,7 +1,9 @@
 //! Questions about policies: why, who may call, and which decide nothing.
 
+use super::flows::{self, Judged, Known};
 use super::policy::{all_agents, message};
 use crate::replica::Replica;
+use crate::replica::seen::KEPT_MS;
 use ambit_model::policy::{Action, Peers};
 use ambit_model::{Code, Moment, Refusal, Revision, SpiffeId, Stamp, TrustDomain, utc};
 use ambit_policy::{PolicySet, PortSet, RuleRef, known_in, unknown_domains};
@@ -208,8 +210,13 @@ fn callers(ground: &Ground, destination: &SpiffeId, port: Option<u16>) -> v1::Wh
     answer
 }
 
-/// Policies that speak of no pair of known identities, and why.
-pub(super) async fn unused(replica: &Replica) -> Result<v1::UnusedResponse, Refusal> {
+/// Policies that speak of no pair of known identities, and why; and if `within_ms` is not 0, those that decided nothing of what
+/// was seen since.
+pub(super) async fn unused(replica: &Replica, within_ms: u64) -> Result<v1::UnusedResponse, Refusal> {
+    if within_ms > KEPT_MS {
+        let expected = format!("at most {KEPT_MS} ms: what was seen is kept for a day");
+        return Err(Refusal::new(Code::BadRequest, expected, within_ms.to_string()));
+    }
     let ground = |s: &State| {
         let mut ground = Ground::of(s, s.policy_set(), s.moment(), s.known_identities());
         let decides = |(origin, name): &OwnedName| ground.set.get(origin, name).is_some();
@@ -220,9 +227,43 @@ pub(super) async fn unused(replica: &Replica) -> Result<v1::UnusedResponse, Refu
     };
     let outside = |s: &State| super::egress::unused(s, &s.known_identities());
     let (ground, egress) = (replica.read(ground).await?, replica.read(outside).await?);
-    let mut answer = aside(move || speaking_of_nobody(&ground)).await?;
+    let seen = if within_ms == 0 { None } else { Some(flows::everywhere(replica).await?) };
+    let since = Stamp(replica.now().0.saturating_sub(within_ms));
+    let answered = aside(move || {
+        let mut answer = speaking_of_nobody(&ground);
+        if let Some(known) = seen {
+            add_idle(&mut answer, &ground, known, since);
+        }
+        answer
+    });
+    let mut answer = answered.await?;
     answer.policies.extend(egress);
     Ok(answer)
+}
+
+/// Adds policies by which nothing that was seen since would be judged, as policies are now.
+fn add_idle(answer: &mut v1::UnusedResponse, ground: &Ground, known: Known, since: Stamp) {
+    let Ground { set, now, rows, .. } = ground;
+    let seen = known.flows.iter().filter(|(_, times)| times.last >= since);
+    let judged = Judged::of(seen, &set.compile(), *now);
+    let named: BTreeSet<(String, String)> =
+        answer.policies.iter().map(|p| (p.origin.clone(), p.name.clone())).collect();
+    for ((origin, name), row) in rows {
+        let rule = RuleRef { origin: origin.clone(), name: name.clone() };
+        if judged.deciding.contains(&rule) || named.contains(&(origin.to_string(), name.to_string())) {
+            continue;
+        }
+        answer.policies.push(v1::UnusedPolicy {
+            origin: origin.to_string(),
+            name: name.to_string(),
+            why: format!("it decides no connection seen since {}", utc::text(since.0)),
+            revision: row.revision.0,
+            written_by: row.written_by.clone(),
+            kind: String::new(),
+        });
+    }
+    answer.connections = judged.connections;
+    (answer.left_out, answer.silent, answer.remembered_ms) = (known.left_out, known.silent, known.remembered_ms);
 }
 
 fn speaking_of_nobody(ground: &Ground) -> v1::UnusedResponse {
