@@ -28,6 +28,7 @@ pub use watch::{Watch, WatchedKind};
 
 use crate::duration::Millis;
 use crate::output::Form;
+use ambit_model::TrustDomain;
 use clap::{Parser, Subcommand};
 use std::ffi::OsString;
 use std::net::SocketAddr;
@@ -149,11 +150,19 @@ pub enum Peer {
         #[arg(long)]
         token: String,
     },
-    /// Confirms a pending peer's fingerprint
+    /// Confirms a pending peer's fingerprint, or that of one that is suspended
     Approve {
         trust_domain: String,
         #[arg(long, value_name = "HEX")]
         fingerprint: String,
+    },
+    /// Believes nobody of it, here and on every node of the cell, until it is approved again
+    Suspend { trust_domain: TrustDomain },
+    /// Forgets a peer that is suspended or pending, with all that it said but whom it denied
+    Remove {
+        trust_domain: TrustDomain,
+        #[command(flatten)]
+        approvals: Approvals,
     },
     /// Peers, their states and the age of what they said
     List,

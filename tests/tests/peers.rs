@@ -7,6 +7,7 @@ use ambit_proto::v1;
 use ambit_proto::v1::cluster_registry_client::ClusterRegistryClient;
 use ambit_proto::v1::policy_registry_client::PolicyRegistryClient;
 use ambit_tests::cell::{Cell, fresh, refusal};
+use ambit_tests::contexts::ambit;
 use ambit_tests::machine::{Lies, Machine, join_token, node_identity, register_cluster};
 use ambit_tests::operator::create_entry;
 use ambit_tests::tpm::Maker;
@@ -144,6 +145,7 @@ async fn cells_meet_by_token_and_proof_and_share_only_once_both_approved() {
     peers_administrators_are_nobody(&west, &east).await;
     changes_follow(&west, &east).await;
     endpoints_follow(&west, &east).await;
+    trust_ends_and_begins_again(&west, &east).await;
     promtool_accepts(&west);
     promtool_accepts(&east);
 }
@@ -204,6 +206,62 @@ async fn a_restored_cell_is_heard_again_and_stopped_where_it_forgot_what_was_imp
     assert!(stopped.trouble.contains("began anew") || stopped.trouble.contains("record_equivocation"), "{stopped:?}");
     println!("stopped: {}", stopped.trouble);
     assert!(listing(&east).await.policies.iter().any(|p| p.ports == [8081]), "what was imported stays");
+
+    // An operator who looked into it begins anew with it.
+    said(&east, &["suspend", "west"], 0, &["suspended"]);
+    said(&east, &["remove", "west"], 0, &[]);
+    befriend(&west, &east).await;
+    until(&east, "what west says now", |l| l.policies.iter().any(|p| p.ports == [8080])).await;
+}
+
+/// What `ambit peer` says at the cell.
+fn said(cell: &Cell, args: &[&str], code: i32, words: &[&str]) {
+    let context = cell.admin_file("context.json").display().to_string();
+    let out = ambit(&context, &[&["peer"], args].concat());
+    let said = String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned();
+    println!("$ ambit peer {}\n{said}", args.join(" "));
+    assert_eq!(out.status.code(), Some(code), "{args:?}: {said}");
+    words.iter().for_each(|word| assert!(said.contains(word), "{args:?}: '{word}' is missing in: {said}"));
+}
+
+/// West suspends east: nobody of it gets in or is called, and nothing is told to it. Approved again, or removed and registered
+/// anew, it is as before.
+async fn trust_ends_and_begins_again(west: &Cell, east: &Cell) {
+    apply(west, ALLOW).await;
+    until(east, "a policy", |l| l.policies.iter().any(|p| p.ports == [8080])).await;
+    let print = hex::encode(east.fingerprint);
+    said(west, &["remove", "east"], 5, &["error[peer_active]", "ambit peer suspend"]);
+    said(west, &["suspend", "east"], 0, &["suspended by", "approve east --fingerprint", &print]);
+    said(west, &["suspend", "north"], 1, &["error[not_found]"]);
+    assert!(listing(west).await.policies.iter().all(|p| !p.resolved), "nobody of east is known");
+    // Its administrator, whom west knew by its bundle and gave nothing, is not even answered.
+    let started = Instant::now();
+    loop {
+        let foreign = west.channel_as(east.admin_identity().unwrap(), 1).await;
+        let Ok(channel) = foreign else { break };
+        let listed = ClusterRegistryClient::new(channel).list_peers(v1::ListPeersRequest {}).await.unwrap_err();
+        if listed.code() != tonic::Code::PermissionDenied {
+            println!("{listed:?}");
+            break;
+        }
+        assert!(started.elapsed() < PATIENCE, "a certificate of a suspended peer is still known: {listed:?}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    apply(west, &ALLOW.replace("[8080]", "[8082]")).await;
+    tokio::time::sleep(IMPORT_MAX).await;
+    assert!(listing(east).await.policies.iter().all(|p| p.ports == [8080]), "a suspended peer is told nothing");
+
+    said(west, &["approve", "east", "--fingerprint", &print], 0, &["active"]);
+    until(east, "what it missed", |l| l.policies.iter().any(|p| p.ports == [8082])).await;
+
+    for (cell, other) in [(west, "east"), (east, "west")] {
+        said(cell, &["suspend", other], 0, &["suspended"]);
+        said(cell, &["remove", other], 0, &["suspended"]);
+        said(cell, &["list"], 0, &["0 peers"]);
+    }
+    assert!(listing(east).await.policies.is_empty(), "what a removed peer said is gone");
+    befriend(west, east).await;
+    until(east, "all that there is", |l| l.policies.iter().any(|p| p.ports == [8082] && p.resolved)).await;
 }
 
 /// East's bundle lets its certificates through west's handshake; its administrator may call nothing there.

@@ -319,6 +319,6 @@ impl v1::cluster_registry_server::ClusterRegistry for Replica {
         approve_peer(ApprovePeerRequest) -> Peer;
         list_peers(ListPeersRequest) -> ListPeersResponse;
         suspend_peer(PeerRef) -> Peer;
-        remove_peer(PeerRef) -> Peer;
+        remove_peer(RemovePeerRequest) -> Peer;
     }
 }

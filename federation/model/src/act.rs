@@ -61,7 +61,7 @@ pub enum Act {
     AddApprover(ObjectName, ApproverCard),
     /// Whoever has this name approves no more.
     RemoveApprover(ObjectName),
-    /// The relationship with this foreign trust domain ends, and its bundle goes.
+    /// The relationship with this foreign trust domain, or the peer that it is, ends, and its bundle goes.
     RemoveTrustDomain(TrustDomain),
     /// This administrator gets a certificate for the key with this SHA-256 (of its SPKI) from a replica itself, where he
     /// has none left to ask with.

@@ -183,6 +183,7 @@ codes! {
     AgentRunning = "agent_running", Precondition, "an agent serves this node: end it, or start the new one with --take-over";
     TakeOverRefused = "take_over_refused", Precondition, "the running agent goes on as before: mend what is named, or end it and start the new one";
     PolicyStale = "policy_stale", Unavailable, "see why the node does not hear its cell (/state of its agent); what a node does meanwhile is its 'fail_mode' and 'stale_after_s'";
+    PeerActive = "peer_active", Precondition, "suspend the peer, see what fails without it, then remove it";
 }
 
 impl fmt::Display for Code {

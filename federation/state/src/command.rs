@@ -512,6 +512,8 @@ pub enum Command {
     OverAuthority([u8; 32], [u8; 32], Box<Command>),
     /// As [`Command::RetireEntries`], each only where it is as it must be. One that is not there is refused.
     RemoveEntries(Vec<(EntryId, Presence)>),
+    /// Nobody of this peer is believed until it is approved again; with who says so.
+    SuspendPeer(TrustDomain, String),
 }
 
 /// A foreign bundle, read strictly.

@@ -189,10 +189,10 @@ impl State {
     pub fn reports(&self) -> impl Iterator<Item = &SealedReport> {
         self.reports.iter().map(|(_, v)| v)
     }
-    /// Trust domains that this cell can verify: its own and its active peers'.
+    /// Trust domains that this cell can verify: its own and those of peers that it believes.
     pub fn known_domains(&self) -> BTreeSet<TrustDomain> {
         let own = self.cell().map(|c| c.trust_domain.clone());
-        let peers = self.peers().filter(|(_, p)| p.state != PeerState::Pending).map(|(td, _)| td.clone());
+        let peers = self.peers().filter(|(_, p)| p.state.is_believed()).map(|(td, _)| td.clone());
         own.into_iter().chain(peers).collect()
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::denied::SvidDenials;
 use crate::egress;
-use crate::objects::{PeerState, RelationshipRow};
+use crate::objects::RelationshipRow;
 use crate::state::State;
 use ambit_model::policy::{Egress, Endpoint, NodeAddress, Policy, Service};
 use ambit_model::{ClusterId, Entry, Generation, JwtAuthority, NodeId, Revision, SpiffeId, Stamp, TrustDomain};
@@ -106,7 +106,7 @@ impl State {
         })
     }
 
-    /// Own roots and those of active peers. A stopped peer's identities keep verifying: only news from it is refused.
+    /// Own roots and those of peers that are believed. A stopped peer's identities keep verifying: only news from it is refused.
     pub fn bundles(&self) -> Bundles {
         let own = self.cell().zip(self.bundle_record()).map(|(cell, bundle)| {
             let roots = bundle.roots.into_iter().map(|root| root.der).collect();
@@ -114,7 +114,7 @@ impl State {
         });
         let peers = self
             .peers()
-            .filter(|(_, p)| p.state != PeerState::Pending)
+            .filter(|(_, p)| p.state.is_believed())
             .map(|(td, p)| (td.clone(), (p.bundle_sequence, self.peer_roots(td))));
         own.into_iter().chain(peers).collect()
     }

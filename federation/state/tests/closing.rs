@@ -5,7 +5,7 @@ mod common;
 
 use ambit_model::policy::{Action, Group, Peers, Policy, Service};
 use ambit_model::record::{Head, Kind, Record};
-use ambit_model::{Code, Entry, Refusal, Stamp, TrustDomain};
+use ambit_model::{Act, Code, Entry, IdDenial, Refusal, Stamp, TrustDomain};
 use ambit_policy::{Document, PORTS_MAX};
 use ambit_state::{Command, DocumentsChange};
 use common::{Cell, admission, cluster, code, entry, node};
@@ -296,4 +296,111 @@ fn what_policies_name_by_sets_is_bounded() {
     west.run(many(3_000, 6_000)).unwrap();
     assert!(bytes(&west) < 1 << 20);
     assert!(!allowed(&west, &path, "west/db") && allowed(&west, "west/ops", "west/db"));
+}
+
+/// `east` may call `db`, denied one of its own, and runs a workload; `db` is told all of it.
+fn with_news_of_east(west: &mut Cell) {
+    apply(west, &policy("open", "spiffe://west/db", "allow", "spiffe://east/*")).unwrap();
+    let narrows = deny("narrow", set("spiffe://west/db"), vec![set("spiffe://east/odd")], vec![]);
+    let out =
+        Policy { action: Action::Allow, ..deny("out", set("spiffe://east/*"), vec![set("spiffe://west/db")], vec![]) };
+    let service = Service {
+        name: "shop".parse().unwrap(),
+        address: [10, 9, 0, 99].into(),
+        port: 80,
+        backends: vec![set("spiffe://east/shop")],
+        order: Default::default(),
+    };
+    let denial = IdDenial { up_to: [9; 16], barred: false, since: Stamp(1), until: Stamp(u64::MAX) };
+    let news = vec![
+        of(Kind::Cluster, "edge", &()),
+        endpoint("shop", "edge", 7),
+        of(Kind::Policy, "narrow", &narrows),
+        of(Kind::Policy, "out", &out),
+        of(Kind::Service, "shop", &service),
+        of(Kind::IdDenial, "spiffe://east/thief", &denial),
+    ];
+    import(west, news);
+}
+
+/// What nodes hold of `east`: its bundle, endpoints, services, policies, and denials of it.
+fn told_of_east(west: &Cell) -> [usize; 5] {
+    let slice = west.state.slice(&node(1)).unwrap();
+    let east: TrustDomain = "east".parse().unwrap();
+    [
+        slice.bundles.keys().filter(|td| **td == east).count(),
+        slice.endpoints.iter().filter(|e| e.spiffe_id.trust_domain() == east).count(),
+        slice.services.iter().filter(|(td, _)| *td == east).count(),
+        slice.policies.iter().filter(|(td, _)| *td == east).count(),
+        west.state.id_denials().filter(|((td, _), _)| *td == east).count(),
+    ]
+}
+
+#[test]
+fn a_peer_that_is_suspended_is_believed_nothing_and_one_that_is_approved_again_all() {
+    let (mut west, east): (_, TrustDomain) = (west(), "east".parse().unwrap());
+    with_news_of_east(&mut west);
+    let before = told_of_east(&west);
+    assert!(before.iter().all(|n| *n > 0), "{before:?}");
+    assert!(allowed(&west, "east/web", "west/db") && !allowed(&west, "east/odd", "west/db"));
+    let revision = west.state.cell().unwrap().revision;
+
+    west.run(Command::SuspendPeer(east.clone(), "ann".into())).unwrap();
+    assert!(west.state.cell().unwrap().revision > revision, "slices are made anew");
+    assert!(!allowed(&west, "east/web", "west/db") && !allowed(&west, "west/db", "east/shop"));
+    let [bundle, endpoints, _, policies, denials] = told_of_east(&west);
+    assert_eq!((bundle, endpoints, denials), (0, 0, before[4]));
+    assert!(policies >= 1, "what it narrowed stays narrow");
+    // Nothing is taken of it, and trouble with what was on its way changes nothing.
+    let record = Record {
+        origin: east.clone(),
+        epoch: 1,
+        seq: 99,
+        prev_hash: [0; 32],
+        kind: Kind::Cluster,
+        key: "x".into(),
+        payload: vec![],
+    };
+    let head = Head { origin: east.clone(), epoch: 1, seq: 99, hash: record.hash(), stamp: Stamp(1), nonce: [0; 16] };
+    assert_eq!(code(west.run(Command::Import(head, vec![record]))), Code::PeerNotActive);
+    west.run(Command::StopPeer(east.clone(), "x".into())).unwrap();
+    assert_eq!(told_of_east(&west)[0], 0);
+    // To be believed again it takes the fingerprint that was believed, and no registration.
+    west.run(Command::PutPeer(east.clone(), common::pending(), None)).unwrap();
+    assert_eq!(told_of_east(&west)[0], 0);
+    assert_eq!(code(west.run(Command::ApprovePeer(east.clone(), [8; 32]))), Code::FingerprintMismatch);
+    west.run(Command::ApprovePeer(east.clone(), [7; 32])).unwrap();
+    assert_eq!(told_of_east(&west), before);
+    assert!(allowed(&west, "east/web", "west/db"));
+    assert_eq!(code(west.run(Command::SuspendPeer("north".parse().unwrap(), "ann".into()))), Code::NotFound);
+}
+
+#[test]
+fn of_a_peer_that_is_removed_only_whom_it_denied_is_left() {
+    let (mut west, east): (_, TrustDomain) = (west(), "east".parse().unwrap());
+    with_news_of_east(&mut west);
+    let before = told_of_east(&west);
+    let denied = before[4];
+    let remove =
+        || Command::Act { act: Act::RemoveTrustDomain("east".parse().unwrap()), approved: None, by: "ann".into() };
+    assert_eq!(code(west.run(remove())), Code::PeerActive);
+    west.run(Command::SuspendPeer(east.clone(), "ann".into())).unwrap();
+    west.run(remove()).unwrap();
+    assert_eq!(told_of_east(&west), [0, 0, 0, 0, denied]);
+    assert!(west.state.peer(&east).is_none() && west.state.foreign_clusters().next().is_none());
+    assert!(west.state.policies().all(|((td, _), _)| *td != east));
+    assert!(!allowed(&west, "east/web", "west/db"));
+    assert!(west.state.left_until([10, 9, 0, 7].into()).is_some(), "what went there in a tunnel goes nowhere in clear");
+    assert_eq!(code(west.run(remove())), Code::NotFound);
+    let again = ambit_state::State::import(west.state.export()).unwrap();
+    assert_eq!(again.digest(), west.state.digest());
+    // Registered again it begins anew, and is told from its first record.
+    west.run(Command::PutPeer(east.clone(), common::pending(), None)).unwrap();
+    west.run(Command::ApprovePeer(east.clone(), [7; 32])).unwrap();
+    with_news_of_east(&mut west);
+    assert_eq!(told_of_east(&west), before);
+    // A pending one is nobody's loss.
+    west.run(Command::PutPeer("north".parse().unwrap(), common::pending(), None)).unwrap();
+    let north = Act::RemoveTrustDomain("north".parse().unwrap());
+    west.run(Command::Act { act: north, approved: None, by: "ann".into() }).unwrap();
 }

@@ -5,7 +5,7 @@ mod common;
 
 use ambit_model::policy::Endpoint;
 use ambit_model::record::{Head, Kind, Record};
-use ambit_model::{Entry, EntryExtras, Extras, Generation, Selector, Stamp, TrustDomain};
+use ambit_model::{Act, Entry, EntryExtras, Extras, Generation, Selector, Stamp, TrustDomain};
 use ambit_policy::{Document, parse};
 use ambit_state::command::{DocumentKind, DocumentsChange, IdVerb, NodeVerb, Nodes, Presence};
 use ambit_state::slicing::Slicer;
@@ -97,9 +97,23 @@ impl World {
                 let _ = self.cell.at(self.now, 0, Command::PutPeer("east".parse().unwrap(), pending(), None));
                 Command::ApprovePeer("east".parse().unwrap(), [7; 32])
             }
+            15 => match draw.next(6) {
+                0 => Command::SuspendPeer("east".parse().unwrap(), "me".into()),
+                1 => return self.remove_peer(),
+                2 | 3 => Command::ApprovePeer("east".parse().unwrap(), [7; 32]),
+                _ => Command::Tick,
+            },
             _ => Command::Tick,
         };
         let _ = self.cell.at(self.now, 0, command);
+    }
+
+    /// Refused unless it is suspended; then it begins anew.
+    fn remove_peer(&mut self) {
+        let act = Act::RemoveTrustDomain("east".parse().unwrap());
+        if self.cell.at(self.now, 0, Command::Act { act, approved: None, by: "me".into() }).is_ok() {
+            (self.seq, self.hash) = (0, [0; 32]);
+        }
     }
 
     fn entry(&self, draw: &mut Draw) -> Entry {

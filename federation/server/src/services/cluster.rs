@@ -1,11 +1,10 @@
 //! Clusters and peers, as operators register them.
 
-use super::unbuilt::unbuilt;
 use super::{OrStatus, new_token, parse_fingerprint, request_id, token_expiry};
 use crate::authorise::actor;
 use crate::replica::{Replica, peering};
-use ambit_model::{ClusterId, Code, Refusal, TrustDomain};
-use ambit_proto::v1;
+use ambit_model::{Act, ClusterId, Code, Refusal, TrustDomain};
+use ambit_proto::{convert, v1};
 use ambit_state::objects::{NodeState, PeerState, TokenRow, TokenScope};
 use ambit_state::{Command, State};
 use std::net::SocketAddr;
@@ -109,11 +108,24 @@ impl v1::cluster_registry_server::ClusterRegistry for Clusters {
         Ok(Response::new(v1::ListPeersResponse { peers: self.0.local(|s| self.peers(s)) }))
     }
 
-    async fn suspend_peer(&self, _: Request<v1::PeerRef>) -> Result<Response<v1::Peer>, Status> {
-        unbuilt("ClusterRegistry.SuspendPeer (issue F)")
+    async fn suspend_peer(&self, request: Request<v1::PeerRef>) -> Result<Response<v1::Peer>, Status> {
+        let (actor, m) = (actor(&request)?, request.into_inner());
+        let id = request_id(&m.request_id)?;
+        let td: TrustDomain = m.trust_domain.parse().or_status()?;
+        let command = Command::SuspendPeer(td.clone(), actor.name);
+        self.0.propose(actor.client, id, command).await.or_status()?.outcome.or_status()?;
+        self.one_peer(&td).or_status()
     }
-    async fn remove_peer(&self, _: Request<v1::PeerRef>) -> Result<Response<v1::Peer>, Status> {
-        unbuilt("ClusterRegistry.RemovePeer (issue F)")
+
+    async fn remove_peer(&self, request: Request<v1::RemovePeerRequest>) -> Result<Response<v1::Peer>, Status> {
+        let (actor, m) = (actor(&request)?, request.into_inner());
+        let id = request_id(&m.request_id)?;
+        let td: TrustDomain = m.trust_domain.parse().or_status()?;
+        let before = self.one_peer(&td);
+        let approved = convert::approved(m.approved).or_status()?;
+        let command = Command::Act { act: Act::RemoveTrustDomain(td), approved, by: actor.name };
+        self.0.propose(actor.client, id, command).await.or_status()?.outcome.or_status()?;
+        before.or_status()
     }
 }
 
@@ -189,6 +201,7 @@ impl Clusters {
                 let state = match row.state {
                     PeerState::Pending => "pending",
                     PeerState::Stopped => "stopped",
+                    PeerState::Suspended => "suspended",
                     PeerState::Active if age_ms > DEGRADED_MS => "degraded",
                     PeerState::Active => "active",
                 };

@@ -1,7 +1,7 @@
 //! Cell to cell: registration by strangers with a token, and pulls by active peers.
 
 use super::OrStatus;
-use crate::authorise::{Role, actor};
+use crate::authorise::{Role, actor, role_of};
 use crate::replica::budget::Budget;
 use crate::replica::pull::{self, Answer, Page};
 use crate::replica::{Held, Replica, peering};
@@ -59,7 +59,7 @@ impl v1::peer_link_server::PeerLink for PeerLink {
     }
 
     async fn pull(&self, request: Request<v1::PullRequest>) -> Result<Response<v1::PullResponse>, Status> {
-        let role = actor(&request)?.role;
+        let actor = actor(&request)?;
         let m = request.into_inner();
         let long = m.kids_held.iter().any(|kid| kid.len() > KID_BYTES_MAX);
         if long || m.roots_held.len() > HELD_MAX || m.kids_held.len() > HELD_MAX {
@@ -74,13 +74,20 @@ impl v1::peer_link_server::PeerLink for PeerLink {
             .map_err(|_| Refusal::new(Code::BadRequest, "a nonce of 16 bytes", m.nonce.len().to_string()))
             .or_status()?;
         let held: Vec<[u8; 32]> = m.roots_held.iter().filter_map(|id| id.as_slice().try_into().ok()).collect();
-        if let Role::Peer(td) = role {
+        if let Role::Peer(td) = actor.role {
             self.replica.peer_holds(td, Held { roots: held.clone(), kids: m.kids_held });
         }
         // A replica that lags would show a head that goes back; it answers `unavailable` instead.
         self.replica.cell().read_barrier().await.or_status()?;
         self.wait_for_news(m.after_seq).await;
-        self.answer(m.after_seq, nonce, m.limit.clamp(1, PULL_MAX), &held).or_status().map(Response::new)
+        let page = self.replica.local(|s| {
+            // It may have waited while it was suspended, or its SVID denied.
+            match role_of(actor.svid.as_ref(), self.replica.trust_domain(), || s)? {
+                Role::Peer(_) => Page::read(s, m.after_seq, nonce, m.limit.clamp(1, PULL_MAX), &held),
+                role => Err(Refusal::new(Code::PeerNotActive, "an active peer", format!("{role:?}"))),
+            }
+        });
+        self.answer(page.or_status()?).or_status().map(Response::new)
     }
 }
 
@@ -104,8 +111,7 @@ impl PeerLink {
         let _ = tokio::time::timeout(pull::WAIT, news).await;
     }
 
-    fn answer(&self, after: u64, nonce: [u8; 16], limit: u32, held: &[[u8; 32]]) -> Result<v1::PullResponse, Refusal> {
-        let page = self.replica.local(|s| Page::read(s, after, nonce, limit, held))?;
+    fn answer(&self, page: Page) -> Result<v1::PullResponse, Refusal> {
         let Answer { key_set, head, signature, records } = page.sign(self.replica.record())?;
         let key_set = Some(v1::KeySet { statement: key_set.statement, signature: key_set.signature });
         Ok(v1::PullResponse { records, head, signature, key_index: 0, key_set })

@@ -1,7 +1,7 @@
 //! Acts that take approvers. Every replica verifies their signatures where it applies the entry: Ed25519 verification is a
 //! function of key, message and signature, so that all come to the same.
 
-use super::{At, cell_row, issue, relationship, roles, root, seal};
+use super::{At, cell_row, issue, peer, relationship, roles, root, seal};
 use crate::command::Reply;
 use crate::committed::Subject;
 use crate::objects::{ActRow, ApproverRow};
@@ -35,6 +35,7 @@ pub(super) fn perform(
             s.approvers.put(&mut s.journal, name.clone(), row);
         }
         Act::RemoveApprover(name) => drop(s.approvers.remove(&mut s.journal, name)),
+        Act::RemoveTrustDomain(td) if s.peer(td).is_some() => drop(peer::remove(s, at, td)?),
         Act::RemoveTrustDomain(td) => drop(relationship::remove(s, at, td)?),
         Act::BreakGlass(..) => return Err(replicas_only(act)),
         Act::ImportRoot(..) => return Err(with_its_certificate(act)),
@@ -120,6 +121,7 @@ fn possible(s: &State, act: &Act) -> Result<(), Refusal> {
         Act::ShareRoot { root, threshold, holders } => root::shareable(s, root, *threshold, holders),
         Act::RemoveApprover(name) if s.approvers.contains(name) => Ok(()),
         Act::RemoveApprover(name) => Err(Refusal::new(Code::NotFound, "an approver of this cell", name.as_str())),
+        Act::RemoveTrustDomain(td) if s.peer(td).is_some() => peer::removable(s, td),
         Act::RemoveTrustDomain(td) => relationship::removable(s, td),
         Act::BreakGlass(..) => Err(replicas_only(act)),
         Act::ImportRoot(..) => Err(with_its_certificate(act)),

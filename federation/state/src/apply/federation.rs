@@ -100,6 +100,10 @@ pub(super) fn stop(s: &mut State, td: &TrustDomain, trouble: &str) -> Result<Rep
     let Some(mut row) = s.peer(td).cloned() else {
         return Err(Refusal::new(Code::NotFound, "a registered peer", td.as_str()));
     };
+    // Whom nobody believes is not believed for its trouble.
+    if row.state != PeerState::Active {
+        return Ok(Reply::Done);
+    }
     row.state = PeerState::Stopped;
     row.trouble = trouble.to_owned();
     s.peers.put(&mut s.journal, td.clone(), row);

@@ -21,6 +21,7 @@ mod mint;
 mod node;
 mod node_address;
 mod objects;
+mod peer;
 mod relationship;
 mod roles;
 mod root;
@@ -169,6 +170,7 @@ fn change(s: &mut State, at: At, command: &Command) -> Result<Reply, Refusal> {
         Command::OverAuthority(root, key_hash, command) => external::over_authority(s, at, (root, key_hash), command),
         Command::ChangeDocuments(change) => documents::change(s, at, change),
         Command::RollbackDocuments { to, over, by, note } => documents::rollback(s, at, *to, *over, (by, note)),
+        Command::SuspendPeer(td, by) => peer::suspend(s, at, td, by),
         Command::WrappedTo(to, command) => {
             seal::are_wrap_keys(s, to, command)?;
             change(s, at, command)

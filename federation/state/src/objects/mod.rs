@@ -286,6 +286,18 @@ pub enum PeerState {
     Active,
     /// Its records no longer chain; nothing more is imported.
     Stopped,
+    /// An operator believes it no more, for now.
+    Suspended,
+}
+
+impl PeerState {
+    /// Whether what its roots certified is believed. News is taken of an active one only.
+    pub fn is_believed(self) -> bool {
+        match self {
+            Self::Active | Self::Stopped => true,
+            Self::Pending | Self::Suspended => false,
+        }
+    }
 }
 
 /// A peer cell.
