@@ -13,7 +13,7 @@ use std::os::fd::AsFd;
 use std::time::Duration;
 
 /// Numbers that no workload has: of the range, and of what no policy opens.
-const RANGE: u32 = 1 << 24;
+const RANGE: u32 = 1 << 31;
 const CLOSED: u32 = 2;
 /// Nobody answered within half a second.
 const DROPPED: ErrorKind = ErrorKind::TimedOut;
