@@ -82,6 +82,7 @@ fn tables(entries: u32) -> Tables {
         endpoints: (0..entries).map(|n| (address(n), FIRST + n)).collect(),
         services: vec![],
         ranges: vec![],
+        callers: vec![],
     }
 }
 

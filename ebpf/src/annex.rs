@@ -91,6 +91,24 @@ impl Annex {
         Ok(Self { netns, index, device })
     }
 
+    /// One that another agent made, which goes on with this: nothing that is carried in it ends for that. This thread's
+    /// network namespace is the node's.
+    pub fn of(netns: OwnedFd) -> Result<Self, KernelError> {
+        let io = |e| KernelError::io("take over the agent's annex", e);
+        let inside = std::thread::scope(|scope| {
+            let looked = scope.spawn(|| {
+                crate::sys::enter_netns(netns.as_fd())?;
+                let wire = netlink::devices()?.into_iter().find(|device| device.name == INSIDE);
+                Ok::<_, io::Error>(wire.ok_or(io::ErrorKind::NotFound)?.peer)
+            });
+            looked.join().unwrap_or_else(|_| Err(io::Error::other("the thread inside ended")))
+        });
+        let index = inside.map_err(io)?;
+        let device = netlink::devices().map_err(io)?.into_iter().find(|device| device.index == index);
+        let device = device.ok_or_else(|| io(io::ErrorKind::NotFound.into()))?.name;
+        Ok(Self { netns, index, device })
+    }
+
     /// The index of its device on the node.
     pub fn index(&self) -> u32 {
         self.index

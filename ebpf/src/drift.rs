@@ -55,12 +55,19 @@ pub(crate) struct InForce {
     pub(crate) endpoints: Sum,
     pub(crate) services: Sum,
     pub(crate) ranges: Sum,
+    pub(crate) callers: Sum,
 }
 
 impl InForce {
-    fn each(&self) -> [(&'static str, Sum); 4] {
-        let Self { verdicts, endpoints, services, ranges } = *self;
-        [("verdicts", verdicts), ("endpoints", endpoints), ("services", services), ("ranges", ranges)]
+    fn each(&self) -> [(&'static str, Sum); 5] {
+        let Self { verdicts, endpoints, services, ranges, callers } = *self;
+        [
+            ("verdicts", verdicts),
+            ("endpoints", endpoints),
+            ("services", services),
+            ("ranges", ranges),
+            ("callers", callers),
+        ]
     }
 }
 

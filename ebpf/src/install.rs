@@ -7,7 +7,7 @@ use crate::layout::{
     self, CONFIG_GENERATION, Field, Layout, RangeKey, RawEndpoint, RawService, RawVerdict, RawVerdictKey, ServiceKey,
 };
 use crate::pins::create_map;
-use crate::tables::{Action, MAX_SERVICE_ENDPOINTS, Service, Tables, Tier};
+use crate::tables::{Action, MAX_SERVICE_ENDPOINTS, Range, Service, Tables, Tier};
 use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeSet;
@@ -48,8 +48,8 @@ impl Kernel {
             self.put(table.name, idle, inner)?;
         }
         self.set_config(CONFIG_GENERATION, u64::from(idle))?;
-        let [verdicts, endpoints, services, ranges] = encoded.each_ref().map(Table::sum);
-        *in_force = Some(InForce { verdicts, endpoints, services, ranges });
+        let [verdicts, endpoints, services, ranges, callers] = encoded.each_ref().map(Table::sum);
+        *in_force = Some(InForce { verdicts, endpoints, services, ranges, callers });
         // Writing a slot of a map of maps returns only after every running program has ended (the kernel's
         // maybe_wait_bpf_programs). Without this the next install could replace maps that a program still reads.
         if let (Some(table), Some(inner)) = (encoded.first(), filled.first()) {
@@ -108,7 +108,7 @@ impl Kernel {
 
     /// How full each map is that can be: its name, its entries now, and the most that it takes. The tables in force are made to
     /// measure, so an empty one counts as one.
-    pub fn room(&self) -> Result<[(&'static str, u32, u32); 7], KernelError> {
+    pub fn room(&self) -> Result<[(&'static str, u32, u32); 8], KernelError> {
         let capacity = self.capacity();
         let in_force = |name| Ok::<_, KernelError>(self.live_table(name)?.map_or(0, |table| table.max_entries()));
         let count = |map: &MapHandle| map.keys().take(map.max_entries() as usize).count() as u32;
@@ -118,26 +118,30 @@ impl Kernel {
             ("endpoints", in_force("endpoints")?, capacity.endpoints),
             ("services", in_force("services")?, capacity.services),
             ("ranges", in_force("ranges")?, capacity.ranges),
+            ("callers", in_force("callers")?, capacity.ranges),
             ("workloads", count(workloads), capacity.workloads),
             ("flows", count(flows), capacity.flows),
             ("stamps", self.stamps_held()?, capacity.stamps),
         ])
     }
 
-    fn admit(&self, tables: &Tables) -> Result<[Table; 4], KernelError> {
+    fn admit(&self, tables: &Tables) -> Result<[Table; 5], KernelError> {
         let capacity = self.capacity();
         let sizes = [
             ("verdicts", capacity.verdicts, tables.verdicts.len()),
             ("endpoints", capacity.endpoints, tables.endpoints.len()),
             ("services", capacity.services, tables.services.len()),
             ("ranges", capacity.ranges, tables.ranges.len()),
+            ("callers", capacity.ranges, tables.callers.len()),
         ];
         for (map, capacity, needed) in sizes {
             if needed > capacity as usize {
                 return Err(KernelError::MapFull { map, capacity, needed });
             }
         }
-        Ok([verdict_table(tables)?, endpoint_table(tables)?, service_table(tables)?, range_table(tables)?])
+        let ranges = range_table("ranges", &tables.ranges)?;
+        let callers = range_table("callers", &tables.callers)?;
+        Ok([verdict_table(tables)?, endpoint_table(tables)?, service_table(tables)?, ranges, callers])
     }
 
     /// Which of the two generations is in force.
@@ -166,6 +170,7 @@ fn outer<'k>(maps: &'k Maps, name: &'static str) -> &'k MapHandle {
         "verdicts" => &maps.verdicts,
         "endpoints" => &maps.endpoints,
         "ranges" => &maps.ranges,
+        "callers" => &maps.callers,
         _ => &maps.services,
     }
 }
@@ -242,9 +247,9 @@ fn service_table(tables: &Tables) -> Result<Table, KernelError> {
     table("services", ServiceKey::SIZE, RawService::SIZE, rows)
 }
 
-fn range_table(tables: &Tables) -> Result<Table, KernelError> {
-    let mut rows = Rows::with_capacity(tables.ranges.len());
-    for range in &tables.ranges {
+fn range_table(name: &'static str, ranges: &[Range]) -> Result<Table, KernelError> {
+    let mut rows = Rows::with_capacity(ranges.len());
+    for range in ranges {
         require_identity(range.number, "a range")?;
         let (bits, first) = (u32::from(range.bits), range.first.to_bits());
         if bits > 32 || first.checked_shl(bits).unwrap_or(0) != 0 {
@@ -253,7 +258,7 @@ fn range_table(tables: &Tables) -> Result<Table, KernelError> {
         let key = RangeKey { bits, address: layout::address(range.first) };
         rows.push((key.to_bytes(), range.number.to_ne_bytes().to_vec()));
     }
-    Ok(Table { kind: MapType::LpmTrie, ..table("ranges", RangeKey::SIZE, 4, rows)? })
+    Ok(Table { kind: MapType::LpmTrie, ..table(name, RangeKey::SIZE, 4, rows)? })
 }
 
 fn raw_service(service: &Service) -> Result<RawService, KernelError> {

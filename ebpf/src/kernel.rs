@@ -29,7 +29,7 @@ pub struct Capacity {
     pub endpoints: u32,
     /// Services of one generation.
     pub services: u32,
-    /// Ranges of addresses of one generation, about 100 bytes each.
+    /// Ranges of addresses of one generation, about 100 bytes each; as many of callers again.
     pub ranges: u32,
     /// Captured flows that the agent did not accept yet.
     pub flows: u32,
@@ -74,6 +74,7 @@ pub struct OriginalDestination {
 }
 
 pub(crate) struct Maps {
+    pub(crate) callers: MapHandle,
     pub(crate) config: MapHandle,
     pub(crate) counters: MapHandle,
     pub(crate) endpoints: MapHandle,
@@ -381,6 +382,7 @@ fn open_maps(pins: &Pins) -> Result<Maps, KernelError> {
         pins.open_map(&pins.map(name), pin)
     };
     Ok(Maps {
+        callers: open("callers")?,
         config: open("config")?,
         counters: open("counters")?,
         endpoints: open("endpoints")?,

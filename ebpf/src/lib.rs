@@ -14,9 +14,11 @@
 //! agent attached. Programs on cgroups do not see sockets made before or outside, nor families other than `AF_INET` and
 //! `AF_INET6`: their packets are dropped on the node's side of the pod's veth, where nothing that is allowed goes. A pod
 //! with another way out than veths to this node cannot be guarded there: it must be nobody. TCP to or from port 15008 of a
-//! pod's address (HBONE) turns off to the agent's annex before it reaches the pod, and is dropped where there is none.
+//! pod's address (HBONE) turns off to the agent's annex before it reaches the pod, and is dropped where there is none; so does what
+//! the tables let in by the caller's address.
 
 mod annex;
+mod callers;
 mod direct;
 mod drift;
 mod error;
@@ -36,6 +38,7 @@ mod tables;
 mod wire;
 
 pub use annex::Annex;
+pub use callers::LetIn;
 pub use direct::{Direct, Ended, Flow, Local, Place};
 pub use drift::Drift;
 pub use error::KernelError;

@@ -9,6 +9,8 @@ pub struct BuiltObject {
     pub bytes: &'static [u8],
 }
 
+pub(crate) const ANNEX: BuiltObject =
+    BuiltObject { name: "annex.bpf.o", bytes: include_bytes!("../objects/annex.bpf.o") };
 /// The decision alone, for [`BuiltObject`]'s one user beside tests: the benchmark.
 pub const DECIDE: BuiltObject = BuiltObject { name: "decide.bpf.o", bytes: include_bytes!("../objects/decide.bpf.o") };
 pub(crate) const MESH: BuiltObject = BuiltObject { name: "mesh.bpf.o", bytes: include_bytes!("../objects/mesh.bpf.o") };
@@ -18,7 +20,7 @@ pub(crate) const SOCKETS: BuiltObject =
 pub(crate) const VETH: BuiltObject = BuiltObject { name: "veth.bpf.o", bytes: include_bytes!("../objects/veth.bpf.o") };
 
 /// All objects, in the manifest's order.
-pub const OBJECTS: [BuiltObject; 5] = [DECIDE, MESH, POD, SOCKETS, VETH];
+pub const OBJECTS: [BuiltObject; 6] = [ANNEX, DECIDE, MESH, POD, SOCKETS, VETH];
 
 /// Compiler, flags and SHA-256 of each object, as the build command wrote them.
 pub const MANIFEST: &str = include_str!("../objects/MANIFEST");

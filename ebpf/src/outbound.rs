@@ -167,7 +167,7 @@ impl Kernel {
         for mut map in object.maps_mut() {
             let name = map.name().to_string_lossy().into_owned();
             let result = match (name.as_str(), constants) {
-                ("config" | "counters" | "events" | "locals" | "stamps", _) => {
+                ("callers" | "config" | "counters" | "events" | "locals" | "ranges" | "stamps" | "verdicts", _) => {
                     map.reuse_pinned_map(self.pins().map(&name))
                 }
                 (_, Some(bytes)) if name.ends_with("rodata") => map.set_initial_value(bytes),

@@ -31,7 +31,8 @@ const fn map(name: &'static str, kind: MapType, key: usize, value: usize) -> Map
 }
 
 /// The maps of mesh.bpf.o.
-pub(crate) const MAPS: [MapPin; 13] = [
+pub(crate) const MAPS: [MapPin; 14] = [
+    map("callers", MapType::ArrayOfMaps, 4, 4),
     map("config", MapType::Array, 4, 8),
     map("counters", MapType::PercpuArray, 4, 8),
     map("endpoints", MapType::ArrayOfMaps, 4, 4),

@@ -87,4 +87,7 @@ pub struct Tables {
     pub services: Vec<Service>,
     /// Ranges, of which the longest that holds it stands for an address that is neither.
     pub ranges: Vec<Range>,
+    /// Ranges of callers, of which the longest that holds it stands for an address from which a packet comes to a pod in clear.
+    /// Verdicts have its number as their source.
+    pub callers: Vec<Range>,
 }

@@ -1,5 +1,6 @@
 //! Puts the components together and runs them. What one of them knows, the others learn over `watch` channels only.
 
+mod annex;
 mod cell;
 mod lease;
 mod sockets;
@@ -15,18 +16,20 @@ use crate::handover::Wire;
 use crate::hbone::Door;
 use crate::health::Health;
 use crate::inbound::Inbound;
-use crate::kernel::{KernelHandle, chain};
+use crate::kernel::KernelHandle;
 use crate::metrics::METRICS;
-use crate::netns::{Annex, Netns, NetnsThread};
+use crate::netns::NetnsThread;
 use crate::outbound::Outbound;
 use crate::staleness::LEASE;
 use crate::svids::Issuance;
 use crate::takeover::{self, Guest, Host, Sockets};
 use crate::tokens::Tokens;
+use crate::way_in::WayIn;
 use crate::workload_api::{ServeError, WorkloadApi};
 use crate::{hbone, telemetry};
 use ambit_model::policy::Endpoint;
 use ambit_model::{Code, Refusal};
+use annex::AnnexPart;
 use cell::Cell;
 use lease::Lease;
 use sockets::{Listeners, captures, start};
@@ -130,9 +133,11 @@ pub async fn run(config: Config, take_over: bool, mut stop: Stop) -> Result<(), 
     let carriers = Carriers::start().map_err(|e| start("threads that carry", e))?;
     let netns = NetnsThread::start().map_err(|e| start("a thread for namespaces", e))?;
     // Before any pod is guarded; it goes with this process.
-    let (annex, at_pods) = annex(&kernel, &netns, carriers.count()).await?;
+    let AnnexPart { annex, at_pods, strangers, again: in_annex, let_in: _let_in } =
+        AnnexPart::open(&kernel, &netns, carriers.count(), &mut handed).await?;
     let listeners = Listeners::open(&config, carriers.count(), &mut handed)?;
-    let again = listeners.again().map_err(|e| start("descriptors to spare", e))?;
+    let mut again = listeners.again().map_err(|e| start("descriptors to spare", e))?;
+    again.extend(in_annex);
     let Locals { tunnels, workload, broker: broker_socket, metrics, takeover } =
         Locals::of(listeners).map_err(|e| start("sockets of this runtime", e))?;
     cell.start();
@@ -200,6 +205,7 @@ pub async fn run(config: Config, take_over: bool, mut stop: Stop) -> Result<(), 
             node: cell.node.clone(),
         },
     };
+    let way_in = WayIn::new(plane_rx.clone(), denials.clone(), netns.clone(), clock.clone()).in_course(course.clone());
     let inbound = Inbound::new(plane_rx.clone(), denials.clone(), netns, clock).in_course(course.clone());
     let inbound = inbound.seen_by(cell.seen.clone());
     METRICS.component.set(["inbound"], 1.0);
@@ -219,6 +225,7 @@ pub async fn run(config: Config, take_over: bool, mut stop: Stop) -> Result<(), 
             e = never("denials", tokio::spawn(outbound.cut_denied())) => e,
             e = inbound.clone().serve_on(&carriers, Door::Node, tunnels) => Err(ended("inbound", e)),
             e = inbound.serve_on(&carriers, Door::Pod, at_pods) => Err(ended("inbound at pods", e)),
+            e = way_in.serve_on(&carriers, strangers) => Err(ended("callers by address", e)),
             e = locals.serve(&course, WorkloadApi::new(issued, tokens).serve(workload, mesh)) => Err(ended("workload api", e)),
             e = locals.serve(&course, broker) => Err(ended("broker api", e)),
             e = locals.serve(&pages, metrics) => Err(ended("metrics", e)),
@@ -404,24 +411,6 @@ impl Local {
     fn answer(&self) -> bool {
         self.0.load(Ordering::Relaxed) > 0
     }
-}
-
-/// The annex, and its listeners at pods' addresses.
-async fn annex(
-    kernel: &KernelHandle,
-    netns: &NetnsThread,
-    listeners: usize,
-) -> Result<(Annex, Vec<std::net::TcpListener>), Refusal> {
-    let made = ambit_ebpf::Annex::make().map_err(|e| Refusal::new(Code::Internal, "the agent's annex", chain(&e)))?;
-    if made.is_refused_by_the_node() {
-        let setting = "net.ipv4.conf.all.rp_filter = 1";
-        tracing::warn!(setting, "HBONE at pods' addresses is dropped on this node; 2 or 0 let it pass");
-    }
-    kernel.use_annex(&made);
-    tracing::info!(device = made.device(), "HBONE at pods' addresses");
-    let annex = Annex::new(netns.clone(), Netns::of(made.into()));
-    let listeners = annex.listeners(hbone::PORT, listeners).await.map_err(|e| start("HBONE in the annex", e))?;
-    Ok((annex, listeners))
 }
 
 /// Until it drains where there is no socket.

@@ -1,8 +1,9 @@
 //! From a view and the workloads that run here to the kernel's tables. Pure; what is not allowed is simply absent.
 
+mod callers;
 mod ranges;
 
-pub use ranges::{NOT_OUTSIDE, with_ways_out};
+pub use ranges::{NOT_OUTSIDE, all, with_ways_out};
 
 use crate::denials::Denials;
 use crate::view::{View, Workload};
@@ -75,6 +76,7 @@ fn tables_within<'a>(
         endpoints: reachable.iter().map(|(e, number)| (e.address, number.0)).chain(denied).collect(),
         services: services(view, &reachable, unhealthy),
         ranges: Vec::new(),
+        callers: Vec::new(),
     }
 }
 

@@ -351,7 +351,7 @@ impl Control {
     ) -> Result<[u8; 32], Refusal> {
         let (denials, unhealthy) = (self.denials.now(), self.health.unhealthy());
         let own = egress::own_addresses();
-        let tables = compile::with_ways_out(view, &denials, workloads.values(), &unhealthy, &own, now);
+        let tables = compile::all(view, &denials, workloads.values(), &unhealthy, &own, now);
         let tables = Arc::new(tables);
         let digest = match &state.installed {
             Some((installed, digest)) if *installed == tables => *digest,

@@ -19,6 +19,7 @@ use rustls::pki_types::CertificateDer;
 use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::net::{TcpSocket, TcpStream};
@@ -189,7 +190,7 @@ fn no_slice() -> Refusal {
 /// Whether the address is none of this node: what can be bound here is here, whatever was known of it a moment ago. A
 /// workload would speak to the node's own services as the node. (A node with `net.ipv4.ip_nonlocal_bind` can bind everything: from
 /// there nobody goes out.)
-fn is_elsewhere(address: Ipv4Addr) -> Result<(), Refusal> {
+pub(crate) fn is_elsewhere(address: Ipv4Addr) -> Result<(), Refusal> {
     let bound = std::net::TcpListener::bind(SocketAddrV4::new(address, 0)).map(drop);
     match bound {
         Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => Ok(()),
@@ -202,19 +203,30 @@ fn is_elsewhere(address: Ipv4Addr) -> Result<(), Refusal> {
 
 async fn connect(to: SocketAddrV4) -> io::Result<TcpStream> {
     let socket = TcpSocket::new_v4()?;
-    socket.set_keepalive(true)?;
-    let (after_s, every_s, times) = KEEPALIVE;
-    setsockopt(&socket, sockopt::TcpKeepIdle, &after_s)?;
-    setsockopt(&socket, sockopt::TcpKeepInterval, &every_s)?;
-    setsockopt(&socket, sockopt::TcpKeepCount, &times)?;
+    keep_alive(&socket)?;
     let far = socket.connect(SocketAddr::V4(to)).await?;
     far.set_nodelay(true)?;
     pump::break_off_unless_ended(&far)?;
     Ok(far)
 }
 
+/// A connection with somebody outside: its death is found out, and nothing waits to be sent.
+pub(crate) fn tune(tcp: &TcpStream) -> io::Result<()> {
+    keep_alive(tcp)?;
+    tcp.set_nodelay(true)
+}
+
+fn keep_alive(socket: &impl AsFd) -> io::Result<()> {
+    let (after_s, every_s, times) = KEEPALIVE;
+    setsockopt(socket, sockopt::KeepAlive, &true)?;
+    setsockopt(socket, sockopt::TcpKeepIdle, &after_s)?;
+    setsockopt(socket, sockopt::TcpKeepInterval, &every_s)?;
+    setsockopt(socket, sockopt::TcpKeepCount, &times)?;
+    Ok(())
+}
+
 /// Both ways with half-close, until both ended, one broke, or it may not go on: then both are reset.
-async fn relay(mut near: TcpStream, mut far: TcpStream, cut: impl Future<Output = ()>) -> Carried {
+pub(crate) async fn relay(mut near: TcpStream, mut far: TcpStream, cut: impl Future<Output = ()>) -> Carried {
     let (mut sent, mut received) = (0, 0);
     let end = {
         let ((near_read, near_write), (far_read, far_write)) = (near.split(), far.split());

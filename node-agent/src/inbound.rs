@@ -7,7 +7,8 @@ mod handshake;
 mod judge;
 mod seats;
 
-use self::goal::{NOWHERE, goal, is_ours};
+pub(crate) use self::goal::is_ours;
+use self::goal::{NOWHERE, goal};
 use self::judge::{Call, at_home, judge, permitted, trusted};
 use self::seats::Seats;
 use crate::carriers::Carriers;
@@ -26,7 +27,7 @@ use crate::records::alert;
 use crate::said::Said;
 use crate::secure::{Bytestream, Secured};
 use crate::seen::{self, Seen};
-use ambit_model::{Code, Refusal, SpiffeId};
+use ambit_model::{Code, Refusal};
 use ambit_policy::Verdict;
 use bytes::Bytes;
 use h2::RecvStream;
@@ -421,7 +422,7 @@ impl Inbound {
     /// The socket is made in the pod's namespace and comes from 127/8, which only the agent can send from there;
     /// its goal is the pod's own address, so that services bound to loopback stay private.
     async fn last_leg(&self, pod: &LocalPod, to: SocketAddrV4, call: &Call) -> std::io::Result<TcpStream> {
-        let source = SocketAddrV4::new(spread(call.peer.id(), to), 0);
+        let source = SocketAddrV4::new(spread(&(call.peer.id(), to)), 0);
         let socket = self.netns.socket(&pod.netns, source).await?;
         let tcp = socket.connect(SocketAddr::V4(to)).await?;
         tcp.set_nodelay(true)?;
@@ -458,10 +459,10 @@ fn ending() -> Refusal {
 }
 
 /// One of 127.64.0.0/10 by hash: one address alone would have 28,000 ports for all callers of a pod.
-fn spread(caller: &SpiffeId, to: SocketAddrV4) -> Ipv4Addr {
-    use std::hash::{DefaultHasher, Hash, Hasher};
+pub(crate) fn spread(pair: &impl std::hash::Hash) -> Ipv4Addr {
+    use std::hash::{DefaultHasher, Hasher};
     let mut h = DefaultHasher::new();
-    (caller, to).hash(&mut h);
+    pair.hash(&mut h);
     let [_, _, _, _, _, a, b, c] = h.finish().to_be_bytes();
     // Neither .0 nor .255, and at least 64 in the second place: away from what applications use on loopback.
     Ipv4Addr::new(127, 64 + (a & 0x3f), b, 1 + c % 254)

@@ -5,7 +5,7 @@ use crate::netns::Netns;
 use crate::outbound::{Captured, Goal};
 use crate::view::View;
 use ambit_ebpf::{
-    Annex, Capacity, Direct, Drift, Event, Flow, Kernel, KernelError, Local, Options, Place, Tables, boot_time,
+    Annex, Capacity, Direct, Drift, Event, Flow, Kernel, KernelError, LetIn, Local, Options, Place, Tables, boot_time,
 };
 use ambit_model::{Code, NumericIdentity, Refusal};
 use std::collections::HashMap;
@@ -196,6 +196,11 @@ impl KernelHandle {
     /// Pods that are guarded from now on turn HBONE at their addresses off into the agent's annex.
     pub fn use_annex(&self, annex: &Annex) {
         self.0.kernel.use_annex(annex);
+    }
+
+    /// Gives `listener` every caller that the tables let in by its address, for as long as what is returned lives.
+    pub fn let_in(&self, annex: &Annex, listener: impl AsFd) -> Result<LetIn, Refusal> {
+        self.0.kernel.let_in(annex, listener.as_fd()).map_err(|e| refusal(&e))
     }
 
     /// Says who a cgroup is.

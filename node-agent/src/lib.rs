@@ -68,5 +68,6 @@ pub mod telemetry;
 pub mod tls;
 pub mod tokens;
 pub mod view;
+pub mod way_in;
 pub mod workload_api;
 pub mod xds;

@@ -142,7 +142,7 @@ fn head(out: &mut String, name: &str, kind: &str, help: &str) {
 /// Everything the agent counts.
 #[derive(Debug)]
 pub struct Metrics {
-    /// Connections carried or refused: `direction` outbound or inbound, `result` ok, denied, failed or unknown.
+    /// Connections carried or refused: `direction` outbound, inbound, direct, egress or unmeshed (callers by address), `result` ok, denied, failed or unknown.
     pub connections: Family<2>,
     /// Connections open now, by direction.
     pub open: Family<1>,

@@ -147,17 +147,31 @@ impl Annex {
 
     /// Listeners on every address that packets come in for; they share the port.
     pub async fn listeners(&self, port: u16, count: usize) -> io::Result<Vec<std::net::TcpListener>> {
+        self.listeners_at(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port), count).await
+    }
+
+    async fn listeners_at(&self, at: SocketAddrV4, count: usize) -> io::Result<Vec<std::net::TcpListener>> {
         let listener = move || {
             let fd = tcp()?;
             setsockopt(&fd, sockopt::ReuseAddr, &true)?;
             setsockopt(&fd, sockopt::ReusePort, &true)?;
             setsockopt(&fd, sockopt::IpTransparent, &true)?;
-            let at = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port);
             bind(std::os::fd::AsRawFd::as_raw_fd(&fd), &SockaddrIn::from(at))?;
             listen(&fd, Backlog::new(BACKLOG)?)?;
             Ok(std::net::TcpListener::from(fd))
         };
         self.thread.run(&self.netns, move || (0..count).map(|_| listener()).collect()).await
+    }
+
+    /// Listeners of callers by address, whatever they call: what reaches them is steered there by the kernel part
+    /// ([`ambit_ebpf::Kernel::let_in`]), and nothing else does.
+    pub async fn strangers(&self, count: usize) -> io::Result<Vec<std::net::TcpListener>> {
+        self.listeners_at(SocketAddrV4::new(Ipv4Addr::LOCALHOST, ambit_ebpf::CAPTURE_PORT), count).await
+    }
+
+    /// The namespace.
+    pub fn netns(&self) -> &Netns {
+        &self.netns
     }
 
     /// A TCP socket bound to `from`, a pod's address, which no device there has.

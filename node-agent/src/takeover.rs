@@ -35,7 +35,7 @@ use std::time::Duration;
 use tokio::time::timeout;
 
 /// What both must speak. It changes with the meaning of what is said here, and of the sockets that are handed over.
-const PROTOCOL: u32 = 1;
+const PROTOCOL: u32 = 2;
 /// For each word that needs nothing but the other process.
 const WORD_MAX: Duration = Duration::from_secs(5);
 /// From welcome to give: an enrolment by a slow TPM, with a cell that changes its leader.
@@ -48,7 +48,7 @@ const SLICE: u8 = 1;
 const DENIALS: u8 = 2;
 const OUT: u8 = 3;
 
-/// A listening socket, by what it is for.
+/// A listening socket, or where some are, by what it is for.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Socket {
@@ -62,6 +62,12 @@ pub enum Socket {
     Metrics,
     /// Successors.
     TakeOver,
+    /// The annex: not a socket, but the network namespace that the next two are in, with all that is open in it.
+    Annex,
+    /// Tunnels at pods' addresses; one for each thread that carries.
+    AtPods(u16),
+    /// Callers outside of the mesh, by address; likewise.
+    Strangers(u16),
     /// Captured connections of a pod.
     Capture {
         /// Whose.

@@ -51,6 +51,8 @@ pub struct View {
     pub egress: EgressSet,
     /// Addresses in ranges of these that are not outside, whoever may reach them in a tunnel.
     pub meshed: BTreeSet<Ipv4Addr>,
+    /// Addresses that are of the mesh, in the ranges from which policies let callers in by address: nobody comes from there so.
+    pub claimed: BTreeSet<Ipv4Addr>,
     /// How far peers' records are in, handed back in the acknowledgement.
     pub imported: Vec<v1::ImportedSeq>,
 }
@@ -67,7 +69,7 @@ impl View {
         expect("cluster", cluster.as_str(), &slice.cluster)?;
         let (own, foreign) = bundles(&slice.bundles, trust_domain)?;
         let known = foreign.iter().map(|b| b.trust_domain().clone()).chain([trust_domain.clone()]).collect();
-        let policies = policies(&slice.policies, known)?;
+        let policies = policies(&slice.policies, &slice.unmeshed, known)?;
         Ok(Self {
             revision: Revision(slice.revision),
             stamp: Stamp(slice.stamp_ms),
@@ -88,6 +90,7 @@ impl View {
             tainted_jwt: slice.tainted_jwt_authorities.into_iter().collect(),
             egress: egress(&slice.egress)?,
             meshed: slice.meshed.iter().map(|address| convert::address(address)).collect::<Result<_, _>>()?,
+            claimed: slice.claimed.iter().map(|address| convert::address(address)).collect::<Result<_, _>>()?,
             imported: slice.imported,
         })
     }
@@ -97,6 +100,12 @@ impl View {
         self.endpoints.contains_key(&address)
             || self.meshed.contains(&address)
             || self.services.iter().any(|service| service.address == address)
+    }
+
+    /// Whether somebody at this address is of the mesh, as far as this node knows: who comes from there comes as who it is, or not
+    /// at all.
+    pub fn claims(&self, address: Ipv4Addr) -> bool {
+        self.knows(address) || self.claimed.contains(&address)
     }
 
     /// The entry that a process or pod with the selectors `found` has in the mesh: the one that asks for most; of equals
@@ -167,10 +176,20 @@ fn bundles(found: &[v1::Bundle], own_name: &TrustDomain) -> Result<(Bundle<Own>,
     Ok((own, foreign))
 }
 
-fn policies(found: &[v1::Policy], known: BTreeSet<TrustDomain>) -> Result<PolicySet, Refusal> {
+/// Those about callers in the mesh, and those about callers outside of it.
+fn policies(
+    meshed: &[v1::Policy],
+    unmeshed: &[v1::Policy],
+    known: BTreeSet<TrustDomain>,
+) -> Result<PolicySet, Refusal> {
     let mut set = PolicySet::new(known);
-    for message in found {
-        set.insert(message.origin.parse()?, Policy::try_from(message)?);
+    for (message, by_address) in meshed.iter().map(|m| (m, false)).chain(unmeshed.iter().map(|m| (m, true))) {
+        let policy = Policy::try_from(message)?;
+        if policy.extras.unmeshed.is_empty() == by_address {
+            let expected = "policies about callers by identity, and others about callers by address";
+            return Err(Refusal::new(Code::BadRequest, expected, message.name.as_str()));
+        }
+        set.insert(message.origin.parse()?, policy);
     }
     Ok(set)
 }

@@ -67,7 +67,7 @@ fn other(node: &Node) -> String {
          for word in (b'{}', b'\"give\"'):\n s.sendall(struct.pack('>IB', len(word), 0) + word)\n\
          got = b''\nwhile b'given' not in got: got += s.recv(4096)\nprint(got, flush=True)\n",
         node.tpm.state().join("takeover/agent.sock").display(),
-        hello(1, &hex::encode(ambit_ebpf::map_layout()))
+        hello(2, &hex::encode(ambit_ebpf::map_layout()))
     )
 }
 
@@ -149,8 +149,8 @@ async fn whatever_goes_wrong_leaves_the_agent_that_serves_in_its_place() {
     let layout = hex::encode(ambit_ebpf::map_layout());
     for (words, expected) in [
         (vec!["{}".to_owned()], "a word of this protocol"),
-        (vec![hello(2, &layout)], "protocol 1 of taking over"),
-        (vec![hello(1, &"ab".repeat(32))], "maps of layout"),
+        (vec![hello(1, &layout)], "protocol 2 of taking over"),
+        (vec![hello(2, &"ab".repeat(32))], "maps of layout"),
         (vec!["\"give\"".to_owned()], "hello"),
     ] {
         let words: Vec<&str> = words.iter().map(String::as_str).collect();

@@ -140,10 +140,12 @@ impl TryFrom<&v1::Policy> for Policy {
     fn try_from(m: &v1::Policy) -> Result<Self, Refusal> {
         // As cells tell it: a set that this side could not resolve is refused, whatever it would decide.
         let from = m.from.iter().map(|f| Peers::from_wire(f)).collect::<Result<Vec<_>, _>>()?;
-        if from.is_empty() {
-            return Err(Refusal::new(Code::BadRequest, "at least one caller in 'from'", "none"));
+        let extras = extras(m)?;
+        if from.is_empty() == extras.unmeshed.is_empty() {
+            let found = if from.is_empty() { "neither" } else { "both" };
+            return Err(Refusal::new(Code::BadRequest, "callers in 'from' or in 'unmeshed'", found));
         }
-        Ok(Policy {
+        let policy = Policy {
             name: m.name.parse()?,
             target: Peers::from_wire(&m.target)?,
             action: match m.action() {
@@ -156,8 +158,14 @@ impl TryFrom<&v1::Policy> for Policy {
             },
             from,
             ports: m.ports.iter().map(|p| port(*p)).collect::<Result<_, _>>()?,
-            extras: extras(m)?,
-        })
+            extras,
+        };
+        // Clear text is said where it is meant.
+        let transport = policy.transport().map(Transport::as_str).unwrap_or_default();
+        if m.transport != transport {
+            return Err(Refusal::new(Code::BadRequest, format!("transport '{transport}'"), m.transport.as_str()));
+        }
+        Ok(policy)
     }
 }
 
@@ -165,7 +173,7 @@ fn extras(m: &v1::Policy) -> Result<PolicyExtras, Refusal> {
     let none = PolicyExtras::default();
     let expires_at = if m.expires_at_ms == 0 { none.expires_at } else { Stamp(m.expires_at_ms) };
     let protocols = if m.protocols.is_empty() { none.protocols } else { all(&m.protocols)? };
-    Ok(PolicyExtras { expires_at, protocols, unmeshed: Vec::new() })
+    Ok(PolicyExtras { expires_at, protocols, unmeshed: all(&m.unmeshed)? })
 }
 
 /// A policy as a message. `resolved`, `written_by` and `revision` are the caller's to fill.
@@ -186,6 +194,8 @@ pub fn policy_message(origin: &TrustDomain, p: &Policy) -> v1::Policy {
         revision: 0,
         expires_at_ms: if p.extras.expires_at == Stamp(u64::MAX) { 0 } else { p.extras.expires_at.0 },
         protocols: p.extras.protocols.iter().map(|protocol| protocol.as_str().to_owned()).collect(),
+        unmeshed: p.extras.unmeshed.iter().map(ToString::to_string).collect(),
+        transport: p.transport().map(|transport| transport.as_str().to_owned()).unwrap_or_default(),
     }
 }
 

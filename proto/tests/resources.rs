@@ -68,6 +68,8 @@ impl Draw {
             tainted_jwt_authorities: self.some(|n, _| td(n)),
             egress: self.some(|n, v| v1::Egress { name: td(n), ports: vec![v as u32 + 1], ..Default::default() }),
             meshed: self.some(|n, _| format!("10.0.1.{n}")),
+            unmeshed: self.some(|n, v| v1::Policy { name: td(n), ports: vec![v as u32 + 1], ..Default::default() }),
+            claimed: self.some(|n, _| format!("10.0.2.{n}")),
             callers: self.some(|n, v| v1::NodeAddress {
                 trust_domain: td(1),
                 node: td(n),

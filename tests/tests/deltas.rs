@@ -99,6 +99,24 @@ async fn an_agent_is_told_what_changed_at_any_replica_and_everything_when_it_los
     let shut = write(&cell, text.replace("west/db], to", "west/nobody], to")).await;
     let changed = all(&mut agent, &mut held, shut).await;
     assert!(changed < 500 && outside(&held) == (vec![], vec![]), "{:?}", outside(&held));
+    // So are those who come in by address, and who is of the mesh there. What is about them is told apart: who does not know of it
+    // lets none of them in.
+    let inside = |held: &Held| {
+        let slice = held.set().slice(0, 0).unwrap();
+        let by_identity = slice.policies.iter().filter(|p| !p.unmeshed.is_empty() || p.from.is_empty()).count();
+        let told: Vec<_> =
+            slice.unmeshed.iter().map(|p| format!("{} {:?} {}", p.name, p.unmeshed, p.transport)).collect();
+        (by_identity, told, slice.claimed)
+    };
+    let text = "kind: Policy\nmetadata: {name: in}\nspec: {target: spiffe://west/db, action: allow, from: ['cidr:10.0.0.0/8'], \
+                transport: passthrough}\n";
+    let opened = write(&cell, text.to_owned()).await;
+    let changed = all(&mut agent, &mut held, opened).await;
+    let want = vec!["in [\"10.0.0.0/8\"] passthrough".to_owned()];
+    assert!(changed < 500 && inside(&held) == (0, want, vec!["10.96.0.1".to_owned()]), "{:?}", inside(&held));
+    let shut = write(&cell, text.replace("west/db, action", "west/nobody, action")).await;
+    let changed = all(&mut agent, &mut held, shut).await;
+    assert!(changed < 500 && inside(&held) == (0, vec![], vec![]), "{:?}", inside(&held));
     let second = shut;
 
     // At another replica, where nothing changed since; and where something did, at one that sent what the agent holds.

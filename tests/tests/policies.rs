@@ -317,6 +317,95 @@ async fn a_way_out_is_planned_opened_explained_and_shut() {
     );
 }
 
+/// The document of the README about callers by address, by the command line.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_way_in_is_planned_opened_explained_and_shut() {
+    let (cell, _registry) = cell().await;
+    let (context, folder) = (cell.admin_file("context.json").display().to_string(), Folder::new().unwrap());
+    let readme = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../README.md")).unwrap();
+    let block = readme.split("```yaml\n").find(|block| block.contains("name: clients-to-db")).unwrap();
+    let document = block.split("```").next().unwrap().to_owned();
+    let file = |name: &str, text: &str| {
+        let path = folder.path(name);
+        std::fs::write(&path, text).unwrap();
+        path.display().to_string()
+    };
+    let run = |args: &[&str], code: i32, words: &[&str]| {
+        let out = ambit(&context, args);
+        let said = String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned();
+        println!("$ ambit {}\n{said}", args.join(" "));
+        assert_eq!(out.status.code(), Some(code), "{args:?}: {said}");
+        words.iter().for_each(|word| assert!(said.contains(word), "{args:?}: '{word}' is missing in: {said}"));
+        said
+    };
+    let open = file("open.yaml", &document);
+    let (client, db) = ("198.51.100.7", "spiffe://west/db:8080");
+    run(&["explain", client, db], 0, &["denied: 198.51.100.7 -> spiffe://west/db:8080", "denied by default"]);
+    run(&["policy", "lint", &open], 0, &["2 objects"]);
+    run(
+        &["policy", "plan", "-f", &open],
+        0,
+        &[
+            "policy clients-to-db: added",
+            "passthrough: in clear text",
+            "cidr:198.51.100.0/24",
+            "1 pair of known identities",
+        ],
+    );
+    run(&["policy", "apply", "-f", &open, "--max-flips", "0"], 5, &["error[policy_blast_radius]", "opens 8080"]);
+    let said = run(&["policy", "apply", "-f", &open], 0, &["policy clients-to-db: changed", "opens ports of 1 pair"]);
+    let revision = said.lines().find_map(|line| line.rsplit_once("revision ")).unwrap().1.to_owned();
+    let words = ["allowed: ", "west/clients-to-db, written by", "passthrough: in clear text, carried by the agent"];
+    run(&["explain", client, db], 0, &words);
+    for (from, to, why) in [
+        (client, "spiffe://west/db:80", "west/clients-to-db: it is for ports 8080"),
+        ("203.0.113.7", db, "west/clients-to-db: it is for addresses in 198.51.100.0/24"),
+        ("198.51.100.66", db, "denied by policy"),
+        ("127.0.0.1", db, "denied: loopback"),
+        ("spiffe://west/web", db, "denied by default"),
+    ] {
+        run(&["explain", from, to], 0, &["denied: ", why]);
+    }
+    run(&["explain", "2001:db8::1", db], 2, &["error[bad_request]", "an IPv4 address"]);
+    let who = ["0 callers", "allow west/clients-to-db: cidr:198.51.100.0/24 on 8080, passthrough: in clear text"];
+    run(&["policy", "who-can", db], 0, &who);
+    run(&["policy", "list"], 0, &["allow, passthrough", "cidr:198.51.100.0/24"]);
+    run(
+        &["watch", "policy", "--once"],
+        0,
+        &["west/clients-to-db", "from=cidr:198.51.100.0/24", "transport=passthrough"],
+    );
+    run(&["policy", "unused"], 0, &["0 policies"]);
+    // An address of the mesh is not a caller's.
+    let service =
+        "kind: Service\nmetadata: {name: s}\nspec: {address: 198.51.100.9, port: 443, backends: [spiffe://west/db]}\n";
+    run(&["policy", "apply", "-f", &file("service.yaml", service)], 0, &["service s: changed"]);
+    run(&["explain", "198.51.100.9", db], 0, &["denied: this is the address of service west/s"]);
+    for (old, new, code, why) in [
+        ("  transport: passthrough", "  # nothing said", "policy_malformed", "transport: passthrough"),
+        ("[cidr:198.51.100.0/24]", "['cidr:2001:db8::/32']", "policy_unenforceable", "ranges of IPv4"),
+        ("[cidr:198.51.100.0/24]", "['cidr:169.254.0.0/16']", "policy_unenforceable", "link-local"),
+        (
+            "[cidr:198.51.100.0/24]",
+            "[cidr:198.51.100.0/24, spiffe://west/web]",
+            "policy_malformed",
+            "one policy for each",
+        ),
+        ("target: spiffe://west/db", "target: spiffe://east/db", "not_owner", "clients-to-db"),
+    ] {
+        let bad = file("bad.yaml", &document.replacen(old, new, 1));
+        run(&["policy", "apply", "-f", &bad], 2, &[&format!("error[{code}]"), why]);
+    }
+    let nobody = document.replace("spiffe://west/db", "spiffe://west/nobody").replace("clients-to-db", "idle");
+    let nobody = nobody.split("---").next().unwrap().to_owned();
+    run(&["policy", "apply", "-f", &file("idle.yaml", &nobody)], 0, &["policy idle: changed"]);
+    run(&["policy", "unused"], 0, &["idle", "no known workload is spiffe://west/nobody"]);
+    run(&["policy", "delete", "clients-to-db"], 0, &["closes ports of 1 pair"]);
+    run(&["explain", client, db], 0, &["denied: "]);
+    run(&["policy", "rollback", &revision], 0, &["policy clients-to-db: changed", "policy idle: changed"]);
+    run(&["explain", client, db], 0, &["allowed: "]);
+}
+
 fn now_ms() -> u64 {
     u64::try_from(SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis()).unwrap()
 }

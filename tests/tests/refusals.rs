@@ -191,7 +191,12 @@ async fn policies_are_taken_whole_or_not_at_all() {
         (format!("{good}---\n{}", ALLOW.replace("[8080]", "[]")), "policy_malformed", "line"),
         (format!("{good}---\n{}", ALLOW.replace("spiffe://west/db", "spiffe://east/db")), "not_owner", "east"),
         (ALLOW.replace("[8080]", "[8080]\n  protocols: [udp]"), "policy_unenforceable", "web-to-db"),
-        (ALLOW.replace("[spiffe://east/web]", "['cidr:10.0.0.0/8']"), "policy_unenforceable", "cidr:10.0.0.0/8"),
+        (ALLOW.replace("[spiffe://east/web]", "['cidr:10.0.0.0/8']"), "policy_malformed", "transport: passthrough"),
+        (
+            ALLOW.replace("from: [spiffe://east/web]", "transport: passthrough, from: ['cidr:127.0.0.0/8']"),
+            "policy_unenforceable",
+            "cidr:127.0.0.0/8, which is loopback",
+        ),
         (ALLOW.replace("spiffe://east/web", "cluster:west/nowhere"), "not_found", "nowhere"),
     ];
     for (yaml, code, word) in rows {

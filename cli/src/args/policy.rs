@@ -127,7 +127,7 @@ impl std::str::FromStr for MaxFlips {
 
 #[derive(Debug, clap::Args)]
 pub struct Explain {
-    /// The caller's SPIFFE ID
+    /// The caller's SPIFFE ID, or the IPv4 address of one outside of the mesh
     #[arg(value_name = "SRC")]
     pub source: String,
     /// The target's SPIFFE ID (or address) and port

@@ -179,11 +179,16 @@ fn ends(p: &v1::Policy) -> String {
     if p.expires_at_ms == 0 { String::new() } else { utc(p.expires_at_ms) }
 }
 
+/// Callers as documents write them: sets of identities, or ranges of addresses.
+pub(crate) fn callers(p: &v1::Policy) -> Vec<String> {
+    p.from.iter().cloned().chain(p.unmeshed.iter().map(|range| format!("cidr:{range}"))).collect()
+}
+
 /// One policy as JSON.
 fn policy_row(p: &v1::Policy) -> Value {
     json!({
-        "origin": p.origin, "name": p.name, "action": action(p), "from": p.from, "target": p.target, "ports": p.ports,
-        "protocols": p.protocols, "expires": ends(p), "written_by": p.written_by, "revision": p.revision,
+        "origin": p.origin, "name": p.name, "action": action(p), "from": callers(p), "target": p.target, "ports": p.ports,
+        "protocols": p.protocols, "transport": p.transport, "expires": ends(p), "written_by": p.written_by, "revision": p.revision,
     })
 }
 
@@ -213,8 +218,12 @@ async fn list(session: &Session) -> Result<Answer, Refusal> {
             json!("policy"),
             json!(p.origin),
             json!(p.name),
-            json!(action(p)),
-            json!(p.from),
+            json!(if p.transport.is_empty() {
+                action(p).to_owned()
+            } else {
+                format!("{}, {}", action(p), p.transport)
+            }),
+            json!(callers(p)),
             json!(p.target),
             json!(p.ports),
             json!(state),

@@ -139,8 +139,8 @@ fn told(event: &Event) -> (&'static str, String, Value) {
         Event::Policy(p) => {
             let action = super::policy::action(p);
             let policy = json!({
-                "origin": p.origin, "name": p.name, "target": p.target, "action": action, "from": p.from,
-                "ports": p.ports, "resolved": p.resolved, "written_by": p.written_by,
+                "origin": p.origin, "name": p.name, "target": p.target, "action": action,
+                "from": super::policy::callers(p), "ports": p.ports, "transport": p.transport, "resolved": p.resolved, "written_by": p.written_by,
             });
             ("policy", format!("{}/{}", p.origin, p.name), policy)
         }

@@ -6,6 +6,7 @@
 
 #include "lease.h"
 #include "ranges.h"
+#include "verdicts.h"
 
 struct {
 	MAP_INT(type, BPF_MAP_TYPE_HASH);
@@ -14,22 +15,7 @@ struct {
 	MAP_TYPE(value, struct workload);
 } workloads SEC(".maps");
 
-/* Two generations of each table; config[CONFIG_GENERATION] says which is in force. The agent fills fresh inner maps,
- * puts them into the idle slots, then flips the one number: no program ever mixes two sets. (Sizes, not types: clang
- * keeps no type that only an inner map names.) */
-struct verdict_table {
-	MAP_INT(type, BPF_MAP_TYPE_HASH);
-	MAP_INT(max_entries, 1);
-	MAP_INT(key_size, sizeof(struct verdict_key));
-	MAP_INT(value_size, sizeof(struct verdict));
-};
-struct {
-	MAP_INT(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
-	MAP_INT(max_entries, 2);
-	MAP_TYPE(key, u32);
-	MAP_ARRAY(values, struct verdict_table);
-} verdicts SEC(".maps");
-
+/* Two generations of each table, as in verdicts.h. */
 struct endpoint_table {
 	MAP_INT(type, BPF_MAP_TYPE_HASH);
 	MAP_INT(max_entries, 1);
@@ -184,30 +170,11 @@ INLINE u32 resolve(struct attempt *a, u32 generation)
 	return ALLOWED;
 }
 
-/* Deny wins over allow, exact port and every port alike; nothing is a deny. */
 INLINE u32 judge(struct attempt *a, u32 generation)
 {
-	struct verdict_key key = { .source = a->source, .destination = a->destination, .port = a->endpoint_port };
-	void *table = bpf_map_lookup_elem(&verdicts, &generation);
-	struct verdict *exact, *any;
+	const struct verdict_key key = { .source = a->source, .destination = a->destination, .port = a->endpoint_port };
 
-	if (!table)
-		return NO_TABLES;
-	exact = bpf_map_lookup_elem(table, &key);
-	key.port = 0;
-	any = bpf_map_lookup_elem(table, &key);
-	if (exact && exact->action != ACTION_ALLOW) {
-		a->rule = exact->rule;
-		return POLICY_DENY;
-	}
-	if (any && any->action != ACTION_ALLOW) {
-		a->rule = any->rule;
-		return POLICY_DENY;
-	}
-	if (!exact && !any)
-		return NO_VERDICT;
-	a->rule = exact ? exact->rule : any->rule;
-	return ALLOWED;
+	return verdict_of(key, generation, &a->rule);
 }
 
 /* Everything that is decided by tables, of a caller that is known: what decide.bpf.c measures. */

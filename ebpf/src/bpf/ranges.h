@@ -22,6 +22,15 @@ struct {
 	MAP_ARRAY(values, struct range_table);
 } ranges SEC(".maps");
 
+/* Of callers outside of the mesh (callers.h), in the same way. Addresses that the mesh knows are among them, under a number of which
+ * no verdict speaks. */
+struct {
+	MAP_INT(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	MAP_INT(max_entries, 2);
+	MAP_TYPE(key, u32);
+	MAP_ARRAY(values, struct range_table);
+} callers SEC(".maps");
+
 /* The number of the longest range that holds the address; null for none. */
 INLINE u32 *range_of(u32 address, u32 generation)
 {

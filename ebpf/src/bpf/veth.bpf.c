@@ -14,10 +14,11 @@
  * device: a pod is left with when, and which of those that came in it answers. Of IPv6 nothing passes, neighbour discovery
  * included: no pod may speak it, and its options have room for more.
  *
- * In: ARP about the pod, and IPv4 TCP to its address, which is judged by what it finds there; but HBONE (annex.h) is the
- * agent's and reaches no pod. Broadcast and multicast reach
+ * In: ARP about the pod, and IPv4 TCP to its address, which is judged by what it finds there; but HBONE (annex.h), and what a
+ * policy lets in by its address (callers.h), are the agent's and reach no pod. Broadcast and multicast reach
  * sockets that no sk_lookup program is asked for; nothing that a pod is allowed needs them. */
 #include "annex.h"
+#include "callers.h"
 #include "lease.h"
 #include "stamps.h"
 
@@ -416,6 +417,15 @@ INLINE int is_forged(const struct ip *ip)
 	return !!bpf_map_lookup_elem(&locals, &from);
 }
 
+/* The pod is the very one that is said to be somebody, not one that got its address. */
+INLINE int is_of_a_stranger(const struct ip *ip, const struct tcp *t)
+{
+	u32 own = pod.address;
+	struct local *self = bpf_map_lookup_elem(&locals, &own);
+
+	return self && self->netns == pod.netns && is_let_in(ip->source, self, ntohs(t->destination));
+}
+
 INLINE int enter_tcp(struct sk_buff_view *skb, const struct ethernet *eth, const struct ip *ip)
 {
 	struct tcp t;
@@ -426,6 +436,8 @@ INLINE int enter_tcp(struct sk_buff_view *skb, const struct ethernet *eth, const
 		return pod.annex ? into_annex(skb, pod.annex) : refuse(skb, ip, AGENT_ABSENT, 0);
 	if (is_forged(ip))
 		return refuse(skb, ip, PLAIN_INBOUND, 0);
+	if (is_of_a_stranger(ip, &t))
+		return pod.annex ? into_annex(skb, pod.annex) : refuse(skb, ip, AGENT_ABSENT, 0);
 	meet(ip->source, eth->source);
 	remember_knock(ip, &t, eth);
 	return TCX_NEXT;

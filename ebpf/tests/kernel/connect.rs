@@ -37,6 +37,7 @@ fn tables() -> Tables {
         ],
         services: vec![],
         ranges: vec![],
+        callers: vec![],
     }
 }
 

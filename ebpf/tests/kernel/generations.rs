@@ -32,6 +32,7 @@ fn generation(odd: bool) -> Tables {
         endpoints: vec![(Ipv4Addr::new(10, 1, 0, 1), open), (Ipv4Addr::new(10, 1, 0, 2), shut)],
         services: vec![],
         ranges: vec![],
+        callers: vec![],
     }
 }
 
@@ -124,8 +125,8 @@ fn equal_tables_have_equal_digests_and_bad_ones_change_nothing() {
     assert!(kernel.set_workload(1, 0).is_err());
     let room = kernel.room().unwrap();
     assert_eq!(room[..2], [("verdicts", 2002, 3000), ("endpoints", 2, 2)]);
-    assert_eq!(room[2..4], [("services", 1, 1), ("ranges", 1, 1)]);
-    assert_eq!(room[4..], [("workloads", 2, 2), ("flows", 0, 64), ("stamps", 0, 64)]);
+    assert_eq!(room[2..5], [("services", 1, 1), ("ranges", 1, 1), ("callers", 1, 1)]);
+    assert_eq!(room[5..], [("workloads", 2, 2), ("flows", 0, 64), ("stamps", 0, 64)]);
 }
 
 /// Of the two generations that in force.

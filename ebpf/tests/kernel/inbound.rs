@@ -22,6 +22,7 @@ fn node() -> (Node, Kernel) {
             endpoints: vec![(OUTSIDE, SERVER)],
             services: vec![],
             ranges: vec![],
+            callers: vec![],
         })
         .unwrap();
     kernel.set_workload(node.cgroup("client"), CLIENT).unwrap();

@@ -24,6 +24,7 @@ fn tables() -> Tables {
         verdicts: vec![allow(WIDE, 80), allow(NARROW, 443), allow(KNOWN, 22)],
         endpoints: vec![(Ipv4Addr::new(10, 1, 0, 9), KNOWN)],
         services: vec![],
+        callers: vec![],
         ranges: vec![
             range([10, 0, 0, 0], 8, WIDE),
             range([10, 1, 0, 0], 16, NARROW),

@@ -13,12 +13,12 @@ use std::time::Duration;
 
 const HBONE: u16 = 15008;
 /// The node, on the bridge: what comes out of the annex is routed by it.
-const NODE: &str = "10.99.0.254";
-const SOON: Duration = Duration::from_secs(3);
+pub(crate) const NODE: &str = "10.99.0.254";
+pub(crate) const SOON: Duration = Duration::from_secs(3);
 const MARK: &[u8] = b"sealed by the agent and by nobody else";
 
 /// A socket in the annex on `at`, an address that is only there.
-fn socket_in(annex: &Annex, at: Ipv4Addr, port: u16) -> std::os::fd::OwnedFd {
+pub(crate) fn socket_in(annex: &Annex, at: Ipv4Addr, port: u16) -> std::os::fd::OwnedFd {
     in_netns(File::from(annex.as_fd().try_clone_to_owned().unwrap()), move || {
         use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
         let fd = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
@@ -35,7 +35,7 @@ fn listen_in(annex: &Annex) -> TcpListener {
     TcpListener::from(fd)
 }
 
-fn accepted(listener: &TcpListener) -> TcpStream {
+pub(crate) fn accepted(listener: &TcpListener) -> TcpStream {
     listener.set_nonblocking(true).unwrap();
     let until = std::time::Instant::now() + SOON;
     loop {
@@ -56,7 +56,7 @@ fn from_far(rig: &Rig, wait: Duration) -> std::io::Result<TcpStream> {
     in_netns(far, move || TcpStream::connect_timeout(&(POD, HBONE).into(), wait))
 }
 
-fn there_and_back(a: &TcpStream, b: &TcpStream) {
+pub(crate) fn there_and_back(a: &TcpStream, b: &TcpStream) {
     for (mut from, to) in [(a, b), (b, a)] {
         // More than a segment, so that offloads are met; the mark is in it often.
         let sent = MARK.repeat(4000);
@@ -70,22 +70,22 @@ fn there_and_back(a: &TcpStream, b: &TcpStream) {
     }
 }
 
-fn marks_in(pod: &mut Worker) -> usize {
+pub(crate) fn marks_in(pod: &mut Worker) -> usize {
     pod.ask("sealed");
     pod.answer().parse().unwrap()
 }
 
 /// A listener of a workload on the agent's port, on every address of the pod.
-fn squatter(rig: &Rig) -> TcpListener {
+pub(crate) fn squatter(rig: &Rig) -> TcpListener {
     rig.node.listen_in_pod(Ipv4Addr::UNSPECIFIED, HBONE)
 }
 
-fn nobody_came(squatter: &TcpListener) -> bool {
+pub(crate) fn nobody_came(squatter: &TcpListener) -> bool {
     squatter.set_nonblocking(true).unwrap();
     squatter.accept().is_err()
 }
 
-fn with_annex() -> (Rig, Kernel) {
+pub(crate) fn with_annex() -> (Rig, Kernel) {
     let mut rig = Rig::new();
     run(&format!("nsenter --net=/proc/{}/ns/net ip addr add {NODE}/24 dev br0", rig.node.outside.id()));
     let kernel = governed(&mut rig);

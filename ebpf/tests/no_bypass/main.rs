@@ -10,6 +10,7 @@ mod support;
 
 mod annex;
 mod attempts;
+mod callers;
 mod exceptions;
 mod rig;
 mod soak;

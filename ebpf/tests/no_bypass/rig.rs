@@ -45,6 +45,7 @@ pub(crate) fn tables(behind: u32) -> Tables {
         endpoints: vec![endpoint(FAR, behind), endpoint(NEAR, server)],
         services: vec![],
         ranges: vec![],
+        callers: vec![],
     }
 }
 

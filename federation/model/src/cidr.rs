@@ -22,6 +22,11 @@ impl Cidr {
         }
     }
 
+    /// Whether every address of `other` lies in the range.
+    pub fn covers(&self, other: &Cidr) -> bool {
+        self.bits <= other.bits && self.contains(other.address)
+    }
+
     /// Whether the address lies in the range. What a socket of both families calls `::ffff:a.b.c.d` is IPv4.
     pub fn contains(&self, address: IpAddr) -> bool {
         match (self.address, address.to_canonical()) {

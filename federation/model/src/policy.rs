@@ -70,7 +70,8 @@ pub struct PolicyExtras {
     pub expires_at: Stamp,
     /// Of which protocols it speaks; never empty.
     pub protocols: BTreeSet<Protocol>,
-    /// Callers outside of the mesh, whom nothing but an address names.
+    /// Callers outside of the mesh, whom nothing but an address names. A policy that allows them says `transport: passthrough`
+    /// where it is written: there is no other way for them, so nothing more of it is kept.
     pub unmeshed: Vec<Cidr>,
 }
 
@@ -99,6 +100,11 @@ pub struct Policy {
 }
 
 impl Policy {
+    /// How those travel whom it lets in: nothing to say of callers in the mesh, who come in tunnels.
+    pub fn transport(&self) -> Option<Transport> {
+        (self.action == Action::Allow && !self.extras.unmeshed.is_empty()).then_some(Transport::Passthrough)
+    }
+
     /// Whether it is over. An allow ends by the latest that it may be, a deny by the earliest (I15): who does not know the
     /// time for sure closes early and opens late.
     pub fn is_over(&self, now: Moment) -> bool {

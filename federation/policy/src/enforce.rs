@@ -16,11 +16,16 @@ pub fn check_enforceable(document: &Document) -> Result<(), Refusal> {
     };
     match document {
         Document::Policy(policy) => {
-            if let Some(range) = policy.extras.unmeshed.first() {
-                return refuse(
-                    "callers with an identity: the kernel has no table of ranges yet",
-                    format!("cidr:{range}"),
-                );
+            // A deny of what nobody is let in from holds.
+            let opens = policy.action != Action::Deny;
+            if let Some(range) = policy.extras.unmeshed.iter().find(|range| opens && range.v4().is_none()) {
+                let expected = "ranges of IPv4 (no pod may be spoken to over IPv6 from outside of the mesh)";
+                return refuse(expected, format!("cidr:{range}"));
+            }
+            let closed = policy.extras.unmeshed.iter().find_map(|range| Some((range, closed(range)?)));
+            if let Some((range, why)) = closed.filter(|_| opens) {
+                let expected = "ranges that somebody beyond the node and its link calls from";
+                return refuse(expected, format!("cidr:{range}, which is {why}"));
             }
             // UDP is refused for everybody, so a deny of it holds and an allow does not; and what is refused is not audited.
             let udp = policy.extras.protocols.contains(&Protocol::Udp);

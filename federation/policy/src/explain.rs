@@ -2,10 +2,11 @@
 
 use crate::owner::speaks_for;
 use crate::set::{PolicySet, RuleRef, Verdict, has_caller, is_target, rule_ref};
-use ambit_model::policy::{Action, Peers, Policy, Protocol};
+use ambit_model::policy::{Action, Cidr, Peers, Policy, Protocol};
 use ambit_model::{Moment, SpiffeId, Stamp, TrustDomain, utc};
 use std::collections::BTreeSet;
 use std::fmt;
+use std::net::{IpAddr, Ipv4Addr};
 
 /// In what an allow policy falls short of allowing a connection.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -22,6 +23,8 @@ pub enum Difference {
     OtherProtocol,
     /// It is about these callers.
     OtherCaller(Vec<Peers>),
+    /// It is about callers in these ranges of addresses.
+    OtherRange(Vec<Cidr>),
 }
 
 /// The allow policy for the same target that falls short in the least.
@@ -46,18 +49,41 @@ impl PolicySet {
     /// The verdict, the policy behind it and, where it is a denial, the nearest policy that would allow.
     pub fn explain(&self, src: &SpiffeId, dst: &SpiffeId, port: u16, now: Moment) -> Explanation {
         let verdict = self.evaluate(src, dst, port, now);
-        let nearest = if verdict.allowed { None } else { self.nearest(src, dst, port, now) };
+        let other = |policy: &Policy| {
+            let here = has_caller(policy, src);
+            (!here).then(|| Difference::OtherCaller(policy.from.clone()))
+        };
+        let nearest = if verdict.allowed { None } else { self.nearest(dst, port, now, |p| !p.from.is_empty(), other) };
         Explanation { verdict, nearest }
     }
 
-    fn nearest(&self, src: &SpiffeId, dst: &SpiffeId, port: u16, now: Moment) -> Option<Nearest> {
+    /// The same of who has no identity and comes from this address, of which the mesh knows nobody.
+    pub fn explain_unmeshed(&self, from: Ipv4Addr, dst: &SpiffeId, port: u16, now: Moment) -> Explanation {
+        let verdict = self.evaluate_unmeshed(IpAddr::V4(from), dst, port, now);
+        let other = |policy: &Policy| {
+            let here = policy.extras.unmeshed.iter().any(|range| range.contains(IpAddr::V4(from)));
+            (!here).then(|| Difference::OtherRange(policy.extras.unmeshed.clone()))
+        };
+        let speaks = |policy: &Policy| !policy.extras.unmeshed.is_empty();
+        let nearest = if verdict.allowed { None } else { self.nearest(dst, port, now, speaks, other) };
+        Explanation { verdict, nearest }
+    }
+
+    fn nearest(
+        &self,
+        dst: &SpiffeId,
+        port: u16,
+        now: Moment,
+        speaks: impl Fn(&Policy) -> bool,
+        other: impl Fn(&Policy) -> Option<Difference>,
+    ) -> Option<Nearest> {
         self.iter()
-            .filter(|(origin, p)| p.action == Action::Allow && speaks_for(origin, p) && is_target(p, dst))
-            .map(|(origin, p)| Nearest { rule: rule_ref(origin, p), differs: self.differences(p, src, port, now) })
+            .filter(|(origin, p)| p.action == Action::Allow && speaks_for(origin, p) && is_target(p, dst) && speaks(p))
+            .map(|(origin, p)| Nearest { rule: rule_ref(origin, p), differs: self.differences(p, other(p), port, now) })
             .min_by_key(|near| near.differs.iter().map(distance).sum::<u32>())
     }
 
-    fn differences(&self, policy: &Policy, src: &SpiffeId, port: u16, now: Moment) -> Vec<Difference> {
+    fn differences(&self, policy: &Policy, other: Option<Difference>, port: u16, now: Moment) -> Vec<Difference> {
         let mut differs = Vec::new();
         let unknown: BTreeSet<_> = policy
             .from
@@ -78,9 +104,7 @@ impl PolicySet {
         if !policy.ports.is_empty() && !policy.ports.contains(&port) {
             differs.push(Difference::OtherPort(policy.ports.clone()));
         }
-        if !has_caller(policy, src) {
-            differs.push(Difference::OtherCaller(policy.from.clone()));
-        }
+        differs.extend(other);
         if differs.is_empty() {
             differs.push(Difference::Overruled);
         }
@@ -95,7 +119,7 @@ fn distance(difference: &Difference) -> u32 {
         Difference::Overruled => 0,
         Difference::OtherPort(_) | Difference::OtherProtocol => 1,
         Difference::Unresolved(_) | Difference::Over(_) => 2,
-        Difference::OtherCaller(_) => 4,
+        Difference::OtherCaller(_) | Difference::OtherRange(_) => 4,
     }
 }
 
@@ -108,6 +132,7 @@ impl fmt::Display for Difference {
             Self::OtherProtocol => f.write_str("it is for udp"),
             Self::OtherPort(ports) => write!(f, "it is for ports {}", list(ports)),
             Self::OtherCaller(from) => write!(f, "it is for callers {}", list(from.iter().map(shown))),
+            Self::OtherRange(ranges) => write!(f, "it is for addresses in {}", list(ranges)),
         }
     }
 }

@@ -117,7 +117,7 @@ fn below<'a>(known: &'a BTreeSet<SpiffeId>, prefix: String) -> Box<dyn Iterator<
 }
 
 /// Policies of either set that are not the same in the other.
-fn changed<'a>(before: &'a PolicySet, after: &'a PolicySet) -> Vec<&'a Policy> {
+pub(crate) fn changed<'a>(before: &'a PolicySet, after: &'a PolicySet) -> Vec<&'a Policy> {
     let differs = |of: &'a PolicySet, other: &'a PolicySet| {
         of.iter()
             .filter(move |(origin, policy)| other.get(origin, &policy.name) != Some(policy))

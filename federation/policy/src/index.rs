@@ -5,11 +5,13 @@
 //! the sets of both ends and at the rows between them, and never at a policy. It is exact at every moment: the end of a
 //! policy stands in the row.
 
+use crate::egress::{Prefix, masked};
 use crate::ports::PortSet;
 use crate::set::{PolicySet, Reason, RuleRef, Verdict, rule_ref};
-use ambit_model::policy::{Action, Peers, Protocol};
+use ambit_model::policy::{Action, Cidr, Peers, Protocol, closed_within};
 use ambit_model::{Moment, SpiffeId, Stamp};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::Ipv4Addr;
 
 /// What TCP connections a policy set allows, by identity and port.
 #[derive(Clone, Debug, Default)]
@@ -17,6 +19,10 @@ pub struct Index {
     targets: Sets,
     callers: Sets,
     rows: HashMap<(u32, u32), Row>,
+    /// Callers by address: a number for each range that some policy names.
+    ranges: BTreeMap<Prefix, u32>,
+    /// Rows of a target's set and a range.
+    by_range: HashMap<(u32, u32), Row>,
     rules: Vec<RuleRef>,
     /// When something that allows ends, and something that narrows.
     ends: [BTreeSet<Stamp>; 2],
@@ -71,16 +77,17 @@ impl PolicySet {
             for set in &policy.from {
                 let caller = index.callers.number(set);
                 let row = index.rows.entry((target, caller)).or_default();
-                match policy.action {
-                    Action::Allow => &mut row.allow,
-                    Action::Deny => &mut row.deny,
-                    Action::Audit => &mut row.audit,
-                }
-                .add(rule, &policy.ports);
+                row.of(policy.action).add(rule, &policy.ports);
+            }
+            for prefix in policy.extras.unmeshed.iter().filter_map(Cidr::v4) {
+                let next = self::number(index.ranges.len());
+                let range = *index.ranges.entry(prefix).or_insert(next);
+                let row = index.by_range.entry((target, range)).or_default();
+                row.of(policy.action).add(rule, &policy.ports);
             }
         }
         #[allow(clippy::iter_over_hash_type, reason = "each row is put in order by itself")]
-        for row in index.rows.values_mut() {
+        for row in index.rows.values_mut().chain(index.by_range.values_mut()) {
             [&mut row.allow, &mut row.deny, &mut row.audit].into_iter().for_each(Rules::settle);
         }
         index
@@ -90,8 +97,22 @@ impl PolicySet {
 impl Index {
     /// As [`PolicySet::evaluate`] of the set that it was compiled from.
     pub fn evaluate(&self, src: &SpiffeId, dst: &SpiffeId, port: u16, now: Moment) -> Verdict {
+        self.decide(port, now, |see| self.each_row(src, dst, see))
+    }
+
+    /// As [`PolicySet::evaluate_unmeshed`] of the set that it was compiled from.
+    pub fn evaluate_unmeshed(&self, from: Ipv4Addr, dst: &SpiffeId, port: u16, now: Moment) -> Verdict {
+        let open = closed_within(from, 32).is_none();
+        self.decide(port, now, |see| {
+            if open {
+                self.each_row_of((from, 32), dst, see);
+            }
+        })
+    }
+
+    fn decide(&self, port: u16, now: Moment, each: impl FnOnce(&mut dyn FnMut(&Row, bool))) -> Verdict {
         let (mut allow, mut deny, mut audit) = (None, None, None);
-        self.each_row(src, dst, |row, may_allow| {
+        each(&mut |row, may_allow| {
             if may_allow {
                 allow = first(allow, row.allow.first(port, now.latest));
             }
@@ -111,8 +132,22 @@ impl Index {
 
     /// As [`PolicySet::ports`] of the set that it was compiled from.
     pub fn ports(&self, src: &SpiffeId, dst: &SpiffeId, now: Moment) -> PortSet {
+        Self::ports_of(now, |see| self.each_row(src, dst, see))
+    }
+
+    /// The ports of `dst` that addresses in `prefix` may connect to, as far as policies say it of the whole of it.
+    pub fn ports_unmeshed(&self, prefix: Prefix, dst: &SpiffeId, now: Moment) -> PortSet {
+        Self::ports_of(now, |see| self.each_row_of(prefix, dst, see))
+    }
+
+    /// Each range that a policy names as callers, once.
+    pub fn prefixes(&self) -> impl Iterator<Item = Prefix> {
+        self.ranges.keys().copied()
+    }
+
+    fn ports_of(now: Moment, each: impl FnOnce(&mut dyn FnMut(&Row, bool))) -> PortSet {
         let (mut allowed, mut denied) = (Some(BTreeSet::new()), Some(BTreeSet::new()));
-        self.each_row(src, dst, |row, may_allow| {
+        each(&mut |row, may_allow| {
             if may_allow {
                 row.allow.union(&mut allowed, now.latest);
             }
@@ -134,8 +169,17 @@ impl Index {
 
     /// When, after `now`, something ends that speaks of the pair.
     pub(crate) fn ends_between(&self, src: &SpiffeId, dst: &SpiffeId, now: Moment) -> BTreeSet<Stamp> {
+        Self::ends_of(now, |see| self.each_row(src, dst, see))
+    }
+
+    /// The same of a range and a target.
+    pub(crate) fn ends_between_unmeshed(&self, prefix: Prefix, dst: &SpiffeId, now: Moment) -> BTreeSet<Stamp> {
+        Self::ends_of(now, |see| self.each_row_of(prefix, dst, see))
+    }
+
+    fn ends_of(now: Moment, each: impl FnOnce(&mut dyn FnMut(&Row, bool))) -> BTreeSet<Stamp> {
         let mut ends = BTreeSet::new();
-        self.each_row(src, dst, |row, _| {
+        each(&mut |row, _| {
             for rules in [&row.allow, &row.deny] {
                 let all = rules.every_port.iter().chain(rules.by_port.iter().map(|(_, rule)| rule));
                 ends.extend(all.map(|rule| rule.ends).filter(|end| *end != Stamp(u64::MAX) && *end > now.committed));
@@ -154,7 +198,7 @@ impl Index {
     }
 
     /// Rows between a set of the target and one of the caller, and whether both are resolved.
-    fn each_row(&self, src: &SpiffeId, dst: &SpiffeId, mut see: impl FnMut(&Row, bool)) {
+    fn each_row(&self, src: &SpiffeId, dst: &SpiffeId, see: &mut dyn FnMut(&Row, bool)) {
         let callers = self.callers.of(src);
         if callers.is_empty() {
             return;
@@ -165,6 +209,32 @@ impl Index {
                     see(row, known && *also_known);
                 }
             }
+        }
+    }
+
+    /// Rows between a set of the target and a range that holds all of the prefix, and whether the set is resolved.
+    fn each_row_of(&self, (address, bits): Prefix, dst: &SpiffeId, see: &mut dyn FnMut(&Row, bool)) {
+        if self.ranges.is_empty() {
+            return;
+        }
+        let wider = (0..=bits).filter_map(|bits| self.ranges.get(&(masked(address, bits), bits)));
+        let wider: Vec<u32> = wider.copied().collect();
+        for (target, known) in self.targets.of(dst) {
+            for range in &wider {
+                if let Some(row) = self.by_range.get(&(target, *range)) {
+                    see(row, known);
+                }
+            }
+        }
+    }
+}
+
+impl Row {
+    fn of(&mut self, action: Action) -> &mut Rules {
+        match action {
+            Action::Allow => &mut self.allow,
+            Action::Deny => &mut self.deny,
+            Action::Audit => &mut self.audit,
         }
     }
 }

@@ -22,6 +22,7 @@ mod scalar;
 mod set;
 mod suite;
 mod text;
+mod unmeshed;
 
 pub use appraisal::parse_appraisal;
 pub use document::Document;
@@ -38,3 +39,4 @@ pub use ports::PortSet;
 pub use set::{PolicySet, Reason, RuleRef, Unresolved, Verdict, concerns, unknown_domains};
 pub use suite::{Case, CaseFailure, Suite, parse_suite};
 pub use text::{egress_text, group_text, policy_text, service_text};
+pub use unmeshed::{UnmeshedFlip, UnmeshedFlips, unmeshed_flips};

@@ -70,6 +70,10 @@ fn of_one(policy: &Policy, all: &[&Policy], now: Stamp) -> Vec<Finding> {
             texts
                 .push(format!("whoever gets an identity of {} may call{ports}: name the callers", wide.trust_domain()));
         }
+        if policy.extras.unmeshed.iter().any(|range| range.v4().is_some_and(|(_, bits)| bits == 0)) {
+            let ports = if policy.ports.is_empty() { " on every port" } else { "" };
+            texts.push(format!("whoever reaches the pod's network may call in clear text{ports}: name ranges"));
+        }
     }
     let same = |other: &&&Policy| other.name < policy.name && other.action == policy.action;
     if let Some(wider) = all.iter().filter(same).find(|other| speaks_of_all(other, policy)) {
@@ -86,7 +90,7 @@ fn speaks_of_all(wide: &Policy, narrow: &Policy) -> bool {
         || (!narrow.ports.is_empty() && narrow.ports.iter().all(|port| wide.ports.contains(port)));
     wide.target.covers(&narrow.target)
         && narrow.from.iter().all(covered)
-        && narrow.extras.unmeshed.is_empty()
+        && narrow.extras.unmeshed.iter().all(|range| wide.extras.unmeshed.iter().any(|other| other.covers(range)))
         && ports
         && narrow.extras.protocols.is_subset(&wide.extras.protocols)
         && narrow.extras.expires_at <= wide.extras.expires_at

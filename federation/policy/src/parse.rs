@@ -214,14 +214,49 @@ struct Metadata {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct PolicySpec {
+struct WrittenPolicy {
     target: Text<Member>,
     action: WrittenAction,
     from: Listed<Text<Caller>, FROM_MAX>,
     /// An empty list is refused: it would read as "no port" and mean "every port".
     ports: Option<Listed<Port, PORTS_MAX>>,
     protocols: Option<Listed<Text<Protocol>, 2>>,
+    transport: Option<WrittenTransport>,
     expires: Option<Text<Instant>>,
+}
+
+/// With what goes together only, so that a refusal still says where it stands.
+#[derive(Deserialize)]
+#[serde(try_from = "WrittenPolicy")]
+struct PolicySpec {
+    written: WrittenPolicy,
+    callers: Vec<Peers>,
+    unmeshed: Vec<Cidr>,
+}
+
+impl TryFrom<WrittenPolicy> for PolicySpec {
+    type Error = &'static str;
+    /// Who reads a policy sees whether it lets in clear text, and from whom: it speaks of identities or of ranges, never of both.
+    fn try_from(mut written: WrittenPolicy) -> Result<Self, Self::Error> {
+        let (mut callers, mut unmeshed) = (Vec::new(), Vec::new());
+        for caller in std::mem::take(&mut written.from.0) {
+            match caller.0 {
+                Caller::Meshed(set) => callers.push(set),
+                Caller::Unmeshed(range) => unmeshed.push(range),
+            }
+        }
+        if !callers.is_empty() && !unmeshed.is_empty() {
+            return Err("identities and ranges of addresses as callers of one policy: expected one policy for each");
+        }
+        let clear = matches!(written.action, WrittenAction::Allow) && !unmeshed.is_empty();
+        match (clear, written.transport.is_some()) {
+            (true, false) => {
+                Err("callers by address come in clear text: expected 'transport: passthrough', found none")
+            }
+            (false, true) => Err("'transport' of a policy that lets nobody in by address: expected none"),
+            _ => Ok(Self { written, callers, unmeshed }),
+        }
+    }
 }
 
 #[derive(Deserialize)]
@@ -290,19 +325,13 @@ fn end_of(expires: Option<Text<Instant>>) -> Stamp {
 
 impl Written<PolicySpec> {
     fn into_policy(self) -> Policy {
-        let PolicySpec { target, action, from, ports, protocols, expires } = self.spec;
+        let PolicySpec { written, callers, unmeshed } = self.spec;
+        let WrittenPolicy { target, action, ports, protocols, expires, .. } = written;
         let action = match action {
             WrittenAction::Allow => Action::Allow,
             WrittenAction::Deny => Action::Deny,
             WrittenAction::Audit => Action::Audit,
         };
-        let (mut callers, mut unmeshed) = (Vec::new(), Vec::new());
-        for caller in from.0 {
-            match caller.0 {
-                Caller::Meshed(set) => callers.push(set),
-                Caller::Unmeshed(range) => unmeshed.push(range),
-            }
-        }
         let extras = PolicyExtras { expires_at: end_of(expires), protocols: protocols_of(protocols), unmeshed };
         let (name, target, ports) = (self.metadata.name.0, target.0.0, sorted_ports(ports));
         normalised(Policy { name, target, action, from: callers, ports, extras })

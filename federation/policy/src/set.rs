@@ -1,7 +1,7 @@
 //! All policies that a cell knows, and the verdict they give.
 
 use crate::owner::speaks_for;
-use ambit_model::policy::{Action, Peers, Policy, Protocol};
+use ambit_model::policy::{Action, Peers, Policy, Protocol, closed_at};
 use ambit_model::{Moment, ObjectName, SpiffeId, TrustDomain};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -129,11 +129,11 @@ impl PolicySet {
         self.decide(now, |p| speaks_of(p, src, dst) && has_port(p, protocol, port))
     }
 
-    /// Whether who has no identity may connect from this address. No release enforces it yet: see
-    /// [`crate::check_enforceable`].
+    /// Whether who has no identity may connect from this address to the TCP `port` of `dst`. The caller makes sure that the mesh
+    /// knows nobody at `from`: who is in the mesh comes as its identity or not at all.
     pub fn evaluate_unmeshed(&self, from: IpAddr, dst: &SpiffeId, port: u16, now: Moment) -> Verdict {
         self.decide(now, |p| {
-            let named = p.extras.unmeshed.iter().any(|range| range.contains(from));
+            let named = closed_at(from).is_none() && p.extras.unmeshed.iter().any(|range| range.contains(from));
             named && is_target(p, dst) && has_port(p, Protocol::Tcp, port)
         })
     }

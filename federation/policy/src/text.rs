@@ -17,6 +17,9 @@ pub fn policy_text(policy: &Policy) -> String {
     if policy.extras.protocols != ambit_model::PolicyExtras::default().protocols {
         text.push_str(&format!(" over {}", list(policy.extras.protocols.iter().map(|protocol| protocol.as_str()))));
     }
+    if let Some(transport) = policy.transport() {
+        text.push_str(&format!(", {}: in clear text, carried by the agent", transport.as_str()));
+    }
     if policy.extras.expires_at != Stamp(u64::MAX) {
         text.push_str(&format!(" until {}", utc::text(policy.extras.expires_at.0)));
     }

@@ -1,10 +1,11 @@
 //! What parses, what is refused, and where the refusal points.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test says that it failed by panicking")]
 
-use ambit_model::policy::{Action, Protocol};
+use ambit_model::policy::{Action, Protocol, Transport};
 use ambit_model::{Code, Moment, Refusal, Stamp};
 use ambit_policy::{
     BYTES_MAX, DOCUMENTS_MAX, Document, FROM_MAX, PORTS_MAX, PolicySet, check_enforceable, lint, parse, parse_suite,
+    policy_text,
 };
 
 const WEB_TO_DB: &str = "\
@@ -238,9 +239,17 @@ fn what_no_kernel_enforces_is_read_and_refused() {
         (policy("action: deny, from: [spiffe://west/a], protocols: [tcp, udp]"), true),
         (policy("action: allow, from: [spiffe://west/a], protocols: [tcp, udp]"), false),
         (policy("action: audit, from: [spiffe://west/a], protocols: [udp]"), false),
-        (policy("action: allow, from: [spiffe://west/a, 'cidr:10.0.0.0/8']"), false),
-        (policy("action: allow, from: ['cidr:10.0.0.0/8']"), false),
-        (policy("action: deny, from: ['cidr:10.0.0.0/8']"), false),
+        (policy("action: allow, from: ['cidr:10.0.0.0/8'], transport: passthrough"), true),
+        (policy("action: allow, from: ['cidr:0.0.0.0/0'], transport: passthrough"), true),
+        (policy("action: audit, from: ['cidr:10.0.0.0/8']"), true),
+        (policy("action: deny, from: ['cidr:10.0.0.0/8', 'cidr:127.0.0.0/8', 'cidr:::/0']"), true),
+        (policy("action: deny, from: ['cidr:10.0.0.0/8'], protocols: [udp]"), true),
+        (policy("action: allow, from: ['cidr:10.0.0.0/8'], transport: passthrough, protocols: [udp]"), false),
+        (policy("action: allow, from: ['cidr:10.0.0.0/8', 'cidr:2001:db8::/32'], transport: passthrough"), false),
+        (policy("action: audit, from: ['cidr:2001:db8::/32']"), false),
+        (policy("action: allow, from: ['cidr:127.0.0.0/8'], transport: passthrough"), false),
+        (policy("action: allow, from: ['cidr:169.254.0.0/16'], transport: passthrough"), false),
+        (policy("action: allow, from: ['cidr:224.0.0.1/32'], transport: passthrough"), false),
         (egress.to_owned(), true),
         (egress.replace("192.0.2.0/24", "0.0.0.0/0, 169.0.0.0/8"), true),
         (egress.replace("ports", "protocols: [tcp], ports"), true),
@@ -272,15 +281,17 @@ fn what_no_kernel_enforces_is_read_and_refused() {
 fn what_is_modelled_is_evaluated() {
     let now = Moment::at(Stamp(1));
     let text = "kind: Policy\nmetadata: {name: p}\nspec: {target: spiffe://west/db, action: allow, \
-                from: ['cidr:10.0.0.0/8'], ports: [53]}\n---\nkind: Egress\nmetadata: {name: e}\nspec: {from: \
+                from: ['cidr:10.0.0.0/8'], ports: [53], transport: passthrough}\n---\nkind: Egress\nmetadata: {name: e}\nspec: {from: \
                 [spiffe://west/a], to: [192.0.2.0/24], ports: [443], transport: passthrough, expires: 1970-01-01T00:00:02Z}\n";
     let documents = parse(text).unwrap();
     let [Document::Policy(policy), Document::Egress(egress)] = documents.as_slice() else { panic!("{documents:?}") };
     let mut set = PolicySet::new(["west".parse().unwrap()].into());
     set.insert("west".parse().unwrap(), policy.clone());
     let db = "spiffe://west/db".parse().unwrap();
+    let index = set.compile();
     for (from, port, allowed) in [("10.1.2.3", 53, true), ("10.1.2.3", 54, false), ("11.0.0.1", 53, false)] {
         assert_eq!(set.evaluate_unmeshed(from.parse().unwrap(), &db, port, now).allowed, allowed, "{from} {port}");
+        assert_eq!(index.evaluate_unmeshed(from.parse().unwrap(), &db, port, now).allowed, allowed, "{from} {port}");
     }
     let a = "spiffe://west/a".parse().unwrap();
     for (src, to, port, ms, allowed) in [
@@ -307,6 +318,9 @@ fn what_is_hardly_meant_is_told() {
         policy("open", "action: allow, from: [spiffe://west/*]"),
         policy("z-again", "action: allow, from: [spiffe://west/b], ports: [80, 443]"),
         policy("fine", "action: allow, from: [spiffe://north/b], ports: [80]"),
+        policy("clear", "action: allow, from: ['cidr:0.0.0.0/0'], transport: passthrough"),
+        policy("clear-too", "action: allow, from: ['cidr:10.1.0.0/16'], ports: [80], transport: passthrough"),
+        policy("clear-ten", "action: deny, from: ['cidr:10.0.0.0/8']"),
         "---\nkind: Egress\nmetadata: {name: wide}\nspec: {from: ['spiffe://west/*'], to: [10.0.0.0/8, 0.0.0.0/0], transport: \
          passthrough, expires: 1970-01-01T00:00:01Z}\n"
             .to_owned(),
@@ -320,6 +334,9 @@ fn what_is_hardly_meant_is_told() {
             "egress wide: it opens every address that the mesh does not know on every port: name ranges",
             "egress wide: whoever gets an identity of west may connect on every port: name the callers",
             "policy all-denied: it never allows anything: policy deny-east denies all of it",
+            "policy clear: whoever reaches the pod's network may call in clear text on every port: name ranges",
+            "policy clear-too: it adds nothing to policy clear: delete one of them",
+            "policy clear-too: it never allows anything: policy clear-ten denies all of it",
             "policy old: it is over since 1970-01-01T00:00:01Z: give it a later end, or none",
             "policy open: whoever gets an identity of west may call on every port: name the callers",
             "policy z-again: it adds nothing to policy open: delete one of them",
@@ -402,5 +419,38 @@ fn a_suite_asks_what_it_says() {
         assert!(SUITE.contains(old), "{old}");
         let refusal = parse_suite(&SUITE.replacen(old, new, 1)).unwrap_err();
         assert!(refusal.found.starts_with(line), "{refusal}");
+    }
+}
+
+/// Clear text is said where it is wanted, and policies speak of identities or of addresses.
+#[test]
+fn a_policy_that_lets_in_clear_text_says_so() {
+    let read = |spec: &str| {
+        let text =
+            format!("kind: Policy\nmetadata:\n  name: p\nspec:\n  target: spiffe://west/db\n  {spec}\n  ports: [80]\n");
+        parse(&text).map(|documents| match documents.as_slice() {
+            [Document::Policy(policy)] => (policy.transport().map(Transport::as_str), policy_text(policy)),
+            other => panic!("{other:?}"),
+        })
+    };
+    let clear = "allow cidr:10.0.0.0/8 to spiffe://west/db on 80, passthrough: in clear text, carried by the agent";
+    for (spec, want) in [
+        ("action: allow\n  from: ['cidr:10.0.0.0/8']\n  transport: passthrough", Ok((Some("passthrough"), clear))),
+        ("action: deny\n  from: ['cidr:10.0.0.0/8']", Ok((None, "deny cidr:10.0.0.0/8 to spiffe://west/db on 80"))),
+        ("action: audit\n  from: ['cidr:10.0.0.0/8']", Ok((None, "audit cidr:10.0.0.0/8 to spiffe://west/db on 80"))),
+        ("action: allow\n  from: ['cidr:10.0.0.0/8']", Err("callers by address come in clear text")),
+        ("action: allow\n  from: [spiffe://west/a]\n  transport: passthrough", Err("lets nobody in by address")),
+        ("action: deny\n  from: ['cidr:10.0.0.0/8']\n  transport: passthrough", Err("lets nobody in by address")),
+        ("action: deny\n  from: ['cidr:10.0.0.0/8', spiffe://west/a]", Err("one policy for each")),
+        ("action: allow\n  from: ['cidr:10.0.0.0/8']\n  transport: tls", Err("line 8 column 14: ")),
+    ] {
+        match (read(spec), want) {
+            (Ok((transport, text)), Ok(want)) => assert_eq!((transport, text.as_str()), want, "{spec}"),
+            (Err(refusal), Err(said)) => {
+                assert_eq!(refusal.code, Code::PolicyMalformed, "{refusal}");
+                assert!(refusal.found.starts_with("line ") && refusal.found.contains(said), "{refusal}");
+            }
+            (found, want) => panic!("{spec}: {found:?}, not {want:?}"),
+        }
     }
 }

@@ -5,8 +5,8 @@ use crate::command::{DocumentKind, DocumentsChange};
 use crate::objects::EgressRow;
 use crate::resolve::Resolver;
 use crate::state::{OwnedName, State};
-use ambit_model::policy::{Cidr, Egress};
-use ambit_model::{SpiffeId, Stamp};
+use ambit_model::policy::{Action, Cidr, Egress, Policy};
+use ambit_model::{SpiffeId, Stamp, TrustDomain};
 use ambit_policy::EgressSet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
@@ -69,6 +69,12 @@ impl State {
         endpoints.chain(services).chain(self.former.iter().map(|(address, _)| *address)).collect()
     }
 
+    /// The same, and those of nodes: whoever is there is of the mesh, and comes as who it is or not at all. (Egress may be to a node.)
+    pub(crate) fn claimed_addresses(&self) -> BTreeSet<Ipv4Addr> {
+        let nodes = self.node_addresses.iter().map(|(_, row)| row.address);
+        self.meshed_addresses().into_iter().chain(nodes).collect()
+    }
+
     /// Until when an address that somebody of the mesh left is not outside of it; none where nobody has left it. Whoever is
     /// there again is told by endpoints, not by this.
     pub fn left_until(&self, address: Ipv4Addr) -> Option<Stamp> {
@@ -109,13 +115,28 @@ pub(crate) fn concerning<'a>(all: &'a [Egress], local: &'a [SpiffeId]) -> impl I
     all.iter().filter(here)
 }
 
-/// Of these addresses those that lie in a range of the documents, in order. A node is told them with the documents: what the mesh
-/// knows is never reached as if it were outside, also where no workload of the node may reach it in a tunnel.
-pub(crate) fn inside<'a>(
-    addresses: &BTreeSet<Ipv4Addr>,
-    documents: impl IntoIterator<Item = &'a Egress>,
-) -> Vec<Ipv4Addr> {
-    let ranges: BTreeSet<Cidr> = documents.into_iter().flat_map(|egress| egress.to.iter().copied()).collect();
+/// Where these documents let connect to.
+pub(crate) fn ranges(documents: &[Egress]) -> BTreeSet<Cidr> {
+    documents.iter().flat_map(|egress| egress.to.iter().copied()).collect()
+}
+
+/// From where policies let callers in to one of these identities, which are in order, without one of their own.
+pub(crate) fn callers<'a>(
+    policies: impl IntoIterator<Item = (&'a TrustDomain, &'a Policy)>,
+    local: &[SpiffeId],
+) -> BTreeSet<Cidr> {
+    let lets_in = |policy: &Policy| {
+        !policy.extras.unmeshed.is_empty()
+            && policy.action == Action::Allow
+            && crate::slicing::within(local, |id| id, &policy.target).next().is_some()
+    };
+    let all = policies.into_iter().filter(|(_, policy)| lets_in(policy));
+    all.flat_map(|(_, policy)| policy.extras.unmeshed.iter().copied()).collect()
+}
+
+/// Of these addresses those that lie in one of the ranges, in order. A node is told them with the documents that name the ranges:
+/// what the mesh knows is never taken for what is outside, also where no workload of the node has to do with it.
+pub(crate) fn inside(addresses: &BTreeSet<Ipv4Addr>, ranges: BTreeSet<Cidr>) -> Vec<Ipv4Addr> {
     let mut found = BTreeSet::new();
     for (first, bits) in ranges.iter().filter_map(Cidr::v4) {
         let last = Ipv4Addr::from_bits(first.to_bits() | u32::MAX.checked_shr(u32::from(bits)).unwrap_or(0));

@@ -81,7 +81,7 @@ impl<'a> Resolver<'a> {
         let resolved = if has_named(&policy) { Cow::Owned(self.sets_of(&policy)) } else { policy.clone() };
         let fits = self.spend(origin, bytes(&resolved), if own { SETS_BYTES_MAX } else { PEER_BYTES_MAX });
         let resolved = if fits { resolved } else { Cow::Owned(self.closed(&policy, own)) };
-        (!resolved.from.is_empty()).then_some(resolved)
+        (!resolved.from.is_empty() || !resolved.extras.unmeshed.is_empty()).then_some(resolved)
     }
 
     fn spend(&self, origin: &TrustDomain, bytes: usize, most: usize) -> bool {

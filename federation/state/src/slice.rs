@@ -55,6 +55,8 @@ pub struct Slice {
     pub egress: Vec<Egress>,
     /// Addresses in the ranges of these that are not outside: none is reached in clear.
     pub meshed: Vec<Ipv4Addr>,
+    /// Addresses in the ranges from which policies let callers in that are of the mesh: nobody comes from there without an identity.
+    pub claimed: Vec<Ipv4Addr>,
 }
 
 impl State {
@@ -101,7 +103,8 @@ impl State {
             tainted: self.tainted_authorities(),
             tainted_jwt: self.tainted_jwt(),
             authority_denials: self.denied_authorities(),
-            meshed: egress::inside(&self.meshed_addresses(), &egress),
+            meshed: egress::inside(&self.meshed_addresses(), egress::ranges(&egress)),
+            claimed: egress::inside(&self.claimed_addresses(), egress::callers(policies.iter(), &here)),
             egress,
         })
     }

@@ -189,7 +189,7 @@ impl Slicer {
             self.rules = Rules::of(&self.frozen, now);
             self.known.forget_inside();
         }
-        if moved.endpoints || moved.services {
+        if moved.endpoints || moved.services || moved.addresses {
             self.known = Known::of(&self.frozen);
         }
         let classes = std::mem::take(&mut self.fresh);
@@ -268,6 +268,7 @@ impl Slicer {
             authority_denials: refused.authorities.clone(),
             egress: class.egress.as_ref().clone(),
             meshed: class.meshed.as_ref().clone(),
+            claimed: class.claimed.as_ref().clone(),
         })
     }
 }

@@ -140,7 +140,7 @@ fn what_could_not_be_enforced_or_found_is_not_taken() {
     let group = "---\nkind: Group\nmetadata: {name: ops}\nspec: {members: [spiffe://east/ops]}\n";
     let mut west = two_clusters();
     for (yaml, want) in [
-        (policy("p", "action: allow, from: ['cidr:10.0.0.0/8']"), Code::PolicyUnenforceable),
+        (policy("p", "action: audit, from: ['cidr:2001:db8::/32']"), Code::PolicyUnenforceable),
         (policy("p", "action: allow, from: [spiffe://west/web], protocols: [udp]"), Code::PolicyUnenforceable),
         (policy("p", "action: allow, from: ['cluster:west/nowhere']"), Code::NotFound),
         (policy("p", "action: allow, from: ['group:west/nobody']"), Code::NotFound),

@@ -185,7 +185,7 @@ fn documents(draw: &mut Draw, now: u64) -> DocumentsChange {
         };
         return DocumentsChange { delete: vec![(kind, name.parse().unwrap())], ..Default::default() };
     }
-    let text = match draw.next(9) {
+    let text = match draw.next(11) {
         0 => format!("kind: Group\nmetadata: {{name: g}}\nspec: {{members: ['{}']}}", draw.of(&SETS[..6])),
         1 | 3 => format!(
             "kind: Service\nmetadata: {{name: g}}\nspec: {{address: 10.7.0.1, port: 80, backends: ['{}']}}",
@@ -196,6 +196,15 @@ fn documents(draw: &mut Draw, now: u64) -> DocumentsChange {
             draw.of(SETS),
             draw.of(&["10.0.0.0/8", "10.1.0.0/30, 10.7.0.1/32", "192.0.2.0/24", "0.0.0.0/0"])
         ),
+        4 | 5 => {
+            let action = draw.of(&["allow", "deny", "audit"]);
+            let clear = if action == "allow" { ", transport: passthrough" } else { "" };
+            let ranges = draw.of(&["'cidr:10.0.0.0/8'", "'cidr:10.1.0.0/30', 'cidr:10.0.0.2/32'", "'cidr:0.0.0.0/0'"]);
+            format!(
+                "kind: Policy\nmetadata: {{name: {name}}}\nspec: {{target: '{}', action: {action}, from: [{ranges}]{clear}}}",
+                draw.of(SETS)
+            )
+        }
         _ => {
             let action = draw.of(&["allow", "allow", "allow", "deny", "audit"]);
             let from = if draw.next(4) == 0 && action == "allow" { draw.of(CALLERS) } else { draw.of(SETS) };
@@ -229,7 +238,7 @@ fn documents(draw: &mut Draw, now: u64) -> DocumentsChange {
 }
 
 /// What was different and what was not empty, so that nothing is proven of nothing.
-fn check(slicer: &mut Slicer, state: &State, seed: u64, step: usize, seen: &mut [usize; 8]) {
+fn check(slicer: &mut Slicer, state: &State, seed: u64, step: usize, seen: &mut [usize; 10]) {
     slicer.follow(state);
     slicer.settle();
     for n in 1..=NODES as u8 {
@@ -245,6 +254,8 @@ fn check(slicer: &mut Slicer, state: &State, seed: u64, step: usize, seen: &mut 
                 s.denials.len() + s.svid_denials.ids.len(),
                 s.egress.len(),
                 s.meshed.len(),
+                s.policies.iter().filter(|(_, p)| !p.extras.unmeshed.is_empty()).count(),
+                s.claimed.len(),
             ];
             seen.iter_mut().zip(sizes).for_each(|(seen, size)| *seen += size);
         }
@@ -253,7 +264,7 @@ fn check(slicer: &mut Slicer, state: &State, seed: u64, step: usize, seen: &mut 
 
 #[test]
 fn a_slicer_says_of_every_node_what_the_state_says() {
-    let mut seen = [0; 8];
+    let mut seen = [0; 10];
     for seed in 0..60 {
         let (mut draw, mut world, mut slicer) = (Draw(seed), World::new(), Slicer::default());
         for step in 0..150 {

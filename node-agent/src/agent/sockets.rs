@@ -82,7 +82,14 @@ impl Listeners {
 pub(super) fn captures(handed: Sockets) -> Captures {
     let captures = handed.into_iter().filter_map(|(socket, fd)| match socket {
         Socket::Capture { pod, netns } => Some(((pod, netns), TcpListener::from(fd))),
-        Socket::Tunnels(_) | Socket::Workload | Socket::Broker | Socket::Metrics | Socket::TakeOver => None,
+        Socket::Tunnels(_)
+        | Socket::Workload
+        | Socket::Broker
+        | Socket::Metrics
+        | Socket::TakeOver
+        | Socket::Annex
+        | Socket::AtPods(_)
+        | Socket::Strangers(_) => None,
     });
     captures.collect()
 }

@@ -4,6 +4,7 @@
 //! So ranges of which the same documents speak share a number, and the verdicts about it are what all of them allow. What does not
 //! fit is left out from the longest range on: less is open then, never more.
 
+use super::callers::WaysIn;
 use super::{Unhealthy, pair, tables_within};
 use crate::denials::Denials;
 use crate::view::{View, Workload};
@@ -19,7 +20,7 @@ use std::net::Ipv4Addr;
 pub const NOT_OUTSIDE: NumericIdentity = NumericIdentity(2);
 
 /// What the kernel shall hold for these workloads, on a node that has the addresses `own`.
-pub fn with_ways_out<'a>(
+pub fn all<'a>(
     view: &View,
     denials: &Denials,
     local: impl IntoIterator<Item = &'a Workload> + Clone,
@@ -28,6 +29,48 @@ pub fn with_ways_out<'a>(
     now: Moment,
 ) -> Tables {
     let capacity = Capacity::default();
+    let most = usize::try_from(capacity.verdicts).unwrap_or(usize::MAX);
+    let mut ways_in = WaysIn::of(&capacity, view, local.clone(), own, now);
+    let within = match u32::try_from(ways_in.verdicts()).ok().and_then(|taken| capacity.verdicts.checked_sub(taken)) {
+        Some(verdicts) => Capacity { verdicts, ..capacity },
+        None => {
+            tracing::warn!(
+                most,
+                "more verdicts about callers' ranges than the kernel's table takes: nobody comes in so"
+            );
+            ways_in = WaysIn::default();
+            capacity
+        }
+    };
+    let mut tables = ways_out_within(within, view, denials, local, unhealthy, own, now);
+    if tables.verdicts.len().saturating_add(ways_in.verdicts()) <= most {
+        tables.verdicts.extend(ways_in.verdicts.into_iter().flatten());
+        tables.callers = ways_in.ranges;
+    }
+    tables
+}
+
+/// The same but for callers outside of the mesh.
+pub fn with_ways_out<'a>(
+    view: &View,
+    denials: &Denials,
+    local: impl IntoIterator<Item = &'a Workload> + Clone,
+    unhealthy: &Unhealthy,
+    own: &BTreeSet<Ipv4Addr>,
+    now: Moment,
+) -> Tables {
+    ways_out_within(Capacity::default(), view, denials, local, unhealthy, own, now)
+}
+
+fn ways_out_within<'a>(
+    capacity: Capacity,
+    view: &View,
+    denials: &Denials,
+    local: impl IntoIterator<Item = &'a Workload> + Clone,
+    unhealthy: &Unhealthy,
+    own: &BTreeSet<Ipv4Addr>,
+    now: Moment,
+) -> Tables {
     if view.egress.is_empty() {
         return tables_within(&capacity, view, denials, local, unhealthy, now);
     }

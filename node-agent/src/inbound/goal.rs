@@ -11,7 +11,7 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 const OURS: [u16; 3] = [15001, 15006, hbone::PORT];
 
 /// Whether a port is one of these.
-pub(super) fn is_ours(port: u16) -> bool {
+pub(crate) fn is_ours(port: u16) -> bool {
     OURS.contains(&port)
 }
 

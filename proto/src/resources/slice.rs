@@ -63,6 +63,14 @@ impl Item {
     pub fn meshed(address: &str) -> Item {
         Item::new(Kind::Meshed, address.to_owned(), Vec::new())
     }
+    /// See [`Kind::Unmeshed`].
+    pub fn unmeshed(m: &v1::Policy) -> Item {
+        Item::new(Kind::Unmeshed, format!("{}/{}", m.origin, m.name), m.encode_to_vec())
+    }
+    /// See [`Kind::Claimed`].
+    pub fn claimed(address: &str) -> Item {
+        Item::new(Kind::Claimed, address.to_owned(), Vec::new())
+    }
     /// See [`Kind::Identity`].
     pub fn identity(spiffe_id: &str, number: u32) -> Item {
         let body = v1::NumericIdentity { spiffe_id: String::new(), number };
@@ -90,6 +98,8 @@ impl From<&v1::Slice> for Set {
             .chain(s.identities.iter().map(|m| Item::identity(&m.spiffe_id, m.number)))
             .chain(s.egress.iter().map(Item::egress))
             .chain(s.meshed.iter().map(|address| Item::meshed(address)))
+            .chain(s.unmeshed.iter().map(Item::unmeshed))
+            .chain(s.claimed.iter().map(|address| Item::claimed(address)))
             .map(Arc::new)
             .collect()
     }
@@ -149,6 +159,8 @@ impl Item {
             }
             Ok(Kind::Egress) => s.egress.push(Message::decode(body)?),
             Ok(Kind::Meshed) => s.meshed.push(self.key.clone()),
+            Ok(Kind::Unmeshed) => s.unmeshed.push(Message::decode(body)?),
+            Ok(Kind::Claimed) => s.claimed.push(self.key.clone()),
             // A newer server's.
             Ok(Kind::Unspecified) | Err(_) => {}
         }

@@ -3,7 +3,7 @@
 use super::super::Session;
 use super::flows::missing;
 use super::plan::document_text;
-use super::{action, egress_row, policy_row};
+use super::{action, callers, egress_row, policy_row};
 use crate::ask;
 use crate::duration::Millis;
 use crate::output::{Answer, Form, Table, counted, pretty};
@@ -36,12 +36,14 @@ pub(super) async fn who_can(session: &Session, destination: &str) -> Result<Answ
     for rule in &reply.rules {
         let ports = if rule.ports.is_empty() { "every port".to_owned() } else { list(&rule.ports) };
         let ends = if rule.expires_at_ms == 0 { String::new() } else { format!(" until {}", utc(rule.expires_at_ms)) };
+        let clear =
+            if rule.transport.is_empty() { String::new() } else { format!(", {}: in clear text", rule.transport) };
         out.push_str(&format!(
-            "\n  {} {}/{}: {} on {ports}{ends}",
+            "\n  {} {}/{}: {} on {ports}{clear}{ends}",
             action(rule),
             rule.origin,
             rule.name,
-            list(&rule.from)
+            list(&callers(rule))
         ));
     }
     for rule in &reply.egress {

@@ -22,6 +22,7 @@ mod revocation;
 mod rounds;
 mod svid;
 mod unbuilt;
+mod unmeshed;
 mod watch;
 mod who;
 

@@ -5,6 +5,7 @@ use crate::replica::seen::{Flow, Times, merge};
 use ambit_model::{Moment, Refusal, Revision, SpiffeId};
 use ambit_policy::{
     Document, EgressSet, Index, PolicySet, egress_flips, egress_text, flips, group_text, policy_text, service_text,
+    unmeshed_flips,
 };
 use ambit_proto::v1;
 use ambit_state::objects::{DocumentChange, StoredDocument};
@@ -12,7 +13,7 @@ use ambit_state::{DocumentKind, DocumentsChange, State};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Pairs that an answer shows one by one.
-const SHOWN_MAX: usize = 1_000;
+pub(super) const SHOWN_MAX: usize = 1_000;
 
 /// What is wanted of documents.
 pub(super) enum Wanted {
@@ -61,6 +62,7 @@ pub(super) async fn plan(replica: &Replica, wanted: Wanted) -> Result<v1::PlanRe
     let found = tokio::task::spawn_blocking(move || {
         let Ground { before, after, egress_before, egress_after, known, now, over, documents } = ground;
         let outside = egress_flips(&egress_before, &egress_after, &known, now);
+        let inside = unmeshed_flips(&before, &after, &known, now);
         let seen = {
             let (before, after) = (before.compile(), after.compile());
             let judge =
@@ -69,12 +71,12 @@ pub(super) async fn plan(replica: &Replica, wanted: Wanted) -> Result<v1::PlanRe
             let count = seen.flips.len() as u64;
             (seen.all, count, super::flows::newest(seen.flips, SHOWN_MAX, false).0)
         };
-        (flips(&before, &after, &known, now), outside, seen, documents, over)
+        (flips(&before, &after, &known, now), (outside, inside), seen, documents, over)
     });
-    let (found, outside, (seen_all, seen_flips, seen), documents, over) =
+    let (found, (outside, inside), (seen_all, seen_flips, seen), documents, over) =
         found.await.map_err(|e| Refusal::new(ambit_model::Code::Internal, "a plan", e.to_string()))?;
-    // Ways out first: they are few, and open more than one target.
-    let ways_out = outside.pairs.iter().map(super::egress::flip_message);
+    // Ways out of the mesh and into it first: they are few, and open more than one target, or to more than one caller.
+    let ways = outside.pairs.iter().map(super::egress::flip_message).chain(super::unmeshed::shown(&inside));
     let shown = found.pairs.iter().map(|flip| v1::Flip {
         source: flip.source.to_string(),
         destination: flip.destination.to_string(),
@@ -84,17 +86,19 @@ pub(super) async fn plan(replica: &Replica, wanted: Wanted) -> Result<v1::PlanRe
     });
     let (opened, closed) = found.counts();
     let of = |closes: bool| {
-        outside.pairs.iter().filter(|flip| !(if closes { &flip.closed } else { &flip.opened }).is_empty()).count()
+        let out = outside.pairs.iter().map(|flip| if closes { &flip.closed } else { &flip.opened });
+        let inside = inside.pairs.iter().map(|flip| if closes { &flip.closed } else { &flip.opened });
+        out.chain(inside).filter(|ports| !ports.is_empty()).count()
     };
     let (opened, closed) = (opened + of(false), closed + of(true));
     Ok(v1::PlanResponse {
         opened: opened as u64,
         closed: closed as u64,
         documents,
-        flips: ways_out.chain(shown).take(SHOWN_MAX).collect(),
-        pairs: (found.pairs.len() + outside.pairs.len()) as u64,
-        compared: (found.compared + outside.compared) as u64,
-        cut_short: found.cut_short || outside.cut_short,
+        flips: ways.chain(shown).take(SHOWN_MAX).collect(),
+        pairs: (found.pairs.len() + outside.pairs.len() + inside.pairs.len()) as u64,
+        compared: (found.compared + outside.compared + inside.compared) as u64,
+        cut_short: found.cut_short || outside.cut_short || inside.cut_short,
         over: over.0,
         seen_all,
         seen_flips,

@@ -1,7 +1,7 @@
 //! Policies and services: documents in, revisions out, and who holds which revision.
 
 use super::plan::{Wanted, change_of, kind_of, plan};
-use super::{OrStatus, egress, flows, request_id, who};
+use super::{OrStatus, egress, flows, request_id, unmeshed, who};
 use crate::authorise::actor;
 use crate::replica::Replica;
 use ambit_model::{Code, ObjectName, Refusal, Revision, SpiffeId, Stamp, TrustDomain};
@@ -146,8 +146,12 @@ impl v1::policy_registry_server::PolicyRegistry for Policies {
 
     async fn explain(&self, request: Request<v1::ExplainRequest>) -> Result<Response<v1::ExplainResponse>, Status> {
         let m = request.into_inner();
-        let src: SpiffeId = m.source.parse().or_status()?;
         let (port, at) = (port_of(m.port).or_status()?, Some(Stamp(m.at_ms)).filter(|at| at.0 > 0));
+        if let Some(from) = unmeshed::address(&m.source).or_status()? {
+            let asked = who::Asked { source: None, destination: m.destination.parse().or_status()?, port, at };
+            return unmeshed::explain(&self.0, from, asked).await.or_status().map(Response::new);
+        }
+        let src: SpiffeId = m.source.parse().or_status()?;
         let dst: SpiffeId = match m.destination.parse() {
             Err(_) => m.destination.parse().or_status()?,
             Ok(address) => match egress::explain(&self.0, (&src, address, port), at).await.or_status()? {
@@ -155,7 +159,7 @@ impl v1::policy_registry_server::PolicyRegistry for Policies {
                 egress::Told::Inside(id) => id,
             },
         };
-        let asked = who::Asked { source: src, destination: dst, port, at };
+        let asked = who::Asked { source: Some(src), destination: dst, port, at };
         who::explain(&self.0, asked).await.or_status().map(Response::new)
     }
 

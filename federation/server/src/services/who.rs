@@ -4,9 +4,9 @@ use super::flows::{self, Judged, Known};
 use super::policy::{all_agents, message};
 use crate::replica::Replica;
 use crate::replica::seen::KEPT_MS;
-use ambit_model::policy::{Action, Peers};
+use ambit_model::policy::{Action, Peers, Policy};
 use ambit_model::{Code, Moment, Refusal, Revision, SpiffeId, Stamp, TrustDomain, utc};
-use ambit_policy::{PolicySet, PortSet, RuleRef, known_in, unknown_domains};
+use ambit_policy::{Explanation, PolicySet, PortSet, RuleRef, known_in, unknown_domains};
 use ambit_proto::v1;
 use ambit_state::objects::PolicyRow;
 use ambit_state::{DocumentsChange, OwnedName, State};
@@ -21,7 +21,8 @@ const AHEAD_MS_MAX: u64 = 5_000;
 
 /// A connection that is asked about.
 pub(super) struct Asked {
-    pub(super) source: SpiffeId,
+    /// None where nothing but an address names the caller.
+    pub(super) source: Option<SpiffeId>,
     pub(super) destination: SpiffeId,
     pub(super) port: u16,
     /// When; none for now.
@@ -30,9 +31,9 @@ pub(super) struct Asked {
 
 /// What was there when the question was asked. Answering it takes up to a second: not under the lock of the state, nor in the way
 /// of other calls.
-struct Ground {
-    set: PolicySet,
-    now: Moment,
+pub(super) struct Ground {
+    pub(super) set: PolicySet,
+    pub(super) now: Moment,
     rows: BTreeMap<OwnedName, PolicyRow>,
     known: BTreeSet<SpiffeId>,
     domains: BTreeSet<TrustDomain>,
@@ -47,7 +48,7 @@ impl Ground {
     }
 }
 
-async fn aside<T: Send + 'static>(answer: impl FnOnce() -> T + Send + 'static) -> Result<T, Refusal> {
+pub(super) async fn aside<T: Send + 'static>(answer: impl FnOnce() -> T + Send + 'static) -> Result<T, Refusal> {
     let done = tokio::task::spawn_blocking(answer).await;
     done.map_err(|e| Refusal::new(Code::Internal, "an answer about policies", e.to_string()))
 }
@@ -86,29 +87,37 @@ pub(super) async fn explain(replica: &Replica, asked: Asked) -> Result<v1::Expla
 }
 
 /// What the state says of it: the policies, and both ends.
-fn asked_of(s: &State, asked: &Asked) -> Result<(Ground, v1::ExplainResponse, BTreeSet<String>), Refusal> {
+pub(super) fn asked_of(s: &State, asked: &Asked) -> Result<(Ground, v1::ExplainResponse, BTreeSet<String>), Refusal> {
     let (set, now) = match asked.at {
         None => (s.policies_to(&asked.destination), s.moment()),
         Some(at) => set_at(s, at, &asked.destination)?,
     };
-    let (source, from) = party(s, &asked.source);
+    let (source, from) = asked.source.as_ref().map(|source| party(s, source)).unzip();
     let (destination, to) = party(s, &asked.destination);
     let answer = v1::ExplainResponse {
         revision: s.cell().map(|c| c.revision.0).unwrap_or_default(),
-        source: Some(source),
+        source,
         destination: Some(destination),
         ..Default::default()
     };
-    Ok((Ground::of(s, set, now, BTreeSet::new()), answer, from.union(&to).cloned().collect()))
+    let nodes = from.unwrap_or_default().union(&to).cloned().collect();
+    Ok((Ground::of(s, set, now, BTreeSet::new()), answer, nodes))
 }
 
 fn told(ground: &Ground, asked: &Asked) -> v1::ExplainResponse {
-    let Ground { set, now, rows, .. } = ground;
-    let e = set.explain(&asked.source, &asked.destination, asked.port, *now);
+    let Some(source) = &asked.source else { return v1::ExplainResponse::default() };
+    told_of(ground, asked, &ground.set.explain(source, &asked.destination, asked.port, ground.now))
+}
+
+/// A verdict, with who wrote the policy behind it, and how whom it lets in travels.
+pub(super) fn told_of(ground: &Ground, asked: &Asked, e: &Explanation) -> v1::ExplainResponse {
+    let Ground { set, rows, .. } = ground;
     let row = e.verdict.rule.as_ref().and_then(|r| rows.get(&(r.origin.clone(), r.name.clone())));
     // Who wrote the rule that is there now did not write the one that was there then.
     let row = row.filter(|_| asked.at.is_none());
-    let ends = e.verdict.rule.as_ref().and_then(|r| set.get(&r.origin, &r.name)).map(|p| p.extras.expires_at.0);
+    let policy = e.verdict.rule.as_ref().and_then(|r| set.get(&r.origin, &r.name));
+    let ends = policy.map(|p| p.extras.expires_at.0);
+    let transport = policy.and_then(Policy::transport).filter(|_| e.verdict.allowed);
     let text = |rule: &Option<RuleRef>| rule.as_ref().map(ToString::to_string).unwrap_or_default();
     v1::ExplainResponse {
         allowed: e.verdict.allowed,
@@ -119,6 +128,7 @@ fn told(ground: &Ground, asked: &Asked) -> v1::ExplainResponse {
         written_revision: row.map_or(0, |row| row.revision.0),
         expires_at_ms: ends.filter(|end| *end != u64::MAX).unwrap_or_default(),
         audited: text(&e.verdict.audited),
+        transport: transport.map(|transport| transport.as_str().to_owned()).unwrap_or_default(),
         ..Default::default()
     }
 }
@@ -282,7 +292,7 @@ fn speaking_of_nobody(ground: &Ground) -> v1::UnusedResponse {
             format!("no peer vouches for {}", names.join(", "))
         } else if !any(&policy.target) {
             format!("no known workload is {}", row.object.target)
-        } else if !policy.from.iter().any(any) {
+        } else if !policy.from.iter().any(any) && policy.extras.unmeshed.is_empty() {
             "none of its callers is known".to_owned()
         } else {
             continue;

@@ -51,9 +51,10 @@ pub(super) fn check_room(s: &State, asked: &DocumentsChange) -> Result<(), Refus
     Resolver::new(s, Some(asked)).check_egress_room(s.own_egress_after(Some(asked)))
 }
 
-/// Addresses that were left long ago are outside from now on, and nodes that may let somebody out are told.
+/// Addresses that were left long ago are outside from now on, and nodes that may let somebody out, or in by address, are told.
 pub(super) fn forget(s: &mut State, at: At) {
-    if s.forget_left(at.stamp) && s.egress().next().is_some() {
+    let by_address = |s: &State| s.policies().any(|(_, row)| !row.object.extras.unmeshed.is_empty());
+    if s.forget_left(at.stamp) && (s.egress().next().is_some() || by_address(s)) {
         touch(s, at);
     }
 }

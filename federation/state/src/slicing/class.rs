@@ -28,6 +28,8 @@ pub(super) struct Known {
     addresses: BTreeSet<Ipv4Addr>,
     /// Of these, those in the ranges of some documents: nodes with the same documents share them.
     inside: RefCell<Vec<Inside>>,
+    /// Every address that is of the mesh.
+    claimed: BTreeSet<Ipv4Addr>,
 }
 
 /// Documents, and what is in their ranges.
@@ -43,8 +45,8 @@ impl Known {
                 by_node.entry(row.object.node).or_default().push(key.clone());
             }
         }
-        let addresses = s.meshed_addresses();
-        Known { identities: identities.into_iter().collect(), by_node, addresses, inside: RefCell::default() }
+        let (addresses, claimed) = (s.meshed_addresses(), s.claimed_addresses());
+        Known { identities: identities.into_iter().collect(), by_node, addresses, inside: RefCell::default(), claimed }
     }
 
     /// With documents that are made anew nobody shares what was found for the former ones.
@@ -58,7 +60,7 @@ impl Known {
         if let Some((_, found)) = known.iter().find(|(of, _)| of == egress) {
             return found.clone();
         }
-        let found = Arc::new(egress::inside(&self.addresses, egress.iter()));
+        let found = Arc::new(egress::inside(&self.addresses, egress::ranges(egress)));
         known.push((egress.clone(), found.clone()));
         found
     }
@@ -94,6 +96,8 @@ pub struct Class {
     pub egress: Arc<Vec<Egress>>,
     /// See [`crate::Slice::meshed`].
     pub meshed: Arc<Vec<Ipv4Addr>>,
+    /// See [`crate::Slice::claimed`].
+    pub claimed: Arc<Vec<Ipv4Addr>>,
 }
 
 impl Class {
@@ -119,6 +123,7 @@ impl Class {
             callers: Arc::default(),
             egress: Arc::default(),
             meshed: Arc::default(),
+            claimed: Arc::default(),
         };
         class.judged(of, true, true)
     }
@@ -138,6 +143,7 @@ impl Class {
             && Arc::ptr_eq(&self.callers, &other.callers)
             && Arc::ptr_eq(&self.egress, &other.egress)
             && Arc::ptr_eq(&self.meshed, &other.meshed)
+            && Arc::ptr_eq(&self.claimed, &other.claimed)
     }
 
     fn judged(&self, of: &Slicer, rules: bool, endpoints: bool) -> Class {
@@ -163,6 +169,10 @@ impl Class {
         }
         let callers = class.callers(of);
         put(&mut class.callers, callers);
+        // Of most nodes no workload is open to any address, which is seen at once.
+        let policies = class.policies.iter().map(|(origin, policy)| (origin, policy));
+        let claimed = egress::inside(&of.known.claimed, egress::callers(policies, &class.local));
+        put(&mut class.claimed, claimed);
         class
     }
 

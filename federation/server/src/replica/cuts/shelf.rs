@@ -67,7 +67,9 @@ pub(super) struct Shelf {
     numbers: Kept<Vec<(SpiffeId, u32)>, Items>,
     policies: Kept<Vec<(TrustDomain, Policy)>, Items>,
     egress: Kept<Vec<Egress>, Items>,
+    /// Addresses: those to which nobody gets in clear, and those from which nobody comes so.
     meshed: Kept<Vec<Ipv4Addr>, Items>,
+    claimed: Kept<Vec<Ipv4Addr>, Items>,
     classes: Kept<Class, Whole>,
     nodes: HashMap<NodeId, (Set, Own, Set)>,
 }
@@ -110,6 +112,7 @@ impl Shelf {
         self.policies.turn();
         self.egress.turn();
         self.meshed.turn();
+        self.claimed.turn();
         self.classes.turn();
     }
 
@@ -148,15 +151,21 @@ impl Shelf {
                 .of(&class.bundles, |bundles| shared(messages::bundles(bundles, &class.jwt).map(|m| Item::bundle(&m)))),
             self.general.of(general, |general| shared(tainted_items(general))),
             self.entries.of(&class.entries, |rows| shared(rows.iter().map(|row| Item::entry(&(&row.entry).into())))),
-            self.policies.of(&class.policies, |policies| {
-                shared(policies.iter().map(|(origin, p)| Item::policy(&policy_message(origin, p))))
-            }),
+            self.policies
+                .of(&class.policies, |policies| shared(policies.iter().map(|(origin, p)| policy_item(origin, p)))),
             shared(small),
             self.numbers.of(&class.numbers, |numbers| shared(numbers.iter().map(number))),
             self.egress.of(&class.egress, |all| shared(all.iter().map(|e| Item::egress(&egress_message(e))))),
             self.meshed.of(&class.meshed, |all| shared(all.iter().map(|address| Item::meshed(&address.to_string())))),
+            self.claimed
+                .of(&class.claimed, |all| shared(all.iter().map(|address| Item::claimed(&address.to_string())))),
         ]
     }
+}
+
+fn policy_item(origin: &TrustDomain, policy: &Policy) -> Item {
+    let message = policy_message(origin, policy);
+    if policy.extras.unmeshed.is_empty() { Item::policy(&message) } else { Item::unmeshed(&message) }
 }
 
 fn tainted_items(general: &General) -> Vec<Item> {
