@@ -74,6 +74,7 @@ pub struct OriginalDestination {
 }
 
 pub(crate) struct Maps {
+    pub(crate) clients: MapHandle,
     pub(crate) config: MapHandle,
     pub(crate) counters: MapHandle,
     pub(crate) endpoints: MapHandle,
@@ -381,6 +382,7 @@ fn open_maps(pins: &Pins) -> Result<Maps, KernelError> {
         pins.open_map(&pins.map(name), pin)
     };
     Ok(Maps {
+        clients: open("clients")?,
         config: open("config")?,
         counters: open("counters")?,
         endpoints: open("endpoints")?,

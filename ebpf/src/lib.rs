@@ -17,6 +17,7 @@
 //! pod's address (HBONE) turns off to the agent's annex before it reaches the pod, and is dropped where there is none.
 
 mod annex;
+mod clients;
 mod direct;
 mod drift;
 mod error;
@@ -36,6 +37,7 @@ mod tables;
 mod wire;
 
 pub use annex::Annex;
+pub use clients::Leg;
 pub use direct::{Direct, Ended, Flow, Local, Place};
 pub use drift::Drift;
 pub use error::KernelError;

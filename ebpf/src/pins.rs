@@ -31,7 +31,9 @@ const fn map(name: &'static str, kind: MapType, key: usize, value: usize) -> Map
 }
 
 /// The maps of mesh.bpf.o.
-pub(crate) const MAPS: [MapPin; 13] = [
+pub(crate) const MAPS: [MapPin; 15] = [
+    map("accepted", MapType::SkStorage, 4, layout::RawClient::SIZE),
+    map("clients", MapType::Hash, layout::ClientKey::SIZE, layout::RawClient::SIZE),
     map("config", MapType::Array, 4, 8),
     map("counters", MapType::PercpuArray, 4, 8),
     map("endpoints", MapType::ArrayOfMaps, 4, 4),
