@@ -201,7 +201,7 @@ pub async fn run(config: Config, take_over: bool, mut stop: Stop) -> Result<(), 
         },
     };
     let inbound = Inbound::new(plane_rx.clone(), denials.clone(), netns, clock).in_course(course.clone());
-    let inbound = inbound.seen_by(cell.seen.clone());
+    let inbound = inbound.by_kernel(kernel.clone()).seen_by(cell.seen.clone());
     METRICS.component.set(["inbound"], 1.0);
     METRICS.component.set(["workload_api"], 1.0);
     tracing::info!(cluster = %config.cluster, hbone = %config.hbone_listen, "agent started");
