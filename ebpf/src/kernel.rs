@@ -75,6 +75,7 @@ pub struct OriginalDestination {
 
 pub(crate) struct Maps {
     pub(crate) callers: MapHandle,
+    pub(crate) clients: MapHandle,
     pub(crate) config: MapHandle,
     pub(crate) counters: MapHandle,
     pub(crate) endpoints: MapHandle,
@@ -383,6 +384,7 @@ fn open_maps(pins: &Pins) -> Result<Maps, KernelError> {
     };
     Ok(Maps {
         callers: open("callers")?,
+        clients: open("clients")?,
         config: open("config")?,
         counters: open("counters")?,
         endpoints: open("endpoints")?,

@@ -83,6 +83,8 @@ macro_rules! layout {
 
 /// An IPv4 address as the kernel keeps it: four bytes in network order.
 pub(crate) type Address = [u8; 4];
+/// An IPv6 address, likewise; of IPv4 as `::ffff:a.b.c.d`.
+pub(crate) type Address6 = [u8; 16];
 
 layout! {
     /// Who a cgroup is.
@@ -112,6 +114,10 @@ layout! {
         received: u64, caller: u32, called: u32, caller_address: Address, called_address: Address, caller_port: u16,
         called_port: u16, last_state: u32,
     }
+    struct ClientKey = "client_key" {
+        netns_cookie: u64, leg_address: Address6, leg_port: u16, pod_port: u16, pad: u32,
+    }
+    struct RawClient = "client" { address: Address6, written_ns: u64, port: u16, pad: [u16; 3] }
     struct RawEvent = "event" {
         time_ns: u64, cgroup: u64, source: u32, destination: u32, source_address: Address, address: Address,
         port: u16, pad: u16, rule: u32, reason: u32, pad2: u32,
@@ -153,7 +159,7 @@ pub(crate) fn layout_hash(maps: &[(&str, u32, usize, usize)]) -> [u8; 32] {
 
 type Fields = &'static [(&'static str, usize)];
 
-fn structs() -> [(&'static str, Fields); 15] {
+fn structs() -> [(&'static str, Fields); 17] {
     [
         (Workload::C_NAME, Workload::FIELDS),
         (Namespace::C_NAME, Namespace::FIELDS),
@@ -170,6 +176,8 @@ fn structs() -> [(&'static str, Fields); 15] {
         (StampKey::C_NAME, StampKey::FIELDS),
         (RawStamp::C_NAME, RawStamp::FIELDS),
         (RawEvent::C_NAME, RawEvent::FIELDS),
+        (ClientKey::C_NAME, ClientKey::FIELDS),
+        (RawClient::C_NAME, RawClient::FIELDS),
     ]
 }
 
@@ -195,6 +203,8 @@ mod tests {
             (StampKey::SIZE, 12),
             (RawStamp::SIZE, 80),
             (RawEvent::SIZE, 48),
+            (ClientKey::SIZE, 32),
+            (RawClient::SIZE, 32),
         ];
         sizes.iter().for_each(|(ours, header)| assert_eq!(ours, header));
     }
@@ -210,7 +220,7 @@ mod tests {
 
     /// Fields of `struct name` in the header: name and size.
     fn in_header(name: &str) -> Vec<(String, usize)> {
-        let header = concat!(include_str!("bpf/ambit.h"), include_str!("bpf/stamps.h"));
+        let header = concat!(include_str!("bpf/ambit.h"), include_str!("bpf/stamps.h"), include_str!("bpf/client.h"));
         let start = header.find(&format!("\nstruct {name} {{\n")).unwrap_or_else(|| panic!("no struct {name}"));
         let body = header[start..].lines().skip(2).take_while(|line| *line != "};");
         body.map(|line| {

@@ -10,7 +10,8 @@
 //!
 //! Limits of this version: IPv4 TCP only (native IPv6 and UDP beyond loopback are refused; IP sockets of any other kind,
 //! raw ones and UDP-Lite among them, cannot even be made in the mesh cgroup). `getpeername()` of a multipath TCP socket
-//! shows the capture address, and an accepted socket the agent's 127.x.y.z. A workload needs a network namespace that the
+//! that calls shows the capture address; an accepted socket shows the client that the agent told of, else the agent's 127.x.y.z, as it
+//! does where its listener was made outside of the cgroup. A workload needs a network namespace that the
 //! agent attached. Programs on cgroups do not see sockets made before or outside, nor families other than `AF_INET` and
 //! `AF_INET6`: their packets are dropped on the node's side of the pod's veth, where nothing that is allowed goes. A pod
 //! with another way out than veths to this node cannot be guarded there: it must be nobody. TCP to or from port 15008 of a
@@ -19,6 +20,7 @@
 
 mod annex;
 mod callers;
+mod clients;
 mod direct;
 mod drift;
 mod error;
@@ -39,6 +41,7 @@ mod wire;
 
 pub use annex::Annex;
 pub use callers::LetIn;
+pub use clients::Leg;
 pub use direct::{Direct, Ended, Flow, Local, Place};
 pub use drift::Drift;
 pub use error::KernelError;

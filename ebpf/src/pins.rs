@@ -31,8 +31,10 @@ const fn map(name: &'static str, kind: MapType, key: usize, value: usize) -> Map
 }
 
 /// The maps of mesh.bpf.o.
-pub(crate) const MAPS: [MapPin; 14] = [
+pub(crate) const MAPS: [MapPin; 16] = [
+    map("accepted", MapType::SkStorage, 4, layout::RawClient::SIZE),
     map("callers", MapType::ArrayOfMaps, 4, 4),
+    map("clients", MapType::Hash, layout::ClientKey::SIZE, layout::RawClient::SIZE),
     map("config", MapType::Array, 4, 8),
     map("counters", MapType::PercpuArray, 4, 8),
     map("endpoints", MapType::ArrayOfMaps, 4, 4),

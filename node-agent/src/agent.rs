@@ -205,9 +205,10 @@ pub async fn run(config: Config, take_over: bool, mut stop: Stop) -> Result<(), 
             node: cell.node.clone(),
         },
     };
-    let way_in = WayIn::new(plane_rx.clone(), denials.clone(), netns.clone(), clock.clone()).in_course(course.clone());
+    let way_in = WayIn::new(plane_rx.clone(), denials.clone(), netns.clone(), clock.clone());
+    let way_in = way_in.by_kernel(kernel.clone()).in_course(course.clone());
     let inbound = Inbound::new(plane_rx.clone(), denials.clone(), netns, clock).in_course(course.clone());
-    let inbound = inbound.seen_by(cell.seen.clone());
+    let inbound = inbound.by_kernel(kernel.clone()).seen_by(cell.seen.clone());
     METRICS.component.set(["inbound"], 1.0);
     METRICS.component.set(["workload_api"], 1.0);
     tracing::info!(cluster = %config.cluster, hbone = %config.hbone_listen, "agent started");

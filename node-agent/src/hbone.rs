@@ -292,7 +292,7 @@ pub async fn dial(dial: Dial, mode: Mode) -> Result<Dialed, TunnelError> {
     };
     let dialing = async {
         let (secured, peer) = connect(dial, mode).await?;
-        if secured.protocol.as_deref() == Some(native::ALPN) {
+        if native::is_native(secured.protocol.as_deref()) {
             return Ok(Dialed::Native(Box::new(Native { secured, peer })));
         }
         shared(secured, peer, node).await.map(Dialed::Hbone)

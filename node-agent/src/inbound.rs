@@ -2,11 +2,13 @@
 //!
 //! The far node is not relied on: its verdict is worth nothing here. What cannot be proved is refused.
 
+mod client;
 mod goal;
 mod handshake;
 mod judge;
 mod seats;
 
+use self::client::{Client, client};
 pub(crate) use self::goal::is_ours;
 use self::goal::{NOWHERE, goal};
 use self::judge::{Call, at_home, judge, permitted, trusted};
@@ -16,6 +18,8 @@ use crate::clock::Clock;
 use crate::course::{Course, Flow};
 use crate::denials::Lane;
 use crate::hbone::{self, Door, NATIVE_IDLE_MAX, POD_CONNECT_MAX};
+use crate::kernel::KernelHandle;
+use crate::legs::Legs;
 use crate::lines::Lines;
 use crate::metrics::METRICS;
 use crate::native::{self, Begun, Open, Reason};
@@ -33,7 +37,7 @@ use bytes::Bytes;
 use h2::RecvStream;
 use h2::server::SendResponse;
 use http::{Request, Response, StatusCode};
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::net::{SocketAddr, SocketAddrV4};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::net::{TcpListener, TcpStream};
@@ -54,7 +58,7 @@ const HANDSHAKE_MAX: Duration = Duration::from_secs(3);
 pub struct Inbound {
     plane: watch::Receiver<Option<Arc<Plane>>>,
     denials: Lane,
-    netns: NetnsThread,
+    legs: Legs,
     clock: Arc<Clock>,
     tunnels: Seats,
     /// Whoever proves nothing takes no place of those who did, nor strangers one of the known.
@@ -86,12 +90,18 @@ impl Inbound {
         let [handshakes, strangers, flows] =
             [HANDSHAKES_MAX, STRANGERS_MAX, FLOWS_MAX].map(|max| Arc::new(Semaphore::new(max)));
         let (audited, course, seen) = (Arc::default(), Course::default(), Seen::default());
-        Self { plane, denials, netns, clock, tunnels, handshakes, strangers, flows, audited, course, seen }
+        let legs = Legs::new(netns);
+        Self { plane, denials, legs, clock, tunnels, handshakes, strangers, flows, audited, course, seen }
     }
 
     /// The same in this course: tunnels are accepted while it serves, and left when it drains; connections count in it.
     pub fn in_course(self, course: Course) -> Self {
         Self { course, ..self }
+    }
+
+    /// The same, by this kernel part, which shows workloads who calls.
+    pub fn by_kernel(self, kernel: KernelHandle) -> Self {
+        Self { legs: self.legs.told_to(kernel), ..self }
     }
 
     /// The same, telling there who called whom.
@@ -166,7 +176,7 @@ impl Inbound {
         place: OwnedSemaphorePermit,
     ) -> Result<(), Refusal> {
         // In a box: a tunnel that is open shall not hold the room that its handshake took.
-        let shaking = Box::pin(self.handshake(tcp, door, from.ip()));
+        let shaking = Box::pin(self.handshake(tcp, door, from));
         let shaken = timeout(HANDSHAKE_MAX, shaking).await.unwrap_or_else(|_| {
             Err(("timeout", Refusal::new(Code::Unauthenticated, "a handshake within 3 s", "silence")))
         });
@@ -182,9 +192,9 @@ impl Inbound {
         // Nor one whose node is elsewhere by now, or nowhere.
         let moved = self.moved(&call);
         let served = async {
-            match secured.protocol.as_deref() {
-                Some(native::ALPN) => self.serve_native(secured, &call).await,
-                Some(_) | None => self.serve_hbone(secured, &call).await,
+            match native::is_native(secured.protocol.as_deref()) {
+                true => self.serve_native(secured, &call).await,
+                false => self.serve_hbone(secured, &call).await,
             }
         };
         tokio::select! {
@@ -270,12 +280,12 @@ impl Inbound {
     /// How the connection ended; after a refusal, as after an end in order, the tunnel is free for another.
     async fn native(&self, tunnel: &mut Secured, call: &Call, open: Open) -> Result<End, Reason> {
         let record = Record::inbound(call.peer.id(), &call.to, open.to, open.trace.as_deref());
-        let Open { to, prompt, mut first, .. } = open;
+        let Open { to, prompt, from, mut first, .. } = open;
         let refused = |reason| {
             record.refused(flag_of(reason));
             reason
         };
-        let mut admitted = self.connect(call, Ok(to)).await.map_err(refused)?;
+        let mut admitted = self.connect(call, Ok(to), from).await.map_err(refused)?;
         // What the workload does not take at once waits, and the caller does not: it may read later.
         let written = match admitted.pod.try_write(&first) {
             Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => 0,
@@ -301,7 +311,7 @@ impl Inbound {
         let shown = *to.as_ref().unwrap_or(&NOWHERE);
         let said = Said::read(request.headers());
         let record = Record::inbound(call.peer.id(), &call.to, shown, said.traceparent.as_deref()).saying(&said);
-        let Admitted { pod, _open, follow } = match self.connect(&call, to).await {
+        let Admitted { pod, _open, follow } = match self.connect(&call, to, said.from()).await {
             Ok(admitted) => admitted,
             Err(reason) => {
                 record.refused(flag_of(reason));
@@ -316,8 +326,14 @@ impl Inbound {
         record.ended(&carried);
     }
 
-    /// Judges and connects: of both modes the one way to a workload. What is returned counts as open.
-    async fn connect(&self, call: &Call, to: Result<SocketAddrV4, Refusal>) -> Result<Admitted, Reason> {
+    /// Judges and connects: of both modes the one way to a workload. `from` is the other end's word of where the connection
+    /// begins. What is returned counts as open.
+    async fn connect(
+        &self,
+        call: &Call,
+        to: Result<SocketAddrV4, Refusal>,
+        from: Option<SocketAddrV4>,
+    ) -> Result<Admitted, Reason> {
         let flow = self.course.flow();
         let place = self.flows.clone().try_acquire_owned().map_err(|_| Reason::Busy)?;
         let mut follow = Follow::of(&self.plane, &self.denials);
@@ -344,7 +360,8 @@ impl Inbound {
             METRICS.connections.inc(["inbound", "failed"]);
             reason
         };
-        let tcp = match timeout(POD_CONNECT_MAX, self.last_leg(&pod, to, call)).await {
+        let client = self.client(call, from).shown();
+        let tcp = match timeout(POD_CONNECT_MAX, self.legs.connect(&pod, to, call.peer.id(), client)).await {
             Ok(Ok(tcp)) => tcp,
             Ok(Err(error)) => {
                 tracing::debug!(%to, %error, "pod does not answer");
@@ -419,15 +436,19 @@ impl Inbound {
         }
     }
 
-    /// The socket is made in the pod's namespace and comes from 127/8, which only the agent can send from there;
-    /// its goal is the pod's own address, so that services bound to loopback stay private.
-    async fn last_leg(&self, pod: &LocalPod, to: SocketAddrV4, call: &Call) -> std::io::Result<TcpStream> {
-        let source = SocketAddrV4::new(spread(&(call.peer.id(), to)), 0);
-        let socket = self.netns.socket(&pod.netns, source).await?;
-        let tcp = socket.connect(SocketAddr::V4(to)).await?;
-        tcp.set_nodelay(true)?;
-        pump::break_off_unless_ended(&tcp)?;
-        Ok(tcp)
+    /// What its workload is to see for the connection's client.
+    fn client(&self, call: &Call, said: Option<SocketAddrV4>) -> Client {
+        let plane = self.plane.borrow();
+        let client = plane.as_ref().map_or(Client::Unsaid, |plane| client(plane, call, said));
+        match client {
+            Client::At(_) => {}
+            Client::Unsaid => METRICS.clients.inc(["unsaid"]),
+            Client::Disbelieved(said) => {
+                METRICS.clients.inc(["disbelieved"]);
+                tracing::debug!(caller = %call.peer.id(), node = %call.from, %said, "not shown as the client");
+            }
+        }
+        client
     }
 }
 
@@ -456,16 +477,6 @@ fn flag_of(reason: Reason) -> &'static str {
 
 fn ending() -> Refusal {
     Refusal::new(Code::Unavailable, "a running agent", "it is ending")
-}
-
-/// One of 127.64.0.0/10 by hash: one address alone would have 28,000 ports for all callers of a pod.
-pub(crate) fn spread(pair: &impl std::hash::Hash) -> Ipv4Addr {
-    use std::hash::{DefaultHasher, Hasher};
-    let mut h = DefaultHasher::new();
-    pair.hash(&mut h);
-    let [_, _, _, _, _, a, b, c] = h.finish().to_be_bytes();
-    // Neither .0 nor .255, and at least 64 in the second place: away from what applications use on loopback.
-    Ipv4Addr::new(127, 64 + (a & 0x3f), b, 1 + c % 254)
 }
 
 fn answer(respond: &mut SendResponse<Bytes>, status: StatusCode) {

@@ -5,11 +5,11 @@ use crate::netns::Netns;
 use crate::outbound::{Captured, Goal};
 use crate::view::View;
 use ambit_ebpf::{
-    Annex, Capacity, Direct, Drift, Event, Flow, Kernel, KernelError, LetIn, Local, Options, Place, Tables, boot_time,
+    Annex, Capacity, Direct, Drift, Event, Flow, Kernel, KernelError, Leg, LetIn, Local, Options, Place, Tables, boot_time,
 };
 use ambit_model::{Code, NumericIdentity, Refusal};
 use std::collections::HashMap;
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -335,6 +335,28 @@ impl KernelHandle {
         } else {
             Goal::Mesh(Captured { asked: found.asked, endpoint: found.endpoint })
         })
+    }
+
+    /// Has the workload that accepts this leg see `client` for who calls; false where it will see the leg. Also while another agent
+    /// writes the tables: it is of a connection of this one's.
+    pub fn tell_client(&self, leg: &Leg, client: SocketAddr) -> bool {
+        let told = self.0.kernel.tell_client(leg, client);
+        told.unwrap_or_else(|error| {
+            tracing::debug!(error = %chain(&error), "a workload is not told of its client");
+            false
+        })
+    }
+
+    /// Of a leg that came to nothing.
+    pub fn forget_client(&self, leg: &Leg) {
+        // What stays grows old and is swept.
+        drop(self.0.kernel.forget_client(leg));
+    }
+
+    /// Drops what no workload took.
+    pub fn sweep_clients(&self) -> Result<(), Refusal> {
+        let Some(kernel) = self.0.try_write() else { return Ok(()) };
+        kernel.sweep_clients().map(drop).map_err(|e| refusal(&e))
     }
 
     /// Tells every service with an endpoint at `address` whether it may be chosen. A service that is not in the kernel

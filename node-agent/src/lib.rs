@@ -34,6 +34,7 @@ pub mod inbound;
 pub mod issued;
 pub mod jwt;
 pub mod kernel;
+pub mod legs;
 pub mod lines;
 pub mod logs;
 pub mod membership;

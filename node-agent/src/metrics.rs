@@ -190,6 +190,8 @@ pub struct Metrics {
     pub cut: Family<1>,
     /// Connections that an audit policy matched, by direction.
     pub audited: Family<1>,
+    /// Connections to local workloads by what these see for their client: `shown` who calls, else the last leg's own address.
+    pub clients: Family<1>,
     /// Intervals in which tasks of the node waited, by resource; told by `crate::contention`.
     pub contention: Family<1>,
 }
@@ -293,6 +295,12 @@ pub static METRICS: Metrics = Metrics {
         ["direction"],
         "Connections admitted that an audit policy would refuse, were it a deny.",
     ),
+    clients: Family::new(
+        "ambit_client_addresses_total",
+        "counter",
+        ["result"],
+        "Connections to local workloads: the client's address shown to them, not told by its agent, disbelieved, or no room for it.",
+    ),
     contention: Family::new(
         "ambit_node_contention_total",
         "counter",
@@ -317,6 +325,7 @@ impl Metrics {
         self.drained.write(&mut out);
         self.retries.write(&mut out);
         self.handshakes.write(&mut out);
+        self.clients.write(&mut out);
         self.authz.write(&mut out);
         self.setup.write(&mut out);
         self.apply_time.write(&mut out);

@@ -8,6 +8,8 @@
 //!
 //! Knows nothing of policy: who may open is decided by [`crate::inbound`], as for HBONE.
 
+mod from;
+
 use crate::pump::{self, Carried, End};
 use crate::records::{self, CONTENT_MAX, HEADER_BYTES, RECORD_MAX, RECORDS, alert};
 use crate::secure::{Secured, broken};
@@ -26,7 +28,9 @@ use tokio::net::tcp::{ReadHalf, WriteHalf};
 use tokio::time::{sleep, timeout};
 
 /// The name by which agents agree on it.
-pub const ALPN: &[u8] = b"ambit/1";
+pub const ALPN: &[u8] = b"ambit/2";
+/// The same of agents whose OPEN does not say where a connection begins.
+pub const ALPN_BEFORE: &[u8] = b"ambit/1";
 /// First bytes that go with the goal: what is left of a record.
 pub const FIRST_MAX: usize = CONTENT_MAX - 128;
 /// How long a captured connection's first bytes are waited for: protocols in which the server speaks first send none.
@@ -99,34 +103,51 @@ pub struct Open {
     pub prompt: bool,
     /// The caller's traceparent.
     pub trace: Option<String>,
+    /// What the application that connects has for its own address, as its agent says; not told in tunnels of [`ALPN_BEFORE`].
+    pub from: Option<SocketAddrV4>,
     /// The connection's first bytes.
     pub first: Vec<u8>,
 }
 
 impl Open {
-    /// The frame's head: kind, flags, address, port, length of the traceparent, traceparent. The first bytes follow.
-    fn head(&self) -> Vec<u8> {
+    /// The frame's head: kind, flags, address, port, length of the traceparent, traceparent, and in tunnels that [say](says_from)
+    /// so, where it begins. The first bytes follow.
+    fn head(&self, says_from: bool) -> Vec<u8> {
         let trace = self.trace.as_deref().unwrap_or_default().as_bytes();
         let mut head = vec![OPEN, if self.prompt { PROMPT } else { 0 }];
         head.extend_from_slice(&self.to.ip().octets());
         head.extend_from_slice(&self.to.port().to_be_bytes());
         head.push(u8::try_from(trace.len()).unwrap_or(0));
         head.extend_from_slice(trace);
+        if says_from {
+            from::put(self.from, &mut head);
+        }
         head
     }
 
-    /// Parses a frame. Anything unclear is none.
-    pub fn parse(frame: &[u8]) -> Option<Self> {
+    /// Parses a frame, of a tunnel that says where connections begin or does not. Anything unclear is none.
+    pub fn parse(frame: &[u8], says_from: bool) -> Option<Self> {
         let [OPEN, flags @ (0 | PROMPT), a, b, c, d, high, low, length, rest @ ..] = frame else { return None };
-        let (trace, first) = rest.split_at_checked(usize::from(*length))?;
+        let (trace, rest) = rest.split_at_checked(usize::from(*length))?;
         let trace = match trace {
             [] => None,
             trace if is_trace(trace) => Some(String::from_utf8_lossy(trace).into_owned()),
             _ => return None,
         };
+        let (from, first) = if says_from { from::take(rest)? } else { (None, rest) };
         let to = SocketAddrV4::new(Ipv4Addr::new(*a, *b, *c, *d), u16::from_be_bytes([*high, *low]));
-        (to.port() != 0).then(|| Self { to, prompt: *flags == PROMPT, trace, first: first.to_vec() })
+        (to.port() != 0).then(|| Self { to, prompt: *flags == PROMPT, trace, from, first: first.to_vec() })
     }
+}
+
+/// Whether a name of ALPN is that of this mode.
+pub fn is_native(protocol: Option<&[u8]>) -> bool {
+    matches!(protocol, Some(ALPN | ALPN_BEFORE))
+}
+
+/// Whether OPEN says in this tunnel where a connection begins.
+fn says_from(tunnel: &Secured) -> bool {
+    tunnel.protocol.as_deref() == Some(ALPN)
 }
 
 /// Whether this can be a traceparent: it goes to logs and to other nodes as it is.
@@ -149,7 +170,8 @@ pub enum Answer {
 /// Sends OPEN and waits for the answer.
 pub async fn open(tunnel: &mut Secured, open: &Open) -> io::Result<Answer> {
     tunnel.sealer.turn_key().map_err(broken)?;
-    tunnel.sealer.push(&[&open.head(), &open.first]).map_err(broken)?;
+    let head = open.head(says_from(tunnel));
+    tunnel.sealer.push(&[&head, &open.first]).map_err(broken)?;
     flush(tunnel).await?;
     let at = match frame(tunnel).await {
         Err(_) if tunnel.opener.ended_in_order() => return Ok(Answer::Left),
@@ -179,7 +201,8 @@ pub async fn leave(mut tunnel: Secured) -> io::Result<()> {
 /// Waits for OPEN; none where the frame is none. An error where the peer ends the tunnel.
 pub async fn asked(tunnel: &mut Secured) -> io::Result<Option<Open>> {
     let at = frame(tunnel).await?;
-    let open = tunnel.opener.bytes().get(at).and_then(Open::parse);
+    let says_from = says_from(tunnel);
+    let open = tunnel.opener.bytes().get(at).and_then(|frame| Open::parse(frame, says_from));
     tunnel.opener.rest();
     Ok(open)
 }
@@ -478,26 +501,36 @@ mod tests {
             to: "10.72.101.11:8080".parse().unwrap(),
             prompt: true,
             trace: Some(format!("00-{}-{}-01", "ab".repeat(16), "cd".repeat(8))),
+            from: Some("10.71.101.11:40000".parse().unwrap()),
             first: b"first".to_vec(),
         };
-        let frame = [open.head(), open.first.clone()].concat();
-        assert_eq!(Open::parse(&frame), Some(open.clone()));
-        let bare = Open { prompt: false, trace: None, first: vec![], ..open };
-        assert_eq!(Open::parse(&bare.head()), Some(bare.clone()));
+        let frame = [open.head(true), open.first.clone()].concat();
+        assert_eq!(Open::parse(&frame, true), Some(open.clone()));
+        let bare = Open { prompt: false, trace: None, from: None, first: vec![], ..open.clone() };
+        assert_eq!(Open::parse(&bare.head(true), true), Some(bare.clone()));
+        // As those say and hear it who do not know the field.
+        let before = [open.head(false), open.first.clone()].concat();
+        assert_eq!(Open::parse(&before, false), Some(Open { from: None, ..open }));
+        assert_eq!(Open::parse(&bare.head(false), false), Some(bare.clone()));
+        for length in [1, 5, 7, 12, 255] {
+            let frame = [&bare.head(false)[..], &[length], &[7; 12]].concat();
+            assert_eq!(Open::parse(&frame, true), None, "a beginning of {length} bytes");
+        }
+        assert_eq!(Open::parse(&bare.head(false), true), None);
         let changed = |at: usize, to: u8| {
             let mut frame = frame.clone();
             frame[at] = to;
-            Open::parse(&frame)
+            Open::parse(&frame, true)
         };
         for (at, to) in [(0, DATA), (1, 2), (8, 54), (8, 200), (9, b'G'), (9, b'\n')] {
             assert_eq!(changed(at, to), None, "byte {at} = {to}");
         }
         for short in 0..9 {
-            assert_eq!(Open::parse(&frame[..short]), None, "{short} bytes");
+            assert_eq!(Open::parse(&frame[..short], true), None, "{short} bytes");
         }
-        let mut nowhere = bare.head();
+        let mut nowhere = bare.head(true);
         (nowhere[6], nowhere[7]) = (0, 0);
-        assert_eq!(Open::parse(&nowhere), None, "port 0");
+        assert_eq!(Open::parse(&nowhere, true), None, "port 0");
     }
 
     #[test]

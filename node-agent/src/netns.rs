@@ -11,7 +11,7 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// Jobs take microseconds; a longer queue than this means the thread is gone or the machine is.
 const QUEUE: usize = 256;
@@ -27,6 +27,8 @@ pub struct Netns(Arc<Opened>);
 #[derive(Debug)]
 struct Opened {
     file: OwnedFd,
+    /// What the kernel part names it by, once a socket told it.
+    cookie: OnceLock<u64>,
     /// Sockets of this namespace that nobody uses yet: fewer than [`SOCKETS`] for each visit that is under way.
     spare: Mutex<Vec<OwnedFd>>,
 }
@@ -39,7 +41,7 @@ impl Netns {
 
     /// One that is open already.
     pub fn of(file: OwnedFd) -> Self {
-        Self(Arc::new(Opened { file, spare: Mutex::default() }))
+        Self(Arc::new(Opened { file, cookie: OnceLock::new(), spare: Mutex::default() }))
     }
 
     fn spare(&self) -> MutexGuard<'_, Vec<OwnedFd>> {
@@ -117,6 +119,17 @@ impl NetnsThread {
         let fd = self.fresh(ns).await?;
         setsockopt(&fd, sockopt::IpFreebind, &true)?;
         bound(fd, source)
+    }
+
+    /// The same with its port chosen now, so that it is known before it connects; and the namespace's cookie.
+    pub async fn bound_socket(&self, ns: &Netns, source: Ipv4Addr) -> io::Result<(tokio::net::TcpSocket, u64)> {
+        let fd = self.fresh(ns).await?;
+        let known = ns.0.cookie.get().copied();
+        let cookie = known.map_or_else(|| ambit_ebpf::netns_cookie(&fd), Ok)?;
+        ns.0.cookie.get_or_init(|| cookie);
+        setsockopt(&fd, sockopt::IpFreebind, &true)?;
+        bind(std::os::fd::AsRawFd::as_raw_fd(&fd), &SockaddrIn::from(SocketAddrV4::new(source, 0)))?;
+        Ok((tokio::net::TcpSocket::from_std_stream(std::net::TcpStream::from(fd)), cookie))
     }
 
     async fn fresh(&self, ns: &Netns) -> io::Result<OwnedFd> {

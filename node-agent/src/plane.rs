@@ -9,8 +9,8 @@ use ambit_identity::SharedTrust;
 use ambit_model::{Code, Refusal, SpiffeId};
 use rustls::sign::CertifiedKey;
 use rustls::{ClientConfig, ServerConfig};
-use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use tokio::sync::watch;
 
@@ -74,6 +74,8 @@ pub struct Plane {
     pub trust: SharedTrust,
     /// Where this node's tunnels come from: what it registered.
     pub address: Ipv4Addr,
+    /// Of services and of nodes: no workload calls from there, unless its node reported it there.
+    pub no_clients: BTreeSet<Ipv4Addr>,
 }
 
 impl Plane {
@@ -88,7 +90,12 @@ impl Plane {
         let credentials: BTreeMap<_, _> = credentials.into_iter().map(|c| (c.id.clone(), c)).collect();
         let by_name = credentials.values().map(|c| (sni::server_name(&c.id), c.clone())).collect();
         let pods = pods.into_iter().map(|p| (p.workload.pod.address, p)).collect();
-        Self { view, pods, credentials, by_name, trust, address }
+        let nodes = view.callers.values().map(|home| IpAddr::V4(home.address));
+        let nodes = nodes.chain(view.endpoints.values().map(|endpoint| IpAddr::V4(endpoint.node_address)));
+        let services = view.services.iter().map(|service| IpAddr::V4(service.address));
+        let v4 = |ip: IpAddr| if let IpAddr::V4(ip) = ip.to_canonical() { Some(ip) } else { None };
+        let no_clients = nodes.chain(services).filter_map(v4).chain([address]).collect();
+        Self { view, pods, credentials, by_name, trust, address, no_clients }
     }
     /// The credentials of `id`, or a refusal.
     pub fn credentials_of(&self, id: &SpiffeId) -> Result<&Arc<Credentials>, Refusal> {

@@ -1,7 +1,8 @@
 //! What an HBONE request says beside its goal, in the headers that Istio's agents send each other: the trace that it is part
 //! of (W3C Trace Context), facts of the calling workload (W3C Baggage) and where the connection came from (RFC 7239).
 //!
-//! All of it is the peer's word: it goes to records, and nothing is decided by it. Who calls is proved by the certificate.
+//! All of it is the peer's word: it goes to records, and nothing is decided by it. Who calls is proved by the certificate; from
+//! where, a workload is shown as far as the peer is believed in it (`inbound/client.rs`).
 
 use crate::native::is_trace;
 use crate::plane::LocalPod;
@@ -68,6 +69,16 @@ impl Said {
         }
     }
 
+    /// Where the connection begins, by `Forwarded`: the one hop that our agents and Istio's write, with an IPv4 address and port.
+    pub fn from(&self) -> Option<SocketAddrV4> {
+        let hop = self.forwarded.as_deref()?;
+        // Of several hops the peer knows the last one alone.
+        let mut pairs = hop.split(';').map(str::trim).filter(|_| !hop.contains(','));
+        let named = pairs.find_map(|pair| pair.split_once('=').filter(|(name, _)| name.eq_ignore_ascii_case("for")));
+        let (_, value) = named?;
+        value.strip_prefix('"').and_then(|value| value.strip_suffix('"')).unwrap_or(value).parse().ok()
+    }
+
     /// Adds them to a request.
     pub(crate) fn write(&self, request: request::Builder) -> request::Builder {
         let said = [(TRACEPARENT, &self.traceparent), (BAGGAGE, &self.baggage), (FORWARDED, &self.forwarded)];
@@ -118,6 +129,27 @@ mod tests {
             assert_eq!(said.baggage.as_deref(), Some(baggage));
             assert_eq!(said.forwarded.as_deref(), Some("for=\"10.71.101.11:40000\""));
         }
+    }
+
+    #[test]
+    fn where_a_connection_begins_is_read_from_one_hop_to_the_letter() {
+        for (forwarded, from) in [
+            ("for=\"10.71.101.11:40000\"", Some("10.71.101.11:40000")),
+            ("for=\"10.71.101.11:40000\";host=db.shop.svc", Some("10.71.101.11:40000")),
+            ("by=10.0.0.1; FOR=10.71.101.11:1", Some("10.71.101.11:1")),
+            ("for=\"10.71.101.11:40000\", for=\"10.0.0.9:1\"", None),
+            ("for=10.71.101.11", None),
+            ("for=\"10.71.101.11:70000\"", None),
+            ("for=\"10.71.101.11:40000", None),
+            ("for=unknown", None),
+            ("for=\"[2001:db8::1]:1\"", None),
+            ("host=10.71.101.11:1", None),
+            ("", None),
+        ] {
+            let said = Said { forwarded: Some(forwarded.into()), ..Said::default() };
+            assert_eq!(said.from(), from.map(|from| from.parse().unwrap()), "{forwarded}");
+        }
+        assert_eq!(Said::default().from(), None);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use std::sync::Arc;
 /// HBONE inside TLS.
 pub const HBONE: &[u8] = b"h2";
 /// What both sides speak inside TLS, the preferred first.
-const ALPN: &[&[u8]] = &[crate::native::ALPN, HBONE];
+const ALPN: &[&[u8]] = &[crate::native::ALPN, crate::native::ALPN_BEFORE, HBONE];
 
 /// `svid` in the form that rustls signs with.
 pub fn certified_key(svid: &Svid) -> Result<Arc<CertifiedKey>, Refusal> {

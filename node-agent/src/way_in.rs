@@ -14,7 +14,9 @@ use crate::course::Course;
 use crate::denials::{Denials, Lane};
 use crate::egress::{self, relay};
 use crate::hbone::POD_CONNECT_MAX;
-use crate::inbound::{is_ours, spread};
+use crate::inbound::is_ours;
+use crate::kernel::KernelHandle;
+use crate::legs::Legs;
 use crate::lines::Lines;
 use crate::metrics::METRICS;
 use crate::netns::NetnsThread;
@@ -42,7 +44,7 @@ const DIRECTION: &str = "unmeshed";
 pub struct WayIn {
     plane: watch::Receiver<Option<Arc<Plane>>>,
     denials: Lane,
-    netns: NetnsThread,
+    legs: Legs,
     clock: Arc<Clock>,
     places: Places,
     /// Of connections that an audit policy matched, and of those that were refused or cut; all of them are counted.
@@ -121,12 +123,18 @@ impl WayIn {
         clock: Arc<Clock>,
     ) -> Self {
         let (audited, told, course) = (Arc::default(), Arc::default(), Course::default());
-        Self { plane, denials, netns, clock, places: Places::default(), audited, told, course }
+        let (legs, places) = (Legs::new(netns), Places::default());
+        Self { plane, denials, legs, clock, places, audited, told, course }
     }
 
     /// The same in this course: connections are taken while it serves, and count in it while they are carried.
     pub fn in_course(self, course: Course) -> Self {
         Self { course, ..self }
+    }
+
+    /// The same, by this kernel part, which shows workloads who calls.
+    pub fn by_kernel(self, kernel: KernelHandle) -> Self {
+        Self { legs: self.legs.told_to(kernel), ..self }
     }
 
     /// Accepts on threads that carry, each of which has one of `listeners` (they share an address). For ever, unless one of them
@@ -187,7 +195,7 @@ impl WayIn {
             Err(refusal) => return told.refused(None, "denied", flag::DENIED, None, &refusal),
         };
         let (id, rule) = (called.pod.id(), verdict.rule);
-        let far = match timeout(POD_CONNECT_MAX, self.last_leg(&called.pod, from, to)).await {
+        let far = match timeout(POD_CONNECT_MAX, self.legs.connect(&called.pod, to, from.ip(), Some(from.into()))).await {
             Ok(Ok(far)) => far,
             Ok(Err(error)) => {
                 return told.refused(Some(id), "failed", flag::UPSTREAM_FAILED, rule.as_ref(), &error);
@@ -256,16 +264,6 @@ impl WayIn {
                 return Refusal::new(Code::Unavailable, "a running agent", "it is ending");
             }
         }
-    }
-
-    /// From within the pod's namespace, as a tunnel's last leg (`Inbound::last_leg`): from 127/8, which only the agent can send from
-    /// there, to the pod's own address, so that what is bound to loopback stays private.
-    async fn last_leg(&self, pod: &LocalPod, from: SocketAddrV4, to: SocketAddrV4) -> std::io::Result<TcpStream> {
-        let socket = self.netns.socket(&pod.netns, SocketAddrV4::new(spread(&(from.ip(), to)), 0)).await?;
-        let tcp = socket.connect(SocketAddr::V4(to)).await?;
-        tcp.set_nodelay(true)?;
-        pump::break_off_unless_ended(&tcp)?;
-        Ok(tcp)
     }
 }
 

@@ -32,9 +32,15 @@ const CUT_MAX: Duration = Duration::from_millis(500);
 
 /// Answers each line with what the expression gives.
 const WORKLOAD: &str = r#"
-import errno, socket, sys, threading, time
+import errno, os, socket, sys, threading, time
 def told(e): return errno.errorcode.get(e.errno, 'timed out') if e.errno else 'timed out'
 peers = []
+def sender(c):
+    # Who sends, by the kernel's table of sockets: getpeername() is told who calls, whoever carries it.
+    own = str(os.fstat(c.fileno()).st_ino)
+    for line in open('/proc/self/net/tcp'):
+        words = line.split()
+        if words[9] == own: return socket.inet_ntoa(bytes.fromhex(words[2][:8])[::-1])
 def serve(at):
     listening = socket.create_server((at, 8080))
     def echo(c):
@@ -44,7 +50,7 @@ def serve(at):
         c.close()
     def accept():
         while True:
-            c, peer = listening.accept(); peers.append(peer[0])
+            c, _ = listening.accept(); peers.append(sender(c))
             threading.Thread(target=echo, args=(c,), daemon=True).start()
     threading.Thread(target=accept, daemon=True).start()
     return 'ok'

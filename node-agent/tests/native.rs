@@ -130,7 +130,7 @@ async fn the_receiver_refuses_with_a_reason() {
 }
 
 fn asked(to: SocketAddrV4) -> Open {
-    Open { to, prompt: true, trace: None, first: Vec::new() }
+    Open { to, prompt: true, trace: None, from: None, first: Vec::new() }
 }
 
 #[tokio::test]

@@ -2,6 +2,7 @@
 /* Programs on the node's mesh cgroup: who may connect to what, and where an allowed connection goes instead.
  *
  * Returning 0 without bpf_set_retval() is EPERM. Every path that does not positively allow returns 0. */
+#include "client.h"
 #include "decide.h"
 #include "direct.h"
 
@@ -189,16 +190,19 @@ int ambit_sendmsg6(struct bpf_sock_addr *ctx)
 	return verdict(&a, reason == ALLOWED ? NATIVE_IPV6 : reason);
 }
 
-/* The application sees the address it asked for, not the capture address. */
+/* The application sees the address it asked for, not the capture address; and of whom it accepted, not the last leg's. */
 SEC("cgroup/getpeername4")
 int ambit_getpeername4(struct bpf_sock_addr *ctx)
 {
 	struct bpf_sock *sk = ctx->sk;
 	struct socket_flow *s = sk ? bpf_sk_storage_get(&sockets, sk, 0, 0) : 0;
+	const struct client *c = s ? 0 : client_of(sk);
 
 	if (s) {
 		ctx->user_ip4 = s->flow.asked_address;
 		ctx->user_port = htons(s->flow.asked_port);
+	} else if (c) {
+		show_client4(ctx, c);
 	}
 	return 1;
 }
@@ -208,10 +212,13 @@ int ambit_getpeername6(struct bpf_sock_addr *ctx)
 {
 	struct bpf_sock *sk = ctx->sk;
 	struct socket_flow *s = sk ? bpf_sk_storage_get(&sockets, sk, 0, 0) : 0;
+	const struct client *c = s ? 0 : client_of(sk);
 
 	if (s) {
 		ctx->user_ip6[3] = s->flow.asked_address;
 		ctx->user_port = htons(s->flow.asked_port);
+	} else if (c) {
+		show_client6(ctx, c);
 	}
 	return 1;
 }
@@ -290,6 +297,14 @@ INLINE void closed(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 		called->called_closed_ns = bpf_ktime_get_boot_ns();
 }
 
+INLINE void established(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
+{
+	if (called_stamp(ctx))
+		bpf_sock_ops_cb_flags_set(ctx, (int)(ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG));
+	else
+		adopt_client(ctx, sk);
+}
+
 INLINE void connecting(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 {
 	struct socket_flow *s = bpf_sk_storage_get(&sockets, sk, 0, 0);
@@ -312,8 +327,8 @@ int ambit_sockops(struct bpf_sock_ops *ctx)
 		connecting(ctx, sk);
 	else if (op == BPF_SOCK_OPS_STATE_CB && ctx->args[1] == TCP_CLOSE)
 		closed(ctx, sk);
-	else if (op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB && called_stamp(ctx))
-		bpf_sock_ops_cb_flags_set(ctx, (int)(ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG));
+	else if (op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB)
+		established(ctx, sk);
 	return 1;
 }
 

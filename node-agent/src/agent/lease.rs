@@ -21,6 +21,8 @@ use tokio::sync::watch;
 const LEASE_EVERY: Duration = Duration::from_secs(1);
 /// Closed flows that no agent took only come from agents that died.
 const SWEEP_EVERY: u32 = 60;
+/// The same for clients of which no workload was told: those are of seconds.
+const CLIENTS_EVERY: u32 = 5;
 /// Refusals of the kernel are told to the log this often.
 const EVENTS_EVERY: Duration = Duration::from_secs(1);
 
@@ -75,6 +77,11 @@ impl Lease {
                     renewals = renewals.wrapping_add(1);
                     let due = renewals.is_multiple_of(SWEEP_EVERY);
                     let swept = if due { self.kernel.sweep().map(|_| ()) } else { Ok(()) };
+                    let swept = if renewals.is_multiple_of(CLIENTS_EVERY) {
+                        swept.and_then(|()| self.kernel.sweep_clients())
+                    } else {
+                        swept
+                    };
                     swept.and_then(|()| self.keep())
                 }
                 // After a start nothing is judged before the first slice, and then at once.

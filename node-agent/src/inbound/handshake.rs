@@ -10,7 +10,7 @@ use crate::shown::Shown;
 use crate::{silence, tls};
 use ambit_identity::Usage;
 use ambit_model::{Code, Refusal};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use tokio::net::TcpStream;
 
@@ -29,7 +29,7 @@ impl Inbound {
         &self,
         mut tcp: TcpStream,
         door: Door,
-        from: IpAddr,
+        from: SocketAddr,
     ) -> Result<(Secured, Call, Seat), (&'static str, Refusal)> {
         let broken = |e: std::io::Error| ("tls", Refusal::new(Code::Unauthenticated, "a TLS handshake", e.to_string()));
         silence::tune(&tcp).map_err(broken)?;
@@ -50,7 +50,9 @@ impl Inbound {
             let trust = plane.trust.current();
             let peer = tls::peer(&chain, &plane.trust, self.clock.now()).map_err(|r| ("svid", r))?;
             let shown = Shown::new(chain.clone(), Usage::Client, peer.not_after(), &trust);
-            let call = Call { peer: Arc::new(peer), shown: Arc::new(shown), from, at, to: called.id.clone() };
+            let (from, from_port) = (from.ip(), from.port());
+            let call =
+                Call { peer: Arc::new(peer), shown: Arc::new(shown), from, from_port, at, to: called.id.clone() };
             trusted(&self.denials.now(), &call).map_err(|r| (r.code.as_str(), r))?;
             at_home(&plane.view, &call).map_err(|r| {
                 tracing::warn!(caller = %call.peer.id(), called = %call.to, refusal = %r, "tunnel refused");

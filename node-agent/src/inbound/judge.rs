@@ -52,6 +52,7 @@ pub(super) struct Call {
     pub(super) peer: Arc<PeerSvid>,
     pub(super) shown: Arc<Shown>,
     pub(super) from: IpAddr,
+    pub(super) from_port: u16,
     pub(super) at: At,
     pub(super) to: SpiffeId,
 }
@@ -130,7 +131,7 @@ pub(super) fn at_home(view: &View, call: &Call) -> Result<(), Refusal> {
 }
 
 /// Whether the caller's node reported this very workload at that address.
-fn is_its_endpoint(view: &View, call: &Call, node: NodeId) -> bool {
+pub(super) fn is_its_endpoint(view: &View, call: &Call, node: NodeId) -> bool {
     let IpAddr::V4(from) = call.from.to_canonical() else { return false };
     view.endpoints.get(&from).is_some_and(|endpoint| endpoint.node == node && endpoint.spiffe_id == *call.peer.id())
 }

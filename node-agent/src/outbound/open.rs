@@ -156,7 +156,7 @@ impl<'a> Opening<'a> {
             return Err(TunnelError::SvidRevoked);
         }
         Ok(match lease {
-            Lease::Native(lease) => open_native(lease, to, first, &self.start.trace).await?,
+            Lease::Native(lease) => open_native(lease, to, first, self.start).await?,
             Lease::Hbone(lease) => {
                 let said = Said::of(source, &plane.view.cluster, self.start);
                 let (send, recv) = lease.open(to, &said).await?;
@@ -204,12 +204,13 @@ async fn open_native(
     mut lease: Box<NativeLease>,
     to: SocketAddrV4,
     first: &mut Vec<u8>,
-    trace: &str,
+    start: &Start,
 ) -> Result<Way, TunnelError> {
     // A first read that filled its room has more behind it; none may mean that the workload speaks first.
     let prompt = first.is_empty() || first.len() == native::FIRST_MAX;
     let sent = first.len() as u64;
-    let open = Open { to, prompt, trace: Some(trace.to_owned()), first: std::mem::take(first) };
+    let (trace, from) = (Some(start.trace.clone()), Some(start.from));
+    let open = Open { to, prompt, trace, from, first: std::mem::take(first) };
     let answer = timeout(hbone::ANSWER_MAX, native::open(&mut lease.native().secured, &open)).await;
     match answer.map_err(|_| TunnelError::Timeout)?.map_err(TunnelError::Broken)? {
         Answer::Opened => Ok(Way::Native { lease, sent }),

@@ -159,10 +159,14 @@ impl Drop for Node {
 impl Node {
     /// The parts of the agent that need no cell, put together as `agent::run` does.
     pub(crate) async fn start(ground: &Ground, cell: &Cell, hbone: TcpListener) -> Node {
+        Self::start_at(ground, cell, hbone, Ipv4Addr::LOCALHOST).await
+    }
+    /// The same of a node at this address.
+    pub(crate) async fn start_at(ground: &Ground, cell: &Cell, hbone: TcpListener, address: Ipv4Addr) -> Node {
         let port = hbone.local_addr().unwrap().port();
         let netns = NetnsThread::start().unwrap();
         let annex = Annex::new(netns.clone(), Netns::open(Path::new("/proc/self/ns/net")).unwrap());
-        Self::put_together(ground, cell, hbone, port, (netns, annex), |_| ()).await
+        Self::put_together(ground, cell, (hbone, port, address), (netns, annex), |_| ()).await
     }
     /// The same with an annex, and HBONE's own port.
     pub(crate) async fn start_with_annex(ground: &Ground, cell: &Cell, hbone: TcpListener) -> Node {
@@ -170,16 +174,17 @@ impl Node {
         let annex = Annex::new(netns.clone(), Netns::of(made.as_fd().try_clone_to_owned().unwrap()));
         let at_pods = annex.listeners(PORT_HBONE, 1).await.unwrap().remove(0);
         let parts = (netns.clone(), annex);
-        let node = Self::put_together(ground, cell, hbone, PORT_HBONE, parts, |kernel| kernel.use_annex(&made)).await;
+        let at = (hbone, PORT_HBONE, Ipv4Addr::LOCALHOST);
+        let node = Self::put_together(ground, cell, at, parts, |kernel| kernel.use_annex(&made)).await;
         let inbound = Inbound::new(node.plane.clone(), node.denials.clone(), netns, node.clock.clone());
+        let inbound = inbound.by_kernel(node.kernel.clone());
         tokio::spawn(inbound.serve_at(Door::Pod, TcpListener::from_std(at_pods).unwrap()));
         node
     }
     async fn put_together(
         ground: &Ground,
         cell: &Cell,
-        hbone: TcpListener,
-        port: u16,
+        (hbone, port, node_address): (TcpListener, u16, Ipv4Addr),
         (netns, annex): (NetnsThread, Annex),
         prepare: impl FnOnce(&KernelHandle),
     ) -> Node {
@@ -199,7 +204,7 @@ impl Node {
         let control = Control {
             pods_dir: ground.dir.join("pods"),
             cgroup_root: ground.mesh(),
-            node_address: Ipv4Addr::LOCALHOST,
+            node_address,
             kernel: kernel.clone(),
             netns: netns.clone(),
             issued: issued.clone(),
@@ -220,7 +225,7 @@ impl Node {
         };
         let control = tokio::spawn(control.run());
         let traffic = plane_rx.clone();
-        let inbound = Inbound::new(plane_rx, denials.clone(), netns, clock.clone());
+        let inbound = Inbound::new(plane_rx, denials.clone(), netns, clock.clone()).by_kernel(kernel.clone());
         tokio::spawn(inbound.serve(hbone));
         Node { desired, outcome, endpoints, plane: traffic, issued, kernel, denials, clock, control }
     }
