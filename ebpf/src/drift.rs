@@ -55,12 +55,26 @@ pub(crate) struct InForce {
     pub(crate) endpoints: Sum,
     pub(crate) services: Sum,
     pub(crate) ranges: Sum,
+    pub(crate) endpoints6: Sum,
+    pub(crate) services6: Sum,
 }
 
 impl InForce {
-    fn each(&self) -> [(&'static str, Sum); 4] {
-        let Self { verdicts, endpoints, services, ranges } = *self;
-        [("verdicts", verdicts), ("endpoints", endpoints), ("services", services), ("ranges", ranges)]
+    /// Of the table of endpoints with this name.
+    pub(crate) fn endpoints_of(&mut self, name: &str) -> &mut Sum {
+        if name == "endpoints6" { &mut self.endpoints6 } else { &mut self.endpoints }
+    }
+
+    fn each(&self) -> [(&'static str, Sum); 6] {
+        let Self { verdicts, endpoints, services, ranges, endpoints6, services6 } = *self;
+        [
+            ("verdicts", verdicts),
+            ("endpoints", endpoints),
+            ("services", services),
+            ("ranges", ranges),
+            ("endpoints6", endpoints6),
+            ("services6", services6),
+        ]
     }
 }
 

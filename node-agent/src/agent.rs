@@ -200,7 +200,9 @@ pub async fn run(config: Config, take_over: bool, mut stop: Stop) -> Result<(), 
             node: cell.node.clone(),
         },
     };
-    let inbound = Inbound::new(plane_rx.clone(), denials.clone(), netns, clock).in_course(course.clone());
+    let inbound = Inbound::new(plane_rx.clone(), denials.clone(), netns, clock)
+        .with_kernel(kernel.clone())
+        .in_course(course.clone());
     let inbound = inbound.seen_by(cell.seen.clone());
     METRICS.component.set(["inbound"], 1.0);
     METRICS.component.set(["workload_api"], 1.0);

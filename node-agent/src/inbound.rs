@@ -5,6 +5,7 @@
 mod goal;
 mod handshake;
 mod judge;
+mod leg6;
 mod seats;
 
 use self::goal::{NOWHERE, goal, is_ours};
@@ -15,6 +16,7 @@ use crate::clock::Clock;
 use crate::course::{Course, Flow};
 use crate::denials::Lane;
 use crate::hbone::{self, Door, NATIVE_IDLE_MAX, POD_CONNECT_MAX};
+use crate::kernel::KernelHandle;
 use crate::lines::Lines;
 use crate::metrics::METRICS;
 use crate::native::{self, Begun, Open, Reason};
@@ -64,6 +66,7 @@ pub struct Inbound {
     audited: Arc<Lines>,
     course: Course,
     seen: Seen,
+    kernel: Option<KernelHandle>,
 }
 
 /// A connection to a workload that was let through, and by what: whoever carries it follows these.
@@ -85,12 +88,18 @@ impl Inbound {
         let [handshakes, strangers, flows] =
             [HANDSHAKES_MAX, STRANGERS_MAX, FLOWS_MAX].map(|max| Arc::new(Semaphore::new(max)));
         let (audited, course, seen) = (Arc::default(), Course::default(), Seen::default());
-        Self { plane, denials, netns, clock, tunnels, handshakes, strangers, flows, audited, course, seen }
+        let kernel = None;
+        Self { plane, denials, netns, clock, tunnels, handshakes, strangers, flows, audited, course, seen, kernel }
     }
 
     /// The same in this course: tunnels are accepted while it serves, and left when it drains; connections count in it.
     pub fn in_course(self, course: Course) -> Self {
         Self { course, ..self }
+    }
+
+    /// The same, with a kernel side that lets it connect to pods by IPv6.
+    pub fn with_kernel(self, kernel: KernelHandle) -> Self {
+        Self { kernel: Some(kernel), ..self }
     }
 
     /// The same, telling there who called whom.
@@ -316,7 +325,7 @@ impl Inbound {
     }
 
     /// Judges and connects: of both modes the one way to a workload. What is returned counts as open.
-    async fn connect(&self, call: &Call, to: Result<SocketAddrV4, Refusal>) -> Result<Admitted, Reason> {
+    async fn connect(&self, call: &Call, to: Result<SocketAddr, Refusal>) -> Result<Admitted, Reason> {
         let flow = self.course.flow();
         let place = self.flows.clone().try_acquire_owned().map_err(|_| Reason::Busy)?;
         let mut follow = Follow::of(&self.plane, &self.denials);
@@ -369,18 +378,18 @@ impl Inbound {
     }
 
     /// Returns once the connection may not go on.
-    async fn cut_once(&self, call: &Call, to: SocketAddrV4, follow: Follow) {
+    async fn cut_once(&self, call: &Call, to: SocketAddr, follow: Follow) {
         let refusal = self.revoked(call, to, follow).await;
         METRICS.cut.inc(["inbound"]);
         tracing::info!(caller = %call.peer.id(), called = %call.to, %refusal, "live connection cut");
     }
 
     /// The receiving node's own decision.
-    fn admit(&self, follow: &mut Follow, call: &Call, to: SocketAddrV4) -> Result<(Arc<LocalPod>, Verdict), Refusal> {
+    fn admit(&self, follow: &mut Follow, call: &Call, to: SocketAddr) -> Result<(Arc<LocalPod>, Verdict), Refusal> {
         let (plane, denials) = follow.now();
         let plane = plane.ok_or_else(|| Refusal::new(Code::Unavailable, "a slice", "none yet"))?;
         // Not-here and not-yours look alike from outside.
-        let pod = plane.pods.get(to.ip()).filter(|pod| *pod.id() == call.to && call.at.is(*to.ip())).cloned();
+        let pod = plane.pods.get(&to.ip()).filter(|pod| *pod.id() == call.to && call.at.is(to.ip())).cloned();
         let pod = pod.ok_or_else(|| {
             let expected = format!("an address of {} that the tunnel is to", call.to);
             Refusal::new(Code::NotFound, expected, to.to_string())
@@ -393,7 +402,7 @@ impl Inbound {
     }
 
     /// Returns the refusal once what was admitted would not be admitted any more, by what these say next.
-    async fn revoked(&self, call: &Call, to: SocketAddrV4, mut follow: Follow) -> Refusal {
+    async fn revoked(&self, call: &Call, to: SocketAddr, mut follow: Follow) -> Refusal {
         while follow.changed().await.is_ok() {
             let (now, denied) = follow.now();
             // An SVID that ran out does not end a connection that it began; being denied does, and so does policy.
@@ -420,10 +429,14 @@ impl Inbound {
 
     /// The socket is made in the pod's namespace and comes from 127/8, which only the agent can send from there;
     /// its goal is the pod's own address, so that services bound to loopback stay private.
-    async fn last_leg(&self, pod: &LocalPod, to: SocketAddrV4, call: &Call) -> std::io::Result<TcpStream> {
-        let source = SocketAddrV4::new(spread(call.peer.id(), to), 0);
-        let socket = self.netns.socket(&pod.netns, source).await?;
-        let tcp = socket.connect(SocketAddr::V4(to)).await?;
+    async fn last_leg(&self, pod: &LocalPod, to: SocketAddr, call: &Call) -> std::io::Result<TcpStream> {
+        let tcp = match to {
+            SocketAddr::V4(_) => {
+                let source = SocketAddrV4::new(spread(call.peer.id(), to), 0);
+                self.netns.socket(&pod.netns, source).await?.connect(to).await?
+            }
+            SocketAddr::V6(called) => self.last_leg6(pod, called, call).await?,
+        };
         tcp.set_nodelay(true)?;
         pump::break_off_unless_ended(&tcp)?;
         Ok(tcp)
@@ -458,7 +471,7 @@ fn ending() -> Refusal {
 }
 
 /// One of 127.64.0.0/10 by hash: one address alone would have 28,000 ports for all callers of a pod.
-fn spread(caller: &SpiffeId, to: SocketAddrV4) -> Ipv4Addr {
+fn spread(caller: &SpiffeId, to: SocketAddr) -> Ipv4Addr {
     use std::hash::{DefaultHasher, Hash, Hasher};
     let mut h = DefaultHasher::new();
     (caller, to).hash(&mut h);

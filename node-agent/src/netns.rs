@@ -4,11 +4,11 @@
 
 use nix::sched::{CloneFlags, setns};
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, SockaddrIn, bind, listen, setsockopt, socket, sockopt,
+    AddressFamily, Backlog, SockFlag, SockType, SockaddrIn, SockaddrIn6, bind, listen, setsockopt, socket, sockopt,
 };
 use std::io;
-use std::net::{Ipv4Addr, SocketAddrV4};
-use std::os::fd::{AsFd, OwnedFd};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -99,12 +99,24 @@ impl NetnsThread {
     }
 
     /// A TCP listener in `ns`. The address need not exist there: what reaches it is steered by the kernel part.
-    pub async fn listen(&self, ns: &Netns, at: SocketAddrV4) -> io::Result<std::net::TcpListener> {
+    /// At a v4-mapped one it takes both families.
+    pub async fn listen(&self, ns: &Netns, at: impl Into<SocketAddr>) -> io::Result<std::net::TcpListener> {
+        let at = at.into();
         self.run(ns, move || {
-            let fd = tcp()?;
+            let fd = match at {
+                SocketAddr::V4(_) => tcp()?,
+                SocketAddr::V6(_) => tcp6()?,
+            };
             setsockopt(&fd, sockopt::ReuseAddr, &true)?;
             setsockopt(&fd, sockopt::IpFreebind, &true)?;
-            bind(std::os::fd::AsRawFd::as_raw_fd(&fd), &SockaddrIn::from(at))?;
+            match at {
+                SocketAddr::V4(at) => bind(fd.as_raw_fd(), &SockaddrIn::from(at))?,
+                SocketAddr::V6(at) => {
+                    // Whatever the pod has for `net.ipv6.bindv6only`.
+                    setsockopt(&fd, sockopt::Ipv6V6Only, &false)?;
+                    bind(fd.as_raw_fd(), &SockaddrIn6::from(at))?;
+                }
+            }
             listen(&fd, Backlog::new(BACKLOG)?)?;
             Ok(std::net::TcpListener::from(fd))
         })
@@ -117,6 +129,18 @@ impl NetnsThread {
         let fd = self.fresh(ns).await?;
         setsockopt(&fd, sockopt::IpFreebind, &true)?;
         bound(fd, source)
+    }
+
+    /// A TCP socket of IPv6 in `ns`, bound to `source`, and where: its port is chosen now.
+    pub async fn socket6(&self, ns: &Netns, source: SocketAddrV6) -> io::Result<(tokio::net::TcpSocket, SocketAddrV6)> {
+        let fd = self.run(ns, tcp6).await?;
+        setsockopt(&fd, sockopt::IpFreebind, &true)?;
+        bind(fd.as_raw_fd(), &SockaddrIn6::from(source))?;
+        let socket = tokio::net::TcpSocket::from_std_stream(std::net::TcpStream::from(fd));
+        match socket.local_addr()? {
+            SocketAddr::V6(at) => Ok((socket, at)),
+            SocketAddr::V4(at) => Err(io::Error::other(format!("bound to {at}"))),
+        }
     }
 
     async fn fresh(&self, ns: &Netns) -> io::Result<OwnedFd> {
@@ -153,7 +177,7 @@ impl Annex {
             setsockopt(&fd, sockopt::ReusePort, &true)?;
             setsockopt(&fd, sockopt::IpTransparent, &true)?;
             let at = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port);
-            bind(std::os::fd::AsRawFd::as_raw_fd(&fd), &SockaddrIn::from(at))?;
+            bind(fd.as_raw_fd(), &SockaddrIn::from(at))?;
             listen(&fd, Backlog::new(BACKLOG)?)?;
             Ok(std::net::TcpListener::from(fd))
         };
@@ -171,11 +195,19 @@ impl Annex {
 /// To an address; the port is chosen at connect.
 fn bound(fd: OwnedFd, source: SocketAddrV4) -> io::Result<tokio::net::TcpSocket> {
     setsockopt(&fd, sockopt::IpBindAddressNoPort, &true)?;
-    bind(std::os::fd::AsRawFd::as_raw_fd(&fd), &SockaddrIn::from(source))?;
+    bind(fd.as_raw_fd(), &SockaddrIn::from(source))?;
     Ok(tokio::net::TcpSocket::from_std_stream(std::net::TcpStream::from(fd)))
 }
 
 fn tcp() -> io::Result<OwnedFd> {
+    of_family(AddressFamily::Inet)
+}
+
+fn tcp6() -> io::Result<OwnedFd> {
+    of_family(AddressFamily::Inet6)
+}
+
+fn of_family(family: AddressFamily) -> io::Result<OwnedFd> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    Ok(socket(AddressFamily::Inet, SockType::Stream, flags, None)?)
+    Ok(socket(family, SockType::Stream, flags, None)?)
 }

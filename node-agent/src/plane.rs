@@ -10,7 +10,7 @@ use ambit_model::{Code, Refusal, SpiffeId};
 use rustls::sign::CertifiedKey;
 use rustls::{ClientConfig, ServerConfig};
 use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use tokio::sync::watch;
 
@@ -64,8 +64,8 @@ impl Credentials {
 pub struct Plane {
     /// The view in the kernel.
     pub view: Arc<View>,
-    /// Enrolled pods by address.
-    pub pods: BTreeMap<Ipv4Addr, Arc<LocalPod>>,
+    /// Enrolled pods by address, of either family.
+    pub pods: BTreeMap<IpAddr, Arc<LocalPod>>,
     /// Credentials by identity.
     pub credentials: BTreeMap<SpiffeId, Arc<Credentials>>,
     /// The same by the name a dialer asks for.
@@ -87,7 +87,8 @@ impl Plane {
     ) -> Self {
         let credentials: BTreeMap<_, _> = credentials.into_iter().map(|c| (c.id.clone(), c)).collect();
         let by_name = credentials.values().map(|c| (sni::server_name(&c.id), c.clone())).collect();
-        let pods = pods.into_iter().map(|p| (p.workload.pod.address, p)).collect();
+        let places = |p: Arc<LocalPod>| p.workload.pod.addresses().map(|at| (at.ip(), p.clone())).collect::<Vec<_>>();
+        let pods = pods.into_iter().flat_map(places).collect();
         Self { view, pods, credentials, by_name, trust, address }
     }
     /// The credentials of `id`, or a refusal.
