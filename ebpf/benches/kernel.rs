@@ -80,9 +80,7 @@ fn tables(entries: u32) -> Tables {
     Tables {
         verdicts: (0..entries).map(|n| (key(n), Verdict { action: Action::Allow, rule: 1 })).collect(),
         endpoints: (0..entries).map(|n| (address(n), FIRST + n)).collect(),
-        services: vec![],
-        ranges: vec![],
-        callers: vec![],
+        ..Tables::default()
     }
 }
 

@@ -56,17 +56,26 @@ pub(crate) struct InForce {
     pub(crate) services: Sum,
     pub(crate) ranges: Sum,
     pub(crate) callers: Sum,
+    pub(crate) endpoints6: Sum,
+    pub(crate) services6: Sum,
 }
 
 impl InForce {
-    fn each(&self) -> [(&'static str, Sum); 5] {
-        let Self { verdicts, endpoints, services, ranges, callers } = *self;
+    /// Of the table of endpoints with this name.
+    pub(crate) fn endpoints_of(&mut self, name: &str) -> &mut Sum {
+        if name == "endpoints6" { &mut self.endpoints6 } else { &mut self.endpoints }
+    }
+
+    fn each(&self) -> [(&'static str, Sum); 7] {
+        let Self { verdicts, endpoints, services, ranges, callers, endpoints6, services6 } = *self;
         [
             ("verdicts", verdicts),
             ("endpoints", endpoints),
             ("services", services),
             ("ranges", ranges),
             ("callers", callers),
+            ("endpoints6", endpoints6),
+            ("services6", services6),
         ]
     }
 }

@@ -2,11 +2,11 @@
 
 use crate::error::KernelError;
 use crate::kernel::Kernel;
-use crate::layout::{CONFIG_SAMPLE, Layout, REASONS, RawEvent};
+use crate::layout::{CONFIG_SAMPLE, Layout, REASONS, RawEvent, RawEvent6};
 use libbpf_rs::{MapCore, MapFlags, RingBufferBuilder};
 use std::collections::BTreeMap;
 use std::fmt;
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 macro_rules! reasons {
@@ -42,7 +42,7 @@ reasons! {
     NoHealthyEndpoint = 7 "no_healthy_endpoint";
     /// Not TCP, beyond loopback.
     NotTcp = 8 "not_tcp";
-    /// IPv6 that is not v4-mapped.
+    /// IPv6 that is not v4-mapped: where the pod has no such address, or of datagrams.
     NativeIpv6 = 9 "native_ipv6";
     /// The capture port was dialled on purpose.
     CaptureAddress = 10 "capture_address";
@@ -107,11 +107,11 @@ pub struct Event {
     pub source: u32,
     /// The callee's identity, 0 if not resolved.
     pub destination: u32,
-    /// Of a packet (inbound, or out of a pod): where it came from (unspecified for IPv6).
-    pub from: Option<Ipv4Addr>,
-    /// The address asked for (unspecified for native IPv6). Of [`Reason::SocketKind`] unspecified, with the socket's IP
+    /// Of a packet (inbound, or out of a pod): where it came from (unspecified for IPv6 out of a pod).
+    pub from: Option<IpAddr>,
+    /// The address asked for (unspecified for IPv6 out of a pod). Of [`Reason::SocketKind`] unspecified, with the socket's IP
     /// protocol number for a port.
-    pub address: SocketAddrV4,
+    pub address: SocketAddr,
     /// The rule of the verdict, 0 for none.
     pub rule: u32,
     /// Why.
@@ -121,16 +121,21 @@ pub struct Event {
 impl Event {
     /// `None` for bytes that this version did not write.
     fn parse(bytes: &[u8]) -> Option<Self> {
-        let raw = RawEvent::from_bytes(bytes)?;
+        let (raw, from, to) = match RawEvent6::from_bytes(bytes) {
+            Some(raw) => (raw.event, IpAddr::from(raw.source_address), IpAddr::from(raw.address)),
+            None => {
+                let raw = RawEvent::from_bytes(bytes)?;
+                (raw, IpAddr::from(raw.source_address), IpAddr::from(raw.address))
+            }
+        };
         let reason = Reason::from_number(raw.reason)?;
         Some(Self {
             time: Duration::from_nanos(raw.time_ns),
             cgroup: raw.cgroup,
             source: raw.source,
             destination: raw.destination,
-            from: matches!(reason, Reason::PlainInbound | Reason::ClearOutbound)
-                .then(|| Ipv4Addr::from(raw.source_address)),
-            address: SocketAddrV4::new(Ipv4Addr::from(raw.address), raw.port),
+            from: matches!(reason, Reason::PlainInbound | Reason::ClearOutbound).then_some(from),
+            address: SocketAddr::new(to, raw.port),
             rule: raw.rule,
             reason,
         })

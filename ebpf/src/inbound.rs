@@ -74,15 +74,17 @@ impl Kernel {
 
     /// Takes namespaces off the list that no pod's link hangs on any more, and that of pod `leaving`.
     fn close_namespaces(&self, leaving: &str) -> Result<(), KernelError> {
-        let namespaces = &self.maps().namespaces;
         let attached = self.pins().attached_namespaces(leaving)?;
-        let cookies: Vec<Vec<u8>> = namespaces.keys().take(namespaces.max_entries() as usize).collect();
-        for cookie in cookies {
-            let found = namespaces.lookup(&cookie, MapFlags::ANY);
-            let found = found.map_err(|e| KernelError::bpf("read map namespaces", e))?.unwrap_or_default();
-            let inode = Namespace::from_bytes(&found).map_or(0, |namespace| namespace.inode);
-            if !attached.contains(&inode) {
-                namespaces.delete(&cookie).map_err(|e| KernelError::bpf("write map namespaces", e))?;
+        // Of both the value begins with the inode.
+        for namespaces in [&self.maps().namespaces6, &self.maps().namespaces] {
+            let cookies: Vec<Vec<u8>> = namespaces.keys().take(namespaces.max_entries() as usize).collect();
+            for cookie in cookies {
+                let found = namespaces.lookup(&cookie, MapFlags::ANY);
+                let found = found.map_err(|e| KernelError::bpf("read map namespaces", e))?.unwrap_or_default();
+                let inode = found.first_chunk().map_or(0, |inode| u64::from_ne_bytes(*inode));
+                if !attached.contains(&inode) {
+                    namespaces.delete(&cookie).map_err(|e| KernelError::bpf("write map namespaces", e))?;
+                }
             }
         }
         Ok(())
@@ -131,7 +133,7 @@ impl Kernel {
             let name = map.name().to_string_lossy().into_owned();
             let what = format!("prepare map {name} of {}", POD.name);
             let result = match name.as_str() {
-                "counters" | "events" | "locals" | "stamps" => map.reuse_pinned_map(self.pins().map(&name)),
+                "counters" | "events" | "legs" | "locals" | "stamps" => map.reuse_pinned_map(self.pins().map(&name)),
                 "listener" if reuse_slot => {
                     self.pins().open_map(slot_pin, &LISTENER)?;
                     map.reuse_pinned_map(slot_pin)

@@ -4,14 +4,15 @@ use crate::drift::{InForce, Sum};
 use crate::error::KernelError;
 use crate::kernel::{Kernel, Maps};
 use crate::layout::{
-    self, CONFIG_GENERATION, Field, Layout, RangeKey, RawEndpoint, RawService, RawVerdict, RawVerdictKey, ServiceKey,
+    self, CONFIG_GENERATION, Field, Layout, RangeKey, RawEndpoint, RawEndpoint6, RawService, RawService6, RawVerdict,
+    RawVerdictKey, Service6Key, ServiceKey,
 };
 use crate::pins::create_map;
-use crate::tables::{Action, MAX_SERVICE_ENDPOINTS, Range, Service, Tables, Tier};
+use crate::tables::{Action, MAX_SERVICE_ENDPOINTS, Range, Service, ServiceEndpoint, Tables, Tier};
 use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeSet;
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4};
 use std::os::fd::{AsFd, AsRawFd};
 
 /// Entries of one table as the kernel keeps them, sorted by key, each key once.
@@ -48,8 +49,8 @@ impl Kernel {
             self.put(table.name, idle, inner)?;
         }
         self.set_config(CONFIG_GENERATION, u64::from(idle))?;
-        let [verdicts, endpoints, services, ranges, callers] = encoded.each_ref().map(Table::sum);
-        *in_force = Some(InForce { verdicts, endpoints, services, ranges, callers });
+        let [verdicts, endpoints, services, ranges, callers, endpoints6, services6] = encoded.each_ref().map(Table::sum);
+        *in_force = Some(InForce { verdicts, endpoints, services, ranges, callers, endpoints6, services6 });
         // Writing a slot of a map of maps returns only after every running program has ended (the kernel's
         // maybe_wait_bpf_programs). Without this the next install could replace maps that a program still reads.
         if let (Some(table), Some(inner)) = (encoded.first(), filled.first()) {
@@ -62,10 +63,14 @@ impl Kernel {
     /// own idea of health.
     pub fn set_service_health(
         &self,
-        service: SocketAddrV4,
-        endpoint: SocketAddrV4,
+        service: impl Into<SocketAddr>,
+        endpoint: impl Into<SocketAddr>,
         healthy: bool,
     ) -> Result<(), KernelError> {
+        let (service, endpoint) = match (service.into(), endpoint.into()) {
+            (SocketAddr::V4(service), SocketAddr::V4(endpoint)) => (service, endpoint),
+            (service, endpoint) => return self.set_service6_health(service, endpoint, healthy),
+        };
         let mut in_force = self.lock();
         let missing = || KernelError::NotInstalled(format!("service {service} with endpoint {endpoint}"));
         let table = self.live_table("services")?.ok_or_else(missing)?;
@@ -81,38 +86,80 @@ impl Kernel {
         exchange(&table, "services", services, (&key, &found), &value.to_bytes())
     }
 
+    fn set_service6_health(&self, service: SocketAddr, endpoint: SocketAddr, healthy: bool) -> Result<(), KernelError> {
+        let mut in_force = self.lock();
+        let missing = || KernelError::NotInstalled(format!("service {service} with endpoint {endpoint}"));
+        let table = self.live_table("services6")?.ok_or_else(missing)?;
+        let key = service6_key(service)?.to_bytes();
+        let found = table.lookup(&key, MapFlags::ANY).map_err(|e| KernelError::bpf("read map services6", e))?;
+        let found = found.ok_or_else(missing)?;
+        let mut value = RawService6::from_bytes(&found).ok_or_else(missing)?;
+        let (ip, port) = (mapped(endpoint.ip()), endpoint.port());
+        let count = value.count as usize;
+        let slot = value.endpoints.iter_mut().take(count).find(|e| e.address == ip && e.port == port);
+        slot.ok_or_else(missing)?.healthy = u8::from(healthy);
+        let services = in_force.as_mut().map(|put| &mut put.services6);
+        exchange(&table, "services6", services, (&key, &found), &value.to_bytes())
+    }
+
     /// Gives the endpoints at `addresses` the identity `identity` in the tables in force, at once and without an install, and
     /// says how many there were; as a service's endpoints they are marked unhealthy too. With an identity that no
     /// verdict speaks of, connections to them are refused from now on. Each step only takes away, so a mixture of old
     /// and new rows lets nothing through that the old ones did not. A later `install` brings its own rows.
-    pub fn relabel(&self, addresses: &[Ipv4Addr], identity: u32) -> Result<usize, KernelError> {
+    pub fn relabel<A: Into<IpAddr> + Copy>(&self, addresses: &[A], identity: u32) -> Result<usize, KernelError> {
         require_identity(identity, "relabelled endpoints")?;
+        let addresses: Vec<IpAddr> = addresses.iter().map(|address| (*address).into()).collect();
+        let (of_v4, of_v6): (Vec<_>, Vec<_>) = addresses.iter().partition(|address| address.is_ipv4());
+        let keys = |addresses: &[IpAddr]| addresses.iter().map(|address| bytes(*address)).collect::<Vec<_>>();
         let mut in_force = self.lock();
         let mut found = 0;
-        if let Some(table) = self.live_table("endpoints")? {
-            for address in addresses {
-                let key = layout::address(*address);
+        for (name, keys) in [("endpoints", keys(&of_v4)), ("endpoints6", keys(&of_v6))] {
+            let Some(table) = self.live_table(name)? else { continue };
+            for key in keys {
                 let before = table.lookup(&key, MapFlags::ANY);
                 // Where it is not, there is nothing to take away.
-                let Some(before) = before.map_err(|e| KernelError::bpf("read map endpoints", e))? else { continue };
-                let endpoints = in_force.as_mut().map(|put| &mut put.endpoints);
-                exchange(&table, "endpoints", endpoints, (&key, &before), &identity.to_ne_bytes())?;
+                let Some(before) = before.map_err(|e| KernelError::bpf(format!("read map {name}"), e))? else {
+                    continue;
+                };
+                let sum = in_force.as_mut().map(|put| put.endpoints_of(name));
+                exchange(&table, name, sum, (&key, &before), &identity.to_ne_bytes())?;
                 found += 1;
             }
         }
         if let Some(table) = self.live_table("services")? {
-            relabel_services(&table, addresses, identity, in_force.as_mut().map(|put| &mut put.services))?;
+            let addresses: BTreeSet<_> = of_v4.iter().filter_map(v4).map(layout::address).collect();
+            let relabel = |value: &[u8]| {
+                let mut service = RawService::from_bytes(value)?;
+                let (count, mut changed) = (service.count as usize, None);
+                for endpoint in service.endpoints.iter_mut().take(count).filter(|e| addresses.contains(&e.address)) {
+                    (endpoint.identity, endpoint.healthy, changed) = (identity, 0, Some(()));
+                }
+                changed.map(|()| service.to_bytes())
+            };
+            exchange_services(&table, "services", relabel, in_force.as_mut().map(|put| &mut put.services))?;
+        }
+        if let Some(table) = self.live_table("services6")? {
+            let addresses: BTreeSet<_> = addresses.iter().map(|address| mapped(*address)).collect();
+            let relabel = |value: &[u8]| {
+                let mut service = RawService6::from_bytes(value)?;
+                let (count, mut changed) = (service.count as usize, None);
+                for endpoint in service.endpoints.iter_mut().take(count).filter(|e| addresses.contains(&e.address)) {
+                    (endpoint.identity, endpoint.healthy, changed) = (identity, 0, Some(()));
+                }
+                changed.map(|()| service.to_bytes())
+            };
+            exchange_services(&table, "services6", relabel, in_force.as_mut().map(|put| &mut put.services6))?;
         }
         Ok(found)
     }
 
     /// How full each map is that can be: its name, its entries now, and the most that it takes. The tables in force are made to
     /// measure, so an empty one counts as one.
-    pub fn room(&self) -> Result<[(&'static str, u32, u32); 8], KernelError> {
+    pub fn room(&self) -> Result<[(&'static str, u32, u32); 12], KernelError> {
         let capacity = self.capacity();
         let in_force = |name| Ok::<_, KernelError>(self.live_table(name)?.map_or(0, |table| table.max_entries()));
         let count = |map: &MapHandle| map.keys().take(map.max_entries() as usize).count() as u32;
-        let (workloads, flows) = (&self.maps().workloads, &self.maps().flows);
+        let Maps { workloads, flows, flows6, legs, .. } = self.maps();
         Ok([
             ("verdicts", in_force("verdicts")?, capacity.verdicts),
             ("endpoints", in_force("endpoints")?, capacity.endpoints),
@@ -122,10 +169,14 @@ impl Kernel {
             ("workloads", count(workloads), capacity.workloads),
             ("flows", count(flows), capacity.flows),
             ("stamps", self.stamps_held()?, capacity.stamps),
+            ("endpoints6", in_force("endpoints6")?, capacity.endpoints),
+            ("services6", in_force("services6")?, capacity.services),
+            ("flows6", count(flows6), capacity.flows),
+            ("legs", count(legs), capacity.flows),
         ])
     }
 
-    fn admit(&self, tables: &Tables) -> Result<[Table; 5], KernelError> {
+    fn admit(&self, tables: &Tables) -> Result<[Table; 7], KernelError> {
         let capacity = self.capacity();
         let sizes = [
             ("verdicts", capacity.verdicts, tables.verdicts.len()),
@@ -133,15 +184,23 @@ impl Kernel {
             ("services", capacity.services, tables.services.len()),
             ("ranges", capacity.ranges, tables.ranges.len()),
             ("callers", capacity.ranges, tables.callers.len()),
+            ("endpoints6", capacity.endpoints, tables.endpoints6.len()),
+            ("services6", capacity.services, tables.services6.len()),
         ];
         for (map, capacity, needed) in sizes {
             if needed > capacity as usize {
                 return Err(KernelError::MapFull { map, capacity, needed });
             }
         }
-        let ranges = range_table("ranges", &tables.ranges)?;
-        let callers = range_table("callers", &tables.callers)?;
-        Ok([verdict_table(tables)?, endpoint_table(tables)?, service_table(tables)?, ranges, callers])
+        Ok([
+            verdict_table(tables)?,
+            endpoint_table(tables)?,
+            service_table(tables)?,
+            range_table("ranges", &tables.ranges)?,
+            range_table("callers", &tables.callers)?,
+            endpoint6_table(tables)?,
+            service6_table(tables)?,
+        ])
     }
 
     /// Which of the two generations is in force.
@@ -171,6 +230,8 @@ fn outer<'k>(maps: &'k Maps, name: &'static str) -> &'k MapHandle {
         "endpoints" => &maps.endpoints,
         "ranges" => &maps.ranges,
         "callers" => &maps.callers,
+        "endpoints6" => &maps.endpoints6,
+        "services6" => &maps.services6,
         _ => &maps.services,
     }
 }
@@ -190,26 +251,20 @@ fn exchange(
     Ok(())
 }
 
-fn relabel_services(
+/// Writes what `other` makes of a service, where it makes something of it.
+fn exchange_services(
     table: &MapHandle,
-    addresses: &[Ipv4Addr],
-    identity: u32,
+    name: &'static str,
+    other: impl Fn(&[u8]) -> Option<Vec<u8>>,
     mut sum: Option<&mut Sum>,
 ) -> Result<(), KernelError> {
-    let addresses: BTreeSet<layout::Address> = addresses.iter().map(|a| layout::address(*a)).collect();
     // One batch with a place to spare, as for reading back.
     let rows = table
         .lookup_batch(table.max_entries() + 1, MapFlags::ANY, MapFlags::ANY)
-        .map_err(|e| KernelError::bpf("read map services", e))?;
+        .map_err(|e| KernelError::bpf(format!("read map {name}"), e))?;
     for (key, value) in rows {
-        let Some(mut service) = RawService::from_bytes(&value) else { continue };
-        let count = service.count as usize;
-        let mut changed = false;
-        for endpoint in service.endpoints.iter_mut().take(count).filter(|e| addresses.contains(&e.address)) {
-            (endpoint.identity, endpoint.healthy, changed) = (identity, 0, true);
-        }
-        if changed {
-            exchange(table, "services", sum.as_deref_mut(), (&key, &value), &service.to_bytes())?;
+        if let Some(after) = other(&value) {
+            exchange(table, name, sum.as_deref_mut(), (&key, &value), &after)?;
         }
     }
     Ok(())
@@ -247,6 +302,24 @@ fn service_table(tables: &Tables) -> Result<Table, KernelError> {
     table("services", ServiceKey::SIZE, RawService::SIZE, rows)
 }
 
+fn endpoint6_table(tables: &Tables) -> Result<Table, KernelError> {
+    let mut rows = Rows::with_capacity(tables.endpoints6.len());
+    for (address, identity) in &tables.endpoints6 {
+        require_identity(*identity, "an endpoint")?;
+        require_native(*address)?;
+        rows.push((address.octets().to_vec(), identity.to_ne_bytes().to_vec()));
+    }
+    table("endpoints6", 16, 4, rows)
+}
+
+fn service6_table(tables: &Tables) -> Result<Table, KernelError> {
+    let mut rows = Rows::with_capacity(tables.services6.len());
+    for service in &tables.services6 {
+        rows.push((service6_key(service.address)?.to_bytes(), raw_service6(service)?.to_bytes()));
+    }
+    table("services6", Service6Key::SIZE, RawService6::SIZE, rows)
+}
+
 fn range_table(name: &'static str, ranges: &[Range]) -> Result<Table, KernelError> {
     let mut rows = Rows::with_capacity(ranges.len());
     for range in ranges {
@@ -261,32 +334,91 @@ fn range_table(name: &'static str, ranges: &[Range]) -> Result<Table, KernelErro
     Ok(Table { kind: MapType::LpmTrie, ..table(name, RangeKey::SIZE, 4, rows)? })
 }
 
-fn raw_service(service: &Service) -> Result<RawService, KernelError> {
-    if service.endpoints.len() > MAX_SERVICE_ENDPOINTS {
-        let (address, count) = (service.address, service.endpoints.len());
+/// What the kernel keeps of an endpoint whatever its family: its identity, tier and health.
+fn kept<A: std::fmt::Display>(
+    service: &A,
+    endpoints: &[ServiceEndpoint<A>],
+) -> Result<Vec<(u32, u8, u8)>, KernelError> {
+    let count = endpoints.len();
+    if count > MAX_SERVICE_ENDPOINTS {
         return Err(KernelError::BadTables(format!(
-            "service {address} has {count} endpoints, not {MAX_SERVICE_ENDPOINTS}"
+            "service {service} has {count} endpoints, not {MAX_SERVICE_ENDPOINTS}"
         )));
     }
-    let mut raw = RawService { count: service.endpoints.len() as u32, ..Default::default() };
-    for (slot, endpoint) in raw.endpoints.iter_mut().zip(&service.endpoints) {
+    let one = |endpoint: &ServiceEndpoint<A>| {
         require_identity(endpoint.identity, "a service's endpoint")?;
-        *slot = RawEndpoint {
-            address: layout::address(*endpoint.address.ip()),
-            identity: endpoint.identity,
-            port: endpoint.address.port(),
-            tier: match endpoint.tier {
-                Tier::Local => 0,
-                Tier::Remote => 1,
-            },
-            healthy: u8::from(endpoint.healthy),
+        let tier = match endpoint.tier {
+            Tier::Local => 0,
+            Tier::Remote => 1,
         };
+        Ok((endpoint.identity, tier, u8::from(endpoint.healthy)))
+    };
+    endpoints.iter().map(one).collect()
+}
+
+fn raw_service6(service: &Service<SocketAddr>) -> Result<RawService6, KernelError> {
+    let kept = kept(&service.address, &service.endpoints)?;
+    let mut raw = RawService6 { count: service.endpoints.len() as u32, ..Default::default() };
+    for ((slot, endpoint), (identity, tier, healthy)) in raw.endpoints.iter_mut().zip(&service.endpoints).zip(kept) {
+        let (address, port) = (mapped(endpoint.address.ip()), endpoint.address.port());
+        *slot = RawEndpoint6 { address, identity, port, tier, healthy };
+    }
+    Ok(raw)
+}
+
+fn raw_service(service: &Service) -> Result<RawService, KernelError> {
+    let kept = kept(&service.address, &service.endpoints)?;
+    let mut raw = RawService { count: service.endpoints.len() as u32, ..Default::default() };
+    for ((slot, endpoint), (identity, tier, healthy)) in raw.endpoints.iter_mut().zip(&service.endpoints).zip(kept) {
+        let (address, port) = (layout::address(*endpoint.address.ip()), endpoint.address.port());
+        *slot = RawEndpoint { address, identity, port, tier, healthy };
     }
     Ok(raw)
 }
 
 fn service_key(address: SocketAddrV4) -> ServiceKey {
     ServiceKey { address: layout::address(*address.ip()), port: address.port(), pad: 0 }
+}
+
+fn service6_key(address: SocketAddr) -> Result<Service6Key, KernelError> {
+    match address {
+        SocketAddr::V6(address) => {
+            require_native(*address.ip())?;
+            Ok(Service6Key { address: address.ip().octets(), port: address.port(), pad: 0 })
+        }
+        SocketAddr::V4(_) => Err(KernelError::BadTables(format!("{address} among the services of IPv6"))),
+    }
+}
+
+/// A program that is asked for a v4-mapped address looks in the tables of IPv4.
+fn require_native(address: Ipv6Addr) -> Result<(), KernelError> {
+    if address.to_ipv4_mapped().is_none() {
+        return Ok(());
+    }
+    Err(KernelError::BadTables(format!("{address} among the addresses of IPv6")))
+}
+
+/// As tables have it in which either family may be.
+fn mapped(address: IpAddr) -> layout::Address6 {
+    match address {
+        IpAddr::V4(address) => address.to_ipv6_mapped().octets(),
+        IpAddr::V6(address) => address.octets(),
+    }
+}
+
+/// As the table of its family has it.
+fn bytes(address: IpAddr) -> Vec<u8> {
+    match address {
+        IpAddr::V4(address) => address.octets().into(),
+        IpAddr::V6(address) => address.octets().into(),
+    }
+}
+
+fn v4(address: &IpAddr) -> Option<Ipv4Addr> {
+    match address {
+        IpAddr::V4(address) => Some(*address),
+        IpAddr::V6(_) => None,
+    }
 }
 
 fn require_identity(identity: u32, of: &str) -> Result<(), KernelError> {

@@ -25,13 +25,13 @@ pub struct Capacity {
     pub workloads: u32,
     /// Verdicts of one generation, about 90 bytes each.
     pub verdicts: u32,
-    /// Known addresses of one generation.
+    /// Known addresses of one generation, of each family.
     pub endpoints: u32,
-    /// Services of one generation.
+    /// Services of one generation, of each family.
     pub services: u32,
     /// Ranges of addresses of one generation, about 100 bytes each; as many of callers again.
     pub ranges: u32,
-    /// Captured flows that the agent did not accept yet.
+    /// Captured flows that the agent did not accept yet, of each family.
     pub flows: u32,
     /// Connections between two pods of this node, and those that ended within the last minute; about 150 bytes each.
     pub stamps: u32,
@@ -64,11 +64,11 @@ pub struct Options {
 
 /// Where a captured connection wanted to go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct OriginalDestination {
+pub struct OriginalDestination<A = SocketAddrV4> {
     /// What the application asked for: a service's virtual address, or an endpoint's.
-    pub asked: SocketAddrV4,
+    pub asked: A,
     /// The endpoint chosen, which is `asked` unless that was a service.
-    pub endpoint: SocketAddrV4,
+    pub endpoint: A,
     /// The endpoint's identity, for which the verdict was given.
     pub identity: u32,
 }
@@ -79,12 +79,17 @@ pub(crate) struct Maps {
     pub(crate) config: MapHandle,
     pub(crate) counters: MapHandle,
     pub(crate) endpoints: MapHandle,
+    pub(crate) endpoints6: MapHandle,
     pub(crate) events: MapHandle,
     pub(crate) flows: MapHandle,
+    pub(crate) flows6: MapHandle,
+    pub(crate) legs: MapHandle,
     pub(crate) locals: MapHandle,
     pub(crate) namespaces: MapHandle,
+    pub(crate) namespaces6: MapHandle,
     pub(crate) ranges: MapHandle,
     pub(crate) services: MapHandle,
+    pub(crate) services6: MapHandle,
     pub(crate) stamps: MapHandle,
     pub(crate) verdicts: MapHandle,
     pub(crate) workloads: MapHandle,
@@ -242,7 +247,7 @@ impl Kernel {
                 removed += 1;
             }
         }
-        Ok(removed)
+        Ok(removed + self.sweep_ipv6(now, age)?)
     }
 
     /// Pods that are guarded from now on turn HBONE off into this annex; before, they drop it.
@@ -302,6 +307,7 @@ impl Kernel {
         let fixed = [
             (&self.maps.workloads, "workloads", self.capacity.workloads),
             (&self.maps.flows, "flows", self.capacity.flows),
+            (&self.maps.flows6, "flows6", self.capacity.flows),
             (&self.maps.stamps, "stamps", self.capacity.stamps),
         ];
         for (map, name, wanted) in fixed {
@@ -332,8 +338,8 @@ fn load_mesh(pins: &Pins, reuse: bool, capacity: &Capacity) -> Result<Object, Ke
     for mut map in object.maps_mut() {
         let name = map.name().to_string_lossy().into_owned();
         let entries = match name.as_str() {
-            "workloads" | "namespaces" | "locals" => Some(capacity.workloads),
-            "flows" => Some(capacity.flows),
+            "workloads" | "namespaces" | "namespaces6" | "locals" => Some(capacity.workloads),
+            "flows" | "flows6" | "legs" => Some(capacity.flows),
             "stamps" => Some(capacity.stamps),
             _ => None,
         };
@@ -388,12 +394,17 @@ fn open_maps(pins: &Pins) -> Result<Maps, KernelError> {
         config: open("config")?,
         counters: open("counters")?,
         endpoints: open("endpoints")?,
+        endpoints6: open("endpoints6")?,
         events: open("events")?,
         flows: open("flows")?,
+        flows6: open("flows6")?,
+        legs: open("legs")?,
         locals: open("locals")?,
         namespaces: open("namespaces")?,
+        namespaces6: open("namespaces6")?,
         ranges: open("ranges")?,
         services: open("services")?,
+        services6: open("services6")?,
         stamps: open("stamps")?,
         verdicts: open("verdicts")?,
         workloads: open("workloads")?,

@@ -83,7 +83,7 @@ macro_rules! layout {
 
 /// An IPv4 address as the kernel keeps it: four bytes in network order.
 pub(crate) type Address = [u8; 4];
-/// An IPv6 address, likewise; of IPv4 as `::ffff:a.b.c.d`.
+/// The same of IPv6; where a table may have either, an IPv4 address is v4-mapped.
 pub(crate) type Address6 = [u8; 16];
 
 layout! {
@@ -122,6 +122,22 @@ layout! {
         time_ns: u64, cgroup: u64, source: u32, destination: u32, source_address: Address, address: Address,
         port: u16, pad: u16, rule: u32, reason: u32, pad2: u32,
     }
+    struct Namespace6 = "namespace6" { inode: u64, address: Address6 }
+    struct Service6Key = "service6_key" { address: Address6, port: u16, pad: u16 }
+    struct RawEndpoint6 = "service6_endpoint" { address: Address6, identity: u32, port: u16, tier: u8, healthy: u8 }
+    struct RawService6 = "service6" { count: u32, pad: u32, endpoints: [RawEndpoint6; crate::MAX_SERVICE_ENDPOINTS] }
+    struct Flow6Key = "flow6_key" {
+        netns_cookie: u64, client_address: Address6, capture_address: Address6, client_port: u16, pad: [u16; 3],
+    }
+    struct Flow6 = "flow6" {
+        asked_address: Address6, endpoint_address: Address6, asked_port: u16, endpoint_port: u16, identity: u32,
+        closed_ns: u64,
+    }
+    struct SocketFlow6 = "socket_flow6" { flow: Flow6, key: Flow6Key }
+    struct LegKey = "leg_key" {
+        netns_cookie: u64, source_address: Address6, called_address: Address6, source_port: u16, called_port: u16, pad: u32,
+    }
+    struct RawEvent6 = "event6" { event: RawEvent, source_address: Address6, address: Address6 }
 }
 
 /// Places in the `config` map.
@@ -159,7 +175,7 @@ pub(crate) fn layout_hash(maps: &[(&str, u32, usize, usize)]) -> [u8; 32] {
 
 type Fields = &'static [(&'static str, usize)];
 
-fn structs() -> [(&'static str, Fields); 17] {
+fn structs() -> [(&'static str, Fields); 26] {
     [
         (Workload::C_NAME, Workload::FIELDS),
         (Namespace::C_NAME, Namespace::FIELDS),
@@ -178,6 +194,15 @@ fn structs() -> [(&'static str, Fields); 17] {
         (RawEvent::C_NAME, RawEvent::FIELDS),
         (ClientKey::C_NAME, ClientKey::FIELDS),
         (RawClient::C_NAME, RawClient::FIELDS),
+        (Namespace6::C_NAME, Namespace6::FIELDS),
+        (Service6Key::C_NAME, Service6Key::FIELDS),
+        (RawEndpoint6::C_NAME, RawEndpoint6::FIELDS),
+        (RawService6::C_NAME, RawService6::FIELDS),
+        (Flow6Key::C_NAME, Flow6Key::FIELDS),
+        (Flow6::C_NAME, Flow6::FIELDS),
+        (SocketFlow6::C_NAME, SocketFlow6::FIELDS),
+        (LegKey::C_NAME, LegKey::FIELDS),
+        (RawEvent6::C_NAME, RawEvent6::FIELDS),
     ]
 }
 
@@ -205,6 +230,11 @@ mod tests {
             (RawEvent::SIZE, 48),
             (ClientKey::SIZE, 32),
             (RawClient::SIZE, 32),
+            (Service6Key::SIZE, 20),
+            (RawService6::SIZE, 200),
+            (SocketFlow6::SIZE, 96),
+            (LegKey::SIZE, 48),
+            (RawEvent6::SIZE, 80),
         ];
         sizes.iter().for_each(|(ours, header)| assert_eq!(ours, header));
     }
@@ -220,7 +250,12 @@ mod tests {
 
     /// Fields of `struct name` in the header: name and size.
     fn in_header(name: &str) -> Vec<(String, usize)> {
-        let header = concat!(include_str!("bpf/ambit.h"), include_str!("bpf/stamps.h"), include_str!("bpf/client.h"));
+        let header = concat!(
+            include_str!("bpf/ambit.h"),
+            include_str!("bpf/stamps.h"),
+            include_str!("bpf/client.h"),
+            include_str!("bpf/ipv6.h")
+        );
         let start = header.find(&format!("\nstruct {name} {{\n")).unwrap_or_else(|| panic!("no struct {name}"));
         let body = header[start..].lines().skip(2).take_while(|line| *line != "};");
         body.map(|line| {

@@ -8,7 +8,7 @@
 //! missing verdict, an empty table, a lease that ran out, a full map and a dead agent all end in a refusal. No libbpf
 //! type leaves this crate, and building it needs no clang.
 //!
-//! Limits of this version: IPv4 TCP only (native IPv6 and UDP beyond loopback are refused; IP sockets of any other kind,
+//! Limits of this version: TCP only (UDP beyond loopback is refused, and IPv6 of who has no such address; IP sockets of any other kind,
 //! raw ones and UDP-Lite among them, cannot even be made in the mesh cgroup). `getpeername()` of a multipath TCP socket
 //! that calls shows the capture address; an accepted socket shows the client that the agent told of, else the agent's 127.x.y.z, as it
 //! does where its listener was made outside of the cgroup. A workload needs a network namespace that the
@@ -28,6 +28,7 @@ mod event;
 mod hook;
 mod inbound;
 mod install;
+mod ipv6;
 mod kernel;
 mod layout;
 mod netlink;
@@ -47,6 +48,7 @@ pub use drift::Drift;
 pub use error::KernelError;
 pub use event::{Counters, Event, Reason};
 pub use hook::Hooks;
+pub use ipv6::AGENT_NET;
 pub use kernel::{Capacity, Kernel, Options, OriginalDestination};
 pub use netlink::DeviceNews;
 pub use objects::{BuiltObject, DECIDE, MANIFEST, OBJECTS};

@@ -31,20 +31,26 @@ const fn map(name: &'static str, kind: MapType, key: usize, value: usize) -> Map
 }
 
 /// The maps of mesh.bpf.o.
-pub(crate) const MAPS: [MapPin; 16] = [
+pub(crate) const MAPS: [MapPin; 22] = [
     map("accepted", MapType::SkStorage, 4, layout::RawClient::SIZE),
     map("callers", MapType::ArrayOfMaps, 4, 4),
     map("clients", MapType::Hash, layout::ClientKey::SIZE, layout::RawClient::SIZE),
     map("config", MapType::Array, 4, 8),
     map("counters", MapType::PercpuArray, 4, 8),
     map("endpoints", MapType::ArrayOfMaps, 4, 4),
+    map("endpoints6", MapType::ArrayOfMaps, 4, 4),
     map("events", MapType::RingBuf, 0, 0),
     map("flows", MapType::Hash, layout::FlowKey::SIZE, layout::Flow::SIZE),
+    map("flows6", MapType::Hash, layout::Flow6Key::SIZE, layout::Flow6::SIZE),
+    map("legs", MapType::Hash, layout::LegKey::SIZE, 8),
     map("locals", MapType::Hash, 4, layout::RawLocal::SIZE),
     map("namespaces", MapType::Hash, 8, layout::Namespace::SIZE),
+    map("namespaces6", MapType::Hash, 8, layout::Namespace6::SIZE),
     map("ranges", MapType::ArrayOfMaps, 4, 4),
     map("services", MapType::ArrayOfMaps, 4, 4),
+    map("services6", MapType::ArrayOfMaps, 4, 4),
     map("sockets", MapType::SkStorage, 4, layout::SocketFlow::SIZE),
+    map("sockets6", MapType::SkStorage, 4, layout::SocketFlow6::SIZE),
     map("stamps", MapType::Hash, layout::StampKey::SIZE, layout::RawStamp::SIZE),
     map("verdicts", MapType::ArrayOfMaps, 4, 4),
     map("workloads", MapType::Hash, 8, layout::Workload::SIZE),

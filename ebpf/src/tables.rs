@@ -1,6 +1,6 @@
 //! What the agent installs: verdicts, who is behind an address, and services. Plain data, parsed before it gets here.
 
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4};
 
 /// Endpoints per service: the connect program looks at each, and eight keep it short for the verifier.
 pub const MAX_SERVICE_ENDPOINTS: usize = 8;
@@ -45,9 +45,9 @@ pub enum Tier {
 
 /// One endpoint of a service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct ServiceEndpoint {
+pub struct ServiceEndpoint<A = SocketAddrV4> {
     /// Where it listens.
-    pub address: SocketAddrV4,
+    pub address: A,
     /// Its numeric identity.
     pub identity: u32,
     /// Its distance.
@@ -58,11 +58,11 @@ pub struct ServiceEndpoint {
 
 /// A virtual address and port, and the endpoints one of which is chosen when a workload connects to it.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Service {
+pub struct Service<A = SocketAddrV4> {
     /// The virtual IP and port that applications use.
-    pub address: SocketAddrV4,
+    pub address: A,
     /// At most [`MAX_SERVICE_ENDPOINTS`].
-    pub endpoints: Vec<ServiceEndpoint>,
+    pub endpoints: Vec<ServiceEndpoint<A>>,
 }
 
 /// A range of addresses outside of the mesh, and the number that stands for it in verdicts: one that no workload has.
@@ -85,6 +85,10 @@ pub struct Tables {
     pub endpoints: Vec<(Ipv4Addr, u32)>,
     /// Services, looked up before `endpoints`.
     pub services: Vec<Service>,
+    /// Who is behind an IPv6 address.
+    pub endpoints6: Vec<(Ipv6Addr, u32)>,
+    /// Services with an IPv6 address, and endpoints of either family.
+    pub services6: Vec<Service<SocketAddr>>,
     /// Ranges, of which the longest that holds it stands for an address that is neither.
     pub ranges: Vec<Range>,
     /// Ranges of callers, of which the longest that holds it stands for an address from which a packet comes to a pod in clear.

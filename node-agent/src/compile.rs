@@ -11,13 +11,13 @@ use ambit_ebpf::{
     Action, Capacity, MAX_SERVICE_ENDPOINTS, Service, ServiceEndpoint, Tables, Tier, Verdict, VerdictKey,
 };
 use ambit_model::policy::{Endpoint, Order};
-use ambit_model::{Moment, NumericIdentity, SpiffeId, TrustDomain};
+use ambit_model::{Address, Moment, NumericIdentity, SpiffeId, TrustDomain};
 use ambit_policy::PortSet;
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, SocketAddr};
 
 /// Addresses of endpoints that are avoided now.
-pub type Unhealthy = BTreeSet<Ipv4Addr>;
+pub type Unhealthy = BTreeSet<IpAddr>;
 
 /// Stands behind the address of an endpoint whose node is denied. No workload has this number (their first is 256) and
 /// no verdict speaks of it, so the kernel refuses; and an operator who reads the refusal's destination knows why.
@@ -71,10 +71,14 @@ fn tables_within<'a>(
     }
     room.tell("verdicts");
     let denied = denied.iter().map(|(e, _)| (e.address, DENIED_NODE.0));
+    let all: Vec<_> = reachable.iter().map(|(e, number)| (e.address, number.0)).chain(denied).collect();
+    let (services, services6) = services(view, &reachable, unhealthy);
     Tables {
         verdicts,
-        endpoints: reachable.iter().map(|(e, number)| (e.address, number.0)).chain(denied).collect(),
-        services: services(view, &reachable, unhealthy),
+        endpoints: all.iter().filter_map(|(at, number)| Some((at.v4()?, *number))).collect(),
+        endpoints6: all.iter().filter_map(|(at, number)| Some((at.v6()?, *number))).collect(),
+        services,
+        services6,
         ranges: Vec::new(),
         callers: Vec::new(),
     }
@@ -138,33 +142,67 @@ fn pair(ports: &PortSet, from: NumericIdentity, to: NumericIdentity) -> Vec<(Ver
     }
 }
 
-fn services(view: &View, reachable: &[(&Endpoint, NumericIdentity)], unhealthy: &Unhealthy) -> Vec<Service> {
+/// Those with an IPv4 address, and those with an IPv6 one.
+fn services(
+    view: &View,
+    reachable: &[(&Endpoint, NumericIdentity)],
+    unhealthy: &Unhealthy,
+) -> (Vec<Service>, Vec<Service<SocketAddr>>) {
     let mut taken = BTreeSet::new();
-    let mut out = Vec::new();
+    let (mut of_v4, mut of_v6) = (Vec::new(), Vec::new());
     for service in &view.services {
-        let address = SocketAddrV4::new(service.address, service.port);
+        let address = service.address.at(service.port);
         // Two services at one address: the first by the cell's order stands, as a map holds one. At a workload's
         // address a service would take the calls meant for the workload.
-        if view.endpoints.contains_key(&service.address) || !taken.insert(address) {
+        if view.endpoints.contains_key(&service.address.ip()) || !taken.insert(address) {
             continue;
         }
-        let mut endpoints: Vec<ServiceEndpoint> = reachable
+        let behind: Vec<_> = reachable
             .iter()
             .filter(|(e, _)| service.backends.iter().any(|b| b.contains(&e.spiffe_id)))
+            .filter(|(e, _)| serves(service.address, e, reachable.iter().map(|(e, _)| *e)))
             .map(|(e, number)| ServiceEndpoint {
-                address: SocketAddrV4::new(e.address, service.port),
+                address: e.address.at(service.port),
                 identity: number.0,
                 tier: tier(view, service, e),
-                healthy: !unhealthy.contains(&e.address),
+                healthy: !unhealthy.contains(&e.address.ip()),
             })
             .collect();
-        // Where there are more than the kernel looks at, the nearest and healthy ones are kept.
-        endpoints.sort_by_key(|e| (!e.healthy, e.tier, e.address));
-        endpoints.truncate(MAX_SERVICE_ENDPOINTS);
-        endpoints.sort_by_key(|e| (e.tier, e.address));
-        out.push(Service { address, endpoints });
+        let endpoints = nearest(behind);
+        match address {
+            SocketAddr::V6(_) => of_v6.push(Service { address, endpoints }),
+            SocketAddr::V4(address) => {
+                let endpoints = endpoints.into_iter().filter_map(v4_endpoint).collect();
+                of_v4.push(Service { address, endpoints });
+            }
+        }
     }
-    out
+    (of_v4, of_v6)
+}
+
+/// By which of its addresses a workload serves a service: IPv4 for IPv4; for IPv6 its own, or where it reported none on that node,
+/// its IPv4 one, since it is the agents that carry.
+pub fn serves<'a>(service: Address, endpoint: &Endpoint, all: impl IntoIterator<Item = &'a Endpoint>) -> bool {
+    let same = |other: &Endpoint| other.spiffe_id == endpoint.spiffe_id && other.node == endpoint.node;
+    match (service.ip(), endpoint.address.ip()) {
+        (IpAddr::V4(_), IpAddr::V4(_)) | (IpAddr::V6(_), IpAddr::V6(_)) => true,
+        (IpAddr::V4(_), IpAddr::V6(_)) => false,
+        (IpAddr::V6(_), IpAddr::V4(_)) => !all.into_iter().any(|other| other.address.v6().is_some() && same(other)),
+    }
+}
+
+/// Where there are more than the kernel looks at, the nearest and healthy ones are kept.
+fn nearest(mut endpoints: Vec<ServiceEndpoint<SocketAddr>>) -> Vec<ServiceEndpoint<SocketAddr>> {
+    endpoints.sort_by_key(|e| (!e.healthy, e.tier, e.address));
+    endpoints.truncate(MAX_SERVICE_ENDPOINTS);
+    endpoints.sort_by_key(|e| (e.tier, e.address));
+    endpoints
+}
+
+fn v4_endpoint(endpoint: ServiceEndpoint<SocketAddr>) -> Option<ServiceEndpoint> {
+    let SocketAddr::V4(address) = endpoint.address else { return None };
+    let ServiceEndpoint { identity, tier, healthy, .. } = endpoint;
+    Some(ServiceEndpoint { address, identity, tier, healthy })
 }
 
 /// The nearer tier is used while it has a healthy endpoint: the own cluster, or the first backend, as the service says.
@@ -345,7 +383,7 @@ mod tests {
     fn unnumbered_endpoints_are_unknown_to_the_kernel() {
         let (_, tables) = compiled(|_| (), &[]);
         assert_eq!(tables.endpoints.len(), 2);
-        assert!(!tables.endpoints.iter().any(|(a, _)| *a == Ipv4Addr::new(10, 72, 101, 13)));
+        assert!(!tables.endpoints.iter().any(|(a, _)| *a == std::net::Ipv4Addr::new(10, 72, 101, 13)));
     }
 
     #[test]
@@ -372,6 +410,33 @@ mod tests {
             let (_, tables) = compiled(|s| s.services[0].address = address.into(), &[]);
             assert_eq!(tables.services, []);
         }
+    }
+
+    #[test]
+    fn an_endpoint_of_ipv6_has_the_verdicts_of_its_identity_and_serves_services_of_ipv6() {
+        let (_, tables) = compiled(
+            |s| {
+                // The first has both; the second, elsewhere, has no address of IPv6.
+                s.endpoints.push(endpoint("spiffe://east/db", "fd72::11", "east"));
+                s.endpoints.push(v1::Endpoint {
+                    node: "cd".repeat(32),
+                    ..endpoint("spiffe://east/db", "10.72.102.14", "east")
+                });
+                s.endpoints.push(endpoint("spiffe://east/unnumbered", "fd72::13", "east"));
+                s.services.push(v1::Service { name: "six".into(), address: "fd99::1".into(), ..s.services[0].clone() });
+            },
+            &["10.72.102.14"],
+        );
+        assert_eq!(tables.endpoints6.len(), 1);
+        let (address, number) = tables.endpoints6[0];
+        assert_eq!(address.to_string(), "fd72::11");
+        assert!(allows(&tables, 256, number, 5432) && !allows(&tables, 256, number, 5433));
+        let four: Vec<_> = tables.services[0].endpoints.iter().map(|e| (e.address.to_string(), e.healthy)).collect();
+        let want = [("10.71.101.12:5432", true), ("10.72.101.11:5432", true), ("10.72.102.14:5432", false)];
+        assert_eq!(four, want.map(|(at, healthy)| (at.to_owned(), healthy)));
+        let six: Vec<_> = tables.services6[0].endpoints.iter().map(|e| (e.address.to_string(), e.healthy)).collect();
+        let want = [("10.71.101.12:5432", true), ("10.72.102.14:5432", false), ("[fd72::11]:5432", true)];
+        assert_eq!(six, want.map(|(at, healthy)| (at.to_owned(), healthy)));
     }
 
     #[test]

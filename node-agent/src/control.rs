@@ -28,7 +28,7 @@ use ambit_model::policy::Endpoint;
 use ambit_model::{Code, EntryId, Generation, Moment, NodeId, Refusal, Revision};
 use guards::{FormerCgroup, Guarded};
 use std::collections::BTreeMap;
-use std::net::{Ipv4Addr, TcpListener};
+use std::net::{IpAddr, Ipv4Addr, TcpListener};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -276,7 +276,7 @@ impl Control {
         let Some(view) = state.view.as_ref().filter(|_| !state.parked) else { return };
         let denials = self.denials.now();
         let denied = view.endpoints.values().filter(|e| denials.denies_endpoint(e));
-        let denied: Vec<Ipv4Addr> = denied.map(|e| e.address).collect();
+        let denied: Vec<IpAddr> = denied.map(|e| e.address.ip()).collect();
         if denied.is_empty() {
             return;
         }
@@ -409,11 +409,13 @@ impl Control {
         let pods: Vec<Arc<LocalPod>> = state.guarded.values().filter_map(|g| g.identity.borrow().clone()).collect();
         let held = |pod: &LocalPod| state.credentials.contains_key(&pod.workload.entry.id);
         let node = *self.wires.node.borrow();
-        let endpoints = pods.iter().filter(|pod| held(pod)).filter_map(|pod| {
+        let places =
+            pods.iter().filter(|pod| held(pod)).flat_map(|pod| pod.workload.pod.addresses().map(move |at| (pod, at)));
+        let endpoints = places.filter_map(|(pod, address)| {
             let (node, generation) = node?;
             Some(Endpoint {
                 spiffe_id: pod.id().clone(),
-                address: pod.workload.pod.address,
+                address,
                 cluster: view.cluster.clone(),
                 node_address: self.node_address,
                 node,

@@ -88,7 +88,7 @@ impl<'a> Caller<'a> {
         if denials.denies_presented(&self.shown) {
             return Err(Refusal::new(Code::SvidRevoked, "an SVID that was not revoked", id.as_str()));
         }
-        let here = plane.pods.get(&self.pod.workload.pod.address).is_some_and(|pod| pod.id() == id);
+        let here = plane.pods.get(&IpAddr::V4(self.pod.workload.pod.address)).is_some_and(|pod| pod.id() == id);
         let rule = plane.view.egress.evaluate(id, *to.ip(), to.port(), now).filter(|_| here);
         rule.map(|egress| egress.name.clone()).ok_or_else(|| {
             let found = if here { "no egress allows it" } else { "a pod that is nobody now" };

@@ -20,7 +20,7 @@ use http::{Method, Request, StatusCode, Version};
 use nix::sys::socket::{setsockopt, sockopt};
 use rustls::ClientConfig;
 use rustls_pki_types::ServerName;
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -439,7 +439,12 @@ impl Tunnel {
 
 impl Lease {
     /// Asks the far agent to connect to `to`, an address of its pods.
-    pub async fn open(&self, to: SocketAddrV4, said: &Said) -> Result<(SendStream<Bytes>, RecvStream), TunnelError> {
+    pub async fn open(
+        &self,
+        to: impl Into<SocketAddr>,
+        said: &Said,
+    ) -> Result<(SendStream<Bytes>, RecvStream), TunnelError> {
+        let to = to.into();
         let ask = async {
             let request = said
                 .write(Request::builder())

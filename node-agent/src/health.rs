@@ -13,7 +13,7 @@ use ambit_model::policy::Endpoint;
 use rustls::ClientConfig;
 use rustls_pki_types::ServerName;
 use std::collections::BTreeMap;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::ops::Bound;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -36,9 +36,9 @@ const RETELL_FOR: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Default)]
 struct List {
-    suspects: BTreeMap<Ipv4Addr, Suspect>,
+    suspects: BTreeMap<IpAddr, Suspect>,
     /// When the health of an address last changed: until [`RETELL_FOR`] after that the kernel is told again.
-    changed: BTreeMap<Ipv4Addr, Instant>,
+    changed: BTreeMap<IpAddr, Instant>,
 }
 
 /// The list. Cloning shares.
@@ -64,10 +64,11 @@ impl Health {
     pub fn suspect(&self, plane: &Plane, endpoint: &Endpoint, source: &SpiffeId) {
         let suspect = Suspect { endpoint: endpoint.clone(), source: source.clone() };
         let mut list = self.lock();
-        if list.suspects.insert(endpoint.address, suspect).is_none() {
-            tracing::warn!(endpoint = %endpoint.address, node = %endpoint.node_address, "endpoint avoided: tunnel failed");
-            list.changed.insert(endpoint.address, Instant::now());
-            self.tell(&list, plane, endpoint.address);
+        let address = endpoint.address.ip();
+        if list.suspects.insert(address, suspect).is_none() {
+            tracing::warn!(endpoint = %address, node = %endpoint.node_address, "endpoint avoided: tunnel failed");
+            list.changed.insert(address, Instant::now());
+            self.tell(&list, plane, address);
         }
     }
 
@@ -84,20 +85,20 @@ impl Health {
     pub async fn probe(self, plane: watch::Receiver<Option<Arc<Plane>>>, denials: Lane, annex: Annex) {
         let mut tick = tokio::time::interval(PROBE_EVERY);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut last = Ipv4Addr::UNSPECIFIED;
+        let mut last = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
         loop {
             tick.tick().await;
             let Some(plane) = plane.borrow().clone() else { continue };
             self.retell(&plane);
             let suspects = next_round(&self.lock().suspects, last);
-            last = suspects.last().map_or(last, |suspect| suspect.endpoint.address);
+            last = suspects.last().map_or(last, |suspect| suspect.endpoint.address.ip());
             let probes = suspects.into_iter().map(|suspect| self.probe_one(&plane, &denials, &annex, suspect));
             futures::future::join_all(probes).await;
         }
     }
 
     async fn probe_one(&self, plane: &Plane, denials: &Lane, annex: &Annex, suspect: Suspect) {
-        let address = suspect.endpoint.address;
+        let address = suspect.endpoint.address.ip();
         // An endpoint that left the view, or moved, needs no health; neither does one that nobody here can or may call.
         let known = plane.view.endpoints.get(&address) == Some(&suspect.endpoint)
             && !denials.now().denies_endpoint(&suspect.endpoint);
@@ -111,7 +112,7 @@ impl Health {
     }
 
     /// Under the list's lock, so that what the kernel hears last is what the list says last.
-    fn tell(&self, list: &List, plane: &Plane, address: Ipv4Addr) {
+    fn tell(&self, list: &List, plane: &Plane, address: IpAddr) {
         METRICS.unhealthy.set([], list.suspects.len() as f64);
         if let Some(kernel) = &self.kernel {
             kernel.set_health(&plane.view, address, !list.suspects.contains_key(&address));
@@ -128,8 +129,9 @@ async fn answers(plane: &Plane, Suspect { endpoint, source }: &Suspect, annex: &
     // Who is not here any more needs no health of anybody.
     let Ok(from) = pod_of(plane, source) else { return true };
     for (door, from) in [(Door::Node, Origin::Node(plane.address)), (Door::Pod, Origin::Pod(from, annex.clone()))] {
+        let Some(node) = at(endpoint, door) else { continue };
         let Ok((name, config)) = credentials(plane, source, &endpoint.spiffe_id) else { return true };
-        let (node, holder, trust) = (at(endpoint, door), endpoint.node, plane.trust.current());
+        let (holder, trust) = (endpoint.node, plane.trust.current());
         match pool::dial(Dial { from, node, holder, name, config, trust }, Mode::Any).await {
             Err(error) if error.is_refused_port() => {}
             dialed => return dialed.is_ok(),
@@ -138,25 +140,25 @@ async fn answers(plane: &Plane, Suspect { endpoint, source }: &Suspect, annex: &
     false
 }
 
-/// The address of a pod here that is `id`.
+/// The IPv4 address of a pod here that is `id`.
 fn pod_of(plane: &Plane, id: &SpiffeId) -> Result<Ipv4Addr, TunnelError> {
-    let pod = plane.pods.iter().find(|(_, pod)| pod.id() == id);
-    pod.map(|(address, _)| *address).ok_or(TunnelError::NoSvid)
+    let pod = plane.pods.values().find(|pod| pod.id() == id);
+    pod.map(|pod| pod.workload.pod.address).ok_or(TunnelError::NoSvid)
 }
 
 /// The suspects after `last`, going round: the lowest addresses must not be probed for ever while the others wait.
-fn next_round(suspects: &BTreeMap<Ipv4Addr, Suspect>, last: Ipv4Addr) -> Vec<Suspect> {
+fn next_round(suspects: &BTreeMap<IpAddr, Suspect>, last: IpAddr) -> Vec<Suspect> {
     let after = suspects.range((Bound::Excluded(last), Bound::Unbounded));
     after.chain(suspects.range(..=last)).take(PROBES_MAX).map(|(_, suspect)| suspect.clone()).collect()
 }
 
-/// Where tunnels to `endpoint` end.
-pub fn at(endpoint: &Endpoint, door: Door) -> SocketAddr {
+/// Where tunnels to `endpoint` end; none where there is no such door: HBONE is not spoken at pods' IPv6 addresses.
+pub fn at(endpoint: &Endpoint, door: Door) -> Option<SocketAddr> {
     let address = match door {
         Door::Node => endpoint.node_address,
-        Door::Pod => endpoint.address,
+        Door::Pod => endpoint.address.v4()?,
     };
-    SocketAddr::from((address, hbone::PORT))
+    Some(SocketAddr::from((address, hbone::PORT)))
 }
 
 /// What `source` shows and asks for when it calls `destination`.
@@ -181,27 +183,31 @@ mod tests {
         let suspect = |n: u8| {
             let endpoint = Endpoint {
                 spiffe_id: "spiffe://east/db".parse().unwrap(),
-                address: Ipv4Addr::new(10, 72, 101, n),
+                address: Ipv4Addr::new(10, 72, 101, n).into(),
                 cluster: "east".parse().unwrap(),
                 node_address: Ipv4Addr::new(10, 72, 0, 21),
                 node: NodeId([1; 32]),
                 generation: Generation(1),
             };
-            (endpoint.address, Suspect { endpoint, source: "spiffe://west/web".parse().unwrap() })
+            (endpoint.address.ip(), Suspect { endpoint, source: "spiffe://west/web".parse().unwrap() })
         };
-        let addresses = |round: &[Suspect]| round.iter().map(|s| s.endpoint.address).collect::<Vec<_>>();
+        let addresses = |round: &[Suspect]| round.iter().map(|s| s.endpoint.address.ip()).collect::<Vec<_>>();
         let all: BTreeMap<_, _> = (0..80).map(suspect).collect();
-        let (mut last, mut probed) = (Ipv4Addr::UNSPECIFIED, std::collections::BTreeSet::new());
+        let (mut last, mut probed) = (IpAddr::V4(Ipv4Addr::UNSPECIFIED), std::collections::BTreeSet::new());
         for _ in 0..3 {
             let round = next_round(&all, last);
             assert_eq!(round.len(), PROBES_MAX);
-            last = round.last().unwrap().endpoint.address;
+            last = round.last().unwrap().endpoint.address.ip();
             probed.extend(addresses(&round));
         }
         assert_eq!(probed.len(), all.len(), "three rounds of 32 are all 80");
         let few: BTreeMap<_, _> = (0..3).map(suspect).collect();
-        let round = next_round(&few, Ipv4Addr::new(10, 72, 101, 1));
-        assert_eq!(addresses(&round).iter().map(|a| a.octets()[3]).collect::<Vec<_>>(), [2, 0, 1], "each once");
+        let round = next_round(&few, IpAddr::V4(Ipv4Addr::new(10, 72, 101, 1)));
+        assert_eq!(
+            addresses(&round).iter().map(ToString::to_string).collect::<Vec<_>>(),
+            ["10.72.101.2", "10.72.101.0", "10.72.101.1"],
+            "each once"
+        );
         assert!(next_round(&BTreeMap::new(), last).is_empty());
     }
 }

@@ -331,7 +331,7 @@ impl Inbound {
     async fn connect(
         &self,
         call: &Call,
-        to: Result<SocketAddrV4, Refusal>,
+        to: Result<SocketAddr, Refusal>,
         from: Option<SocketAddrV4>,
     ) -> Result<Admitted, Reason> {
         let flow = self.course.flow();
@@ -387,18 +387,18 @@ impl Inbound {
     }
 
     /// Returns once the connection may not go on.
-    async fn cut_once(&self, call: &Call, to: SocketAddrV4, follow: Follow) {
+    async fn cut_once(&self, call: &Call, to: SocketAddr, follow: Follow) {
         let refusal = self.revoked(call, to, follow).await;
         METRICS.cut.inc(["inbound"]);
         tracing::info!(caller = %call.peer.id(), called = %call.to, %refusal, "live connection cut");
     }
 
     /// The receiving node's own decision.
-    fn admit(&self, follow: &mut Follow, call: &Call, to: SocketAddrV4) -> Result<(Arc<LocalPod>, Verdict), Refusal> {
+    fn admit(&self, follow: &mut Follow, call: &Call, to: SocketAddr) -> Result<(Arc<LocalPod>, Verdict), Refusal> {
         let (plane, denials) = follow.now();
         let plane = plane.ok_or_else(|| Refusal::new(Code::Unavailable, "a slice", "none yet"))?;
         // Not-here and not-yours look alike from outside.
-        let pod = plane.pods.get(to.ip()).filter(|pod| *pod.id() == call.to && call.at.is(*to.ip())).cloned();
+        let pod = plane.pods.get(&to.ip()).filter(|pod| *pod.id() == call.to && call.at.is(to.ip())).cloned();
         let pod = pod.ok_or_else(|| {
             let expected = format!("an address of {} that the tunnel is to", call.to);
             Refusal::new(Code::NotFound, expected, to.to_string())
@@ -411,7 +411,7 @@ impl Inbound {
     }
 
     /// Returns the refusal once what was admitted would not be admitted any more, by what these say next.
-    async fn revoked(&self, call: &Call, to: SocketAddrV4, mut follow: Follow) -> Refusal {
+    async fn revoked(&self, call: &Call, to: SocketAddr, mut follow: Follow) -> Refusal {
         while follow.changed().await.is_ok() {
             let (now, denied) = follow.now();
             // An SVID that ran out does not end a connection that it began; being denied does, and so does policy.

@@ -9,7 +9,7 @@ use ambit_ebpf::{
 };
 use ambit_model::{Code, NumericIdentity, Refusal};
 use std::collections::HashMap;
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -174,7 +174,7 @@ impl KernelHandle {
 
     /// Makes nobody's the endpoints at `addresses`, in the tables in force and without an install; says how many there
     /// were. Waits for an install that is under way.
-    pub async fn withdraw(&self, addresses: Vec<Ipv4Addr>) -> Result<usize, Refusal> {
+    pub async fn withdraw(&self, addresses: Vec<IpAddr>) -> Result<usize, Refusal> {
         let kernel = self.0.clone();
         let relabel = move || kernel.write()?.relabel(&addresses, DENIED_NODE.0).map_err(|e| refusal(&e));
         let done = tokio::task::spawn_blocking(relabel).await;
@@ -224,13 +224,18 @@ impl KernelHandle {
         &self,
         name: &str,
         netns: BorrowedFd<'_>,
-        address: Ipv4Addr,
+        (address, address6): (Ipv4Addr, Option<Ipv6Addr>),
         listener: impl AsFd,
     ) -> Result<WaysOut, Refusal> {
         let kernel = self.0.write()?;
         let wires = kernel.guard_wires(name, netns, address);
         let attached = kernel.attach_pod(name, netns, address, listener.as_fd());
         attached.and_then(|()| kernel.end_bypassing(netns)).map_err(|e| refusal(&e))?;
+        // Without IPv6 it is the pod that it would be without the address: refused by it, and no worse.
+        if let Err(error) = kernel.set_ipv6(netns, listener.as_fd(), address6) {
+            tracing::error!(pod = name, error = %chain(&error), "no IPv6 for the pod");
+            kernel.set_ipv6(netns, listener.as_fd(), None).map_err(|e| refusal(&e))?;
+        }
         Ok(wires.map_or_else(|e| WaysOut::Open(refusal(&e)), |_| WaysOut::Guarded))
     }
 
@@ -328,13 +333,36 @@ impl KernelHandle {
     }
 
     /// Where a captured connection was going; asked once, by whoever accepted it.
-    pub fn original_destination(&self, cookie: u64, client: SocketAddrV4, capture: SocketAddrV4) -> Option<Goal> {
-        let found = self.0.kernel.original_destination(cookie, client, capture)?;
-        Some(if found.identity >= NumericIdentity::END.0 {
-            Goal::Outside(found.asked)
-        } else {
-            Goal::Mesh(Captured { asked: found.asked, endpoint: found.endpoint })
-        })
+    pub fn original_destination(&self, cookie: u64, client: SocketAddr, capture: SocketAddr) -> Option<Goal> {
+        let kernel = &self.0.kernel;
+        // A listener of both families says an IPv4 address as a v4-mapped one.
+        match (canonical(client), canonical(capture)) {
+            (SocketAddr::V4(client), SocketAddr::V4(capture)) => {
+                let found = kernel.original_destination(cookie, client, capture)?;
+                Some(if found.identity >= NumericIdentity::END.0 {
+                    Goal::Outside(found.asked)
+                } else {
+                    Goal::Mesh(Captured { asked: found.asked.into(), endpoint: found.endpoint.into() })
+                })
+            }
+            (SocketAddr::V6(client), SocketAddr::V6(capture)) => {
+                let found = kernel.original_destination6(cookie, client, capture)?;
+                // No way out is of IPv6.
+                (found.identity < NumericIdentity::END.0)
+                    .then_some(Goal::Mesh(Captured { asked: found.asked, endpoint: found.endpoint }))
+            }
+            (SocketAddr::V4(_), SocketAddr::V6(_)) | (SocketAddr::V6(_), SocketAddr::V4(_)) => None,
+        }
+    }
+
+    /// Lets a socket of the agent's in a pod's namespace connect to the pod by IPv6, until what this gives is dropped.
+    ///
+    /// # Errors
+    /// The kernel takes no more of them.
+    pub fn leg6(&self, cookie: u64, source: SocketAddrV6, called: SocketAddrV6) -> Result<Leg6, Refusal> {
+        // Another agent may write the tables by now: what is open here goes on, and what comes for it is let in.
+        self.0.kernel.begin_leg(cookie, source, called).map_err(|e| refusal(&e))?;
+        Ok(Leg6 { held: self.0.clone(), cookie, source, called })
     }
 
     /// Has the workload that accepts this leg see `client` for who calls; false where it will see the leg. Also while another agent
@@ -361,10 +389,10 @@ impl KernelHandle {
 
     /// Tells every service with an endpoint at `address` whether it may be chosen. A service that is not in the kernel
     /// (any more) needs no telling: the next install brings the whole health.
-    pub fn set_health(&self, view: &View, address: Ipv4Addr, healthy: bool) {
+    pub fn set_health(&self, view: &View, address: IpAddr, healthy: bool) {
         let (Some(endpoint), Some(kernel)) = (view.endpoints.get(&address), self.0.try_write()) else { return };
         for service in view.services.iter().filter(|s| s.backends.iter().any(|b| b.contains(&endpoint.spiffe_id))) {
-            let (at, to) = (SocketAddrV4::new(service.address, service.port), SocketAddrV4::new(address, service.port));
+            let (at, to) = (service.address.at(service.port), SocketAddr::new(address, service.port));
             if let Err(error) = kernel.set_service_health(at, to, healthy) {
                 tracing::debug!(service = %at, endpoint = %to, error = %chain(&error), "health not told");
             }
@@ -399,6 +427,27 @@ impl KernelHandle {
         let Some(kernel) = self.0.try_write() else { return Ok(0) };
         kernel.sweep_closed_flows(Duration::from_secs(60)).map_err(|e| refusal(&e))
     }
+}
+
+/// The agent's last leg to a pod, by IPv6, while it is being connected.
+pub struct Leg6 {
+    held: Arc<Held>,
+    cookie: u64,
+    source: SocketAddrV6,
+    called: SocketAddrV6,
+}
+
+impl Drop for Leg6 {
+    fn drop(&mut self) {
+        if let Err(error) = self.held.kernel.end_leg(self.cookie, self.source, self.called) {
+            // It is over in half a minute by itself.
+            tracing::debug!(error = %chain(&error), "leg not taken back");
+        }
+    }
+}
+
+fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 
 #[cfg(test)]

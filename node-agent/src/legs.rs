@@ -1,6 +1,9 @@
 //! The last leg: from the agent to a workload, by a socket in the workload's namespace that comes from 127.0.0.0/8, which only the
 //! agent can send from there. Its goal is the pod's own address, so that services bound to loopback stay private. Where
-//! it is known who calls, the workload sees that address for its client (`client.h` of the kernel side), else the leg's own.
+//! it is known who calls, the workload sees that address for its client (`client.h` of the kernel side), else the leg's own. To a
+//! pod's IPv6 address the kernel is told of each leg (`ipv6.rs`), and the workload sees the leg's own.
+
+mod ipv6;
 
 use crate::kernel::KernelHandle;
 use crate::metrics::METRICS;
@@ -40,13 +43,14 @@ impl Legs {
     pub async fn connect(
         &self,
         pod: &LocalPod,
-        to: SocketAddrV4,
+        to: SocketAddr,
         who: impl Hash,
         client: Option<SocketAddr>,
     ) -> io::Result<TcpStream> {
-        let tcp = match (client, &self.kernel) {
-            (Some(client), Some(kernel)) => self.told(kernel, pod, to, client).await?,
-            _ => {
+        let tcp = match (to, client, &self.kernel) {
+            (SocketAddr::V6(to), ..) => self.by_ipv6(pod, to, who).await?,
+            (SocketAddr::V4(to), Some(client), Some(kernel)) => self.told(kernel, pod, to, client).await?,
+            (SocketAddr::V4(to), ..) => {
                 let source = SocketAddrV4::new(spread((who, to), BARE), 0);
                 self.netns.socket(&pod.netns, source).await?.connect(SocketAddr::V4(to)).await?
             }

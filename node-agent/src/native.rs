@@ -14,11 +14,12 @@ use crate::pump::{self, Carried, End};
 use crate::records::{self, CONTENT_MAX, HEADER_BYTES, RECORD_MAX, RECORDS, alert};
 use crate::secure::{Secured, broken};
 use crate::silence::{LOOK_EVERY, Watch};
+use ambit_model::Address;
 use futures::FutureExt;
 use http::StatusCode;
 use std::future::Future;
 use std::io::{self, IoSlice, IoSliceMut};
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, SocketAddr};
 use std::ops::Range;
 use std::pin::pin;
 use std::time::Duration;
@@ -46,6 +47,8 @@ const RESET: u8 = 5;
 
 /// OPEN: the caller waits for OPENED with more to send.
 const PROMPT: u8 = 1;
+/// OPEN: the goal's address is of IPv6.
+const V6: u8 = 8;
 
 /// Why the receiving agent did not connect, in whichever mode it was asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,7 +101,7 @@ impl Reason {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Open {
     /// Where to.
-    pub to: SocketAddrV4,
+    pub to: SocketAddr,
     /// The caller waits with more: it is told at once.
     pub prompt: bool,
     /// The caller's traceparent.
@@ -110,12 +113,15 @@ pub struct Open {
 }
 
 impl Open {
-    /// The frame's head: kind, flags, address, port, length of the traceparent, traceparent, and in tunnels that [say](says_from)
-    /// so, where it begins. The first bytes follow.
+    /// The frame's head: kind, flags, address (4 bytes, or 16 where a flag says so), port, length of the traceparent, traceparent,
+    /// and in tunnels that [say](says_from) so, where it begins. The first bytes follow.
     fn head(&self, says_from: bool) -> Vec<u8> {
         let trace = self.trace.as_deref().unwrap_or_default().as_bytes();
-        let mut head = vec![OPEN, if self.prompt { PROMPT } else { 0 }];
-        head.extend_from_slice(&self.to.ip().octets());
+        let prompt = if self.prompt { PROMPT } else { 0 };
+        let mut head = match self.to.ip() {
+            IpAddr::V4(address) => [&[OPEN, prompt], &address.octets()[..]].concat(),
+            IpAddr::V6(address) => [&[OPEN, prompt | V6], &address.octets()[..]].concat(),
+        };
         head.extend_from_slice(&self.to.port().to_be_bytes());
         head.push(u8::try_from(trace.len()).unwrap_or(0));
         head.extend_from_slice(trace);
@@ -127,7 +133,17 @@ impl Open {
 
     /// Parses a frame, of a tunnel that says where connections begin or does not. Anything unclear is none.
     pub fn parse(frame: &[u8], says_from: bool) -> Option<Self> {
-        let [OPEN, flags @ (0 | PROMPT), a, b, c, d, high, low, length, rest @ ..] = frame else { return None };
+        let [OPEN, flags, rest @ ..] = frame else { return None };
+        let (ip, rest): (IpAddr, _) = match flags & !PROMPT {
+            0 => rest.split_first_chunk().map(|(v4, rest): (&[u8; 4], _)| ((*v4).into(), rest))?,
+            V6 => rest.split_first_chunk().map(|(v6, rest): (&[u8; 16], _)| ((*v6).into(), rest))?,
+            _ => return None,
+        };
+        // One that a workload can have, and never another way to write an IPv4 one.
+        if ip.is_ipv6() && Address::try_from(ip).is_err() {
+            return None;
+        }
+        let [high, low, length, rest @ ..] = rest else { return None };
         let (trace, rest) = rest.split_at_checked(usize::from(*length))?;
         let trace = match trace {
             [] => None,
@@ -135,8 +151,8 @@ impl Open {
             _ => return None,
         };
         let (from, first) = if says_from { from::take(rest)? } else { (None, rest) };
-        let to = SocketAddrV4::new(Ipv4Addr::new(*a, *b, *c, *d), u16::from_be_bytes([*high, *low]));
-        (to.port() != 0).then(|| Self { to, prompt: *flags == PROMPT, trace, from, first: first.to_vec() })
+        let to = SocketAddr::new(ip, u16::from_be_bytes([*high, *low]));
+        (to.port() != 0).then(|| Self { to, prompt: flags & PROMPT != 0, trace, from, first: first.to_vec() })
     }
 }
 

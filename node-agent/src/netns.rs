@@ -4,11 +4,11 @@
 
 use nix::sched::{CloneFlags, setns};
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, SockaddrIn, bind, listen, setsockopt, socket, sockopt,
+    AddressFamily, Backlog, SockFlag, SockType, SockaddrIn, SockaddrIn6, bind, listen, setsockopt, socket, sockopt,
 };
 use std::io;
-use std::net::{Ipv4Addr, SocketAddrV4};
-use std::os::fd::{AsFd, OwnedFd};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -101,12 +101,24 @@ impl NetnsThread {
     }
 
     /// A TCP listener in `ns`. The address need not exist there: what reaches it is steered by the kernel part.
-    pub async fn listen(&self, ns: &Netns, at: SocketAddrV4) -> io::Result<std::net::TcpListener> {
+    /// At a v4-mapped one it takes both families.
+    pub async fn listen(&self, ns: &Netns, at: impl Into<SocketAddr>) -> io::Result<std::net::TcpListener> {
+        let at = at.into();
         self.run(ns, move || {
-            let fd = tcp()?;
+            let fd = match at {
+                SocketAddr::V4(_) => tcp()?,
+                SocketAddr::V6(_) => tcp6()?,
+            };
             setsockopt(&fd, sockopt::ReuseAddr, &true)?;
             setsockopt(&fd, sockopt::IpFreebind, &true)?;
-            bind(std::os::fd::AsRawFd::as_raw_fd(&fd), &SockaddrIn::from(at))?;
+            match at {
+                SocketAddr::V4(at) => bind(fd.as_raw_fd(), &SockaddrIn::from(at))?,
+                SocketAddr::V6(at) => {
+                    // Whatever the pod has for `net.ipv6.bindv6only`.
+                    setsockopt(&fd, sockopt::Ipv6V6Only, &false)?;
+                    bind(fd.as_raw_fd(), &SockaddrIn6::from(at))?;
+                }
+            }
             listen(&fd, Backlog::new(BACKLOG)?)?;
             Ok(std::net::TcpListener::from(fd))
         })
@@ -128,8 +140,20 @@ impl NetnsThread {
         let cookie = known.map_or_else(|| ambit_ebpf::netns_cookie(&fd), Ok)?;
         ns.0.cookie.get_or_init(|| cookie);
         setsockopt(&fd, sockopt::IpFreebind, &true)?;
-        bind(std::os::fd::AsRawFd::as_raw_fd(&fd), &SockaddrIn::from(SocketAddrV4::new(source, 0)))?;
+        bind(fd.as_raw_fd(), &SockaddrIn::from(SocketAddrV4::new(source, 0)))?;
         Ok((tokio::net::TcpSocket::from_std_stream(std::net::TcpStream::from(fd)), cookie))
+    }
+
+    /// A TCP socket of IPv6 in `ns`, bound to `source`, and where: its port is chosen now.
+    pub async fn socket6(&self, ns: &Netns, source: SocketAddrV6) -> io::Result<(tokio::net::TcpSocket, SocketAddrV6)> {
+        let fd = self.run(ns, tcp6).await?;
+        setsockopt(&fd, sockopt::IpFreebind, &true)?;
+        bind(fd.as_raw_fd(), &SockaddrIn6::from(source))?;
+        let socket = tokio::net::TcpSocket::from_std_stream(std::net::TcpStream::from(fd));
+        match socket.local_addr()? {
+            SocketAddr::V6(at) => Ok((socket, at)),
+            SocketAddr::V4(at) => Err(io::Error::other(format!("bound to {at}"))),
+        }
     }
 
     async fn fresh(&self, ns: &Netns) -> io::Result<OwnedFd> {
@@ -169,7 +193,7 @@ impl Annex {
             setsockopt(&fd, sockopt::ReuseAddr, &true)?;
             setsockopt(&fd, sockopt::ReusePort, &true)?;
             setsockopt(&fd, sockopt::IpTransparent, &true)?;
-            bind(std::os::fd::AsRawFd::as_raw_fd(&fd), &SockaddrIn::from(at))?;
+            bind(fd.as_raw_fd(), &SockaddrIn::from(at))?;
             listen(&fd, Backlog::new(BACKLOG)?)?;
             Ok(std::net::TcpListener::from(fd))
         };
@@ -198,11 +222,19 @@ impl Annex {
 /// To an address; the port is chosen at connect.
 fn bound(fd: OwnedFd, source: SocketAddrV4) -> io::Result<tokio::net::TcpSocket> {
     setsockopt(&fd, sockopt::IpBindAddressNoPort, &true)?;
-    bind(std::os::fd::AsRawFd::as_raw_fd(&fd), &SockaddrIn::from(source))?;
+    bind(fd.as_raw_fd(), &SockaddrIn::from(source))?;
     Ok(tokio::net::TcpSocket::from_std_stream(std::net::TcpStream::from(fd)))
 }
 
 fn tcp() -> io::Result<OwnedFd> {
+    of_family(AddressFamily::Inet)
+}
+
+fn tcp6() -> io::Result<OwnedFd> {
+    of_family(AddressFamily::Inet6)
+}
+
+fn of_family(family: AddressFamily) -> io::Result<OwnedFd> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    Ok(socket(AddressFamily::Inet, SockType::Stream, flags, None)?)
+    Ok(socket(family, SockType::Stream, flags, None)?)
 }

@@ -41,9 +41,9 @@ const SWEEP_EVERY: Duration = Duration::from_secs(5);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Captured {
     /// The address that the application asked for: an endpoint's, or a service's.
-    pub asked: SocketAddrV4,
+    pub asked: SocketAddr,
     /// The endpoint that the kernel chose.
-    pub endpoint: SocketAddrV4,
+    pub endpoint: SocketAddr,
 }
 
 /// Where the kernel let a captured connection go: what it took for outside is never a tunnel's, nor the other way round.
@@ -192,10 +192,7 @@ impl Outbound {
                     continue;
                 }
             };
-            let captured = match (from, tcp.local_addr()) {
-                (SocketAddr::V4(from), Ok(SocketAddr::V4(at))) => kernel.original_destination(cookie, from, at),
-                _ => None,
-            };
+            let captured = tcp.local_addr().ok().and_then(|at| kernel.original_destination(cookie, from, at));
             let Some(pod) = who.borrow().clone() else {
                 let _ = pump::break_off_unless_ended(&tcp);
                 continue;
@@ -270,7 +267,7 @@ impl Outbound {
                 METRICS.connections.inc(["outbound", if denied { "denied" } else { "failed" }]);
                 tracing::debug!(caller = %pod.id(), ?captured, %error, "outbound refused");
                 let known = self.plane.borrow().clone();
-                let known = known.as_ref().and_then(|plane| plane.view.endpoints.get(captured.endpoint.ip()));
+                let known = known.as_ref().and_then(|plane| plane.view.endpoints.get(&captured.endpoint.ip()));
                 if let Some(endpoint) = known {
                     Record::outbound(pod.id(), &endpoint.spiffe_id, captured.asked, Some(&start.trace))
                         .refused(flag_of(&error));

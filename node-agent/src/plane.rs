@@ -64,8 +64,8 @@ impl Credentials {
 pub struct Plane {
     /// The view in the kernel.
     pub view: Arc<View>,
-    /// Enrolled pods by address.
-    pub pods: BTreeMap<Ipv4Addr, Arc<LocalPod>>,
+    /// Enrolled pods by address, of either family.
+    pub pods: BTreeMap<IpAddr, Arc<LocalPod>>,
     /// Credentials by identity.
     pub credentials: BTreeMap<SpiffeId, Arc<Credentials>>,
     /// The same by the name a dialer asks for.
@@ -89,10 +89,11 @@ impl Plane {
     ) -> Self {
         let credentials: BTreeMap<_, _> = credentials.into_iter().map(|c| (c.id.clone(), c)).collect();
         let by_name = credentials.values().map(|c| (sni::server_name(&c.id), c.clone())).collect();
-        let pods = pods.into_iter().map(|p| (p.workload.pod.address, p)).collect();
+        let places = |p: Arc<LocalPod>| p.workload.pod.addresses().map(|at| (at.ip(), p.clone())).collect::<Vec<_>>();
+        let pods = pods.into_iter().flat_map(places).collect();
         let nodes = view.callers.values().map(|home| IpAddr::V4(home.address));
         let nodes = nodes.chain(view.endpoints.values().map(|endpoint| IpAddr::V4(endpoint.node_address)));
-        let services = view.services.iter().map(|service| IpAddr::V4(service.address));
+        let services = view.services.iter().map(|service| service.address.ip());
         let v4 = |ip: IpAddr| if let IpAddr::V4(ip) = ip.to_canonical() { Some(ip) } else { None };
         let no_clients = nodes.chain(services).filter_map(v4).chain([address]).collect();
         Self { view, pods, credentials, by_name, trust, address, no_clients }

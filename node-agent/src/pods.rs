@@ -2,10 +2,10 @@
 //!
 //! A file is the claim "this cgroup and this network namespace are one pod"; who it *is* comes from the slice alone.
 
-use ambit_model::Selector;
+use ambit_model::{Address, Selector};
 use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -29,6 +29,8 @@ pub struct Pod {
     pub netns_id: (u64, u64),
     /// Its address.
     pub address: Ipv4Addr,
+    /// Its other address, if it has one.
+    pub address6: Option<Ipv6Addr>,
     /// The uid that its processes run as.
     pub uid: u32,
 }
@@ -39,7 +41,14 @@ impl Pod {
         BTreeSet::from([Selector::Cgroup(self.cgroup.clone()), Selector::UnixUid(self.uid)])
     }
 
-    /// Whether `other` is the same pod but for what it is recognised by: same cgroup, namespace and address.
+    /// Where it can be called.
+    pub fn addresses(&self) -> impl Iterator<Item = Address> {
+        // What was read is one.
+        let other = self.address6.and_then(|address| Address::try_from(address).ok());
+        std::iter::once(Address::from(self.address)).chain(other)
+    }
+
+    /// Whether `other` is the same pod but for what it is recognised by: same cgroup, namespace and addresses.
     pub fn stands_where(&self, other: &Pod) -> bool {
         *self == Pod { uid: self.uid, ..other.clone() }
     }
@@ -64,6 +73,8 @@ struct PodFile {
     cgroup: String,
     netns: PathBuf,
     address: Ipv4Addr,
+    #[serde(default)]
+    address6: Option<String>,
     uid: u32,
 }
 
@@ -97,6 +108,7 @@ fn read(dir: &Path, cgroup_root: &Path, name: &str) -> Result<Pod, String> {
         serde_json::from_slice(&std::fs::read(&path).map_err(|e| e.to_string())?).map_err(|e| e.to_string())?;
     // The selector's grammar is the cgroup name's grammar: no separators, so the name cannot leave `cgroup_root`.
     format!("cgroup:{}", file.cgroup).parse::<Selector>().map_err(|r| r.to_string())?;
+    let address6 = file.address6.as_deref().map(ipv6).transpose()?;
     let cgroup = cgroup_root.join(&file.cgroup);
     let meta = std::fs::metadata(&cgroup).map_err(|e| format!("cgroup {}: {e}", cgroup.display()))?;
     let netns = std::fs::metadata(&file.netns).map_err(|e| format!("netns {}: {e}", file.netns.display()))?;
@@ -107,20 +119,27 @@ fn read(dir: &Path, cgroup_root: &Path, name: &str) -> Result<Pod, String> {
         netns: file.netns,
         netns_id: (netns.dev(), netns.ino()),
         address: file.address,
+        address6,
         uid: file.uid,
     })
+}
+
+/// Global or unique local, in the one form of it.
+fn ipv6(text: &str) -> Result<Ipv6Addr, String> {
+    let address: Address = text.parse().map_err(|r: ambit_model::Refusal| r.to_string())?;
+    address.v6().ok_or_else(|| format!("address6 {text} is no IPv6 address"))
 }
 
 /// Two files that claim one cgroup or one address contradict each other: neither is believed.
 fn drop_duplicates(pods: &mut Pods, unusable: &mut Vec<Unusable>) {
     let mut cgroups: BTreeMap<u64, usize> = BTreeMap::new();
-    let mut addresses: BTreeMap<Ipv4Addr, usize> = BTreeMap::new();
+    let mut addresses: BTreeMap<Address, usize> = BTreeMap::new();
     for pod in pods.values() {
         *cgroups.entry(pod.cgroup_id).or_default() += 1;
-        *addresses.entry(pod.address).or_default() += 1;
+        pod.addresses().for_each(|address| *addresses.entry(address).or_default() += 1);
     }
     pods.retain(|name, pod| {
-        let alone = cgroups.get(&pod.cgroup_id) == Some(&1) && addresses.get(&pod.address) == Some(&1);
+        let alone = cgroups.get(&pod.cgroup_id) == Some(&1) && pod.addresses().all(|at| addresses.get(&at) == Some(&1));
         if !alone {
             unusable.push(Unusable { name: name.clone(), why: "its cgroup or address is claimed twice".to_owned() });
         }
@@ -147,6 +166,15 @@ mod tests {
         put("db.json", &line("db", "10.71.101.12"));
         put("notes.txt", "not a pod");
         put("half.json", r#"{"cgroup":"we"#);
+        let dual = |address6: &str| {
+            line("db", "10.71.101.12").replace(",\"uid\"", &format!(",\"address6\":\"{address6}\",\"uid\""))
+        };
+        for bad in ["fe80::1", "::1", "::ffff:10.0.0.1", "10.0.0.1", "FD00::1", "fd61:6d62:6974::7"] {
+            put("db.json", &dual(bad));
+            assert!(scan(&dir, &cgroups).unwrap().1.iter().any(|u| u.name == "db"), "{bad}");
+        }
+        put("db.json", &dual("fd00::12"));
+        assert_eq!(scan(&dir, &cgroups).unwrap().0["db"].addresses().count(), 2);
         put("up.json", &line("../agent", "10.71.101.13"));
         put("gone.json", &line("gone", "10.71.101.14"));
         put("extra.json", r#"{"cgroup":"web","netns":"/x","address":"10.0.0.1","uid":1,"identity":"spiffe://a/b"}"#);

@@ -6,7 +6,7 @@
 use crate::pump::{Carried, End};
 use crate::said::Said;
 use ambit_model::SpiffeId;
-use std::net::SocketAddrV4;
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 /// Istio's words for how a connection ended.
@@ -35,7 +35,7 @@ pub struct Record<'a> {
     direction: &'static str,
     source: &'a SpiffeId,
     destination: &'a SpiffeId,
-    to: SocketAddrV4,
+    to: SocketAddr,
     trace: Option<&'a str>,
     said: Option<&'a Said>,
     begun: Instant,
@@ -43,11 +43,11 @@ pub struct Record<'a> {
 
 impl<'a> Record<'a> {
     /// Of a connection that begins here.
-    pub fn outbound(source: &'a SpiffeId, destination: &'a SpiffeId, to: SocketAddrV4, trace: Option<&'a str>) -> Self {
+    pub fn outbound(source: &'a SpiffeId, destination: &'a SpiffeId, to: SocketAddr, trace: Option<&'a str>) -> Self {
         Self { direction: "outbound", source, destination, to, trace, said: None, begun: Instant::now() }
     }
     /// Of one that comes from another node.
-    pub fn inbound(source: &'a SpiffeId, destination: &'a SpiffeId, to: SocketAddrV4, trace: Option<&'a str>) -> Self {
+    pub fn inbound(source: &'a SpiffeId, destination: &'a SpiffeId, to: SocketAddr, trace: Option<&'a str>) -> Self {
         Self { direction: "inbound", source, destination, to, trace, said: None, begun: Instant::now() }
     }
     /// With what the other node says of it.
@@ -92,7 +92,7 @@ impl<'a> Record<'a> {
 pub fn direct(
     source: &SpiffeId,
     destination: &SpiffeId,
-    to: SocketAddrV4,
+    to: SocketAddr,
     flags: &'static str,
     bytes: Option<(u64, u64)>,
     took: Duration,

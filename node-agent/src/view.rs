@@ -10,7 +10,7 @@ use ambit_model::{
 use ambit_policy::{EgressSet, Index, PolicySet};
 use ambit_proto::{convert, v1};
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 
 /// What the slice of one revision says.
 #[derive(Clone, Debug)]
@@ -36,7 +36,7 @@ pub struct View {
     /// Virtual services.
     pub services: Vec<Service>,
     /// Who is behind which address.
-    pub endpoints: BTreeMap<Ipv4Addr, Endpoint>,
+    pub endpoints: BTreeMap<IpAddr, Endpoint>,
     /// From where tunnels of nodes may come, by whose they are: who calls from elsewhere is refused, whatever it shows.
     pub callers: BTreeMap<(TrustDomain, NodeId), NodeAddress>,
     /// The kernel's names of identities.
@@ -97,7 +97,7 @@ impl View {
 
     /// Whether the mesh knows somebody at this address: it is reached in a tunnel, or not at all.
     pub fn knows(&self, address: Ipv4Addr) -> bool {
-        self.endpoints.contains_key(&address)
+        self.endpoints.contains_key(&IpAddr::V4(address))
             || self.meshed.contains(&address)
             || self.services.iter().any(|service| service.address == address)
     }
@@ -206,11 +206,11 @@ fn egress(found: &[v1::Egress]) -> Result<EgressSet, Refusal> {
 
 /// Nobody can say who answers at an address that two claim. A workload of the own cell keeps its address; what only
 /// others claim is reached by nobody. The rest of the slice stands: one peer's record must not hold up all news.
-fn endpoints(found: &[v1::Endpoint], own: &TrustDomain) -> Result<BTreeMap<Ipv4Addr, Endpoint>, Refusal> {
+fn endpoints(found: &[v1::Endpoint], own: &TrustDomain) -> Result<BTreeMap<IpAddr, Endpoint>, Refusal> {
     let (mut ours, mut theirs, mut disputed) = (BTreeMap::new(), BTreeMap::new(), BTreeSet::new());
     for message in found {
         let endpoint = Endpoint::try_from(message)?;
-        let address = endpoint.address;
+        let address = endpoint.address.ip();
         if endpoint.spiffe_id.trust_domain() == *own {
             if ours.insert(address, endpoint).is_some() {
                 return Err(Refusal::new(Code::BadRequest, "one own endpoint per address", address.to_string()));
@@ -299,6 +299,7 @@ pub(crate) mod tests {
             netns: "/run/netns/x".into(),
             netns_id: (1, 2),
             address: Ipv4Addr::new(10, 71, 101, u8::try_from(cgroup_id).unwrap()),
+            address6: None,
             uid,
         }
     }
@@ -386,7 +387,8 @@ pub(crate) mod tests {
         let claims = [("east", 1), ("west", 1), ("east", 2), ("north", 2), ("east", 3), ("west", 4)];
         s.endpoints = claims.iter().map(|(td, last)| endpoint(td, *last)).collect();
         let view = view(s).unwrap();
-        let found: Vec<_> = view.endpoints.iter().map(|(a, e)| (a.octets()[3], e.spiffe_id.to_string())).collect();
+        let found: Vec<_> =
+            view.endpoints.values().map(|e| (e.address.v4().unwrap().octets()[3], e.spiffe_id.to_string())).collect();
         let of = |td: &str| format!("spiffe://{td}/db");
         assert_eq!(found, [(1, of("west")), (3, of("east")), (4, of("west"))]);
     }

@@ -195,7 +195,7 @@ impl WayIn {
             Err(refusal) => return told.refused(None, "denied", flag::DENIED, None, &refusal),
         };
         let (id, rule) = (called.pod.id(), verdict.rule);
-        let far = match timeout(POD_CONNECT_MAX, self.legs.connect(&called.pod, to, from.ip(), Some(from.into()))).await {
+        let far = match timeout(POD_CONNECT_MAX, self.legs.connect(&called.pod, to.into(), from.ip(), Some(from.into()))).await {
             Ok(Ok(far)) => far,
             Ok(Err(error)) => {
                 return told.refused(Some(id), "failed", flag::UPSTREAM_FAILED, rule.as_ref(), &error);

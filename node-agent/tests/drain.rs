@@ -65,7 +65,7 @@ async fn callers_go_on_to_the_successor_and_what_is_carried_goes_on() {
 #[tokio::test]
 async fn what_is_asked_of_an_agent_that_leaves_is_known_to_have_gone_nowhere() {
     let stage = Stage::set(132).await;
-    let open = Open { to: stage.db_at(), prompt: true, trace: None, from: None, first: b"once".to_vec() };
+    let open = Open { to: stage.db_at().into(), prompt: true, trace: None, from: None, first: b"once".to_vec() };
     let mut idle = stage.native().await;
     let mut used = stage.native().await;
     let answer = native::open(&mut used.secured, &open).await.unwrap();

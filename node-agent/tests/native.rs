@@ -130,7 +130,7 @@ async fn the_receiver_refuses_with_a_reason() {
 }
 
 fn asked(to: SocketAddrV4) -> Open {
-    Open { to, prompt: true, trace: None, from: None, first: Vec::new() }
+    Open { to: to.into(), prompt: true, trace: None, from: None, first: Vec::new() }
 }
 
 #[tokio::test]
@@ -154,6 +154,12 @@ async fn malformed_frames_end_the_tunnel_and_reach_no_pod() {
         [&[1, 0x82][..], &good[2..]].concat(),
     ];
     wrong.push([&good[..8], &[55], &[b'\n'; 55][..]].concat());
+    // An address of IPv6 that no workload can have, and half of one.
+    for address in ["::ffff:10.0.0.1", "::1", "::", "fe80::1", "ff02::1", "fd61:6d62:6974::1"] {
+        let address: std::net::Ipv6Addr = address.parse().unwrap();
+        wrong.push([&[1, 1 | 8], &address.octets()[..], &[0, 80, 0]].concat());
+    }
+    wrong.push([&[1, 1 | 8], &[0xfd; 14][..]].concat());
     for frame in wrong {
         let mut tunnel = stage.native().await.secured;
         // What comes with the handshake's last flight is rustls' to open, and it leaves out what is empty.

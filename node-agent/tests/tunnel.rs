@@ -219,7 +219,7 @@ async fn a_service_is_called_elsewhere_where_the_chosen_endpoint_shows_another_n
         |_| (),
     );
     let chosen = SocketAddrV4::new(copied, service.port());
-    let mut app = stage.call(Some(Captured { asked: service, endpoint: chosen })).await;
+    let mut app = stage.call(Some(Captured { asked: service.into(), endpoint: chosen.into() })).await;
     let (mut pod, _) = stage.served().await;
     round_trip(&mut app, &mut pod, 10).await;
     assert_eq!(stage.health.unhealthy().into_iter().collect::<Vec<_>>(), [copied]);
@@ -569,7 +569,7 @@ async fn a_service_leaves_out_the_endpoint_of_a_denied_node() {
         },
         |_| (),
     );
-    let chosen = Captured { asked: service, endpoint: SocketAddrV4::new(denied, service.port()) };
+    let chosen = Captured { asked: service.into(), endpoint: SocketAddrV4::new(denied, service.port()).into() };
     let mut app = stage.call(Some(chosen)).await;
     let (mut pod, _) = stage.served().await;
     round_trip(&mut app, &mut pod, 10).await;
@@ -582,7 +582,10 @@ async fn without_a_record_or_an_svid_the_application_is_reset() {
     let mut stage = Stage::set(4).await;
     assert!(is_reset(stage.call(None).await).await, "no record");
     let nowhere = SocketAddrV4::new(Ipv4Addr::new(127, 0, 99, 99), 80);
-    assert!(is_reset(stage.call(Some(Captured { asked: nowhere, endpoint: nowhere })).await).await, "no endpoint");
+    assert!(
+        is_reset(stage.call(Some(Captured { asked: nowhere.into(), endpoint: nowhere.into() })).await).await,
+        "no endpoint"
+    );
     let view = stage.west_plane.borrow().as_ref().unwrap().view.clone();
     stage.west_plane.send_replace(Some(plane(view, vec![stage.web.clone()], &[], stage.home)));
     assert!(is_reset(stage.call_db().await).await, "no SVID");
@@ -628,7 +631,7 @@ async fn a_service_fails_over_before_first_bytes_and_back() {
         }];
     };
     stage.publish(on_service, |_| ());
-    let to_dead = Captured { asked: service, endpoint: SocketAddrV4::new(dead, service.port()) };
+    let to_dead = Captured { asked: service.into(), endpoint: SocketAddrV4::new(dead, service.port()).into() };
     let mut app = stage.call(Some(to_dead)).await;
     let (mut pod, _) = stage.served().await;
     round_trip(&mut app, &mut pod, 10).await;

@@ -203,7 +203,7 @@ async fn what_is_withdrawn_while_the_pod_is_waited_for_reaches_it_with_no_byte()
         netns.run(&own, wait).await.unwrap();
     });
     tokio::time::sleep(Duration::from_millis(50)).await;
-    let open = Open { to: stage.db_at(), prompt: false, trace: None, from: None, first: b"secret".to_vec() };
+    let open = Open { to: stage.db_at().into(), prompt: false, trace: None, from: None, first: b"secret".to_vec() };
     let asking = native::open(&mut native.secured, &open);
     let withdrawn = async {
         tokio::time::sleep(Duration::from_millis(200)).await;

@@ -20,7 +20,8 @@ use ambit_proto::v1;
 use dialling::{Caller, Numbers, callers, uri};
 use node::Node;
 use std::collections::BTreeSet;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv6Addr};
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 const SETS: usize = 100;
@@ -96,7 +97,7 @@ fn slice(numbers: &mut Numbers) -> v1::Slice {
         bundles: vec![bundle("west"), bundle("east")],
         entries: CALLERS.iter().enumerate().map(|(n, id)| entry(n, id)).collect(),
         policies: (0..policies).map(|name| policy(numbers, name)).collect(),
-        endpoints: CALLED.iter().map(|(id, last, node)| endpoint(id, *last, *node)).collect(),
+        endpoints: CALLED.iter().flat_map(|(id, last, node)| both(*last).map(|at| endpoint(id, at, *node))).collect(),
         identities: named.zip(first..).map(|(id, number)| v1::NumericIdentity { spiffe_id: uri(id), number }).collect(),
         denials: vec![v1::NodeDenial {
             trust_domain: "east".into(),
@@ -117,10 +118,10 @@ fn entry(n: usize, id: &str) -> v1::Entry {
     }
 }
 
-fn endpoint(id: &str, last: u8, node: u8) -> v1::Endpoint {
+fn endpoint(id: &str, address: IpAddr, node: u8) -> v1::Endpoint {
     v1::Endpoint {
         spiffe_id: uri(id),
-        address: format!("10.70.101.{last}"),
+        address: address.to_string(),
         cluster: id.split('/').next().unwrap_or_default().into(),
         node_address: format!("10.70.0.{node}"),
         node: hex::encode([node; 32]),
@@ -131,12 +132,13 @@ fn endpoint(id: &str, last: u8, node: u8) -> v1::Endpoint {
 /// No policy of these ends.
 const NOW: Moment = Moment { committed: Stamp(1), latest: Stamp(1) };
 
-fn at(last: u8) -> Ipv4Addr {
-    Ipv4Addr::new(10, 70, 101, last)
+/// A workload has an address of each family.
+fn both(last: u8) -> [IpAddr; 2] {
+    [[10, 70, 101, last].into(), Ipv6Addr::new(0xfd70, 0, 0, 0, 0, 0, 0, last.into()).into()]
 }
 
 /// The oracle: `evaluate`, and what the agent must know of the callee to let anybody reach it.
-fn expected(view: &View, source: &SpiffeId, to: Ipv4Addr, port: u16) -> bool {
+fn expected(view: &View, source: &SpiffeId, to: IpAddr, port: u16) -> bool {
     let Some(endpoint) = view.endpoints.get(&to) else { return false };
     view.numbers.contains_key(&endpoint.spiffe_id)
         && !view.denials.denies_endpoint(endpoint)
@@ -161,8 +163,8 @@ fn round(set: usize, kernel: &Kernel, callers: &mut [Caller], tally: &mut Tally)
     kernel.install(&tables).unwrap();
     workloads.values().for_each(|w| kernel.set_workload(w.pod.cgroup_id, w.number.0).unwrap());
 
-    let hosts: Vec<Ipv4Addr> = CALLED.iter().map(|called| called.1).chain([EMPTY]).map(at).collect();
-    let asked: Vec<Vec<(Ipv4Addr, u16)>> = callers
+    let hosts: Vec<IpAddr> = CALLED.iter().map(|called| called.1).chain([EMPTY]).flat_map(both).collect();
+    let asked: Vec<Vec<(IpAddr, u16)>> = callers
         .iter_mut()
         .map(|caller| {
             let asked: Vec<_> = (0..CONNECTIONS).map(|_| (numbers.of(&hosts), numbers.of(&PORTS))).collect();
@@ -189,7 +191,10 @@ fn the_kernel_says_what_evaluate_says() {
     let node = Node::new();
     let kernel = Kernel::open(&node.options()).unwrap();
     kernel.renew_lease(Duration::from_secs(3600)).unwrap();
-    drop(node.attach(&kernel));
+    let listener = node.attach(&kernel);
+    node::run(&format!("nsenter --net=/proc/{}/ns/net ip addr add fd99::1/64 dev eth0 nodad", node.pod.id()));
+    kernel.set_ipv6(node.pod_netns().as_fd(), listener.as_fd(), Some("fd99::1".parse().unwrap())).unwrap();
+    drop(listener);
     let mut callers = callers(&node, &CALLERS);
     let (start, mut tally) = (Instant::now(), Tally::default());
     (0..SETS).for_each(|set| round(set, &kernel, &mut callers, &mut tally));

@@ -145,7 +145,8 @@ fn slice(numbers: &mut Numbers) -> v1::Slice {
 
 /// The oracle: any document that allows it, of an address that neither the mesh nor this node has.
 fn expected(view: &View, source: &SpiffeId, to: Ipv4Addr, port: u16) -> bool {
-    let known = view.endpoints.contains_key(&to) || [MESHED, OWN, "10.1.6.6"].contains(&to.to_string().as_str());
+    let known =
+        view.endpoints.contains_key(&IpAddr::V4(to)) || [MESHED, OWN, "10.1.6.6"].contains(&to.to_string().as_str());
     !known && view.egress.iter().any(|egress| egress.allows(source, IpAddr::V4(to), Protocol::Tcp, port, NOW))
 }
 

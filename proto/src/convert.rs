@@ -7,8 +7,8 @@ use ambit_model::policy::{
     Action, Cidr, Egress, Endpoint, Group, Labels, NodeAddress, Peers, Policy, PolicyExtras, Service, Transport, label,
 };
 use ambit_model::{
-    Code, DnsName, Entry, EntryExtras, Extras, Generation, JwtAuthority, JwtTtl, NodeId, Refusal, Stamp, SvidTtl,
-    TrustDomain,
+    Address, Code, DnsName, Entry, EntryExtras, Extras, Generation, JwtAuthority, JwtTtl, NodeId, Refusal, Stamp,
+    SvidTtl, TrustDomain,
 };
 use std::str::FromStr;
 
@@ -23,7 +23,7 @@ fn port(n: u32) -> Result<u16, Refusal> {
     }
 }
 
-/// An IPv4 address.
+/// The IPv4 address of a node.
 pub fn address(s: &str) -> Result<std::net::Ipv4Addr, Refusal> {
     s.parse().map_err(|_| Refusal::new(Code::BadRequest, "an IPv4 address", s))
 }
@@ -249,7 +249,7 @@ impl TryFrom<&v1::Service> for Service {
     fn try_from(m: &v1::Service) -> Result<Self, Refusal> {
         Ok(Service {
             name: m.name.parse()?,
-            address: address(&m.address)?,
+            address: m.address.parse::<Address>()?,
             port: port(m.port)?,
             backends: m.backends.iter().map(|b| peers(b)).collect::<Result<_, _>>()?,
             order: m.order.parse()?,
@@ -274,7 +274,7 @@ impl TryFrom<&v1::Endpoint> for Endpoint {
     fn try_from(m: &v1::Endpoint) -> Result<Self, Refusal> {
         Ok(Endpoint {
             spiffe_id: m.spiffe_id.parse()?,
-            address: address(&m.address)?,
+            address: m.address.parse::<Address>()?,
             cluster: m.cluster.parse()?,
             node_address: address(&m.node_address)?,
             node: m.node.parse()?,

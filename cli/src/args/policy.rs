@@ -69,7 +69,7 @@ pub enum Policy {
     /// Who may call a workload, or an address outside of the mesh, of those that are known, and by which documents
     #[command(name = "who-can")]
     WhoCan {
-        /// The workload's SPIFFE ID or an IPv4 address, and perhaps a port
+        /// The workload's SPIFFE ID or an address, and perhaps a port ([IPv6]:PORT)
         #[arg(value_name = "SPIFFE|ADDRESS[:PORT]")]
         destination: String,
     },
@@ -148,9 +148,37 @@ pub struct Destination {
 impl std::str::FromStr for Destination {
     type Err = String;
     fn from_str(s: &str) -> Result<Self, String> {
-        let bad = || "expected a SPIFFE ID or an address, a colon and a port of 1-65535".to_owned();
+        let bad = || "expected a SPIFFE ID or an address ([IPv6]), a colon and a port of 1-65535".to_owned();
         let (name, port) = s.rsplit_once(':').ok_or_else(bad)?;
         let port: u16 = port.parse().map_err(|_| bad())?;
+        // Brackets tell where an IPv6 address ends and a port begins (RFC 3986, 3.2.2).
+        let within = name.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
+        let name = match within {
+            Some(address) if address.parse::<std::net::Ipv6Addr>().is_ok() => address,
+            None if !name.starts_with("spiffe:") && name.contains(':') => return Err(bad()),
+            Some(_) => return Err(bad()),
+            None => name,
+        };
         if name.is_empty() || port == 0 { Err(bad()) } else { Ok(Destination { name: name.to_owned(), port }) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_ipv6_address_is_in_brackets() {
+        let read = |text: &str| text.parse::<Destination>().map(|to| (to.name, to.port));
+        for (text, name, port) in [
+            ("spiffe://west/db:80", "spiffe://west/db", 80),
+            ("10.0.0.1:443", "10.0.0.1", 443),
+            ("[fd00::1]:443", "fd00::1", 443),
+        ] {
+            assert_eq!(read(text), Ok((name.to_owned(), port)));
+        }
+        for bad in ["fd00::1:443", "[fd00::1]", "[fd00::1]:0", "[db]:1", "[]:1", "10.0.0.1", "spiffe://west/db"] {
+            assert!(read(bad).is_err(), "{bad}");
+        }
     }
 }

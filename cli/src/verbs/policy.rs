@@ -234,7 +234,10 @@ async fn list(session: &Session) -> Result<Answer, Refusal> {
     }
     let null = || json!(null);
     for s in &reply.services {
-        let target = format!("{}:{}", s.address, s.port);
+        let target = match s.address.parse::<std::net::Ipv6Addr>() {
+            Ok(address) => format!("[{address}]:{}", s.port),
+            Err(_) => format!("{}:{}", s.address, s.port),
+        };
         let (origin, name, backends, ports) = (json!(s.origin), json!(s.name), json!(s.backends), json!([s.port]));
         table.row(vec![
             json!("service"),

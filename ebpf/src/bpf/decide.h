@@ -64,14 +64,8 @@ struct attempt {
 	u64 cgroup;
 };
 
-INLINE void tell(const struct attempt *a, u32 reason)
+INLINE void fill_event(struct event *e, const struct attempt *a, u32 reason)
 {
-	struct event *e = bpf_ringbuf_reserve(&events, sizeof(*e), 0);
-
-	if (!e) {
-		count(EVENT_LOST);
-		return;
-	}
 	e->time_ns = bpf_ktime_get_boot_ns();
 	e->cgroup = a->cgroup;
 	e->source = a->source;
@@ -83,23 +77,35 @@ INLINE void tell(const struct attempt *a, u32 reason)
 	e->rule = a->rule;
 	e->reason = reason;
 	e->pad2 = 0;
-	bpf_ringbuf_submit(e, BPF_RB_NO_WAKEUP);
 }
 
-/* Every refusal is told; of what passes one in CONFIG_SAMPLE, none where that is 0. */
-INLINE void record(const struct attempt *a, u32 reason)
+/* Counts it. Every refusal is told; of what passes one in CONFIG_SAMPLE, none where that is 0. */
+INLINE int is_told(u32 reason)
 {
 	u64 sample;
 
 	count(reason);
 	if (reason == LOOPBACK)
+		return 0;
+	if (reason != ALLOWED)
+		return 1;
+	sample = config_value(CONFIG_SAMPLE);
+	return sample && (sample <= 1 || !(bpf_get_prandom_u32() % (u32)sample));
+}
+
+INLINE void record(const struct attempt *a, u32 reason)
+{
+	struct event *e;
+
+	if (!is_told(reason))
 		return;
-	if (reason == ALLOWED) {
-		sample = config_value(CONFIG_SAMPLE);
-		if (!sample || (sample > 1 && bpf_get_prandom_u32() % (u32)sample))
-			return;
+	e = bpf_ringbuf_reserve(&events, sizeof(*e), 0);
+	if (!e) {
+		count(EVENT_LOST);
+		return;
 	}
-	tell(a, reason);
+	fill_event(e, a, reason);
+	bpf_ringbuf_submit(e, BPF_RB_NO_WAKEUP);
 }
 
 /* Who calls. Any cgroup below the mesh cgroup that the agent did not enrol may do nothing, not even speak to itself. */

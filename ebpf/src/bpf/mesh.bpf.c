@@ -131,22 +131,25 @@ int ambit_connect4(struct bpf_sock_addr *ctx)
 	return verdict(&a, reason);
 }
 
+#include "mesh6.h"
+
 INLINE int is_mapped(struct bpf_sock_addr *ctx)
 {
 	return ctx->user_ip6[0] == 0 && ctx->user_ip6[1] == 0 && ctx->user_ip6[2] == htonl(0xffff);
 }
 
-/* A v4-mapped destination is the IPv4 one; every other IPv6 destination is refused for now, ::1 included. */
+/* A v4-mapped destination is the IPv4 one. */
 SEC("cgroup/connect6")
 int ambit_connect6(struct bpf_sock_addr *ctx)
 {
 	struct attempt a = { .port = ntohs((u16)ctx->user_port) };
+	struct bpf_sock *sk = ctx->sk;
 	u32 reason;
 
-	if (!is_mapped(ctx)) {
-		reason = identify(&a, bpf_get_current_cgroup_id());
-		return verdict(&a, reason == ALLOWED ? NATIVE_IPV6 : reason);
-	}
+	if (!is_mapped(ctx))
+		return connect_native6(ctx);
+	if (sk)
+		bpf_sk_storage_delete(&sockets6, sk);
 	a.address = ctx->user_ip6[3];
 	reason = decide(ctx, &a);
 	if (reason == ALLOWED) {
@@ -180,14 +183,11 @@ SEC("cgroup/sendmsg6")
 int ambit_sendmsg6(struct bpf_sock_addr *ctx)
 {
 	struct attempt a = { .port = ntohs((u16)ctx->user_port) };
-	u32 reason;
 
-	if (is_mapped(ctx)) {
-		a.address = ctx->user_ip6[3];
-		return verdict(&a, decide_datagram(&a));
-	}
-	reason = identify(&a, bpf_get_current_cgroup_id());
-	return verdict(&a, reason == ALLOWED ? NATIVE_IPV6 : reason);
+	if (!is_mapped(ctx))
+		return send_native6(ctx);
+	a.address = ctx->user_ip6[3];
+	return verdict(&a, decide_datagram(&a));
 }
 
 /* The application sees the address it asked for, not the capture address; and of whom it accepted, not the last leg's. */
@@ -214,6 +214,8 @@ int ambit_getpeername6(struct bpf_sock_addr *ctx)
 	struct socket_flow *s = sk ? bpf_sk_storage_get(&sockets, sk, 0, 0) : 0;
 	const struct client *c = s ? 0 : client_of(sk);
 
+	if (show_peer6(ctx, sk))
+		return 1;
 	if (s) {
 		ctx->user_ip6[3] = s->flow.asked_address;
 		ctx->user_port = htons(s->flow.asked_port);
@@ -253,6 +255,8 @@ int ambit_getsockname6(struct bpf_sock_addr *ctx)
 
 	if (own && is_mapped(ctx) && in_loopback(ctx->user_ip6[3]))
 		ctx->user_ip6[3] = own;
+	else
+		show_own6(ctx, ctx->sk);
 	return 1;
 }
 
@@ -292,6 +296,8 @@ INLINE void closed(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 		retire_stamp(ctx, s);
 	else if (s)
 		retire(ctx, s);
+	else
+		retire6(ctx, sk);
 	called = s ? 0 : called_stamp(ctx);
 	if (called && !called->called_closed_ns)
 		called->called_closed_ns = bpf_ktime_get_boot_ns();
@@ -313,6 +319,8 @@ INLINE void connecting(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 		stamp(ctx, s);
 	else if (s)
 		publish(ctx, s);
+	else
+		publish6(ctx, sk);
 }
 
 SEC("sockops")

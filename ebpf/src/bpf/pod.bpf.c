@@ -55,11 +55,7 @@ INLINE int capture(struct bpf_sk_lookup *ctx)
 	return failed ? refuse(ctx, AGENT_ABSENT) : SK_PASS;
 }
 
-INLINE int is_loopback6(const struct bpf_sk_lookup *ctx)
-{
-	return ctx->local_ip6[0] == 0 && ctx->local_ip6[1] == 0 && ctx->local_ip6[2] == 0 &&
-	       ctx->local_ip6[3] == htonl(1);
-}
+#include "pod6.h"
 
 /* The kernel drops 127/8 from a wire as martian only while route_localnet is off, which is the pod's to change. But no
  * packet from a wire comes in by lo, nor has one from here to 127/8 another way in. */
@@ -90,9 +86,8 @@ INLINE int is_last_leg(const struct bpf_sk_lookup *ctx)
 SEC("sk_lookup")
 int ambit_inbound(struct bpf_sk_lookup *ctx)
 {
-	/* The kernel drops ::1 from a wire always. */
 	if (ctx->family != AF_INET)
-		return is_loopback6(ctx) ? SK_PASS : refuse(ctx, PLAIN_INBOUND);
+		return inbound6(ctx);
 	if (is_to_loopback4(ctx)) {
 		/* A captured socket may have been bound to the pod's address before. */
 		if (ctx->local_port == CAPTURE_PORT && ctx->protocol == IPPROTO_TCP &&

@@ -31,8 +31,7 @@ fn generation(odd: bool) -> Tables {
         verdicts: [verdict(open, Action::Allow), verdict(shut, Action::Deny)].into_iter().chain(padding).collect(),
         endpoints: vec![(Ipv4Addr::new(10, 1, 0, 1), open), (Ipv4Addr::new(10, 1, 0, 2), shut)],
         services: vec![],
-        ranges: vec![],
-        callers: vec![],
+        ..Tables::default()
     }
 }
 
@@ -107,6 +106,16 @@ fn equal_tables_have_equal_digests_and_bad_ones_change_nothing() {
     let error = kernel.install(&full).unwrap_err();
     assert!(matches!(error, KernelError::MapFull { map: "endpoints", capacity: 2, needed: 3 }), "{error}");
     assert_eq!(error.code(), "map_full");
+    let full6 = |n: u16| (std::net::Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, n), 400);
+    let full = Tables { endpoints6: (1..4).map(full6).collect(), ..good.clone() };
+    let error = kernel.install(&full).unwrap_err();
+    assert!(matches!(error, KernelError::MapFull { map: "endpoints6", capacity: 2, needed: 3 }), "{error}");
+    let six = Tables { endpoints6: vec![full6(1)], ..good.clone() };
+    assert_ne!(kernel.install(&six).unwrap(), digest);
+    assert_eq!(kernel.install(&good).unwrap(), digest);
+    let mapped = (Ipv4Addr::new(10, 1, 0, 1).to_ipv6_mapped(), 400);
+    let mapped = Tables { endpoints6: vec![mapped], ..good.clone() };
+    assert!(matches!(kernel.install(&mapped), Err(KernelError::BadTables(_))));
     let mut twice = good.clone();
     twice.verdicts.push(verdict(400, Action::Deny));
     assert!(matches!(kernel.install(&twice), Err(KernelError::BadTables(_))));
@@ -126,7 +135,9 @@ fn equal_tables_have_equal_digests_and_bad_ones_change_nothing() {
     let room = kernel.room().unwrap();
     assert_eq!(room[..2], [("verdicts", 2002, 3000), ("endpoints", 2, 2)]);
     assert_eq!(room[2..5], [("services", 1, 1), ("ranges", 1, 1), ("callers", 1, 1)]);
-    assert_eq!(room[5..], [("workloads", 2, 2), ("flows", 0, 64), ("stamps", 0, 64)]);
+    assert_eq!(room[5..8], [("workloads", 2, 2), ("flows", 0, 64), ("stamps", 0, 64)]);
+    assert_eq!(room[8..10], [("endpoints6", 1, 2), ("services6", 1, 1)]);
+    assert_eq!(room[10..], [("flows6", 0, 64), ("legs", 0, 64)]);
 }
 
 /// Of the two generations that in force.
@@ -147,7 +158,10 @@ fn what_others_changed_in_the_tables_in_force_is_named() {
     let to = at([10, 1, 0, 1], 80);
     let endpoint = ServiceEndpoint { address: to, identity: 400, tier: Tier::Local, healthy: true };
     let service = Service { address: at([10, 2, 0, 1], 80), endpoints: vec![endpoint] };
-    let tables = Tables { services: vec![service.clone()], ..generation(false) };
+    let six = Service { address: "[fd10::1]:80".parse().unwrap(), endpoints: vec![] };
+    let endpoints6 = vec![("fd00::1".parse().unwrap(), 400)];
+    let services = vec![service.clone()];
+    let tables = Tables { services, endpoints6, services6: vec![six], ..generation(false) };
     kernel.install(&tables).unwrap();
     assert_eq!(kernel.drift().unwrap(), []);
 
@@ -170,6 +184,12 @@ fn what_others_changed_in_the_tables_in_force_is_named() {
     drifted("verdicts", 2002, 2002);
     in_force(&node, "services").delete(&[10, 2, 0, 1, 80, 0, 0, 0]).unwrap();
     assert_eq!(kernel.drift().unwrap().len(), 2);
+    let first6: std::net::Ipv6Addr = "fd00::1".parse().unwrap();
+    in_force(&node, "endpoints6").update(&first6.octets(), &401u32.to_ne_bytes(), MapFlags::EXIST).unwrap();
+    assert_eq!(kernel.drift().unwrap().len(), 3);
+    let service6 = in_force(&node, "services6");
+    service6.delete(&service6.keys().next().unwrap()).unwrap();
+    assert_eq!(kernel.drift().unwrap().len(), 4);
     kernel.install(&tables).unwrap();
     assert_eq!(kernel.drift().unwrap(), []);
     // The other generation, which is in force no more.

@@ -21,8 +21,7 @@ fn node() -> (Node, Kernel) {
             verdicts: vec![(key, Verdict { action: Action::Allow, rule: 1 })],
             endpoints: vec![(OUTSIDE, SERVER)],
             services: vec![],
-            ranges: vec![],
-            callers: vec![],
+            ..Tables::default()
         })
         .unwrap();
     kernel.set_workload(node.cgroup("client"), CLIENT).unwrap();
@@ -51,8 +50,8 @@ fn plain_inbound_is_refused_the_last_leg_passes_and_loopback_is_the_pods_own() {
     let mut events: Vec<Event> = Vec::new();
     kernel.drain_events(&mut |event| events.push(event)).unwrap();
     assert_eq!(events.len(), 1, "{events:?}");
-    assert_eq!((events[0].reason, events[0].from), (Reason::PlainInbound, Some(OUTSIDE)));
-    assert_eq!(events[0].address, at(POD.octets(), 8080));
+    assert_eq!((events[0].reason, events[0].from), (Reason::PlainInbound, Some(OUTSIDE.into())));
+    assert_eq!(events[0].address, at(POD.octets(), 8080).into());
 
     // The agent's last leg, as the agent makes it: a socket in the pod's namespace, source 127.x.y.z.
     let script = |source: &str| {

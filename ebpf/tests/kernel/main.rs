@@ -5,6 +5,7 @@ mod clients;
 mod connect;
 mod generations;
 mod inbound;
+mod ipv6;
 mod ranges;
 #[allow(dead_code, reason = "the no-bypass suite and the benchmark use the rest")]
 mod support;

@@ -31,6 +31,7 @@ fn tables() -> Tables {
             range([10, 2, 3, 4], 32, CLOSED),
             range([192, 0, 2, 1], 32, WIDE),
         ],
+        ..Tables::default()
     }
 }
 

@@ -3,10 +3,13 @@
 
 use ambit_ebpf::{Capacity, Kernel, Options, cgroup_id};
 use nix::sched::{CloneFlags, setns};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, SockaddrIn6, bind, listen, setsockopt, socket, sockopt,
+};
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Write};
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
-use std::os::fd::AsFd;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6, TcpListener, TcpStream};
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -99,6 +102,26 @@ impl Node {
 
     pub(crate) fn listen_in_pod(&self, address: Ipv4Addr, port: u16) -> TcpListener {
         self.in_pod(move || TcpListener::bind((address, port)).unwrap())
+    }
+
+    /// As the agent's capture listener of a pod with addresses of both families.
+    pub(crate) fn listen_to_both(&self) -> TcpListener {
+        self.in_pod(|| {
+            let fd = socket(AddressFamily::Inet6, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
+            setsockopt(&fd, sockopt::Ipv6V6Only, &false).unwrap();
+            let at = SocketAddrV6::new(Ipv4Addr::LOCALHOST.to_ipv6_mapped(), 0, 0, 0);
+            bind(fd.as_raw_fd(), &SockaddrIn6::from(at)).unwrap();
+            listen(&fd, Backlog::new(128).unwrap()).unwrap();
+            TcpListener::from(fd)
+        })
+    }
+
+    /// Attaches the pod with such a listener, and this IPv6 address.
+    pub(crate) fn attach_both(&self, kernel: &Kernel, address: Ipv6Addr) -> TcpListener {
+        let (listener, netns) = (self.listen_to_both(), self.pod_netns());
+        kernel.attach_pod("pod", netns.as_fd(), POD, listener.as_fd()).unwrap();
+        kernel.set_ipv6(netns.as_fd(), listener.as_fd(), Some(address)).unwrap();
+        listener
     }
 
     /// Attaches the pod with a capture listener of ours.

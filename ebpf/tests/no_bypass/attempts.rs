@@ -7,6 +7,14 @@ pub(crate) const ATTEMPTS: &[(&str, &str, bool, &str)] = &[
     ("a denied connection", "client", true, "stream((FAR, 9090))"),
     ("a v4-mapped one", "client", true, "stream(('::ffff:' + FAR, 9090))"),
     ("native IPv6", "client", true, "stream((FAR6, 9090))"),
+    ("an allowed IPv6 connection", "client", true, "stream((FAR6, 8080))"),
+    ("native IPv6, V6ONLY", "client", true, "stream((FAR6, 9090), option=(IPPROTO_IPV6, IPV6_V6ONLY, 1))"),
+    ("native IPv6, bound", "client", true, "stream((FAR6, 9090), bind=(POD6, 0))"),
+    ("a packet socket, UDP over IPv6", "client", true, "frame(0x86dd, ip6(17, udp()))"),
+    ("a packet socket, as the agent's last leg", "client", true, "frame(0x86dd, ip6(6, segment(4000, 8080), LEG6))"),
+    ("a raw socket, as the agent's last leg", "client", false, "raw6(6, POD6, segment(4000, 8080), LEG6)"),
+    ("the agent's IPv6 addresses on purpose", "client", false, "stream((LEG6, 15001))"),
+    ("the same from outside the mesh", "outsider", false, "stream((LEG6, 15001))"),
     ("to a pod of the same node", "client", true, "stream((NEAR, 9090))"),
     ("a stranger in the mesh", "stranger", true, "stream((FAR, 8080))"),
     ("a child, re-parented", "client", true, "orphan((FAR, 9090))"),
@@ -56,8 +64,10 @@ pub(crate) const ATTEMPTS: &[(&str, &str, bool, &str)] = &[
     ("connected before enrolment", "before", true, "send_before()"),
     ("connected before, from the mesh", "before-client", true, "send_before()"),
     ("a squatter on the capture port", "client", false, "squat((FAR, 8080))"),
+    ("a squatter on the capture port, IPv6", "client", false, "squat((FAR6, 8080))"),
     ("the capture address on purpose", "client", false, "stream(('127.3.3.3', 15001))"),
     ("the pod's own loopback", "client", false, "own_loopback()"),
+    ("the pod's own loopback, IPv6", "client", false, "own_loopback('::1')"),
 ];
 
 /// What the attempts are made of.
@@ -93,8 +103,10 @@ def datagram(to, protocol=0, connected=False, option=None):
 def raw(protocol, to, body):
     with socket.socket(AF_INET, SOCK_RAW, protocol) as s: s.sendto(body, (to, 0))
     return 'ok'
-def raw6(protocol, to, body):
+LEG6 = 'fd61:6d62:6974:0:ffff:ffff:1:2'
+def raw6(protocol, to, body, source=None):
     with socket.socket(AF_INET6, SOCK_RAW, protocol) as s:
+        if source: s.setsockopt(IPPROTO_IPV6, 78, 1); s.bind((source, 0))
         s.setsockopt(IPPROTO_IPV6, IPV6_UNICAST_HOPS, 255)
         s.sendto(body, (to, 0))
     return 'ok'
@@ -117,8 +129,8 @@ def arp(end=b'\0' * 10):
 def ip(protocol, inner, source=None, fragment=0, to=None):
     def head(sum): return struct.pack('!BBHHHBBH', 0x45, 0, 20 + len(inner), 1, fragment, 64, protocol, sum) + inet_aton(source or POD) + inet_aton(to or FAR)
     return head(checksum(head(0))) + inner
-def ip6(protocol, inner):
-    return struct.pack('!IHBB', 6 << 28, len(inner), protocol, 255) + inet_pton(AF_INET6, POD6) + inet_pton(AF_INET6, FAR6) + inner
+def ip6(protocol, inner, source=None):
+    return struct.pack('!IHBB', 6 << 28, len(inner), protocol, 255) + inet_pton(AF_INET6, source or POD6) + inet_pton(AF_INET6, FAR6) + inner
 def frame(kind, body, by='eth0', to=b'\xff' * 6, source=None):
     with socket.socket(AF_PACKET, SOCK_RAW) as s:
         s.bind((by, 0))
@@ -175,19 +187,19 @@ def passed(to):
 def squat(to):
     came = []
     def listen(host):
-        s = socket.socket(); s.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
+        s = socket.socket(AF_INET6 if ':' in host else AF_INET); s.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
         try: s.bind((host, 15001)); s.listen(); s.settimeout(TIMEOUT); came.append(s.accept()[0].recv(100))
         except OSError: pass
         s.close()
-    threads = [threading.Thread(target=listen, args=(h,)) for h in ('0.0.0.0', '127.0.0.1', POD)]
+    threads = [threading.Thread(target=listen, args=(h,)) for h in (('::', '::1', POD6) if ':' in to[0] else ('0.0.0.0', '127.0.0.1', POD))]
     for t in threads: t.start()
     try: time.sleep(0.05); stream(to)
     except OSError: pass
     for t in threads: t.join()
     return 'bytes came' if came else 'nobody came'
-def own_loopback():
-    s = socket.create_server(('127.0.0.1', 7777))
-    c = socket.create_connection(('127.0.0.1', 7777), TIMEOUT); c.sendall(MARK)
+def own_loopback(host='127.0.0.1'):
+    s = socket.create_server((host, 7777), family=AF_INET6 if ':' in host else AF_INET)
+    c = socket.create_connection((host, 7777), TIMEOUT); c.sendall(MARK)
     got = s.accept()[0].recv(100); s.close(); c.close()
     return 'ok' if got == MARK else 'lost'
 def attempt(mark, act):

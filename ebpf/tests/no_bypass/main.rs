@@ -36,9 +36,15 @@ fn check(state: &State, column: &Column) {
     }
     let (allowed, _) = &column["an allowed connection"];
     assert_eq!(allowed, state.allowed, "state {}", state.name);
+    assert_eq!(column["an allowed IPv6 connection"].0, state.allowed, "state {}", state.name);
+    assert_eq!(column["a squatter on the capture port, IPv6"].0, "nobody came", "state {}", state.name);
+    assert_eq!(column["the pod's own loopback, IPv6"].0, "ok", "state {}", state.name);
     assert_eq!(column["a squatter on the capture port"].0, "nobody came", "state {}", state.name);
     assert_eq!(column["the pod's own loopback"].0, "ok", "state {}", state.name);
-    for denied in ["a denied connection", "a v4-mapped one", "SO_MARK", "TCP Fast Open", "multipath TCP"] {
+    for denied in ["a denied connection", "a v4-mapped one", "SO_MARK", "TCP Fast Open", "multipath TCP"]
+        .into_iter()
+        .chain(["native IPv6", "native IPv6, V6ONLY", "native IPv6, bound", "the agent's IPv6 addresses on purpose"])
+    {
         assert_eq!(column[denied].0, "EPERM", "{denied} in state {}", state.name);
     }
 }
@@ -89,7 +95,7 @@ fn nothing_leaves_in_clear_in_any_state() {
     // One address, another workload behind it: what was allowed to the first is not to the second.
     kernel.install(&tables(rig::OTHER)).unwrap();
     run(&mut table, &mut rig, "IP reused", "EPERM");
-    kernel.install(&ambit_ebpf::Tables { endpoints: vec![], ..tables(rig::SERVER) }).unwrap();
+    kernel.install(&ambit_ebpf::Tables { endpoints: vec![], endpoints6: vec![], ..tables(rig::SERVER) }).unwrap();
     run(&mut table, &mut rig, "endpoint gone", "EPERM");
 
     kernel.install(&tables(rig::SERVER)).unwrap();

@@ -43,9 +43,8 @@ pub(crate) fn tables(behind: u32) -> Tables {
     Tables {
         verdicts: vec![verdict(0, Action::Allow), verdict(9090, Action::Deny)],
         endpoints: vec![endpoint(FAR, behind), endpoint(NEAR, server)],
-        services: vec![],
-        ranges: vec![],
-        callers: vec![],
+        endpoints6: vec![("fd99::2".parse().unwrap(), behind), ("fd99::3".parse().unwrap(), server)],
+        ..Tables::default()
     }
 }
 
@@ -215,7 +214,7 @@ impl Rig {
 
     pub(crate) fn attach_only(&mut self, kernel: &Kernel) {
         drop(self.agent.take());
-        self.agent = Some(Agent::start(self.node.attach(kernel)));
+        self.agent = Some(Agent::start(self.node.attach_both(kernel, "fd99::1".parse().unwrap())));
     }
 
     /// How many wires of the pod are guarded now.

@@ -6,6 +6,7 @@
 #![warn(missing_docs)]
 
 pub mod act;
+mod address;
 pub mod appraisal;
 pub mod backup;
 pub mod bundle;
@@ -28,6 +29,7 @@ pub mod trust;
 pub mod utc;
 
 pub use act::{Act, Approval, Approved, ApproverCard, Proposal};
+pub use address::{AGENT_NET, Address};
 pub use appraisal::AppraisalPolicy;
 pub use bundle::{Bundle, Foreign, Own};
 pub use denial::{IdDenial, LeafDenial, Serial, serial_number};

@@ -1,5 +1,6 @@
 //! Policies after parsing: what may speak to what. The YAML form and its meaning are `ambit-policy`'s.
 
+use crate::address::Address;
 use crate::id::{ClusterId, ObjectName, SpiffeId};
 use crate::refusal::{Code, Refusal};
 use crate::time::{Moment, Stamp};
@@ -162,7 +163,7 @@ pub struct Service {
     /// Its name, unique within its origin.
     pub name: ObjectName,
     /// The virtual address that workloads call.
-    pub address: Ipv4Addr,
+    pub address: Address,
     /// The TCP port of the virtual address and of every endpoint.
     pub port: u16,
     /// Whose endpoints serve it, in any cluster.
@@ -193,8 +194,8 @@ impl NodeAddress {
 pub struct Endpoint {
     /// Who answers there.
     pub spiffe_id: SpiffeId,
-    /// The workload's own address.
-    pub address: Ipv4Addr,
+    /// The workload's own address, or one of the two that it has.
+    pub address: Address,
     /// The cluster that it runs in.
     pub cluster: ClusterId,
     /// Where tunnels to it end: the node's address (the HBONE port is 15008).

@@ -2,7 +2,7 @@
 //! and column, one raised later only those of the mapping around it.
 
 use ambit_model::policy::{Cidr, Peers};
-use ambit_model::{Code, Refusal, Stamp, utc};
+use ambit_model::{Address, Code, Refusal, Stamp, utc};
 use serde::de::{Deserialize, Deserializer, Error, SeqAccess, Unexpected, Visitor};
 use std::fmt;
 use std::marker::PhantomData;
@@ -133,8 +133,8 @@ impl<'de> Deserialize<'de> for Port {
     }
 }
 
-/// An IPv4 address that can be called. Loopback cannot: captured connections go there.
-pub(crate) struct UnicastAddress(pub(crate) Ipv4Addr);
+/// An address that can be called. Loopback cannot: captured connections go there.
+pub(crate) struct UnicastAddress(pub(crate) Address);
 
 impl<'de> Deserialize<'de> for UnicastAddress {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
@@ -142,13 +142,14 @@ impl<'de> Deserialize<'de> for UnicastAddress {
         impl Visitor<'_> for V {
             type Value = UnicastAddress;
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a unicast IPv4 address that is not loopback")
+                f.write_str("a unicast address, IPv4 or IPv6, that is not loopback")
             }
             fn visit_str<E: Error>(self, text: &str) -> Result<Self::Value, E> {
                 let bad = || E::invalid_value(Unexpected::Str(text), &self);
-                let ip: Ipv4Addr = text.parse().map_err(|_| bad())?;
-                let nobody = ip.is_unspecified() || ip.is_loopback() || ip.is_multicast() || ip.is_broadcast();
-                if nobody { Err(bad()) } else { Ok(UnicastAddress(ip)) }
+                let address: Address = text.parse().map_err(|_| bad())?;
+                let nobody =
+                    |ip: Ipv4Addr| ip.is_unspecified() || ip.is_loopback() || ip.is_multicast() || ip.is_broadcast();
+                if address.v4().is_some_and(nobody) { Err(bad()) } else { Ok(UnicastAddress(address)) }
             }
         }
         d.deserialize_str(V)

@@ -29,7 +29,7 @@ pub fn policy_text(policy: &Policy) -> String {
 /// `10.96.0.1:80 to spiffe://west/shop, spiffe://east/shop, local-first`.
 pub fn service_text(service: &Service) -> String {
     let backends = list(&service.backends);
-    format!("{}:{} to {backends}, {}", service.address, service.port, service.order.as_str())
+    format!("{} to {backends}, {}", service.address.at(service.port), service.order.as_str())
 }
 
 /// `spiffe://west/web to 192.0.2.0/24 on 443, passthrough: in clear text, carried by the agent`.

@@ -129,6 +129,10 @@ fn what_is_wrong_is_refused_in_its_place() {
         ("10.96.0.10", "127.0.0.1", PolicyMalformed, &["line 11", "column 17", "not loopback"]),
         ("10.96.0.10", "0.0.0.0", PolicyMalformed, &["line 11"]),
         ("10.96.0.10", "::1", PolicyMalformed, &["line 11"]),
+        ("10.96.0.10", "::ffff:10.96.0.10", PolicyMalformed, &["line 11"]),
+        ("10.96.0.10", "fe80::10", PolicyMalformed, &["line 11"]),
+        ("10.96.0.10", "FD00::10", PolicyMalformed, &["line 11"]),
+        ("10.96.0.10", "fd61:6d62:6974::10", PolicyMalformed, &["line 11"]),
         ("backends: [spiffe://west/shop, spiffe://east/shop]", "backends: []", PolicyMalformed, &["line 11", "1-64"]),
         ("kind: Service", "kind: [", PolicyMalformed, &["line 9 column 7"]),
     ];

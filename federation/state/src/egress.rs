@@ -6,7 +6,7 @@ use crate::objects::EgressRow;
 use crate::resolve::Resolver;
 use crate::state::{OwnedName, State};
 use ambit_model::policy::{Action, Cidr, Egress, Policy};
-use ambit_model::{SpiffeId, Stamp, TrustDomain};
+use ambit_model::{Address, SpiffeId, Stamp, TrustDomain};
 use ambit_policy::EgressSet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
@@ -62,10 +62,10 @@ impl State {
         in_force.filter_map(|egress| resolver.egress(egress)).collect()
     }
 
-    /// Every address that the mesh knows somebody at, of peers too, or knew a while ago.
+    /// Every address that the mesh knows somebody at, of peers too, or knew a while ago. Of IPv4 alone: no way out is of IPv6.
     pub(crate) fn meshed_addresses(&self) -> BTreeSet<Ipv4Addr> {
-        let endpoints = self.endpoints.iter().map(|((_, address), _)| *address);
-        let services = self.services().map(|(_, row)| row.object.address);
+        let endpoints = self.endpoints.iter().filter_map(|((_, address), _)| address.v4());
+        let services = self.services().filter_map(|(_, row)| row.object.address.v4());
         endpoints.chain(services).chain(self.former.iter().map(|(address, _)| *address)).collect()
     }
 
@@ -90,9 +90,9 @@ impl State {
 
     /// Somebody left these addresses, and nobody may be behind them; or somebody who was put out, and is still there: then what
     /// went to them in a tunnel must not go in clear for that.
-    pub(crate) fn leave(&mut self, now: Stamp, addresses: impl IntoIterator<Item = Ipv4Addr>, put_out: bool) {
+    pub(crate) fn leave(&mut self, now: Stamp, addresses: impl IntoIterator<Item = Address>, put_out: bool) {
         let until = now.plus_ms(if put_out { PUT_OUT_MS } else { LEFT_MS });
-        for address in addresses {
+        for address in addresses.into_iter().filter_map(Address::v4) {
             let until = self.former.get(&address).map_or(until, |known| until.max(*known));
             self.former.put(&mut self.journal, address, until);
         }
@@ -154,16 +154,16 @@ mod tests {
         let mut s = State::new();
         let (now, at) = (Stamp(1_000_000), |n: u32| Ipv4Addr::from_bits(0x0a00_0000 + n));
         let left = |s: &State| s.meshed_addresses().len();
-        s.leave(now, [at(1)], false);
-        s.leave(now, [at(2)], true);
+        s.leave(now, [at(1).into()], false);
+        s.leave(now, [at(2).into()], true);
         // Put out, and gone after: it stays as long as it would have.
-        s.leave(now, [at(2)], false);
+        s.leave(now, [at(2).into()], false);
         assert!(!s.forget_left(now.plus_ms(LEFT_MS - 1)));
         assert_eq!((left(&s), s.left_until(at(1))), (2, Some(now.plus_ms(LEFT_MS))));
         assert!(s.forget_left(now.plus_ms(LEFT_MS)));
         assert_eq!(s.meshed_addresses().into_iter().collect::<Vec<_>>(), [at(2)]);
         let max = u32::try_from(FORMER_MAX).unwrap();
-        s.leave(now.plus_ms(LEFT_MS), (10..10 + max).map(at), false);
+        s.leave(now.plus_ms(LEFT_MS), (10..10 + max).map(|n| at(n).into()), false);
         assert_eq!(left(&s), FORMER_MAX);
         assert!(s.meshed_addresses().contains(&at(2)), "what would be over first goes first");
         assert!(s.forget_left(now.plus_ms(PUT_OUT_MS)));

@@ -231,7 +231,7 @@ impl<'a> Resolver<'a> {
 
     fn of_endpoints(&self, td: &TrustDomain, cluster: &ClusterId, meant: Meant) -> BTreeSet<SpiffeId> {
         let (mut within, mut elsewhere) = (BTreeSet::new(), BTreeSet::new());
-        let from = (td.clone(), std::net::Ipv4Addr::UNSPECIFIED);
+        let from = (td.clone(), ambit_model::Address::FIRST);
         let rows = self.state.endpoints.range((Bound::Included(from), Bound::Unbounded));
         for (_, row) in rows.take_while(|((origin, _), _)| origin == td) {
             let place = if row.object.cluster == *cluster { &mut within } else { &mut elsewhere };

@@ -14,8 +14,8 @@ use crate::table::{Journal, Packed, Table, TableWrite};
 use ambit_model::policy::NodeAddress;
 use ambit_model::record::Record;
 use ambit_model::{
-    ClusterId, Code, EntryId, Generation, IdDenial, LeafDenial, NodeId, ObjectName, RaftIndex, Refusal, SpiffeId,
-    Stamp, TrustDomain,
+    Address, ClusterId, Code, EntryId, Generation, IdDenial, LeafDenial, NodeId, ObjectName, RaftIndex, Refusal,
+    SpiffeId, Stamp, TrustDomain,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -51,7 +51,7 @@ pub struct State {
     pub(crate) issued: Table<[u8; 16], Issuance>,
     pub(crate) policies: Table<OwnedName, PolicyRow>,
     pub(crate) services: Table<OwnedName, ServiceRow>,
-    pub(crate) endpoints: Table<(TrustDomain, Ipv4Addr), EndpointRow>,
+    pub(crate) endpoints: Table<(TrustDomain, Address), EndpointRow>,
     pub(crate) identities: Table<SpiffeId, u32>,
     pub(crate) node_denials: Table<(TrustDomain, NodeId), Generation>,
     pub(crate) foreign_clusters: Table<ClusterId, ForeignCluster>,

@@ -13,7 +13,7 @@ use ambit_model::policy::{CLOSED_RANGES, closed_within};
 use ambit_model::{Moment, NumericIdentity, ObjectName};
 use ambit_policy::Prefix;
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 
 /// Stands behind an address that no document opens: the mesh knows it and nobody here may reach it, or it is of this node. No
 /// workload has this number, and no verdict speaks of it.
@@ -74,11 +74,12 @@ fn ways_out_within<'a>(
     if view.egress.is_empty() {
         return tables_within(&capacity, view, denials, local, unhealthy, now);
     }
-    let services = view.services.iter().map(|service| service.address);
-    let known = view.endpoints.keys().chain(&view.meshed).chain(own).copied().chain(services);
+    let services = view.services.iter().filter_map(|service| service.address.v4());
+    let endpoints = view.endpoints.values().filter_map(|endpoint| endpoint.address.v4());
+    let known = view.meshed.iter().chain(own).copied().chain(endpoints).chain(services);
     let known: BTreeSet<Ipv4Addr> = known.collect();
     // Endpoints have their places in the same table already.
-    let beside = known.iter().filter(|address| !view.endpoints.contains_key(address)).count();
+    let beside = known.iter().filter(|address| !view.endpoints.contains_key(&IpAddr::V4(**address))).count();
     let (ranges, verdicts) = ways_out(view, local.clone(), now);
     // What is the cell's own goes before what peers bring, here too.
     let rest = |all: u32, taken: usize| all.saturating_sub(u32::try_from(taken).unwrap_or(u32::MAX));

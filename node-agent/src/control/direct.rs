@@ -129,7 +129,7 @@ impl Control {
             METRICS.cut.inc(["direct"]);
             if let (Some(caller), Some(called)) = (names.get(&flow.caller), names.get(&flow.called)) {
                 tracing::info!(%caller, %called, port = flow.to.port(), took_us, "direct connection cut");
-                record::direct(caller, called, flow.to, record::flag::DENIED, None, Duration::ZERO);
+                record::direct(caller, called, flow.to.into(), record::flag::DENIED, None, Duration::ZERO);
             }
         }
         Ok(())
@@ -260,7 +260,7 @@ impl Known {
                     Ended::Unanswered => record::flag::UPSTREAM_FAILED,
                 };
                 let bytes = Some((flow.sent, flow.received));
-                record::direct(caller, called, flow.to, flags, bytes, closed.saturating_sub(flow.opened));
+                record::direct(caller, called, flow.to.into(), flags, bytes, closed.saturating_sub(flow.opened));
             }
         }
     }

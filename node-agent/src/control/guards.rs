@@ -11,7 +11,7 @@ use crate::takeover::Socket;
 use ambit_ebpf::{CAPTURE_PORT, DeviceNews, Place, netns_cookie};
 use ambit_model::{Code, Refusal};
 use std::collections::BTreeMap;
-use std::net::{Ipv4Addr, SocketAddrV4, TcpListener};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -226,7 +226,7 @@ impl Control {
             // Who it is, is told anew with the tables.
             guarded.enrolled = None;
             let Some(listener) = &guarded.listener else { return true };
-            match self.kernel.attach(name, guarded.netns.as_fd(), guarded.pod.address, listener) {
+            match self.kernel.attach(name, guarded.netns.as_fd(), both(&guarded.pod), listener) {
                 Ok(ways) => {
                     guarded.tell(ways);
                     true
@@ -246,7 +246,12 @@ impl Control {
         if let Some(listener) = self.hands.captures.remove(&(pod.name.clone(), pod.netns_id)) {
             return Ok(listener);
         }
-        self.netns.listen(netns, SocketAddrV4::new(Ipv4Addr::LOCALHOST, CAPTURE_PORT)).await
+        let at = match pod.address6 {
+            None => SocketAddr::from((Ipv4Addr::LOCALHOST, CAPTURE_PORT)),
+            // v4-mapped: bound to an address of IPv6 alone it would take no IPv4.
+            Some(_) => SocketAddr::from((Ipv4Addr::LOCALHOST.to_ipv6_mapped(), CAPTURE_PORT)),
+        };
+        self.netns.listen(netns, at).await
     }
 
     /// Opens the pod's capture listener in its namespace and refuses plain inbound there.
@@ -256,7 +261,7 @@ impl Control {
         let netns = Netns::open(&pod.netns).map_err(trouble)?;
         let listener = self.capture(pod, &netns).await.map_err(trouble)?;
         let cookie = netns_cookie(&listener).map_err(trouble)?;
-        let ways = self.kernel.attach(&pod.name, netns.as_fd(), pod.address, &listener)?;
+        let ways = self.kernel.attach(&pod.name, netns.as_fd(), both(pod), &listener)?;
         let (identity, who) = watch::channel(None);
         let kept = Some(listener.try_clone().map_err(trouble)?);
         let capture = self.outbound.capture(nth, who, listener, cookie, self.kernel.clone());
@@ -275,6 +280,10 @@ impl Control {
         guarded.tell(ways);
         Ok(guarded)
     }
+}
+
+fn both(pod: &Pod) -> (Ipv4Addr, Option<Ipv6Addr>) {
+    (pod.address, pod.address6)
 }
 
 /// A cgroup can be removed only when no process is left in it.

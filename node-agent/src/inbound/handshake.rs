@@ -19,7 +19,7 @@ impl Inbound {
     pub(super) fn knows(&self, from: IpAddr) -> bool {
         let (plane, from) = (self.plane.borrow(), from.to_canonical());
         plane.as_ref().is_some_and(|plane| {
-            let is_endpoint = matches!(from, IpAddr::V4(from) if plane.view.endpoints.contains_key(&from));
+            let is_endpoint = plane.view.endpoints.contains_key(&from);
             is_endpoint || plane.view.callers.values().any(|home| IpAddr::V4(home.address) == from)
         })
     }

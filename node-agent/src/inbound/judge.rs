@@ -9,7 +9,7 @@ use crate::view::View;
 use ambit_identity::{NodeBinding, PeerSvid};
 use ambit_model::{Code, Moment, NodeId, Refusal, SpiffeId};
 use ambit_policy::Verdict;
-use std::net::{IpAddr, Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use tokio::net::TcpStream;
 
@@ -34,14 +34,14 @@ impl At {
     pub(super) fn called<'a>(&self, plane: &'a Plane, name: &str) -> Option<&'a Arc<Credentials>> {
         match self {
             Self::Node => plane.by_name.get(name),
-            Self::Pod(address) => plane.credentials.get(plane.pods.get(address)?.id()),
+            Self::Pod(address) => plane.credentials.get(plane.pods.get(&IpAddr::V4(*address))?.id()),
         }
     }
     /// Whether a connection may be to this address.
-    pub(super) fn is(&self, to: Ipv4Addr) -> bool {
+    pub(super) fn is(&self, to: IpAddr) -> bool {
         match self {
             Self::Node => true,
-            Self::Pod(address) => *address == to,
+            Self::Pod(address) => IpAddr::V4(*address) == to,
         }
     }
 }
@@ -62,7 +62,7 @@ pub(super) fn judge(
     plane: &Plane,
     denials: &Denials,
     call: &Call,
-    to: SocketAddrV4,
+    to: SocketAddr,
     now: Moment,
 ) -> Result<Verdict, Refusal> {
     call.shown.still(&Now { trust: plane.trust.current(), at: now.latest })?;
@@ -77,7 +77,7 @@ pub(super) fn permitted(
     plane: &Plane,
     denials: &Denials,
     call: &Call,
-    to: SocketAddrV4,
+    to: SocketAddr,
     now: Moment,
 ) -> Result<Verdict, Refusal> {
     trusted(denials, call)?;
@@ -132,7 +132,7 @@ pub(super) fn at_home(view: &View, call: &Call) -> Result<(), Refusal> {
 
 /// Whether the caller's node reported this very workload at that address.
 pub(super) fn is_its_endpoint(view: &View, call: &Call, node: NodeId) -> bool {
-    let IpAddr::V4(from) = call.from.to_canonical() else { return false };
+    let from = call.from.to_canonical();
     view.endpoints.get(&from).is_some_and(|endpoint| endpoint.node == node && endpoint.spiffe_id == *call.peer.id())
 }
 

@@ -13,7 +13,7 @@ use crate::shown::Now;
 use ambit_model::policy::Endpoint;
 use bytes::Bytes;
 use h2::{RecvStream, SendStream};
-use std::net::SocketAddrV4;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use tokio::time::timeout;
 
@@ -66,7 +66,7 @@ impl<'a> Opening<'a> {
         // What may have reached one endpoint is not sent to another: where there are others, bytes wait for the answer.
         let mut none = Vec::new();
         let first = if captured.asked == captured.endpoint { first } else { &mut none };
-        let chosen = match self.plane.view.endpoints.get(captured.endpoint.ip()) {
+        let chosen = match self.plane.view.endpoints.get(&captured.endpoint.ip()) {
             Some(endpoint) => self.at(endpoint, captured.endpoint.port(), first).await,
             // The endpoint left the view between the kernel's choice and now.
             None => Err(gone()),
@@ -95,7 +95,7 @@ impl<'a> Opening<'a> {
             return Err(TunnelError::NodeDenied);
         }
         let node = self.key(endpoint, Door::Node)?;
-        let to = SocketAddrV4::new(endpoint.address, port);
+        let to = endpoint.address.at(port);
         let opened = async {
             for _ in 0..LEFT_MAX {
                 match self.by_either(endpoint, &node, to, first).await {
@@ -125,14 +125,14 @@ impl<'a> Opening<'a> {
         &self,
         endpoint: &Endpoint,
         at_node: &Key,
-        to: SocketAddrV4,
+        to: SocketAddr,
         first: &mut Vec<u8>,
     ) -> Result<Way, TunnelError> {
         let at_pod = || self.key(endpoint, Door::Pod);
         // Who was found to be no agent of ours is not asked again each time.
-        if !(self.pool.knows_pods() && self.pool.is_open(&at_pod()?)) {
+        if to.is_ipv6() || !(self.pool.knows_pods() && self.pool.is_open(&at_pod()?)) {
             match self.by(at_node, to, first).await {
-                Err(error) if error.is_refused_port() => {}
+                Err(error) if error.is_refused_port() && to.is_ipv4() => {}
                 opened => return opened,
             }
         }
@@ -145,7 +145,7 @@ impl<'a> Opening<'a> {
     }
 
     /// By this door.
-    async fn by(&self, key: &Key, to: SocketAddrV4, first: &mut Vec<u8>) -> Result<Way, TunnelError> {
+    async fn by(&self, key: &Key, to: SocketAddr, first: &mut Vec<u8>) -> Result<Way, TunnelError> {
         let (out, plane, source) = (self.outbound, &*self.plane, self.pod.id());
         let now = Now { trust: plane.trust.current(), at: out.clock.now() };
         let credentials = || health::credentials(plane, source, &key.destination);
@@ -168,7 +168,7 @@ impl<'a> Opening<'a> {
     fn key(&self, endpoint: &Endpoint, door: Door) -> Result<Key, TunnelError> {
         let (plane, pod) = (&*self.plane, self.pod);
         let own = plane.credentials_of(pod.id()).map_err(|_| TunnelError::NoSvid)?;
-        let mut node = health::at(endpoint, door);
+        let mut node = health::at(endpoint, door).ok_or(TunnelError::Refused(http::StatusCode::NOT_FOUND))?;
         node.set_port(self.outbound.port);
         let from = match door {
             Door::Node => plane.address,
@@ -188,13 +188,14 @@ impl<'a> Opening<'a> {
     /// Another healthy endpoint of the service that was asked for, nearest first, that this caller may reach.
     fn other(&self, captured: Captured) -> Option<&Endpoint> {
         let (out, view) = (self.outbound, &self.plane.view);
-        let service = view.services.iter().find(|s| SocketAddrV4::new(s.address, s.port) == captured.asked)?;
+        let service = view.services.iter().find(|s| s.address.at(s.port) == captured.asked)?;
         let (unhealthy, denials, now) = (out.health.unhealthy(), out.denials.now(), out.clock.moment());
         view.endpoints
             .values()
-            .filter(|e| e.address != *captured.endpoint.ip() && !unhealthy.contains(&e.address))
+            .filter(|e| e.address.ip() != captured.endpoint.ip() && !unhealthy.contains(&e.address.ip()))
             .filter(|e| !denials.denies_endpoint(e))
             .filter(|e| service.backends.iter().any(|b| b.contains(&e.spiffe_id)))
+            .filter(|e| compile::serves(service.address, e, view.endpoints.values()))
             .filter(|e| view.rules.evaluate(self.pod.id(), &e.spiffe_id, service.port, now).allowed)
             .min_by_key(|e| (compile::tier(view, service, e), e.address))
     }
@@ -202,7 +203,7 @@ impl<'a> Opening<'a> {
 
 async fn open_native(
     mut lease: Box<NativeLease>,
-    to: SocketAddrV4,
+    to: SocketAddr,
     first: &mut Vec<u8>,
     start: &Start,
 ) -> Result<Way, TunnelError> {

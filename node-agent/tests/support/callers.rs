@@ -3,7 +3,7 @@
 use crate::node::{self, Node, Worker};
 use ambit_agent::pods::Pod;
 use ambit_model::SpiffeId;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 /// SplitMix64: the same numbers on every run, so that a failure is a seed.
 pub(crate) struct Numbers(pub(crate) u64);
@@ -53,6 +53,7 @@ pub(crate) fn callers(node: &Node, ids: &[&str]) -> Vec<Caller> {
             netns: "/proc/self/ns/net".into(),
             netns_id: (1, 2),
             address: node::POD,
+            address6: None,
             uid: 1000,
             name: name.clone(),
         };
@@ -62,10 +63,13 @@ pub(crate) fn callers(node: &Node, ids: &[&str]) -> Vec<Caller> {
 }
 
 impl Caller {
-    /// Connects to each; every fourth by its v4-mapped address.
-    pub(crate) fn ask(&mut self, to: &[(Ipv4Addr, u16)]) {
-        let mapped = |n: usize| if n.is_multiple_of(4) { "::ffff:" } else { "" };
-        let words = to.iter().enumerate().map(|(n, (host, port))| format!("{}{host}:{port} ", mapped(n)));
+    /// Connects to each; every fourth of IPv4 by its v4-mapped address.
+    pub(crate) fn ask<A: Copy + Into<IpAddr>>(&mut self, to: &[(A, u16)]) {
+        let name = |n: usize, host: IpAddr| match host {
+            IpAddr::V4(host) if n.is_multiple_of(4) => format!("::ffff:{host}"),
+            host => host.to_string(),
+        };
+        let words = to.iter().enumerate().map(|(n, (host, port))| format!("{}:{port} ", name(n, (*host).into())));
         self.worker.ask(&words.collect::<String>());
     }
 

@@ -17,7 +17,7 @@ use ambit_identity::{SharedTrust, Trust, TrustStore};
 use ambit_model::Generation;
 use ambit_model::policy::Endpoint;
 use std::collections::BTreeSet;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -70,6 +70,15 @@ impl Ground {
     }
     /// A namespace with a veth to here and its address on lo: what leaves it, leaves through the agent or not at all.
     pub(crate) fn pod(&mut self, name: &str, address: Ipv4Addr) -> u32 {
+        self.pod_of(name, serde_json::json!({"address": address}))
+    }
+    /// The same with an IPv6 address too.
+    pub(crate) fn pod6(&mut self, name: &str, address: Ipv4Addr, address6: Ipv6Addr) -> u32 {
+        let pid = self.pod_of(name, serde_json::json!({"address": address, "address6": address6}));
+        ip(pid, &format!("addr add {address6}/128 dev eth0 nodad"));
+        pid
+    }
+    fn pod_of(&mut self, name: &str, mut file: serde_json::Value) -> u32 {
         std::fs::create_dir_all(self.mesh().join(name)).unwrap();
         let ours = std::fs::read_link("/proc/thread-self/ns/net").unwrap();
         let holder = Command::new("unshare").args(["--net", "sleep", "120"]).spawn().unwrap();
@@ -80,10 +89,13 @@ impl Ground {
             std::thread::sleep(Duration::from_millis(5));
         }
         veth(pid);
+        let address = file["address"].as_str().unwrap().to_owned();
         for set in ["link set lo up", "link set eth0 up", &format!("addr add {address}/32 dev lo")] {
             ip(pid, set);
         }
-        let file = serde_json::json!({"cgroup": name, "netns": at, "address": address, "uid": 0});
+        file["cgroup"] = name.into();
+        file["netns"] = at.into();
+        file["uid"] = 0.into();
         std::fs::write(self.dir.join("pods").join(format!("{name}.json")), file.to_string()).unwrap();
         pid
     }
@@ -231,7 +243,9 @@ impl Node {
     }
     /// Waits until traffic is carried for the pods at these addresses, and for no other.
     pub(crate) async fn carries(&mut self, wanted: &[Ipv4Addr]) {
-        let is = |plane: &Option<Arc<Plane>>| plane.as_ref().is_some_and(|p| p.pods.keys().eq(wanted));
+        let is = |plane: &Option<Arc<Plane>>| {
+            plane.as_ref().is_some_and(|p| p.pods.keys().filter(|at| at.is_ipv4()).eq(wanted))
+        };
         timeout(SOON, self.plane.wait_for(is)).await.unwrap_or_else(|_| panic!("never {wanted:?}")).unwrap();
     }
     /// Waits until what is reported is like this.

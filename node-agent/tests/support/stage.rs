@@ -51,6 +51,7 @@ pub(crate) fn pod(view: &View, entry: &v1::Entry, address: Ipv4Addr) -> Arc<Loca
         netns_id: (0, 0),
         address,
         uid: 0,
+        address6: None,
     };
     let entry = view.entries.iter().find(|e| e.id.as_str() == entry.id).unwrap().clone();
     let workload = Workload { pod, entry, number: NumericIdentity(256) };
@@ -229,7 +230,7 @@ impl Stage {
         app
     }
     pub(crate) async fn call_db(&self) -> TcpStream {
-        self.call(Some(Captured { asked: self.db_at(), endpoint: self.db_at() })).await
+        self.call(Some(Captured { asked: self.db_at().into(), endpoint: self.db_at().into() })).await
     }
     pub(crate) async fn served(&self) -> (TcpStream, SocketAddr) {
         timeout(SOON, self.db.accept()).await.expect("the pod is reached").unwrap()

@@ -11,7 +11,7 @@ use crate::when::utc;
 use ambit_model::{Code, Refusal, SpiffeId};
 use ambit_proto::v1;
 use serde_json::{Value, json};
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, SocketAddr};
 
 /// `ambit policy who-can SPIFFE[:PORT]`.
 pub(super) async fn who_can(session: &Session, destination: &str) -> Result<Answer, Refusal> {
@@ -55,14 +55,14 @@ pub(super) async fn who_can(session: &Session, destination: &str) -> Result<Answ
     Ok(if reply.cut_short { answer.note("there are more callers than are listed") } else { answer })
 }
 
-/// An IPv4 address or a SPIFFE ID, and a port if there is one behind it.
+/// An address or a SPIFFE ID, and a port if there is one behind it: behind an IPv6 address in brackets.
 fn asked(text: &str) -> Result<(String, Option<u16>), Refusal> {
-    if let Ok(address) = text.parse::<SocketAddrV4>()
+    if let Ok(address) = text.parse::<SocketAddr>()
         && address.port() > 0
     {
         return Ok((address.ip().to_string(), Some(address.port())));
     }
-    match text.parse::<Ipv4Addr>() {
+    match text.parse::<IpAddr>() {
         Ok(address) => Ok((address.to_string(), None)),
         Err(_) => named(text).map(|(id, port)| (id.to_string(), port)),
     }
@@ -157,6 +157,19 @@ mod tests {
             let found = named(text).map(|(id, port)| (id.to_string(), port)).map_err(|r| r.code);
             assert_eq!(found, want.map(|(id, port)| (id.to_owned(), port)), "{text}");
         }
+    }
+
+    #[test]
+    fn addresses_of_both_families_are_asked_about() {
+        for (text, address, port) in [
+            ("10.0.0.1", "10.0.0.1", None),
+            ("10.0.0.1:80", "10.0.0.1", Some(80)),
+            ("fd00::1", "fd00::1", None),
+            ("[fd00::1]:80", "fd00::1", Some(80)),
+        ] {
+            assert_eq!(asked(text).unwrap(), (address.to_owned(), port), "{text}");
+        }
+        assert_eq!(asked("[fd00::1]:0").unwrap_err().code, Code::BadRequest);
     }
 
     #[test]

@@ -3,14 +3,14 @@
 use super::who::{allowed, change_to, party, with_agents};
 use crate::replica::Replica;
 use ambit_model::policy::{Action, closed_at};
-use ambit_model::{Code, ObjectName, Refusal, SpiffeId, Stamp, utc};
+use ambit_model::{Address, Code, ObjectName, Refusal, SpiffeId, Stamp, utc};
 use ambit_policy::{EgressFlip, EgressSet, known_in};
 use ambit_proto::convert::egress_message;
 use ambit_proto::v1;
 use ambit_state::State;
 use ambit_state::objects::EgressRow;
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 
 /// Where the address is that was asked about.
 pub(super) enum Told {
@@ -39,7 +39,7 @@ pub(super) fn flip_message(flip: &EgressFlip) -> v1::Flip {
 /// The verdict of an address, and the document behind it.
 pub(super) async fn explain(
     replica: &Replica,
-    asked: (&SpiffeId, Ipv4Addr, u16),
+    asked: (&SpiffeId, Address, u16),
     at: Option<Stamp>,
 ) -> Result<Told, Refusal> {
     match replica.read(|s| judged(s, asked, at)).await?? {
@@ -50,16 +50,17 @@ pub(super) async fn explain(
 
 fn judged(
     s: &State,
-    (src, to, port): (&SpiffeId, Ipv4Addr, u16),
+    (src, at_address, port): (&SpiffeId, Address, u16),
     at: Option<Stamp>,
 ) -> Result<(Told, BTreeSet<String>), Refusal> {
-    if let Some((_, row)) = s.endpoints().find(|(_, row)| row.object.address == to) {
+    if let Some((_, row)) = s.endpoints().find(|(_, row)| row.object.address == at_address) {
         return Ok((Told::Inside(row.object.spiffe_id.clone()), BTreeSet::new()));
     }
-    if let Some(((origin, name), _)) = s.services().find(|(_, row)| row.object.address == to) {
-        let found = format!("{to}, which is service {origin}/{name}: ask of its backends");
+    if let Some(((origin, name), _)) = s.services().find(|(_, row)| row.object.address == at_address) {
+        let found = format!("{at_address}, which is service {origin}/{name}: ask of its backends");
         return Err(Refusal::new(Code::BadRequest, "a workload, or an address outside of the mesh", found));
     }
+    let Some(to) = at_address.v4() else { return Ok((Told::Outside(Box::new(of_ipv6(s, src))), BTreeSet::new())) };
     let (set, now) = match at {
         None => (s.egress_set(), s.moment()),
         Some(at) => {
@@ -102,20 +103,33 @@ fn judged(
     Ok((Told::Outside(Box::new(answer)), nodes))
 }
 
+/// No document names a range of IPv6.
+fn of_ipv6(s: &State, src: &SpiffeId) -> v1::ExplainResponse {
+    v1::ExplainResponse {
+        reason: "denied: outside of the mesh, and no egress is of IPv6".to_owned(),
+        revision: s.cell().map(|cell| cell.revision.0).unwrap_or_default(),
+        source: Some(party(s, src).0),
+        ..Default::default()
+    }
+}
+
 /// Who may connect to the address, of those that are known.
-pub(super) async fn who_can(replica: &Replica, to: Ipv4Addr, port: Option<u16>) -> Result<v1::WhoCanResponse, Refusal> {
+pub(super) async fn who_can(replica: &Replica, to: Address, port: Option<u16>) -> Result<v1::WhoCanResponse, Refusal> {
     let ground = |s: &State| {
         let meshed = s.endpoints().any(|(_, row)| row.object.address == to)
             || s.services().any(|(_, row)| row.object.address == to);
         let rows: BTreeMap<ObjectName, EgressRow> =
             s.egress().map(|((_, name), row)| (name.clone(), row.clone())).collect();
-        (s.egress_set(), rows, s.known_identities(), s.moment(), meshed, s.left_until(to).is_some())
+        let left = to.v4().is_some_and(|to| s.left_until(to).is_some());
+        (s.egress_set(), rows, s.known_identities(), s.moment(), meshed, left)
     };
     let (set, rows, known, now, meshed, left) = replica.read(ground).await?;
     if meshed {
         let expected = "an address outside of the mesh (ask of the workload behind it by its SPIFFE ID)";
         return Err(Refusal::new(Code::BadRequest, expected, to.to_string()));
     }
+    // No document names a range of IPv6.
+    let Some(to) = to.v4() else { return Ok(v1::WhoCanResponse::default()) };
     let answered = tokio::task::spawn_blocking(move || {
         if left || closed_at(IpAddr::V4(to)).is_some() {
             return v1::WhoCanResponse::default();

@@ -4,7 +4,7 @@ use super::plan::{Wanted, change_of, kind_of, plan};
 use super::{OrStatus, egress, flows, request_id, unmeshed, who};
 use crate::authorise::actor;
 use crate::replica::Replica;
-use ambit_model::{Code, ObjectName, Refusal, Revision, SpiffeId, Stamp, TrustDomain};
+use ambit_model::{Address, Code, ObjectName, Refusal, Revision, SpiffeId, Stamp, TrustDomain};
 use ambit_policy::{Document, unknown_domains};
 use ambit_proto::convert::{group_message, policy_message, service_message};
 use ambit_proto::v1;
@@ -120,7 +120,7 @@ impl v1::policy_registry_server::PolicyRegistry for Policies {
     async fn who_can(&self, request: Request<v1::WhoCanRequest>) -> Result<Response<v1::WhoCanResponse>, Status> {
         let m = request.into_inner();
         let port = if m.port == 0 { None } else { Some(port_of(m.port).or_status()?) };
-        if let Ok(address) = m.destination.parse() {
+        if let Ok(address) = m.destination.parse::<Address>() {
             return egress::who_can(&self.0, address, port).await.or_status().map(Response::new);
         }
         let destination: SpiffeId = m.destination.parse().or_status()?;
@@ -152,7 +152,7 @@ impl v1::policy_registry_server::PolicyRegistry for Policies {
             return unmeshed::explain(&self.0, from, asked).await.or_status().map(Response::new);
         }
         let src: SpiffeId = m.source.parse().or_status()?;
-        let dst: SpiffeId = match m.destination.parse() {
+        let dst: SpiffeId = match m.destination.parse::<Address>() {
             Err(_) => m.destination.parse().or_status()?,
             Ok(address) => match egress::explain(&self.0, (&src, address, port), at).await.or_status()? {
                 egress::Told::Outside(answer) => return Ok(Response::new(*answer)),

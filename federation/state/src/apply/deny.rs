@@ -6,11 +6,10 @@ use crate::committed::{Issuance, Subject};
 use crate::state::State;
 use ambit_model::record::Kind;
 use ambit_model::{
-    ClusterId, Code, Entry, EntryId, IdDenial, LeafDenial, ObjectName, Refusal, SpiffeId, Stamp, TrustDomain,
+    Address, ClusterId, Code, Entry, EntryId, IdDenial, LeafDenial, ObjectName, Refusal, SpiffeId, Stamp, TrustDomain,
     serial_number,
 };
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::Ipv4Addr;
 
 /// Denials of each kind that this cell makes; each goes to every agent (I17). Peers have bounds of their own.
 const ID_DENIALS_MAX: usize = 20_000;
@@ -305,9 +304,9 @@ fn revoke(s: &mut State, at: At, former: &[Entry]) -> Result<(), Refusal> {
 /// Endpoints of these identities go from nodes that may not run them any more, whatever their agents say.
 fn drop_endpoints(s: &mut State, at: At, ids: &BTreeSet<SpiffeId>) {
     let Some(own) = s.cell().map(|cell| cell.trust_domain.clone()) else { return };
-    let gone: Vec<Ipv4Addr> = s
+    let gone: Vec<Address> = s
         .endpoints
-        .from((own.clone(), Ipv4Addr::UNSPECIFIED))
+        .from((own.clone(), Address::FIRST))
         .take_while(|((origin, _), _)| *origin == own)
         .filter(|(_, row)| ids.contains(&row.object.spiffe_id))
         .filter(|(_, row)| !s.entries_of(&row.object.spiffe_id).any(|e| s.fits(&e.entry, &row.object.node)))

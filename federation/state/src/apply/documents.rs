@@ -252,7 +252,7 @@ fn check_service(s: &State, own: &TrustDomain, asked: &DocumentsChange, service:
     }
 }
 
-pub(super) fn in_use(address: std::net::Ipv4Addr, by: &str) -> Refusal {
+pub(super) fn in_use(address: ambit_model::Address, by: &str) -> Refusal {
     Refusal::new(Code::AlreadyExists, "a virtual address not in use", format!("{address} is {by}"))
 }
 

@@ -10,13 +10,12 @@ use ambit_model::bundle::{BundleRecord, RootEntry, RootState};
 use ambit_model::policy::{Endpoint, Group, NodeAddress, Peers, Policy, Service};
 use ambit_model::record::{Head, Kind, Record};
 use ambit_model::{
-    Code, Generation, IdDenial, LeafDenial, NodeId, ObjectName, Refusal, Revision, SpiffeId, Stamp, TrustDomain,
-    serial_number,
+    Address, Code, Generation, IdDenial, LeafDenial, NodeId, ObjectName, Refusal, Revision, SpiffeId, Stamp,
+    TrustDomain, serial_number,
 };
 use ambit_policy::Document;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use std::net::Ipv4Addr;
 
 const PEERS_MAX: usize = 1_000;
 /// What one peer may have us hold, so that none fills our memory (I17); what is more is ignored, record by record.
@@ -165,7 +164,7 @@ enum Imported {
     Policy(ObjectName, Option<Policy>),
     Service(ObjectName, Option<Service>),
     Group(ObjectName, Option<Group>),
-    Endpoint(Ipv4Addr, Option<Endpoint>),
+    Endpoint(Address, Option<Endpoint>),
     NodeDenial(NodeId, Generation),
     JwtKeys(JwtKeys),
     IdDenial(SpiffeId, IdDenial),
@@ -177,8 +176,9 @@ enum Imported {
 }
 
 fn decode(r: &Record) -> Result<Imported, Refusal> {
-    let address =
-        || r.key.parse::<Ipv4Addr>().map_err(|_| Refusal::new(Code::RecordChainBroken, "an IPv4 key", r.key.clone()));
+    let address = || {
+        r.key.parse::<Address>().map_err(|_| Refusal::new(Code::RecordChainBroken, "an address for key", r.key.clone()))
+    };
     Ok(match r.kind {
         Kind::Cluster => Imported::Cluster(r.key.parse()?),
         Kind::Bundle => bundle(r)?.map_or(Imported::Ignored, Imported::Bundle),
@@ -324,7 +324,7 @@ impl Room {
         let policies = s.policies.iter().map(|((td, _), _)| td).filter(of_origin).count();
         let services = s.services.iter().map(|((td, _), _)| td).filter(of_origin).count();
         let groups = s.groups.iter().map(|((td, _), _)| td).filter(of_origin).count();
-        let endpoints = s.endpoints.from((origin.clone(), Ipv4Addr::UNSPECIFIED)).map(|((td, _), _)| td);
+        let endpoints = s.endpoints.from((origin.clone(), Address::FIRST)).map(|((td, _), _)| td);
         let denials = s.node_denials.from((origin.clone(), NodeId([0; 32]))).map(|((td, _), _)| td);
         let ids = s.id_denials.iter().map(|((td, _), _)| td).filter(of_origin).count();
         let leaves = s.leaf_denials.iter().map(|((td, _, _), _)| td).filter(of_origin).count();

@@ -6,9 +6,8 @@ use crate::objects::{EntryRow, NodeState, Owned};
 use crate::state::State;
 use ambit_model::policy::Endpoint;
 use ambit_model::record::Kind;
-use ambit_model::{Code, Entry, EntryId, NodeId, Refusal, Revision, SpiffeId, TrustDomain};
+use ambit_model::{Address, Code, Entry, EntryId, NodeId, Refusal, Revision, SpiffeId, TrustDomain};
 use std::collections::BTreeSet;
-use std::net::Ipv4Addr;
 
 /// Bounds on what one cell holds; past them a write is refused, never memory exhausted (I17).
 const ENTRIES_MAX: usize = 200_000;
@@ -185,7 +184,7 @@ pub(super) fn drop_unfit_endpoints(s: &mut State, at: At, id: &NodeId) -> Result
 }
 
 /// An address is another's while an admitted node or a service of this cell holds it.
-fn free_for(s: &State, own: &TrustDomain, id: &NodeId, address: Ipv4Addr) -> Result<(), Refusal> {
+fn free_for(s: &State, own: &TrustDomain, id: &NodeId, address: Address) -> Result<(), Refusal> {
     let holder = s.endpoints.get(&(own.clone(), address)).map(|row| row.object.node).filter(|node| node != id);
     if let Some(node) = holder.filter(|node| s.node(node).is_some_and(|n| n.state == NodeState::Admitted)) {
         let found = format!("{address} is on node {node}");
@@ -202,9 +201,9 @@ fn free_for(s: &State, own: &TrustDomain, id: &NodeId, address: Ipv4Addr) -> Res
 pub(super) fn replace_endpoints(s: &mut State, at: At, id: &NodeId, wanted: &[Endpoint]) -> Result<(), Refusal> {
     let own = cell_row(s)?.trust_domain;
     // A peer's rows may name any node: whose a row is says its key, never the object in it.
-    let gone: Vec<Ipv4Addr> = s
+    let gone: Vec<Address> = s
         .endpoints
-        .from((own.clone(), Ipv4Addr::UNSPECIFIED))
+        .from((own.clone(), Address::FIRST))
         .take_while(|((origin, _), _)| *origin == own)
         .filter(|(_, row)| row.object.node == *id)
         .map(|((_, address), _)| *address)

@@ -7,7 +7,7 @@ use crate::slice::Bundles;
 use crate::state::{OwnedName, State};
 use crate::table::Row;
 use ambit_model::policy::{Action, Egress, Endpoint, NodeAddress, Peers, Policy, Service};
-use ambit_model::{ClusterId, JwtAuthority, NodeId, SpiffeId, TrustDomain};
+use ambit_model::{Address, ClusterId, JwtAuthority, NodeId, SpiffeId, TrustDomain};
 use ambit_policy::{Index, PolicySet};
 use std::cell::{OnceCell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
@@ -15,7 +15,7 @@ use std::net::Ipv4Addr;
 use std::sync::Arc;
 
 /// An endpoint's key.
-type Place = (TrustDomain, Ipv4Addr);
+type Place = (TrustDomain, Address);
 
 /// Endpoints and services as they are asked for.
 #[derive(Debug, Default)]
@@ -24,7 +24,7 @@ pub(super) struct Known {
     identities: Vec<(SpiffeId, Vec<Place>)>,
     /// Endpoints that own nodes reported.
     by_node: BTreeMap<NodeId, Vec<Place>>,
-    /// Every address that the mesh knows.
+    /// Every IPv4 address that the mesh knows.
     addresses: BTreeSet<Ipv4Addr>,
     /// Of these, those in the ranges of some documents: nodes with the same documents share them.
     inside: RefCell<Vec<Inside>>,
@@ -269,7 +269,7 @@ fn services_of(s: &State, ids: &BTreeSet<&SpiffeId>) -> BTreeMap<OwnedName, Serv
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Own {
     /// Endpoints.
-    pub endpoints: Vec<((TrustDomain, Ipv4Addr), Endpoint)>,
+    pub endpoints: Vec<((TrustDomain, Address), Endpoint)>,
     /// Services that these are behind.
     pub services: Vec<(OwnedName, Service)>,
     /// Numbers of identities of these.
