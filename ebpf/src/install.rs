@@ -49,7 +49,8 @@ impl Kernel {
             self.put(table.name, idle, inner)?;
         }
         self.set_config(CONFIG_GENERATION, u64::from(idle))?;
-        let [verdicts, endpoints, services, ranges, callers, endpoints6, services6] = encoded.each_ref().map(Table::sum);
+        let [verdicts, endpoints, services, ranges, callers, endpoints6, services6] =
+            encoded.each_ref().map(Table::sum);
         *in_force = Some(InForce { verdicts, endpoints, services, ranges, callers, endpoints6, services6 });
         // Writing a slot of a map of maps returns only after every running program has ended (the kernel's
         // maybe_wait_bpf_programs). Without this the next install could replace maps that a program still reads.

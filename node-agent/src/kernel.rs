@@ -5,7 +5,8 @@ use crate::netns::Netns;
 use crate::outbound::{Captured, Goal};
 use crate::view::View;
 use ambit_ebpf::{
-    Annex, Capacity, Direct, Drift, Event, Flow, Kernel, KernelError, Leg, LetIn, Local, Options, Place, Tables, boot_time,
+    Annex, Capacity, Direct, Drift, Event, Flow, Kernel, KernelError, Leg, LetIn, Local, Options, Place, Tables,
+    boot_time,
 };
 use ambit_model::{Code, NumericIdentity, Refusal};
 use std::collections::HashMap;

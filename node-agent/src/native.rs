@@ -19,7 +19,7 @@ use futures::FutureExt;
 use http::StatusCode;
 use std::future::Future;
 use std::io::{self, IoSlice, IoSliceMut};
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, SocketAddrV4};
 use std::ops::Range;
 use std::pin::pin;
 use std::time::Duration;

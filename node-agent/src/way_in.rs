@@ -64,7 +64,7 @@ impl Called {
     /// whichever way.
     fn of(plane: &Plane, to: SocketAddrV4, now: Moment) -> Result<Self, Refusal> {
         let nobody = || Refusal::new(Code::NotFound, "an address of a workload of this node", to.to_string());
-        let pod = plane.pods.get(to.ip()).cloned().ok_or_else(nobody)?;
+        let pod = plane.pods.get(&IpAddr::V4(*to.ip())).cloned().ok_or_else(nobody)?;
         let chain = &plane.credentials_of(pod.id())?.svid().chain_der;
         let chain: Vec<CertificateDer<'_>> = chain.iter().map(|der| CertificateDer::from(der.as_slice())).collect();
         let shown = Presented::of(&chain).filter(|shown| now.latest < shown.not_after);
@@ -86,7 +86,7 @@ impl Called {
         if is_ours(to.port()) {
             return Err(Refusal::new(Code::BadRequest, "a port of the workload's, not of its mesh", to.to_string()));
         }
-        if plane.view.claims(*from.ip()) || plane.pods.contains_key(from.ip()) {
+        if plane.view.claims(*from.ip()) || plane.pods.contains_key(&IpAddr::V4(*from.ip())) {
             return Err(unmeshed(format!("{}, which is of the mesh", from.ip())));
         }
         if let Some(why) = closed_at(IpAddr::V4(*from.ip())) {
@@ -102,7 +102,7 @@ impl Called {
         if denials.denies_presented(&self.shown) {
             return Err(Refusal::new(Code::SvidRevoked, "an SVID that was not revoked", id.as_str()));
         }
-        if plane.pods.get(to.ip()).is_none_or(|pod| pod.id() != id) {
+        if plane.pods.get(&IpAddr::V4(*to.ip())).is_none_or(|pod| pod.id() != id) {
             return Err(Refusal::new(Code::NotFound, format!("{id} at {}", to.ip()), "somebody else, or nobody"));
         }
         let verdict = plane.view.rules.evaluate_unmeshed(*from.ip(), id, to.port(), now);
@@ -195,15 +195,24 @@ impl WayIn {
             Err(refusal) => return told.refused(None, "denied", flag::DENIED, None, &refusal),
         };
         let (id, rule) = (called.pod.id(), verdict.rule);
-        let far = match timeout(POD_CONNECT_MAX, self.legs.connect(&called.pod, to.into(), from.ip(), Some(from.into()))).await {
-            Ok(Ok(far)) => far,
-            Ok(Err(error)) => {
-                return told.refused(Some(id), "failed", flag::UPSTREAM_FAILED, rule.as_ref(), &error);
-            }
-            Err(_) => {
-                return told.refused(Some(id), "failed", flag::UPSTREAM_FAILED, rule.as_ref(), &"no answer in time");
-            }
-        };
+        let far =
+            match timeout(POD_CONNECT_MAX, self.legs.connect(&called.pod, to.into(), from.ip(), Some(from.into())))
+                .await
+            {
+                Ok(Ok(far)) => far,
+                Ok(Err(error)) => {
+                    return told.refused(Some(id), "failed", flag::UPSTREAM_FAILED, rule.as_ref(), &error);
+                }
+                Err(_) => {
+                    return told.refused(
+                        Some(id),
+                        "failed",
+                        flag::UPSTREAM_FAILED,
+                        rule.as_ref(),
+                        &"no answer in time",
+                    );
+                }
+            };
         // No byte was passed on yet: what was withdrawn meanwhile lets none through.
         let Verdict { rule, audited, .. } = match self.admit(&mut follow, &called, from, to) {
             Ok(verdict) => verdict,

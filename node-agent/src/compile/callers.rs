@@ -11,7 +11,7 @@ use ambit_model::policy::{CLOSED_RANGES, closed_within};
 use ambit_model::{Moment, NumericIdentity, SpiffeId};
 use ambit_policy::{PortSet, Prefix};
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 
 /// Of the first range of callers: beyond the numbers of all ranges of egress, of which there are no more than the table takes.
 const FIRST: u32 = NumericIdentity::END.0 + (1 << 24);
@@ -60,9 +60,11 @@ impl WaysIn {
             return Self::default();
         }
         ranges.extend(CLOSED_RANGES.iter().map(|(first, bits, _)| ((*first, *bits), NOT_OUTSIDE)));
-        let services = view.services.iter().map(|service| service.address);
-        let known = view.endpoints.keys().chain(&view.meshed).chain(&view.claimed).chain(own).chain(&here).copied();
-        let inside = known.chain(services).filter(|address| is_in(&named, *address));
+        let v4 = |ip: IpAddr| if let IpAddr::V4(ip) = ip { Some(ip) } else { None };
+        let services = view.services.iter().filter_map(|service| v4(service.address.ip()));
+        let endpoints = view.endpoints.keys().copied().filter_map(v4);
+        let known = view.meshed.iter().chain(&view.claimed).chain(own).chain(&here).copied();
+        let inside = known.chain(endpoints).chain(services).filter(|address| is_in(&named, *address));
         ranges.extend(inside.map(|address| ((address, 32), NOT_OUTSIDE)));
         if ranges.len() > usize::try_from(capacity.ranges).unwrap_or(usize::MAX) {
             let ranges = ranges.len();

@@ -65,7 +65,7 @@ fn may_name(plane: &Plane, (id, node, at): (&SpiffeId, NodeId, Ipv4Addr), said: 
     if said.port() == 0 || closed_at(IpAddr::V4(*address)).is_some() {
         return false;
     }
-    match (plane.view.endpoints.get(address), plane.pods.get(address)) {
+    match (plane.view.endpoints.get(&IpAddr::V4(*address)), plane.pods.get(&IpAddr::V4(*address))) {
         (None, None) => !plane.no_clients.contains(address),
         // Of a pod of this node that node can be this one only, which its address tells.
         (endpoint, pod) => {
