@@ -100,6 +100,6 @@ fn a_client_outside_is_let_in_by_its_address_and_by_nothing_else() {
     (&open).write_all(b"GET / HT").unwrap();
     ambit(&["policy", "delete", "clients"]);
     until("it is cut", || matches!((&open).read(&mut [0; 16]), Err(e) if e.kind() == ErrorKind::ConnectionReset));
+    // Refused, or without an answer: after an upgrade the pod may ask nobody for the way back before that one has asked for it.
     until("nobody is let in", || dial(lab, "operator", to).is_err());
-    assert_eq!(dial(lab, "operator", to).unwrap_err().kind(), ErrorKind::ConnectionRefused);
 }
