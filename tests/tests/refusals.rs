@@ -193,7 +193,7 @@ async fn policies_are_taken_whole_or_not_at_all() {
         (ALLOW.replace("[8080]", "[8080]\n  protocols: [udp]"), "policy_unenforceable", "web-to-db"),
         (ALLOW.replace("[spiffe://east/web]", "['cidr:10.0.0.0/8']"), "policy_malformed", "transport: passthrough"),
         (
-            ALLOW.replace("from: [spiffe://east/web]", "transport: passthrough, from: ['cidr:127.0.0.0/8']"),
+            ALLOW.replace("from: [spiffe://east/web]", "transport: passthrough\n  from: ['cidr:127.0.0.0/8']"),
             "policy_unenforceable",
             "cidr:127.0.0.0/8, which is loopback",
         ),

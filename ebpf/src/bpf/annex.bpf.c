@@ -25,7 +25,7 @@ int ambit_annex(struct bpf_sk_lookup *ctx)
 	if (ctx->local_port == PORT_HBONE)
 		return SK_PASS;
 	pod = bpf_map_lookup_elem(&locals, &to);
-	if (!pod || !is_let_in(ctx->remote_ip4, pod, (u16)ctx->local_port))
+	if (!pod || lease_is_over() || !is_let_in(ctx->remote_ip4, pod, (u16)ctx->local_port))
 		return SK_DROP;
 	sk = bpf_map_lookup_elem(&strangers, &slot);
 	if (!sk)

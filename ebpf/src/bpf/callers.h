@@ -13,7 +13,8 @@
 /* Ports that are the mesh's own at every pod, whatever a policy says of every port; as in node-agent/src/inbound/goal.rs. */
 enum { PORT_OUTBOUND = 15001, PORT_INBOUND = 15006, PORT_HBONE = 15008 };
 
-/* `port` in host order. The pod is who it was last said to be; of one that is nobody nothing is said. */
+/* `port` in host order. The pod is who it was last said to be; of one that is nobody nothing is said. The lease is asked by who asks
+ * this: what is open goes on without it, but where the agent says otherwise. */
 INLINE int is_let_in(u32 from, const struct local *pod, u16 port)
 {
 	struct range_key key = { .bits = 32, .address = from };
@@ -21,7 +22,7 @@ INLINE int is_let_in(u32 from, const struct local *pod, u16 port)
 	u32 generation, *range, rule = 0;
 	void *table;
 
-	if (port == PORT_OUTBOUND || port == PORT_INBOUND || port == PORT_HBONE || lease_is_over())
+	if (port == PORT_OUTBOUND || port == PORT_INBOUND || port == PORT_HBONE)
 		return 0;
 	generation = (u32)config_value(CONFIG_GENERATION);
 	table = bpf_map_lookup_elem(&callers, &generation);

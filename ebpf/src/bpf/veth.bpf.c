@@ -420,9 +420,14 @@ INLINE int is_forged(const struct ip *ip)
 /* The pod is the very one that is said to be somebody, not one that got its address. */
 INLINE int is_of_a_stranger(const struct ip *ip, const struct tcp *t)
 {
+	int opens = (t->flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
 	u32 own = pod.address;
-	struct local *self = bpf_map_lookup_elem(&locals, &own);
+	struct local *self;
 
+	/* What looks as if it were open and is not is judged in the annex as what begins. */
+	if ((opens || pod.strict) && lease_is_over())
+		return 0;
+	self = bpf_map_lookup_elem(&locals, &own);
 	return self && self->netns == pod.netns && is_let_in(ip->source, self, ntohs(t->destination));
 }
 

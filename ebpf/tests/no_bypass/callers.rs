@@ -198,8 +198,16 @@ fn it_ends_with_the_range_the_lease_the_pod_and_the_agent() {
     kernel.install(&tables).unwrap();
     let (caller, called) = pair();
     kernel.shorten_lease(Duration::ZERO).unwrap();
-    assert_eq!(ended((caller, called)), ErrorKind::ConnectionReset, "the lease is over");
-    assert_eq!(refused(&rig, (FAR, 0), 8443), ErrorKind::ConnectionRefused);
+    assert_eq!(refused(&rig, (FAR, 0), 8443), ErrorKind::ConnectionRefused, "the lease is over: none begins");
+    there_and_back(&caller, &called);
+    // Nor by what looks as if it had begun before; and nobody answers.
+    let acknowledges = "frame(0x0800, ip(6, segment(4000, 8443)))";
+    rig.send_in(&[("sealed".to_owned(), acknowledges)]);
+    kernel.set_strict(true);
+    rig.guard(&kernel);
+    assert_eq!(ended((caller, called)), ErrorKind::ConnectionReset, "of a strict node what is open ends too");
+    kernel.set_strict(false);
+    rig.guard(&kernel);
     kernel.renew_lease(crate::LEASE).unwrap();
     drop(pair());
 
