@@ -51,6 +51,7 @@ pub mod pool;
 pub mod process;
 pub mod pump;
 pub mod reattest;
+pub mod recent;
 pub mod record;
 pub mod records;
 pub mod said;
