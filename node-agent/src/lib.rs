@@ -48,6 +48,7 @@ pub mod places;
 pub mod plane;
 pub mod pods;
 pub mod pool;
+pub mod privileged;
 pub mod process;
 pub mod pump;
 pub mod reattest;
