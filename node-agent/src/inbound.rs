@@ -26,12 +26,13 @@ use crate::native::{self, Begun, Open, Reason};
 use crate::netns::NetnsThread;
 use crate::plane::{Follow, LocalPod, Plane};
 use crate::pump::{self, End};
-use crate::record::{Record, flag};
+use crate::recent;
+use crate::record::{Judged, Record, flag};
 use crate::records::alert;
-use crate::said::Said;
+use crate::said::{self, Said};
 use crate::secure::{Bytestream, Secured};
 use crate::seen::{self, Seen};
-use ambit_model::{Code, Refusal};
+use ambit_model::{Code, Refusal, Revision};
 use ambit_policy::Verdict;
 use bytes::Bytes;
 use h2::RecvStream;
@@ -279,13 +280,14 @@ impl Inbound {
 
     /// How the connection ended; after a refusal, as after an end in order, the tunnel is free for another.
     async fn native(&self, tunnel: &mut Secured, call: &Call, open: Open) -> Result<End, Reason> {
-        let record = Record::inbound(call.peer.id(), &call.to, open.to, open.trace.as_deref());
+        let trace = open.trace.clone().unwrap_or_else(said::trace);
+        let record = Record::inbound(call.peer.id(), &call.to, open.to, Some(&trace));
         let Open { to, prompt, from, mut first, .. } = open;
         let refused = |reason| {
             record.refused(flag_of(reason));
             reason
         };
-        let mut admitted = self.connect(call, Ok(to), from).await.map_err(refused)?;
+        let mut admitted = self.connect(call, Ok(to), from, &record).await.map_err(refused)?;
         // What the workload does not take at once waits, and the caller does not: it may read later.
         let written = match admitted.pod.try_write(&first) {
             Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => 0,
@@ -310,8 +312,9 @@ impl Inbound {
         let to = goal(&request);
         let shown = *to.as_ref().unwrap_or(&NOWHERE);
         let said = Said::read(request.headers());
-        let record = Record::inbound(call.peer.id(), &call.to, shown, said.traceparent.as_deref()).saying(&said);
-        let Admitted { pod, _open, follow } = match self.connect(&call, to, said.from()).await {
+        let trace = said.traceparent.clone().unwrap_or_else(said::trace);
+        let record = Record::inbound(call.peer.id(), &call.to, shown, Some(&trace)).saying(&said);
+        let Admitted { pod, _open, follow } = match self.connect(&call, to, said.from(), &record).await {
             Ok(admitted) => admitted,
             Err(reason) => {
                 record.refused(flag_of(reason));
@@ -333,6 +336,7 @@ impl Inbound {
         call: &Call,
         to: Result<SocketAddr, Refusal>,
         from: Option<SocketAddrV4>,
+        record: &Record<'_>,
     ) -> Result<Admitted, Reason> {
         let flow = self.course.flow();
         let place = self.flows.clone().try_acquire_owned().map_err(|_| Reason::Busy)?;
@@ -344,6 +348,7 @@ impl Inbound {
             if let (Code::PolicyDenied, Some(port)) = (refusal.code, asked) {
                 self.seen.saw(seen::End::Called, call.peer.id(), &call.to, port, false);
             }
+            self.note_refused(call, asked, &refusal, record);
             match refusal.code {
                 Code::BadRequest => Reason::Malformed,
                 Code::NotFound => Reason::Elsewhere,
@@ -355,7 +360,9 @@ impl Inbound {
         let begun = Instant::now();
         let admitted = to.and_then(|to| self.admit(&mut follow, call, to).map(|admitted| (admitted, to)));
         METRICS.authz.observe(begun.elapsed());
-        let ((pod, mut verdict), to) = admitted.map_err(denied)?;
+        let ((revision, pod, mut verdict), to) = admitted.map_err(denied)?;
+        let judged = Judged { at: self.clock.now(), revision, allowed: true, words: recent::words(&verdict) };
+        record.judged(self.seen.recent(), to.port(), judged);
         let failed = |reason| {
             METRICS.connections.inc(["inbound", "failed"]);
             reason
@@ -371,7 +378,7 @@ impl Inbound {
         };
         // No byte was passed on yet: what was withdrawn while the pod was waited for lets none through.
         if follow.has_changed() {
-            (_, verdict) = self.admit(&mut follow, call, to).map_err(denied)?;
+            (_, _, verdict) = self.admit(&mut follow, call, to).map_err(denied)?;
         }
         if let Some(rule) = verdict.audited {
             METRICS.audited.inc(["inbound"]);
@@ -386,6 +393,20 @@ impl Inbound {
         Ok(Admitted { pod: tcp, _open: Counted { _place: place, _flow: flow }, follow })
     }
 
+    /// By which rule, where one refused it, and by what else otherwise.
+    fn note_refused(&self, call: &Call, port: Option<u16>, refusal: &Refusal, record: &Record<'_>) {
+        let (plane, port) = (self.plane.borrow().clone(), port.unwrap_or_default());
+        let revision = plane.as_ref().map_or(Revision(0), |plane| plane.view.revision);
+        let verdict = plane
+            .filter(|_| refusal.code == Code::PolicyDenied)
+            .map(|plane| plane.view.rules.evaluate(call.peer.id(), &call.to, port, self.clock.moment()));
+        let words = verdict.filter(|verdict| !verdict.allowed).map(|verdict| recent::words(&verdict));
+        let why = || format!("{}: not {}", refusal.code.as_str(), refusal.expected);
+        let words = words.unwrap_or_else(|| (String::new(), why()));
+        let judged = Judged { at: self.clock.now(), revision, allowed: false, words };
+        record.judged(self.seen.recent(), port, judged);
+    }
+
     /// Returns once the connection may not go on.
     async fn cut_once(&self, call: &Call, to: SocketAddr, follow: Follow) {
         let refusal = self.revoked(call, to, follow).await;
@@ -394,7 +415,12 @@ impl Inbound {
     }
 
     /// The receiving node's own decision.
-    fn admit(&self, follow: &mut Follow, call: &Call, to: SocketAddr) -> Result<(Arc<LocalPod>, Verdict), Refusal> {
+    fn admit(
+        &self,
+        follow: &mut Follow,
+        call: &Call,
+        to: SocketAddr,
+    ) -> Result<(Revision, Arc<LocalPod>, Verdict), Refusal> {
         let (plane, denials) = follow.now();
         let plane = plane.ok_or_else(|| Refusal::new(Code::Unavailable, "a slice", "none yet"))?;
         // Not-here and not-yours look alike from outside.
@@ -407,7 +433,8 @@ impl Inbound {
             let found = format!("port {}", to.port());
             return Err(Refusal::new(Code::BadRequest, "a port of the workload's, not of its mesh", found));
         }
-        Ok((pod, judge(&plane, &denials, call, to, self.clock.moment())?))
+        let verdict = judge(&plane, &denials, call, to, self.clock.moment())?;
+        Ok((plane.view.revision, pod, verdict))
     }
 
     /// Returns the refusal once what was admitted would not be admitted any more, by what these say next.

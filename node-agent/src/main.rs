@@ -36,7 +36,11 @@ enum Verb {
         take_over: bool,
     },
     /// Tells what this machine's kernel can do, and what is lost where it cannot; fails where the agent could not run.
-    Check,
+    Check {
+        /// The node's mesh cgroup: names its processes that hold CAP_NET_RAW or CAP_NET_ADMIN
+        #[arg(long, value_name = "CGROUP")]
+        mesh: Option<PathBuf>,
+    },
     /// Fetches the caller's X.509-SVID over the Workload API, as `spire-agent api fetch x509 -write` does.
     Fetch {
         /// The Workload API's socket.
@@ -60,7 +64,7 @@ fn main() -> ExitCode {
             telemetry::start_logging();
             run(&config, take_over)
         }
-        Verb::Check => checked(),
+        Verb::Check { mesh } => checked(mesh.as_deref()),
         Verb::Fetch { socket, out } => fetched(&socket, &out),
     };
     match outcome {
@@ -84,7 +88,7 @@ fn told(error: &anyhow::Error) -> String {
     text
 }
 
-fn checked() -> anyhow::Result<()> {
+fn checked(mesh: Option<&std::path::Path>) -> anyhow::Result<()> {
     use std::io::Write;
     anyhow::ensure!(
         nix::unistd::geteuid().is_root(),
@@ -92,6 +96,11 @@ fn checked() -> anyhow::Result<()> {
     );
     let (text, runs) = ambit_agent::check::told(&ambit_agent::check::features());
     write!(std::io::stdout(), "{text}").context("writing to stdout")?;
+    if let Some(mesh) = mesh {
+        let found = ambit_agent::privileged::holders(mesh);
+        let found = found.with_context(|| format!("[config_invalid] {} is no cgroup to look into", mesh.display()))?;
+        write!(std::io::stdout(), "{}", ambit_agent::privileged::told(&found)).context("writing to stdout")?;
+    }
     anyhow::ensure!(runs, "[kernel_feature_missing] this kernel lacks what the agent needs: see above");
     Ok(())
 }

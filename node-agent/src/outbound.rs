@@ -20,10 +20,12 @@ use crate::netns::Annex;
 use crate::plane::{LocalPod, Plane};
 use crate::pool::{Pool, Totals};
 use crate::pump::{self, End};
-use crate::record::{Record, flag};
+use crate::recent;
+use crate::record::{Judged, Record, flag};
 use crate::records;
 use crate::said::Start;
 use crate::seen::{self, Seen};
+use ambit_model::policy::Endpoint;
 use std::net::{SocketAddr, SocketAddrV4};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -269,11 +271,22 @@ impl Outbound {
                 let known = self.plane.borrow().clone();
                 let known = known.as_ref().and_then(|plane| plane.view.endpoints.get(&captured.endpoint.ip()));
                 if let Some(endpoint) = known {
-                    Record::outbound(pod.id(), &endpoint.spiffe_id, captured.asked, Some(&start.trace))
-                        .refused(flag_of(&error));
+                    let record = Record::outbound(pod.id(), &endpoint.spiffe_id, captured.asked, Some(&start.trace));
+                    self.judged(&record, pod, endpoint, captured);
+                    record.refused(flag_of(&error));
                 }
             }
         }
+    }
+
+    /// The kernel let it through; by which rule, this agent tells as of now.
+    fn judged(&self, record: &Record<'_>, pod: &LocalPod, endpoint: &Endpoint, captured: Captured) {
+        let Some(plane) = self.plane.borrow().clone() else { return };
+        let (view, port) = (&plane.view, captured.endpoint.port());
+        let verdict = view.rules.evaluate(pod.id(), &endpoint.spiffe_id, port, self.clock.moment());
+        let words = if verdict.allowed { recent::words(&verdict) } else { Default::default() };
+        let judged = Judged { at: self.clock.now(), revision: view.revision, allowed: true, words };
+        record.judged(self.seen.recent(), port, judged);
     }
 
     /// Until its end. `first` is what was read of it and not sent yet.
@@ -288,6 +301,7 @@ impl Outbound {
     ) {
         let Opened { way, endpoint } = opened;
         let record = Record::outbound(pod.id(), &endpoint.spiffe_id, captured.asked, Some(trace));
+        self.judged(&record, pod, &endpoint, captured);
         let peer = match &way {
             Way::Native { lease, .. } => lease.peer().clone(),
             Way::Hbone { lease, .. } => lease.peer().clone(),

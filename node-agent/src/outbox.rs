@@ -3,10 +3,13 @@
 
 use crate::reattest::Answer;
 use ambit_proto::v1::agent_message::Body as Up;
-use ambit_proto::v1::{AgentMessage, Nack};
+use ambit_proto::v1::{AgentMessage, FoundConnection, Nack};
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
+
+/// Answers about connections that wait: they are of people who ask.
+const FOUND_MAX: usize = 8;
 
 /// What the stream itself looks up at the moment of sending.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,6 +41,8 @@ pub struct Outbox {
     holding: bool,
     seen: bool,
     nack: Option<Nack>,
+    /// Answers about connections; who asked for more than fit here gets none.
+    found: Vec<FoundConnection>,
     answer: Option<Answer>,
     /// Since when the far end takes nothing of it.
     since: Instant,
@@ -51,6 +56,7 @@ impl Default for Outbox {
             holding: false,
             seen: false,
             nack: None,
+            found: Vec::new(),
             answer: None,
             since: Instant::now(),
         }
@@ -75,6 +81,14 @@ impl Outbox {
         self.nack = Some(nack);
     }
 
+    /// What is remembered of a connection.
+    pub fn found(&mut self, found: FoundConnection) {
+        self.begin();
+        if self.found.len() < FOUND_MAX {
+            self.found.push(found);
+        }
+    }
+
     /// The answer to a round. There is one at a time: see [`Outbox::answers`].
     pub fn answer(&mut self, answer: Answer) {
         self.begin();
@@ -89,7 +103,7 @@ impl Outbox {
     /// Whether there is anything to send.
     pub fn is_empty(&self) -> bool {
         let looks = self.endpoints || self.outcome || self.holding || self.seen;
-        !looks && self.nack.is_none() && self.answer.is_none()
+        !looks && self.nack.is_none() && self.found.is_empty() && self.answer.is_none()
     }
 
     /// A place in `up`, or none where the far end takes nothing for `silence_max` or is gone.
@@ -130,6 +144,9 @@ impl Outbox {
         if std::mem::take(&mut self.endpoints) {
             return Some(Next::Look(Fresh::Endpoints));
         }
+        if let Some(found) = self.found.pop() {
+            return Some(Next::Message(Up::Found(found)));
+        }
         std::mem::take(&mut self.seen).then_some(Next::Look(Fresh::Seen))
     }
 
@@ -168,6 +185,11 @@ mod tests {
         let rest: Vec<_> = (0..6).map(|_| shown(outbox.take())).collect();
         assert_eq!(rest, ["chunk 10", "chunk 65536", "chunk 1", "nack 4", "Outcome", "None"]);
         assert!(outbox.is_empty() && !outbox.answers());
+        // Who asks for more connections than there is room for holds up nothing.
+        (0..100).for_each(|ask| outbox.found(FoundConnection { ask, judged: vec![] }));
+        outbox.nack(Nack { revision: 5, ..Nack::default() });
+        assert_eq!(shown(outbox.take()), "nack 5");
+        assert_eq!(std::iter::from_fn(|| outbox.take()).count(), FOUND_MAX);
     }
 
     #[tokio::test]

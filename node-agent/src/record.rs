@@ -4,9 +4,11 @@
 //! At debug level, for identities and addresses are in it.
 
 use crate::pump::{Carried, End};
+use crate::recent::{Id, Place, Recent, Row};
 use crate::said::Said;
-use ambit_model::SpiffeId;
+use ambit_model::{Revision, SpiffeId, Stamp};
 use std::net::SocketAddr;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 /// Istio's words for how a connection ended.
@@ -39,20 +41,64 @@ pub struct Record<'a> {
     trace: Option<&'a str>,
     said: Option<&'a Said>,
     begun: Instant,
+    /// What is remembered of it, once it was judged.
+    row: OnceLock<Arc<Row>>,
+}
+
+/// How a connection was judged.
+#[derive(Debug)]
+pub struct Judged {
+    /// When.
+    pub at: Stamp,
+    /// By which revision of the slice.
+    pub revision: Revision,
+    /// Whether it was let through.
+    pub allowed: bool,
+    /// The policy that decided, where one did, and why.
+    pub words: (String, String),
 }
 
 impl<'a> Record<'a> {
     /// Of a connection that begins here.
     pub fn outbound(source: &'a SpiffeId, destination: &'a SpiffeId, to: SocketAddr, trace: Option<&'a str>) -> Self {
-        Self { direction: "outbound", source, destination, to, trace, said: None, begun: Instant::now() }
+        Self {
+            direction: "outbound",
+            source,
+            destination,
+            to,
+            trace,
+            said: None,
+            begun: Instant::now(),
+            row: OnceLock::new(),
+        }
     }
     /// Of one that comes from another node.
     pub fn inbound(source: &'a SpiffeId, destination: &'a SpiffeId, to: SocketAddr, trace: Option<&'a str>) -> Self {
-        Self { direction: "inbound", source, destination, to, trace, said: None, begun: Instant::now() }
+        Self {
+            direction: "inbound",
+            source,
+            destination,
+            to,
+            trace,
+            said: None,
+            begun: Instant::now(),
+            row: OnceLock::new(),
+        }
     }
     /// With what the other node says of it.
     pub fn saying(self, said: &'a Said) -> Self {
         Self { said: Some(said), ..self }
+    }
+    /// It was judged: that is remembered under its trace id, to be asked for. `port` is the workload's.
+    pub fn judged(&self, recent: &Recent, port: u16, judged: Judged) {
+        let Some(id) = self.trace.and_then(Id::of_trace) else { return };
+        let place = if self.direction == "outbound" { Place::Calling } else { Place::Called };
+        let Judged { at, revision, allowed, words: (rule, reason) } = judged;
+        let (source, destination) = (self.source.clone(), Some(self.destination.clone()));
+        let (to, ended) = (self.to, OnceLock::new());
+        let row = Row { id, place, at, revision, source, destination, to, port, allowed, rule, reason, ended };
+        // A connection is judged again where something changed while its workload was waited for: both are remembered.
+        let _ = self.row.set(recent.note(row));
     }
     /// It was not made.
     pub fn refused(&self, flags: &'static str) {
@@ -76,6 +122,9 @@ impl<'a> Record<'a> {
     }
 
     fn tell(&self, flags: &'static str, sent: u64, received: u64) {
+        if let Some(row) = self.row.get() {
+            let _ = row.ended.set(flags);
+        }
         let duration_us = u64::try_from(self.begun.elapsed().as_micros()).unwrap_or(u64::MAX);
         let trace = self.trace.unwrap_or_default();
         let baggage = self.said.and_then(|said| said.baggage.as_deref()).unwrap_or_default();
@@ -88,8 +137,9 @@ impl<'a> Record<'a> {
 }
 
 /// Of a connection between two pods of this node that no agent carried, as the kernel tells of it. `bytes`, from the caller and
-/// to it, are none where it was cut; there is no trace, and one that was broken off says "UC" whoever did it.
+/// to it, are none where it was cut; in place of a trace there is an id, and one that was broken off says "UC" whoever did it.
 pub fn direct(
+    id: Id,
     source: &SpiffeId,
     destination: &SpiffeId,
     to: SocketAddr,
@@ -101,6 +151,6 @@ pub fn direct(
     let (sent, received) = bytes.unzip();
     tracing::debug!(
         target: "ambit::connection", direction = "direct", source = %source, destination = %destination, to = %to, flags,
-        sent, received, duration_us, trace = "", "connection"
+        sent, received, duration_us, trace = "", %id, "connection"
     );
 }

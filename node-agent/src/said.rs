@@ -100,8 +100,8 @@ fn baggage(source: &SpiffeId, cluster: &ClusterId) -> String {
     format!("k8s.cluster.name={}{namespace},service.name={name}", cluster.as_str())
 }
 
-/// W3C Trace Context, section 3.2.
-fn trace() -> String {
+/// A traceparent of a new trace (W3C Trace Context, section 3.2).
+pub fn trace() -> String {
     let mut random = [0; 24];
     // Without randomness ids repeat; nothing rests on them.
     let _ = aws_lc_rs::rand::fill(&mut random);

@@ -2,6 +2,7 @@
 //!
 //! Told are identities, a port and the verdict, once for all such calls; addresses and bytes are in records (`record.rs`).
 
+use crate::recent::Recent;
 use ambit_model::SpiffeId;
 use ambit_proto::v1;
 use std::collections::BTreeMap;
@@ -37,9 +38,14 @@ struct Table {
 
 /// Cloning shares.
 #[derive(Clone, Debug, Default)]
-pub struct Seen(Arc<Mutex<Table>>);
+pub struct Seen(Arc<Mutex<Table>>, Recent);
 
 impl Seen {
+    /// The last ones, one by one.
+    pub fn recent(&self) -> &Recent {
+        &self.1
+    }
+
     /// A connection was let through, or refused by policy.
     pub fn saw(&self, end: End, source: &SpiffeId, destination: &SpiffeId, port: u16, allowed: bool) {
         self.saw_many(end, source, destination, (port, allowed), 1);

@@ -14,6 +14,7 @@ use crate::membership::Told;
 use crate::metrics::METRICS;
 use crate::outbox::{Fresh, Next, Outbox};
 use crate::reattest::{Answer, Asked, Rounds};
+use crate::recent::Id;
 use crate::seen::Seen;
 use crate::takeover::{Heard, Relay, Succession};
 use crate::view::View;
@@ -27,7 +28,8 @@ use ambit_proto::v1::agent_message::Body as Up;
 use ambit_proto::v1::agent_stream_client::AgentStreamClient;
 use ambit_proto::v1::server_message::Body as Down;
 use ambit_proto::v1::{
-    Ack, AgentMessage, BundleSequence, Delta, EndpointReport, Holding, Nack, ServerMessage, Slice, Subscribe,
+    Ack, AgentMessage, BundleSequence, Delta, EndpointReport, FoundConnection, Holding, Nack, ServerMessage, Slice,
+    Subscribe,
 };
 use ambit_transport::{Dialer, Identity};
 use futures::future::{BoxFuture, OptionFuture};
@@ -172,7 +174,7 @@ impl Session {
                 Heard::Cell(down) => match *down {
                     Down::Slice(slice) => self.take_slice(slice, &mut outbox),
                     Down::Denials(list) => self.take_denials(&list),
-                    Down::Heartbeat(_) | Down::Delta(_) | Down::Quote(_) => {}
+                    Down::Heartbeat(_) | Down::Delta(_) | Down::Quote(_) | Down::Find(_) => {}
                 },
                 Heard::Out(out) => self.denials.set_out(out),
             }
@@ -240,6 +242,7 @@ impl Session {
             deltas: true,
             have_digest: resources.digest(),
             holds_revision: resources.holds(),
+            finds: true,
         };
         let mut known = self.wires.issued.watch();
         let mut held = self.holding(me);
@@ -318,6 +321,10 @@ impl Session {
                     METRICS.quotes.inc(["replaced"]);
                 }
                 self.begin_round(stream);
+            }
+            Some(Down::Find(find)) => {
+                let judged = Id::parse(&find.id).map(|id| self.wires.seen.recent().find(id)).unwrap_or_default();
+                stream.outbox.found(FoundConnection { ask: find.ask, judged });
             }
             // A newer server may know more kinds; the stream goes on.
             None => {}

@@ -78,6 +78,15 @@ async fn deltas_make_the_view_that_the_whole_slice_would_and_a_broken_one_is_ask
     assert!(stage.stream.hello.deltas && stage.stream.hello.have_digest.is_empty(), "it holds nothing yet");
     let (a, b) = (stage.slice(&["p1", "p2"]), stage.slice(&["p2", "p3"]));
     let (set_a, set_b) = (Set::from(&a), Set::from(&b));
+    // It answers who asks for a connection, also one that it does not know.
+    assert!(stage.stream.hello.finds);
+    stage.stream.send(Down::Find(v1::FindConnection { ask: 77, id: "0a".repeat(16) })).await;
+    let found = loop {
+        if let Up::Found(found) = stage.stream.next().await {
+            break found;
+        }
+    };
+    assert_eq!((found.ask, found.judged), (77, vec![]));
     stage.send(set_a.delta(None, 5, 0)).await;
     assert_eq!(names(&*stage.view(5).await), ["p1", "p2"]);
     stage.send(set_b.delta(Some(&set_a), 6, 0)).await;

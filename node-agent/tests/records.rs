@@ -4,6 +4,7 @@
 
 mod support;
 
+use ambit_agent::recent::Id;
 use std::collections::BTreeMap;
 use std::time::Duration;
 use support::stage::{SOON, Stage, ended, is_reset};
@@ -25,7 +26,7 @@ async fn two(told: &Told) -> Vec<BTreeMap<&'static str, String>> {
 #[tokio::test]
 async fn records_count_every_byte_and_say_who_broke_off() {
     let told = Told::begin();
-    let stage = Stage::set(116).await;
+    let mut stage = Stage::set(116).await;
     // The first bytes go with OPEN, and some of the answer with OPENED; or they do not; or there are none.
     for (n, (sent, received, late)) in [(100, 50, false), (100, 50, true), (0, 50, false), (100_000, 40_000, false)]
         .into_iter()
@@ -57,6 +58,27 @@ async fn records_count_every_byte_and_say_who_broke_off() {
     pod.set_zero_linger().unwrap();
     drop(pod);
     assert!(is_reset(app).await);
+    let refused = told.clone();
     let told = two(&told).await;
     assert_eq!(told.iter().map(|record| record["flags"].as_str()).collect::<Vec<_>>(), ["\"UC\""; 2]);
+    // Both ends remember it under the trace id in their records, and how it was judged.
+    let ids = told.iter().map(|record| Id::of_trace(record["trace"].trim_matches('"')).unwrap()).collect::<Vec<_>>();
+    assert_eq!(ids[0], ids[1]);
+    let seen = stage.seen.clone();
+    let remembered = |n: usize, id: Id| match &seen[n].recent().find(id)[..] {
+        [row] => (row.place.clone(), row.revision, row.allowed, row.rule.clone(), row.flags.clone()),
+        other => panic!("{other:?}"),
+    };
+    for (n, place) in ["calling", "called"].into_iter().enumerate() {
+        let expected = (place.to_owned(), 1, true, "east/db".to_owned(), "UC".to_owned());
+        assert_eq!(remembered(n, ids[0]), expected);
+    }
+
+    // The receiver refuses what the caller's cell still allows.
+    stage.publish(|_| (), |e| (e.policies, e.revision) = (vec![], 2));
+    assert!(is_reset(stage.call_db().await).await);
+    let told = two(&refused).await;
+    let id = Id::of_trace(told[0]["trace"].trim_matches('"')).unwrap();
+    assert_eq!(remembered(0, id), ("calling".into(), 1, true, "east/db".into(), "UAEX".into()));
+    assert_eq!(remembered(1, id), ("called".into(), 2, false, String::new(), "UAEX".into()));
 }

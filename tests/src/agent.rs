@@ -129,7 +129,8 @@ impl Agent {
         let at = cell.address(replica).map_err(internal)?;
         let (have_revision, have_digest) = (held.revision(), held.digest());
         let (node_address, holds_revision) = (NODE_ADDRESS.into(), held.holds());
-        let hello = v1::Subscribe { node_address, have_revision, deltas: true, have_digest, holds_revision };
+        let (deltas, finds) = (true, true);
+        let hello = v1::Subscribe { node_address, have_revision, deltas, have_digest, holds_revision, finds };
         Agent::say(&cell.dialer(me), at, &cell.trust_domain, hello).await
     }
 
@@ -191,6 +192,15 @@ impl Agent {
             }
         };
         tokio::time::timeout(PATIENCE, next).await.context("no denials")?
+    }
+
+    /// The next question about a connection; what else comes down is taken and dropped.
+    pub async fn find(&mut self) -> Result<v1::FindConnection> {
+        loop {
+            if let Some(Down::Find(find)) = self.down.message().await?.context("an open stream")?.body {
+                return Ok(find);
+            }
+        }
     }
 
     /// Sends messages; where the stream is closed already its end tells why.

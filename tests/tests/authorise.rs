@@ -111,6 +111,7 @@ const MATRIX: &[(&str, &str)] = &[
     ("ambit.v1.PolicyRegistry/Unused", "FCO"),
     ("ambit.v1.PolicyRegistry/History", "FCO"),
     ("ambit.v1.PolicyRegistry/Flows", "FOR"),
+    ("ambit.v1.PolicyRegistry/Connection", "FOR"),
     ("ambit.v1.PolicyRegistry/Rollback", "F"),
     ("ambit.v1.PolicyRegistry/Status", "FCOR"),
     ("ambit.v1.Watch/Watch", "FO"),

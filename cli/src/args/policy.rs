@@ -136,6 +136,9 @@ pub struct Explain {
     /// As it was then (2026-11-23T14:03:26Z), as far as changes are remembered
     #[arg(long, value_name = "TIME")]
     pub at: Option<String>,
+    /// And how this connection was judged, by its id in agents' records: a trace id, or a whole traceparent
+    #[arg(long, value_name = "ID")]
+    pub connection: Option<String>,
 }
 
 /// What is called: a name and a port.

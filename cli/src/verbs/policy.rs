@@ -1,5 +1,6 @@
 //! `ambit policy` and `ambit explain`.
 
+mod connection;
 mod explain;
 mod flows;
 mod offline;

@@ -3,15 +3,15 @@
 
 use super::Cell;
 use crate::clock::Clock;
-use crate::compile::DENIED_NODE;
 use crate::denials::Lane;
 use crate::kernel::KernelHandle;
 use crate::metrics::METRICS;
+use crate::recent::{self, Id, ROWS_MAX};
 use crate::seen::{End, Seen};
 use crate::staleness::{FailMode, LEASE, Staleness, Worth};
 use crate::view::View;
 use ambit_ebpf::Reason;
-use ambit_model::{Code, Refusal, SpiffeId};
+use ambit_model::{Refusal, SpiffeId};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
@@ -97,21 +97,30 @@ impl Lease {
 
     /// What the kernel refused since the last look: to the log, and of policy to the cell.
     fn tell_refusals(&self) -> Result<(), Refusal> {
-        let mut by_policy = BTreeMap::<_, u64>::new();
+        let (mut by_policy, mut of_workloads) = (BTreeMap::<_, u64>::new(), Vec::new());
         self.kernel.events(&mut |event| {
-            // The kernel knows no such reason: to it, a denied node's endpoint is one that no verdict speaks of.
-            let denied = event.destination == DENIED_NODE.0;
-            let reason = if denied { Code::NodeUntrusted.as_str() } else { event.reason.as_str() };
-            tracing::debug!(reason, from = ?event.from, to = %event.address, cgroup = event.cgroup, "refused");
+            let (reason, id) = (recent::reason_of(&event), Id::of_kernel(&event));
+            tracing::debug!(reason, from = ?event.from, to = %event.address, cgroup = event.cgroup, %id, "refused");
             if matches!(event.reason, Reason::NoVerdict | Reason::PolicyDeny) {
                 *by_policy.entry((event.source, event.destination, event.address.port())).or_default() += 1;
             }
+            if event.source != 0 && event.reason != Reason::Allowed {
+                of_workloads.push((id, event));
+            }
         })?;
-        let Some(view) = self.desired.borrow().clone().filter(|_| !by_policy.is_empty()) else { return Ok(()) };
+        let Some(view) = self.desired.borrow().clone().filter(|_| !of_workloads.is_empty()) else { return Ok(()) };
         let asked: BTreeSet<u32> =
-            by_policy.keys().flat_map(|(source, destination, _)| [*source, *destination]).collect();
+            of_workloads.iter().flat_map(|(_, event)| [event.source, event.destination]).collect();
         let named = view.numbers.iter().filter(|(_, number)| asked.contains(&number.0));
         let named: BTreeMap<u32, &SpiffeId> = named.map(|(id, number)| (number.0, id)).collect();
+        let (since_boot, now) = (self.kernel.boot_time()?, self.clock.moment());
+        let surplus = of_workloads.len().saturating_sub(ROWS_MAX);
+        for (id, event) in of_workloads.iter().skip(surplus) {
+            if let Some(source) = named.get(&event.source) {
+                let ends = (*source, named.get(&event.destination).copied());
+                self.seen.recent().note(recent::refused(*id, event, ends, &view, (now, since_boot)));
+            }
+        }
         for ((source, destination, port), times) in &by_policy {
             if let (Some(source), Some(destination)) = (named.get(source), named.get(destination)) {
                 self.seen.saw_many(End::Calling, source, destination, (*port, false), *times);

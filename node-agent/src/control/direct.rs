@@ -11,6 +11,7 @@ use crate::lines::Lines;
 use crate::metrics::METRICS;
 use crate::netns::Netns;
 use crate::plane::{Credentials, LocalPod};
+use crate::recent::{self, Id, Place, Row};
 use crate::record;
 use crate::seen::{self, Seen};
 use crate::shown::{Now, Shown};
@@ -22,7 +23,7 @@ use ambit_model::{Moment, NumericIdentity, Refusal, SpiffeId};
 use rustls_pki_types::CertificateDer;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, UdpSocket};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
 /// SVIDs of one identity that are remembered: a connection ends with the one under which it began.
@@ -129,7 +130,7 @@ impl Control {
             METRICS.cut.inc(["direct"]);
             if let (Some(caller), Some(called)) = (names.get(&flow.caller), names.get(&flow.called)) {
                 tracing::info!(%caller, %called, port = flow.to.port(), took_us, "direct connection cut");
-                record::direct(caller, called, flow.to.into(), record::flag::DENIED, None, Duration::ZERO);
+                record::direct(id_of(flow), caller, called, flow.to.into(), record::flag::DENIED, None, Duration::ZERO);
             }
         }
         Ok(())
@@ -245,6 +246,21 @@ impl Known {
                     seen.saw(seen::End::Calling, caller, called, flow.to.port(), true);
                 }
                 let verdict = facts.view.rules.evaluate(caller, called, flow.to.port(), facts.at);
+                let (rule, reason) = if verdict.allowed { recent::words(&verdict) } else { Default::default() };
+                seen.recent().note(Row {
+                    id: id_of(flow),
+                    place: Place::Direct,
+                    at: facts.at.latest,
+                    revision: facts.view.revision,
+                    source: caller.clone(),
+                    destination: Some(called.clone()),
+                    to: flow.to.into(),
+                    port: flow.to.port(),
+                    allowed: true,
+                    rule,
+                    reason,
+                    ended: OnceLock::new(),
+                });
                 if let Some(rule) = verdict.audited {
                     METRICS.audited.inc(["direct"]);
                     if let Some(left_out) = self.audited.next(Instant::now()) {
@@ -260,10 +276,16 @@ impl Known {
                     Ended::Unanswered => record::flag::UPSTREAM_FAILED,
                 };
                 let bytes = Some((flow.sent, flow.received));
-                record::direct(caller, called, flow.to.into(), flags, bytes, closed.saturating_sub(flow.opened));
+                let took = closed.saturating_sub(flow.opened);
+                record::direct(id_of(flow), caller, called, flow.to.into(), flags, bytes, took);
             }
         }
     }
+}
+
+/// The same whoever looks, and whenever.
+fn id_of(flow: &Flow) -> Id {
+    Id::of_kernel(&(flow.caller, flow.from, flow.called, flow.to, flow.opened))
 }
 
 /// In this thread's network namespace: whether what is sent there leaves under this address. Nothing is sent.

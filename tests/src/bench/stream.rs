@@ -79,7 +79,8 @@ pub(super) async fn open(
     let (up, queue) = mpsc::channel(8);
     let (have_revision, have_digest) = (held.revision(), held.digest());
     let (node_address, holds_revision) = ("127.0.0.1".into(), held.holds());
-    let hello = Subscribe { node_address, have_revision, deltas: true, have_digest, holds_revision };
+    let hello =
+        Subscribe { node_address, have_revision, deltas: true, have_digest, holds_revision, ..Subscribe::default() };
     let hello = Up::Subscribe(hello);
     for body in [hello, Up::Endpoints(EndpointReport { endpoints: Vec::new() })] {
         up.send(AgentMessage { body: Some(body) }).await?;
@@ -124,7 +125,7 @@ impl Open {
                     self.answer(question).await?;
                     counts.answers.fetch_add(1, Ordering::Relaxed);
                 }
-                Some(Down::Heartbeat(_) | Down::Denials(_)) | None => {}
+                Some(Down::Heartbeat(_) | Down::Denials(_) | Down::Find(_)) | None => {}
             }
         }
     }

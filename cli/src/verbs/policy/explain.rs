@@ -1,7 +1,7 @@
 //! `ambit explain`: the verdict, what is behind it, and whether the nodes hold it.
 
 use super::super::Session;
-use super::in_step;
+use super::{connection, in_step};
 use crate::args::Explain;
 use crate::ask;
 use crate::output::{Answer, Form, counted, pretty};
@@ -23,13 +23,34 @@ pub(in super::super) async fn explain(session: &Session, question: Explain) -> R
     };
     let cell = session.cell()?;
     let reply = ask!(cell, PolicyRegistry.explain(request.clone()))?;
-    Ok(Answer::ok(explanation(session.form, &request, &reply)))
+    let judged = match &question.connection {
+        None => None,
+        Some(text) => {
+            let asked = v1::ConnectionRequest {
+                id: connection::id(text)?,
+                source: request.source.clone(),
+                destination: request.destination.clone(),
+                port: request.port,
+                local_only: false,
+            };
+            let found = ask!(cell, PolicyRegistry.connection(asked.clone()))?;
+            Some((asked.id, found))
+        }
+    };
+    Ok(Answer::ok(explanation(session.form, &request, &reply, judged.as_ref())))
 }
 
+/// A connection's id, and what nodes remember of it.
+type Judged = (String, v1::ConnectionResponse);
+
 /// The question is answered either way, so the program ends 0 for a denial too; scripts read `allowed`.
-fn explanation(form: Form, asked: &v1::ExplainRequest, reply: &v1::ExplainResponse) -> String {
+fn explanation(form: Form, asked: &v1::ExplainRequest, reply: &v1::ExplainResponse, judged: Option<&Judged>) -> String {
     if form == Form::Json {
-        return json_of(asked, reply);
+        let mut json = json_of(asked, reply);
+        if let (Some((id, found)), Some(fields)) = (judged, json.as_object_mut()) {
+            fields.insert("connection".to_owned(), connection::json_of(id, found, reply));
+        }
+        return pretty(&json);
     }
     let verdict = if reply.allowed { "allowed" } else { "denied" };
     let mut out = format!("{verdict}: {} -> {}:{}", asked.source, asked.destination, asked.port);
@@ -47,6 +68,9 @@ fn explanation(form: Form, asked: &v1::ExplainRequest, reply: &v1::ExplainRespon
     ];
     for (name, text) in lines.iter().filter(|(_, text)| !text.is_empty()) {
         out.push_str(&format!("\n  {:10} {text}", format!("{name}:")));
+    }
+    if let Some((id, found)) = judged {
+        out.push_str(&connection::text_of(id, found, reply));
     }
     out
 }
@@ -103,7 +127,7 @@ fn late(agent: &v1::AgentRevision) -> String {
     }
 }
 
-fn json_of(asked: &v1::ExplainRequest, reply: &v1::ExplainResponse) -> String {
+fn json_of(asked: &v1::ExplainRequest, reply: &v1::ExplainResponse) -> Value {
     let party = |p: &Option<v1::Party>| {
         let p = p.clone().unwrap_or_default();
         json!({"entries": p.entries, "clusters": p.clusters, "nodes": p.nodes, "number": p.number})
@@ -114,7 +138,7 @@ fn json_of(asked: &v1::ExplainRequest, reply: &v1::ExplainResponse) -> String {
             "in_step": in_step(a),
         })
     };
-    pretty(&json!({
+    json!({
         "source": asked.source, "destination": asked.destination, "port": asked.port, "at": utc(asked.at_ms),
         "transport": reply.transport, "allowed": reply.allowed, "rule": reply.rule, "reason": reply.reason, "nearest": reply.nearest,
         "audited": reply.audited, "revision": reply.revision, "written_by": reply.written_by,
@@ -122,7 +146,7 @@ fn json_of(asked: &v1::ExplainRequest, reply: &v1::ExplainResponse) -> String {
         "expires": utc(reply.expires_at_ms), "source_known": party(&reply.source),
         "destination_known": party(&reply.destination), "agents_all": reply.agents_all,
         "agents_in_step": reply.agents_in_step, "agents": reply.agents.iter().map(agent).collect::<Vec<Value>>(),
-    }))
+    })
 }
 
 #[cfg(test)]
@@ -161,7 +185,7 @@ mod tests {
             ..Default::default()
         };
         assert_eq!(
-            explanation(Form::Table, &asked, &reply),
+            explanation(Form::Table, &asked, &reply, None),
             "denied: spiffe://w/a -> spiffe://e/b:80\n  rule:      e/open, written by ann at revision 7, 2026-11-23T14:03:26Z\n  \
              reason:    denied by policy\n  source:    a; cluster w; 1 node; number 256\n  target:    not known here: no entry \
              gives it, and nothing of it runs\n  agents:    2 of 3 in step; not where it counts: node bb holds revision 8 of \

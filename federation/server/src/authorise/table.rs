@@ -188,6 +188,7 @@ pub const METHODS: &[(&str, Who)] = &[
     ("/ambit.v1.PolicyRegistry/History", Who::ClusterReader),
     ("/ambit.v1.PolicyRegistry/Rollback", Who::Admin),
     ("/ambit.v1.PolicyRegistry/Flows", Who::ReaderOrReplica),
+    ("/ambit.v1.PolicyRegistry/Connection", Who::ReaderOrReplica),
     ("/ambit.v1.PolicyRegistry/Status", Who::ClusterReaderOrReplica),
     ("/ambit.v1.Watch/Watch", Who::Reader),
     ("/ambit.v1.AgentStream/Sync", Who::Node),

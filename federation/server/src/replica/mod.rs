@@ -10,6 +10,7 @@ pub mod cuts;
 pub mod evidence;
 pub mod federate;
 pub mod files;
+pub mod findings;
 pub mod found;
 pub mod issuing;
 pub mod jwt;
@@ -80,6 +81,7 @@ struct Inner {
     dialer: Dialer,
     agents: Agents,
     seen: seen::Seen,
+    findings: findings::Findings,
     remembered: cuts::Remembered,
     board: cuts::Board,
     blobs: blobs::Blobs,
@@ -148,6 +150,10 @@ impl Replica {
     /// Agents whose streams end here.
     pub fn agents(&self) -> &Agents {
         &self.inner.agents
+    }
+    /// Questions to agents here that wait for answers.
+    pub fn findings(&self) -> &findings::Findings {
+        &self.inner.findings
     }
     /// Who called whom, as nodes told it here.
     pub fn seen(&self) -> &seen::Seen {

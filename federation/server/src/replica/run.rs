@@ -124,6 +124,7 @@ async fn open(config: &Config, files: &Files, verdicts: super::verdicts::Verdict
         dialer,
         agents: Agents::default(),
         seen: super::seen::Seen::default(),
+        findings: super::findings::Findings::default(),
         remembered: super::cuts::Remembered::default(),
         board: super::cuts::Board::default(),
         blobs: super::blobs::Blobs::open(config.data_dir.join("blobs"))?,

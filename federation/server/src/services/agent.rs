@@ -3,6 +3,7 @@
 use super::OrStatus;
 use super::rounds::{Rounds, Todo};
 use crate::authorise::{Role, actor, is_denied};
+use crate::replica::agents::Heard;
 use crate::replica::cuts::{Cut, Edition, Feed};
 use crate::replica::seen::Flow;
 use crate::replica::{Replica, wall_clock};
@@ -21,7 +22,7 @@ use std::pin::Pin;
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
@@ -78,13 +79,13 @@ impl v1::agent_stream_server::AgentStream for Streams {
         }
         let stream = STREAMS.fetch_add(1, Ordering::Relaxed);
         // From here on an older stream of this node ends.
-        let newer = self.0.agents().connected(node, subscribe.node_address.clone(), stream);
+        let heard = self.0.agents().connected(node, subscribe.node_address.clone(), stream, subscribe.finds);
         self.0.board().came();
         let (down, queue) = mpsc::channel::<Down>(QUEUE);
         let rounds = Rounds::new(self.0.clone(), node, generation);
         let feed = Feed::new(&subscribe, self.0.remembered());
         let (replica, until, svid) = (self.0.clone(), actor.until, actor.svid);
-        let session = Session { replica, node, generation, address, until, svid, stream, newer, rounds, seen_at: None };
+        let session = Session { replica, node, generation, address, until, svid, stream, heard, rounds, seen_at: None };
         tokio::spawn(session.run(feed, up, down));
         Ok(Response::new(Box::pin(ReceiverStream::new(queue))))
     }
@@ -100,8 +101,8 @@ struct Session {
     /// What it showed when the stream began.
     svid: Option<PeerSvid>,
     stream: u64,
-    /// Closed once there is a newer stream of this node here.
-    newer: watch::Receiver<()>,
+    /// Of a newer stream of this node here, and what its agent is to be asked.
+    heard: Heard,
     rounds: Rounds,
     /// When it told last who called whom.
     seen_at: Option<Instant>,
@@ -123,7 +124,7 @@ impl Session {
         up: &mut Streaming<v1::AgentMessage>,
         down: &mpsc::Sender<Down>,
     ) -> Option<Refusal> {
-        let mut newer = self.newer.clone();
+        let mut newer = self.heard.newer.clone();
         let mut editions = self.replica.board().editions();
         let mut refused = self.replica.board().refused();
         let beat = tokio::time::sleep(FIRST_BEAT);
@@ -161,6 +162,10 @@ impl Session {
                     if changed.is_err() {
                         return None;
                     }
+                }
+                Some(find) = self.heard.asks.recv() => {
+                    // A stream that is full of news answers later than who asks would wait.
+                    let _ = down.try_send(Ok(v1::ServerMessage { body: Some(Body::Find(find)) }));
                 }
                 _ = newer.changed() => return self.newest().err(),
                 () = &mut beat => {
@@ -296,6 +301,10 @@ impl Session {
                 self.seen(seen);
                 Ok(())
             }
+            Some(v1::agent_message::Body::Found(found)) => {
+                self.replica.findings().answered(self.node, found);
+                Ok(())
+            }
             Some(v1::agent_message::Body::Subscribe(_)) | None => {
                 Err(Refusal::new(Code::BadRequest, "endpoints, ack or nack", "another message"))
             }
@@ -369,7 +378,7 @@ impl Session {
 
     /// One stream a node: of two, only the newer is heard and served, whoever holds the other.
     fn newest(&self) -> Result<(), Refusal> {
-        match self.newer.has_changed() {
+        match self.heard.newer.has_changed() {
             Ok(_) => Ok(()),
             Err(_) => Err(Refusal::new(Code::Unavailable, "the node's newest stream", "an older one")),
         }

@@ -6,6 +6,7 @@ mod appraisal;
 mod approvers;
 mod audit;
 mod cluster;
+mod connection;
 mod drill;
 mod egress;
 mod entry;

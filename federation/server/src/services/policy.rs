@@ -1,7 +1,7 @@
 //! Policies and services: documents in, revisions out, and who holds which revision.
 
 use super::plan::{Wanted, change_of, kind_of, plan};
-use super::{OrStatus, egress, flows, request_id, unmeshed, who};
+use super::{OrStatus, connection, egress, flows, request_id, unmeshed, who};
 use crate::authorise::actor;
 use crate::replica::Replica;
 use ambit_model::{Address, Code, ObjectName, Refusal, Revision, SpiffeId, Stamp, TrustDomain};
@@ -165,6 +165,13 @@ impl v1::policy_registry_server::PolicyRegistry for Policies {
 
     async fn flows(&self, request: Request<v1::FlowsRequest>) -> Result<Response<v1::FlowsResponse>, Status> {
         flows::answer(&self.0, request.into_inner()).await.or_status().map(Response::new)
+    }
+
+    async fn connection(
+        &self,
+        request: Request<v1::ConnectionRequest>,
+    ) -> Result<Response<v1::ConnectionResponse>, Status> {
+        connection::answer(&self.0, request.into_inner()).await.or_status().map(Response::new)
     }
 
     async fn status(
