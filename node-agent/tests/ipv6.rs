@@ -105,10 +105,12 @@ impl Workload {
     }
 }
 
+/// `web` is on the first node, `db` on the last: one, or two with cgroups, pins and kernel parts of their own.
 struct Stage {
-    ground: Ground,
+    // Before the grounds that they stand on.
+    nodes: Vec<Node>,
     cell: Cell,
-    node: Node,
+    grounds: Vec<Ground>,
     web: Workload,
     db: Workload,
     revision: u64,
@@ -116,24 +118,29 @@ struct Stage {
 }
 
 impl Stage {
-    async fn set(n: u8) -> Stage {
-        let mut ground = Ground::make();
+    async fn set(n: u8, nodes: u8) -> Stage {
         let mut cell = Cell::founded("west", n);
         let entries = ["web", "db", "old"].map(|name| cell.entry(name, &[&format!("cgroup:{name}")], &[])).to_vec();
-        let (web_pid, db_pid) = (ground.pod6("web", WEB4, WEB6), ground.pod6("db", DB4, DB6));
-        let hbone = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let node = Node::start(&ground, &cell, hbone).await;
-        let web = Workload::start(&mut ground, "web", web_pid, &WEB6.to_string());
-        let mut db = Workload::start(&mut ground, "db", db_pid, &DB6.to_string());
+        let mut grounds: Vec<Ground> = (0..nodes).map(|_| Ground::make()).collect();
+        let web_pid = grounds.first_mut().unwrap().pod6("web", WEB4, WEB6);
+        let db_pid = grounds.last_mut().unwrap().pod6("db", DB4, DB6);
+        let (mut started, mut port) = (Vec::new(), 0);
+        for (ground, host) in grounds.iter().zip(1..) {
+            let hbone = TcpListener::bind((Ipv4Addr::new(127, 0, 0, host), port)).await.unwrap();
+            port = hbone.local_addr().unwrap().port();
+            started.push(Node::start(ground, &cell, hbone).await);
+        }
+        let web = Workload::start(grounds.first_mut().unwrap(), "web", web_pid, &WEB6.to_string());
+        let mut db = Workload::start(grounds.last_mut().unwrap(), "db", db_pid, &DB6.to_string());
         assert_eq!(db.ask("serve('::')"), "ok");
-        Stage { ground, cell, node, web, db, revision: 0, entries }
+        Stage { nodes: started, cell, grounds, web, db, revision: 0, entries }
     }
     fn endpoint(&self, id: &str, address: IpAddr) -> v1::Endpoint {
         v1::Endpoint {
             spiffe_id: self.cell.id(id),
             address: address.to_string(),
             cluster: "west".into(),
-            node_address: "127.0.0.1".into(),
+            node_address: format!("127.0.0.{}", self.nodes.len()),
             node: self.cell.node().to_string(),
             generation: 1,
         }
@@ -171,30 +178,46 @@ impl Stage {
     }
     async fn apply(&mut self, policies: &[v1::Policy]) {
         let view = self.view(policies);
-        self.node.apply(view).await;
+        for node in &mut self.nodes {
+            node.apply(view.clone()).await;
+        }
     }
     fn open(&self) -> v1::Policy {
         allow("db", "spiffe://west/db", "spiffe://west/web", &[PORT])
     }
+    /// Waits until so many addresses are reported by the last node.
+    async fn reported(&mut self, count: usize) -> Vec<String> {
+        let reported = self.nodes.last_mut().unwrap().reported(|all| all.len() == count);
+        let reported = timeout(SOON, reported).await.expect("endpoints").unwrap();
+        reported.iter().map(|e| e.address.to_string()).collect()
+    }
     fn svids(&mut self, names: &[&str]) {
         let svids: BTreeMap<_, _> = names.iter().map(|e| (e.parse().unwrap(), Ok(self.cell.svid(e)))).collect();
-        self.node.issued.set_svids(svids);
+        self.nodes.iter().for_each(|node| node.issued.set_svids(svids.clone()));
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn programs_call_each_other_by_ipv6_under_the_same_policy() {
+async fn programs_of_two_nodes_call_each_other_by_ipv6_under_the_same_policy() {
     let told = Told::begin();
-    let mut stage = Stage::set(61).await;
+    calls(61, 2, &told).await;
+    // Pods of one node go through the agent as well.
+    told.0.lock().unwrap().clear();
+    calls(64, 1, &told).await;
+}
+
+async fn calls(n: u8, nodes: u8, told: &Told) {
+    let mut stage = Stage::set(n, nodes).await;
     let dial = format!("dial('{DB6}')");
     assert_eq!(stage.web.ask(&dial), "EPERM", "nobody yet");
     stage.apply(&[]).await;
     stage.svids(&["web", "db"]);
-    let reported = stage.node.reported(|all| all.len() == 4);
-    let reported = timeout(SOON, reported).await.expect("both addresses of both are reported").unwrap();
-    let of_db: Vec<String> =
-        reported.iter().filter(|e| e.spiffe_id.path() == "/db").map(|e| e.address.to_string()).collect();
-    assert_eq!(of_db, [DB4.to_string(), DB6.to_string()]);
+    let reported = stage.reported(if nodes == 1 { 4 } else { 2 }).await;
+    assert!(
+        reported.ends_with(&[DB4.to_string(), DB6.to_string()])
+            || reported.starts_with(&[DB4.to_string(), DB6.to_string()]),
+        "{reported:?}"
+    );
     assert_eq!(stage.web.ask(&dial), "EPERM", "no policy");
 
     stage.apply(&[stage.open()]).await;
@@ -241,13 +264,13 @@ async fn programs_call_each_other_by_ipv6_under_the_same_policy() {
 /// A service's IPv6 address is served by IPv4 where its workload has no other.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_service_of_ipv6_is_served_by_a_workload_of_ipv4() {
-    let mut stage = Stage::set(62).await;
-    let pid = stage.ground.pod("old", Ipv4Addr::new(10, 200, 6, 13));
-    let mut old = Workload::start(&mut stage.ground, "old", pid, "");
+    let mut stage = Stage::set(62, 2).await;
+    let pid = stage.grounds[1].pod("old", Ipv4Addr::new(10, 200, 6, 13));
+    let mut old = Workload::start(&mut stage.grounds[1], "old", pid, "");
     assert_eq!(old.ask("serve('0.0.0.0')"), "ok");
     stage.apply(&[allow("old", "spiffe://west/old", "spiffe://west/web", &[PORT])]).await;
     stage.svids(&["web", "db", "old"]);
-    timeout(SOON, stage.node.reported(|all| all.len() == 5)).await.expect("of the old one only one").unwrap();
+    stage.reported(3).await;
     assert_eq!(stage.web.ask(&format!("dial('{OLD6}')")), format!("{WEB6} {OLD6} {PORT}"));
     assert_eq!(stage.web.ask("say(70000)"), "70000");
     assert_eq!(old.ask(&format!("dial('{SERVICE6}')")), "EPERM", "who has no address of IPv6 calls nobody by it");
@@ -256,30 +279,34 @@ async fn a_service_of_ipv6_is_served_by_a_workload_of_ipv4() {
 /// A denied node's endpoints are out of the kernel at once, before any install; and open connections end.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn denials_and_a_dead_agent_refuse_at_once() {
-    let mut stage = Stage::set(63).await;
+    let mut stage = Stage::set(63, 2).await;
     stage.apply(&[stage.open()]).await;
     stage.svids(&["web", "db"]);
-    timeout(SOON, stage.node.reported(|all| all.len() == 4)).await.unwrap().unwrap();
+    stage.reported(2).await;
     let dial = format!("dial('{DB6}')");
     assert_eq!(stage.web.ask(&dial), format!("{WEB6} {DB6} {PORT}"));
     assert_eq!(stage.web.ask("say(5)"), "5");
 
     let denied = v1::NodeDenial { trust_domain: "west".into(), node: stage.cell.node().to_string(), generation: 1 };
     let begun = Instant::now();
-    stage.node.denials.offer(Denials::parse(Revision(stage.revision + 1), &[denied], &[]).unwrap());
+    let offer = |stage: &Stage, revision: u64, denied: &[v1::NodeDenial]| {
+        let list = |_: &Node| Denials::parse(Revision(revision), denied, &[]).unwrap();
+        stage.nodes.iter().for_each(|node| drop(node.denials.offer(list(node))));
+    };
+    offer(&stage, stage.revision + 1, &[denied]);
     assert_eq!(stage.web.ask("say(5)"), "broken off", "cut");
     while stage.web.ask(&dial) != "EPERM" {
         assert!(begun.elapsed() < SOON, "never denied");
     }
     println!("denied in the kernel and cut after {:?}", begun.elapsed());
     let revision = stage.revision + 2;
-    stage.node.denials.offer(Denials::parse(Revision(revision), &[], &[]).unwrap());
+    offer(&stage, revision, &[]);
     stage.revision = revision;
     stage.apply(&[stage.open()]).await;
     assert_eq!(stage.web.ask(&dial), format!("{WEB6} {DB6} {PORT}"), "trusted again");
 
     // Its listener is gone with it: what the kernel would let pass finds nobody, whoever listens there.
-    drop(stage.node);
+    stage.nodes.clear();
     tokio::time::sleep(Duration::from_millis(300)).await;
     let begun = Instant::now();
     while stage.web.ask(&dial) != "ECONNREFUSED" {

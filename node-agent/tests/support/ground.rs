@@ -203,6 +203,8 @@ impl Node {
         let kernel = KernelHandle::open(&ground.mesh(), &ground.pins, &ground.dir).unwrap();
         kernel.renew_lease(ambit_agent::staleness::LEASE).unwrap();
         prepare(&kernel);
+        // Where its tunnels end they come from.
+        let std::net::IpAddr::V4(node_address) = hbone.local_addr().unwrap().ip() else { panic!("a node of IPv6") };
         let view = cell.view(cell.slice(0, &[]));
         let trust = SharedTrust::new(Trust::Bundles(TrustStore::new(&view.own).unwrap()));
         let (desired, desired_rx) = watch::channel(None);
