@@ -46,8 +46,8 @@ usage: cargo xtask <verb>
   bench deny            from the denial of an identity to the end of its live connections and refusals on every node, 50 times
   bench dataplane       what carrying traffic costs, beside no carrier and two bare relays, in turn (3 minutes)
   bench attest          CPU time of enrolments and rounds, and of 10,000 nodes that attest (release; 6 minutes)
-  bench propagation [NODES]  from a change of a policy to the last of 1,000 acknowledging streams; 100,000 entries, 10,000
-                        policies (release; 3 minutes)
+  bench propagation [NODES]  from a change of a policy to the last of 1,000 acknowledging streams, or of so many; 100,000
+                        entries, 10,000 policies (release; 2 minutes, of 10,000 streams 3)
   bench raft            a cell of three replicas beside etcd of Debian, in turn: writes, reads, failover, restart, memory
                         (release; 6 minutes)
   bench issuance        certificates from a cell of three replicas beside cfssl of Debian, in turn (release; 4 minutes)

@@ -256,7 +256,7 @@ pub enum Command {
     DeletePolicy(ObjectName),
     /// Removes a service of this cell. See [`Command::ApplyDocuments`].
     DeleteService(ObjectName),
-    /// The full set of a node's endpoints.
+    /// The full set of a node's endpoints. Replicas send it in [`Command::NodeReports`] now.
     ReportEndpoints(NodeId, Vec<Endpoint>),
     /// A peer whose possession was proved; burns the token where one was needed.
     PutPeer(TrustDomain, PeerRow, Option<[u8; 32]>),
@@ -443,7 +443,8 @@ pub enum Command {
     },
     /// What was fetched from a foreign trust domain's endpoint, with its keys of JWT-SVIDs.
     TakeBundleWithKeys(TrustDomain, FetchedBundle, Vec<JwtAuthority>),
-    /// Where tunnels of a node come from, as it says on the stream of this admission.
+    /// Where tunnels of a node come from, as it says on the stream of this admission. Replicas send it in
+    /// [`Command::NodeReports`] now.
     RegisterAddress(NodeId, Generation, Ipv4Addr),
     /// A downstream authority for whoever shows an SVID of this entry. Its own commit type (I5).
     NewDownstream {
@@ -512,9 +513,23 @@ pub enum Command {
     OverAuthority([u8; 32], [u8; 32], Box<Command>),
     /// As [`Command::RetireEntries`], each only where it is as it must be. One that is not there is refused.
     RemoveEntries(Vec<(EntryId, Presence)>),
+    /// What nodes said on their streams, many at once, each with its own outcome, in this order.
+    NodeReports(Vec<NodeReport>),
     /// Nobody of this peer is believed until it is approved again; with who says so.
     SuspendPeer(TrustDomain, String),
 }
+
+/// What one node says of itself on its stream.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum NodeReport {
+    /// As [`Command::RegisterAddress`].
+    Address(NodeId, Generation, Ipv4Addr),
+    /// As [`Command::ReportEndpoints`].
+    Endpoints(NodeId, Vec<Endpoint>),
+}
+
+/// What came of one report: per endpoint done, or why not; of an address nothing more is said.
+pub type Reported = Result<Vec<Result<(), Refusal>>, Refusal>;
 
 /// A foreign bundle, read strictly.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -604,4 +619,6 @@ pub enum Reply {
     Root(Box<PreparedRoot>),
     /// A downstream authority is to be signed.
     Downstream(Box<DownstreamAuthority>),
+    /// Per report.
+    Reports(Vec<Reported>),
 }

@@ -31,7 +31,7 @@ mod table;
 mod watched;
 
 pub use apply::jwt::{JWT_PUBLISHED_MIN_MS, JWT_PUBLISHED_MS, JWT_SIGNS_MS, JwtDue};
-pub use apply::{Beginning, ENDPOINTS_PER_NODE_MAX};
+pub use apply::{Beginning, ENDPOINTS_PER_NODE_MAX, NODE_REPORTS_MAX};
 pub use command::{
     Command, DocumentKind, DocumentsChange, FetchedBundle, IdVerb, LogEntry, NodeVerb, Nodes, Reply, RoleChange,
 };

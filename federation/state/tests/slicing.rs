@@ -7,7 +7,7 @@ use ambit_model::policy::Endpoint;
 use ambit_model::record::{Head, Kind, Record};
 use ambit_model::{Act, Entry, EntryExtras, Extras, Generation, Selector, Stamp, TrustDomain};
 use ambit_policy::{Document, parse};
-use ambit_state::command::{DocumentKind, DocumentsChange, IdVerb, NodeVerb, Nodes, Presence};
+use ambit_state::command::{DocumentKind, DocumentsChange, IdVerb, NodeReport, NodeVerb, Nodes, Presence};
 use ambit_state::slicing::Slicer;
 use ambit_state::{Command, State};
 use common::{Cell, admission, cluster, entry, node, pending};
@@ -77,12 +77,12 @@ impl World {
             9 => {
                 let n = draw.node();
                 let rows = (0..draw.next(3)).map(|_| endpoint(draw, "west", n)).collect();
-                Command::ReportEndpoints(node(n), rows)
+                Command::NodeReports(vec![NodeReport::Endpoints(node(n), rows)])
             }
             10 => {
                 let n = draw.node();
                 let generation = self.cell.state.node(&node(n)).map_or(Generation(1), |row| row.generation);
-                Command::RegisterAddress(node(n), generation, [10, 0, 0, n].into())
+                Command::NodeReports(vec![NodeReport::Address(node(n), generation, [10, 0, 0, n].into())])
             }
             11 => {
                 let verbs = [NodeVerb::Quarantine, NodeVerb::Release, NodeVerb::Evict, NodeVerb::Ban, NodeVerb::Unban];

@@ -4,13 +4,14 @@ use crate::card::Card;
 use crate::dice::Dice;
 use crate::template::Seat;
 use ambit_model::appraisal::PcrBank;
-use ambit_model::policy::{Action, Peers, Policy};
+use ambit_model::policy::{Action, Endpoint, Peers, Policy};
 use ambit_model::{ClusterId, Entry, Generation, NodeId, ObjectName, Refusal, Selector, Stamp, SvidTtl, TrustDomain};
-use ambit_state::command::{Admission, LeafRequest, RoundVerdict, Seen};
+use ambit_state::command::{Admission, LeafRequest, NodeReport, RoundVerdict, Seen};
 use ambit_state::objects::{
     AkFacts, BootPcrs, CellRow, Counters, EkFacts, ImaPoint, Member, NodeState, PeerRow, PolicyRef,
 };
 use ambit_state::{Command, DocumentsChange, NodeVerb, Nodes, State};
+use std::net::Ipv4Addr;
 
 /// Machines that enrol.
 pub(crate) const NODES: u8 = 4;
@@ -78,7 +79,7 @@ impl Load {
         let at = usize::try_from(dice.below(self.machines.len() as u64)).unwrap_or(0);
         let Some(id) = self.machines.get(at).map(|m| m.id) else { return Ok(Command::Tick) };
         let known = state.node(&id).map(|row| (row.generation, row.state));
-        Ok(match dice.below(20) {
+        Ok(match dice.below(22) {
             0..=3 => Command::CreateEntries(vec![entry(&self.cell, &format!("e{}", self.made))?]),
             4 => Command::DeleteEntries(vec![format!("e{}", dice.below(self.made + 1)).parse()?]),
             5..=8 => match known {
@@ -86,6 +87,7 @@ impl Load {
                 _ => self.admission(at, dice, state)?,
             },
             9..=13 => issue(id, known.map_or(Generation(1), |(generation, _)| generation), dice)?,
+            20..=21 => reports(&self.cell, id, known.map_or(Generation(1), |(generation, _)| generation), dice)?,
             14..=15 if self.strict => Command::SetNodes(verb(dice, known), Nodes::Ids(vec![id])),
             _ => {
                 let name: ObjectName = format!("p{}", dice.below(POLICIES)).parse()?;
@@ -177,6 +179,21 @@ pub(crate) fn member(record_key: [u8; 32]) -> Member {
         wrap_key: Vec::new(),
         record_key,
     }
+}
+
+/// What a node says on its stream: its address, and a workload, which another node may have told of before.
+fn reports(cell: &TrustDomain, node: NodeId, generation: Generation, dice: &mut Dice) -> Result<Command, Refusal> {
+    let node_address = Ipv4Addr::new(10, 0, node.0[0], node.0[1]);
+    let endpoint = Endpoint {
+        spiffe_id: format!("spiffe://{cell}/web").parse()?,
+        address: Ipv4Addr::new(10, 1, 0, dice.below(NODES.into()) as u8),
+        cluster: cluster(cell)?,
+        node_address,
+        node,
+        generation,
+    };
+    let address = NodeReport::Address(node, generation, node_address);
+    Ok(Command::NodeReports(vec![address, NodeReport::Endpoints(node, vec![endpoint])]))
 }
 
 fn issue(node: NodeId, generation: Generation, dice: &mut Dice) -> Result<Command, Refusal> {

@@ -21,6 +21,7 @@ pub mod policies;
 pub mod propagation;
 pub mod pull;
 pub mod recover;
+pub mod reports;
 pub mod restore;
 pub mod run;
 pub mod seal;
@@ -87,6 +88,7 @@ struct Inner {
     blobs: blobs::Blobs,
     work: work::Work,
     verdicts: verdicts::Verdicts,
+    reports: reports::Reports,
     ticket_keys: ticket::OpenKeys,
     oidc_issuer: Option<OidcIssuer>,
     jwt_keys: jwt::OpenJwtKeys,
@@ -178,6 +180,10 @@ impl Replica {
     /// Where good verdicts of rounds go.
     pub fn verdicts(&self) -> &verdicts::Verdicts {
         &self.inner.verdicts
+    }
+    /// Where what nodes say of themselves goes.
+    pub fn reports(&self) -> &reports::Reports {
+        &self.inner.reports
     }
     /// Fetches foreign bundles.
     pub fn fetcher(&self) -> &federate::Fetcher {

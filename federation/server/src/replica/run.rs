@@ -4,6 +4,8 @@ use super::agents::Agents;
 use super::files::{Card, Files};
 use super::found::{raft_options, start_failed};
 use super::keyring::Keyring;
+use super::reports::Reports;
+use super::verdicts::Verdicts;
 use super::{Inner, Replica, authority, trust_of, upkeep};
 use crate::config::Config;
 use crate::raft::{Cell, Network, rebase};
@@ -31,8 +33,9 @@ pub async fn run(config: &Config, mut stop: watch::Receiver<bool>) -> Result<(),
     files.guarded()?;
     let listener = listen(config.listen).await?;
     let metrics_listener = listen(config.metrics_listen).await?;
-    let (verdicts, waiting) = super::verdicts::Verdicts::new();
-    let replica = open(config, &files, verdicts).await?;
+    let (verdicts, rounds) = Verdicts::new();
+    let (reports, told) = Reports::new();
+    let replica = open(config, &files, verdicts, reports).await?;
     let outside = match &config.bundle_endpoint {
         Some(at) => Some(crate::outside::Endpoint::open(at, &replica.inner.identity).await?),
         None => None,
@@ -46,7 +49,7 @@ pub async fn run(config: &Config, mut stop: watch::Receiver<bool>) -> Result<(),
     let shutdown = async move {
         let _ = stopping.wait_for(|s| *s).await;
     };
-    let chores = upkeep::spawn(&replica, waiting);
+    let chores = upkeep::spawn(&replica, rounds, told);
     let page = tokio::spawn(crate::metrics::serve(metrics_listener, replica.clone()));
     let local = tokio::spawn(super::local::serve(config.data_dir.clone(), replica.clone()));
     let outside = outside.map(|endpoint| tokio::spawn(endpoint.serve(replica.clone())));
@@ -73,7 +76,7 @@ pub(crate) async fn listen(at: SocketAddr) -> Result<TcpListener, Refusal> {
     })
 }
 
-async fn open(config: &Config, files: &Files, verdicts: super::verdicts::Verdicts) -> Result<Replica, Refusal> {
+async fn open(config: &Config, files: &Files, verdicts: Verdicts, reports: Reports) -> Result<Replica, Refusal> {
     let (card, keyring) = (files.card()?, Keyring::open(config, files).await?);
     let (issuer, tls_key, root_der) = (files.issuer()?, files.tls()?, files.root_der()?);
     // The root goes along, for those who know only its fingerprint. Once there is a state it says which roots go along.
@@ -130,6 +133,7 @@ async fn open(config: &Config, files: &Files, verdicts: super::verdicts::Verdict
         blobs: super::blobs::Blobs::open(config.data_dir.join("blobs"))?,
         work: super::work::Work::start()?,
         verdicts,
+        reports,
         ticket_keys: super::ticket::OpenKeys::default(),
         oidc_issuer: config.bundle_endpoint.as_ref().and_then(|at| at.oidc_issuer.clone()),
         jwt_keys: super::jwt::OpenJwtKeys::default(),

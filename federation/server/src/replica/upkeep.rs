@@ -39,7 +39,7 @@ impl Chores {
 }
 
 /// Starts them.
-pub fn spawn(replica: &Replica, verdicts: super::verdicts::Queue) -> Chores {
+pub fn spawn(replica: &Replica, verdicts: super::verdicts::Queue, reports: super::reports::Queue) -> Chores {
     let r = || replica.clone();
     let cuts = super::cuts::spawn(replica).into_iter();
     Chores {
@@ -52,6 +52,7 @@ pub fn spawn(replica: &Replica, verdicts: super::verdicts::Queue) -> Chores {
                 tokio::spawn(super::federate::run(r())),
                 tokio::spawn(ask_for_vote(r())),
                 tokio::spawn(super::verdicts::run(r(), verdicts)),
+                tokio::spawn(super::reports::run(r(), reports)),
                 tokio::spawn(keep_blobs(r())),
                 tokio::spawn(super::authority::keep(r())),
                 tokio::spawn(keep_root(r())),

@@ -14,8 +14,9 @@ use ambit_proto::convert::address;
 use ambit_proto::status::to_status;
 use ambit_proto::v1;
 use ambit_proto::v1::server_message::Body;
+use ambit_state::command::NodeReport;
 use ambit_state::objects::NodeState;
-use ambit_state::{Command, ENDPOINTS_PER_NODE_MAX, Reply, State};
+use ambit_state::{ENDPOINTS_PER_NODE_MAX, State};
 use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
 use std::pin::Pin;
@@ -363,10 +364,7 @@ impl Session {
             tracing::warn!(node = %self.node, registered = %self.address, found, "endpoints refused");
             return Err(Refusal::new(Code::NodeAddressMismatch, format!("endpoints at {}", self.address), found));
         }
-        let applied = self.replica.propose_own(Command::ReportEndpoints(self.node, endpoints.clone())).await?;
-        let Reply::Items(items) = applied.outcome? else {
-            return Err(Refusal::new(Code::Internal, "an outcome per endpoint", "another reply"));
-        };
+        let items = self.replica.reports().put(NodeReport::Endpoints(self.node, endpoints.clone())).await?;
         // An entry may have gone meanwhile, an address may be another's: the rest stands and so does the stream.
         let refused = endpoints.iter().zip(items).filter_map(|(e, item)| Some((e, item.err()?)));
         for (endpoint, refusal) in refused {
@@ -401,8 +399,7 @@ async fn register(
     if done {
         return Ok(());
     }
-    let command = Command::RegisterAddress(node, generation, address);
-    replica.propose_own(command).await?.outcome.map(drop)
+    replica.reports().put(NodeReport::Address(node, generation, address)).await.map(drop)
 }
 
 /// The node is in, and what its certificate stands for was not denied.

@@ -20,6 +20,7 @@ pub(crate) mod jwt;
 mod mint;
 mod node;
 mod node_address;
+mod node_reports;
 mod objects;
 mod peer;
 mod relationship;
@@ -30,6 +31,7 @@ mod seal;
 pub(crate) use documents::check as check_documents;
 pub use incarnation::Beginning;
 pub(crate) use issue::answer_again;
+pub use node_reports::NODE_REPORTS_MAX;
 pub use objects::ENDPOINTS_PER_NODE_MAX;
 
 use crate::command::{Command, DocumentKind, Reply};
@@ -87,7 +89,9 @@ fn change(s: &mut State, at: At, command: &Command) -> Result<Reply, Refusal> {
         Command::ApplyDocuments { policies, services, by } => former::apply_documents(s, at, policies, services, by),
         Command::DeletePolicy(name) => former::delete(s, at, DocumentKind::Policy, name),
         Command::DeleteService(name) => former::delete(s, at, DocumentKind::Service, name),
-        Command::ReportEndpoints(node, endpoints) => objects::report_endpoints(s, at, node, endpoints),
+        Command::ReportEndpoints(node, endpoints) => {
+            objects::report_endpoints(s, at, node, endpoints).map(Reply::Items)
+        }
         Command::PutPeer(td, row, token) => federation::put_peer(s, at, td, row, token.as_ref()),
         Command::ApprovePeer(td, fingerprint) => federation::approve(s, at, td, fingerprint),
         Command::Import(head, records) => federation::import(s, at, head, records),
@@ -152,8 +156,9 @@ fn change(s: &mut State, at: At, command: &Command) -> Result<Reply, Refusal> {
             &act::BreakGlass { admin, key_hash: *key_hash, authority, replica: *replica, approved },
         ),
         Command::RegisterAddress(node, generation, address) => {
-            node_address::register(s, at, node, *generation, *address)
+            node_address::register(s, at, node, *generation, *address).map(|()| Reply::Done)
         }
+        Command::NodeReports(reports) => node_reports::take(s, at, reports),
         Command::NewDownstream { node, generation, serial, key_hash, lifetime_ms } => downstream::new(
             s,
             at,

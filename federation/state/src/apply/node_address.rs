@@ -1,7 +1,6 @@
 //! Where tunnels of nodes come from: a key that was copied to another attested node is refused there.
 
 use super::{At, cell_row, export, payload, touch};
-use crate::command::Reply;
 use crate::objects::NodeState;
 use crate::state::State;
 use ambit_model::policy::NodeAddress;
@@ -45,7 +44,7 @@ pub(super) fn register(
     id: &NodeId,
     generation: Generation,
     address: Ipv4Addr,
-) -> Result<Reply, Refusal> {
+) -> Result<(), Refusal> {
     let Some(node) = s.node(id).filter(|n| n.state == NodeState::Admitted) else {
         return Err(Refusal::new(Code::NodeUntrusted, "an admitted node", id.to_string()));
     };
@@ -53,22 +52,24 @@ pub(super) fn register(
         let expected = format!("the leaf of generation {}", node.generation);
         return Err(Refusal::new(Code::SvidUntrusted, expected, generation.to_string()));
     }
+    let cluster = node.cluster.clone();
     if s.has_registered(id, generation, address)? {
-        return Ok(Reply::Done);
+        return Ok(());
     }
     s.registrations.put(&mut s.journal, *id, generation);
     if s.node_address(id).is_some_and(|known| known.address == address) {
-        return Ok(Reply::Done);
+        return Ok(());
     }
     let row = NodeAddress { address, since: generation };
     let own = cell_row(s)?.trust_domain;
     s.node_addresses.put(&mut s.journal, (own, *id), row);
     export(s, Kind::NodeAddress, id.to_string(), payload(&row)?);
     // Who runs nothing calls nobody, and is in no slice.
-    if s.entries().any(|row| s.fits(&row.entry, id)) {
+    let runs_any = s.entries().any(|row| row.entry.cluster == cluster && s.fits(&row.entry, id));
+    if runs_any {
         touch(s, at);
     }
-    Ok(Reply::Done)
+    Ok(())
 }
 
 /// The node is out: no leaf of it comes from anywhere.

@@ -138,7 +138,12 @@ pub(super) fn number(s: &mut State, id: &SpiffeId) {
 }
 
 /// Each endpoint with its own outcome: one that may not be there does not take the others along.
-pub(super) fn report_endpoints(s: &mut State, at: At, id: &NodeId, reported: &[Endpoint]) -> Result<Reply, Refusal> {
+pub(super) fn report_endpoints(
+    s: &mut State,
+    at: At,
+    id: &NodeId,
+    reported: &[Endpoint],
+) -> Result<Vec<Result<(), Refusal>>, Refusal> {
     let Some(node) = s.node(id).filter(|n| n.state == NodeState::Admitted).cloned() else {
         return Err(Refusal::new(Code::NodeUntrusted, "an admitted node", id.to_string()));
     };
@@ -146,12 +151,11 @@ pub(super) fn report_endpoints(s: &mut State, at: At, id: &NodeId, reported: &[E
         let expected = format!("at most {ENDPOINTS_PER_NODE_MAX} endpoints a node");
         return Err(Refusal::new(Code::Busy, expected, reported.len().to_string()));
     }
-    let entitled = entitled(s, id);
     let own = cell_row(s)?.trust_domain;
     let (mut mine, mut out) = (Vec::<Endpoint>::new(), Vec::with_capacity(reported.len()));
     let mut seen = BTreeSet::new();
     for endpoint in reported {
-        let result = if !entitled.contains(&endpoint.spiffe_id) {
+        let result = if !s.may_run(&endpoint.spiffe_id, id) {
             let found = endpoint.spiffe_id.as_str();
             Err(Refusal::new(Code::EntryNotOnNode, "an identity this node may run", found))
         } else if !seen.insert(endpoint.address) {
@@ -166,20 +170,14 @@ pub(super) fn report_endpoints(s: &mut State, at: At, id: &NodeId, reported: &[E
         out.push(result);
     }
     replace_endpoints(s, at, id, &mine)?;
-    Ok(Reply::Items(out))
-}
-
-/// The identities that the node may run.
-fn entitled(s: &State, id: &NodeId) -> BTreeSet<SpiffeId> {
-    s.entries().filter(|row| s.fits(&row.entry, id)).map(|row| row.entry.spiffe_id.clone()).collect()
+    Ok(out)
 }
 
 /// A verdict took entries from the node: their endpoints on it go too, whatever its agent says of them.
 pub(super) fn drop_unfit_endpoints(s: &mut State, at: At, id: &NodeId) -> Result<(), Refusal> {
-    let (own, entitled) = (cell_row(s)?.trust_domain, entitled(s, id));
+    let own = cell_row(s)?.trust_domain;
     let mine = s.endpoints().filter(|(origin, row)| **origin == own && row.object.node == *id);
-    let kept: Vec<Endpoint> =
-        mine.map(|(_, row)| row.object.clone()).filter(|e| entitled.contains(&e.spiffe_id)).collect();
+    let kept: Vec<Endpoint> = mine.map(|(_, row)| row.object.clone()).filter(|e| s.may_run(&e.spiffe_id, id)).collect();
     replace_endpoints(s, at, id, &kept)
 }
 

@@ -16,9 +16,15 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
 /// Changes within this time go out as one; small against the 500 ms that a change may take to the kernel.
 const SETTLE: Duration = Duration::from_millis(15);
+/// After one that took so long to make the next is not begun for that time so many times over: while changes come in a burst,
+/// as when thousands of nodes come at once, editions take a fifth of a thread, and each brings more.
+const SPACING: u32 = 4;
+/// But for no longer than this: a change that comes in such a burst is to be heard of, too.
+const SPACING_MAX: Duration = Duration::from_millis(200);
 /// Until it is tried again where that failed: nobody waits for a change of the state to be told what there is.
 const AGAIN: Duration = Duration::from_secs(1);
 
@@ -86,12 +92,16 @@ async fn tell_refused(replica: Replica) {
     }
 }
 
+fn spacing(took: Duration) -> Duration {
+    took.saturating_mul(SPACING).min(SPACING_MAX)
+}
+
 async fn cut(replica: Replica) {
     let mut revisions = replica.watch_revision();
     let mut kept = <(Slicer, Shelf)>::default();
     loop {
         revisions.borrow_and_update();
-        let (at, nodes) = (replica.clone(), replica.agents().nodes());
+        let (at, nodes, begun) = (replica.clone(), replica.agents().nodes(), Instant::now());
         let made = tokio::task::spawn_blocking(move || {
             let (mut slicer, mut shelf) = kept;
             at.local(|s| slicer.follow(s));
@@ -102,7 +112,9 @@ async fn cut(replica: Replica) {
             let (revision, stamp_ms) = (slicer.revision().0, slicer.stamp().0);
             (Edition { revision, stamp_ms, imported: Arc::new(imported), sets }, (slicer, shelf))
         });
-        match made.await {
+        let made = made.await;
+        let next = Instant::now() + spacing(begun.elapsed());
+        match made {
             Ok((edition, again)) => {
                 replica.board().editions.send_replace(Arc::new(edition));
                 kept = again;
@@ -123,6 +135,18 @@ async fn cut(replica: Replica) {
             () = replica.board().came.notified() => {}
         }
         // Nodes come in crowds, too: an edition for each of them would cost each of them one for all.
-        tokio::time::sleep(SETTLE).await;
+        tokio::time::sleep_until(next.max(Instant::now() + SETTLE)).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_burst_leaves_most_of_the_time_to_others_and_no_change_waits_long() {
+        for (took_ms, want_ms) in [(0, 0), (1, 4), (30, 120), (50, 200), (3_000, 200)] {
+            assert_eq!(spacing(Duration::from_millis(took_ms)), Duration::from_millis(want_ms));
+        }
     }
 }
