@@ -159,7 +159,7 @@ async fn a_policy_ends_and_is_shown_as_over_and_unused() {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     assert!(explain(&mut registry, "web", 80, 0).await.nearest.contains("it is over since"), "the nearest says so");
-    let unused = registry.unused(v1::UnusedRequest {}).await.unwrap().into_inner();
+    let unused = registry.unused(v1::UnusedRequest::default()).await.unwrap().into_inner();
     let whys: Vec<_> = unused.policies.iter().map(|p| (p.name.as_str(), p.why.as_str())).collect();
     assert_eq!(whys.len(), 2, "{whys:?}");
     assert!(whys[0].0 == "brief" && whys[0].1.starts_with("it is over since"), "{whys:?}");

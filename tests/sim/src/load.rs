@@ -186,7 +186,7 @@ fn reports(cell: &TrustDomain, node: NodeId, generation: Generation, dice: &mut 
     let node_address = Ipv4Addr::new(10, 0, node.0[0], node.0[1]);
     let endpoint = Endpoint {
         spiffe_id: format!("spiffe://{cell}/web").parse()?,
-        address: Ipv4Addr::new(10, 1, 0, dice.below(NODES.into()) as u8),
+        address: Ipv4Addr::new(10, 1, 0, dice.below(NODES.into()) as u8).into(),
         cluster: cluster(cell)?,
         node_address,
         node,
