@@ -15,7 +15,6 @@ use crate::records::{self, CONTENT_MAX, HEADER_BYTES, RECORD_MAX, RECORDS, alert
 use crate::secure::{Secured, broken};
 use crate::silence::{LOOK_EVERY, Watch};
 use ambit_model::Address;
-use futures::FutureExt;
 use http::StatusCode;
 use std::future::Future;
 use std::io::{self, IoSlice, IoSliceMut};
@@ -241,10 +240,10 @@ pub async fn agree(tunnel: &mut Secured, pod: &mut TcpStream, prompt: bool) -> i
     }
     let mut buffer = records::buffer();
     // What is not there after all, and an end, are found again by whoever carries.
-    let n = match fill(&mut pod.split().0, &mut buffer, false).now_or_never() {
-        Some(Ok(n)) => n,
-        Some(Err(_)) => return Ok(Err(Reason::Reset)),
-        None => 0,
+    let n = match fill(&pod.split().0, &mut buffer, false) {
+        Ok(n) => n,
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => 0,
+        Err(_) => return Ok(Err(Reason::Reset)),
     };
     tunnel.sealer.push(&[&[OPENED]]).map_err(broken)?;
     let sealed = if n > 0 { seal(&mut tunnel.sealer, &mut buffer, n).map_err(broken)? } else { 0 };
@@ -388,7 +387,7 @@ async fn upward<'a>(
     loop {
         out.wait(read).await?;
         let mut buffer = records::buffer();
-        let n = match fill(read, &mut buffer, many).await {
+        let n = match fill(read, &mut buffer, many) {
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                 records::keep(buffer);
                 continue;
@@ -409,10 +408,11 @@ async fn upward<'a>(
 }
 
 /// Reads into the places that content has in records: they are sealed where they lie.
-async fn fill(read: &mut ReadHalf<'_>, buffer: &mut [u8], many: bool) -> io::Result<usize> {
+fn fill(read: &ReadHalf<'_>, buffer: &mut [u8], many: bool) -> io::Result<usize> {
     let mut places = buffer.chunks_mut(RECORD_MAX).filter_map(|r| r.get_mut(PAYLOAD_AT..PAYLOAD_AT + PAYLOAD_MAX));
     if !many {
-        return read.read(places.next().unwrap_or_default()).await;
+        // It may be ready for what was read before: the buffer is not to be held until more comes.
+        return read.try_read(places.next().unwrap_or_default());
     }
     let mut slices: [IoSliceMut<'_>; RECORDS] =
         std::array::from_fn(|_| IoSliceMut::new(places.next().unwrap_or_default()));

@@ -90,8 +90,11 @@ pub async fn plain(
     loop {
         read.readable().await.map_err(|_| from)?;
         let mut buffer = BytesMut::with_capacity(READ_BYTES);
-        if read.read_buf(&mut buffer).await.map_err(|_| from)? == 0 {
-            return write.shutdown().await.map_err(|_| to);
+        match read.try_read_buf(&mut buffer) {
+            Ok(0) => return write.shutdown().await.map_err(|_| to),
+            Ok(_) => {}
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => continue,
+            Err(_) => return Err(from),
         }
         write.write_all(&buffer).await.map_err(|_| to)?;
         *carried += buffer.len() as u64;
@@ -114,8 +117,12 @@ async fn upward(
             _reset = poll_fn(|cx| send.poll_reset(cx)) => return stopped(send),
         }
         let mut buffer = BytesMut::with_capacity(READ_BYTES);
-        if read.read_buf(&mut buffer).await.map_err(|_| End::Near)? == 0 {
-            return send.send_data(Bytes::new(), true).or_else(|_| stopped(send));
+        match read.try_read_buf(&mut buffer) {
+            Ok(0) => return send.send_data(Bytes::new(), true).or_else(|_| stopped(send)),
+            Ok(_) => {}
+            // What was ready is read already, by whoever had the first bytes: nothing is held while the socket is silent.
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => continue,
+            Err(_) => return Err(End::Near),
         }
         if !give(send, buffer, sent).await {
             return stopped(send);
