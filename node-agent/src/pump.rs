@@ -9,7 +9,7 @@ use h2::{Reason, RecvStream, SendStream};
 use nix::sys::socket::{setsockopt, sockopt};
 use std::future::poll_fn;
 use std::io;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 
@@ -82,7 +82,7 @@ pub fn end_in_order(tcp: &TcpStream) {
 
 /// One direction between two sockets of this node, whose ends are named: all bytes, then the end. A silent reader holds no buffer.
 pub async fn plain(
-    mut read: ReadHalf<'_>,
+    read: ReadHalf<'_>,
     mut write: WriteHalf<'_>,
     (from, to): (End, End),
     carried: &mut u64,

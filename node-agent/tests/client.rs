@@ -115,9 +115,9 @@ impl Stage {
         let near = Program::start(&mut east_ground, "near", near_pid, CALLER);
         let hbone = TcpListener::bind((homes[1], 0)).await.unwrap();
         let port = hbone.local_addr().unwrap().port();
-        let mut east_node = Node::start_at(&east_ground, &east, hbone, homes[1]).await;
+        let mut east_node = Node::start(&east_ground, &east, hbone).await;
         let hbone = TcpListener::bind((homes[0], port)).await.unwrap();
-        let mut west_node = Node::start_at(&west_ground, &west, hbone, homes[0]).await;
+        let mut west_node = Node::start(&west_ground, &west, hbone).await;
 
         let number = |id: String, number| v1::NumericIdentity { spiffe_id: id, number };
         let db = v1::Endpoint {

@@ -132,7 +132,12 @@ async fn what_is_refused_costs_no_tunnel() {
     let nobody = SocketAddrV4::new(*at.ip(), closed);
     for _ in 0..5 {
         assert!(
-            is_reset(stage.call(Some(ambit_agent::outbound::Captured { asked: nobody.into(), endpoint: nobody.into() })).await).await
+            is_reset(
+                stage
+                    .call(Some(ambit_agent::outbound::Captured { asked: nobody.into(), endpoint: nobody.into() }))
+                    .await
+            )
+            .await
         );
     }
     let mut app = stage.call_db().await;

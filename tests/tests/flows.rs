@@ -30,7 +30,7 @@ async fn rows(cell: &Cell, n: usize) -> (Vec<(String, u32, bool, u64)>, v1::Flow
 }
 
 /// Of eight connections that were seen seven are allowed by a policy, and none is refused by another.
-fn how_much_of_it_policies_speak_of(run: &dyn Fn(&[&str], i32, &[&str]), folder: &Folder) {
+fn how_much_of_it_policies_speak_of(run: &impl Fn(&[&str], i32, &[&str]), folder: &Folder) {
     run(&["flows"], 0, &["  west/web\n", "  -\n", "of 8 connections policies speak of 7 (87.5 %)"]);
     let file = folder.path("idle.yaml");
     let text = "kind: Policy\nmetadata: {name: idle}\nspec: {target: spiffe://west/db, action: deny, \

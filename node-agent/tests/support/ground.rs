@@ -171,14 +171,10 @@ impl Drop for Node {
 impl Node {
     /// The parts of the agent that need no cell, put together as `agent::run` does.
     pub(crate) async fn start(ground: &Ground, cell: &Cell, hbone: TcpListener) -> Node {
-        Self::start_at(ground, cell, hbone, Ipv4Addr::LOCALHOST).await
-    }
-    /// The same of a node at this address.
-    pub(crate) async fn start_at(ground: &Ground, cell: &Cell, hbone: TcpListener, address: Ipv4Addr) -> Node {
         let port = hbone.local_addr().unwrap().port();
         let netns = NetnsThread::start().unwrap();
         let annex = Annex::new(netns.clone(), Netns::open(Path::new("/proc/self/ns/net")).unwrap());
-        Self::put_together(ground, cell, (hbone, port, address), (netns, annex), |_| ()).await
+        Self::put_together(ground, cell, (hbone, port), (netns, annex), |_| ()).await
     }
     /// The same with an annex, and HBONE's own port.
     pub(crate) async fn start_with_annex(ground: &Ground, cell: &Cell, hbone: TcpListener) -> Node {
@@ -186,7 +182,7 @@ impl Node {
         let annex = Annex::new(netns.clone(), Netns::of(made.as_fd().try_clone_to_owned().unwrap()));
         let at_pods = annex.listeners(PORT_HBONE, 1).await.unwrap().remove(0);
         let parts = (netns.clone(), annex);
-        let at = (hbone, PORT_HBONE, Ipv4Addr::LOCALHOST);
+        let at = (hbone, PORT_HBONE);
         let node = Self::put_together(ground, cell, at, parts, |kernel| kernel.use_annex(&made)).await;
         let inbound = Inbound::new(node.plane.clone(), node.denials.clone(), netns, node.clock.clone());
         let inbound = inbound.by_kernel(node.kernel.clone());
@@ -196,7 +192,7 @@ impl Node {
     async fn put_together(
         ground: &Ground,
         cell: &Cell,
-        (hbone, port, node_address): (TcpListener, u16, Ipv4Addr),
+        (hbone, port): (TcpListener, u16),
         (netns, annex): (NetnsThread, Annex),
         prepare: impl FnOnce(&KernelHandle),
     ) -> Node {

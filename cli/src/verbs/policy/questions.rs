@@ -100,8 +100,10 @@ pub(super) async fn unused(session: &Session, within: Option<Millis>) -> Result<
     let count = |n: u64, what| counted(usize::try_from(n).unwrap_or(usize::MAX), what);
     let mut answer = Answer::ok(table.render(session.form)).note(format!("of {}", count(reply.policies_all, "policy")));
     if within.is_some() {
-        answer =
-            answer.note(format!("{} were seen (of egress none are counted)", count(reply.connections, "connection")));
+        answer = answer.note(format!(
+            "{} were seen (of egress and of callers by address none are counted)",
+            count(reply.connections, "connection")
+        ));
         let missing = missing(reply.left_out, &reply.silent, within_ms.saturating_sub(reply.remembered_ms));
         answer = if missing.is_empty() { answer } else { answer.note(missing) };
     }

@@ -260,7 +260,8 @@ fn add_idle(answer: &mut v1::UnusedResponse, ground: &Ground, known: Known, sinc
         answer.policies.iter().map(|p| (p.origin.clone(), p.name.clone())).collect();
     for ((origin, name), row) in rows {
         let rule = RuleRef { origin: origin.clone(), name: name.clone() };
-        if judged.deciding.contains(&rule) || named.contains(&(origin.to_string(), name.to_string())) {
+        let is_counted = row.object.extras.unmeshed.is_empty();
+        if !is_counted || judged.deciding.contains(&rule) || named.contains(&(origin.to_string(), name.to_string())) {
             continue;
         }
         answer.policies.push(v1::UnusedPolicy {
