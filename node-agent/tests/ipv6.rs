@@ -291,7 +291,7 @@ async fn denials_and_a_dead_agent_refuse_at_once() {
     let begun = Instant::now();
     let offer = |stage: &Stage, revision: u64, denied: &[v1::NodeDenial]| {
         let list = |_: &Node| Denials::parse(Revision(revision), denied, &[]).unwrap();
-        stage.nodes.iter().for_each(|node| drop(node.denials.offer(list(node))));
+        stage.nodes.iter().for_each(|node| assert!(node.denials.offer(list(node))));
     };
     offer(&stage, stage.revision + 1, &[denied]);
     assert_eq!(stage.web.ask("say(5)"), "broken off", "cut");
