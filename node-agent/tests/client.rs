@@ -199,7 +199,7 @@ impl Stage {
         let to = SocketAddrV4::new(self.db_at, PORTS[0]);
         let bytes = match self.dial(alpn).await {
             Dialed::Native(mut tunnel) => {
-                let open = Open { to, prompt: false, trace: None, from: said, first: vec![] };
+                let open = Open { to: to.into(), prompt: false, trace: None, from: said, first: vec![] };
                 let answer = timeout(SOON, native::open(&mut tunnel.secured, &open)).await.unwrap().unwrap();
                 assert_eq!(answer, Answer::Opened);
                 native_bytes(&mut tunnel.secured).await
