@@ -160,7 +160,8 @@ fn slice(numbers: &mut Numbers) -> v1::Slice {
 
 /// The oracle: what the policies say, of an address that neither the mesh nor this node has, and of no port of the mesh's own.
 fn expected(view: &View, from: Ipv4Addr, to: &SpiffeId, port: u16) -> bool {
-    let known = view.endpoints.contains_key(&from) || [CLAIMED, OWN, "10.1.6.6"].contains(&from.to_string().as_str());
+    let known =
+        view.endpoints.contains_key(&from.into()) || [CLAIMED, OWN, "10.1.6.6"].contains(&from.to_string().as_str());
     let ours = [15_001, 15_006, 15_008].contains(&port);
     !known && !ours && view.policies.evaluate_unmeshed(IpAddr::V4(from), to, port, NOW).allowed
 }
@@ -178,6 +179,7 @@ fn round(set: usize, (kernel, node): (&Kernel, &Node), client: &mut Worker, tall
     let view = View::parse(slice(&mut numbers), &"west".parse().unwrap(), &"west".parse().unwrap()).unwrap();
     let name = format!("pod{}", numbers.below(PODS.len()));
     let pod = Pod {
+        address6: None,
         name: name.clone(),
         cgroup: name,
         cgroup_id: 1,
