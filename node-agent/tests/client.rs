@@ -273,11 +273,12 @@ async fn a_server_sees_who_calls_from_another_node_and_by_its_service_from_its_o
 async fn a_lying_node_is_not_believed_and_older_agents_are_served_as_ever() {
     let _alone = COUNTED.lock().await;
     let stage = Stage::set(52).await;
-    let (new, former, hbone): (&[&[u8]], &[&[u8]], &[&[u8]]) =
-        (&[native::ALPN], &[native::ALPN_BEFORE, tls::HBONE], &[tls::HBONE]);
+    const NEW: &[&[u8]] = &[native::ALPN];
+    const FORMER: &[&[u8]] = &[native::ALPN_BEFORE, tls::HBONE];
+    const HBONE: &[&[u8]] = &[tls::HBONE];
     let web = SocketAddrV4::new(stage.web_at, 41_001);
     // What it may say: nobody's address here.
-    for way in [new, hbone] {
+    for way in [NEW, HBONE] {
         assert_eq!(stage.seen(way, Some(web)).await, web.to_string());
     }
     let lies = [
@@ -289,7 +290,7 @@ async fn a_lying_node_is_not_believed_and_older_agents_are_served_as_ever() {
         SocketAddrV4::new(Ipv4Addr::LOCALHOST, 41_001),
         SocketAddrV4::new(stage.web_at, 0),
     ];
-    for way in [new, hbone] {
+    for way in [NEW, HBONE] {
         for lie in lies {
             let before = count("disbelieved");
             let seen = stage.seen(way, Some(lie)).await;
@@ -298,7 +299,7 @@ async fn a_lying_node_is_not_believed_and_older_agents_are_served_as_ever() {
         }
     }
     // Who says nothing: an agent of before, which does not know the field and is not sent one, and one that does not tell.
-    for (way, said) in [(former, Some(web)), (new, None), (hbone, None)] {
+    for (way, said) in [(FORMER, Some(web)), (NEW, None), (HBONE, None)] {
         let before = count("unsaid");
         let seen = stage.seen(way, said).await;
         assert!(seen.starts_with("127."), "{seen}");
