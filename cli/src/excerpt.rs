@@ -69,7 +69,7 @@ mod tests {
         assert_eq!(
             told,
             "error[policy_malformed]: expected a well-formed Policy, Service, Group or Egress document, found spec: \
-             unknown field `port`, expected one of `target`, `action`, `from`, `ports`, `protocols`, `expires`; \
+             unknown field `port`, expected one of `target`, `action`, `from`, `ports`, `protocols`, `transport`, `expires`; \
              did you mean `ports`?\n  --> p.yaml:7:3\n   |\n 7 |   port: [80]\n   |   ^\n  \
              try: correct the document at the place shown"
         );

@@ -4,6 +4,7 @@ use crate::error::KernelError;
 use crate::kernel::Kernel;
 use crate::layout::{CONFIG_SAMPLE, Layout, REASONS, RawEvent, RawEvent6};
 use libbpf_rs::{MapCore, MapFlags, RingBufferBuilder};
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
@@ -142,6 +143,9 @@ impl Event {
     }
 }
 
+/// Events that one look at the ring takes: more than it holds.
+pub(crate) const EVENTS_MAX: u32 = 8_192;
+
 impl Kernel {
     /// Reads all counters.
     pub fn counters(&self) -> Result<Counters, KernelError> {
@@ -176,20 +180,26 @@ impl Kernel {
         self.set_config(CONFIG_SAMPLE, u64::from(one_in))
     }
 
-    /// Hands every waiting event to `take`, oldest first, and returns. The ring holds about 4,600; programs wake nobody,
-    /// so call this on a timer (100 ms is plenty). One caller at a time.
+    /// Hands waiting events to `take`, oldest first, 8,192 at most: workloads may make them faster than they are taken. The
+    /// ring holds about 4,600; programs wake nobody, so call this on a timer (100 ms is plenty). One caller at a time.
     pub fn drain_events(&self, take: &mut dyn FnMut(Event)) -> Result<(), KernelError> {
+        let taken = Cell::new(0);
         let mut builder = RingBufferBuilder::new();
         builder
             .add(&self.maps().events, |bytes| {
+                taken.set(taken.get() + 1);
                 if let Some(event) = Event::parse(bytes) {
                     take(event);
                 }
-                0
+                // What is negative ends it behind this event (libbpf's ringbuf_process_ring).
+                if taken.get() < EVENTS_MAX { 0 } else { -1 }
             })
             .map_err(|e| KernelError::bpf("open map events", e))?;
         let ring = builder.build().map_err(|e| KernelError::bpf("open map events", e))?;
-        ring.consume().map_err(|e| KernelError::bpf("read map events", e))
+        match ring.consume() {
+            Err(e) if taken.get() < EVENTS_MAX => Err(KernelError::bpf("read map events", e)),
+            _ => Ok(()),
+        }
     }
 }
 

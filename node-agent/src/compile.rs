@@ -11,7 +11,7 @@ use ambit_ebpf::{
     Action, Capacity, MAX_SERVICE_ENDPOINTS, Service, ServiceEndpoint, Tables, Tier, Verdict, VerdictKey,
 };
 use ambit_model::policy::{Endpoint, Order};
-use ambit_model::{Address, Moment, NumericIdentity, SpiffeId, TrustDomain};
+use ambit_model::{Address, Moment, NodeId, NumericIdentity, SpiffeId, TrustDomain};
 use ambit_policy::PortSet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -157,10 +157,11 @@ fn services(
         if view.endpoints.contains_key(&service.address.ip()) || !taken.insert(address) {
             continue;
         }
+        let by_ipv6 = by_ipv6(service.address, reachable.iter().map(|(e, _)| *e));
         let behind: Vec<_> = reachable
             .iter()
             .filter(|(e, _)| service.backends.iter().any(|b| b.contains(&e.spiffe_id)))
-            .filter(|(e, _)| serves(service.address, e, reachable.iter().map(|(e, _)| *e)))
+            .filter(|(e, _)| serves(service.address, e, &by_ipv6))
             .map(|(e, number)| ServiceEndpoint {
                 address: e.address.at(service.port),
                 identity: number.0,
@@ -180,14 +181,22 @@ fn services(
     (of_v4, of_v6)
 }
 
+/// Workloads by the node that runs them.
+pub type Placed<'a> = BTreeSet<(&'a SpiffeId, NodeId)>;
+
+/// Those of these endpoints that a service at an IPv6 address reaches by an IPv6 one.
+pub fn by_ipv6<'a>(service: Address, endpoints: impl IntoIterator<Item = &'a Endpoint>) -> Placed<'a> {
+    let all = endpoints.into_iter().filter(|e| service.v6().is_some() && e.address.v6().is_some());
+    all.map(|e| (&e.spiffe_id, e.node)).collect()
+}
+
 /// By which of its addresses a workload serves a service: IPv4 for IPv4; for IPv6 its own, or where it reported none on that node,
 /// its IPv4 one, since it is the agents that carry.
-pub fn serves<'a>(service: Address, endpoint: &Endpoint, all: impl IntoIterator<Item = &'a Endpoint>) -> bool {
-    let same = |other: &Endpoint| other.spiffe_id == endpoint.spiffe_id && other.node == endpoint.node;
+pub fn serves(service: Address, endpoint: &Endpoint, by_ipv6: &Placed<'_>) -> bool {
     match (service.ip(), endpoint.address.ip()) {
         (IpAddr::V4(_), IpAddr::V4(_)) | (IpAddr::V6(_), IpAddr::V6(_)) => true,
         (IpAddr::V4(_), IpAddr::V6(_)) => false,
-        (IpAddr::V6(_), IpAddr::V4(_)) => !all.into_iter().any(|other| other.address.v6().is_some() && same(other)),
+        (IpAddr::V6(_), IpAddr::V4(_)) => !by_ipv6.contains(&(&endpoint.spiffe_id, endpoint.node)),
     }
 }
 

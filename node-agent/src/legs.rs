@@ -49,15 +49,21 @@ impl Legs {
     ) -> io::Result<TcpStream> {
         let tcp = match (to, client, &self.kernel) {
             (SocketAddr::V6(to), ..) => self.by_ipv6(pod, to, who).await?,
-            (SocketAddr::V4(to), Some(client), Some(kernel)) => self.told(kernel, pod, to, client).await?,
-            (SocketAddr::V4(to), ..) => {
-                let source = SocketAddrV4::new(spread((who, to), BARE), 0);
-                self.netns.socket(&pod.netns, source).await?.connect(SocketAddr::V4(to)).await?
-            }
+            (SocketAddr::V4(to), Some(client), Some(kernel)) => match self.told(kernel, pod, to, client).await {
+                // Of this one client there are more than there are ports: better nameless than not at all.
+                Err(e) if e.kind() == io::ErrorKind::AddrInUse => self.bare(pod, to, who).await?,
+                told => told?,
+            },
+            (SocketAddr::V4(to), ..) => self.bare(pod, to, who).await?,
         };
         tcp.set_nodelay(true)?;
         pump::break_off_unless_ended(&tcp)?;
         Ok(tcp)
+    }
+
+    async fn bare(&self, pod: &LocalPod, to: SocketAddrV4, who: impl Hash) -> io::Result<TcpStream> {
+        let source = SocketAddrV4::new(spread((who, to), BARE), 0);
+        self.netns.socket(&pod.netns, source).await?.connect(SocketAddr::V4(to)).await
     }
 
     /// The leg has its port before it connects, under which the kernel is told. Its address is of the client's, not the

@@ -242,7 +242,7 @@ impl Outbound {
             METRICS.connections.inc(["outbound", "unknown"]);
             return;
         };
-        let (start, mut first) = (Start::of(pod, port), Vec::new());
+        let (start, mut first) = (Start::of(pod, port, captured.asked), Vec::new());
         let opened = match place {
             // Whoever breaks off already needs nothing.
             Ok(place) => match first_bytes(&mut tcp, &mut first).await {

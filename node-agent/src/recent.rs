@@ -198,8 +198,11 @@ impl Recent {
     /// What is remembered under an id, newest first.
     pub fn find(&self, id: Id) -> Vec<v1::JudgedConnection> {
         let halves = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let all = halves.iter().flat_map(|half| half.rows.iter().rev());
-        all.filter(|row| row.id == id).take(TOLD_MAX).map(|row| row.message()).collect()
+        // Refusals hide nothing that passed under the same id, which is the caller's to choose.
+        let of = |half: &Half| half.rows.iter().rev().filter(|row| row.id == id).take(TOLD_MAX / 2).cloned().collect();
+        let mut rows: Vec<Arc<Row>> = halves.iter().flat_map(|half| -> Vec<_> { of(half) }).collect();
+        rows.sort_by_key(|row| std::cmp::Reverse(row.at));
+        rows.into_iter().map(|row| row.message()).collect()
     }
 }
 
@@ -241,7 +244,11 @@ mod tests {
         assert_eq!(recent.find(Id::of_kernel(&(21_000 - half))).len(), 1);
         // Of one id that somebody uses again and again, a few are told.
         (0..100).for_each(|_| drop(recent.note(row(7, false))));
-        assert_eq!(recent.find(Id::of_kernel(&7u32)).len(), TOLD_MAX);
+        assert_eq!(recent.find(Id::of_kernel(&7u32)).len(), TOLD_MAX / 2);
+        drop(recent.note(Row { at: Stamp(1), ..row(7, true) }));
+        (0..100).for_each(|_| drop(recent.note(row(7, false))));
+        let told = recent.find(Id::of_kernel(&7u32));
+        assert_eq!((told.len(), told.iter().filter(|row| row.allowed).count()), (TOLD_MAX / 2 + 1, 1));
         // Words of any length take no more room.
         for n in 0..5_000 {
             recent.note(Row { reason: "x".repeat(10_000), ..row(n, true) });

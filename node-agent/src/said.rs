@@ -8,7 +8,7 @@ use crate::native::is_trace;
 use crate::plane::LocalPod;
 use ambit_model::{ClusterId, SpiffeId};
 use http::{HeaderMap, request};
-use std::net::SocketAddrV4;
+use std::net::{SocketAddr, SocketAddrV4};
 
 /// What is kept of a peer's baggage, in bytes; longer is none. Ours has 150.
 const BAGGAGE_BYTES_MAX: usize = 1024;
@@ -24,14 +24,15 @@ const FORWARDED: &str = "forwarded";
 pub struct Start {
     /// The traceparent of a new trace: that of the connection, for an application's own is in its bytes.
     pub trace: String,
-    /// What the application has for its own address.
-    pub from: SocketAddrV4,
+    /// What the application has for its own address, where that is one of IPv4.
+    pub from: Option<SocketAddrV4>,
 }
 
 impl Start {
-    /// Of a connection that was captured from this port. To the application its socket has the pod's address.
-    pub fn of(pod: &LocalPod, port: u16) -> Self {
-        Self { trace: trace(), from: SocketAddrV4::new(pod.workload.pod.address, port) }
+    /// Of a connection to there that was captured from this port. To the application its socket has the pod's address.
+    pub fn of(pod: &LocalPod, port: u16, asked: SocketAddr) -> Self {
+        let from = asked.is_ipv4().then(|| SocketAddrV4::new(pod.workload.pod.address, port));
+        Self { trace: trace(), from }
     }
 }
 
@@ -52,7 +53,7 @@ impl Said {
         Self {
             traceparent: Some(start.trace.clone()),
             baggage: Some(baggage(source, cluster)),
-            forwarded: Some(format!("for=\"{}\"", start.from)),
+            forwarded: start.from.map(|from| format!("for=\"{from}\"")),
         }
     }
 
@@ -122,7 +123,7 @@ mod tests {
             ("spiffe://west/web", "k8s.cluster.name=west,service.name=web"),
             ("spiffe://west/ns/shop/sa/web", "k8s.cluster.name=west,k8s.namespace.name=shop,service.name=web"),
         ] {
-            let start = Start { trace: TRACE.into(), from: "10.71.101.11:40000".parse().unwrap() };
+            let start = Start { trace: TRACE.into(), from: Some("10.71.101.11:40000".parse().unwrap()) };
             let said = Said::of(&id.parse().unwrap(), &cluster, &start);
             let request = said.write(http::Request::builder()).body(()).unwrap();
             assert_eq!(Said::read(request.headers()), said);

@@ -145,7 +145,9 @@ fn process(uid: u32) -> Process {
     command.args(["--reuid", &id, "--regid", &id, "--clear-groups", "sleep", "300"]);
     let child = command.spawn().unwrap();
     let status = format!("/proc/{}/status", child.id());
-    while !std::fs::read_to_string(&status).unwrap().contains(&format!("Uid:\t{id}\t{id}")) {
+    // Until then it is setpriv, as somebody else or as this user: whoever is told of it then would see it become another program.
+    let is_there = |text: String| text.starts_with("Name:\tsleep\n") && text.contains(&format!("Uid:\t{id}\t{id}"));
+    while !is_there(std::fs::read_to_string(&status).unwrap()) {
         std::thread::sleep(Duration::from_millis(5));
     }
     Process(child)

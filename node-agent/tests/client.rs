@@ -205,7 +205,7 @@ impl Stage {
                 native_bytes(&mut tunnel.secured).await
             }
             Dialed::Hbone(tunnel) => {
-                let start = said.map(|from| Start { trace: String::new(), from });
+                let start = said.map(|from| Start { trace: String::new(), from: Some(from) });
                 let (web, cluster) = (self.west.id("web").parse().unwrap(), "west".parse().unwrap());
                 let said = start.map_or_else(Said::default, |start| Said::of(&web, &cluster, &start));
                 let lease = tunnel.lease().unwrap();

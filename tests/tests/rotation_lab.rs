@@ -1,5 +1,5 @@
 //! Roots of both cells are replaced in a lab, under calls between its clusters that real agents and the kernel carry, and a
-//! replica is lost and replaced meanwhile.
+//! replica is lost and replaced meanwhile. Then trust ends, and begins again.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test says that it failed by panicking")]
 
 use ambit_lab::{Lab, Pod, Ready, cell};
@@ -108,4 +108,18 @@ fn roots_of_both_clusters_are_replaced_under_calls_between_them_and_none_fails()
     );
     assert!(failed.is_empty(), "{failed:?}");
     assert!(made > 100 && shaken >= 4, "{made} calls, {shaken} handshakes");
+    trust_ends_and_begins_again(lab, steady);
+}
+
+/// West suspends east: calls end both ways, though east believes west as before; approved again, they pass.
+fn trust_ends_and_begins_again(lab: &Lab, steady: impl Fn(&str) -> bool) {
+    lab.ambit("west", &["peer", "suspend", "east"]).unwrap();
+    let refused = |site: &str| calls(lab, site).iter().rev().take(20).filter(|line| *line == "ok").count() == 0;
+    until("no call passes", || (refused("west") && refused("east")).then_some(()));
+    println!("{:?}, {:?}", calls(lab, "west").pop(), calls(lab, "east").pop());
+    let why = calls(lab, "west").pop().unwrap();
+    assert!(why.contains("Operation not permitted"), "west's own kernel refuses who calls east: {why}");
+    let fingerprint = lab.cell("east").unwrap().fingerprint;
+    lab.ambit("west", &["peer", "approve", "east", "--fingerprint", &fingerprint]).unwrap();
+    until("calls both ways again", || (steady("west") && steady("east")).then_some(()));
 }

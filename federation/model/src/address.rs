@@ -82,6 +82,9 @@ impl TryFrom<IpAddr> for Address {
     type Error = Refusal;
     fn try_from(address: IpAddr) -> Result<Self, Refusal> {
         match address {
+            IpAddr::V4(address) if address.is_broadcast() => {
+                Err(Refusal::new(Code::BadRequest, "the IPv4 address of a host", address.to_string()))
+            }
             IpAddr::V4(address) => Ok(address.into()),
             IpAddr::V6(address) => address.try_into(),
         }
@@ -117,6 +120,10 @@ impl Serialize for Address {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         match self.0 {
             _ if serializer.is_human_readable() => serializer.collect_str(&self.0),
+            // It would be read as the beginning of an IPv6 one.
+            IpAddr::V4(address) if address.octets() == SIXTEEN_FOLLOW => {
+                Err(serde::ser::Error::custom("IPv4's broadcast is nobody's address"))
+            }
             IpAddr::V4(address) => address.serialize(serializer),
             IpAddr::V6(address) => {
                 let mut out = serializer.serialize_tuple(20)?;
@@ -174,6 +181,7 @@ mod tests {
         for bad in [
             "",
             "10.0.0",
+            "255.255.255.255",
             "::",
             "::1",
             "::ffff:10.0.0.1",
@@ -205,6 +213,7 @@ mod tests {
         let mapped = [&SIXTEEN_FOLLOW[..], &Ipv4Addr::new(10, 0, 0, 1).to_ipv6_mapped().octets()].concat();
         assert!(postcard::from_bytes::<Address>(&mapped).is_err());
         assert!(postcard::from_bytes::<Address>(&SIXTEEN_FOLLOW).is_err());
+        assert!(postcard::to_stdvec(&Address::from(SIXTEEN_FOLLOW)).is_err(), "it would be read as another");
         let order: Vec<Address> = ["10.0.0.1", "255.0.0.1", "fd00::1"].map(|text| text.parse().unwrap()).into();
         assert!(order.is_sorted() && Address::FIRST < order[0]);
     }

@@ -6,7 +6,7 @@
 use crate::command::{DocumentKind, DocumentsChange};
 use crate::objects::ServiceRow;
 use crate::state::{OwnedName, State};
-use ambit_model::policy::{Action, Egress, Labels, Peers, Policy, Service};
+use ambit_model::policy::{Action, Egress, Labels, Peers, Policy, PolicyExtras, Service};
 use ambit_model::{ClusterId, Code, Entry, ObjectName, Refusal, SpiffeId, TrustDomain};
 use ambit_policy::{BACKENDS_MAX, FROM_MAX, PORTS_MAX};
 use std::borrow::Cow;
@@ -279,6 +279,15 @@ fn closed(set: &Peers, meant: Meant) -> Peers {
 
 /// A peer's policy as a document could say it: what no document says allows nothing, and narrows by all that it may mean.
 fn as_written<'p>(name: &ObjectName, policy: &'p Policy) -> Option<Cow<'p, Policy>> {
+    // Whom a workload knows by address alone its own cell says.
+    if !policy.extras.unmeshed.is_empty() {
+        if policy.from.is_empty() {
+            return None;
+        }
+        let extras = PolicyExtras { unmeshed: Vec::new(), ..policy.extras.clone() };
+        let of_the_mesh = Policy { extras, ..policy.clone() };
+        return as_written(name, &of_the_mesh).map(|policy| Cow::Owned(policy.into_owned()));
+    }
     let sets = || policy.from.iter().chain([&policy.target]);
     let ports = policy.ports.len() <= PORTS_MAX && !policy.ports.contains(&0);
     let few = policy.from.len() <= FROM_MAX;

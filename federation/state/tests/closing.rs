@@ -3,9 +3,9 @@
 
 mod common;
 
-use ambit_model::policy::{Action, Group, Peers, Policy, Service};
+use ambit_model::policy::{Action, Group, NodeAddress, Peers, Policy, PolicyExtras, Service};
 use ambit_model::record::{Head, Kind, Record};
-use ambit_model::{Act, Code, Entry, IdDenial, Refusal, Stamp, TrustDomain};
+use ambit_model::{Act, Code, Entry, Generation, IdDenial, Refusal, Stamp, TrustDomain};
 use ambit_policy::{Document, PORTS_MAX};
 use ambit_state::{Command, DocumentsChange};
 use common::{Cell, admission, cluster, code, entry, node};
@@ -94,6 +94,7 @@ fn cannot_be_told(west: &Cell) -> Vec<String> {
     let policies = slice.policies.iter().filter(|(_, p)| {
         !p.from.iter().chain([&p.target]).all(told)
             || p.from.is_empty()
+            || !p.extras.unmeshed.is_empty()
             || p.ports.contains(&0)
             || p.ports.len() > PORTS_MAX
     });
@@ -103,6 +104,7 @@ fn cannot_be_told(west: &Cell) -> Vec<String> {
 
 #[test]
 fn no_record_of_a_peer_keeps_a_slice_from_being_told() {
+    let ranges = || PolicyExtras { unmeshed: vec!["10.0.0.0/8".parse().unwrap()], ..PolicyExtras::default() };
     let east = |path: &str| Peers::Below("east".parse().unwrap(), path.into());
     let all = || set("spiffe://west/*");
     for (name, wrote) in [
@@ -116,6 +118,7 @@ fn no_record_of_a_peer_keeps_a_slice_from_being_told() {
         ("many ports", deny("p", all(), vec![set("spiffe://east/web")], (1..1_000).collect())),
         ("many callers", deny("p", all(), (0..1_000).map(|n| set(&format!("spiffe://east/web{n}"))).collect(), vec![])),
         ("another name", deny("q", all(), vec![set("spiffe://east/web")], vec![])),
+        ("ranges too", Policy { extras: ranges(), ..deny("p", all(), vec![set("spiffe://east/web")], vec![]) }),
     ] {
         let mut west = west();
         let open = policy("open", "spiffe://west/db", "allow", "spiffe://east/*");
@@ -312,6 +315,7 @@ fn with_news_of_east(west: &mut Cell) {
         order: Default::default(),
     };
     let denial = IdDenial { up_to: [9; 16], barred: false, since: Stamp(1), until: Stamp(u64::MAX) };
+    let home = NodeAddress { address: [10, 9, 1, 1].into(), since: Generation(1) };
     let news = vec![
         of(Kind::Cluster, "edge", &()),
         endpoint("shop", "edge", 7),
@@ -319,6 +323,7 @@ fn with_news_of_east(west: &mut Cell) {
         of(Kind::Policy, "out", &out),
         of(Kind::Service, "shop", &service),
         of(Kind::IdDenial, "spiffe://east/thief", &denial),
+        of(Kind::NodeAddress, &node(1).to_string(), &home),
     ];
     import(west, news);
 }
@@ -348,8 +353,8 @@ fn a_peer_that_is_suspended_is_believed_nothing_and_one_that_is_approved_again_a
     west.run(Command::SuspendPeer(east.clone(), "ann".into())).unwrap();
     assert!(west.state.cell().unwrap().revision > revision, "slices are made anew");
     assert!(!allowed(&west, "east/web", "west/db") && !allowed(&west, "west/db", "east/shop"));
-    let [bundle, endpoints, _, policies, denials] = told_of_east(&west);
-    assert_eq!((bundle, endpoints, denials), (0, 0, before[4]));
+    let [bundle, endpoints, services, policies, denials] = told_of_east(&west);
+    assert_eq!((bundle, endpoints, services, denials), (0, 0, 0, before[4]));
     assert!(policies >= 1, "what it narrowed stays narrow");
     // Nothing is taken of it, and trouble with what was on its way changes nothing.
     let record = Record {
@@ -390,7 +395,10 @@ fn of_a_peer_that_is_removed_only_whom_it_denied_is_left() {
     assert!(west.state.peer(&east).is_none() && west.state.foreign_clusters().next().is_none());
     assert!(west.state.policies().all(|((td, _), _)| *td != east));
     assert!(!allowed(&west, "east/web", "west/db"));
-    assert!(west.state.left_until([10, 9, 0, 7].into()).is_some(), "what went there in a tunnel goes nowhere in clear");
+    // What went there in a tunnel goes nowhere in clear, and nobody comes from there by address: workload, service, node.
+    for left in [[10, 9, 0, 7], [10, 9, 0, 99], [10, 9, 1, 1]] {
+        assert!(west.state.left_until(left.into()).is_some(), "{left:?}");
+    }
     assert_eq!(code(west.run(remove())), Code::NotFound);
     let again = ambit_state::State::import(west.state.export()).unwrap();
     assert_eq!(again.digest(), west.state.digest());

@@ -12,7 +12,7 @@ use crate::staleness::{FailMode, LEASE, Staleness, Worth};
 use crate::view::View;
 use ambit_ebpf::Reason;
 use ambit_model::{Refusal, SpiffeId};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
@@ -97,15 +97,21 @@ impl Lease {
 
     /// What the kernel refused since the last look: to the log, and of policy to the cell.
     fn tell_refusals(&self) -> Result<(), Refusal> {
-        let (mut by_policy, mut of_workloads) = (BTreeMap::<_, u64>::new(), Vec::new());
+        let (mut by_policy, mut of_workloads) = (BTreeMap::<_, u64>::new(), VecDeque::new());
         self.kernel.events(&mut |event| {
-            let (reason, id) = (recent::reason_of(&event), Id::of_kernel(&event));
-            tracing::debug!(reason, from = ?event.from, to = %event.address, cgroup = event.cgroup, %id, "refused");
+            let reason = recent::reason_of(&event);
+            // Of who is nobody here nothing is remembered.
+            let id = (event.source != 0).then(|| Id::of_kernel(&event));
+            let shown = id.map(tracing::field::display);
+            tracing::debug!(reason, from = ?event.from, to = %event.address, cgroup = event.cgroup, id = shown, "refused");
             if matches!(event.reason, Reason::NoVerdict | Reason::PolicyDeny) {
                 *by_policy.entry((event.source, event.destination, event.address.port())).or_default() += 1;
             }
-            if event.source != 0 && event.reason != Reason::Allowed {
-                of_workloads.push((id, event));
+            if let Some(id) = id.filter(|_| event.reason != Reason::Allowed) {
+                of_workloads.push_back((id, event));
+                if of_workloads.len() > ROWS_MAX {
+                    of_workloads.pop_front();
+                }
             }
         })?;
         let Some(view) = self.desired.borrow().clone().filter(|_| !of_workloads.is_empty()) else { return Ok(()) };
@@ -114,8 +120,7 @@ impl Lease {
         let named = view.numbers.iter().filter(|(_, number)| asked.contains(&number.0));
         let named: BTreeMap<u32, &SpiffeId> = named.map(|(id, number)| (number.0, id)).collect();
         let (since_boot, now) = (self.kernel.boot_time()?, self.clock.moment());
-        let surplus = of_workloads.len().saturating_sub(ROWS_MAX);
-        for (id, event) in of_workloads.iter().skip(surplus) {
+        for (id, event) in &of_workloads {
             if let Some(source) = named.get(&event.source) {
                 let ends = (*source, named.get(&event.destination).copied());
                 self.seen.recent().note(recent::refused(*id, event, ends, &view, (now, since_boot)));

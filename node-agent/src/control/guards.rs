@@ -243,7 +243,11 @@ impl Control {
     /// The capture listener of a pod: the former agent's, where that handed it over, since nobody else can listen there
     /// meanwhile.
     async fn capture(&mut self, pod: &Pod, netns: &Netns) -> std::io::Result<TcpListener> {
-        if let Some(listener) = self.hands.captures.remove(&(pod.name.clone(), pod.netns_id)) {
+        let handed = self.hands.captures.remove(&(pod.name.clone(), pod.netns_id));
+        // One of another family, since the pod's file has changed, would take nothing of this one.
+        let fits =
+            |listener: &TcpListener| listener.local_addr().is_ok_and(|at| at.is_ipv6() == pod.address6.is_some());
+        if let Some(listener) = handed.filter(fits) {
             return Ok(listener);
         }
         let at = match pod.address6 {

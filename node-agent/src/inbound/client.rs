@@ -66,13 +66,22 @@ fn may_name(plane: &Plane, (id, node, at): (&SpiffeId, NodeId, Ipv4Addr), said: 
         return false;
     }
     match (plane.view.endpoints.get(&IpAddr::V4(*address)), plane.pods.get(&IpAddr::V4(*address))) {
-        (None, None) => !plane.no_clients.contains(address),
+        // Nor one from which callers come in by their address alone: the workload could not tell them apart.
+        (None, None) => {
+            !plane.no_clients.contains(address) && (!lets_in(plane, *address) || plane.view.claims(*address))
+        }
         // Of a pod of this node that node can be this one only, which its address tells.
         (endpoint, pod) => {
             endpoint.is_none_or(|e| e.node == node && e.spiffe_id == *id)
                 && pod.is_none_or(|pod| pod.id() == id && at == plane.address)
         }
     }
+}
+
+/// Whether a policy speaks of callers from there that have no identity.
+fn lets_in(plane: &Plane, address: Ipv4Addr) -> bool {
+    let first = |bits: u8| address.to_bits() & u32::MAX.checked_shl(32 - u32::from(bits)).unwrap_or(0);
+    plane.view.rules.prefixes().any(|(at, bits)| first(bits) == at.to_bits())
 }
 
 #[cfg(test)]

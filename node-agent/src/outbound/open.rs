@@ -190,12 +190,13 @@ impl<'a> Opening<'a> {
         let (out, view) = (self.outbound, &self.plane.view);
         let service = view.services.iter().find(|s| s.address.at(s.port) == captured.asked)?;
         let (unhealthy, denials, now) = (out.health.unhealthy(), out.denials.now(), out.clock.moment());
+        let by_ipv6 = compile::by_ipv6(service.address, view.endpoints.values());
         view.endpoints
             .values()
             .filter(|e| e.address.ip() != captured.endpoint.ip() && !unhealthy.contains(&e.address.ip()))
             .filter(|e| !denials.denies_endpoint(e))
             .filter(|e| service.backends.iter().any(|b| b.contains(&e.spiffe_id)))
-            .filter(|e| compile::serves(service.address, e, view.endpoints.values()))
+            .filter(|e| compile::serves(service.address, e, &by_ipv6))
             .filter(|e| view.rules.evaluate(self.pod.id(), &e.spiffe_id, service.port, now).allowed)
             .min_by_key(|e| (compile::tier(view, service, e), e.address))
     }
@@ -210,7 +211,7 @@ async fn open_native(
     // A first read that filled its room has more behind it; none may mean that the workload speaks first.
     let prompt = first.is_empty() || first.len() == native::FIRST_MAX;
     let sent = first.len() as u64;
-    let (trace, from) = (Some(start.trace.clone()), Some(start.from));
+    let (trace, from) = (Some(start.trace.clone()), start.from);
     let open = Open { to, prompt, trace, from, first: std::mem::take(first) };
     let answer = timeout(hbone::ANSWER_MAX, native::open(&mut lease.native().secured, &open)).await;
     match answer.map_err(|_| TunnelError::Timeout)?.map_err(TunnelError::Broken)? {

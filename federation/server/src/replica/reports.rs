@@ -65,6 +65,9 @@ where
         if crowd {
             tokio::time::sleep(GATHER).await;
         }
+        if first.1.is_closed() {
+            continue;
+        }
         let (reports, tell): (Vec<_>, Vec<_>) = gather(first, &mut waiting).into_iter().unzip();
         let told = commit(reports).await.unwrap_or_else(|refusal| vec![Err(refusal); tell.len()]);
         crowd = !waiting.is_empty();
@@ -78,6 +81,10 @@ fn gather(first: Waiting, waiting: &mut Queue) -> Vec<Waiting> {
     let (mut endpoints, mut batch) = (endpoints_of(&first.0), vec![first]);
     while batch.len() < NODE_REPORTS_MAX && endpoints < ENDPOINTS_MAX {
         let Ok(one) = waiting.try_recv() else { break };
+        // Its stream is over: what the node says on the next one is newer.
+        if one.1.is_closed() {
+            continue;
+        }
         endpoints += endpoints_of(&one.0);
         batch.push(one);
     }

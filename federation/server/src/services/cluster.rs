@@ -123,9 +123,12 @@ impl v1::cluster_registry_server::ClusterRegistry for Clusters {
         let td: TrustDomain = m.trust_domain.parse().or_status()?;
         let before = self.one_peer(&td);
         let approved = convert::approved(m.approved).or_status()?;
-        let command = Command::Act { act: Act::RemoveTrustDomain(td), approved, by: actor.name };
+        let act = Act::RemoveTrustDomain(td.clone());
+        let command = Command::Act { act, approved, by: actor.name };
         self.0.propose(actor.client, id, command).await.or_status()?.outcome.or_status()?;
-        before.or_status()
+        // A request that is sent again finds it gone already.
+        let gone = || v1::Peer { trust_domain: td.to_string(), state: "removed".into(), ..Default::default() };
+        Ok(before.unwrap_or_else(|_| Response::new(gone())))
     }
 }
 

@@ -171,7 +171,13 @@ async fn here(replica: &Replica, asked: &Asked) -> v1::ConnectionResponse {
         for (node, rows) in answers {
             let is_own = |id: &str| id.parse().is_ok_and(|id: SpiffeId| s.may_run(&id, &node));
             told.asked.push(node.to_string());
-            let own = rows.into_iter().filter(|row| is_own(&row.source) || is_own(&row.destination));
+            // A node speaks for the end that it may run.
+            let own = rows.into_iter().filter(|row| match row.place.as_str() {
+                "calling" | "kernel" => is_own(&row.source),
+                "called" => is_own(&row.destination),
+                "direct" => is_own(&row.source) && is_own(&row.destination),
+                _ => false,
+            });
             told.judged.extend(own.map(|row| v1::JudgedConnection { node: node.to_string(), ..row }));
         }
     });

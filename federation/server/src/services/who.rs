@@ -239,10 +239,11 @@ pub(super) async fn unused(replica: &Replica, within_ms: u64) -> Result<v1::Unus
     let (ground, egress) = (replica.read(ground).await?, replica.read(outside).await?);
     let seen = if within_ms == 0 { None } else { Some(flows::everywhere(replica).await?) };
     let since = Stamp(replica.now().0.saturating_sub(within_ms));
+    let own = replica.trust_domain().clone();
     let answered = aside(move || {
         let mut answer = speaking_of_nobody(&ground);
         if let Some(known) = seen {
-            add_idle(&mut answer, &ground, known, since);
+            add_idle(&mut answer, &ground, (known, &own), since);
         }
         answer
     });
@@ -251,8 +252,9 @@ pub(super) async fn unused(replica: &Replica, within_ms: u64) -> Result<v1::Unus
     Ok(answer)
 }
 
-/// Adds policies by which nothing that was seen since would be judged, as policies are now.
-fn add_idle(answer: &mut v1::UnusedResponse, ground: &Ground, known: Known, since: Stamp) {
+/// Adds policies of this cell by which nothing that was seen since would be judged, as policies are now: what others' say happens
+/// elsewhere.
+fn add_idle(answer: &mut v1::UnusedResponse, ground: &Ground, (known, own): (Known, &TrustDomain), since: Stamp) {
     let Ground { set, now, rows, .. } = ground;
     let seen = known.flows.iter().filter(|(_, times)| times.last >= since);
     let judged = Judged::of(seen, &set.compile(), *now);
@@ -260,7 +262,7 @@ fn add_idle(answer: &mut v1::UnusedResponse, ground: &Ground, known: Known, sinc
         answer.policies.iter().map(|p| (p.origin.clone(), p.name.clone())).collect();
     for ((origin, name), row) in rows {
         let rule = RuleRef { origin: origin.clone(), name: name.clone() };
-        let is_counted = row.object.extras.unmeshed.is_empty();
+        let is_counted = origin == own && row.object.extras.unmeshed.is_empty();
         if !is_counted || judged.deciding.contains(&rule) || named.contains(&(origin.to_string(), name.to_string())) {
             continue;
         }

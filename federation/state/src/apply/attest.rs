@@ -322,7 +322,7 @@ fn out(s: &mut State, at: At, id: &NodeId, state: NodeState) -> Result<(), Refus
         export(s, Kind::NodeDenial, id.to_string(), payload(&generation)?);
     }
     super::objects::replace_endpoints(s, at, id, &[])?;
-    super::node_address::forget(s, id)?;
+    super::node_address::forget(s, at, id)?;
     touch(s, at);
     Ok(())
 }

@@ -287,6 +287,13 @@ pub(super) fn write(
     if before == after {
         return Ok(DocumentChange { kind, name: name.clone(), before, after });
     }
+    let address = |document: &Option<StoredDocument>| match document {
+        Some(StoredDocument::Service(service)) => Some(service.address),
+        _ => None,
+    };
+    if address(&before) != address(&after) {
+        s.leave(at.stamp, address(&before), false);
+    }
     let (revision, written_by) = (Revision(at.index.0), by.to_owned());
     let (record, bytes) = match (kind, &after) {
         (DocumentKind::Policy, None) => {

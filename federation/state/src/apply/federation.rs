@@ -436,6 +436,10 @@ fn take(s: &mut State, at: At, origin: &TrustDomain, object: Imported, room: &mu
         }
         Imported::NodeAddress(node, address) => {
             let key = (origin.clone(), node);
+            let (former, now) = (s.node_addresses.get(&key).map(|row| row.address), address.map(|row| row.address));
+            if let Some(former) = former.filter(|former| Some(*former) != now) {
+                s.leave(at.stamp, [former.into()], now.is_none());
+            }
             put(&mut s.journal, &mut s.node_addresses, &mut room.node_addresses, key, address);
         }
         Imported::Bundle(_) | Imported::Ignored => {}

@@ -62,6 +62,9 @@ pub(super) fn register(
     }
     let row = NodeAddress { address, since: generation };
     let own = cell_row(s)?.trust_domain;
+    if let Some(former) = s.node_address(id).map(|row| row.address) {
+        s.leave(at.stamp, [former.into()], false);
+    }
     s.node_addresses.put(&mut s.journal, (own, *id), row);
     export(s, Kind::NodeAddress, id.to_string(), payload(&row)?);
     // Who runs nothing calls nobody, and is in no slice.
@@ -73,10 +76,12 @@ pub(super) fn register(
 }
 
 /// The node is out: no leaf of it comes from anywhere.
-pub(super) fn forget(s: &mut State, id: &NodeId) -> Result<(), Refusal> {
+pub(super) fn forget(s: &mut State, at: At, id: &NodeId) -> Result<(), Refusal> {
     let own = cell_row(s)?.trust_domain;
     s.registrations.remove(&mut s.journal, id);
-    if s.node_addresses.remove(&mut s.journal, &(own, *id)).is_some() {
+    if let Some(row) = s.node_addresses.remove(&mut s.journal, &(own, *id)) {
+        // Who was put out comes in by no address, and is gone to in no clear text.
+        s.leave(at.stamp, [row.address.into()], true);
         export(s, Kind::NodeAddress, id.to_string(), Vec::new());
     }
     Ok(())

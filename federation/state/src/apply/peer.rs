@@ -5,7 +5,7 @@ use super::{At, touch};
 use crate::command::Reply;
 use crate::objects::{PeerRow, PeerState};
 use crate::state::{OwnedName, State};
-use ambit_model::{Code, Refusal, TrustDomain};
+use ambit_model::{Address, Code, Refusal, TrustDomain};
 
 fn known(s: &State, td: &TrustDomain) -> Result<PeerRow, Refusal> {
     s.peer(td).cloned().ok_or_else(|| Refusal::new(Code::NotFound, "a registered peer", td.as_str()))
@@ -38,7 +38,10 @@ pub(super) fn removable(s: &State, td: &TrustDomain) -> Result<(), Refusal> {
 /// again it begins anew.
 pub(super) fn remove(s: &mut State, at: At, td: &TrustDomain) -> Result<Reply, Refusal> {
     removable(s, td)?;
-    let left: Vec<_> = s.endpoints.iter().filter(|((of, _), _)| of == td).map(|((_, at), _)| *at).collect();
+    let endpoints = s.endpoints.iter().filter(|((of, _), _)| of == td).map(|((_, at), _)| *at);
+    let services = s.services.iter().filter(|((of, _), _)| of == td).map(|(_, row)| row.object.address);
+    let nodes = s.node_addresses.iter().filter(|((of, _), _)| of == td).map(|(_, row)| row.address.into());
+    let left: Vec<Address> = endpoints.chain(services).chain(nodes).collect();
     s.leave(at.stamp, left, true);
     let policies: Vec<OwnedName> = s.policies.iter().map(|(key, _)| key).filter(|(of, _)| of == td).cloned().collect();
     for key in policies {
