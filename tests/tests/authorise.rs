@@ -383,12 +383,8 @@ async fn workload(cell: &Cell, (node, on): (&Channel, &str), id: &str, downstrea
 }
 
 async fn unbuilt_methods_say_so(admin: &Channel, node: &Channel) {
-    let further = ["/ambit.v1.ClusterRegistry/SuspendPeer", "/ambit.v1.ClusterRegistry/RemovePeer"];
-    let unbuilt: Vec<String> = methods()
-        .into_iter()
-        .filter(|(path, input)| input.ends_with("Unbuilt") || further.contains(&path.as_str()))
-        .map(|(path, _)| path)
-        .collect();
+    let unbuilt: Vec<String> =
+        methods().into_iter().filter(|(_, input)| input.ends_with("Unbuilt")).map(|(path, _)| path).collect();
     for path in unbuilt {
         let who = MATRIX.iter().find(|(method, _)| path.ends_with(method)).unwrap().1;
         let channel = if who == "N" { node } else { admin };
