@@ -58,7 +58,7 @@ def talk(c, who):
             got = c.recv(65536)
             if not got: break
             data += got
-        c.sendall(data + b' at ' + c.getsockname()[0].encode()); c.close()
+        c.sendall(data + (' at ' + c.getsockname()[0] + ' from ' + who[0]).encode()); c.close()
     else:
         c.sendall(b'hi')
         try: end = 'end' if not c.recv(1) else 'data'
@@ -163,7 +163,7 @@ impl Agent {
             },
         };
         tokio::spawn(control.run());
-        let way_in = WayIn::new(plane.clone(), denials.clone(), netns, clock);
+        let way_in = WayIn::new(plane.clone(), denials.clone(), netns, clock).by_kernel(kernel.clone());
         tokio::spawn(way_in.serve(TcpListener::from_std(strangers).unwrap()));
         Agent { desired, outcome, plane, issued, denials, kernel, _held: (let_in, made) }
     }
@@ -295,7 +295,7 @@ async fn reached(node: &node::Node) {
     told.0.lock().unwrap().clear();
     assert_eq!(
         said(&mut client, "echo(8080, 3000000)").await,
-        "3000000 at 10.99.0.1",
+        "3000000 at 10.99.0.1 from 10.231.0.2",
         "carried whole, with half-close"
     );
     let record = timeout(SOON, async {
@@ -315,7 +315,7 @@ async fn reached(node: &node::Node) {
         ("rule", "\"west/clients\""),
         ("flags", "\"-\""),
         ("sent", "3000006"),
-        ("received", "3000013"),
+        ("received", "3000029"),
     ] {
         assert_eq!(record[field], want, "{field}");
     }
@@ -376,7 +376,7 @@ async fn reached(node: &node::Node) {
 
     agent.apply(again_as(&audited, 900)).await;
     let before = METRICS.audited.value(["unmeshed"]);
-    assert_eq!(said(&mut client, "echo(8080, 5)").await, "5 at 10.99.0.1");
+    assert_eq!(said(&mut client, "echo(8080, 5)").await, "5 at 10.99.0.1 from 10.231.0.2");
     assert_eq!(METRICS.audited.value(["unmeshed"]), before + 1.0);
 
     // A node whose cell was not heard for too long begins nothing, though its kernel let the SYN in, and ends nothing unless strict.

@@ -1,7 +1,8 @@
 //! Who calls, by address: what a workload is shown for its client, and how far the caller's node is believed in that.
 //!
-//! Nothing is decided by it here, but a workload may: so a node speaks for callers that it runs, and names nobody else's
-//! address that this node knows.
+//! Nothing is decided by it here, but a workload may: so a node speaks for callers that it runs, and names no
+//! address that this node knows for somebody else's, nor one from which callers come that have no identity. Of other addresses of
+//! the mesh, of which this node does not know whose they are, and of those of nobody, its word counts.
 
 use super::judge::{Call, binding, is_its_endpoint};
 use crate::plane::Plane;
@@ -129,6 +130,17 @@ mod tests {
                     generation: 1,
                     address: THERE.to_string(),
                 }],
+                unmeshed: vec![v1::Policy {
+                    origin: "west".into(),
+                    name: "clients".into(),
+                    target: "spiffe://west/web".into(),
+                    action: v1::Action::Allow.into(),
+                    unmeshed: vec!["198.51.100.0/24".into()],
+                    transport: "passthrough".into(),
+                    resolved: true,
+                    ..v1::Policy::default()
+                }],
+                claimed: vec!["198.51.100.9".into()],
                 ..view::tests::slice()
             })
             .unwrap(),
@@ -164,6 +176,9 @@ mod tests {
             // Nobody's here: that node's word.
             (api, THERE, "10.71.9.9:40000", true),
             (api, THERE, "192.0.2.7:1", true),
+            // From there callers come that have no identity; who is of the mesh there is somebody's.
+            (api, THERE, "198.51.100.7:40000", false),
+            (api, THERE, "198.51.100.9:40000", true),
             (api, THERE, "10.71.9.9:0", false),
             // No workload's.
             (api, THERE, "127.0.0.1:40000", false),
