@@ -49,7 +49,7 @@ fn the_documents_of_the_readme_parse() {
     let readme = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../../README.md")).unwrap();
     let blocks: Vec<_> = readme.split("```yaml\n").skip(1).filter_map(|rest| rest.split("```").next()).collect();
     let kinds: Vec<_> = blocks.iter().flat_map(|block| parse(block).unwrap()).map(|d| d.kind()).collect();
-    assert_eq!(kinds, ["Policy", "Service", "Egress"]);
+    assert_eq!(kinds, ["Policy", "Service", "Policy", "Policy", "Egress"]);
 }
 
 #[test]
