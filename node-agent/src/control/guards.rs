@@ -243,19 +243,21 @@ impl Control {
     /// The capture listener of a pod: the former agent's, where that handed it over, since nobody else can listen there
     /// meanwhile.
     async fn capture(&mut self, pod: &Pod, netns: &Netns) -> std::io::Result<TcpListener> {
-        let handed = self.hands.captures.remove(&(pod.name.clone(), pod.netns_id));
-        // One of another family, since the pod's file has changed, would take nothing of this one.
-        let fits =
-            |listener: &TcpListener| listener.local_addr().is_ok_and(|at| at.is_ipv6() == pod.address6.is_some());
-        if let Some(listener) = handed.filter(fits) {
+        // Of a pod that got an IPv6 address since, it takes IPv4 alone: calls by IPv6 are refused until the agent starts anew.
+        if let Some(listener) = self.hands.captures.remove(&(pod.name.clone(), pod.netns_id)) {
             return Ok(listener);
         }
-        let at = match pod.address6 {
-            None => SocketAddr::from((Ipv4Addr::LOCALHOST, CAPTURE_PORT)),
-            // v4-mapped: bound to an address of IPv6 alone it would take no IPv4.
-            Some(_) => SocketAddr::from((Ipv4Addr::LOCALHOST.to_ipv6_mapped(), CAPTURE_PORT)),
-        };
-        self.netns.listen(netns, at).await
+        let v4 = SocketAddr::from((Ipv4Addr::LOCALHOST, CAPTURE_PORT));
+        if pod.address6.is_none() {
+            return self.netns.listen(netns, v4).await;
+        }
+        // v4-mapped: bound to an address of IPv6 alone it would take no IPv4.
+        let both = SocketAddr::from((Ipv4Addr::LOCALHOST.to_ipv6_mapped(), CAPTURE_PORT));
+        match self.netns.listen(netns, both).await {
+            // This node's kernel has no IPv6: the pod is guarded as one without.
+            Err(e) if e.raw_os_error() == Some(libc::EAFNOSUPPORT) => self.netns.listen(netns, v4).await,
+            listening => listening,
+        }
     }
 
     /// Opens the pod's capture listener in its namespace and refuses plain inbound there.
