@@ -167,14 +167,19 @@ mod tests {
     }
 
     #[test]
-    fn an_entry_takes_what_waits_up_to_its_bounds_and_in_order() {
+    fn an_entry_takes_what_waits_up_to_its_bounds_and_in_order_and_nothing_of_a_stream_that_is_over() {
         let (reports, mut waiting) = Reports::new();
-        (1..=5).for_each(|n| reports.queue.try_send((report(n, 1_000), oneshot::channel().0)).unwrap());
+        let mut told = Vec::new();
+        for n in 1..=6 {
+            let (tell, one) = oneshot::channel();
+            reports.queue.try_send((report(n, 1_000), tell)).unwrap();
+            told.extend(Some(one).filter(|_| n != 2));
+        }
         let mut next = || {
             let first = waiting.try_recv().unwrap();
             gather(first, &mut waiting).iter().map(|(report, _)| node(report)).collect::<Vec<_>>()
         };
-        assert_eq!(next(), [1, 2, 3]);
-        assert_eq!(next(), [4, 5]);
+        assert_eq!(next(), [1, 3, 4]);
+        assert_eq!(next(), [5, 6]);
     }
 }
