@@ -237,4 +237,11 @@ fn what_one_cell_registers_another_imports() {
     let rows = |cell: &Cell| cell.state.node_addresses().map(|(key, row)| (key.clone(), *row)).collect::<Vec<_>>();
     assert_eq!(rows(&north), rows(&west));
     assert_eq!(rows(&west).len(), 1, "one that is banned is nowhere");
+    // And nobody of the outside: no policy about addresses lets it in, here or at the peer.
+    let banned = std::net::Ipv4Addr::new(10, 0, 0, 3);
+    assert!(west.state.left_until(banned).is_some() && north.state.left_until(banned).is_some());
+    admit(&mut west, 2, 9);
+    register(&mut west, 2, 2, "10.0.0.9").unwrap();
+    assert!(west.state.left_until([10, 0, 0, 2].into()) < west.state.left_until(banned), "who moved is gone sooner");
+    assert!(west.state.left_until([10, 0, 0, 2].into()).is_some());
 }

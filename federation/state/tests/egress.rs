@@ -138,10 +138,13 @@ fn what_the_mesh_knows_is_told_with_the_ranges_that_hold_it() {
     assert_eq!(meshed(&west), ["10.1.0.7", "10.2.0.7", "10.96.0.1"]);
     west.state = State::import(west.state.export()).unwrap();
     assert_eq!(meshed(&west), ["10.1.0.7", "10.2.0.7", "10.96.0.1"], "also after a restart");
+    // So is a service that is no more, for a while.
+    run(&mut west, change("", &[(DocumentKind::Service, "s")])).unwrap();
+    assert_eq!(meshed(&west), ["10.1.0.7", "10.2.0.7", "10.96.0.1"]);
     // An hour later the first is outside; the second was put out, which lasts.
     let revision = west.state.cell().unwrap().revision;
     west.at(T + 3_700_000, 0, Command::Tick).unwrap();
-    assert_eq!(meshed(&west), ["10.2.0.7", "10.96.0.1"]);
+    assert_eq!(meshed(&west), ["10.2.0.7"]);
     assert!(west.state.cell().unwrap().revision > revision, "nodes are told");
 }
 
