@@ -3,7 +3,7 @@
 mod callers;
 mod ranges;
 
-pub use ranges::{NOT_OUTSIDE, all, with_ways_out};
+pub use ranges::{NOT_OUTSIDE, all};
 
 use crate::denials::Denials;
 use crate::view::{View, Workload};

@@ -51,17 +51,6 @@ pub fn all<'a>(
 }
 
 /// The same but for callers outside of the mesh.
-pub fn with_ways_out<'a>(
-    view: &View,
-    denials: &Denials,
-    local: impl IntoIterator<Item = &'a Workload> + Clone,
-    unhealthy: &Unhealthy,
-    own: &BTreeSet<Ipv4Addr>,
-    now: Moment,
-) -> Tables {
-    ways_out_within(Capacity::default(), view, denials, local, unhealthy, own, now)
-}
-
 fn ways_out_within<'a>(
     capacity: Capacity,
     view: &View,
@@ -167,7 +156,7 @@ mod tests {
         let view = view(s).unwrap();
         let local = view.workloads(&[pod("web", 1000, 11)]);
         let own = own.iter().map(|address| address.parse().unwrap()).collect();
-        with_ways_out(&view, &view.denials, local.values(), &Unhealthy::new(), &own, NOW)
+        all(&view, &view.denials, local.values(), &Unhealthy::new(), &own, NOW)
     }
     fn to(name: &str, ranges: &[&str], ports: &[u32]) -> v1::Egress {
         v1::Egress { to: ranges.iter().map(|r| (*r).to_owned()).collect(), ports: ports.to_vec(), ..egress(name) }
