@@ -148,9 +148,12 @@ impl Cell {
     pub(super) async fn prepared(&mut self, former: &Guest) -> Result<Sockets, AgentError> {
         let mut desired = self.desired.clone();
         let late = tokio::time::sleep(PREPARE_MAX);
+        // What wait_for gives holds a lock: kept while the sockets come, it would keep the session from its next slice, and with it
+        // a thread that may be the one by which they come.
+        let held = async { desired.wait_for(Option::is_some).await.is_ok() };
         tokio::select! {
             // It is held by the session, which does not end.
-            _ = desired.wait_for(Option::is_some) => Ok(former.give().await?),
+            _ = held => Ok(former.give().await?),
             error = self.ended() => Err(error),
             () = late => {
                 let found = format!("none within {} s", PREPARE_MAX.as_secs());
