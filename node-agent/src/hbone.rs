@@ -170,6 +170,10 @@ impl TunnelError {
             Self::NoSvid => "no_svid",
         }
     }
+    /// Why, where it was this agent that would not go there: all else is that it could not, or that the far end would not.
+    pub fn own_refusal(&self) -> Option<&'static str> {
+        matches!(self, Self::NodeDenied | Self::SvidRevoked | Self::NoSvid).then(|| self.reason())
+    }
 }
 
 /// Whether a peer says by it that its policy refuses: ztunnel and we by 401, Envoy's rules by 403.

@@ -272,20 +272,32 @@ impl Outbound {
                 let known = known.as_ref().and_then(|plane| plane.view.endpoints.get(&captured.endpoint.ip()));
                 if let Some(endpoint) = known {
                     let record = Record::outbound(pod.id(), &endpoint.spiffe_id, captured.asked, Some(&start.trace));
-                    self.judged(&record, pod, endpoint, captured);
+                    self.judged(&record, pod, endpoint, captured, error.own_refusal());
                     record.refused(flag_of(&error));
                 }
             }
         }
     }
 
-    /// The kernel let it through; by which rule, this agent tells as of now.
-    fn judged(&self, record: &Record<'_>, pod: &LocalPod, endpoint: &Endpoint, captured: Captured) {
+    /// The kernel let it through; by which rule, this agent tells as of now. `refused` is why it did not let it through itself.
+    fn judged(
+        &self,
+        record: &Record<'_>,
+        pod: &LocalPod,
+        endpoint: &Endpoint,
+        captured: Captured,
+        refused: Option<&'static str>,
+    ) {
         let Some(plane) = self.plane.borrow().clone() else { return };
         let (view, port) = (&plane.view, captured.endpoint.port());
-        let verdict = view.rules.evaluate(pod.id(), &endpoint.spiffe_id, port, self.clock.moment());
-        let words = if verdict.allowed { recent::words(&verdict) } else { Default::default() };
-        let judged = Judged { at: self.clock.now(), revision: view.revision, allowed: true, words };
+        let words = match refused {
+            Some(reason) => (String::new(), reason.to_owned()),
+            None => {
+                let verdict = view.rules.evaluate(pod.id(), &endpoint.spiffe_id, port, self.clock.moment());
+                if verdict.allowed { recent::words(&verdict) } else { Default::default() }
+            }
+        };
+        let judged = Judged { at: self.clock.now(), revision: view.revision, allowed: refused.is_none(), words };
         record.judged(self.seen.recent(), port, judged);
     }
 
@@ -301,7 +313,7 @@ impl Outbound {
     ) {
         let Opened { way, endpoint } = opened;
         let record = Record::outbound(pod.id(), &endpoint.spiffe_id, captured.asked, Some(trace));
-        self.judged(&record, pod, &endpoint, captured);
+        self.judged(&record, pod, &endpoint, captured, None);
         let peer = match &way {
             Way::Native { lease, .. } => lease.peer().clone(),
             Way::Hbone { lease, .. } => lease.peer().clone(),

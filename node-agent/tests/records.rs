@@ -5,6 +5,7 @@
 mod support;
 
 use ambit_agent::recent::Id;
+use ambit_proto::v1;
 use std::collections::BTreeMap;
 use std::time::Duration;
 use support::stage::{SOON, Stage, ended, is_reset};
@@ -81,4 +82,20 @@ async fn records_count_every_byte_and_say_who_broke_off() {
     let id = Id::of_trace(told[0]["trace"].trim_matches('"')).unwrap();
     assert_eq!(remembered(0, id), ("calling".into(), 1, true, "east/db".into(), "UAEX".into()));
     assert_eq!(remembered(1, id), ("called".into(), 2, false, String::new(), "UAEX".into()));
+
+    // The caller's own agent refuses: the called node is denied since the kernel let it through.
+    let node = stage.east.node().to_string();
+    let denial = v1::NodeDenial { trust_domain: "east".into(), node, generation: 1 };
+    stage.publish(|w| (w.denials, w.revision) = (vec![denial], 3), |e| e.revision = 3);
+    assert!(is_reset(stage.call_db().await).await);
+    let one = async {
+        while refused.0.lock().unwrap().is_empty() {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    };
+    timeout(SOON, one).await.expect("its record");
+    let told = std::mem::take(&mut *refused.0.lock().unwrap());
+    let id = Id::of_trace(told[0]["trace"].trim_matches('"')).unwrap();
+    assert_eq!(remembered(0, id), ("calling".into(), 3, false, String::new(), "UAEX".into()));
+    assert_eq!(seen[0].recent().find(id)[0].reason, "node_untrusted");
 }

@@ -14,6 +14,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use support::process::{Node, applied, ready};
 
+/// So many slices come at once to an agent that takes over.
+const SLICES: u64 = 60;
+
 /// Connects all the time to where an agent listens, and counts who is refused.
 struct Probes {
     stop: Arc<AtomicBool>,
@@ -108,13 +111,17 @@ async fn agents_follow_each_other_and_no_connect_is_refused() {
         assert!(newer.generation > stream.generation, "an admission of its own");
         tokio::time::sleep(Duration::from_millis(100)).await;
         assert_eq!(node.programs(), before, "nothing is touched before it has its slice");
-        node.slice(&newer, 1).await;
+        // Policy changes all the time: what comes while the sockets do must not stop either.
+        for revision in 1..=SLICES {
+            node.slice(&newer, revision).await;
+        }
         next.says("this agent serves").await;
         assert_eq!(serving.ended().await, Some(0), "the former one has drained");
         next.says("the former agent has drained").await;
         let after = node.programs();
         assert!(before.iter().zip(&after).all(|(b, a)| a != b), "every program replaced: {before:?} {after:?}");
         ready(&node).await;
+        applied(&node, SLICES).await;
         (serving, stream) = (next, newer);
     }
     let counted = probes.end();
