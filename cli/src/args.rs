@@ -299,8 +299,25 @@ pub enum Raft {
 
 #[derive(Debug, Subcommand)]
 pub enum Drill {
-    /// Checks a drill file and prints its plan: who is touched, for how long, what is measured
+    /// The drills of a folder
+    List {
+        #[arg(default_value = "deploy/drills")]
+        folder: PathBuf,
+    },
+    /// Checks a drill file and prints what it says: who is touched, for how long, what is measured
     Validate { file: PathBuf },
+    /// Whether a drill would run here and now, and whom it would touch; harms nothing, ends 5 where it would be refused
+    Plan(DrillPlan),
+    /// Follows the drill that runs in a lab
+    Watch {
+        #[arg(long, default_value = "demo")]
+        lab: String,
+    },
+    /// Calls off the drill that runs in a lab, and waits until everything is back
+    Abort {
+        #[arg(long, default_value = "demo")]
+        lab: String,
+    },
     /// Runs a drill; ends 0 where every objective is met, 5 where its guard refuses
     Run(DrillRun),
     /// Reports of drills
@@ -309,8 +326,22 @@ pub enum Drill {
 }
 
 #[derive(Debug, clap::Args)]
+pub struct DrillPlan {
+    pub file: PathBuf,
+    /// The lab that would inject the faults
+    #[arg(long, default_value = "demo")]
+    pub lab: String,
+    /// The context.json of one more cell that the drill names; repeat for more
+    #[arg(long = "cell", value_name = "FILE")]
+    pub cells: Vec<PathBuf>,
+}
+
+#[derive(Debug, clap::Args)]
 pub struct DrillRun {
     pub file: PathBuf,
+    /// So many times, one after the other; reports are numbered, and the figures told as p50, p99 and max
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    pub repeat: u16,
     /// Where the sealed report goes [default: drill-NAME.json]
     #[arg(long, value_name = "OUT.json")]
     pub report: Option<PathBuf>,
@@ -327,12 +358,19 @@ pub enum Report {
     /// Checks a report without a cell: its seal, its figures, whose it is
     Verify {
         file: PathBuf,
-        /// The trust domain's root certificate (PEM), from elsewhere than the report
+        /// A sealing trust domain's root certificate (PEM), from elsewhere than the report; repeat for each that must have sealed it
         #[arg(long, value_name = "root.pem", required_unless_present = "fingerprint")]
-        root: Option<PathBuf>,
-        /// The trust domain's root fingerprint, from elsewhere than the report
-        #[arg(long, value_name = "HEX", conflicts_with = "root")]
-        fingerprint: Option<String>,
+        root: Vec<PathBuf>,
+        /// A sealing trust domain's root fingerprint, from elsewhere than the report; repeat likewise
+        #[arg(long, value_name = "HEX")]
+        fingerprint: Vec<String>,
+    },
+    /// A report as one page of HTML, with charts, that needs nothing else; check the report first
+    Html {
+        file: PathBuf,
+        /// Where the page goes [default: the report's name, with .html]
+        #[arg(long, value_name = "OUT.html")]
+        out: Option<PathBuf>,
     },
     /// Reports that the cell has sealed
     List,

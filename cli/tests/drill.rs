@@ -103,9 +103,9 @@ async fn an_outage_is_measured_sealed_and_checked_offline() {
 
     let text = sealed.text().unwrap();
     let fingerprint = ambit::context::fingerprint(&stage.cell.fingerprint).unwrap();
-    assert_eq!(verify(&text, &fingerprint).unwrap().trust_domain.as_str(), "west");
+    assert_eq!(verify(&text, &[fingerprint]).unwrap().sealers[0].trust_domain.as_str(), "west");
     let altered = text.replacen("passed", "missed", 1);
-    assert_eq!(verify(&altered, &fingerprint).unwrap_err().code, Code::DrillReportInvalid);
+    assert_eq!(verify(&altered, &[fingerprint]).unwrap_err().code, Code::DrillReportInvalid);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -35,6 +35,7 @@ usage: cargo xtask <verb>
                         kill each process of a lab in turn; or tables swapped, agents killed and upgraded under load; or
                         no node hears its cell for a while; or N kills of replicas and other faults at random, every
                         history checked; last line: N lost, N duplicated, N non-linearizable
+  drills [NAME..]       the drills of deploy/drills, or these, in a lab; last line: N drills, N passed (root; 6 minutes)
   vm                    a node as a machine of its own, with Secure Boot, a TPM driver and IMA (root; QEMU; 2 minutes)
   kernels [6.1|6.12]    the kernel side's tests on Debian's other kernels (root; QEMU without KVM; minutes each)
   sim --seeds N | --seed S | --mutants   cells of the real code under simulated faults (--from S, --seconds T); replay one
@@ -103,6 +104,7 @@ fn run(args: &[&str]) -> Result<(), Stop> {
         ["kernels"] => kernels::run(None),
         ["kernels", kernel] => kernels::run(Some(*kernel)),
         ["chaos", options @ ..] => lab::chaos(options),
+        ["drills", drills @ ..] => lab::run(&[&["drills"], drills].concat()),
         ["build-bpf"] => cargo::program("sh", &["ebpf/build-objects.sh"]),
         ["build-bpf", "--check"] => cargo::program("sh", &["ebpf/build-objects.sh", "--check"]),
         ["deny"] => deny::run(),

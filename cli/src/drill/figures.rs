@@ -181,16 +181,32 @@ pub struct Figures {
     pub writer: Option<ProbeFigures>,
     /// The caller's.
     pub caller: Option<ProbeFigures>,
+    /// Of the caller outside of the scope; left out where there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub outside: Option<ProbeFigures>,
     /// The ledger's.
     pub ledger: Option<super::ledger::LedgerFigures>,
 }
 
+/// What was seen.
+#[derive(Clone, Copy, Debug)]
+pub struct Seen<'a> {
+    /// The writer's samples.
+    pub writer: &'a [Sample],
+    /// The caller's.
+    pub caller: &'a [Sample],
+    /// Of the caller outside of the scope.
+    pub outside: &'a [Sample],
+    /// The ledger.
+    pub writes: &'a [super::ledger::Write],
+}
+
 /// What the samples and the ledger give. The report's check computes it again.
-pub fn figures(writer: &[Sample], caller: &[Sample], writes: &[super::ledger::Write], marks: Option<Marks>) -> Figures {
+pub fn figures(seen: &Seen<'_>, marks: Option<Marks>) -> Figures {
     let Some(marks) = marks else { return Figures::default() };
     let of = |samples: &[Sample]| if samples.is_empty() { None } else { Some(probe(samples, marks)) };
-    let ledger = if writes.is_empty() { None } else { Some(super::ledger::figures(writes)) };
-    Figures { writer: of(writer), caller: of(caller), ledger }
+    let ledger = if seen.writes.is_empty() { None } else { Some(super::ledger::figures(seen.writes)) };
+    Figures { writer: of(seen.writer), caller: of(seen.caller), outside: of(seen.outside), ledger }
 }
 
 /// Every promise of the drill against the figures. That the steady state returns is always promised, within the time
@@ -231,6 +247,7 @@ pub fn judge(drill: &Drill, marks: Option<Marks>, figures: &Figures) -> Vec<Obje
     number("ackedWritesLost", promised.acked_writes_lost, proven.map(|l| l.lost));
     number("duplicatedWrites", promised.duplicated_writes, proven.map(|l| l.duplicated));
     number("failedCalls", promised.failed_calls, caller.map(|c| c.failed));
+    number("outsideFailedCalls", promised.outside_failed_calls, figures.outside.as_ref().map(|o| o.failed));
     out
 }
 
@@ -331,7 +348,7 @@ mod tests {
         assert!(rows.len() == 3 && rows.iter().all(|r| !r.met && r.measured == "not measured"), "{rows:?}");
         let ledger = super::super::ledger::LedgerFigures { sent: 5, acked: 5, ..Default::default() };
         let caller = Some(probe(&samples("0..900/10 !1100..1140/10"), MARKS));
-        let figures = Figures { ledger: Some(ledger), caller, writer: None };
+        let figures = Figures { ledger: Some(ledger), caller, ..Default::default() };
         let met: Vec<bool> = judge(&drill, Some(MARKS), &figures).iter().map(|r| r.met).collect();
         assert_eq!(met, [true, true, false], "steady again, nothing lost; four failed calls, three allowed");
         let never_steady = judge(&drill, Some(Marks { steady_ms: None, ..MARKS }), &figures);

@@ -1,6 +1,9 @@
 //! The drill file as written: serde's shapes, and their way into the types of `spec`. Unknown keys are refused.
 
-use super::spec::{Abort, Action, Caller, Drill, Fault, Objectives, Phase, Precondition, Probe, Steady, Writer, bad};
+use super::spec::{
+    Abort, Action, Caller, Denial, Drill, Fault, Link, Objectives, Phase, Precondition, Probe, Steady, Target, Writer,
+    bad,
+};
 use crate::duration::Millis;
 use ambit_model::{ClusterId, ObjectName, Refusal};
 use serde::Deserialize;
@@ -23,10 +26,11 @@ pub(super) fn read(text: &str) -> Result<Drill, Refusal> {
         steady: spec.steady_state,
         writer: spec.probes.writer,
         caller: spec.probes.caller,
+        outside: spec.probes.outside,
         phases: spec.phases.into_iter().map(phase).collect::<Result<_, _>>()?,
         abort: spec.abort.into_iter().map(abort).collect::<Result<_, _>>()?,
         objectives: spec.objectives,
-        seal_at: spec.report.seal_at,
+        seal_at: spec.report.seal_at.into_cells(),
     })
 }
 
@@ -43,16 +47,53 @@ fn phase(written: WrittenPhase) -> Result<Phase, Refusal> {
 }
 
 fn fault(written: WrittenFault) -> Result<Fault, Refusal> {
-    match (written.kill, written.kill_site) {
-        (Some(kill), None) => match kill.strip_prefix("leader-of ") {
-            Some(cell) => Ok(Fault::KillLeader(cell.trim().parse()?)),
-            None => match kill.split_once('-') {
-                Some((site, _)) => Ok(Fault::KillMember(site.parse()?, kill.parse::<ObjectName>()?.to_string())),
-                None => Err(bad("kill: leader-of CELL, or kill: ROLE such as west-r2", kill)),
-            },
-        },
-        (None, Some(site)) => Ok(Fault::KillSite(site)),
-        _ => Err(bad("inject: {kill: ..} or inject: {kill-site: ..}", "another mix")),
+    Ok(match written {
+        WrittenFault::Kill(text) => Fault::Kill(target(&text)?),
+        WrittenFault::Pause(text) => Fault::Pause(target(&text)?),
+        WrittenFault::KillSite(site) => Fault::Kill(Target::Site(site)),
+        WrittenFault::Cut(text) => Fault::Cut(link(&text)?),
+        WrittenFault::Fill(text) => member(&text).map(|(site, role)| Fault::Fill(site, role))?,
+        WrittenFault::Ban(text) => member(&text).map(|(site, role)| Fault::Ban(site, role))?,
+        WrittenFault::Alter(text) => member(&text).map(|(site, role)| Fault::Alter(site, role))?,
+        WrittenFault::Deny(WrittenDenial { cell, target, from }) => {
+            Fault::Deny(Denial { cell, target: target.parse()?, from: from.parse()? })
+        }
+    })
+}
+
+/// `leader-of CELL`, or `ROLE`.
+fn target(text: &str) -> Result<Target, Refusal> {
+    match text.strip_prefix("leader-of ") {
+        Some(cell) => Ok(Target::LeaderOf(cell.trim().parse()?)),
+        None => member(text).map(|(site, role)| Target::Member(site, role)),
+    }
+}
+
+/// `ROLE`: a site, a hyphen, and what the lab calls it.
+fn member(text: &str) -> Result<(ClusterId, String), Refusal> {
+    match text.split_once('-') {
+        Some((site, _)) => Ok((site.parse()?, text.parse::<ObjectName>()?.to_string())),
+        None => Err(bad("leader-of CELL, or a name of the lab such as west-r2, west-n1 or west-n1-agent", text)),
+    }
+}
+
+/// `SITE`, `ROLE`, `SITE:SITE` or `ROLE>ROLE`.
+fn link(text: &str) -> Result<Link, Refusal> {
+    if let Some((from, to)) = text.split_once('>') {
+        let ((site, from), (other, to)) = (member(from)?, member(to)?);
+        return if site == other && from != to {
+            Ok(Link::OneWay(site, from, to))
+        } else {
+            Err(bad("two machines of one site, as west-r1>west-r2", text))
+        };
+    }
+    if let Some((a, b)) = text.split_once(':') {
+        let (a, b): (ClusterId, ClusterId) = (a.parse()?, b.parse()?);
+        return if a == b { Err(bad("two sites, as west:east", text)) } else { Ok(Link::Sites(a, b)) };
+    }
+    match text.contains('-') {
+        true => member(text).map(|(site, role)| Link::Member(site, role)),
+        false => Ok(Link::Site(text.parse()?)),
     }
 }
 
@@ -133,12 +174,14 @@ struct PeersFresh {
 struct Probes {
     writer: Option<Writer>,
     caller: Option<Caller>,
+    outside: Option<Caller>,
 }
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct WrittenPhase {
     name: String,
+    #[serde(default, with = "serde_norway::with::singleton_map")]
     inject: Option<WrittenFault>,
     lease: Option<Millis>,
     heal: Option<All>,
@@ -159,11 +202,26 @@ enum SteadyWord {
     Steady,
 }
 
+/// One of them: a mapping with one key.
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-struct WrittenFault {
-    kill: Option<String>,
-    kill_site: Option<ClusterId>,
+#[serde(rename_all = "kebab-case")]
+enum WrittenFault {
+    Kill(String),
+    KillSite(ClusterId),
+    Pause(String),
+    Cut(String),
+    Fill(String),
+    Ban(String),
+    Alter(String),
+    Deny(WrittenDenial),
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WrittenDenial {
+    cell: ClusterId,
+    target: String,
+    from: String,
 }
 
 #[derive(Deserialize)]
@@ -177,5 +235,22 @@ struct WrittenAbort {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 struct WrittenReport {
-    seal_at: ClusterId,
+    seal_at: WrittenCells,
+}
+
+/// One cell, or several.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum WrittenCells {
+    One(ClusterId),
+    Several(Vec<ClusterId>),
+}
+
+impl WrittenCells {
+    fn into_cells(self) -> Vec<ClusterId> {
+        match self {
+            Self::One(cell) => vec![cell],
+            Self::Several(cells) => cells,
+        }
+    }
 }

@@ -1,6 +1,6 @@
 //! What must hold before a drill starts. Anything not known counts as not holding.
 
-use super::spec::{Drill, Fault, Precondition};
+use super::spec::{Drill, Fault, Link, Precondition, Target};
 use crate::cell::Cell;
 use crate::verbs::{in_step, views};
 use crate::{ask, duration::Millis};
@@ -24,14 +24,19 @@ pub async fn check(drill: &Drill, cells: &Cells) -> Result<Vec<String>, Refusal>
     }
     let mut held = Vec::new();
     for precondition in &drill.preconditions {
-        held.push(match precondition {
-            Precondition::QuorumSurvives(c) => quorum(cells, c, 1).await?,
-            Precondition::Quorum(c) => quorum(cells, c, 0).await?,
-            Precondition::PeersFresh(c, max) => peers_fresh(cells, c, *max).await?,
-            Precondition::AgentsInStep(c) => agents_in_step(cells, c).await?,
-        });
+        held.push(one(precondition, cells).await?);
     }
     Ok(held)
+}
+
+/// Whether one precondition holds, and by what.
+pub async fn one(precondition: &Precondition, cells: &Cells) -> Result<String, Refusal> {
+    match precondition {
+        Precondition::QuorumSurvives(c) => quorum(cells, c, 1).await,
+        Precondition::Quorum(c) => quorum(cells, c, 0).await,
+        Precondition::PeersFresh(c, max) => peers_fresh(cells, c, *max).await,
+        Precondition::AgentsInStep(c) => agents_in_step(cells, c).await,
+    }
 }
 
 /// A majority of the voters answers and names one leader, and would still be one with `lost` fewer.
@@ -78,18 +83,49 @@ async fn agents_in_step(cells: &Cells, name: &ClusterId) -> Result<String, Refus
     Ok(format!("{} of {name} in step", crate::output::counted(agents.len(), "agent")))
 }
 
-/// What the lab must kill for this fault, by the lab's own names.
-pub async fn target(fault: &Fault, cells: &Cells) -> Result<String, Refusal> {
-    match fault {
-        Fault::KillSite(site) => Ok(site.to_string()),
-        Fault::KillMember(_, role) => Ok(role.clone()),
-        Fault::KillLeader(name) => {
+/// What the lab is asked for: `ambit-lab inject ACTION TARGET`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Order {
+    /// Its action.
+    pub action: &'static str,
+    /// Whom, by the lab's own names.
+    pub target: String,
+}
+
+/// What the lab must do for this fault; nothing for one that a cell injects.
+pub async fn order(fault: &Fault, cells: &Cells) -> Result<Option<Order>, Refusal> {
+    let (action, target) = match fault {
+        Fault::Kill(whom) => ("kill", target(whom, cells).await?),
+        Fault::Pause(whom) => ("pause", target(whom, cells).await?),
+        Fault::Cut(link) => ("cut", cut(link)),
+        Fault::Fill(_, role) => ("fill", role.clone()),
+        Fault::Ban(_, role) => ("ban", role.clone()),
+        Fault::Alter(_, role) => ("alter", role.clone()),
+        Fault::Deny(_) => return Ok(None),
+    };
+    Ok(Some(Order { action, target }))
+}
+
+async fn target(target: &Target, cells: &Cells) -> Result<String, Refusal> {
+    match target {
+        Target::Site(site) => Ok(site.to_string()),
+        Target::Member(_, role) => Ok(role.clone()),
+        Target::LeaderOf(name) => {
             let status = ask!(cell(cells, name)?, Membership.status(v1::StatusRequest {}))?;
             match status.leader {
                 0 => Err(refused(format!("a leader of {name}"), "none".to_owned())),
                 leader => Ok(format!("{name}-r{leader}")),
             }
         }
+    }
+}
+
+fn cut(link: &Link) -> String {
+    match link {
+        Link::Site(site) => site.to_string(),
+        Link::Member(_, role) => role.clone(),
+        Link::Sites(a, b) => format!("{a}:{b}"),
+        Link::OneWay(_, from, to) => format!("{from}>{to}"),
     }
 }
 

@@ -1,9 +1,10 @@
 //! The lab's own program, which injects faults and calls from pods. It stands beside this one, or in `PATH`.
 
+use super::guard::Order;
 use super::spec::Caller;
 use crate::duration::Millis;
 use ambit_model::{Code, Refusal};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 use tokio::process::{Child, Command};
@@ -64,19 +65,27 @@ impl Lab {
         self.folder.join("operator").join(site).join("context.json")
     }
 
+    /// Where its files are.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
     /// Its name.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// `kill -9` of a replica, a node or a site. It comes back by itself when the lease ends, whatever becomes of us.
-    pub async fn kill(&self, target: &str, lease: Millis) -> Result<(), Refusal> {
-        self.run(&["inject", "kill", target, "--lease", &format!("{}s", lease.0 / 1000)]).await.map(drop)
+    /// Injects a fault. It is reverted when the lease ends, whatever becomes of us.
+    pub async fn inject(&self, order: &Order, lease: Millis) -> Result<(), Refusal> {
+        let lease = format!("{}s", lease.0 / 1000);
+        self.run(&["inject", order.action, &order.target, "--lease", &lease]).await.map(drop)
     }
 
-    /// Brings back what was killed. Nothing to bring back is no error.
-    pub async fn restart(&self, target: &str) -> Result<(), Refusal> {
-        self.run(&["inject", "restart", target]).await.map(drop)
+    /// Reverts it now. Nothing to revert is no error.
+    pub async fn revert(&self, order: &Order) -> Result<(), Refusal> {
+        // What was killed is waited for until it runs.
+        let action = if order.action == "kill" { "restart" } else { "restore" };
+        self.run(&["inject", action, &order.target]).await.map(drop)
     }
 
     /// Starts the caller probe: a process that prints one JSON line per call until it is killed.

@@ -3,7 +3,7 @@
 //! The seal covers SHA-256 over a context and the report's compact JSON. The file must be, byte for byte, what this
 //! program writes for what it reads: what a person sees in it is what was sealed.
 
-use super::figures::{Figures, Marks, Objective, Sample, figures, judge};
+use super::figures::{Figures, Marks, Objective, Sample, Seen, figures, judge};
 use super::ledger::Write;
 use super::spec::Drill;
 use ambit_identity::KeySet;
@@ -48,6 +48,9 @@ pub struct Report {
     pub figures: Figures,
     /// The caller's samples: milliseconds, ok or fail, who answered.
     pub caller: Vec<Sample>,
+    /// Those of the caller outside of the scope; left out where there is none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub outside: Vec<Sample>,
     /// The writer's samples: milliseconds, ok or fail; one per attempt.
     pub writer: Vec<Sample>,
     /// The writer's ledger: number, sent, acknowledged, attempts, times listed afterwards.
@@ -77,7 +80,8 @@ impl Report {
     }
     /// The figures that the raw samples and the ledger give.
     pub fn recomputed(&self) -> Figures {
-        figures(&self.writer, &self.caller, &self.ledger, self.marks)
+        let seen = Seen { writer: &self.writer, caller: &self.caller, outside: &self.outside, writes: &self.ledger };
+        figures(&seen, self.marks)
     }
 }
 
@@ -105,26 +109,47 @@ pub struct Seal {
 pub struct SealedReport {
     /// The report.
     pub report: Report,
-    /// Its seal; none where the cell could not be reached, and then it verifies nowhere.
+    /// The first cell's seal; none where no cell could be reached, and then it verifies nowhere.
     pub seal: Option<Seal>,
+    /// Of further cells; left out where there are none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub further: Vec<Seal>,
+}
+
+/// A cell that sealed a report.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sealer {
+    /// Its trust domain.
+    pub trust_domain: TrustDomain,
+    /// SHA-256 of its root certificate.
+    pub fingerprint: [u8; 32],
+    /// When it committed the report, milliseconds since the Unix epoch.
+    pub sealed_ms: u64,
+    /// Where in its log.
+    pub index: u64,
 }
 
 /// Whose word a report is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Verified {
-    /// The sealing cell's trust domain.
-    pub trust_domain: TrustDomain,
-    /// SHA-256 of its root certificate.
-    pub fingerprint: [u8; 32],
-    /// When the cell committed it, milliseconds since the Unix epoch.
-    pub sealed_ms: u64,
-    /// Where in the cell's log.
-    pub index: u64,
+    /// Those whose fingerprints were given, in the order of the seals.
+    pub sealers: Vec<Sealer>,
+    /// Those whose seals fit roots that nobody vouches for here.
+    pub unknown: Vec<Sealer>,
     /// The report.
     pub report: Report,
 }
 
 impl SealedReport {
+    /// With the seals of as many cells as could be reached.
+    pub fn new(report: Report, seals: Vec<Seal>) -> SealedReport {
+        let mut seals = seals.into_iter();
+        SealedReport { report, seal: seals.next(), further: seals.collect() }
+    }
+    /// How many cells sealed it.
+    pub fn seals(&self) -> usize {
+        usize::from(self.seal.is_some()) + self.further.len()
+    }
     /// The file's text.
     pub fn text(&self) -> Result<String, Refusal> {
         serde_json::to_string_pretty(self)
@@ -133,23 +158,40 @@ impl SealedReport {
     }
 }
 
-/// Checks a report's text against a fingerprint that was learnt elsewhere. Errors: `drill_report_invalid`.
-pub fn verify(text: &str, fingerprint: &[u8; 32]) -> Result<Verified, Refusal> {
+/// Checks a report's text against fingerprints that were learnt elsewhere: every one of them must have sealed it, and every
+/// seal in it must be good. Errors: `drill_report_invalid`.
+pub fn verify(text: &str, fingerprints: &[[u8; 32]]) -> Result<Verified, Refusal> {
     let sealed: SealedReport =
         serde_json::from_str(text).map_err(|e| bad("a report of this program", e.to_string()))?;
     if sealed.text()? != text {
         return Err(bad("the file exactly as it was written", "other bytes"));
     }
-    let SealedReport { report, seal } = sealed;
-    let seal = seal.ok_or_else(|| bad("a sealed report", "no seal"))?;
-    let root = unhex(&seal.root)?;
-    let found = ambit_identity::fingerprint(&root);
-    if found != *fingerprint {
-        return Err(bad(
-            format!("a seal under root {}", hex::encode(fingerprint)),
-            format!("root {}", hex::encode(found)),
-        ));
+    let SealedReport { report, seal, further } = sealed;
+    let first = seal.ok_or_else(|| bad("a sealed report", "no seal"))?;
+    let (mut sealers, mut unknown) = (Vec::new(), Vec::new());
+    for seal in std::iter::once(first).chain(further) {
+        let sealer = sealer(&seal, &report)?;
+        let vouched = fingerprints.contains(&sealer.fingerprint);
+        if vouched { &mut sealers } else { &mut unknown }.push(sealer);
     }
+    for expected in fingerprints {
+        if !sealers.iter().any(|s| s.fingerprint == *expected) {
+            let found: Vec<String> = unknown.iter().chain(&sealers).map(|s| hex::encode(s.fingerprint)).collect();
+            return Err(bad(
+                format!("a seal under root {}", hex::encode(expected)),
+                format!("root {}", found.join(", ")),
+            ));
+        }
+    }
+    if sealers.is_empty() {
+        return Err(bad("a fingerprint to check the seal by", "none"));
+    }
+    agrees_with_itself(&report)?;
+    Ok(Verified { sealers, unknown, report })
+}
+
+fn sealer(seal: &Seal, report: &Report) -> Result<Sealer, Refusal> {
+    let root = unhex(&seal.root)?;
     let keys =
         KeySet::verify(&seal.trust_domain, &root, &unhex(&seal.key_set_statement)?, &unhex(&seal.key_set_signature)?)
             .map_err(|r| bad(r.expected, r.found))?;
@@ -159,13 +201,11 @@ pub fn verify(text: &str, fingerprint: &[u8; 32]) -> Result<Verified, Refusal> {
         let expected = format!("the report {} of drill {}", hex::encode(statement.sha256), statement.drill);
         return Err(bad(expected, format!("{} of drill {}", hex::encode(digest), report.drill)));
     }
-    agrees_with_itself(&report)?;
-    Ok(Verified {
-        trust_domain: seal.trust_domain,
-        fingerprint: found,
+    Ok(Sealer {
+        trust_domain: seal.trust_domain.clone(),
+        fingerprint: ambit_identity::fingerprint(&root),
         sealed_ms: statement.stamp_ms,
         index: statement.index,
-        report,
     })
 }
 

@@ -22,7 +22,7 @@ fn report() -> Report {
         })
         .collect();
     let drill: Drill = SPEC.parse().unwrap();
-    let figures = figures(&writer, &[], &ledger, Some(marks));
+    let figures = figures(&Seen { writer: &writer, caller: &[], outside: &[], writes: &ledger }, Some(marks));
     Report {
         format: Report::format(),
         drill: "leader-loss".into(),
@@ -38,6 +38,7 @@ fn report() -> Report {
         objectives: judge(&drill, Some(marks), &figures),
         figures,
         caller: vec![],
+        outside: vec![],
         writer,
         ledger,
     }
@@ -62,26 +63,29 @@ impl Signer {
     }
     /// As the server does: the digest is committed, then signed.
     fn seal(&self, report: Report) -> SealedReport {
+        let seal = self.sealed(&report);
+        SealedReport::new(report, vec![seal])
+    }
+    fn sealed(&self, report: &Report) -> Seal {
         let td: TrustDomain = "west".parse().unwrap();
         let command = Command::SealReport(report.drill.clone(), report.sha256().unwrap());
         let entry = LogEntry { stamp: Stamp(1_700_000_020_000), client: [1; 32], request: [2; 16], command };
         let committed = State::new().apply(RaftIndex(9), &entry).into_report().unwrap();
         let (statement, signature) = self.record.sign_report(&td, &committed).unwrap();
         let (keys, keys_signature) = KeySet::certify(&self.root, &td, 1, vec![self.record.public()]).unwrap();
-        let seal = Seal {
+        Seal {
             statement: hex::encode(statement),
             signature: hex::encode(signature),
             key_set_statement: hex::encode(keys),
             key_set_signature: hex::encode(keys_signature),
             root: hex::encode(self.root.der()),
             trust_domain: td,
-        };
-        SealedReport { report, seal: Some(seal) }
+        }
     }
 }
 
 fn refused(text: &str, fingerprint: &[u8; 32]) -> Refusal {
-    let refusal = verify(text, fingerprint).unwrap_err();
+    let refusal = verify(text, &[*fingerprint]).unwrap_err();
     assert_eq!(refusal.code, Code::DrillReportInvalid, "{refusal}");
     refusal
 }
@@ -92,9 +96,32 @@ fn a_sealed_report_verifies_offline() {
     let report = report();
     assert!(report.objectives.iter().all(|o| o.met), "{:?}", report.objectives);
     let text = signer.seal(report).text().unwrap();
-    let verified = verify(&text, &signer.fingerprint()).unwrap();
-    assert_eq!((verified.trust_domain.as_str(), verified.index, verified.sealed_ms), ("west", 9, 1_700_000_020_000));
+    let verified = verify(&text, &[signer.fingerprint()]).unwrap();
+    let [sealer] = &verified.sealers[..] else { panic!("{:?}", verified.sealers) };
+    assert_eq!((sealer.trust_domain.as_str(), sealer.index, sealer.sealed_ms), ("west", 9, 1_700_000_020_000));
+    assert!(verified.unknown.is_empty());
     assert_eq!(verified.report.figures.writer.unwrap().rto_ms, Some(710));
+}
+
+#[test]
+fn two_cells_seal_one_report_and_each_is_asked_for_by_its_fingerprint() {
+    let (one, other, stranger) = (Signer::new(), Signer::new(), Signer::new());
+    let report = report();
+    let seals = vec![one.sealed(&report), other.sealed(&report)];
+    let text = SealedReport::new(report.clone(), seals.clone()).text().unwrap();
+    let both = verify(&text, &[one.fingerprint(), other.fingerprint()]).unwrap();
+    assert_eq!((both.sealers.len(), both.unknown.len()), (2, 0));
+    let first = verify(&text, &[other.fingerprint()]).unwrap();
+    assert_eq!((first.sealers[0].fingerprint, first.unknown[0].fingerprint), (other.fingerprint(), one.fingerprint()));
+    // One that was asked for and did not seal it, whoever else did.
+    let missing = verify(&text, &[one.fingerprint(), stranger.fingerprint()]).unwrap_err();
+    assert!(missing.expected.ends_with(&hex::encode(stranger.fingerprint())), "{missing}");
+    // A bad second seal spoils the report, though nobody asked for it.
+    let mut spoilt = seals;
+    spoilt[1].signature = "00".repeat(64);
+    let text = SealedReport::new(report, spoilt).text().unwrap();
+    assert!(refused(&text, &one.fingerprint()).expected.starts_with("a statement signed by a record key"));
+    assert!(verify(&text, &[]).is_err());
 }
 
 #[test]
@@ -156,4 +183,21 @@ fn each_way_to_cheat_has_its_refusal() {
     assert!(refused(&other.seal(report()).text().unwrap(), &fingerprint).expected.starts_with("a seal under root"));
     refused("", &fingerprint);
     refused("{}", &fingerprint);
+}
+
+#[test]
+fn the_page_needs_nothing_else_and_runs_nothing_of_the_report() {
+    let signer = Signer::new();
+    let mut report = report();
+    report.timeline.push(Event { t_ms: 5, what: "<script>alert('x')</script>&\u{1b}".into() });
+    report.caller = (0..1200).map(|n| Sample { t_ms: n * 10, ok: n % 7 > 0, by: "<b>".into() }).collect();
+    report.figures = report.recomputed();
+    let page = crate::drill::html::page(&signer.seal(report).text().unwrap()).unwrap();
+    for absent in ["<script", "<b>\"", "http", "url(", "@import", "src=", "\u{1b}"] {
+        assert!(!page.contains(absent), "{absent}");
+    }
+    assert!(page.contains("&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;&amp;"));
+    assert!(page.contains("rto.writer") && page.matches("<svg").count() == 2 && page.contains("class=\"b\""));
+    assert_eq!(page.matches("<table>").count(), page.matches("</table>").count());
+    assert!(crate::drill::html::page("{}").is_err());
 }

@@ -1,14 +1,17 @@
 //! Running a drill: guard, probes, phases, abort, revert, ledger, seal.
 
-use super::figures::{Marks, failing_since, figures, judge, steady};
-use super::guard::{self, Cells};
+use super::figures::{Marks, Seen, failing_since, figures, judge, steady};
+use super::guard::{self, Cells, Order};
 use super::lab::Lab;
 use super::ledger::{self, Write};
+use super::live::{Line, Live, since};
+use super::mistake;
 use super::report::{Report, SealedReport};
-use super::spec::{Abort, Action, Drill, Phase, Probe};
+use super::spec::{Abort, Action, Drill, Fault, Phase, Probe};
 use super::watch::{Clock, Samples, Timeline};
 use super::{caller, seal, writer};
 use crate::cell::request_id;
+use crate::duration::Millis;
 use ambit_model::{Code, Refusal};
 use sha2::{Digest, Sha256};
 use std::time::Duration;
@@ -39,14 +42,14 @@ pub async fn run(spec: &str, lab: &Lab, cells: &Cells) -> Result<SealedReport, R
         return Err(refusal);
     }
     let report = run.report(spec, ledger, outcome.err())?;
-    let seal = match seal::seal(guard::cell(cells, &drill.seal_at)?, &report).await {
-        Ok(seal) => Some(seal),
-        Err(refusal) => {
-            eprintln!("{}", crate::exit::refusal_text(&refusal));
-            None
+    let mut seals = Vec::new();
+    for name in &drill.seal_at {
+        match seal::seal(guard::cell(cells, name)?, &report).await {
+            Ok(seal) => seals.push(seal),
+            Err(refusal) => eprintln!("{}", crate::exit::refusal_text(&refusal)),
         }
-    };
-    Ok(SealedReport { report, seal })
+    }
+    Ok(SealedReport::new(report, seals))
 }
 
 struct Run<'a> {
@@ -58,8 +61,9 @@ struct Run<'a> {
     timeline: Timeline,
     writer: Samples,
     caller: Samples,
-    /// What was killed, while it is not yet brought back.
-    harmed: Option<String>,
+    outside: Samples,
+    /// What was done, while it is not yet reverted.
+    harmed: Option<Harm>,
     injected_ms: Option<u64>,
     healed_ms: Option<u64>,
     steady_ms: Option<u64>,
@@ -70,6 +74,24 @@ struct Run<'a> {
 struct Probes {
     writer: Option<writer::Running>,
     caller: Option<caller::Running>,
+    outside: Option<caller::Running>,
+}
+
+/// Who reverts the fault.
+enum Harm {
+    /// The lab.
+    Lab(Order),
+    /// The cell to which a policy was applied.
+    Policy(mistake::Applied),
+}
+
+impl Harm {
+    fn target(&self) -> &str {
+        match self {
+            Harm::Lab(order) => &order.target,
+            Harm::Policy(applied) => applied.name(),
+        }
+    }
 }
 
 /// Why the phases did not come to their end.
@@ -83,17 +105,20 @@ enum Stop {
 impl<'a> Run<'a> {
     fn new(drill: &'a Drill, lab: &'a Lab, cells: &'a Cells) -> Result<Run<'a>, Refusal> {
         let clock = Clock::start();
+        let id = hex::encode(&request_id()?[..4]);
+        let live = Live::begin(lab.folder(), drill.name.as_str(), &id)?;
         let listen =
             |kind| signal(kind).map_err(|e| Refusal::new(Code::Internal, "a signal's listener", e.to_string()));
         Ok(Run {
             drill,
             lab,
             cells,
-            id: hex::encode(&request_id()?[..4]),
+            id,
             clock,
-            timeline: Timeline::new(clock),
+            timeline: Timeline::new(clock, live),
             writer: Samples::default(),
             caller: Samples::default(),
+            outside: Samples::default(),
             harmed: None,
             injected_ms: None,
             healed_ms: None,
@@ -104,21 +129,29 @@ impl<'a> Run<'a> {
     }
 
     async fn start_probes(&mut self) -> Result<Probes, Refusal> {
-        let mut probes = Probes { writer: None, caller: None };
+        let mut probes = Probes { writer: None, caller: None, outside: None };
         if let Some(w) = &self.drill.writer {
             let cell = guard::cell(self.cells, &w.cell)?.clone();
             probes.writer = Some(writer::start(cell, w, self.id.clone(), self.clock, self.writer.clone()).await?);
         }
-        if let Some(c) = &self.drill.caller {
-            match caller::start(self.lab, c, self.clock, self.caller.clone()) {
-                Ok(running) => probes.caller = Some(running),
-                Err(refusal) => {
-                    self.stop_probes(probes).await;
-                    return Err(refusal);
-                }
+        let callers = [
+            (&self.drill.caller, self.caller.clone(), &mut probes.caller),
+            (&self.drill.outside, self.outside.clone(), &mut probes.outside),
+        ];
+        let mut failed = None;
+        for (spec, samples, place) in callers {
+            match spec.as_ref().map(|spec| caller::start(self.lab, spec, self.clock, samples)).transpose() {
+                Ok(running) => *place = running,
+                Err(refusal) => failed = Some(refusal),
             }
         }
-        Ok(probes)
+        match failed {
+            None => Ok(probes),
+            Some(refusal) => {
+                self.stop_probes(probes).await;
+                Err(refusal)
+            }
+        }
     }
 
     /// Runs the phases. However they end, nothing stays harmed.
@@ -152,11 +185,7 @@ impl<'a> Run<'a> {
                     let refusal = Refusal::new(Code::DrillGuard, "the steady state before the fault", unsteady);
                     return Err(Stop::Guard(refusal));
                 }
-                let target = guard::target(fault, self.cells).await.map_err(Stop::Guard)?;
-                self.timeline.tell(format!("inject {fault} ({target}), lease {lease}"));
-                self.harmed = Some(target.clone());
-                self.injected_ms = Some(self.clock.ms());
-                self.lab.kill(&target, *lease).await.map_err(|r| Stop::Aborted(r.to_string()))?;
+                self.inject(fault, *lease).await?;
             }
             Action::Heal => self.heal().await?,
         }
@@ -181,11 +210,38 @@ impl<'a> Run<'a> {
         self.unsteady().is_none() && guard::check(self.drill, self.cells).await.is_ok()
     }
 
+    /// What will be reverted is known before it is done.
+    async fn inject(&mut self, fault: &Fault, lease: Millis) -> Result<(), Stop> {
+        let order = guard::order(fault, self.cells).await.map_err(Stop::Guard)?;
+        let done = match (order, fault) {
+            (Some(order), _) => {
+                self.timeline.tell(format!("inject {fault} ({}), lease {lease}", order.target));
+                self.harmed = Some(Harm::Lab(order.clone()));
+                self.injected_ms = Some(self.clock.ms());
+                self.lab.inject(&order, lease).await
+            }
+            (None, Fault::Deny(denial)) => {
+                let mistake = mistake::Mistake::new(denial, &self.id, lease);
+                self.timeline.tell(format!("inject {fault} ({}), lease {lease}", mistake.name()));
+                let cell = guard::cell(self.cells, &denial.cell).map_err(Stop::Guard)?;
+                self.harmed = Some(Harm::Policy(mistake.applied(cell)));
+                self.injected_ms = Some(self.clock.ms());
+                mistake.apply(cell).await
+            }
+            (None, other) => Err(Refusal::new(Code::Internal, "a fault that somebody injects", other.to_string())),
+        };
+        done.map_err(|r| Stop::Aborted(r.to_string()))
+    }
+
     async fn heal(&mut self) -> Result<(), Stop> {
-        let Some(target) = self.harmed.take() else { return Ok(()) };
-        self.timeline.tell(format!("heal {target}"));
+        let Some(harm) = self.harmed.take() else { return Ok(()) };
+        self.timeline.tell(format!("heal {}", harm.target()));
         self.healed_ms = Some(self.clock.ms());
-        self.lab.restart(&target).await.map_err(|r| Stop::Aborted(r.to_string()))
+        let reverted = match &harm {
+            Harm::Lab(order) => self.lab.revert(order).await,
+            Harm::Policy(applied) => applied.revert().await,
+        };
+        reverted.map_err(|r| Stop::Aborted(r.to_string()))
     }
 
     /// Waits a moment, and tells whether the drill must end.
@@ -197,12 +253,32 @@ impl<'a> Run<'a> {
             _ = terminate.recv() => Some("the operator called it off"),
         };
         let now_ms = self.clock.ms();
+        self.tell_second(now_ms);
         let why = called_off
             .map(str::to_owned)
-            .or_else(|| probes.caller.as_mut().and_then(caller::Running::ended))
-            .or_else(|| (self.writer.full() || self.caller.full()).then(|| "more samples than can be kept".to_owned()))
+            .or_else(|| self.timeline.live.called_off().map(|by| format!("{by} called it off")))
+            .or_else(|| probes.caller.iter_mut().chain(&mut probes.outside).find_map(caller::Running::ended))
+            .or_else(|| {
+                [&self.writer, &self.caller, &self.outside]
+                    .iter()
+                    .any(|s| s.full())
+                    .then(|| "more samples than can be kept".to_owned())
+            })
             .or_else(|| self.drill.abort.iter().find_map(|a| self.met(a, now_ms)));
         why.map_or(Ok(()), |why| Err(Stop::Aborted(why)))
+    }
+
+    fn tell_second(&mut self, now_ms: u64) {
+        let probes = [
+            (Probe::Writer, self.drill.writer.is_some(), &self.writer),
+            (Probe::Caller, self.drill.caller.is_some(), &self.caller),
+            (Probe::Outside, self.drill.outside.is_some(), &self.outside),
+        ];
+        let there = probes.iter().filter(|(_, there, _)| *there);
+        let count = |from_ms| {
+            there.clone().map(|(probe, _, samples)| (probe.to_string(), samples.with(|s| since(s, from_ms)))).collect()
+        };
+        self.timeline.live.seen(now_ms, count);
     }
 
     fn met(&self, abort: &Abort, now_ms: u64) -> Option<String> {
@@ -219,6 +295,7 @@ impl<'a> Run<'a> {
         match probe {
             Probe::Writer => &self.writer,
             Probe::Caller => &self.caller,
+            Probe::Outside => &self.outside,
         }
     }
 
@@ -234,7 +311,7 @@ impl<'a> Run<'a> {
 
     /// Ends the probes, compares the ledger with the cell and deletes what was written.
     async fn stop_probes(&mut self, probes: Probes) -> Vec<Write> {
-        if let Some(caller) = probes.caller {
+        for caller in probes.caller.into_iter().chain(probes.outside) {
             caller.stop().await;
         }
         self.ended_ms = self.clock.ms();
@@ -262,15 +339,15 @@ impl<'a> Run<'a> {
         }
     }
 
-    fn report(self, spec: &str, ledger: Vec<Write>, stop: Option<Stop>) -> Result<Report, Refusal> {
+    fn report(mut self, spec: &str, ledger: Vec<Write>, stop: Option<Stop>) -> Result<Report, Refusal> {
         let marks = match (self.injected_ms, self.healed_ms) {
             (Some(injected_ms), Some(healed_ms)) => {
                 Some(Marks { injected_ms, healed_ms, steady_ms: self.steady_ms, ended_ms: self.ended_ms })
             }
             _ => None,
         };
-        let (writer, caller) = (self.writer.all(), self.caller.all());
-        let figures = figures(&writer, &caller, &ledger, marks);
+        let (writer, caller, outside) = (self.writer.all(), self.caller.all(), self.outside.all());
+        let figures = figures(&Seen { writer: &writer, caller: &caller, outside: &outside, writes: &ledger }, marks);
         let objectives = judge(self.drill, marks, &figures);
         let outcome = match stop {
             Some(Stop::Aborted(why)) => format!("aborted: {why}"),
@@ -278,6 +355,7 @@ impl<'a> Run<'a> {
             None if objectives.iter().all(|o| o.met) => "passed".to_owned(),
             None => "missed".to_owned(),
         };
+        self.timeline.live.tell(&Line::Ends { outcome: outcome.clone() });
         Ok(Report {
             format: Report::format(),
             drill: self.drill.name.to_string(),
@@ -293,6 +371,7 @@ impl<'a> Run<'a> {
             objectives,
             figures,
             caller,
+            outside,
             writer,
             ledger,
         })

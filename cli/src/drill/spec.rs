@@ -2,6 +2,7 @@
 
 use super::file;
 use crate::duration::Millis;
+use ambit_model::policy::Peers;
 use ambit_model::{ClusterId, Code, ObjectName, Refusal};
 use serde::Deserialize;
 use std::collections::BTreeSet;
@@ -14,6 +15,8 @@ pub const FILE_BYTES_MAX: u64 = 64 * 1024;
 const PHASES_MAX: usize = 16;
 /// A drill that runs longer is an outage. Leases and deadlines stay below it.
 const LENGTH_MS_MAX: u64 = 30 * 60 * 1000;
+/// Cells that seal one report.
+const SEALS_MAX: usize = 8;
 /// Probes as fast as the machine still answers honestly.
 const EVERY_MS: std::ops::RangeInclusive<u64> = 1..=1000;
 
@@ -38,14 +41,16 @@ pub struct Drill {
     pub writer: Option<Writer>,
     /// Calls from a pod.
     pub caller: Option<Caller>,
+    /// Calls that the fault must not touch: what lies outside of the scope.
+    pub outside: Option<Caller>,
     /// In order; the first injects nothing, one injects, one heals.
     pub phases: Vec<Phase>,
     /// What ends it early.
     pub abort: Vec<Abort>,
     /// What is promised.
     pub objectives: Objectives,
-    /// The cell that seals the report; never one that is harmed as a whole.
-    pub seal_at: ClusterId,
+    /// The cells that seal the report, one or more; never one that is harmed as a whole.
+    pub seal_at: Vec<ClusterId>,
 }
 
 /// One condition before the start.
@@ -69,6 +74,8 @@ pub enum Probe {
     Writer,
     /// The caller.
     Caller,
+    /// The caller outside of the scope.
+    Outside,
 }
 
 impl fmt::Display for Probe {
@@ -76,6 +83,7 @@ impl fmt::Display for Probe {
         f.write_str(match self {
             Probe::Writer => "writer",
             Probe::Caller => "caller",
+            Probe::Outside => "outside",
         })
     }
 }
@@ -141,22 +149,109 @@ pub enum Action {
     Heal,
 }
 
+/// Whose processes a fault stops.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// The replica that leads the cell.
+    LeaderOf(ClusterId),
+    /// One process or machine of the lab, by its name (`west-r2`, `west-n1`, `west-n1-agent`).
+    Member(ClusterId, String),
+    /// Every replica and node of a site.
+    Site(ClusterId),
+}
+
+/// Which links a fault cuts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Link {
+    /// All of a machine of the lab.
+    Member(ClusterId, String),
+    /// Between a site and all others; within it nothing is cut.
+    Site(ClusterId),
+    /// Between two sites.
+    Sites(ClusterId, ClusterId),
+    /// What the first of two machines of a site sends to the second.
+    OneWay(ClusterId, String, String),
+}
+
 /// A fault.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// `kill -9` of the replica that leads the cell.
-    KillLeader(ClusterId),
-    /// `kill -9` of one replica or node of the lab, by its role (`west-r2`).
-    KillMember(ClusterId, String),
-    /// `kill -9` of every replica and node of a site.
-    KillSite(ClusterId),
+    /// `kill -9`.
+    Kill(Target),
+    /// SIGSTOP: it holds what it held and says nothing.
+    Pause(Target),
+    /// A link is down.
+    Cut(Link),
+    /// No space left on the small disk of a replica.
+    Fill(ClusterId, String),
+    /// The node of this machine is banned.
+    Ban(ClusterId, String),
+    /// A file that no policy knows runs on this machine: its measured state is not what was approved.
+    Alter(ClusterId, String),
+    /// A policy that denies, as somebody might apply by mistake.
+    Deny(Denial),
+}
+
+/// The policy of [`Fault::Deny`]: it ends by itself, with the lease, in every kernel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Denial {
+    /// The cell that it is applied to.
+    pub cell: ClusterId,
+    /// Whom it protects.
+    pub target: Peers,
+    /// From whom.
+    pub from: Peers,
 }
 
 impl Fault {
     /// Whom it harms.
-    pub fn cluster(&self) -> &ClusterId {
+    pub fn clusters(&self) -> Vec<&ClusterId> {
         match self {
-            Fault::KillLeader(c) | Fault::KillMember(c, _) | Fault::KillSite(c) => c,
+            Fault::Kill(Target::LeaderOf(c) | Target::Member(c, _) | Target::Site(c))
+            | Fault::Pause(Target::LeaderOf(c) | Target::Member(c, _) | Target::Site(c))
+            | Fault::Cut(Link::Member(c, _) | Link::Site(c) | Link::OneWay(c, ..))
+            | Fault::Fill(c, _)
+            | Fault::Ban(c, _)
+            | Fault::Alter(c, _)
+            | Fault::Deny(Denial { cell: c, .. }) => vec![c],
+            Fault::Cut(Link::Sites(a, b)) => vec![a, b],
+        }
+    }
+    /// The site that cannot answer meanwhile, where it is a whole one.
+    pub fn silences(&self) -> Option<&ClusterId> {
+        match self {
+            Fault::Kill(Target::Site(c)) | Fault::Pause(Target::Site(c)) => Some(c),
+            _ => None,
+        }
+    }
+    /// The cell that must be asked to inject it.
+    pub fn asks(&self) -> Option<&ClusterId> {
+        match self {
+            Fault::Kill(Target::LeaderOf(c))
+            | Fault::Pause(Target::LeaderOf(c))
+            | Fault::Deny(Denial { cell: c, .. }) => Some(c),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Target::LeaderOf(c) => write!(f, "the leader of {c}"),
+            Target::Member(_, role) => f.write_str(role),
+            Target::Site(c) => write!(f, "all of {c}, replicas and nodes"),
+        }
+    }
+}
+
+impl fmt::Display for Link {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Link::Member(_, role) => write!(f, "{role} from everybody"),
+            Link::Site(c) => write!(f, "{c} from all other sites"),
+            Link::Sites(a, b) => write!(f, "{a} from {b}"),
+            Link::OneWay(_, from, to) => write!(f, "{to} from what {from} sends"),
         }
     }
 }
@@ -164,9 +259,13 @@ impl Fault {
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Fault::KillLeader(c) => write!(f, "kill -9 of the leader of {c}"),
-            Fault::KillMember(_, role) => write!(f, "kill -9 of {role}"),
-            Fault::KillSite(c) => write!(f, "kill -9 of all of {c}, replicas and nodes"),
+            Fault::Kill(target) => write!(f, "kill -9 of {target}"),
+            Fault::Pause(target) => write!(f, "pause of {target}"),
+            Fault::Cut(link) => write!(f, "cut of {link}"),
+            Fault::Fill(_, role) => write!(f, "no space left on the disk of {role}"),
+            Fault::Ban(_, role) => write!(f, "ban of {role}"),
+            Fault::Alter(_, role) => write!(f, "a file altered on {role}"),
+            Fault::Deny(d) => write!(f, "a policy of {} that denies {} to {}", d.cell, d.target, d.from),
         }
     }
 }
@@ -195,6 +294,8 @@ pub struct Objectives {
     pub failed_calls: Option<u64>,
     /// From the healing to the first call answered as before the fault.
     pub failback: Option<Millis>,
+    /// Calls outside of the scope that failed from the fault to the end, at most.
+    pub outside_failed_calls: Option<u64>,
 }
 
 /// Recovery time objectives, by probe.
@@ -225,7 +326,7 @@ impl Drill {
 
     /// Every cell that the drill speaks to.
     pub fn cells(&self) -> BTreeSet<ClusterId> {
-        let mut cells = BTreeSet::from([self.seal_at.clone()]);
+        let mut cells: BTreeSet<ClusterId> = self.seal_at.iter().cloned().collect();
         cells.extend(self.writer.iter().map(|w| w.cell.clone()));
         for p in &self.preconditions {
             match p {
@@ -235,9 +336,7 @@ impl Drill {
                 | Precondition::AgentsInStep(c) => cells.insert(c.clone()),
             };
         }
-        if let Some((Fault::KillLeader(c), ..)) = self.fault() {
-            cells.insert(c.clone());
-        }
+        cells.extend(self.fault().and_then(|(fault, ..)| fault.asks()).cloned());
         cells
     }
 
@@ -262,6 +361,7 @@ fn checked(drill: Drill) -> Result<Drill, Refusal> {
     check_scope(&drill)?;
     check_probes(&drill)?;
     check_times(&drill)?;
+    check_seals(&drill)?;
     Ok(drill)
 }
 
@@ -289,14 +389,14 @@ fn check_phases(drill: &Drill) -> Result<(), Refusal> {
 fn check_scope(drill: &Drill) -> Result<(), Refusal> {
     let Some((fault, ..)) = drill.fault() else { return Ok(()) };
     let refused = |expected: String| Err(Refusal::new(Code::DrillGuard, expected, fault.to_string()));
-    if !drill.clusters.contains(fault.cluster()) {
+    if !fault.clusters().iter().all(|c| drill.clusters.contains(c)) {
         return refused(format!("a fault within scope.clusters {:?}", names(&drill.clusters)));
     }
-    if drill.protected.contains(fault.cluster()) {
+    if fault.clusters().iter().any(|c| drill.protected.contains(c)) {
         return refused(format!("no fault in scope.protected {:?}", names(&drill.protected)));
     }
-    if matches!(fault, Fault::KillSite(site) if *site == drill.seal_at) {
-        return refused("a report sealed at a cell that survives".to_owned());
+    if drill.seal_at.iter().any(|cell| fault.silences() == Some(cell)) {
+        return refused("a report sealed at cells that survive".to_owned());
     }
     Ok(())
 }
@@ -310,7 +410,8 @@ fn check_probes(drill: &Drill) -> Result<(), Refusal> {
     let o = &drill.objectives;
     let of_writer = o.rto.writer.is_some() || o.acked_writes_lost.is_some() || o.duplicated_writes.is_some();
     let of_caller = o.rto.caller.is_some() || o.failed_calls.is_some() || o.failback.is_some();
-    if !of_writer && !of_caller {
+    let of_outside = o.outside_failed_calls.is_some();
+    if !of_writer && !of_caller && !of_outside {
         return Err(bad("at least one objective", "none"));
     }
     let named = |probe| {
@@ -323,14 +424,21 @@ fn check_probes(drill: &Drill) -> Result<(), Refusal> {
     if (of_caller || named(Probe::Caller)) && !caller {
         return Err(bad("probes.caller, which the drill speaks of", "none"));
     }
+    if (of_outside || named(Probe::Outside)) && drill.outside.is_none() {
+        return Err(bad("probes.outside, which the drill speaks of", "none"));
+    }
     let unwatched = |probe| !drill.steady.iter().any(|s| s.probe == probe);
-    if (writer && unwatched(Probe::Writer)) || (caller && unwatched(Probe::Caller)) {
+    let outside = drill.outside.is_some();
+    if (writer && unwatched(Probe::Writer))
+        || (caller && unwatched(Probe::Caller))
+        || (outside && unwatched(Probe::Outside))
+    {
         return Err(bad("a steadyState for each probe", "a probe without one"));
     }
     if let Some(s) = drill.steady.iter().find(|s| s.ok_percent == 0 || s.ok_percent > 100) {
         return Err(bad("okPercent of 1-100", s.ok_percent.to_string()));
     }
-    if let Some(caller) = &drill.caller {
+    for caller in drill.caller.iter().chain(&drill.outside) {
         let plain = !caller.pod.is_empty() && caller.pod.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
         if !plain || caller.pod.starts_with('-') {
             return Err(bad("a pod's name of a-z A-Z 0-9 -", caller.pod.as_str()));
@@ -339,11 +447,20 @@ fn check_probes(drill: &Drill) -> Result<(), Refusal> {
     Ok(())
 }
 
+fn check_seals(drill: &Drill) -> Result<(), Refusal> {
+    let distinct: BTreeSet<&ClusterId> = drill.seal_at.iter().collect();
+    if drill.seal_at.is_empty() || drill.seal_at.len() > SEALS_MAX || distinct.len() != drill.seal_at.len() {
+        return Err(bad(format!("sealAt of 1-{SEALS_MAX} cells, each once"), format!("{:?}", names(&drill.seal_at))));
+    }
+    Ok(())
+}
+
 fn check_times(drill: &Drill) -> Result<(), Refusal> {
     if drill.length().0 > LENGTH_MS_MAX {
         return Err(bad(format!("at most {} in all", Millis(LENGTH_MS_MAX)), drill.length().to_string()));
     }
-    for every in drill.writer.iter().map(|w| w.every).chain(drill.caller.iter().map(|c| c.every)) {
+    for every in drill.writer.iter().map(|w| w.every).chain(drill.caller.iter().chain(&drill.outside).map(|c| c.every))
+    {
         if !EVERY_MS.contains(&every.0) {
             return Err(bad("a probe every 1ms to 1s", every.to_string()));
         }

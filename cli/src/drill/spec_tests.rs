@@ -7,7 +7,7 @@ const CLUSTER_LOSS: &str = include_str!("../../../deploy/drills/cluster-loss.yam
 fn the_shipped_drills_are_read() {
     let drill: Drill = LEADER_LOSS.parse().unwrap();
     let (fault, lease, at) = drill.fault().unwrap();
-    assert_eq!((fault, lease, at), (&Fault::KillLeader("west".parse().unwrap()), Millis(60_000), 1));
+    assert_eq!((fault, lease, at), (&Fault::Kill(Target::LeaderOf("west".parse().unwrap())), Millis(60_000), 1));
     assert_eq!(drill.length(), Millis(45_000));
     assert!(drill.phases[0].until_steady && !drill.phases[1].until_steady);
     let drill: Drill = CLUSTER_LOSS.parse().unwrap();
@@ -41,9 +41,17 @@ fn what_is_not_understood_or_not_safe_does_not_run() {
             Code::ConfigInvalid,
             "one of quorumSurvives",
         ),
-        ("kill: leader-of west", "kill: leader", Code::ConfigInvalid, "kill: leader-of CELL"),
-        ("kill: leader-of west", "kill: west-r1, kill-site: west", Code::ConfigInvalid, "inject:"),
-        ("kill: leader-of west", "kill-site: west", Code::DrillGuard, "a report sealed at a cell that survives"),
+        ("kill: leader-of west", "kill: leader", Code::ConfigInvalid, "leader-of CELL"),
+        ("kill: leader-of west", "kill: west-r1, kill-site: west", Code::ConfigInvalid, "a drill as"),
+        ("kill: leader-of west", "kill-site: west", Code::DrillGuard, "a report sealed at cells that survive"),
+        ("kill: leader-of west", "melt: west-r1", Code::ConfigInvalid, "a drill as"),
+        ("kill: leader-of west", "cut: 'west:east'", Code::DrillGuard, "a fault within scope.clusters"),
+        ("kill: leader-of west", "cut: 'west:west'", Code::ConfigInvalid, "two sites"),
+        ("kill: leader-of west", "cut: west-r1>east-r1", Code::ConfigInvalid, "two machines of one site"),
+        ("kill: leader-of west", "pause: east-r1", Code::DrillGuard, "a fault within scope.clusters"),
+        ("sealAt: west", "sealAt: []", Code::ConfigInvalid, "sealAt of 1-8 cells"),
+        ("sealAt: west", "sealAt: [west, west]", Code::ConfigInvalid, "sealAt of 1-8 cells"),
+        ("duplicatedWrites: 0", "outsideFailedCalls: 0", Code::ConfigInvalid, "probes.outside"),
         ("for: 5s", "for: 23h", Code::ConfigInvalid, "at most 30m in all"),
         ("until: steady", "until: done", Code::ConfigInvalid, "a drill as"),
         ("name: leader-loss", "name: Leader", Code::ConfigInvalid, "a drill as"),
@@ -61,5 +69,6 @@ fn what_is_not_understood_or_not_safe_does_not_run() {
 #[test]
 fn a_single_member_can_be_killed() {
     let drill: Drill = LEADER_LOSS.replacen("kill: leader-of west", "kill: west-n1", 1).parse().unwrap();
-    assert_eq!(drill.fault().unwrap().0, &Fault::KillMember("west".parse().unwrap(), "west-n1".into()));
+    let member = Target::Member("west".parse().unwrap(), "west-n1".into());
+    assert_eq!(drill.fault().unwrap().0, &Fault::Kill(member));
 }

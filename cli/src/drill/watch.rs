@@ -1,6 +1,7 @@
 //! What the probes see, as it comes in, shared between the probes and the drill that judges them.
 
 use super::figures::Sample;
+use super::live::{Line, Live};
 use super::report::Event;
 use crate::when::now_ms;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -59,21 +60,24 @@ impl Samples {
     }
 }
 
-/// The timeline, told on standard error as it happens.
+/// The timeline, told on standard error and to whoever watches, as it happens.
 pub struct Timeline {
     clock: Clock,
     events: Vec<Event>,
+    /// Where others read it.
+    pub live: Live,
 }
 
 impl Timeline {
     /// An empty one.
-    pub fn new(clock: Clock) -> Timeline {
-        Timeline { clock, events: Vec::new() }
+    pub fn new(clock: Clock, live: Live) -> Timeline {
+        Timeline { clock, events: Vec::new(), live }
     }
     /// Something happened, now.
     pub fn tell(&mut self, what: impl Into<String>) {
         let event = Event { t_ms: self.clock.ms(), what: what.into() };
         eprintln!("{:>7.1}s  {}", event.t_ms as f64 / 1000.0, event.what);
+        self.live.tell(&Line::Event(event.clone()));
         self.events.push(event);
     }
     /// All that happened.

@@ -22,6 +22,10 @@ const KEEPER_POLL: Duration = Duration::from_millis(50);
 /// How often a keeper tries to revert before it gives up.
 const REVERTS_MAX: u32 = 5;
 
+/// What [`Fault::Alter`] runs.
+const ALTERED_FILE: &str = "altered";
+const ALTERED: &[u8] = b"#!/bin/sh\necho nobody approved this\n";
+
 /// What is done to a target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -37,6 +41,10 @@ pub enum Fault {
     /// No space left on the small disk of a replica ([`Lab::make_small_disk`]); reverted by giving the space back and by
     /// starting what died of it.
     Fill,
+    /// The machine's node is banned by its cell; reverted by lifting the ban.
+    Ban,
+    /// A file that no policy knows runs on the machine; reverted by booting it from clean files and releasing its node.
+    Alter,
 }
 
 /// A fault that will be reverted.
@@ -48,6 +56,9 @@ pub struct Lease {
     pub target: String,
     /// When it ends, in milliseconds of the boot-time clock.
     pub ends_ms: u64,
+    /// The node's id, of a fault that its cell is asked for: a cell tells no address of a node that it banned.
+    #[serde(default)]
+    pub node: Option<String>,
 }
 
 /// The router as a target.
@@ -68,6 +79,8 @@ impl Lease {
             Fault::Pause => "pause",
             Fault::Cut => "cut",
             Fault::Fill => "fill",
+            Fault::Ban => "ban",
+            Fault::Alter => "alter",
         };
         format!("{fault}-{}", self.target.replace(':', "+").replace('>', "-to-"))
     }
@@ -86,7 +99,8 @@ impl Lab {
         }
         self.resolve(fault, target)?;
         let ends_ms = boot_ms() + u64::try_from(lease.as_millis()).unwrap_or(u64::MAX);
-        let lease = Lease { fault, target: target.into(), ends_ms };
+        let node = matches!(fault, Fault::Ban | Fault::Alter).then(|| self.node_id(target)).transpose()?;
+        let lease = Lease { fault, target: target.into(), ends_ms, node };
         // Held to the end, so that a short lease cannot be reverted before its fault is there.
         let _held = self.hold_faults()?;
         self.write_lease(&lease)?;
@@ -163,6 +177,11 @@ impl Lab {
                 disk::empty(&self.small_disk(target))?;
                 self.restart_all(&self.processes_of(target)?)?;
             }
+            (Fault::Ban, _) => self.judge_node("unban", &lease)?,
+            (Fault::Alter, target) => {
+                self.reboot(target)?;
+                self.judge_node("release", &lease)?;
+            }
         }
         let path = self.lease_path(id);
         std::fs::remove_file(&path).map_err(|source| LabError::Io { path, source })?;
@@ -209,7 +228,16 @@ impl Lab {
             }
             (Fault::Cut, target) => self.set_links(&self.links(target)?, false),
             (Fault::Fill, target) => disk::fill(&self.small_disk(target)),
+            (Fault::Ban, _) => self.judge_node("ban", lease),
+            (Fault::Alter, target) => self.measure(target, ALTERED_FILE, ALTERED).map(drop),
         }
+    }
+
+    /// What an operator would say of a machine's node.
+    fn judge_node(&self, verb: &str, lease: &Lease) -> Result<(), LabError> {
+        let site = self.node(&lease.target)?.site;
+        let missing = || Refusal::new(Code::Internal, "a lease with the node's id", lease.target.clone());
+        self.ambit(&site, &["node", verb, lease.node.as_ref().ok_or_else(missing)?]).map(drop)
     }
 
     /// A site without power answers nothing: not even the resets that a kernel sends for its dead processes.
@@ -226,7 +254,20 @@ impl Lab {
             (Fault::Kill | Fault::Pause, target) => self.processes_of(target).map(drop),
             (Fault::Fill, target) => Ok(disk::is_small(&self.small_disk(target))?),
             (Fault::Cut, target) => self.links(target).map(drop),
+            (Fault::Ban | Fault::Alter, target) => self.node(target).map(drop),
         }
+    }
+
+    /// The id under which the cell of its site knows a node.
+    pub fn node_id(&self, role: &str) -> Result<String, LabError> {
+        let node = self.node(role)?;
+        let nodes = self.ambit(&node.site, &["node", "list", "-o", "json"])?;
+        let nodes: serde_json::Value = serde_json::from_str(&nodes).unwrap_or_default();
+        let address = node.address().to_string();
+        let found =
+            nodes.as_array().and_then(|all| all.iter().find(|n| n["address"] == address.as_str())?["id"].as_str());
+        let missing = || Refusal::new(Code::NotFound, format!("{role} among the nodes"), nodes.to_string());
+        found.map(str::to_owned).ok_or_else(|| missing().into())
     }
 
     /// The process of this name, else all of this machine, else all of this site.

@@ -21,6 +21,7 @@ pub mod gate;
 pub mod guardian;
 pub mod ima;
 pub mod lab;
+pub mod library;
 pub mod load;
 pub mod lock;
 pub mod measurer;

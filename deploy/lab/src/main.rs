@@ -15,6 +15,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 mod status;
 
+/// Room for the log of a cell that drills write to, and soon full.
+const SMALL_DISK_MIB: u64 = 96;
+
 /// The one-machine lab: clusters of network namespaces with software TPMs at a real boot's state.
 #[derive(Parser)]
 #[command(name = "ambit-lab", version)]
@@ -39,6 +42,9 @@ enum Verb {
         /// Also form the cells, register the clusters and start the agents
         #[arg(long)]
         cells: bool,
+        /// A small disk for a replica (`west-r3`), which the drill disk-full fills; repeat for more
+        #[arg(long, value_name = "REPLICA")]
+        small_disk: Vec<String>,
         #[command(flatten)]
         lab: Name,
     },
@@ -126,6 +132,17 @@ enum Verb {
         /// Copy the logs of all its processes to this folder, before the lab is taken down
         #[arg(long)]
         logs: Option<PathBuf>,
+    },
+    /// Run the drills of deploy/drills, or these, in a lab of its own; every report is verified
+    Drills {
+        /// As their files are named
+        drills: Vec<String>,
+        /// Keep every report here, and a page of it
+        #[arg(long, value_name = "FOLDER")]
+        reports: Option<PathBuf>,
+        /// The lab's name
+        #[arg(long = "name", visible_alias = "lab", default_value = "drills")]
+        name: String,
     },
     /// Boot a node as a machine of its own, under QEMU, and show that an altered file costs it its standing
     Vm {
@@ -221,6 +238,12 @@ enum Action {
     Pause,
     /// Take a link down
     Cut,
+    /// Leave no space on the small disk of a replica (up --small-disk)
+    Fill,
+    /// Ban the node of a machine
+    Ban,
+    /// Run a file on a machine that no policy knows
+    Alter,
     /// End every fault on the target
     Restore,
     /// Start dead processes again
@@ -257,8 +280,8 @@ fn main() -> ExitCode {
 
 fn run(verb: Verb) -> Result<ExitCode, LabError> {
     match verb {
-        Verb::Up { clusters, nodes, replicas, cells, lab } => {
-            up(&Spec::standard(&lab.name, clusters, nodes, replicas)?, cells)?;
+        Verb::Up { clusters, nodes, replicas, cells, small_disk, lab } => {
+            up(&Spec::standard(&lab.name, clusters, nodes, replicas)?, cells, &small_disk)?;
         }
         Verb::Down { lab } => {
             let removed = down::down(&lab.name)?;
@@ -281,6 +304,7 @@ fn run(verb: Verb) -> Result<ExitCode, LabError> {
             let (json, logs) = (json.as_deref(), logs.as_deref());
             ambit_lab::demo::run(&ambit_lab::demo::Options { name: &lab.name, json, keep, logs })?;
         }
+        Verb::Drills { drills, reports, name } => ambit_lab::library::run(&name, &drills, reports.as_deref())?,
         Verb::Vm { name, debian } => ambit_lab::vm::run(&ambit_lab::vm::Options { name: &name, debian: &debian })?,
         Verb::Chaos { outage: Some(minutes), name, .. } => {
             ambit_lab::chaos::outage::run(&name, Duration::from_secs(minutes * 60))?;
@@ -322,10 +346,11 @@ fn any_seed() -> u64 {
     u64::from(now.subsec_nanos() ^ std::process::id())
 }
 
-fn up(spec: &Spec, cells: bool) -> Result<(), LabError> {
+fn up(spec: &Spec, cells: bool, small_disks: &[String]) -> Result<(), LabError> {
     let start = Instant::now();
     let tell = |line: &str| eprintln!("  {line}");
     let lab = Lab::up(spec, &tell)?;
+    small_disks.iter().try_for_each(|role| lab.make_small_disk(role, SMALL_DISK_MIB))?;
     if cells {
         lab.form_all(&tell)?;
     }
@@ -382,6 +407,9 @@ fn inject(lab: &Lab, action: Action, target: &str, lease: Duration) -> Result<()
         Action::Kill => Fault::Kill,
         Action::Pause => Fault::Pause,
         Action::Cut => Fault::Cut,
+        Action::Fill => Fault::Fill,
+        Action::Ban => Fault::Ban,
+        Action::Alter => Fault::Alter,
         Action::Restart => {
             lab.start_again(target)?;
             eprintln!("{target} runs");

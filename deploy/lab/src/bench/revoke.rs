@@ -50,7 +50,7 @@ pub fn revoke() -> Result<(), LabError> {
 
 fn trials(lab: &Lab, say: &Say) -> Result<Vec<f64>, LabError> {
     let Stage { demo, calls, .. } = Stage::set(lab, say)?;
-    let id = demo.node_id("west", "west-n1")?;
+    let id = demo.lab.node_id("west-n1")?;
     say.chapter(&format!("{TRIALS} bans"));
     (0..TRIALS).map(|n| trial(lab, say, &calls, &id, &demo.west, n)).collect()
 }

@@ -7,7 +7,6 @@ use super::{Demo, PORT};
 use crate::cell::{APP, ATTEST_EVERY_S};
 use crate::chaos::calls::{Calls, ebb, epoch_ms};
 use crate::lab::{Lab, LabError};
-use ambit_model::{Refusal, refusal::Code};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
@@ -23,7 +22,7 @@ const PROCESSES: [&str; 4] = ["agent", "measurer", "tpm-gate", "swtpm"];
 impl Demo<'_> {
     pub(super) fn alter_a_file(&mut self) -> Result<(), LabError> {
         self.say.chapter("A file altered on a running node");
-        let id = self.node_id("east", NODE)?;
+        let id = self.lab.node_id(NODE)?;
         self.lab.measure(NODE, FILE, APP)?;
         self.settle(&id)?;
         self.say
@@ -83,19 +82,6 @@ impl Demo<'_> {
         let before = verdicts()?;
         // Two, since one may have been under way when the file was dropped.
         wait(NOTICE_MAX, "two more verdicts", || Ok(verdicts()? >= before + 2)).map(drop)
-    }
-
-    pub(crate) fn node_id(&self, site: &str, node: &str) -> Result<String, LabError> {
-        let member = self.lab.spec().member(node);
-        let member = member.ok_or_else(|| Refusal::new(Code::NotFound, "a member", node.to_owned()))?;
-        let nodes = self.lab.ambit(site, &["node", "list", "-o", "json"])?;
-        let nodes: serde_json::Value = serde_json::from_str(&nodes).unwrap_or_default();
-        let address = member.address().to_string();
-        let found =
-            nodes.as_array().and_then(|all| all.iter().find(|n| n["address"] == address.as_str())?["id"].as_str());
-        found
-            .map(str::to_owned)
-            .ok_or_else(|| Refusal::new(Code::NotFound, format!("{node} among the nodes"), nodes.to_string()).into())
     }
 }
 

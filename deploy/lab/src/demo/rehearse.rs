@@ -3,35 +3,16 @@
 use super::Demo;
 use super::enforce::expect;
 use crate::lab::LabError;
-use crate::preflight::own_binary;
 use ambit_model::{Refusal, refusal::Code};
-use std::time::Duration;
-
-/// A drill ends by its own abort conditions before this.
-const DRILL_MAX: Duration = Duration::from_secs(180);
-
-const DRILLS: [(&str, &str); 2] = [
-    ("leader-loss", include_str!("../../../drills/leader-loss.yaml")),
-    ("cluster-loss", include_str!("../../../drills/cluster-loss.yaml")),
-];
 
 impl Demo<'_> {
     pub(super) fn drill(&mut self, name: &str) -> Result<(), LabError> {
         self.say.chapter(&format!("Drill: {name}"));
-        let text = DRILLS.iter().find(|(n, _)| *n == name).map(|(_, text)| *text).unwrap_or_default();
-        let folder = self.lab.folder("operator");
-        let (file, report) = (folder.join(format!("{name}.yaml")), folder.join(format!("{name}.report.json")));
-        crate::lab::write_file(&file, text.as_bytes())?;
-        let program = own_binary("ambit")?.display().to_string();
-        let (file, out) = (file.display().to_string(), report.display().to_string());
-        let argv = [program.as_str(), "drill", "run", &file, "--lab", self.lab.name(), "--report", &out];
-        let told = self.lab.must_run_in(&self.lab.operator(), &argv, DRILL_MAX)?;
-        self.say.quote(&told);
-        let sealed_by = if name == "leader-loss" { &self.west } else { &self.east };
-        let verify = [program.as_str(), "drill", "report", "verify", &out, "--fingerprint", &sealed_by.fingerprint];
-        let verdict = self.lab.must_run_in(&self.lab.operator(), &verify, DRILL_MAX)?;
-        self.say.good(&format!("report verified offline: {}", verdict.trim().lines().next().unwrap_or_default()));
-        self.keep(name, &report)
+        let ran = self.lab.drill(name, crate::library::drill(name)?)?;
+        self.say.quote(&ran.told);
+        expect(ran.passed, "every objective of the drill met", &ran.told)?;
+        self.say.good(&format!("report verified offline: {}", ran.verdict));
+        self.keep(name, &ran.report)
     }
 
     fn keep(&mut self, name: &str, report: &std::path::Path) -> Result<(), LabError> {
