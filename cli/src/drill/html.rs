@@ -149,17 +149,17 @@ fn objectives(out: &mut String, report: &Report) {
 fn charts(out: &mut String, report: &Report) {
     let ended = report.marks.map(|m| m.ended_ms);
     for (name, samples) in
-        [("writer", &report.writer), ("caller", &report.caller), ("outside of the scope", &report.outside)]
+        [("of the writer", &report.writer), ("of the caller", &report.caller), ("outside of the scope", &report.outside)]
     {
         let last = samples.iter().map(|s| s.t_ms).max();
         if let Some(last) = last {
-            put(out, format_args!("<h2>Samples of the {name}</h2>\n"));
+            put(out, format_args!("<h2>Samples {name}</h2>\n"));
             chart(out, samples, last.max(ended.unwrap_or_default()).max(1), report.marks);
         }
     }
 }
 
-/// Good samples upwards, failed ones downwards, as shares of the fullest column.
+/// A column for each piece of time: its samples by shares, those that failed above those that were good. Without a sample, nothing.
 fn chart(out: &mut String, samples: &[Sample], end_ms: u64, marks: Option<Marks>) {
     let mut bins = vec![(0u64, 0u64); BINS as usize];
     for s in samples {
@@ -168,33 +168,25 @@ fn chart(out: &mut String, samples: &[Sample], end_ms: u64, marks: Option<Marks>
             *(if s.ok { good } else { bad }) += 1;
         }
     }
-    let most = bins.iter().map(|(good, bad)| (*good).max(*bad)).max().unwrap_or_default().max(1);
-    let half = HEIGHT / 2;
-    put(out, format_args!("<svg viewBox=\"0 0 {WIDTH} {}\" role=\"img\">", HEIGHT + 16));
-    for (at, (good, bad)) in bins.iter().enumerate() {
-        let x = at as u64 * WIDTH / BINS;
-        let (up, down) = (good * half / most, bad * half / most);
-        for (class, y, height, count) in [("g", half - up, up, good), ("b", half, down, bad)] {
-            if *count > 0 {
-                // One failure among many is seen all the same.
-                put(
-                    out,
-                    format_args!(
-                        "<rect class=\"{class}\" x=\"{x}\" y=\"{y}\" width=\"{}\" height=\"{}\"/>",
-                        WIDTH / BINS,
-                        height.max(1)
-                    ),
-                );
+    put(out, format_args!("<svg viewBox=\"0 0 {WIDTH} {}\" role=\"img\">", HEIGHT + 28));
+    for (at, (good, bad)) in bins.iter().enumerate().filter(|(_, (good, bad))| good + bad > 0) {
+        let (x, width) = (at as u64 * WIDTH / BINS, WIDTH / BINS);
+        // One failure among many is seen all the same.
+        let failed = (bad * HEIGHT).div_ceil(good + bad);
+        for (class, y, height) in [("b", 0, failed), ("g", failed, HEIGHT - failed)] {
+            if height > 0 {
+                put(out, format_args!("<rect class=\"{class}\" x=\"{x}\" y=\"{y}\" width=\"{width}\" height=\"{height}\"/>"));
             }
         }
     }
-    let marks = marks
-        .iter()
-        .flat_map(|m| [("fault", Some(m.injected_ms)), ("healing", Some(m.healed_ms)), ("steady", m.steady_ms)]);
+    let marks = marks.iter().flat_map(|m| [("fault", Some(m.injected_ms)), ("healing", Some(m.healed_ms)), ("steady", m.steady_ms)]);
     for (name, at) in marks.filter_map(|(name, at)| Some((name, at?))) {
         let x = at.min(end_ms) * WIDTH / end_ms;
+        // The last words end where others begin.
+        let anchor = if name == "steady" { "end" } else { "start" };
+        let y = if name == "steady" { HEIGHT + 24 } else { HEIGHT + 11 };
         put(out, format_args!("<line class=\"m\" x1=\"{x}\" y1=\"0\" x2=\"{x}\" y2=\"{HEIGHT}\"/>"));
-        put(out, format_args!("<text class=\"t\" x=\"{x}\" y=\"{}\">{name} {}</text>", HEIGHT + 12, seconds(at)));
+        put(out, format_args!("<text class=\"t\" text-anchor=\"{anchor}\" x=\"{x}\" y=\"{y}\">{name} {}</text>", seconds(at)));
     }
     out.push_str("</svg>\n");
 }

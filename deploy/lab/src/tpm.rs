@@ -187,6 +187,7 @@ pub fn boot(namespace: &str, boot_log: &Path, ima_log: &Path) -> Result<Vec<Vec<
         for (pcr, digests) in &extends {
             tpm_wire::extend(&mut tpm, *pcr, digests)?;
         }
+        tpm_wire::limit_guesses(&mut tpm)?;
         Ok(tpm_wire::read_pcrs(&mut tpm, Bank::Sha256)?)
     })??;
     check(&extends, &pcrs)?;

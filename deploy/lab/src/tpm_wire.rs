@@ -1,4 +1,4 @@
-//! The three TPM commands the lab speaks itself, as bytes over a socket (TPM 2.0 Library, part 3: 22.2, 22.4, 30.2).
+//! The TPM commands that the lab speaks itself, as bytes over a socket (TPM 2.0 Library, part 3: 22.2, 22.4, 25.3, 28.4, 30.2).
 
 use crate::ima::Digests;
 use std::io::{Read, Write};
@@ -14,10 +14,16 @@ pub const PCRS: u32 = 24;
 
 const TAG_NO_SESSIONS: u16 = 0x8001;
 const TAG_SESSIONS: u16 = 0x8002;
+const CC_DICTIONARY_ATTACK_PARAMETERS: u32 = 0x13a;
 const CC_FLUSH_CONTEXT: u32 = 0x165;
 const CC_GET_CAPABILITY: u32 = 0x17a;
 const CC_PCR_READ: u32 = 0x17e;
 const CC_PCR_EXTEND: u32 = 0x182;
+/// TPM_RH_LOCKOUT.
+const LOCKOUT: u32 = 0x4000_000a;
+/// What Windows gives the TPM of a machine: 32 wrong authorisations, one forgotten in ten minutes; and a day after a wrong one of
+/// the lockout's owner.
+const GUESSES: [u32; 3] = [32, 600, 86_400];
 /// Authorisation by an empty password.
 const RS_PW: u32 = 0x4000_0009;
 /// TPM_CAP_HANDLES.
@@ -67,11 +73,7 @@ pub enum TpmError {
 
 /// Extends one PCR in the three banks at once.
 pub fn extend(tpm: &mut (impl Read + Write), pcr: u32, digests: &Digests) -> Result<(), TpmError> {
-    let mut body = Vec::with_capacity(160);
-    body.extend_from_slice(&pcr.to_be_bytes());
-    body.extend_from_slice(&9u32.to_be_bytes());
-    body.extend_from_slice(&RS_PW.to_be_bytes());
-    body.extend_from_slice(&[0; 5]); // empty nonce, no attributes, empty password
+    let mut body = authorised(pcr);
     body.extend_from_slice(&3u32.to_be_bytes());
     let values: [(Bank, &[u8]); 3] =
         [(Bank::Sha1, &digests.sha1), (Bank::Sha256, &digests.sha256), (Bank::Sha384, &digests.sha384)];
@@ -80,6 +82,24 @@ pub fn extend(tpm: &mut (impl Read + Write), pcr: u32, digests: &Digests) -> Res
         body.extend_from_slice(digest);
     }
     call(tpm, TAG_SESSIONS, CC_PCR_EXTEND, &body).map(drop)
+}
+
+/// Sets how many wrong authorisations lock the TPM. A power loss counts as one where a key was used since the start (part 1,
+/// 19.8), and swtpm, as it is made, bears three.
+pub fn limit_guesses(tpm: &mut (impl Read + Write)) -> Result<(), TpmError> {
+    let mut body = authorised(LOCKOUT);
+    GUESSES.iter().for_each(|value| body.extend_from_slice(&value.to_be_bytes()));
+    call(tpm, TAG_SESSIONS, CC_DICTIONARY_ATTACK_PARAMETERS, &body).map(drop)
+}
+
+/// A handle, and an empty password for it.
+fn authorised(handle: u32) -> Vec<u8> {
+    let mut body = Vec::with_capacity(160);
+    body.extend_from_slice(&handle.to_be_bytes());
+    body.extend_from_slice(&9u32.to_be_bytes());
+    body.extend_from_slice(&RS_PW.to_be_bytes());
+    body.extend_from_slice(&[0; 5]); // empty nonce, no attributes, empty password
+    body
 }
 
 /// The values of all 24 PCRs of a bank.
