@@ -81,6 +81,7 @@ const MATRIX: &[(&str, &str)] = &[
     ("ambit.v1.BundleRegistry/ListBundles", "FCOA"),
     ("ambit.v1.LocalAuthority/GetX509AuthorityState", "FOR"),
     ("ambit.v1.Membership/RenewAuthority", "R"),
+    ("ambit.v1.CoSigner/CoSign", "R"),
     ("ambit.v1.LocalAuthority/PrepareX509Authority", "F"),
     ("ambit.v1.LocalAuthority/ActivateX509Authority", "F"),
     ("ambit.v1.LocalAuthority/TaintX509Authority", "F"),

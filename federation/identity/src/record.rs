@@ -3,7 +3,8 @@
 
 use crate::authority::Root;
 use crate::keys::internal;
-use ambit_model::record::Head;
+use crate::majority::{CoSignature, majority, signers};
+use ambit_model::record::{Claim, Head};
 use ambit_model::{Code, Refusal, Stamp, TrustDomain};
 use ambit_state::Committed;
 use ambit_state::committed::SealedReport;
@@ -15,6 +16,8 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 const KEY_SET_CONTEXT: &[u8] = b"ambit/key-set/v1";
 const POSSESSION_CONTEXT: &[u8] = b"ambit/possession/v1";
 const REPORT_CONTEXT: &[u8] = b"ambit/report/v1";
+/// As with bundles: epoch << 40 | counter.
+const EPOCH_SHIFT: u32 = 40;
 /// A cell has at most a handful of replicas, past and present.
 const KEYS_MAX: usize = 64;
 
@@ -59,7 +62,11 @@ impl RecordKey {
     pub(crate) fn sign(&self, message: &[u8]) -> Vec<u8> {
         self.pair.sign(message).as_ref().to_vec()
     }
-    /// Signs a head: the end of this cell's own chain.
+    /// Signs a claim of this cell ([`ambit_model::record::Claim`]).
+    pub fn sign_claim(&self, claim: &Claim) -> Vec<u8> {
+        self.pair.sign(&claim.signed_bytes()).as_ref().to_vec()
+    }
+    /// Signs a head: what earlier releases believe of one replica alone.
     pub fn sign_head(&self, head: &Head) -> Vec<u8> {
         self.pair.sign(&head.signed_bytes()).as_ref().to_vec()
     }
@@ -114,6 +121,48 @@ struct KeySetStatement {
     keys: Vec<[u8; 32]>,
 }
 
+/// What follows the statement: how many of the keys, from the first, are voters'. Earlier releases wrote none and do not read
+/// so far. Of a statement without it all keys count: a cell of before may list former replicas', never fewer than its voters'.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Voters(u8);
+
+/// The record keys of a cell, as its key set lists them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listed {
+    /// Of the replicas that vote: more than half of them sign what peers believe.
+    pub voters: Vec<[u8; 32]>,
+    /// Of replicas that do not vote yet, or no more: they sign results and reports.
+    pub others: Vec<[u8; 32]>,
+}
+
+impl Listed {
+    /// Every key speaks for a voter.
+    pub fn of_voters(voters: Vec<[u8; 32]>) -> Self {
+        Self { voters, others: Vec::new() }
+    }
+    /// What a statement lists, whoever certified it: of the own state, where the root did.
+    pub fn read(statement: &[u8]) -> Option<Self> {
+        let (read, voters) = read_statement(statement)?;
+        let (voters, others) = read.keys.split_at_checked(voters)?;
+        Some(Self { voters: voters.to_vec(), others: others.to_vec() })
+    }
+}
+
+/// A statement and how many of its keys are voters'.
+fn read_statement(bytes: &[u8]) -> Option<(KeySetStatement, usize)> {
+    let (statement, rest) = postcard::take_from_bytes::<KeySetStatement>(bytes).ok()?;
+    if rest.is_empty() {
+        let all = statement.keys.len();
+        return Some((statement, all));
+    }
+    match postcard::take_from_bytes::<Voters>(rest) {
+        Ok((Voters(voters), [])) if (1..=statement.keys.len()).contains(&usize::from(voters)) => {
+            Some((statement, usize::from(voters)))
+        }
+        _ => None,
+    }
+}
+
 /// First byte of a signature by an authority under an external root; one by the root itself begins as DER does.
 const BELOW_ROOT: u8 = 1;
 
@@ -137,20 +186,38 @@ impl BelowRoot {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KeySet {
     statement: KeySetStatement,
+    /// So many of its keys, from the first, are voters'.
+    voters: usize,
     /// When the authority under an external root ends that certified it; a root's own key has no such end here.
     ends: Option<Stamp>,
 }
 
 impl KeySet {
-    /// Certifies `keys` as the root: (statement, signature).
+    /// Certifies `keys`, each a voter's, as the root: (statement, signature).
     pub fn certify(
         root: &Root,
         td: &TrustDomain,
         seq: u64,
         keys: Vec<[u8; 32]>,
     ) -> Result<(Vec<u8>, Vec<u8>), Refusal> {
+        Self::certify_listed(root, td, seq, Listed::of_voters(keys))
+    }
+    /// The same, of keys that are not all voters'. Errors: `internal` where none is, or there are too many.
+    pub fn certify_listed(
+        root: &Root,
+        td: &TrustDomain,
+        seq: u64,
+        listed: Listed,
+    ) -> Result<(Vec<u8>, Vec<u8>), Refusal> {
+        let voters = u8::try_from(listed.voters.len()).map_err(|e| internal("a number of voters", e))?;
+        let keys = [listed.voters, listed.others].concat();
+        if voters == 0 || keys.len() > KEYS_MAX {
+            let found = format!("{voters} voters of {} keys", keys.len());
+            return Err(Refusal::new(Code::Internal, format!("a voter, and at most {KEYS_MAX} keys"), found));
+        }
         let statement = KeySetStatement { trust_domain: td.clone(), seq, keys };
         let bytes = postcard::to_stdvec(&statement).map_err(|e| internal("a statement", e))?;
+        let bytes = postcard::to_extend(&Voters(voters), bytes).map_err(|e| internal("a statement", e))?;
         let signature = root.sign(&[KEY_SET_CONTEXT, bytes.as_slice()].concat())?;
         if root.above().is_empty() {
             return Ok((bytes, signature));
@@ -186,11 +253,11 @@ impl KeySet {
         #[cfg(ambit_mutant)]
         let signed = if ambit_state::mutant::is("key-set-uncertified") { Ok(()) } else { signed };
         signed.map_err(|_| bad("another signature"))?;
-        let statement: KeySetStatement = postcard::from_bytes(statement).map_err(|_| bad("an unreadable statement"))?;
+        let (statement, voters) = read_statement(statement).ok_or_else(|| bad("an unreadable statement"))?;
         if statement.trust_domain != *td || statement.keys.len() > KEYS_MAX {
             return Err(bad("a key set of another trust domain"));
         }
-        Ok(Self { statement, ends })
+        Ok(Self { statement, voters, ends })
     }
     /// The same, where what certified it is in time now: for what is heard of a living cell. What was certified once and kept
     /// says what it said.
@@ -206,6 +273,10 @@ impl KeySet {
             Some(_) | None => Ok(self),
         }
     }
+    /// The version after `known` in this incarnation of the cell: above all that a lost one may have come to, as with bundles.
+    pub fn seq_after(known: u64, epoch: u64) -> u64 {
+        known.saturating_add(1).max(epoch.saturating_sub(1) << EPOCH_SHIFT | 1)
+    }
     /// Its version; a lower one than known is a rollback.
     pub fn seq(&self) -> u64 {
         self.statement.seq
@@ -214,15 +285,37 @@ impl KeySet {
     pub fn keys(&self) -> &[[u8; 32]] {
         &self.statement.keys
     }
+    /// The keys of the replicas that vote; never none but of a set without keys.
+    pub fn voters(&self) -> &[[u8; 32]] {
+        self.statement.keys.get(..self.voters).unwrap_or_default()
+    }
+    /// Which they are.
+    pub fn listed(&self) -> Listed {
+        let (voters, others) = self.statement.keys.split_at_checked(self.voters).unwrap_or_default();
+        Listed { voters: voters.to_vec(), others: others.to_vec() }
+    }
     fn any(&self, message: &[u8], signature: &[u8]) -> bool {
         self.statement.keys.iter().any(|k| is_signed_by(k, message, signature))
     }
-    /// A head signed by one of the keys. (Signatures of a majority are issue F's.)
-    pub fn verify_head(&self, head: &Head, signature: &[u8]) -> Result<(), Refusal> {
-        if head.origin == self.statement.trust_domain && self.any(&head.signed_bytes(), signature) {
-            return Ok(());
+    /// What an origin says of its history, signed by more than half of its voters. Errors: `record_signature`.
+    pub fn verify_claim(
+        &self,
+        origin: &TrustDomain,
+        message: &[u8],
+        signatures: &[CoSignature],
+    ) -> Result<(), Refusal> {
+        let bad = |found: String| {
+            let expected = format!("signatures of {} of its {} voters", majority(self.voters), self.voters);
+            Refusal::new(Code::RecordSignature, expected, found)
+        };
+        if *origin != self.statement.trust_domain || signatures.len() > KEYS_MAX {
+            return Err(bad(format!("{} signatures in the name of {origin}", signatures.len())));
         }
-        Err(Refusal::new(Code::RecordSignature, "a head signed by a record key of its origin", "another signature"))
+        let good = signers(self.voters(), message, signatures);
+        let needed = majority(self.voters);
+        #[cfg(ambit_mutant)]
+        let needed = if ambit_state::mutant::is("head-minority") { 1 } else { needed };
+        if good >= needed { Ok(()) } else { Err(bad(format!("{good} of the {} that came", signatures.len()))) }
     }
     /// Possession proved over a transcript by one of the keys.
     pub fn verify_possession(&self, transcript: &[u8], signature: &[u8]) -> Result<(), Refusal> {

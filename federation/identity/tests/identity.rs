@@ -6,9 +6,9 @@ mod common;
 use ambit_identity::keys::{certificates_from_pem, certificates_to_pem, fingerprint};
 use ambit_identity::svid::{Presented, verify_pinned};
 use ambit_identity::wrap::{self, WrapKey};
-use ambit_identity::{Csr, IssuingKey, KeySet, RecordKey, Root, SvidKey, TrustStore, issue, verify_svid};
+use ambit_identity::{CoSignature, Csr, IssuingKey, KeySet, RecordKey, Root, SvidKey, TrustStore, issue, verify_svid};
 use ambit_model::bundle::{Bundle, Foreign, Own};
-use ambit_model::record::Head;
+use ambit_model::record::{Claim, Head};
 use ambit_model::{Code, Lifetime, RaftIndex, TrustDomain};
 use ambit_state::State;
 use ambit_state::command::LogEntry;
@@ -206,10 +206,18 @@ fn key_sets_heads_and_wrapped_keys_hold_or_are_refused() {
     assert!(KeySet::verify(&west.td, east.root.der(), &statement, &signature).is_err());
     assert!(KeySet::verify(&east.td, west.root.der(), &statement, &signature).is_err());
     let head = Head { origin: west.td.clone(), epoch: 1, seq: 2, hash: [3; 32], stamp: NOW, nonce: [4; 16] };
-    let signed = key.sign_head(&head);
-    assert!(set.verify_head(&head, &signed).is_ok());
-    assert!(set.verify_head(&Head { seq: 3, ..head.clone() }, &signed).is_err());
-    assert!(set.verify_head(&head, &RecordKey::generate().unwrap().sign_head(&head)).is_err());
+    let claim = Claim { head, is_the_end: true };
+    let signed = |key: &RecordKey| [CoSignature { key_index: 0, signature: key.sign_claim(&claim) }];
+    let holds = |claim: &Claim, key| set.verify_claim(&west.td, &claim.signed_bytes(), &signed(key)).is_ok();
+    assert!(holds(&claim, &key));
+    let later = Head { seq: 3, ..claim.head.clone() };
+    for other in [Claim { head: later, ..claim.clone() }, Claim { is_the_end: false, ..claim.clone() }] {
+        assert!(!holds(&other, &key), "{other:?}");
+    }
+    assert!(!holds(&claim, &RecordKey::generate().unwrap()));
+    assert!(set.verify_claim(&east.td, &claim.signed_bytes(), &signed(&key)).is_err());
+    let v1 = [CoSignature { key_index: 0, signature: key.sign_head(&claim.head) }];
+    assert!(set.verify_claim(&west.td, &claim.signed_bytes(), &v1).is_err(), "a head of before is no claim");
     assert!(set.verify_possession(b"t", &key.prove(b"t")).is_ok());
     assert!(set.verify_possession(b"u", &key.prove(b"t")).is_err());
 

@@ -94,7 +94,10 @@ pub struct Head {
 impl Head {
     /// The bytes that a record key signs, under the context `ambit/head/v1`.
     pub fn signed_bytes(&self) -> Vec<u8> {
-        let mut out = b"ambit/head/v1".to_vec();
+        self.signed_under(b"ambit/head/v1")
+    }
+    fn signed_under(&self, context: &[u8]) -> Vec<u8> {
+        let mut out = context.to_vec();
         out.extend((self.origin.as_str().len() as u64).to_be_bytes());
         out.extend(self.origin.as_str().as_bytes());
         out.extend(self.epoch.to_be_bytes());
@@ -102,6 +105,24 @@ impl Head {
         out.extend(self.hash);
         out.extend(self.stamp.0.to_be_bytes());
         out.extend(self.nonce);
+        out
+    }
+}
+
+/// What a majority of the origin's voters sign for one pull.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Claim {
+    /// Where the answer ends.
+    pub head: Head,
+    /// Whether there was no more when the pull arrived: without this nothing follows about how old the rest is (I12).
+    pub is_the_end: bool,
+}
+
+impl Claim {
+    /// The bytes that record keys sign, under the context `ambit/head/v2`.
+    pub fn signed_bytes(&self) -> Vec<u8> {
+        let mut out = self.head.signed_under(b"ambit/head/v2");
+        out.push(u8::from(self.is_the_end));
         out
     }
 }

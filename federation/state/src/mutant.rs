@@ -4,7 +4,7 @@
 use std::sync::OnceLock;
 
 /// Name, the oracles that must see it, and the wrong done. That another sees it, or raft's own panic, shows nothing.
-pub const ALL: [(&str, &str, &str); 25] = [
+pub const ALL: [(&str, &str, &str); 29] = [
     ("ack-before-sync", "I1 I2", "a follower acknowledges entries before they are on disk"),
     ("hard-state-unsynced", "I2", "term and vote are written without a sync"),
     ("read-without-quorum", "I3", "a read is answered from what is applied here, unconfirmed"),
@@ -30,6 +30,10 @@ pub const ALL: [(&str, &str, &str); 25] = [
     ("begun-anew-trusts", "I4", "a cell that began anew issues to nodes before a verdict of its own"),
     ("import-goes-back", "I9", "an import that overlaps another sets the position to its own end"),
     ("full-batch-heard", "I12", "what is known of a peer counts as new though there was more than fits one pull"),
+    ("head-minority", "I9", "one voter's signature is enough on a head"),
+    ("cosign-unchecked", "I9 I12", "a voter signs whatever another replica is about to tell"),
+    ("cosign-without-floor", "I12", "a voter signs an end that it knows to be none"),
+    ("key-set-goes-back", "I9", "record keys that were replaced are believed again"),
 ];
 
 static PLANTED: OnceLock<String> = OnceLock::new();

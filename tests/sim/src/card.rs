@@ -12,23 +12,33 @@ use std::rc::Rc;
 pub(crate) struct Card {
     pub(crate) name: TrustDomain,
     pub(crate) root_der: Vec<u8>,
-    pub(crate) key: Rc<RecordKey>,
+    /// Of its replicas.
+    pub(crate) keys: Vec<Rc<RecordKey>>,
+    /// All of them vote.
     pub(crate) key_set: KeySetRow,
+    /// Once it began anew with one replica, which has the first of the keys.
+    pub(crate) anew: KeySetRow,
 }
 
 /// The cells that know each other.
 pub(crate) const PEERED: [&str; 3] = ["west", "east", "core"];
 
-/// A card per line: whose and which, root (DER), record key (PKCS#8), key set, its signature.
+/// A card per line: whose and which, root (DER), three record keys (PKCS#8), key set and its signature, the same once it began
+/// anew.
 const CARDS: &str = include_str!("../cards.txt");
 
 /// Of each of [`PEERED`] the one that it has, and the one that a forger shows in its name.
 pub fn made() -> Result<String, Refusal> {
     let lines = PEERED.iter().flat_map(|name| ["own", "forged"].map(|which| (name, which))).map(|(name, which)| {
         let td: TrustDomain = name.parse()?;
-        let (root, key) = (Root::create(&td, Stamp(EPOCH_MS), [1; 16])?, RecordKey::generate()?);
-        let (statement, signature) = KeySet::certify(&root, &td, 1, vec![key.public()])?;
-        let parts = [root.der().as_ref(), key.pkcs8(), &statement, &signature].map(hex::encode);
+        let root = Root::create(&td, Stamp(EPOCH_MS), [1; 16])?;
+        let keys = [RecordKey::generate()?, RecordKey::generate()?, RecordKey::generate()?];
+        let all = keys.iter().map(RecordKey::public).collect();
+        let set = KeySet::certify(&root, &td, KeySet::seq_after(0, 1), all)?;
+        let anew = KeySet::certify(&root, &td, KeySet::seq_after(1, 2), vec![keys[0].public()])?;
+        let mut parts = vec![hex::encode(root.der())];
+        parts.extend(keys.iter().map(|key| hex::encode(key.pkcs8())));
+        parts.extend([set.0, set.1, anew.0, anew.1].map(hex::encode));
         Ok(format!("{name} {which} {}\n", parts.join(" ")))
     });
     lines.collect()
@@ -40,10 +50,16 @@ impl Card {
         let unreadable = || Refusal::new(Code::Internal, "a card (ambit-sim --make-cards)", format!("{name} {which}"));
         let line = CARDS.lines().find_map(|line| line.strip_prefix(&format!("{name} {which} ")));
         let parts = line.ok_or_else(unreadable)?.split(' ').map(hex::decode).collect::<Result<Vec<_>, _>>();
-        let [root_der, key, statement, signature] =
-            <[Vec<u8>; 4]>::try_from(parts.map_err(|_| unreadable())?).map_err(|_| unreadable())?;
-        let key = Rc::new(RecordKey::from_pkcs8(&key)?);
-        Ok(Card { name: name.parse()?, root_der, key, key_set: KeySetRow { statement, signature } })
+        let [root_der, first, second, third, statement, signature, anew, anew_signature] =
+            <[Vec<u8>; 8]>::try_from(parts.map_err(|_| unreadable())?).map_err(|_| unreadable())?;
+        let keys = [first, second, third].into_iter().map(|key| RecordKey::from_pkcs8(&key).map(Rc::new));
+        Ok(Card {
+            name: name.parse()?,
+            root_der,
+            keys: keys.collect::<Result<_, _>>()?,
+            key_set: KeySetRow { statement, signature },
+            anew: KeySetRow { statement: anew, signature: anew_signature },
+        })
     }
 
     /// As a peer keeps it.

@@ -159,7 +159,7 @@ impl Federation {
             return;
         }
         let (late, lies) = if self.calm { (0, 0) } else { (self.between.loss_per_mille, self.between.lies_per_mille) };
-        if let Body::Answer { answer: Ok(answer), lie, .. } = &mut letter.body {
+        if let Body::Answer { answer: Ok(answer), lie: lie @ None, .. } = &mut letter.body {
             self.liar.remember((from, to), answer);
             if self.dice.per_mille(lies)
                 && let Some((kind, told)) = self.liar.lie((from, to), answer)

@@ -6,6 +6,7 @@
 
 mod card;
 mod client;
+mod cosigning;
 mod dice;
 mod faults;
 mod federation;

@@ -4,8 +4,10 @@ use crate::card::Card;
 use crate::dice::Dice;
 use crate::oracle::{Lie, Violation};
 use crate::template::Template;
-use ambit_identity::RecordKey;
-use ambit_model::record::{Head, Kind, Record};
+use ambit_identity::record::Listed;
+use ambit_identity::{CoSignature, RecordKey};
+use ambit_model::record::{Claim, Head, Kind, Record};
+use ambit_state::objects::KeySetRow;
 use ambitd::replica::pull::Answer;
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -17,7 +19,9 @@ type Link = (usize, usize);
 pub(crate) struct Liar {
     dice: Dice,
     /// The cells' own record keys, for what only they can sign.
-    keys: Vec<Rc<RecordKey>>,
+    keys: Vec<Vec<Rc<RecordKey>>>,
+    /// The key sets that they had at first.
+    sets: Vec<KeySetRow>,
     /// Of the same names as the cells, certified by roots of the liar.
     forged: Vec<Rc<Card>>,
     /// The first answer on each link to who stood where it stands now, and the one before.
@@ -26,7 +30,7 @@ pub(crate) struct Liar {
     begun: BTreeMap<usize, u64>,
 }
 
-const KINDS: [Lie; 10] = [
+const KINDS: [Lie; 11] = [
     Lie::Forged,
     Lie::ForgedKeys,
     Lie::Altered,
@@ -37,13 +41,15 @@ const KINDS: [Lie; 10] = [
     Lie::RolledBack,
     Lie::Equivocated,
     Lie::Lost,
+    Lie::FormerKeys,
 ];
 
 impl Liar {
     pub(crate) fn new(templates: &[Template], dice: Dice) -> Result<Liar, Violation> {
-        let keys = templates.iter().filter_map(|t| t.record_key.clone()).collect();
+        let keys = templates.iter().map(|t| t.record_keys.clone()).collect();
+        let sets = templates.iter().map(|t| t.key_set.clone()).collect();
         let forged = templates.iter().filter_map(|t| t.forged.clone()).collect();
-        Ok(Liar { dice, keys, forged, heard: BTreeMap::new(), begun: BTreeMap::new() })
+        Ok(Liar { dice, keys, sets, forged, heard: BTreeMap::new(), begun: BTreeMap::new() })
     }
 
     /// Answers are kept, to be told again: best to an asker that still stands where it stood.
@@ -72,23 +78,24 @@ impl Liar {
         let mut told = truth.clone();
         let records = told.records.len() as u64;
         match kind {
+            // A lost incarnation's disks, all of them, speak for a cell that began anew.
+            Lie::FormerKeys => {
+                self.begun.get(&link.0).filter(|begun| after >= **begun)?;
+                let record = forged(&head);
+                told.records.push(encode(&record)?);
+                told.key_set = self.sets.get(link.0)?.clone();
+                sign(&mut told, &Head { seq: record.seq, hash: record.hash(), ..head }, self.keys.get(link.0)?)?;
+            }
+            Lie::Stolen | Lie::Hidden => return None,
             Lie::Forged | Lie::ForgedKeys => {
                 let forger = self.forged.get(link.0)?.clone();
-                let record = Record {
-                    origin: head.origin.clone(),
-                    epoch: head.epoch,
-                    seq: head.seq + 1,
-                    prev_hash: head.hash,
-                    kind: Kind::NodeDenial,
-                    key: hex::encode([0xfe; 32]),
-                    payload: vec![1],
-                };
+                let record = forged(&head);
                 told.records.push(encode(&record)?);
                 let longer = Head { seq: record.seq, hash: record.hash(), ..head };
-                sign(&mut told, &longer, &forger.key)?;
                 if kind == Lie::ForgedKeys {
                     told.key_set = forger.key_set.clone();
                 }
+                sign(&mut told, &longer, &forger.keys)?;
             }
             Lie::Altered => {
                 let one = told.records.get_mut(self.dice.below(records) as usize)?;
@@ -137,8 +144,30 @@ fn after(head: &Head, answer: &Answer) -> Option<u64> {
     head.seq.checked_sub(answer.records.len() as u64)
 }
 
-fn sign(answer: &mut Answer, head: &Head, key: &RecordKey) -> Option<()> {
-    (answer.signature, answer.head) = (key.sign_head(head), encode(head)?);
+/// A record that nobody decided, after the head.
+fn forged(head: &Head) -> Record {
+    Record {
+        origin: head.origin.clone(),
+        epoch: head.epoch,
+        seq: head.seq + 1,
+        prev_hash: head.hash,
+        kind: Kind::NodeDenial,
+        key: hex::encode([0xfe; 32]),
+        payload: vec![1],
+    }
+}
+
+/// Under every place of the key set that one of the keys has, or where none has one, that there is.
+fn sign(answer: &mut Answer, head: &Head, keys: &[Rc<RecordKey>]) -> Option<()> {
+    let claim = Claim { head: head.clone(), is_the_end: true };
+    let voters = Listed::read(&answer.key_set.statement)?.voters;
+    let holder = |voter: &[u8; 32]| keys.iter().find(|key| key.public() == *voter).or(keys.first());
+    let signed = |(at, voter)| {
+        let signature = holder(voter)?.sign_claim(&claim);
+        Some(CoSignature { key_index: u32::try_from(at).ok()?, signature })
+    };
+    answer.signatures = voters.iter().enumerate().map(signed).collect::<Option<_>>()?;
+    (answer.head, answer.claim) = (encode(head)?, encode(&claim)?);
     Some(())
 }
 

@@ -58,7 +58,7 @@ impl Load {
             cell.clone(),
             card.map_or_else(|| cell.as_str().as_bytes().to_vec(), |card| card.root_der.clone()),
         );
-        let member = member(card.map_or([1; 32], |card| card.key.public()));
+        let member = member(card.and_then(|card| card.keys.first()).map_or([1; 32], |key| key.public()));
         let key_set = card.map(|card| card.key_set.clone()).unwrap_or_default();
         let mut all = vec![
             Command::FoundCell(row, 1, member, key_set),

@@ -2,6 +2,7 @@
 //! peer link do. What is asked, answered and believed is decided by `ambitd::replica::pull`.
 
 use crate::client::{Asker, OpId};
+use crate::cosigning::{Judging, Serve, Serving};
 use crate::host::Condition;
 use crate::oracle::{Lie, Violation, judge_answer};
 use crate::plan::{MS, Micros};
@@ -10,12 +11,12 @@ use ambit_model::{Code, Refusal, TrustDomain};
 use ambit_state::objects::PeerState;
 use ambit_state::{Command, Reply};
 use ambitd::raft::engine::Request;
-use ambitd::replica::pull::{self, Answer, Ask, Heard, Page};
+use ambitd::replica::cosign::Floors;
+use ambitd::replica::pull::{self, Answer, Ask, Heard, Untaken};
 use std::collections::BTreeMap;
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
-use tokio::sync::oneshot::error::TryRecvError;
 
 /// How often a leader looks whom to pull from.
 const LOOK_EVERY: Micros = 100 * MS;
@@ -50,7 +51,9 @@ pub(crate) enum Body {
 #[derive(Default)]
 pub(crate) struct Peers {
     pulls: BTreeMap<TrustDomain, Pull>,
-    serving: Vec<Serving>,
+    pub(crate) serving: Vec<Serving>,
+    pub(crate) judging: Vec<Judging>,
+    pub(crate) floors: Floors,
     look_at: Micros,
     pub(crate) heard: Heard,
 }
@@ -69,30 +72,16 @@ enum Step {
     Stopping { op: OpId },
 }
 
-struct Serving {
-    to: TrustDomain,
-    back: Back,
-    after: u64,
-    nonce: [u8; 16],
-    limit: u32,
-    step: Serve,
-}
-
-enum Serve {
-    Barrier { answer: oneshot::Receiver<u64>, until: Micros },
-    News { until: Micros },
-}
-
-fn micros(of: Duration) -> Micros {
+pub(crate) fn micros(of: Duration) -> Micros {
     u64::try_from(of.as_micros()).unwrap_or(u64::MAX)
 }
 
-fn away(found: &str) -> Refusal {
+pub(crate) fn away(found: &str) -> Refusal {
     Refusal::new(Code::Unavailable, "an answer from the peer", found)
 }
 
 impl World {
-    fn post(&mut self, to: &TrustDomain, leaves: Micros, body: Body) {
+    pub(crate) fn post(&mut self, to: &TrustDomain, leaves: Micros, body: Body) {
         self.outbox.push((leaves, Letter { from: self.cell.clone(), to: to.clone(), body }));
     }
 
@@ -100,7 +89,9 @@ impl World {
     pub(crate) fn letter(&mut self, letter: Letter) -> Result<(), Violation> {
         match letter.body {
             Body::Ask { back, at, after, nonce, limit } => {
-                let serving = |step| Serving { to: letter.from.clone(), back, after, nonce, limit, step };
+                self.own_requests += 1;
+                let (to, number) = (letter.from.clone(), self.own_requests);
+                let serving = |step| Serving { to, back, after, nonce, limit, number, step };
                 let inside = |c: Condition| matches!(c, Condition::Up | Condition::Down);
                 let all: Vec<u64> = self.hosts.values().filter(|h| inside(h.condition)).map(|h| h.id).collect();
                 let asked = all.get(at % all.len().max(1)).and_then(|id| self.hosts.get_mut(id));
@@ -121,45 +112,9 @@ impl World {
 
     /// One turn of a replica's chores towards its peers.
     pub(crate) fn peering(&mut self, id: u64) -> Result<(), Violation> {
-        if self.record_key.is_some() {
+        if !self.record_keys.is_empty() {
             self.serve(id)?;
             self.pull(id);
-        }
-        Ok(())
-    }
-
-    fn serve(&mut self, id: u64) -> Result<(), Violation> {
-        let (now, Some(key)) = (self.now, self.record_key.clone()) else { return Ok(()) };
-        let Some(process) = self.hosts.get_mut(&id).and_then(|host| host.process.as_mut()) else { return Ok(()) };
-        if process.peers.serving.is_empty() {
-            return Ok(());
-        }
-        let shared = process.shared.clone();
-        let state = shared.state.read().unwrap_or_else(PoisonError::into_inner);
-        let mut ready = Vec::new();
-        process.peers.serving.retain_mut(|serving| {
-            if let Serve::Barrier { answer, until } = &mut serving.step {
-                match answer.try_recv() {
-                    Ok(_) => serving.step = Serve::News { until: now + micros(pull::WAIT) },
-                    Err(TryRecvError::Empty) if now < *until => {}
-                    Err(_) => {
-                        ready.push((serving.to.clone(), serving.back, Err(away("no quorum"))));
-                        return false;
-                    }
-                }
-            }
-            match serving.step {
-                Serve::News { until } if now >= until || pull::has_news(&state, serving.after) => {
-                    let page = Page::read(&state, serving.after, serving.nonce, serving.limit, &[]);
-                    ready.push((serving.to.clone(), serving.back, page.and_then(|page| page.sign(&key))));
-                    false
-                }
-                Serve::News { .. } | Serve::Barrier { .. } => true,
-            }
-        });
-        drop(state);
-        for (to, back, answer) in ready {
-            self.post(&to, now, Body::Answer { back, answer, lie: None });
         }
         Ok(())
     }
@@ -235,20 +190,29 @@ impl World {
         let Some(pull) = self.pull_of(back.host, td).filter(|pull| pull.number == back.pull) else { return Ok(()) };
         let Step::Asked { ask, sent, .. } = &pull.step else { return Ok(()) };
         let sent = *sent;
-        let verified = answer.and_then(|answer| ask.verify(&answer));
+        let verified = answer.map_err(Untaken::Answer).and_then(|answer| ask.verify(&answer));
         self.tally.pulls += 1;
         if let Some(lie) = lie {
             self.tally.lies += 1;
             self.say(|| format!("replica {} is told a lie of {td}: {lie:?}: {:?}", back.host, verified.as_ref().err()));
         }
-        judge_answer(td, lie, verified.as_ref().err().map(|r| (r, pull::stop(td, r).is_some())))?;
-        let batch = match verified {
+        judge_answer(td, lie, verified.as_ref().err().map(|r| (r.refusal(), pull::stop(td, r).is_some())))?;
+        let mut batch = match verified {
             Ok(batch) => batch,
-            Err(refusal) => {
-                self.pull_failed(back.host, td, &refusal);
+            Err(untaken) => {
+                self.pull_failed(back.host, td, &untaken);
                 return Ok(());
             }
         };
+        if let Some(learned) = batch.learned() {
+            // What came along comes again.
+            let op = self.own(back.host, learned);
+            if let Some(pull) = self.pull_of(back.host, td) {
+                pull.step = Step::Importing { op, sent, is_the_end: false };
+            }
+            self.wake(back.host, now);
+            return Ok(());
+        }
         let is_the_end = batch.is_the_end();
         match batch.into_import() {
             Some(import) => {
@@ -286,8 +250,8 @@ impl World {
                 self.tally.imports += 1;
                 self.pull_succeeded(id, &td, sent);
             }
-            (Step::Importing { .. }, Some(Err(refusal))) => self.pull_failed(id, &td, &refusal),
-            (Step::Importing { .. }, None) => self.pull_failed(id, &td, &away("silence")),
+            (Step::Importing { .. }, Some(Err(refusal))) => self.pull_failed(id, &td, &Untaken::Origin(refusal)),
+            (Step::Importing { .. }, None) => self.pull_failed(id, &td, &Untaken::Answer(away("silence"))),
             // It is looked at again whether the peer is active still.
             _ => drop(process.peers.pulls.remove(&td)),
         }
@@ -305,11 +269,11 @@ impl World {
         self.wake(id, now);
     }
 
-    fn pull_failed(&mut self, id: u64, td: &TrustDomain, refusal: &Refusal) {
+    fn pull_failed(&mut self, id: u64, td: &TrustDomain, untaken: &Untaken) {
         let rest = Step::Rest { until: self.now + micros(pull::RETRY) };
-        let step = match pull::stop(td, refusal) {
+        let step = match pull::stop(td, untaken) {
             Some(stop) => {
-                self.say(|| format!("replica {id} stops the import from {td}: {refusal}"));
+                self.say(|| format!("replica {id} stops the import from {td}: {}", untaken.refusal()));
                 Step::Stopping { op: self.own(id, stop) }
             }
             None => rest,

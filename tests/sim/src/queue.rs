@@ -1,6 +1,7 @@
 //! What happens when: one order for all events.
 
 use crate::client::OpId;
+use crate::cosigning::{Asked, Said};
 use crate::peering::Letter;
 use crate::plan::Micros;
 use ambit_model::Stamp;
@@ -21,6 +22,8 @@ pub(crate) enum Event {
     Fault(crate::faults::Kind),
     Mend,
     Letter(Box<Letter>),
+    CoSign { to: u64, asked: Box<Asked> },
+    CoSigned { to: u64, said: Box<Said> },
 }
 
 /// Ordered by time, then by when it was set: equal moments have one order.

@@ -30,10 +30,10 @@ impl World {
         let beginning = Beginning {
             cause: Cause::Recovered,
             replica: id,
-            member: member(self.record_key.as_ref().map_or([1; 32], |key| key.public())),
+            member: member(self.record_keys.first().map_or([1; 32], |key| key.public())),
             admit: None,
             past_epoch: 0,
-            keys: None,
+            keys: (!self.record_keys.is_empty()).then(|| self.anew.clone()),
         };
         state.begin_incarnation(Stamp(EPOCH_MS + self.now / MS), beginning).map_err(|r| wrong(r.to_string()))?;
         let membership = Membership { version: status.membership_version, ..Membership::of_founder(id) };
@@ -47,6 +47,7 @@ impl World {
             }
         }
         self.invited = None;
+        self.begun_anew = true;
         self.say(|| format!("the cell begins anew at {} with replica {id}", whole.state.applied()));
         self.history.begin_anew(whole.state, whole.term + 1)?;
         self.add_host(id, disk);

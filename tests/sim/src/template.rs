@@ -8,7 +8,7 @@ use crate::plan::{MS, Micros};
 use ambit_identity::RecordKey;
 use ambit_model::{Refusal, ReplicaId, Stamp, TrustDomain};
 use ambit_state::LogEntry;
-use ambit_state::objects::PeerRow;
+use ambit_state::objects::{KeySetRow, PeerRow};
 use ambitd::raft::engine::Request;
 use ambitd::raft::{found_on, prepare_join_on};
 use ambitd::store::Change;
@@ -36,7 +36,11 @@ pub(crate) struct Seat {
 pub(crate) struct Template {
     pub(crate) seat: Seat,
     /// With which its replicas sign what peers pull; none where the cell has no peers.
-    pub(crate) record_key: Option<Rc<RecordKey>>,
+    pub(crate) record_keys: Vec<Rc<RecordKey>>,
+    /// The key set that it begins anew with.
+    pub(crate) anew: KeySetRow,
+    /// The one that it has.
+    pub(crate) key_set: KeySetRow,
     /// What a forger shows in this cell's name.
     pub(crate) forged: Option<Rc<Card>>,
     pub(crate) disks: Vec<(u64, ModelDisk)>,
@@ -107,7 +111,9 @@ impl Template {
         }
         let forged = card.map(|card| Card::of(card.name.as_str(), "forged").map(Rc::new)).transpose();
         let forged = forged.map_err(|r| wrong(r.to_string()))?;
-        Ok(Template { seat, record_key: card.map(|card| card.key.clone()), forged, disks, entries })
+        let sets = card.map(|card| (card.keys.clone(), card.anew.clone(), card.key_set.clone()));
+        let (record_keys, anew, key_set) = sets.unwrap_or_default();
+        Ok(Template { seat, record_keys, anew, key_set, forged, disks, entries })
     }
 }
 

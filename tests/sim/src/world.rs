@@ -13,6 +13,7 @@ use crate::tally::Tally;
 use crate::template::Template;
 use ambit_identity::RecordKey;
 use ambit_model::TrustDomain;
+use ambit_state::objects::KeySetRow;
 use ambitd::raft::core::Input;
 use ambitd::raft::engine::Request;
 use ambitd::store::model::ModelDisk;
@@ -44,8 +45,11 @@ pub(crate) struct World {
     /// The machine whose clock may be wrong.
     pub(crate) wrong_clock: Option<u64>,
     pub(crate) cell: TrustDomain,
-    /// Signs what peers pull; none where the cell has no peers.
-    pub(crate) record_key: Option<Rc<RecordKey>>,
+    /// They sign what peers pull; none where the cell has no peers.
+    pub(crate) record_keys: Vec<Rc<RecordKey>>,
+    /// The key set that it begins anew with.
+    pub(crate) anew: KeySetRow,
+    pub(crate) begun_anew: bool,
     /// To other cells, and when they leave.
     pub(crate) outbox: Vec<(Micros, Letter)>,
     /// Requests that replicas made on their own account.
@@ -66,14 +70,16 @@ impl World {
             hosts: BTreeMap::new(),
             clients: (0..plan.clients).map(|_| Client::new()).collect(),
             load: Load::new(&template.seat, !plan.outage),
-            history: History::new(template.record_key.is_some()),
+            history: History::new(!template.record_keys.is_empty()),
             tally: Tally::default(),
             calm: false,
             quiet: false,
             invited: None,
             wrong_clock: None,
             cell: template.seat.name.clone(),
-            record_key: template.record_key.clone(),
+            record_keys: template.record_keys.clone(),
+            anew: template.anew.clone(),
+            begun_anew: false,
             outbox: Vec::new(),
             own_requests: 0,
             terms: 0,
@@ -180,6 +186,8 @@ impl World {
                 self.say(|| "the network is whole".into());
             }
             Event::Letter(letter) => self.letter(*letter)?,
+            Event::CoSign { to, asked } => self.asked_to_sign(to, *asked),
+            Event::CoSigned { to, said } => self.signed(to, *said),
         }
         Ok(())
     }

@@ -220,6 +220,7 @@ pub const METHODS: &[(&str, Who)] = &[
     ("/ambit.v1.Revocation/GetCrl", Who::ReaderOrReplica),
     ("/ambit.v1.Membership/RenewAuthority", Who::Replica),
     ("/ambit.v1.Membership/RequireAttestedReplicas", Who::Admin),
+    ("/ambit.v1.CoSigner/CoSign", Who::Replica),
     ("/grpc.health.v1.Health/Check", Who::Anyone),
     ("/grpc.health.v1.Health/Watch", Who::Anyone),
     ("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", Who::AnyAdmin),

@@ -207,6 +207,10 @@ impl Cell {
     pub(super) fn options(&self) -> &Options {
         &self.0.options
     }
+    /// The connection to another replica that Raft's messages take too.
+    pub async fn channel_to(&self, replica: ReplicaId) -> Result<tonic::transport::Channel, Refusal> {
+        self.connections().channel(replica).await
+    }
     /// What is sent from now on goes over new connections; streams and calls under way go on over theirs.
     pub fn reconnect(&self) {
         self.0.connections.forget_all();

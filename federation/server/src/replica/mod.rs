@@ -6,6 +6,7 @@ pub mod authority;
 pub mod backup;
 pub mod blobs;
 pub mod budget;
+pub mod cosign;
 pub mod cuts;
 pub mod evidence;
 pub mod federate;
@@ -14,6 +15,7 @@ pub mod findings;
 pub mod found;
 pub mod issuing;
 pub mod jwt;
+pub mod key_set;
 pub mod keyring;
 pub mod local;
 pub mod peering;
@@ -103,6 +105,8 @@ struct Inner {
     fetcher: federate::Fetcher,
     /// How old what is known of each peer is; known where pulling happens.
     heard: Mutex<pull::Heard>,
+    /// How far records went when each pull was heard of.
+    floors: Mutex<cosign::Floors>,
     /// By which of our roots and keys each peer said that it verifies, and when.
     peers_hold: Mutex<BTreeMap<TrustDomain, (Held, Instant)>>,
 }

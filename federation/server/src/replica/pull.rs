@@ -3,8 +3,10 @@
 //! The leader's chores and the peer link's service drive it over the network, and the simulator over its own. Never: a
 //! record that its origin's signed head does not lead to.
 
-use ambit_identity::{KeySet, RecordKey, fingerprint};
-use ambit_model::record::{Head, Record};
+use ambit_identity::majority::{majority, signers};
+use ambit_identity::record::Listed;
+use ambit_identity::{CoSignature, KeySet, RecordKey, fingerprint};
+use ambit_model::record::{Claim, Head, Record};
 use ambit_model::{Code, Refusal, Stamp, TrustDomain};
 use ambit_state::authorities::RootId;
 use ambit_state::objects::{KeySetRow, PeerRow};
@@ -41,26 +43,60 @@ pub struct Ask {
 pub struct Answer {
     /// Certified by the origin's root.
     pub key_set: KeySetRow,
-    /// [`Head`], postcard.
+    /// [`Head`], postcard: all that earlier releases read and say.
     pub head: Vec<u8>,
-    /// Over the head, by a record key.
-    pub signature: Vec<u8>,
+    /// Over the head, by the record key of the replica that answered.
+    pub signature: CoSignature,
+    /// [`Claim`], postcard; empty where an earlier release answered.
+    pub claim: Vec<u8>,
+    /// Over the claim, by voters of the origin.
+    pub signatures: Vec<CoSignature>,
     /// [`Record`]s, postcard, in sequence.
     pub records: Vec<Vec<u8>>,
 }
 
-/// Records that lead from what was imported to a head that their origin signed for this very pull. Only [`Ask::verify`]
-/// makes one.
+/// Records that lead from what was imported to a head that a majority of their origin's voters signed for this very pull.
+/// Only [`Ask::verify`] makes one.
 ///
 /// ```compile_fail,E0451
 /// use ambitd::replica::pull::Batch;
-/// fn forge(head: ambit_model::record::Head) -> Batch { Batch { head, records: Vec::new(), is_the_end: true } }
+/// fn forge(head: ambit_model::record::Head) -> Batch {
+///     Batch { head, records: Vec::new(), is_the_end: true, learned: None }
+/// }
 /// ```
 #[derive(Debug)]
 pub struct Batch {
     head: Head,
     records: Vec<Record>,
     is_the_end: bool,
+    learned: Option<Command>,
+}
+
+/// Why an answer is not taken.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Untaken {
+    /// It says nothing of the origin: whoever answered lies, lags or is away. Another replica of it is asked.
+    Answer(Refusal),
+    /// A majority of the origin's voters said it, and it does not go with what they said before.
+    Origin(Refusal),
+}
+
+impl Untaken {
+    /// What is wrong.
+    pub fn refusal(&self) -> &Refusal {
+        let (Self::Answer(refusal) | Self::Origin(refusal)) = self;
+        refusal
+    }
+    /// Whether somebody answered who is no replica of the origin as it should be: its operators are to look at it.
+    pub fn is_a_lie(&self) -> bool {
+        matches!(self.refusal().code, Code::RecordChainBroken | Code::RecordEquivocation | Code::RecordSignature)
+    }
+}
+
+impl From<Refusal> for Untaken {
+    fn from(refusal: Refusal) -> Self {
+        Self::Answer(refusal)
+    }
 }
 
 impl Batch {
@@ -68,6 +104,11 @@ impl Batch {
     /// rest is (I12).
     pub fn is_the_end(&self) -> bool {
         self.is_the_end
+    }
+    /// The origin's key set, where it is a later one than is known: committed first, so that none of before is believed any
+    /// more, by whichever replica pulls next. It changes when replicas come and go.
+    pub fn learned(&mut self) -> Option<Command> {
+        self.learned.take()
     }
     /// What the importer commits; none where there is nothing new.
     pub fn into_import(self) -> Option<Command> {
@@ -103,42 +144,69 @@ impl Ask {
         self.limit
     }
 
-    /// Signature before content: key set by the root, head by the key set, nonce by the head, records by their chain to it.
-    /// What [`stop`] says of the refusal tells a lie from a peer that lags.
-    pub fn verify(&self, answer: &Answer) -> Result<Batch, Refusal> {
-        let keys = self.keys(&answer.key_set)?;
-        let head: Head = postcard::from_bytes(&answer.head).map_err(|e| broken("a head", e.to_string()))?;
-        let signed = keys.verify_head(&head, &answer.signature);
-        #[cfg(ambit_mutant)]
-        let signed = if ambit_state::mutant::is("import-unsigned") { Ok(()) } else { signed };
-        signed?;
-        let is_ours = head.origin == self.origin && head.nonce == self.nonce;
+    /// Signature before content: key set by the root, claim by the key set, nonce by the claim, records by their chain to it.
+    pub fn verify(&self, answer: &Answer) -> Result<Batch, Untaken> {
+        let (keys, learned) = self.keys(&answer.key_set)?;
+        let claim = self.claim(&keys, answer)?;
+        let is_ours = claim.head.origin == self.origin && claim.head.nonce == self.nonce;
         #[cfg(ambit_mutant)]
         let is_ours = is_ours || ambit_state::mutant::is("pull-nonce-unchecked");
         if !is_ours {
-            return Err(Refusal::new(Code::RecordSignature, "the head of this pull", "another"));
+            return Err(Refusal::new(Code::RecordSignature, "the head of this pull", "another").into());
         }
-        self.place(&head)?;
-        let records = self.chain(&head, &answer.records)?;
-        let is_the_end = records.len() < self.limit as usize;
+        self.place(&claim.head)?;
+        let records = self.chain(&claim.head, &answer.records)?;
+        let is_the_end = claim.is_the_end;
         #[cfg(ambit_mutant)]
         let is_the_end = is_the_end || ambit_state::mutant::is("full-batch-heard");
-        Ok(Batch { head, records, is_the_end })
+        Ok(Batch { head: claim.head, records, is_the_end, learned })
     }
 
-    fn keys(&self, set: &KeySetRow) -> Result<KeySet, Refusal> {
+    /// What was signed, by enough. An earlier release signs a head by itself: enough where the key set lists one voter.
+    fn claim(&self, keys: &KeySet, answer: &Answer) -> Result<Claim, Refusal> {
+        let is_earlier = answer.claim.is_empty();
+        let claim = if is_earlier {
+            let head = postcard::from_bytes(&answer.head).map_err(|e| broken("a head", e.to_string()))?;
+            Claim { head, is_the_end: answer.records.len() < self.limit as usize }
+        } else {
+            match postcard::take_from_bytes(&answer.claim) {
+                Ok((claim, [])) => claim,
+                Ok(_) | Err(_) => return Err(broken("a claim", format!("{} bytes", answer.claim.len()))),
+            }
+        };
+        let signed = if is_earlier {
+            keys.verify_claim(&self.origin, &claim.head.signed_bytes(), std::slice::from_ref(&answer.signature))
+        } else {
+            keys.verify_claim(&self.origin, &claim.signed_bytes(), &answer.signatures)
+        };
+        #[cfg(ambit_mutant)]
+        let signed = if ambit_state::mutant::is("import-unsigned") { Ok(()) } else { signed };
+        signed.map(|()| claim)
+    }
+
+    /// The key set, and the command that remembers it where it is later than the one that is known.
+    fn keys(&self, set: &KeySetRow) -> Result<(KeySet, Option<Command>), Refusal> {
         let keys = self.certified(set)?.in_time(self.at)?;
         if *set == self.known.key_set {
-            return Ok(keys);
+            return Ok((keys, None));
         }
+        // As registering again does.
+        let learn = || {
+            let row = PeerRow { key_set: set.clone(), ..self.known.clone() };
+            Some(Command::PutPeer(self.origin.clone(), row, None))
+        };
         // What was certified by a root that is no more says nothing of how old a key set may be.
-        let Ok(known) = self.certified(&self.known.key_set) else { return Ok(keys) };
-        if keys.seq() < known.seq() {
-            // A replica that lags, not a lie: another is asked.
-            let expected = "a key set no older than at registration";
+        let Ok(known) = self.certified(&self.known.key_set) else { return Ok((keys, learn())) };
+        let is_old = keys.seq() < known.seq();
+        #[cfg(ambit_mutant)]
+        let is_old = is_old && !ambit_state::mutant::is("key-set-goes-back");
+        if is_old {
+            // A replica that lags, or the key of one that left: another is asked.
+            let expected = "a key set no older than the last one heard";
             return Err(Refusal::new(Code::Unavailable, expected, keys.seq().to_string()));
         }
-        Ok(keys)
+        let is_new = keys.seq() > known.seq();
+        Ok((keys, if is_new { learn() } else { None }))
     }
 
     fn certified(&self, set: &KeySetRow) -> Result<KeySet, Refusal> {
@@ -148,7 +216,7 @@ impl Ask {
     }
 
     /// Whether the head can be of the history that was imported so far.
-    fn place(&self, head: &Head) -> Result<(), Refusal> {
+    fn place(&self, head: &Head) -> Result<(), Untaken> {
         let peer = &self.known;
         let is_old = head.epoch < peer.epoch;
         #[cfg(ambit_mutant)]
@@ -156,41 +224,41 @@ impl Ask {
         if is_old {
             // The lost incarnation of a cell that began anew, or a replica of it that was left running: another is asked.
             let expected = format!("a head of epoch {} or later", peer.epoch);
-            return Err(Refusal::new(Code::Unavailable, expected, head.epoch.to_string()));
+            return Err(Refusal::new(Code::Unavailable, expected, head.epoch.to_string()).into());
         }
         if head.epoch > peer.epoch && head.seq < peer.seq && peer.epoch > 0 {
             let found = format!("epoch {} from sequence {}: it began anew from an older backup", head.epoch, head.seq);
-            return Err(broken(&format!("sequence {} as imported", peer.seq), found));
+            return Err(Untaken::Origin(broken(&format!("sequence {} as imported", peer.seq), found)));
         }
         if head.seq < peer.seq {
             let expected = format!("a head at {} or later", peer.seq);
-            return Err(Refusal::new(Code::Unavailable, expected, head.seq.to_string()));
+            return Err(Refusal::new(Code::Unavailable, expected, head.seq.to_string()).into());
         }
         let equivocates = head.seq == peer.seq && head.hash != peer.hash && peer.seq > 0;
         #[cfg(ambit_mutant)]
         let equivocates = equivocates && !ambit_state::mutant::is("equivocation-heard");
         if equivocates {
-            let found = format!("{} with another history", head.seq);
-            return Err(Refusal::new(Code::RecordEquivocation, format!("sequence {} as imported", peer.seq), found));
+            let (expected, found) = (format!("sequence {} as imported", peer.seq), "another history".to_owned());
+            return Err(Untaken::Origin(Refusal::new(Code::RecordEquivocation, expected, found)));
         }
         Ok(())
     }
 
-    fn chain(&self, head: &Head, records: &[Vec<u8>]) -> Result<Vec<Record>, Refusal> {
-        let mut out = Vec::with_capacity(records.len());
-        let (mut seq, mut hash) = (self.known.seq, self.known.hash);
+    /// Records that lead to the signed head are the origin's, whoever sent them: where they do not go on from what was
+    /// imported, the origin has another history than it had. Any others speak against the sender alone.
+    fn chain(&self, head: &Head, records: &[Vec<u8>]) -> Result<Vec<Record>, Untaken> {
+        let mut out: Vec<Record> = Vec::with_capacity(records.len());
         for bytes in records {
             let record: Record = postcard::from_bytes(bytes).map_err(|e| broken("a record", e.to_string()))?;
-            let follows = record.origin == self.origin
-                && record.seq == seq + 1
-                && record.prev_hash == hash
-                && record.seq <= head.seq;
+            let (seq, prev_hash) = out.last().map_or((self.known.seq, record.prev_hash), |r| (r.seq, r.hash()));
+            let follows = record.origin == self.origin && record.seq == seq + 1 && record.prev_hash == prev_hash;
             if !follows {
-                return Err(broken("the next record of the chain", format!("{}/{}", record.origin, record.seq)));
+                let found = format!("{}/{}", record.origin, record.seq);
+                return Err(broken("the next record of the chain", found).into());
             }
-            (seq, hash) = (record.seq, record.hash());
             out.push(record);
         }
+        let (seq, hash) = out.last().map_or((self.known.seq, self.known.hash), |r| (r.seq, r.hash()));
         let leads_to_head = (seq, hash) == (head.seq, head.hash) || (head.seq == 0 && seq == 0);
         #[cfg(ambit_mutant)]
         let leads_to_head = leads_to_head || ambit_state::mutant::is("import-unchained");
@@ -198,9 +266,17 @@ impl Ask {
         let leads_to_head =
             leads_to_head || (head.seq == self.known.seq && ambit_state::mutant::is("equivocation-heard"));
         if !leads_to_head {
-            return Err(broken("records that lead to the signed head", format!("sequence {seq}, head {}", head.seq)));
+            let found = format!("sequence {seq}, head {}", head.seq);
+            return Err(broken("records that lead to the signed head", found).into());
         }
-        Ok(out)
+        match out.first() {
+            Some(first) if first.prev_hash != self.known.hash => {
+                let expected = format!("records after sequence {} as imported", self.known.seq);
+                let found = "another history".to_owned();
+                Err(Untaken::Origin(Refusal::new(Code::RecordEquivocation, expected, found)))
+            }
+            Some(_) | None => Ok(out),
+        }
     }
 }
 
@@ -208,19 +284,22 @@ fn broken(expected: &str, found: String) -> Refusal {
     Refusal::new(Code::RecordChainBroken, expected, found)
 }
 
-/// What the importer commits where a refusal speaks against the peer: its records do not hold, and no more are taken. None
-/// where it is merely late or away.
-pub fn stop(origin: &TrustDomain, refusal: &Refusal) -> Option<Command> {
-    matches!(refusal.code, Code::RecordChainBroken | Code::RecordEquivocation | Code::RecordSignature)
-        .then(|| Command::StopPeer(origin.clone(), refusal.to_string()))
+/// What the importer commits where what a majority of the peer's voters said does not hold: no more is taken of it. None where
+/// the answer speaks against whoever gave it: one stolen replica must not end what its cell is believed.
+pub fn stop(origin: &TrustDomain, untaken: &Untaken) -> Option<Command> {
+    match untaken {
+        Untaken::Origin(refusal) if untaken.is_a_lie() => Some(Command::StopPeer(origin.clone(), refusal.to_string())),
+        Untaken::Origin(_) | Untaken::Answer(_) => None,
+    }
 }
 
-/// An answer before its head is signed.
-#[derive(Debug)]
+/// An answer before its claim is signed.
+#[derive(Clone, Debug)]
 pub struct Page {
-    head: Head,
+    claim: Claim,
     records: Vec<Vec<u8>>,
     key_set: KeySetRow,
+    listed: Listed,
 }
 
 impl Page {
@@ -234,12 +313,47 @@ impl Page {
         let records = batch.into_iter().map(encode).collect::<Result<_, _>>()?;
         let head =
             Head { origin: cell.trust_domain.clone(), epoch: cell.epoch, seq, hash, stamp: state.stamp(), nonce };
-        Ok(Page { head, records, key_set: state.key_set_for(held).cloned().unwrap_or_default() })
+        let key_set = state.key_set_for(held).cloned().unwrap_or_default();
+        let listed = Listed::read(&key_set.statement);
+        let listed = listed.ok_or_else(|| Refusal::new(Code::Unavailable, "a key set of this cell", "none"))?;
+        Ok(Page { claim: Claim { head, is_the_end: seq == cell.export_seq }, records, key_set, listed })
     }
-    /// Signed by the replica that answers.
-    pub fn sign(self, key: &RecordKey) -> Result<Answer, Refusal> {
-        let (signature, head) = (key.sign_head(&self.head), encode(&self.head)?);
-        Ok(Answer { key_set: self.key_set, head, signature, records: self.records })
+    /// What voters are asked to sign.
+    pub fn claim(&self) -> &Claim {
+        &self.claim
+    }
+    /// Whose signatures count.
+    pub fn voters(&self) -> &[[u8; 32]] {
+        &self.listed.voters
+    }
+    /// How many of these signatures count, of so many as are wanted.
+    pub fn count(&self, signatures: &[CoSignature]) -> (usize, usize) {
+        let voters = self.voters();
+        (signers(voters, &self.claim.signed_bytes(), signatures), majority(voters.len()))
+    }
+    /// The signature of a replica, under its place in the key set; none where its key is no voter's.
+    pub fn named(&self, key: &[u8; 32], signature: Vec<u8>) -> Option<CoSignature> {
+        let at = self.voters().iter().position(|voter| voter == key)?;
+        Some(CoSignature { key_index: u32::try_from(at).ok()?, signature })
+    }
+    /// What this replica says itself.
+    pub fn own(&self, key: &RecordKey) -> Option<CoSignature> {
+        self.named(&key.public(), key.sign_claim(&self.claim))
+    }
+    /// The answer, under the signatures of a majority. `key`: of the replica that answers, for whom earlier releases take it.
+    ///
+    /// # Errors
+    /// [`Code::Unavailable`] without a majority: a cell whose voters are away says nothing, and its peers see it age.
+    pub fn into_answer(self, key: &RecordKey, signatures: Vec<CoSignature>) -> Result<Answer, Refusal> {
+        let (signed, wanted) = self.count(&signatures);
+        if signed < wanted {
+            let expected = format!("signatures of {wanted} of {} voters on a head", self.voters().len());
+            return Err(Refusal::new(Code::Unavailable, expected, signed.to_string()));
+        }
+        let (head, claim) = (encode(&self.claim.head)?, encode(&self.claim)?);
+        // Earlier releases try all keys.
+        let signature = CoSignature { key_index: 0, signature: key.sign_head(&self.claim.head) };
+        Ok(Answer { key_set: self.key_set, head, signature, claim, signatures, records: self.records })
     }
 }
 
@@ -269,101 +383,5 @@ impl Heard {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use ambit_identity::Root;
-    use ambit_model::Stamp;
-    use ambit_model::record::Kind;
-    use ambit_state::objects::PeerState;
-
-    struct Origin {
-        td: TrustDomain,
-        key: RecordKey,
-        key_set: KeySetRow,
-        root: Root,
-    }
-
-    impl Origin {
-        fn new() -> Origin {
-            let td: TrustDomain = "west".parse().unwrap();
-            let root = Root::create(&td, Stamp(1_700_000_000_000), [1; 16]).unwrap();
-            let key = RecordKey::generate().unwrap();
-            let (statement, signature) = KeySet::certify(&root, &td, 1, vec![key.public()]).unwrap();
-            Origin { td, key, key_set: KeySetRow { statement, signature }, root }
-        }
-        fn known(&self, epoch: u64, seq: u64, hash: [u8; 32]) -> PeerRow {
-            PeerRow {
-                state: PeerState::Active,
-                fingerprint: [0; 32],
-                addresses: Vec::new(),
-                root_der: self.root.der().to_vec(),
-                bundle_sequence: 1,
-                key_set: self.key_set.clone(),
-                epoch,
-                seq,
-                hash,
-                trouble: String::new(),
-            }
-        }
-        fn ask(&self, known: PeerRow, limit: u32) -> Ask {
-            let roots = vec![known.root_der.clone()];
-            Ask { origin: self.td.clone(), known, roots, kids: Vec::new(), nonce: [7; 16], limit, at: Stamp(0) }
-        }
-        fn says(&self, epoch: u64, records: &[Record], seq: u64, hash: [u8; 32]) -> Answer {
-            let head = Head { origin: self.td.clone(), epoch, seq, hash, stamp: Stamp(1), nonce: [7; 16] };
-            Answer {
-                key_set: self.key_set.clone(),
-                signature: self.key.sign_head(&head),
-                head: encode(&head).unwrap(),
-                records: records.iter().map(|r| encode(r).unwrap()).collect(),
-            }
-        }
-        fn records(&self, count: u64) -> Vec<Record> {
-            let mut prev_hash = [0; 32];
-            let record = |seq| {
-                let (origin, key, payload) = (self.td.clone(), format!("p{seq}"), Vec::new());
-                let record = Record { origin, epoch: 1, seq, prev_hash, kind: Kind::Policy, key, payload };
-                prev_hash = record.hash();
-                record
-            };
-            (1..=count).map(record).collect()
-        }
-    }
-
-    /// A cell that began anew is epoch 2; this peer imported up to sequence 5 of what it said.
-    #[test]
-    fn a_peer_fences_the_lost_incarnation_and_stops_where_history_was_lost() {
-        let west = Origin::new();
-        for (epoch_known, epoch, seq, hash, code) in [
-            (2, 2, 5, 5, None),
-            // A replica of the lost incarnation: another is asked, nothing of it is taken.
-            (2, 1, 5, 5, Some(Code::Unavailable)),
-            (2, 1, 9, 9, Some(Code::Unavailable)),
-            // A replica that lags behind is no history lost.
-            (2, 2, 4, 4, Some(Code::Unavailable)),
-            // Began anew from before what was imported: the import stops and says so.
-            (1, 2, 4, 4, Some(Code::RecordChainBroken)),
-            (1, 2, 5, 6, Some(Code::RecordEquivocation)),
-        ] {
-            let ask = west.ask(west.known(epoch_known, 5, [5; 32]), LIMIT);
-            let outcome = ask.verify(&west.says(epoch, &[], seq, [hash; 32]));
-            let found = outcome.err();
-            assert_eq!(found.as_ref().map(|r| r.code), code, "epoch {epoch} at {seq}, known {epoch_known} at 5");
-            let lies = matches!(code, Some(Code::RecordChainBroken | Code::RecordEquivocation));
-            assert_eq!(found.is_some_and(|refusal| stop(&west.td, &refusal).is_some()), lies);
-        }
-    }
-
-    /// Under a load of more than a batch a second, what is still to come may be old: nothing is said of its age.
-    #[test]
-    fn only_a_batch_that_is_not_full_is_the_end() {
-        let west = Origin::new();
-        let records = west.records(3);
-        let last = records.last().unwrap().hash();
-        for (limit, is_the_end) in [(4, true), (3, false)] {
-            let batch = west.ask(west.known(0, 0, [0; 32]), limit).verify(&west.says(1, &records, 3, last)).unwrap();
-            assert_eq!(batch.is_the_end(), is_the_end, "3 of at most {limit}");
-            assert!(matches!(batch.into_import(), Some(Command::Import(head, all)) if head.seq == 3 && all == records));
-        }
-    }
-}
+#[path = "pull_tests.rs"]
+mod tests;

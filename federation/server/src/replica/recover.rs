@@ -10,8 +10,8 @@ use super::keyring::Keyring;
 use super::wall_clock;
 use crate::config::Config;
 use crate::raft::rebase::{self, Survey};
+use ambit_identity::fingerprint;
 use ambit_identity::tls::{Expect, SharedTrust, Trust};
-use ambit_identity::{KeySet, fingerprint};
 use ambit_model::{Code, Refusal, ReplicaId};
 use ambit_state::objects::{Cause, IncarnationRow, KeySetRow, Member};
 use ambit_state::{Beginning, State};
@@ -234,7 +234,7 @@ async fn go_on(
     let beginning = Beginning {
         cause: Cause::Recovered,
         replica: card.replica,
-        keys: key_set(config, files, card, &whole.state, &known).await?,
+        keys: key_set(config, files, card, &whole.state, &known, past_epoch).await?,
         member: Member { address: config.listen.to_string(), ..known },
         admit: None,
         past_epoch,
@@ -246,13 +246,14 @@ async fn go_on(
     Ok(Recovered { kept: Some(kept), ..finished(config, card)? })
 }
 
-/// Only the record key of this replica, where the root is here to certify that. Else the next join sees to it.
+/// Only the record key of this replica, where the root is here to certify that. Else who opens it first sees to it.
 async fn key_set(
     config: &Config,
     files: &Files,
     card: &Card,
     state: &State,
     me: &Member,
+    past_epoch: u64,
 ) -> Result<Option<KeySetRow>, Refusal> {
     let active = state.active_root().map(|(id, _)| id);
     let active = active.ok_or_else(|| Refusal::new(Code::Internal, "an active root", "none"))?;
@@ -261,10 +262,7 @@ async fn key_set(
         Err(refusal) if refusal.code == Code::IssuerUnavailable => return Ok(None),
         root => root?,
     };
-    let row = state.key_set().cloned().unwrap_or_default();
-    let known = KeySet::verify(&card.trust_domain, root.der(), &row.statement, &row.signature)?;
-    let (statement, signature) = KeySet::certify(&root, &card.trust_domain, known.seq() + 1, vec![me.record_key])?;
-    Ok(Some(KeySetRow { statement, signature }))
+    super::key_set::of_one(state, &root, me.record_key, past_epoch).map(Some)
 }
 
 fn latest(state: &State) -> Result<(u64, IncarnationRow), Refusal> {

@@ -13,9 +13,9 @@ use crate::config::Config;
 use crate::raft::rebase::found_on;
 use crate::store::Folder;
 use ambit_identity::keys::certificates_from_pem;
-use ambit_identity::{Csr, IssuingKey, KeySet, RecordKey, Root, RootShare, SvidKey, share};
+use ambit_identity::{Csr, IssuingKey, RecordKey, Root, RootShare, SvidKey, share};
 use ambit_model::{Code, Refusal, ReplicaId, TrustDomain};
-use ambit_state::objects::{Cause, KeySetRow, Member};
+use ambit_state::objects::{Cause, Member};
 use ambit_state::{Beginning, State};
 use rustls_pki_types::CertificateDer;
 use std::fmt;
@@ -121,7 +121,8 @@ async fn begin_anew(
         },
         admit: Some((issuer_csr.spki_sha256(), tls_csr.spki_sha256())),
         past_epoch: r.past_epoch,
-        keys: Some(next_key_set(&backup.whole.state, root, r.trust_domain, &record)?),
+        // Only the new key: what the lost replicas signed last is not to be followed by more.
+        keys: Some(super::key_set::of_one(&backup.whole.state, root, record.public(), r.past_epoch)?),
     };
     let admission = backup.whole.state.begin_incarnation(wall_clock(), beginning)?;
     let admission = admission.ok_or_else(|| Refusal::new(Code::Internal, "an admission", "none"))?;
@@ -181,14 +182,6 @@ fn check_clock(state: &State) -> Result<(), Refusal> {
     }
     let found = format!("a clock {} ms behind it", cell.0.saturating_sub(here.0));
     Err(Refusal::new(Code::ConfigInvalid, "a clock that is past the backup's last entry", found))
-}
-
-fn next_key_set(state: &State, root: &Root, td: &TrustDomain, record: &RecordKey) -> Result<KeySetRow, Refusal> {
-    let row = state.key_set().cloned().unwrap_or_default();
-    let known = KeySet::verify(td, root.der(), &row.statement, &row.signature)?;
-    // Only the new key: what the lost replicas signed last is not to be followed by more.
-    let (statement, signature) = KeySet::certify(root, td, known.seq() + 1, vec![record.public()])?;
-    Ok(KeySetRow { statement, signature })
 }
 
 impl fmt::Display for Restored {

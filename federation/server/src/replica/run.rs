@@ -144,6 +144,7 @@ async fn open(config: &Config, files: &Files, verdicts: Verdicts, reports: Repor
         refusals: crate::authorise::Refusals::default(),
         fetcher: super::federate::Fetcher::new(config.web_roots.clone()),
         heard: Mutex::new(super::pull::Heard::default()),
+        floors: Mutex::new(super::cosign::Floors::default()),
         peers_hold: Mutex::default(),
     };
     Ok(Replica { inner: Arc::new(inner) })

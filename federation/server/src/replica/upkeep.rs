@@ -1,8 +1,9 @@
 //! What a replica does unasked: trust follows the state, the leader ticks and pulls from peers, a joiner asks for its vote.
 
-use super::pull::{self, Answer, Ask};
+use super::pull::{self, Answer, Ask, Untaken};
 use super::{Replica, ticket, trust_of};
 use crate::raft::Role;
+use ambit_identity::CoSignature;
 use ambit_identity::tls::Expect;
 use ambit_model::{Code, Refusal, ReplicaId, TrustDomain};
 use ambit_proto::status::from_status;
@@ -56,6 +57,7 @@ pub fn spawn(replica: &Replica, verdicts: super::verdicts::Queue, reports: super
                 tokio::spawn(keep_blobs(r())),
                 tokio::spawn(super::authority::keep(r())),
                 tokio::spawn(keep_root(r())),
+                tokio::spawn(super::key_set::keep(r())),
                 tokio::spawn(tell_of_end(r())),
                 tokio::spawn(super::attest::run(r())),
             ])
@@ -240,9 +242,14 @@ async fn pull_one(replica: Replica, td: TrustDomain) {
             return;
         };
         let Some(address) = peer.addresses.get(at % peer.addresses.len().max(1)).cloned() else { return };
-        if let Err(refusal) = pull_while_well(&replica, &td, &address).await {
-            tracing::debug!(peer = %td, %address, %refusal, "pull failed");
-            if let Some(stop) = pull::stop(&td, &refusal) {
+        if let Err(untaken) = pull_while_well(&replica, &td, &address).await {
+            let refusal = untaken.refusal();
+            if untaken.is_a_lie() {
+                tracing::warn!(peer = %td, %address, %refusal, "an answer that its cell did not sign, or that does not hold");
+            } else {
+                tracing::debug!(peer = %td, %address, %refusal, "pull failed");
+            }
+            if let Some(stop) = pull::stop(&td, &untaken) {
                 tracing::error!(peer = %td, %refusal, "import stopped: the peer's records do not hold");
                 if let Err(refusal) = replica.propose_own(stop).await {
                     tracing::warn!(%refusal, "stopping the import");
@@ -255,7 +262,7 @@ async fn pull_one(replica: Replica, td: TrustDomain) {
     }
 }
 
-async fn pull_while_well(replica: &Replica, td: &TrustDomain, address: &str) -> Result<(), Refusal> {
+async fn pull_while_well(replica: &Replica, td: &TrustDomain, address: &str) -> Result<(), Untaken> {
     let at: SocketAddr = address.parse().map_err(|_| Refusal::new(Code::BadRequest, "ip:port", address))?;
     let channel = replica.dialer().channel(at, Expect::ReplicaOf(td.clone())).await?;
     let mut link = v1::peer_link_client::PeerLinkClient::new(channel);
@@ -275,10 +282,15 @@ async fn pull_while_well(replica: &Replica, td: &TrustDomain, address: &str) -> 
             .map_err(|_| Refusal::new(Code::Unavailable, "an answer from the peer", "silence"))?
             .map_err(|s| from_status(&s))?
             .into_inner();
-        let batch = ask.verify(&answer_of(answer))?;
+        let mut batch = ask.verify(&answer_of(answer))?;
+        if let Some(learned) = batch.learned() {
+            // What came along comes again, under the key set that is known by then.
+            replica.propose_own(learned).await?.outcome?;
+            continue;
+        }
         let is_the_end = batch.is_the_end();
         if let Some(import) = batch.into_import() {
-            replica.propose_own(import).await?.outcome?;
+            replica.propose_own(import).await?.outcome.map_err(Untaken::Origin)?;
         }
         if is_the_end {
             replica.heard(td, sent);
@@ -290,7 +302,15 @@ fn answer_of(answer: v1::PullResponse) -> Answer {
     // A key set that is missing verifies as little as one of nothing.
     let set = answer.key_set.unwrap_or_default();
     let key_set = KeySetRow { statement: set.statement, signature: set.signature };
-    Answer { key_set, head: answer.head, signature: answer.signature, records: answer.records }
+    let signed = |one: v1::CoSignature| CoSignature { key_index: one.key_index, signature: one.signature };
+    Answer {
+        key_set,
+        head: answer.head,
+        signature: CoSignature { key_index: answer.key_index, signature: answer.signature },
+        claim: answer.claim,
+        signatures: answer.cosignatures.into_iter().map(signed).collect(),
+        records: answer.records,
+    }
 }
 
 impl Replica {

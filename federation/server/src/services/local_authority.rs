@@ -340,10 +340,13 @@ impl Authorities {
     /// The record keys in force, certified by the next root, and the key set that they stand in.
     fn certify_keys(&self, root: &Root) -> Result<([u8; 32], KeySetRow), Refusal> {
         let td = self.0.trust_domain();
-        let (row, active) =
-            self.0.local(|s| (s.key_set().cloned().unwrap_or_default(), s.cell().map(|c| c.root_der.clone())));
-        let known = KeySet::verify(td, &active.unwrap_or_default(), &row.statement, &row.signature)?;
-        let (statement, signature) = KeySet::certify(root, td, known.seq() + 1, known.keys().to_vec())?;
+        let (row, (active, epoch)) = self.0.local(|s| {
+            let cell = s.cell().map(|c| (c.root_der.clone(), c.epoch)).unwrap_or_default();
+            (s.key_set().cloned().unwrap_or_default(), cell)
+        });
+        let known = KeySet::verify(td, &active, &row.statement, &row.signature)?;
+        let seq = KeySet::seq_after(known.seq(), epoch);
+        let (statement, signature) = KeySet::certify_listed(root, td, seq, known.listed())?;
         Ok((row.sha256(), KeySetRow { statement, signature }))
     }
 

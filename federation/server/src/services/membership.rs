@@ -5,7 +5,8 @@ use crate::authorise::{Role, actor};
 use crate::raft::Role as RaftRole;
 use crate::replica::Replica;
 use crate::replica::budget::Budget;
-use ambit_identity::{Csr, KeySet};
+use crate::replica::key_set;
+use ambit_identity::Csr;
 use ambit_model::{Code, Refusal, ReplicaId};
 use ambit_proto::v1;
 use ambit_state::objects::{Cause, IncarnationRow, KeySetRow, Member, TokenRow, TokenScope};
@@ -328,17 +329,9 @@ impl Membership {
         }
     }
 
-    /// The key set with one more key, and what it is made from.
+    /// The key set with one more key, which does not vote yet, and what it is made from.
     async fn next_key_set(&self, new: [u8; 32]) -> Result<([u8; 32], KeySetRow), Refusal> {
-        let (root, td) = (&self.replica.active_root().await?, self.replica.trust_domain());
-        let row = self.replica.local(|s| s.key_set().cloned()).unwrap_or_default();
-        let known = KeySet::verify(td, root.der(), &row.statement, &row.signature)?;
-        // Keys of the present members only: a removed replica's key goes with the next join.
-        let mut keys: Vec<[u8; 32]> = self.replica.local(|s| s.members().map(|(_, m)| m.record_key).collect());
-        if !keys.contains(&new) {
-            keys.push(new);
-        }
-        let (statement, signature) = KeySet::certify(root, td, known.seq() + 1, keys)?;
-        Ok((row.sha256(), KeySetRow { statement, signature }))
+        let listed = key_set::present(&self.replica, Some(new));
+        key_set::certify(&self.replica, &self.replica.active_root().await?, listed)
     }
 }

@@ -79,6 +79,7 @@ pub fn router(
         .add_service(v1::membership_server::MembershipServer::new(membership::Membership(r())))
         .add_service(v1::cluster_registry_server::ClusterRegistryServer::new(cluster::Clusters(r())))
         .add_service(v1::peer_link_server::PeerLinkServer::new(peer_link::PeerLink(r())))
+        .add_service(v1::co_signer_server::CoSignerServer::new(peer_link::CoSigner(r())))
         .add_service(
             v1::node_attestation_server::NodeAttestationServer::new(node::Nodes::new(r()))
                 .max_decoding_message_size(limit),

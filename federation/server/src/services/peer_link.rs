@@ -5,6 +5,7 @@ use crate::authorise::{Role, actor, role_of};
 use crate::replica::budget::Budget;
 use crate::replica::pull::{self, Answer, Page};
 use crate::replica::{Held, Replica, peering};
+use ambit_identity::CoSignature;
 use ambit_model::{Code, Refusal, TrustDomain};
 use ambit_proto::v1;
 use ambit_state::objects::{PeerRow, TokenScope};
@@ -80,14 +81,16 @@ impl v1::peer_link_server::PeerLink for PeerLink {
         // A replica that lags would show a head that goes back; it answers `unavailable` instead.
         self.replica.cell().read_barrier().await.or_status()?;
         self.wait_for_news(m.after_seq).await;
-        let page = self.replica.local(|s| {
-            // It may have waited while it was suspended, or its SVID denied.
-            match role_of(actor.svid.as_ref(), self.replica.trust_domain(), || s)? {
-                Role::Peer(_) => Page::read(s, m.after_seq, nonce, m.limit.clamp(1, PULL_MAX), &held),
-                role => Err(Refusal::new(Code::PeerNotActive, "an active peer", format!("{role:?}"))),
-            }
-        });
-        self.answer(page.or_status()?).or_status().map(Response::new)
+        let read = || {
+            self.replica.local(|s| {
+                // It may have waited while it was suspended, or its SVID denied.
+                match role_of(actor.svid.as_ref(), self.replica.trust_domain(), || s)? {
+                    Role::Peer(_) => Page::read(s, m.after_seq, nonce, m.limit.clamp(1, PULL_MAX), &held),
+                    role => Err(Refusal::new(Code::PeerNotActive, "an active peer", format!("{role:?}"))),
+                }
+            })
+        };
+        self.replica.cosigned(read).await.or_status().map(|answer| Response::new(to_wire(answer)))
     }
 }
 
@@ -110,10 +113,32 @@ impl PeerLink {
         // Nothing new is an answer too: the head says so, freshly stamped.
         let _ = tokio::time::timeout(pull::WAIT, news).await;
     }
+}
 
-    fn answer(&self, page: Page) -> Result<v1::PullResponse, Refusal> {
-        let Answer { key_set, head, signature, records } = page.sign(self.replica.record())?;
-        let key_set = Some(v1::KeySet { statement: key_set.statement, signature: key_set.signature });
-        Ok(v1::PullResponse { records, head, signature, key_index: 0, key_set })
+fn to_wire(answer: Answer) -> v1::PullResponse {
+    let signed = |one: CoSignature| v1::CoSignature { key_index: one.key_index, signature: one.signature };
+    v1::PullResponse {
+        records: answer.records,
+        head: answer.head,
+        key_index: answer.signature.key_index,
+        signature: answer.signature.signature,
+        key_set: Some(v1::KeySet { statement: answer.key_set.statement, signature: answer.key_set.signature }),
+        claim: answer.claim,
+        cosignatures: answer.signatures.into_iter().map(signed).collect(),
+    }
+}
+
+/// Asked by other replicas of this cell.
+pub(crate) struct CoSigner(pub(crate) Replica);
+
+#[tonic::async_trait]
+impl v1::co_signer_server::CoSigner for CoSigner {
+    async fn co_sign(&self, request: Request<v1::CoSignRequest>) -> Result<Response<v1::CoSignResponse>, Status> {
+        let claim = request.into_inner().claim;
+        let read = match postcard::take_from_bytes(&claim) {
+            Ok((claim, [])) => Ok(claim),
+            Ok(_) | Err(_) => Err(Refusal::new(Code::BadRequest, "a claim", format!("{} bytes", claim.len()))),
+        };
+        self.0.cosign(&read.or_status()?).await.or_status().map(Response::new)
     }
 }

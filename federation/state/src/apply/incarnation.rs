@@ -40,6 +40,12 @@ pub struct Beginning {
 }
 
 impl State {
+    /// The epoch that the next incarnation begins, where the cell is known to have come to `past` (0: nothing is known of
+    /// that).
+    pub fn epoch_past(&self, past: u64) -> u64 {
+        let own = self.cell().map_or(0, |cell| cell.epoch);
+        own.max((self.applied().0 >> INDEX_SHIFT) + 1).max(past).saturating_add(1)
+    }
     /// Begins an incarnation: new epoch, one replica, no tickets, no unspent tokens, and no SVID for any node before a
     /// verdict of its own. The proof for the root where the replica gets a new intermediate. Refuses before its first change.
     pub fn begin_incarnation(
@@ -56,7 +62,7 @@ impl State {
             return Err(Refusal::new(Code::IssuerUnavailable, expected, format!("one that ended at {} (ms)", ends.0)));
         }
         let (from_index, from_digest) = (self.applied(), self.digest());
-        let epoch = cell.epoch.max((from_index.0 >> INDEX_SHIFT) + 1).max(b.past_epoch) + 1;
+        let epoch = self.epoch_past(b.past_epoch);
         if epoch > EPOCH_MAX {
             return Err(Refusal::new(Code::BadRequest, format!("an epoch up to {EPOCH_MAX}"), epoch.to_string()));
         }

@@ -30,6 +30,12 @@ pub(crate) enum Lie {
     Equivocated,
     /// Signed by the origin's lost incarnation.
     Lost,
+    /// Records that nobody decided, told by a replica of the origin whose keys were stolen, under what others signed of it.
+    Stolen,
+    /// Such a replica says that there is nothing new, and there is.
+    Hidden,
+    /// Records that nobody decided, under a head signed by keys that the origin no longer has.
+    FormerKeys,
 }
 
 /// A lie must not be taken for good, and the truth not for a lie. The refusal, if any, and whether it stops the import.
@@ -41,8 +47,12 @@ pub(crate) fn judge_answer(
     match (lie, refused) {
         (Some(lie), None) => {
             // Who hears an earlier answer as one of now takes what is old for new; its records are the origin's all the same.
-            let of = if lie == Lie::Replayed { "I12" } else { "I9" };
+            let of = if matches!(lie, Lie::Replayed | Lie::Hidden) { "I12" } else { "I9" };
             Err(Violation::of(of, format!("an answer of {origin} was believed: {lie:?}")))
+        }
+        // Whoever else lies must not end what the origin is believed.
+        (Some(lie), Some((refusal, true))) if lie != Lie::Equivocated => {
+            Err(Violation::of("I9", format!("a lie in the name of {origin} stops the import: {lie:?}: {refusal}")))
         }
         (None, Some((refusal, true))) => {
             Err(Violation::of("I9", format!("a true answer of {origin} stops the import: {refusal}")))
