@@ -126,6 +126,14 @@ impl Ask {
         Ok(Batch { head, records, is_the_end })
     }
 
+    /// A key set that the peer says is its own.
+    ///
+    /// # Errors
+    /// As [`Ask::verify`].
+    pub fn key_set(&self, set: &KeySetRow) -> Result<KeySet, Refusal> {
+        self.keys(set)
+    }
+
     fn keys(&self, set: &KeySetRow) -> Result<KeySet, Refusal> {
         let keys = self.certified(set)?.in_time(self.at)?;
         if *set == self.known.key_set {
