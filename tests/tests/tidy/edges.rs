@@ -47,7 +47,18 @@ const EDGES: &[(&str, &[&str])] = &[
         ],
     ),
     // The same verifier judges folders offline that judges nodes in the server.
-    ("ambit", &["ambit-audit", "ambit-model", "ambit-policy", "ambit-identity", "ambit-proto", "ambit-transport", "ambit-verify"]),
+    (
+        "ambit",
+        &[
+            "ambit-audit",
+            "ambit-model",
+            "ambit-policy",
+            "ambit-identity",
+            "ambit-proto",
+            "ambit-transport",
+            "ambit-verify",
+        ],
+    ),
     // Chaos writes with the drill engine's writer and judges with its ledger.
     ("ambit-lab", &["ambit", "ambit-model", "ambit-policy", "ambit-identity", "ambit-proto", "ambit-transport"]),
     (
