@@ -3,6 +3,7 @@
 mod admin;
 mod approver;
 mod attest;
+mod audit;
 mod cluster;
 mod deny;
 mod entry;
@@ -16,6 +17,7 @@ mod watch;
 pub use admin::{Admin, Administrator};
 pub use approver::{Approvals, Approve, Approver};
 pub use attest::{Appraise, Attest, AttestPolicy, LearnPolicy};
+pub use audit::{Audit, Prove as AuditProve, Search as AuditSearch, Verify as AuditVerify};
 pub use cluster::{Cluster, EkRoot};
 pub use deny::{Deny, SvidRevoke};
 pub use entry::{Entry, EntryCreate, EntryList, EntryUpdate};
@@ -110,6 +112,9 @@ pub enum Verb {
     Approver(Approver),
     /// Signs a proposal as an approver, after it was read and confirmed; prints what to give to the verb that wrote it
     Approve(Approve),
+    /// The log of everything that the cell committed: searched, verified, proved and exported
+    #[command(subcommand)]
+    Audit(Audit),
     /// The one-machine lab (runs ambit-lab)
     #[command(disable_help_flag = true)]
     Lab {
@@ -458,6 +463,14 @@ mod tests {
             ("ambit admin revoke alice --all", true),
             ("ambit admin revoke alice operator --all", false),
             ("ambit admin revoke alice", false),
+            ("ambit audit search --act svid.issue --outcome refused --since 2h", true),
+            ("ambit audit search --outcome lost", false),
+            ("ambit audit verify --witness east=00 --checkpoint head", true),
+            ("ambit audit verify --root root.pem", false),
+            ("ambit audit verify --proof p.json --root root.pem --certificate c.pem", true),
+            ("ambit audit prove", false),
+            ("ambit audit prove c.pem --out p.json", true),
+            ("ambit audit prove --record 7", true),
             ("ambit", false),
         ] {
             let read = Args::try_parse_from(line.split(' '));

@@ -120,7 +120,7 @@ macro_rules! client {
             .max_decoding_message_size($crate::cell::ANSWER_BYTES_MAX)
     };
     (Audit, $c:expr) => {
-        ambit_proto::v1::audit_client::AuditClient::new($c)
+        ambit_proto::v1::audit_client::AuditClient::new($c).max_decoding_message_size($crate::cell::ANSWER_BYTES_MAX)
     };
     (Drill, $c:expr) => {
         ambit_proto::v1::drill_client::DrillClient::new($c)

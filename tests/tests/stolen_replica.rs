@@ -118,6 +118,12 @@ impl PeerLink for Thief {
     async fn prove(&self, _: Request<v1::ProveRequest>) -> Result<Response<v1::ProveResponse>, Status> {
         Err(Status::unimplemented("a thief"))
     }
+    async fn cosign_audit(
+        &self,
+        _: Request<v1::CosignAuditRequest>,
+    ) -> Result<Response<v1::CosignAuditResponse>, Status> {
+        Err(Status::unimplemented("a thief"))
+    }
     async fn pull(&self, request: Request<v1::PullRequest>) -> Result<Response<v1::PullResponse>, Status> {
         let request = request.into_inner();
         let answer = PeerLinkClient::new(self.honest.clone()).pull(request.clone()).await?.into_inner();

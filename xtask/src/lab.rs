@@ -63,11 +63,10 @@ pub(crate) fn bench(name: &str) -> Result<(), Stop> {
     Err(Stop::Failed(format!("{}: {error}", lab.display())))
 }
 
-/// What a decision costs in user space: the pure crate alone, in release.
-pub(crate) fn bench_policy() -> Result<(), Stop> {
-    let example = ["-p", "ambit-policy", "--example", "bench_policy"];
-    cargo::cargo(&[&["build", "--release", "--locked"], &example[..]].concat())?;
-    let bench = cargo::root()?.join("target/release/examples/bench_policy");
+/// What a part of one crate costs, in release: an example of it, `bench_NAME`.
+pub(crate) fn bench_of(package: &str, example: &str) -> Result<(), Stop> {
+    cargo::cargo(&["build", "--release", "--locked", "-p", package, "--example", example])?;
+    let bench = cargo::root()?.join("target/release/examples").join(example);
     let error = Command::new(&bench).exec();
     Err(Stop::Failed(format!("{}: {error}", bench.display())))
 }

@@ -43,6 +43,7 @@ usage: cargo xtask <verb>
   bench memory          resident memory of idle release processes; last line: N figures, M met
   bench streams         1,000 streams of the Workload API at one agent: its memory, and how soon a change is told to all
   bench policy          a decision in user space at 10 to 100,000 policies, compiled and by walking over them (release)
+  bench audit           what the audit log costs an issued leaf: CPU time and bytes, with it and without it in turn (release)
   bench revoke          from a ban to the other cluster's kernel, 50 times; last line: N figures, M met
   bench deny            from the denial of an identity to the end of its live connections and refusals on every node, 50 times
   bench dataplane       what carrying traffic costs, beside no carrier and two bare relays, in turn (3 minutes)
@@ -113,7 +114,8 @@ fn run(args: &[&str]) -> Result<(), Stop> {
         ["sim", "--mutants"] => sim::mutants(),
         ["sim", options @ ..] if !options.is_empty() => sim::run(options),
         ["bench", name @ ("memory" | "revoke" | "deny" | "streams" | "dataplane")] => lab::bench(name),
-        ["bench", "policy"] => lab::bench_policy(),
+        ["bench", "policy"] => lab::bench_of("ambit-policy", "bench_policy"),
+        ["bench", "audit"] => lab::bench_of("ambitd", "bench_audit"),
         ["bench", name @ ("attest" | "issuance" | "propagation" | "raft")] => lab::bench_cell(&[name]),
         ["bench", "propagation", nodes] if nodes.parse::<u32>().is_ok() => lab::bench_cell(&["propagation", nodes]),
         ["bench", "kernel"] => lab::bench_kernel(),

@@ -5,6 +5,7 @@ mod apply;
 mod approve;
 mod approver;
 mod attest;
+mod audit;
 mod check;
 mod cluster;
 mod deny;
@@ -94,6 +95,7 @@ async fn done(session: &Session, verb: Verb) -> Result<Answer, Refusal> {
         Verb::Admin(verb) => admin::run(session, verb).await,
         Verb::Approver(verb) => approver::run(session, verb).await,
         Verb::Approve(options) => approve::run(session, &options).await,
+        Verb::Audit(verb) => audit::run(session, verb).await,
         Verb::Lab { args } => lab::run(args).await,
         Verb::Drill(verb) => drill::run(session, verb).await,
     }

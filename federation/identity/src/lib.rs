@@ -5,6 +5,7 @@
 #![warn(missing_docs)]
 
 pub mod approver;
+pub mod audit;
 pub mod authority;
 pub mod bundle;
 pub mod csr;

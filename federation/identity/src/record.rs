@@ -281,6 +281,10 @@ impl KeySet {
     pub fn seq(&self) -> u64 {
         self.statement.seq
     }
+    /// Whose it is.
+    pub fn trust_domain(&self) -> &TrustDomain {
+        &self.statement.trust_domain
+    }
     /// The keys.
     pub fn keys(&self) -> &[[u8; 32]] {
         &self.statement.keys

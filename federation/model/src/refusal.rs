@@ -184,6 +184,9 @@ codes! {
     TakeOverRefused = "take_over_refused", Precondition, "the running agent goes on as before: mend what is named, or end it and start the new one";
     PolicyStale = "policy_stale", Unavailable, "see why the node does not hear its cell (/state of its agent); what a node does meanwhile is its 'fail_mode' and 'stale_after_s'";
     PeerActive = "peer_active", Precondition, "suspend the peer, see what fails without it, then remove it";
+    AuditMismatch = "audit_mismatch", Precondition, "the audit log was altered, or is another one: keep what you have, and compare it with another replica and with a witness";
+    AuditUnwitnessed = "audit_unwitnessed", Precondition, "the log shrank or was rewritten since this cell last cosigned it: ask its operators, and trust no proof of it meanwhile";
+    AuditNotBegun = "audit_not_begun", Precondition, "upgrade every replica of the cell, then begin its audit log (ambit audit begin)";
 }
 
 impl fmt::Display for Code {

@@ -86,6 +86,8 @@ pub struct Outside {
     /// Who makes tokens, as OIDC documents and tokens name it; without it neither are the documents served, nor is it in
     /// the tokens. The same at all replicas of a cell.
     pub oidc_issuer: Option<OidcIssuer>,
+    /// Whether the audit log's signed head and its hashes are served too: how much a cell does is seen by them.
+    pub audit: bool,
 }
 
 /// Profiles of a bundle endpoint (SPIFFE_Federation.md section 5.2).
@@ -112,6 +114,8 @@ struct Written {
     key: Option<PathBuf>,
     refresh_hint_s: Option<u64>,
     oidc_issuer: Option<String>,
+    #[serde(default)]
+    audit: bool,
 }
 
 impl TryFrom<Written> for Outside {
@@ -131,7 +135,7 @@ impl TryFrom<Written> for Outside {
             return Err(format!("refresh_hint_s of {REFRESH_HINT_S_MIN}-{REFRESH_HINT_S_MAX}, not {refresh_hint_s}"));
         }
         let oidc_issuer = w.oidc_issuer.map(|url| url.parse().map_err(|e| format!("oidc_issuer: {e}")));
-        Ok(Self { listen: w.listen, profile, refresh_hint_s, oidc_issuer: oidc_issuer.transpose()? })
+        Ok(Self { listen: w.listen, profile, refresh_hint_s, oidc_issuer: oidc_issuer.transpose()?, audit: w.audit })
     }
 }
 
@@ -230,7 +234,7 @@ impl Config {
             Refusal::new(
                 code,
                 "data_dir, listen, metrics_listen, tpm, boot_log, ima_log, web_roots, [raft] election_timeout_ms, heartbeat_ms, [authority] lifetime_s, lab and \
-                 [bundle_endpoint] listen, profile, certificate, key, refresh_hint_s, oidc_issuer",
+                 [bundle_endpoint] listen, profile, certificate, key, refresh_hint_s, oidc_issuer, audit",
                 e.to_string(),
             )
         })?;
@@ -294,6 +298,7 @@ mod tests {
             ("listen='127.0.0.1:3'\nprofile='https_spiffe'", true),
             ("listen='127.0.0.1:3'\nprofile='https_web'\ncertificate='c'\nkey='k'\nrefresh_hint_s=60", true),
             ("listen='127.0.0.1:3'\nprofile='https_spiffe'\noidc_issuer='https://id.example.org/west'", true),
+            ("listen='127.0.0.1:3'\nprofile='https_spiffe'\naudit=true", true),
             ("profile='https_spiffe'", false),
             ("listen='127.0.0.1:3'", false),
             ("listen='127.0.0.1:3'\nprofile='http'", false),

@@ -3,6 +3,7 @@
 //! HTTPS without client certificates, GET only, small answers with an ETag, few connections at once. Everything here is public
 //! and signed, or vouched for by TLS; nothing a stranger sends is acted on.
 
+mod audit;
 mod crl;
 mod listener;
 mod pages;

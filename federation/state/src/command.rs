@@ -1,5 +1,6 @@
 //! Commands: the only ways the state changes. Their encoding is versioned; a log entry is never reinterpreted.
 
+use crate::audit::{CosignedRow, WitnessAsk};
 use crate::committed::{
     DownstreamAuthority, Issuance, JwtIssuance, PreparedRoot, ReplicaAdmission, ReplicaAuthority, SealedReport,
 };
@@ -517,6 +518,19 @@ pub enum Command {
     NodeReports(Vec<NodeReport>),
     /// Nobody of this peer is believed until it is approved again; with who says so.
     SuspendPeer(TrustDomain, String),
+    /// The audit log of this incarnation begins: from here on every replica makes its records.
+    BeginAudit,
+    /// Somebody took records of the audit log out of the cell.
+    NoteExport {
+        /// Which records.
+        what: String,
+        /// Who asked.
+        by: String,
+    },
+    /// The head of a peer's audit log that this cell is to cosign.
+    Witness(Box<WitnessAsk>),
+    /// This peer cosigned a head of this cell's audit log.
+    TakeCosignature(TrustDomain, CosignedRow),
 }
 
 /// What one node says of itself on its stream.

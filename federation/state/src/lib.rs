@@ -6,6 +6,7 @@
 #![warn(missing_docs)]
 
 mod apply;
+pub mod audit;
 pub mod authorities;
 mod callers;
 pub mod command;

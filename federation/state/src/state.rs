@@ -1,6 +1,7 @@
 //! The state: typed tables, and how an entry is taken in.
 
 use crate::apply::{self, At};
+use crate::audit::{AuditEntry, AuditRow, CosignedRow, WitnessedRow};
 use crate::authorities::{AuthorityRow, DownstreamRow, PeerRoots, RootId, RootRow};
 use crate::command::{LogEntry, Reply};
 use crate::committed::{
@@ -117,6 +118,16 @@ pub struct State {
     pub(crate) egress: Table<OwnedName, EgressRow>,
     /// Addresses that the mesh has left, and until when they are not outside of it.
     pub(crate) former: Table<Ipv4Addr, Stamp>,
+    /// The audit log's size and right edge; one row.
+    pub(crate) audit: Table<u8, AuditRow>,
+    /// What this cell cosigned of peers' audit logs, by incarnation.
+    pub(crate) witnessed: Table<(TrustDomain, u64), WitnessedRow>,
+    /// What peers cosigned of this cell's audit log last.
+    pub(crate) cosigned: Table<TrustDomain, CosignedRow>,
+    /// Records made and not yet taken ([`State::take_audited`]): an effect, and no state.
+    pub(crate) audited: Vec<AuditEntry>,
+    /// What the command that is being applied brought about beside its answer.
+    pub(crate) noted: Vec<apply::Event>,
     /// `issued` by node, where it is bound to one, and end, in memory only: neither counting a node's leaves nor a tick
     /// must cost a walk over everybody's.
     pub(crate) leaves: BTreeMap<Option<NodeId>, BTreeSet<(Stamp, [u8; 16])>>,
@@ -197,7 +208,10 @@ macro_rules! each_table {
             $s.groups,
             $s.document_changes,
             $s.egress,
-            $s.former
+            $s.former,
+            $s.audit,
+            $s.witnessed,
+            $s.cosigned
         )
     };
 }
@@ -342,6 +356,11 @@ impl State {
             document_changes: Table::new(id()),
             egress: Table::new(id()),
             former: Table::new(id()),
+            audit: Table::new(id()),
+            witnessed: Table::new(id()),
+            cosigned: Table::new(id()),
+            audited: Vec::new(),
+            noted: Vec::new(),
             leaves: BTreeMap::new(),
             giving: BTreeMap::new(),
             asking: BTreeMap::new(),
@@ -388,17 +407,17 @@ impl State {
         command_sha256: [u8; 32],
     ) -> Result<Reply, Refusal> {
         if entry.request == [0u8; 16] {
-            return apply::apply(self, index, stamp, &entry.command);
+            return apply::apply(self, index, stamp, entry);
         }
         let key = (entry.client, entry.request);
         #[cfg(ambit_mutant)]
         if crate::mutant::is("no-dedupe") {
-            return apply::apply(self, index, stamp, &entry.command);
+            return apply::apply(self, index, stamp, entry);
         }
         #[cfg(ambit_mutant)]
         if crate::mutant::is("dedupe-of-leaves-only") && !matches!(entry.command, crate::command::Command::Issue { .. })
         {
-            return apply::apply(self, index, stamp, &entry.command);
+            return apply::apply(self, index, stamp, entry);
         }
         if let Some(row) = self.dedupe.get(&key) {
             if row.command_sha256 == command_sha256 {
@@ -407,7 +426,7 @@ impl State {
             }
             return Err(Refusal::new(Code::RequestIdReused, "the same command under the same request id", "another"));
         }
-        let outcome = apply::apply(self, index, stamp, &entry.command);
+        let outcome = apply::apply(self, index, stamp, entry);
         let row = DedupeRow { stamp, command_sha256, outcome: outcome.clone() };
         self.dedupe.put(&mut self.journal, key, &row);
         self.dedupe_by_age.push_back((stamp, key));

@@ -8,8 +8,9 @@ use std::collections::BTreeMap;
 const EDGES: &[(&str, &[&str])] = &[
     ("ambit-model", &[]),
     ("ambit-policy", &["ambit-model"]),
-    ("ambit-state", &["ambit-model", "ambit-policy"]),
-    ("ambit-identity", &["ambit-model", "ambit-state"]),
+    ("ambit-audit", &["ambit-model"]),
+    ("ambit-state", &["ambit-audit", "ambit-model", "ambit-policy"]),
+    ("ambit-identity", &["ambit-audit", "ambit-model", "ambit-state"]),
     ("ambit-verify", &["ambit-model"]),
     // Drives parsers and is part of no product.
     ("ambit-fuzz", &["ambit-identity", "ambit-model", "ambit-policy", "ambit-verify"]),
@@ -20,6 +21,7 @@ const EDGES: &[(&str, &[&str])] = &[
     (
         "ambitd",
         &[
+            "ambit-audit",
             "ambit-model",
             "ambit-policy",
             "ambit-state",
@@ -45,7 +47,18 @@ const EDGES: &[(&str, &[&str])] = &[
         ],
     ),
     // The same verifier judges folders offline that judges nodes in the server.
-    ("ambit", &["ambit-model", "ambit-policy", "ambit-identity", "ambit-proto", "ambit-transport", "ambit-verify"]),
+    (
+        "ambit",
+        &[
+            "ambit-audit",
+            "ambit-model",
+            "ambit-policy",
+            "ambit-identity",
+            "ambit-proto",
+            "ambit-transport",
+            "ambit-verify",
+        ],
+    ),
     // Chaos writes with the drill engine's writer and judges with its ledger.
     ("ambit-lab", &["ambit", "ambit-model", "ambit-policy", "ambit-identity", "ambit-proto", "ambit-transport"]),
     (
@@ -82,7 +95,7 @@ const ONLY: &[(&str, &[&str], &str)] = &[
 ];
 
 /// Crates that decide and never act.
-const PURE: &[&str] = &["ambit-model", "ambit-policy", "ambit-state", "ambit-identity", "ambit-verify"];
+const PURE: &[&str] = &["ambit-audit", "ambit-model", "ambit-policy", "ambit-state", "ambit-identity", "ambit-verify"];
 
 /// Crates that act: clocks, sockets, files, processes, ambient randomness, global state.
 const ACTS: &[&str] = &[

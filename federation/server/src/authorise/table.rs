@@ -40,6 +40,8 @@ pub enum Who {
     Auditor,
     /// Auditors and who reads.
     AuditReader,
+    /// Auditors and federation-admins, and replicas of the cell, which keep the same records.
+    AuditorOrReplica,
 }
 
 /// What an administrator's roles make of him for one method.
@@ -68,7 +70,7 @@ impl Who {
                 | Who::AuditReader,
                 Operator,
             ) => Admitted::Yes,
-            (Who::Auditor | Who::AuditReader, Auditor) => Admitted::Yes,
+            (Who::Auditor | Who::AuditReader | Who::AuditorOrReplica, Auditor) => Admitted::Yes,
             (
                 Who::ClusterReader | Who::ClusterReaderOrReplica | Who::ClusterAdmin | Who::ClusterAdminOrReplica,
                 ClusterAdmin(_),
@@ -90,6 +92,7 @@ impl Who {
                 Who::Anyone
                     | Who::Replica
                     | Who::AdminOrReplica
+                    | Who::AuditorOrReplica
                     | Who::AnyAdminOrReplica
                     | Who::ReaderOrReplica
                     | Who::ClusterReaderOrReplica
@@ -206,7 +209,12 @@ pub const METHODS: &[(&str, Who)] = &[
     ("/ambit.v1.Drill/ListReports", Who::AuditReader),
     ("/ambit.v1.Drill/RunDrill", Who::Admin),
     ("/ambit.v1.Audit/WatchAudit", Who::Auditor),
-    ("/ambit.v1.Audit/VerifyChain", Who::Auditor),
+    ("/ambit.v1.Audit/AuditHead", Who::AuditorOrReplica),
+    ("/ambit.v1.Audit/ReadAudit", Who::AuditorOrReplica),
+    ("/ambit.v1.Audit/ProveAudit", Who::Auditor),
+    ("/ambit.v1.Audit/BeginAudit", Who::Admin),
+    ("/ambit.v1.Audit/NoteAuditExport", Who::Auditor),
+    ("/ambit.v1.PeerLink/CosignAudit", Who::Peer),
     ("/ambit.v1.Audit/ListRefusals", Who::AuditReader),
     ("/ambit.v1.Administrators/ListAdmins", Who::AuditReader),
     ("/ambit.v1.Administrators/ChangeRoles", Who::Admin),

@@ -16,6 +16,8 @@ use std::sync::Arc;
 const JSON: &str = "application/json";
 /// Caches on the way keep a CRL no longer: revocations are not to wait for them, seconds.
 const CRL_AGE_S: u64 = 10;
+/// The head is another one with each record, seconds.
+const AUDIT_AGE_S: u64 = 1;
 
 #[derive(Clone)]
 struct Pages {
@@ -31,6 +33,7 @@ pub fn router(replica: Replica, config: Outside) -> Router {
         .route("/.well-known/openid-configuration", get(discovery).head(only_get))
         .route("/crl/{authority}", get(crl).head(only_get))
         .route("/keys", get(keys).head(only_get))
+        .route("/audit/{epoch}/{*path}", get(audit).head(only_get))
         .fallback(|_: Uri| async { (StatusCode::NOT_FOUND, "not found\n") })
         .with_state(Pages { replica, config: Arc::new(config), crls: Arc::default() })
 }
@@ -63,6 +66,24 @@ async fn crl(State(pages): State<Pages>, Path(authority): Path<String>, headers:
         Err(refusal) if refusal.code == Code::NotFound => not_served(),
         Err(refusal) => {
             tracing::warn!(%refusal, authority, "a CRL cannot be served");
+            (StatusCode::SERVICE_UNAVAILABLE, "unavailable\n").into_response()
+        }
+    }
+}
+
+async fn audit(
+    State(pages): State<Pages>,
+    Path((epoch, path)): Path<(String, String)>,
+    headers: HeaderMap,
+) -> Response {
+    if !pages.config.audit {
+        return not_served();
+    }
+    match super::audit::page(&pages.replica, &epoch, &path) {
+        Ok((body, kind)) => conditional(&headers, &body, AUDIT_AGE_S, kind),
+        Err(refusal) if matches!(refusal.code, Code::NotFound | Code::AuditNotBegun) => not_served(),
+        Err(refusal) => {
+            tracing::warn!(%refusal, path, "the audit log cannot be served");
             (StatusCode::SERVICE_UNAVAILABLE, "unavailable\n").into_response()
         }
     }

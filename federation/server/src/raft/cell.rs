@@ -9,6 +9,7 @@ use super::transport::{self, Outbox};
 use super::waiters::Ticket;
 use super::{Changes, Metrics, Options, StartError, Status, found};
 use crate::store::Folder;
+use crate::store::audit::AuditFiles;
 use ambit_model::{Code, RaftIndex, Refusal, ReplicaId, Stamp};
 use ambit_state::{Applied, Command, LogEntry, State};
 use std::sync::{Arc, Mutex, PoisonError, RwLockReadGuard};
@@ -155,6 +156,11 @@ impl Cell {
     /// The state as applied here. Writers wait meanwhile: copy what is needed and let go; never across an await.
     pub fn state(&self) -> RwLockReadGuard<'_, State> {
         self.0.shared.state.read().unwrap_or_else(PoisonError::into_inner)
+    }
+    /// Records of the audit log that this replica has.
+    pub fn audit(&self) -> Result<&AuditFiles, Refusal> {
+        let none = || Refusal::new(Code::Unavailable, "a replica that keeps the audit log", "one without files");
+        self.0.shared.audit.as_ref().ok_or_else(none)
     }
     /// What changed here lately.
     pub fn changes(&self) -> &Changes {

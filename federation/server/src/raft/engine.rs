@@ -13,6 +13,7 @@ use super::reads::Reads;
 use super::status::{Role, Status};
 use super::waiters::{RequestKey, Ticket, Waiters};
 use super::{Options, StartError};
+use crate::store::audit::AuditFiles;
 use crate::store::{Change, Disk, Log, StoreError};
 use ambit_model::{RaftIndex, ReplicaId, Stamp};
 use ambit_state::{LogEntry, State};
@@ -69,6 +70,8 @@ pub struct Shared {
     pub metrics: Metrics,
     /// How often the store was opened.
     pub incarnation: u64,
+    /// Records of the audit log; none on a disk without files.
+    pub audit: Option<AuditFiles>,
 }
 
 impl Shared {
@@ -145,7 +148,8 @@ impl<D: Disk> Engine<D> {
         };
         let core = RaftCore::new(&config, log).map_err(|e| StartError::Config(e.to_string()))?;
         let (state, changes) = (machine.state().clone(), machine.changes().clone());
-        let shared = Shared { state, changes, waiters: Waiters::default(), metrics: Metrics::default(), incarnation };
+        let (waiters, metrics, audit) = (Waiters::default(), Metrics::default(), machine.audit());
+        let shared = Shared { state, changes, waiters, metrics, incarnation, audit };
         let status = watch::Sender::new(status_of(&options, &core, &machine));
         let applied = watch::Sender::new(machine.applied());
         let reads = Reads::new(options.id.0, incarnation);
@@ -431,7 +435,7 @@ impl<D: Disk> Engine<D> {
         for outcome in outcomes {
             self.shared.waiters.complete(outcome);
         }
-        self.machine.store_writes();
+        self.machine.store_writes()?;
         Ok(())
     }
 

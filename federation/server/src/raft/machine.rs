@@ -3,10 +3,11 @@
 use super::StartError;
 use super::changes::Changes;
 use super::core::{Content, Ordered, RaftCore};
+use crate::store::audit::AuditFiles;
 use crate::store::log::Base;
 use crate::store::snapshot::{self, Header};
 use crate::store::tables;
-use crate::store::{Disk, Log, Membership, Rows, Snapshots, StoreError, Writing};
+use crate::store::{Bodies, Disk, Log, Membership, Rows, Snapshots, StoreError, Writing};
 use ambit_model::{RaftIndex, Refusal};
 use ambit_state::{Applied, LogEntry, State};
 use raft::eraftpb;
@@ -39,6 +40,7 @@ pub(super) struct Machine<D: Disk> {
     state: Arc<RwLock<State>>,
     tables: D::Rows,
     snapshots: D::Snapshots,
+    bodies: D::Bodies,
     membership: Membership,
     applied: u64,
     snapshot_index: u64,
@@ -109,7 +111,11 @@ impl<D: Disk> Machine<D> {
             None => None,
         };
         let snapshot_index = snapshot.as_ref().ok().and_then(Option::as_ref).map_or(0, |s| s.header.index);
-        let start = choose(&log, stored, snapshot)?;
+        let bodies = disk.open_bodies();
+        let start = choose(&log, stored, snapshot, &|state| lacks(&bodies, state))?;
+        if lacks(&bodies, &start.state) {
+            tracing::warn!("records of the audit log are missing here: they are taken from another replica");
+        }
         if start.index > log.last().index {
             let found = format!("the state is at {}, the log ends at {}", start.index, log.last().index);
             return Err(StoreError::damaged("the log", found).into());
@@ -128,6 +134,7 @@ impl<D: Disk> Machine<D> {
             state: Arc::new(RwLock::new(start.state)),
             tables,
             snapshots,
+            bodies,
             membership: start.membership,
             applied: start.index,
             snapshot_index,
@@ -143,6 +150,9 @@ impl<D: Disk> Machine<D> {
     }
     pub(super) fn changes(&self) -> &Arc<Changes> {
         &self.changes
+    }
+    pub(super) fn audit(&self) -> Option<AuditFiles> {
+        self.bodies.files()
     }
     pub(super) fn membership(&self) -> &Membership {
         &self.membership
@@ -185,8 +195,11 @@ impl<D: Disk> Machine<D> {
         Ok(outcomes)
     }
 
-    /// Tells the tables, and who follows, what changed.
-    pub(super) fn store_writes(&mut self) {
+    /// Tells the tables, and who follows, what changed. Records of the audit log go first: tables that say that there are
+    /// more than there are would be taken for a reason not to make them again.
+    pub(super) fn store_writes(&mut self) -> Result<(), Fatal> {
+        let audited = write_lock(&self.state).take_audited();
+        self.bodies.append(audited)?;
         let (writes, changed, position) = {
             let mut state = write_lock(&self.state);
             let writes = state.take_writes();
@@ -198,6 +211,7 @@ impl<D: Disk> Machine<D> {
         if self.applied.saturating_sub(self.checkpoint_index) >= CHECKPOINT_ENTRIES {
             self.checkpoint();
         }
+        Ok(())
     }
 
     pub(super) fn checkpoint(&mut self) {
@@ -218,6 +232,7 @@ impl<D: Disk> Machine<D> {
     /// Waits for what is on its way to the disk, then writes a last checkpoint.
     pub(super) fn close(&mut self) -> Result<(), Fatal> {
         self.wait_for_snapshot()?;
+        self.bodies.sync()?;
         self.tables.close();
         Ok(())
     }
@@ -247,6 +262,8 @@ impl<D: Disk> Machine<D> {
             (snapshot::encode(header, state.rows())?, digest)
         };
         self.wait_for_snapshot()?;
+        // Behind a snapshot the log of Raft is dropped, which could make these records again.
+        self.bodies.sync()?;
         let bytes = bytes::Bytes::from(bytes);
         self.writing = Some(Begun { index: self.applied, writing: self.snapshots.begin(bytes.clone())? });
         self.snapshot_index = self.applied;
@@ -302,15 +319,32 @@ fn import(digest: &[u8; 32], rows: Vec<ambit_state::TableWrite>) -> Result<State
     }
 }
 
+fn snapshot_start(s: snapshot::Snapshot) -> Result<Start, StoreError> {
+    let state = import(&s.header.digest, s.rows)?;
+    Ok(Start { state, membership: s.header.membership, index: s.header.index, from_tables: false })
+}
+
 fn from_tables(applied: tables::Applied, rows: Vec<ambit_state::TableWrite>) -> Result<Start, StoreError> {
     let state = import(&applied.digest, rows)?;
     Ok(Start { state, membership: applied.membership, index: applied.index, from_tables: true })
+}
+
+/// Whether records of the audit log are missing that this state counts. Those that were not synced and are others than it
+/// counts are missing too.
+fn lacks(bodies: &impl Bodies, state: &State) -> bool {
+    let Some(row) = state.audit() else { return false };
+    if let Err(e) = bodies.check(row.epoch, &row.frontier) {
+        // It is no ground to stop: what the files say is refused by whoever verifies it, who is told which record it is.
+        tracing::error!(error = %e, "the audit log's files were altered: see `ambit audit verify`");
+    }
+    bodies.size(row.epoch).is_ok_and(|size| size < row.frontier.size())
 }
 
 fn choose(
     log: &impl Log,
     stored: Option<Start>,
     snapshot: Result<Option<snapshot::Snapshot>, StoreError>,
+    lacks: &dyn Fn(&State) -> bool,
 ) -> Result<Start, StoreError> {
     let floor = log.base().index;
     let newest_snapshot = snapshot.as_ref().ok().and_then(Option::as_ref).map_or(0, |s| s.header.index);
@@ -320,13 +354,24 @@ fn choose(
         if let Err(e) = &snapshot {
             tracing::error!(error = %e, "snapshot damaged: the tables stand in, a new one is due");
         }
-        return Ok(start);
+        if !lacks(&start.state) {
+            return Ok(start);
+        }
+        // Power went before the records were on disk: from an older state on the log makes them again. Where that lacks them
+        // too, other replicas have them.
+        return match snapshot {
+            Ok(Some(s)) if s.header.index >= floor && s.header.index < start.index => {
+                let older = snapshot_start(s)?;
+                Ok(if lacks(&older.state) { start } else { older })
+            }
+            Ok(None) if floor == 0 => {
+                Ok(Start { state: State::new(), membership: Membership::default(), index: 0, from_tables: false })
+            }
+            _ => Ok(start),
+        };
     }
     match snapshot? {
-        Some(s) if s.header.index >= floor => {
-            let state = import(&s.header.digest, s.rows)?;
-            Ok(Start { state, membership: s.header.membership, index: s.header.index, from_tables: false })
-        }
+        Some(s) if s.header.index >= floor => snapshot_start(s),
         Some(s) => Err(StoreError::damaged(
             "the snapshot",
             format!("it is of {}, the log begins after {floor}", s.header.index),

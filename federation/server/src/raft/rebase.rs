@@ -7,6 +7,7 @@ use crate::store::log::LogStore;
 use crate::store::snapshot::{self, Header, Snapshot, SnapshotDir};
 use crate::store::{Disk, Folder, Log, Membership, Snapshots, StoreError, io, sync_dir};
 use ambit_model::{RaftIndex, ReplicaId};
+use ambit_state::audit::AuditEntry;
 use ambit_state::{LogEntry, State};
 use raft::{GetEntriesContext, Storage};
 use std::fs;
@@ -38,6 +39,8 @@ pub struct Survey {
     pub commit: u64,
     /// The last index of its log.
     pub last: u64,
+    /// Records of the audit log that these entries made.
+    pub audited: Vec<AuditEntry>,
 }
 
 impl Whole {
@@ -74,11 +77,13 @@ pub fn survey(options: &Options) -> Result<Survey, StartError> {
     // Behind a leader's snapshot that came last there may be a log that it replaced.
     let last =
         if index > log.base().index && log.term_at(index) != Some(whole.term) { index } else { log.last().index };
-    replay(&log, &mut whole, last)?;
-    Ok(Survey { whole, commit: log.commit().max(index), last })
+    let audited = replay(&log, &mut whole, last)?;
+    Ok(Survey { whole, commit: log.commit().max(index), last, audited })
 }
 
-fn replay(log: &LogStore, whole: &mut Whole, last: u64) -> Result<(), StartError> {
+/// Records of the audit log are given back: as many as a log between two snapshots makes.
+fn replay(log: &LogStore, whole: &mut Whole, last: u64) -> Result<Vec<AuditEntry>, StartError> {
+    let mut audited = Vec::new();
     let mut next = whole.state.applied().0 + 1;
     while next <= last {
         let end = (next + PAGE).min(last + 1);
@@ -100,8 +105,9 @@ fn replay(log: &LogStore, whole: &mut Whole, last: u64) -> Result<(), StartError
             (whole.term, next) = (entry.term, entry.index + 1);
         }
         whole.state.take_writes();
+        audited.extend(whole.state.take_audited());
     }
-    Ok(())
+    Ok(audited)
 }
 
 /// Creates the store of a group of one voter, `id`, that begins with this state. Refuses an existing store.

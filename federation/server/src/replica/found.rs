@@ -116,6 +116,8 @@ async fn found_cell(
         .await
         .map_err(|_| Refusal::new(Code::Unavailable, "the founding entry committed", "nothing in 20 s"))??;
     applied.outcome?;
+    // All replicas that join are of this release or a later one. An older cell's log is begun by an administrator.
+    cell.propose(super::own_client(replica), random()?, Command::BeginAudit).await?.outcome?;
     cell.shutdown().await;
     Ok(())
 }

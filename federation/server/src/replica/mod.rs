@@ -2,6 +2,7 @@
 
 pub mod agents;
 pub mod attest;
+pub mod audit;
 pub mod authority;
 pub mod backup;
 pub mod blobs;

@@ -162,6 +162,14 @@ impl Ask {
         Ok(Batch { head: claim.head, records, is_the_end, learned })
     }
 
+    /// A key set that the peer says is its own.
+    ///
+    /// # Errors
+    /// As [`Ask::verify`].
+    pub fn key_set(&self, set: &KeySetRow) -> Result<KeySet, Refusal> {
+        self.keys(set).map(|(keys, _)| keys)
+    }
+
     /// What was signed, by enough. An earlier release signs a head by itself: enough where the key set lists one voter.
     fn claim(&self, keys: &KeySet, answer: &Answer) -> Result<Claim, Refusal> {
         let is_earlier = answer.claim.is_empty();

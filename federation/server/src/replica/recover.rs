@@ -10,6 +10,8 @@ use super::keyring::Keyring;
 use super::wall_clock;
 use crate::config::Config;
 use crate::raft::rebase::{self, Survey};
+use crate::store::Bodies;
+use crate::store::audit::AuditFiles;
 use ambit_identity::fingerprint;
 use ambit_identity::tls::{Expect, SharedTrust, Trust};
 use ambit_model::{Code, Refusal, ReplicaId};
@@ -239,6 +241,9 @@ async fn go_on(
         admit: None,
         past_epoch,
     };
+    // What the log of Raft still holds of the lost incarnation's audit log is beside it before that goes.
+    let files = AuditFiles::at(&config.data_dir);
+    files.append(survey.audited).and_then(|()| files.sync()).map_err(|e| start_failed(e.into()))?;
     whole.state.begin_incarnation(wall_clock(), beginning)?;
     let (epoch, _) = latest(&whole.state)?;
     let kept = rebase::refound(&config.data_dir, ReplicaId(card.replica), &whole, &format!("before-epoch-{epoch}"));

@@ -60,6 +60,8 @@ pub fn spawn(replica: &Replica, verdicts: super::verdicts::Queue, reports: super
                 tokio::spawn(super::key_set::keep(r())),
                 tokio::spawn(tell_of_end(r())),
                 tokio::spawn(super::attest::run(r())),
+                tokio::spawn(super::audit::keep(r())),
+                tokio::spawn(super::audit::ask_for_cosignatures(r())),
             ])
             .collect(),
     }

@@ -2,13 +2,16 @@
 
 use super::OrStatus;
 use crate::authorise::{Role, actor, role_of};
+use crate::replica::audit::hashes;
 use crate::replica::budget::Budget;
 use crate::replica::pull::{self, Answer, Page};
 use crate::replica::{Held, Replica, peering};
+use ambit_audit::Note;
 use ambit_identity::CoSignature;
 use ambit_model::{Code, Refusal, TrustDomain};
 use ambit_proto::v1;
-use ambit_state::objects::{PeerRow, TokenScope};
+use ambit_state::audit::WitnessAsk;
+use ambit_state::objects::{KeySetRow, PeerRow, TokenScope};
 use ambit_state::{Command, State};
 use sha2::{Digest, Sha256};
 use tonic::{Request, Response, Status};
@@ -92,6 +95,48 @@ impl v1::peer_link_server::PeerLink for PeerLink {
         };
         self.replica.cosigned(read).await.or_status().map(|answer| Response::new(to_wire(answer)))
     }
+
+    async fn cosign_audit(
+        &self,
+        request: Request<v1::CosignAuditRequest>,
+    ) -> Result<Response<v1::CosignAuditResponse>, Status> {
+        let actor = actor(&request)?;
+        let Role::Peer(td) = actor.role else {
+            return Err(Refusal::new(Code::PeerNotActive, "an active peer", actor.name)).or_status();
+        };
+        let ask = cosign_ask(&self.replica, td.clone(), request.into_inner()).or_status()?;
+        // Committed before it is signed: whichever replica is asked next knows it.
+        self.replica.cell().read_barrier().await.or_status()?;
+        let (epoch, size, root) = (ask.epoch, ask.size, ask.root);
+        let last = self
+            .replica
+            .local(|s| s.witnessed().find(|((by, of), _)| (by, of) == (&td, &epoch)).map_or(0, |(_, row)| row.size));
+        let wanted = |size| v1::CosignAuditResponse { size, line: String::new(), key_set: None };
+        if ask.old != last && size >= last {
+            return Ok(Response::new(wanted(last)));
+        }
+        self.replica.propose_own(Command::Witness(Box::new(ask))).await.or_status()?.outcome.or_status()?;
+        let (head, keys) =
+            self.replica.local(|s| (s.witnessed_head(&td, epoch), s.key_set().cloned().unwrap_or_default()));
+        let head = head.filter(|head| (head.get().size, head.get().root) == (size, root));
+        let overtaken = || Refusal::new(Code::Unavailable, "a head that is still the last", "one overtaken");
+        let head = head.ok_or_else(overtaken).or_status()?;
+        let line = self.replica.record().cosign(self.replica.trust_domain(), &head, self.replica.now()).text();
+        let key_set = Some(v1::KeySet { statement: keys.statement, signature: keys.signature });
+        Ok(Response::new(v1::CosignAuditResponse { size, line, key_set }))
+    }
+}
+
+/// What a peer shows of its audit log, once its signature was verified.
+fn cosign_ask(replica: &Replica, td: TrustDomain, m: v1::CosignAuditRequest) -> Result<WitnessAsk, Refusal> {
+    let set = m.key_set.unwrap_or_default();
+    let set = KeySetRow { statement: set.statement, signature: set.signature };
+    let ask = replica.local(|s| pull::Ask::new(s, td.clone(), [0; 16], 1));
+    let ask = ask.ok_or_else(|| Refusal::new(Code::PeerNotActive, "an active peer", td.as_str()))?;
+    let note = Note::parse(&m.checkpoint)?;
+    let epoch = ask.key_set(&set)?.verify_checkpoint(&note)?;
+    let (size, root, proof) = (note.checkpoint.size, note.checkpoint.root, hashes(&m.proof)?);
+    Ok(WitnessAsk { peer: td, epoch, old: m.old_size, size, root, proof })
 }
 
 /// Whether the token, used or not, is for this cell: "used" is told by apply.

@@ -3,11 +3,14 @@
 //! The contract: what [`Log::persist`] gave a receipt for, what [`Snapshots::write`] returned from, is there after any crash;
 //! everything else may be lost, wholly or in part. Damage is an error at open or at reading, never other contents.
 
+use super::audit::AuditFiles;
 use super::log::{Base, Batch, LogStore, SyncTime};
 use super::snapshot::{Snapshot, SnapshotDir};
 use super::tables::{Applied, Stored, Tables};
 use super::{FlushReceipt, Membership, StoreError, io};
+use ambit_audit::Frontier;
 use ambit_state::TableWrite;
+use ambit_state::audit::AuditEntry;
 use bytes::Bytes;
 use raft::Storage;
 use raft::eraftpb::{self, HardState};
@@ -92,6 +95,20 @@ pub trait Snapshots {
     fn write(&self, bytes: &[u8]) -> Result<(), StoreError>;
 }
 
+/// Records of the audit log. What was appended before [`Bodies::sync`] is there after any crash; of the rest, a part.
+pub trait Bodies {
+    /// Records of the incarnation's log.
+    fn size(&self, epoch: u64) -> Result<u64, StoreError>;
+    /// Appends them in order. Those that are there already change nothing; those after a gap wait until it is filled.
+    fn append(&self, entries: Vec<AuditEntry>) -> Result<(), StoreError>;
+    /// See the trait.
+    fn sync(&self) -> Result<(), StoreError>;
+    /// An error where there are as many records as the cell agreed on, and they are others.
+    fn check(&self, epoch: u64, agreed: &Frontier) -> Result<(), StoreError>;
+    /// The files, where there are any.
+    fn files(&self) -> Option<AuditFiles>;
+}
+
 /// All of one replica's disk.
 pub trait Disk {
     /// See the trait.
@@ -100,6 +117,8 @@ pub trait Disk {
     type Rows: Rows;
     /// See the trait.
     type Snapshots: Snapshots;
+    /// See the trait.
+    type Bodies: Bodies;
     /// Refuses a disk that holds a store, or what is left of one.
     fn refuse_existing(&self) -> Result<(), StoreError>;
     /// Creates the log of `replica`, empty: from then on the store exists.
@@ -113,9 +132,11 @@ pub trait Disk {
     /// Opens the rows and reads them. Whatever is wrong with them, or if there is nothing where a state was `expected`, the
     /// answer is `None`: rebuild.
     fn open_rows(&self, expected: bool) -> Result<(Self::Rows, Option<Stored>), StoreError>;
+    /// The place of the audit log's records.
+    fn open_bodies(&self) -> Self::Bodies;
 }
 
-/// A folder of files: `log/`, `tables/` and `snapshot/`.
+/// A folder of files: `log/`, `tables/`, `snapshot/` and `audit/`.
 #[derive(Clone, Debug)]
 pub struct Folder(pub PathBuf);
 
@@ -123,6 +144,7 @@ impl Disk for Folder {
     type Log = LogStore;
     type Rows = Tables;
     type Snapshots = SnapshotDir;
+    type Bodies = AuditFiles;
 
     fn refuse_existing(&self) -> Result<(), StoreError> {
         // Tables without a log are what is left of a replica that lost its disk in part: not a new one.
@@ -144,5 +166,8 @@ impl Disk for Folder {
     }
     fn open_rows(&self, expected: bool) -> Result<(Tables, Option<Stored>), StoreError> {
         Tables::open(&self.0, expected)
+    }
+    fn open_bodies(&self) -> AuditFiles {
+        AuditFiles::at(&self.0)
     }
 }

@@ -4,6 +4,7 @@
 //! The log and the snapshot are the truth. Damage to the log is found at open and named; it is never served and never
 //! voted with (I14). Damage to the tables costs a rebuild and nothing else.
 
+pub mod audit;
 mod disk;
 #[cfg(test)]
 mod fault_tests;
@@ -20,7 +21,7 @@ mod syscall_tests;
 pub mod tables;
 mod tail;
 
-pub use disk::{Disk, Folder, Log, Rows, Snapshots, Writing};
+pub use disk::{Bodies, Disk, Folder, Log, Rows, Snapshots, Writing};
 pub use flush::{AfterFlush, FlushReceipt};
 pub use membership::{Change, Membership};
 

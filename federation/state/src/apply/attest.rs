@@ -317,6 +317,7 @@ fn out(s: &mut State, at: At, id: &NodeId, state: NodeState) -> Result<(), Refus
     }
     let generation = row.generation;
     s.nodes.put(&mut s.journal, *id, row);
+    super::audit::node_out(s, id, state);
     if s.denied(id) != Some(generation) {
         s.node_denials.put(&mut s.journal, (cell.trust_domain, *id), generation);
         export(s, Kind::NodeDenial, id.to_string(), payload(&generation)?);

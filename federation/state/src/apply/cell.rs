@@ -134,7 +134,7 @@ pub(super) fn over_key_set(s: &mut State, at: At, replaced: &[u8; 32], command: 
         let found = format!("{}: the same once more", hex::encode(now));
         return Err(Refusal::new(Code::StaleRevision, format!("key set {}", hex::encode(replaced)), found));
     }
-    super::apply(s, at.index, at.stamp, command)
+    super::within(s, at, command)
 }
 
 /// Whatever the replica signed is issued anew: its keys are nobody's any more, or somebody else's.

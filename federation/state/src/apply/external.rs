@@ -166,7 +166,7 @@ pub(super) fn over_authority(
         let expected = format!("authority {} under the root", authority_of(key_hash));
         return Err(Refusal::new(Code::StaleRevision, expected, format!("{found}: the same once more")));
     }
-    super::apply(s, at.index, at.stamp, command)
+    super::within(s, at, command)
 }
 
 fn keep(s: &mut State, at: At, import: &ExternalImport, judged: &Judged, id: RootId) {

@@ -121,6 +121,8 @@ impl State {
         self.forget_keys(goes_on);
         super::root::export_bundle(self)?;
         touch(self, at);
+        // It is no entry's doing, and the log of this incarnation is not begun.
+        self.noted.clear();
         Ok(admission.map(Committed::new))
     }
 

@@ -4,6 +4,7 @@ mod act;
 mod addresses;
 mod appraisal;
 mod attest;
+mod audit;
 mod authority;
 mod cell;
 mod deny;
@@ -28,13 +29,14 @@ mod roles;
 mod root;
 mod seal;
 
+pub(crate) use audit::Event;
 pub(crate) use documents::check as check_documents;
 pub use incarnation::Beginning;
 pub(crate) use issue::answer_again;
 pub use node_reports::NODE_REPORTS_MAX;
 pub use objects::ENDPOINTS_PER_NODE_MAX;
 
-use crate::command::{Command, DocumentKind, Reply};
+use crate::command::{Command, DocumentKind, LogEntry, Reply};
 use crate::committed::Subject;
 use crate::objects::CellRow;
 use crate::state::State;
@@ -48,9 +50,17 @@ pub(crate) struct At {
     pub(crate) stamp: Stamp,
 }
 
-/// Applies a command; whatever it changed, a downstream authority does not outlive what it was given for.
-pub(crate) fn apply(s: &mut State, index: RaftIndex, stamp: Stamp, command: &Command) -> Result<Reply, Refusal> {
+/// Applies a command; whatever it changed, a downstream authority does not outlive what it was given for. What came of it
+/// is in the audit log before it is answered.
+pub(crate) fn apply(s: &mut State, index: RaftIndex, stamp: Stamp, entry: &LogEntry) -> Result<Reply, Refusal> {
     let at = At { index, stamp };
+    let reply = within(s, at, &entry.command);
+    audit::record(s, at, entry, &reply);
+    reply
+}
+
+/// Applies a command that is in another one, or that one itself.
+fn within(s: &mut State, at: At, command: &Command) -> Result<Reply, Refusal> {
     let reply = perform(s, at, command);
     downstream::end_unfounded(s, at)?;
     reply
@@ -176,6 +186,11 @@ fn change(s: &mut State, at: At, command: &Command) -> Result<Reply, Refusal> {
         Command::ChangeDocuments(change) => documents::change(s, at, change),
         Command::RollbackDocuments { to, over, by, note } => documents::rollback(s, at, *to, *over, (by, note)),
         Command::SuspendPeer(td, by) => peer::suspend(s, at, td, by),
+        Command::BeginAudit => audit::begin(s),
+        // Being in the log is all that it does.
+        Command::NoteExport { .. } => Ok(Reply::Done),
+        Command::Witness(ask) => audit::witness(s, at, ask),
+        Command::TakeCosignature(td, row) => audit::cosigned(s, td, row),
         Command::WrappedTo(to, command) => {
             seal::are_wrap_keys(s, to, command)?;
             change(s, at, command)

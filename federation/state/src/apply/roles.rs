@@ -116,7 +116,7 @@ pub(super) fn within(
 ) -> Result<Reply, Refusal> {
     check(s, &Scope { own: &cell_row(s)?.trust_domain, clusters }, command)?;
     let shares = super::deny::room_within(s, command)?;
-    let reply = super::apply(s, at.index, at.stamp, command)?;
+    let reply = super::within(s, at, command)?;
     super::deny::charge(s, shares);
     Ok(reply)
 }

@@ -2,11 +2,13 @@
 //!
 //! That real stores keep the contract is for tests on real files to show; this says what a replica must withstand.
 
+mod bodies;
 mod fault;
 mod log;
 mod rows;
 mod snapshots;
 
+pub use bodies::ModelBodies;
 pub use fault::{Fault, Part};
 pub use log::ModelLog;
 pub use rows::ModelRows;
@@ -46,6 +48,7 @@ struct Inner {
     rows: Option<StoredRows>,
     /// Written after it; the first few of these may be there too.
     rows_since: Vec<(Applied, Vec<TableWrite>)>,
+    bodies: bodies::Stored,
     damaged: Vec<Part>,
     fault: Option<Fault>,
     full: bool,
@@ -99,6 +102,7 @@ impl ModelDisk {
     pub fn crash(&self, roll: Roll<'_>) {
         let mut disk = self.0.borrow_mut();
         (disk.fault, disk.dead) = (None, false);
+        disk.bodies.crash();
         let kept = roll(disk.unsynced.len() as u64 + 1) as usize;
         if let Some(hard) = kept.checked_sub(1).and_then(|last| disk.unsynced.get(last)).cloned() {
             disk.hard = hard;
@@ -136,6 +140,7 @@ impl ModelDisk {
             snapshot: disk.snapshot.clone(),
             rows: disk.rows.clone(),
             rows_since: disk.rows_since.clone(),
+            bodies: disk.bodies.clone(),
             ..Inner::default()
         })))
     }
@@ -180,6 +185,7 @@ impl Disk for ModelDisk {
     type Log = ModelLog;
     type Rows = ModelRows;
     type Snapshots = ModelSnapshots;
+    type Bodies = ModelBodies;
 
     fn refuse_existing(&self) -> Result<(), StoreError> {
         let disk = self.0.borrow();
@@ -224,6 +230,10 @@ impl Disk for ModelDisk {
         disk.snapshot = None;
         disk.repair(Part::Snapshot);
         Ok(())
+    }
+
+    fn open_bodies(&self) -> ModelBodies {
+        ModelBodies(self.clone())
     }
 
     fn open_rows(&self, _expected: bool) -> Result<(ModelRows, Option<Stored>), StoreError> {
