@@ -148,9 +148,11 @@ fn objectives(out: &mut String, report: &Report) {
 
 fn charts(out: &mut String, report: &Report) {
     let ended = report.marks.map(|m| m.ended_ms);
-    for (name, samples) in
-        [("of the writer", &report.writer), ("of the caller", &report.caller), ("outside of the scope", &report.outside)]
-    {
+    for (name, samples) in [
+        ("of the writer", &report.writer),
+        ("of the caller", &report.caller),
+        ("outside of the scope", &report.outside),
+    ] {
         let last = samples.iter().map(|s| s.t_ms).max();
         if let Some(last) = last {
             put(out, format_args!("<h2>Samples {name}</h2>\n"));
@@ -175,18 +177,29 @@ fn chart(out: &mut String, samples: &[Sample], end_ms: u64, marks: Option<Marks>
         let failed = (bad * HEIGHT).div_ceil(good + bad);
         for (class, y, height) in [("b", 0, failed), ("g", failed, HEIGHT - failed)] {
             if height > 0 {
-                put(out, format_args!("<rect class=\"{class}\" x=\"{x}\" y=\"{y}\" width=\"{width}\" height=\"{height}\"/>"));
+                put(
+                    out,
+                    format_args!("<rect class=\"{class}\" x=\"{x}\" y=\"{y}\" width=\"{width}\" height=\"{height}\"/>"),
+                );
             }
         }
     }
-    let marks = marks.iter().flat_map(|m| [("fault", Some(m.injected_ms)), ("healing", Some(m.healed_ms)), ("steady", m.steady_ms)]);
+    let marks = marks
+        .iter()
+        .flat_map(|m| [("fault", Some(m.injected_ms)), ("healing", Some(m.healed_ms)), ("steady", m.steady_ms)]);
     for (name, at) in marks.filter_map(|(name, at)| Some((name, at?))) {
         let x = at.min(end_ms) * WIDTH / end_ms;
         // The last words end where others begin.
         let anchor = if name == "steady" { "end" } else { "start" };
         let y = if name == "steady" { HEIGHT + 24 } else { HEIGHT + 11 };
         put(out, format_args!("<line class=\"m\" x1=\"{x}\" y1=\"0\" x2=\"{x}\" y2=\"{HEIGHT}\"/>"));
-        put(out, format_args!("<text class=\"t\" text-anchor=\"{anchor}\" x=\"{x}\" y=\"{y}\">{name} {}</text>", seconds(at)));
+        put(
+            out,
+            format_args!(
+                "<text class=\"t\" text-anchor=\"{anchor}\" x=\"{x}\" y=\"{y}\">{name} {}</text>",
+                seconds(at)
+            ),
+        );
     }
     out.push_str("</svg>\n");
 }

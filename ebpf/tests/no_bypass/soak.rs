@@ -13,6 +13,8 @@ const UPGRADES: usize = 5;
 /// Programs on the cgroup.
 const PROGRAMS: usize = 10;
 
+const LEASE: Duration = Duration::from_secs(600);
+
 /// Allowed and denied calls in turn, beside a flow that is kept: `right wrong refused kept lost`, when its input ends.
 /// Refused is an allowed call that found no agent: not wrong, and never in clear.
 const LOAD: &str = r#"
@@ -84,13 +86,15 @@ fn under_load_swaps_and_kills_cost_flows_and_nothing_else() {
     let kernel = rig.open().unwrap();
     kernel.install(&tables(rig::SERVER)).unwrap();
     kernel.set_workload(rig.node.cgroup("client"), rig::CLIENT).unwrap();
-    kernel.renew_lease(Duration::from_secs(600)).unwrap();
+    kernel.renew_lease(LEASE).unwrap();
     let mut agent = Agent::start(&rig);
     let mark = format!("SOAK{:06}", std::process::id());
     let mut load = rig.node.worker("client", &format!("FAR, MARK = '{FAR}', b'{mark}'\n{LOAD}"));
     assert_eq!(load.answer(), "ready");
     let start = Instant::now();
     for kill in 0..KILLS {
+        // An emulated machine takes a quarter of an hour for all of it.
+        kernel.renew_lease(LEASE).unwrap();
         for upgrade in 0..UPGRADES {
             drop(Kernel::open(&rig.options()).unwrap());
             // The other set, and back: what is allowed is the same in both.
