@@ -16,7 +16,7 @@ mod watch;
 pub use admin::{Admin, Administrator};
 pub use approver::{Approvals, Approve, Approver};
 pub use attest::{Appraise, Attest, AttestPolicy, LearnPolicy};
-pub use cluster::{Cluster, EkRoot};
+pub use cluster::{Calls, Cluster, EkRoot};
 pub use deny::{Deny, SvidRevoke};
 pub use entry::{Entry, EntryCreate, EntryList, EntryUpdate};
 pub use federation::{Federation, FederationProfile, FederationPut};
@@ -420,6 +420,20 @@ mod tests {
             ("ambit admin revoke alice --all", true),
             ("ambit admin revoke alice operator --all", false),
             ("ambit admin revoke alice", false),
+            ("ambit cluster fail-over shop west --to east --note drill", true),
+            ("ambit cluster fail-over --all west --to east", true),
+            ("ambit cluster fail-over shop west", false),
+            ("ambit cluster fail-over --to east", false),
+            ("ambit cluster fail-back east/shop west", true),
+            ("ambit cluster fail-back a b c", false),
+            ("ambit cluster region west eu-1", true),
+            ("ambit cluster region west --none", true),
+            ("ambit cluster region west eu-1 --none", false),
+            ("ambit cluster region west", false),
+            ("ambit cluster drain west --note why", true),
+            ("ambit cluster resume west", true),
+            ("ambit cluster evict west", false),
+            ("ambit cluster evict west --confirm west", true),
             ("ambit", false),
         ] {
             let read = Args::try_parse_from(line.split(' '));

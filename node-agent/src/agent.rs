@@ -153,7 +153,7 @@ pub async fn run(config: Config, take_over: bool, mut stop: Stop) -> Result<(), 
         [course.clone(), pages.clone()],
     );
     let (plane, plane_rx) = watch::channel(None);
-    let health = Health::new(Some(kernel.clone()));
+    let health = Health::new(Some(kernel.clone()), denials.clone());
     let issuance = Issuance {
         issued: issued.clone(),
         trust: cell.trust.clone(),

@@ -46,13 +46,14 @@ struct List {
 pub struct Health {
     list: Arc<Mutex<List>>,
     kernel: Option<KernelHandle>,
+    denials: Lane,
 }
 
 impl Health {
     /// A list that tells the kernel's services.
-    pub fn new(kernel: Option<KernelHandle>) -> Self {
+    pub fn new(kernel: Option<KernelHandle>, denials: Lane) -> Self {
         METRICS.unhealthy.set([], 0.0);
-        Self { list: Arc::default(), kernel }
+        Self { list: Arc::default(), kernel, denials }
     }
 
     /// The addresses to avoid.
@@ -115,7 +116,8 @@ impl Health {
     fn tell(&self, list: &List, plane: &Plane, address: IpAddr) {
         METRICS.unhealthy.set([], list.suspects.len() as f64);
         if let Some(kernel) = &self.kernel {
-            kernel.set_health(&plane.view, address, !list.suspects.contains_key(&address));
+            let unhealthy: Unhealthy = list.suspects.keys().copied().collect();
+            kernel.set_health(&plane.view, &self.denials.now(), address, &unhealthy);
         }
     }
 

@@ -517,6 +517,8 @@ pub enum Command {
     NodeReports(Vec<NodeReport>),
     /// Nobody of this peer is believed until it is approved again; with who says so.
     SuspendPeer(TrustDomain, String),
+    /// Where connections to services go.
+    Route(Box<crate::routing::RouteChange>),
 }
 
 /// What one node says of itself on its stream.

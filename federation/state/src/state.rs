@@ -9,10 +9,12 @@ use crate::committed::{
 };
 use crate::external::{ExternalRequest, ExternalRow};
 use crate::objects::*;
+use crate::routing::{SteerKey, TraitsKey};
 use crate::sealing::{AttestedReplica, SealingRow};
 use crate::table::{Journal, Packed, Table, TableWrite};
 use ambit_model::policy::NodeAddress;
 use ambit_model::record::Record;
+use ambit_model::routing::{ClusterTraits, Steer, Versioned};
 use ambit_model::{
     Address, ClusterId, Code, EntryId, Generation, IdDenial, LeafDenial, NodeId, ObjectName, RaftIndex, Refusal,
     SpiffeId, Stamp, TrustDomain,
@@ -117,6 +119,10 @@ pub struct State {
     pub(crate) egress: Table<OwnedName, EgressRow>,
     /// Addresses that the mesh has left, and until when they are not outside of it.
     pub(crate) former: Table<Ipv4Addr, Stamp>,
+    /// What is said of clusters, by who says it.
+    pub(crate) traits: Table<TraitsKey, Versioned<ClusterTraits>>,
+    /// Which cluster stands in for which, by who says it.
+    pub(crate) steers: Table<SteerKey, Versioned<Steer>>,
     /// `issued` by node, where it is bound to one, and end, in memory only: neither counting a node's leaves nor a tick
     /// must cost a walk over everybody's.
     pub(crate) leaves: BTreeMap<Option<NodeId>, BTreeSet<(Stamp, [u8; 16])>>,
@@ -197,7 +203,9 @@ macro_rules! each_table {
             $s.groups,
             $s.document_changes,
             $s.egress,
-            $s.former
+            $s.former,
+            $s.traits,
+            $s.steers
         )
     };
 }
@@ -342,6 +350,8 @@ impl State {
             document_changes: Table::new(id()),
             egress: Table::new(id()),
             former: Table::new(id()),
+            traits: Table::new(id()),
+            steers: Table::new(id()),
             leaves: BTreeMap::new(),
             giving: BTreeMap::new(),
             asking: BTreeMap::new(),

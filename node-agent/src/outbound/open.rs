@@ -1,6 +1,8 @@
 //! From where a captured connection was going to a tunnel: which endpoint, and by which of its doors.
 
 use super::{Captured, Outbound};
+use crate::backoff::random;
+use crate::balance::{self, Candidate, Why};
 use crate::compile;
 use crate::hbone::{self, Door, TunnelError};
 use crate::health;
@@ -10,15 +12,17 @@ use crate::plane::{LocalPod, Plane};
 use crate::pool::{Key, Lease, NativeLease, Pool};
 use crate::said::{Said, Start};
 use crate::shown::Now;
-use ambit_model::policy::Endpoint;
+use ambit_model::policy::{Endpoint, Service};
 use bytes::Bytes;
 use h2::{RecvStream, SendStream};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use tokio::time::timeout;
 
 /// Tunnels that are tried one after another where each turns out to have been left by the far agent just then.
 const LEFT_MAX: usize = 3;
+/// Endpoints of a service that one connection tries.
+const ATTEMPTS_MAX: usize = 3;
 
 /// An open connection to an endpoint, and how it is carried.
 pub(super) struct Opened {
@@ -66,24 +70,30 @@ impl<'a> Opening<'a> {
         // What may have reached one endpoint is not sent to another: where there are others, bytes wait for the answer.
         let mut none = Vec::new();
         let first = if captured.asked == captured.endpoint { first } else { &mut none };
-        let chosen = match self.plane.view.endpoints.get(&captured.endpoint.ip()) {
-            Some(endpoint) => self.at(endpoint, captured.endpoint.port(), first).await,
-            // The endpoint left the view between the kernel's choice and now.
-            None => Err(gone()),
+        let view = &self.plane.view;
+        // A service at a workload's address is no service: whoever asks for the workload gets it.
+        let of_service = captured.asked != captured.endpoint;
+        let service = view.services.iter().find(|s| of_service && s.address.at(s.port) == captured.asked);
+        let Some(service) = service else {
+            return match view.endpoints.get(&captured.endpoint.ip()) {
+                Some(endpoint) => self.at(endpoint, captured.endpoint.port(), first).await,
+                // The endpoint, or the service, left the view between the kernel's choice and now.
+                None => Err(gone()),
+            };
         };
-        let error = match chosen {
-            Ok(opened) => return Ok(opened),
-            Err(error) if error.is_retryable() => error,
-            Err(error) => return Err(error),
-        };
+        let mut failed = gone();
         // No byte of the application has been sent yet: trying elsewhere repeats nothing.
-        match self.other(captured) {
-            Some(endpoint) => {
-                METRICS.retries.inc([error.reason()]);
-                self.at(endpoint, captured.asked.port(), first).await
+        for (nth, (why, one)) in self.ordered(service, captured.endpoint.ip()).into_iter().enumerate() {
+            if nth > 0 {
+                METRICS.retries.inc([failed.reason()]);
             }
-            None => Err(error),
+            METRICS.chosen.inc([one.level.distance.as_str(), why.as_str()]);
+            match self.at(one.endpoint, service.port, first).await {
+                Err(error) if error.is_retryable() => failed = error,
+                opened => return opened,
+            }
         }
+        Err(failed)
     }
 
     /// At this endpoint; what turns out about its node is told to whoever else would try it.
@@ -185,20 +195,15 @@ impl<'a> Opening<'a> {
         })
     }
 
-    /// Another healthy endpoint of the service that was asked for, nearest first, that this caller may reach.
-    fn other(&self, captured: Captured) -> Option<&Endpoint> {
+    /// Endpoints of the service that this caller may reach, in the order in which they are tried. The kernel chose `first` to
+    /// ask whether the connection is allowed; what it cannot know is decided here.
+    fn ordered(&self, service: &Service, first: IpAddr) -> Vec<(Why, Candidate<'_>)> {
         let (out, view) = (self.outbound, &self.plane.view);
-        let service = view.services.iter().find(|s| s.address.at(s.port) == captured.asked)?;
-        let (unhealthy, denials, now) = (out.health.unhealthy(), out.denials.now(), out.clock.moment());
-        let by_ipv6 = compile::by_ipv6(service.address, view.endpoints.values());
-        view.endpoints
-            .values()
-            .filter(|e| e.address.ip() != captured.endpoint.ip() && !unhealthy.contains(&e.address.ip()))
-            .filter(|e| !denials.denies_endpoint(e))
-            .filter(|e| service.backends.iter().any(|b| b.contains(&e.spiffe_id)))
-            .filter(|e| compile::serves(service.address, e, &by_ipv6))
-            .filter(|e| view.rules.evaluate(self.pod.id(), &e.spiffe_id, service.port, now).allowed)
-            .min_by_key(|e| (compile::tier(view, service, e), e.address))
+        let (unhealthy, now) = (out.health.unhealthy(), out.clock.moment());
+        let mut reachable = compile::behind(view, &out.denials.now(), service);
+        reachable.retain(|one| view.rules.evaluate(self.pod.id(), &one.endpoint.spiffe_id, service.port, now).allowed);
+        let levels = balance::levels(&reachable, |e| unhealthy.contains(&e.address.ip()));
+        balance::order(service, levels, Some(first), ATTEMPTS_MAX, |below| random() % below)
     }
 }
 

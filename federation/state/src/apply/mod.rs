@@ -26,6 +26,7 @@ mod peer;
 mod relationship;
 mod roles;
 mod root;
+mod routing;
 mod seal;
 
 pub(crate) use documents::check as check_documents;
@@ -176,6 +177,7 @@ fn change(s: &mut State, at: At, command: &Command) -> Result<Reply, Refusal> {
         Command::ChangeDocuments(change) => documents::change(s, at, change),
         Command::RollbackDocuments { to, over, by, note } => documents::rollback(s, at, *to, *over, (by, note)),
         Command::SuspendPeer(td, by) => peer::suspend(s, at, td, by),
+        Command::Route(change) => routing::change(s, at, change),
         Command::WrappedTo(to, command) => {
             seal::are_wrap_keys(s, to, command)?;
             change(s, at, command)
