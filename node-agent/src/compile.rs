@@ -17,8 +17,7 @@ use ambit_policy::PortSet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
-/// Addresses of endpoints that are avoided now.
-pub type Unhealthy = BTreeSet<IpAddr>;
+pub use crate::outlier::Unhealthy;
 
 /// Stands behind the address of an endpoint whose node is denied. No workload has this number (their first is 256) and
 /// no verdict speaks of it, so the kernel refuses; and an operator who reads the refusal's destination knows why.
@@ -161,7 +160,7 @@ fn services(
         let by_ipv6 = by_ipv6(service.address, reachable.iter().map(|(e, _)| *e));
         let behind = reachable.iter().map(|(e, _)| *e).filter(|e| serves(service.address, e, &by_ipv6));
         let candidates = balance::candidates(view, service, behind);
-        let choosable = balance::choosable(&candidates, |e| unhealthy.contains(&e.address.ip()));
+        let choosable = balance::choosable(&candidates, |e| unhealthy.avoids(e.address.ip(), service.port));
         let endpoints = nearest(service, candidates, &choosable)
             .into_iter()
             .filter_map(|(candidate, healthy)| {
@@ -282,7 +281,7 @@ mod tests {
         spoil(&mut s);
         let view = view(s).unwrap();
         let local = view.workloads(&[pod("web", 1000, 11)]);
-        let unhealthy = unhealthy.iter().map(|a| a.parse().unwrap()).collect();
+        let unhealthy: Unhealthy = unhealthy.iter().map(|a| a.parse::<IpAddr>().unwrap()).collect();
         let tables = tables(&view, &view.denials, local.values(), &unhealthy, NOW);
         (view, tables)
     }

@@ -396,7 +396,7 @@ impl KernelHandle {
         let (Some(endpoint), Some(kernel)) = (view.endpoints.get(&address), self.0.try_write()) else { return };
         for service in view.services.iter().filter(|s| s.backends.iter().any(|b| b.contains(&endpoint.spiffe_id))) {
             let behind = compile::behind(view, denials, service);
-            let choosable = balance::choosable(&behind, |e| unhealthy.contains(&e.address.ip()));
+            let choosable = balance::choosable(&behind, |e| unhealthy.avoids(e.address.ip(), service.port));
             for ip in behind.iter().map(|one| one.endpoint.address.ip()) {
                 let (at, to) = (service.address.at(service.port), SocketAddr::new(ip, service.port));
                 if let Err(error) = kernel.set_service_health(at, to, choosable.contains(&ip)) {

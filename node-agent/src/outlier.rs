@@ -4,7 +4,7 @@
 //! It comes back after good probes, or good connections where it was used all the same; the more often it was put out lately, the
 //! longer it must have been good. An endpoint alone is judged, never its node.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -20,6 +20,30 @@ const GOOD_FOR_FIRST: Duration = Duration::from_millis(500);
 const GOOD_FOR_MAX: Duration = Duration::from_secs(30);
 /// Endpoints that anything is remembered of; beyond it the one that was in trouble longest ago is forgotten.
 const KNOWN_MAX: usize = 10_000;
+
+/// An endpoint, or one port of it; 0: all of them, as its tunnel is for all.
+pub type Key = (IpAddr, u16);
+
+/// Endpoints that are avoided now.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Unhealthy(BTreeSet<Key>);
+
+impl Unhealthy {
+    /// None.
+    pub fn new() -> Self {
+        Self::default()
+    }
+    /// Whether connections to this port avoid the endpoint.
+    pub fn avoids(&self, address: IpAddr, port: u16) -> bool {
+        self.0.contains(&(address, 0)) || self.0.contains(&(address, port))
+    }
+}
+
+impl FromIterator<IpAddr> for Unhealthy {
+    fn from_iter<I: IntoIterator<Item = IpAddr>>(addresses: I) -> Self {
+        Self(addresses.into_iter().map(|address| (address, 0)).collect())
+    }
+}
 
 /// What a connection or a probe found out about an endpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -117,11 +141,11 @@ impl Known {
 
 /// All that are, or lately were, in trouble.
 #[derive(Clone, Debug, Default)]
-pub struct Outliers(BTreeMap<IpAddr, Known>);
+pub struct Outliers(BTreeMap<Key, Known>);
 
 impl Outliers {
     /// Takes in what was found out.
-    pub fn heard(&mut self, address: IpAddr, evidence: Evidence, now: Duration) -> Change {
+    pub fn heard(&mut self, address: Key, evidence: Evidence, now: Duration) -> Change {
         if evidence == Evidence::Good {
             // Of most nothing is remembered, and nothing needs to be.
             let Some(known) = self.0.get_mut(&address) else { return Change::None };
@@ -139,18 +163,28 @@ impl Outliers {
     }
 
     /// It is none any more: nothing is remembered. Whether it was avoided.
-    pub fn forget(&mut self, address: IpAddr) -> bool {
+    pub fn forget(&mut self, address: Key) -> bool {
         self.0.remove(&address).is_some_and(|known| known.out.is_some())
     }
 
     /// Whether it is avoided.
-    pub fn is_out(&self, address: &IpAddr) -> bool {
+    pub fn is_out(&self, address: &Key) -> bool {
         self.0.get(address).is_some_and(|known| known.out.is_some())
     }
 
-    /// Those that are avoided.
-    pub fn out(&self) -> impl Iterator<Item = (&IpAddr, &Known)> {
+    /// Those that are avoided, and why.
+    pub fn out(&self) -> impl Iterator<Item = (&Key, &Known)> {
         self.0.iter().filter(|(_, known)| known.out.is_some())
+    }
+
+    /// The same, to be asked.
+    pub fn unhealthy(&self) -> Unhealthy {
+        Unhealthy(self.out().map(|(key, _)| *key).collect())
+    }
+
+    /// Whether anything is remembered of anybody.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
     }
 }
 
@@ -158,7 +192,7 @@ impl Outliers {
 mod tests {
     use super::*;
 
-    const A: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 1));
+    const A: Key = (IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 1)), 0);
 
     fn ms(n: u64) -> Duration {
         Duration::from_millis(n)
@@ -227,12 +261,15 @@ mod tests {
         all.heard(A, Evidence::Good, ms(2));
         assert!(all.0.is_empty());
         for n in 0..20_000_u32 {
-            all.heard(std::net::Ipv4Addr::from(n).into(), Evidence::NoTunnel, ms(n.into()));
+            all.heard((std::net::Ipv4Addr::from(n).into(), 80), Evidence::NoTunnel, ms(n.into()));
         }
         assert_eq!(all.0.len(), KNOWN_MAX);
-        assert!(
-            all.is_out(&std::net::Ipv4Addr::from(19_999).into()) && !all.is_out(&std::net::Ipv4Addr::from(0).into())
-        );
+        let is_out = |n: u32| all.is_out(&(std::net::Ipv4Addr::from(n).into(), 80));
+        assert!(is_out(19_999) && !is_out(0));
+        let unhealthy = all.unhealthy();
+        let avoids = |port| unhealthy.avoids(std::net::Ipv4Addr::from(19_999).into(), port);
+        assert!(avoids(80) && !avoids(81), "another port is another matter");
+        assert!([A.0].into_iter().collect::<Unhealthy>().avoids(A.0, 81), "a tunnel is for all ports");
     }
 
     /// Whatever is heard when: it is said to go out and to come back in turn, it never comes back on bad news or before its

@@ -2,6 +2,7 @@
 //! operator's word, that open connections stay, and what the loss of a cluster costs.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test says that it failed by panicking")]
 
+use ambit_lab::fault::Fault;
 use ambit_lab::{Lab, Pod, Ready};
 use ambit_tests::process::until;
 use ambit_tests::small::{PORT, Small, entry, peered};
@@ -55,6 +56,23 @@ while True:
         print('failed:', e, flush=True)
         break
     time.sleep(0.05)
+";
+
+/// A new connection every 20 ms, none waiting for another: when each began and how long until its first byte, in milliseconds.
+const BEGUN: &str = "
+import socket, sys, threading, time
+def call():
+    begun = time.time()
+    try:
+        with socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=15) as s:
+            s.settimeout(15)
+            who = s.recv(64).decode().strip() or 'nobody'
+    except OSError as e:
+        who = type(e).__name__
+    print(int(begun * 1000), int((time.time() - begun) * 1000), who, flush=True)
+while True:
+    threading.Thread(target=call, daemon=True).start()
+    time.sleep(0.02)
 ";
 
 fn apply(lab: &Lab, site: &str, text: &str) {
@@ -184,4 +202,71 @@ fn evicted(lab: &Lab) {
     assert!(shown.contains("eu-1"), "{shown}");
     let gone = lab.ambit("east", &["cluster", "evict", "east", "--confirm", "east"]).unwrap();
     assert!(gone.contains("1 node") || gone.contains("evicted"), "{gone}");
+}
+
+/// Calls begun since this moment (milliseconds since 1970): how long each took, and who answered.
+fn begun_since(lab: &Lab, at_ms: u64) -> Vec<(u64, u64, String)> {
+    let log = std::fs::read_to_string(lab.folder("east-n1").join("pod-web.log")).unwrap_or_default();
+    let row = |line: &str| {
+        let mut words = line.split(' ');
+        Some((words.next()?.parse().ok()?, words.next()?.parse().ok()?, words.next()?.to_owned()))
+    };
+    log.lines().filter_map(row).filter(|(begun, ..)| *begun >= at_ms).collect()
+}
+
+fn now_ms() -> u64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis() as u64
+}
+
+/// Loses west, to which calls go first, in this way; and says what that cost, which is told and never judged.
+fn lost(lab: &Lab, how: &str, fault: Fault) {
+    let west_answers =
+        || begun_since(lab, now_ms().saturating_sub(1_500)).iter().rev().take(10).all(|(.., who)| who == "west");
+    until("calls go to west", || (west_answers() && begun_since(lab, now_ms() - 1_500).len() > 10).then_some(()));
+    let at_ms = now_ms();
+    lab.inject(fault, "west", Duration::from_secs(60)).unwrap();
+    let there_ms = now_ms();
+    std::thread::sleep(Duration::from_secs(4));
+    let calls = begun_since(lab, there_ms);
+    let mut took: Vec<u64> = calls
+        .iter()
+        .filter(|(begun, _, who)| who == "east" && *begun < there_ms + 2_000)
+        .map(|(_, took, _)| *took)
+        .collect();
+    took.sort_unstable();
+    let failed = calls.iter().filter(|(.., who)| who != "east" && who != "west").count();
+    let first = calls.iter().filter(|(.., who)| who == "east").map(|(begun, took, _)| begun + took - there_ms).min();
+    let load = std::fs::read_to_string("/proc/loadavg").unwrap();
+    println!(
+        "west lost ({how}, in {} ms): first success {first:?} ms after; of {} calls begun in the 2 s after it, time to the first byte p50 {} ms, \
+         max {} ms; {failed} failed; load average {}",
+        there_ms - at_ms,
+        took.len(),
+        took.get(took.len() / 2).copied().unwrap_or_default(),
+        took.last().copied().unwrap_or_default(),
+        load.split(' ').next().unwrap()
+    );
+    let late: Vec<_> = calls.iter().filter(|(begun, ..)| *begun > there_ms + 2_000).collect();
+    assert!(late.len() > 10 && late.iter().all(|(.., who)| who == "east"), "{:?}", late.last());
+    lab.start_again("west").unwrap();
+}
+
+#[test]
+fn the_loss_of_a_cluster_costs_its_callers_little_and_they_come_back() {
+    let (small, web) = ready("testloss");
+    let lab = &small.lab;
+    let order = "kind: Service\nmetadata: {name: shop}\nspec: {address: 10.96.0.10, port: 8080, \
+                 backends: [spiffe://west/shop, spiffe://east/shop], order: first-backend}\n";
+    apply(lab, "west", order);
+    all_go_to(lab, &web, "west");
+    let port = PORT.to_string();
+    lab.start_in_pod(&web, &["python3", "-c", BEGUN, SERVICE, &port], Ready::Started).unwrap();
+    for _ in 0..3 {
+        lost(lab, "its processes stand still", Fault::Pause);
+    }
+    lost(lab, "killed, and its links cut", Fault::Kill);
+    until("west answers again", || {
+        let last = begun_since(lab, now_ms() - 1_000);
+        (last.len() > 10 && last.iter().all(|(.., who)| who == "west")).then_some(())
+    });
 }
