@@ -1,8 +1,9 @@
 //! Generates the message types and service stubs; nothing generated is committed.
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let out = std::path::PathBuf::from(std::env::var("OUT_DIR")?);
-    let files = ["common", "cluster", "node", "identity", "policy", "agent", "cell", "watch", "admin", "revocation"]
-        .map(|f| format!("ambit/v1/{f}.proto"));
+    let files =
+        ["common", "cluster", "node", "identity", "policy", "agent", "cell", "watch", "admin", "revocation", "traffic"]
+            .map(|f| format!("ambit/v1/{f}.proto"));
     // No key or token is ever printed: these messages have a `Debug` of ours (`discreet!`), or nothing compiles.
     tonic_prost_build::configure()
         .skip_debug([

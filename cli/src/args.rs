@@ -18,7 +18,7 @@ pub use admin::{Admin, Administrator};
 pub use approver::{Approvals, Approve, Approver};
 pub use attest::{Appraise, Attest, AttestPolicy, LearnPolicy};
 pub use audit::{Audit, Prove as AuditProve, Search as AuditSearch, Verify as AuditVerify};
-pub use cluster::{Cluster, EkRoot};
+pub use cluster::{Calls, Cluster, EkRoot};
 pub use deny::{Deny, SvidRevoke};
 pub use entry::{Entry, EntryCreate, EntryList, EntryUpdate};
 pub use federation::{Federation, FederationProfile, FederationPut};
@@ -471,6 +471,20 @@ mod tests {
             ("ambit audit prove", false),
             ("ambit audit prove c.pem --out p.json", true),
             ("ambit audit prove --record 7", true),
+            ("ambit cluster fail-over shop west --to east --note drill", true),
+            ("ambit cluster fail-over --all west --to east", true),
+            ("ambit cluster fail-over shop west", false),
+            ("ambit cluster fail-over --to east", false),
+            ("ambit cluster fail-back east/shop west", true),
+            ("ambit cluster fail-back a b c", false),
+            ("ambit cluster region west eu-1", true),
+            ("ambit cluster region west --none", true),
+            ("ambit cluster region west eu-1 --none", false),
+            ("ambit cluster region west", false),
+            ("ambit cluster drain west --note why", true),
+            ("ambit cluster resume west", true),
+            ("ambit cluster evict west", false),
+            ("ambit cluster evict west --confirm west", true),
             ("ambit", false),
         ] {
             let read = Args::try_parse_from(line.split(' '));

@@ -77,6 +77,9 @@ macro_rules! client {
     (ClusterRegistry, $c:expr) => {
         ambit_proto::v1::cluster_registry_client::ClusterRegistryClient::new($c)
     };
+    (Traffic, $c:expr) => {
+        ambit_proto::v1::traffic_client::TrafficClient::new($c)
+    };
     (NodeAttestation, $c:expr) => {
         ambit_proto::v1::node_attestation_client::NodeAttestationClient::new($c)
             .max_decoding_message_size($crate::cell::ANSWER_BYTES_MAX)

@@ -144,16 +144,17 @@ pub async fn run(config: Config, take_over: bool, mut stop: Stop) -> Result<(), 
 
     let (clock, denials, issued) = (cell.clock.clone(), cell.denials.clone(), cell.issued.clone());
     let pages = if former.is_some() { Course::waiting() } else { Course::default() };
+    let health = Health::new(Some(kernel.clone()), denials.clone());
     let metrics = telemetry::serve(
         metrics,
         kernel.clone(),
         issued.clone(),
         clock.clone(),
         config.staleness(),
+        health.clone(),
         [course.clone(), pages.clone()],
     );
     let (plane, plane_rx) = watch::channel(None);
-    let health = Health::new(Some(kernel.clone()));
     let issuance = Issuance {
         issued: issued.clone(),
         trust: cell.trust.clone(),
@@ -208,6 +209,7 @@ pub async fn run(config: Config, take_over: bool, mut stop: Stop) -> Result<(), 
     let way_in = WayIn::new(plane_rx.clone(), denials.clone(), netns.clone(), clock.clone());
     let way_in = way_in.by_kernel(kernel.clone()).in_course(course.clone());
     let inbound = Inbound::new(plane_rx.clone(), denials.clone(), netns, clock).in_course(course.clone());
+    let inbound = inbound.limited_to(config.caller_connects_per_s_max.0);
     let inbound = inbound.by_kernel(kernel.clone()).seen_by(cell.seen.clone());
     METRICS.component.set(["inbound"], 1.0);
     METRICS.component.set(["workload_api"], 1.0);

@@ -5,19 +5,19 @@ mod ranges;
 
 pub use ranges::{NOT_OUTSIDE, all};
 
+use crate::balance::{self, Candidate};
 use crate::denials::Denials;
 use crate::view::{View, Workload};
 use ambit_ebpf::{
     Action, Capacity, MAX_SERVICE_ENDPOINTS, Service, ServiceEndpoint, Tables, Tier, Verdict, VerdictKey,
 };
-use ambit_model::policy::{Endpoint, Order};
+use ambit_model::policy::Endpoint;
 use ambit_model::{Address, Moment, NodeId, NumericIdentity, SpiffeId, TrustDomain};
 use ambit_policy::PortSet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
-/// Addresses of endpoints that are avoided now.
-pub type Unhealthy = BTreeSet<IpAddr>;
+pub use crate::outlier::Unhealthy;
 
 /// Stands behind the address of an endpoint whose node is denied. No workload has this number (their first is 256) and
 /// no verdict speaks of it, so the kernel refuses; and an operator who reads the refusal's destination knows why.
@@ -158,18 +158,21 @@ fn services(
             continue;
         }
         let by_ipv6 = by_ipv6(service.address, reachable.iter().map(|(e, _)| *e));
-        let behind: Vec<_> = reachable
-            .iter()
-            .filter(|(e, _)| service.backends.iter().any(|b| b.contains(&e.spiffe_id)))
-            .filter(|(e, _)| serves(service.address, e, &by_ipv6))
-            .map(|(e, number)| ServiceEndpoint {
-                address: e.address.at(service.port),
-                identity: number.0,
-                tier: tier(view, service, e),
-                healthy: !unhealthy.contains(&e.address.ip()),
+        let behind = reachable.iter().map(|(e, _)| *e).filter(|e| serves(service.address, e, &by_ipv6));
+        let candidates = balance::candidates(view, service, behind);
+        let choosable = balance::choosable(&candidates, |e| unhealthy.avoids(e.address.ip(), service.port));
+        let endpoints = nearest(service, candidates, &choosable)
+            .into_iter()
+            .filter_map(|(candidate, healthy)| {
+                let first = candidate.level.is_first(service.order);
+                Some(ServiceEndpoint {
+                    address: candidate.endpoint.address.at(service.port),
+                    identity: view.numbers.get(&candidate.endpoint.spiffe_id)?.0,
+                    tier: if first { Tier::Local } else { Tier::Remote },
+                    healthy,
+                })
             })
-            .collect();
-        let endpoints = nearest(behind);
+            .collect::<Vec<_>>();
         match address {
             SocketAddr::V6(_) => of_v6.push(Service { address, endpoints }),
             SocketAddr::V4(address) => {
@@ -190,6 +193,14 @@ pub fn by_ipv6<'a>(service: Address, endpoints: impl IntoIterator<Item = &'a End
     all.map(|e| (&e.spiffe_id, e.node)).collect()
 }
 
+/// Endpoints that connections to the service may go to, whoever calls: none of a denied node.
+pub fn behind<'a>(view: &'a View, denials: &Denials, service: &ambit_model::Service) -> Vec<Candidate<'a>> {
+    let reachable: Vec<&Endpoint> = view.endpoints.values().filter(|e| !denials.denies_endpoint(e)).collect();
+    let by_ipv6 = by_ipv6(service.address, reachable.iter().copied());
+    let serving = reachable.into_iter().filter(|e| serves(service.address, e, &by_ipv6));
+    balance::candidates(view, service, serving)
+}
+
 /// By which of its addresses a workload serves a service: IPv4 for IPv4; for IPv6 its own, or where it reported none on that node,
 /// its IPv4 one, since it is the agents that carry.
 pub fn serves(service: Address, endpoint: &Endpoint, by_ipv6: &Placed<'_>) -> bool {
@@ -200,28 +211,24 @@ pub fn serves(service: Address, endpoint: &Endpoint, by_ipv6: &Placed<'_>) -> bo
     }
 }
 
-/// Where there are more than the kernel looks at, the nearest and healthy ones are kept.
-fn nearest(mut endpoints: Vec<ServiceEndpoint<SocketAddr>>) -> Vec<ServiceEndpoint<SocketAddr>> {
-    endpoints.sort_by_key(|e| (!e.healthy, e.tier, e.address));
-    endpoints.truncate(MAX_SERVICE_ENDPOINTS);
-    endpoints.sort_by_key(|e| (e.tier, e.address));
-    endpoints
+/// Where there are more than the kernel looks at, the nearest that may be chosen are kept; and whether each may.
+fn nearest<'a>(
+    service: &ambit_model::Service,
+    candidates: Vec<Candidate<'a>>,
+    choosable: &BTreeSet<IpAddr>,
+) -> Vec<(Candidate<'a>, bool)> {
+    let healthy = |one: &Candidate<'_>| choosable.contains(&one.endpoint.address.ip());
+    let mut kept: Vec<_> = candidates.into_iter().map(|one| (one, healthy(&one))).collect();
+    kept.sort_by_key(|(one, healthy)| (!healthy, one.level, one.endpoint.address));
+    kept.truncate(MAX_SERVICE_ENDPOINTS);
+    kept.sort_by_key(|(one, _)| (!one.level.is_first(service.order), one.endpoint.address));
+    kept
 }
 
 fn v4_endpoint(endpoint: ServiceEndpoint<SocketAddr>) -> Option<ServiceEndpoint> {
     let SocketAddr::V4(address) = endpoint.address else { return None };
     let ServiceEndpoint { identity, tier, healthy, .. } = endpoint;
     Some(ServiceEndpoint { address, identity, tier, healthy })
-}
-
-/// The nearer tier is used while it has a healthy endpoint: the own cluster, or the first backend, as the service says.
-pub fn tier(view: &View, service: &ambit_model::Service, endpoint: &Endpoint) -> Tier {
-    let near = match service.order {
-        // Cluster names are not unique over cells: a peer's cluster of the same name is not near.
-        Order::LocalFirst => endpoint.cluster == view.cluster && endpoint.spiffe_id.trust_domain() == view.trust_domain,
-        Order::FirstBackend => service.backends.first().is_some_and(|b| b.contains(&endpoint.spiffe_id)),
-    };
-    if near { Tier::Local } else { Tier::Remote }
 }
 
 #[cfg(test)]
@@ -269,11 +276,12 @@ mod tests {
             port: 5432,
             backends: vec!["spiffe://east/db".into(), "spiffe://west/*".into()],
             order: "local-first".into(),
+            weights: vec![],
         }];
         spoil(&mut s);
         let view = view(s).unwrap();
         let local = view.workloads(&[pod("web", 1000, 11)]);
-        let unhealthy = unhealthy.iter().map(|a| a.parse().unwrap()).collect();
+        let unhealthy: Unhealthy = unhealthy.iter().map(|a| a.parse::<IpAddr>().unwrap()).collect();
         let tables = tables(&view, &view.denials, local.values(), &unhealthy, NOW);
         (view, tables)
     }

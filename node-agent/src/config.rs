@@ -16,6 +16,8 @@ const SERVERS_MAX: usize = 16;
 /// A node has a proxy or two.
 const BROKERS_MAX: usize = 16;
 
+/// More than any node opens.
+const CALLER_CONNECTS_MAX: u32 = 1_000_000;
 /// A connection that is carried and quiet must not hold up the end of an agent for ever.
 const DRAIN_S_MAX: u64 = 3600;
 
@@ -43,6 +45,7 @@ const KEYS: &[&str] = &[
     "metrics_listen",
     "hbone_listen",
     "drain_max_s",
+    "caller_connects_per_s_max",
     "fail_mode",
     "stale_after_s",
 ];
@@ -162,6 +165,9 @@ pub struct Config {
     /// How long an agent that ends lets connections end which it carries, seconds; 30 unless told, 0 cuts them at once.
     #[serde(default)]
     pub drain_max_s: DrainMax,
+    /// Connections that one caller may open to this node's workloads in a second; 10,000 unless told.
+    #[serde(default)]
+    pub caller_connects_per_s_max: CallerConnects,
     /// What ends when the cell was not heard for `stale_after_s`, or the agent is gone for a minute: `closed` (the default), `strict` or
     /// `static`.
     #[serde(default)]
@@ -190,6 +196,28 @@ impl TryFrom<u64> for DrainMax {
             return Err(Refusal::new(Code::ConfigInvalid, expected, seconds.to_string()));
         }
         Ok(Self(Duration::from_secs(seconds)))
+    }
+}
+
+/// See [`Config::caller_connects_per_s_max`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "u32")]
+pub struct CallerConnects(pub u32);
+
+impl Default for CallerConnects {
+    fn default() -> Self {
+        Self(crate::inbound::PER_S)
+    }
+}
+
+impl TryFrom<u32> for CallerConnects {
+    type Error = Refusal;
+    fn try_from(per_s: u32) -> Result<Self, Refusal> {
+        if per_s == 0 || per_s > CALLER_CONNECTS_MAX {
+            let expected = format!("'caller_connects_per_s_max' of 1-{CALLER_CONNECTS_MAX}");
+            return Err(Refusal::new(Code::ConfigInvalid, expected, per_s.to_string()));
+        }
+        Ok(Self(per_s))
     }
 }
 
@@ -337,6 +365,7 @@ mod tests {
                 "broker_socket",
             ),
             ("boot_log =", "drain_max_s = 3601\nboot_log =", Code::ConfigInvalid, "drain_max_s"),
+            ("boot_log =", "caller_connects_per_s_max = 0\nboot_log =", Code::ConfigInvalid, "1-1000000"),
             ("boot_log =", "fail_mode = \"open\"\nboot_log =", Code::ConfigInvalid, "'fail_mode' as closed"),
             ("boot_log =", "stale_after_s = 59\nboot_log =", Code::ConfigInvalid, "stale_after_s"),
             ("boot_log =", "stale_after_s = 2592001\nboot_log =", Code::ConfigInvalid, "stale_after_s"),

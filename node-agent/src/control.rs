@@ -349,7 +349,7 @@ impl Control {
         workloads: &BTreeMap<String, Workload>,
         now: Moment,
     ) -> Result<[u8; 32], Refusal> {
-        let (denials, unhealthy) = (self.denials.now(), self.health.unhealthy());
+        let (denials, unhealthy) = (self.denials.now(), self.health.avoided());
         let own = egress::own_addresses();
         let tables = compile::all(view, &denials, workloads.values(), &unhealthy, &own, now);
         let tables = Arc::new(tables);

@@ -1,23 +1,30 @@
-//! Which endpoints are avoided: those whose tunnel failed, until a probe opens one again.
+//! Which endpoints are avoided: drives [`crate::outlier`] with what connections find out and with probes, and tells the kernel.
+//!
+//! A probe makes a tunnel as the caller that found the trouble, and where it was the workload that did not answer, opens a
+//! connection to it too. It carries no byte.
 
 use crate::compile::Unhealthy;
 use crate::denials::Lane;
-use crate::hbone::{self, Dial, Door, Mode, Origin, TunnelError};
+use crate::hbone::{self, Dial, Dialed, Door, Mode, Origin, TunnelError};
 use crate::kernel::KernelHandle;
 use crate::metrics::METRICS;
+use crate::native::{self, Answer, Open, Reason};
 use crate::netns::Annex;
+use crate::outlier::{Change, Evidence, Key, Outliers};
 use crate::plane::Plane;
+use crate::said::Said;
 use crate::{pool, sni};
 use ambit_model::SpiffeId;
 use ambit_model::policy::Endpoint;
 use rustls::ClientConfig;
 use rustls_pki_types::ServerName;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::ops::Bound;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
+use tokio::time::timeout;
 
 /// Fail-back comes within this and one handshake.
 const PROBE_EVERY: Duration = Duration::from_millis(500);
@@ -34,11 +41,45 @@ struct Suspect {
 /// An install that began before a change may end after it and bring the health of before; none takes longer.
 const RETELL_FOR: Duration = Duration::from_secs(10);
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct List {
-    suspects: BTreeMap<IpAddr, Suspect>,
+    /// Times in it are since then.
+    begun: Instant,
+    outliers: Outliers,
+    /// Whom to probe: those that are out.
+    suspects: BTreeMap<Key, Suspect>,
     /// When the health of an address last changed: until [`RETELL_FOR`] after that the kernel is told again.
     changed: BTreeMap<IpAddr, Instant>,
+}
+
+impl List {
+    /// What became of it is done, and told.
+    fn heard(&mut self, key: Key, evidence: Evidence, suspect: Suspect) -> Change {
+        let change = self.outliers.heard(key, evidence, self.begun.elapsed());
+        match change {
+            Change::Out => {
+                tracing::warn!(
+                    endpoint = %key.0, port = key.1, node = %suspect.endpoint.node_address, why = evidence.as_str(),
+                    "endpoint avoided"
+                );
+                METRICS.ejected.inc([evidence.as_str()]);
+                self.suspects.insert(key, suspect);
+            }
+            Change::Back => {
+                tracing::info!(endpoint = %key.0, port = key.1, "endpoint in use again");
+                self.suspects.remove(&key);
+            }
+            Change::None => {
+                // It may have moved since.
+                if let Some(known) = self.suspects.get_mut(&key).filter(|_| evidence != Evidence::Good) {
+                    *known = suspect;
+                }
+                return change;
+            }
+        }
+        self.changed.insert(key.0, Instant::now());
+        change
+    }
 }
 
 /// The list. Cloning shares.
@@ -46,28 +87,85 @@ struct List {
 pub struct Health {
     list: Arc<Mutex<List>>,
     kernel: Option<KernelHandle>,
+    denials: Lane,
+}
+
+/// One that is avoided, as operators are shown it.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Avoided {
+    /// Where it listens.
+    pub address: IpAddr,
+    /// Where it was turned away; 0: no tunnel leads to it, whatever the port.
+    pub port: u16,
+    /// Who it is.
+    pub spiffe_id: String,
+    /// See [`Evidence::as_str`].
+    pub why: &'static str,
+    /// For so long, milliseconds.
+    pub for_ms: u64,
+    /// How often lately.
+    pub times: u32,
+    /// It is used again once it was good for so long, milliseconds.
+    pub good_for_ms: u64,
 }
 
 impl Health {
-    /// A list that tells the kernel's services.
-    pub fn new(kernel: Option<KernelHandle>) -> Self {
+    /// A list that tells the kernel's services, but of nodes that are denied.
+    pub fn new(kernel: Option<KernelHandle>, denials: Lane) -> Self {
         METRICS.unhealthy.set([], 0.0);
-        Self { list: Arc::default(), kernel }
+        let (outliers, suspects, changed) = Default::default();
+        let list = List { begun: Instant::now(), outliers, suspects, changed };
+        Self { list: Arc::new(Mutex::new(list)), kernel, denials }
     }
 
-    /// The addresses to avoid.
-    pub fn unhealthy(&self) -> Unhealthy {
-        self.lock().suspects.keys().copied().collect()
+    /// What to avoid.
+    pub fn avoided(&self) -> Unhealthy {
+        self.lock().outliers.unhealthy()
     }
 
-    /// Avoid `endpoint`: the tunnel that `source` needs to it failed.
-    pub fn suspect(&self, plane: &Plane, endpoint: &Endpoint, source: &SpiffeId) {
-        let suspect = Suspect { endpoint: endpoint.clone(), source: source.clone() };
-        let mut list = self.lock();
+    /// The addresses of these.
+    pub fn unhealthy(&self) -> BTreeSet<IpAddr> {
+        self.lock().outliers.out().map(|((address, _), _)| *address).collect()
+    }
+
+    /// All that is avoided, and why.
+    pub fn shown(&self) -> Vec<Avoided> {
+        let list = self.lock();
+        let now = list.begun.elapsed();
+        let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        let row = |(key, known): (&Key, &crate::outlier::Known)| {
+            let (why, since) = known.out?;
+            let spiffe_id = list.suspects.get(key)?.endpoint.spiffe_id.to_string();
+            let (for_ms, good_for_ms) = (ms(now.saturating_sub(since)), ms(known.good_for()));
+            Some(Avoided {
+                address: key.0,
+                port: key.1,
+                spiffe_id,
+                why: why.as_str(),
+                for_ms,
+                times: known.times,
+                good_for_ms,
+            })
+        };
+        list.outliers.out().filter_map(row).collect()
+    }
+
+    /// What a connection of `source` to this port of the endpoint found out.
+    pub fn found(&self, plane: &Plane, endpoint: &Endpoint, source: &SpiffeId, port: u16, evidence: Evidence) {
         let address = endpoint.address.ip();
-        if list.suspects.insert(address, suspect).is_none() {
-            tracing::warn!(endpoint = %address, node = %endpoint.node_address, "endpoint avoided: tunnel failed");
-            list.changed.insert(address, Instant::now());
+        let keys = match evidence {
+            // It says both.
+            Evidence::Good => [Some(0), Some(port)],
+            Evidence::NoTunnel | Evidence::Silent => [Some(0), None],
+            Evidence::TurnedAway => [Some(port), None],
+        };
+        let mut list = self.lock();
+        if evidence == Evidence::Good && list.outliers.is_empty() {
+            return;
+        }
+        let suspect = || Suspect { endpoint: endpoint.clone(), source: source.clone() };
+        let changes = keys.into_iter().flatten().map(|port| list.heard((address, port), evidence, suspect()));
+        if changes.collect::<Vec<_>>().iter().any(|change| *change != Change::None) {
             self.tell(&list, plane, address);
         }
     }
@@ -85,29 +183,34 @@ impl Health {
     pub async fn probe(self, plane: watch::Receiver<Option<Arc<Plane>>>, denials: Lane, annex: Annex) {
         let mut tick = tokio::time::interval(PROBE_EVERY);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut last = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+        let mut last = (IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0);
         loop {
             tick.tick().await;
             let Some(plane) = plane.borrow().clone() else { continue };
             self.retell(&plane);
             let suspects = next_round(&self.lock().suspects, last);
-            last = suspects.last().map_or(last, |suspect| suspect.endpoint.address.ip());
-            let probes = suspects.into_iter().map(|suspect| self.probe_one(&plane, &denials, &annex, suspect));
+            last = suspects.last().map_or(last, |(key, _)| *key);
+            let probes =
+                suspects.into_iter().map(|(key, suspect)| self.probe_one(&plane, &denials, &annex, key, suspect));
             futures::future::join_all(probes).await;
         }
     }
 
-    async fn probe_one(&self, plane: &Plane, denials: &Lane, annex: &Annex, suspect: Suspect) {
-        let address = suspect.endpoint.address.ip();
+    async fn probe_one(&self, plane: &Plane, denials: &Lane, annex: &Annex, key: Key, suspect: Suspect) {
         // An endpoint that left the view, or moved, needs no health; neither does one that nobody here can or may call.
-        let known = plane.view.endpoints.get(&address) == Some(&suspect.endpoint)
+        let known = plane.view.endpoints.get(&key.0) == Some(&suspect.endpoint)
             && !denials.now().denies_endpoint(&suspect.endpoint);
-        let answers = !known || answers(plane, &suspect, annex).await;
+        if !known {
+            let mut list = self.lock();
+            list.outliers.forget(key);
+            list.suspects.remove(&key);
+            list.changed.insert(key.0, Instant::now());
+            return self.tell(&list, plane, key.0);
+        }
+        let evidence = answers(plane, &suspect, key, annex).await;
         let mut list = self.lock();
-        if answers && list.suspects.remove(&address).is_some() {
-            tracing::info!(endpoint = %address, "endpoint in use again");
-            list.changed.insert(address, Instant::now());
-            self.tell(&list, plane, address);
+        if list.suspects.contains_key(&key) && list.heard(key, evidence, suspect) != Change::None {
+            self.tell(&list, plane, key.0);
         }
     }
 
@@ -115,7 +218,7 @@ impl Health {
     fn tell(&self, list: &List, plane: &Plane, address: IpAddr) {
         METRICS.unhealthy.set([], list.suspects.len() as f64);
         if let Some(kernel) = &self.kernel {
-            kernel.set_health(&plane.view, address, !list.suspects.contains_key(&address));
+            kernel.set_health(&plane.view, &self.denials.now(), address, &list.outliers.unhealthy());
         }
     }
 
@@ -124,20 +227,44 @@ impl Health {
     }
 }
 
-/// Whether a tunnel opens, by the node's door or, where nothing listens there, by the workload's.
-async fn answers(plane: &Plane, Suspect { endpoint, source }: &Suspect, annex: &Annex) -> bool {
+/// Whether a tunnel opens, by the node's door or, where nothing listens there, by the workload's; and whether the workload
+/// answers, where it is that which was in doubt.
+async fn answers(plane: &Plane, Suspect { endpoint, source }: &Suspect, key: Key, annex: &Annex) -> Evidence {
     // Who is not here any more needs no health of anybody.
-    let Ok(from) = pod_of(plane, source) else { return true };
+    let Ok(from) = pod_of(plane, source) else { return Evidence::Good };
     for (door, from) in [(Door::Node, Origin::Node(plane.address)), (Door::Pod, Origin::Pod(from, annex.clone()))] {
         let Some(node) = at(endpoint, door) else { continue };
-        let Ok((name, config)) = credentials(plane, source, &endpoint.spiffe_id) else { return true };
+        let Ok((name, config)) = credentials(plane, source, &endpoint.spiffe_id) else { return Evidence::Good };
         let (holder, trust) = (endpoint.node, plane.trust.current());
         match pool::dial(Dial { from, node, holder, name, config, trust }, Mode::Any).await {
             Err(error) if error.is_refused_port() => {}
-            dialed => return dialed.is_ok(),
+            Err(_) => return Evidence::NoTunnel,
+            Ok(_) if key.1 == 0 => return Evidence::Good,
+            Ok(dialed) => {
+                let opened = timeout(hbone::ANSWER_MAX, opens(dialed, endpoint.address.at(key.1))).await;
+                return if opened.unwrap_or(false) { Evidence::Good } else { Evidence::TurnedAway };
+            }
         }
     }
-    false
+    Evidence::NoTunnel
+}
+
+/// Whether the workload answers at its port. A refusal by policy is an answer.
+async fn opens(dialed: Dialed, to: SocketAddr) -> bool {
+    match dialed {
+        Dialed::Native(mut native) => {
+            let open = Open { to, prompt: true, trace: None, from: None, first: Vec::new() };
+            let answer = native::open(&mut native.secured, &open).await;
+            matches!(answer, Ok(Answer::Opened | Answer::Refused(Reason::Denied)))
+        }
+        Dialed::Hbone(tunnel) => match tunnel.lease() {
+            Some(lease) => match lease.open(to, &Said::default()).await {
+                Ok(_) => true,
+                Err(error) => matches!(error, TunnelError::Refused(code) if hbone::is_denial(code)),
+            },
+            None => false,
+        },
+    }
 }
 
 /// The IPv4 address of a pod here that is `id`.
@@ -147,9 +274,9 @@ fn pod_of(plane: &Plane, id: &SpiffeId) -> Result<Ipv4Addr, TunnelError> {
 }
 
 /// The suspects after `last`, going round: the lowest addresses must not be probed for ever while the others wait.
-fn next_round(suspects: &BTreeMap<IpAddr, Suspect>, last: IpAddr) -> Vec<Suspect> {
+fn next_round(suspects: &BTreeMap<Key, Suspect>, last: Key) -> Vec<(Key, Suspect)> {
     let after = suspects.range((Bound::Excluded(last), Bound::Unbounded));
-    after.chain(suspects.range(..=last)).take(PROBES_MAX).map(|(_, suspect)| suspect.clone()).collect()
+    after.chain(suspects.range(..=last)).take(PROBES_MAX).map(|(key, suspect)| (*key, suspect.clone())).collect()
 }
 
 /// Where tunnels to `endpoint` end; none where there is no such door: HBONE is not spoken at pods' IPv6 addresses.
@@ -189,20 +316,20 @@ mod tests {
                 node: NodeId([1; 32]),
                 generation: Generation(1),
             };
-            (endpoint.address.ip(), Suspect { endpoint, source: "spiffe://west/web".parse().unwrap() })
+            ((endpoint.address.ip(), 80), Suspect { endpoint, source: "spiffe://west/web".parse().unwrap() })
         };
-        let addresses = |round: &[Suspect]| round.iter().map(|s| s.endpoint.address.ip()).collect::<Vec<_>>();
+        let addresses = |round: &[(Key, Suspect)]| round.iter().map(|(key, _)| key.0).collect::<Vec<_>>();
         let all: BTreeMap<_, _> = (0..80).map(suspect).collect();
-        let (mut last, mut probed) = (IpAddr::V4(Ipv4Addr::UNSPECIFIED), std::collections::BTreeSet::new());
+        let (mut last, mut probed) = ((IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0), BTreeSet::new());
         for _ in 0..3 {
             let round = next_round(&all, last);
             assert_eq!(round.len(), PROBES_MAX);
-            last = round.last().unwrap().endpoint.address.ip();
+            last = round.last().unwrap().0;
             probed.extend(addresses(&round));
         }
         assert_eq!(probed.len(), all.len(), "three rounds of 32 are all 80");
         let few: BTreeMap<_, _> = (0..3).map(suspect).collect();
-        let round = next_round(&few, IpAddr::V4(Ipv4Addr::new(10, 72, 101, 1)));
+        let round = next_round(&few, (IpAddr::V4(Ipv4Addr::new(10, 72, 101, 1)), 80));
         assert_eq!(
             addresses(&round).iter().map(ToString::to_string).collect::<Vec<_>>(),
             ["10.72.101.2", "10.72.101.0", "10.72.101.1"],

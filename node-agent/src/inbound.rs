@@ -6,12 +6,15 @@ mod client;
 mod goal;
 mod handshake;
 mod judge;
+mod rates;
 mod seats;
 
 use self::client::{Client, client};
 pub(crate) use self::goal::is_ours;
 use self::goal::{NOWHERE, goal};
 use self::judge::{Call, at_home, judge, permitted, trusted};
+pub use self::rates::PER_S;
+use self::rates::Rates;
 use self::seats::Seats;
 use crate::carriers::Carriers;
 use crate::clock::Clock;
@@ -66,6 +69,7 @@ pub struct Inbound {
     handshakes: Arc<Semaphore>,
     strangers: Arc<Semaphore>,
     flows: Arc<Semaphore>,
+    rates: Rates,
     /// Of connections that an audit policy matched; all of them are counted.
     audited: Arc<Lines>,
     course: Course,
@@ -91,13 +95,18 @@ impl Inbound {
         let [handshakes, strangers, flows] =
             [HANDSHAKES_MAX, STRANGERS_MAX, FLOWS_MAX].map(|max| Arc::new(Semaphore::new(max)));
         let (audited, course, seen) = (Arc::default(), Course::default(), Seen::default());
-        let legs = Legs::new(netns);
-        Self { plane, denials, legs, clock, tunnels, handshakes, strangers, flows, audited, course, seen }
+        let (legs, rates) = (Legs::new(netns), Rates::of(PER_S));
+        Self { plane, denials, legs, clock, tunnels, handshakes, strangers, flows, rates, audited, course, seen }
     }
 
     /// The same in this course: tunnels are accepted while it serves, and left when it drains; connections count in it.
     pub fn in_course(self, course: Course) -> Self {
         Self { course, ..self }
+    }
+
+    /// The same, where each caller may open so many connections a second.
+    pub fn limited_to(self, per_s: u32) -> Self {
+        Self { rates: Rates::of(per_s), ..self }
     }
 
     /// The same, by this kernel part, which shows workloads who calls.
@@ -340,6 +349,11 @@ impl Inbound {
     ) -> Result<Admitted, Reason> {
         let flow = self.course.flow();
         let place = self.flows.clone().try_acquire_owned().map_err(|_| Reason::Busy)?;
+        if !self.rates.take(call.peer.id()) {
+            METRICS.limited.inc([]);
+            METRICS.connections.inc(["inbound", "failed"]);
+            return Err(Reason::Busy);
+        }
         let mut follow = Follow::of(&self.plane, &self.denials);
         let asked = to.as_ref().ok().map(|to| to.port());
         let denied = |refusal: Refusal| {

@@ -1,6 +1,8 @@
 //! The kernel side in the agent's words. Every error is a refusal; none ever means "go on".
 
-use crate::compile::DENIED_NODE;
+use crate::balance;
+use crate::compile::{self, DENIED_NODE, Unhealthy};
+use crate::denials::Denials;
 use crate::netns::Netns;
 use crate::outbound::{Captured, Goal};
 use crate::view::View;
@@ -388,14 +390,18 @@ impl KernelHandle {
         kernel.sweep_clients().map(drop).map_err(|e| refusal(&e))
     }
 
-    /// Tells every service with an endpoint at `address` whether it may be chosen. A service that is not in the kernel
-    /// (any more) needs no telling: the next install brings the whole health.
-    pub fn set_health(&self, view: &View, address: IpAddr, healthy: bool) {
+    /// Tells every service with an endpoint at `address` which of its endpoints may be chosen: one that is avoided makes
+    /// others be used. A service that is not in the kernel (any more) needs no telling: the next install brings the whole health.
+    pub fn set_health(&self, view: &View, denials: &Denials, address: IpAddr, unhealthy: &Unhealthy) {
         let (Some(endpoint), Some(kernel)) = (view.endpoints.get(&address), self.0.try_write()) else { return };
         for service in view.services.iter().filter(|s| s.backends.iter().any(|b| b.contains(&endpoint.spiffe_id))) {
-            let (at, to) = (service.address.at(service.port), SocketAddr::new(address, service.port));
-            if let Err(error) = kernel.set_service_health(at, to, healthy) {
-                tracing::debug!(service = %at, endpoint = %to, error = %chain(&error), "health not told");
+            let behind = compile::behind(view, denials, service);
+            let choosable = balance::choosable(&behind, |e| unhealthy.avoids(e.address.ip(), service.port));
+            for ip in behind.iter().map(|one| one.endpoint.address.ip()) {
+                let (at, to) = (service.address.at(service.port), SocketAddr::new(ip, service.port));
+                if let Err(error) = kernel.set_service_health(at, to, choosable.contains(&ip)) {
+                    tracing::debug!(service = %at, endpoint = %to, error = %chain(&error), "health not told");
+                }
             }
         }
     }

@@ -148,6 +148,12 @@ pub struct Metrics {
     pub open: Family<1>,
     /// Another endpoint was tried, by reason.
     pub retries: Family<1>,
+    /// Endpoints of services that connections were sent to, by how far they are and why they were used.
+    pub chosen: Family<2>,
+    /// Endpoints that were put out of use, by why.
+    pub ejected: Family<1>,
+    /// Connections turned away because one caller opened too many.
+    pub limited: Family<0>,
     /// TLS handshakes of tunnels, both directions.
     pub handshakes: Family<2>,
     /// The receiving side's decision.
@@ -230,6 +236,24 @@ pub static METRICS: Metrics = Metrics {
         "Connections of the agent before this one that ended while it drained, and that it cut at the end.",
     ),
     retries: Family::new("ambit_retries_total", "counter", ["reason"], "Connections tried on another endpoint."),
+    chosen: Family::new(
+        "ambit_endpoints_chosen_total",
+        "counter",
+        ["distance", "why"],
+        "Endpoints of services that connections were sent to: in the own cluster, its region or elsewhere; healthy, or avoided and used all the same.",
+    ),
+    ejected: Family::new(
+        "ambit_endpoint_ejections_total",
+        "counter",
+        ["reason"],
+        "Endpoints put out of use: no_tunnel, silent while another answered, or turned_away by the workload.",
+    ),
+    limited: Family::new(
+        "ambit_callers_limited_total",
+        "counter",
+        [],
+        "Connections to local workloads turned away because their caller opened more than it may.",
+    ),
     handshakes: Family::new(
         "ambit_tls_handshakes_total",
         "counter",
@@ -324,6 +348,9 @@ impl Metrics {
         self.generations.write(&mut out);
         self.drained.write(&mut out);
         self.retries.write(&mut out);
+        self.chosen.write(&mut out);
+        self.ejected.write(&mut out);
+        self.limited.write(&mut out);
         self.handshakes.write(&mut out);
         self.clients.write(&mut out);
         self.authz.write(&mut out);

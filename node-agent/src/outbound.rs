@@ -3,9 +3,12 @@
 //! The kernel has allowed it already. What cannot be traced back, proved or reached ends in a reset, never in a
 //! connection by another way.
 
+mod breaker;
 mod open;
 
+use self::breaker::Breaker;
 use self::open::{Opened, Opening, Way};
+use crate::budget::Retries;
 use crate::carriers::Carriers;
 use crate::clock::Clock;
 use crate::course::Course;
@@ -27,7 +30,7 @@ use crate::said::Start;
 use crate::seen::{self, Seen};
 use ambit_model::policy::Endpoint;
 use std::net::{SocketAddr, SocketAddrV4};
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
@@ -66,6 +69,8 @@ pub struct Outbound {
     /// One for each thread that carries.
     pools: Arc<[Pool]>,
     health: Health,
+    breaker: Breaker,
+    retries: Arc<Mutex<Retries>>,
     way_out: WayOut,
     flows: Arc<Semaphore>,
     clock: Arc<Clock>,
@@ -103,8 +108,24 @@ impl Outbound {
         let pools = (0..carriers.count()).map(|_| Pool::new(totals.clone())).collect();
         let way_out = WayOut::new(plane.clone(), denials.clone(), clock.clone(), port);
         let (flows, course) = (Arc::new(Semaphore::new(FLOWS_MAX)), Course::default());
-        let seen = Seen::default();
-        Self { plane, denials, carriers, pools, health, way_out, flows, clock, annex, port, course, seen }
+        let (seen, breaker) = (Seen::default(), Breaker::default());
+        let retries = Arc::new(Mutex::new(Retries::new(since_begun())));
+        Self {
+            plane,
+            denials,
+            carriers,
+            pools,
+            health,
+            breaker,
+            retries,
+            way_out,
+            flows,
+            clock,
+            annex,
+            port,
+            course,
+            seen,
+        }
     }
 
     /// The same in this course: connections are taken while it serves, and count in it while they are carried.
@@ -164,6 +185,16 @@ impl Outbound {
                 tracing::info!(tunnels, revision = now.revision().0, "tunnels to denied nodes cut");
             }
         }
+    }
+
+    /// A connection to a service begins, which may be tried elsewhere.
+    fn begun(&self) {
+        self.retries.lock().unwrap_or_else(PoisonError::into_inner).begun();
+    }
+
+    /// Whether the budget has a second attempt left.
+    fn may_retry(&self) -> bool {
+        self.retries.lock().unwrap_or_else(PoisonError::into_inner).take(since_begun())
     }
 
     fn pool(&self, at: usize) -> &Pool {
@@ -339,6 +370,12 @@ impl Outbound {
         METRICS.open.add(["outbound"], -1.0);
         record.ended(&carried);
     }
+}
+
+/// Since the first that was carried.
+fn since_begun() -> Duration {
+    static BEGUN: LazyLock<Instant> = LazyLock::new(Instant::now);
+    BEGUN.elapsed()
 }
 
 /// What the application says at once. An end of what it says is found again by whoever carries.

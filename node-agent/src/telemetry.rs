@@ -2,6 +2,7 @@
 
 use crate::clock::Clock;
 use crate::course::Course;
+use crate::health::Health;
 use crate::issued::Issued;
 use crate::kernel::{KernelHandle, Room};
 use crate::metrics::METRICS;
@@ -30,8 +31,8 @@ pub fn start_logging() {
     }
 }
 
-/// Serves `/metrics`, `/healthz` (the process answers), `/readyz` (every needed component is up) and `/state` (whether the
-/// cell is heard, and how long what is held is good without it) until it fails, or the second course drains; the first is the
+/// Serves `/metrics`, `/healthz` (the process answers), `/readyz` (every needed component is up), `/state` (whether the cell is
+/// heard, and how long what is held is good without it) and `/endpoints` (which are avoided, and why) until it fails, or the second course drains; the first is the
 /// agent's.
 pub async fn serve(
     listener: TcpListener,
@@ -39,10 +40,11 @@ pub async fn serve(
     issued: Issued,
     clock: Arc<Clock>,
     staleness: Staleness,
+    health: Health,
     [course, pages]: [Course; 2],
 ) -> std::io::Result<()> {
     let text = [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
-    let json = [(header::CONTENT_TYPE, "application/json")];
+    let json = || [(header::CONTENT_TYPE, "application/json")];
     let state = move || {
         let open = METRICS.component.value(["stream"]) > 0.0;
         State::of(&issued.now(), open, clock.age(), staleness, clock.now())
@@ -50,7 +52,14 @@ pub async fn serve(
     let told = state.clone();
     let app = Router::new()
         .route("/metrics", get(move || async move { (text, page(&kernel) + &state().figures()) }))
-        .route("/state", get(move || async move { (json, serde_json::to_string(&told()).unwrap_or_default() + "\n") }))
+        .route(
+            "/state",
+            get(move || async move { (json(), serde_json::to_string(&told()).unwrap_or_default() + "\n") }),
+        )
+        .route(
+            "/endpoints",
+            get(move || async move { (json(), serde_json::to_string(&health.shown()).unwrap_or_default() + "\n") }),
+        )
         .route("/healthz", get(|| async { "ok\n" }))
         .route("/readyz", get(move || async move { ready(&course) }));
     let listener = Until(listener, pages.clone());

@@ -4,10 +4,11 @@ use crate::denials::{Denials, authority_name};
 use crate::pods::Pod;
 use ambit_model::policy::{Egress, Endpoint, NodeAddress, Policy, Service};
 use ambit_model::{
-    Bundle, ClusterId, Code, Entry, EntryId, Foreign, NodeId, NumericIdentity, Own, Refusal, Revision, Selector,
-    SpiffeId, Stamp, TrustDomain,
+    Address, Bundle, ClusterId, Code, Entry, EntryId, Foreign, NodeId, NumericIdentity, Own, Refusal, Revision,
+    Routing, Selector, SpiffeId, Stamp, TrustDomain,
 };
 use ambit_policy::{EgressSet, Index, PolicySet};
+use ambit_proto::routing::routing;
 use ambit_proto::{convert, v1};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
@@ -35,6 +36,10 @@ pub struct View {
     pub rules: Index,
     /// Virtual services.
     pub services: Vec<Service>,
+    /// Whose they are, by address and port.
+    pub origins: BTreeMap<(Address, u16), TrustDomain>,
+    /// Where their calls go beside distance and weights.
+    pub routing: Routing,
     /// Who is behind which address.
     pub endpoints: BTreeMap<IpAddr, Endpoint>,
     /// From where tunnels of nodes may come, by whose they are: who calls from elsewhere is refused, whatever it shows.
@@ -81,6 +86,8 @@ impl View {
             rules: policies.compile(),
             policies,
             services: slice.services.iter().map(Service::try_from).collect::<Result<_, _>>()?,
+            origins: origins(&slice.services)?,
+            routing: routing(&slice.clusters, &slice.steers)?,
             endpoints: endpoints(&slice.endpoints, trust_domain)?,
             callers: callers(&slice.callers)?,
             numbers: numbers(&slice.identities)?,
@@ -228,6 +235,17 @@ fn endpoints(found: &[v1::Endpoint], own: &TrustDomain) -> Result<BTreeMap<IpAdd
     });
     ours.append(&mut theirs);
     Ok(ours)
+}
+
+/// Of two services at one address the first stands.
+fn origins(found: &[v1::Service]) -> Result<BTreeMap<(Address, u16), TrustDomain>, Refusal> {
+    let mut origins = BTreeMap::new();
+    for message in found {
+        let service = Service::try_from(message)?;
+        let origin = message.origin.parse()?;
+        origins.entry((service.address, service.port)).or_insert(origin);
+    }
+    Ok(origins)
 }
 
 fn callers(found: &[v1::NodeAddress]) -> Result<BTreeMap<(TrustDomain, NodeId), NodeAddress>, Refusal> {

@@ -145,6 +145,7 @@ impl Stage {
             port: u32::from(port),
             backends: vec![east.id("db")],
             order: "local-first".into(),
+            weights: vec![],
         });
         let (w, e) = (
             v1::Slice {

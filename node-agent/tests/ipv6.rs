@@ -154,6 +154,7 @@ impl Stage {
             port: u32::from(PORT),
             backends: vec![self.cell.id(backend)],
             order: "local-first".into(),
+            weights: vec![],
         };
         let number = |(id, number): (&str, u32)| v1::NumericIdentity { spiffe_id: self.cell.id(id), number };
         self.cell.view(v1::Slice {

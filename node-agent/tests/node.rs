@@ -83,6 +83,7 @@ async fn programs_are_captured_carried_and_cut_by_policy() {
             port: u32::from(PORT),
             backends: vec![cell.id("db")],
             order: "local-first".into(),
+            weights: vec![],
         }],
         policies: policies.to_vec(),
         callers: vec![v1::NodeAddress {

@@ -210,6 +210,7 @@ async fn a_service_is_called_elsewhere_where_the_chosen_endpoint_shows_another_n
         port: u32::from(service.port()),
         backends: vec!["spiffe://east/db".into()],
         order: "local-first".into(),
+        weights: vec![],
     };
     stage.publish(
         |w| {
@@ -565,6 +566,7 @@ async fn a_service_leaves_out_the_endpoint_of_a_denied_node() {
                 port: u32::from(service.port()),
                 backends: vec!["spiffe://east/db".into()],
                 order: "local-first".into(),
+                weights: vec![],
             }];
         },
         |_| (),
@@ -628,6 +630,7 @@ async fn a_service_fails_over_before_first_bytes_and_back() {
             port: u32::from(service.port()),
             backends: vec!["spiffe://east/db".into()],
             order: "local-first".into(),
+            weights: vec![],
         }];
     };
     stage.publish(on_service, |_| ());

@@ -139,7 +139,7 @@ impl Agent {
         let (plane_tx, plane) = watch::channel(None);
         let (_, node) = watch::channel(Some((cell.node(), Generation(1))));
         let (issued, denials, clock) = (Issued::default(), Lane::default(), Arc::new(Clock::default()));
-        let health = Health::new(Some(kernel.clone()));
+        let health = Health::new(Some(kernel.clone()), denials.clone());
         let control = Control {
             pods_dir,
             cgroup_root: mesh,

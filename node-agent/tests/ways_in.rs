@@ -146,6 +146,7 @@ fn slice(numbers: &mut Numbers) -> v1::Slice {
             port: 80,
             backends: vec![uri("west/*")],
             order: "local-first".into(),
+            weights: vec![],
         }],
         identities: PODS
             .iter()

@@ -131,6 +131,7 @@ fn slice(numbers: &mut Numbers) -> v1::Slice {
             port: 80,
             backends: vec![uri("west/*")],
             order: "local-first".into(),
+            weights: vec![],
         }],
         identities: CALLERS
             .iter()

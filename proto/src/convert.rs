@@ -247,13 +247,16 @@ pub fn group_message(origin: &TrustDomain, g: &Group) -> v1::Group {
 impl TryFrom<&v1::Service> for Service {
     type Error = Refusal;
     fn try_from(m: &v1::Service) -> Result<Self, Refusal> {
-        Ok(Service {
+        let service = Service {
             name: m.name.parse()?,
             address: m.address.parse::<Address>()?,
             port: port(m.port)?,
             backends: m.backends.iter().map(|b| peers(b)).collect::<Result<_, _>>()?,
             order: m.order.parse()?,
-        })
+            weights: m.weights.clone(),
+        };
+        let bad = || Refusal::new(Code::BadRequest, "a weight of each backend, not all 0", format!("{:?}", m.weights));
+        if service.is_weighted_well() { Ok(service) } else { Err(bad()) }
     }
 }
 
@@ -266,6 +269,7 @@ pub fn service_message(origin: &TrustDomain, s: &Service) -> v1::Service {
         port: u32::from(s.port),
         backends: s.backends.iter().map(peers_text).collect(),
         order: s.order.as_str().to_owned(),
+        weights: s.weights.clone(),
     }
 }
 

@@ -16,6 +16,7 @@ macro_rules! discreet {
 
 pub mod convert;
 pub mod resources;
+pub mod routing;
 pub mod status;
 
 /// `ambit.v1`.

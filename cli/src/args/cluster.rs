@@ -15,6 +15,9 @@ pub enum Cluster {
         /// How often its nodes are asked for a quote: 1s to 60s
         #[arg(long, default_value = "30s", value_name = "TIME")]
         attest_every: Millis,
+        /// Where it is, as you call it: clusters of one region are nearer to each other than others
+        #[arg(long, default_value = "")]
+        region: String,
     },
     /// What makes a TPM one of the cluster's: EK roots, allow-list, deny-list
     Endorsements {
@@ -65,6 +68,75 @@ pub enum Cluster {
         #[arg(long, default_value = "10m", value_name = "TIME")]
         ttl: Millis,
     },
+    /// Says where a cluster of this cell is: calls go to its own cluster first, then to its region, then elsewhere
+    Region {
+        name: String,
+        #[arg(required_unless_present = "none")]
+        region: Option<String>,
+        /// Nothing is said any more
+        #[arg(long, conflicts_with = "region")]
+        none: bool,
+        #[command(flatten)]
+        note: Note,
+    },
+    /// One cluster: where it is, and what is said of calls to it, by whom
+    Show { name: String },
+    /// Lets no new connection to a service go to a cluster; open ones go on. Of a peer's cluster: from this cell's callers
+    Drain {
+        name: String,
+        #[command(flatten)]
+        note: Note,
+    },
+    /// Ends a drain
+    #[command(visible_alias = "resume")]
+    Undrain {
+        name: String,
+        #[command(flatten)]
+        note: Note,
+    },
+    /// Sends calls to a service that would go to one cluster to another, until `fail-back`
+    FailOver {
+        #[command(flatten)]
+        calls: Calls,
+        /// The cluster to which they go instead
+        #[arg(long)]
+        to: String,
+        #[command(flatten)]
+        note: Note,
+    },
+    /// Ends a fail-over: calls go to the cluster again
+    FailBack {
+        #[command(flatten)]
+        calls: Calls,
+        #[command(flatten)]
+        note: Note,
+    },
+    /// Forgets all nodes of a cluster of this cell at once; they may enrol afresh
+    Evict {
+        name: String,
+        /// The cluster's name once more
+        #[arg(long, value_name = "NAME")]
+        confirm: String,
+    },
+}
+
+/// Which calls a verb is about.
+#[derive(Debug, clap::Args)]
+pub struct Calls {
+    /// A service (of a peer's: trust-domain/name), and the cluster that its calls go to; with --all the cluster alone
+    #[arg(required = true, num_args = 1..=2, value_names = ["SERVICE", "FROM"])]
+    pub of: Vec<String>,
+    /// Calls to every service of which the verb can be said now
+    #[arg(long)]
+    pub all: bool,
+}
+
+/// Why.
+#[derive(Debug, clap::Args)]
+pub struct Note {
+    /// Why, in one line; it is kept, and shown with who said it
+    #[arg(long, default_value = "")]
+    pub note: String,
 }
 
 /// A root of EK certificates with its class.

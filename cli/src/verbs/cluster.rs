@@ -1,7 +1,7 @@
 //! `ambit cluster`.
 
 use super::Session;
-use crate::args::{Cluster, EkRoot};
+use crate::args::{Cluster, EkRoot, Node, Selected};
 use crate::ask;
 use crate::cell::{request_id, seconds};
 use crate::context::{fingerprint, read_bounded};
@@ -17,8 +17,12 @@ const ROOT_BYTES_MAX: u64 = 256 * 1024;
 
 pub(super) async fn run(session: &Session, verb: Cluster) -> Result<Answer, Refusal> {
     match verb {
-        Cluster::Register { name, ek_roots, attest_every } => {
-            register(session, name, &ek_roots, seconds(attest_every)?).await
+        Cluster::Register { name, ek_roots, attest_every, region } => {
+            let registered = register(session, name.clone(), &ek_roots, seconds(attest_every)?).await?;
+            if region.is_empty() {
+                return Ok(registered);
+            }
+            super::traffic::region(session, name, region, String::new()).await
         }
         Cluster::Endorsements { name, csv } => endorsements(session, name, csv).await,
         Cluster::EkRoots { name, add, remove } => ek_roots(session, name, &add, remove).await,
@@ -30,6 +34,15 @@ pub(super) async fn run(session: &Session, verb: Cluster) -> Result<Answer, Refu
         Cluster::Token { trust_domain, fingerprint, ttl } => {
             token(session, trust_domain, &fingerprint, seconds(ttl)?).await
         }
+        Cluster::Region { name, region, none: _, note } => {
+            super::traffic::region(session, name, region.unwrap_or_default(), note.note).await
+        }
+        Cluster::Show { name } => super::traffic::show(session, name).await,
+        Cluster::Drain { name, note } => super::traffic::drain(session, name, note.note, true).await,
+        Cluster::Undrain { name, note } => super::traffic::drain(session, name, note.note, false).await,
+        Cluster::FailOver { calls, to, note } => super::traffic::fail_over(session, calls, to, note.note).await,
+        Cluster::FailBack { calls, note } => super::traffic::fail_back(session, calls, note.note).await,
+        Cluster::Evict { name, confirm } => evict(session, name, &confirm).await,
     }
 }
 
@@ -69,7 +82,8 @@ async fn list(session: &Session) -> Result<Answer, Refusal> {
 }
 
 fn table(clusters: &[v1::Cluster]) -> Table {
-    const COLUMNS: &[&str] = &["name", "trust_domain", "home", "state", "nodes", "fingerprint", "age"];
+    const COLUMNS: &[&str] =
+        &["name", "trust_domain", "home", "state", "nodes", "fingerprint", "age", "region", "drained"];
     let mut table = Table::new("cluster", COLUMNS);
     for c in clusters {
         table.row(vec![
@@ -80,9 +94,21 @@ fn table(clusters: &[v1::Cluster]) -> Table {
             json!(c.nodes),
             json!(c.fingerprint),
             json!(age(c.age_ms)),
+            json!(c.region),
+            json!(c.drained),
         ]);
     }
     table
+}
+
+/// All of its nodes, or none. Whoever repeats the name means it.
+async fn evict(session: &Session, cluster: String, confirm: &str) -> Result<Answer, Refusal> {
+    if confirm != cluster {
+        let expected = format!("--confirm {cluster}: all of its nodes lose their certificates at once");
+        return Err(Refusal::new(Code::BadRequest, expected, confirm));
+    }
+    let selected = Selected { ids: Vec::new(), cluster: Some(cluster) };
+    super::node::run(session, Node::Evict(selected)).await
 }
 
 async fn endorsements(session: &Session, cluster: String, csv: bool) -> Result<Answer, Refusal> {

@@ -21,6 +21,7 @@ mod renewal;
 mod result;
 mod status;
 mod svid;
+mod traffic;
 mod trust;
 mod watch;
 

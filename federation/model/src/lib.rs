@@ -22,7 +22,9 @@ pub mod policy;
 pub mod record;
 pub mod refusal;
 pub mod role;
+pub mod routing;
 mod stored;
+mod stored_service;
 mod text;
 pub mod time;
 pub mod trust;
@@ -44,5 +46,6 @@ pub use policy::{
 };
 pub use refusal::{Code, Refusal};
 pub use role::AdminRole;
+pub use routing::{Place, Routing, ServiceName, Traits};
 pub use time::{Lifetime, Moment, Stamp, SvidTtl};
 pub use trust::TrustVector;

@@ -129,10 +129,10 @@ pub struct Group {
 /// Which healthy endpoint of a service is chosen first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Order {
-    /// Those in the caller's own cluster, then the others.
+    /// Those in the caller's own cluster, then those in its region, then the others.
     #[default]
     LocalFirst,
-    /// Those of the first backend named, wherever they are, then the others: a primary and its stand-ins.
+    /// Those of the first backend named, wherever they are, then the others by distance: a primary and its stand-ins.
     FirstBackend,
 }
 
@@ -158,7 +158,8 @@ impl std::str::FromStr for Order {
 }
 
 /// A virtual service: one address in front of endpoints in several clusters.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// Its stored form is in `stored_service`: one without weights is stored as it always was.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Service {
     /// Its name, unique within its origin.
     pub name: ObjectName,
@@ -170,6 +171,20 @@ pub struct Service {
     pub backends: Vec<Peers>,
     /// Which healthy endpoint is chosen first.
     pub order: Order,
+    /// Of connections that may go to several backends, how many of all go to each; 0: none, it is drained. As many as there are
+    /// backends, not all 0; or none: each endpoint like any other.
+    pub weights: Vec<u32>,
+}
+
+/// The most that a weight may be.
+pub const WEIGHT_MAX: u32 = 1_000;
+
+impl Service {
+    /// Whether its weights are as they may be.
+    pub fn is_weighted_well(&self) -> bool {
+        let all = self.weights.len() == self.backends.len() && self.weights.iter().any(|weight| *weight > 0);
+        self.weights.is_empty() || (all && self.weights.iter().all(|weight| *weight <= WEIGHT_MAX))
+    }
 }
 
 /// Where tunnels of a node come from: the address that it registered on its attested stream.

@@ -8,7 +8,8 @@ use sha2::{Digest, Sha256};
 /// What a record speaks of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Kind {
-    /// A cluster of the origin; key = its name.
+    /// A cluster of the origin; key = its name. The payload is the trust domain and, where more is said, the traits: former
+    /// releases read nothing of it.
     Cluster,
     /// The origin's bundle; key = trust domain.
     Bundle,
@@ -32,6 +33,9 @@ pub enum Kind {
     NodeAddress,
     /// A group of identities that policies of the origin use; key = its name.
     Group,
+    /// A service of the origin whose calls go to another cluster; key = service, slash, trust domain and cluster that they would
+    /// go to.
+    Steer,
 }
 
 /// One decision of its origin. An empty payload removes the object.

@@ -7,6 +7,7 @@
 #![warn(missing_docs)]
 
 pub mod appraisal;
+mod backend;
 mod document;
 mod egress;
 mod enforce;

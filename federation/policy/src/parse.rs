@@ -1,5 +1,6 @@
 //! YAML text to documents. Strict: an unknown field, kind, or anything beyond identity and port is refused in its place.
 
+use crate::backend::Backend;
 use crate::document::Document;
 use crate::normal::normalised;
 use crate::scalar::{Caller, Instant, Listed, Member, Port, Text, UnicastAddress};
@@ -277,12 +278,28 @@ enum WrittenOrder {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct ServiceSpec {
+struct WrittenService {
     address: UnicastAddress,
     port: Port,
-    backends: Listed<Text<Peers>, BACKENDS_MAX>,
+    backends: Listed<Backend, BACKENDS_MAX>,
     #[serde(default)]
     order: WrittenOrder,
+}
+
+/// With weights that go together only, so that a refusal still says where it stands.
+#[derive(Deserialize)]
+#[serde(try_from = "WrittenService")]
+struct ServiceSpec {
+    written: WrittenService,
+    weights: Vec<u32>,
+}
+
+impl TryFrom<WrittenService> for ServiceSpec {
+    type Error = &'static str;
+    fn try_from(written: WrittenService) -> Result<Self, Self::Error> {
+        let weights = crate::backend::weights(&written.backends.0)?;
+        Ok(Self { written, weights })
+    }
 }
 
 #[derive(Deserialize)]
@@ -361,12 +378,12 @@ impl Written<EgressSpec> {
 
 impl Written<ServiceSpec> {
     fn into_service(self) -> Service {
-        let ServiceSpec { address, port, backends, order } = self.spec;
+        let ServiceSpec { written: WrittenService { address, port, backends, order }, weights } = self.spec;
         let order = match order {
             WrittenOrder::LocalFirst => Order::LocalFirst,
             WrittenOrder::FirstBackend => Order::FirstBackend,
         };
-        let backends = backends.0.into_iter().map(|set| set.0).collect();
-        Service { name: self.metadata.name.0, address: address.0, port: port.0, backends, order }
+        let backends = backends.0.into_iter().map(|backend| backend.set).collect();
+        Service { name: self.metadata.name.0, address: address.0, port: port.0, backends, order, weights }
     }
 }

@@ -26,9 +26,10 @@ pub fn policy_text(policy: &Policy) -> String {
     text
 }
 
-/// `10.96.0.1:80 to spiffe://west/shop, spiffe://east/shop, local-first`.
+/// `10.96.0.1:80 to spiffe://west/shop, spiffe://east/shop, local-first`; with weights `spiffe://west/shop (weight 90), ...`.
 pub fn service_text(service: &Service) -> String {
-    let backends = list(&service.backends);
+    let weight = |at: usize| service.weights.get(at).map_or_else(String::new, |weight| format!(" (weight {weight})"));
+    let backends = list(service.backends.iter().enumerate().map(|(at, set)| format!("{set}{}", weight(at))));
     format!("{} to {backends}, {}", service.address.at(service.port), service.order.as_str())
 }
 

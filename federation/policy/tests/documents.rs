@@ -68,6 +68,24 @@ fn equal_meaning_gives_equal_policies() {
 }
 
 #[test]
+fn backends_have_weights_or_none_and_what_has_none_is_as_before() {
+    let weighted = "[{id: spiffe://west/shop, weight: 90}, {weight: 0, id: 'spiffe://east/*'}]";
+    let text = WEB_TO_DB.replace("[spiffe://west/shop, spiffe://east/shop]", weighted);
+    let documents = parse(&text).unwrap();
+    let [_, Document::Service(service)] = documents.as_slice() else { panic!("{documents:?}") };
+    assert_eq!(service.weights, [90, 0]);
+    assert_eq!(
+        service.backends.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        ["spiffe://west/shop", "spiffe://east/*"]
+    );
+    let said = ambit_policy::service_text(service);
+    assert_eq!(said, "10.96.0.10:8080 to spiffe://west/shop (weight 90), spiffe://east/* (weight 0), local-first");
+    let documents = parse(WEB_TO_DB).unwrap();
+    let [_, Document::Service(service)] = documents.as_slice() else { panic!("{documents:?}") };
+    assert!(service.weights.is_empty());
+}
+
+#[test]
 fn empty_documents_are_skipped() {
     for (text, count) in [("", 0), ("---\n", 0), ("# nothing\n", 0), ("---\n---\n", 0)] {
         assert_eq!(parse(text).unwrap().len(), count, "{text:?}");
@@ -135,6 +153,34 @@ fn what_is_wrong_is_refused_in_its_place() {
         ("10.96.0.10", "fd61:6d62:6974::10", PolicyMalformed, &["line 11"]),
         ("backends: [spiffe://west/shop, spiffe://east/shop]", "backends: []", PolicyMalformed, &["line 11", "1-64"]),
         ("kind: Service", "kind: [", PolicyMalformed, &["line 9 column 7"]),
+        (
+            "[spiffe://west/shop,",
+            "[{id: spiffe://west/shop, weight: 1},",
+            PolicyMalformed,
+            &["line 9", "of each, or of none"],
+        ),
+        ("[spiffe://west/shop,", "[{id: spiffe://west/shop, weight: 1001},", PolicyMalformed, &["line 11", "0-1000"]),
+        ("[spiffe://west/shop,", "[{id: spiffe://west/shop, weight: -1},", PolicyMalformed, &["line 11"]),
+        ("[spiffe://west/shop,", "[{id: spiffe://west/shop},", PolicyMalformed, &["line 11", "missing field `weight`"]),
+        ("[spiffe://west/shop,", "[{id: west/shop, weight: 1},", PolicyMalformed, &["line 11", "expected"]),
+        (
+            "[spiffe://west/shop,",
+            "[{id: spiffe://west/shop, weight: 1, path: /},",
+            PolicyLayer7,
+            &["line 11", "`path`"],
+        ),
+        (
+            "[spiffe://west/shop, spiffe://east/shop]",
+            "[{id: spiffe://west/shop, weight: 0}, {id: spiffe://east/shop, weight: 0}]",
+            PolicyMalformed,
+            &["line 9", "weight 0 of all"],
+        ),
+        (
+            "[spiffe://west/shop, spiffe://east/shop]",
+            "[{id: spiffe://west/shop, weight: 1}, {id: spiffe://west/shop, weight: 2}]",
+            PolicyMalformed,
+            &["line 9", "each once"],
+        ),
     ];
     for (old, new, code, words) in rows {
         assert!(WEB_TO_DB.contains(old), "{old}");

@@ -531,6 +531,8 @@ pub enum Command {
     Witness(Box<WitnessAsk>),
     /// This peer cosigned a head of this cell's audit log.
     TakeCosignature(TrustDomain, CosignedRow),
+    /// Where connections to services go.
+    Route(Box<crate::routing::RouteChange>),
 }
 
 /// What one node says of itself on its stream.

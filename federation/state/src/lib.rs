@@ -23,6 +23,7 @@ mod read;
 mod resolve;
 mod result;
 mod roles;
+pub mod routing;
 mod rules;
 pub mod sealing;
 pub mod slice;

@@ -325,5 +325,6 @@ fn is_service((_, name): &OwnedName, service: &Service) -> bool {
     service.name == *name
         && service.port > 0
         && service.backends.len() <= BACKENDS_MAX
+        && service.is_weighted_well()
         && service.backends.iter().all(backend)
 }

@@ -5,7 +5,9 @@ use crate::egress;
 use crate::objects::RelationshipRow;
 use crate::state::State;
 use ambit_model::policy::{Egress, Endpoint, NodeAddress, Policy, Service};
-use ambit_model::{ClusterId, Entry, Generation, JwtAuthority, NodeId, Revision, SpiffeId, Stamp, TrustDomain};
+use ambit_model::{
+    ClusterId, Entry, Generation, JwtAuthority, NodeId, Revision, Routing, SpiffeId, Stamp, TrustDomain,
+};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 
@@ -57,6 +59,8 @@ pub struct Slice {
     pub meshed: Vec<Ipv4Addr>,
     /// Addresses in the ranges from which policies let callers in that are of the mesh: nobody comes from there without an identity.
     pub claimed: Vec<Ipv4Addr>,
+    /// Where connections to services go.
+    pub routing: Routing,
 }
 
 impl State {
@@ -106,6 +110,7 @@ impl State {
             meshed: egress::inside(&self.meshed_addresses(), egress::ranges(&egress)),
             claimed: egress::inside(&self.claimed_addresses(), egress::callers(policies.iter(), &here)),
             egress,
+            routing: self.routing(),
         })
     }
 

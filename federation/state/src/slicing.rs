@@ -14,7 +14,7 @@ use crate::denied::SvidDenials;
 use crate::slice::{Bundles, Slice};
 use crate::state::State;
 use ambit_model::policy::Endpoint;
-use ambit_model::{ClusterId, Generation, JwtAuthority, NodeId, Revision, SpiffeId, Stamp, TrustDomain};
+use ambit_model::{ClusterId, Generation, JwtAuthority, NodeId, Revision, Routing, SpiffeId, Stamp, TrustDomain};
 use class::Known;
 use places::Places;
 use rules::Rules;
@@ -83,6 +83,8 @@ pub struct General {
     /// See [`Slice::tainted_jwt`].
     pub tainted_jwt: BTreeSet<String>,
     known: BTreeSet<TrustDomain>,
+    /// See [`Slice::routing`].
+    pub routing: Routing,
 }
 
 /// Bundle, where one is known, and JWT keys.
@@ -269,6 +271,7 @@ impl Slicer {
             egress: class.egress.as_ref().clone(),
             meshed: class.meshed.as_ref().clone(),
             claimed: class.claimed.as_ref().clone(),
+            routing: general.routing.clone(),
         })
     }
 }
@@ -284,6 +287,7 @@ impl State {
             tainted: self.tainted_authorities(),
             tainted_jwt: self.tainted_jwt(),
             known: self.known_domains(),
+            routing: self.routing(),
         }
     }
 

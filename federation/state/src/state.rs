@@ -10,10 +10,12 @@ use crate::committed::{
 };
 use crate::external::{ExternalRequest, ExternalRow};
 use crate::objects::*;
+use crate::routing::{SteerKey, TraitsKey};
 use crate::sealing::{AttestedReplica, SealingRow};
 use crate::table::{Journal, Packed, Table, TableWrite};
 use ambit_model::policy::NodeAddress;
 use ambit_model::record::Record;
+use ambit_model::routing::{ClusterTraits, Steer, Versioned};
 use ambit_model::{
     Address, ClusterId, Code, EntryId, Generation, IdDenial, LeafDenial, NodeId, ObjectName, RaftIndex, Refusal,
     SpiffeId, Stamp, TrustDomain,
@@ -128,6 +130,10 @@ pub struct State {
     pub(crate) audited: Vec<AuditEntry>,
     /// What the command that is being applied brought about beside its answer.
     pub(crate) noted: Vec<apply::Event>,
+    /// What is said of clusters, by who says it.
+    pub(crate) traits: Table<TraitsKey, Versioned<ClusterTraits>>,
+    /// Which cluster stands in for which, by who says it.
+    pub(crate) steers: Table<SteerKey, Versioned<Steer>>,
     /// `issued` by node, where it is bound to one, and end, in memory only: neither counting a node's leaves nor a tick
     /// must cost a walk over everybody's.
     pub(crate) leaves: BTreeMap<Option<NodeId>, BTreeSet<(Stamp, [u8; 16])>>,
@@ -211,7 +217,9 @@ macro_rules! each_table {
             $s.former,
             $s.audit,
             $s.witnessed,
-            $s.cosigned
+            $s.cosigned,
+            $s.traits,
+            $s.steers
         )
     };
 }
@@ -361,6 +369,8 @@ impl State {
             cosigned: Table::new(id()),
             audited: Vec::new(),
             noted: Vec::new(),
+            traits: Table::new(id()),
+            steers: Table::new(id()),
             leaves: BTreeMap::new(),
             giving: BTreeMap::new(),
             asking: BTreeMap::new(),

@@ -163,6 +163,7 @@ fn a_peers_groups_and_services_are_told_or_left_out() {
         port: 0,
         backends: vec![set("spiffe://east/*")],
         order: Default::default(),
+        weights: Vec::new(),
     };
     let bad = Peers::Below("east".parse().unwrap(), "nothing".into());
     import(
@@ -313,6 +314,7 @@ fn with_news_of_east(west: &mut Cell) {
         port: 80,
         backends: vec![set("spiffe://east/shop")],
         order: Default::default(),
+        weights: Vec::new(),
     };
     let denial = IdDenial { up_to: [9; 16], barred: false, since: Stamp(1), until: Stamp(u64::MAX) };
     let home = NodeAddress { address: [10, 9, 1, 1].into(), since: Generation(1) };

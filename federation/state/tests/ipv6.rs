@@ -49,6 +49,7 @@ fn serve(cell: &mut Cell, name: &str, address: &str) -> Result<Reply, ambit_mode
         port: 80,
         backends: vec!["spiffe://west/db".parse().unwrap()],
         order: Order::LocalFirst,
+        weights: Vec::new(),
     };
     cell.run(Command::ApplyDocuments { policies: vec![], services: vec![service], by: "me".into() })
 }

@@ -86,6 +86,7 @@ fn service(name: &str, backends: &[&str]) -> Service {
         port: 80,
         backends: backends.iter().map(|b| b.parse().unwrap()).collect(),
         order: Default::default(),
+        weights: Vec::new(),
     }
 }
 

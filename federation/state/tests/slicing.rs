@@ -8,6 +8,7 @@ use ambit_model::record::{Head, Kind, Record};
 use ambit_model::{Act, Entry, EntryExtras, Extras, Generation, Selector, Stamp, TrustDomain};
 use ambit_policy::{Document, parse};
 use ambit_state::command::{DocumentKind, DocumentsChange, IdVerb, NodeReport, NodeVerb, Nodes, Presence};
+use ambit_state::routing::{Route, RouteChange, Services};
 use ambit_state::slicing::Slicer;
 use ambit_state::{Command, State};
 use common::{Cell, admission, cluster, entry, node, pending};
@@ -66,7 +67,7 @@ impl World {
     /// Something; a cell may refuse it.
     fn step(&mut self, draw: &mut Draw) {
         self.now += draw.next(1_500);
-        let command = match draw.next(16) {
+        let command = match draw.next(17) {
             0..=2 => Command::PutEntries(vec![(self.entry(draw), Presence::Whatever)]),
             3 => Command::DeleteEntries(vec![format!("e{}", draw.next(8)).parse().unwrap()]),
             4..=7 => Command::ChangeDocuments(Box::new(documents(draw, self.now))),
@@ -103,6 +104,7 @@ impl World {
                 2..=6 => Command::ApprovePeer("east".parse().unwrap(), [7; 32]),
                 _ => Command::Tick,
             },
+            16 => Command::Route(Box::new(routed(draw))),
             _ => Command::Tick,
         };
         let _ = self.cell.at(self.now, 0, command);
@@ -172,6 +174,18 @@ fn endpoint(draw: &mut Draw, td: &str, n: u8) -> Endpoint {
         node: node(n),
         generation: Generation(1),
     }
+}
+
+fn routed(draw: &mut Draw) -> RouteChange {
+    let mut place = || cluster(draw.of(&["west", "prod", "east"]));
+    let (one, other) = (place(), place());
+    let route = match draw.next(4) {
+        0 => Route::Region(one, (draw.next(2) == 0).then(|| "eu-1".parse().unwrap())),
+        1 => Route::Drain(one, draw.next(2) == 0),
+        2 => Route::FailOver { services: Services::All, from: one, to: other },
+        _ => Route::FailBack { services: Services::All, from: one },
+    };
+    RouteChange { route, by: "me".into(), note: String::new() }
 }
 
 fn documents(draw: &mut Draw, now: u64) -> DocumentsChange {

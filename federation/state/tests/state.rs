@@ -274,6 +274,7 @@ fn service(td: &str, name: &str, address: &str) -> Service {
         port: 80,
         backends: vec![Peers::Domain(td.parse().unwrap())],
         order: Order::LocalFirst,
+        weights: Vec::new(),
     }
 }
 fn serve(cell: &mut Cell, s: Service) -> Result<Reply, Refusal> {

@@ -205,6 +205,7 @@ mod tests {
                 port: 80,
                 backends: vec!["spiffe://west/*".into()],
                 order: "local-first".into(),
+                weights: vec![],
             }];
         };
         let tables = compiled(known, &["10.9.0.1"]);

@@ -123,6 +123,7 @@ mod tests {
                     port: 80,
                     backends: vec!["spiffe://west/web".into()],
                     order: "local-first".into(),
+                    weights: vec![],
                 }],
                 callers: vec![v1::NodeAddress {
                     trust_domain: "west".into(),

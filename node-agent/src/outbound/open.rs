@@ -1,24 +1,33 @@
 //! From where a captured connection was going to a tunnel: which endpoint, and by which of its doors.
 
 use super::{Captured, Outbound};
+use crate::backoff::random;
+use crate::balance::{self, Candidate, Why};
 use crate::compile;
 use crate::hbone::{self, Door, TunnelError};
 use crate::health;
 use crate::metrics::METRICS;
 use crate::native::{self, Answer, Open, Reason};
+use crate::outlier::Evidence;
 use crate::plane::{LocalPod, Plane};
 use crate::pool::{Key, Lease, NativeLease, Pool};
 use crate::said::{Said, Start};
 use crate::shown::Now;
-use ambit_model::policy::Endpoint;
+use ambit_model::policy::{Endpoint, Service};
 use bytes::Bytes;
+use futures::stream::{FuturesUnordered, StreamExt};
 use h2::{RecvStream, SendStream};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::time::timeout;
 
 /// Tunnels that are tried one after another where each turns out to have been left by the far agent just then.
 const LEFT_MAX: usize = 3;
+/// Endpoints of a service that one connection tries.
+const ATTEMPTS_MAX: usize = 3;
+/// An endpoint that has not answered for so long is not waited for alone (RFC 8305, section 8: Connection Attempt Delay).
+const NEXT_AFTER: Duration = Duration::from_millis(250);
 
 /// An open connection to an endpoint, and how it is carried.
 pub(super) struct Opened {
@@ -66,23 +75,84 @@ impl<'a> Opening<'a> {
         // What may have reached one endpoint is not sent to another: where there are others, bytes wait for the answer.
         let mut none = Vec::new();
         let first = if captured.asked == captured.endpoint { first } else { &mut none };
-        let chosen = match self.plane.view.endpoints.get(&captured.endpoint.ip()) {
-            Some(endpoint) => self.at(endpoint, captured.endpoint.port(), first).await,
-            // The endpoint left the view between the kernel's choice and now.
-            None => Err(gone()),
+        let view = &self.plane.view;
+        // A service at a workload's address is no service: whoever asks for the workload gets it.
+        let of_service = captured.asked != captured.endpoint;
+        let service = view.services.iter().find(|s| of_service && s.address.at(s.port) == captured.asked);
+        let Some(service) = service else {
+            return match view.endpoints.get(&captured.endpoint.ip()) {
+                Some(endpoint) => self.at(endpoint, captured.endpoint.port(), first).await,
+                // The endpoint, or the service, left the view between the kernel's choice and now.
+                None => Err(gone()),
+            };
         };
-        let error = match chosen {
-            Ok(opened) => return Ok(opened),
-            Err(error) if error.is_retryable() => error,
-            Err(error) => return Err(error),
-        };
-        // No byte of the application has been sent yet: trying elsewhere repeats nothing.
-        match self.other(captured) {
-            Some(endpoint) => {
-                METRICS.retries.inc([error.reason()]);
-                self.at(endpoint, captured.asked.port(), first).await
+        self.at_service(service, captured.endpoint.ip()).await
+    }
+
+    /// At one of its endpoints: the first, and where that is silent or fails another, as long as there is one and the budget
+    /// lasts. No byte of the application has been sent yet: trying elsewhere repeats nothing.
+    async fn at_service(&self, service: &Service, chosen: IpAddr) -> Result<Opened, TunnelError> {
+        let out = self.outbound;
+        out.begun();
+        let mut left = self.ordered(service, chosen).into_iter();
+        let (mut running, mut silent) = (FuturesUnordered::new(), Vec::new());
+        let mut failed = TunnelError::Refused(http::StatusCode::NOT_FOUND);
+        let mut next = left.next();
+        let mut nth = 0;
+        loop {
+            if let Some((why, one)) = next.take() {
+                METRICS.chosen.inc([one.level.distance.as_str(), why.as_str()]);
+                tracing::debug!(
+                    caller = %self.pod.id(), service = %service.name, endpoint = %one.endpoint.address,
+                    distance = one.level.distance.as_str(), why = why.as_str(), nth, "endpoint chosen"
+                );
+                let (endpoint, number) = (one.endpoint, nth);
+                silent.push((number, endpoint));
+                nth += 1;
+                running.push(Box::pin(async move {
+                    (number, endpoint, self.at(endpoint, service.port, &mut Vec::new()).await)
+                }));
             }
-            None => Err(error),
+            let ended = tokio::select! {
+                biased;
+                Some(ended) = running.next() => ended,
+                () = tokio::time::sleep(NEXT_AFTER), if left.len() > 0 => {
+                    // RFC 8305, section 5: it may still answer, and is not waited for alone.
+                    if out.may_retry() {
+                        METRICS.retries.inc(["silent"]);
+                        next = left.next();
+                    } else {
+                        left = Vec::new().into_iter();
+                    }
+                    continue;
+                }
+                else => return Err(failed),
+            };
+            let (number, endpoint, opened) = ended;
+            silent.retain(|(other, _)| *other != number);
+            match opened {
+                Ok(opened) => {
+                    // Who was asked before, and has said nothing yet.
+                    for (_, other) in silent.iter().filter(|(other, _)| *other < number) {
+                        out.health.found(&self.plane, other, self.pod.id(), service.port, Evidence::Silent);
+                    }
+                    return Ok(opened);
+                }
+                Err(error) if error.is_retryable() || matches!(error, TunnelError::Busy) => {
+                    if matches!(error, TunnelError::Refused(http::StatusCode::SERVICE_UNAVAILABLE)) {
+                        out.health.found(&self.plane, endpoint, self.pod.id(), service.port, Evidence::TurnedAway);
+                    }
+                    if left.len() > 0 && out.may_retry() {
+                        METRICS.retries.inc([error.reason()]);
+                        next = left.next();
+                    }
+                    if next.is_none() && running.is_empty() {
+                        return Err(error);
+                    }
+                    failed = error;
+                }
+                Err(error) => return Err(error),
+            }
         }
     }
 
@@ -94,6 +164,7 @@ impl<'a> Opening<'a> {
         if denials.denies_endpoint(endpoint) || denials.is_stale() {
             return Err(TunnelError::NodeDenied);
         }
+        let _attempt = out.breaker.attempt(endpoint.address.ip()).ok_or(TunnelError::Busy)?;
         let node = self.key(endpoint, Door::Node)?;
         let to = endpoint.address.at(port);
         let opened = async {
@@ -115,7 +186,10 @@ impl<'a> Opening<'a> {
             }
             // What one of its tunnels found out, the idle ones of all threads need not find out one by one.
             out.pools.iter().for_each(|pool| pool.doubt(node.node, error));
-            out.health.suspect(&self.plane, endpoint, self.pod.id());
+            out.health.found(&self.plane, endpoint, self.pod.id(), port, Evidence::NoTunnel);
+        }
+        if opened.is_ok() {
+            out.health.found(&self.plane, endpoint, self.pod.id(), port, Evidence::Good);
         }
         opened.map(|way| Opened { way, endpoint: endpoint.clone() })
     }
@@ -185,20 +259,15 @@ impl<'a> Opening<'a> {
         })
     }
 
-    /// Another healthy endpoint of the service that was asked for, nearest first, that this caller may reach.
-    fn other(&self, captured: Captured) -> Option<&Endpoint> {
+    /// Endpoints of the service that this caller may reach, in the order in which they are tried. The kernel chose `first` to
+    /// ask whether the connection is allowed; what it cannot know is decided here.
+    fn ordered(&self, service: &Service, first: IpAddr) -> Vec<(Why, Candidate<'_>)> {
         let (out, view) = (self.outbound, &self.plane.view);
-        let service = view.services.iter().find(|s| s.address.at(s.port) == captured.asked)?;
-        let (unhealthy, denials, now) = (out.health.unhealthy(), out.denials.now(), out.clock.moment());
-        let by_ipv6 = compile::by_ipv6(service.address, view.endpoints.values());
-        view.endpoints
-            .values()
-            .filter(|e| e.address.ip() != captured.endpoint.ip() && !unhealthy.contains(&e.address.ip()))
-            .filter(|e| !denials.denies_endpoint(e))
-            .filter(|e| service.backends.iter().any(|b| b.contains(&e.spiffe_id)))
-            .filter(|e| compile::serves(service.address, e, &by_ipv6))
-            .filter(|e| view.rules.evaluate(self.pod.id(), &e.spiffe_id, service.port, now).allowed)
-            .min_by_key(|e| (compile::tier(view, service, e), e.address))
+        let (unhealthy, now) = (out.health.avoided(), out.clock.moment());
+        let mut reachable = compile::behind(view, &out.denials.now(), service);
+        reachable.retain(|one| view.rules.evaluate(self.pod.id(), &one.endpoint.spiffe_id, service.port, now).allowed);
+        let levels = balance::levels(&reachable, |e| unhealthy.avoids(e.address.ip(), service.port));
+        balance::order(service, levels, Some(first), ATTEMPTS_MAX, |below| random() % below)
     }
 }
 

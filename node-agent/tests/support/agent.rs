@@ -66,6 +66,7 @@ impl Agent {
             brokers: std::collections::BTreeSet::new(),
             metrics_listen: replica.address,
             hbone_listen: replica.address,
+            caller_connects_per_s_max: Default::default(),
             drain_max_s: Default::default(),
             fail_mode: Default::default(),
             stale_after_s: Default::default(),

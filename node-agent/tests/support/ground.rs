@@ -208,8 +208,8 @@ impl Node {
         let (endpoints_tx, endpoints) = watch::channel(None);
         let (plane, plane_rx) = watch::channel(None);
         let (_, node) = watch::channel(Some((cell.node(), Generation(1))));
-        let (issued, health) = (Issued::default(), Health::new(Some(kernel.clone())));
         let denials = Lane::default();
+        let (issued, health) = (Issued::default(), Health::new(Some(kernel.clone()), denials.clone()));
         let clock = Arc::new(Clock::default());
         let control = Control {
             pods_dir: ground.dir.join("pods"),

@@ -110,7 +110,7 @@ impl Stage {
         let (east_course, west_course) = (Course::default(), Course::default());
         let seen = [Seen::default(), Seen::default()];
         tokio::spawn(inbound.in_course(east_course.clone()).seen_by(seen[1].clone()).serve(hbone));
-        let health = Health::new(None);
+        let health = Health::new(None, west_denials.clone());
         // As the annex stands beside its pods: here all are in one namespace.
         let annex = Annex::new(NetnsThread::start().unwrap(), Netns::open(Path::new("/proc/self/ns/net")).unwrap());
         let outbound =

@@ -71,6 +71,15 @@ impl Item {
     pub fn claimed(address: &str) -> Item {
         Item::new(Kind::Claimed, address.to_owned(), Vec::new())
     }
+    /// See [`Kind::Cluster`].
+    pub fn cluster(m: &v1::ClusterOf) -> Item {
+        Item::new(Kind::Cluster, format!("{}/{}", m.trust_domain, m.cluster), m.encode_to_vec())
+    }
+    /// See [`Kind::Steer`].
+    pub fn steer(m: &v1::Steered) -> Item {
+        let key = format!("{}/{}/{}/{}", m.origin, m.service, m.from_trust_domain, m.from);
+        Item::new(Kind::Steer, key, m.encode_to_vec())
+    }
     /// See [`Kind::Identity`].
     pub fn identity(spiffe_id: &str, number: u32) -> Item {
         let body = v1::NumericIdentity { spiffe_id: String::new(), number };
@@ -100,6 +109,8 @@ impl From<&v1::Slice> for Set {
             .chain(s.meshed.iter().map(|address| Item::meshed(address)))
             .chain(s.unmeshed.iter().map(Item::unmeshed))
             .chain(s.claimed.iter().map(|address| Item::claimed(address)))
+            .chain(s.clusters.iter().map(Item::cluster))
+            .chain(s.steers.iter().map(Item::steer))
             .map(Arc::new)
             .collect()
     }
@@ -161,6 +172,8 @@ impl Item {
             Ok(Kind::Meshed) => s.meshed.push(self.key.clone()),
             Ok(Kind::Unmeshed) => s.unmeshed.push(Message::decode(body)?),
             Ok(Kind::Claimed) => s.claimed.push(self.key.clone()),
+            Ok(Kind::Cluster) => s.clusters.push(Message::decode(body)?),
+            Ok(Kind::Steer) => s.steers.push(Message::decode(body)?),
             // A newer server's.
             Ok(Kind::Unspecified) | Err(_) => {}
         }

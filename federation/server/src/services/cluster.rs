@@ -3,7 +3,7 @@
 use super::{OrStatus, new_token, parse_fingerprint, request_id, token_expiry};
 use crate::authorise::actor;
 use crate::replica::{Replica, peering};
-use ambit_model::{Act, ClusterId, Code, Refusal, TrustDomain};
+use ambit_model::{Act, ClusterId, Code, Refusal, Routing, TrustDomain};
 use ambit_proto::{convert, v1};
 use ambit_state::objects::{NodeState, PeerState, TokenRow, TokenScope};
 use ambit_state::{Command, State};
@@ -162,6 +162,7 @@ pub(crate) fn ek_roots(ders: Vec<Vec<u8>>, classes: Vec<String>) -> Result<Vec<(
 fn own_clusters(s: &State, replica: u64) -> Vec<v1::Cluster> {
     let Some(cell) = s.cell() else { return Vec::new() };
     let fingerprint = hex::encode(ambit_identity::fingerprint(&cell.root_der));
+    let routing = s.routing();
     s.clusters()
         .map(|(id, _)| v1::Cluster {
             name: id.to_string(),
@@ -172,13 +173,21 @@ fn own_clusters(s: &State, replica: u64) -> Vec<v1::Cluster> {
             fingerprint: fingerprint.clone(),
             age_ms: 0,
             sequence: cell.export_seq,
+            ..traffic(s, &routing, id)
         })
         .collect()
 }
 
+/// Where it is, and whether it gets no new connections; all else is empty.
+fn traffic(s: &State, routing: &Routing, id: &ClusterId) -> v1::Cluster {
+    let traits = s.place(id).and_then(|place| routing.clusters.get(&place).cloned()).unwrap_or_default();
+    let region = traits.region.map(String::from).unwrap_or_default();
+    v1::Cluster { region, drained: traits.drained, ..v1::Cluster::default() }
+}
+
 impl Clusters {
     fn foreign(&self, s: &State) -> Vec<v1::Cluster> {
-        let peers = self.peers(s);
+        let (peers, routing) = (self.peers(s), s.routing());
         s.foreign_clusters()
             .filter_map(|(id, row)| {
                 let peer = peers.iter().find(|p| p.trust_domain == row.origin.as_str())?;
@@ -191,6 +200,7 @@ impl Clusters {
                     fingerprint: peer.fingerprint.clone(),
                     age_ms: peer.age_ms,
                     sequence: peer.imported_seq,
+                    ..traffic(s, &routing, id)
                 })
             })
             .collect()

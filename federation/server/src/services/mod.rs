@@ -22,6 +22,7 @@ mod relationship;
 mod revocation;
 mod rounds;
 mod svid;
+mod traffic;
 mod unbuilt;
 mod unmeshed;
 mod watch;
@@ -96,7 +97,8 @@ pub fn router(
         .add_service(v1::revocation_server::RevocationServer::new(revocation::Revocations(r())))
         .add_service(v1::administrators_server::AdministratorsServer::new(admin::Administrators(r())))
         .add_service(v1::local_authority_server::LocalAuthorityServer::new(local_authority::Authorities(r())))
-        .add_service(v1::trust_domain_registry_server::TrustDomainRegistryServer::new(relationship::TrustDomains(r()))))
+        .add_service(v1::trust_domain_registry_server::TrustDomainRegistryServer::new(relationship::TrustDomains(r())))
+        .add_service(v1::traffic_server::TrafficServer::new(traffic::Traffic(r()))))
 }
 
 /// The caller's request id: 16 bytes, not all zero.

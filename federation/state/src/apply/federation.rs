@@ -1,14 +1,16 @@
 //! Peers and what they tell us. A peer speaks only for its own identities and never widens what we allow.
 
-use super::{At, addresses, cell::burn, cell_row, deny::SERIAL_BYTES_MAX, root::ROOT_BYTES_MAX, touch};
+use super::{At, addresses, cell::burn, cell_row, deny::SERIAL_BYTES_MAX, root::ROOT_BYTES_MAX, routing, touch};
 use crate::authorities::{PeerRoots, root_id};
 use crate::command::Reply;
 use crate::objects::{ForeignCluster, JwtKeys, Owned, PeerRow, PeerState, TokenScope};
+use crate::routing::SteerKey;
 use crate::state::State;
 use crate::table::{Journal, Table};
 use ambit_model::bundle::{BundleRecord, RootEntry, RootState};
 use ambit_model::policy::{Endpoint, Group, NodeAddress, Peers, Policy, Service};
 use ambit_model::record::{Head, Kind, Record};
+use ambit_model::routing::{Steer, Versioned};
 use ambit_model::{
     Address, Code, Generation, IdDenial, LeafDenial, NodeId, ObjectName, Refusal, Revision, SpiffeId, Stamp,
     TrustDomain, serial_number,
@@ -160,7 +162,7 @@ pub(super) fn import(s: &mut State, at: At, head: &Head, records: &[Record]) -> 
 
 /// A record whose object may be taken, or may not: then the sequence moves on and the object is ignored.
 enum Imported {
-    Cluster(ambit_model::ClusterId),
+    Cluster(ambit_model::ClusterId, Option<ambit_model::routing::ClusterTraits>),
     Policy(ObjectName, Option<Policy>),
     Service(ObjectName, Option<Service>),
     Group(ObjectName, Option<Group>),
@@ -172,6 +174,7 @@ enum Imported {
     Bundle(BundleRecord),
     AuthorityDenial(String, Stamp),
     NodeAddress(NodeId, Option<NodeAddress>),
+    Steer(SteerKey, Steer),
     Ignored,
 }
 
@@ -180,7 +183,7 @@ fn decode(r: &Record) -> Result<Imported, Refusal> {
         r.key.parse::<Address>().map_err(|_| Refusal::new(Code::RecordChainBroken, "an address for key", r.key.clone()))
     };
     Ok(match r.kind {
-        Kind::Cluster => Imported::Cluster(r.key.parse()?),
+        Kind::Cluster => Imported::Cluster(r.key.parse()?, routing::traits_in(&r.payload)),
         Kind::Bundle => bundle(r)?.map_or(Imported::Ignored, Imported::Bundle),
         Kind::AuthorityDenial => {
             let until = object(r)?.unwrap_or_default();
@@ -243,6 +246,11 @@ fn decode(r: &Record) -> Result<Imported, Refusal> {
             let fits = is_authority(&authority) && (1..=SERIAL_BYTES_MAX).contains(&serial.len());
             let denial = object(r)?.filter(|_| fits);
             denial.map_or(Imported::Ignored, |denial| Imported::LeafDenial(authority, serial, denial))
+        }
+        Kind::Steer => {
+            let steer: Option<Versioned<Steer>> = object(r)?;
+            let key = routing::steer_key(&r.origin, &r.key)?;
+            steer.map_or(Imported::Ignored, |steer| Imported::Steer(key, steer.get().clone()))
         }
     })
 }
@@ -365,11 +373,14 @@ where
 fn take(s: &mut State, at: At, origin: &TrustDomain, object: Imported, room: &mut Room) {
     let (revision, by) = (Revision(at.index.0), format!("peer {origin}"));
     match object {
-        Imported::Cluster(id) => {
+        Imported::Cluster(id, traits) => {
             // A name belongs to the first who claimed it; endpoints are taken only under their origin's own names.
             if !s.clusters.contains(&id) && !s.foreign_clusters.contains(&id) {
                 let row = ForeignCluster { origin: origin.clone() };
-                put(&mut s.journal, &mut s.foreign_clusters, &mut room.clusters, id, Some(row));
+                put(&mut s.journal, &mut s.foreign_clusters, &mut room.clusters, id.clone(), Some(row));
+            }
+            if let Some(traits) = traits {
+                routing::take_traits(s, origin, &id, traits);
             }
         }
         Imported::Policy(name, object) => {
@@ -442,6 +453,7 @@ fn take(s: &mut State, at: At, origin: &TrustDomain, object: Imported, room: &mu
             }
             put(&mut s.journal, &mut s.node_addresses, &mut room.node_addresses, key, address);
         }
+        Imported::Steer(key, steer) => routing::take_steer(s, key, steer),
         Imported::Bundle(_) | Imported::Ignored => {}
     }
 }

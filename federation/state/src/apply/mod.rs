@@ -27,6 +27,7 @@ mod peer;
 mod relationship;
 mod roles;
 mod root;
+mod routing;
 mod seal;
 
 pub(crate) use audit::Event;
@@ -191,6 +192,7 @@ fn change(s: &mut State, at: At, command: &Command) -> Result<Reply, Refusal> {
         Command::NoteExport { .. } => Ok(Reply::Done),
         Command::Witness(ask) => audit::witness(s, at, ask),
         Command::TakeCosignature(td, row) => audit::cosigned(s, td, row),
+        Command::Route(change) => routing::change(s, at, change),
         Command::WrappedTo(to, command) => {
             seal::are_wrap_keys(s, to, command)?;
             change(s, at, command)

@@ -52,6 +52,8 @@ pub(super) fn remove(s: &mut State, at: At, td: &TrustDomain) -> Result<Reply, R
     s.endpoints.prune(&mut s.journal, |(of, _), _| of == td);
     s.node_addresses.prune(&mut s.journal, |(of, _), _| of == td);
     s.foreign_clusters.prune(&mut s.journal, |_, row| row.origin == *td);
+    s.traits.prune(&mut s.journal, |(says, _), _| says == td);
+    s.steers.prune(&mut s.journal, |(says, ..), _| says == td);
     s.peer_roots.remove(&mut s.journal, td);
     s.peer_jwt.remove(&mut s.journal, td);
     s.peers.remove(&mut s.journal, td);

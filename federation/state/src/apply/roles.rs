@@ -4,6 +4,7 @@ use super::{At, cell_row, issue};
 use crate::command::{Command, DocumentKind, DocumentsChange, Nodes, Reply, RoleChange};
 use crate::committed::Subject;
 use crate::objects::{AdminRow, TokenScope};
+use crate::routing::Route;
 use crate::state::State;
 use ambit_model::policy::{Action, Egress, Labels, Peers, Policy, Service};
 use ambit_model::{AdminRole, ClusterId, Code, Entry, EntryId, NodeId, ObjectName, Refusal, SpiffeId, TrustDomain};
@@ -243,6 +244,10 @@ fn check(s: &State, scope: &Scope<'_>, command: &Command) -> Result<(), Refusal>
         Command::RemoveEntries(items) => items.iter().try_for_each(|(id, _)| scope.gone(s, id)),
         Command::SetNodes(_, Nodes::Ids(ids)) => ids.iter().try_for_each(|id| scope.node(s, id)),
         Command::SetNodes(_, Nodes::Cluster(cluster)) => scope.cluster(cluster),
+        Command::Route(change) => match &change.route {
+            Route::Region(cluster, _) | Route::Drain(cluster, _) => scope.cluster(cluster),
+            Route::FailOver { .. } | Route::FailBack { .. } => Err(scope.refuse("calls of the whole cell")),
+        },
         Command::CreateToken(_, row) => match &row.scope {
             TokenScope::Node(cluster) => scope.cluster(cluster),
             TokenScope::Replica(..) | TokenScope::Peer(..) => Err(scope.refuse("a token of the cell")),

@@ -176,7 +176,7 @@ impl Ledger {
                 }
                 // Not decided by the simulated load.
                 Kind::IdDenial | Kind::LeafDenial | Kind::AuthorityDenial | Kind::JwtKeys => {}
-                Kind::Cluster | Kind::Bundle | Kind::Service | Kind::Group | Kind::Endpoint => {}
+                Kind::Cluster | Kind::Bundle | Kind::Service | Kind::Group | Kind::Endpoint | Kind::Steer => {}
             }
         }
         out

@@ -5,6 +5,7 @@ use ambit_model::policy::{Egress, Policy};
 use ambit_model::{NodeId, SpiffeId, TrustDomain};
 use ambit_proto::convert::{egress_message, node_address_message, policy_message, service_message};
 use ambit_proto::resources::{Item, Set};
+use ambit_proto::routing::routing_messages;
 use ambit_proto::v1::ResourceKind;
 use ambit_state::objects::EntryRow;
 use ambit_state::slicing::{Class, General, Own, Portion, Refused, Slicer};
@@ -149,7 +150,7 @@ impl Shelf {
             shared([Item::cell(cell, class.cluster.as_str())]),
             self.bundles
                 .of(&class.bundles, |bundles| shared(messages::bundles(bundles, &class.jwt).map(|m| Item::bundle(&m)))),
-            self.general.of(general, |general| shared(tainted_items(general))),
+            self.general.of(general, |general| shared(general_items(general))),
             self.entries.of(&class.entries, |rows| shared(rows.iter().map(|row| Item::entry(&(&row.entry).into())))),
             self.policies
                 .of(&class.policies, |policies| shared(policies.iter().map(|(origin, p)| policy_item(origin, p)))),
@@ -168,10 +169,15 @@ fn policy_item(origin: &TrustDomain, policy: &Policy) -> Item {
     if policy.extras.unmeshed.is_empty() { Item::policy(&message) } else { Item::unmeshed(&message) }
 }
 
-fn tainted_items(general: &General) -> Vec<Item> {
+fn general_items(general: &General) -> Vec<Item> {
     let named = |kind: ResourceKind| move |name: &String| Item::new(kind, name.clone(), Vec::new());
     let authorities = general.tainted.iter().map(named(ResourceKind::TaintedAuthority));
-    authorities.chain(general.tainted_jwt.iter().map(named(ResourceKind::TaintedJwt))).collect()
+    let (clusters, steers) = routing_messages(&general.routing);
+    authorities
+        .chain(general.tainted_jwt.iter().map(named(ResourceKind::TaintedJwt)))
+        .chain(clusters.iter().map(Item::cluster))
+        .chain(steers.iter().map(Item::steer))
+        .collect()
 }
 
 fn shared(items: impl IntoIterator<Item = Item>) -> Items {

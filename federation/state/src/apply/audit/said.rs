@@ -5,6 +5,7 @@ use super::Event;
 use crate::command::{Command, DocumentKind, IdVerb, NodeVerb, Reply, RoleChange};
 use crate::committed::{Issuance, JwtIssuance, Subject};
 use crate::objects::TokenScope;
+use crate::routing::{Route, Services};
 use crate::state::State;
 use ambit_model::{Act, AdminRole, Code, NodeId, ObjectName, Refusal, TrustDomain};
 use std::collections::BTreeSet;
@@ -30,6 +31,7 @@ pub(super) fn names(command: &Command, td: &TrustDomain) -> Vec<String> {
         | Command::PutRelationship(_, _, _, _, by)
         | Command::NoteExport { by, .. } => vec![by.clone()],
         Command::ChangeDocuments(change) => vec![change.by.clone()],
+        Command::Route(change) => vec![change.by.clone()],
         Command::ImportExternal(import) => vec![import.by.clone()],
         Command::Within(_, inner)
         | Command::OverKeySet(_, inner)
@@ -160,6 +162,7 @@ pub(super) fn events(s: &State, command: &Command, reply: &Answer) -> Vec<Event>
         Command::DeleteService(name) => one("service.delete", name),
         Command::ChangeDocuments(change) => documents(change, reply),
         Command::RollbackDocuments { to, .. } => one("documents.rollback", to),
+        Command::Route(change) => vec![route(&change.route).with("note", change.note.clone()).or(reply)],
         Command::PutAppraisalPolicy { name, content, staged, .. } => vec![
             Event::new("appraisal_policy.put", name.as_str())
                 .with("sha256", hex::encode(content.sha256))
@@ -337,6 +340,27 @@ fn documents(change: &crate::DocumentsChange, reply: &Answer) -> Vec<Event> {
         write(act, name)
     });
     policies.chain(services).chain(groups).chain(egress).chain(deleted).collect()
+}
+
+fn route(route: &Route) -> Event {
+    let of = |event: Event, services: &Services| match services {
+        Services::All => event.with("services", "all"),
+        Services::These(names) => {
+            let names: Vec<String> = names.iter().map(|(td, name)| format!("{td}/{name}")).collect();
+            event.with("services", names.join(","))
+        }
+    };
+    match route {
+        Route::Region(cluster, region) => {
+            Event::new("cluster.region", cluster.as_str()).with("region", region.as_ref().map_or("", |r| r.as_str()))
+        }
+        Route::Drain(cluster, true) => Event::new("cluster.drain", cluster.as_str()),
+        Route::Drain(cluster, false) => Event::new("cluster.resume", cluster.as_str()),
+        Route::FailOver { services, from, to } => {
+            of(Event::new("cluster.fail_over", from.as_str()).with("to", to.as_str()), services)
+        }
+        Route::FailBack { services, from } => of(Event::new("cluster.fail_back", from.as_str()), services),
+    }
 }
 
 fn roles(who: &str, change: &RoleChange) -> Event {
