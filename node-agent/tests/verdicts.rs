@@ -159,7 +159,7 @@ fn round(set: usize, kernel: &Kernel, callers: &mut [Caller], tally: &mut Tally)
     let view = View::parse(slice(&mut numbers), &domain, &"west".parse().unwrap()).unwrap();
     let workloads = view.workloads(callers.iter().map(|c| &c.pod));
     assert_eq!(workloads.len(), CALLERS.len());
-    let tables = compile::tables(&view, &view.denials, workloads.values(), &BTreeSet::new(), NOW);
+    let tables = compile::tables(&view, &view.denials, workloads.values(), &compile::Unhealthy::new(), NOW);
     kernel.install(&tables).unwrap();
     workloads.values().for_each(|w| kernel.set_workload(w.pod.cgroup_id, w.number.0).unwrap());
 

@@ -192,7 +192,7 @@ fn round(set: usize, (kernel, node): (&Kernel, &Node), client: &mut Worker, tall
     let workloads = view.workloads([&pod]);
     let workload = workloads.values().next().unwrap();
     let own = [OWN.parse().unwrap()].into();
-    let tables = compile::all(&view, &view.denials, workloads.values(), &BTreeSet::new(), &own, NOW);
+    let tables = compile::all(&view, &view.denials, workloads.values(), &compile::Unhealthy::new(), &own, NOW);
     kernel.install(&tables).unwrap();
     let netns = node.pod_netns();
     let place = std::thread::scope(|scope| {

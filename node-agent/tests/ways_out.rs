@@ -164,7 +164,7 @@ fn round(set: usize, kernel: &Kernel, callers: &mut [Caller], tally: &mut Tally)
     let view = View::parse(slice(&mut numbers), &"west".parse().unwrap(), &"west".parse().unwrap()).unwrap();
     let workloads = view.workloads(callers.iter().map(|c| &c.pod));
     let own = [OWN.parse().unwrap()].into();
-    let tables = compile::all(&view, &view.denials, workloads.values(), &BTreeSet::new(), &own, NOW);
+    let tables = compile::all(&view, &view.denials, workloads.values(), &compile::Unhealthy::new(), &own, NOW);
     kernel.install(&tables).unwrap();
     workloads.values().for_each(|w| kernel.set_workload(w.pod.cgroup_id, w.number.0).unwrap());
     let asked: Vec<Vec<(Ipv4Addr, u16)>> = callers
