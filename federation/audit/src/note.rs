@@ -84,7 +84,8 @@ impl Checkpoint {
     }
     /// Three lines, and nothing else: this log has no extensions.
     fn parse(text: &str) -> Result<Self, Refusal> {
-        let wrong = || bad("a checkpoint of three lines: origin, size, root", text.chars().take(200).collect::<String>());
+        let wrong =
+            || bad("a checkpoint of three lines: origin, size, root", text.chars().take(200).collect::<String>());
         let lines: Vec<&str> = text.strip_suffix('\n').ok_or_else(wrong)?.split('\n').collect();
         let [origin, size, root] = lines.as_slice() else { return Err(wrong()) };
         let root = STANDARD.decode(root).ok().and_then(|root| Hash::try_from(root).ok()).ok_or_else(wrong)?;

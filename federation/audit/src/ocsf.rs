@@ -27,7 +27,9 @@ fn class(act: &str) -> Class {
         ("svid" | "token", "issue" | "mint") => iam(3002, "Authentication", 3, "Authentication Ticket"),
         ("roles", "grant") => iam(3001, "Account Change", 7, "Attach Policy"),
         ("roles", _) => iam(3001, "Account Change", 8, "Detach Policy"),
-        (_, "create" | "register" | "prepare" | "request" | "begin" | "found") => iam(3004, "Entity Management", 1, "Create"),
+        (_, "create" | "register" | "prepare" | "request" | "begin" | "found") => {
+            iam(3004, "Entity Management", 1, "Create")
+        }
         (_, "put" | "write" | "change" | "promote" | "activate" | "renew" | "approve" | "rollback") => {
             iam(3004, "Entity Management", 3, "Update")
         }

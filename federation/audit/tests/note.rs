@@ -15,8 +15,6 @@ fn key(seed: u8, name: &str, kind: Kind) -> (Ed25519KeyPair, Verifier) {
 /// The example key of golang.org/x/mod/sumdb/note.
 #[test]
 fn key_ids_are_those_of_signed_notes() {
-
-
     let vkey = "PeterNeumann+c74f20a3+ARpc2QcUPDhMQegwxbzhKqiBfsVkmqq/LDE4izWy10TW";
     let bytes = base64::Engine::decode(&base64::engine::general_purpose::STANDARD, &vkey[22..]).unwrap();
     let found = Verifier { name: "PeterNeumann".into(), kind: Kind::Log, key: bytes[1..].try_into().unwrap() };
@@ -107,7 +105,8 @@ fn exports_say_what_the_log_holds() {
     let data = &event["data"];
     assert_eq!((&data["class_uid"], &data["type_uid"]), (&3004.into(), &300403.into()));
     assert_eq!(data["status"], "Success");
-    let refused = Record { outcome: Outcome::Refused, code: "node_banned".into(), act: "svid.issue".into(), ..record() };
+    let refused =
+        Record { outcome: Outcome::Refused, code: "node_banned".into(), act: "svid.issue".into(), ..record() };
     let data = &ocsf::event("o", 5, &refused, "aa")["data"];
     assert_eq!((&data["class_uid"], &data["status_code"]), (&3002.into(), &"node_banned".into()));
 }

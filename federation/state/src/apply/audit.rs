@@ -93,7 +93,11 @@ pub(super) fn witness(s: &mut State, at: At, ask: &WitnessAsk) -> Result<Reply, 
         let expected = format!("a log of incarnation {} or later", newest.unwrap_or_default());
         return Err(Refusal::new(Code::AuditUnwitnessed, expected, ask.epoch.to_string()));
     }
-    let last = s.witnessed.get(&key).cloned().unwrap_or(WitnessedRow { root: ambit_audit::tree::empty_root(), ..WitnessedRow::default() });
+    let last = s
+        .witnessed
+        .get(&key)
+        .cloned()
+        .unwrap_or(WitnessedRow { root: ambit_audit::tree::empty_root(), ..WitnessedRow::default() });
     let follows = if ask.size < last.size {
         Err(Refusal::new(Code::AuditUnwitnessed, format!("at least {} entries", last.size), ask.size.to_string()))
     } else if ask.old != last.size {
@@ -105,7 +109,9 @@ pub(super) fn witness(s: &mut State, at: At, ask: &WitnessAsk) -> Result<Reply, 
     };
     let row = match &follows {
         Ok(()) => WitnessedRow { size: ask.size, root: ask.root, stamp: at.stamp, trouble: String::new() },
-        Err(refusal) => WitnessedRow { trouble: format!("expected {}, found {}", refusal.expected, refusal.found), ..last },
+        Err(refusal) => {
+            WitnessedRow { trouble: format!("expected {}, found {}", refusal.expected, refusal.found), ..last }
+        }
     };
     s.witnessed.put(&mut s.journal, key, row);
     let kept: Vec<_> = s.witnessed().map(|(key, _)| key.clone()).filter(|(td, _)| *td == ask.peer).collect();

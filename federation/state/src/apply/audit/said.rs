@@ -16,7 +16,9 @@ type Answer = Result<Reply, Refusal>;
 pub(super) fn names(command: &Command, td: &TrustDomain) -> Vec<String> {
     let of_node = |node: &NodeId| vec![format!("spiffe://{td}/ambit/node/{node}")];
     match command {
-        Command::Issue { node, .. } | Command::IssueJwt { node, .. } | Command::NewDownstream { node, .. } => of_node(node),
+        Command::Issue { node, .. } | Command::IssueJwt { node, .. } | Command::NewDownstream { node, .. } => {
+            of_node(node)
+        }
         Command::MintX509 { by, .. }
         | Command::MintJwt { by, .. }
         | Command::ChangeRoles { by, .. }
@@ -42,13 +44,17 @@ pub(super) fn names(command: &Command, td: &TrustDomain) -> Vec<String> {
 pub(super) fn events(s: &State, command: &Command, reply: &Answer) -> Vec<Event> {
     let one = |act: &'static str, object: &dyn Display| vec![Event::new(act, object.to_string()).or(reply)];
     match command {
-        Command::Tick | Command::RegisterAddress(..) | Command::ReportEndpoints(..) | Command::NodeReports(_) => Vec::new(),
+        Command::Tick | Command::RegisterAddress(..) | Command::ReportEndpoints(..) | Command::NodeReports(_) => {
+            Vec::new()
+        }
         Command::PutVerdicts(_) => Vec::new(),
         Command::Within(_, inner)
         | Command::OverKeySet(_, inner)
         | Command::WrappedTo(_, inner)
         | Command::OverAuthority(_, _, inner) => events(s, inner, reply),
-        Command::BeginAudit => vec![if reply.is_ok() { super::began(s) } else { Event::new("audit.begin", "").or(reply) }],
+        Command::BeginAudit => {
+            vec![if reply.is_ok() { super::began(s) } else { Event::new("audit.begin", "").or(reply) }]
+        }
         Command::NoteExport { what, .. } => one("audit.export", what),
         // Two cells that cosign each other would have to cosign that they did, for ever: done, it is told in `ambit audit
         // status`; a head that does not follow is said.
@@ -112,7 +118,9 @@ pub(super) fn events(s: &State, command: &Command, reply: &Answer) -> Vec<Event>
             refused(node_verb(*verb), &object, reply)
         }
         Command::CreateEntries(entries) => items(entries, reply, |e| entry("entry.create", e)),
-        Command::PutEntries(entries) | Command::ReplaceEntries(entries) => items(entries, reply, |(e, _)| entry("entry.put", e)),
+        Command::PutEntries(entries) | Command::ReplaceEntries(entries) => {
+            items(entries, reply, |(e, _)| entry("entry.put", e))
+        }
         Command::DeleteEntries(ids) | Command::RetireEntries(ids) => {
             items(ids, reply, |id| Event::new("entry.delete", id.as_str()))
         }
@@ -192,7 +200,9 @@ pub(super) fn events(s: &State, command: &Command, reply: &Answer) -> Vec<Event>
             vec![Event::new("drill.report", drill.clone()).with("sha256", hex::encode(sha256)).or(reply)]
         }
         Command::RenewAuthority { replica, key_hash, .. } => vec![
-            Event::new("authority.renew", format!("replica {replica}")).with("key_sha256", hex::encode(key_hash)).or(reply),
+            Event::new("authority.renew", format!("replica {replica}"))
+                .with("key_sha256", hex::encode(key_hash))
+                .or(reply),
         ],
         Command::TaintAuthority(id) => one("authority.taint", id),
         Command::RevokeAuthority(id) | Command::DenyAuthority(id) => one("authority.revoke", id),
