@@ -2,6 +2,7 @@
 
 use crate::committed::{
     DownstreamAuthority, Issuance, JwtIssuance, PreparedRoot, ReplicaAdmission, ReplicaAuthority, SealedReport,
+    StandbyAuthority,
 };
 pub use crate::documents::{DocumentKind, DocumentsChange};
 use crate::external::ExternalImport;
@@ -10,6 +11,7 @@ use crate::objects::{
     PeerRow, PolicyRef, PolicyVersion, TokenRow,
 };
 use crate::sealing::{ReplicaDenial, ReplicaVerdict, Seal};
+use ambit_model::grant::SignedGrant;
 use ambit_model::policy::{Endpoint, Policy, Service};
 use ambit_model::record::{Head, Record};
 use ambit_model::{
@@ -517,6 +519,32 @@ pub enum Command {
     NodeReports(Vec<NodeReport>),
     /// Nobody of this peer is believed until it is approved again; with who says so.
     SuspendPeer(TrustDomain, String),
+    /// A lost cell's authority, granted to this one by the home's approvers; with who commits it.
+    FailOver(Box<SignedGrant>, String),
+    /// Gives a home's authority back before the grant's end; with who says so.
+    ReleaseGrant(TrustDomain, String),
+    /// This cell takes its authority back after a grant; with who says so.
+    TakeBack(String),
+    /// What becomes of a record of a fenced epoch.
+    JudgeLate {
+        /// Whose.
+        origin: TrustDomain,
+        /// Which.
+        seq: u64,
+        /// Taken after all, or dropped.
+        keep: bool,
+        /// Who says so.
+        by: String,
+    },
+    /// An intermediate for a replica of the cell's standby, in peace. Its own commit type (I5).
+    CertifyStandby {
+        /// The standby's trust domain.
+        holder: TrustDomain,
+        /// Which of its replicas.
+        replica: u64,
+        /// SHA-256 of SPKI of its key.
+        key_hash: [u8; 32],
+    },
 }
 
 /// What one node says of itself on its stream.
@@ -621,4 +649,6 @@ pub enum Reply {
     Downstream(Box<DownstreamAuthority>),
     /// Per report.
     Reports(Vec<Reported>),
+    /// A standby's intermediate is to be signed.
+    Standby(Box<StandbyAuthority>),
 }

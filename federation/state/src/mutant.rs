@@ -4,7 +4,7 @@
 use std::sync::OnceLock;
 
 /// Name, the oracles that must see it, and the wrong done. That another sees it, or raft's own panic, shows nothing.
-pub const ALL: [(&str, &str, &str); 25] = [
+pub const ALL: [(&str, &str, &str); 29] = [
     ("ack-before-sync", "I1 I2", "a follower acknowledges entries before they are on disk"),
     ("hard-state-unsynced", "I2", "term and vote are written without a sync"),
     ("read-without-quorum", "I3", "a read is answered from what is applied here, unconfirmed"),
@@ -29,6 +29,10 @@ pub const ALL: [(&str, &str, &str); 25] = [
     ("lost-incarnation-heard", "I9 I12", "a cell that began anew is heard through its lost incarnation"),
     ("begun-anew-trusts", "I4", "a cell that began anew issues to nodes before a verdict of its own"),
     ("import-goes-back", "I9", "an import that overlaps another sets the position to its own end"),
+    ("grant-before-lease-ends", "I20", "a grant takes effect before the home's lease has run out"),
+    ("lease-at-apply-only", "I20", "the home's lease is looked at when it commits, and not when it signs"),
+    ("approver-signs-twice", "I20", "a grant that one approver signed twice is believed"),
+    ("older-ban-dropped", "I20", "a ban of a fenced epoch is dropped with what else comes late"),
     ("full-batch-heard", "I12", "what is known of a peer counts as new though there was more than fits one pull"),
 ];
 

@@ -5,9 +5,10 @@ use crate::authorities::{AuthorityRow, DownstreamRow, PeerRoots, RootId, RootRow
 use crate::command::{LogEntry, Reply};
 use crate::committed::{
     Committed, DownstreamAuthority, Issuance, JwtIssuance, PreparedRoot, ReplicaAdmission, ReplicaAuthority,
-    SealedReport,
+    SealedReport, StandbyAuthority,
 };
 use crate::external::{ExternalRequest, ExternalRow};
+use crate::grant::{ApproverKeys, GrantRow, LateRecord, StandbyRow};
 use crate::objects::*;
 use crate::sealing::{AttestedReplica, SealingRow};
 use crate::table::{Journal, Packed, Table, TableWrite};
@@ -117,6 +118,16 @@ pub struct State {
     pub(crate) egress: Table<OwnedName, EgressRow>,
     /// Addresses that the mesh has left, and until when they are not outside of it.
     pub(crate) former: Table<Ipv4Addr, Stamp>,
+    /// Whom cells name for the case that they are lost, by home.
+    pub(crate) standbys: Table<TrustDomain, StandbyRow>,
+    /// Keys of peers' approvers, by home.
+    pub(crate) approver_keys: Table<TrustDomain, ApproverKeys>,
+    /// Grants of cells' authority: home and epoch.
+    pub(crate) grants: Table<(TrustDomain, u64), GrantRow>,
+    /// Records of fenced epochs that wait for an operator's word: origin and sequence.
+    pub(crate) late: Table<(TrustDomain, u64), LateRecord>,
+    /// Intermediates of this cell's standby, by name.
+    pub(crate) standby_authorities: Table<String, StandbyAuthority>,
     /// `issued` by node, where it is bound to one, and end, in memory only: neither counting a node's leaves nor a tick
     /// must cost a walk over everybody's.
     pub(crate) leaves: BTreeMap<Option<NodeId>, BTreeSet<(Stamp, [u8; 16])>>,
@@ -197,7 +208,12 @@ macro_rules! each_table {
             $s.groups,
             $s.document_changes,
             $s.egress,
-            $s.former
+            $s.former,
+            $s.standbys,
+            $s.approver_keys,
+            $s.grants,
+            $s.late,
+            $s.standby_authorities
         )
     };
 }
@@ -252,6 +268,13 @@ impl Applied {
         match self.outcome? {
             Reply::Downstream(one) => Ok(Committed::new(*one)),
             _ => Err(Refusal::new(Code::Internal, "a downstream authority", "another outcome")),
+        }
+    }
+    /// The standby's intermediate that may be signed.
+    pub fn into_standby(self) -> Result<Committed<StandbyAuthority>, Refusal> {
+        match self.outcome? {
+            Reply::Standby(one) => Ok(Committed::new(*one)),
+            _ => Err(Refusal::new(Code::Internal, "a standby's intermediate", "another outcome")),
         }
     }
     /// The root that may be certified by the one before it.
@@ -342,6 +365,11 @@ impl State {
             document_changes: Table::new(id()),
             egress: Table::new(id()),
             former: Table::new(id()),
+            standbys: Table::new(id()),
+            approver_keys: Table::new(id()),
+            grants: Table::new(id()),
+            late: Table::new(id()),
+            standby_authorities: Table::new(id()),
             leaves: BTreeMap::new(),
             giving: BTreeMap::new(),
             asking: BTreeMap::new(),

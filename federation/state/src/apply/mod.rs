@@ -14,6 +14,7 @@ mod endorse;
 mod external;
 mod federation;
 mod former;
+mod grant;
 mod incarnation;
 pub(crate) mod issue;
 pub(crate) mod jwt;
@@ -27,6 +28,7 @@ mod relationship;
 mod roles;
 mod root;
 mod seal;
+mod standby;
 
 pub(crate) use documents::check as check_documents;
 pub use incarnation::Beginning;
@@ -176,6 +178,11 @@ fn change(s: &mut State, at: At, command: &Command) -> Result<Reply, Refusal> {
         Command::ChangeDocuments(change) => documents::change(s, at, change),
         Command::RollbackDocuments { to, over, by, note } => documents::rollback(s, at, *to, *over, (by, note)),
         Command::SuspendPeer(td, by) => peer::suspend(s, at, td, by),
+        Command::FailOver(signed, by) => grant::commit(s, at, signed, by),
+        Command::ReleaseGrant(home, _) => grant::release(s, at, home),
+        Command::TakeBack(_) => grant::take_back(s, at),
+        Command::JudgeLate { origin, seq, keep, .. } => federation::judge_late(s, at, origin, *seq, *keep),
+        Command::CertifyStandby { holder, replica, key_hash } => standby::certify(s, at, holder, *replica, key_hash),
         Command::WrappedTo(to, command) => {
             seal::are_wrap_keys(s, to, command)?;
             change(s, at, command)
