@@ -1,7 +1,7 @@
 //! `ambit cluster`.
 
-use super::Session;
-use crate::args::{Cluster, EkRoot};
+use super::{Session, standby};
+use crate::args::{Cluster, EkRoot, LateWord};
 use crate::ask;
 use crate::cell::{request_id, seconds};
 use crate::context::{fingerprint, read_bounded};
@@ -30,6 +30,11 @@ pub(super) async fn run(session: &Session, verb: Cluster) -> Result<Answer, Refu
         Cluster::Token { trust_domain, fingerprint, ttl } => {
             token(session, trust_domain, &fingerprint, seconds(ttl)?).await
         }
+        Cluster::Standby(verb) => standby::run(session, verb).await,
+        Cluster::Grant { home, lasts, approvals } => standby::grant(session, home, lasts, &approvals).await,
+        Cluster::Release { home } => standby::release(session, home).await,
+        Cluster::FailBack => standby::fail_back(session).await,
+        Cluster::Late { origin, seq, what } => standby::late(session, origin, seq, what == LateWord::Keep).await,
     }
 }
 

@@ -18,6 +18,7 @@ mod policy;
 mod raft;
 mod renewal;
 mod result;
+mod standby;
 mod status;
 mod svid;
 mod trust;

@@ -65,7 +65,7 @@ impl Naming {
                 bad("a third cell as witness".into(), cell.to_string())
             }
             Vouch::Witness { lease_ms, .. }
-                if !(LEASE_MS_MIN..=LEASE_MS_MAX).contains(lease_ms) || lease_ms % 1000 != 0 =>
+                if !(LEASE_MS_MIN..=LEASE_MS_MAX).contains(lease_ms) || !lease_ms.is_multiple_of(1000) =>
             {
                 bad(format!("a lease of {}-{} s", LEASE_MS_MIN / 1000, LEASE_MS_MAX / 1000), format!("{lease_ms} ms"))
             }
@@ -133,7 +133,11 @@ impl FailoverGrant {
             return Err(Refusal::new(Code::GrantHolder, "another cell than the home", self.holder.as_str()));
         }
         let lasts = self.ends.0.saturating_sub(self.begins.0);
-        if lasts == 0 || lasts > GRANT_MS_MAX || self.begins.0 % 1000 != 0 || self.ends.0 % 1000 != 0 {
+        if lasts == 0
+            || lasts > GRANT_MS_MAX
+            || !self.begins.0.is_multiple_of(1000)
+            || !self.ends.0.is_multiple_of(1000)
+        {
             let expected = format!("a grant for 1-{} s", GRANT_MS_MAX / 1000);
             return Err(Refusal::new(
                 Code::GrantWindow,

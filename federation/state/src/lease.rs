@@ -34,6 +34,16 @@ pub fn wait_ms(vouch: &Vouch) -> u64 {
     }
 }
 
+/// How long after it proposed an entry a holder's replica signs it: less than any wait, and than cells are apart.
+const SIGN_WITHIN_MS: u64 = 30_000;
+
+fn sign_within_ms(vouch: &Vouch) -> u64 {
+    match vouch {
+        Vouch::Approvers => SIGN_WITHIN_MS,
+        Vouch::Witness { lease_ms, .. } => SIGN_WITHIN_MS.min(*lease_ms),
+    }
+}
+
 /// What a granter answers when it was asked to renew.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Renewal {
@@ -84,7 +94,7 @@ impl Lease {
     pub fn until(&self, naming: &Naming, epoch: u64) -> Option<Boot> {
         let of = |granter: &TrustDomain| self.held.get(granter).filter(|(e, _)| *e == epoch).map(|(_, until)| *until);
         // A majority of three: the home, and one of the two.
-        naming.witness().and_then(|witness| of(witness)).max(of(&naming.standby))
+        naming.witness().and_then(of).max(of(&naming.standby))
     }
 
     /// The last step before a signature, and again before it leaves: [`Lease::check`] at that very moment.
@@ -131,10 +141,31 @@ impl Wait {
         self.since.entry((home.clone(), epoch)).or_insert(now);
     }
 
-    /// Whether it may sign for the home at this very moment.
+    /// Whether it may sign for the home, at this very moment, what it proposed then. A replica that lags knows nothing of
+    /// what came after its entry: a later epoch, or that the authority was given back. Neither takes effect as soon as what
+    /// it may still sign is signed.
     ///
     /// # Errors
-    /// [`Code::StandbyUngranted`] before the wait is over.
+    /// [`Code::StandbyUngranted`] before the wait is over, and for what was proposed too long ago.
+    pub fn may_sign(
+        &self,
+        (home, epoch): (&TrustDomain, u64),
+        vouch: &Vouch,
+        proposed: Boot,
+        now: Boot,
+    ) -> Result<(), Refusal> {
+        let within = sign_within_ms(vouch);
+        if proposed.plus_ms(within) <= now {
+            let found = format!("{} ms ago", now.0.saturating_sub(proposed.0));
+            return Err(Refusal::new(Code::StandbyUngranted, format!("an entry proposed within {within} ms"), found));
+        }
+        self.check(home, epoch, vouch, now)
+    }
+
+    /// Whether the wait is over.
+    ///
+    /// # Errors
+    /// [`Code::StandbyUngranted`].
     pub fn check(&self, home: &TrustDomain, epoch: u64, vouch: &Vouch, now: Boot) -> Result<(), Refusal> {
         let wait = wait_ms(vouch);
         #[cfg(ambit_mutant)]
@@ -224,5 +255,10 @@ mod tests {
         wait.see(&td("west"), 2, Boot(5_000));
         assert!(!may(&wait, 10_099) && may(&wait, 10_100));
         assert!(wait.check(&td("west"), 3, &vouch, Boot(u64::MAX)).is_err());
+        // What it proposed is signed within the lease, or by nobody.
+        for (proposed, at, signs) in [(20_000, 27_999, true), (20_000, 28_000, false), (10_000, 10_099, false)] {
+            let signed = wait.may_sign((&td("west"), 2), &vouch, Boot(proposed), Boot(at));
+            assert_eq!(signed.is_ok(), signs, "{proposed} {at}");
+        }
     }
 }

@@ -19,7 +19,7 @@ use ambit_model::grant::{FailoverGrant, SignedGrant};
 use ambit_model::record::Record;
 use ambit_model::{Refusal, SpiffeId, Stamp, SvidTtl, TrustDomain};
 use ambit_state::grant::LeafFacts;
-use ambit_state::lease::Renewal;
+use ambit_state::lease::{Boot, Renewal};
 use ambit_state::{Command, IdVerb, Issuance, Reply};
 use cell::{Cell, FIRST};
 use oracle::{Ledger, Made, Signed};
@@ -64,14 +64,14 @@ impl Plan {
         Plan {
             seed,
             // A lease and a wait have to run out in it.
-            length: length * 12,
+            length: length * 40,
             lease_ms: witnessed.then(|| d.between(4, 9) * 1_000),
             cut_every: d.between(800, 6_000) * MS,
             pause_every: d.between(500, 5_000) * MS,
             restart_every: d.between(2_000, 20_000) * MS,
-            grant_every: d.between(3_000, 15_000) * MS,
+            grant_every: d.between(5_000, 60_000) * MS,
             slow_sign: if d.per_mille(500) { d.between(1, 12) * SECOND } else { 50 * MS },
-            lasts_s: d.between(5, 40),
+            lasts_s: d.between(5, 60),
         }
     }
 }
@@ -117,22 +117,27 @@ enum Event {
     },
     /// Cell, replica.
     Commit(usize, usize),
-    Sign {
-        cell: usize,
-        replica: usize,
-        life: u64,
-        issuance: Box<Issuance>,
-        by_home: bool,
-    },
+    Sign(Box<Committed>),
     Judge,
     Ban,
     Grant,
+    Release,
     TakeBack,
     Cut,
     Mend(usize, usize),
     Pause,
     Restart,
     Leader,
+}
+
+/// What is committed and to be signed.
+struct Committed {
+    cell: usize,
+    replica: usize,
+    /// Of the replica, and its clock, when it was proposed.
+    life: u64,
+    proposed: Boot,
+    issuance: Issuance,
 }
 
 pub(crate) struct World {
@@ -252,6 +257,7 @@ impl World {
         self.soon(2 * SECOND, Event::Ban);
         self.soon(self.plan.grant_every, Event::Grant);
         self.soon(SECOND, Event::TakeBack);
+        self.soon(30 * SECOND, Event::Release);
         self.soon(self.plan.cut_every, Event::Cut);
         self.soon(self.plan.pause_every, Event::Pause);
         self.soon(self.plan.restart_every, Event::Restart);
@@ -332,9 +338,7 @@ impl World {
                 }
                 self.soon(SIGN_EVERY, Event::Commit(cell, replica));
             }
-            Event::Sign { cell, replica, life, issuance, by_home } => {
-                self.sign((cell, replica, life), *issuance, by_home)?;
-            }
+            Event::Sign(committed) => self.sign(*committed)?,
             Event::Judge => {
                 self.judge()?;
                 self.soon(SIGN_EVERY, Event::Judge);
@@ -360,6 +364,14 @@ impl World {
             Event::Grant => {
                 self.grant()?;
                 self.soon(self.plan.grant_every, Event::Grant);
+            }
+            Event::Release => {
+                let (now, home) = (self.now, NAMES[HOME].parse().map_err(broken("a name"))?);
+                if let Some(cell) = self.cells.get_mut(HOLDER) {
+                    // Refused where it holds nothing.
+                    drop(cell.commit(now, Command::ReleaseGrant(home, "me".into())));
+                }
+                self.soon(30 * SECOND, Event::Release);
             }
             Event::Cut => {
                 self.tally.partitions += 1;
@@ -451,9 +463,11 @@ impl World {
         }
     }
 
-    fn signed_within(&mut self, cell: usize, replica: usize, life: u64, issuance: Issuance, by_home: bool) {
+    fn signed_within(&mut self, cell: usize, replica: usize, issuance: Issuance) {
         let at = self.now + self.dice.between(MS, self.plan.slow_sign);
-        self.queue.push(at, Event::Sign { cell, replica, life, issuance: Box::new(issuance), by_home });
+        let Some(signer) = self.cells.get(cell).and_then(|c| c.replicas.get(replica)) else { return };
+        let (life, proposed) = (signer.life, signer.boot(self.now));
+        self.queue.push(at, Event::Sign(Box::new(Committed { cell, replica, life, proposed, issuance })));
     }
 
     fn commit_at_home(&mut self, replica: usize) {
@@ -464,7 +478,7 @@ impl World {
             return;
         };
         let Some(asker) = home.replicas.get(replica) else { return };
-        let (namings, life) = (asker.state.namings(), asker.life);
+        let namings = asker.state.namings();
         let Some(epoch) = asker.state.cell().map(|cell| cell.epoch) else { return };
         if asker.lease.check(&namings, epoch, asker.boot(now)).is_err() {
             return;
@@ -478,7 +492,7 @@ impl World {
         if let Ok(Reply::Leaves(leaves)) = home.commit(now, mint)
             && let Some(Ok(issuance)) = leaves.into_iter().next()
         {
-            self.signed_within(HOME, replica, life, issuance, true);
+            self.signed_within(HOME, replica, issuance);
         }
     }
 
@@ -505,29 +519,24 @@ impl World {
             },
             index: cell.truth.applied(),
         };
-        let life = cell.replicas.get(replica).map_or(0, |r| r.life);
-        self.signed_within(HOLDER, replica, life, issuance, false);
+        self.signed_within(HOLDER, replica, issuance);
     }
 
     /// The last step. Before it: the lease or the wait, at this very moment, by this replica's own clock.
-    fn sign(
-        &mut self,
-        (cell, replica, life): (usize, usize, u64),
-        issuance: Issuance,
-        by_home: bool,
-    ) -> Result<(), Violation> {
-        let now = self.now;
-        if cell == HOME && now < self.down_until {
+    fn sign(&mut self, committed: Committed) -> Result<(), Violation> {
+        let (now, cell, by_home) = (self.now, committed.cell, committed.cell == HOME);
+        let issuance = &committed.issuance;
+        if by_home && now < self.down_until {
             return Ok(());
         }
-        let Some(signer) = self.cells.get(cell).and_then(|c| c.replicas.get(replica)) else { return Ok(()) };
-        if signer.life != life {
+        let Some(signer) = self.cells.get(cell).and_then(|c| c.replicas.get(committed.replica)) else { return Ok(()) };
+        if signer.life != committed.life {
             return Ok(());
         }
         if now < signer.paused_until {
             // It goes on with the last step when it wakes, and not with the check before it.
             let at = signer.paused_until;
-            self.queue.push(at, Event::Sign { cell, replica, life, issuance: Box::new(issuance), by_home });
+            self.queue.push(at, Event::Sign(Box::new(committed)));
             return Ok(());
         }
         let boot = signer.boot(now);
@@ -537,7 +546,7 @@ impl World {
             let home: TrustDomain = NAMES[HOME].parse().map_err(broken("a name"))?;
             signer.state.holds(&home).and_then(|(grant, vouch)| {
                 let epoch = grant.epoch;
-                signer.wait.check(&home, epoch, vouch, boot)
+                signer.wait.may_sign((&home, epoch), vouch, committed.proposed, boot)
             })
         };
         let entry = issuance.index.0;

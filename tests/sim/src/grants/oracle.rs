@@ -78,13 +78,19 @@ impl Ledger {
         verdict: &Result<(), Refusal>,
     ) -> Result<(), Violation> {
         let knows = |made: &&Made| made.told_at.is_some_and(|at| at <= told);
-        let older = self.made.iter().filter(knows).find(|made| leaf.epoch <= made.epoch && leaf.stamp >= made.begins);
+        let after = |made: &&Made| leaf.stamp >= made.begins;
+        let older = self.made.iter().filter(knows).filter(after).find(|made| leaf.epoch < made.epoch);
+        // A holder that had not heard that the home was back may have been granted the home's own epoch: who had heard takes no
+        // such grant, and who had not takes no such leaf.
+        let same = self.made.iter().filter(knows).filter(after).any(|made| leaf.epoch == made.epoch);
         let wrong = |what: &str| Violation::of("I20", format!("{who} {what}: {leaf:?}, {verdict:?}"));
         if leaf.by_home {
             return match (older, verdict) {
                 (Some(_), Ok(())) => Err(wrong("knows a grant and accepts an older epoch's leaf issued after it")),
                 // A second is what times in certificates are rounded to.
-                (None, Err(_)) if !self.near(leaf) => Err(wrong("refuses a leaf of the home that no grant fences")),
+                (None, Err(_)) if !same && !self.near(leaf) => {
+                    Err(wrong("refuses a leaf of the home that no grant fences"))
+                }
                 _ => Ok(()),
             };
         }
