@@ -18,7 +18,7 @@ pub use admin::{Admin, Administrator};
 pub use approver::{Approvals, Approve, Approver};
 pub use attest::{Appraise, Attest, AttestPolicy, LearnPolicy};
 pub use audit::{Audit, Prove as AuditProve, Search as AuditSearch, Verify as AuditVerify};
-pub use cluster::{Calls, Cluster, EkRoot};
+pub use cluster::{Calls, Cluster, EkRoot, LateWord, Standby};
 pub use deny::{Deny, SvidRevoke};
 pub use entry::{Entry, EntryCreate, EntryList, EntryUpdate};
 pub use federation::{Federation, FederationProfile, FederationPut};
@@ -398,6 +398,13 @@ mod tests {
             ("ambit cluster register west --ek-root ca.pem:lab --ek-root v.pem:hardware", true),
             ("ambit cluster register west --ek-root ca.pem:unknown", false),
             ("ambit cluster register west", false),
+            ("ambit cluster standby set east", true),
+            ("ambit cluster standby set east --witness core --lease 5s", true),
+            ("ambit cluster standby set east --lease 5s", false),
+            ("ambit cluster grant west --for 12h", true),
+            ("ambit cluster grant west --for 12h --approval a.json", false),
+            ("ambit cluster late west 7 keep", true),
+            ("ambit cluster late west 7 forget", false),
             ("ambit explain spiffe://west/web spiffe://east/db:5432", true),
             ("ambit explain spiffe://west/web spiffe://east/db", false),
             ("ambit explain spiffe://west/web spiffe://east/db:0", false),

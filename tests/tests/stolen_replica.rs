@@ -124,6 +124,15 @@ impl PeerLink for Thief {
     ) -> Result<Response<v1::CosignAuditResponse>, Status> {
         Err(Status::unimplemented("a thief"))
     }
+    async fn renew_lease(&self, _: Request<v1::RenewLeaseRequest>) -> Result<Response<v1::RenewLeaseResponse>, Status> {
+        Err(Status::unimplemented("a thief"))
+    }
+    async fn certify_standby(
+        &self,
+        _: Request<v1::CertifyStandbyRequest>,
+    ) -> Result<Response<v1::CertifyStandbyResponse>, Status> {
+        Err(Status::unimplemented("a thief"))
+    }
     async fn pull(&self, request: Request<v1::PullRequest>) -> Result<Response<v1::PullResponse>, Status> {
         let request = request.into_inner();
         let answer = PeerLinkClient::new(self.honest.clone()).pull(request.clone()).await?.into_inner();

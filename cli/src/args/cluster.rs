@@ -1,7 +1,9 @@
 //! `ambit cluster`.
 
+use super::Approvals;
 use crate::duration::Millis;
-use clap::Subcommand;
+use ambit_model::TrustDomain;
+use clap::{Subcommand, ValueEnum};
 use std::path::PathBuf;
 
 #[derive(Debug, Subcommand)]
@@ -117,6 +119,58 @@ pub enum Cluster {
         /// The cluster's name once more
         #[arg(long, value_name = "NAME")]
         confirm: String,
+    },
+    /// Whom this cell names for the case that it is lost
+    #[command(subcommand)]
+    Standby(Standby),
+    /// At a standby: commits that a lost home's authority is this cell's, as two of the home's approvers signed it. Without
+    /// approvals the proposal is printed that they are to sign
+    Grant {
+        /// The lost cell's trust domain
+        home: TrustDomain,
+        /// How long, from now on: at most a day
+        #[arg(long = "for", value_name = "TIME", conflicts_with = "files")]
+        lasts: Option<Millis>,
+        #[command(flatten)]
+        approvals: Approvals,
+    },
+    /// At a standby: gives a home's authority back before the grant's end
+    Release { home: TrustDomain },
+    /// At a home that is back: takes its authority back, in a later epoch, once no grant of it lasts
+    TakeBack,
+    /// What becomes of a record that a home made after its authority was granted away (ambit cluster standby show)
+    Late { origin: TrustDomain, seq: u64, what: LateWord },
+}
+
+/// What becomes of a late record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LateWord {
+    /// It is taken as if it had come in time
+    Keep,
+    /// It is dropped here
+    Drop,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Standby {
+    /// Names an active peer that may be granted this cell's authority, should it be lost. Takes two approvers
+    Set {
+        standby: TrustDomain,
+        /// Another active peer: this cell signs only while it or the standby renews its lease
+        #[arg(long, value_name = "PEER")]
+        witness: Option<TrustDomain>,
+        /// How long this cell signs after it was last renewed: 4s to 15m, and at most a quarter of the shortest SVID
+        #[arg(long, value_name = "TIME", requires = "witness")]
+        lease: Option<Millis>,
+        #[command(flatten)]
+        approvals: Approvals,
+    },
+    /// Standbys, grants, intermediates of standbys and late records, as this cell knows them
+    Show,
+    /// Nobody may be granted this cell's authority any more. Takes two approvers
+    Remove {
+        #[command(flatten)]
+        approvals: Approvals,
     },
 }
 

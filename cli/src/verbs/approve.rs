@@ -107,6 +107,13 @@ fn what(act: &Act) -> &'static str {
         Act::ImportRoot(..) => {
             "make a root that somebody else keeps the trust domain's: who has its key signs anything in its name"
         }
+        Act::NameStandby(_) => {
+            "name a standby: should this cell be lost, it may be granted all of this cell's authority"
+        }
+        Act::RemoveStandby => "remove the standby: nobody may be granted this cell's authority any more",
+        Act::FailOver(_) => {
+            "fail over: this cell is lost, and its standby speaks for it until then; where no witness vouches, YOU do"
+        }
         Act::BreakGlass(..) => "break glass: certify an administrator for 8 h, without any administrator's word",
     }
 }
@@ -117,6 +124,9 @@ fn object(act: &Act) -> String {
         Act::AddApprover(name, card) => format!("{name}, key {}", hex::encode(card.key)),
         Act::RemoveApprover(name) => name.to_string(),
         Act::RemoveTrustDomain(td) => td.to_string(),
+        Act::NameStandby(naming) => naming.to_string(),
+        Act::RemoveStandby => "the standby that it names".to_owned(),
+        Act::FailOver(grant) => grant.to_string(),
         Act::ShareRoot { root, threshold, holders } => {
             let holders: Vec<String> = holders.iter().map(ToString::to_string).collect();
             format!("the root with SHA-256 {}, {threshold} of {}", hex::encode(root), holders.join(", "))

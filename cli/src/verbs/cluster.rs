@@ -1,7 +1,7 @@
 //! `ambit cluster`.
 
-use super::Session;
-use crate::args::{Cluster, EkRoot, Node, Selected};
+use super::{Session, standby};
+use crate::args::{Cluster, EkRoot, LateWord, Node, Selected};
 use crate::ask;
 use crate::cell::{request_id, seconds};
 use crate::context::{fingerprint, read_bounded};
@@ -43,6 +43,11 @@ pub(super) async fn run(session: &Session, verb: Cluster) -> Result<Answer, Refu
         Cluster::FailOver { calls, to, note } => super::traffic::fail_over(session, calls, to, note.note).await,
         Cluster::FailBack { calls, note } => super::traffic::fail_back(session, calls, note.note).await,
         Cluster::Evict { name, confirm } => evict(session, name, &confirm).await,
+        Cluster::Standby(verb) => standby::run(session, verb).await,
+        Cluster::Grant { home, lasts, approvals } => standby::grant(session, home, lasts, &approvals).await,
+        Cluster::Release { home } => standby::release(session, home).await,
+        Cluster::TakeBack => standby::take_back(session).await,
+        Cluster::Late { origin, seq, what } => standby::late(session, origin, seq, what == LateWord::Keep).await,
     }
 }
 

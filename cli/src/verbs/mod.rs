@@ -19,6 +19,7 @@ mod policy;
 mod raft;
 mod renewal;
 mod result;
+mod standby;
 mod status;
 mod svid;
 mod traffic;

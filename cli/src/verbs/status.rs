@@ -14,6 +14,7 @@ pub(super) async fn status(session: &Session) -> Result<Answer, Refusal> {
     let clusters = ask!(cell, ClusterRegistry.list_clusters(v1::ListClustersRequest {}))?.clusters;
     let peers = ask!(cell, ClusterRegistry.list_peers(v1::ListPeersRequest {}))?.peers;
     let nodes = ask!(cell, NodeAttestation.list_nodes(v1::ListNodesRequest {}))?.nodes;
+    let fenced = ask!(cell, ClusterRegistry.list_standbys(v1::ListStandbysRequest {}))?.fenced;
     let agents = ask!(cell, PolicyRegistry.status(v1::PolicyStatusRequest::default()))?.agents;
     let drifting = agents.iter().filter(|a| !policy::in_step(a)).count();
 
@@ -24,6 +25,7 @@ pub(super) async fn status(session: &Session) -> Result<Answer, Refusal> {
             "leader": status.leader, "term": status.term, "revision": status.revision,
             "members": value(raft::members(&status)), "clusters": value(clusters_table(&clusters)),
             "peers": value(peers_table(&peers)), "nodes": nodes.len(), "agents": agents.len(), "drifting": drifting,
+            "fenced": fenced,
         }))));
     }
     let mut out = format!(
@@ -38,6 +40,9 @@ pub(super) async fn status(session: &Session) -> Result<Answer, Refusal> {
     for table in [raft::members(&status), clusters_table(&clusters), peers_table(&peers)] {
         out.push_str(&table.render(Form::Table));
         out.push_str("\n\n");
+    }
+    if !fenced.is_empty() {
+        out.push_str(&format!("this cell signs nothing for its own trust domain: {fenced}\n\n"));
     }
     let admitted = nodes.iter().filter(|n| n.state == "admitted").count();
     out.push_str(&format!("{}, {admitted} admitted; ", counted(nodes.len(), "node")));

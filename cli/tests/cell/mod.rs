@@ -320,5 +320,11 @@ impl v1::cluster_registry_server::ClusterRegistry for Replica {
         list_peers(ListPeersRequest) -> ListPeersResponse;
         suspend_peer(PeerRef) -> Peer;
         remove_peer(RemovePeerRequest) -> Peer;
+        list_standbys(ListStandbysRequest) -> ListStandbysResponse;
+        name_standby(NameStandbyRequest) -> ListStandbysResponse;
+        commit_grant(CommitGrantRequest) -> ListStandbysResponse;
+        release_grant(HomeRequest) -> ListStandbysResponse;
+        take_back(HomeRequest) -> ListStandbysResponse;
+        judge_late(JudgeLateRequest) -> ListStandbysResponse;
     }
 }

@@ -5,7 +5,7 @@ use crate::external::Cross;
 use crate::keys::{SvidKey, internal};
 use crate::leaf::{Leaf, certificate};
 use ambit_model::{Code, DnsName, Generation, Lifetime, NodeId, Refusal, SpiffeId, Stamp, TrustDomain};
-use ambit_state::committed::{DownstreamAuthority, PreparedRoot, ReplicaAdmission, ReplicaAuthority};
+use ambit_state::committed::{DownstreamAuthority, PreparedRoot, ReplicaAdmission, ReplicaAuthority, StandbyAuthority};
 use ambit_state::{Committed, Issuance, RevokedLeaves};
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateRevocationListParams, CustomExtension, DistinguishedName, DnType,
@@ -191,6 +191,23 @@ impl Root {
         params.distinguished_name = name(&format!("{} downstream {} {id}", self.trust_domain, a.entry));
         let mark = CustomExtension::from_oid_content(crate::profile::DOWNSTREAM_OID, vec![0x05, 0x00]);
         params.custom_extensions = vec![mark];
+        self.certify(&params, csr)
+    }
+
+    /// The intermediate of a replica of this cell's standby, from its committed entry: marked with who holds it, so that
+    /// every verifier of ours asks for a live grant.
+    pub fn standby(
+        &self,
+        authority: &Committed<StandbyAuthority>,
+        csr: &Csr,
+    ) -> Result<CertificateDer<'static>, Refusal> {
+        let a = authority.get();
+        self.as_committed(csr, &a.key_hash, &a.root)?;
+        let mut params = self.intermediate_params(csr, a.lifetime, &a.serial)?;
+        let id = hex::encode(&key_id(csr.spki())[..8]);
+        params.distinguished_name = name(&format!("{} standby {} {} {id}", self.trust_domain, a.holder, a.replica));
+        let mark = crate::profile::standby_mark(&a.holder)?;
+        params.custom_extensions = vec![CustomExtension::from_oid_content(crate::profile::STANDBY_OID, mark)];
         self.certify(&params, csr)
     }
 

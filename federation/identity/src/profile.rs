@@ -13,6 +13,14 @@ use x509_parser::prelude::{FromDer, X509Certificate, X509Version};
 pub const DOWNSTREAM_OID: &[u64] = &[1, 3, 6, 1, 4, 1, 61999, 1, 2];
 /// As text, for parsers.
 pub const DOWNSTREAM_OID_TEXT: &str = "1.3.6.1.4.1.61999.1.2";
+/// Marks a standby's intermediate: UTF8String, the trust domain of who holds it. Signed by the root of the home in peace, and
+/// believed by us under a verified live grant only. Not critical, so that whoever knows nothing of grants verifies what is
+/// issued when it is needed. The arc is as above.
+pub const STANDBY_OID: &[u64] = &[1, 3, 6, 1, 4, 1, 61999, 1, 3];
+/// As text, for parsers.
+pub const STANDBY_OID_TEXT: &str = "1.3.6.1.4.1.61999.1.3";
+/// Of an element in DER.
+const UTF8_STRING: u8 = 0x0c;
 /// Below it are the cell's own identities: replicas, nodes, administrators.
 const OWN_PATH: &str = "/ambit/";
 
@@ -102,6 +110,35 @@ pub fn authority_domain(cert: &X509Certificate<'_>) -> Option<TrustDomain> {
 /// Whether a signing certificate is a downstream authority's. Whatever the extension holds, it is none of our own.
 pub fn is_downstream(cert: &X509Certificate<'_>) -> bool {
     has(cert, DOWNSTREAM_OID_TEXT)
+}
+
+/// Who holds a signing certificate as a standby; none where it is no standby's.
+///
+/// # Errors
+/// What was found, where the mark is there and cannot be read, or is there twice: it marks a standby's all the same.
+pub fn standby_of(cert: &X509Certificate<'_>) -> Result<Option<TrustDomain>, String> {
+    let mut marks = cert.extensions().iter().filter(|extension| extension.oid.to_id_string() == STANDBY_OID_TEXT);
+    let Some(mark) = marks.next() else { return Ok(None) };
+    let text = match mark.value {
+        [UTF8_STRING, length, text @ ..] if usize::from(*length) == text.len() && text.len() < 0x80 => text,
+        _ => return Err("an unreadable standby mark".to_owned()),
+    };
+    let holder = std::str::from_utf8(text).ok().and_then(|text| text.parse().ok());
+    let holder = holder.ok_or_else(|| "a standby mark without a trust domain".to_owned())?;
+    if marks.next().is_some() { Err("two standby marks".to_owned()) } else { Ok(Some(holder)) }
+}
+
+/// The mark of a standby's intermediate, DER.
+///
+/// # Errors
+/// [`Code::BadRequest`] for a trust domain that is too long for it.
+pub(crate) fn standby_mark(holder: &TrustDomain) -> Result<Vec<u8>, Refusal> {
+    let text = holder.as_str().as_bytes();
+    let length = u8::try_from(text.len()).ok().filter(|length| *length < 0x80);
+    let length = length.ok_or_else(|| {
+        Refusal::new(Code::BadRequest, "a standby whose trust domain has at most 127 characters", holder.as_str())
+    })?;
+    Ok([&[UTF8_STRING, length], text].concat())
 }
 
 /// What a leaf under a downstream authority says that only the cell itself may: that it is a replica, a node or an

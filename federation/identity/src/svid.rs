@@ -4,6 +4,7 @@ use crate::authority::Named;
 use crate::profile::{self, Kind};
 use ambit_model::bundle::{Bundle, Foreign, Own};
 use ambit_model::{Code, Generation, NodeId, Refusal, SpiffeId, Stamp, TrustDomain, serial_number};
+use ambit_state::grant::{Fences, LeafFacts};
 use rustls_pki_types::{CertificateDer, TrustAnchor, UnixTime};
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, BTreeSet};
@@ -46,8 +47,11 @@ struct Leaf {
     binding: Option<NodeBinding>,
     serial: Vec<u8>,
     issuer: Option<Named>,
+    not_before: Stamp,
     not_after: Stamp,
     downstream: bool,
+    /// Who holds the authority that signed it, where that is a standby's.
+    standby: Option<TrustDomain>,
     /// The names of all that came above it.
     above: Vec<String>,
 }
@@ -84,9 +88,32 @@ impl PeerSvid {
     pub fn downstream(&self) -> bool {
         self.leaf.downstream
     }
+    /// Who vouches for it in the place of its cell, under a grant; none where its own cell does.
+    pub fn standby(&self) -> Option<&TrustDomain> {
+        self.leaf.standby.as_ref()
+    }
     /// Last instant of validity.
     pub fn not_after(&self) -> Stamp {
         self.leaf.not_after
+    }
+    /// Whether it is good still under these grants, at `now`: for a connection that is open.
+    pub fn judge(&self, fences: &Fences, now: Stamp) -> Result<(), Refusal> {
+        self.leaf.judge(fences, now)
+    }
+}
+
+impl Leaf {
+    /// I20. The epoch is the root's word, in the name of the intermediate; the leaf's own counts for a standby only.
+    fn judge(&self, fences: &Fences, now: Stamp) -> Result<(), Refusal> {
+        let facts = LeafFacts {
+            id: &self.id,
+            epoch: self.issuer.map_or(0, |named| named.epoch),
+            bound: self.binding.map(|binding| binding.epoch),
+            not_before: self.not_before,
+            not_after: self.not_after,
+            standby: self.standby.clone(),
+        };
+        fences.judge(&facts, now)
     }
 }
 
@@ -122,6 +149,8 @@ pub struct TrustStore {
     root_names: BTreeMap<TrustDomain, BTreeSet<String>>,
     /// Intermediates by name, whatever a chain says of them: nothing under these is accepted.
     denied: BTreeSet<(TrustDomain, String)>,
+    /// Grants that are known: which epoch's leaves are accepted, and whose.
+    fences: Fences,
 }
 
 impl TrustStore {
@@ -139,6 +168,10 @@ impl TrustStore {
     /// first 20 bytes, hex).
     pub fn deny_authorities(&mut self, denied: impl IntoIterator<Item = (TrustDomain, String)>) {
         self.denied.extend(denied);
+    }
+    /// Believes a standby's authority under these grants, and no older epoch's leaf that was issued after one.
+    pub fn fence(&mut self, fences: Fences) {
+        self.fences = fences;
     }
     /// Those of these that are no roots, none of them denied. By its key and not by what a leaf says of it: who stole the
     /// key says what it likes.
@@ -204,6 +237,7 @@ pub fn verify_svid_for(
     };
     let authority = verify_path(usage, chain, anchors, now)?;
     let above = trust.judge_above(&domain, std::mem::take(&mut leaf.above))?;
+    leaf.judge(&trust.fences, now)?;
     Ok(PeerSvid { leaf, authority, above })
 }
 
@@ -227,6 +261,8 @@ pub fn verify_pinned(
     let authority = verify_path(Usage::Server, chain, &[anchor(root)?], now)?;
     let (pinned, mut above) = (name_of(root)?, std::mem::take(&mut leaf.above));
     above.retain(|name| *name != pinned);
+    // At first contact no grant is known.
+    leaf.judge(&Fences::default(), now)?;
     Ok(PeerSvid { leaf, authority, above })
 }
 
@@ -262,11 +298,16 @@ fn parse_leaf(chain: &[CertificateDer<'_>]) -> Result<Leaf, Refusal> {
     let cert = profile::parse(leaf).map_err(|found| bad("a certificate", found))?;
     must(&cert, Kind::Leaf)?;
     let id = profile::leaf_id(&cert).ok_or_else(|| bad("a SPIFFE ID", "none".into()))?;
-    let (mut downstream, mut above) = (false, Vec::with_capacity(chain.len()));
+    let (mut downstream, mut standby, mut above) = (false, None, Vec::with_capacity(chain.len()));
     for der in chain.iter().skip(1) {
         let cert = profile::parse(der).map_err(|found| bad("a certificate", found))?;
         must(&cert, Kind::Authority)?;
         downstream |= profile::is_downstream(&cert);
+        match profile::standby_of(&cert).map_err(|found| bad("one standby mark at most, a trust domain", found))? {
+            Some(_) if standby.is_some() => return Err(bad("one standby's authority", "two".into())),
+            Some(holder) => standby = Some(holder),
+            None => {}
+        }
         above.push(key_name(cert.public_key().raw));
     }
     // Whichever of them signed: nobody honest shows one that did not.
@@ -280,10 +321,16 @@ fn parse_leaf(chain: &[CertificateDer<'_>]) -> Result<Leaf, Refusal> {
         serial: serial_number(cert.raw_serial()).to_vec(),
         // The path is built by names and signatures: an issuer of this name is an intermediate of this name.
         issuer: issuer(&cert, &td),
-        not_after: Stamp(u64::try_from(cert.validity().not_after.timestamp()).unwrap_or(0).saturating_mul(1000)),
+        not_before: stamp(cert.validity().not_before),
+        not_after: stamp(cert.validity().not_after),
         downstream,
+        standby,
         above,
     })
+}
+
+fn stamp(at: x509_parser::time::ASN1Time) -> Stamp {
+    Stamp(u64::try_from(at.timestamp()).unwrap_or(0).saturating_mul(1000))
 }
 
 /// No rule broken that must hold.

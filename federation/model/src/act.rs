@@ -3,6 +3,7 @@
 //! An approver reads the act as the text that is parsed back into it, and signs what the state machine acts on: nobody
 //! signs bytes that he cannot read.
 
+use crate::grant::{FailoverGrant, Naming};
 use crate::id::{ObjectName, TrustDomain};
 use crate::refusal::{Code, Refusal};
 use crate::time::Stamp;
@@ -78,6 +79,12 @@ pub enum Act {
     /// The root with this SHA-256, whose key somebody else keeps, is to be the trust domain's, with the cell's authority of the
     /// key with this SHA-256 (of its SPKI) under it.
     ImportRoot([u8; 32], [u8; 32]),
+    /// These may be given the cell's authority, should it be lost.
+    NameStandby(Naming),
+    /// Nobody may any more.
+    RemoveStandby,
+    /// Its standby gets the authority of the cell. The home's approvers say so, and the holder's cell commits it.
+    FailOver(FailoverGrant),
 }
 
 impl Act {
@@ -100,7 +107,14 @@ impl Act {
             (Self::ShareRoot { .. }, 0) => {
                 Err(Refusal::new(Code::NeedsSecondApprover, "a cell with two approvers or more", "one without any"))
             }
+            // Approvers are who will grant the authority: whoever names a standby has them.
+            (Self::NameStandby(_) | Self::RemoveStandby | Self::FailOver(_), 0) => {
+                Err(Refusal::new(Code::NeedsSecondApprover, "a cell with two approvers or more", "one without any"))
+            }
             (_, 0) => Ok(0),
+            (Self::NameStandby(_) | Self::RemoveStandby | Self::FailOver(_), 1) => {
+                Err(Refusal::new(Code::NeedsSecondApprover, "a cell with two approvers or more", "one with one"))
+            }
             (Self::RevokeRoot(_) | Self::RemoveTrustDomain(_) | Self::ShareRoot { .. } | Self::ImportRoot(..), 1) => {
                 Err(Refusal::new(Code::NeedsSecondApprover, "a cell with two approvers or more", "one with one"))
             }
@@ -111,7 +125,10 @@ impl Act {
                 | Self::ShareRoot { .. }
                 | Self::ImportRoot(..)
                 | Self::AddApprover(..)
-                | Self::RemoveApprover(_),
+                | Self::RemoveApprover(_)
+                | Self::NameStandby(_)
+                | Self::RemoveStandby
+                | Self::FailOver(_),
                 _,
             ) => Ok(TWO),
         }
@@ -126,7 +143,10 @@ impl Act {
             | Self::RemoveApprover(_)
             | Self::RemoveTrustDomain(_)
             | Self::ImportRoot(..)
+            | Self::NameStandby(_)
+            | Self::RemoveStandby
             | Self::ShareRoot { .. } => "act",
+            Self::FailOver(_) => "fail_over",
         }
     }
 }
@@ -169,6 +189,9 @@ impl fmt::Display for Act {
             Self::ImportRoot(root, key) => {
                 write!(f, "import root {} with authority {}", hex::encode(root), hex::encode(key))
             }
+            Self::NameStandby(naming) => write!(f, "name standby {naming}"),
+            Self::RemoveStandby => write!(f, "remove standby"),
+            Self::FailOver(grant) => write!(f, "fail over {grant}"),
             Self::ShareRoot { root, threshold, holders } => {
                 write!(f, "share root {} among {threshold} of", hex::encode(root))?;
                 holders.iter().try_for_each(|holder| write!(f, " {holder}"))
@@ -191,6 +214,9 @@ impl FromStr for Act {
             ["import", "root", root, "with", "authority", key] => {
                 Ok(Self::ImportRoot(digest(root).ok_or_else(bad)?, digest(key).ok_or_else(bad)?))
             }
+            ["name", "standby", naming @ ..] => Ok(Self::NameStandby(naming.join(" ").parse()?)),
+            ["remove", "standby"] => Ok(Self::RemoveStandby),
+            ["fail", "over", grant @ ..] => Ok(Self::FailOver(grant.join(" ").parse()?)),
             ["share", "root", root, "among", threshold, "of", holders @ ..] => {
                 let count: u8 = threshold.parse().map_err(|_| bad())?;
                 // One form only: `+2` and `02` are read as numbers too.
@@ -307,6 +333,14 @@ mod tests {
             (format!("import root {root} with authority {root}"), true),
             (format!("import root {root} with authority {}", &root[2..]), false),
             (format!("import root {root}"), false),
+            ("name standby east".to_owned(), true),
+            ("name standby east with witness core and lease 5 s".to_owned(), true),
+            ("name standby".to_owned(), false),
+            ("name standby  east".to_owned(), false),
+            ("remove standby".to_owned(), true),
+            ("remove standby east".to_owned(), false),
+            ("fail over west to east in epoch 2 from 2026-11-23T14:03:26Z until 2026-11-24T02:03:26Z".to_owned(), true),
+            ("fail over west to east".to_owned(), false),
             (String::new(), false),
         ] {
             let read = text.parse::<Act>();
@@ -341,6 +375,8 @@ mod tests {
             (Act::BreakGlass(al, [1; 32]), "-111"),
             (Act::ShareRoot { root: [1; 32], threshold: 2, holders: Vec::new() }, "--22"),
             (Act::ImportRoot([1; 32], [2; 32]), "0-22"),
+            (Act::NameStandby("east".parse().unwrap()), "--22"),
+            (Act::RemoveStandby, "--22"),
         ] {
             let said = (0..4).map(|n| act.needs(n).map_or("-".to_owned(), |n| n.to_string()));
             assert_eq!(said.collect::<String>(), needs, "{act}");

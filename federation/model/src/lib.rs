@@ -15,6 +15,7 @@ pub mod denial;
 mod egress;
 pub mod entry;
 pub mod extras;
+pub mod grant;
 pub mod id;
 pub mod jwt;
 mod peers;
@@ -37,6 +38,7 @@ pub use bundle::{Bundle, Foreign, Own};
 pub use denial::{IdDenial, LeafDenial, Serial, serial_number};
 pub use entry::{Entry, EntryId, Selector, Selectors};
 pub use extras::{DnsName, EntryExtras, Extras};
+pub use grant::{FailoverGrant, Naming, Seen, SignedGrant, Vouch};
 pub use id::{
     ClusterId, Generation, NodeId, NumericIdentity, ObjectName, RaftIndex, ReplicaId, Revision, SpiffeId, TrustDomain,
 };

@@ -36,6 +36,14 @@ pub enum Kind {
     /// A service of the origin whose calls go to another cluster; key = service, slash, trust domain and cluster that they would
     /// go to.
     Steer,
+    /// Whom the origin names for the case that it is lost ([`crate::Naming`]); key = trust domain.
+    Standby,
+    /// Keys of the origin's approvers, by name; key = trust domain.
+    Approvers,
+    /// Another cell's authority, granted to the origin ([`crate::SignedGrant`]); key = that cell's trust domain.
+    Grant,
+    /// What the origin has taken in of another cell ([`crate::Seen`]); key = that cell's trust domain.
+    Seen,
 }
 
 /// One decision of its origin. An empty payload removes the object.

@@ -187,6 +187,16 @@ codes! {
     AuditMismatch = "audit_mismatch", Precondition, "the audit log was altered, or is another one: keep what you have, and compare it with another replica and with a witness";
     AuditUnwitnessed = "audit_unwitnessed", Precondition, "the log shrank or was rewritten since this cell last cosigned it: ask its operators, and trust no proof of it meanwhile";
     AuditNotBegun = "audit_not_begun", Precondition, "upgrade every replica of the cell, then begin its audit log (ambit audit begin)";
+    StandbyUnknown = "standby_unknown", Precondition, "have the home name a standby while it lives (ambit cluster standby set), and wait until its records are imported here";
+    StandbyUnsettled = "standby_unsettled", Precondition, "wait until the former standby has heard that it is none any more (ambit cluster standby show), or remove that peer";
+    GrantHolder = "grant_holder", Denied, "grant the authority to the standby that the home named, and commit it there";
+    GrantWindow = "grant_window", Invalid, "grant for whole seconds, a day at most; have approvers sign another when it ends";
+    GrantExpired = "grant_expired", Denied, "have the home's approvers sign a new grant: this one is over";
+    GrantReplayed = "grant_replayed", Denied, "have the home's approvers sign a grant of an epoch above every one that is known (ambit cluster standby show)";
+    ApprovalRepeated = "approval_repeated", Denied, "have two different approvers sign: one who signs twice is one";
+    EpochFenced = "epoch_fenced", Precondition, "this cell's authority was granted to its standby: wait until that grant is over, then take it back (ambit cluster take-back)";
+    LeaseEnded = "lease_ended", Unavailable, "wait until the standby or the witness renews this cell's lease; where neither can be reached, nothing is signed";
+    StandbyUngranted = "standby_ungranted", Denied, "a standby's authority is believed under a live grant only: commit one (ambit cluster grant)";
 }
 
 impl fmt::Display for Code {

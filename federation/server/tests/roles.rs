@@ -192,14 +192,17 @@ fn a_bundle_of_a_peer_that_cannot_be_used_holds_up_nobody_else() {
     let roots = |d: &Domain| (d.name.clone(), (1, vec![d.root.der().to_vec()]));
     let bundles = [roots(&west), roots(&north), (east.name.clone(), (1, vec![b"no certificate".to_vec()]))];
     let denied = (west.name.clone(), west.issuer.authority().to_owned());
-    let trust = trust_of(bundles.into(), [denied].into(), &west.name).unwrap();
+    let trust = trust_of(bundles.into(), [denied].into(), Default::default(), &west.name).unwrap();
     let Trust::Bundles(trust) = trust else { panic!("bundles") };
     let judged = |d: &Domain, issuer: &IssuingKey| verify_svid(&replica_chain(d, issuer, 1), &trust, NOW);
     assert!(judged(&west, &issuer(&west.root)).is_ok() && judged(&north, &north.issuer).is_ok());
     assert_eq!(judged(&east, &east.issuer).unwrap_err().code, Code::TrustDomainUnknown);
     assert_eq!(judged(&west, &west.issuer).unwrap_err().code, Code::SvidUntrusted, "denied all the same");
     let own = [(west.name.clone(), (1, vec![b"no certificate".to_vec()])), roots(&north)];
-    assert!(trust_of(own.into(), [].into(), &west.name).is_err(), "without its own it knows nobody");
+    assert!(
+        trust_of(own.into(), [].into(), Default::default(), &west.name).is_err(),
+        "without its own it knows nobody"
+    );
 }
 
 #[test]

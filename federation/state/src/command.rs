@@ -3,6 +3,7 @@
 use crate::audit::{CosignedRow, WitnessAsk};
 use crate::committed::{
     DownstreamAuthority, Issuance, JwtIssuance, PreparedRoot, ReplicaAdmission, ReplicaAuthority, SealedReport,
+    StandbyAuthority,
 };
 pub use crate::documents::{DocumentKind, DocumentsChange};
 use crate::external::ExternalImport;
@@ -11,6 +12,7 @@ use crate::objects::{
     PeerRow, PolicyRef, PolicyVersion, TokenRow,
 };
 use crate::sealing::{ReplicaDenial, ReplicaVerdict, Seal};
+use ambit_model::grant::SignedGrant;
 use ambit_model::policy::{Endpoint, Policy, Service};
 use ambit_model::record::{Head, Record};
 use ambit_model::{
@@ -533,6 +535,32 @@ pub enum Command {
     TakeCosignature(TrustDomain, CosignedRow),
     /// Where connections to services go.
     Route(Box<crate::routing::RouteChange>),
+    /// A lost cell's authority, granted to this one by the home's approvers; with who commits it.
+    FailOver(Box<SignedGrant>, String),
+    /// Gives a home's authority back before the grant's end; with who says so.
+    ReleaseGrant(TrustDomain, String),
+    /// This cell takes its authority back after a grant; with who says so.
+    TakeBack(String),
+    /// What becomes of a record of a fenced epoch.
+    JudgeLate {
+        /// Whose.
+        origin: TrustDomain,
+        /// Which.
+        seq: u64,
+        /// Taken after all, or dropped.
+        keep: bool,
+        /// Who says so.
+        by: String,
+    },
+    /// An intermediate for a replica of the cell's standby, in peace. Its own commit type (I5).
+    CertifyStandby {
+        /// The standby's trust domain.
+        holder: TrustDomain,
+        /// Which of its replicas.
+        replica: u64,
+        /// SHA-256 of SPKI of its key.
+        key_hash: [u8; 32],
+    },
 }
 
 /// What one node says of itself on its stream.
@@ -637,4 +665,6 @@ pub enum Reply {
     Downstream(Box<DownstreamAuthority>),
     /// Per report.
     Reports(Vec<Reported>),
+    /// A standby's intermediate is to be signed.
+    Standby(Box<StandbyAuthority>),
 }

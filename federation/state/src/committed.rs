@@ -156,6 +156,23 @@ pub struct ReplicaAuthority {
     pub lifetime: Lifetime,
 }
 
+/// An intermediate for a replica of the cell's standby, in peace. It signs nothing that is believed without a live grant.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StandbyAuthority {
+    /// The standby's trust domain.
+    pub holder: ambit_model::TrustDomain,
+    /// Which of its replicas.
+    pub replica: u64,
+    /// SHA-256 of the root that must sign it.
+    pub root: [u8; 32],
+    /// SHA-256 of the SPKI of its key.
+    pub key_hash: [u8; 32],
+    /// Of the certificate.
+    pub serial: [u8; 16],
+    /// Of the certificate.
+    pub lifetime: Lifetime,
+}
+
 /// A downstream authority, committed before it is signed: the intermediate of a cluster's own issuer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DownstreamAuthority {

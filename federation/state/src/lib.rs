@@ -16,6 +16,8 @@ mod documents;
 mod egress;
 pub mod external;
 mod fit;
+pub mod grant;
+pub mod lease;
 #[cfg(ambit_mutant)]
 pub mod mutant;
 pub mod objects;

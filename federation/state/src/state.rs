@@ -6,9 +6,10 @@ use crate::authorities::{AuthorityRow, DownstreamRow, PeerRoots, RootId, RootRow
 use crate::command::{LogEntry, Reply};
 use crate::committed::{
     Committed, DownstreamAuthority, Issuance, JwtIssuance, PreparedRoot, ReplicaAdmission, ReplicaAuthority,
-    SealedReport,
+    SealedReport, StandbyAuthority,
 };
 use crate::external::{ExternalRequest, ExternalRow};
+use crate::grant::{ApproverKeys, GrantRow, LateRecord, StandbyRow};
 use crate::objects::*;
 use crate::routing::{SteerKey, TraitsKey};
 use crate::sealing::{AttestedReplica, SealingRow};
@@ -134,6 +135,16 @@ pub struct State {
     pub(crate) traits: Table<TraitsKey, Versioned<ClusterTraits>>,
     /// Which cluster stands in for which, by who says it.
     pub(crate) steers: Table<SteerKey, Versioned<Steer>>,
+    /// Whom cells name for the case that they are lost, by home.
+    pub(crate) standbys: Table<TrustDomain, StandbyRow>,
+    /// Keys of peers' approvers, by home.
+    pub(crate) approver_keys: Table<TrustDomain, ApproverKeys>,
+    /// Grants of cells' authority: home and epoch.
+    pub(crate) grants: Table<(TrustDomain, u64), GrantRow>,
+    /// Records of fenced epochs that wait for an operator's word: origin and sequence.
+    pub(crate) late: Table<(TrustDomain, u64), LateRecord>,
+    /// Intermediates of this cell's standby, by name.
+    pub(crate) standby_authorities: Table<String, StandbyAuthority>,
     /// `issued` by node, where it is bound to one, and end, in memory only: neither counting a node's leaves nor a tick
     /// must cost a walk over everybody's.
     pub(crate) leaves: BTreeMap<Option<NodeId>, BTreeSet<(Stamp, [u8; 16])>>,
@@ -219,7 +230,12 @@ macro_rules! each_table {
             $s.witnessed,
             $s.cosigned,
             $s.traits,
-            $s.steers
+            $s.steers,
+            $s.standbys,
+            $s.approver_keys,
+            $s.grants,
+            $s.late,
+            $s.standby_authorities
         )
     };
 }
@@ -274,6 +290,13 @@ impl Applied {
         match self.outcome? {
             Reply::Downstream(one) => Ok(Committed::new(*one)),
             _ => Err(Refusal::new(Code::Internal, "a downstream authority", "another outcome")),
+        }
+    }
+    /// The standby's intermediate that may be signed.
+    pub fn into_standby(self) -> Result<Committed<StandbyAuthority>, Refusal> {
+        match self.outcome? {
+            Reply::Standby(one) => Ok(Committed::new(*one)),
+            _ => Err(Refusal::new(Code::Internal, "a standby's intermediate", "another outcome")),
         }
     }
     /// The root that may be certified by the one before it.
@@ -371,6 +394,11 @@ impl State {
             noted: Vec::new(),
             traits: Table::new(id()),
             steers: Table::new(id()),
+            standbys: Table::new(id()),
+            approver_keys: Table::new(id()),
+            grants: Table::new(id()),
+            late: Table::new(id()),
+            standby_authorities: Table::new(id()),
             leaves: BTreeMap::new(),
             giving: BTreeMap::new(),
             asking: BTreeMap::new(),

@@ -10,6 +10,7 @@ mod cosigning;
 mod dice;
 mod faults;
 mod federation;
+mod grants;
 mod host;
 mod lies;
 mod load;
@@ -27,4 +28,4 @@ mod turn;
 mod world;
 
 pub use card::made as cards_made;
-pub use run::{Counts, Failure, Outcome, Simulator};
+pub use run::{Counts, Failure, ONE_CELL, Outcome, Simulator};

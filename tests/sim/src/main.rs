@@ -1,6 +1,6 @@
 //! `ambit-sim`: seeds in, violations out. `cargo xtask sim` builds and runs it.
 
-use ambit_sim::{Counts, Failure, Simulator};
+use ambit_sim::{Counts, Failure, ONE_CELL, Simulator};
 use std::collections::{BTreeMap, BTreeSet};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -120,8 +120,8 @@ fn main() -> ExitCode {
 /// Seeds of one cell that a core is to make a second.
 const SPEED: f64 = 100.0;
 
-/// Runs of a kind, by their number of cells: how many, and how long they had a core.
-type Speed = BTreeMap<usize, (u64, Duration)>;
+/// Runs of a kind: how many, and how long they had a core.
+type Speed = BTreeMap<&'static str, (u64, Duration)>;
 
 /// Seed after seed; with a fault planted, until it is found.
 fn hunt(simulator: &Simulator, wanted: &Wanted) -> ExitCode {
@@ -132,7 +132,7 @@ fn hunt(simulator: &Simulator, wanted: &Wanted) -> ExitCode {
         let began = on_core();
         match simulator.run(seed, wanted.seconds, wanted.replay) {
             Ok(outcome) => {
-                let (seeds, took) = speed.entry(outcome.cells()).or_default();
+                let (seeds, took) = speed.entry(outcome.kind()).or_default();
                 (*seeds, *took) = (*seeds + 1, *took + on_core().saturating_sub(began));
                 outcome.add_to(&mut counts);
                 digest = chain(&digest, &outcome.digest());
@@ -170,12 +170,12 @@ fn summary(counts: &Counts, speed: &Speed, digest: &str, seconds: u64) {
     println!("judged: {judged}");
     println!("{elsewhere}");
     println!("{not_yet}");
-    for (cells, (seeds, took)) in speed {
+    for (what, (seeds, took)) in speed {
         let each = *seeds as f64 / took.as_secs_f64().max(0.001);
-        let (what, target) = match *cells {
-            1 if each >= SPEED => ("one cell", format!(", target {SPEED}: met")),
-            1 => ("one cell", format!(", target {SPEED}: missed")),
-            _ => ("three cells", String::new()),
+        let target = match *what {
+            ONE_CELL if each >= SPEED => format!(", target {SPEED}: met"),
+            ONE_CELL => format!(", target {SPEED}: missed"),
+            _ => String::new(),
         };
         println!("{what}: {seeds} seeds of {seconds} s, {each:.0} a second of one core{target}");
     }

@@ -98,6 +98,11 @@ impl Plan {
         seed.is_multiple_of(SEVERAL_EVERY)
     }
 
+    /// Whether this seed's run is of cells and a grant.
+    pub(crate) fn is_of_a_grant(seed: u64) -> bool {
+        seed % SEVERAL_EVERY == SEVERAL_EVERY / 2
+    }
+
     /// Of one cell of several: each has faults of its own.
     pub(crate) fn of_cell(seed: u64, number: u64, length: Micros) -> Plan {
         let plan = Plan::of(Dice::new(seed ^ (number << 56)).next(), length);

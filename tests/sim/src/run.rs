@@ -2,6 +2,7 @@
 
 use crate::card::PEERED;
 use crate::federation::Federation;
+use crate::grants;
 use crate::host::{Condition, Process};
 use crate::oracle::{ELSEWHERE, JUDGED, NOT_YET, Violation};
 use crate::plan::{MS, Micros, Plan, SECOND};
@@ -24,6 +25,9 @@ const OUTAGE: Micros = 1_000 * SECOND;
 /// Honest nodes attest again within this.
 const ATTEST_AGAIN: Micros = 30 * SECOND;
 
+/// The kind of run that a core is to make so many of.
+pub const ONE_CELL: &str = "one cell";
+
 /// Makes runs.
 pub struct Simulator {
     alone: Template,
@@ -34,7 +38,7 @@ pub struct Simulator {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Outcome {
     tally: Tally,
-    cells: usize,
+    kind: &'static str,
 }
 
 impl Outcome {
@@ -44,9 +48,9 @@ impl Outcome {
         let all = format!("{:?}", self.tally);
         hex::encode(sha2::Sha256::digest(all.as_bytes()))
     }
-    /// Cells in the run.
-    pub fn cells(&self) -> usize {
-        self.cells
+    /// What ran.
+    pub fn kind(&self) -> &'static str {
+        self.kind
     }
     /// Adds up.
     pub fn add_to(&self, sum: &mut Counts) {
@@ -155,6 +159,9 @@ impl Simulator {
     /// One run; with a trace, printed as it happens.
     pub fn run(&self, seed: u64, seconds: u64, trace: bool) -> Result<Outcome, Failure> {
         let length = seconds * SECOND;
+        if Plan::is_of_a_grant(seed) {
+            return under_a_grant(seed, length, trace);
+        }
         let plans: Vec<Plan> = if Plan::is_of_several(seed) {
             (0..PEERED.len() as u64).map(|n| Plan::of_cell(seed, n, length)).collect()
         } else {
@@ -164,16 +171,13 @@ impl Simulator {
         if trace {
             println!("seed {seed}: {text}");
         }
-        let (cells, failed) = (plans.len(), |v: Violation| Failure {
-            seed,
-            violation: v.to_string(),
-            invariant: v.invariant,
-            plan: text.clone(),
-        });
+        let kind = if plans.len() > 1 { "three cells" } else { ONE_CELL };
+        let failed =
+            |v: Violation| Failure { seed, violation: v.to_string(), invariant: v.invariant, plan: text.clone() };
         // Where production aborts, so does the replica here: raft-rs panics when what it was told cannot be.
         let went = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.go(plans, length, trace)));
         let went = went.unwrap_or_else(|panic| Err(Violation::of("raft", panic_text(panic.as_ref()))));
-        went.map(|tally| Outcome { tally, cells }).map_err(failed)
+        went.map(|tally| Outcome { tally, kind }).map_err(failed)
     }
 
     fn go(&self, mut plans: Vec<Plan>, length: Micros, trace: bool) -> Result<Tally, Violation> {
@@ -188,6 +192,22 @@ impl Simulator {
 fn told(plans: &[Plan]) -> String {
     let between = plans.first().and_then(|plan| plan.between.as_ref()).map(ToString::to_string);
     between.into_iter().chain(plans.iter().map(ToString::to_string)).collect::<Vec<_>>().join("\n  ")
+}
+
+fn under_a_grant(seed: u64, length: Micros, trace: bool) -> Result<Outcome, Failure> {
+    let plan = grants::Plan::of(seed, length);
+    let text = plan.to_string();
+    if trace {
+        println!("seed {seed}: {text}");
+    }
+    let went = grants::run(plan, trace);
+    let kind = "three cells and a grant";
+    went.map(|tally| Outcome { tally, kind }).map_err(|v| Failure {
+        seed,
+        violation: v.to_string(),
+        invariant: v.invariant,
+        plan: text,
+    })
 }
 
 /// A cell alone.

@@ -133,7 +133,7 @@ impl Replica {
         let (id, not_after_ms) = (committed.get().root, committed.get().lifetime.not_after.0);
         let authority = ambit_identity::authority::authority_id(csr);
         let root = self.open_root(&id).await?;
-        let signed = root.downstream(&committed, csr)?;
+        let signed = self.sign(|| root.downstream(&committed, csr))?;
         tracing::info!(entry = %committed.get().entry, authority, "downstream authority signed");
         let chain_der = std::iter::once(signed).chain(self.above(&root).all()).map(|der| der.to_vec()).collect();
         let roots = self.local(|s| s.bundle_record()).map(|bundle| bundle.roots).unwrap_or_default();
@@ -196,8 +196,8 @@ impl Replica {
         let roots = self.local(presented_roots);
         let identity = leaf_of(issuer, self.id(), self.trust_domain(), &SvidKey::generate()?, roots)?;
         // Nobody would take what we ourselves would not.
-        let (bundles, denied) = self.local(|s| (s.bundles(), s.denied_authorities()));
-        let trust = trust_of(bundles, denied, self.trust_domain())?;
+        let (bundles, denied, fences) = self.local(|s| (s.bundles(), s.denied_authorities(), s.fences()));
+        let trust = trust_of(bundles, denied, fences, self.trust_domain())?;
         taken(&trust, &identity.cert, wall_clock())?;
         Ok(identity)
     }

@@ -18,6 +18,7 @@ pub mod issuing;
 pub mod jwt;
 pub mod key_set;
 pub mod keyring;
+pub mod lease;
 pub mod local;
 pub mod peering;
 pub mod policies;
@@ -29,6 +30,7 @@ pub mod restore;
 pub mod run;
 pub mod seal;
 pub mod seen;
+pub mod standby;
 pub mod ticket;
 pub mod upkeep;
 pub mod verdicts;
@@ -42,6 +44,7 @@ use ambit_identity::tls::{SharedTrust, Trust};
 use ambit_identity::{RecordKey, TrustStore};
 use ambit_model::bundle::{Bundle, Foreign, Own};
 use ambit_model::{Code, Refusal, Stamp, TrustDomain};
+use ambit_state::grant::Fences;
 use ambit_state::{Applied, Bundles, Command, State};
 use ambit_transport::{Dialer, Identity};
 use sha2::{Digest, Sha256};
@@ -110,6 +113,8 @@ struct Inner {
     floors: Mutex<cosign::Floors>,
     /// By which of our roots and keys each peer said that it verifies, and when.
     peers_hold: Mutex<BTreeMap<TrustDomain, (Held, Instant)>>,
+    /// Under which this replica signs, where the cell has a witness.
+    lease: Mutex<ambit_state::lease::Lease>,
 }
 
 /// By what somebody verifies.
@@ -320,11 +325,12 @@ fn fresh() -> [u8; 16] {
     random().unwrap_or_default()
 }
 
-/// Own and foreign roots, from [`State::bundles`], and whom [`State::denied_authorities`] refuses. A foreign bundle that
+/// Own and foreign roots, from [`State::bundles`], whom [`State::denied_authorities`] refuses, and what [`State::fences`] does. A foreign bundle that
 /// cannot be used is left out: nobody of that trust domain is taken for who it says, and the others are not held up.
 pub fn trust_of(
     mut bundles: Bundles,
     denied: BTreeSet<(TrustDomain, String)>,
+    fences: Fences,
     own: &TrustDomain,
 ) -> Result<Trust, Refusal> {
     let (sequence, roots) = bundles.remove(own).unwrap_or_default();
@@ -335,5 +341,6 @@ pub fn trust_of(
         }
     }
     store.deny_authorities(denied);
+    store.fence(fences);
     Ok(Trust::Bundles(store))
 }

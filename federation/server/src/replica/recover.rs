@@ -95,7 +95,7 @@ async fn findings(files: &Files, card: &Card, survey: &Survey) -> Result<Finding
     let root_der = files.root_der()?;
     // Roots that this replica's state does not know may have come since: who shows one of those answers still.
     let trust = match state.cell() {
-        Some(_) => super::trust_of(state.bundles(), state.denied_authorities(), &card.trust_domain)?,
+        Some(_) => super::trust_of(state.bundles(), state.denied_authorities(), state.fences(), &card.trust_domain)?,
         None => Trust::Pinned(card.trust_domain.clone(), fingerprint(&root_der)),
     };
     let trust = SharedTrust::new(trust);

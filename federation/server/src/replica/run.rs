@@ -104,10 +104,10 @@ async fn open(config: &Config, files: &Files, verdicts: Verdicts, reports: Repor
     // One look at a time: a second would wait for a writer that waits for the first.
     let known = {
         let state = cell.state();
-        state.cell().map(|_| (state.bundles(), state.denied_authorities()))
+        state.cell().map(|_| (state.bundles(), state.denied_authorities(), state.fences()))
     };
-    if let Some((bundles, denied)) = known {
-        trust.replace(trust_of(bundles, denied, &card.trust_domain)?);
+    if let Some((bundles, denied, fences)) = known {
+        trust.replace(trust_of(bundles, denied, fences, &card.trust_domain)?);
     }
     let inner = Inner {
         cell,
@@ -146,6 +146,7 @@ async fn open(config: &Config, files: &Files, verdicts: Verdicts, reports: Repor
         heard: Mutex::new(super::pull::Heard::default()),
         floors: Mutex::new(super::cosign::Floors::default()),
         peers_hold: Mutex::default(),
+        lease: Mutex::default(),
     };
     Ok(Replica { inner: Arc::new(inner) })
 }

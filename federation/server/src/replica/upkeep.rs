@@ -59,6 +59,8 @@ pub fn spawn(replica: &Replica, verdicts: super::verdicts::Queue, reports: super
                 tokio::spawn(keep_root(r())),
                 tokio::spawn(super::key_set::keep(r())),
                 tokio::spawn(tell_of_end(r())),
+                tokio::spawn(super::lease::keep(r())),
+                tokio::spawn(super::standby::keep(r())),
                 tokio::spawn(super::attest::run(r())),
                 tokio::spawn(super::audit::keep(r())),
                 tokio::spawn(super::audit::ask_for_cosignatures(r())),
@@ -77,10 +79,11 @@ async fn follow_trust(replica: Replica) {
             seen = revision;
             // Before anybody is woken to send it on.
             replica.propagation().applied(documents.0, Instant::now());
-            let bundles = replica.local(|s| (s.bundles(), s.denied_authorities()));
+            let bundles = replica.local(|s| (s.bundles(), s.denied_authorities(), s.fences()));
             // Most of what changes the revision changes no root, and parsing roots costs more than comparing them.
             if known.as_ref() != Some(&bundles) {
-                match trust_of(bundles.0.clone(), bundles.1.clone(), replica.trust_domain()) {
+                let (roots, denied, fences) = bundles.clone();
+                match trust_of(roots, denied, fences, replica.trust_domain()) {
                     Ok(trust) => replica.trust().replace(trust),
                     Err(refusal) => tracing::error!(%refusal, "bundles are not usable; the last ones stay"),
                 }

@@ -1,7 +1,7 @@
 //! Clusters and peers, as operators register them.
 
-use super::{OrStatus, new_token, parse_fingerprint, request_id, token_expiry};
-use crate::authorise::actor;
+use super::{OrStatus, new_token, parse_fingerprint, request_id, standby, token_expiry};
+use crate::authorise::{Actor, actor};
 use crate::replica::{Replica, peering};
 use ambit_model::{Act, ClusterId, Code, Refusal, Routing, TrustDomain};
 use ambit_proto::{convert, v1};
@@ -130,6 +130,65 @@ impl v1::cluster_registry_server::ClusterRegistry for Clusters {
         let gone = || v1::Peer { trust_domain: td.to_string(), state: "removed".into(), ..Default::default() };
         Ok(before.unwrap_or_else(|_| Response::new(gone())))
     }
+
+    async fn list_standbys(
+        &self,
+        request: Request<v1::ListStandbysRequest>,
+    ) -> Result<Response<v1::ListStandbysResponse>, Status> {
+        actor(&request)?;
+        self.0.cell().read_barrier().await.or_status()?;
+        Ok(Response::new(standby::listing(&self.0)))
+    }
+
+    async fn name_standby(
+        &self,
+        request: Request<v1::NameStandbyRequest>,
+    ) -> Result<Response<v1::ListStandbysResponse>, Status> {
+        let (actor, m) = (actor(&request)?, request.into_inner());
+        let act = standby::naming(&m.naming).or_status()?;
+        let approved = convert::approved(m.approved).or_status()?;
+        let by = actor.name.clone();
+        self.change(actor, &m.request_id, Command::Act { act, approved, by }).await
+    }
+
+    async fn commit_grant(
+        &self,
+        request: Request<v1::CommitGrantRequest>,
+    ) -> Result<Response<v1::ListStandbysResponse>, Status> {
+        let (actor, m) = (actor(&request)?, request.into_inner());
+        let signed = standby::signed(&m.act, m.approved).or_status()?;
+        let by = actor.name.clone();
+        self.change(actor, &m.request_id, Command::FailOver(Box::new(signed), by)).await
+    }
+
+    async fn release_grant(
+        &self,
+        request: Request<v1::HomeRequest>,
+    ) -> Result<Response<v1::ListStandbysResponse>, Status> {
+        let (actor, m) = (actor(&request)?, request.into_inner());
+        let (home, by) = (m.home.parse().or_status()?, actor.name.clone());
+        self.change(actor, &m.request_id, Command::ReleaseGrant(home, by)).await
+    }
+
+    async fn take_back(&self, request: Request<v1::HomeRequest>) -> Result<Response<v1::ListStandbysResponse>, Status> {
+        let (actor, m) = (actor(&request)?, request.into_inner());
+        if m.home != self.0.trust_domain().as_str() {
+            let found = m.home;
+            return Err(Refusal::new(Code::BadRequest, self.0.trust_domain().as_str(), found)).or_status();
+        }
+        let by = actor.name.clone();
+        self.change(actor, &m.request_id, Command::TakeBack(by)).await
+    }
+
+    async fn judge_late(
+        &self,
+        request: Request<v1::JudgeLateRequest>,
+    ) -> Result<Response<v1::ListStandbysResponse>, Status> {
+        let (actor, m) = (actor(&request)?, request.into_inner());
+        let (origin, by) = (m.origin.parse().or_status()?, actor.name.clone());
+        let command = Command::JudgeLate { origin, seq: m.seq, keep: m.keep, by };
+        self.change(actor, &m.request_id, command).await
+    }
 }
 
 /// 0 is the default. Below a second a TPM cannot follow; beyond a minute a machine that was changed is trusted too long.
@@ -186,6 +245,18 @@ fn traffic(s: &State, routing: &Routing, id: &ClusterId) -> v1::Cluster {
 }
 
 impl Clusters {
+    /// Commits a change of who speaks for whom, and answers with how it stands then.
+    async fn change(
+        &self,
+        actor: Actor,
+        id: &[u8],
+        command: Command,
+    ) -> Result<Response<v1::ListStandbysResponse>, Status> {
+        let id = request_id(id)?;
+        self.0.propose(actor.client, id, command).await.or_status()?.outcome.or_status()?;
+        Ok(Response::new(standby::listing(&self.0)))
+    }
+
     fn foreign(&self, s: &State) -> Vec<v1::Cluster> {
         let (peers, routing) = (self.peers(s), s.routing());
         s.foreign_clusters()

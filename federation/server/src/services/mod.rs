@@ -21,6 +21,7 @@ mod policy;
 mod relationship;
 mod revocation;
 mod rounds;
+mod standby;
 mod svid;
 mod traffic;
 mod unbuilt;

@@ -1,13 +1,13 @@
 //! Cell to cell: registration by strangers with a token, and pulls by active peers.
 
-use super::OrStatus;
+use super::{OrStatus, request_id};
 use crate::authorise::{Role, actor, role_of};
 use crate::replica::audit::hashes;
 use crate::replica::budget::Budget;
 use crate::replica::pull::{self, Answer, Page};
 use crate::replica::{Held, Replica, peering};
 use ambit_audit::Note;
-use ambit_identity::CoSignature;
+use ambit_identity::{CoSignature, Csr};
 use ambit_model::{Code, Refusal, TrustDomain};
 use ambit_proto::v1;
 use ambit_state::audit::WitnessAsk;
@@ -124,6 +124,36 @@ impl v1::peer_link_server::PeerLink for PeerLink {
         let line = self.replica.record().cosign(self.replica.trust_domain(), &head, self.replica.now()).text();
         let key_set = Some(v1::KeySet { statement: keys.statement, signature: keys.signature });
         Ok(Response::new(v1::CosignAuditResponse { size, line, key_set }))
+    }
+
+    async fn renew_lease(
+        &self,
+        request: Request<v1::RenewLeaseRequest>,
+    ) -> Result<Response<v1::RenewLeaseResponse>, Status> {
+        let (actor, m) = (actor(&request)?, request.into_inner());
+        let Role::Peer(home) = actor.role else {
+            return Err(Refusal::new(Code::PeerNotActive, "an active peer", actor.name)).or_status();
+        };
+        // Of a state as new as the question: a replica that lags may not know that the lease is renewed no more.
+        let renews = self.replica.read(|s| s.renews(&home, m.epoch)).await.or_status()?;
+        let lease_ms = renews.or_status()?;
+        Ok(Response::new(v1::RenewLeaseResponse { nonce: m.nonce, epoch: m.epoch, lease_ms }))
+    }
+
+    async fn certify_standby(
+        &self,
+        request: Request<v1::CertifyStandbyRequest>,
+    ) -> Result<Response<v1::CertifyStandbyResponse>, Status> {
+        let (actor, m) = (actor(&request)?, request.into_inner());
+        let Role::Peer(holder) = actor.role else {
+            return Err(Refusal::new(Code::PeerNotActive, "an active peer", actor.name)).or_status();
+        };
+        let csr = Csr::parse(&m.csr).or_status()?;
+        let id = request_id(&m.request_id)?;
+        let signed = self.replica.certify_standby(actor.client, id, (holder, m.replica), &csr).await.or_status()?;
+        let (intermediate, above) = signed;
+        let above_der = above.all().into_iter().map(|der| der.to_vec()).collect();
+        Ok(Response::new(v1::CertifyStandbyResponse { intermediate_der: intermediate.to_vec(), above_der }))
     }
 }
 

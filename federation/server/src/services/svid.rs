@@ -10,7 +10,7 @@ use ambit_proto::convert::{dns_names, jwt_ttl, svid_ttl};
 use ambit_proto::status::to_status;
 use ambit_proto::v1;
 use ambit_state::command::LeafRequest;
-use ambit_state::{Applied, Command, JwtIssuance};
+use ambit_state::{Applied, Command, JwtIssuance, Subject};
 use sha2::{Digest as _, Sha256};
 use std::time::Instant;
 use tonic::{Request, Response, Status};
@@ -42,6 +42,8 @@ impl v1::svid_server::Svid for Svids {
                 .or_status();
         }
         let count = m.items.len();
+        // Nothing is committed that would not be signed.
+        self.0.may_sign().or_status()?;
         self.within_budget(Asker::Node(node), count)?;
         let asked = self.off_thread(count, move || asked(m.items)).await.and_then(|asked| asked).or_status()?;
         let leaves = asked.iter().map(|one| one.leaf.clone()).collect();
@@ -74,6 +76,7 @@ impl v1::svid_server::Svid for Svids {
         let m = request.into_inner();
         let id = request_id(&m.request_id)?;
         let (entry, audience): (EntryId, _) = (m.entry_id.parse().or_status()?, Audience::new(m.audience).or_status()?);
+        self.0.may_sign().or_status()?;
         self.within_budget(Asker::Node(node), 1)?;
         let command = |kid, audience_sha256| {
             let entry = entry.clone();
@@ -254,7 +257,7 @@ impl Svids {
         let committed = committed?;
         self.0.check_clock()?;
         let (expires_at_ms, spiffe_id) = (committed.get().not_after.0, committed.get().spiffe_id.to_string());
-        let token = issue_jwt(committed, audience, self.0.oidc_issuer(), &key)?.to_string();
+        let token = self.0.sign(|| issue_jwt(committed, audience, self.0.oidc_issuer(), &key))?.to_string();
         Ok(v1::NewJwtsvidResponse { token, expires_at_ms, spiffe_id })
     }
 
@@ -268,7 +271,7 @@ impl Svids {
             let not_after_ms = c.get().lifetime.not_after.0;
             self.0.check_clock()?;
             let issuer = self.0.issuing(&c.get().authority)?;
-            Ok((issue(c, csr, &issuer)?, not_after_ms))
+            Ok((self.0.sign(|| issue(c, csr, &issuer))?, not_after_ms))
         });
         match signed {
             Ok((chain, not_after_ms)) => v1::X509svidResult {
@@ -371,6 +374,12 @@ pub(crate) fn one_leaf(replica: &Replica, applied: Applied, csr: &Csr) -> Result
     let not_after_ms = committed.get().lifetime.not_after.0;
     replica.check_clock()?;
     let issuer = replica.issuing(&committed.get().authority)?;
-    let chain = issue(committed, csr, &issuer)?;
+    // Administrators are certified whoever has the authority: somebody must take it back.
+    let chain = match committed.get().subject {
+        Subject::Admin | Subject::BreakGlass(_) => issue(committed, csr, &issuer)?,
+        Subject::Node | Subject::Workload(..) | Subject::NamedWorkload(..) | Subject::Minted(..) => {
+            replica.sign(|| issue(committed, csr, &issuer))?
+        }
+    };
     Ok((chain.iter().map(|c| c.to_vec()).collect(), not_after_ms))
 }

@@ -1,7 +1,7 @@
 //! Acts that take approvers. Every replica verifies their signatures where it applies the entry: Ed25519 verification is a
 //! function of key, message and signature, so that all come to the same.
 
-use super::{At, cell_row, issue, peer, relationship, roles, root, seal};
+use super::{At, cell_row, issue, peer, relationship, roles, root, seal, standby};
 use crate::command::Reply;
 use crate::committed::Subject;
 use crate::objects::{ActRow, ApproverRow};
@@ -33,12 +33,19 @@ pub(super) fn perform(
         Act::AddApprover(name, card) => {
             let row = ApproverRow { key: card.key, added: at.stamp, added_by: by.to_owned() };
             s.approvers.put(&mut s.journal, name.clone(), row);
+            standby::approvers_changed(s)?;
         }
-        Act::RemoveApprover(name) => drop(s.approvers.remove(&mut s.journal, name)),
+        Act::RemoveApprover(name) => {
+            s.approvers.remove(&mut s.journal, name);
+            standby::approvers_changed(s)?;
+        }
         Act::RemoveTrustDomain(td) if s.peer(td).is_some() => drop(peer::remove(s, at, td)?),
         Act::RemoveTrustDomain(td) => drop(relationship::remove(s, at, td)?),
         Act::BreakGlass(..) => return Err(replicas_only(act)),
         Act::ImportRoot(..) => return Err(with_its_certificate(act)),
+        Act::NameStandby(naming) => standby::name(s, at, Some(naming))?,
+        Act::RemoveStandby => standby::name(s, at, None)?,
+        Act::FailOver(_) => return Err(at_its_holder(act)),
         Act::ShareRoot { root, threshold, holders } => {
             let names: Vec<ObjectName> = holders.iter().map(|holder| holder.name.clone()).collect();
             seal::shared(s, at, root, *threshold, &names);
@@ -125,7 +132,14 @@ fn possible(s: &State, act: &Act) -> Result<(), Refusal> {
         Act::RemoveTrustDomain(td) => relationship::removable(s, td),
         Act::BreakGlass(..) => Err(replicas_only(act)),
         Act::ImportRoot(..) => Err(with_its_certificate(act)),
+        Act::NameStandby(naming) => standby::nameable(s, naming),
+        Act::RemoveStandby => standby::removable(s),
+        Act::FailOver(_) => Err(at_its_holder(act)),
     }
+}
+
+fn at_its_holder(act: &Act) -> Refusal {
+    Refusal::new(Code::BadRequest, "a grant at its holder (ambit cluster grant)", act.to_string())
 }
 
 fn with_its_certificate(act: &Act) -> Refusal {

@@ -46,6 +46,8 @@ pub(super) fn tick(s: &mut State, at: At) -> Result<Reply, Refusal> {
     super::external::forget(s, now);
     super::seal::forget(s, now);
     super::egress::forget(s, at);
+    super::grant::forget(s, now);
+    super::standby::forget(s, now);
     // Stamps never go backwards, so neither do those of the requests.
     while let Some((_, key)) = s.dedupe_by_age.pop_front_if(|(stamp, _)| stamp.plus_ms(crate::DEDUPE_MS) < now) {
         s.dedupe.remove(&mut s.journal, &key);

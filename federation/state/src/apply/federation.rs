@@ -1,13 +1,16 @@
 //! Peers and what they tell us. A peer speaks only for its own identities and never widens what we allow.
 
 use super::{At, addresses, cell::burn, cell_row, deny::SERIAL_BYTES_MAX, root::ROOT_BYTES_MAX, routing, touch};
+use super::{grant, standby};
 use crate::authorities::{PeerRoots, root_id};
 use crate::command::Reply;
+use crate::grant::{ApproverKeys, GrantRecord};
 use crate::objects::{ForeignCluster, JwtKeys, Owned, PeerRow, PeerState, TokenScope};
 use crate::routing::SteerKey;
 use crate::state::State;
 use crate::table::{Journal, Table};
 use ambit_model::bundle::{BundleRecord, RootEntry, RootState};
+use ambit_model::grant::{Naming, Seen};
 use ambit_model::policy::{Endpoint, Group, NodeAddress, Peers, Policy, Service};
 use ambit_model::record::{Head, Kind, Record};
 use ambit_model::routing::{Steer, Versioned};
@@ -35,6 +38,8 @@ const FOREIGN_NODE_ADDRESSES_MAX: usize = 20_000;
 const FOREIGN_ROOTS_MAX: usize = 8;
 /// Roots of a peer that are no more, remembered so that none comes back.
 const GONE_ROOTS_MAX: usize = 256;
+/// As many as a cell has.
+const APPROVERS_MAX: usize = 16;
 /// Records in one import; a puller asks for no more.
 pub(crate) const IMPORT_MAX: usize = 1_000;
 
@@ -147,7 +152,8 @@ pub(super) fn import(s: &mut State, at: At, head: &Head, records: &[Record]) -> 
     if peer.seq == head.seq && peer.hash != head.hash {
         return Err(broken(hex::encode(head.hash), hex::encode(peer.hash)));
     }
-    let decoded: Vec<Imported> = records.iter().map(decode).collect::<Result<_, _>>()?;
+    let late = |r: &Record| grant::late(s, r).map_or_else(|| decode(r), |late| Ok(Imported::Late(Box::new(late))));
+    let decoded: Vec<Imported> = records.iter().map(late).collect::<Result<_, _>>()?;
     let mut room = Room::of(s, &head.origin);
     for object in decoded {
         match object {
@@ -156,6 +162,22 @@ pub(super) fn import(s: &mut State, at: At, head: &Head, records: &[Record]) -> 
         }
     }
     s.peers.put(&mut s.journal, head.origin.clone(), peer);
+    touch(s, at);
+    Ok(Reply::Done)
+}
+
+/// An operator's word on a record of a fenced epoch: taken after all, or dropped.
+pub(super) fn judge_late(s: &mut State, at: At, origin: &TrustDomain, seq: u64, keep: bool) -> Result<Reply, Refusal> {
+    if let Some(record) = grant::judged(s, origin, seq, keep)? {
+        let (object, mut room) = (decode(&record)?, Room::of(s, origin));
+        match (object, s.peer(origin).cloned()) {
+            (Imported::Bundle(bundle), Some(mut peer)) => {
+                take_bundle(s, origin, &mut peer, bundle);
+                s.peers.put(&mut s.journal, origin.clone(), peer);
+            }
+            (object, _) => take(s, at, origin, object, &mut room),
+        }
+    }
     touch(s, at);
     Ok(Reply::Done)
 }
@@ -175,6 +197,11 @@ enum Imported {
     AuthorityDenial(String, Stamp),
     NodeAddress(NodeId, Option<NodeAddress>),
     Steer(SteerKey, Steer),
+    Standby(u64, Option<Naming>),
+    Approvers(ApproverKeys),
+    Grant(TrustDomain, Box<GrantRecord>),
+    Seen(TrustDomain, Seen),
+    Late(Box<Record>),
     Ignored,
 }
 
@@ -228,6 +255,13 @@ fn decode(r: &Record) -> Result<Imported, Refusal> {
         }
         Kind::JwtKeys if r.key == r.origin.as_str() => object(r)?.map_or(Imported::Ignored, Imported::JwtKeys),
         Kind::JwtKeys => Imported::Ignored,
+        Kind::Standby if r.key == r.origin.as_str() => Imported::Standby(r.seq, object(r)?),
+        Kind::Approvers if r.key == r.origin.as_str() => Imported::Approvers(object(r)?.unwrap_or_default()),
+        Kind::Standby | Kind::Approvers => Imported::Ignored,
+        Kind::Grant => {
+            object(r)?.map_or(Ok(Imported::Ignored), |said| Ok(Imported::Grant(r.key.parse()?, Box::new(said))))?
+        }
+        Kind::Seen => object(r)?.map_or(Ok(Imported::Ignored), |seen| Ok(Imported::Seen(r.key.parse()?, seen)))?,
         Kind::IdDenial => {
             let id: SpiffeId = r.key.parse()?;
             // A peer speaks for its own identities; and a denial is never taken back by leaving it out.
@@ -454,6 +488,20 @@ fn take(s: &mut State, at: At, origin: &TrustDomain, object: Imported, room: &mu
             put(&mut s.journal, &mut s.node_addresses, &mut room.node_addresses, key, address);
         }
         Imported::Steer(key, steer) => routing::take_steer(s, key, steer),
+        Imported::Standby(seq, naming) => drop(standby::heard(s, origin, seq, naming)),
+        Imported::Approvers(keys) => {
+            // More than a cell may have are none.
+            let keys = if keys.len() <= APPROVERS_MAX { keys } else { ApproverKeys::new() };
+            s.approver_keys.put(&mut s.journal, origin.clone(), keys);
+        }
+        Imported::Grant(home, said) => grant::heard(s, at, origin, &home, *said),
+        Imported::Seen(home, Seen::Grant(epoch)) => grant::was_heard(s, at, origin, &home, epoch),
+        Imported::Seen(home, Seen::Naming(seq)) => {
+            if s.cell().is_some_and(|cell| cell.trust_domain == home) {
+                standby::was_heard(s, origin, seq);
+            }
+        }
+        Imported::Late(record) => grant::hold(s, *record),
         Imported::Bundle(_) | Imported::Ignored => {}
     }
 }

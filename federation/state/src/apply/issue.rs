@@ -1,6 +1,6 @@
 //! Issuance records: what may be signed, by whom, for how long.
 
-use super::{At, cell_row};
+use super::{At, cell_row, grant};
 use crate::authorities::{AuthorityState, authority_of};
 use crate::command::{Command, LeafRequest, Reply};
 use crate::committed::{Issuance, JwtIssuance, Subject};
@@ -83,6 +83,7 @@ pub(super) fn trusted_node<'a>(
     id: &NodeId,
     generation: Generation,
 ) -> Result<&'a NodeRow, Refusal> {
+    grant::unfenced(s, at)?;
     let node = s.node(id).ok_or_else(|| Refusal::new(Code::NodeUnknown, "an enrolled node", id.to_string()))?;
     let (barred, denied) = (node.state.bars_trust(), s.denied(id).is_some_and(|g| generation <= g));
     #[cfg(ambit_mutant)]
@@ -125,6 +126,7 @@ pub(super) fn node_leaf(
     authority: &str,
     key_hash: [u8; 32],
 ) -> Result<Issuance, Refusal> {
+    grant::unfenced(s, at)?;
     let cell = cell_row(s)?;
     let issuance = Issuance {
         authority: authority.to_owned(),

@@ -11,7 +11,8 @@ use ambit_model::{Code, DnsName, JwtTtl, Refusal, SpiffeId, SvidTtl};
 const MINTED_TOKENS_MAX: usize = 10_000;
 
 /// A workload's identity of this trust domain: what replicas, nodes and administrators have is not minted.
-fn mintable(s: &State, id: &SpiffeId) -> Result<u64, Refusal> {
+fn mintable(s: &State, at: At, id: &SpiffeId) -> Result<u64, Refusal> {
+    super::grant::unfenced(s, at)?;
     let cell = cell_row(s)?;
     if s.barred(id) {
         return Err(Refusal::new(Code::SvidRevoked, "an identity that is not denied", id.as_str()));
@@ -34,7 +35,7 @@ pub(super) struct X509<'a> {
 }
 
 pub(super) fn x509(s: &mut State, at: At, asked: &X509<'_>) -> Result<Reply, Refusal> {
-    let epoch = mintable(s, asked.spiffe_id)?;
+    let epoch = mintable(s, at, asked.spiffe_id)?;
     let issuance = Issuance {
         authority: asked.authority.to_owned(),
         serial: serial(epoch, at, 0),
@@ -59,7 +60,7 @@ pub(super) fn jwt(
     kid: &str,
     by: &str,
 ) -> Result<Reply, Refusal> {
-    let epoch = mintable(s, spiffe_id)?;
+    let epoch = mintable(s, at, spiffe_id)?;
     let token = JwtIssuance {
         kid: kid.to_owned(),
         jti: serial(epoch, at, 0),

@@ -15,6 +15,7 @@ mod endorse;
 mod external;
 mod federation;
 mod former;
+mod grant;
 mod incarnation;
 pub(crate) mod issue;
 pub(crate) mod jwt;
@@ -29,6 +30,7 @@ mod roles;
 mod root;
 mod routing;
 mod seal;
+mod standby;
 
 pub(crate) use audit::Event;
 pub(crate) use documents::check as check_documents;
@@ -193,6 +195,11 @@ fn change(s: &mut State, at: At, command: &Command) -> Result<Reply, Refusal> {
         Command::Witness(ask) => audit::witness(s, at, ask),
         Command::TakeCosignature(td, row) => audit::cosigned(s, td, row),
         Command::Route(change) => routing::change(s, at, change),
+        Command::FailOver(signed, by) => grant::commit(s, at, signed, by),
+        Command::ReleaseGrant(home, _) => grant::release(s, at, home),
+        Command::TakeBack(_) => grant::take_back(s, at),
+        Command::JudgeLate { origin, seq, keep, .. } => federation::judge_late(s, at, origin, *seq, *keep),
+        Command::CertifyStandby { holder, replica, key_hash } => standby::certify(s, at, holder, *replica, key_hash),
         Command::WrappedTo(to, command) => {
             seal::are_wrap_keys(s, to, command)?;
             change(s, at, command)

@@ -56,6 +56,7 @@ pub(super) fn remove(s: &mut State, at: At, td: &TrustDomain) -> Result<Reply, R
     s.steers.prune(&mut s.journal, |(says, ..), _| says == td);
     s.peer_roots.remove(&mut s.journal, td);
     s.peer_jwt.remove(&mut s.journal, td);
+    super::standby::forget_peer(s, td);
     s.peers.remove(&mut s.journal, td);
     touch(s, at);
     Ok(Reply::Done)

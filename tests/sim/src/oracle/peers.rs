@@ -176,6 +176,8 @@ impl Ledger {
                 }
                 // Not decided by the simulated load.
                 Kind::IdDenial | Kind::LeafDenial | Kind::AuthorityDenial | Kind::JwtKeys => {}
+                // Of runs of their own.
+                Kind::Standby | Kind::Approvers | Kind::Grant | Kind::Seen => {}
                 Kind::Cluster | Kind::Bundle | Kind::Service | Kind::Group | Kind::Endpoint | Kind::Steer => {}
             }
         }

@@ -295,6 +295,8 @@ impl Enrolment {
         let now = self.replica.now();
         let claims = evidence.claims_json(now);
         let (node, cluster) = (evidence.node, evidence.cluster.clone());
+        // Nothing is committed that would not be signed.
+        self.replica.may_sign()?;
         let evidence_sha256 = self.replica.keep_evidence(&accepted.body).await?;
         let command =
             Command::AdmitNode(admission(&self.replica, evidence, csr, claims.clone(), accepted, evidence_sha256));
@@ -307,7 +309,7 @@ impl Enrolment {
         let generation = committed.get().binding.map(|(_, g)| g.0).unwrap_or_default();
         self.replica.check_clock()?;
         let issuer = self.replica.issuing(&committed.get().authority)?;
-        let chain = issue(committed, csr, &issuer)?;
+        let chain = self.replica.sign(|| issue(committed, csr, &issuer))?;
         tracing::info!(%node, %cluster, generation, "node admitted");
         let own = self.replica.trust_domain();
         let bundle = self.replica.local(|s| s.bundles().remove(own)).map(|(sequence, roots_der)| v1::Bundle {

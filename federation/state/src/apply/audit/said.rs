@@ -32,6 +32,10 @@ pub(super) fn names(command: &Command, td: &TrustDomain) -> Vec<String> {
         | Command::NoteExport { by, .. } => vec![by.clone()],
         Command::ChangeDocuments(change) => vec![change.by.clone()],
         Command::Route(change) => vec![change.by.clone()],
+        Command::FailOver(_, by)
+        | Command::ReleaseGrant(_, by)
+        | Command::TakeBack(by)
+        | Command::JudgeLate { by, .. } => vec![by.clone()],
         Command::ImportExternal(import) => vec![import.by.clone()],
         Command::Within(_, inner)
         | Command::OverKeySet(_, inner)
@@ -163,6 +167,19 @@ pub(super) fn events(s: &State, command: &Command, reply: &Answer) -> Vec<Event>
         Command::ChangeDocuments(change) => documents(change, reply),
         Command::RollbackDocuments { to, .. } => one("documents.rollback", to),
         Command::Route(change) => vec![route(&change.route).with("note", change.note.clone()).or(reply)],
+        Command::FailOver(signed, _) => vec![grant(signed).or(reply)],
+        Command::ReleaseGrant(home, _) => one("grant.release", home),
+        Command::TakeBack(_) => one("grant.take_back", &""),
+        Command::JudgeLate { origin, seq, keep, .. } => {
+            let act = if *keep { "late_record.keep" } else { "late_record.drop" };
+            vec![Event::new(act, origin.as_str()).with("seq", seq.to_string()).or(reply)]
+        }
+        Command::CertifyStandby { holder, replica, key_hash } => vec![
+            Event::new("standby.certify", holder.as_str())
+                .with("replica", replica.to_string())
+                .with("key_sha256", hex::encode(key_hash))
+                .or(reply),
+        ],
         Command::PutAppraisalPolicy { name, content, staged, .. } => vec![
             Event::new("appraisal_policy.put", name.as_str())
                 .with("sha256", hex::encode(content.sha256))
@@ -342,6 +359,18 @@ fn documents(change: &crate::DocumentsChange, reply: &Answer) -> Vec<Event> {
     policies.chain(services).chain(groups).chain(egress).chain(deleted).collect()
 }
 
+fn grant(signed: &ambit_model::grant::SignedGrant) -> Event {
+    let event = Event::new("grant.commit", signed.proposal.trust_domain.as_str());
+    let event = event.with("approvals", signed.approvals.len().to_string());
+    match signed.grant() {
+        Ok(grant) => event
+            .with("holder", grant.holder.as_str())
+            .with("epoch", grant.epoch.to_string())
+            .with("ends_ms", grant.ends.0.to_string()),
+        Err(_) => event,
+    }
+}
+
 fn route(route: &Route) -> Event {
     let of = |event: Event, services: &Services| match services {
         Services::All => event.with("services", "all"),
@@ -399,5 +428,8 @@ fn act_name(act: &Act) -> &'static str {
         Act::BreakGlass(..) => "break_glass.issue",
         Act::ShareRoot { .. } => "root.share",
         Act::ImportRoot(..) => "root.put",
+        Act::NameStandby(_) => "standby.put",
+        Act::RemoveStandby => "standby.remove",
+        Act::FailOver(_) => "grant.commit",
     }
 }
