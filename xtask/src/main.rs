@@ -47,6 +47,7 @@ usage: cargo xtask <verb>
   bench revoke          from a ban to the other cluster's kernel, 50 times; last line: N figures, M met
   bench deny            from the denial of an identity to the end of its live connections and refusals on every node, 50 times
   bench dataplane       what carrying traffic costs, beside no carrier and two bare relays, in turn (3 minutes)
+  bench failover        the loss of a leader 50 times, and of a whole cluster 30 times, as distributions (release; 20 minutes)
   bench attest          CPU time of enrolments and rounds, and of 10,000 nodes that attest (release; 6 minutes)
   bench propagation [NODES]  from a change of a policy to the last of 1,000 acknowledging streams, or of so many; 100,000
                         entries, 10,000 policies (release; 2 minutes, of 10,000 streams 3)
@@ -113,7 +114,7 @@ fn run(args: &[&str]) -> Result<(), Stop> {
         ["mutants", part] => mutants::run(part),
         ["sim", "--mutants"] => sim::mutants(),
         ["sim", options @ ..] if !options.is_empty() => sim::run(options),
-        ["bench", name @ ("memory" | "revoke" | "deny" | "streams" | "dataplane")] => lab::bench(name),
+        ["bench", name @ ("memory" | "revoke" | "deny" | "streams" | "dataplane" | "failover")] => lab::bench(name),
         ["bench", "policy"] => lab::bench_of("ambit-policy", "bench_policy"),
         ["bench", "audit"] => lab::bench_of("ambitd", "bench_audit"),
         ["bench", name @ ("attest" | "issuance" | "propagation" | "raft")] => lab::bench_cell(&[name]),

@@ -2,12 +2,14 @@
 
 mod dataplane;
 mod deny;
+mod failover;
 mod inside;
 mod revoke;
 mod streams;
 
 pub use dataplane::dataplane;
 pub use deny::deny;
+pub use failover::failover;
 pub use revoke::revoke;
 pub use streams::streams;
 

@@ -109,12 +109,7 @@ pub fn run(name: &str, only: &[String], reports: Option<&Path>) -> Result<(), La
     let spec = Spec::standard(name, 2, 2, 3)?;
     let (mut passed, mut rows) = (0, Vec::new());
     in_a_lab(&spec, &say, |lab| {
-        lab.make_small_disk(SMALL_DISK.0, SMALL_DISK.1)?;
-        let mut demo = Demo::with_cells(lab, &say, Default::default())?;
-        demo.peer()?;
-        demo.enrol_nodes()?;
-        demo.start_workloads()?;
-        outside(&demo)?;
+        let _demo = stage(lab, &say)?;
         for (name, text) in &chosen {
             say.chapter(&format!("Drill: {name}"));
             let begun = Instant::now();
@@ -138,6 +133,17 @@ pub fn run(name: &str, only: &[String], reports: Option<&Path>) -> Result<(), La
     }
     Err(Refusal::new(Code::Internal, "drills that meet every objective", format!("{passed} of {}", chosen.len()))
         .into())
+}
+
+/// What the drills' files speak of: two peered cells with nodes and workloads, in a lab that is up.
+pub(crate) fn stage<'a>(lab: &Lab, say: &'a Say) -> Result<Demo<'a>, LabError> {
+    lab.make_small_disk(SMALL_DISK.0, SMALL_DISK.1)?;
+    let mut demo = Demo::with_cells(lab, say, Default::default())?;
+    demo.peer()?;
+    demo.enrol_nodes()?;
+    demo.start_workloads()?;
+    outside(&demo)?;
+    Ok(demo)
 }
 
 /// A workload in east that nobody's fault or fail-over touches: what lies outside of the drills' scope.

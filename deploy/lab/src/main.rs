@@ -192,7 +192,7 @@ enum Verb {
     /// Measure whole processes in a lab of their own
     Bench {
         /// What to measure
-        #[arg(value_parser = ["memory", "revoke", "deny", "streams", "dataplane"])]
+        #[arg(value_parser = ["memory", "revoke", "deny", "streams", "dataplane", "failover"])]
         name: String,
     },
     /// (internal) Stand in for IMA on a node
@@ -324,6 +324,7 @@ fn run(verb: Verb) -> Result<ExitCode, LabError> {
             "deny" => ambit_lab::bench::deny()?,
             "streams" => ambit_lab::bench::streams()?,
             "dataplane" => ambit_lab::bench::dataplane()?,
+            "failover" => ambit_lab::bench::failover()?,
             _ => ambit_lab::bench::memory()?,
         },
         Verb::Measurer { folder, ima_log, tpm } => measurer::Measurer::new(folder, ima_log, tpm)?.run(),
