@@ -61,7 +61,7 @@ async fn a_live_cell_answers() {
     assert_eq!(code, 0, "{err}");
     assert_eq!(
         out,
-        "NAME  TRUST DOMAIN  HOME  STATE   NODES  FINGERPRINT  AGE\nwest  west          west  active  2      -            0ms\n1 cluster\n"
+        "NAME  TRUST DOMAIN  HOME  STATE   NODES  FINGERPRINT  AGE  REGION  DRAINED\nwest  west          west  active  2      -            0ms  -       no\n1 cluster\n"
     );
 
     let create = [

@@ -156,8 +156,9 @@ impl Health {
         let keys = match evidence {
             // It says both.
             Evidence::Good => [Some(0), Some(port)],
-            Evidence::NoTunnel | Evidence::Silent => [Some(0), None],
-            Evidence::TurnedAway => [Some(port), None],
+            Evidence::NoTunnel => [Some(0), None],
+            // Of silence nobody knows whose it is: of the tunnel, or of the workload at this port.
+            Evidence::Silent | Evidence::TurnedAway => [Some(port), None],
         };
         let mut list = self.lock();
         if evidence == Evidence::Good && list.outliers.is_empty() {
@@ -255,7 +256,7 @@ async fn opens(dialed: Dialed, to: SocketAddr) -> bool {
         Dialed::Native(mut native) => {
             let open = Open { to, prompt: true, trace: None, from: None, first: Vec::new() };
             let answer = native::open(&mut native.secured, &open).await;
-            matches!(answer, Ok(Answer::Opened | Answer::Refused(Reason::Denied)))
+            matches!(answer, Ok(Answer::Opened | Answer::Refused(Reason::Denied | Reason::Busy)))
         }
         Dialed::Hbone(tunnel) => match tunnel.lease() {
             Some(lease) => match lease.open(to, &Said::default()).await {

@@ -4,8 +4,8 @@
 use crate::committed::Committed;
 use crate::state::State;
 use ambit_audit::tree::Frontier;
-use ambit_audit::{Checkpoint, Hash};
-use ambit_model::{Stamp, TrustDomain};
+use ambit_audit::{Checkpoint, Hash, verify_consistency};
+use ambit_model::{Code, Refusal, Stamp, TrustDomain};
 use serde::{Deserialize, Serialize};
 
 /// The log of the cell's incarnation.
@@ -82,7 +82,27 @@ pub fn origin(td: &TrustDomain, epoch: u64) -> String {
     format!("{td}/ambit/audit/{epoch}")
 }
 
+impl WitnessedRow {
+    /// Whether what a peer shows follows from what was cosigned last.
+    ///
+    /// # Errors
+    /// [`Code::AuditUnwitnessed`].
+    pub fn is_followed_by(&self, ask: &WitnessAsk) -> Result<(), Refusal> {
+        if ask.size < self.size {
+            let expected = format!("at least {} entries", self.size);
+            return Err(Refusal::new(Code::AuditUnwitnessed, expected, ask.size.to_string()));
+        }
+        verify_consistency(self.size, ask.size, &self.root, &ask.root, &ask.proof)
+            .map_err(|refusal| Refusal { code: Code::AuditUnwitnessed, ..refusal })
+    }
+}
+
 impl State {
+    /// What was cosigned last of a peer's log; an empty one where nothing was.
+    pub fn witnessed_row(&self, peer: &TrustDomain, epoch: u64) -> WitnessedRow {
+        let none = || WitnessedRow { root: ambit_audit::tree::empty_root(), ..WitnessedRow::default() };
+        self.witnessed.get(&(peer.clone(), epoch)).cloned().unwrap_or_else(none)
+    }
     /// The audit log of this incarnation; none before it was begun.
     pub fn audit(&self) -> Option<&AuditRow> {
         let epoch = self.cell()?.epoch;

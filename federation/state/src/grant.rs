@@ -1,6 +1,6 @@
 //! Grants of another cell's authority, judged by signed records only, and the fence that follows from those that are known.
 //!
-//! The same code judges at the holder, at its peers and in agents. Never: a grant that is believed because of who tells it.
+//! The same code judges at the holder and at its peers; agents know no grant yet. Never: a grant that is believed because of who tells it.
 
 use ambit_model::act::{Approval, SIGNATURE_BYTES};
 use ambit_model::grant::{FailoverGrant, Naming, SignedGrant, Vouch};

@@ -64,8 +64,8 @@ const ASKED_MAX: usize = 8;
 #[derive(Debug, Default)]
 pub struct Lease {
     asked: Vec<(TrustDomain, [u8; 16], u64, Boot)>,
-    /// By granter: the epoch, and until when.
-    held: BTreeMap<TrustDomain, (u64, Boot)>,
+    /// By granter: the epoch, when it was asked, and the term that it answered, ms.
+    held: BTreeMap<TrustDomain, (u64, Boot, u64)>,
 }
 
 impl Lease {
@@ -84,15 +84,23 @@ impl Lease {
         let fits = |(of, n, e, _): &(TrustDomain, [u8; 16], u64, Boot)| (of, n, e) == (granter, nonce, epoch);
         let Some(at) = self.asked.iter().position(fits) else { return false };
         let (.., sent) = self.asked.remove(at);
-        let until = (*epoch, sent.plus_ms((*lease_ms).min(ambit_model::grant::LEASE_MS_MAX)));
-        let held = self.held.entry(granter.clone()).or_insert(until);
-        *held = (*held).max(until);
+        let now = (*epoch, sent, *lease_ms);
+        let held = self.held.entry(granter.clone()).or_insert(now);
+        // Of two answers the later question's counts, whatever came first.
+        if (held.0, held.1) <= (now.0, now.1) {
+            *held = now;
+        }
         true
     }
 
     /// Until when this replica may sign in this epoch under such a naming; none where it may not at all.
     pub fn until(&self, naming: &Naming, epoch: u64) -> Option<Boot> {
-        let of = |granter: &TrustDomain| self.held.get(granter).filter(|(e, _)| *e == epoch).map(|(_, until)| *until);
+        // Who waits for this naming's term waits no longer, whatever another naming's was when the granter answered.
+        let Vouch::Witness { lease_ms, .. } = &naming.vouch else { return None };
+        let of = |granter: &TrustDomain| {
+            let held = self.held.get(granter).filter(|(e, ..)| *e == epoch);
+            held.map(|(_, sent, answered)| sent.plus_ms((*answered).min(*lease_ms)))
+        };
         // A majority of three: the home, and one of the two.
         naming.witness().and_then(of).max(of(&naming.standby))
     }
@@ -230,6 +238,21 @@ mod tests {
         assert!(lease.check(&[naming(), vouched], 1, Boot(1)).is_ok());
         assert!(lease.check(&[naming(), other], 1, Boot(1)).is_err());
         assert!(lease.check(&[], 1, Boot(u64::MAX)).is_ok());
+    }
+
+    /// Who waits, waits for the term of the naming that it knows: what was answered under another does not outlast it.
+    #[test]
+    fn a_naming_of_another_term_is_held_to_its_own() {
+        let of = |lease: &str| format!("east with witness core and lease {lease}").parse::<Naming>().unwrap();
+        let (long, short) = (of("900 s"), of("4 s"));
+        for (answered, asked_of, until) in [(900_000, &short, 4_000), (900_000, &long, 900_000), (4_000, &long, 4_000)]
+        {
+            let mut lease = Lease::default();
+            lease.ask(&td("east"), [1; 16], 1, Boot(0));
+            assert!(lease.renewed(&Renewal { lease_ms: answered, ..answer("east", 1, 1) }));
+            let may = |at| lease.check(std::slice::from_ref(asked_of), 1, Boot(at)).is_ok();
+            assert!(may(until - 1) && !may(until), "{answered} under {asked_of}");
+        }
     }
 
     /// I20 in numbers: whatever both clocks drift by, the home has stopped when the holder begins.

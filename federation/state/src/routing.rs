@@ -99,15 +99,29 @@ impl State {
             }
         }
         clusters.retain(|_, traits| *traits != Traits::default());
-        let mut steers = BTreeMap::new();
-        let in_force = self.steers.iter().filter_map(|(key, row)| Some((key, row.get().to.as_ref()?)));
-        for ((says, service, from), to) in in_force {
-            if says == own {
-                steers.insert((service.clone(), from.clone()), to.clone());
-            } else if *says == service.0 {
-                steers.entry((service.clone(), from.clone())).or_insert_with(|| to.clone());
+        Routing { clusters, steers: self.steers_in_force(own) }
+    }
+
+    /// The own word first. Of another's nothing is taken that would lead calls round: two operators, cut from each other, may
+    /// have sent them in opposite directions.
+    fn steers_in_force(&self, own: &TrustDomain) -> BTreeMap<(ServiceName, Place), Place> {
+        let in_force = || self.steers.iter().filter_map(|(key, row)| Some((key, row.get().to.as_ref()?)));
+        let said_here = in_force().filter(|((says, ..), _)| says == own);
+        let mut steers: BTreeMap<(ServiceName, Place), Place> =
+            said_here.map(|((_, service, from), to)| ((service.clone(), from.clone()), to.clone())).collect();
+        for ((says, service, from), to) in in_force() {
+            let key = (service.clone(), from.clone());
+            let is_theirs = says != own && *says == service.0;
+            if is_theirs && !steers.contains_key(&key) && !leads_back(&steers, service, from, to) {
+                steers.insert(key, to.clone());
             }
         }
-        Routing { clusters, steers }
+        steers
     }
+}
+
+/// Whether calls that go from `from` to `to` come back to `from`.
+fn leads_back(steers: &BTreeMap<(ServiceName, Place), Place>, service: &ServiceName, from: &Place, to: &Place) -> bool {
+    let next = |at: &&Place| steers.get(&(service.clone(), (*at).clone()));
+    std::iter::successors(Some(to), next).take(steers.len() + 2).any(|at| at == from)
 }

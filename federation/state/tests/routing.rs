@@ -247,3 +247,30 @@ fn rows_come_back_from_a_snapshot() {
     assert_eq!((again.routing(), again.digest()), (west.state.routing(), west.state.digest()));
     assert_ne!(again.routing(), Routing::default());
 }
+
+/// Two operators who are cut from each other send calls in opposite directions: calls still go somewhere.
+#[test]
+fn what_a_peer_says_never_leads_calls_round() {
+    let mut west = west();
+    fail_over(&mut west, shop(), "west", "east").unwrap();
+    let own: Vec<_> = west.state.routing().steers.into_iter().collect();
+    assert_eq!(own.len(), 1);
+    // East's word is about east's own services only; west's shop is not: so here a service of east's, and west's word on it.
+    let service = || Services::These(vec![(td("east"), "shop".parse().unwrap())]);
+    let shop = ambit_model::policy::Service {
+        name: "shop".parse().unwrap(),
+        address: std::net::Ipv4Addr::new(10, 9, 9, 2).into(),
+        port: 80,
+        backends: vec!["spiffe://west/db".parse().unwrap(), "spiffe://east/db".parse().unwrap()],
+        order: Default::default(),
+        weights: Vec::new(),
+    };
+    let steer = Steer { version: 1, to: Some(place("east", "east")), word: Default::default() };
+    import(&mut west, vec![(Kind::Service, "shop".into(), postcard::to_stdvec(&shop).unwrap())]);
+    fail_over(&mut west, service(), "east", "west").unwrap();
+    let key = "shop/west/west".to_owned();
+    import(&mut west, vec![(Kind::Steer, key, postcard::to_stdvec(&Versioned::V1(steer)).unwrap())]);
+    let of_easts = west.state.routing().steers.into_iter().filter(|((service, _), _)| service.0 == td("east"));
+    let of_easts: Vec<_> = of_easts.map(|((_, from), to)| (from, to)).collect();
+    assert_eq!(of_easts, [(place("east", "east"), place("west", "west"))], "the own word, and not the other way round");
+}

@@ -98,7 +98,7 @@ impl<'a> Opening<'a> {
         let (mut running, mut silent) = (FuturesUnordered::new(), Vec::new());
         let mut failed = TunnelError::Refused(http::StatusCode::NOT_FOUND);
         let mut next = left.next();
-        let mut nth = 0;
+        let (mut nth, mut hedging) = (0, true);
         loop {
             if let Some((why, one)) = next.take() {
                 METRICS.chosen.inc([one.level.distance.as_str(), why.as_str()]);
@@ -116,13 +116,14 @@ impl<'a> Opening<'a> {
             let ended = tokio::select! {
                 biased;
                 Some(ended) = running.next() => ended,
-                () = tokio::time::sleep(NEXT_AFTER), if left.len() > 0 => {
+                () = tokio::time::sleep(NEXT_AFTER), if hedging && left.len() > 0 => {
                     // RFC 8305, section 5: it may still answer, and is not waited for alone.
                     if out.may_retry() {
                         METRICS.retries.inc(["silent"]);
                         next = left.next();
                     } else {
-                        left = Vec::new().into_iter();
+                        // What fails later may still have another.
+                        hedging = false;
                     }
                     continue;
                 }
@@ -294,7 +295,12 @@ async fn open_native(
             if reason != Reason::Malformed {
                 lease.give_back();
             }
-            Err(if reason == Reason::Reset { TunnelError::Reset } else { TunnelError::Refused(reason.status()) })
+            Err(match reason {
+                Reason::Reset => TunnelError::Reset,
+                // Who takes no more for now is not broken: it says nothing about the workload.
+                Reason::Busy => TunnelError::Busy,
+                other => TunnelError::Refused(other.status()),
+            })
         }
     }
 }

@@ -157,6 +157,11 @@ impl Ask {
         self.place(&claim.head)?;
         let records = self.chain(&claim.head, &answer.records)?;
         let is_the_end = claim.is_the_end;
+        // A true head and no records, again and again, would hold the puller to who gives it nothing.
+        if !is_the_end && records.len() < self.limit as usize {
+            let expected = format!("{} records, or the end", self.limit);
+            return Err(Refusal::new(Code::Unavailable, expected, records.len().to_string()).into());
+        }
         #[cfg(ambit_mutant)]
         let is_the_end = is_the_end || ambit_state::mutant::is("full-batch-heard");
         Ok(Batch { head: claim.head, records, is_the_end, learned })

@@ -112,9 +112,15 @@ fn only_what_was_signed_as_the_end_is_the_end() {
     let west = Origin::of(3);
     let records = west.records(0, [0; 32], 3);
     let last = records.last().unwrap().hash();
-    for (limit, is_the_end) in [(4, true), (3, true), (4, false), (3, false)] {
+    for (limit, is_the_end) in [(4, true), (3, true), (3, false), (4, false)] {
         let head = Head { origin: west.td.clone(), epoch: 1, seq: 3, hash: last, stamp: Stamp(1), nonce: [7; 16] };
         let answer = west.signed(Claim { head, is_the_end }, &records, &west.keys);
+        if limit == 4 && !is_the_end {
+            // Less than was asked for, and more to come: whoever answers so again and again would hold the puller to itself.
+            let outcome = west.ask(west.known(0, 0, [0; 32]), limit).verify(&answer);
+            assert_eq!((code(&outcome), stops(&west.td, &outcome)), (Some(Code::Unavailable), false));
+            continue;
+        }
         let batch = west.ask(west.known(0, 0, [0; 32]), limit).verify(&answer).unwrap();
         assert_eq!(batch.is_the_end(), is_the_end, "3 of at most {limit}");
         assert!(matches!(batch.into_import(), Some(Command::Import(head, all)) if head.seq == 3 && all == records));

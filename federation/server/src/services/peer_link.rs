@@ -108,14 +108,25 @@ impl v1::peer_link_server::PeerLink for PeerLink {
         // Committed before it is signed: whichever replica is asked next knows it.
         self.replica.cell().read_barrier().await.or_status()?;
         let (epoch, size, root) = (ask.epoch, ask.size, ask.root);
-        let last = self
-            .replica
-            .local(|s| s.witnessed().find(|((by, of), _)| (by, of) == (&td, &epoch)).map_or(0, |(_, row)| row.size));
-        let wanted = |size| v1::CosignAuditResponse { size, line: String::new(), key_set: None };
-        if ask.old != last && size >= last {
-            return Ok(Response::new(wanted(last)));
+        let (last, of) =
+            self.replica.local(|s| (s.witnessed_row(&td, epoch), s.peer(&td).map_or(0, |peer| peer.epoch)));
+        if epoch != of {
+            // Which incarnation of it is the last, a majority of its replicas said, not the one that asks.
+            let expected = format!("the log of incarnation {of}");
+            return Err(Refusal::new(Code::StaleRevision, expected, epoch.to_string())).or_status();
         }
-        self.replica.propose_own(Command::Witness(Box::new(ask))).await.or_status()?.outcome.or_status()?;
+        let wanted = |size| v1::CosignAuditResponse { size, line: String::new(), key_set: None };
+        if ask.old != last.size && size >= last.size {
+            return Ok(Response::new(wanted(last.size)));
+        }
+        // What is known already, good or bad, is committed once: nobody makes entries here by asking again.
+        if !last.trouble.is_empty() {
+            last.is_followed_by(&ask).or_status()?;
+        }
+        let is_known = size > 0 && (size, root) == (last.size, last.root) && last.trouble.is_empty();
+        if !is_known {
+            self.replica.propose_own(Command::Witness(Box::new(ask))).await.or_status()?.outcome.or_status()?;
+        }
         let (head, keys) =
             self.replica.local(|s| (s.witnessed_head(&td, epoch), s.key_set().cloned().unwrap_or_default()));
         let head = head.filter(|head| (head.get().size, head.get().root) == (size, root));

@@ -8,7 +8,7 @@ use crate::command::{LogEntry, Reply};
 use crate::objects::NodeState;
 use crate::state::State;
 use ambit_audit::record::Outcome;
-use ambit_audit::{Frontier, Record, leaf_hash, verify_consistency};
+use ambit_audit::{Frontier, Record, leaf_hash};
 use ambit_model::{Code, NodeId, Refusal, TrustDomain};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
@@ -27,13 +27,13 @@ pub(crate) struct Event {
     act: &'static str,
     object: String,
     outcome: Outcome,
-    code: Option<Code>,
+    code: String,
     facts: BTreeMap<String, String>,
 }
 
 impl Event {
     fn new(act: &'static str, object: impl Into<String>) -> Self {
-        Self { act, object: object.into(), outcome: Outcome::Done, code: None, facts: BTreeMap::new() }
+        Self { act, object: object.into(), outcome: Outcome::Done, code: String::new(), facts: BTreeMap::new() }
     }
     fn with(mut self, name: &str, value: impl Into<String>) -> Self {
         self.facts.insert(name.to_owned(), value.into());
@@ -42,13 +42,14 @@ impl Event {
     fn or<T>(mut self, result: &Result<T, Refusal>) -> Self {
         if let Err(refusal) = result {
             self.outcome = Outcome::Refused;
-            self.code = Some(refusal.code);
+            self.code = refusal.code.as_str().to_owned();
         }
         self
     }
-    fn refused(mut self, code: Option<Code>) -> Self {
+    /// A code as it was committed: a release that does not know it says the same.
+    fn refused(mut self, code: &str) -> Self {
         self.outcome = Outcome::Refused;
-        self.code = code;
+        code.clone_into(&mut self.code);
         self
     }
 }
@@ -65,7 +66,7 @@ pub(super) fn node_out(s: &mut State, id: &NodeId, state: NodeState) {
     };
     let mut event = Event::new(act, id.to_string());
     if let NodeState::Untrusted(code) = state {
-        event.code = Some(code);
+        event.code = code.as_str().to_owned();
     }
     let generation = s.node(id).map(|row| row.generation.to_string()).unwrap_or_default();
     s.noted.push(event.with("generation", generation));
@@ -93,20 +94,12 @@ pub(super) fn witness(s: &mut State, at: At, ask: &WitnessAsk) -> Result<Reply, 
         let expected = format!("a log of incarnation {} or later", newest.unwrap_or_default());
         return Err(Refusal::new(Code::AuditUnwitnessed, expected, ask.epoch.to_string()));
     }
-    let last = s
-        .witnessed
-        .get(&key)
-        .cloned()
-        .unwrap_or(WitnessedRow { root: ambit_audit::tree::empty_root(), ..WitnessedRow::default() });
-    let follows = if ask.size < last.size {
-        Err(Refusal::new(Code::AuditUnwitnessed, format!("at least {} entries", last.size), ask.size.to_string()))
-    } else if ask.old != last.size {
+    let last = s.witnessed_row(&ask.peer, ask.epoch);
+    if ask.old != last.size && ask.size >= last.size {
         // Somebody asked meanwhile: nothing is wrong with it.
         return Err(Refusal::new(Code::StaleRevision, format!("a proof from size {}", last.size), ask.old.to_string()));
-    } else {
-        verify_consistency(last.size, ask.size, &last.root, &ask.root, &ask.proof)
-            .map_err(|refusal| Refusal { code: Code::AuditUnwitnessed, ..refusal })
-    };
+    }
+    let follows = last.is_followed_by(ask);
     let row = match &follows {
         Ok(()) => WitnessedRow { size: ask.size, root: ask.root, stamp: at.stamp, trouble: String::new() },
         Err(refusal) => {
@@ -156,7 +149,7 @@ pub(super) fn record(s: &mut State, at: At, entry: &LogEntry, reply: &Result<Rep
             act: event.act.to_owned(),
             object: event.object,
             outcome: event.outcome,
-            code: event.code.map(|code| code.as_str().to_owned()).unwrap_or_default(),
+            code: event.code,
             facts: event.facts,
         };
         let bytes = record.encode();

@@ -81,6 +81,10 @@ pub(super) fn put_peer(
     let row = match s.peer(td) {
         // Registering again refreshes addresses and keys, never what was imported.
         Some(known) => PeerRow { addresses: row.addresses.clone(), key_set: row.key_set.clone(), ..known.clone() },
+        // Who brings no token is approved by nobody: what was learnt of a peer that was removed meanwhile neither.
+        None if token.is_none() => {
+            PeerRow { state: PeerState::Pending, epoch: 0, seq: 0, hash: [0; 32], ..row.clone() }
+        }
         None => row.clone(),
     };
     s.peers.put(&mut s.journal, td.clone(), row);
@@ -155,7 +159,10 @@ pub(super) fn import(s: &mut State, at: At, head: &Head, records: &[Record]) -> 
     let late = |r: &Record| grant::late(s, r).map_or_else(|| decode(r), |late| Ok(Imported::Late(Box::new(late))));
     let decoded: Vec<Imported> = records.iter().map(late).collect::<Result<_, _>>()?;
     let mut room = Room::of(s, &head.origin);
-    for object in decoded {
+    for (record, object) in records.iter().zip(decoded) {
+        if !matches!(object, Imported::Late(_)) {
+            grant::overtaken(s, record);
+        }
         match object {
             Imported::Bundle(bundle) => take_bundle(s, &head.origin, &mut peer, bundle),
             object => take(s, at, &head.origin, object, &mut room),
@@ -168,16 +175,20 @@ pub(super) fn import(s: &mut State, at: At, head: &Head, records: &[Record]) -> 
 
 /// An operator's word on a record of a fenced epoch: taken after all, or dropped.
 pub(super) fn judge_late(s: &mut State, at: At, origin: &TrustDomain, seq: u64, keep: bool) -> Result<Reply, Refusal> {
-    if let Some(record) = grant::judged(s, origin, seq, keep)? {
+    let record = grant::held(s, origin, seq, keep)?;
+    if keep {
+        let unknown = || Refusal::new(Code::NotFound, "a registered peer", origin.as_str());
+        let mut peer = s.peer(origin).cloned().ok_or_else(unknown)?;
         let (object, mut room) = (decode(&record)?, Room::of(s, origin));
-        match (object, s.peer(origin).cloned()) {
-            (Imported::Bundle(bundle), Some(mut peer)) => {
+        match object {
+            Imported::Bundle(bundle) => {
                 take_bundle(s, origin, &mut peer, bundle);
                 s.peers.put(&mut s.journal, origin.clone(), peer);
             }
-            (object, _) => take(s, at, origin, object, &mut room),
+            object => take(s, at, origin, object, &mut room),
         }
     }
+    grant::judged(s, origin, seq);
     touch(s, at);
     Ok(Reply::Done)
 }

@@ -130,7 +130,19 @@ fn be_fenced(s: &mut State, at: At, signed: &SignedGrant, holder: &TrustDomain) 
             approvers.extend(other.then_some((name, card.key)));
         }
     }
-    let known = s.grants_of(&signed.grant()?.home).map(|(epoch, _)| epoch).max().unwrap_or(0);
+    let grant = signed.grant()?;
+    let known = s.grants_of(&grant.home).map(|(epoch, _)| epoch).max().unwrap_or(0);
+    // Former approvers count here, keys that were stolen among them: what can never have been good stops no cell for good.
+    if grant.epoch > EPOCH_MAX {
+        return Err(Refusal::new(Code::BadRequest, format!("an epoch up to {EPOCH_MAX}"), grant.epoch.to_string()));
+    }
+    if grant.begins > at.stamp.plus_ms(AHEAD_MS + CELLS_APART_MS) {
+        return Err(Refusal::new(
+            Code::GrantWindow,
+            "a grant that has begun where it was committed",
+            grant.to_string(),
+        ));
+    }
     // Of the very epoch that it has by now, for instance since it was restored, the grant fences it too.
     verify(signed, Known { naming: None, approvers: &approvers, epoch: known })?;
     let vouch = s.own_standby().and_then(|row| row.naming.clone()).map_or(Vouch::Approvers, |naming| naming.vouch);
@@ -174,12 +186,19 @@ pub(super) fn take_back(s: &mut State, at: At) -> Result<Reply, Refusal> {
     for (_, row) in &grants {
         over(row, at.stamp)?;
     }
-    cell.epoch = last + 1;
+    let used_up = || Refusal::new(Code::Internal, "an epoch above every grant", last.to_string());
+    cell.epoch = last.checked_add(1).ok_or_else(used_up)?;
     cell.bundle_sequence = cell.bundle_sequence.max(cell.epoch << 40) + 1;
     s.cell.put(&mut s.journal, 0, cell);
     let active = |row: &AuthorityRow| row.state == AuthorityState::Active;
     for (id, row) in s.authorities().into_iter().filter(|(_, row)| active(row)) {
         s.authorities.put(&mut s.journal, id, AuthorityRow { state: AuthorityState::Tainted, ..row });
+    }
+    // The log of an epoch is of that epoch: the new one begins with this.
+    if s.audit_is_due() {
+        super::audit::begin(s)?;
+        let began = super::audit::began(s);
+        s.noted.push(began);
     }
     // Of the new epoch: from this record on peers take in all that the home says.
     super::root::export_bundle(s)?;
@@ -243,11 +262,31 @@ pub(super) fn hold(s: &mut State, record: LateRecord) {
     }
 }
 
-/// An operator's word on a late record: the record, where it is to be taken after all.
-pub(super) fn judged(s: &mut State, origin: &TrustDomain, seq: u64, keep: bool) -> Result<Option<Record>, Refusal> {
-    let row = s.late.remove(&mut s.journal, &(origin.clone(), seq));
-    let none = || Refusal::new(Code::NotFound, "a late record (ambit cluster late)", format!("{origin}/{seq}"));
-    row.ok_or_else(none).map(|record| keep.then_some(record))
+/// A late record that an operator may judge. Whom the home named, who approves for it and what it granted is not taken out of
+/// time: one administrator would so undo what two approvers did since.
+pub(super) fn held(s: &State, origin: &TrustDomain, seq: u64, keep: bool) -> Result<Record, Refusal> {
+    let none = || Refusal::new(Code::NotFound, "a late record (ambit cluster standby show)", format!("{origin}/{seq}"));
+    let record = s.late.get(&(origin.clone(), seq)).cloned().ok_or_else(none)?;
+    if keep && matches!(record.kind, Kind::Standby | Kind::Approvers | Kind::Grant | Kind::Seen) {
+        let expected = "drop: whom a home names and who approves for it is said by its newest record alone";
+        return Err(Refusal::new(Code::BadRequest, expected, format!("keep {:?}", record.kind)));
+    }
+    Ok(record)
+}
+
+/// It was judged.
+pub(super) fn judged(s: &mut State, origin: &TrustDomain, seq: u64) {
+    s.late.remove(&mut s.journal, &(origin.clone(), seq));
+}
+
+/// A later word on the same object came in time: what was held of it is over.
+pub(super) fn overtaken(s: &mut State, by: &Record) {
+    let of = |((td, _), _): &(&(TrustDomain, u64), &LateRecord)| *td == by.origin;
+    let held = s.late.from((by.origin.clone(), 0)).take_while(of);
+    let same = held.filter(|(_, row)| row.kind == by.kind && row.key == by.key).map(|(key, _)| key.clone());
+    for key in same.collect::<Vec<_>>() {
+        s.late.remove(&mut s.journal, &key);
+    }
 }
 
 /// Forgets grants that fence nothing any more, but for the last of each home: its epoch is not given again.
@@ -364,7 +403,11 @@ impl State {
     /// What this cell accepts of which epoch. Each grant was verified when it was taken in.
     pub fn fences(&self) -> Fences {
         let mut fences = Fences::default();
-        self.grants.iter().filter_map(|(_, row)| known_good(row)).for_each(|grant| fences.know(grant));
+        // The last grant of a home is kept for its epoch; what it fenced has ended by then.
+        let fences_still =
+            |row: &GrantRow| row.signed.grant().is_ok_and(|grant| grant.ends.plus_ms(FENCE_MS) >= self.stamp());
+        let rows = self.grants.iter().map(|(_, row)| row).filter(|row| fences_still(row));
+        rows.filter_map(known_good).for_each(|grant| fences.know(grant));
         fences
     }
 }

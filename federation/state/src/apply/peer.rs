@@ -57,6 +57,9 @@ pub(super) fn remove(s: &mut State, at: At, td: &TrustDomain) -> Result<Reply, R
     s.peer_roots.remove(&mut s.journal, td);
     s.peer_jwt.remove(&mut s.journal, td);
     super::standby::forget_peer(s, td);
+    s.late.prune(&mut s.journal, |(of, _), _| of == td);
+    s.witnessed.prune(&mut s.journal, |(of, _), _| of == td);
+    s.cosigned.remove(&mut s.journal, td);
     s.peers.remove(&mut s.journal, td);
     touch(s, at);
     Ok(Reply::Done)

@@ -86,7 +86,7 @@ pub(super) fn events(s: &State, command: &Command, reply: &Answer) -> Vec<Event>
         Command::AttestReplica(verdict) => one("replica.attest", &verdict.replica),
         Command::DenyReplica(denial) => {
             let event = Event::new("replica.refuse", denial.row.node.to_string());
-            vec![event.refused(Code::from_text(&denial.row.code))]
+            vec![event.refused(&denial.row.code)]
         }
         Command::AttestedReplicasOnly(only) => one("replicas.require_attested", only),
         Command::RotateTicketKey(_) => one("ticket_key.rotate", &""),
@@ -112,7 +112,7 @@ pub(super) fn events(s: &State, command: &Command, reply: &Answer) -> Vec<Event>
             }
         }
         Command::DenyNode { row, .. } => {
-            vec![Event::new("node.refuse", row.node.to_string()).refused(Code::from_text(&row.code))]
+            vec![Event::new("node.refuse", row.node.to_string()).refused(&row.code)]
         }
         // Done, it is said by what becomes of the nodes.
         Command::Distrust(_, _, row) => refused("node.distrust", &row.node, reply),
@@ -137,7 +137,7 @@ pub(super) fn events(s: &State, command: &Command, reply: &Answer) -> Vec<Event>
                 .zip(leaves)
                 .map(|(leaf, asked)| match leaf {
                     Ok(leaf) => issued("svid.issue", leaf),
-                    Err(refusal) => said_of_entry(node, asked.entry.as_str()).refused(Some(refusal.code)),
+                    Err(refusal) => said_of_entry(node, asked.entry.as_str()).refused(refusal.code.as_str()),
                 })
                 .collect(),
             _ => vec![Event::new("svid.issue", format!("node {node}")).or(reply)],
@@ -166,7 +166,7 @@ pub(super) fn events(s: &State, command: &Command, reply: &Answer) -> Vec<Event>
         Command::DeleteService(name) => one("service.delete", name),
         Command::ChangeDocuments(change) => documents(change, reply),
         Command::RollbackDocuments { to, .. } => one("documents.rollback", to),
-        Command::Route(change) => vec![route(&change.route).with("note", change.note.clone()).or(reply)],
+        Command::Route(change) => vec![route(&change.route).or(reply)],
         Command::FailOver(signed, _) => vec![grant(signed).or(reply)],
         Command::ReleaseGrant(home, _) => one("grant.release", home),
         Command::TakeBack(_) => one("grant.take_back", &""),
@@ -318,7 +318,7 @@ fn leaf(act: &'static str, whose: &dyn Display, reply: &Answer) -> Vec<Event> {
         Ok(Reply::Leaves(leaves)) => {
             let said = |leaf: &Result<Issuance, Refusal>| match leaf {
                 Ok(leaf) => issued(act, leaf),
-                Err(refusal) => Event::new(act, whose.to_string()).refused(Some(refusal.code)),
+                Err(refusal) => Event::new(act, whose.to_string()).refused(refusal.code.as_str()),
             };
             leaves.iter().map(said).collect()
         }
