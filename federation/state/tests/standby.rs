@@ -343,6 +343,8 @@ fn a_late_ban_is_taken_and_a_late_policy_waits_for_a_word() {
         }
     }
     scene.west.run(Command::ChangeDocuments(Box::new(change))).unwrap();
+    let proposal = scene.proposal(Act::RemoveApprover("bob".parse().unwrap()));
+    scene.act(&proposal, &[0, 1]).unwrap();
     for n in 0..2 {
         let cell = if n == 0 { &mut scene.east } else { &mut scene.core };
         pull(cell, &scene.west);
@@ -358,6 +360,34 @@ fn a_late_ban_is_taken_and_a_late_policy_waits_for_a_word() {
     scene.core.run(judge(false)).unwrap();
     assert_eq!((scene.east.state.policies().count(), scene.core.state.policies().count()), (1, 0));
     assert_eq!(code(scene.east.run(judge(true))), Code::NotFound, "one word each");
+    // Who approves for the home is said by its newest record, and by no administrator of a peer.
+    let seq = scene.east.state.late_records().find(|(_, r)| r.kind == Kind::Approvers).unwrap().0.1;
+    let judge = |keep| Command::JudgeLate { origin: td("west"), seq, keep, by: "me".into() };
+    assert_eq!(code(scene.east.run(judge(true))), Code::BadRequest);
+    assert!(scene.east.state.late_records().any(|((_, of), _)| *of == seq), "nothing was done");
+    scene.east.run(judge(false)).unwrap();
+}
+
+/// Whoever has two keys of approvers, of former ones too, and a peer that tells it: the home is not stopped for good.
+#[test]
+fn a_grant_that_can_never_have_been_good_fences_no_home() {
+    for (epoch, begins, fenced) in
+        [(2, NOW, true), (u64::MAX, NOW, false), (1 << 30, NOW, false), (2, NOW + 30 * 24 * HOUR, false)]
+    {
+        let mut scene = Scene::new();
+        scene.name("east");
+        scene.sync();
+        let signed = scene.signed(scene.grant(epoch, begins, HOUR), &[0, 1]);
+        let peer = scene.west.state.peer(&td("east")).unwrap();
+        let said = GrantRecord::Granted(signed);
+        let (seq, prev_hash, payload) = (peer.seq + 1, peer.hash, postcard::to_stdvec(&said).unwrap());
+        let record =
+            Record { origin: td("east"), epoch: 1, seq, prev_hash, kind: Kind::Grant, key: "west".into(), payload };
+        let (origin, hash, stamp) = (td("east"), record.hash(), Stamp(NOW));
+        let head = Head { origin, epoch: 1, seq, hash, stamp, nonce: [0; 16] };
+        scene.west.at(NOW, 0, Command::Import(head, vec![record])).unwrap();
+        assert_eq!(scene.west.state.fenced().is_some(), fenced, "epoch {epoch} from {begins}");
+    }
 }
 
 /// A peer that tells a grant is not believed for it.
