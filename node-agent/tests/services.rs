@@ -69,7 +69,9 @@ async fn who_is_silent_is_not_waited_for_alone_and_avoided_the_second_time() {
     );
     assert_eq!(stage.health.unhealthy().into_iter().collect::<Vec<_>>(), [silent]);
     let shown = stage.health.shown();
-    assert_eq!((shown[0].why, shown[0].port, shown[0].spiffe_id.as_str()), ("silent", 0, "spiffe://east/db"));
+    let port = captured.asked.port();
+    assert_eq!((shown[0].why, shown[0].port, shown[0].spiffe_id.as_str()), ("silent", port, "spiffe://east/db"));
+    assert!(!stage.health.avoided().avoids(silent.into(), 1), "of silence nobody knows whose it is");
     let before = METRICS.retries.value(["silent"]);
     answered(&stage, captured).await;
     assert_eq!(METRICS.retries.value(["silent"]), before, "it is not asked first any more");
