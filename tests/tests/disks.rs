@@ -357,7 +357,8 @@ struct SmallDisk(PathBuf);
 impl SmallDisk {
     fn at(folder: PathBuf) -> SmallDisk {
         std::fs::create_dir(&folder).unwrap();
-        must_run(&["mount", "-t", "tmpfs", "-o", "size=32m,mode=0700", "tmpfs", folder.to_str().unwrap()]).unwrap();
+        // Room for what a cell writes here, the audit log too, which is never cut.
+        must_run(&["mount", "-t", "tmpfs", "-o", "size=64m,mode=0700", "tmpfs", folder.to_str().unwrap()]).unwrap();
         SmallDisk(folder)
     }
 
