@@ -163,5 +163,17 @@ async fn a_caller_that_opens_too_many_is_told_so_and_what_is_open_goes_on() {
     println!("{refused} of 12 were turned away");
     assert!(refused > 0 && METRICS.limited.value([]) > before);
     round_trip(&mut held, &mut pod, 10).await;
+    // By a service, whose endpoints are judged by what comes of calls: each goes to the other one, and nobody is put out.
+    let address = Ipv4Addr::new(127, 0, 79, 142).to_string();
+    let other = v1::Endpoint { address, ..stage.endpoint(&limited.ip().to_string()) };
+    let captured = with_another(&mut stage, other);
+    let (turned_away, retried) = (METRICS.limited.value([]), METRICS.retries.value(["busy"]));
+    for _ in 0..8 {
+        let app = stage.call(Some(captured)).await;
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        drop(app);
+    }
+    let times = METRICS.limited.value([]) - turned_away;
+    assert!(times >= 4.0 && METRICS.retries.value(["busy"]) >= retried + times, "turned away {times} times");
     assert!(stage.health.unhealthy().is_empty(), "who is busy is not broken");
 }

@@ -97,7 +97,41 @@ impl WitnessedRow {
     }
 }
 
+/// What is to be done where a peer shows the head of its log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Turn {
+    /// It is told to prove from this size on.
+    From(u64),
+    /// It was committed before: it is cosigned again.
+    Known,
+    /// It is committed, then cosigned or refused.
+    Commit,
+}
+
 impl State {
+    /// What a peer's question is worth: nobody makes entries here by asking again, and which incarnation of a peer is its last
+    /// is what a majority of it said, not the replica that asks.
+    ///
+    /// # Errors
+    /// [`Code::StaleRevision`] for the log of another incarnation, [`Code::AuditUnwitnessed`] for a head that does not follow and
+    /// is known not to.
+    pub fn witness_turn(&self, ask: &WitnessAsk) -> Result<Turn, Refusal> {
+        let epoch = self.peer(&ask.peer).map_or(0, |peer| peer.epoch);
+        if ask.epoch != epoch {
+            let expected = format!("the log of incarnation {epoch}");
+            return Err(Refusal::new(Code::StaleRevision, expected, ask.epoch.to_string()));
+        }
+        let last = self.witnessed_row(&ask.peer, epoch);
+        if ask.old != last.size && ask.size >= last.size {
+            return Ok(Turn::From(last.size));
+        }
+        if !last.trouble.is_empty() {
+            last.is_followed_by(ask)?;
+        } else if ask.size > 0 && (ask.size, ask.root) == (last.size, last.root) {
+            return Ok(Turn::Known);
+        }
+        Ok(Turn::Commit)
+    }
     /// What was cosigned last of a peer's log; an empty one where nothing was.
     pub fn witnessed_row(&self, peer: &TrustDomain, epoch: u64) -> WitnessedRow {
         let none = || WitnessedRow { root: ambit_audit::tree::empty_root(), ..WitnessedRow::default() };

@@ -6,7 +6,7 @@ mod common;
 use ambit_audit::record::Outcome;
 use ambit_audit::{Frontier, Record, leaf_hash};
 use ambit_model::{Code, RaftIndex, Stamp};
-use ambit_state::audit::{AuditEntry, CosignedRow, WitnessAsk};
+use ambit_state::audit::{AuditEntry, CosignedRow, Turn, WitnessAsk};
 use ambit_state::command::LeafRequest;
 use ambit_state::objects::{DenialRow, TokenRow, TokenScope};
 use ambit_state::{Command, LogEntry, NodeVerb, Nodes, State};
@@ -239,6 +239,52 @@ fn a_witness_takes_what_follows_and_nothing_else() {
     let Command::Witness(again) = ask(&log, 0) else { unreachable!() };
     cell.run(Command::Witness(Box::new(WitnessAsk { epoch: 2, ..*again.clone() }))).unwrap();
     assert_eq!(code(cell.run(Command::Witness(Box::new(WitnessAsk { old: 7, ..*again })))), Code::AuditUnwitnessed);
+}
+
+/// A peer writes nothing here by asking again, and invents no incarnation.
+#[test]
+fn what_a_witness_knows_is_not_committed_again() {
+    let mut cell = Cell::founded("west");
+    cell.run(Command::PutPeer("east".parse().unwrap(), pending(), None)).unwrap();
+    cell.run(Command::ApprovePeer("east".parse().unwrap(), [7; 32])).unwrap();
+    let first = ambit_model::record::Record {
+        origin: "east".parse().unwrap(),
+        epoch: 1,
+        seq: 1,
+        prev_hash: [0; 32],
+        kind: ambit_model::record::Kind::Policy,
+        key: "gone".into(),
+        payload: Vec::new(),
+    };
+    let (origin, hash, nonce) = (first.origin.clone(), first.hash(), [0; 16]);
+    let head = ambit_model::record::Head { origin, epoch: 1, seq: 1, hash, stamp: Stamp(1), nonce };
+    cell.run(Command::Import(head, vec![first])).unwrap();
+    let asked = |log: &[Vec<u8>], old| match ask(log, old) {
+        Command::Witness(ask) => *ask,
+        _ => unreachable!(),
+    };
+    let log = tree(&[1, 2, 3, 4, 5]);
+    let turn = |cell: &Cell, ask: &WitnessAsk| cell.state.witness_turn(ask).map_err(|refusal| refusal.code);
+    assert_eq!(turn(&cell, &asked(&log[..3], 0)), Ok(Turn::Commit));
+    for epoch in [0, 2, u64::MAX] {
+        let other = WitnessAsk { epoch, ..asked(&log[..3], 0) };
+        assert_eq!(turn(&cell, &other), Err(Code::StaleRevision), "incarnation {epoch}");
+    }
+    cell.run(ask(&log[..3], 0)).unwrap();
+    assert_eq!(turn(&cell, &asked(&log[..3], 3)), Ok(Turn::Known));
+    assert_eq!(turn(&cell, &asked(&log, 0)), Ok(Turn::From(3)));
+    assert_eq!(turn(&cell, &asked(&log, 3)), Ok(Turn::Commit));
+    // A rollback is committed once, as an alarm; after that it is an answer.
+    let back = asked(&log[..2], 2);
+    assert_eq!(turn(&cell, &back), Ok(Turn::Commit));
+    assert_eq!(code(cell.run(ask(&log[..2], 2))), Code::AuditUnwitnessed);
+    assert_eq!(turn(&cell, &back), Err(Code::AuditUnwitnessed));
+    assert_eq!(turn(&cell, &asked(&log, 3)), Ok(Turn::Commit), "what follows ends the alarm");
+    // Who is removed leaves nothing behind.
+    cell.run(Command::SuspendPeer("east".parse().unwrap(), "me".into())).unwrap();
+    let act = ambit_model::Act::RemoveTrustDomain("east".parse().unwrap());
+    cell.run(Command::Act { act, approved: None, by: "me".into() }).unwrap();
+    assert_eq!(cell.state.witnessed().count(), 0);
 }
 
 /// Two cells that cosign each other do not do so for ever: it adds no record.

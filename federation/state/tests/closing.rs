@@ -404,6 +404,12 @@ fn of_a_peer_that_is_removed_only_whom_it_denied_is_left() {
     assert_eq!(code(west.run(remove())), Code::NotFound);
     let again = ambit_state::State::import(west.state.export()).unwrap();
     assert_eq!(again.digest(), west.state.digest());
+    // What a pull learnt of it that was under way is no approval, and no place in its chain.
+    let state = ambit_state::objects::PeerState::Active;
+    let learnt = ambit_state::objects::PeerRow { state, epoch: 9, seq: 9, hash: [9; 32], ..common::pending() };
+    west.run(Command::PutPeer(east.clone(), learnt, None)).unwrap();
+    assert_eq!(west.state.peer(&east), Some(&common::pending()));
+    west.run(remove()).unwrap();
     // Registered again it begins anew, and is told from its first record.
     west.run(Command::PutPeer(east.clone(), common::pending(), None)).unwrap();
     west.run(Command::ApprovePeer(east.clone(), [7; 32])).unwrap();

@@ -466,6 +466,13 @@ fn who_knows_a_grant_accepts_these_leaves_and_no_others() {
     ] {
         assert_eq!(judge(&fences, path, epoch, bound, issued, lasts, standby, now), expected, "{what}");
     }
+    // The last grant is kept for its epoch, and fences no longer than anything of before it can be in time.
+    let over = NOW + HOUR + ambit_state::grant::FENCE_MS;
+    for (at, fenced_still) in [(over, true), (over + 1, false)] {
+        scene.core.at(at, 0, Command::Tick).unwrap();
+        assert_eq!(scene.core.state.fences() != Fences::default(), fenced_still, "at {at}");
+        assert_eq!(scene.core.state.grants().count(), 1);
+    }
     // Who knows of no grant believes no standby, and every epoch.
     let none = Fences::default();
     assert_eq!(judge(&none, "/db", 0, Some(2), after, minute, Some("east"), after), ungranted);

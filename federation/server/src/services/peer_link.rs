@@ -10,7 +10,7 @@ use ambit_audit::Note;
 use ambit_identity::{CoSignature, Csr};
 use ambit_model::{Code, Refusal, TrustDomain};
 use ambit_proto::v1;
-use ambit_state::audit::WitnessAsk;
+use ambit_state::audit::{Turn, WitnessAsk};
 use ambit_state::objects::{KeySetRow, PeerRow, TokenScope};
 use ambit_state::{Command, State};
 use sha2::{Digest, Sha256};
@@ -108,24 +108,13 @@ impl v1::peer_link_server::PeerLink for PeerLink {
         // Committed before it is signed: whichever replica is asked next knows it.
         self.replica.cell().read_barrier().await.or_status()?;
         let (epoch, size, root) = (ask.epoch, ask.size, ask.root);
-        let (last, of) =
-            self.replica.local(|s| (s.witnessed_row(&td, epoch), s.peer(&td).map_or(0, |peer| peer.epoch)));
-        if epoch != of {
-            // Which incarnation of it is the last, a majority of its replicas said, not the one that asks.
-            let expected = format!("the log of incarnation {of}");
-            return Err(Refusal::new(Code::StaleRevision, expected, epoch.to_string())).or_status();
-        }
         let wanted = |size| v1::CosignAuditResponse { size, line: String::new(), key_set: None };
-        if ask.old != last.size && size >= last.size {
-            return Ok(Response::new(wanted(last.size)));
-        }
-        // What is known already, good or bad, is committed once: nobody makes entries here by asking again.
-        if !last.trouble.is_empty() {
-            last.is_followed_by(&ask).or_status()?;
-        }
-        let is_known = size > 0 && (size, root) == (last.size, last.root) && last.trouble.is_empty();
-        if !is_known {
-            self.replica.propose_own(Command::Witness(Box::new(ask))).await.or_status()?.outcome.or_status()?;
+        match self.replica.local(|s| s.witness_turn(&ask)).or_status()? {
+            Turn::From(size) => return Ok(Response::new(wanted(size))),
+            Turn::Known => {}
+            Turn::Commit => {
+                self.replica.propose_own(Command::Witness(Box::new(ask))).await.or_status()?.outcome.or_status()?;
+            }
         }
         let (head, keys) =
             self.replica.local(|s| (s.witnessed_head(&td, epoch), s.key_set().cloned().unwrap_or_default()));
