@@ -108,11 +108,7 @@ async fn a_workload_that_does_not_answer_is_avoided_at_its_port_until_a_probe_ge
     let (east, denials) = (stage.east_plane.subscribe(), stage.east_denials.clone());
     let inbound = Inbound::new(east, denials, NetnsThread::start().unwrap(), stage.east_clock.clone());
     tokio::spawn(inbound.serve(registered));
-    let probe = tokio::spawn(stage.health.clone().probe(
-        stage.west_plane.subscribe(),
-        stage.west_denials.clone(),
-        stage.annex.clone(),
-    ));
+    let probe = stage.probe();
     tokio::time::sleep(Duration::from_millis(1_200)).await;
     assert_eq!(stage.health.unhealthy().len(), 1, "the tunnel alone does not bring it back");
     let listener = TcpListener::bind((deaf, captured.asked.port())).await.unwrap();
@@ -120,13 +116,7 @@ async fn a_workload_that_does_not_answer_is_avoided_at_its_port_until_a_probe_ge
     let mut said = Vec::new();
     let _ = timeout(SOON, tokio::io::AsyncReadExt::read_to_end(&mut probed, &mut said)).await.expect("its end");
     assert_eq!(said, b"", "a probe carries nothing");
-    timeout(SOON, async {
-        while !stage.health.unhealthy().is_empty() {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    })
-    .await
-    .expect("in use again");
+    stage.healthy().await;
     probe.abort();
 }
 

@@ -159,22 +159,12 @@ async fn a_callee_whose_svid_is_of_another_node_or_of_none_is_refused_by_the_cal
         }
     }
     // Nor does a probe take it for healthy.
-    let probe = tokio::spawn(stage.health.clone().probe(
-        stage.west_plane.subscribe(),
-        stage.west_denials.clone(),
-        stage.annex.clone(),
-    ));
+    let probe = stage.probe();
     tokio::time::sleep(Duration::from_millis(1200)).await;
     assert_eq!(stage.health.unhealthy().len(), 1);
     stage.db_svid = bound;
     stage.publish(|_| (), |_| ());
-    timeout(SOON, async {
-        while !stage.health.unhealthy().is_empty() {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    })
-    .await
-    .expect("healthy again");
+    stage.healthy().await;
     probe.abort();
 }
 
@@ -644,24 +634,14 @@ async fn a_service_fails_over_before_first_bytes_and_back() {
     assert!(is_reset(stage.call(Some(direct)).await).await);
 
     // The probe finds the node again once something proves to be db there.
-    let probe = tokio::spawn(stage.health.clone().probe(
-        stage.west_plane.subscribe(),
-        stage.west_denials.clone(),
-        stage.annex.clone(),
-    ));
+    let probe = stage.probe();
     tokio::time::sleep(Duration::from_millis(700)).await;
     assert_eq!(stage.health.unhealthy().len(), 1, "still dead");
     let revived = TcpListener::bind(("127.0.80.6", ambit_agent::hbone::PORT)).await.unwrap();
     let (clock, netns) = (Arc::new(Clock::default()), NetnsThread::start().unwrap());
     let inbound = Inbound::new(stage.east_plane.subscribe(), stage.east_denials.clone(), netns, clock);
     tokio::spawn(inbound.serve(revived));
-    timeout(SOON, async {
-        while !stage.health.unhealthy().is_empty() {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    })
-    .await
-    .expect("healthy again");
+    stage.healthy().await;
     probe.abort();
 }
 

@@ -1,39 +1,20 @@
 //! Acts that take approvers: who must sign, each refusal, and that a refusal changes nothing. Signatures are OpenSSL's.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on fails")]
 
+#[path = "common/approvers.rs"]
+mod approvers;
 mod common;
 
 use ambit_model::act::{Act, Approval, Approved, ApproverCard, Proposal};
 use ambit_model::{Code, Refusal, Stamp};
 use ambit_state::objects::EndpointProfile;
 use ambit_state::{Command, FetchedBundle, Reply, State};
+use approvers::Key;
 use common::{Cell, code, sha256};
-use openssl::pkey::{PKey, Private};
-use openssl::sign::Signer;
 
 const NOW: u64 = 1_000_000;
 const ADMIN: &str = "spiffe://west/ambit/admin/founder";
 const DAY_MS: u64 = 86_400_000;
-
-struct Key(PKey<Private>);
-
-impl Key {
-    fn new() -> Key {
-        Key(PKey::generate_ed25519().unwrap())
-    }
-    fn public(&self) -> [u8; 32] {
-        self.0.raw_public_key().unwrap().try_into().unwrap()
-    }
-    fn sign(&self, message: &[u8]) -> Vec<u8> {
-        Signer::new_without_digest(&self.0).unwrap().sign_oneshot_to_vec(message).unwrap()
-    }
-    fn card(&self) -> ApproverCard {
-        ApproverCard { key: self.public(), proof: self.sign(&ApproverCard::proved(&self.public())) }
-    }
-    fn approve(&self, proposal: &Proposal) -> Approval {
-        Approval { key: self.public(), signature: self.sign(&proposal.statement().unwrap()) }
-    }
-}
 
 fn add(name: &str, key: &Key) -> Act {
     Act::AddApprover(name.parse().unwrap(), key.card())

@@ -2,39 +2,23 @@
 //! OpenSSL's.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on fails")]
 
+#[path = "common/approvers.rs"]
+mod approvers;
 mod common;
 
-use ambit_model::act::{Act, Approval, Approved, ApproverCard, Proposal};
+use ambit_model::act::{Act, Approval, Approved, Proposal};
 use ambit_model::grant::{FailoverGrant, SignedGrant};
 use ambit_model::record::{Head, Kind, Record};
 use ambit_model::{Code, Generation, Refusal, Stamp, TrustDomain};
 use ambit_state::command::{LeafRequest, NodeVerb, Nodes};
 use ambit_state::grant::{Fences, GrantRecord, LeafFacts};
 use ambit_state::{Command, Reply, State};
-use common::{Cell, admission, cluster, code, entry, node};
-use openssl::pkey::{PKey, Private};
-use openssl::sign::Signer;
+use approvers::Key;
+use common::{Cell, admission, cluster, code, documents, entry, node};
 
 const NOW: u64 = 1_000_000;
 const HOUR: u64 = 3_600_000;
 const ADMIN: &str = "spiffe://west/ambit/admin/founder";
-
-struct Key(PKey<Private>);
-
-impl Key {
-    fn new() -> Key {
-        Key(PKey::generate_ed25519().unwrap())
-    }
-    fn public(&self) -> [u8; 32] {
-        self.0.raw_public_key().unwrap().try_into().unwrap()
-    }
-    fn sign(&self, message: &[u8]) -> Vec<u8> {
-        Signer::new_without_digest(&self.0).unwrap().sign_oneshot_to_vec(message).unwrap()
-    }
-    fn approve(&self, proposal: &Proposal) -> Approval {
-        Approval { key: self.public(), signature: self.sign(&proposal.statement().unwrap()) }
-    }
-}
 
 fn td(name: &str) -> TrustDomain {
     name.parse().unwrap()
@@ -61,11 +45,9 @@ impl Scene {
         }
         let [west, east, core] = cells;
         let mut scene = Scene { west, east, core, alice: Key::new(), bob: Key::new(), nonce: 0 };
-        let card =
-            |key: &Key| ApproverCard { key: key.public(), proof: key.sign(&ApproverCard::proved(&key.public())) };
-        let add = Act::AddApprover("alice".parse().unwrap(), card(&scene.alice));
+        let add = Act::AddApprover("alice".parse().unwrap(), scene.alice.card());
         scene.west.run(Command::Act { act: add, approved: None, by: ADMIN.into() }).unwrap();
-        let proposal = scene.proposal(Act::AddApprover("bob".parse().unwrap(), card(&scene.bob)));
+        let proposal = scene.proposal(Act::AddApprover("bob".parse().unwrap(), scene.bob.card()));
         scene.act(&proposal, &[0]).unwrap();
         scene.west.run(Command::AllowEk(cluster("west"), vec![node(1)])).unwrap();
         scene.west.run(Command::CreateEntries(vec![entry("db", "west")])).unwrap();
@@ -88,6 +70,15 @@ impl Scene {
     fn name(&mut self, naming: &str) {
         let proposal = self.proposal(Act::NameStandby(naming.parse().unwrap()));
         self.act(&proposal, &[0, 1]).unwrap();
+    }
+    /// East is named so, and holds a grant of an hour in epoch 2, which nobody else has heard of.
+    fn granted(naming: &str) -> Scene {
+        let mut scene = Scene::new();
+        scene.name(naming);
+        scene.sync();
+        let signed = scene.signed(scene.grant(2, NOW, HOUR), &[0, 1]);
+        scene.east.run(fail_over(signed)).unwrap();
+        scene
     }
     /// Everybody imports what everybody else decided, until nobody has news.
     fn sync(&mut self) {
@@ -249,11 +240,7 @@ fn a_standby_is_named_by_two_approvers_and_told_to_peers_with_whose_word_a_grant
 
 #[test]
 fn with_a_witness_a_grant_takes_effect_when_the_witness_has_heard_and_the_lease_has_run_out() {
-    let mut scene = Scene::new();
-    scene.name("east with witness core and lease 8 s");
-    scene.sync();
-    let signed = scene.signed(scene.grant(2, NOW, HOUR), &[0, 1]);
-    scene.east.run(fail_over(signed)).unwrap();
+    let mut scene = Scene::granted("east with witness core and lease 8 s");
     let holds = |scene: &Scene| scene.east.state.holds(&td("west")).map(|(grant, _)| grant.epoch).map_err(|r| r.code);
     // From this entry on the standby renews nothing; the witness still does.
     assert_eq!(scene.east.state.renews(&td("west"), 1).unwrap_err().code, Code::EpochFenced);
@@ -277,11 +264,7 @@ fn with_a_witness_a_grant_takes_effect_when_the_witness_has_heard_and_the_lease_
 /// On its return the home is told by its peer, signs nothing, and takes its authority back once the grant is over.
 #[test]
 fn the_home_that_returns_signs_nothing_until_it_takes_its_authority_back_in_a_later_epoch() {
-    let mut scene = Scene::new();
-    scene.name("east");
-    scene.sync();
-    let signed = scene.signed(scene.grant(2, NOW, HOUR), &[0, 1]);
-    scene.east.run(fail_over(signed)).unwrap();
+    let mut scene = Scene::granted("east");
     assert!(matches!(scene.issue(NOW).unwrap(), Reply::Leaves(l) if l[0].is_ok()), "it does not know yet");
     assert_eq!(code(scene.west.run(Command::TakeBack(ADMIN.into()))), Code::NotFound);
     // Whom it named since, and which of its approvers left, is no argument.
@@ -327,22 +310,12 @@ fn hex_of(bytes: &[u8]) -> String {
 /// Of a fenced epoch bans and revocations are taken, always; the rest is listed, and kept or dropped by a verb.
 #[test]
 fn a_late_ban_is_taken_and_a_late_policy_waits_for_a_word() {
-    let mut scene = Scene::new();
-    scene.name("east");
-    scene.sync();
-    let signed = scene.signed(scene.grant(2, NOW, HOUR), &[0, 1]);
-    scene.east.run(fail_over(signed)).unwrap();
+    let mut scene = Scene::granted("east");
     pull(&mut scene.core, &scene.east);
     // The home does not hear of it, and goes on.
     scene.west.run(Command::SetNodes(NodeVerb::Ban, Nodes::Ids([node(1)].into()))).unwrap();
     let yaml = "kind: Policy\nmetadata: {name: late}\nspec: {target: 'spiffe://west/db', action: allow, from: ['spiffe://east/web']}\n";
-    let mut change = ambit_state::DocumentsChange { by: "me".into(), ..Default::default() };
-    for document in ambit_policy::parse(yaml).unwrap() {
-        if let ambit_policy::Document::Policy(policy) = document {
-            change.policies.push(policy);
-        }
-    }
-    scene.west.run(Command::ChangeDocuments(Box::new(change))).unwrap();
+    documents::apply(&mut scene.west, yaml).unwrap();
     let proposal = scene.proposal(Act::RemoveApprover("bob".parse().unwrap()));
     scene.act(&proposal, &[0, 1]).unwrap();
     for n in 0..2 {
@@ -427,11 +400,7 @@ fn a_peer_judges_a_grant_by_itself_and_takes_none_that_is_not_good() {
 /// By hand: which leaf passes the fence of the grant of epoch 2 from second 1,000 to 4,600.
 #[test]
 fn who_knows_a_grant_accepts_these_leaves_and_no_others() {
-    let mut scene = Scene::new();
-    scene.name("east");
-    scene.sync();
-    let signed = scene.signed(scene.grant(2, NOW, HOUR), &[0, 1]);
-    scene.east.run(fail_over(signed)).unwrap();
+    let mut scene = Scene::granted("east");
     pull(&mut scene.core, &scene.east);
     let fences = scene.core.state.fences();
     let slack = ambit_state::NOT_BEFORE_SLACK_MS;

@@ -232,6 +232,20 @@ impl Stage {
     pub(crate) async fn call_db(&self) -> TcpStream {
         self.call(Some(Captured { asked: self.db_at().into(), endpoint: self.db_at().into() })).await
     }
+    /// West's agent probes what it avoids, until this is aborted.
+    pub(crate) fn probe(&self) -> tokio::task::JoinHandle<()> {
+        let (plane, denials) = (self.west_plane.subscribe(), self.west_denials.clone());
+        tokio::spawn(self.health.clone().probe(plane, denials, self.annex.clone()))
+    }
+    /// Nobody is avoided any more.
+    pub(crate) async fn healthy(&self) {
+        let healthy = async {
+            while !self.health.unhealthy().is_empty() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        timeout(SOON, healthy).await.expect("healthy again");
+    }
     pub(crate) async fn served(&self) -> (TcpStream, SocketAddr) {
         timeout(SOON, self.db.accept()).await.expect("the pod is reached").unwrap()
     }
